@@ -1,0 +1,201 @@
+"""The commands: parse text, call one function, print. Nothing heavy is imported before it is needed."""
+
+import json
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from cvlab import __version__, cli_inspect, console
+from cvlab.cli_options import (
+    ConfigArgument,
+    Debug,
+    Device,
+    Download,
+    DryRun,
+    Json,
+    NoStandin,
+    Offline,
+    Overrides,
+    Quiet,
+    RunArgument,
+    RunsDir,
+    Seed,
+    SetOption,
+    Verbose,
+    finish,
+    overrides_of,
+    show,
+)
+from cvlab.errors import ConfigError, CvlabError, StoppedError
+
+app = typer.Typer(
+    name="cvlab",
+    help="Run computer-vision experiments: one YAML file, one engine, one kind of run directory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(help="Measure this machine and the engine.", no_args_is_help=True)
+
+
+@app.command("train")
+@app.command("run")
+def run(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    set_: SetOption = None,
+    device: Device = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = None,
+    dry_run: DryRun = False,
+    no_standin: NoStandin = False,
+    offline: Offline = False,
+    download: Download = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run a configuration in a new run directory."""
+    console.set_level(quiet, verbose)
+    if offline and download:
+        raise ConfigError("--offline and --download exclude each other", "give one of them")
+    from cvlab import config as configs
+    from cvlab import runner, rundir
+    from cvlab.data.settle import Policy
+    from cvlab.report import tables
+
+    loaded = configs.load(config, overrides_of(overrides, set_, device, seed))
+    root = rundir.runs_root(runs_dir)
+    if dry_run:
+        plan = runner.plan(loaded, root)
+        show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+        return
+    finish(runner.start(loaded, Policy(offline, download, no_standin), root), as_json)
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run that was stopped, from its newest checkpoint, to the same bits."""
+    console.set_level(quiet, verbose)
+    from cvlab import rundir, runner
+
+    finish(runner.resume(rundir.find(run, rundir.runs_root(runs_dir))), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunArgument,
+    split: Annotated[list[str] | None, typer.Option(help="train, val or test; may be repeated")] = None,
+    checkpoint: Annotated[str, typer.Option(help="last or best weights")] = "last",
+    device: Device = None,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a run's weights on validation and test."""
+    from cvlab import evaluation, rundir
+    from cvlab.report import tables
+
+    path = rundir.find(run, rundir.runs_root(runs_dir))
+    found = evaluation.evaluate(path, tuple(split or ("val", "test")), checkpoint, device)
+    title = f"{path.name}, {checkpoint} weights, step {found['step']}"
+    show(found, as_json, lambda: tables.show_block(title, found["metrics"]))
+
+
+@bench_app.command("engine")
+def bench_engine(
+    rounds: Annotated[int, typer.Option(help="measurements of each, alternating")] = 5,
+    steps: Annotated[int, typer.Option(help="steps per measurement")] = 10,
+    device: Device = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare `fit` with a bare training loop of the same net in the same process."""
+    from cvlab import bench
+    from cvlab.report import tables
+
+    found = bench.engine(rounds, steps, device or "auto")
+    rows = [(row["loop"], row["images_per_second"], row["against_bare"]) for row in found["loops"]]
+    columns = ("loop", "images/s (median)", "time against bare")
+    show(found, as_json, lambda: tables.table(found["what"], columns, rows))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"cvlab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Nothing to do before a command."""
+
+
+app.add_typer(cli_inspect.app)
+app.add_typer(cli_inspect.data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except CvlabError as error:
+        return _refuse(error, arguments)
+    except KeyboardInterrupt:
+        return _refuse(StoppedError("stopped by Ctrl-C", "", 130), arguments)
+    except BrokenPipeError:  # the reader of a pipe has gone, as with `cvlab runs | head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line was wrong; typer keeps the class to itself
+            message = " ".join(error.format_message().split())
+            return _refuse(ConfigError(message, "see --help"), arguments)
+        return _fault(error, arguments)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise StoppedError("stopped by SIGTERM", "", 128 + number)
+
+
+def _refuse(error: CvlabError, arguments: list[str]) -> int:
+    """Say on one line what is wrong; a configuration's further errors take a line each."""
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    if "--json" in arguments:
+        print(json.dumps({"ok": False, "error": error.document()}, indent=2))
+    for line in [error, *getattr(error, "others", ())]:
+        console.say(f"error: {line}")
+    return error.code
+
+
+def _fault(error: Exception, arguments: list[str]) -> int:
+    """Show the traceback of what should not happen, or of the user's own code."""
+    traceback.print_exception(error)
+    message = f"{type(error).__name__}: {error}"
+    if "--json" in arguments:
+        hint = "the traceback is on stderr"
+        print(json.dumps({"ok": False, "error": {"code": 1, "message": message, "hint": hint}}, indent=2))
+    console.say(f"error: {message}; this is a fault of cvlab, or of your own file if the traceback ends there")
+    return 1

@@ -1,0 +1,178 @@
+"""The commands that only look: runs, comparisons, configurations, models, data, this machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cvlab.cli_options import (
+    Debug,
+    Json,
+    Overrides,
+    RunArgument,
+    RunsDir,
+    SetOption,
+    complete_config,
+    complete_run,
+    overrides_of,
+    show,
+)
+
+app = typer.Typer()
+data_app = typer.Typer(help="List, fetch and check data sets.", no_args_is_help=True)
+
+
+@app.command("runs")
+def list_runs(runs_dir: RunsDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List all runs."""
+    from cvlab import listing, rundir
+    from cvlab.report import tables
+
+    rows = listing.runs(rundir.runs_root(runs_dir))
+    columns = ("run", "status", "experiment", "data", "result")
+    show(
+        {"ok": True, "runs": rows},
+        as_json,
+        lambda: tables.table("", columns, [[row[column] or "-" for column in columns] for row in rows]),
+    )
+
+
+@app.command("show")
+def show_run(run: RunArgument, runs_dir: RunsDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show one run: status, configuration, metrics, expectations."""
+    from cvlab import listing, rundir
+    from cvlab.report import tables
+
+    found = listing.show(rundir.find(run, rundir.runs_root(runs_dir)))
+
+    def render() -> None:
+        tables.show_block("configuration", found["config"])
+        tables.show_result(found)
+
+    show(found, as_json, render)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="runs to compare", autocompletion=complete_run)],
+    out: Annotated[Path | None, typer.Option(help="write compare.csv, compare.json and compare.png there")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV on stdout")] = False,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what differs between runs, and their metrics side by side."""
+    from cvlab import listing, rundir
+    from cvlab.report import compare as comparing
+    from cvlab.report import tables
+
+    root = rundir.runs_root(runs_dir)
+    labelled = comparing.labels([rundir.find(run, root) for run in runs])
+    comparison = {"ok": True, **comparing.compare(labelled)}
+    if out is not None:
+        comparison["files"] = listing.write_comparison(comparison, labelled, out)
+    if as_csv and not as_json:
+        print(comparing.to_csv(comparison), end="")
+        return
+    show(comparison, as_json, lambda: tables.show_comparison(comparison))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[str | None, typer.Argument(help="a configuration", autocompletion=complete_config)] = None,
+    overrides: Overrides = None,
+    set_: SetOption = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema that editors complete with")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a configuration fully resolved; without one, list those that are shipped."""
+    from cvlab import config as configs
+    from cvlab import listing
+    from cvlab.report import tables
+
+    if schema:
+        print(json.dumps(listing.json_schema(), indent=2))
+        return
+    if config is None:
+        shipped = listing.shipped()
+        rows = [(row["name"], row["shows"]) for row in shipped]
+        show({"ok": True, "configs": shipped}, as_json, lambda: tables.table("", ("name", "shows"), rows))
+        return
+    chosen = configs.load(config, overrides_of(overrides, set_, None, None)).config
+    show({"ok": True, "config": chosen.model_dump()}, as_json, lambda: print(chosen.to_yaml(), end=""))
+
+
+@app.command()
+def experiments(as_json: Json = False, debug: Debug = False) -> None:
+    """List the kinds of experiment."""
+    from cvlab import listing
+    from cvlab.report import tables
+
+    found = listing.experiment_lines()
+    rows = list(found.items())
+    show({"ok": True, "experiments": found}, as_json, lambda: tables.table("", ("experiment", "does"), rows))
+
+
+@app.command()
+def models(as_json: Json = False, debug: Debug = False) -> None:
+    """List the models and their parameters."""
+    from cvlab import listing
+    from cvlab.report import tables
+
+    found = listing.model_lines()
+    rows = [(row["name"], row["keys"], row["summary"]) for row in found]
+    show({"ok": True, "models": found}, as_json, lambda: tables.table("", ("model", "keys", "is"), rows))
+
+
+@app.command()
+def doctor(runs_dir: RunsDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Say what this machine has, and whether everything works here."""
+    from cvlab import doctor as examination
+    from cvlab.report import tables
+
+    found = examination.examine(runs_dir)
+    rows = [(check["name"], "ok" if check["ok"] else "FAILS", check["found"]) for check in found["checks"]]
+    show(found, as_json, lambda: tables.table("", ("check", "", "found"), rows))
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False, debug: Debug = False) -> None:
+    """List the data sets, and which are on the disk."""
+    from cvlab import listing
+    from cvlab.report import tables
+
+    found = listing.data_lines()
+    rows = [(row["name"], row["state"], row["summary"], row["licence"]) for row in found]
+    show({"ok": True, "data": found}, as_json, lambda: tables.table("", ("name", "state", "is", "licence"), rows))
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="a data set")],
+    origin: Annotated[Path | None, typer.Option("--from", help="a file or folder you have already")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch a data set, waiting as long as it takes, or take it from a file or folder."""
+    from cvlab import listing
+
+    found = listing.fetch(name, origin)
+    show(found, as_json, lambda: print(f"{name} is ready in {found['root']}: {found['found']}"))
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str | None, typer.Argument(help="a data set; all that are there where none is named")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the data sets on the disk with their checksums."""
+    from cvlab import listing
+    from cvlab.report import tables
+
+    found = listing.check(name)
+    show({"ok": True, "data": found}, as_json, lambda: tables.show_block("", found))

@@ -1,0 +1,73 @@
+"""What the commands share: their options and how a result is printed."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from cvlab import console
+from cvlab.errors import UnmetError
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """Complete the name of a shipped configuration."""
+    from cvlab import config
+
+    return [name for name in config.shipped_names() if name.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Complete the name of a run."""
+    from cvlab import rundir
+
+    names = ["latest", *(path.name for path in rundir.list_runs(rundir.runs_root()))]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="a YAML file, or the name of a shipped configuration", autocompletion=complete_config)
+]
+RunArgument = Annotated[
+    str, typer.Argument(help="a run directory, `latest`, or part of a run's name", autocompletion=complete_run)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optimizer.lr=1e-2")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="the same as key=value")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
+Seed = Annotated[int | None, typer.Option(help="of initialisation, data order and augmentation")]
+RunsDir = Annotated[str | None, typer.Option(help="where runs go; else $CVLAB_RUNS, else ./runs")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="show warnings and errors only")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show more")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done; write nothing")]
+NoStandin = Annotated[bool, typer.Option("--no-standin", help="refuse the built-in data in place of the real set")]
+Offline = Annotated[bool, typer.Option("--offline", help="open no socket; $CVLAB_OFFLINE=1 does the same")]
+Download = Annotated[bool, typer.Option("--download", help="wait for a download, however long it takes")]
+
+
+def show(result: Mapping[str, Any], as_json: bool, render: Callable[[], None]) -> None:
+    """Print one JSON document, or what `render` prints for people."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        render()
+
+
+def overrides_of(texts: list[str] | None, more: list[str] | None, device: str | None, seed: int | None) -> list[str]:
+    """Gather the overrides of a command line, the last one wins."""
+    flags = {"device": device, "seed": seed}
+    return [*(texts or []), *(more or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """Print a run's result; exit code 3, and a line that says so, if an expectation was not met."""
+    from cvlab.report import tables
+
+    missed = [verdict["rule"] for verdict in result["expect"] if not verdict["met"]]
+    error = UnmetError(f"not met: {'; '.join(missed)}", f"see {result['run']}") if missed else None
+    document = result | ({"error": error.document()} if error else {})
+    show(document, as_json, lambda: tables.show_result(result))
+    if error is not None:
+        console.say(f"error: {error}")
+        raise typer.Exit(error.code)

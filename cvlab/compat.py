@@ -1,0 +1,48 @@
+"""The only place that imports torchvision and timm.
+
+With a CPU build of torch and the registry's build of torchvision, `import torchvision` raises `RuntimeError: operator
+torchvision::nms does not exist`: its C++ operators were built against another torch. Declaring the two operators that
+torchvision registers fake implementations for lets it import; models, transforms and datasets then work. cvlab's own
+`ops` never need torchvision's operators.
+"""
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+
+import torch
+
+SIGNATURES = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_libraries: list[torch.library.Library] = []  # a declaration lives as long as its library object
+
+
+@functools.cache
+def torchvision() -> ModuleType:
+    """Import torchvision, with its operators declared where its C++ library cannot be loaded."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "does not exist" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    _declare_operators()
+    return importlib.import_module("torchvision")
+
+
+def _declare_operators() -> None:
+    library = torch.library.Library("torchvision", "DEF")
+    for signature in SIGNATURES:
+        library.define(signature)
+    _libraries.append(library)
+
+
+@functools.cache
+def timm() -> ModuleType:
+    """Import timm, which imports torchvision."""
+    torchvision()
+    return importlib.import_module("timm")

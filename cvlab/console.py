@@ -1,0 +1,97 @@
+"""What people see while a run goes on: lines, and a progress bar on a terminal. All of it goes to stderr."""
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+QUIET, NORMAL, VERBOSE = 0, 1, 2
+PLAIN_EVERY_SECONDS = 5.0
+level = NORMAL
+
+
+def set_level(quiet: bool, verbose: bool) -> None:
+    """Choose how much is shown: warnings and errors only, the usual, or more."""
+    global level
+    level = QUIET if quiet else VERBOSE if verbose else NORMAL
+
+
+def say(line: str) -> None:
+    """Show a line, unless quiet was asked for; warnings are shown always."""
+    if level > QUIET or line.startswith(("warning:", "error:")):
+        print(line, file=sys.stderr, flush=True)
+
+
+def detail(line: str) -> None:
+    """Show a line only where more was asked for."""
+    if level >= VERBOSE:
+        say(line)
+
+
+def seconds_text(seconds: float) -> str:
+    """Format a duration as `m:ss` or `h:mm:ss`."""
+    whole = int(max(0, seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def bytes_text(count: float) -> str:
+    """Format a number of bytes with its unit: `170.5 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere, nothing where quiet was asked for."""
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total, self.first = label, total, done
+        self.start = self.shown = time.monotonic()
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> "Progress":
+        if level > QUIET and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            self._open_bar()
+        return self
+
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            transient=True,
+            refresh_per_second=5,
+        )
+        self.bar.start()
+        self.task = self.bar.add_task(self.label, total=self.total, completed=self.first, text="")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def due(self) -> bool:
+        """Whether it is time to show something new; building the text costs something."""
+        return level > QUIET and time.monotonic() - self.shown >= (0.2 if self.bar is not None else PLAIN_EVERY_SECONDS)
+
+    def update(self, done: int, text: str) -> None:
+        """Show that `done` of the total is done."""
+        self.shown = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, text=text)
+        elif level > QUIET:
+            rate = (done - self.first) / max(self.shown - self.start, 1e-9)
+            left = f"  {seconds_text((self.total - done) / rate)} left" if rate > 0 else ""
+            say(f"{self.label} {done}/{self.total}  {text}{left}")

@@ -1,0 +1,188 @@
+"""Sets of small labelled images, held whole on the device as uint8, and batches of them.
+
+Images lie as (N, H, W, C), so that a batch permuted to (N, C, H, W) is channels_last, which convolutions compute
+fastest. There are no worker processes: a batch is one gather.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cvlab.data import Size
+from cvlab.data.shuffle import permutation, uniform
+from cvlab.errors import ConfigError, DataError
+
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and labels of one data set.
+
+    `train_images`, `test_images`: uint8 (N, H, W, C); `train_labels`, `test_labels`: int64 (N,), from 0.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what no training could use. DataError says what is wrong."""
+        for split in ("train", "test"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+                raise DataError(f"{self.name}: {split} images must be uint8 (N, H, W, C) with as many labels")
+            if len(images) == 0:
+                raise DataError(f"{self.name}: there are no {split} images")
+            if labels.min() < 0 or labels.max() >= len(self.classes):
+                raise DataError(f"{self.name}: a {split} label lies outside 0..{len(self.classes) - 1}")
+        if len(self.classes) < 2:
+            raise DataError(f"{self.name}: one class only", "a classifier needs at least two")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """`(x / 255 - mean) / std` per channel, in one multiplication and one addition."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map uint8 (N, C, H, W) to the scale's dtype, keeping the memory format."""
+        return images.to(self.scale.dtype).mul_(self.scale).add_(self.shift)
+
+
+def normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.device) -> Normalization:
+    """Build the normalisation of `images` (N, H, W, C) uint8: `mean` subtracts it, `mean_std` divides by the deviation.
+
+    The sums are of whole numbers and so exact, whatever the order.
+    """
+    pixels = images.reshape(-1, images.shape[-1])
+    count = pixels.shape[0]
+    mean = torch.stack([pixels[:, c].sum() for c in range(pixels.shape[1])]).double() / count / 255
+    std = torch.ones_like(mean)
+    if kind == "mean_std":
+        counts = [torch.bincount(pixels[:, c].int(), minlength=256).double() for c in range(pixels.shape[1])]
+        squares = torch.arange(256, dtype=torch.float64).square()
+        std = (torch.stack([(n * squares).sum() for n in counts]) / count / 255**2 - mean.square()).sqrt()
+    scale, shift = 1 / (255 * std), -mean / std
+    return Normalization(scale.to(device, dtype).view(1, -1, 1, 1), shift.to(device, dtype).view(1, -1, 1, 1))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images: a flip, a shift of at most `translate_px` with mirrored borders."""
+
+    flip: bool = False
+    translate_px: int = 0
+
+    def __call__(self, images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
+        """Change (N, H, W, C) images; what happens to one depends on seed, epoch and its index only."""
+        if not self.flip and not self.translate_px:
+            return images
+        n, h, w, _ = images.shape
+        rows = torch.arange(h, device=images.device).expand(n, h)
+        columns = torch.arange(w, device=images.device).expand(n, w)
+        if self.flip:
+            flipped = uniform(seed, epoch, indices, "flip") < 0.5
+            columns = torch.where(flipped[:, None], w - 1 - columns, columns)
+        if self.translate_px:
+            rows = _mirrored(rows + self._offset(indices, seed, epoch, "down")[:, None], h)
+            columns = _mirrored(columns + self._offset(indices, seed, epoch, "right")[:, None], w)
+        return images[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _offset(self, indices: Tensor, seed: int, epoch: int, stream: str) -> Tensor:
+        choices = 2 * self.translate_px + 1
+        return (uniform(seed, epoch, indices, stream) * choices).long() - self.translate_px
+
+
+def _mirrored(positions: Tensor, size: int) -> Tensor:
+    """Fold positions outside 0..size-1 back in, without repeating the border."""
+    inside = positions.abs()
+    return torch.where(inside >= size, 2 * (size - 1) - inside, inside)
+
+
+class TrainBatches:
+    """The batch of every step, as a pure function of (seed, step): shuffled epochs, the last partial batch left out."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        seed: int,
+        normalize: Normalization,
+        augment: Augmentation | None = None,
+    ) -> None:
+        """Take uint8 images (N, H, W, C) and labels (N,) on one device. ConfigError if a batch is larger than N."""
+        self.images, self.labels = images, labels
+        self.batch_size, self.seed = batch_size, seed
+        self.normalize, self.augment = normalize, augment or Augmentation()
+        self.steps_per_epoch = steps_in_epoch(len(images), batch_size)
+        self._order: tuple[int, Tensor] = (-1, labels)
+
+    def indices(self, step: int) -> Tensor:
+        """Return the indices of the images of a step: int64 (batch_size,)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, permutation(self.seed, epoch, len(self.images), self.images.device))
+        return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the images (N, C, H, W), normalised, and the labels (N,) of a step."""
+        indices = self.indices(step)
+        images = self.augment(self.images[indices], indices, self.seed, step // self.steps_per_epoch)
+        return self.normalize(images.permute(0, 3, 1, 2)), self.labels[indices]
+
+
+def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images once, in order, normalised, (N, C, H, W) with labels (N,)."""
+    for start in range(0, len(images), EVAL_BATCH):
+        piece = images[start : start + EVAL_BATCH]
+        yield normalize(piece.permute(0, 3, 1, 2)), labels[start : start + EVAL_BATCH]
+
+
+def size_of(images: ImageSet) -> Size:
+    """Return how much a set has."""
+    count, height, _, channels = images.train_images.shape
+    return Size(count, len(images.test_images), height, channels, len(images.classes))
+
+
+def split_sizes(count: int, val_fraction: float, num_train: int | None) -> tuple[int, int]:
+    """Return how many of `count` images are trained on and how many validate; ConfigError where one is none."""
+    num_val = round(count * val_fraction)
+    rest = count - num_val
+    wanted = rest if num_train is None else num_train
+    if wanted > rest or rest == 0 or num_val == 0:
+        raise ConfigError(
+            f"data.num_train {wanted}, data.val_fraction {val_fraction:g}: {count} training images leave {rest} to "
+            f"train on and {num_val} to validate",
+            f"at most num_train={rest}" if num_val else "raise data.val_fraction",
+        )
+    return wanted, num_val
+
+
+def split(images: ImageSet, val_fraction: float, num_train: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Split a set: the last `val_fraction` is validation, the first `num_train` of the rest are trained on."""
+    wanted, num_val = split_sizes(len(images.train_images), val_fraction, num_train)
+    x, y = images.train_images, images.train_labels
+    return {
+        "train": (x[:wanted], y[:wanted]),
+        "val": (x[-num_val:], y[-num_val:]),
+        "test": (images.test_images, images.test_labels),
+    }
+
+
+def steps_in_epoch(num_images: int, batch_size: int) -> int:
+    """Return the number of full batches; ConfigError where there is none."""
+    if batch_size > num_images:
+        raise ConfigError(
+            f"batch_size {batch_size} is larger than the training set of {num_images} images",
+            "lower batch_size or raise data.num_train",
+        )
+    return num_images // batch_size

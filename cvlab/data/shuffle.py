@@ -1,0 +1,48 @@
+"""Randomness as a pure function of (seed, epoch, index): nothing of it needs saving, on any device, in any order.
+
+SplitMix64 (Steele, Lea and Flood, 2014, figure 16) over a counter, in int64 arithmetic that wraps around, so that CPU
+and GPU give the same numbers.
+"""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number, and so on
+MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros; int64's own shift fills with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * MIX_1
+    x = (x ^ _shift(x, 27)) * MIX_2
+    return x ^ _shift(x, 31)
+
+
+def hashes(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
+    """Return int64 hashes of (seed, stream, epoch, index), one per index; `stream` names the use.
+
+    `indices` is an int64 tensor of any shape.
+    """
+    start = torch.tensor([seed, zlib.crc32(stream.encode()), epoch], dtype=torch.int64)
+    key = torch.zeros((), dtype=torch.int64)
+    for part in start:
+        key = _mix((key ^ part) + GOLDEN)
+    return _mix(_mix((indices ^ key.to(indices.device)) + GOLDEN) + GOLDEN)
+
+
+def uniform(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
+    """Return float64 numbers in [0, 1), one per index."""
+    return _shift(hashes(seed, epoch, indices, stream), 11).double() * 2.0**-53
+
+
+def permutation(seed: int, epoch: int, count: int, device: torch.device) -> Tensor:
+    """Return the order in which an epoch goes through `count` items: int64 (count,)."""
+    indices = torch.arange(count, device=device)
+    return torch.argsort(hashes(seed, epoch, indices, "order"), stable=True)

@@ -1,0 +1,224 @@
+"""Fit and evaluate: to device, forward, losses, finite check, backward, clip, step. No YAML, no paths, no Typer.
+
+    for losses in fit(training, loss_fn, batch_at, total_steps=1000, lr_at=lambda step: 1e-3):
+        ...  # the caller logs, evaluates and saves when it wants to
+
+A batch is a pure function of the step, a learning rate too, so that a run which continues from `Training.state()`
+ends with the same bits as one that was never stopped.
+"""
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cvlab.errors import CheckpointError, DeviceError, DivergedError
+
+Batch = TypeVar("Batch")
+Losses = dict[str, Tensor]
+LossFn = Callable[[nn.Module, Batch], Losses]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how to compute: a device, a precision, a number of CPU threads."""
+
+    device: torch.device
+    precision: str  # float32 | bfloat16 (autocast, weights stay float32) | float64
+    threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of inputs and weights: float64 if asked for, else float32."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a forward pass runs."""
+        if self.precision != "bfloat16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, before a clock is read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def compute(device: str = "auto", precision: str = "auto", threads: int | None = None) -> Compute:
+    """Choose device, precision and threads; DeviceError where what was asked for is not there."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    hint = "use --device cpu, or --device auto to take what is there"
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise DeviceError(f"device {device} is not there: {count} CUDA devices", hint)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps is not there", hint)
+    if precision == "auto":
+        precision = "bfloat16" if fast_bfloat16(chosen) else "float32"
+    return Compute(chosen, precision, torch.get_num_threads())
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; without it bfloat16 is many times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch (all devices), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - user models may draw from the global generator
+    random.seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the states of all global generators, as tensors and plain numbers."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the global generators back to a state of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(state["python"])
+
+
+class Training:
+    """What changes during training: weights, optimizer, average of the weights, number of steps done."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float | None = None) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.ema_decay = ema_decay
+        self.average = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
+        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.step = 0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose accuracy counts: the average of the weights if there is one."""
+        return self.model if self.average is None else self.average
+
+    def update_average(self) -> None:
+        """Move the average towards the weights; buffers (BatchNorm's statistics) are taken over."""
+        if self.average is None or self.ema_decay is None:
+            return
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.model.parameters()), weight=1 - self.ema_decay
+            )
+            for mine, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it, with the generators; the tensors are the live ones, not copies."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state of `state()`; CheckpointError if a piece is missing."""
+        missing = [key for key in ("step", "model", "optimizer", "average", "rng") if key not in state]
+        if missing or (state["average"] is None) != (self.average is None):
+            raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or 'the average of the weights'}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step = state["step"]
+        set_rng_state(state["rng"])
+
+
+def fit(
+    training: Training,
+    loss_fn: LossFn[Batch],
+    batch_at: Callable[[int], Batch],
+    *,
+    total_steps: int,
+    lr_factor: Callable[[float], float],
+    where: Compute,
+    clip_norm: float | None = None,
+) -> Iterator[Losses]:
+    """Train from `training.step` to `total_steps`; yields the losses of every step, detached, after its update.
+
+    `lr_factor(progress)` scales each group's learning rate; progress in (0, 1) is that of the middle of the step, so
+    that a schedule which starts or ends at 0 wastes no step. Raises DivergedError before the update if the loss is not
+    finite.
+    """
+    model, optimizer = training.model, training.optimizer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    while training.step < total_steps:
+        model.train()
+        factor = lr_factor((training.step + 0.5) / total_steps)
+        for group, base_lr in zip(optimizer.param_groups, training.base_lrs, strict=True):
+            group["lr"] = base_lr * factor
+        batch = batch_at(training.step)
+        with where.autocast():
+            losses = loss_fn(model, batch)
+        require_finite(losses, training)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        training.update_average()
+        training.step += 1
+        yield {name: value.detach() for name, value in losses.items()}
+
+
+def require_finite(losses: Losses, training: Training) -> None:
+    """Raise DivergedError, naming step, learning rate and part, unless the loss is finite."""
+    if math.isfinite(losses["loss"].item()):
+        return
+    parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+    lr = training.optimizer.param_groups[0]["lr"]
+    raise DivergedError(
+        f"the loss is not finite at step {training.step} (batch {training.step}, lr {lr:g}): {parts}",
+        "lower optimizer.lr; the last checkpoint is whole",
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], measure: Callable[[nn.Module, Batch], dict[str, Tensor]], where: Compute
+) -> dict[str, float]:
+    """Return the means of what `measure(model, batch)` sums up; it gives sums and, as `count`, of how many."""
+    was_training = model.training
+    model.eval()
+    totals: dict[str, Tensor] = {}
+    for batch in batches:
+        with where.autocast():
+            sums = measure(model, batch)
+        for name, value in sums.items():
+            totals[name] = totals[name] + value if name in totals else value
+    model.train(was_training)
+    count = totals.pop("count").item()
+    return {name: value.item() / count for name, value in totals.items()}

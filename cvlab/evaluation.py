@@ -1,0 +1,42 @@
+"""`cvlab eval`: a finished or stopped run's weights, evaluated again, or on the test split for the first time."""
+
+from pathlib import Path
+from typing import Any
+
+from cvlab import checkpoint, config, console, experiments, rundir
+from cvlab.errors import CheckpointError, ConfigError, RunDirError
+from cvlab.rundir import RunDir
+
+CHOICES = ("last", "best")
+
+
+def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None) -> dict[str, Any]:
+    """Evaluate a run on `splits` with its last or best weights, keep the result in eval.json, and return it."""
+    if which not in CHOICES:
+        raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
+    chosen = config.load(str(path / "config.yaml"), [f"device={device}"] if device else []).config
+    experiment = experiments.find(chosen.experiment)
+    if not hasattr(experiment, "evaluate_run"):
+        raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no weights to evaluate")
+    folder = path / "checkpoints"
+    if which == "best":
+        best = folder / checkpoint.BEST
+        if not best.is_file():
+            raise CheckpointError(f"{best}: not there", "use --checkpoint last, or resume the run")
+        state = checkpoint.load(best)
+    else:
+        _, state = checkpoint.newest(folder, console.say)
+    found = {
+        "ok": True,
+        "run": str(path),
+        "experiment": chosen.experiment,
+        "checkpoint": which,
+        "step": state.get("step"),
+        "data": rundir.read_json(path / "summary.json").get("data"),
+        "metrics": experiment.evaluate_run(chosen, path, state, splits),
+    }
+    try:
+        RunDir(path).write_json("eval.json", {key: value for key, value in found.items() if key != "ok"})
+    except RunDirError as error:
+        console.say(f"warning: not kept: {error.message}")
+    return found

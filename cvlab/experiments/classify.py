@@ -1,0 +1,225 @@
+"""Train a classifier of small images: any model, optimiser, schedule and data set.
+
+Paper: EECS 498/598 (Johnson, University of Michigan, 2019), assignments 3 and 4.
+Expect: `train_accuracy`, `val_accuracy`, and `test_accuracy` where `evaluate_test` is set.
+Command: cvlab train configs/cifar_bn.yaml
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Le
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from cvlab import checkpoint, data, engine, layers, lookup, models, schema, training
+from cvlab.data import Size
+from cvlab.data.images import (
+    Augmentation,
+    ImageSet,
+    TrainBatches,
+    eval_batches,
+    normalization,
+    size_of,
+    split,
+    split_sizes,
+    steps_in_epoch,
+)
+from cvlab.errors import ConfigError
+from cvlab.rundir import RunDir
+
+TRAIN_EVALUATED = 10_000  # of a larger training set the first so many are evaluated
+
+
+class Data(schema.Frozen):
+    """Which images, and how many of them."""
+
+    name: str = Field(description="a data set of `cvlab data list`, or ./file.py:function that returns an ImageSet")
+    standin: str | None = Field(None, description="the built-in set to use where this one is not on the disk")
+    standin_for: str | None = Field(None, description="set by cvlab in a run that used a stand-in")
+    num_train: schema.Count | None = Field(None, description="train on the first so many; null: on all")
+    val_fraction: schema.BelowOne = Field(0.2, description="the last share of the training images is validation")
+    normalize: Literal["mean", "mean_std"] = Field("mean", description="subtract the mean, or divide by the deviation too")
+
+    @field_validator("name", "standin")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and not lookup.is_user_file(name) and name not in data.SETS:
+            raise ValueError(str(lookup.unknown("data set", name, data.SETS)))
+        return name
+
+
+class Augment(schema.Frozen):
+    """Random changes of the training images."""
+
+    flip: bool = Field(False, description="mirror every other image")
+    translate_px: Annotated[schema.Index, Le(16)] = Field(0, description="shift by up to so many pixels")
+
+
+class Config(training.TrainConfig):
+    """One classifier on one data set."""
+
+    data: Data
+    model: Annotated[schema.Part, models.TABLE]
+    layers: str = Field("torch", description="whose layers: a namespace of cvlab.layers")
+    reg: schema.NonNegative = Field(0.0, description="loss + reg * sum(W^2), over weights, not biases, gamma, beta")
+    label_smoothing: schema.BelowOne = Field(0.0, description="share of the target spread over all classes")
+    augment: Augment = Field(default_factory=Augment)
+    evaluate_test: bool = Field(False, description="report test_accuracy at the end; choose on validation")
+
+    @field_validator("layers")
+    @classmethod
+    def _known_layers(cls, name: str) -> str:
+        if name not in layers.LAYERS:
+            raise ValueError(str(lookup.unknown("layers", name, layers.LAYERS)))
+        return name
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration builds."""
+
+    where: engine.Compute
+    images: ImageSet
+    model: nn.Module
+    batches: TrainBatches
+    splits: dict[str, tuple[Tensor, Tensor]]
+
+
+def build(config: Config, base: Path) -> Parts:
+    """Load the data and build the model of a configuration, seeded; a user's files are relative to `base`."""
+    where = engine.compute(config.device, config.precision, config.threads)
+    if lookup.is_user_file(config.data.name):
+        images: ImageSet = lookup.import_user_object(config.data.name, base)()
+    else:
+        images = data.find(config.data.name).load(data.root())
+    splits = split(images, config.data.val_fraction, config.data.num_train)
+    splits = {name: (x.to(where.device), y.to(where.device)) for name, (x, y) in splits.items()}
+    normalize = normalization(images.train_images, config.data.normalize, where.dtype, where.device)
+    augment = Augmentation(config.augment.flip, config.augment.translate_px)
+    batches = TrainBatches(*splits["train"], config.batch_size, config.seed, normalize, augment)
+    model = build_model(config, base, size_of(images))
+    model = model.to(where.device, where.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Parts(where, images, model, batches, splits)
+
+
+def build_model(config: Config, base: Path, size: Size) -> nn.Module:
+    """Build the model of a configuration for images of a size, on the CPU, its weights drawn from the seed."""
+    engine.seed_everything(config.seed)
+    return models.build(
+        config.model.name,
+        config.model.arguments(),
+        base,
+        in_channels=size.channels,
+        image_size=size.image_px,
+        num_classes=size.num_classes,
+        layers=lookup.find("layers", config.layers, layers.LAYERS),
+    )
+
+
+def loss_function(config: Config) -> engine.LossFn[tuple[Tensor, Tensor]]:
+    """Return the training loss: cross-entropy plus reg * sum(W^2), with the accuracy on the batch beside it."""
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> engine.Losses:
+        images, labels = batch
+        scores = model(images)
+        loss = F.cross_entropy(_wide(scores), labels, label_smoothing=config.label_smoothing)
+        if config.reg > 0:
+            weights = [p for p in model.parameters() if p.ndim > 1]
+            loss = loss + config.reg * torch.stack([w.square().sum() for w in weights]).sum()
+        return {"loss": loss, "batch_accuracy": (scores.detach().argmax(1) == labels).float().mean()}
+
+    return loss_fn
+
+
+def _wide(scores: Tensor) -> Tensor:
+    """Take the loss in float32 at least."""
+    return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+
+
+def measure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Return sums over a batch: of the cross-entropy, of right answers, of images."""
+    images, labels = batch
+    scores = _wide(model(images))
+    return {
+        "loss": F.cross_entropy(scores, labels, reduction="sum"),
+        "accuracy": (scores.argmax(1) == labels).sum(),
+        "count": torch.tensor(len(labels)),
+    }
+
+
+def _evaluator(parts: Parts) -> Callable[[nn.Module, str], dict[str, float]]:
+    def evaluate(model: nn.Module, name: str) -> dict[str, float]:
+        images, labels = parts.splits[name]
+        limit = TRAIN_EVALUATED if name == "train" else len(images)
+        batches = eval_batches(images[:limit], labels[:limit], parts.batches.normalize)
+        found = engine.evaluate(model, batches, measure, parts.where)
+        return {f"{name}_{key}": value for key, value in found.items()}
+
+    return evaluate
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Train, or go on training; return the metrics."""
+    parts = build(config, out.path)
+    evaluate = _evaluator(parts)
+
+    def evaluation(model: nn.Module) -> dict[str, float]:
+        train = evaluate(model, "train")
+        return {"train_accuracy": train["train_accuracy"], **evaluate(model, "val")}
+
+    job = training.Job(
+        model=parts.model,
+        loss_fn=loss_function(config),
+        batch_at=parts.batches,
+        steps_per_epoch=parts.batches.steps_per_epoch,
+        items_per_step=config.batch_size,
+        evaluate=evaluation,
+        monitor="val_accuracy",
+        where=parts.where,
+    )
+    model, metrics = training.train(config, job, out)
+    return metrics | (evaluate(model, "test") if config.evaluate_test else {})
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do, without loading or writing anything; a user's own data has to be loaded."""
+    where = engine.compute(config.device, config.precision, config.threads)
+    if lookup.is_user_file(config.data.name):
+        size = size_of(lookup.import_user_object(config.data.name, base)())
+    else:
+        size = data.find(config.data.name).size
+    model = build_model(config, base, size)
+    num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
+    steps_per_epoch = steps_in_epoch(num_train, config.batch_size)
+    steps = config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_images": num_train,
+        "val_images": num_val,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps or f"as many as fit in {config.duration.seconds:g} s",
+        "device": str(where.device),
+        "precision": where.precision,
+        "threads": where.threads,
+    }
+
+
+def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
+    """Evaluate the weights of a checkpoint on the splits called `train`, `val`, `test`."""
+    parts = build(config, base)
+    weights = state["average"] if config.ema is not None else state["model"]
+    checkpoint.match_model(parts.model, weights, str(base))
+    parts.model.load_state_dict(weights)
+    evaluate = _evaluator(parts)
+    unknown = [name for name in splits if name not in parts.splits]
+    if unknown:
+        raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(parts.splits)}")
+    found: dict[str, float] = {}
+    for name in splits:
+        found |= evaluate(parts.model, name)
+    return found

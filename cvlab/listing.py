@@ -1,0 +1,142 @@
+"""What the looking commands show, as plain dictionaries."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cvlab import config, data, durable, experiments, rundir
+from cvlab.report import compare as comparing
+from cvlab.schema import Part, Table, part_type, tables_of
+
+Row = dict[str, Any]
+SHOWN_FIRST = ("test_accuracy", "val_accuracy", "train_accuracy", "train_loss")
+
+
+def runs(root: Path) -> list[Row]:
+    """Return one row for each run below `root`, oldest first."""
+    rows = []
+    for path in rundir.list_runs(root):
+        summary, status = rundir.read_json(path / "summary.json"), rundir.read_status(path)
+        metrics = summary.get("metrics", {})
+        shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN_FIRST if isinstance(metrics.get(name), (int, float))]
+        state = status.get("status", "not begun")
+        if state in ("running", "interrupted") and "step" in status:
+            shown = [f"step {status['step']} of {status.get('total_steps', '?')}"]
+        rows.append(
+            {
+                "run": path.name,
+                "status": state,
+                "experiment": summary.get("experiment"),
+                "data": summary.get("data") or status.get("data"),
+                "result": ", ".join(shown[:2]),
+                "metrics": metrics,
+            }
+        )
+    return rows
+
+
+def show(path: Path) -> Row:
+    """Return one run: status, configuration, metrics, expectations, files."""
+    from cvlab import runner
+
+    return {**runner.result(path), "ok": True, "config": comparing.read_config(path)}
+
+
+def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) -> list[str]:
+    """Write compare.csv, compare.json and compare.png into a folder; return their paths."""
+    from cvlab.report import plots
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise durable.disk_error(folder, error) from error
+    durable.write_text(folder / "compare.csv", comparing.to_csv(comparison))
+    durable.write_text(folder / "compare.json", json.dumps(rundir.plain(comparison), indent=2) + "\n")
+    picture = plots.draw_comparison(runs)
+    durable.write(folder / "compare.png", lambda file: file.write(picture) and None)
+    return [str(folder / name) for name in ("compare.csv", "compare.json", "compare.png")]
+
+
+def shipped() -> list[Row]:
+    """Return the shipped configurations with the first line of their header."""
+    found = []
+    for name in config.shipped_names():
+        text = (config.shipped_folder() / f"{name}.yaml").read_text()
+        first = next((line for line in text.splitlines() if line.startswith("#")), "#")
+        found.append({"name": name, "shows": first.lstrip("# ").removeprefix("Shows: ")})
+    return found
+
+
+def experiment_lines() -> dict[str, str]:
+    """Return each experiment with the first line of its docstring."""
+    return {name: (experiments.find(name).__doc__ or "").partition("\n")[0] for name in experiments.names()}
+
+
+def model_lines() -> list[Row]:
+    """Return each model with the keys that a YAML may set."""
+    from cvlab import models
+
+    rows = []
+    for name in models.MODELS:
+        made = part_type(models.TABLE, name, models.find(name, Path()))
+        keys = [key if info.is_required() else f"{key}={info.default}" for key, info in made.model_fields.items()]
+        rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": made.__doc__})
+    rows += [{"name": f"{p}:NAME", "keys": "those of its builder", "summary": f"any model of {p}"} for p in models.PREFIXES]
+    return [*rows, {"name": "./file.py:Name", "keys": "its own", "summary": "your own class or function"}]
+
+
+def data_lines() -> list[Row]:
+    """Return each data set with its state."""
+    rows = []
+    for name in data.SETS:
+        source = data.find(name)
+        there = source.ready(data.root())
+        state = "ready" if there else "built in" if source.builtin else "not on the disk"
+        rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.licence})
+    return rows
+
+
+def fetch(name: str, origin: Path | None) -> Row:
+    """Get a data set and check it."""
+    from cvlab.data import download
+    from cvlab.errors import DataError
+
+    source, root = data.find(name), data.root()
+    if source.fetch is not None and (origin is not None or not source.ready(root)):
+        if origin is None and not download.allowed():
+            raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
+        source.fetch(root, origin, True)
+    elif source.builtin:
+        source.load(root)
+    return {"ok": True, "name": name, "root": str(root), "found": source.check(root)}
+
+
+def check(name: str | None) -> Row:
+    """Verify one data set, or all that are on the disk."""
+    root = data.root()
+    names = [name] if name else [known for known in data.SETS if data.find(known).ready(root)]
+    return {known: data.find(known).check(root) for known in names}
+
+
+def json_schema() -> Row:
+    """Return a JSON Schema of every configuration, for editors: one branch per experiment."""
+    branches, definitions = [], {}
+    for name in experiments.names():
+        config_type = experiments.find(name).Config
+        schema = config_type.model_json_schema()
+        schema["properties"]["experiment"] = {"const": name}
+        for key, table in tables_of(config_type).items():
+            options = [_block_schema(table, known) for known in table.names]
+            schema["properties"][key] = {"anyOf": [*options, {"properties": {"name": {"pattern": "[:]"}}}]}
+        definitions |= schema.pop("$defs", {})
+        branches.append(schema)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cvlab configuration"}
+    return {**head, "$defs": definitions, "anyOf": branches}
+
+
+def _block_schema(table: Table, name: str) -> Row:
+    made: type[Part] = part_type(table, name, table.find(name, Path()))
+    schema = made.model_json_schema()
+    schema["required"] = sorted({*schema.get("required", []), "name"})
+    return schema

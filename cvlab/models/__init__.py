@@ -1,0 +1,57 @@
+"""Models by name: our own, `timm:NAME`, `torchvision:NAME`, and the user's `./file.py:Name`.
+
+A builder's parameters `in_channels`, `image_size`, `num_classes` and `layers` come from the program, all others from
+the YAML.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cvlab import lookup
+from cvlab.errors import ConfigError
+from cvlab.schema import Table
+
+MODELS = {
+    "deep_convnet": "cvlab.models.convnet:deep_convnet",
+    "three_layer_convnet": "cvlab.models.convnet:three_layer_convnet",
+    "fc_net": "cvlab.models.fc_net:fc_net",
+}
+PREFIXES = {
+    "timm": "cvlab.models.zoo:timm_model",
+    "torchvision": "cvlab.models.zoo:torchvision_model",
+}
+SUPPLIED = frozenset({"in_channels", "image_size", "num_classes", "layers", "model_name"})
+
+
+def find(name: str, base: Path) -> Callable[..., Any]:
+    """Return the builder of a model by its name, a user's file relative to `base`."""
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in PREFIXES:
+        zoo: Callable[..., Any] = lookup.import_name(PREFIXES[prefix])
+        return functools.partial(zoo, model_name=rest)
+    if lookup.is_user_file(name):
+        user: Callable[..., Any] = lookup.import_user_object(name, base)
+        return user
+    if name not in MODELS:
+        raise lookup.unknown("model", name, [*MODELS, *(f"{prefix}:NAME" for prefix in PREFIXES), "./file.py:Name"])
+    own: Callable[..., Any] = lookup.import_name(MODELS[name])
+    return own
+
+
+TABLE = Table("model", MODELS, SUPPLIED, find)
+
+
+def build(name: str, arguments: dict[str, Any], base: Path, **supplied: Any) -> nn.Module:
+    """Build a model; of `supplied` (in_channels, image_size, num_classes, layers) it gets what its builder takes."""
+    builder = find(name, base)
+    parameters = inspect.signature(builder).parameters
+    chosen = {key: value for key, value in supplied.items() if key in parameters}
+    model = builder(**chosen, **arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {name}: expected a torch.nn.Module, got {type(model).__name__}")
+    return model

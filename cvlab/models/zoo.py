@@ -1,0 +1,43 @@
+"""Models of timm and torchvision, by `timm:NAME` and `torchvision:NAME`, without weights."""
+
+from typing import Any
+
+from torch import nn
+
+from cvlab import compat, lookup
+from cvlab.errors import ConfigError
+
+
+def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int = 10, **options: Any) -> nn.Module:
+    """Build a model of timm (Wightman, 2019); other keys go to `timm.create_model`."""
+    timm = compat.timm()
+    known = timm.list_models()
+    if model_name not in known:
+        raise _unknown("timm", model_name, known)
+    return _built(f"timm:{model_name}", timm.create_model, model_name, in_chans=in_channels, num_classes=num_classes, **options)
+
+
+def torchvision_model(model_name: str, *, num_classes: int = 10, **options: Any) -> nn.Module:
+    """Build a model of torchvision; other keys go to its builder."""
+    models = compat.torchvision().models
+    known = models.list_models(module=models)
+    if model_name not in known:
+        raise _unknown("torchvision", model_name, known)
+    return _built(f"torchvision:{model_name}", models.get_model, model_name, num_classes=num_classes, **options)
+
+
+def _built(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
+    if options.get("pretrained") or options.get("weights"):
+        raise ConfigError(f"model {name}: weights are not fetched by a training", "leave the key out")
+    try:
+        model: nn.Module = builder(*args, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model {name}: {str(error).splitlines()[0]}") from error
+    return model
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
+    close = lookup.nearest(name, known)
+    return ConfigError(
+        f"unknown {kind} model {name!r}", f"did you mean {close!r}?" if close else f"{len(known)} are known to {kind}"
+    )

@@ -1,0 +1,120 @@
+"""Optimisers and learning-rate schedules by name, with the parameters that a YAML may set."""
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor, optim
+
+from cvlab import lookup
+from cvlab.errors import ConfigError
+from cvlab.schema import Table
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+Rate = Annotated[float, Gt(0), Le(100)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+Small = Annotated[float, Ge(0), Le(1)]
+
+OPTIMIZERS = Table(
+    "optimizer",
+    {name: f"cvlab.optim:{name}" for name in ("sgd", "rmsprop", "adam", "adamw")},
+    supplied=frozenset({"parameters"}),
+)
+SCHEDULES = Table(
+    "schedule",
+    {name: f"cvlab.optim:{name}" for name in ("constant", "linear", "cosine", "triangle", "multistep")},
+    supplied=frozenset({"progress"}),
+)
+
+
+def _fused(parameters: list[Any]) -> bool:
+    """One kernel per step instead of one per tensor and operation, where torch has it."""
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    return first.device.type in ("cpu", "cuda")
+
+
+def sgd(
+    parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0, nesterov: bool = False, weight_decay: Small = 0.0
+) -> optim.Optimizer:
+    """Stochastic gradient descent, with (Nesterov) momentum if it is above 0."""
+    given = list(parameters)
+    return optim.SGD(
+        given, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=_fused(given)
+    )
+
+
+def rmsprop(
+    parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8, weight_decay: Small = 0.0
+) -> optim.Optimizer:
+    """RMSProp (Tieleman and Hinton, 2012, lecture 6e): the gradient over its running root mean square."""
+    return optim.RMSprop(parameters, lr=lr, alpha=decay, eps=eps, weight_decay=weight_decay)
+
+
+def adam(
+    parameters: Parameters,
+    lr: Rate = 1e-3,
+    betas: tuple[Decay, Decay] = (0.9, 0.999),
+    eps: Small = 1e-8,
+    weight_decay: Small = 0.0,
+) -> optim.Optimizer:
+    """Adam (Kingma and Ba, 2015, algorithm 1), with bias correction."""
+    given = list(parameters)
+    return optim.Adam(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
+
+
+def adamw(
+    parameters: Parameters,
+    lr: Rate = 1e-3,
+    betas: tuple[Decay, Decay] = (0.9, 0.999),
+    eps: Small = 1e-8,
+    weight_decay: Small = 1e-2,
+) -> optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2)."""
+    given = list(parameters)
+    return optim.AdamW(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
+
+
+def constant(progress: float) -> float:
+    """Return 1: the learning rate never changes."""
+    return 1.0
+
+
+def linear(progress: float, final: Small = 0.0) -> float:
+    """Fall in a straight line from 1 to `final`."""
+    return 1.0 + (final - 1.0) * progress
+
+
+def cosine(progress: float, final: Small = 0.0) -> float:
+    """Fall from 1 to `final` along half a cosine (Loshchilov and Hutter, 2017, equation 5)."""
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def triangle(
+    progress: float, peak: Annotated[float, Gt(0), Lt(1)] = 0.2, first: Small = 0.0, final: Small = 0.0
+) -> float:
+    """Rise from `first` to 1 at `peak`, fall to `final`."""
+    if progress < peak:
+        return first + (1.0 - first) * progress / peak
+    return final + (1.0 - final) * (1.0 - progress) / (1.0 - peak)
+
+
+def multistep(progress: float, at: tuple[Small, ...] = (0.6, 0.8), factor: Small = 0.1) -> float:
+    """Multiply by `factor` at each share of the run listed in `at`."""
+    return math.prod(factor for share in at if progress >= share)
+
+
+def warmed_up(factor: float, progress: float, warmup: float) -> float:
+    """Scale a schedule's factor by a straight rise from 0 over the first `warmup` share of the run."""
+    return factor * min(1.0, progress / warmup) if warmup > 0 else factor
+
+
+def build_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any]) -> optim.Optimizer:
+    """Return the optimizer called `name` over the parameters of `model` that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        made: optim.Optimizer = lookup.find("optimizer", name, OPTIMIZERS.names)(trained, **arguments)
+    except ValueError as error:
+        raise ConfigError(f"optimizer {name}: {error}") from error
+    return made

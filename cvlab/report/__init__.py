@@ -1,0 +1,1 @@
+"""Tables, plots and comparisons, read from run directories; no experiment is imported here."""

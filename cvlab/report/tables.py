@@ -1,0 +1,60 @@
+"""Tables for people, on stdout."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+COUNTS = ("steps", "epochs", "parameters", "best_step")
+
+
+def number(value: Any, name: str = "") -> str:
+    """Format a value of a table: counts in full, other numbers with four digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, int) or (name in COUNTS and float(value).is_integer()):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; cells are plain text, so nothing in a name is taken for markup."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        made.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*(Text(cell if isinstance(cell, str) else number(cell)) for cell in row))
+    Console().print(made)
+
+
+def show_result(result: Mapping[str, Any]) -> None:
+    """Print the metrics of a run, its expectations with their verdicts, and where it lies."""
+    note = f" on {result['data']}" if result.get("data") else ""
+    metrics = [(name, number(value, name)) for name, value in result["metrics"].items()]
+    table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value"), metrics)
+    if result["expect"]:
+        verdicts = [(v["rule"], v["measured"], "met" if v["met"] else "NOT MET") for v in result["expect"]]
+        table("", ("expected", "measured", "verdict"), verdicts)
+    print(f"run directory {result['run']}")
+
+
+def show_comparison(comparison: Mapping[str, Any]) -> None:
+    """Print what differs between runs, then their metrics."""
+    names = [run["label"] for run in comparison["runs"]]
+    status = [("status", *(run["status"] for run in comparison["runs"]))]
+    if any(run["data"] for run in comparison["runs"]):
+        status.append(("data", *(run["data"] or "-" for run in comparison["runs"])))
+    differences = [(key, *values) for key, values in comparison["differences"].items()]
+    table("what differs", ("", *names), [*status, *differences])
+    metrics = [(name, *(number(value, name) for value in values)) for name, values in comparison["metrics"].items()]
+    table("metrics", ("", *names), metrics)
+
+
+def show_block(title: str, block: Mapping[str, Any]) -> None:
+    """Print keys and values."""
+    table(title, ("", "value"), [(key, value) for key, value in block.items()])

@@ -1,0 +1,48 @@
+"""Stopping on request: the first Ctrl-C, SIGTERM or SIGUSR1 lets the step in progress end, then a checkpoint is written."""
+
+import signal
+from types import FrameType, TracebackType
+
+from cvlab.errors import StoppedError
+
+EXIT_INTERRUPT = 130
+EXIT_TERMINATED = 143
+
+
+class StopRequest:
+    """A context in which signals set `received` instead of ending the process; a second Ctrl-C ends it at once.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+    def __enter__(self) -> "StopRequest":
+        for number in self.SIGNALS:
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:
+                break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def error(self, step: int, run: str) -> StoppedError:
+        """Build the error that ends a run which was asked to stop, after its checkpoint is on the disk."""
+        assert self.received is not None
+        code = EXIT_INTERRUPT if self.received == signal.SIGINT else EXIT_TERMINATED
+        name = signal.Signals(self.received).name
+        return StoppedError(f"stopped by {name} after step {step}, checkpoint saved", f"cvlab resume {run}", code)

@@ -1,0 +1,182 @@
+"""A strict reader for small YAML files that remembers where everything stood.
+
+Differs from `yaml.safe_load`: duplicate keys, anchors, aliases, tags and further documents are refused, `1e-3` is a
+number, `yes` and `on` are text, sequences become tuples, and size, depth and the number of nodes are bounded. The
+events are read one at a time with an explicit stack, so that no input can exhaust Python's (or the C parser's) stack.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cvlab.errors import ConfigError, DataError
+
+MAX_BYTES = 64 * 1024
+MAX_DEPTH = 16
+MAX_NODES = 600
+MAX_BRACKETS = 400  # PyYAML's scanner takes quadratic time over unclosed ones
+INTEGER = re.compile(r"[-+]?[0-9][0-9_]*\Z")
+FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
+WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "false": False}
+for _word in ("null", "true", "false"):
+    WORDS[_word.capitalize()] = WORDS[_word.upper()] = WORDS[_word]
+WORDS |= {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a file, counted from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass
+class Document:
+    """What a file says, and where: `marks` goes by the path of keys and indices."""
+
+    value: Any
+    marks: dict[Path_, Mark]
+    source: str
+
+    def place(self, path: Path_) -> str:
+        """Return `file:line:column` of the value at `path`, or of the nearest one above it."""
+        while path and path not in self.marks:
+            path = path[:-1]
+        mark = self.marks.get(path)
+        return f"{self.source}:{mark.line}:{mark.column}" if mark else self.source
+
+
+@dataclass
+class _Open:
+    """A mapping or a sequence whose end has not been read yet."""
+
+    path: Path_
+    items: Any
+    key: str | None = None
+    seen: set[str] = field(default_factory=set)
+
+
+def read(path: Path) -> Document:
+    """Read a YAML file. DataError if it cannot be read, ConfigError if it is not a configuration."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", "name a configuration file that can be read") from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_BYTES // 1024} KiB", "a configuration is a page of text")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text", "save the file as UTF-8") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str) -> Document:
+    """Parse one YAML document; ConfigError with `source:line:column` where it is not valid."""
+    if text.count("[") + text.count("{") > MAX_BRACKETS:
+        raise ConfigError(f"{source}: more than {MAX_BRACKETS} brackets", "a configuration is a page of text")
+    try:
+        return _build(text, source)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _build(text: str, source: str) -> Document:
+    document = Document(None, {}, source)
+    stack: list[_Open] = []
+    documents = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        place = f"{source}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise ConfigError(f"{place}: a second document", "one file holds one configuration")
+        elif isinstance(event, yaml.NodeEvent):
+            _refuse_exotic(event, place)
+            _add(document, stack, event, place)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            _close(document, stack)
+    return document
+
+
+def _refuse_exotic(event: yaml.NodeEvent, place: str) -> None:
+    if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+        raise ConfigError(f"{place}: anchors and aliases are not allowed", "write the value out")
+    tag = getattr(event, "tag", None)
+    if tag not in (None, "!"):
+        raise ConfigError(f"{place}: the tag {tag!r} is not allowed", "write a plain value")
+
+
+def _add(document: Document, stack: list[_Open], event: yaml.NodeEvent, place: str) -> None:
+    """Take in a scalar or the start of a collection: as a key, as a value or as the whole document."""
+    top = stack[-1] if stack else None
+    if top is not None and isinstance(top.items, dict) and top.key is None:
+        top.key = _key(top, event, place)
+        document.marks[(*top.path, top.key)] = Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+        return
+    path: Path_ = ()
+    if top is not None:
+        path = (*top.path, top.key if isinstance(top.items, dict) else len(top.items))  # type: ignore[arg-type]
+    mark = Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+    if top is None or isinstance(top.items, list):
+        document.marks[path] = mark
+    if len(document.marks) > MAX_NODES:
+        raise ConfigError(f"{place}: more than {MAX_NODES} values", "a configuration is a page of text")
+    if isinstance(event, yaml.ScalarEvent):
+        _put(document, top, _scalar(event, place))
+        return
+    if len(stack) >= MAX_DEPTH:
+        raise ConfigError(f"{place}: nested deeper than {MAX_DEPTH} levels", "a configuration is flat")
+    stack.append(_Open(path, {} if isinstance(event, yaml.MappingStartEvent) else []))
+
+
+def _key(top: _Open, event: yaml.NodeEvent, place: str) -> str:
+    if not isinstance(event, yaml.ScalarEvent):
+        raise ConfigError(f"{place}: a key must be a word", "quote it if it is text")
+    if event.value in top.seen:
+        raise ConfigError(f"{place}: duplicate key {event.value!r}", "keep one of the two")
+    top.seen.add(event.value)
+    return str(event.value)
+
+
+def _put(document: Document, top: _Open | None, value: Any) -> None:
+    if top is None:
+        document.value = value
+    elif isinstance(top.items, list):
+        top.items.append(value)
+    else:
+        top.items[top.key] = value
+        top.key = None
+
+
+def _close(document: Document, stack: list[_Open]) -> None:
+    done = stack.pop()
+    value = tuple(done.items) if isinstance(done.items, list) else done.items
+    _put(document, stack[-1] if stack else None, value)
+
+
+def _scalar(event: yaml.ScalarEvent, place: str) -> Any:
+    """Resolve a plain scalar by YAML 1.2's core schema; quoted text stays text."""
+    text = str(event.value)
+    if event.style is not None or event.tag == "!":
+        return text
+    if text in WORDS:
+        return WORDS[text]
+    if INTEGER.match(text):
+        if len(text) > 19:
+            raise ConfigError(f"{place}: the number {text[:12]}... is too large", "at most 18 digits")
+        return int(text)
+    return float(text.replace("_", "")) if FLOAT.match(text) else text
