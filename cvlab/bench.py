@@ -17,7 +17,6 @@ from cvlab.models.convnet import deep_convnet
 VGG_HALF: dict[str, Any] = {"filters": (32, 64, 128, 128), "pools": (0, 1, 3), "batchnorm": True}
 BATCH = 128
 IMAGES = 5_000
-WARM_UP_STEPS = 3
 
 
 def alternate(loops: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -44,7 +43,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> engines.Losses:
 
 
 def _fit_loop(where: Compute, steps: int) -> Callable[[], None]:
-    """The engine: shuffled uint8 batches, the losses checked, through `fit`."""
+    """Make the engine's loop: shuffled uint8 batches, the losses checked, through `fit`."""
     torch.manual_seed(0)
     model = deep_convnet(**VGG_HALF).to(where.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = _data(where)
@@ -53,9 +52,7 @@ def _fit_loop(where: Compute, steps: int) -> Callable[[], None]:
 
     def loop() -> None:
         until = training.step + steps
-        for _ in engines.fit(
-            training, _loss, batches, total_steps=until, lr_factor=lambda progress: 1.0, where=where
-        ):
+        for _ in engines.fit(training, _loss, batches, total_steps=until, lr_factor=lambda progress: 1.0, where=where):
             pass
         where.synchronize()
 
@@ -63,7 +60,7 @@ def _fit_loop(where: Compute, steps: int) -> Callable[[], None]:
 
 
 def _bare_loop(where: Compute, steps: int, channels_last: bool) -> Callable[[], None]:
-    """Twenty lines of PyTorch, as one writes them by hand."""
+    """Make twenty lines of PyTorch, as one writes them by hand."""
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     blocks: list[nn.Module] = []
@@ -100,17 +97,18 @@ def engine(rounds: int, steps: int, device: str) -> dict[str, Any]:
     where = engines.compute(device)
     plain = Compute(where.device, "float32", where.threads)
     same, slow = f"bare loop, {where.precision}, channels_last", "bare loop, float32, contiguous"
-    makers = {
-        "fit": lambda n: _fit_loop(where, n),
-        same: lambda n: _bare_loop(where, n, channels_last=True),
-        slow: lambda n: _bare_loop(plain, n, channels_last=False),
+    loops = {
+        "fit": _fit_loop(where, steps),
+        same: _bare_loop(where, steps, channels_last=True),
+        slow: _bare_loop(plain, steps, channels_last=False),
     }
-    loops = {name: maker(steps) for name, maker in makers.items()}
     for loop in loops.values():
         loop()
     seconds = alternate(loops, rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = {name: statistics.median(a / b for a, b in zip(v, seconds[same], strict=True)) for name, v in seconds.items()}
+    ratio = {
+        name: statistics.median(a / b for a, b in zip(v, seconds[same], strict=True)) for name, v in seconds.items()
+    }
     return {
         "ok": True,
         "what": f"vgg_half, batch {BATCH}, {where.device}, {where.precision}, {where.threads} threads, "

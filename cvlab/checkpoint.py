@@ -132,7 +132,8 @@ def load(path: Path) -> State:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = next((line for line in lines if "Unsupported" in line), lines[0])[:160]
         raise CheckpointError(f"{path}: not a valid checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a valid checkpoint: it holds a {type(state).__name__}")
@@ -156,7 +157,10 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged: its checksum differs")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > path.stat().st_size:
+    if (
+        any(m.compress_type != zipfile.ZIP_STORED for m in members)
+        or sum(m.file_size for m in members) > path.stat().st_size
+    ):
         raise CheckpointError(f"{path}: not a valid checkpoint: compressed or lying members")
     if any(m.filename.endswith(".pkl") and m.file_size > MAX_PICKLE_BYTES for m in members):
         raise CheckpointError(f"{path}: not a valid checkpoint: its index is too large")
@@ -193,7 +197,11 @@ def match_model(model: torch.nn.Module, weights: State, path: Path | str) -> Non
     own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
-        parts = [f"{len(names)} {word} ({names[0]}, ...)" for names, word in ((missing, "missing"), (extra, "unknown")) if names]
+        parts = [
+            f"{len(names)} {word} ({names[0]}, ...)"
+            for names, word in ((missing, "missing"), (extra, "unknown"))
+            if names
+        ]
         raise CheckpointError(f"{path}: the checkpoint of another model: {', '.join(parts)}", "check the configuration")
     for name, tensor in own.items():
         other = weights[name]

@@ -65,7 +65,7 @@ def run(
     if offline and download:
         raise ConfigError("--offline and --download exclude each other", "give one of them")
     from cvlab import config as configs
-    from cvlab import runner, rundir
+    from cvlab import rundir, runner
     from cvlab.data.settle import Policy
     from cvlab.report import tables
 
@@ -153,10 +153,11 @@ app.add_typer(bench_app, name="bench")
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_exit_code(arguments))
+    sys.exit(run_command_line(arguments))
 
 
-def _exit_code(arguments: list[str]) -> int:
+def run_command_line(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; errors are shown, not raised."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
         code = app(arguments, standalone_mode=False)

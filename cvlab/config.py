@@ -1,7 +1,7 @@
 """YAML < overrides, validated once into a frozen object; every error names its line.
 
-    loaded = load("configs/cifar_bn.yaml", ["optimizer.lr=1e-2"])
-    loaded.config.optimizer.lr
+loaded = load("configs/cifar_bn.yaml", ["optimizer.lr=1e-2"])
+loaded.config.optimizer.lr
 """
 
 from collections.abc import Iterable, Mapping
@@ -79,9 +79,11 @@ def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
         block = document.value
         for depth, part in enumerate(path[:-1], start=1):
             if path[:depth] == (EXCLUSIVE,) and path[:depth] not in given:
+                block.pop(part, None)
+            if part not in block:
                 block[part] = {}
                 given[path[:depth]] = text
-            block = block.setdefault(part, {})
+            block = block[part]
             if not isinstance(block, dict):
                 raise ConfigError(f"override {text!r}: {'.'.join(map(str, path[:depth]))} has no keys")
         block[path[-1]] = parsed
@@ -133,6 +135,8 @@ def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[Frozen] | Non
         block = raw.get(key)
         chosen = block.get("name") if isinstance(block, Mapping) else getattr(info.default, "name", None)
         if not isinstance(chosen, str):
+            if isinstance(block, Mapping):
+                wrong.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(table.names))}"))
             continue
         try:
             made = part_type(table, chosen, table.find(chosen, base))

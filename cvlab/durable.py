@@ -46,7 +46,7 @@ class _FirstError:
         self.file.flush()
 
 
-def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Write `path` durably with what `fill(file)` writes. RunDirError if the disk refuses; no temporary is left."""
     temporary = ""
     try:
@@ -78,7 +78,7 @@ def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file durably."""
-    write(path, lambda file: file.write(text.encode()) and None)
+    write(path, lambda file: file.write(text.encode()))
 
 
 def sync_directory(folder: Path) -> None:
@@ -101,4 +101,6 @@ def sweep(folder: Path) -> None:
 def disk_error(path: Path, error: OSError) -> RunDirError:
     """Turn what the disk said into one line."""
     reason = error.strerror or str(error)
-    return RunDirError(f"{path}: {reason}", "free space, or choose another place with --runs-dir; earlier files are whole")
+    return RunDirError(
+        f"{path}: {reason}", "free space, or choose another place with --runs-dir; earlier files are whole"
+    )

@@ -26,7 +26,7 @@ def problems(error: ValidationError, config_type: type[BaseModel], raw: Mapping[
     found: dict[Path_, str] = {}
     for item in error.errors(include_url=False):
         path = _real_path(item["loc"], raw)
-        if item["type"] == "missing":
+        if item["type"] == "missing" and isinstance(item["loc"][-1], str):
             path = (*path, item["loc"][-1])
             message = f"missing key {_dotted(path)!r} ({describe(_at(schema, path), schema)})"
         elif item["type"] == "extra_forbidden":
@@ -34,7 +34,8 @@ def problems(error: ValidationError, config_type: type[BaseModel], raw: Mapping[
         elif item["type"] in ("value_error", "assertion_error"):
             message = f"{_dotted(path)}: {item['ctx']['error']}"
         else:
-            message = f"{_dotted(path)}: expected {describe(_at(schema, path), schema)}, got {show(item['input'])}"
+            given = _value(raw, path)
+            message = f"{_dotted(path)}: expected {describe(_at(schema, path), schema)}, got {show(given)}"
         found.setdefault(path, message)
     return list(found.items())
 
@@ -43,14 +44,17 @@ def _real_path(loc: tuple[str | int, ...], raw: Any) -> Path_:
     """Drop what pydantic puts into a location besides keys and indices: the branches of unions."""
     path: list[str | int] = []
     for part in loc:
-        if isinstance(raw, Mapping) and part in raw:
+        in_list = isinstance(raw, tuple) and isinstance(part, int) and part < len(raw)
+        if in_list or (isinstance(raw, Mapping) and part in raw):
             raw = raw[part]
-        elif isinstance(raw, tuple) and isinstance(part, int) and part < len(raw):
-            raw = raw[part]
-        else:
-            continue
-        path.append(part)
+            path.append(part)
     return tuple(path)
+
+
+def _value(raw: Any, path: Path_) -> Any:
+    for part in path:
+        raw = raw[part]
+    return raw
 
 
 def _dotted(path: Path_) -> str:

@@ -27,8 +27,8 @@ def runs(root: Path) -> list[Row]:
             {
                 "run": path.name,
                 "status": state,
-                "experiment": summary.get("experiment"),
-                "data": summary.get("data") or status.get("data"),
+                "experiment": status.get("experiment"),
+                "data": status.get("data"),
                 "result": ", ".join(shown[:2]),
                 "metrics": metrics,
             }
@@ -54,7 +54,7 @@ def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) ->
     durable.write_text(folder / "compare.csv", comparing.to_csv(comparison))
     durable.write_text(folder / "compare.json", json.dumps(rundir.plain(comparison), indent=2) + "\n")
     picture = plots.draw_comparison(runs)
-    durable.write(folder / "compare.png", lambda file: file.write(picture) and None)
+    durable.write(folder / "compare.png", lambda file: file.write(picture))
     return [str(folder / name) for name in ("compare.csv", "compare.json", "compare.png")]
 
 
@@ -82,7 +82,9 @@ def model_lines() -> list[Row]:
         made = part_type(models.TABLE, name, models.find(name, Path()))
         keys = [key if info.is_required() else f"{key}={info.default}" for key, info in made.model_fields.items()]
         rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": made.__doc__})
-    rows += [{"name": f"{p}:NAME", "keys": "those of its builder", "summary": f"any model of {p}"} for p in models.PREFIXES]
+    rows += [
+        {"name": f"{p}:NAME", "keys": "those of its builder", "summary": f"any model of {p}"} for p in models.PREFIXES
+    ]
     return [*rows, {"name": "./file.py:Name", "keys": "its own", "summary": "your own class or function"}]
 
 
@@ -121,7 +123,8 @@ def check(name: str | None) -> Row:
 
 def json_schema() -> Row:
     """Return a JSON Schema of every configuration, for editors: one branch per experiment."""
-    branches, definitions = [], {}
+    branches: list[Row] = []
+    definitions: Row = {}
     for name in experiments.names():
         config_type = experiments.find(name).Config
         schema = config_type.model_json_schema()

@@ -17,8 +17,9 @@ from cvlab.errors import ConfigError
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to `name`, or None where nothing is close."""
-    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    folded = {other.lower(): other for other in known}
+    found = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:

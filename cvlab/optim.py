@@ -39,10 +39,8 @@ def sgd(
     parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0, nesterov: bool = False, weight_decay: Small = 0.0
 ) -> optim.Optimizer:
     """Stochastic gradient descent, with (Nesterov) momentum if it is above 0."""
-    given = list(parameters)
-    return optim.SGD(
-        given, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=_fused(given)
-    )
+    given: Any = list(parameters)
+    return optim.SGD(given, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=_fused(given))
 
 
 def rmsprop(
@@ -60,7 +58,7 @@ def adam(
     weight_decay: Small = 0.0,
 ) -> optim.Optimizer:
     """Adam (Kingma and Ba, 2015, algorithm 1), with bias correction."""
-    given = list(parameters)
+    given: Any = list(parameters)
     return optim.Adam(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
 
 
@@ -72,7 +70,7 @@ def adamw(
     weight_decay: Small = 1e-2,
 ) -> optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2)."""
-    given = list(parameters)
+    given: Any = list(parameters)
     return optim.AdamW(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
 
 

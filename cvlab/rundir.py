@@ -1,7 +1,7 @@
 """The run directory: the only place a run writes to, and the only thing a comparison reads.
 
-    runs/20261123-221500-cifar_bn-3f2a/
-        config.yaml  env.json  status.json  metrics.jsonl  summary.json  log.txt  checkpoints/  images/  plots/
+runs/20261123-221500-cifar_bn-3f2a/
+    config.yaml  env.json  status.json  metrics.jsonl  summary.json  log.txt  checkpoints/  images/  plots/
 """
 
 import contextlib
@@ -35,6 +35,7 @@ class RunDir:
         self.echo = echo
         self.facts: dict[str, Any] = {}  # what an experiment wants in summary.json beside its metrics
         self._lock = RunLock(path)
+        self._status: Row = {}
         self._metrics_descriptor: int | None = None
 
     @property
@@ -51,6 +52,7 @@ class RunDir:
                 if folder.is_dir():
                     durable.sweep(folder)
             self._repair_metrics()
+            self._status = read_json(self.path / "status.json")
             yield self
         finally:
             if self._metrics_descriptor is not None:
@@ -73,17 +75,17 @@ class RunDir:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file durably, for example a picture."""
-        durable.write(self.path / name, lambda file: file.write(content) and None)
+        durable.write(self.path / name, lambda file: file.write(content))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file durably; numbers that are not finite become null."""
         self.write_text(name, json.dumps(plain(value), indent=2) + "\n")
 
     def set_status(self, state: str, **more: Any) -> None:
-        """Write status.json: one of STATES and what else is known."""
+        """Write status.json: one of STATES and what else is known, which stays there until it changes."""
         assert state in STATES, state
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.write_json("status.json", {"status": state, "updated": now, **more})
+        self._status |= {"status": state, "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"), **more}
+        self.write_json("status.json", self._status)
 
     def log(self, line: str) -> None:
         """Append a line to log.txt and show it."""

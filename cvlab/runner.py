@@ -89,12 +89,14 @@ def _execute(chosen: RunConfig, out: RunDir) -> Result:
     """Run the experiment under the lock; whatever ends it is written to status.json."""
     out.log(f"run directory {out.path}")
     used = label(chosen.data) if hasattr(chosen, "data") else None
-    out.set_status("running", data=used)
+    out.set_status("running", experiment=chosen.experiment, data=used)
     began = time.monotonic()
     try:
         metrics = experiments.find(chosen.experiment).run(chosen, out)
     except BaseException as error:
         _record_failure(out, error)
+        if isinstance(error, CvlabError):
+            error.run = str(out.path)
         raise
     verdicts = expect.judge(rules(chosen), metrics)
     status = "done" if all(verdict["met"] for verdict in verdicts) else "unmet"
@@ -124,12 +126,11 @@ def rules(chosen: RunConfig) -> tuple[str, ...]:
 
 def _record_failure(out: RunDir, error: BaseException) -> None:
     stopped = isinstance(error, (StoppedError, KeyboardInterrupt))
-    step = rundir.read_json(out.path / "status.json").get("step") if out.path.is_dir() else None
     try:
         if not isinstance(error, (CvlabError, KeyboardInterrupt)):
             with (out.path / "log.txt").open("a") as file:
                 traceback.print_exception(error, file=file)
-        out.set_status("interrupted" if stopped else "failed", step=step, error=str(error) or type(error).__name__)
+        out.set_status("interrupted" if stopped else "failed", error=str(error) or type(error).__name__)
     except (CvlabError, OSError) as second:
         console.say(f"warning: the status could not be written: {second}")
 

@@ -66,10 +66,10 @@ class Table:
 
 def part_type(table: Table, name: str, builder: Callable[..., Any]) -> type[Part]:
     """Make the schema of one block from a builder's signature: annotations are types, defaults are defaults."""
-    target = builder.__init__ if inspect.isclass(builder) else builder  # type: ignore[misc]
+    target = builder.__init__ if inspect.isclass(builder) else builder
     hints = typing.get_type_hints(target, include_extras=True)
     base: type[Part] = Part
-    fields: dict[str, Any] = {"name": (Literal[name], name)}  # type: ignore[valid-type]
+    fields: dict[str, Any] = {"name": (Literal[name], name)}
     for parameter in inspect.signature(builder).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             base = OpenPart
@@ -82,10 +82,8 @@ def part_type(table: Table, name: str, builder: Callable[..., Any]) -> type[Part
 
 def tables_of(config_type: type[BaseModel]) -> dict[str, Table]:
     """Return the fields of a schema that are blocks with a name, with their tables."""
-    found = {}
-    for key, info in config_type.model_fields.items():
-        found |= {key: marker for marker in info.metadata if isinstance(marker, Table)}
-    return found
+    fields = config_type.model_fields.items()
+    return {key: marker for key, info in fields for marker in info.metadata if isinstance(marker, Table)}
 
 
 class Duration(Frozen):

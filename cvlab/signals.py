@@ -1,4 +1,4 @@
-"""Stopping on request: the first Ctrl-C, SIGTERM or SIGUSR1 lets the step in progress end, then a checkpoint is written."""
+"""Stopping on request: Ctrl-C, SIGTERM or SIGUSR1 let the step in progress end, then a checkpoint is written."""
 
 import signal
 from types import FrameType, TracebackType

@@ -6,20 +6,18 @@ needs is in the checkpoint: `Training.state()` and what is gathered here (see `S
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from cvlab import __version__, checkpoint, engine, lookup, optim
 from cvlab.console import Progress
-from cvlab.engine import Compute, Losses, Training
+from cvlab.engine import Losses, Training
 from cvlab.errors import CheckpointError, ConfigError
+from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
-from cvlab.schema import BelowOne, Count, Duration, Fraction, NonNegative, Part, Positive, RunConfig
 from cvlab.signals import StopRequest
 
 SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
@@ -27,37 +25,12 @@ CALIBRATION_SHARE = 0.03  # of a budget in seconds, spent on measuring the time 
 FORMAT = 1
 
 
-class TrainConfig(RunConfig):
-    """The keys of every experiment that trains."""
-
-    optimizer: Annotated[Part, optim.OPTIMIZERS] = Field(description="name and its parameters")
-    schedule: Annotated[Part, optim.SCHEDULES] = Field(Part(name="constant"), description="of the learning rate")
-    warmup: Fraction = Field(0.0, description="share of the run over which the learning rate rises from 0")
-    batch_size: Count = Field(description="images per step")
-    duration: Duration = Field(description="exactly one of steps, epochs, seconds")
-    clip_norm: Positive | None = Field(None, description="largest norm of the gradient")
-    ema: BelowOne | None = Field(None, description="decay of a running average of the weights, which is evaluated")
-    eval_every: Count = Field(1, description="epochs between two evaluations")
-    log_every: Count = Field(10, description="steps between two rows of metrics.jsonl")
-    save_seconds: NonNegative = Field(60.0, description="at least so long between two checkpoints")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an experiment wants trained.
-
-    `batch_at(step)` gives the batch of a step; `evaluate(model)` the metrics of an evaluation, one of which,
-    `monitor`, says which weights are best (higher is better).
-    """
-
-    model: nn.Module
-    loss_fn: engine.LossFn[Any]
-    batch_at: Callable[[int], Any]
-    steps_per_epoch: int
-    items_per_step: int
-    evaluate: Callable[[nn.Module], dict[str, float]]
-    monitor: str
-    where: Compute
+def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    """Return the keys that a state lacks, dotted, down to the second level where its keys are always the same."""
+    missing = [key for key in own if key not in state]
+    for key in {"rng", "gathered", "circumstances"}.difference(missing):
+        missing += [f"{key}.{part}" for part in own[key] if part not in state[key]]
+    return missing
 
 
 @dataclass
@@ -136,7 +109,9 @@ class Session:
         typical = sorted(times[2:])[len(times[2:]) // 2]
         steps = int(seconds / typical)
         if steps < 1:
-            raise ConfigError(f"duration.seconds: {seconds:g} s are too short for one step, which takes {typical:.2g} s")
+            raise ConfigError(
+                f"duration.seconds: {seconds:g} s are too short for one step, which takes {typical:.2g} s"
+            )
         self.out.log(
             f"{seconds:g} s of training (evaluation and loading not counted): a step takes {1000 * typical:.1f} ms, "
             f"so {steps} steps; repeat it with duration.steps={steps}"
@@ -144,7 +119,7 @@ class Session:
         return steps
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
-        missing = [key for key in self.state() if key not in state]
+        missing = lacking(self.state(), state)
         if missing:
             raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
         if state["config_sha256"] != self.settings.digest():
@@ -162,13 +137,13 @@ class Session:
         self.saved_step = self.training.step
 
     def _circumstances(self) -> dict[str, Any]:
-        """What must be equal for a resume to be equal bit for bit."""
+        """Return what must be equal for a resume to be equal bit for bit."""
         where = self.job.where
         return {
             "device": str(where.device),
             "precision": where.precision,
             "threads": where.threads,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "cvlab": __version__,
         }
 

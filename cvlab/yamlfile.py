@@ -99,7 +99,8 @@ def _build(text: str, source: str) -> Document:
     stack: list[_Open] = []
     documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        place = f"{source}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        mark = _mark(event)
+        place = f"{source}:{mark.line}:{mark.column}"
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -110,6 +111,12 @@ def _build(text: str, source: str) -> Document:
         elif isinstance(event, yaml.CollectionEndEvent):
             _close(document, stack)
     return document
+
+
+def _mark(event: yaml.Event) -> Mark:
+    start = event.start_mark
+    assert start is not None
+    return Mark(start.line + 1, start.column + 1)
 
 
 def _refuse_exotic(event: yaml.NodeEvent, place: str) -> None:
@@ -125,14 +132,13 @@ def _add(document: Document, stack: list[_Open], event: yaml.NodeEvent, place: s
     top = stack[-1] if stack else None
     if top is not None and isinstance(top.items, dict) and top.key is None:
         top.key = _key(top, event, place)
-        document.marks[(*top.path, top.key)] = Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+        document.marks[(*top.path, top.key)] = _mark(event)
         return
     path: Path_ = ()
     if top is not None:
         path = (*top.path, top.key if isinstance(top.items, dict) else len(top.items))  # type: ignore[arg-type]
-    mark = Mark(event.start_mark.line + 1, event.start_mark.column + 1)
     if top is None or isinstance(top.items, list):
-        document.marks[path] = mark
+        document.marks[path] = _mark(event)
     if len(document.marks) > MAX_NODES:
         raise ConfigError(f"{place}: more than {MAX_NODES} values", "a configuration is a page of text")
     if isinstance(event, yaml.ScalarEvent):

@@ -72,26 +72,38 @@ def _verified(path: Path) -> bytes:
 
 
 def _batch(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Return the pixels of a batch, uint8 (N, 3072) plane by plane, and its labels."""
     try:
         content = ClosedUnpickler(io.BytesIO(_verified(path)), encoding="bytes").load()
-        pixels, labels = content[b"data"], content[b"labels"]
-        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
+        pixels, labels = content[b"data"], list(content[b"labels"])
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
+            raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}")
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path}: not a CIFAR-10 batch: {error}", HINT) from error
-    return np.ascontiguousarray(images), list(labels)
+    return pixels, labels
+
+
+def _images(batches: list[tuple[np.ndarray, list[int]]]) -> torch.Tensor:
+    """Put the planes of several batches together as (N, 32, 32, 3)."""
+    images = torch.empty(sum(len(labels) for _, labels in batches), 1024, 3, dtype=torch.uint8)
+    start = 0
+    for pixels, labels in batches:
+        images[start : start + len(labels)] = torch.from_numpy(pixels).view(-1, 3, 1024).transpose(1, 2)
+        start += len(labels)
+    return images.view(-1, 32, 32, 3)
 
 
 def load(root: Path) -> ImageSet:
     """Read the set; DataError naming the file that is missing or differs from the published one."""
     folder = root / FOLDER
     batches = [_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
-    test_images, test_labels = _batch(folder / "test_batch")
+    test = [_batch(folder / "test_batch")]
     return ImageSet(
         name="cifar10",
-        train_images=torch.from_numpy(np.concatenate([images for images, _ in batches])),
+        train_images=_images(batches),
         train_labels=torch.tensor([label for _, labels in batches for label in labels]),
-        test_images=torch.from_numpy(test_images),
-        test_labels=torch.tensor(test_labels),
+        test_images=_images(test),
+        test_labels=torch.tensor(test[0][1]),
         classes=CLASSES,
     )
 

@@ -1,4 +1,4 @@
-"""Downloads that make nobody wait unasked: official place and mirrors, resumable, checked, installed whole or not at all.
+"""Downloads that make nobody wait unasked: official place and mirrors, resumable, checked, whole or not at all.
 
 All sources are asked at once; where none answers within 5 s the download is given up. A source that would take longer
 than 10 minutes is left for the next one, and what came so far is kept: every source has the same bytes, so the next one
@@ -63,7 +63,9 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bo
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{target.parent}: {error.strerror}", "set CVLAB_DATA to a folder that can be written") from error
+        raise DataError(
+            f"{target.parent}: {error.strerror}", "set CVLAB_DATA to a folder that can be written"
+        ) from error
     partial = target.with_name(f"{target.name}.partial")
     _receive(urls, partial, size, patient)
     try:

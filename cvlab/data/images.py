@@ -60,18 +60,24 @@ class Normalization:
 def normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.device) -> Normalization:
     """Build the normalisation of `images` (N, H, W, C) uint8: `mean` subtracts it, `mean_std` divides by the deviation.
 
-    The sums are of whole numbers and so exact, whatever the order.
+    The sums are of whole numbers and exact, whatever the order.
     """
-    pixels = images.reshape(-1, images.shape[-1])
-    count = pixels.shape[0]
-    mean = torch.stack([pixels[:, c].sum() for c in range(pixels.shape[1])]).double() / count / 255
+    channels = images.shape[-1]
+    count = images.numel() // channels
+    mean = _channel_sums(images, 1) / count / 255
     std = torch.ones_like(mean)
     if kind == "mean_std":
-        counts = [torch.bincount(pixels[:, c].int(), minlength=256).double() for c in range(pixels.shape[1])]
-        squares = torch.arange(256, dtype=torch.float64).square()
-        std = (torch.stack([(n * squares).sum() for n in counts]) / count / 255**2 - mean.square()).sqrt()
+        std = (_channel_sums(images, 2) / count / 255**2 - mean.square()).sqrt()
     scale, shift = 1 / (255 * std), -mean / std
     return Normalization(scale.to(device, dtype).view(1, -1, 1, 1), shift.to(device, dtype).view(1, -1, 1, 1))
+
+
+def _channel_sums(images: Tensor, power: int) -> Tensor:
+    """Return the sums of x^power over all pixels of each channel, float64 (C,)."""
+    total = torch.zeros(images[0].numel(), dtype=torch.float64)
+    for chunk in images.flatten(1).split(256):  # 256 * 255^2 < 2^24: exact in float32, which is fast to sum
+        total += chunk.float().pow_(power).sum(0)
+    return total.view(-1, images.shape[-1]).sum(0)
 
 
 @dataclass(frozen=True)

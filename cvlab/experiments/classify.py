@@ -30,6 +30,7 @@ from cvlab.data.images import (
     steps_in_epoch,
 )
 from cvlab.errors import ConfigError
+from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
 
 TRAIN_EVALUATED = 10_000  # of a larger training set the first so many are evaluated
@@ -43,7 +44,9 @@ class Data(schema.Frozen):
     standin_for: str | None = Field(None, description="set by cvlab in a run that used a stand-in")
     num_train: schema.Count | None = Field(None, description="train on the first so many; null: on all")
     val_fraction: schema.BelowOne = Field(0.2, description="the last share of the training images is validation")
-    normalize: Literal["mean", "mean_std"] = Field("mean", description="subtract the mean, or divide by the deviation too")
+    normalize: Literal["mean", "mean_std"] = Field(
+        "mean", description="subtract the mean, or divide by the deviation too"
+    )
 
     @field_validator("name", "standin")
     @classmethod
@@ -60,7 +63,7 @@ class Augment(schema.Frozen):
     translate_px: Annotated[schema.Index, Le(16)] = Field(0, description="shift by up to so many pixels")
 
 
-class Config(training.TrainConfig):
+class Config(TrainConfig):
     """One classifier on one data set."""
 
     data: Data
@@ -68,7 +71,7 @@ class Config(training.TrainConfig):
     layers: str = Field("torch", description="whose layers: a namespace of cvlab.layers")
     reg: schema.NonNegative = Field(0.0, description="loss + reg * sum(W^2), over weights, not biases, gamma, beta")
     label_smoothing: schema.BelowOne = Field(0.0, description="share of the target spread over all classes")
-    augment: Augment = Field(default_factory=Augment)
+    augment: Augment = Field(Augment())
     evaluate_test: bool = Field(False, description="report test_accuracy at the end; choose on validation")
 
     @field_validator("layers")
@@ -172,7 +175,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         train = evaluate(model, "train")
         return {"train_accuracy": train["train_accuracy"], **evaluate(model, "val")}
 
-    job = training.Job(
+    job = Job(
         model=parts.model,
         loss_fn=loss_function(config),
         batch_at=parts.batches,

@@ -65,7 +65,7 @@ def three_layer_convnet(
     num_classes: int = 10,
     layers: Any = nn,
 ) -> nn.Module:
-    """conv - ReLU - max pool 2x2 - linear - ReLU - linear; the convolution keeps the size.
+    """Conv - ReLU - max pool 2x2 - linear - ReLU - linear; the convolution keeps the size.
 
     Takes (N, in_channels, image_size, image_size), gives scores (N, num_classes).
     """
@@ -74,7 +74,9 @@ def three_layer_convnet(
     pooled = image_size // 2
     return nn.Sequential(
         initialise(
-            layers.Conv2d(in_channels, num_filters, filter_size, padding=filter_size // 2), weight_scale, before_relu=True
+            layers.Conv2d(in_channels, num_filters, filter_size, padding=filter_size // 2),
+            weight_scale,
+            before_relu=True,
         ),
         layers.MaxPool2d(2),
         layers.ReLU(),

@@ -15,7 +15,7 @@ def initialise(layer: nn.Module, weight_scale: float | str, before_relu: bool) -
     C_in * K * K. Otherwise std is `weight_scale` itself.
     """
     weight = layer.weight
-    fan_in = weight[0].numel()  # type: ignore[index, union-attr]
+    fan_in = weight[0].numel()  # type: ignore[index]
     gain = 2.0 if before_relu else 1.0
     std = (gain / fan_in) ** 0.5 if isinstance(weight_scale, str) else float(weight_scale)
     nn.init.normal_(weight, 0.0, std)  # type: ignore[arg-type]

@@ -14,7 +14,9 @@ def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int = 10, 
     known = timm.list_models()
     if model_name not in known:
         raise _unknown("timm", model_name, known)
-    return _built(f"timm:{model_name}", timm.create_model, model_name, in_chans=in_channels, num_classes=num_classes, **options)
+    return _built(
+        f"timm:{model_name}", timm.create_model, model_name, in_chans=in_channels, num_classes=num_classes, **options
+    )
 
 
 def torchvision_model(model_name: str, *, num_classes: int = 10, **options: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,15 @@ from typing import Any
 from cvlab import rundir, yamlfile
 from cvlab.errors import RunDirError
 
+STAMP = re.compile(r"^\d{8}-\d{6}-")
 UNTOLD = ("expect", "expect_standin", "name")  # keys that say nothing about what was run
 
 
 def labels(paths: Sequence[Path]) -> dict[str, Path]:
-    """Give each run a label: its directory's name, numbered where two are called the same."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        label, number = path.name, 2
-        while label in found and found[label] != path:
-            label, number = f"{path.name} ({number})", number + 1
-        found[label] = path
-    return found
+    """Label each run by its directory's name without the time; by its whole name where two would be called the same."""
+    short = [STAMP.sub("", path.name) for path in paths]
+    chosen = short if len(set(short)) == len(set(paths)) else [str(path) for path in paths]
+    return dict(zip(chosen, paths, strict=True))
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -56,16 +54,12 @@ def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
     names = dict.fromkeys(name for found in metrics.values() for name in found)
     return {
         "runs": [
-            {"label": label, "path": str(path), "status": rundir.read_status(path).get("status"), "data": _data(path)}
-            for label, path in runs.items()
+            {"label": label, "path": str(path), "status": status.get("status"), "data": status.get("data")}
+            for label, path, status in ((label, path, rundir.read_status(path)) for label, path in runs.items())
         ],
         "differences": {key: values for key, values in rows.items() if any(v != values[0] for v in values)},
         "metrics": {name: [metrics[label].get(name) for label in runs] for name in names},
     }
-
-
-def _data(path: Path) -> Any:
-    return rundir.read_json(path / "summary.json").get("data")
 
 
 def metrics_of(path: Path) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def draw_comparison(runs: Mapping[str, Path]) -> bytes:
         panel.grid(alpha=0.3)
     for panel in list(panels)[len(metrics) :]:
         panel.set_visible(False)
-    handles = {label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8)
     buffer = io.BytesIO()

@@ -1,0 +1,45 @@
+"""What every training is told: its configuration's common keys, and the `Job` that an experiment hands over."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
+
+from cvlab import engine, optim
+from cvlab.engine import Compute
+from cvlab.schema import BelowOne, Count, Duration, Fraction, NonNegative, Part, Positive, RunConfig
+
+
+class TrainConfig(RunConfig):
+    """The keys of every experiment that trains."""
+
+    optimizer: Annotated[Part, optim.OPTIMIZERS] = Field(description="name and its parameters")
+    schedule: Annotated[Part, optim.SCHEDULES] = Field(Part(name="constant"), description="of the learning rate")
+    warmup: Fraction = Field(0.0, description="share of the run over which the learning rate rises from 0")
+    batch_size: Count = Field(description="images per step")
+    duration: Duration = Field(description="exactly one of steps, epochs, seconds")
+    clip_norm: Positive | None = Field(None, description="largest norm of the gradient")
+    ema: BelowOne | None = Field(None, description="decay of a running average of the weights, which is evaluated")
+    eval_every: Count = Field(1, description="epochs between two evaluations")
+    log_every: Count = Field(10, description="steps between two rows of metrics.jsonl")
+    save_seconds: NonNegative = Field(60.0, description="at least so long between two checkpoints")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an experiment wants trained.
+
+    `batch_at(step)` gives the batch of a step; `evaluate(model)` the metrics of an evaluation, one of which,
+    `monitor`, says which weights are best (higher is better).
+    """
+
+    model: nn.Module
+    loss_fn: engine.LossFn[Any]
+    batch_at: Callable[[int], Any]
+    steps_per_epoch: int
+    items_per_step: int
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    monitor: str
+    where: Compute

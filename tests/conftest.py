@@ -1,0 +1,52 @@
+"""Fixtures: no test opens a socket, writes outside its own folder or depends on the machine's threads."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REAL_DATA = os.environ.get("CVLAB_DATA")
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A data folder that is shared by all tests, so that the scenes are generated once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path, data_root):
+    """Every test starts in a folder of its own, offline."""
+    from cvlab import console
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CVLAB_DATA", str(data_root))
+    monkeypatch.setenv("CVLAB_OFFLINE", "1")
+    monkeypatch.delenv("CVLAB_RUNS", raising=False)
+    console.set_level(quiet=False, verbose=False)
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def real_cifar10(monkeypatch):
+    """The folder of the real data sets; the test skips where CIFAR-10 is not in it."""
+    if not REAL_DATA or not (Path(REAL_DATA) / "cifar-10-batches-py" / "data_batch_1").is_file():
+        pytest.skip("CVLAB_DATA has no cifar-10-batches-py")
+    monkeypatch.setenv("CVLAB_DATA", REAL_DATA)
+    return Path(REAL_DATA)
+
+
+@pytest.fixture
+def cvlab(capsys):
+    """Call a command line in this process: `code, out, err = cvlab("train", "quickstart")`."""
+    from cvlab import cli
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.run_command_line([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -1,0 +1,109 @@
+"""A training of a second or less with everything a resume has to bring back: dropout, BatchNorm, EMA, augmentation."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cvlab import engine, training
+from cvlab.data.images import Augmentation, TrainBatches, eval_batches, normalization
+from cvlab.jobs import Job, TrainConfig
+from cvlab.rundir import RunDir
+
+STEPS = 32
+
+
+def settings(optimizer="adamw", **more):
+    """A configuration of the tiny training."""
+    from cvlab.optim import OPTIMIZERS, SCHEDULES
+    from cvlab.schema import part_type
+
+    def part(table, **arguments):
+        name = arguments.pop("name")
+        return part_type(table, name, table.find(name, Path()))(name=name, **arguments)
+
+    chosen = {"momentum": 0.9} if optimizer == "sgd" else {}
+    return TrainConfig(
+        **{
+            "experiment": "tiny",
+            "name": "tiny",
+            "seed": 3,
+            "threads": 1,
+            "precision": "float32",
+            "optimizer": part(OPTIMIZERS, name=optimizer, lr=1e-2, **chosen),
+            "schedule": part(SCHEDULES, name="cosine"),
+            "warmup": 0.1,
+            "batch_size": 8,
+            "duration": {"steps": STEPS},
+            "clip_norm": 1.0,
+            "ema": 0.9,
+            "log_every": 3,
+            "save_seconds": 1000.0,
+        }
+        | more
+    )
+
+
+def job(config, on_step=lambda step: None):
+    """The job of the tiny training; `on_step(step)` is called before each step's batch is made."""
+    where = engine.compute("cpu", config.precision, config.threads)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    normalize = normalization(images, "mean", where.dtype, where.device)
+    batches = TrainBatches(images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation(True, 1))
+    engine.seed_everything(config.seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(144, 3)
+    ).to(where.dtype)
+
+    def loss_fn(model, batch):
+        return {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+
+    def measure(model, batch):
+        scores = model(batch[0])
+        right = (scores.argmax(1) == batch[1]).sum()
+        loss = F.cross_entropy(scores, batch[1], reduction="sum")
+        return {"loss": loss, "accuracy": right, "count": torch.tensor(len(batch[1]))}
+
+    def evaluate(model):
+        found = engine.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, where)
+        return {f"val_{name}": value for name, value in found.items()}
+
+    def batch_at(step):
+        on_step(step)
+        return batches(step)
+
+    return Job(
+        model=model,
+        loss_fn=loss_fn,
+        batch_at=batch_at,
+        steps_per_epoch=batches.steps_per_epoch,
+        items_per_step=config.batch_size,
+        evaluate=evaluate,
+        monitor="val_loss",
+        where=where,
+    )
+
+
+def train(path: Path, config=None, on_step=lambda step: None):
+    """Run or resume the tiny training in a directory; return its metrics and facts."""
+    config = config or settings()
+    path.mkdir(exist_ok=True)
+    out = RunDir(path)
+    with out.locked():
+        _, metrics = training.train(config, job(config, on_step), out)
+    return metrics, out.facts
+
+
+def rows(path: Path):
+    """The rows of metrics.jsonl without the time they took."""
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def untimed(metrics):
+    """Metrics without the time they took."""
+    return {key: value for key, value in metrics.items() if key not in ("train_seconds", "images_per_second")}
