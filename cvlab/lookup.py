@@ -18,8 +18,21 @@ from cvlab.errors import ConfigError
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to `name`, or None where nothing is close."""
     folded = {other.lower(): other for other in known}
+    for other in folded:
+        if _one_slip(name.lower(), other):
+            return folded[other]
     found = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
     return folded[found[0]] if found else None
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter left out, put in, replaced, or swapped with the next turns one word into the other."""
+    if abs(len(a) - len(b)) > 1:
+        return False
+    start = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[start:], b[start:]
+    swapped = rest_a[:2] == rest_b[:2][::-1] and rest_a[2:] == rest_b[2:]
+    return rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:] or swapped
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:

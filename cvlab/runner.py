@@ -53,6 +53,7 @@ def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
     chosen = prepare(loaded, policy)
     out = rundir.create(root, chosen.name, console.say)
     chosen = _bring_user_files(chosen, loaded.base, out)
+    _pin_threads(chosen.threads)
     with out.locked():
         out.write_text("config.yaml", chosen.to_yaml())
         out.write_json("env.json", environment())
@@ -71,18 +72,18 @@ def resume(path: Path) -> Result:
             return result(path)
         loaded = config.load(str(path / "config.yaml"))
         env = rundir.read_json(path / "env.json")
-        _same_threads(env)
+        _pin_threads(env.get("threads"))
         env["resumed"] = [*env.get("resumed", []), environment()]
         out.write_json("env.json", env)
         return _execute(loaded.config, out)
 
 
-def _same_threads(env: Result) -> None:
-    """Results differ in the last bits with another number of threads."""
+def _pin_threads(count: int | None) -> None:
+    """Use the number of threads that a run is to have: with another its results differ in the last bits."""
     import torch
 
-    if isinstance(env.get("threads"), int):
-        torch.set_num_threads(env["threads"])
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 def _execute(chosen: RunConfig, out: RunDir) -> Result:

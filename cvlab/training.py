@@ -62,6 +62,7 @@ class Session:
 
     def __init__(self, settings: TrainConfig, job: Job, out: RunDir) -> None:
         self.settings, self.job, self.out = settings, job, out
+        self.config_sha256 = settings.digest()
         arguments = settings.optimizer.arguments()
         optimizer = optim.build_optimizer(settings.optimizer.name, job.model, arguments)
         self.training = Training(job.model, optimizer, settings.ema)
@@ -122,7 +123,7 @@ class Session:
         missing = lacking(self.state(), state)
         if missing:
             raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
-        if state["config_sha256"] != self.settings.digest():
+        if state["config_sha256"] != self.config_sha256:
             raise CheckpointError(f"{path}: config.yaml was changed since", "start the changed one with `cvlab run`")
         checkpoint.match_model(self.training.model, state["model"], path)
         for key, now in self._circumstances().items():
@@ -256,7 +257,7 @@ class Session:
             "format": FORMAT,
             "gathered": vars(self.gathered).copy(),
             "metrics_bytes": self.out.sync_metrics(),
-            "config_sha256": self.settings.digest(),
+            "config_sha256": self.config_sha256,
             "circumstances": self._circumstances(),
         }
 

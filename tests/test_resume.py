@@ -6,10 +6,10 @@ import signal
 
 import pytest
 import torch
-from tests import tiny
 
 from cvlab import checkpoint, training
 from cvlab.errors import CheckpointError, StoppedError
+from tests import tiny
 
 
 def stop_at(step):
@@ -48,12 +48,34 @@ def test_two_seeds_differ(tmp_path):
     assert one != two
 
 
-STATE_KEYS = (
-    "step model optimizer average rng format gathered metrics_bytes config_sha256 circumstances "
-    "rng.torch rng.numpy rng.python rng.cuda gathered.total_steps gathered.train_seconds gathered.loss_sums "
-    "gathered.loss_steps gathered.best_value gathered.best_step gathered.metrics circumstances.device "
-    "circumstances.precision circumstances.threads circumstances.torch circumstances.cvlab"
-).split()
+STATE_KEYS = [
+    "step",
+    "model",
+    "optimizer",
+    "average",
+    "rng",
+    "format",
+    "gathered",
+    "metrics_bytes",
+    "config_sha256",
+    "circumstances",
+    "rng.torch",
+    "rng.numpy",
+    "rng.python",
+    "rng.cuda",
+    "gathered.total_steps",
+    "gathered.train_seconds",
+    "gathered.loss_sums",
+    "gathered.loss_steps",
+    "gathered.best_value",
+    "gathered.best_step",
+    "gathered.metrics",
+    "circumstances.device",
+    "circumstances.precision",
+    "circumstances.threads",
+    "circumstances.torch",
+    "circumstances.cvlab",
+]
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,9 @@ def test_marks_name_the_key_or_the_item():
     assert document.place(("b", "missing")) == "f:2:1"
 
 
-@pytest.mark.parametrize("text", [BOMB, "[" * 100_000, "{" * 60_000, "- " * 30_000, "a: " + "[" * 300, "- a\n" * 16_000])
+@pytest.mark.parametrize(
+    "text", [BOMB, "[" * 100_000, "{" * 60_000, "- " * 30_000, "a: " + "[" * 300, "- a\n" * 16_000]
+)
 def test_bombs_cost_little(text):
     tracemalloc.start()
     best = 1.0

@@ -72,7 +72,7 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     """Two discs above, a corner below."""
     ax, v = x.abs(), -y
     lobes = torch.hypot(ax - 0.42, v - 0.35) - 0.5
-    corner = torch.maximum((0.74 * ax - 0.67 * v - 0.6), v - 0.42)
+    corner = torch.maximum(0.74 * ax - 0.67 * v - 0.576, v - 0.1)
     return torch.minimum(lobes, corner)
 
 

@@ -10,7 +10,9 @@ def number(value: Any, name: str = "") -> str:
     """Format a value of a table: counts in full, other numbers with four digits."""
     if value is None:
         return "-"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, (int, float)):
         return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
     if isinstance(value, int) or (name in COUNTS and float(value).is_integer()):
         return f"{int(value):,}"
@@ -24,12 +26,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right")
+        made.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         made.add_row(*(Text(cell if isinstance(cell, str) else number(cell)) for cell in row))
+    if title:
+        print(title)
     Console().print(made)
+    print()
 
 
 def show_result(result: Mapping[str, Any]) -> None:

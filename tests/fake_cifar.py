@@ -1,0 +1,73 @@
+"""Small files in CIFAR-10's format, and a server on this machine that hands files out well or badly."""
+
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+
+from cvlab.data import cifar10
+
+
+def batch(count, seed):
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+    return {b"data": pixels, b"labels": generator.integers(0, 10, count).tolist()}
+
+
+def write(folder, count=40):
+    """Write all files of a small CIFAR-10; return their md5 sums."""
+    folder.mkdir(parents=True)
+    sums = {}
+    for seed, name in enumerate(cifar10.MD5):
+        raw = pickle.dumps(batch(count, seed), protocol=3)
+        (folder / name).write_bytes(raw)
+        sums[name] = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+    return sums
+
+
+def tar_of(folder):
+    """Pack a folder as the official archive does; return its bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder, cifar10.FOLDER)
+    return buffer.getvalue()
+
+
+@contextmanager
+def server(answer):
+    """Serve `answer(handler)` for each GET on a free local port; yields the base URL and the list of requests."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            requests.append((self.path, self.headers.get("Range")))
+            answer(self)
+
+        def log_message(self, *arguments):
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{made.server_address[1]}", requests
+    finally:
+        made.shutdown()
+        made.server_close()
+        thread.join()
+
+
+def send(handler, content, cut=None, ranges=True):
+    """Answer with a file, from the range that was asked for; `cut` ends the connection after so many bytes."""
+    asked = handler.headers.get("Range")
+    start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and ranges else 0
+    handler.send_response(206 if start else 200)
+    handler.send_header("Content-Length", str(len(content) - start))
+    handler.end_headers()
+    body = content[start:]
+    handler.wfile.write(body if cut is None else body[:cut])

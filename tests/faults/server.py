@@ -1,0 +1,246 @@
+"""Runs tiny trainings in forked children and kills them: `python -m tests.faults.server SCENARIO FOLDER COUNT`.
+
+A fork of a process that has imported torch starts in milliseconds, so that hundreds of kills fit into a test. This
+process itself computes nothing and has one thread, so that a fork of it is safe. Prints one JSON document.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch._dynamo  # the first optimiser imports it: a second and a half that no child should spend
+
+os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: the failpoints are compiled in
+
+from cvlab import checkpoint, cli, rundir, training  # noqa: E402
+from cvlab.errors import CheckpointError  # noqa: E402
+from tests import tiny  # noqa: E402
+
+torch.set_num_threads(1)
+RANDOM = random.Random(0)
+FAILPOINTS = ("open", "mid_write", "before_fsync", "before_rename", "after_rename", "before_dirsync", "before_gc")
+
+
+def in_child(work):
+    """Fork, call `work()`, and return the child's pid; the child exits with what `work` returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = work() or 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(pid):
+    """Return a child's exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_after(pid, seconds):
+    """Kill a child after a while; return whether it was still running."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    return wait(pid) == -signal.SIGKILL
+
+
+def train(path):
+    """Train the tiny net, saving after every step, and leave its digest in a file."""
+
+    def work():
+        training.SAVE_SHARE = 0
+        metrics, facts = tiny.train(path, tiny.settings(save_seconds=0.0))
+        (path / "digest").write_text(json.dumps([facts, tiny.untimed(metrics), tiny.rows(path)]))
+
+    return work
+
+
+def corrupt_files(path):
+    """Return how many of a run's checkpoints do not verify."""
+    count = 0
+    for file in (path / "checkpoints").glob("*.pt"):
+        try:
+            checkpoint.load(file)
+        except CheckpointError:
+            count += 1
+    return count
+
+
+def reference(folder):
+    """Train without a disturbance and return the digest."""
+    assert wait(in_child(train(folder / "reference"))) == 0
+    return (folder / "reference" / "digest").read_text()
+
+
+def kills(folder, count):
+    """Kill at random times and start again until done, until `count` kills have happened."""
+    expected = reference(folder)
+    found = {"kills": 0, "runs": 0, "corrupt": 0, "different": 0}
+    while found["kills"] < count:
+        path = folder / f"run{found['runs']}"
+        while True:
+            killed = kill_after(in_child(train(path)), RANDOM.uniform(0.03, 0.25))
+            found["corrupt"] += corrupt_files(path)
+            if not killed:
+                break
+            found["kills"] += 1
+        found["runs"] += 1
+        found["different"] += (path / "digest").read_text() != expected
+        shutil.rmtree(path)
+    return found
+
+
+def failpoints(folder, count):
+    """Die at each failpoint of the first `count` saves, then go on."""
+    expected = reference(folder)
+    found = {"died": 0, "corrupt": 0, "different": 0, "left": 0}
+    for name in FAILPOINTS:
+        for number in range(1, count + 1):
+            path = folder / f"{name}-{number}"
+
+            def work(path=path, name=name, number=number):
+                os.environ["CVLAB_FAILPOINT"] = f"{name}:{number}"
+                train(path)()
+
+            found["died"] += wait(in_child(work)) == -signal.SIGKILL
+            found["corrupt"] += corrupt_files(path)
+            assert wait(in_child(train(path))) == 0
+            found["different"] += (path / "digest").read_text() != expected
+            found["left"] += len(list(path.rglob(".*.tmp")))
+    return found
+
+
+def naive(folder, count):
+    """Kill a writer that overwrites one file with `torch.save`: the harness must see that this corrupts it."""
+    path = folder / "naive.pt"
+    corrupt = 0
+
+    def work():
+        state = {"model": torch.zeros(5_000_000)}
+        while True:
+            torch.save(state, path)
+
+    for _ in range(count):
+        kill_after(in_child(work), RANDOM.uniform(0.1, 0.25))
+        try:
+            torch.load(path, weights_only=True)
+        except Exception:
+            corrupt += 1
+    return {"kills": count, "corrupt": corrupt}
+
+
+CONFIG = """experiment: classify
+data: {name: scenes10, num_train: 100, val_fraction: 0.02}
+model: {name: deep_convnet, filters: [4], pools: [0], batchnorm: true}
+optimizer: {name: adam, lr: 1e-2}
+batch_size: 20
+duration: {epochs: 1000}
+threads: 1
+precision: float32
+"""
+
+
+def _wait_for_steps(root):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        rows = list(rundir.read_metrics(root / "latest"))
+        if rows and rows[-1]["step"] >= 10:
+            return
+        time.sleep(0.01)
+    raise TimeoutError("no step was done")
+
+
+def _wait_for_step_after(run, step, pid):
+    """Let a resumed run get on, then stop it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        rows = list(rundir.read_metrics(run))
+        resumed = "resumed step_" in (run / "log.txt").read_text()
+        if resumed and rows and rows[-1]["step"] > step + 5:
+            break
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+
+
+def signals(folder, count):
+    """Send each signal to a real command line; return exit codes, and what the next `resume` says."""
+    (folder / "c.yaml").write_text(CONFIG)
+    found = {}
+    for names in (("SIGTERM",), ("SIGUSR1",), ("SIGINT",), ("SIGINT", "SIGINT"), ("SIGKILL",))[:count]:
+        root = folder / "-".join(names)
+        arguments = ["--runs-dir", str(root), "--json", "-q"]
+        pid = in_child(lambda a=arguments: cli.main(["train", str(folder / "c.yaml"), *a]))
+        _wait_for_steps(root)
+        for name in names:
+            os.kill(pid, getattr(signal, name))
+        code = wait(pid)
+        run = root / "latest"
+        rows = list(rundir.read_metrics(run))
+        newest = checkpoint.steps(run / "checkpoints")[-1]
+        state = rundir.read_status(run)
+        # A second run of the same command line finds the lock free and goes on.
+        again = in_child(lambda a=arguments: cli.main(["resume", "latest", *a]))
+        _wait_for_step_after(run, newest, again)
+        found["-".join(names)] = {
+            "code": code,
+            "status": state["status"],
+            "saved": newest,
+            "logged": rows[-1]["step"],
+            "resume": wait(again),
+            "later": checkpoint.steps(run / "checkpoints")[-1],
+        }
+    return found
+
+
+def disk_full(folder, count):
+    """Let the disk refuse larger files from some step on: exit 5, no temporary, the previous checkpoint whole."""
+    (folder / "c.yaml").write_text(CONFIG)
+    root = folder / "runs"
+
+    def work():
+        save = checkpoint.save
+
+        def filling(place, step, state, is_best=False):
+            if step > 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+            return save(place, step, state, is_best)
+
+        checkpoint.save = filling
+        training.SAVE_SHARE = 0
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        cli.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
+
+    code = wait(in_child(work))
+    run = root / "latest"
+    return {
+        "code": code,
+        "corrupt": corrupt_files(run),
+        "saved": checkpoint.steps(run / "checkpoints"),
+        "left": len(list(run.resolve().rglob(".*.tmp"))),
+        "status": rundir.read_status(run)["status"],
+    }
+
+
+SCENARIOS = {f.__name__: f for f in (kills, failpoints, naive, signals, disk_full)}
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    print(json.dumps(SCENARIOS[sys.argv[1]](folder, int(sys.argv[3]))))

@@ -1,0 +1,76 @@
+"""Real kills, signals and a disk that refuses, on real processes; a quick subset always, all of it with -m faults."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def scenario(name, folder, count, timeout=240):
+    """Run a scenario of the fork server and return what it found."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.faults.server", name, str(folder), str(count)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    print(found.stdout)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def both(few, many):
+    """Give a test its quick count and, marked, its full one."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.faults)])
+
+
+@both(30, 150)
+def test_kill_9_at_any_time_ends_with_the_same_bits(tmp_path, count):
+    found = scenario("kills", tmp_path, count)
+    assert found["kills"] >= count and found["runs"] >= count // 10
+    assert (found["corrupt"], found["different"]) == (0, 0), found
+
+
+@both(15, 100)
+def test_the_harness_would_see_a_writer_that_is_not_durable(tmp_path, count):
+    assert scenario("naive", tmp_path, count)["corrupt"] >= count // 3
+
+
+@both(1, 3)
+def test_kill_inside_a_save(tmp_path, count):
+    found = scenario("failpoints", tmp_path, count)
+    assert found == {"died": 7 * count, "corrupt": 0, "different": 0, "left": 0}
+
+
+@pytest.fixture
+def scenes(data_root):
+    from cvlab.data import scenes10
+
+    scenes10.load(data_root)
+
+
+CODES = {"SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130, "SIGINT-SIGINT": 130, "SIGKILL": -9}
+
+
+def test_signals_leave_a_checkpoint(tmp_path, scenes):
+    found = scenario("signals", tmp_path, len(CODES))
+    assert {name: entry["code"] for name, entry in found.items()} == CODES
+    for name, entry in found.items():
+        assert entry["status"] == "interrupted", name
+        assert entry["resume"] == 143 and entry["later"] > entry["saved"], found
+        if name not in ("SIGKILL", "SIGINT-SIGINT"):
+            assert entry["saved"] >= entry["logged"], "the step in progress is saved"
+
+
+def test_a_full_disk_ends_with_5_and_whole_files(tmp_path, scenes):
+    found = scenario("disk_full", tmp_path, 1)
+    assert found["code"] == 5 and found["corrupt"] == 0 and found["left"] == 0
+    assert found["saved"] and max(found["saved"]) <= 5 and found["status"] in ("failed", "interrupted")

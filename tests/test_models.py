@@ -1,0 +1,126 @@
+"""Every model by its name: shapes, initialisation, gradients; and those of others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cvlab import compat, models
+from cvlab.errors import ConfigError
+from cvlab.models.convnet import deep_convnet, three_layer_convnet
+from cvlab.models.initialise import initialise
+
+ARGUMENTS = {
+    "deep_convnet": {"filters": (4, 8), "pools": (0, 1), "batchnorm": True},
+    "three_layer_convnet": {"num_filters": 4, "hidden": 10},
+    "fc_net": {"hidden": (10, 5), "dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 10), (1, 28, 7)])
+def test_every_model_takes_images_and_gives_scores(name, channels, size, classes):
+    made = models.build(
+        name, ARGUMENTS[name], Path(), in_channels=channels, image_size=size, num_classes=classes, layers=nn
+    )
+    scores = made(torch.randn(5, channels, size, size))
+    assert scores.shape == (5, classes)
+    scores.sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+    assert all(not p.any() for key, p in made.named_parameters() if key.endswith("bias"))
+
+
+def test_a_model_is_built_from_the_layers_that_are_passed_in():
+    class Mine(nn.Conv2d):
+        pass
+
+    class Layers:
+        Conv2d = Mine
+
+        def __getattr__(self, name):
+            return getattr(nn, name)
+
+    made = deep_convnet(filters=(4, 8), layers=Layers())
+    assert sum(isinstance(layer, Mine) for layer in made) == 2
+    assert made.state_dict().keys() == deep_convnet(filters=(4, 8)).state_dict().keys()
+
+
+@pytest.mark.parametrize(("layer", "fan_in"), [(nn.Linear(500, 400), 500), (nn.Conv2d(30, 200, 5), 750)])
+def test_kaiming_and_fixed_scales(layer, fan_in):
+    torch.manual_seed(0)
+    for scale, before_relu, expected in (
+        ("kaiming", True, (2 / fan_in) ** 0.5),
+        ("kaiming", False, (1 / fan_in) ** 0.5),
+        (0.03, True, 0.03),
+    ):
+        weight = initialise(layer, scale, before_relu).weight
+        assert weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert weight.mean().item() == pytest.approx(0, abs=0.02 * expected)
+        assert not layer.bias.any()
+
+
+def test_pooling_before_the_relu_changes_no_bit():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    fast, slow = (nn.Sequential(*order) for order in ((nn.MaxPool2d(2), nn.ReLU()), (nn.ReLU(), nn.MaxPool2d(2))))
+    weight = torch.randn(4, 3, 4, 4)
+    gradients = [torch.autograd.grad((net(x) * weight).sum(), x)[0] for net in (fast, slow)]
+    assert torch.equal(fast(x), slow(x)) and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: deep_convnet(filters=()), "at least one block"),
+        (lambda: deep_convnet(filters=(4,), pools=(1,)), r"model\.pools \[1\]"),
+        (lambda: deep_convnet(filters=(4, 4), pools=(0, 0)), "different block"),
+        (lambda: deep_convnet(filters=(4,) * 7, pools=tuple(range(7))), "nothing of 32 px"),
+        (lambda: three_layer_convnet(filter_size=4), "must be odd"),
+    ],
+)
+def test_nets_that_cannot_be_are_refused(build, text):
+    with pytest.raises(ConfigError, match=text):
+        build()
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_models_of_others(name):
+    made = models.build(name, {}, Path(), in_channels=3, image_size=64, num_classes=4, layers=nn).eval()
+    assert made(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "text"),
+    [
+        ("timm:resnet19", {}, "did you mean 'resnet1"),
+        ("torchvision:resnet19", {}, "did you mean 'resnet1"),
+        ("timm:resnet10t", {"widht": 3}, "widht"),
+        ("torchvision:resnet18", {"widht": 3}, "widht"),
+        ("timm:resnet10t", {"pretrained": True}, "not fetched"),
+        ("keras:resnet", {}, "unknown model 'keras:resnet'"),
+    ],
+)
+def test_what_others_do_not_have_is_one_line(name, arguments, text):
+    with pytest.raises(ConfigError, match=text) as refused:
+        models.build(name, arguments, Path(), num_classes=4)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_users_function_that_is_no_model(tmp_path):
+    (tmp_path / "net.py").write_text("def make():\n    return 3\n")
+    with pytest.raises(ConfigError, match=r"expected a torch\.nn\.Module, got int"):
+        models.build("./net.py:make", {}, tmp_path)
+
+
+def test_a_users_own_traceback_is_not_swallowed(tmp_path):
+    (tmp_path / "net.py").write_text("def make():\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        models.build("./net.py:make", {}, tmp_path)
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        models.find("./broken.py:make", tmp_path)
+
+
+def test_torchvision_and_timm_import_here():
+    assert compat.torchvision().transforms and compat.timm().list_models("resnet18")
