@@ -71,6 +71,8 @@ def resume(path: Path) -> Result:
             console.say(f"{path} has ended; nothing to resume")
             return result(path)
         loaded = config.load(str(path / "config.yaml"))
+        if not any(out.checkpoints.glob("*.pt")):
+            out.log("nothing was saved before it stopped: it starts from the beginning")
         env = rundir.read_json(path / "env.json")
         _pin_threads(env.get("threads"))
         env["resumed"] = [*env.get("resumed", []), environment()]

@@ -154,5 +154,5 @@ def test_two_at_once_do_not_mix(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="CVLAB_DATA"):
-        fetch(["http://127.0.0.1:9/a"], tmp_path / "file" / "x" / "y")
+    with server(lambda handler: send(handler, CONTENT)) as (url, _), pytest.raises(DataError, match="CVLAB_DATA"):
+        fetch([f"{url}/a"], tmp_path / "file" / "x" / "y")

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import stat
 
 import pytest
 
@@ -37,7 +38,7 @@ def recorded_order(tmp_path, monkeypatch):
     replace, fsync = os.replace, os.fsync
 
     def spy_fsync(descriptor):
-        calls.append("dirsync" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "fsync")
+        calls.append("dirsync" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", spy_fsync)

@@ -29,7 +29,7 @@ MEASURE_SECONDS = 4.0
 LONGEST_SECONDS = 600.0
 REPORT_SECONDS = 2.0
 CHUNK_BYTES = 128 * 1024
-HINT = "the run can use --no-standin to refuse a stand-in; `cvlab data fetch NAME --from FILE` takes a file you have"
+HINT = "try again later, or `cvlab data fetch NAME --from FILE` with a copy you have"
 FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
@@ -60,12 +60,6 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bo
     if target.is_file():
         verify(target, sha256)
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{target.parent}: {error.strerror}", "set CVLAB_DATA to a folder that can be written"
-        ) from error
     partial = target.with_name(f"{target.name}.partial")
     _receive(urls, partial, size, patient)
     try:
@@ -85,6 +79,11 @@ def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> No
     answers = _ask(urls, have)
     if not answers:
         raise DataError(f"none of {len(urls)} sources answered within {ANSWER_SECONDS:.0f} s", HINT)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "set CVLAB_DATA to a folder that can be written"
+        raise DataError(f"{partial.parent}: {error.strerror}", hint) from error
     reason = ""
     with _exclusive(partial), contextlib.ExitStack() as bodies:
         for answer in answers:

@@ -1,0 +1,71 @@
+"""What the README says is what the program does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cvlab import config, errors, rundir
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    lines = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    return [part.strip() for line in lines for part in re.split(r";|&&", line) if "cvlab " in part]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command, cvlab):
+    words = shlex.split(command)
+    arguments = words[1:] if Path(words[0]).name == "cvlab" else None
+    if arguments is None:
+        pytest.skip("an installation")
+    code, out, err = cvlab(*arguments, "--help")
+    assert code == 0 and "Usage" in out, err
+    if arguments[0] in ("train", "run"):
+        overrides = [word for word in arguments[2:] if "=" in word]
+        assert config.load(str(ROOT / arguments[1]) if "/" in arguments[1] else arguments[1], overrides)
+
+
+def test_the_example_is_the_shipped_configuration(tmp_path):
+    (tmp_path / "cifar_bn.yaml").write_text(blocks("yaml")[0])
+    mine, shipped = (config.load(str(p)).config for p in (tmp_path / "cifar_bn.yaml", "cifar_bn"))
+    assert mine == shipped.model_copy(update={"expect_standin": ()}) or mine.to_yaml() == (
+        shipped.model_copy(update={"expect_standin": ()}).to_yaml()
+    )
+
+
+def test_the_exit_codes_are_those_of_the_errors():
+    told = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE) for code in row.split(",")}
+    own = {cls.code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.CvlabError)}
+    assert told == own | {0, 130, 143}
+
+
+def test_the_states_are_those_of_a_run():
+    assert " | ".join(rundir.STATES) in README
+
+
+def test_every_shipped_configuration_has_its_results():
+    results = README.partition("## Results")[2].partition("\n## ")[0]
+    for name in config.shipped_names():
+        assert re.search(rf"^\| {name} \|", results, re.MULTILINE), name
+
+
+def test_the_first_two_commands_need_nothing_but_python():
+    main, test = (block.strip() for block in blocks("sh")[:2])
+    assert main.startswith("python3 -m venv .venv && .venv/bin/pip install") and "configs/cifar_bn.yaml" in main
+    assert test.startswith("python3 -m venv .venv && .venv/bin/pip install") and test.endswith(".venv/bin/pytest")
+    assert (ROOT / "configs" / "cifar_bn.yaml").is_file()
+
+
+def test_the_project_file_names_what_the_code_imports():
+    text = (ROOT / "pyproject.toml").read_text()
+    for package in ("torch>=2.10,<2.14", "torchvision", "timm", "typer", "pyyaml", "rich", "pydantic", "numpy"):
+        assert f'"{package}' in text
