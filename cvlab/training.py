@@ -71,8 +71,6 @@ class Session:
         self.saved_at = time.monotonic()
         self.saved_step = -1
 
-    # Starting
-
     def begin(self) -> None:
         """Take over the newest checkpoint, or write the one before the first step."""
         if checkpoint.steps(self.out.checkpoints) or self.out.sync_metrics():
@@ -147,8 +145,6 @@ class Session:
             "torch": str(torch.__version__),
             "cvlab": __version__,
         }
-
-    # Going on
 
     def _fit(self, total_steps: int) -> Any:
         schedule = lookup.find("schedule", self.settings.schedule.name, optim.SCHEDULES.names)
@@ -248,8 +244,6 @@ class Session:
             if self.saved_step != self.training.step:
                 self.save()
             raise stop.error(self.training.step, self.out.path.name)
-
-    # Saving
 
     def state(self) -> dict[str, Any]:
         """Return everything a resume needs."""
