@@ -1,3 +1,11 @@
-"""Namespaces of layers: a model is built from `layers.Conv2d`, `layers.Linear`, ... of the one that is passed in."""
+"""Namespaces of layers: a model is built from `layers.Conv2d`, `layers.Linear`, ... of the one that is passed in.
 
-LAYERS = {"torch": "torch:nn"}
+`torch` is torch.nn; `manual` is ours, with forward and backward written out; `manual_alt` differs from it in the
+derivation of BatchNorm's backward. All three read and write the same checkpoints.
+"""
+
+LAYERS = {
+    "torch": "torch:nn",
+    "manual": "cvlab.layers.modules:MANUAL",
+    "manual_alt": "cvlab.layers.modules:MANUAL_ALT",
+}

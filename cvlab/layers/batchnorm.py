@@ -1,0 +1,95 @@
+"""BatchNorm (Ioffe and Szegedy, 2015, algorithm 1) with two derivations of its backward pass, and its spatial form."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BatchNorm:
+    """Normalise each column over the rows; backward goes through the computational graph, node by node."""
+
+    class Cache(NamedTuple):
+        """What backward needs; `mean` and `var` are those of the batch, the latter biased."""
+
+        centred: Tensor
+        inv_std: Tensor
+        gamma: Tensor
+        mean: Tensor
+        var: Tensor
+
+    @staticmethod
+    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> tuple[Tensor, Cache]:
+        """Return gamma * (x - mean) / sqrt(var + eps) + beta, statistics of the batch; x (N, D), gamma, beta (D,)."""
+        mean = x.mean(0)
+        centred = x - mean  # (N, D)
+        var = centred.square().mean(0)
+        inv_std = (var + eps).rsqrt()
+        out = centred * (inv_std * gamma) + beta  # (N, D)
+        return out, BatchNorm.Cache(centred, inv_std, gamma, mean, var)
+
+    @staticmethod
+    def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx (N, D), dgamma (D,), dbeta (D,) for dout (N, D)."""
+        n = dout.shape[0]
+        dgamma = (dout * cache.centred).sum(0) * cache.inv_std
+        dbeta = dout.sum(0)
+        dnormal = dout * cache.gamma  # (N, D)
+        dinv_std = (dnormal * cache.centred).sum(0)
+        dvar = -0.5 * dinv_std * cache.inv_std**3
+        dcentred = dnormal * cache.inv_std + (2 / n) * dvar * cache.centred  # (N, D)
+        dmean = -dcentred.sum(0)
+        return dcentred + dmean / n, dgamma, dbeta
+
+    @staticmethod
+    def apply_statistics(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+        """Normalise with given statistics, as in evaluation."""
+        return (x - mean) * ((var + eps).rsqrt() * gamma) + beta
+
+
+class BatchNormAlt(BatchNorm):
+    """The same layer with the simplified backward: the sums over the batch taken once, then one pass."""
+
+    @staticmethod
+    def backward(dout: Tensor, cache: BatchNorm.Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx, dgamma, dbeta: dx = gamma / (N std) * (N dout - dbeta - normalised * dgamma)."""
+        n = dout.shape[0]
+        dbeta = dout.sum(0)
+        dgamma = (dout * cache.centred).sum(0) * cache.inv_std
+        scale = cache.gamma * cache.inv_std
+        dx = dout * scale - cache.centred * (scale * cache.inv_std * dgamma / n) - scale * dbeta / n
+        return dx, dgamma, dbeta
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """Return (N, C, H, W) as rows of channels (N * H * W, C): permuted, never merely reshaped."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo `to_rows`."""
+    n, c, h, w = like.shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)  # (N, C, H, W)
+
+
+class SpatialBatchNorm:
+    """BatchNorm of pictures: each channel over all pictures and places, through `BatchNorm` itself."""
+
+    vanilla: type[BatchNorm] = BatchNorm
+
+    @classmethod
+    def forward(cls, x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> tuple[Tensor, BatchNorm.Cache]:
+        """Normalise x (N, C, H, W) with gamma and beta (C,)."""
+        rows, cache = cls.vanilla.forward(to_rows(x), gamma, beta, eps)
+        return from_rows(rows, x), cache
+
+    @classmethod
+    def backward(cls, dout: Tensor, cache: BatchNorm.Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx (N, C, H, W), dgamma (C,), dbeta (C,) for dout (N, C, H, W)."""
+        rows, dgamma, dbeta = cls.vanilla.backward(to_rows(dout), cache)
+        return from_rows(rows, dout), dgamma, dbeta
+
+
+class SpatialBatchNormAlt(SpatialBatchNorm):
+    """The same with the simplified backward."""
+
+    vanilla = BatchNormAlt

@@ -1,0 +1,109 @@
+"""Conv2d by unfolding and one matrix product, and MaxPool2d, on channels_last pictures. EECS 498, assignment 3.
+
+A patch is a row of (K, K, C) numbers with the channels innermost, as they lie in memory, so that unfolding is K * K
+copies of long runs.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Return how many positions a kernel has along one side."""
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def unfold(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """Return every patch of x (N, C, H, W) as a row: (N * Ho * Wo, K * K * C)."""
+    n, c, h, w = x.shape
+    ho, wo = out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))  # (N, H + 2P, W + 2P, C)
+    patches = x.new_empty(n, ho, wo, kernel, kernel, c)
+    for i in range(kernel):
+        for j in range(kernel):
+            patches[:, :, :, i, j] = padded[:, i : i + stride * ho : stride, j : j + stride * wo : stride]
+    return patches.view(n * ho * wo, kernel * kernel * c)
+
+
+def fold(patches: Tensor, shape: torch.Size, kernel: int, stride: int, padding: int) -> Tensor:
+    """Add rows of patches up where they overlap: the adjoint of `unfold`; result (N, C, H, W), channels_last."""
+    n, c, h, w = shape
+    ho, wo = out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)
+    patches = patches.view(n, ho, wo, kernel, kernel, c)
+    padded = patches.new_zeros(n, h + 2 * padding, w + 2 * padding, c)
+    for i in range(kernel):
+        for j in range(kernel):
+            padded[:, i : i + stride * ho : stride, j : j + stride * wo : stride] += patches[:, :, :, i, j]
+    return padded[:, padding : padding + h, padding : padding + w].permute(0, 3, 1, 2)  # (N, C, H, W)
+
+
+class Conv2d:
+    """Cross-correlation of pictures with square kernels."""
+
+    class Cache(NamedTuple):
+        """What backward needs."""
+
+        patches: Tensor
+        w: Tensor
+        shape: torch.Size
+        stride: int
+        padding: int
+        has_bias: bool
+
+    @staticmethod
+    def forward(
+        x: Tensor, w: Tensor, b: Tensor | None = None, stride: int = 1, padding: int = 0
+    ) -> tuple[Tensor, Cache]:
+        """Return (N, F, Ho, Wo), channels_last, for x (N, C, H, W), w (F, C, K, K), b (F,)."""
+        n, _, height, width = x.shape
+        f, _, k, _ = w.shape
+        patches = unfold(x, k, stride, padding)  # (N * Ho * Wo, K * K * C)
+        rows = w.permute(0, 2, 3, 1).reshape(f, -1)  # (F, K * K * C)
+        out = patches @ rows.T if b is None else torch.addmm(b, patches, rows.T)  # (N * Ho * Wo, F)
+        ho, wo = out_size(height, k, stride, padding), out_size(width, k, stride, padding)
+        cache = Conv2d.Cache(patches, w, x.shape, stride, padding, b is not None)
+        return out.view(n, ho, wo, f).permute(0, 3, 1, 2), cache  # (N, F, Ho, Wo)
+
+    @staticmethod
+    def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return dx (N, C, H, W), dw (F, C, K, K), db (F,) for dout (N, F, Ho, Wo)."""
+        f, c, k, _ = cache.w.shape
+        drows = dout.permute(0, 2, 3, 1).reshape(-1, f)  # (N * Ho * Wo, F)
+        dw = (drows.T @ cache.patches).view(f, k, k, c).permute(0, 3, 1, 2)  # (F, C, K, K)
+        dpatches = drows @ cache.w.permute(0, 2, 3, 1).reshape(f, -1)  # (N * Ho * Wo, K * K * C)
+        dx = fold(dpatches, cache.shape, k, cache.stride, cache.padding)  # (N, C, H, W)
+        return dx, dw, drows.sum(0) if cache.has_bias else None
+
+
+class MaxPool2d:
+    """The largest number of each window."""
+
+    class Cache(NamedTuple):
+        """What backward needs."""
+
+        winners: Tensor
+        shape: torch.Size
+        kernel: int
+        stride: int
+
+    @staticmethod
+    def forward(x: Tensor, kernel: int = 2, stride: int | None = None) -> tuple[Tensor, Cache]:
+        """Return (N, C, Ho, Wo) for x (N, C, H, W); of equal numbers the first wins."""
+        stride = stride or kernel
+        n, c, h, w = x.shape
+        ho, wo = out_size(h, kernel, stride, 0), out_size(w, kernel, stride, 0)
+        windows = unfold(x, kernel, stride, 0).view(n, ho, wo, kernel * kernel, c)
+        out, winners = windows.max(3)  # (N, Ho, Wo, C)
+        return out.permute(0, 3, 1, 2), MaxPool2d.Cache(winners, x.shape, kernel, stride)
+
+    @staticmethod
+    def backward(dout: Tensor, cache: Cache) -> tuple[Tensor]:
+        """Give each gradient to the winner of its window."""
+        n, c, ho, wo = dout.shape
+        size = cache.kernel * cache.kernel
+        windows = dout.new_zeros(n, ho, wo, size, c)
+        windows.scatter_(3, cache.winners.unsqueeze(3), dout.permute(0, 2, 3, 1).unsqueeze(3))
+        return (fold(windows.view(-1, size * c), cache.shape, cache.kernel, cache.stride, 0),)
