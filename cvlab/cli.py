@@ -29,6 +29,7 @@ from cvlab.cli_options import (
     finish,
     overrides_of,
     show,
+    show_verdict,
 )
 from cvlab.errors import ConfigError, CvlabError, StoppedError
 
@@ -113,6 +114,31 @@ def evaluate(
     found = evaluation.evaluate(path, tuple(split or ("val", "test")), checkpoint, device)
     title = f"{path.name}, {checkpoint} weights, step {found['step']}"
     show(found, as_json, lambda: tables.show_block(title, found["metrics"]))
+
+
+@app.command()
+def gradcheck(
+    layers: Annotated[list[str] | None, typer.Argument(help="layers or nets by name, or ./file.py:Name")] = None,
+    seed: Annotated[int, typer.Option(help="of the random inputs")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check hand-written gradients against differences and against autograd, in float64."""
+    from cvlab import checking
+    from cvlab.report import tables
+
+    found = checking.run(layers or [], seed)
+    columns = ("layer", "differences", "tolerance", "autograd", "verdict")
+    rows = [
+        (
+            c["name"],
+            *(f"{c[key]:.1e}" for key in ("numeric_error", "tolerance", "autograd_error")),
+            "ok" if c["ok"] else "WRONG",
+        )
+        for c in found["checks"]
+    ]
+    wrong = [check["name"] for check in found["checks"] if not check["ok"]]
+    show_verdict(found, as_json, lambda: tables.table("", columns, rows), f"wrong gradients: {', '.join(wrong)}")
 
 
 @bench_app.command("engine")

@@ -60,14 +60,21 @@ def overrides_of(texts: list[str] | None, more: list[str] | None, device: str | 
     return [*(texts or []), *(more or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
 
 
+def show_verdict(
+    document: dict[str, Any], as_json: bool, render: Callable[[], None], wrong: str, hint: str = ""
+) -> None:
+    """Print a result; exit code 3, with the line `wrong`, where its `ok` is false."""
+    error = UnmetError(wrong, hint)
+    show(document if document["ok"] else document | {"error": error.document()}, as_json, render)
+    if not document["ok"]:
+        console.say(f"error: {error}")
+        raise typer.Exit(error.code)
+
+
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """Print a run's result; exit code 3, and a line that says so, if an expectation was not met."""
     from cvlab.report import tables
 
     missed = [verdict["rule"] for verdict in result["expect"] if not verdict["met"]]
-    error = UnmetError(f"not met: {'; '.join(missed)}", f"see {result['run']}") if missed else None
-    document = result | ({"error": error.document()} if error else {})
-    show(document, as_json, lambda: tables.show_result(result))
-    if error is not None:
-        console.say(f"error: {error}")
-        raise typer.Exit(error.code)
+    wrong = f"not met: {'; '.join(missed)}"
+    show_verdict(result, as_json, lambda: tables.show_result(result), wrong, f"see {result['run']}")

@@ -17,7 +17,7 @@ LAYERS = [  # each may import those before it, and its own row
     {"engine"},
     {"optim", "jobs", "training", "report"},
     {"experiments"},
-    {"config", "runner", "evaluation", "listing", "doctor", "bench"},
+    {"config", "runner", "evaluation", "listing", "doctor", "bench", "checking"},
     {"cli_options", "cli_inspect", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,240 @@
+"""Gradients of hand-written layers against centred differences and against autograd, in float64.
+
+The upstream gradient is random: with all ones BatchNorm's dx vanishes, and much would pass that is wrong. Errors are
+max |a - b| / max(|a| + |b|), with a floor, so that a gradient which should be 0 is compared absolutely.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cvlab.errors import ConfigError
+from cvlab.layers import batchnorm, conv, linear, losses
+
+STEP = 1e-5
+FLOOR = 1e-10
+NET_FLOOR = 1e-3  # the bias of a convolution before BatchNorm has gradient 0: there differences show rounding only
+NET_TOLERANCE = 1e-5
+AUTOGRAD_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer on one set of inputs.
+
+    `forward(*inputs) -> (out, cache)` and `backward(dout, cache) -> gradients`, one for each input that is a floating
+    point tensor, in order; `reference(*inputs) -> out` is the same function for autograd.
+    """
+
+    name: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    reference: Callable[..., Tensor]
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest errors over all inputs of a case."""
+
+    name: str
+    numeric_error: float
+    autograd_error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether both errors are within their tolerances; nan is not."""
+        return self.numeric_error <= self.tolerance and self.autograd_error <= AUTOGRAD_TOLERANCE
+
+
+def relative_error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
+    """Return max |a - b| / max(|a| + |b|), the divisor at least `floor`; inf where the shapes differ."""
+    if a.shape != b.shape:
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    return ((a - b).abs().max() / (a.abs() + b.abs()).max().clamp(min=floor)).item()
+
+
+def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tensor, step: float = STEP) -> Tensor:
+    """Return d sum(function(x) * dout) / dx by centred differences, one element after the other."""
+    x = x.clone()
+    gradient = torch.zeros_like(x)
+    flat, result = x.view(-1), gradient.view(-1)
+    for k in range(flat.numel()):
+        value = flat[k].item()
+        flat[k] = value + step
+        above = function(x)
+        flat[k] = value - step
+        below = function(x)
+        flat[k] = value
+        result[k] = ((above - below) * dout).sum() / (2 * step)
+    return gradient
+
+
+def check(case: Case) -> Verdict:
+    """Compare a case's gradients with both oracles."""
+    out, cache = case.forward(*case.inputs)
+    dout = torch.randn_like(out)
+    floating = [k for k, x in enumerate(case.inputs) if x.is_floating_point()]
+    mine = [gradient for gradient in case.backward(dout, cache) if gradient is not None]
+    if len(mine) != len(floating):
+        raise ConfigError(f"{case.name}: backward gives {len(mine)} gradients for {len(floating)} inputs")
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in case.inputs]
+    theirs = torch.autograd.grad(case.reference(*leaves), [leaves[k] for k in floating], dout)
+    numeric_error = autograd_error = 0.0
+    for place, k in enumerate(floating):
+
+        def vary(x: Tensor, k: int = k) -> Tensor:
+            changed: Tensor = case.forward(*case.inputs[:k], x, *case.inputs[k + 1 :])[0]
+            return changed
+
+        numeric = numeric_gradient(vary, case.inputs[k], dout)
+        numeric_error = _worse(numeric_error, relative_error(mine[place], numeric))
+        autograd_error = _worse(autograd_error, relative_error(mine[place], theirs[place]))
+    return Verdict(case.name, numeric_error, autograd_error, case.tolerance)
+
+
+def _worse(a: float, b: float) -> float:
+    return b if b != b or b > a else a  # nan is worst
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def _away_from_zero(*shape: int) -> Tensor:
+    """Return random numbers that no difference carries over the kink of a ReLU."""
+    x = _randn(*shape)
+    return x + 0.01 * x.sign()
+
+
+def _layer(name: str, layer: Any, inputs: Sequence[Tensor], reference: Any, tolerance: float, *options: Any) -> Case:
+    return Case(name, lambda *x: layer.forward(*x, *options), layer.backward, tuple(inputs), reference, tolerance)
+
+
+class _LinearReLU:
+    """Linear, then ReLU: caches and gradients passed on by hand."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Any]:
+        middle, first = linear.Linear.forward(x, w, b)
+        out, second = linear.ReLU.forward(middle)
+        return out, (first, second)
+
+    @staticmethod
+    def backward(dout: Tensor, cache: Any) -> Any:
+        (dmiddle,) = linear.ReLU.backward(dout, cache[1])
+        return linear.Linear.backward(dmiddle, cache[0])
+
+
+class _SeededDropout:
+    """Dropout whose mask is the same in every call, so that differences make sense."""
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return linear.Dropout.forward(x, 0.4)
+
+    backward = linear.Dropout.backward
+
+    @staticmethod
+    def reference(x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return x * (torch.rand(x.shape) >= 0.4).to(x.dtype) / 0.6
+
+
+def _multi_margin(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the SVM loss: torch divides it by the number of classes too."""
+    return F.multi_margin_loss(scores, labels) * scores.shape[1]
+
+
+def cases() -> list[Case]:
+    """Return every hand-written layer and loss, on random inputs."""
+    labels = torch.tensor([1, 0, 4, 2])
+    picture, statistics = _randn(2, 3, 6, 5), (1 + 0.3 * _randn(3), _randn(3))
+
+    def normalised(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, gamma, beta, training=True)
+
+    found = [
+        _layer("Linear", linear.Linear, [_randn(4, 6), _randn(5, 6), _randn(5)], F.linear, 1e-7),
+        _layer("ReLU", linear.ReLU, [_away_from_zero(4, 6)], F.relu, 1e-8),
+        _layer(
+            "Linear-ReLU",
+            _LinearReLU,
+            [_randn(4, 6), _randn(5, 6), _randn(5)],
+            lambda x, w, b: F.relu(F.linear(x, w, b)),
+            1e-8,
+        ),
+        _layer("Dropout", _SeededDropout, [_randn(5, 7)], _SeededDropout.reference, 1e-8),
+        _layer(
+            "Conv2d",
+            conv.Conv2d,
+            [picture, _randn(4, 3, 3, 3), _randn(4)],
+            lambda x, w, b: F.conv2d(x, w, b, 2, 1),
+            1e-8,
+            2,
+            1,
+        ),
+        _layer("MaxPool2d", conv.MaxPool2d, [_randn(2, 3, 6, 6)], lambda x: F.max_pool2d(x, 2), 1e-10, 2),
+        _layer("Softmax", losses.Softmax, [_randn(4, 5), labels], F.cross_entropy, 1e-6),
+        _layer("SVM", losses.SVM, [_randn(4, 5), labels], _multi_margin, 1e-7),
+    ]
+    for name, tolerance, layer, x in (
+        ("BatchNorm", 1e-9, batchnorm.BatchNorm, _randn(7, 3)),
+        ("BatchNorm, simplified", 1e-9, batchnorm.BatchNormAlt, _randn(7, 3)),
+        ("SpatialBatchNorm", 1e-6, batchnorm.SpatialBatchNorm, picture),
+        ("SpatialBatchNorm, simplified", 1e-6, batchnorm.SpatialBatchNormAlt, picture),
+    ):
+        found.append(_layer(name, layer, [x, *statistics], normalised, tolerance))
+    return found
+
+
+def check_net(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, labels: Tensor) -> Verdict:
+    """Compare the gradients of all weights of a net of hand-written layers, through the softmax loss.
+
+    `theirs` is the same net of torch's layers; both are put to float64 and get the same weights.
+    """
+    mine, theirs = mine.double().train(), theirs.double().train()
+    theirs.load_state_dict(mine.state_dict())
+    theirs.zero_grad()
+    F.cross_entropy(theirs(images), labels).backward()
+    value, cache = losses.Softmax.forward(scores := mine(images), labels)
+    dscores, _ = losses.Softmax.backward(torch.ones_like(value), cache)
+    scores.backward(dscores.detach())
+    numeric_error = autograd_error = 0.0
+    for own, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert own.grad is not None and other.grad is not None
+
+        def loss(values: Tensor, own: Tensor = own) -> Tensor:
+            before, own.data = own.data, values
+            with torch.no_grad():
+                found = losses.Softmax.forward(mine(images), labels)[0]
+            own.data = before
+            return found
+
+        numeric = numeric_gradient(loss, own.data, torch.ones_like(value))
+        numeric_error = _worse(numeric_error, relative_error(own.grad, numeric, NET_FLOOR))
+        autograd_error = _worse(autograd_error, relative_error(own.grad, other.grad, NET_FLOOR))
+    return Verdict(name, numeric_error, autograd_error, NET_TOLERANCE)
+
+
+def user_case(name: str, layer: Any) -> Case:
+    """Make a case of a user's layer: static `forward`, `backward` and `example() -> inputs` (float64 tensors).
+
+    Autograd goes through its own forward. ConfigError where one of the three is missing.
+    """
+    missing = [part for part in ("forward", "backward", "example") if not callable(getattr(layer, part, None))]
+    if missing:
+        raise ConfigError(f"{name}: has no {', '.join(missing)}", "see `class Linear` in cvlab/layers/linear.py")
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in layer.example())
+    return Case(name, layer.forward, layer.backward, inputs, lambda *x: layer.forward(*x)[0], 1e-6)
