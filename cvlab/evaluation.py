@@ -14,7 +14,7 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
     """Evaluate a run on `splits` with its last or best weights, keep the result in eval.json, and return it."""
     if which not in CHOICES:
         raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
-    chosen = config.load(str(path / "config.yaml"), [f"device={device}"] if device else []).config
+    chosen = config.load(str(rundir.config_file(path)), [f"device={device}"] if device else []).config
     experiment = experiments.find(chosen.experiment)
     if not hasattr(experiment, "evaluate_run"):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no weights to evaluate")

@@ -191,6 +191,14 @@ def is_run(path: Path) -> bool:
     return (path / "status.json").is_file() or (path / "config.yaml").is_file()
 
 
+def config_file(path: Path) -> Path:
+    """Return a run's config.yaml; RunDirError where there is none."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise RunDirError(f"{path}: has no config.yaml", "it stopped before it had begun; start it again")
+    return file
+
+
 def list_runs(root: Path) -> list[Path]:
     """Return all run directories below `root`, oldest first."""
     if not root.is_dir():

@@ -63,14 +63,13 @@ def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
 def resume(path: Path) -> Result:
     """Go on with a run from its newest checkpoint; a run that has ended is only reported."""
     out = RunDir(path, console.say)
-    if not (path / "config.yaml").is_file():
-        raise RunDirError(f"{path}: has no config.yaml", "it stopped before it had begun; start it again")
+    source = rundir.config_file(path)
     with out.locked():
         status = rundir.read_json(path / "status.json").get("status")
         if status in ("done", "unmet"):
             console.say(f"{path} has ended; nothing to resume")
             return result(path)
-        loaded = config.load(str(path / "config.yaml"))
+        loaded = config.load(str(source))
         if not any(out.checkpoints.glob("*.pt")):
             out.log("nothing was saved before it stopped: it starts from the beginning")
         env = rundir.read_json(path / "env.json")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import rundir, yamlfile
-from cvlab.errors import RunDirError
 
 STAMP = re.compile(r"^\d{8}-\d{6}-")
 UNTOLD = ("expect", "expect_standin", "name")  # keys that say nothing about what was run
@@ -34,10 +33,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's configuration with dotted keys; RunDirError where there is none."""
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise RunDirError(f"{path}: has no config.yaml", "it stopped before it had begun")
-    value = yamlfile.read(file).value
+    value = yamlfile.read(rundir.config_file(path)).value
     return flatten(value) if isinstance(value, dict) else {}
 
 
