@@ -33,10 +33,10 @@ def prepare(loaded: config.Loaded, policy: Policy) -> RunConfig:
 
 
 def plan(loaded: config.Loaded, root: Path) -> Result:
-    """Say what a run would do; nothing is written and no socket opened."""
-    chosen = prepare(loaded, Policy(offline=True))
+    """Say what a run would do, with the data it names; nothing is written and no socket opened."""
+    chosen = loaded.config
     experiment = experiments.find(chosen.experiment)
-    used = {"data": label(chosen.data), "data_root": str(data.root())} if hasattr(chosen, "data") else {}
+    used = _data_plan(chosen.data) if hasattr(chosen, "data") else {}
     return {
         "ok": True,
         "experiment": chosen.experiment,
@@ -46,6 +46,13 @@ def plan(loaded: config.Loaded, root: Path) -> Result:
         "run": str(root / f"<time>-{chosen.name}-<id>"),
         "expect": list(rules(chosen)),
     }
+
+
+def _data_plan(block: Any) -> Result:
+    source = None if lookup.is_user_file(block.name) else data.find(block.name)
+    ready = source is None or source.builtin or source.ready(data.root())
+    missing = {} if ready else {"standin": block.standin, "to get it": f"cvlab data fetch {block.name}"}
+    return {"data": label(block), "data_root": str(data.root()), "data_ready": ready, **missing}
 
 
 def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:

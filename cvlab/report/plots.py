@@ -81,7 +81,9 @@ def draw_comparison(runs: Mapping[str, Path]) -> bytes:
         label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8
+        )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
