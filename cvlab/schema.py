@@ -1,5 +1,6 @@
 """Pydantic bases that experiments share, and blocks `{name: ..., ...}` whose keys are a builder's own parameters."""
 
+import functools
 import hashlib
 import inspect
 import typing
@@ -66,8 +67,9 @@ class Table:
 
 def part_type(table: Table, name: str, builder: Callable[..., Any]) -> type[Part]:
     """Make the schema of one block from a builder's signature: annotations are types, defaults are defaults."""
-    target = builder.__init__ if inspect.isclass(builder) else builder
-    hints = typing.get_type_hints(target, include_extras=True)
+    described = builder.func if isinstance(builder, functools.partial) else builder
+    annotated = described.__init__ if inspect.isclass(described) else described
+    hints = typing.get_type_hints(annotated, include_extras=True)
     base: type[Part] = Part
     fields: dict[str, Any] = {"name": (Literal[name], name)}
     for parameter in inspect.signature(builder).parameters.values():
@@ -76,7 +78,7 @@ def part_type(table: Table, name: str, builder: Callable[..., Any]) -> type[Part
         elif parameter.name not in table.supplied and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             fields[parameter.name] = (hints.get(parameter.name, Any), default)
-    summary = (inspect.getdoc(builder) or "").partition("\n")[0]
+    summary = (inspect.getdoc(described) or "").partition("\n")[0]
     return create_model(f"{table.kind}_{name}", __base__=base, __doc__=summary, **fields)
 
 

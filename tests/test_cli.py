@@ -141,6 +141,13 @@ def test_a_users_own_model_travels_with_the_run(cvlab, tiny, tmp_path):
     assert cvlab("train", run / "config.yaml", "-q")[0] == 0
 
 
+@pytest.mark.parametrize("model", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_a_run_of_somebody_elses_model(cvlab, tiny, model):
+    code, out, err = cvlab("train", tiny, f"model={{name: '{model}'}}", "duration.steps=2", "expect=[]", "--json", "-q")
+    assert code == 0, err
+    assert cvlab("eval", json.loads(out)["run"], "--split", "val")[0] == 0
+
+
 def test_a_users_own_data(cvlab, tiny, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom cvlab.data.images import ImageSet\n\ndef load():\n"

@@ -251,6 +251,14 @@ def test_a_users_own_model(tmp_path):
     assert "no file" in refusal(tmp_path, text, "model.name=./nett.py:Net")[0]
 
 
+def test_models_of_others_take_the_keys_of_their_builders(tmp_path):
+    text = GOOD.replace("deep_convnet\n  filters: [16, 32]\n  pools: [0]", "timm:resnet10t\n  drop_rate: 0.1")
+    chosen = load(tmp_path, text)
+    assert chosen.model.name == "timm:resnet10t" and chosen.model.arguments() == {"drop_rate": 0.1}
+    assert load(tmp_path, chosen.to_yaml()).to_yaml() == chosen.to_yaml()
+    assert load(tmp_path, text.replace("timm:resnet10t", "torchvision:resnet18")).model.drop_rate == 0.1
+
+
 def test_references(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config.find("cifar_bn") == config.find("configs/cifar_bn.yaml") == config.shipped_folder() / "cifar_bn.yaml"
