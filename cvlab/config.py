@@ -4,6 +4,7 @@ loaded = load("configs/cifar_bn.yaml", ["optimizer.lr=1e-2"])
 loaded.config.optimizer.lr
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
     if not isinstance(document.value, dict):
         raise ConfigError(f"{source}: expected keys and values at the top", "see `cvlab config cifar_bn` for one")
     given = _apply(document, overrides)
-    document.value.setdefault("name", source.stem)
+    document.value.setdefault("name", re.sub(r"[^\w.-]+", "-", source.stem).strip("-.")[:60] or "run")
     config = validate(document, source.parent, given)
     return Loaded(config, source.parent, source)
 

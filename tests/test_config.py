@@ -259,6 +259,12 @@ def test_models_of_others_take_the_keys_of_their_builders(tmp_path):
     assert load(tmp_path, text.replace("timm:resnet10t", "torchvision:resnet18")).model.drop_rate == 0.1
 
 
+def test_a_file_name_of_any_letters_gives_a_name(tmp_path):
+    path = tmp_path / "Mein (Lauf) ü.yaml"
+    path.write_text(GOOD)
+    assert config.load(str(path)).config.name == "Mein-Lauf-ü"
+
+
 def test_references(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config.find("cifar_bn") == config.find("configs/cifar_bn.yaml") == config.shipped_folder() / "cifar_bn.yaml"
