@@ -128,17 +128,8 @@ def gradcheck(
     from cvlab.report import tables
 
     found = checking.run(layers or [], seed)
-    columns = ("layer", "differences", "tolerance", "autograd", "verdict")
-    rows = [
-        (
-            c["name"],
-            *(f"{c[key]:.1e}" for key in ("numeric_error", "tolerance", "autograd_error")),
-            "ok" if c["ok"] else "WRONG",
-        )
-        for c in found["checks"]
-    ]
     wrong = [check["name"] for check in found["checks"] if not check["ok"]]
-    show_verdict(found, as_json, lambda: tables.table("", columns, rows), f"wrong gradients: {', '.join(wrong)}")
+    show_verdict(found, as_json, lambda: tables.show_gradients(found["checks"]), f"wrong: {', '.join(wrong)}")
 
 
 @bench_app.command("engine")

@@ -10,6 +10,7 @@ from torch import Tensor, optim
 
 from cvlab import lookup
 from cvlab.errors import ConfigError
+from cvlab.layers import updates
 from cvlab.schema import Table
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -17,9 +18,10 @@ Rate = Annotated[float, Gt(0), Le(100)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
 
+_NAMES = ("sgd", "rmsprop", "adam", "adamw", "manual_sgd", "manual_rmsprop", "manual_adam")
 OPTIMIZERS = Table(
     "optimizer",
-    {name: f"cvlab.optim:{name}" for name in ("sgd", "rmsprop", "adam", "adamw")},
+    {name: f"cvlab.optim:{name}" for name in _NAMES},
     supplied=frozenset({"parameters"}),
 )
 SCHEDULES = Table(
@@ -72,6 +74,23 @@ def adamw(
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2)."""
     given: Any = list(parameters)
     return optim.AdamW(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
+
+
+def manual_sgd(parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0) -> optim.Optimizer:
+    """Apply the hand-written rule of SGD with momentum."""
+    return updates.ByHand(parameters, updates.momentum, lr=lr, momentum=momentum)
+
+
+def manual_rmsprop(parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8) -> optim.Optimizer:
+    """Apply the hand-written rule of RMSProp."""
+    return updates.ByHand(parameters, updates.rmsprop, lr=lr, decay=decay, eps=eps)
+
+
+def manual_adam(
+    parameters: Parameters, lr: Rate = 1e-3, betas: tuple[Decay, Decay] = (0.9, 0.999), eps: Small = 1e-8
+) -> optim.Optimizer:
+    """Apply the hand-written rule of Adam."""
+    return updates.ByHand(parameters, updates.adam, lr=lr, betas=betas, eps=eps)
 
 
 def constant(progress: float) -> float:

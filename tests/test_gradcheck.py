@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
-from cvlab.layers import batchnorm, conv, gradcheck, linear, losses
+from cvlab import checking
+from cvlab.layers import batchnorm, conv, gradcheck, linear, losses, updates
 
 
 def verdict(name, seed=0):
@@ -75,6 +77,40 @@ def test_dropout_without_its_scale_is_caught(monkeypatch):
     assert not verdict("Dropout").ok
 
 
+def adam_without_correction(w, dw, state, lr, betas, eps):
+    mean = (1 - betas[0]) * dw + (betas[0] * state["mean"] if state else 0)
+    square = (1 - betas[1]) * dw * dw + (betas[1] * state["square"] if state else 0)
+    return w - lr * mean / (square.sqrt() + eps), {"mean": mean, "square": square}
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "wrong"),
+    [
+        ("Adam", "adam", adam_without_correction),
+        ("SGD, momentum", "momentum", lambda w, dw, state, lr, momentum: (w - lr * dw, {})),
+        ("RMSProp", "rmsprop", lambda w, dw, state, lr, decay, eps: (w - lr * dw / (dw.abs() + eps), {})),
+    ],
+)
+def test_a_wrong_update_rule_is_caught(name, rule, wrong, monkeypatch, cvlab):
+    assert cvlab("gradcheck", name)[0] == 0
+    monkeypatch.setattr(updates, rule, wrong)
+    code, _, err = cvlab("gradcheck", name)
+    assert code == 3 and f"wrong: {name}" in err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
+    assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 0
+
+    def initialise(layer, weight_scale, before_relu):
+        nn.init.normal_(layer.weight, 0.0, layer.weight[0].numel() ** -0.5)
+        nn.init.zeros_(layer.bias)
+        return layer
+
+    monkeypatch.setattr(checking, "initialise", initialise)
+    assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 3
+
+
 def test_errors_are_relative_with_a_floor():
     one = torch.tensor([1.0, 2.0])
     assert gradcheck.relative_error(one, one) == 0 and gradcheck.relative_error(one, -one) == pytest.approx(1)
@@ -87,7 +123,7 @@ def test_the_command(cvlab):
     code, out, _ = cvlab("gradcheck", "--json")
     found = json.loads(out)
     names = [check["name"] for check in found["checks"]]
-    assert code == 0 and found["ok"] and len(names) == 17
+    assert code == 0 and found["ok"] and len(names) == 22
     assert {"Conv2d", "SVM", "deep_convnet, BatchNorm, simplified", "fc_net"} <= set(names)
     code, out, _ = cvlab("gradcheck", "Conv2d", "fc_net")
     assert code == 0 and "Conv2d" in out and "fc_net" in out and "Softmax" not in out
@@ -120,7 +156,7 @@ def test_a_users_own_layer(cvlab, tmp_path):
     assert cvlab("gradcheck", "./mine.py:Square")[0] == 0
     (tmp_path / "mine.py").write_text(OWN.replace("FACTOR", "3"))
     code, out, err = cvlab("gradcheck", "./mine.py:Square")
-    assert code == 3 and "WRONG" in out and "wrong gradients: ./mine.py:Square" in err
+    assert code == 3 and "WRONG" in out and "wrong: ./mine.py:Square" in err
     code, out, _ = cvlab("gradcheck", "./mine.py:Square", "--json")
     assert code == 3 and json.loads(out)["error"]["code"] == 3
     code, _, err = cvlab("gradcheck", "./mine.py:Nothing")

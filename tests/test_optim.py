@@ -25,6 +25,29 @@ def test_every_optimizer_lowers_a_quadratic(name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adam"])
+def test_by_hand_as_torch_does_it_over_many_steps_and_a_reload(name):
+    torch.manual_seed(1)
+    mine = nn.Linear(4, 3).double()
+    theirs = nn.Linear(4, 3).double()
+    theirs.load_state_dict(mine.state_dict())
+    settings = {"lr": 1e-2, **({"momentum": 0.9} if name == "sgd" else {})}
+    one, two = (optim.build_optimizer(n, m, settings) for n, m in ((f"manual_{name}", mine), (name, theirs)))
+    for step in range(30):
+        x = torch.randn(8, 4, dtype=torch.float64)
+        for model, made in ((mine, one), (theirs, two)):
+            made.zero_grad()
+            model(x).square().sum().backward()
+            made.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            made.step()
+        if step == 10:
+            state = one.state_dict()
+            one = optim.build_optimizer(f"manual_{name}", mine, settings)
+            one.load_state_dict(state)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_adam_first_step_is_the_learning_rate():
     model = nn.Linear(1, 1, bias=False)
     before = model.weight.item()

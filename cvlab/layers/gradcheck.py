@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from cvlab.errors import ConfigError
 from cvlab.layers import batchnorm, conv, linear, losses
 
-STEP = 1e-5
+STEPS = (1e-5, 1e-7)  # the second where the first misses: a kink (ReLU at 0, a tie in pooling) may lie within it
 FLOOR = 1e-10
 NET_FLOOR = 1e-3  # the bias of a convolution before BatchNorm has gradient 0: there differences show rounding only
 NET_TOLERANCE = 1e-5
-AUTOGRAD_TOLERANCE = 1e-12
+TORCH_TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest errors over all inputs of a case."""
+    """The largest errors over all inputs of a case, against differences and against torch; None: not compared."""
 
     name: str
-    numeric_error: float
-    autograd_error: float
+    numeric_error: float | None
+    torch_error: float | None
     tolerance: float
 
     @property
     def ok(self) -> bool:
         """Whether both errors are within their tolerances; nan is not."""
-        return self.numeric_error <= self.tolerance and self.autograd_error <= AUTOGRAD_TOLERANCE
+        bounds = ((self.numeric_error, self.tolerance), (self.torch_error, TORCH_TOLERANCE))
+        return all(error <= bound for error, bound in bounds if error is not None)
 
 
 def relative_error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
@@ -62,7 +63,7 @@ def relative_error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
     return ((a - b).abs().max() / (a.abs() + b.abs()).max().clamp(min=floor)).item()
 
 
-def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tensor, step: float = STEP) -> Tensor:
+def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tensor, step: float = STEPS[0]) -> Tensor:
     """Return d sum(function(x) * dout) / dx by centred differences, one element after the other."""
     x = x.clone()
     gradient = torch.zeros_like(x)
@@ -78,6 +79,23 @@ def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tens
     return gradient
 
 
+def numeric_error(
+    gradient: Tensor,
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    dout: Tensor,
+    tolerance: float,
+    floor: float = FLOOR,
+) -> float:
+    """Return the relative error of a gradient against differences, with a smaller step where the first one misses."""
+    found = float("inf")
+    for step in STEPS:
+        found = min(relative_error(gradient, numeric_gradient(function, x, dout, step), floor), found)
+        if found <= tolerance:
+            break
+    return found
+
+
 def check(case: Case) -> Verdict:
     """Compare a case's gradients with both oracles."""
     out, cache = case.forward(*case.inputs)
@@ -88,17 +106,16 @@ def check(case: Case) -> Verdict:
         raise ConfigError(f"{case.name}: backward gives {len(mine)} gradients for {len(floating)} inputs")
     leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in case.inputs]
     theirs = torch.autograd.grad(case.reference(*leaves), [leaves[k] for k in floating], dout)
-    numeric_error = autograd_error = 0.0
+    numeric = against_torch = 0.0
     for place, k in enumerate(floating):
 
         def vary(x: Tensor, k: int = k) -> Tensor:
             changed: Tensor = case.forward(*case.inputs[:k], x, *case.inputs[k + 1 :])[0]
             return changed
 
-        numeric = numeric_gradient(vary, case.inputs[k], dout)
-        numeric_error = _worse(numeric_error, relative_error(mine[place], numeric))
-        autograd_error = _worse(autograd_error, relative_error(mine[place], theirs[place]))
-    return Verdict(case.name, numeric_error, autograd_error, case.tolerance)
+        numeric = _worse(numeric, numeric_error(mine[place], vary, case.inputs[k], dout, case.tolerance))
+        against_torch = _worse(against_torch, relative_error(mine[place], theirs[place]))
+    return Verdict(case.name, numeric, against_torch, case.tolerance)
 
 
 def _worse(a: float, b: float) -> float:
@@ -205,13 +222,18 @@ def check_net(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, lab
     `theirs` is the same net of torch's layers; both are put to float64 and get the same weights.
     """
     mine, theirs = mine.double().train(), theirs.double().train()
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            if parameter.ndim == 1:  # with biases of 0 a unit below which all are dead would stand exactly on its kink
+                parameter += 0.1 * torch.randn_like(parameter)
     theirs.load_state_dict(mine.state_dict())
     theirs.zero_grad()
     F.cross_entropy(theirs(images), labels).backward()
     value, cache = losses.Softmax.forward(scores := mine(images), labels)
     dscores, _ = losses.Softmax.backward(torch.ones_like(value), cache)
     scores.backward(dscores.detach())
-    numeric_error = autograd_error = 0.0
+    one = torch.ones_like(value)
+    numeric = against_torch = 0.0
     for own, other in zip(mine.parameters(), theirs.parameters(), strict=True):
         assert own.grad is not None and other.grad is not None
 
@@ -222,10 +244,9 @@ def check_net(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, lab
             own.data = before
             return found
 
-        numeric = numeric_gradient(loss, own.data, torch.ones_like(value))
-        numeric_error = _worse(numeric_error, relative_error(own.grad, numeric, NET_FLOOR))
-        autograd_error = _worse(autograd_error, relative_error(own.grad, other.grad, NET_FLOOR))
-    return Verdict(name, numeric_error, autograd_error, NET_TOLERANCE)
+        numeric = _worse(numeric, numeric_error(own.grad, loss, own.data, one, NET_TOLERANCE, NET_FLOOR))
+        against_torch = _worse(against_torch, relative_error(own.grad, other.grad, NET_FLOOR))
+    return Verdict(name, numeric, against_torch, NET_TOLERANCE)
 
 
 def user_case(name: str, layer: Any) -> Case:

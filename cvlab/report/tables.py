@@ -63,3 +63,17 @@ def show_comparison(comparison: Mapping[str, Any]) -> None:
 def show_block(title: str, block: Mapping[str, Any]) -> None:
     """Print keys and values."""
     table(title, ("", "value"), [(key, value) for key, value in block.items()])
+
+
+def show_gradients(checks: Iterable[Mapping[str, Any]]) -> None:
+    """Print the errors of a gradient check."""
+    keys = ("numeric_error", "tolerance", "torch_error")
+    rows = [
+        (
+            check["name"],
+            *("-" if check[key] is None else f"{check[key]:.1e}" for key in keys),
+            "ok" if check["ok"] else "WRONG",
+        )
+        for check in checks
+    ]
+    table("", ("layer", "differences", "tolerance", "torch", "verdict"), rows)
