@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cvlab import engine as engines
 from cvlab.data.images import TrainBatches, normalization
 from cvlab.engine import Compute, Training
+from cvlab.layers.modules import MANUAL, MANUAL_ALT
 from cvlab.models.convnet import deep_convnet
 
 VGG_HALF: dict[str, Any] = {"filters": (32, 64, 128, 128), "pools": (0, 1, 3), "batchnorm": True}
@@ -127,3 +128,61 @@ def engine(rounds: int, steps: int, device: str) -> dict[str, Any]:
             a / b for a, b in zip(seconds[slow], seconds["fit"], strict=True)
         ),
     }
+
+
+def _layer_shapes() -> list[tuple[str, tuple[Any, ...], tuple[int, ...]]]:
+    """List the layers of vgg_half: name, constructor arguments, shape of one image's input."""
+    found: list[tuple[str, tuple[Any, ...], tuple[int, ...]]] = []
+    channels, size = 3, 32
+    for index, width in enumerate(VGG_HALF["filters"]):
+        found.append(("Conv2d", (channels, width, 3, 1, 1), (channels, size, size)))
+        found.append(("BatchNorm2d", (width,), (width, size, size)))
+        if index in VGG_HALF["pools"]:
+            found.append(("MaxPool2d", (2,), (width, size, size)))
+            size //= 2
+        found.append(("ReLU", (), (width, size, size)))
+        channels = width
+    return [*found, ("Linear", (channels * size * size, 10), (channels * size * size,))]
+
+
+def _pass(layer: nn.Module, x: Tensor, where: Compute) -> Callable[[], None]:
+    """Make one forward and backward pass through a layer, from random upstream gradients."""
+    dout = torch.randn_like(layer(x))
+
+    def loop() -> None:
+        layer(x.detach().requires_grad_()).backward(dout)
+        where.synchronize()
+
+    return loop
+
+
+def layers(rounds: int, device: str) -> dict[str, Any]:
+    """Time forward plus backward of each hand-written layer against torch's, on the shapes of vgg_half, in float32."""
+    where = engines.compute(device, "float32")
+    spaces = {"torch": nn, "manual": MANUAL, "manual_alt": MANUAL_ALT}
+    rows = []
+    for name, arguments, shape in _layer_shapes():
+        x = torch.randn(BATCH, *shape, device=where.device)
+        x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+        made = {key: getattr(space, name)(*arguments).to(where.device) for key, space in spaces.items()}
+        loops = {key: _pass(layer, x, where) for key, layer in made.items()}
+        for loop in loops.values():
+            loop()
+        seconds = alternate(loops, rounds)
+        ratio = {
+            key: statistics.median(a / b for a, b in zip(values, seconds["torch"], strict=True))
+            for key, values in seconds.items()
+        }
+        rows.append(
+            {
+                "layer": name,
+                "input": [BATCH, *shape],
+                "torch_seconds": statistics.median(seconds["torch"]),
+                "manual_against_torch": ratio["manual"],
+                "manual_alt_against_torch": ratio["manual_alt"],
+            }
+        )
+    what = (
+        f"forward + backward, {where.device}, float32, {where.threads} threads, torch {torch.__version__}, n={rounds}"
+    )
+    return {"ok": True, "what": what, "layers": rows}

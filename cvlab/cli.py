@@ -150,6 +150,32 @@ def bench_engine(
     show(found, as_json, lambda: tables.table(found["what"], columns, rows))
 
 
+@bench_app.command("layers")
+def bench_layers(
+    rounds: Annotated[int, typer.Option(help="measurements of each, alternating")] = 15,
+    device: Device = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the hand-written layers with torch's, on the shapes of the net of 60 seconds."""
+    from cvlab import bench
+    from cvlab.report import tables
+
+    found = bench.layers(rounds, device or "auto")
+    columns = ("layer", "input", "torch, ms", "manual / torch", "manual_alt / torch")
+    rows = [
+        (
+            row["layer"],
+            row["input"],
+            1000 * row["torch_seconds"],
+            row["manual_against_torch"],
+            row["manual_alt_against_torch"],
+        )
+        for row in found["layers"]
+    ]
+    show(found, as_json, lambda: tables.table(found["what"], columns, rows))
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"cvlab {__version__}")

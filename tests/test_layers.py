@@ -1,5 +1,7 @@
 """Each hand-written layer against a slow, obvious twin, against autograd, and as a module in place of torch.nn's."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,3 +229,11 @@ def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tm
 
     states = [checkpoint.newest(run / "checkpoints", print)[1]["model"] for run in runs.values()]
     assert states[0].keys() == states[1].keys() == states[2].keys()
+
+
+def test_the_benchmark_of_layers_names_every_kind(cvlab):
+    code, out, err = cvlab("bench", "layers", "--rounds", "1", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["layers"]
+    assert {row["layer"] for row in rows} == {"Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU", "Linear"}
+    assert all(row["manual_against_torch"] > 0 and row["torch_seconds"] > 0 for row in rows)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -24,21 +25,21 @@ class BatchNorm:
         centred = x - mean  # (N, D)
         var = centred.square().mean(0)
         inv_std = (var + eps).rsqrt()
-        out = centred * (inv_std * gamma) + beta  # (N, D)
+        out = torch.addcmul(beta, centred, inv_std * gamma)  # (N, D)
         return out, BatchNorm.Cache(centred, inv_std, gamma, mean, var)
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """Return dx (N, D), dgamma (D,), dbeta (D,) for dout (N, D)."""
         n = dout.shape[0]
-        dgamma = (dout * cache.centred).sum(0) * cache.inv_std
+        dot = (dout * cache.centred).sum(0)
+        dgamma = dot * cache.inv_std
         dbeta = dout.sum(0)
-        dnormal = dout * cache.gamma  # (N, D)
-        dinv_std = (dnormal * cache.centred).sum(0)
+        dinv_std = dot * cache.gamma
         dvar = -0.5 * dinv_std * cache.inv_std**3
-        dcentred = dnormal * cache.inv_std + (2 / n) * dvar * cache.centred  # (N, D)
+        dcentred = torch.addcmul(dout * (cache.gamma * cache.inv_std), cache.centred, (2 / n) * dvar)  # (N, D)
         dmean = -dcentred.sum(0)
-        return dcentred + dmean / n, dgamma, dbeta
+        return dcentred.add_(dmean / n), dgamma, dbeta
 
     @staticmethod
     def apply_statistics(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
@@ -56,8 +57,8 @@ class BatchNormAlt(BatchNorm):
         dbeta = dout.sum(0)
         dgamma = (dout * cache.centred).sum(0) * cache.inv_std
         scale = cache.gamma * cache.inv_std
-        dx = dout * scale - cache.centred * (scale * cache.inv_std * dgamma / n) - scale * dbeta / n
-        return dx, dgamma, dbeta
+        dx = torch.addcmul(-scale * dbeta / n, dout, scale)  # (N, D)
+        return dx.addcmul_(cache.centred, -scale * cache.inv_std * dgamma / n), dgamma, dbeta
 
 
 def to_rows(x: Tensor) -> Tensor:

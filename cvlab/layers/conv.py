@@ -82,28 +82,44 @@ class MaxPool2d:
     """The largest number of each window."""
 
     class Cache(NamedTuple):
-        """What backward needs."""
+        """What backward needs: the input and the output with the channels innermost."""
 
-        winners: Tensor
-        shape: torch.Size
+        rows: Tensor
+        out: Tensor
         kernel: int
         stride: int
 
     @staticmethod
     def forward(x: Tensor, kernel: int = 2, stride: int | None = None) -> tuple[Tensor, Cache]:
-        """Return (N, C, Ho, Wo) for x (N, C, H, W); of equal numbers the first wins."""
+        """Return (N, C, Ho, Wo), channels_last, for x (N, C, H, W)."""
         stride = stride or kernel
-        n, c, h, w = x.shape
-        ho, wo = out_size(h, kernel, stride, 0), out_size(w, kernel, stride, 0)
-        windows = unfold(x, kernel, stride, 0).view(n, ho, wo, kernel * kernel, c)
-        out, winners = windows.max(3)  # (N, Ho, Wo, C)
-        return out.permute(0, 3, 1, 2), MaxPool2d.Cache(winners, x.shape, kernel, stride)
+        rows = x.permute(0, 2, 3, 1)  # (N, H, W, C)
+        first, *others = _places(rows, kernel, stride)
+        out = first.clone(memory_format=torch.contiguous_format)  # (N, Ho, Wo, C)
+        for place in others:
+            torch.maximum(out, place, out=out)
+        return out.permute(0, 3, 1, 2), MaxPool2d.Cache(rows, out, kernel, stride)
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor]:
-        """Give each gradient to the winner of its window."""
-        n, c, ho, wo = dout.shape
-        size = cache.kernel * cache.kernel
-        windows = dout.new_zeros(n, ho, wo, size, c)
-        windows.scatter_(3, cache.winners.unsqueeze(3), dout.permute(0, 2, 3, 1).unsqueeze(3))
-        return (fold(windows.view(-1, size * c), cache.shape, cache.kernel, cache.stride, 0),)
+        """Give each gradient to the winner of its window; of equal numbers the first wins."""
+        dout = dout.permute(0, 2, 3, 1)  # (N, Ho, Wo, C)
+        dx = torch.zeros_like(cache.rows, memory_format=torch.contiguous_format)  # (N, H, W, C)
+        given = torch.zeros(dout.shape, dtype=torch.bool, device=dout.device)
+        places = (_places(t, cache.kernel, cache.stride) for t in (cache.rows, dx))
+        for value, gradient in zip(*places, strict=True):
+            wins = value.eq(cache.out).gt_(given)  # and not given yet
+            given |= wins
+            gradient.addcmul_(dout, wins.to(dout.dtype))
+        return (dx.permute(0, 3, 1, 2),)
+
+
+def _places(rows: Tensor, kernel: int, stride: int) -> list[Tensor]:
+    """Return views of rows (N, H, W, C), one for each place in a window: (N, Ho, Wo, C)."""
+    _, h, w, _ = rows.shape
+    ho, wo = out_size(h, kernel, stride, 0), out_size(w, kernel, stride, 0)
+    return [
+        rows[:, i : i + stride * ho : stride, j : j + stride * wo : stride]
+        for i in range(kernel)
+        for j in range(kernel)
+    ]

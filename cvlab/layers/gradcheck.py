@@ -225,7 +225,7 @@ def check_net(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, lab
     with torch.no_grad():
         for parameter in mine.parameters():
             if parameter.ndim == 1:  # with biases of 0 a unit below which all are dead would stand exactly on its kink
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
     theirs.load_state_dict(mine.state_dict())
     theirs.zero_grad()
     F.cross_entropy(theirs(images), labels).backward()

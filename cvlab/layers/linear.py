@@ -43,8 +43,8 @@ class ReLU:
 
     @staticmethod
     def backward(dout: Tensor, cache: Tensor) -> tuple[Tensor]:
-        """Let the gradient through where the output is positive."""
-        return (dout * (cache > 0),)
+        """Let the gradient through where the output is positive: its sign is 1 there, else 0."""
+        return (dout * cache.sign(),)
 
 
 class Dropout:
