@@ -14,6 +14,7 @@ from cvlab.layers.modules import MANUAL, MANUAL_ALT
 from cvlab.models.convnet import deep_convnet, three_layer_convnet
 from cvlab.models.fc_net import fc_net
 from cvlab.models.initialise import initialise
+from cvlab.models.resnet import preact_resnet
 
 KAIMING = "Kaiming initialisation"
 UPDATES: dict[str, tuple[str, dict[str, float]]] = {
@@ -32,6 +33,7 @@ def _nets(layers: Any) -> dict[str, nn.Module]:
         "three_layer_convnet": three_layer_convnet(3, 3, 5, weight_scale=0.5, **shape),
         "deep_convnet": deep_convnet(filters=(3, 4), pools=(0,), **shape),
         "deep_convnet, BatchNorm": deep_convnet(filters=(3, 4), pools=(1,), batchnorm=True, **shape),
+        "preact_resnet, BatchNorm": preact_resnet(stem=2, stages=((2, 1), (3, 1)), **shape),
     }
 
 
@@ -95,7 +97,8 @@ def run(names: Sequence[str], seed: int) -> dict[str, Any]:
 def _check_named(names: Sequence[str]) -> list[Verdict]:
     """Check everything but the nets."""
     cases = {case.name: case for case in gradcheck.cases()}
-    known = [*cases, *_nets(nn), "deep_convnet, BatchNorm, simplified", *UPDATES, KAIMING]
+    nets = list(_nets(nn))
+    known = [*cases, *nets, *(f"{net}, simplified" for net in nets if "BatchNorm" in net), *UPDATES, KAIMING]
     verdicts = []
     for name in names or (*cases, *UPDATES, KAIMING):
         if lookup.is_user_file(name):

@@ -8,13 +8,19 @@ from torch import nn
 
 from cvlab import compat, models
 from cvlab.errors import ConfigError
+from cvlab.layers.modules import MANUAL, MANUAL_ALT
 from cvlab.models.convnet import deep_convnet, three_layer_convnet
 from cvlab.models.initialise import initialise
+from cvlab.models.resnet import Residual, preact_resnet
 
 ARGUMENTS = {
     "deep_convnet": {"filters": (4, 8), "pools": (0, 1), "batchnorm": True},
     "three_layer_convnet": {"num_filters": 4, "hidden": 10},
     "fc_net": {"hidden": (10, 5), "dropout": 0.5},
+    "api_barebones": {},
+    "api_module": {"channels": (4, 3)},
+    "api_sequential": {},
+    "preact_resnet": {"stem": 4, "stages": ((4, 1), (8, 2))},
 }
 
 
@@ -29,6 +35,50 @@ def test_every_model_takes_images_and_gives_scores(name, channels, size, classes
     scores.sum().backward()
     assert all(p.grad is not None for p in made.parameters())
     assert all(not p.any() for key, p in made.named_parameters() if key.endswith("bias"))
+
+
+def test_three_levels_of_pytorch_are_one_net():
+    images, scores = torch.randn(2, 3, 8, 8), []
+    for name in ("api_barebones", "api_module", "api_sequential"):
+        torch.manual_seed(4)
+        supplied = {"in_channels": 3, "image_size": 8, "num_classes": 10, "layers": nn}
+        scores.append(models.build(name, {}, Path(), **supplied)(images))
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def weighted_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+def test_residual_nets():
+    resnet, plain = preact_resnet(), preact_resnet(residual=False)
+    assert len(weighted_layers(plain)) == 32
+    shortcuts = [layer for layer in weighted_layers(resnet) if getattr(layer, "kernel_size", None) == (1, 1)]
+    assert len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34  # where the size or the channels change
+    x = torch.randn(2, 8, 6, 6)
+    block = next(layer for layer in resnet if isinstance(layer, Residual))
+    torch.testing.assert_close(block(x), x + block.block(x))
+    assert preact_resnet(image_size=8, bottleneck=True)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    with pytest.raises(ConfigError, match="bottleneck needs at least 4"):
+        preact_resnet(stages=((2, 1),), bottleneck=True)
+    with pytest.raises(ConfigError, match="do not fit"):
+        preact_resnet(stages=((2, 1),) * 5, image_size=8)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_model_of_hand_written_layers_trains_as_torchs(name):
+    made = []
+    for layers in (nn, MANUAL, MANUAL_ALT):
+        torch.manual_seed(2)
+        supplied = {"in_channels": 3, "image_size": 8, "num_classes": 4, "layers": layers}
+        arguments = {key: value for key, value in ARGUMENTS[name].items() if key != "dropout"}
+        made.append(models.build(name, arguments, Path(), **supplied).double())
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    for model in made:
+        model(images).square().sum().backward()
+    for model in made[1:]:
+        for mine, theirs in zip(model.parameters(), made[0].parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_a_model_is_built_from_the_layers_that_are_passed_in():

@@ -20,6 +20,10 @@ MODELS = {
     "deep_convnet": "cvlab.models.convnet:deep_convnet",
     "three_layer_convnet": "cvlab.models.convnet:three_layer_convnet",
     "fc_net": "cvlab.models.fc_net:fc_net",
+    "api_barebones": "cvlab.models.api_levels:ApiBarebones",
+    "api_module": "cvlab.models.api_levels:ApiModule",
+    "api_sequential": "cvlab.models.api_levels:api_sequential",
+    "preact_resnet": "cvlab.models.resnet:preact_resnet",
 }
 PREFIXES = {
     "timm": "cvlab.models.zoo:timm_model",
