@@ -93,7 +93,7 @@ def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
     write(path, state)
     try:
         if is_best:
-            _link_best(path)
+            link_best(path)
         reach("before_gc")
         for old in steps(folder)[:-KEEP]:
             path_of(folder, old).unlink(missing_ok=True)
@@ -102,7 +102,8 @@ def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
     return path
 
 
-def _link_best(path: Path) -> None:
+def link_best(path: Path) -> None:
+    """Make a checkpoint the best one, by a hard link."""
     temporary = path.parent / f".{BEST}{durable.TEMPORARY}"
     temporary.unlink(missing_ok=True)
     os.link(path, temporary)
@@ -167,13 +168,13 @@ def verify(path: Path) -> None:
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, State]:
-    """Return the checkpoint with the highest step that verifies; `report` is told of each one that does not.
+    """Return the checkpoint with the highest step that verifies, the best one where none of them does.
 
-    Raises CheckpointError where there is none: never a silent fresh start.
+    `report` is told of each one that does not. Raises CheckpointError where there is none: never a silent fresh start.
     """
-    found = steps(folder)
-    for step in reversed(found):
-        path = path_of(folder, step)
+    found = [path_of(folder, step) for step in reversed(steps(folder))]
+    found += [folder / BEST] if (folder / BEST).is_file() else []
+    for path in found:
         try:
             return path, load(path)
         except CheckpointError as error:

@@ -31,7 +31,7 @@ from cvlab.cli_options import (
     show,
     show_verdict,
 )
-from cvlab.errors import ConfigError, CvlabError, StoppedError
+from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
 
 app = typer.Typer(
     name="cvlab",
@@ -119,7 +119,7 @@ def evaluate(
 @app.command()
 def gradcheck(
     layers: Annotated[list[str] | None, typer.Argument(help="layers or nets by name, or ./file.py:Name")] = None,
-    seed: Annotated[int, typer.Option(help="of the random inputs")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the random inputs")] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -134,8 +134,8 @@ def gradcheck(
 
 @bench_app.command("engine")
 def bench_engine(
-    rounds: Annotated[int, typer.Option(help="measurements of each, alternating")] = 5,
-    steps: Annotated[int, typer.Option(help="steps per measurement")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each, alternating")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="steps per measurement")] = 10,
     device: Device = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -152,7 +152,7 @@ def bench_engine(
 
 @bench_app.command("layers")
 def bench_layers(
-    rounds: Annotated[int, typer.Option(help="measurements of each, alternating")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each, alternating")] = 15,
     device: Device = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -197,7 +197,14 @@ app.add_typer(bench_app, name="bench")
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(run_command_line(arguments))
+    console.outlive_readers()
+    code = run_command_line(arguments)
+    try:
+        sys.stdout.flush()
+    except RunDirError as error:
+        console.say(f"error: {error}")
+        code = code or error.code
+    sys.exit(code)
 
 
 def run_command_line(arguments: list[str]) -> int:
@@ -210,9 +217,6 @@ def run_command_line(arguments: list[str]) -> int:
         return _refuse(error, arguments)
     except KeyboardInterrupt:
         return _refuse(StoppedError("stopped by Ctrl-C", "", 130), arguments)
-    except BrokenPipeError:  # the reader of a pipe has gone, as with `cvlab runs | head`
-        sys.stderr.close()
-        return 0
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line was wrong; typer keeps the class to itself
             message = " ".join(error.format_message().split())

@@ -175,4 +175,5 @@ def data_check(
     from cvlab.report import tables
 
     found = listing.check(name)
-    show({"ok": True, "data": found}, as_json, lambda: tables.show_block("", found))
+    shown = found or {"nothing": "no data set is on the disk; see `cvlab data list`"}
+    show({"ok": True, "data": found}, as_json, lambda: tables.show_block("", shown))

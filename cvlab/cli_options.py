@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cvlab import console
+from cvlab import console, rundir
 from cvlab.errors import UnmetError
 
 
@@ -49,7 +49,7 @@ Download = Annotated[bool, typer.Option("--download", help="wait for a download,
 def show(result: Mapping[str, Any], as_json: bool, render: Callable[[], None]) -> None:
     """Print one JSON document, or what `render` prints for people."""
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(rundir.plain(result), indent=2))
     else:
         render()
 

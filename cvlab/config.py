@@ -4,7 +4,9 @@ loaded = load("configs/cifar_bn.yaml", ["optimizer.lr=1e-2"])
 loaded.config.optimizer.lr
 """
 
+import contextlib
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
-from cvlab import experiments, explain, lookup, yamlfile
+from cvlab import expect, experiments, explain, lookup, yamlfile
 from cvlab.errors import ConfigError, CvlabError
 from cvlab.schema import Frozen, Part, RunConfig, part_type, tables_of
 from cvlab.yamlfile import Document, Path_
@@ -44,10 +46,13 @@ def shipped_names() -> list[str]:
 def find(reference: str) -> Path:
     """Return the file that a user means by a path, or by the name of a shipped configuration."""
     path = Path(reference)
-    if path.is_file():
-        return path
-    if (path / "config.yaml").is_file():
-        return path / "config.yaml"
+    with contextlib.suppress(OSError):  # a name longer than the disk allows
+        if (path / "config.yaml").is_file():
+            return path / "config.yaml"
+        if path.is_dir() and path.suffix:
+            raise ConfigError(f"{path}: a folder without a config.yaml", "name a YAML file or a run directory")
+        if path.exists() and not path.is_dir():  # also a pipe, as in `cvlab train <(...)`
+            return path
     name = path.name.removesuffix(".yaml")
     if name in shipped_names() and str(path.parent) in (".", "configs"):
         return shipped_folder() / f"{name}.yaml"
@@ -99,17 +104,32 @@ def validate(document: Document, base: Path, given: Mapping[Path_, str] | None =
     config_type, wrong = _config_type(raw, base)
     try:
         if config_type is not None:
-            config = config_type.model_validate(raw)
+            config = typing.cast(RunConfig, config_type.model_validate(raw))
     except ValidationError as error:
         named = {path[:1] for path, _ in wrong}
         found = explain.problems(error, config_type or Frozen, raw)
         wrong += [(path, message) for path, message in found if path[:1] not in named]
+    if not wrong:
+        wrong = _unknown_metrics(config)
     if wrong:
         lines = [f"{_place(document, path, given)}: {message}" for path, message in wrong]
         errors = [ConfigError(line) for line in lines]
         raise ConfigError(errors[0].message, others=tuple(errors[1:]))
-    assert isinstance(config, RunConfig)
     return config
+
+
+def _unknown_metrics(config: RunConfig) -> list[tuple[Path_, str]]:
+    """Find expectations that speak of what the experiment does not measure."""
+    known = experiments.find(config.experiment).metric_names(config)
+    wrong: list[tuple[Path_, str]] = []
+    for key in ("expect", "expect_standin"):
+        for index, rule in enumerate(getattr(config, key)):
+            for metric in expect.metrics_of(rule):
+                if metric not in known:
+                    close = lookup.nearest(metric, known)
+                    hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
+                    wrong.append(((key, index), f"{rule!r}: no metric {metric!r}; {hint}"))
+    return wrong
 
 
 def _place(document: Document, path: Path_, given: Mapping[Path_, str]) -> str:

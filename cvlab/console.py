@@ -1,10 +1,14 @@
 """What people see while a run goes on: lines, and a progress bar on a terminal. All of it goes to stderr."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
+
+from cvlab.errors import RunDirError
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 PLAIN_EVERY_SECONDS = 5.0
@@ -43,6 +47,45 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+class Stream:
+    """Standard output or error that outlives its reader: what is written after a pipe has closed is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        with self._dropping():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop."""
+        with self._dropping():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Send the rest nowhere once a write has failed; RunDirError, once, where the disk behind `>` is full."""
+        try:
+            yield
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+            if not isinstance(error, BrokenPipeError):
+                raise RunDirError(f"{self.stream.name}: {error.strerror}", "free space") from error
+
+
+def outlive_readers() -> None:
+    """Let `cvlab ... | head` end as it would without the pipe, with the same exit code."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
 
 
 class Progress:

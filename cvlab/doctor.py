@@ -54,7 +54,9 @@ def _speed() -> str:
 
 
 def _disk(folder: Path) -> str:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is not a folder")
     with tempfile.NamedTemporaryFile(dir=existing) as file:
         began = time.perf_counter()
         file.write(os.urandom(2**20))

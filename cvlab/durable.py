@@ -98,9 +98,9 @@ def sweep(folder: Path) -> None:
             leftover.unlink()
 
 
-def disk_error(path: Path, error: OSError) -> RunDirError:
+ELSEWHERE = "free space, or choose another place with --runs-dir; earlier files are whole"
+
+
+def disk_error(path: Path, error: OSError, hint: str = ELSEWHERE) -> RunDirError:
     """Turn what the disk said into one line."""
-    reason = error.strerror or str(error)
-    return RunDirError(
-        f"{path}: {reason}", "free space, or choose another place with --runs-dir; earlier files are whole"
-    )
+    return RunDirError(f"{path}: {error.strerror or error}", hint)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab import config, data, durable, experiments, rundir
+from cvlab import config, console, data, durable, experiments, rundir
+from cvlab.errors import CvlabError, DataError
 from cvlab.report import compare as comparing
 from cvlab.schema import Part, Table, part_type, tables_of
 
@@ -15,25 +16,22 @@ SHOWN_FIRST = ("test_accuracy", "val_accuracy", "train_accuracy", "train_loss")
 
 def runs(root: Path) -> list[Row]:
     """Return one row for each run below `root`, oldest first."""
-    rows = []
-    for path in rundir.list_runs(root):
-        summary, status = rundir.read_json(path / "summary.json"), rundir.read_status(path)
-        metrics = summary.get("metrics", {})
-        shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN_FIRST if isinstance(metrics.get(name), (int, float))]
-        state = status.get("status", "not begun")
-        if state in ("running", "interrupted") and "step" in status:
-            shown = [f"step {status['step']} of {status.get('total_steps', '?')}"]
-        rows.append(
-            {
-                "run": path.name,
-                "status": state,
-                "experiment": status.get("experiment"),
-                "data": status.get("data"),
-                "result": ", ".join(shown[:2]),
-                "metrics": metrics,
-            }
-        )
-    return rows
+    return [_run_row(path) for path in rundir.list_runs(root)]
+
+
+def _run_row(path: Path) -> Row:
+    row: Row = {"run": path.name, "status": "damaged", "experiment": None, "data": None, "result": "", "metrics": {}}
+    try:
+        summary, status = rundir.read_summary(path), rundir.read_status(path)
+    except CvlabError as error:
+        return row | {"result": error.message}
+    metrics = summary.get("metrics", {})
+    shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN_FIRST if isinstance(metrics.get(name), (int, float))]
+    state = status.get("status", "not begun")
+    if state in ("running", "interrupted") and "step" in status:
+        shown = [f"step {status['step']} of {status.get('total_steps', '?')}"]
+    known = {"status": state, "experiment": status.get("experiment"), "data": status.get("data")}
+    return row | known | {"result": ", ".join(shown[:2]), "metrics": metrics}
 
 
 def show(path: Path) -> Row:
@@ -50,7 +48,7 @@ def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise durable.disk_error(folder, error) from error
+        raise durable.disk_error(folder, error, "name a folder with --out") from error
     durable.write_text(folder / "compare.csv", comparing.to_csv(comparison))
     durable.write_text(folder / "compare.json", json.dumps(rundir.plain(comparison), indent=2) + "\n")
     picture = plots.draw_comparison(runs)
@@ -102,16 +100,26 @@ def data_lines() -> list[Row]:
 def fetch(name: str, origin: Path | None) -> Row:
     """Get a data set and check it."""
     from cvlab.data import download
-    from cvlab.errors import DataError
 
     source, root = data.find(name), data.root()
-    if source.fetch is not None and (origin is not None or not source.ready(root)):
+    if source.fetch is not None and (origin is not None or not _is_whole(source, root)):
         if origin is None and not download.allowed():
             raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
         source.fetch(root, origin, True)
     elif source.builtin:
         source.load(root)
     return {"ok": True, "name": name, "root": str(root), "found": source.check(root)}
+
+
+def _is_whole(source: data.Source, root: Path) -> bool:
+    if not source.ready(root):
+        return False
+    try:
+        source.check(root)
+    except DataError as error:
+        console.say(f"{error.message}; fetching it again")
+        return False
+    return True
 
 
 def check(name: str | None) -> Row:

@@ -93,7 +93,7 @@ class RunDir:
             self.echo(line)
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         try:
-            with (self.path / "log.txt").open("a") as file:
+            with (self.path / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{stamp} {line}\n")
         except OSError as error:
             raise durable.disk_error(self.path / "log.txt", error) from error
@@ -199,19 +199,32 @@ def config_file(path: Path) -> Path:
     return file
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than the disk allows
+        return False
+
+
 def list_runs(root: Path) -> list[Path]:
-    """Return all run directories below `root`, oldest first."""
+    """Return all run directories below `root`, oldest first; RunDirError where `root` is not a folder."""
     if not root.is_dir():
+        if root.exists():
+            raise RunDirError(f"{root}: not a folder", "name one with --runs-dir")
         return []
     return sorted(path for path in root.iterdir() if not path.is_symlink() and path.is_dir() and is_run(path))
 
 
 def find(reference: str, root: Path) -> Path:
     """Return the run that is meant by a path, `latest`, a full name, or a part of the name that only one run has."""
+    if not reference.strip():
+        raise RunDirError("no run is named", "give a run directory, `latest`, or part of a run's name")
     for path in (Path(reference), root / reference):
-        if path.is_dir() and is_run(path):
+        if _is_folder(path) and is_run(path):
             return path.resolve()
     runs = list_runs(root)
+    if reference == "latest" and runs:
+        return runs[-1].resolve()  # the link is gone, or the run that it named
     matches = [path for path in runs if reference in path.name]
     if len(matches) == 1:
         return matches[0].resolve()
@@ -233,6 +246,18 @@ def read_json(path: Path) -> Row:
     if not isinstance(value, dict):
         raise RunDirError(f"{path}: not a JSON object", "the file was changed")
     return value
+
+
+def read_summary(path: Path) -> Row:
+    """Return summary.json, empty where there is none; RunDirError where its metrics or verdicts are not what they are.
+
+    `metrics` are by name, `expect` is a list.
+    """
+    summary = read_json(path / "summary.json")
+    kinds = {"metrics": dict, "expect": list}
+    if not all(isinstance(summary.get(key, kind()), kind) for key, kind in kinds.items()):
+        raise RunDirError(f"{path / 'summary.json'}: metrics or expect are not what they should be", "it was changed")
+    return summary
 
 
 def read_status(path: Path) -> Row:

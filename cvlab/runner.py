@@ -1,9 +1,9 @@
 """From a valid configuration to a finished run directory: start, resume, judge, summarise."""
 
+import itertools
 import os
 import platform
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -58,6 +58,8 @@ def _data_plan(block: Any) -> Result:
 def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
     """Run a configuration in a new run directory and return its result."""
     chosen = prepare(loaded, policy)
+    if not lookup.is_user_file(getattr(getattr(chosen, "data", None), "name", "")):
+        experiments.find(chosen.experiment).plan(chosen, loaded.base)  # what cannot work is refused before it exists
     out = rundir.create(root, chosen.name, console.say)
     chosen = _bring_user_files(chosen, loaded.base, out)
     _pin_threads(chosen.threads)
@@ -77,7 +79,7 @@ def resume(path: Path) -> Result:
             console.say(f"{path} has ended; nothing to resume")
             return result(path)
         loaded = config.load(str(source))
-        if not any(out.checkpoints.glob("*.pt")):
+        if not any(out.checkpoints.glob("*.pt")) and not out.sync_metrics():
             out.log("nothing was saved before it stopped: it starts from the beginning")
         env = rundir.read_json(path / "env.json")
         _pin_threads(env.get("threads"))
@@ -146,7 +148,7 @@ def _record_failure(out: RunDir, error: BaseException) -> None:
 
 def result(path: Path) -> Result:
     """Return what `--json` prints of a run that has ended."""
-    summary = rundir.read_json(path / "summary.json")
+    summary = rundir.read_summary(path)
     status = rundir.read_status(path).get("status", "unknown")
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name[0] != ".")
     return {
@@ -201,10 +203,23 @@ def _bring_user_files(chosen: RunConfig, base: Path, out: RunDir) -> RunConfig:
         name = getattr(block, "name", None)
         if isinstance(name, str) and lookup.is_user_file(name):
             file, _, attribute = name.rpartition(":")
-            source = base / file
-            try:
-                shutil.copyfile(source, out.path / source.name)
-            except OSError as error:
-                raise RunDirError(f"{source}: cannot be copied to {out.path}: {error.strerror}") from error
-            changed[key] = block.model_copy(update={"name": f"./{source.name}:{attribute}"})
+            copied = _copy_beside(base / file, out.path)
+            changed[key] = block.model_copy(update={"name": f"./{copied}:{attribute}"})
     return chosen.model_copy(update=changed) if changed else chosen
+
+
+def _copy_beside(source: Path, folder: Path) -> str:
+    """Copy a file into a folder under its own name, or with a number where another file has that; return the name."""
+    try:
+        content = source.read_bytes()
+        for number in itertools.count(1):
+            name = source.name if number == 1 else f"{source.stem}_{number}{source.suffix}"
+            target = folder / name
+            if not target.exists():
+                target.write_bytes(content)
+                return name
+            if target.read_bytes() == content:
+                return name
+    except OSError as error:
+        raise RunDirError(f"{source}: cannot be copied to {folder}: {error.strerror}") from error
+    raise AssertionError

@@ -112,9 +112,13 @@ Expectation = Annotated[str, AfterValidator(_check_rule)]
 
 
 def _check_name(name: str) -> str:
-    if not name or len(name) > 60 or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
+    plain = all(character.isalnum() or character in "-_." for character in name)
+    if not name or len(name) > 60 or len(name.encode()) > 200 or not plain or name[0] in ".-":
         raise ValueError("a run's name has letters, digits, '-', '_', '.' only, at most 60, and starts with a letter")
     return name
+
+
+Threads = Annotated[int, Ge(1), Le(256)]
 
 
 class RunConfig(Frozen):
@@ -123,8 +127,10 @@ class RunConfig(Frozen):
     experiment: str = Field(description="the kind of job; `cvlab experiments` lists them")
     name: Annotated[str, AfterValidator(_check_name)] = Field("run", description="becomes part of the run directory")
     seed: Annotated[int, Ge(0), Lt(2**31)] = Field(0, description="of initialisation, data order and augmentation")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto: cuda if there, else cpu")
-    threads: Count | None = Field(None, description="CPU threads; null: as many as torch takes by itself")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?|mps)$", description="auto: cuda if there, else cpu"
+    )
+    threads: Threads | None = Field(None, description="CPU threads; null: as many as torch takes by itself")
     precision: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         "auto", description="auto: bfloat16 where the device computes it fast, else float32"
     )

@@ -5,6 +5,7 @@ needs is in the checkpoint: `Training.state()` and what is gathered here (see `S
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,17 @@ from torch import nn
 from cvlab import __version__, checkpoint, engine, lookup, optim
 from cvlab.console import Progress
 from cvlab.engine import Losses, Training
-from cvlab.errors import CheckpointError, ConfigError
+from cvlab.errors import CheckpointError, ConfigError, DivergedError
 from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
+from cvlab.schema import Duration
 from cvlab.signals import StopRequest
 
 SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
-CALIBRATION_SHARE = 0.03  # of a budget in seconds, spent on measuring the time of a step
+CALIBRATION_SHARE = 0.03  # of a budget in seconds, spent on measuring the time of a step ...
+CALIBRATION_SECONDS = 5.0  # ... but no longer than this
 FORMAT = 1
+METRICS = ("train_loss", "best_step", "steps", "epochs", "parameters", "train_seconds", "images_per_second")
 
 
 def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
@@ -50,7 +54,7 @@ def train(settings: TrainConfig, job: Job, out: RunDir) -> tuple[nn.Module, dict
     """Train to the end, from the newest checkpoint of `out` if there is one; return the model and the metrics."""
     with StopRequest() as stop:
         session = Session(settings, job, out)
-        session.begin()
+        session.begin(stop)
         session.run(stop)
     model = session.training.evaluated
     out.facts["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
@@ -71,28 +75,32 @@ class Session:
         self.saved_at = time.monotonic()
         self.saved_step = -1
 
-    def begin(self) -> None:
+    def begin(self, stop: StopRequest) -> None:
         """Take over the newest checkpoint, or write the one before the first step."""
-        if checkpoint.steps(self.out.checkpoints) or self.out.sync_metrics():
+        if any(self.out.checkpoints.glob("*.pt")) or self.out.sync_metrics():
             path, state = checkpoint.newest(self.out.checkpoints, self.out.log)
             self._restore(state, str(path))
             self.out.log(f"resumed {path.name}: {self.training.step} of {self.gathered.total_steps} steps are done")
         else:
-            self.gathered.total_steps = self._plan_steps()
+            self.gathered.total_steps = self._plan_steps(stop)
             self.save()
         period = max(self.settings.save_seconds, SAVE_SHARE * self.save_cost)
         self.out.log(f"{self.gathered.total_steps} steps; kill -9 loses at most {period:.0f} s of work")
 
-    def _plan_steps(self) -> int:
+    def _plan_steps(self, stop: StopRequest) -> int:
         duration = self.settings.duration
         if duration.steps is not None:
             return duration.steps
         if duration.epochs is not None:
             return duration.epochs * self.job.steps_per_epoch
         assert duration.seconds is not None
-        return self._steps_within(duration.seconds)
+        steps = self._steps_within(duration.seconds, stop)
+        self.settings = self.settings.model_copy(update={"duration": Duration(steps=steps)})
+        self.config_sha256 = self.settings.digest()
+        self.out.write_text("config.yaml", self.settings.to_yaml())  # so that `cvlab run` on it repeats this run
+        return steps
 
-    def _steps_within(self, seconds: float) -> int:
+    def _steps_within(self, seconds: float, stop: StopRequest) -> int:
         """Measure the time of a step on a copy of the state, put the state back, and say how many steps fit."""
         before = copy.deepcopy(self.training.state())
         times: list[float] = []
@@ -102,7 +110,9 @@ class Session:
             now = time.perf_counter()
             times.append(now - last)
             last = now
-            if now - began > CALIBRATION_SHARE * seconds and len(times) > 3:
+            if stop.received is not None:
+                raise stop.error(0, self.out.path.name)
+            if now - began > min(CALIBRATION_SHARE * seconds, CALIBRATION_SECONDS) and len(times) > 3:
                 break
         self.training.load(before)
         typical = sorted(times[2:])[len(times[2:]) // 2]
@@ -134,6 +144,9 @@ class Session:
         self.gathered.loss_sums = {name: value.to(self.job.where.device) for name, value in sums}
         self.out.truncate_metrics(state["metrics_bytes"])
         self.saved_step = self.training.step
+        own = checkpoint.path_of(self.out.checkpoints, self.saved_step)
+        if self.gathered.best_step == self.saved_step and own.is_file():
+            checkpoint.link_best(own)  # a kill may have come between the checkpoint and its link
 
     def _circumstances(self) -> dict[str, Any]:
         """Return what must be equal for a resume to be equal bit for bit."""
@@ -220,6 +233,9 @@ class Session:
         """Evaluate and log; return whether these weights are the best so far."""
         found = self.job.evaluate(self.training.evaluated)
         self._append(step, found)
+        wrong = [name for name, value in found.items() if not math.isfinite(value)]
+        if wrong:
+            raise DivergedError(f"{wrong[0]} is not finite at step {step}", "lower optimizer.lr")
         self.gathered.metrics |= found
         value = found[self.job.monitor]
         if self.gathered.best_value is not None and value <= self.gathered.best_value:

@@ -1,5 +1,6 @@
 """CIFAR-10: read right, refused when damaged, installed from every form, and never able to run code."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from cvlab import listing
 from cvlab.data import cifar10, download
-from cvlab.errors import DataError
+from cvlab.errors import DataError, RunDirError
 from tests import fake_cifar
 
 
@@ -41,6 +43,37 @@ def test_a_missing_or_altered_file_is_named(root, name):
     assert not cifar10.ready(root)
     with pytest.raises(DataError, match=rf"{name}: No such file"):
         cifar10.check(root)
+
+
+def test_a_fetch_replaces_what_is_damaged(root, monkeypatch, tmp_path):
+    path = root / cifar10.FOLDER / "data_batch_3"
+    good = shutil.copytree(root / cifar10.FOLDER, tmp_path / "copy" / cifar10.FOLDER)
+    path.write_bytes(b"damaged")
+    monkeypatch.setenv("CVLAB_DATA", str(root))
+    monkeypatch.setattr(download, "allowed", lambda: True)
+    asked = []
+
+    def fetch(root, origin, patient):
+        asked.append(patient)
+        cifar10._install_folder(good, root)
+
+    monkeypatch.setattr(cifar10, "SOURCE", dataclasses.replace(cifar10.SOURCE, fetch=fetch))
+    assert listing.fetch("cifar10", None)["ok"] and asked == [True]
+    assert listing.fetch("cifar10", None)["ok"] and asked == [True], "what is whole is not fetched again"
+
+
+def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / cifar10.FOLDER).symlink_to(root / cifar10.FOLDER)
+    cifar10.fetch(elsewhere, root, True)
+    assert not (elsewhere / cifar10.FOLDER).is_symlink() and cifar10.ready(elsewhere) and cifar10.ready(root)
+
+
+def test_a_data_folder_that_is_a_file(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="choose another place with CVLAB_DATA"):
+        cifar10.fetch(tmp_path / "file", root, True)
 
 
 class Canary:

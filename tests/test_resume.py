@@ -136,6 +136,32 @@ def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
     assert "step_000000014.pt: damaged" in (path / "log.txt").read_text()
 
 
+def test_the_best_is_linked_again_after_a_kill_before_its_link(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        tiny.train(path, tiny.settings(eval_every=1), stop_at(5))
+    folder = path / "checkpoints"
+    state = checkpoint.load(checkpoint.newest(folder, print)[0])
+    state["gathered"]["best_step"], state["gathered"]["best_value"] = state["step"], 0.0
+    checkpoint.write(checkpoint.path_of(folder, state["step"]), state)
+    tiny.train(path, tiny.settings(eval_every=1), lambda step: None)
+    assert checkpoint.load(folder / checkpoint.BEST)["step"] >= state["step"]
+
+
+def test_where_only_the_best_is_whole_the_run_goes_on_from_it(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        tiny.train(path, tiny.settings(), stop_at(13))
+    folder = path / "checkpoints"
+    newest = checkpoint.path_of(folder, checkpoint.steps(folder)[-1])
+    (folder / checkpoint.BEST).unlink(missing_ok=True)
+    (folder / checkpoint.BEST).write_bytes(newest.read_bytes())
+    for step in checkpoint.steps(folder):
+        checkpoint.path_of(folder, step).write_bytes(b"")
+    _, facts = tiny.train(path)
+    assert facts == tiny.train(tmp_path / "other")[1]
+
+
 def test_no_valid_checkpoint_is_never_a_fresh_start(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(StoppedError):

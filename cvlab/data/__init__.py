@@ -1,12 +1,14 @@
 """Data sets by name, where they lie, and what to do where one is not on the disk."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cvlab import lookup
+from cvlab import durable, lookup
 
 SETS = {
     "cifar10": "cvlab.data.cifar10:SOURCE",
@@ -56,6 +58,17 @@ def root() -> Path:
         return Path(chosen)
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "cvlab"
+
+
+@contextlib.contextmanager
+def scratch(root: Path) -> Iterator[Path]:
+    """Give a folder beside the data, gone afterwards. RunDirError where the disk refuses what is done in it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as made:
+            yield Path(made)
+    except OSError as error:
+        raise durable.disk_error(root, error, "free space, or choose another place with CVLAB_DATA") from error
 
 
 def find(name: str) -> Source:

@@ -7,13 +7,13 @@ import hashlib
 import io
 import pickle
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from cvlab import data
 from cvlab.data import Size, Source, archive, download
 from cvlab.data.images import ImageSet
 from cvlab.errors import DataError
@@ -136,22 +136,22 @@ def fetch(root: Path, origin: Path | None, patient: bool) -> None:
 
 
 def _install_archive(path: Path, root: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".cifar10-", dir=root) as scratch:
-        archive.extract_tar(path, Path(scratch), max_bytes=400_000_000, max_members=20)
-        _install_folder(Path(scratch) / FOLDER, root)
+    with data.scratch(root) as scratch:
+        archive.extract_tar(path, scratch, max_bytes=400_000_000, max_members=20)
+        _install_folder(scratch / FOLDER, root)
 
 
 def _install_folder(folder: Path, root: Path) -> None:
     """Copy the verified files beside their place, then move them there in one step."""
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".cifar10-", dir=root) as scratch:
-        made = Path(scratch) / FOLDER
+    with data.scratch(root) as scratch:
+        made = scratch / FOLDER
         made.mkdir()
         for name in MD5:
             (made / name).write_bytes(_verified(folder / name))
         target = root / FOLDER
-        if target.exists():
+        if target.is_symlink():
+            target.unlink()  # what it points to is somebody else's
+        elif target.exists():
             shutil.rmtree(target)
         made.replace(target)
 

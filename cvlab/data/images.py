@@ -37,6 +37,10 @@ class ImageSet:
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
                 raise DataError(f"{self.name}: {split} images must be uint8 (N, H, W, C) with as many labels")
+            if images.shape[1] != images.shape[2]:
+                raise DataError(f"{self.name}: {split} images must be square, are {tuple(images.shape[1:3])}")
+            if labels.dtype != torch.int64:
+                raise DataError(f"{self.name}: {split} labels must be int64, are {labels.dtype}")
             if len(images) == 0:
                 raise DataError(f"{self.name}: there are no {split} images")
             if labels.min() < 0 or labels.max() >= len(self.classes):
@@ -67,7 +71,8 @@ def normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.d
     mean = _channel_sums(images, 1) / count / 255
     std = torch.ones_like(mean)
     if kind == "mean_std":
-        std = (_channel_sums(images, 2) / count / 255**2 - mean.square()).sqrt()
+        std = (_channel_sums(images, 2) / count / 255**2 - mean.square()).clamp(min=0).sqrt()
+        std[std < 1e-4] = 1.0  # a channel that never changes, as full opacity: only its mean is subtracted
     scale, shift = 1 / (255 * std), -mean / std
     return Normalization(scale.to(device, dtype).view(1, -1, 1, 1), shift.to(device, dtype).view(1, -1, 1, 1))
 

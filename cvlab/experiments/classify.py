@@ -16,7 +16,7 @@ from annotated_types import Le
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from cvlab import checkpoint, data, engine, layers, lookup, models, schema, training
+from cvlab import checkpoint, data, engine, layers, lookup, models, optim, schema, training
 from cvlab.data import Size
 from cvlab.data.images import (
     Augmentation,
@@ -96,10 +96,7 @@ class Parts:
 def build(config: Config, base: Path) -> Parts:
     """Load the data and build the model of a configuration, seeded; a user's files are relative to `base`."""
     where = engine.compute(config.device, config.precision, config.threads)
-    if lookup.is_user_file(config.data.name):
-        images: ImageSet = lookup.import_user_object(config.data.name, base)()
-    else:
-        images = data.find(config.data.name).load(data.root())
+    images = _user_images(config, base) or data.find(config.data.name).load(data.root())
     splits = split(images, config.data.val_fraction, config.data.num_train)
     splits = {name: (x.to(where.device), y.to(where.device)) for name, (x, y) in splits.items()}
     normalize = normalization(images.train_images, config.data.normalize, where.dtype, where.device)
@@ -110,18 +107,35 @@ def build(config: Config, base: Path) -> Parts:
     return Parts(where, images, model, batches, splits)
 
 
+def _user_images(config: Config, base: Path) -> ImageSet | None:
+    """Return what the user's own function gives, where the configuration names one."""
+    if not lookup.is_user_file(config.data.name):
+        return None
+    images = lookup.import_user_object(config.data.name, base)()
+    if not isinstance(images, ImageSet):
+        raise ConfigError(
+            f"data {config.data.name}: expected a cvlab.data.images.ImageSet, got {type(images).__name__}"
+        )
+    return images
+
+
 def build_model(config: Config, base: Path, size: Size) -> nn.Module:
     """Build the model of a configuration for images of a size, on the CPU, its weights drawn from the seed."""
+    if config.augment.translate_px >= size.image_px:
+        raise ConfigError(f"augment.translate_px {config.augment.translate_px}: the images have {size.image_px} px")
     engine.seed_everything(config.seed)
-    return models.build(
-        config.model.name,
-        config.model.arguments(),
-        base,
-        in_channels=size.channels,
-        image_size=size.image_px,
-        num_classes=size.num_classes,
-        layers=lookup.find("layers", config.layers, layers.LAYERS),
-    )
+    shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
+    namespace = lookup.find("layers", config.layers, layers.LAYERS)
+    model = models.build(config.model.name, config.model.arguments(), base, layers=namespace, **shape)
+    models.require_scores(model, config.model.name, **shape)
+    return model
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    splits = ("val", "test") if config.evaluate_test else ("val",)
+    evaluated = {f"{split}_{key}" for split in splits for key in ("loss", "accuracy")}
+    return {"train_accuracy", "best_val_accuracy", *evaluated, *training.METRICS}
 
 
 def loss_function(config: Config) -> engine.LossFn[tuple[Tensor, Tensor]]:
@@ -192,11 +206,10 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do, without loading or writing anything; a user's own data has to be loaded."""
     where = engine.compute(config.device, config.precision, config.threads)
-    if lookup.is_user_file(config.data.name):
-        size = size_of(lookup.import_user_object(config.data.name, base)())
-    else:
-        size = data.find(config.data.name).size
+    own = _user_images(config, base)
+    size = size_of(own) if own else data.find(config.data.name).size
     model = build_model(config, base, size)
+    optim.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
     num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
     steps_per_epoch = steps_in_epoch(num_train, config.batch_size)
     steps = config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch

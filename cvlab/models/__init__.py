@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cvlab import lookup
 from cvlab.errors import ConfigError
@@ -45,6 +46,19 @@ def find(name: str, base: Path) -> Callable[..., Any]:
         raise lookup.unknown("model", name, [*MODELS, *(f"{prefix}:NAME" for prefix in PREFIXES), "./file.py:Name"])
     own: Callable[..., Any] = lookup.import_name(MODELS[name])
     return own
+
+
+def require_scores(model: nn.Module, name: str, in_channels: int, image_size: int, num_classes: int) -> None:
+    """Raise ConfigError unless a model can be trained and maps two blank images to scores (2, num_classes) or more."""
+    model.eval()
+    with torch.no_grad():
+        scores = model(torch.zeros(2, in_channels, image_size, image_size))
+    model.train()
+    found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != 2 or scores.shape[1] < num_classes:
+        raise ConfigError(f"model {name}: two images give {found}, not scores (2, {num_classes})")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model {name}: has no weights to train")
 
 
 TABLE = Table("model", MODELS, SUPPLIED, find)

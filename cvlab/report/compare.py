@@ -60,7 +60,7 @@ def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
 
 def metrics_of(path: Path) -> dict[str, Any]:
     """Return a run's final metrics, or where it has not ended the last value of each that it has logged."""
-    summary = rundir.read_json(path / "summary.json")
+    summary = rundir.read_summary(path)
     if summary:
         found: dict[str, Any] = summary.get("metrics", {})
         return found

@@ -26,15 +26,38 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for index, column in enumerate(columns):
-        made.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        made.add_row(*(Text(cell if isinstance(cell, str) else number(cell)) for cell in row))
+    cells = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
+    console = Console()
     if title:
         print(title)
-    Console().print(made)
+    if _narrowest(columns, cells) > console.width:
+        for row in cells:
+            print("\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)), end="\n\n")
+        return
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for index, column in enumerate(columns):
+        justify: Any = "left" if index == 0 else "right"
+        width = _longest_word([column, *(row[index] for row in cells)])
+        made.add_column(Text(column), overflow="fold", justify=justify, no_wrap=index == 0, min_width=width)
+    for row in cells:
+        made.add_row(*map(Text, row))
+    console.print(made, width=console.width - len(columns))  # rich leaves out the space between columns
     print()
+
+
+def _longest_word(texts: Iterable[str]) -> int:
+    from rich.cells import cell_len
+
+    return max((cell_len(word) for text in texts for word in text.split() or [""]), default=0)
+
+
+def _narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Return the width below which words of a table would be torn apart; the first column is never wrapped."""
+    from rich.cells import cell_len
+
+    first = max(cell_len(text) for text in (columns[0], *(row[0] for row in rows)))
+    others = [_longest_word([c, *(row[k] for row in rows)]) for k, c in enumerate(columns) if k > 0]
+    return first + sum(others) + 5 * len(columns)
 
 
 def show_result(result: Mapping[str, Any]) -> None:
