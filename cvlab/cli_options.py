@@ -61,10 +61,16 @@ def overrides_of(texts: list[str] | None, more: list[str] | None, device: str | 
 
 
 def show_verdict(
-    document: dict[str, Any], as_json: bool, render: Callable[[], None], wrong: str, hint: str = ""
+    document: dict[str, Any],
+    as_json: bool,
+    render: Callable[[], None],
+    wrong: str,
+    hint: str = "",
+    code: int = UnmetError.code,
 ) -> None:
-    """Print a result; exit code 3, with the line `wrong`, where its `ok` is false."""
+    """Print a result; exit code 3, or `code`, with the line `wrong`, where its `ok` is false."""
     error = UnmetError(wrong, hint)
+    error.code = code
     show(document if document["ok"] else document | {"error": error.document()}, as_json, render)
     if not document["ok"]:
         console.say(f"error: {error}")

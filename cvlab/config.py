@@ -6,27 +6,26 @@ loaded.config.optimizer.lr
 
 import contextlib
 import re
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, create_model
+import yaml
 
-from cvlab import expect, experiments, explain, lookup, yamlfile
-from cvlab.errors import ConfigError, CvlabError
-from cvlab.schema import Frozen, Part, RunConfig, part_type, tables_of
+from cvlab import arms, lookup, validation, yamlfile
+from cvlab.axes import EXCLUSIVE
+from cvlab.errors import ConfigError
+from cvlab.schema import AnyConfig
+from cvlab.validation import SWEEP
 from cvlab.yamlfile import Document, Path_
-
-EXCLUSIVE = "duration"  # a block of which exactly one key is given: an override replaces it whole
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A valid configuration and the folder that its relative names start from."""
 
-    config: RunConfig
+    config: AnyConfig
     base: Path
     source: Path
 
@@ -69,8 +68,36 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
         raise ConfigError(f"{source}: expected keys and values at the top", "see `cvlab config cifar_bn` for one")
     given = _apply(document, overrides)
     document.value.setdefault("name", re.sub(r"[^\w.-]+", "-", source.stem).strip("-.")[:60] or "run")
+    base = document.value.get("base")
+    if document.value.get("experiment") == SWEEP and isinstance(base, dict) and "from" in base:
+        document.value["base"] = _inherit(base, source.parent, document.place(("base", "from")))
     config = validate(document, source.parent, given)
     return Loaded(config, source.parent, source)
+
+
+def load_sweep(reference: str, overrides: Iterable[str] = ()) -> Loaded:
+    """Read a sweep; any other configuration becomes the base of one, whose axes the overrides give."""
+    source = find(reference)
+    value = yamlfile.read(source).value
+    if not isinstance(value, dict) or value.get("experiment") == SWEEP:
+        return load(reference, overrides)
+    name = re.sub(r"[^\w.-]+", "-", source.stem).strip("-.")[:50]
+    text = yaml.safe_dump({"experiment": SWEEP, "name": f"{name}-sweep", "base": {"from": str(source.resolve())}})
+    document = yamlfile.parse(text, str(source))
+    given = _apply(document, overrides)
+    document.value["base"] = _inherit(document.value["base"], source.parent, str(source))
+    return Loaded(validate(document, source.parent, given), source.parent, source)
+
+
+def _inherit(base: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:
+    named = base["from"]
+    if not isinstance(named, str):
+        raise ConfigError(f"{place}: base.from: expected the name of a configuration")
+    path = folder / named
+    other = yamlfile.read(path if path.is_file() else find(named)).value
+    if not isinstance(other, dict):
+        raise ConfigError(f"{place}: {named} has no keys and values at its top")
+    return arms.inherit(base, other)
 
 
 def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
@@ -97,39 +124,17 @@ def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
     return given
 
 
-def validate(document: Document, base: Path, given: Mapping[Path_, str] | None = None) -> RunConfig:
-    """Turn what a file says into its experiment's frozen configuration."""
-    raw = document.value
-    given = given or {}
-    config_type, wrong = _config_type(raw, base)
-    try:
-        if config_type is not None:
-            config = typing.cast(RunConfig, config_type.model_validate(raw))
-    except ValidationError as error:
-        named = {path[:1] for path, _ in wrong}
-        found = explain.problems(error, config_type or Frozen, raw)
-        wrong += [(path, message) for path, message in found if path[:1] not in named]
-    if not wrong:
-        wrong = _unknown_metrics(config)
+def validate(document: Document, base: Path, given: Mapping[Path_, str] | None = None) -> AnyConfig:
+    """Turn what a file says into its experiment's frozen configuration. ConfigError with every mistake's place."""
+    config, wrong = validation.check(document.value, base)
+    if config is not None and config.experiment == SWEEP:
+        wrong = arms.problems(config, base)
     if wrong:
-        lines = [f"{_place(document, path, given)}: {message}" for path, message in wrong]
+        lines = [f"{_place(document, path, given or {})}: {message}" for path, message in wrong]
         errors = [ConfigError(line) for line in lines]
         raise ConfigError(errors[0].message, others=tuple(errors[1:]))
+    assert config is not None
     return config
-
-
-def _unknown_metrics(config: RunConfig) -> list[tuple[Path_, str]]:
-    """Find expectations that speak of what the experiment does not measure."""
-    known = experiments.find(config.experiment).metric_names(config)
-    wrong: list[tuple[Path_, str]] = []
-    for key in ("expect", "expect_standin"):
-        for index, rule in enumerate(getattr(config, key)):
-            for metric in expect.metrics_of(rule):
-                if metric not in known:
-                    close = lookup.nearest(metric, known)
-                    hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
-                    wrong.append(((key, index), f"{rule!r}: no metric {metric!r}; {hint}"))
-    return wrong
 
 
 def _place(document: Document, path: Path_, given: Mapping[Path_, str]) -> str:
@@ -137,38 +142,3 @@ def _place(document: Document, path: Path_, given: Mapping[Path_, str]) -> str:
         if path[:end] in given:
             return f"override {given[path[:end]]}"
     return document.place(path)
-
-
-def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[Frozen] | None, list[tuple[Path_, str]]]:
-    """Find the experiment's schema and put the schema of each named block into it; report unknown names."""
-    name = raw.get("experiment")
-    if not isinstance(name, str):
-        known = ", ".join(experiments.names())
-        return None, [(("experiment",), f"missing key 'experiment'; known: {known}")]
-    try:
-        config_type: type[Frozen] = experiments.find(name).Config
-    except ConfigError as error:
-        return None, [(("experiment",), str(error))]
-    fields: dict[str, Any] = {}
-    wrong: list[tuple[Path_, str]] = []
-    for key, table in tables_of(config_type).items():
-        info = config_type.model_fields[key]
-        block = raw.get(key)
-        chosen = block.get("name") if isinstance(block, Mapping) else getattr(info.default, "name", None)
-        if not isinstance(chosen, str):
-            if isinstance(block, Mapping):
-                wrong.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(table.names))}"))
-            continue
-        try:
-            made = part_type(table, chosen, table.find(chosen, base))
-        except CvlabError as error:
-            wrong.append(((key, "name"), str(error)))
-            continue
-        fields[key] = (made, ... if info.is_required() else _default(made))
-    return create_model(config_type.__name__, __base__=config_type, __doc__=config_type.__doc__, **fields), wrong
-
-
-def _default(made: type[Part]) -> Any:
-    """Build a block from its defaults, or say that it must be given where a key of it has none."""
-    required = any(field.is_required() for field in made.model_fields.values())
-    return ... if required else made(name=made.model_fields["name"].default)

@@ -90,9 +90,10 @@ class Term:
         return all(key in setting.keys and same(setting.keys[key], wanted) for key, wanted in self.where)
 
     def _ordered(self, chosen: Sequence[Setting], values: Numbers) -> float | None:
-        if len(chosen) < 2 or not all(isinstance(setting.keys.get(self.by), (int, float)) for setting in chosen):
-            return None
-        ranked = [value for _, value in sorted(zip([s.keys[self.by] for s in chosen], values, strict=True))]
+        places = [setting.keys.get(self.by) for setting in chosen]
+        if len(chosen) < 2 or not all(isinstance(x, (int, float)) for x in places) or len(set(places)) < len(places):
+            return None  # no order among them
+        ranked = [value for _, value in sorted(zip(places, values, strict=True))]
         before = ORDERS[self.function or ""]
         return float(all(before(a, b) for a, b in zip(ranked, ranked[1:], strict=False)))
 

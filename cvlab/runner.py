@@ -1,6 +1,5 @@
 """From a valid configuration to a finished run directory: start, resume, judge, summarise."""
 
-import itertools
 import os
 import platform
 import shlex
@@ -13,30 +12,41 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from cvlab import __version__, config, console, data, expect, experiments, lookup, rundir
+from cvlab import __version__, arms, config, console, data, expect, experiments, lookup, rundir, userfiles
 from cvlab.data.settle import Policy, label, settle
-from cvlab.errors import CvlabError, RunDirError, StoppedError
+from cvlab.errors import CvlabError, StoppedError
 from cvlab.rundir import RunDir
-from cvlab.schema import RunConfig
+from cvlab.schema import AnyConfig, DataBlock
+from cvlab.validation import SWEEP
 
 Result = dict[str, Any]
 
 
-def prepare(loaded: config.Loaded, policy: Policy) -> RunConfig:
+def prepare(loaded: config.Loaded, policy: Policy) -> AnyConfig:
     """Settle which data the run uses."""
     chosen = loaded.config
-    block = getattr(chosen, "data", None)
-    if block is None:
-        return chosen
-    settled = settle(block, policy)
-    return chosen if settled is block else chosen.model_copy(update={"data": settled})
+    block = data_of(chosen)
+    settled = settle(block, policy) if block is not None else None
+    return chosen if settled is block or settled is None else chosen.with_data(settled)
+
+
+def data_of(chosen: AnyConfig) -> DataBlock | None:
+    """Return a configuration's data block, where it has one."""
+    return getattr(chosen, "data", None)
+
+
+def used_data(chosen: AnyConfig) -> str | None:
+    """Say which data a run uses."""
+    block = data_of(chosen)
+    return label(block) if block is not None else None
 
 
 def plan(loaded: config.Loaded, root: Path) -> Result:
     """Say what a run would do, with the data it names; nothing is written and no socket opened."""
     chosen = loaded.config
     experiment = experiments.find(chosen.experiment)
-    used = _data_plan(chosen.data) if hasattr(chosen, "data") else {}
+    block = data_of(chosen)
+    used = _data_plan(block) if block is not None else {}
     return {
         "ok": True,
         "experiment": chosen.experiment,
@@ -56,36 +66,48 @@ def _data_plan(block: Any) -> Result:
 
 
 def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
-    """Run a configuration in a new run directory and return its result."""
+    """Run a configuration in a new run directory and return its result; of a sweep, all arms."""
     chosen = prepare(loaded, policy)
-    if not lookup.is_user_file(getattr(getattr(chosen, "data", None), "name", "")):
+    block = data_of(chosen)
+    if block is None or not lookup.is_user_file(block.name):
         experiments.find(chosen.experiment).plan(chosen, loaded.base)  # what cannot work is refused before it exists
     out = rundir.create(root, chosen.name, console.say)
-    chosen = _bring_user_files(chosen, loaded.base, out)
-    _pin_threads(chosen.threads)
     with out.locked():
+        if chosen.experiment == SWEEP:
+            chosen = arms.make(chosen, loaded.base, out)
+        else:
+            chosen = userfiles.bring(chosen, loaded.base, out.path)
+            _pin_threads(getattr(chosen, "threads", None))
         out.write_text("config.yaml", chosen.to_yaml())
         out.write_json("env.json", environment())
         return _execute(chosen, out)
 
 
-def resume(path: Path) -> Result:
-    """Go on with a run from its newest checkpoint; a run that has ended is only reported."""
+def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
+    """Go on with a run from its newest checkpoint; a run that has ended is only reported.
+
+    `changed` are keys that may differ from when it was started, because the result does not depend on them.
+    """
     out = RunDir(path, console.say)
     source = rundir.config_file(path)
     with out.locked():
         status = rundir.read_json(path / "status.json").get("status")
+        has_begun = status is not None
         if status in ("done", "unmet"):
             console.say(f"{path} has ended; nothing to resume")
             return result(path)
-        loaded = config.load(str(source))
-        if not any(out.checkpoints.glob("*.pt")) and not out.sync_metrics():
+        chosen = config.load(str(source)).config
+        if changed:
+            chosen = chosen.model_copy(update=changed)
+            out.write_text("config.yaml", chosen.to_yaml())
+        saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
+        if has_begun and not saved and chosen.experiment != SWEEP:
             out.log("nothing was saved before it stopped: it starts from the beginning")
         env = rundir.read_json(path / "env.json")
         _pin_threads(env.get("threads"))
-        env["resumed"] = [*env.get("resumed", []), environment()]
-        out.write_json("env.json", env)
-        return _execute(loaded.config, out)
+        again = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
+        out.write_json("env.json", env | again)
+        return _execute(chosen, out)
 
 
 def _pin_threads(count: int | None) -> None:
@@ -96,20 +118,22 @@ def _pin_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _execute(chosen: RunConfig, out: RunDir) -> Result:
+def _execute(chosen: AnyConfig, out: RunDir) -> Result:
     """Run the experiment under the lock; whatever ends it is written to status.json."""
     out.log(f"run directory {out.path}")
-    used = label(chosen.data) if hasattr(chosen, "data") else None
+    used = used_data(chosen)
     out.set_status("running", experiment=chosen.experiment, data=used)
     began = time.monotonic()
+    module = experiments.find(chosen.experiment)
     try:
-        metrics = experiments.find(chosen.experiment).run(chosen, out)
+        metrics = module.run(chosen, out)
     except BaseException as error:
         _record_failure(out, error)
         if isinstance(error, CvlabError):
             error.run = str(out.path)
         raise
-    verdicts = expect.judge(rules(chosen), metrics)
+    settings = module.settings(chosen, out) if chosen.experiment == SWEEP else ()
+    verdicts = expect.judge(rules(chosen), metrics, settings)
     status = "done" if all(verdict["met"] for verdict in verdicts) else "unmet"
     summary = {
         "experiment": chosen.experiment,
@@ -129,10 +153,10 @@ def _execute(chosen: RunConfig, out: RunDir) -> Result:
     return result(out.path)
 
 
-def rules(chosen: RunConfig) -> tuple[str, ...]:
+def rules(chosen: AnyConfig) -> tuple[str, ...]:
     """Return the expectations that apply: those of the stand-in where it was used."""
-    block = getattr(chosen, "data", None)
-    return chosen.expect_standin if getattr(block, "standin_for", None) else chosen.expect
+    block = data_of(chosen)
+    return chosen.expect_standin if block is not None and block.standin_for else chosen.expect
 
 
 def _record_failure(out: RunDir, error: BaseException) -> None:
@@ -141,7 +165,8 @@ def _record_failure(out: RunDir, error: BaseException) -> None:
         if not isinstance(error, (CvlabError, KeyboardInterrupt)):
             with (out.path / "log.txt").open("a") as file:
                 traceback.print_exception(error, file=file)
-        out.set_status("interrupted" if stopped else "failed", error=str(error) or type(error).__name__)
+        code = getattr(error, "code", 130 if stopped else 1)
+        out.set_status("interrupted" if stopped else "failed", error=str(error) or type(error).__name__, code=code)
     except (CvlabError, OSError) as second:
         console.say(f"warning: the status could not be written: {second}")
 
@@ -159,6 +184,7 @@ def result(path: Path) -> Result:
         "data": summary.get("data"),
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
+        **{key: summary[key] for key in ("settings", "arms") if key in summary},
         "files": files,
     }
 
@@ -193,33 +219,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None
-
-
-def _bring_user_files(chosen: RunConfig, base: Path, out: RunDir) -> RunConfig:
-    """Copy the user's own .py files into the run directory and let the configuration name the copies."""
-    changed = {}
-    for key in type(chosen).model_fields:
-        block = getattr(chosen, key)
-        name = getattr(block, "name", None)
-        if isinstance(name, str) and lookup.is_user_file(name):
-            file, _, attribute = name.rpartition(":")
-            copied = _copy_beside(base / file, out.path)
-            changed[key] = block.model_copy(update={"name": f"./{copied}:{attribute}"})
-    return chosen.model_copy(update=changed) if changed else chosen
-
-
-def _copy_beside(source: Path, folder: Path) -> str:
-    """Copy a file into a folder under its own name, or with a number where another file has that; return the name."""
-    try:
-        content = source.read_bytes()
-        for number in itertools.count(1):
-            name = source.name if number == 1 else f"{source.stem}_{number}{source.suffix}"
-            target = folder / name
-            if not target.exists():
-                target.write_bytes(content)
-                return name
-            if target.read_bytes() == content:
-                return name
-    except OSError as error:
-        raise RunDirError(f"{source}: cannot be copied to {folder}: {error.strerror}") from error
-    raise AssertionError

@@ -121,21 +121,25 @@ def _check_name(name: str) -> str:
 Threads = Annotated[int, Ge(1), Le(256)]
 
 
-class RunConfig(Frozen):
-    """The keys that every experiment has."""
+class DataBlock(Frozen):
+    """Which data: the keys of every experiment's `data` block."""
+
+    name: str = Field(description="a data set of `cvlab data list`, or ./file.py:function that returns it")
+    standin: str | None = Field(None, description="the built-in set to use where this one is not on the disk")
+    standin_for: str | None = Field(None, description="set by cvlab in a run that used a stand-in")
+
+
+class AnyConfig(Frozen):
+    """The keys of everything that can be run."""
 
     experiment: str = Field(description="the kind of job; `cvlab experiments` lists them")
     name: Annotated[str, AfterValidator(_check_name)] = Field("run", description="becomes part of the run directory")
-    seed: Annotated[int, Ge(0), Lt(2**31)] = Field(0, description="of initialisation, data order and augmentation")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?|mps)$", description="auto: cuda if there, else cpu"
-    )
-    threads: Threads | None = Field(None, description="CPU threads; null: as many as torch takes by itself")
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto", description="auto: bfloat16 where the device computes it fast, else float32"
-    )
     expect: tuple[Expectation, ...] = Field((), description="what must hold at the end, else exit code 3")
     expect_standin: tuple[Expectation, ...] = Field((), description="the same where the stand-in data was used")
+
+    def with_data(self, data: DataBlock) -> "AnyConfig":
+        """Return the configuration with other data."""
+        return self.model_copy(update={"data": data})
 
     def to_yaml(self) -> str:
         """Write the configuration as YAML, fully resolved; reading it gives the same configuration."""
@@ -144,6 +148,19 @@ class RunConfig(Frozen):
     def digest(self) -> str:
         """Return the SHA-256 of the resolved configuration."""
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+class RunConfig(AnyConfig):
+    """The keys that every experiment has which computes something itself."""
+
+    seed: Annotated[int, Ge(0), Lt(2**31)] = Field(0, description="of initialisation, data order and augmentation")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?|mps)$", description="auto: cuda if there, else cpu"
+    )
+    threads: Threads | None = Field(None, description="CPU threads; null: as many as torch takes by itself")
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="auto: bfloat16 where the device computes it fast, else float32"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -40,9 +40,9 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def error(self, step: int, run: str) -> StoppedError:
+    def error(self, step: int, run: str, unit: str = "step") -> StoppedError:
         """Build the error that ends a run which was asked to stop, after its checkpoint is on the disk."""
         assert self.received is not None
         code = EXIT_INTERRUPT if self.received == signal.SIGINT else EXIT_TERMINATED
         name = signal.Signals(self.received).name
-        return StoppedError(f"stopped by {name} after step {step}, checkpoint saved", f"cvlab resume {run}", code)
+        return StoppedError(f"stopped by {name} after {unit} {step}, checkpoint saved", f"cvlab resume {run}", code)

@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "cvlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [  # each may import those before it, and its own row
     {"errors", "failpoints"},
-    {"lookup", "yamlfile", "durable", "expect", "console", "lock", "compat", "layers", "ops"},
-    {"schema", "rundir", "checkpoint", "explain", "signals"},
+    {"lookup", "yamlfile", "durable", "expect", "console", "lock", "compat", "layers", "ops", "axes"},
+    {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles"},
     {"models", "data"},
     {"engine"},
     {"optim", "jobs", "training", "report"},
     {"experiments"},
-    {"config", "runner", "evaluation", "listing", "doctor", "bench", "checking"},
-    {"cli_options", "cli_inspect", "cli", "__main__"},
+    {"validation", "arms"},
+    {"config", "runner", "evaluation", "listing", "doctor", "bench", "checking", "sweeping"},
+    {"cli_options", "cli_inspect", "cli_sweep", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = (

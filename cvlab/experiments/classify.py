@@ -36,12 +36,9 @@ from cvlab.rundir import RunDir
 TRAIN_EVALUATED = 10_000  # of a larger training set the first so many are evaluated
 
 
-class Data(schema.Frozen):
+class Data(schema.DataBlock):
     """Which images, and how many of them."""
 
-    name: str = Field(description="a data set of `cvlab data list`, or ./file.py:function that returns an ImageSet")
-    standin: str | None = Field(None, description="the built-in set to use where this one is not on the disk")
-    standin_for: str | None = Field(None, description="set by cvlab in a run that used a stand-in")
     num_train: schema.Count | None = Field(None, description="train on the first so many; null: on all")
     val_fraction: schema.BelowOne = Field(0.2, description="the last share of the training images is validation")
     normalize: Literal["mean", "mean_std"] = Field(

@@ -34,14 +34,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         for row in cells:
             print("\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)), end="\n\n")
         return
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         justify: Any = "left" if index == 0 else "right"
         width = _longest_word([column, *(row[index] for row in cells)])
         made.add_column(Text(column), overflow="fold", justify=justify, no_wrap=index == 0, min_width=width)
     for row in cells:
         made.add_row(*map(Text, row))
-    console.print(made, width=console.width - len(columns))  # rich leaves out the space between columns
+    console.print(made, width=console.width - len(columns))  # rich forgets the space between them
     print()
 
 
@@ -57,16 +57,54 @@ def _narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
 
     first = max(cell_len(text) for text in (columns[0], *(row[0] for row in rows)))
     others = [_longest_word([c, *(row[k] for row in rows)]) for k, c in enumerate(columns) if k > 0]
-    return first + sum(others) + 5 * len(columns)
+    return first + sum(others) + 3 * len(columns)
+
+
+def measured(verdict: Mapping[str, Any]) -> str:
+    """Format what a rule was judged by: its left side, or all of its sides."""
+    return ", ".join(number(value) for value in verdict.get("values", [verdict["measured"]]))
+
+
+def show_settings(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Print the settings of a sweep: what varies, and the mean and deviation of each metric over seeds."""
+    keys = list(settings[0]["keys"]) if settings else []
+    named = list(dict.fromkeys(name for row in settings for name in row["metrics"]))
+    metrics = [name for name in named if not name.endswith("loss")] or named  # table.csv has the others
+    short = [key.rpartition(".")[2] for key in keys]
+    titles = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
+    rows = []
+    for row in settings:
+        found = [_mean(row["metrics"].get(name)) for name in metrics]
+        rows.append([*(number(row["keys"][key]) for key in keys), ", ".join(row["status"]), str(row["arms"]), *found])
+    table("", [*titles, "status", "n", *metrics], rows)
+
+
+def _mean(metric: Mapping[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    deviation = f" ± {metric['sd']:.2g}" if metric["sd"] is not None else ""
+    return f"{metric['mean']:.4g}{deviation}"
+
+
+def show_verification(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print expected against measured, a line for each expectation."""
+    columns = ("configuration", "expected", "measured", "verdict", "data", "seconds")
+    lines = [
+        (row["config"], row["rule"], measured(row), "met" if row["met"] else "NOT MET", row["data"], row["seconds"])
+        for row in rows
+    ]
+    table("", columns, lines)
 
 
 def show_result(result: Mapping[str, Any]) -> None:
     """Print the metrics of a run, its expectations with their verdicts, and where it lies."""
     note = f" on {result['data']}" if result.get("data") else ""
+    if "settings" in result:
+        show_settings(result["settings"])
     metrics = [(name, number(value, name)) for name, value in result["metrics"].items()]
     table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value"), metrics)
     if result["expect"]:
-        verdicts = [(v["rule"], v["measured"], "met" if v["met"] else "NOT MET") for v in result["expect"]]
+        verdicts = [(v["rule"], measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
     print(f"run directory {result['run']}")
 

@@ -1,0 +1,110 @@
+"""A sweep's arms as configurations: validated with the sweep, written as run directories before the first one runs."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cvlab import axes, durable, expect, experiments, userfiles, validation
+from cvlab.errors import ConfigError
+from cvlab.report.compare import flatten
+from cvlab.rundir import RunDir
+from cvlab.schema import AnyConfig, RunConfig
+from cvlab.validation import SWEEP, Problems, unknown_metric
+from cvlab.yamlfile import Path_
+
+NOT_OF_AN_ARM = ("expect", "expect_standin", "name")
+
+
+def inherit(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a sweep's base over the configuration that its `from` names; what that expects is not taken over."""
+    below = {key: value for key, value in other.items() if key not in NOT_OF_AN_ARM}
+    return axes.merge(below, {key: value for key, value in base.items() if key != "from"})
+
+
+def configs(sweep: Any, base: Path) -> list[tuple[str, RunConfig]]:
+    """Return the name and the configuration of every arm; ConfigError where one is not valid."""
+    found = []
+    for arm in sweep.arms():
+        config, wrong = validation.check(arm.raw, base)
+        if config is None:
+            raise ConfigError(f"{arm.name}: {wrong[0][1]}")
+        assert isinstance(config, RunConfig)
+        found.append((arm.name, config))
+    return found
+
+
+def problems(sweep: Any, base: Path) -> Problems:
+    """Return what is wrong with the arms and with the expectations over them, each with its place in the sweep."""
+    own = [key for key in NOT_OF_AN_ARM if key in sweep.base]
+    if own:
+        return [(("base", own[0]), f"base.{own[0]}: an arm has none; put it beside `base`")]
+    if sweep.base.get("experiment") == SWEEP:
+        return [(("base", "experiment"), "a sweep of sweeps is not possible")]
+    found: dict[tuple[Path_, str], None] = {}
+    valid = []
+    for arm in sweep.arms():
+        config, wrong = validation.check(arm.raw, base)
+        found |= {(_place(sweep, path), message): None for path, message in wrong}
+        valid.append(config)
+    return list(found) or _wrong_rules(sweep, [config for config in valid if config is not None])
+
+
+def _place(sweep: Any, path: Path_) -> Path_:
+    """Turn a place in an arm into one in the sweep: the axis that gave the value, else the base."""
+    dotted = ".".join(map(str, path))
+    for block in ("grid", "zip"):
+        for key in getattr(sweep, block):
+            if dotted == key or dotted.startswith(f"{key}.") or key.startswith(f"{dotted}."):
+                return (block, key)
+    for index, condition in enumerate(sweep.conditions):
+        for key in condition.set:
+            if dotted == key or dotted.startswith(f"{key}."):
+                return ("conditions", index, "set", key)
+    return ("base", *path)
+
+
+def _wrong_rules(sweep: Any, valid: list[AnyConfig]) -> Problems:
+    """Find expectations that speak of what no arm measures, or of keys that no arm has."""
+    module = experiments.find(valid[0].experiment)
+    metrics, flat = module.metric_names(valid[0]), [flatten(config.model_dump()) for config in valid]
+    own = experiments.find(SWEEP).metric_names(sweep)
+    wrong: Problems = []
+    for path, rule in validation.rules_of(sweep):
+        for term in rule.terms:
+            known = metrics if term.function else own
+            if term.metric and term.metric not in known:
+                functions = "; over arms write for example `mean(METRIC)`" if term.metric in metrics else ""
+                wrong.append((path, unknown_metric(term.text, term.metric, known) + functions))
+            elif not any(fits(term, keys) for keys in flat):
+                wrong.append((path, f"{term.text!r}: no arm has {_told(term)}"))
+    return wrong
+
+
+def fits(term: expect.Term, keys: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one that a term speaks of."""
+    told = term.by == "" or term.by in keys
+    return told and all(key in keys and expect.same(keys[key], value) for key, value in term.where)
+
+
+def _told(term: expect.Term) -> str:
+    parts = [f"{key}={axes.text_of(value)}" for key, value in term.where]
+    return ", ".join([*parts, *([f"the key {term.by}"] if term.by else [])])
+
+
+def make(sweep: Any, base: Path, out: RunDir) -> Any:
+    """Write a run directory for every arm, all or none of them; return the sweep with the names of copied files."""
+    partial = out.folder("arms.partial")
+    default = max(1, len(os.sched_getaffinity(0)) // sweep.workers) if hasattr(os, "sched_getaffinity") else 1
+    for name, config in configs(sweep, base):
+        folder = partial / name
+        folder.mkdir(exist_ok=True)
+        userfiles.bring(config, base, out.path)
+        brought = userfiles.bring(config, base, folder)
+        if brought.threads is None:
+            brought = brought.model_copy(update={"threads": default})
+        durable.write_text(folder / "config.yaml", brought.to_yaml())
+    brought_base = userfiles.bring_raw(sweep.base, base, out.path)
+    os.replace(partial, out.path / "arms")
+    durable.sync_directory(out.path)
+    return sweep.model_copy(update={"base": brought_base})

@@ -1,0 +1,99 @@
+"""The arms of a sweep: every combination of a grid, a list of tied values, and seeds, laid over one configuration.
+
+Keys are dotted, as in overrides; a value may be a whole block (`optimizer: [{name: sgd}, {name: adam}]`).
+"""
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+EXCLUSIVE = "duration"  # a block of which exactly one key is given: a new one replaces it whole
+Raw = dict[str, Any]
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a sweep: a name fit for a folder, and its configuration before validation."""
+
+    name: str
+    raw: Raw
+
+
+def combinations(
+    grid: Mapping[str, Sequence[Any]], tied: Mapping[str, Sequence[Any]], seeds: Sequence[int]
+) -> list[Changes]:
+    """Return what each arm changes: the product of the grid, the tied values (walked in step) and the seeds."""
+    axes: list[list[Changes]] = [[{key: value} for value in values] for key, values in grid.items()]
+    if tied:
+        axes.append([dict(zip(tied, values, strict=True)) for values in zip(*tied.values(), strict=True)])
+    if seeds:
+        axes.append([{"seed": seed} for seed in seeds])
+    return [{key: value for part in parts for key, value in part.items()} for parts in itertools.product(*axes)]
+
+
+def expand(base: Raw, changes: Iterable[Changes], conditions: Iterable[tuple[Changes, Changes]] = ()) -> list[Arm]:
+    """Lay each set of changes over `base`, then what `conditions` (when, set) tie to it."""
+    arms = []
+    for number, changed in enumerate(changes):
+        raw = copy.deepcopy(base)
+        for key, value in changed.items():
+            put(raw, key, value)
+        for when, then in conditions:
+            if all(get(raw, key) == value for key, value in when.items()):
+                for key, value in then.items():
+                    put(raw, key, value)
+        slug = slug_of(changed)
+        raw["name"] = slug
+        arms.append(Arm(f"{number:03d}-{slug}", raw))
+    return arms
+
+
+def put(raw: Raw, key: str, value: Any) -> None:
+    """Set a dotted key, making the blocks above it."""
+    *above, last = key.split(".")
+    for part in above:
+        block = raw.get(part)
+        raw[part] = dict(block) if isinstance(block, Mapping) and part != EXCLUSIVE else {}
+        raw = raw[part]
+    raw[last] = copy.deepcopy(value)
+
+
+def get(raw: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key, None where there is none."""
+    found: Any = raw
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def slug_of(changes: Changes, longest: int = 56) -> str:
+    """Name an arm after what it changes: `lr-0.005-batchnorm-true-seed-0`."""
+    parts = [f"{key.rpartition('.')[2]}-{text_of(value)}" for key, value in changes.items()]
+    slug = re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
+    return slug[:longest].strip("-.") or "arm"
+
+
+def text_of(value: Any) -> str:
+    """Write a value shortly."""
+    if isinstance(value, Mapping):
+        return "-".join(text_of(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return "-".join(text_of(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Raw:
+    """Lay one configuration over another; a block that names another part, or a duration, replaces the one below."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        blocks = isinstance(old, Mapping) and isinstance(value, Mapping) and key != EXCLUSIVE
+        renamed = blocks and "name" in value and value["name"] != old.get("name")  # type: ignore[union-attr]
+        merged[key] = merge(old, value) if blocks and not renamed else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,100 @@
+"""The commands of many runs: sweep and verify."""
+
+from typing import Annotated
+
+import typer
+
+from cvlab import console
+from cvlab.cli_options import (
+    ConfigArgument,
+    Debug,
+    Device,
+    Download,
+    DryRun,
+    Json,
+    NoStandin,
+    Offline,
+    Overrides,
+    Quiet,
+    RunsDir,
+    SetOption,
+    Verbose,
+    complete_config,
+    finish,
+    show,
+    show_verdict,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def sweep(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    set_: SetOption = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="arms at a time")] = None,
+    device: Device = None,
+    runs_dir: RunsDir = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start anew although one like it has not ended")] = False,
+    dry_run: DryRun = False,
+    no_standin: NoStandin = False,
+    offline: Offline = False,
+    download: Download = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run a sweep, or any configuration with axes: `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
+    console.set_level(quiet, verbose)
+    from cvlab import config as configs
+    from cvlab import rundir, runner, sweeping
+    from cvlab.data.settle import Policy
+    from cvlab.report import tables
+
+    flags = [f"workers={workers}"] if workers is not None else []
+    flags += [f"base.device={device}"] if device is not None else []
+    loaded = configs.load_sweep(config, [*(overrides or []), *(set_ or []), *flags])
+    root = rundir.runs_root(runs_dir)
+    if dry_run:
+        plan = runner.plan(loaded, root)
+        show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+        return
+    finish(sweeping.start(loaded, Policy(offline, download, no_standin), root, fresh), as_json)
+
+
+@app.command()
+def verify(
+    configs: Annotated[list[str], typer.Argument(help="configurations to run", autocompletion=complete_config)],
+    set_: SetOption = None,
+    device: Device = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="arms of a sweep at a time")] = None,
+    runs_dir: RunsDir = None,
+    no_standin: NoStandin = False,
+    offline: Offline = False,
+    download: Download = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run configurations and show expected against measured; exit code 3 where one misses."""
+    console.set_level(quiet, verbose)
+    from cvlab import config as loading
+    from cvlab import rundir, sweeping
+    from cvlab.data.settle import Policy
+    from cvlab.report import tables
+    from cvlab.validation import SWEEP
+
+    loaded = []
+    for name in configs:
+        is_sweep = loading.load(name).config.experiment == SWEEP
+        flags = [f"{'base.' if is_sweep else ''}device={device}"] if device is not None else []
+        flags += [f"workers={workers}"] if is_sweep and workers is not None else []
+        loaded.append(loading.load(name, [*(set_ or []), *flags]))
+    found = sweeping.verify(loaded, Policy(offline, download, no_standin), rundir.runs_root(runs_dir))
+    rows = found["verified"]
+    missed = [f"{row['config']}: {row['rule']}" for row in rows if not row["met"]]
+    code = sweeping.verdict_code(rows)
+    show_verdict(found, as_json, lambda: tables.show_verification(rows), f"not met: {'; '.join(missed)}", code=code)

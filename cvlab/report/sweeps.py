@@ -1,0 +1,182 @@
+"""A sweep's arms side by side, read from their run directories: means over seeds, a CSV, one plot per metric."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cvlab import rundir
+from cvlab.errors import DivergedError
+from cvlab.expect import Setting
+from cvlab.report import plots
+from cvlab.report.compare import UNTOLD, read_config
+from cvlab.report.tables import number
+from cvlab.rundir import RunDir
+
+Row = dict[str, Any]
+SHOWN = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
+SEED = "seed"
+
+
+def rows(arms: Sequence[Path]) -> list[Row]:
+    """Return one row per arm: name, status, configuration with dotted keys, metrics, whether it diverged."""
+    found = []
+    for arm in arms:
+        status = rundir.read_status(arm)
+        found.append(
+            {
+                "arm": arm.name,
+                "status": status.get("status", "not begun"),
+                "diverged": status.get("code") == DivergedError.code,
+                "config": read_config(arm),
+                "metrics": rundir.read_summary(arm).get("metrics", {}),
+            }
+        )
+    return found
+
+
+def outcome(arm: Path) -> str:
+    """Say on one line how an arm has ended."""
+    row = rows([arm])[0]
+    if row["diverged"]:
+        return "diverged"
+    metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN if name in row["metrics"]]
+    return ", ".join([row["status"], *metrics])
+
+
+def varied(found: Sequence[Row]) -> list[str]:
+    """Return the dotted keys in which the arms differ, the seed and names left out."""
+    keys = dict.fromkeys(key for row in found for key in row["config"])
+    told = [key for key in keys if key.partition(".")[0] not in (*UNTOLD, SEED)]
+    return [key for key in told if any(row["config"].get(key) != found[0]["config"].get(key) for row in found)]
+
+
+def grouped(found: Sequence[Row]) -> list[list[Row]]:
+    """Put the arms together that differ in the seed only, in the order of the first of each."""
+    groups: dict[str, list[Row]] = {}
+    keys = varied(found)
+    for row in found:
+        groups.setdefault(repr([row["config"].get(key) for key in keys]), []).append(row)
+    return list(groups.values())
+
+
+def metrics_of(row: Row, diverged_counts_as: Mapping[str, float]) -> dict[str, float]:
+    """Return an arm's numbers, those of a diverged one as the sweep says."""
+    found = {key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))}
+    return {**found, **diverged_counts_as} if row["diverged"] else found
+
+
+def settings(found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> list[Setting]:
+    """Return the settings that expectations judge; a metric that one of its seeds lacks is absent."""
+    result = []
+    for group in grouped(found):
+        measured = [metrics_of(row, diverged_counts_as) for row in group]
+        names = set.intersection(*(set(metrics) for metrics in measured))
+        means = {name: sum(metrics[name] for metrics in measured) / len(measured) for name in names}
+        result.append(Setting(group[0]["config"], means, sum(row["diverged"] for row in group) / len(group)))
+    return result
+
+
+def summary(found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> list[Row]:
+    """Return one row per setting: what varies, n, how many diverged, mean and standard deviation of each metric."""
+    keys = varied(found)
+    result = []
+    for group in grouped(found):
+        measured = [metrics_of(row, diverged_counts_as) for row in group]
+        spread: dict[str, Row] = {}
+        for name in SHOWN:
+            values = [metrics[name] for metrics in measured if name in metrics]
+            if values:
+                sd = statistics.stdev(values) if len(values) > 1 else None
+                spread[name] = {"mean": sum(values) / len(values), "sd": sd, "n": len(values)}
+        told = {key: group[0]["config"].get(key) for key in keys}
+        diverged = sum(row["diverged"] for row in group)
+        states = sorted({"diverged" if row["diverged"] else row["status"] for row in group})
+        result.append({"keys": told, "arms": len(group), "diverged": diverged, "status": states, "metrics": spread})
+    return result
+
+
+def to_csv(found: Sequence[Row]) -> str:
+    """Write one line per arm: its name, status, what varies, seed, metrics."""
+    keys = [*varied(found), SEED]
+    names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["arm", "status", *keys, *names])
+    for row in found:
+        state = "diverged" if row["diverged"] else row["status"]
+        values = [row["config"].get(key) for key in keys] + [row["metrics"].get(name) for name in names]
+        writer.writerow([row["arm"], state, *("" if value is None else value for value in values)])
+    return buffer.getvalue()
+
+
+def write(out: RunDir, found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> None:
+    """Write table.csv and a plot per metric into the sweep's directory, and its tables into summary.json."""
+    out.facts["settings"] = summary(found, diverged_counts_as)
+    out.facts["arms"] = [
+        {key: row[key] for key in ("arm", "status", "diverged", "metrics")} | {"seed": row["config"].get(SEED)}
+        for row in found
+    ]
+    out.write_text("table.csv", to_csv(found))
+    out.folder("plots")
+    for name in SHOWN:
+        if any(name in setting["metrics"] for setting in out.facts["settings"]):
+            out.write_bytes(f"plots/{name}.png", draw(out.facts["settings"], name, out.path.name))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def draw(found: Sequence[Row], metric: str, title: str) -> bytes:
+    """Draw a metric over the numeric key with the most values, a line for each setting of the others; return the PNG.
+
+    Where no key is numeric there is a point for each setting. Bars are one standard deviation over seeds.
+    """
+    from matplotlib.figure import Figure
+
+    keys = list(found[0]["keys"])
+    numeric = [key for key in keys if all(_is_number(row["keys"][key]) for row in found)]
+    x_key = max(numeric, key=lambda key: len({row["keys"][key] for row in found}), default=None)
+    lines: dict[str, list[tuple[Any, float, float]]] = {}
+    for index, row in enumerate(found):
+        if metric not in row["metrics"]:
+            continue
+        others = {key: value for key, value in row["keys"].items() if key != x_key}
+        label = _label(others) if x_key else metric
+        x = row["keys"][x_key] if x_key else index
+        lines.setdefault(label, []).append((x, row["metrics"][metric]["mean"], row["metrics"][metric]["sd"] or 0.0))
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes: Any = figure.subplots()
+    for label, points in lines.items():
+        xs, ys, sds = zip(*sorted(points), strict=True)
+        style = "o-" if x_key else "o"
+        axes.errorbar(xs, ys, yerr=sds if any(sds) else None, fmt=style, capsize=3, label=label, linewidth=1.5)
+    _name_x(axes, x_key, found)
+    axes.set_ylabel(metric)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=plots.DPI)
+    return buffer.getvalue()
+
+
+def _label(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {number(value)}" for key, value in keys.items())
+
+
+def _name_x(axes: Any, x_key: str | None, found: Sequence[Row]) -> None:
+    """Name the x axis; logarithmic where its values are decades apart."""
+    if x_key is None:
+        labels = [_label(row["keys"]) for row in found]
+        axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=7)
+        return
+    values = [row["keys"][x_key] for row in found]
+    if min(values) > 0 and max(values) / min(values) >= 4 and not math.isinf(max(values)):
+        axes.set_xscale("log")
+    axes.set_xlabel(x_key)

@@ -1,0 +1,237 @@
+"""Sweeps: arms, their order and names, processes, interruption, expectations over arms; and `cvlab verify`."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cvlab import axes, config, rundir
+from cvlab.errors import ConfigError
+from cvlab.report import sweeps
+
+BASE = """  experiment: classify
+  data: {name: scenes10, num_train: 100, val_fraction: 0.02}
+  model: {name: deep_convnet, filters: [4], pools: [0]}
+  optimizer: {name: sgd, lr: 1e-2}
+  batch_size: 20
+  duration: {steps: 4}
+  precision: float32
+"""
+SWEEP = f"""experiment: sweep
+base:
+{BASE}grid:
+  optimizer.lr: [1e-3, 1e-2]
+seeds: [0, 1]
+"""
+
+
+def write(tmp_path, text, name="s.yaml"):
+    (tmp_path / name).write_text(text)
+    return name
+
+
+def refusals(tmp_path, text, *overrides):
+    with pytest.raises(ConfigError) as refused:
+        config.load(write(tmp_path, text), overrides)
+    return [str(error) for error in (refused.value, *refused.value.others)]
+
+
+def test_combinations():
+    found = axes.combinations({"a": (1, 2), "b.c": (True,)}, {"x": (5, 6), "y": (7, 8)}, (0, 1))
+    assert len(found) == 8 and found[0] == {"a": 1, "b.c": True, "x": 5, "y": 7, "seed": 0}
+    assert [arm["x"] + arm["y"] for arm in found[:4]] == [12, 12, 14, 14]
+    assert axes.combinations({}, {}, ()) == [{}]
+
+
+def test_arms_lay_changes_over_the_base_and_leave_it_alone():
+    base = {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
+    changes = [{"optimizer.lr": 0.5, "duration.steps": 7}, {"optimizer": {"name": "adam"}, "model.filters": (8, 8)}]
+    conditions = [({"optimizer.name": "adam"}, {"batch_size": 9})]
+    one, two = axes.expand(base, changes, conditions)
+    assert one.raw["optimizer"] == {"name": "sgd", "lr": 0.5} and one.raw["duration"] == {"steps": 7}
+    assert two.raw["optimizer"] == {"name": "adam"} and two.raw["batch_size"] == 9 and "batch_size" not in one.raw
+    assert (one.name, two.name) == ("000-lr-0.5-steps-7", "001-optimizer-adam-filters-8-8")
+    assert base == {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
+
+
+def test_a_base_can_start_from_another_configuration(tmp_path):
+    text = "experiment: sweep\nbase:\n  from: cifar_bn\n  duration: {steps: 3}\n  optimizer: {lr: 5e-3}\n"
+    loaded = config.load(write(tmp_path, text + "grid: {model.batchnorm: [true, false]}\n"), ["base.batch_size=50"])
+    base = loaded.config.base
+    assert base["duration"] == {"steps": 3} and base["optimizer"] == {"name": "adam", "lr": 5e-3}
+    assert base["batch_size"] == 50 and base["model"]["filters"] == (16, 32, 32, 64, 64) and "expect" not in base
+    again = config.load(write(tmp_path, loaded.config.to_yaml(), "again.yaml")).config
+    assert again.to_yaml() == loaded.config.to_yaml()
+    replaced = axes.merge({"optimizer": {"name": "adam", "betas": 1}}, {"optimizer": {"name": "sgd"}})
+    assert replaced == {"optimizer": {"name": "sgd"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("lr: [1e-3, 1e-2]", "lr: [1e-3, -1]"), r"s.yaml:11:3: optimizer.lr: expected a number > 0"),
+        (("optimizer.lr:", "optimizer.lrr:"), r"s.yaml:11:3: unknown key 'optimizer.lrr'; did you mean 'lr'"),
+        (("pools: [0]", "pols: [0]"), r"s.yaml:5:\d+: unknown key 'model.pols'; did you mean 'pools'"),
+        (("[1e-3, 1e-2]", "[]"), r"optimizer.lr: the list of values is empty"),
+        (("[1e-3, 1e-2]", "1e-3"), r"s.yaml:11:3: grid.optimizer.lr: expected"),
+        (("seeds: [0, 1]", "seeds: [-1]"), r"s.yaml:12:\d+: seeds.0: expected"),
+        (("seeds", "zip: {batch_size: [1, 2], seed: [1]}\nseeds"), "batch_size has 2, seed has 1"),
+        (("seeds", "zip: {optimizer.lr: [1, 2]}\nseeds"), "optimizer.lr is in grid and in zip"),
+        (("[0, 1]", f"[{','.join(map(str, range(501)))}]"), "1002 arms; at most 1000"),
+        (("experiment: classify", "experiment: sweep"), "a sweep of sweeps"),
+        (("  batch_size", "  expect: [val_loss < 9]\n  batch_size"), r"s.yaml:7:3: base.expect: an arm has none"),
+        (("seeds", "expect: [mean(val_acuracy) > 0]\nseeds"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
+        (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"over arms write for example `mean\(METRIC\)`"),
+        (("seeds", "expect: ['mean(val_loss, optimizer.lr=7) > 0']\nseeds"), "no arm has optimizer.lr=7"),
+        (("seeds", "expect: ['increasing(val_loss, optimizr.lr)']\nseeds"), "no arm has the key optimizr.lr"),
+        (("seeds", "conditions: [{when: {seed: 0}, set: {batch_size: 0}}]\nseeds"), r"s.yaml:12:\d+: batch_size"),
+    ],
+)
+def test_mistakes_have_their_place(tmp_path, change, message):
+    found = refusals(tmp_path, SWEEP.replace(*change))
+    assert any(re.search(message, text) for text in found), found
+
+
+def test_a_run_has_no_arms_to_speak_of(tmp_path):
+    found = refusals(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [mean(val_loss) < 9]\n")
+    assert "speaks of a sweep's arms" in found[0]
+
+
+def test_a_sweep_from_start_to_end(cvlab, tmp_path):
+    write(tmp_path, SWEEP + "workers: 2\nexpect: ['spread(val_accuracy) < 1', mean(steps) == 4]\n")
+    code, out, err = cvlab("sweep", "s.yaml", "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["experiment"] == "sweep" and found["metrics"] == {"arms": 4, "diverged": 0}
+    assert [row["keys"] for row in found["settings"]] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}]
+    run = (tmp_path / "runs" / "latest").resolve()
+    arms = sorted((run / "arms").iterdir())
+    assert [arm.name for arm in arms][:2] == ["000-lr-0.001-seed-0", "001-lr-0.001-seed-1"]
+    accuracies = [rundir.read_summary(arm)["metrics"]["val_accuracy"] for arm in arms]
+    mean = found["settings"][0]["metrics"]["val_accuracy"]
+    assert mean["n"] == 2 and mean["mean"] == pytest.approx(sum(accuracies[:2]) / 2)
+    lines = (run / "table.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("arm,status,optimizer.lr,seed,")
+    assert {path.name for path in (run / "plots").iterdir()} == {
+        f"{name}.png" for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    }
+    # an arm is an ordinary run, and the same as when it is run alone
+    assert cvlab("show", arms[0])[0] == cvlab("eval", arms[0])[0] == cvlab("resume", arms[0])[0] == 0
+    alone = json.loads(cvlab("run", arms[2], "--json", "-q")[1])
+    summaries = [rundir.read_summary(rundir.Path(path)) for path in (alone["run"], arms[2])]
+    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+    code, out, _ = cvlab("show", run)
+    assert code == 0 and "val_accuracy" in out and "spread(val_accuracy) < 1" in out
+    repeated = config.load(str(run)).config
+    assert repeated.to_yaml() == config.load("s.yaml").config.to_yaml()
+
+
+def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_path):
+    name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 400}\n  eval_every: 1000"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not any(map(_ended, tmp_path.glob("runs/2*/arms/000*"))):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read().decode()
+    assert process.returncode == 143 and "cvlab resume" in said, said
+    run = (tmp_path / "runs" / "latest").resolve()
+    ended = {arm: (arm / "summary.json").stat().st_mtime_ns for arm in run.glob("arms/*") if _ended(arm)}
+    assert 1 <= len(ended) < 4
+    code, _, err = cvlab("sweep", name, "--workers", 2)
+    assert code == 0 and f"going on with runs/{run.name}" in err
+    assert len([path for path in run.glob("arms/*") if _ended(path)]) == 4
+    assert all((arm / "summary.json").stat().st_mtime_ns == before for arm, before in ended.items())
+    assert cvlab("sweep", name, "--dry-run")[0] == 0
+    assert len(rundir.list_runs(tmp_path / "runs")) == 1
+
+
+def _ended(arm):
+    return rundir.read_status(arm).get("status") == "done"
+
+
+def test_arms_end_with_the_sweep_however_it_dies(tmp_path):
+    name = write(tmp_path, SWEEP.replace("steps: 4", "steps: 100000"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list(tmp_path.glob("runs/2*/arms/000*/metrics.jsonl")):
+            time.sleep(0.05)
+        process.kill()
+    arm = next(tmp_path.glob("runs/2*/arms/000*"))
+    while time.monotonic() < deadline and rundir.read_json(arm / "status.json")["status"] == "running":
+        time.sleep(0.05)
+    assert rundir.read_status(arm)["status"] == "interrupted" and list((arm / "checkpoints").glob("*.pt"))
+    assert rundir.read_status(arm.parent.parent)["status"] == "interrupted"
+
+
+def test_an_arm_that_diverges_is_a_result(cvlab, tmp_path):
+    text = SWEEP.replace("[1e-3, 1e-2]", "[1e-2, 100]").replace("seeds: [0, 1]", "seeds: [0]")
+    text = (
+        text.replace("steps: 4}", "steps: 200}\n  reg: 1.0\n  eval_every: 100")
+        + "expect: [diverged(optimizer.lr=100) == 1, diverged() == 0.5]\n"
+    )
+    code, out, err = cvlab("sweep", write(tmp_path, text), "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["metrics"] == {"arms": 2, "diverged": 1} and found["settings"][1]["status"] == ["diverged"]
+    wanted = ["diverged_counts_as={val_accuracy: 0.1}", "expect=['mean(val_accuracy, optimizer.lr=100) == 0.1']"]
+    assert cvlab("sweep", "s.yaml", *wanted, "--fresh", "-q")[0] == 0
+    assert cvlab("sweep", "s.yaml", "expect=[mean(val_accuracy) > 0]", "-q")[0] == 3
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
+    write(tmp_path, "from torch import nn\ndef net(width=3, num_classes=10):\n    return Net(width)\n", "net.py")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, width=3):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(3072, width), nn.Linear(width, 10))\n"
+        "        assert width != 5, 'not five'\n"
+    )
+    text = SWEEP.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:Net'").replace("[0, 1]", "[0]")
+    text = text.replace("optimizer.lr: [1e-3, 1e-2]", "model.width: [5, 6]")
+    code, out, err = cvlab("sweep", write(tmp_path, text))
+    assert code == 1 and "1 arms failed" in err and "AssertionError: not five" in err, err
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert [row["status"] for row in sweeps.rows(sorted((run / "arms").iterdir()))] == ["failed", "done"]
+    for copied in (run / "net.py", *run.glob("arms/*/net.py")):
+        copied.write_text(copied.read_text().replace("width != 5", "True"))
+    assert cvlab("resume", run)[0] == 0
+
+
+def test_any_configuration_with_axes(cvlab, tmp_path):
+    name = write(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [train_accuracy > 2]\n", "plain.yaml")
+    code, out, err = cvlab("sweep", name, "grid.batch_size=[10,20]", "base.duration.steps=2", "--json", "-q")
+    assert code == 0, err
+    assert [row["keys"] for row in json.loads(out)["settings"]] == [{"batch_size": 10}, {"batch_size": 20}]
+    code, _, err = cvlab("sweep", name, "grid.batch_sze=[10,20]")
+    assert code == 2 and "did you mean 'batch_size'" in err
+
+
+def test_verify(cvlab, tmp_path):
+    flat = BASE.replace("\n  ", "\n").strip()
+    good = write(tmp_path, flat + "\nexpect: [steps == 4, train_accuracy <= 1]\n", "good.yaml")
+    bad = write(tmp_path, flat + "\nexpect: [train_accuracy > 1]\n", "bad.yaml")
+    worse = write(tmp_path, flat.replace("scenes10", "cifar10") + "\nexpect: [steps == 4]\n", "worse.yaml")
+    code, out, _ = cvlab("verify", good, "--json", "-q")
+    assert code == 0 and [row["met"] for row in json.loads(out)["verified"]] == [True, True]
+    code, out, err = cvlab("verify", good, bad)
+    assert code == 3 and "NOT MET" in out and "not met: bad: train_accuracy > 1" in err
+    code, out, err = cvlab("verify", bad, worse, good, "--json")
+    found = json.loads(out)
+    assert (
+        code == 4
+        and found["error"]["code"] == 4
+        and [row["met"] for row in found["verified"]] == [False] * 2 + [True] * 2
+    )
+    before = len(rundir.list_runs(tmp_path / "runs"))
+    assert cvlab("verify", good, "nosuch")[0] == 2 and len(rundir.list_runs(tmp_path / "runs")) == before
