@@ -11,6 +11,23 @@ NAMES = config.shipped_names()
 STANDIN_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
 
+def verb(name):
+    return "sweep" if config.load(name).config.experiment == "sweep" else "train"
+
+
+def runs_of(name, folder):
+    """Return what `cvlab train` takes: the configuration itself, or files with the first and last arm of a sweep."""
+    if verb(name) == "train":
+        return [name]
+    arms = config.load(name).config.arms()
+    files = []
+    for arm in (arms[0], arms[-1]):
+        path = folder / f"{arm.name[:3]}.yaml"
+        path.write_text(json.dumps(arm.raw))
+        files.append(path)
+    return files
+
+
 @pytest.mark.parametrize("name", NAMES)
 class TestEach:
     def test_header_says_what_it_shows_and_how_it_is_run(self, name):
@@ -18,7 +35,7 @@ class TestEach:
         header = [line for line in text.splitlines() if line.startswith("#")]
         assert re.match(r"# Shows: .{20,}", header[0])
         joined = "\n".join(header)
-        assert f"# Command: cvlab train configs/{name}.yaml" in joined
+        assert f"# Command: cvlab {verb(name)} configs/{name}.yaml" in joined
         assert re.search(r"# Result: .+", joined), "the header gives device, seconds and result"
         assert 10 <= len(text.splitlines()) <= 40
 
@@ -29,27 +46,33 @@ class TestEach:
 
     def test_plan(self, name, cvlab):
         code, out, _ = cvlab("train", name, "--dry-run", "--json")
-        assert code == 0 and json.loads(out)["parameters"] > 0
+        plan = json.loads(out)
+        assert code == 0 and plan["arms" if verb(name) == "sweep" else "parameters"] > 1
 
-    def test_two_steps_on_the_stand_in(self, name, cvlab):
-        short = [f"{key}={value}" for key, value in STANDIN_BUDGET.items()]
-        code, out, err = cvlab(
-            "train", name, *short, "data.val_fraction=0.02", "expect=[]", "expect_standin=[]", "--json"
-        )
-        assert code == 0, err
-        found = json.loads(out)
-        assert found["metrics"]["steps"] == 2 and found["data"].startswith("scenes10")
+    def test_two_steps_on_the_stand_in(self, name, cvlab, tmp_path):
+        for chosen in runs_of(name, tmp_path):
+            short = [f"{key}={value}" for key, value in STANDIN_BUDGET.items()]
+            code, out, err = cvlab(
+                "train", chosen, *short, "data.val_fraction=0.02", "expect=[]", "expect_standin=[]", "--json"
+            )
+            assert code == 0, err
+            found = json.loads(out)
+            assert found["metrics"]["steps"] == 2 and found["data"].startswith("scenes10")
 
 
 def test_there_are_the_promised_ones():
-    promised = "quickstart cifar_bn cifar_no_bn overfit_small three_layer_epoch fc_overfit_3 fc_overfit_5"
+    promised = (
+        "quickstart cifar_bn cifar_no_bn overfit_small three_layer_epoch fc_overfit_3 fc_overfit_5 overfit_small_grid "
+        "optimizers dropout kaiming_depth bn_lr_sweep bn_lr_sweep_fair api_barebones api_module api_sequential "
+        "plain32 resnet32"
+    )
     assert set(promised.split()) <= set(NAMES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_expectations_hold_on_the_stand_in(name, cvlab):
-    code, out, err = cvlab("train", name, "--json", "-q")
+    code, out, err = cvlab(verb(name), name, "--json", "-q")
     assert code == 0, err + out
 
 

@@ -29,6 +29,8 @@ def test_every_command_is_understood(command, cvlab):
         pytest.skip("an installation")
     code, out, err = cvlab(*arguments, "--help")
     assert code == 0 and "Usage" in out, err
+    if arguments[0] == "sweep":
+        assert config.load_sweep(arguments[1], [word for word in arguments[2:] if "=" in word])
     if arguments[0] in ("train", "run"):
         overrides = [word for word in arguments[2:] if "=" in word]
         assert config.load(str(ROOT / arguments[1]) if "/" in arguments[1] else arguments[1], overrides)
@@ -40,6 +42,12 @@ def test_the_example_is_the_shipped_configuration(tmp_path):
     assert mine == shipped.model_copy(update={"expect_standin": ()}) or mine.to_yaml() == (
         shipped.model_copy(update={"expect_standin": ()}).to_yaml()
     )
+
+
+def test_the_example_of_a_sweep_has_the_arms_it_should(tmp_path):
+    (tmp_path / "s.yaml").write_text(blocks("yaml")[1])
+    arms = config.load(str(tmp_path / "s.yaml")).config.arms()
+    assert len(arms) == 12 and sum("clip_norm" in arm.raw for arm in arms) == 6
 
 
 def test_the_exit_codes_are_those_of_the_errors():

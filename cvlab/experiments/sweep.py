@@ -84,6 +84,16 @@ class Config(AnyConfig):
         conditions = [(condition.when, condition.set) for condition in self.conditions]
         return axes.expand(self.base, axes.combinations(self.grid, self.zip, self.seeds), conditions)
 
+    def varied(self) -> list[str]:
+        """Return the dotted keys in which the arms differ, the seed left out; those of whole blocks one by one."""
+        changed = [*self.grid.items(), *self.zip.items()]
+        changed += [(key, (value,)) for condition in self.conditions for key, value in condition.set.items()]
+        found: dict[str, None] = {}
+        for key, values in changed:
+            blocks = [_dotted(value, f"{key}.") for value in values if isinstance(value, Mapping)]
+            found |= {inner: None for block in blocks for inner in block} if blocks else {key: None}
+        return [key for key in found if key != "seed"]
+
 
 def _dotted(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
@@ -117,7 +127,7 @@ def has_ended(arm: Path) -> bool:
 
 def settings(config: Config, out: RunDir) -> list[Setting]:
     """Return what expectations judge: the arms, those that differ in the seed only taken together."""
-    return sweeps.settings(sweeps.rows(folders(out)), config.diverged_counts_as)
+    return sweeps.settings(sweeps.rows(folders(out)), config.varied(), config.diverged_counts_as)
 
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
@@ -138,7 +148,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         if stop.received is not None:
             raise stop.error(sum(map(has_ended, arms)), out.path.name, "arm")
     rows = sweeps.rows(arms)
-    sweeps.write(out, rows, config.diverged_counts_as)
+    sweeps.write(out, rows, config.varied(), config.diverged_counts_as)
     if failed:
         raise _failure(failed, out)
     return {"arms": len(arms), "diverged": sum(row["diverged"] for row in rows)}

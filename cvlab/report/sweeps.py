@@ -12,7 +12,7 @@ from cvlab import rundir
 from cvlab.errors import DivergedError
 from cvlab.expect import Setting
 from cvlab.report import plots
-from cvlab.report.compare import UNTOLD, read_config
+from cvlab.report.compare import read_config
 from cvlab.report.tables import number
 from cvlab.rundir import RunDir
 
@@ -47,17 +47,9 @@ def outcome(arm: Path) -> str:
     return ", ".join([row["status"], *metrics])
 
 
-def varied(found: Sequence[Row]) -> list[str]:
-    """Return the dotted keys in which the arms differ, the seed and names left out."""
-    keys = dict.fromkeys(key for row in found for key in row["config"])
-    told = [key for key in keys if key.partition(".")[0] not in (*UNTOLD, SEED)]
-    return [key for key in told if any(row["config"].get(key) != found[0]["config"].get(key) for row in found)]
-
-
-def grouped(found: Sequence[Row]) -> list[list[Row]]:
-    """Put the arms together that differ in the seed only, in the order of the first of each."""
+def grouped(found: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:
+    """Put the arms together that are the same in `keys`, in the order of the first of each."""
     groups: dict[str, list[Row]] = {}
-    keys = varied(found)
     for row in found:
         groups.setdefault(repr([row["config"].get(key) for key in keys]), []).append(row)
     return list(groups.values())
@@ -69,10 +61,10 @@ def metrics_of(row: Row, diverged_counts_as: Mapping[str, float]) -> dict[str, f
     return {**found, **diverged_counts_as} if row["diverged"] else found
 
 
-def settings(found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> list[Setting]:
+def settings(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[Setting]:
     """Return the settings that expectations judge; a metric that one of its seeds lacks is absent."""
     result = []
-    for group in grouped(found):
+    for group in grouped(found, keys):
         measured = [metrics_of(row, diverged_counts_as) for row in group]
         names = set.intersection(*(set(metrics) for metrics in measured))
         means = {name: sum(metrics[name] for metrics in measured) / len(measured) for name in names}
@@ -80,11 +72,10 @@ def settings(found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> l
     return result
 
 
-def summary(found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> list[Row]:
+def summary(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[Row]:
     """Return one row per setting: what varies, n, how many diverged, mean and standard deviation of each metric."""
-    keys = varied(found)
     result = []
-    for group in grouped(found):
+    for group in grouped(found, keys):
         measured = [metrics_of(row, diverged_counts_as) for row in group]
         spread: dict[str, Row] = {}
         for name in SHOWN:
@@ -99,9 +90,9 @@ def summary(found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> li
     return result
 
 
-def to_csv(found: Sequence[Row]) -> str:
+def to_csv(found: Sequence[Row], keys: Sequence[str]) -> str:
     """Write one line per arm: its name, status, what varies, seed, metrics."""
-    keys = [*varied(found), SEED]
+    keys = [*keys, SEED]
     names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -113,14 +104,14 @@ def to_csv(found: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def write(out: RunDir, found: Sequence[Row], diverged_counts_as: Mapping[str, float]) -> None:
+def write(out: RunDir, found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> None:
     """Write table.csv and a plot per metric into the sweep's directory, and its tables into summary.json."""
-    out.facts["settings"] = summary(found, diverged_counts_as)
+    out.facts["settings"] = summary(found, keys, diverged_counts_as)
     out.facts["arms"] = [
         {key: row[key] for key in ("arm", "status", "diverged", "metrics")} | {"seed": row["config"].get(SEED)}
         for row in found
     ]
-    out.write_text("table.csv", to_csv(found))
+    out.write_text("table.csv", to_csv(found, keys))
     out.folder("plots")
     for name in SHOWN:
         if any(name in setting["metrics"] for setting in out.facts["settings"]):
@@ -167,7 +158,7 @@ def draw(found: Sequence[Row], metric: str, title: str) -> bytes:
 
 
 def _label(keys: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {number(value)}" for key, value in keys.items())
+    return ", ".join(f"{key.rpartition('.')[2]} {number(value)}" for key, value in keys.items() if value is not None)
 
 
 def _name_x(axes: Any, x_key: str | None, found: Sequence[Row]) -> None:
