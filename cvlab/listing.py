@@ -11,7 +11,7 @@ from cvlab.report import compare as comparing
 from cvlab.schema import Part, Table, part_type, tables_of
 
 Row = dict[str, Any]
-SHOWN_FIRST = ("test_accuracy", "val_accuracy", "train_accuracy", "train_loss")
+SHOWN_FIRST = ("test_accuracy", "val_accuracy", "train_accuracy", "train_loss", "arms", "diverged")
 
 
 def runs(root: Path) -> list[Row]:

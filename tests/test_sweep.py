@@ -131,6 +131,26 @@ def test_a_sweep_from_start_to_end(cvlab, tmp_path):
     assert repeated.to_yaml() == config.load("s.yaml").config.to_yaml()
 
 
+def setting(**keys):
+    return {"keys": keys, "metrics": {"val_accuracy": {"mean": 0.5, "sd": 0.1, "n": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([setting(lr=x, bn=bn) for x in (0.1, 0.2) for bn in (True, False)], "lr"),
+        ([setting(lr=x, width=w) for x in (0.1, 0.2) for w in (1, 2, 3)], "width"),
+        ([setting(name=n, lr=x) for n, x in (("sgd", 0.1), ("adam", 0.2))], None),  # nothing is held fixed
+        ([setting(name=n) for n in ("sgd", "adam")], None),
+        ([setting(scale=s) for s in ("kaiming", 0.1)], None),
+        ([setting(lr=x) for x in (1e-3, 1e-2)], "lr"),
+    ],
+)
+def test_what_a_metric_is_drawn_over(found, expected):
+    assert sweeps._x_key(found) == expected
+    assert sweeps.draw(found, "val_accuracy", "title")[:4] == b"\x89PNG"
+
+
 def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_path):
     name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 400}\n  eval_every: 1000"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

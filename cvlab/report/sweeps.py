@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,17 +128,14 @@ def draw(found: Sequence[Row], metric: str, title: str) -> bytes:
     """
     from matplotlib.figure import Figure
 
-    keys = list(found[0]["keys"])
-    numeric = [key for key in keys if all(_is_number(row["keys"][key]) for row in found)]
-    x_key = max(numeric, key=lambda key: len({row["keys"][key] for row in found}), default=None)
+    x_key = _x_key(found)
     lines: dict[str, list[tuple[Any, float, float]]] = {}
     for index, row in enumerate(found):
-        if metric not in row["metrics"]:
-            continue
-        others = {key: value for key, value in row["keys"].items() if key != x_key}
-        label = _label(others) if x_key else metric
-        x = row["keys"][x_key] if x_key else index
-        lines.setdefault(label, []).append((x, row["metrics"][metric]["mean"], row["metrics"][metric]["sd"] or 0.0))
+        if metric in row["metrics"]:
+            others = {key: value for key, value in row["keys"].items() if key != x_key}
+            point = (row["keys"][x_key] if x_key else index, row["metrics"][metric]["mean"])
+            line = _label(others) if x_key else metric
+            lines.setdefault(line, []).append((*point, row["metrics"][metric]["sd"] or 0.0))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes: Any = figure.subplots()
     for label, points in lines.items():
@@ -157,6 +153,17 @@ def draw(found: Sequence[Row], metric: str, title: str) -> bytes:
     return buffer.getvalue()
 
 
+def _x_key(found: Sequence[Row]) -> str | None:
+    """Return the numeric key with the most values along which some other setting stays the same, if there is one."""
+    best, most = None, 1
+    for key in found[0]["keys"]:
+        values = {row["keys"][key] for row in found if _is_number(row["keys"][key])}
+        others = {repr([v for k, v in row["keys"].items() if k != key]) for row in found}
+        if all(_is_number(row["keys"][key]) for row in found) and len(values) > most and len(others) < len(found):
+            best, most = key, len(values)
+    return best
+
+
 def _label(keys: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.rpartition('.')[2]} {number(value)}" for key, value in keys.items() if value is not None)
 
@@ -167,7 +174,10 @@ def _name_x(axes: Any, x_key: str | None, found: Sequence[Row]) -> None:
         labels = [_label(row["keys"]) for row in found]
         axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=7)
         return
-    values = [row["keys"][x_key] for row in found]
-    if min(values) > 0 and max(values) / min(values) >= 4 and not math.isinf(max(values)):
+    values = sorted({row["keys"][x_key] for row in found})
+    if values[0] > 0 and values[-1] / values[0] >= 4:
         axes.set_xscale("log")
+    if len(values) <= 12:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks([], minor=True)
     axes.set_xlabel(x_key)
