@@ -20,6 +20,8 @@ from cvlab.schema import AnyConfig
 from cvlab.validation import SWEEP
 from cvlab.yamlfile import Document, Path_
 
+DOTTED = ("grid", "zip")  # blocks of a sweep whose keys are dotted themselves
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -106,6 +108,8 @@ def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
     for text in overrides:
         key, equals, value = text.partition("=")
         path: Path_ = tuple(key.strip().split("."))
+        if path[0] in DOTTED and len(path) > 1:
+            path = (path[0], key.strip().partition(".")[2])
         if not equals or "" in path:
             raise ConfigError(f"override {text!r} is not of the form key=value", "for example optimizer.lr=1e-2")
         parsed = yamlfile.parse(value, f"override {text}").value

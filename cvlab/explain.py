@@ -87,7 +87,8 @@ def _at(schema: Mapping[str, Any], path: Path_) -> Mapping[str, Any]:
             prefix = node.get("prefixItems", ())
             node = prefix[part] if part < len(prefix) else node.get("items", {})
         else:
-            node = node.get("properties", {}).get(part, {})
+            others = node.get("additionalProperties")  # of a block whose keys are free
+            node = node.get("properties", {}).get(part, others if isinstance(others, Mapping) else {})
         node = _resolve(node, schema)
     return node
 
@@ -104,7 +105,7 @@ def describe(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if node.get("type") == "array":
         if "prefixItems" in node:
             return "[" + ", ".join(describe(item, schema) for item in node["prefixItems"]) + "]"
-        return f"a list, each {describe(node.get('items', {}), schema)}"
+        return f"a list, each {describe(node['items'], schema)}" if node.get("items") else "a list"
     bounds = " and ".join(f"{sign} {show(node[key])}" for key, sign in BOUNDS.items() if key in node)
     noun = NOUNS.get(str(node.get("type")), "a value")
     return f"{noun} {bounds}".rstrip()

@@ -78,7 +78,7 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
         (("optimizer.lr:", "optimizer.lrr:"), r"s.yaml:11:3: unknown key 'optimizer.lrr'; did you mean 'lr'"),
         (("pools: [0]", "pols: [0]"), r"s.yaml:5:\d+: unknown key 'model.pols'; did you mean 'pools'"),
         (("[1e-3, 1e-2]", "[]"), r"optimizer.lr: the list of values is empty"),
-        (("[1e-3, 1e-2]", "1e-3"), r"s.yaml:11:3: grid.optimizer.lr: expected"),
+        (("[1e-3, 1e-2]", "1e-3"), r"s.yaml:11:3: grid.optimizer.lr: expected a list, got"),
         (("seeds: [0, 1]", "seeds: [-1]"), r"s.yaml:12:\d+: seeds.0: expected"),
         (("seeds", "zip: {batch_size: [1, 2], seed: [1]}\nseeds"), "batch_size has 2, seed has 1"),
         (("seeds", "zip: {optimizer.lr: [1, 2]}\nseeds"), "optimizer.lr is in grid and in zip"),
@@ -95,6 +95,16 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
 def test_mistakes_have_their_place(tmp_path, change, message):
     found = refusals(tmp_path, SWEEP.replace(*change))
     assert any(re.search(message, text) for text in found), found
+
+
+def test_overrides_of_axes(tmp_path):
+    chosen = config.load(write(tmp_path, SWEEP), ["grid.optimizer.lr=[0.5]", "zip.batch_size=[5,10]", "seeds=[3]"])
+    assert [arm.name for arm in chosen.config.arms()] == [
+        "000-lr-0.5-batch_size-5-seed-3",
+        "001-lr-0.5-batch_size-10-seed-3",
+    ]
+    found = refusals(tmp_path, SWEEP, "grid.optimizer.lr=[-1]")
+    assert found == ["override grid.optimizer.lr=[-1]: optimizer.lr: expected a number > 0 and <= 100, got -1"]
 
 
 def test_a_run_has_no_arms_to_speak_of(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from cvlab import axes, rundir, submit
 from cvlab.console import Progress
@@ -46,12 +46,6 @@ class Config(AnyConfig):
     diverged_counts_as: dict[str, float] = Field(
         {}, description="what expectations and plots take for an arm that diverged; by default it has no metrics"
     )
-
-    @field_validator("grid", "zip", mode="before")
-    @classmethod
-    def _flat(cls, value: Any) -> Any:
-        """Take nested blocks, as overrides make them, for dotted keys."""
-        return _dotted(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _sizes(self) -> "Config":
