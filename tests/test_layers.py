@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cvlab.errors import ConfigError
 from cvlab.layers import batchnorm, conv, linear, losses, modules
 
 DOUBLE = torch.float64
@@ -237,3 +238,31 @@ def test_the_benchmark_of_layers_names_every_kind(cvlab):
     rows = json.loads(out)["layers"]
     assert {row["layer"] for row in rows} == {"Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU", "Linear"}
     assert all(row["manual_against_torch"] > 0 and row["torch_seconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda layers: layers.Conv2d(4, 4, 3, groups=2), "groups=2"),
+        (lambda layers: layers.Conv2d(4, 4, (3, 1)), r"kernel_size \(3, 1\)"),
+        (lambda layers: layers.Conv2d(4, 4, 3, stride=(1, 2)), r"stride \(1, 2\)"),
+        (lambda layers: layers.Conv2d(4, 4, 3, padding="same"), "padding same"),
+        (lambda layers: layers.Conv2d(4, 4, 3, dilation=2), "dilation"),
+        (lambda layers: layers.MaxPool2d(2, padding=1), "padding=1"),
+        (lambda layers: layers.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+        (lambda layers: layers.BatchNorm2d(4, affine=False), "affine=False"),
+        (lambda layers: layers.BatchNorm2d(4, momentum=None), "momentum=None"),
+    ],
+)
+def test_what_is_not_written_out_is_refused(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build(modules.MANUAL)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": (1, 1)}, {"bias": False}, {"stride": (2, 2)}])
+def test_conv_modules_with_options(options):
+    mine, theirs = modules.MANUAL.Conv2d(3, 5, 3, **options).double(), nn.Conv2d(3, 5, 3, **options).double()
+    theirs.load_state_dict(mine.state_dict())
+    x = randn(2, 3, 9, 9)
+    torch.testing.assert_close(mine(x), theirs(x))
+    torch.testing.assert_close(modules.MANUAL.MaxPool2d(3, stride=1)(x), nn.MaxPool2d(3, stride=1)(x))

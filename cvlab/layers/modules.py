@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cvlab.errors import ConfigError
 from cvlab.layers import batchnorm, conv, linear
 
 See = Callable[[Any], None]
@@ -44,6 +45,25 @@ def apply(layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), se
     return found
 
 
+def _square(layer: nn.Module, name: str) -> int:
+    """Return the one number that an option of a layer is in both directions; ConfigError where it is not one."""
+    value: Any = getattr(layer, name)
+    first, second = value if isinstance(value, tuple) else (value, value)
+    if first != second or not isinstance(first, int):
+        raise ConfigError(f"hand-written {type(layer).__name__}: {name} {value}: only one number for both directions")
+    return first
+
+
+def _require(layer: nn.Module, **expected: Any) -> None:
+    """Raise ConfigError where a layer has an option that is not written out here."""
+    for name, value in expected.items():
+        if (found := getattr(layer, name)) != value:
+            raise ConfigError(
+                f"hand-written {type(layer).__name__}: {name}={found} is not there, only {name}={value}",
+                "use layers: torch",
+            )
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` by hand."""
 
@@ -69,19 +89,30 @@ class Dropout(nn.Dropout):
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` by hand, with square kernels, one stride and one padding."""
+    """`torch.nn.Conv2d` by hand, with square kernels, one stride and one padding; ConfigError for anything else."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _require(self, groups=1, dilation=(1, 1), padding_mode="zeros")
+        _square(self, "kernel_size")
+        self.chosen = (_square(self, "stride"), _square(self, "padding"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, F, Ho, Wo)."""
-        return apply(conv.Conv2d, x, self.weight, self.bias, options=(self.stride[0], int(self.padding[0])))
+        return apply(conv.Conv2d, x, self.weight, self.bias, options=self.chosen)
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """`torch.nn.MaxPool2d` by hand, with square windows."""
+    """`torch.nn.MaxPool2d` by hand, with square windows; ConfigError for anything else."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _require(self, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+        self.chosen = (_square(self, "kernel_size"), _square(self, "stride"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, Ho, Wo)."""
-        return apply(conv.MaxPool2d, x, options=(self.kernel_size, self.stride))
+        return apply(conv.MaxPool2d, x, options=self.chosen)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -89,6 +120,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     layer: Any
     dimensions: int
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _require(self, affine=True, track_running_stats=True)
+        if self.momentum is None:
+            raise ConfigError(f"hand-written {type(self).__name__}: momentum=None is not there", "use layers: torch")
 
     def _check_input_dim(self, input: Tensor) -> None:
         assert input.ndim == self.dimensions, input.shape
