@@ -149,7 +149,7 @@ def _execute(chosen: AnyConfig, out: RunDir) -> Result:
     from cvlab.report import plots
 
     plots.plot_run(out)
-    out.set_status(status, data=used)
+    out.set_status(status, data=used, error=None, code=None)
     return result(out.path)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from cvlab.errors import ConfigError
 from cvlab.layers import batchnorm, conv, linear, losses, modules
+from cvlab.models.convnet import deep_convnet
 
 DOUBLE = torch.float64
 
@@ -266,3 +267,27 @@ def test_conv_modules_with_options(options):
     x = randn(2, 3, 9, 9)
     torch.testing.assert_close(mine(x), theirs(x))
     torch.testing.assert_close(modules.MANUAL.MaxPool2d(3, stride=1)(x), nn.MaxPool2d(3, stride=1)(x))
+
+
+def test_under_autocast_a_layer_computes_in_the_dtype_of_its_weights():
+    nets = []
+    for layers in (nn, modules.MANUAL, modules.MANUAL_ALT):
+        torch.manual_seed(0)
+        nets.append(deep_convnet(filters=(4, 8), pools=(0,), batchnorm=True, image_size=8, layers=layers))
+    x = torch.randn(6, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = [net(x) for net in nets]
+    for net, found in zip(nets, scores, strict=True):
+        found.float().square().sum().backward()
+        torch.testing.assert_close(found.float(), scores[0].float(), rtol=0.1, atol=0.1)
+        assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_one_value_per_channel_is_refused_as_torch_does_it():
+    with pytest.raises(ConfigError, match="more than one value per channel"):
+        modules.MANUAL.BatchNorm1d(3)(torch.randn(1, 3))
+
+
+def test_dropout_of_everything():
+    out, cache = linear.Dropout.forward(torch.ones(5), 1.0)
+    assert not out.any() and not linear.Dropout.backward(torch.ones(5), cache)[0].any()

@@ -62,6 +62,8 @@ def test_residual_nets():
     with pytest.raises(ConfigError, match="bottleneck needs at least 4"):
         preact_resnet(stages=((2, 1),), bottleneck=True)
     with pytest.raises(ConfigError, match="do not fit"):
+        preact_resnet(stages=())
+    with pytest.raises(ConfigError, match="do not fit"):
         preact_resnet(stages=((2, 1),) * 5, image_size=8)
 
 
@@ -71,6 +73,10 @@ def test_every_model_of_hand_written_layers_trains_as_torchs(name):
     for layers in (nn, MANUAL, MANUAL_ALT):
         torch.manual_seed(2)
         supplied = {"in_channels": 3, "image_size": 8, "num_classes": 4, "layers": layers}
+        if name == "api_barebones" and layers is not nn:
+            with pytest.raises(ConfigError, match="not built from layers"):
+                models.build(name, {}, Path(), **supplied)
+            return
         arguments = {key: value for key, value in ARGUMENTS[name].items() if key != "dropout"}
         made.append(models.build(name, arguments, Path(), **supplied).double())
     images = torch.randn(6, 3, 8, 8, dtype=torch.float64)

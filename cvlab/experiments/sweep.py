@@ -5,6 +5,7 @@ Expect: rules over the arms, as `spread(val_accuracy, model.batchnorm=true) < 0.
 Command: cvlab sweep configs/bn_lr_sweep.yaml --workers 2
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +58,17 @@ class Config(AnyConfig):
             raise ValueError(f"zip: the lists must be of one length: {lengths}")
         if self.grid.keys() & self.zip.keys():
             raise ValueError(f"{min(self.grid.keys() & self.zip.keys())} is in grid and in zip")
-        if (count := len(axes.combinations(self.grid, self.zip, self.seeds))) > MAX_ARMS:
+        sizes = [len(values) for values in self.grid.values()] + [len(v) for v in list(self.zip.values())[:1]]
+        if (count := math.prod(sizes) * max(1, len(self.seeds))) > MAX_ARMS:
             raise ValueError(f"{count} arms; at most {MAX_ARMS}")
+        for key, values in {**self.grid, "seeds": self.seeds}.items():
+            if len({repr(value) for value in values}) < len(values):
+                raise ValueError(f"{key}: a value is there twice")
+        changed = [*self.grid, *self.zip, *(["seed"] if self.seeds else [])]
+        for key in changed:
+            above = [other for other in changed if key.startswith(f"{other}.")]
+            if above or changed.count(key) > 1:
+                raise ValueError(f"{key} is varied twice" + (f", also by {above[0]}" if above else ""))
         return self
 
     @property

@@ -65,7 +65,7 @@ def relative_error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
 
 def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tensor, step: float = STEPS[0]) -> Tensor:
     """Return d sum(function(x) * dout) / dx by centred differences, one element after the other."""
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     gradient = torch.zeros_like(x)
     flat, result = x.view(-1), gradient.view(-1)
     for k in range(flat.numel()):

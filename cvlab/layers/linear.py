@@ -53,7 +53,7 @@ class Dropout:
     @staticmethod
     def forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """Zero each element with probability p; the expectation of the output is x. Cache: the scaled mask."""
-        mask = (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / (1 - p)
+        mask = (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / max(1 - p, 1e-12)  # of p = 1 all are 0
         return x * mask, mask
 
     @staticmethod

@@ -40,8 +40,14 @@ def apply(layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), se
     """Run a layer on tensors so that autograd calls its own backward.
 
     `options` follow the tensors in the layer's `forward`; `see` is shown the cache, for what a module wants to know.
+    There is no autocast inside: a layer computes in the dtype of its weights.
     """
-    found: Tensor = _Apply.apply(layer, options, see, *tensors)  # type: ignore[no-untyped-call]
+    with torch.autocast(tensors[0].device.type, enabled=False):  # type: ignore[union-attr]
+        if len(tensors) > 1:  # weights are float32 or float64; a layer below may have given bfloat16
+            weight = tensors[1]
+            assert tensors[0] is not None and weight is not None
+            tensors = (tensors[0].to(weight.dtype), *tensors[1:])
+        found: Tensor = _Apply.apply(layer, options, see, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -145,6 +151,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         n = cache.centred.shape[0]
+        if n < 2:
+            raise ConfigError("BatchNorm needs more than one value per channel in training", "raise batch_size")
         self.running_mean.lerp_(cache.mean, self.momentum)
         self.running_var.lerp_(cache.var * (n / (n - 1)), self.momentum)
         self.num_batches_tracked.add_(1)

@@ -69,6 +69,8 @@ def build(name: str, arguments: dict[str, Any], base: Path, **supplied: Any) -> 
     builder = find(name, base)
     parameters = inspect.signature(builder).parameters
     chosen = {key: value for key, value in supplied.items() if key in parameters}
+    if supplied.get("layers", nn) is not nn and "layers" not in parameters:
+        raise ConfigError(f"model {name}: is not built from layers that are passed in", "use layers: torch")
     model = builder(**chosen, **arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name}: expected a torch.nn.Module, got {type(model).__name__}")

@@ -70,7 +70,7 @@ def preact_resnet(
     no shortcuts. The shortcut is the identity, or a 1x1 convolution where size or channels change. Takes
     (N, in_channels, image_size, image_size), gives scores (N, num_classes).
     """
-    if image_size >> (len(stages) - 1) < 1 or not stages:
+    if not stages or image_size >> (len(stages) - 1) < 1:
         raise ConfigError(f"model.stages: {len(stages)} stages do not fit {image_size} px")
     if bottleneck and any(width < 4 for width, _ in stages):
         raise ConfigError("model.stages: a bottleneck needs at least 4 channels")
