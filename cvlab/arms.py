@@ -67,7 +67,8 @@ def _place(sweep: Any, path: Path_) -> Path_:
 def _wrong_rules(sweep: Any, valid: list[AnyConfig]) -> Problems:
     """Find expectations that speak of what no arm measures, or of keys that no arm has."""
     module = experiments.find(valid[0].experiment)
-    metrics, flat = module.metric_names(valid[0]), [flatten(config.model_dump()) for config in valid]
+    metrics = module.metric_names(valid[0])
+    flat = [{k: v for k, v in flatten(config.model_dump()).items() if k != "seed"} for config in valid]
     own = experiments.find(SWEEP).metric_names(sweep)
     wrong: Problems = []
     for path, rule in validation.rules_of(sweep):
@@ -77,7 +78,8 @@ def _wrong_rules(sweep: Any, valid: list[AnyConfig]) -> Problems:
                 functions = "; over arms write for example `mean(METRIC)`" if term.metric in metrics else ""
                 wrong.append((path, unknown_metric(term.text, term.metric, known) + functions))
             elif not any(fits(term, keys) for keys in flat):
-                wrong.append((path, f"{term.text!r}: no arm has {_told(term)}"))
+                seeds = "; settings are means over seeds" if "seed" in dict(term.where) else ""
+                wrong.append((path, f"{term.text!r}: no arm has {_told(term)}{seeds}"))
     return wrong
 
 
@@ -92,19 +94,17 @@ def _told(term: expect.Term) -> str:
     return ", ".join([*parts, *([f"the key {term.by}"] if term.by else [])])
 
 
-def make(sweep: Any, base: Path, out: RunDir) -> Any:
-    """Write a run directory for every arm, all or none of them; return the sweep with the names of copied files."""
+def make(sweep: Any, base: Path, out: RunDir) -> None:
+    """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep."""
     partial = out.folder("arms.partial")
     default = max(1, len(os.sched_getaffinity(0)) // sweep.workers) if hasattr(os, "sched_getaffinity") else 1
     for name, config in configs(sweep, base):
         folder = partial / name
         folder.mkdir(exist_ok=True)
-        userfiles.bring(config, base, out.path)
         brought = userfiles.bring(config, base, folder)
         if brought.threads is None:
             brought = brought.model_copy(update={"threads": default})
         durable.write_text(folder / "config.yaml", brought.to_yaml())
-    brought_base = userfiles.bring_raw(sweep.base, base, out.path)
+    userfiles.mirror(sweep.model_dump(), base, out.path)
     os.replace(partial, out.path / "arms")
     durable.sync_directory(out.path)
-    return sweep.model_copy(update={"base": brought_base})

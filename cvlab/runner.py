@@ -74,7 +74,7 @@ def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
     out = rundir.create(root, chosen.name, console.say)
     with out.locked():
         if chosen.experiment == SWEEP:
-            chosen = arms.make(chosen, loaded.base, out)
+            arms.make(chosen, loaded.base, out)
         else:
             chosen = userfiles.bring(chosen, loaded.base, out.path)
             _pin_threads(getattr(chosen, "threads", None))

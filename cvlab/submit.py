@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ def local(tasks: Sequence[Task], workers: int, stop: StopRequest) -> Iterator[tu
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
+    _start_server()
     waiting = list(enumerate(tasks))
     running: dict[Any, tuple[int, Any]] = {}
     asked = False
@@ -59,6 +60,15 @@ def local(tasks: Sequence[Task], workers: int, stop: StopRequest) -> Iterator[tu
             process.join()
 
 
+def _start_server() -> None:
+    """Start the process that forks the tasks so that a SIGTERM to all of us does not end it before them."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _terminate(running: Mapping[Any, tuple[int, Any]]) -> None:
     for _, process in running.values():
         process.terminate()
@@ -76,6 +86,7 @@ def errors_of(task: Task) -> str:
 
 def _run(task: Task, environment: dict[str, str], folder: str) -> None:
     """Be `python -m cvlab ARGUMENTS` in a forked process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)

@@ -1,11 +1,13 @@
 """`cvlab sweep` and `cvlab verify`: many runs, as one command."""
 
+import dataclasses
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cvlab import config, console, rundir, runner
+from cvlab import config, console, rundir, runner, userfiles
 from cvlab.data.settle import Policy
 from cvlab.errors import CvlabError, UnmetError
 from cvlab.schema import AnyConfig
@@ -16,24 +18,27 @@ Result = dict[str, Any]
 
 def start(loaded: config.Loaded, policy: Policy, root: Path, fresh: bool) -> Result:
     """Run a sweep: go on with the newest one of the same configuration that has not ended, unless `fresh`."""
-    unfinished = None if fresh else find_unfinished(runner.prepare(loaded, policy), root)
+    loaded = dataclasses.replace(loaded, config=runner.prepare(loaded, policy))
+    unfinished = None if fresh else find_unfinished(loaded, root)
     if unfinished is None:
         return runner.start(loaded, policy, root)
     console.say(f"going on with {unfinished}, which has not ended (--fresh starts anew)")
     return runner.resume(unfinished, {"workers": getattr(loaded.config, "workers", 1)})
 
 
-def find_unfinished(chosen: AnyConfig, root: Path) -> Path | None:
-    """Return the newest sweep below `root` that has stopped before its end and varies the same."""
+def find_unfinished(loaded: config.Loaded, root: Path) -> Path | None:
+    """Return the newest sweep below `root` that has stopped before its end and varies the same, with the same files."""
+    chosen = loaded.config
     for path in reversed(rundir.list_runs(root)):
         status = rundir.read_status(path)
         if status.get("experiment") != SWEEP or status.get("status") not in ("interrupted", "failed"):
             continue
         try:
             other = config.load(str(rundir.config_file(path))).config
-        except CvlabError:
+        except Exception:  # an old one's own file may raise anything when it is imported
             continue
-        if _identity(other) == _identity(chosen) and (path / "arms").is_dir():
+        same = _identity(other) == _identity(chosen) and (path / "arms").is_dir()
+        if same and userfiles.same_files(chosen.model_dump(), loaded.base, path):
             return path
     return None
 
@@ -58,8 +63,11 @@ def verify(loaded: Sequence[config.Loaded], policy: Policy, root: Path) -> Resul
         except CvlabError as error:
             if error.code in (130, 143):
                 raise
-            rows.append({"config": name, "rule": str(error), "measured": None, "met": False, "code": error.code})
-            rows[-1] |= {"data": None, "seconds": round(time.monotonic() - began, 1), "run": error.run}
+            rows.append(_failed(name, str(error), error.code, began, error.run))
+            continue
+        except Exception as error:  # the user's own code; the other configurations are run all the same
+            traceback.print_exception(error)
+            rows.append(_failed(name, f"{type(error).__name__}: {error}", 1, began, None))
             continue
         shared = {"config": name, "data": result["data"], "run": result["run"]}
         shared["seconds"] = round(time.monotonic() - began, 1)
@@ -67,6 +75,12 @@ def verify(loaded: Sequence[config.Loaded], policy: Policy, root: Path) -> Resul
             rows.append({**shared, "rule": "nothing is expected", "measured": None, "met": True})
         rows += [{**shared, **verdict} for verdict in result["expect"]]
     return {"ok": all(row["met"] for row in rows), "verified": rows}
+
+
+def _failed(name: str, said: str, code: int, began: float, run: str | None) -> Result:
+    seconds = round(time.monotonic() - began, 1)
+    row = {"config": name, "data": None, "run": run, "seconds": seconds, "rule": said, "measured": None}
+    return {**row, "met": False, "code": code}
 
 
 def verdict_code(rows: Sequence[Result]) -> int:

@@ -1,7 +1,7 @@
 """The user's own Python files, brought into a run directory, so that the run can be repeated from it alone."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,14 +23,36 @@ def bring(chosen: Config, base: Path, folder: Path) -> Config:
     return chosen.model_copy(update=changed) if changed else chosen
 
 
-def bring_raw(raw: Mapping[str, Any], base: Path, folder: Path) -> dict[str, Any]:
-    """Do the same for a configuration that is not validated yet."""
-    brought = dict(raw)
-    for key, block in raw.items():
-        name = block.get("name") if isinstance(block, Mapping) else None
-        if isinstance(name, str) and lookup.is_user_file(name):
-            brought[key] = {**block, "name": _bring_one(name, base, folder)}
-    return brought
+UNTOLD = ("expect", "expect_standin")  # rules may speak of files, but name none to be copied
+
+
+def named(value: Any) -> Iterator[Path]:
+    """Yield the files that a value of a configuration names, however deep, relative to the configuration."""
+    if isinstance(value, str) and lookup.is_user_file(value):
+        yield Path(value.rpartition(":")[0])
+    if isinstance(value, Mapping):
+        value = [part for key, part in value.items() if key not in UNTOLD]
+    for part in value if isinstance(value, (tuple, list)) else ():
+        yield from named(part)
+
+
+def mirror(value: Any, base: Path, folder: Path) -> None:
+    """Copy the files that a value names below a folder, each at its own relative path, so that the names still hold."""
+    for path in named(value):
+        if not path.is_absolute() and ".." not in path.parts:
+            try:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes((base / path).read_bytes())
+            except OSError as error:
+                raise RunDirError(f"{base / path}: cannot be copied to {folder}: {error.strerror}") from error
+
+
+def same_files(value: Any, one: Path, other: Path) -> bool:
+    """Whether the files that a value names are the same below two folders."""
+    try:
+        return all((one / path).read_bytes() == (other / path).read_bytes() for path in named(value))
+    except OSError:
+        return False
 
 
 def _bring_one(name: str, base: Path, folder: Path) -> str:

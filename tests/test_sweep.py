@@ -93,6 +93,7 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
         (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"over arms write for example `mean\(METRIC\)`"),
         (("seeds", "expect: ['mean(val_loss, optimizer.lr=7) > 0']\nseeds"), "no arm has optimizer.lr=7"),
         (("seeds", "expect: ['increasing(val_loss, optimizr.lr)']\nseeds"), "no arm has the key optimizr.lr"),
+        (("seeds", "expect: ['mean(val_loss, seed=0) > 0']\nseeds"), "settings are means over seeds"),
         (("seeds", "conditions: [{when: {seed: 0}, set: {batch_size: 0}}]\nseeds"), r"s.yaml:12:\d+: batch_size"),
     ],
 )
@@ -236,10 +237,56 @@ def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     code, out, err = cvlab("sweep", write(tmp_path, text))
     assert code == 1 and "1 arms failed" in err and "AssertionError: not five" in err, err
     run = (tmp_path / "runs" / "latest").resolve()
-    assert [row["status"] for row in sweeps.rows(sorted((run / "arms").iterdir()))] == ["failed", "done"]
+    assert [sweeps.read_arm(arm)["status"] for arm in sorted((run / "arms").iterdir())] == ["failed", "done"]
     for copied in (run / "net.py", *run.glob("arms/*/net.py")):
         copied.write_text(copied.read_text().replace("width != 5", "True"))
     assert cvlab("resume", run)[0] == 0
+
+
+def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
+    for folder, width in (("a", 4), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(
+            "from torch import nn\ndef net():\n"
+            f"    return nn.Sequential(nn.Flatten(), nn.Linear(3072, {width}), nn.Linear({width}, 10))\n"
+        )
+    text = SWEEP.replace("[0, 1]", "[0]").replace(
+        "optimizer.lr: [1e-3, 1e-2]", "model: [{name: './a/net.py:net'}, {name: './b/net.py:net'}]"
+    )
+    name = write(tmp_path, text + "expect: ['mean(parameters, model.name=./a/net.py:net) < 20000']\n")
+    code, out, err = cvlab("sweep", name, "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert [row["keys"]["model.name"] for row in found["settings"]] == ["./a/net.py:net", "./b/net.py:net"]
+    run = (tmp_path / "runs" / "latest").resolve()
+    status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
+    (run / "status.json").write_text(json.dumps(status))
+    code, _, err = cvlab("sweep", name)
+    assert code == 0 and "going on with" in err and "2 of them ended before" in err
+    (run / "status.json").write_text(json.dumps(status))
+    (tmp_path / "a" / "net.py").write_text((tmp_path / "a" / "net.py").read_text() + "# repaired\n")
+    code, _, err = cvlab("sweep", name)
+    assert code == 0 and "going on with" not in err
+
+
+def test_a_budget_in_seconds_is_no_seed(tmp_path):
+    text = SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "duration: [{seconds: 1}, {seconds: 2}]")
+    assert config.load(write(tmp_path, text)).config.varied() == ["duration.seconds"]
+
+
+def test_missing_and_damaged_arms(cvlab, tmp_path):
+    name = write(tmp_path, SWEEP.replace("[0, 1]", "[0]"))
+    assert cvlab("sweep", name, "-q")[0] == 0
+    run = (tmp_path / "runs" / "latest").resolve()
+    (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
+    (run / "arms" / ".ipynb_checkpoints").mkdir()
+    (run / "arms" / "000-lr-0.001-seed-0" / "summary.json").write_text("{")
+    code, out, _ = cvlab("resume", run, "--json", "-q")
+    assert code == 0 and [row["status"] for row in json.loads(out)["settings"]] == [["damaged"], ["done"]]
+    (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
+    (run / "arms" / "001-lr-0.01-seed-0").rename(tmp_path / "away")
+    code, _, err = cvlab("resume", run)
+    assert code == 5 and "the arm 001-lr-0.01-seed-0 is gone" in err
 
 
 def test_any_configuration_with_axes(cvlab, tmp_path):
@@ -267,5 +314,9 @@ def test_verify(cvlab, tmp_path):
         and found["error"]["code"] == 4
         and [row["met"] for row in found["verified"]] == [False] * 2 + [True] * 2
     )
+    (tmp_path / "net.py").write_text("def net():\n    return 1 / 0\n")
+    own = write(tmp_path, flat.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:net'"), "own.yaml")
+    code, out, _ = cvlab("verify", own, good, "--json")
+    assert code == 1 and [row["met"] for row in json.loads(out)["verified"]] == [False, True, True]
     before = len(rundir.list_runs(tmp_path / "runs"))
     assert cvlab("verify", good, "nosuch")[0] == 2 and len(rundir.list_runs(tmp_path / "runs")) == before

@@ -116,27 +116,46 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
     return {"arms": len(config.arms()), "workers": config.workers, "first arm": config.arms()[0].name}
 
 
-def folders(out: RunDir) -> list[Path]:
-    """Return the run directories of the arms, in order; RunDirError where they were never made."""
+def folders(config: Config, out: RunDir) -> list[Path]:
+    """Return the run directories of the arms, in order; RunDirError where one is not there."""
     if not (out.path / "arms").is_dir():
         raise RunDirError(f"{out.path}: has no arms", "it stopped before it had begun; start it again")
-    return sorted(path for path in (out.path / "arms").iterdir() if path.is_dir())
+    found = []
+    for number, arm in enumerate(config.arms()):
+        match = sorted((out.path / "arms").glob(f"{number:03d}-*"))
+        if not match:
+            raise RunDirError(f"{out.path}: the arm {arm.name} is gone", "start the sweep again with --fresh")
+        found.append(match[0])
+    return found
+
+
+def rows_of(config: Config, out: RunDir) -> list[dict[str, Any]]:
+    """Return a row for each arm, with what the sweep has changed."""
+    keys = config.varied()
+    changed = [{key: axes.get(arm.raw, key) for key in keys} for arm in config.arms()]
+    return [
+        sweeps.read_arm(folder, {key: value for key, value in own.items() if value is not None})
+        for folder, own in zip(folders(config, out), changed, strict=True)
+    ]
 
 
 def has_ended(arm: Path) -> bool:
     """Whether an arm need not be run again: it has its result, or it diverged and would do so again."""
-    status = rundir.read_status(arm)
+    try:
+        status = rundir.read_status(arm)
+    except CvlabError:
+        return False
     return status.get("status") in ENDED or status.get("code") == DivergedError.code
 
 
 def settings(config: Config, out: RunDir) -> list[Setting]:
     """Return what expectations judge: the arms, those that differ in the seed only taken together."""
-    return sweeps.settings(sweeps.rows(folders(out)), config.varied(), config.diverged_counts_as)
+    return sweeps.settings(rows_of(config, out), config.varied(), config.diverged_counts_as)
 
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Run the arms that have not ended, tabulate and plot all of them; a failed arm fails the sweep at its end."""
-    arms = folders(out)
+    arms = folders(config, out)
     waiting = [arm for arm in arms if not has_ended(arm)]
     out.log(f"{len(arms)} arms, {len(arms) - len(waiting)} of them ended before, {config.workers} at a time")
     failed: dict[str, tuple[int, str]] = {}
@@ -151,7 +170,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
             progress.update(len(arms) - len(waiting) + done, "")
         if stop.received is not None:
             raise stop.error(sum(map(has_ended, arms)), out.path.name, "arm")
-    rows = sweeps.rows(arms)
+    rows = rows_of(config, out)
     sweeps.write(out, rows, config.varied(), config.diverged_counts_as)
     if failed:
         raise _failure(failed, out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import rundir
-from cvlab.errors import DivergedError
+from cvlab.errors import CvlabError, DivergedError
 from cvlab.expect import Setting
 from cvlab.report import plots
 from cvlab.report.compare import read_config
@@ -20,26 +20,26 @@ SHOWN = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accur
 SEED = "seed"
 
 
-def rows(arms: Sequence[Path]) -> list[Row]:
-    """Return one row per arm: name, status, configuration with dotted keys, metrics, whether it diverged."""
-    found = []
-    for arm in arms:
-        status = rundir.read_status(arm)
-        found.append(
-            {
-                "arm": arm.name,
-                "status": status.get("status", "not begun"),
-                "diverged": status.get("code") == DivergedError.code,
-                "config": read_config(arm),
-                "metrics": rundir.read_summary(arm).get("metrics", {}),
-            }
-        )
-    return found
+def read_arm(arm: Path, changed: Mapping[str, Any] | None = None) -> Row:
+    """Return an arm's name, status, configuration with dotted keys, metrics, and whether it diverged.
+
+    What the sweep `changed` is taken as the sweep says it: the arm's own file has other names for copied files, and
+    the steps that a budget in seconds became. An arm whose files are damaged has no metrics.
+    """
+    row: Row = {"arm": arm.name, "status": "damaged", "diverged": False, "config": dict(changed or {}), "metrics": {}}
+    try:
+        status, summary = rundir.read_status(arm), rundir.read_summary(arm)
+        row["config"] = {**read_config(arm), **row["config"]}
+    except CvlabError:
+        return row
+    diverged = status.get("code") == DivergedError.code
+    state = status.get("status", "not begun")
+    return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
 
 
 def outcome(arm: Path) -> str:
     """Say on one line how an arm has ended."""
-    row = rows([arm])[0]
+    row = read_arm(arm)
     if row["diverged"]:
         return "diverged"
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN if name in row["metrics"]]
@@ -67,7 +67,8 @@ def settings(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapp
         measured = [metrics_of(row, diverged_counts_as) for row in group]
         names = set.intersection(*(set(metrics) for metrics in measured))
         means = {name: sum(metrics[name] for metrics in measured) / len(measured) for name in names}
-        result.append(Setting(group[0]["config"], means, sum(row["diverged"] for row in group) / len(group)))
+        keys_of = {key: value for key, value in group[0]["config"].items() if key != SEED}
+        result.append(Setting(keys_of, means, sum(row["diverged"] for row in group) / len(group)))
     return result
 
 
