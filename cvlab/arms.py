@@ -47,7 +47,8 @@ def problems(sweep: Any, base: Path) -> Problems:
         config, wrong = validation.check(arm.raw, base)
         found |= {(_place(sweep, path), message): None for path, message in wrong}
         valid.append(config)
-    return list(found) or _wrong_rules(sweep, [config for config in valid if config is not None])
+    whole = [config for config in valid if config is not None]
+    return list(found) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
 
 
 def _place(sweep: Any, path: Path_) -> Path_:
@@ -62,6 +63,21 @@ def _place(sweep: Any, path: Path_) -> Path_:
             if dotted == key or dotted.startswith(f"{key}."):
                 return ("conditions", index, "set", key)
     return ("base", *path)
+
+
+def _wrong_names(sweep: Any, valid: list[AnyConfig]) -> Problems:
+    """Find conditions on keys that no arm gives, which would never hold, and metrics that are not measured."""
+    arms = sweep.arms()
+    wrong: Problems = []
+    for index, condition in enumerate(sweep.conditions):
+        for key in condition.when:
+            if all(axes.get(arm.raw, key) is None for arm in arms):
+                wrong.append((("conditions", index, "when", key), f"no arm gives {key!r}; write it into base"))
+    known = experiments.find(valid[0].experiment).metric_names(valid[0])
+    for key in sweep.diverged_counts_as:
+        if key not in known:
+            wrong.append((("diverged_counts_as", key), unknown_metric("diverged_counts_as", key, known)))
+    return wrong
 
 
 def _wrong_rules(sweep: Any, valid: list[AnyConfig]) -> Problems:

@@ -64,20 +64,19 @@ def run(
 ) -> None:
     """Run a configuration in a new run directory."""
     console.set_level(quiet, verbose)
-    if offline and download:
-        raise ConfigError("--offline and --download exclude each other", "give one of them")
     from cvlab import config as configs
     from cvlab import rundir, runner
     from cvlab.data.settle import Policy
     from cvlab.report import tables
 
+    policy = Policy(offline, download, no_standin)
     loaded = configs.load(config, overrides_of(overrides, set_, device, seed))
     root = rundir.runs_root(runs_dir)
     if dry_run:
         plan = runner.plan(loaded, root)
         show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
         return
-    finish(runner.start(loaded, Policy(offline, download, no_standin), root), as_json)
+    finish(runner.start(loaded, policy, root), as_json)
 
 
 @app.command()

@@ -115,7 +115,7 @@ def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
         parsed = yamlfile.parse(value, f"override {text}").value
         block = document.value
         for depth, part in enumerate(path[:-1], start=1):
-            if path[:depth] == (EXCLUSIVE,) and path[:depth] not in given:
+            if path[:depth] in ((EXCLUSIVE,), ("base", EXCLUSIVE)) and path[:depth] not in given:
                 block.pop(part, None)
             if part not in block:
                 block[part] = {}

@@ -150,6 +150,27 @@ class Nothing:
     pass
 """
 
+BROKEN = {
+    "return x * x, x": ("return x * x", "forward must return (out, cache)"),
+    "return (FACTOR * dout * cache,)": ("return 2 * dout * cache", "backward must return a tuple of tensors"),
+    "return (torch.randn(4, 3),)": ("return torch.randn(4, 3)", "example must return a tuple"),
+    "return x * x, x ": ("return x.detach() * x.detach(), x", "autograd cannot follow forward"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_a_users_layer_of_another_form_is_one_line(cvlab, tmp_path, part):
+    wrong, message = BROKEN[part]
+    (tmp_path / "mine.py").write_text(OWN.replace(part.strip(), wrong).replace("FACTOR", "2"))
+    code, _, err = cvlab("gradcheck", "./mine.py:Square")
+    assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_a_users_layer_on_a_transposed_example_with_an_idle_input(cvlab, tmp_path):
+    text = OWN.replace("forward(x)", "forward(x, idle)").replace("FACTOR * dout * cache,", "2 * dout * cache, dout * 0")
+    (tmp_path / "mine.py").write_text(text.replace("torch.randn(4, 3),", "torch.randn(4, 3).T, torch.randn(3, 4)"))
+    assert cvlab("gradcheck", "./mine.py:Square")[0] == 0
+
 
 def test_a_users_own_layer(cvlab, tmp_path):
     (tmp_path / "mine.py").write_text(OWN.replace("FACTOR", "2"))

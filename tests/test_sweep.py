@@ -89,6 +89,8 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
         (("seeds", "  seed: [5, 6]\nseeds"), "seed is varied twice"),
         (("seeds", "  optimizer: [{name: adam}]\nseeds"), "optimizer.lr is varied twice, also by optimizer"),
         (("  batch_size", "  expect: [val_loss < 9]\n  batch_size"), r"s.yaml:7:3: base.expect: an arm has none"),
+        (("seeds", "diverged_counts_as: {val_acuracy: 0.1}\nseeds"), "did you mean 'val_accuracy'"),
+        (("seeds", "conditions: [{when: {optimizer.momentum: 0.0}, set: {reg: 0.1}}]\nseeds"), "write it into base"),
         (("seeds", "expect: [mean(val_acuracy) > 0]\nseeds"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
         (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"over arms write for example `mean\(METRIC\)`"),
         (("seeds", "expect: ['mean(val_loss, optimizer.lr=7) > 0']\nseeds"), "no arm has optimizer.lr=7"),
@@ -108,6 +110,7 @@ def test_overrides_of_axes(tmp_path):
         "000-lr-0.5-batch_size-5-seed-3",
         "001-lr-0.5-batch_size-10-seed-3",
     ]
+    assert config.load("s.yaml", ["base.duration.epochs=2"]).config.base["duration"] == {"epochs": 2}
     found = refusals(tmp_path, SWEEP, "grid.optimizer.lr=[-1]")
     assert found == ["override grid.optimizer.lr=[-1]: optimizer.lr: expected a number > 0 and <= 100, got -1"]
 

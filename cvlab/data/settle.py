@@ -5,7 +5,7 @@ from typing import Any
 
 from cvlab import console, data
 from cvlab.data import download
-from cvlab.errors import DataError
+from cvlab.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,11 @@ class Policy:
     offline: bool = False
     patient: bool = False
     no_standin: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what excludes each other."""
+        if self.offline and self.patient:
+            raise ConfigError("--offline and --download exclude each other", "give one of them")
 
 
 def settle(block: Any, policy: Policy) -> Any:

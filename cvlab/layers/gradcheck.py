@@ -97,15 +97,21 @@ def numeric_error(
 
 
 def check(case: Case) -> Verdict:
-    """Compare a case's gradients with both oracles."""
-    out, cache = case.forward(*case.inputs)
+    """Compare a case's gradients with both oracles. ConfigError where a user's layer does not have their form."""
+    found = case.forward(*case.inputs)
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Tensor):
+        raise ConfigError(f"{case.name}: forward must return (out, cache), out a tensor")
+    out, cache = found
     dout = torch.randn_like(out)
     floating = [k for k, x in enumerate(case.inputs) if x.is_floating_point()]
-    mine = [gradient for gradient in case.backward(dout, cache) if gradient is not None]
+    given = case.backward(dout, cache)
+    if not isinstance(given, (tuple, list)) or not all(g is None or isinstance(g, Tensor) for g in given):
+        raise ConfigError(f"{case.name}: backward must return a tuple of tensors, one for each floating-point input")
+    mine = [gradient for gradient in given if gradient is not None]
     if len(mine) != len(floating):
         raise ConfigError(f"{case.name}: backward gives {len(mine)} gradients for {len(floating)} inputs")
     leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in case.inputs]
-    theirs = torch.autograd.grad(case.reference(*leaves), [leaves[k] for k in floating], dout)
+    theirs = _autograd(case, leaves, [leaves[k] for k in floating], dout)
     numeric = against_torch = 0.0
     for place, k in enumerate(floating):
 
@@ -116,6 +122,15 @@ def check(case: Case) -> Verdict:
         numeric = _worse(numeric, numeric_error(mine[place], vary, case.inputs[k], dout, case.tolerance))
         against_torch = _worse(against_torch, relative_error(mine[place], theirs[place]))
     return Verdict(case.name, numeric, against_torch, case.tolerance)
+
+
+def _autograd(case: Case, inputs: Sequence[Tensor], wanted: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+    """Return autograd's gradients; zero for an input that the output does not depend on."""
+    out = case.reference(*inputs)
+    if not out.requires_grad:
+        raise ConfigError(f"{case.name}: autograd cannot follow forward", "leave no_grad and detach out of it")
+    found = torch.autograd.grad(out, wanted, dout, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
 
 
 def _worse(a: float, b: float) -> float:
@@ -257,5 +272,8 @@ def user_case(name: str, layer: Any) -> Case:
     missing = [part for part in ("forward", "backward", "example") if not callable(getattr(layer, part, None))]
     if missing:
         raise ConfigError(f"{name}: has no {', '.join(missing)}", "see `class Linear` in cvlab/layers/linear.py")
-    inputs = tuple(x.double() if x.is_floating_point() else x for x in layer.example())
+    example = layer.example()
+    if not isinstance(example, (tuple, list)) or not example or not all(isinstance(x, Tensor) for x in example):
+        raise ConfigError(f"{name}: example must return a tuple of tensors")
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in example)
     return Case(name, layer.forward, layer.backward, inputs, lambda *x: layer.forward(*x)[0], 1e-6)
