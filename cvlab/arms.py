@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import axes, durable, expect, experiments, userfiles, validation
+from cvlab.data.settle import Policy, settle
 from cvlab.errors import ConfigError
 from cvlab.report.compare import flatten
 from cvlab.rundir import RunDir
-from cvlab.schema import AnyConfig, RunConfig
+from cvlab.schema import AnyConfig, DataBlock, Duration, RunConfig
 from cvlab.validation import SWEEP, Problems, unknown_metric
 from cvlab.yamlfile import Path_
 
@@ -39,6 +40,8 @@ def problems(sweep: Any, base: Path) -> Problems:
     own = [key for key in NOT_OF_AN_ARM if key in sweep.base]
     if own:
         return [(("base", own[0]), f"base.{own[0]}: an arm has none; put it beside `base`")]
+    if sweep.base.get("profiles"):
+        return [(("base", "profiles"), "base.profiles: an arm has one size; name it by base.profile beside base.from")]
     if sweep.base.get("experiment") == SWEEP:
         return [(("base", "experiment"), "a sweep of sweeps is not possible")]
     found: dict[tuple[Path_, str], None] = {}
@@ -48,7 +51,15 @@ def problems(sweep: Any, base: Path) -> Problems:
         found |= {(_place(sweep, path), message): None for path, message in wrong}
         valid.append(config)
     whole = [config for config in valid if config is not None]
-    return list(found) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
+    return list(found) or _shared_clock(sweep, whole) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
+
+
+def _shared_clock(sweep: Any, valid: list[AnyConfig]) -> Problems:
+    """Refuse a budget of seconds for arms that would take the machine from each other."""
+    if sweep.workers > 1 and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
+        message = "workers: arms with a budget in duration.seconds must run alone; 1 at a time, or give duration.steps"
+        return [(("workers",), message)]
+    return []
 
 
 def _place(sweep: Any, path: Path_) -> Path_:
@@ -108,6 +119,17 @@ def fits(term: expect.Term, keys: Mapping[str, Any]) -> bool:
 def _told(term: expect.Term) -> str:
     parts = [f"{key}={axes.text_of(value)}" for key, value in term.where]
     return ", ".join([*parts, *([f"the key {term.by}"] if term.by else [])])
+
+
+def settle_data(sweep: Any, base: Path, policy: Policy) -> None:
+    """Fetch the data sets that the arms name, if that is quick; DataError where one of them is not to be had.
+
+    The base's own set has been settled before. One that the sweep varies takes no stand-in: with another set in some
+    arms only, what is not alike would be compared.
+    """
+    blocks = [getattr(config, "data", None) for _, config in configs(sweep, base)]
+    for name in sorted({block.name for block in blocks if isinstance(block, DataBlock)}):
+        settle(DataBlock(name=name), policy)
 
 
 def make(sweep: Any, base: Path, out: RunDir) -> None:

@@ -1,28 +1,37 @@
 """Measurements: alternating, in one process, medians and ratios, because machines are shared and noisy."""
 
+import copy
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from cvlab import config as configs
 from cvlab import engine as engines
-from cvlab.data.images import TrainBatches, normalization
-from cvlab.engine import Compute, Training
+from cvlab import optim, rates
+from cvlab.engine import Compute
+from cvlab.errors import ConfigError
+from cvlab.experiments import classify
 from cvlab.layers.modules import MANUAL, MANUAL_ALT
-from cvlab.models.convnet import deep_convnet
 
-VGG_HALF: dict[str, Any] = {"filters": (32, 64, 128, 128), "pools": (0, 1, 3), "batchnorm": True}
-BATCH = 128
-IMAGES = 5_000
+REFERENCE = "vgg_half_60s"
+MATRIX = 2048
+COPIED_FLOATS = 2**25  # 128 MiB, larger than any cache
+CONVOLUTION = (128, 64, 128, 16)  # batch, channels in and out, pixels: the middle of the nets of a minute
+FORWARD_AND_BACKWARD = 3  # a backward pass is two products of the size of the forward one
 
 
-def alternate(loops: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Run each loop once per round, in turn, and return the seconds of each."""
+def alternate(loops: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Run each loop once to warm it up, then once per round, in turn; return the seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop()
     for _ in range(rounds):
         for name, loop in loops.items():
             began = time.perf_counter()
@@ -31,56 +40,116 @@ def alternate(loops: dict[str, Callable[[], None]], rounds: int) -> dict[str, li
     return seconds
 
 
-def _data(where: Compute) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (IMAGES, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
-    return images.to(where.device), labels.to(where.device)
+def about(where: Compute, precision: str, rounds: int) -> str:
+    """Say what was measured on."""
+    return f"{where.device}, {precision}, {where.threads} threads, torch {torch.__version__}, n={rounds}"
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> engines.Losses:
-    scores = model(batch[0])
-    return {"loss": F.cross_entropy(scores.float(), batch[1])}
-
-
-def _fit_loop(where: Compute, steps: int) -> Callable[[], None]:
-    """Make the engine's loop: shuffled uint8 batches, the losses checked, through `fit`."""
-    torch.manual_seed(0)
-    model = deep_convnet(**VGG_HALF).to(where.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, labels = _data(where)
-    batches = TrainBatches(images, labels, BATCH, 0, normalization(images, "mean", torch.float32, where.device))
-    training = Training(model, torch.optim.Adam(model.parameters(), lr=2e-3, fused=True))
+def _product(where: Compute, dtype: torch.dtype) -> Callable[[], None]:
+    a, b = (torch.randn(MATRIX, MATRIX, device=where.device).to(dtype) for _ in range(2))
 
     def loop() -> None:
-        until = training.step + steps
-        for _ in engines.fit(training, _loss, batches, total_steps=until, lr_factor=lambda progress: 1.0, where=where):
-            pass
+        torch.mm(a, b)
         where.synchronize()
 
     return loop
 
 
-def _bare_loop(where: Compute, steps: int, channels_last: bool) -> Callable[[], None]:
-    """Make twenty lines of PyTorch, as one writes them by hand."""
-    torch.manual_seed(0)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    blocks: list[nn.Module] = []
-    channels = 3
-    for index, width in enumerate(VGG_HALF["filters"]):
-        blocks += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        blocks += [nn.MaxPool2d(2)] if index in VGG_HALF["pools"] else []
-        channels = width
-    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 4 * 4, 10))
-    model = model.to(where.device, memory_format=layout)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    images, labels = _data(where)
-    floats = ((images.permute(0, 3, 1, 2).float() / 255) - 0.5).contiguous(memory_format=layout)
+def _convolution(where: Compute, dtype: torch.dtype) -> Callable[[], None]:
+    n, channels_in, channels_out, size = CONVOLUTION
+    layer = nn.Conv2d(channels_in, channels_out, 3, padding=1, device=where.device, dtype=dtype)
+    layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(n, channels_in, size, size, device=where.device).to(dtype, memory_format=torch.channels_last)
+    return _pass(layer, x, where)
+
+
+def _copy(where: Compute) -> Callable[[], None]:
+    source, target = (torch.zeros(COPIED_FLOATS, device=where.device) for _ in range(2))
 
     def loop() -> None:
-        for _ in range(steps):
-            chosen = torch.randint(0, IMAGES, (BATCH,), device=where.device)
+        target.copy_(source)
+        where.synchronize()
+
+    return loop
+
+
+def machine(rounds: int, device: str) -> dict[str, Any]:
+    """Measure the rates that bound every training here: GFLOP/s of products and convolutions, GB/s of copies."""
+    where = engines.compute(device)
+    names = dict.fromkeys(("float32", where.precision))
+    loops = {f"product/{name}": _product(where, engines.DTYPES[name]) for name in names}
+    loops |= {f"convolution/{name}": _convolution(where, engines.DTYPES[name]) for name in names}
+    seconds = alternate({**loops, "copy": _copy(where)}, rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    n, channels_in, channels_out, size = CONVOLUTION
+    convolution = FORWARD_AND_BACKWARD * 2 * n * channels_in * channels_out * 9 * size**2
+    return {
+        "about": about(where, where.precision, rounds),
+        "product_gflops": {name: 2 * MATRIX**3 / medians[f"product/{name}"] / 1e9 for name in names},
+        "convolution_gflops": {name: convolution / medians[f"convolution/{name}"] / 1e9 for name in names},
+        "copy_gb_per_second": 2 * 4 * COPIED_FLOATS / medians["copy"] / 1e9,
+    }
+
+
+def every_config(found: Mapping[str, Any], device: str, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Measure images/s of the shipped trainings, on noise, and their share of the machine's rate of convolutions."""
+    rows = []
+    for name in names or configs.shipped_names():
+        if configs.load(name).config.experiment != "classify":
+            continue
+        chosen, parts = training(name, device)
+        with FlopCounterMode(display=False) as counter:
+            next(rates.steps(chosen, parts))
+        speed = rates.images_per_second(chosen, configs.shipped_folder())
+        gflops = counter.get_total_flops() / chosen.batch_size * speed / 1e9
+        rate = found["convolution_gflops"][parts.where.precision]
+        row = {"config": name, "images_per_second": speed, "gflop_per_second": gflops, "share": gflops / rate}
+        rows.append(row | {"mflop_per_image": counter.get_total_flops() / chosen.batch_size / 1e6})
+    return rows
+
+
+def everything(rounds: int, device: str) -> dict[str, Any]:
+    """Measure the machine, then every shipped training against it."""
+    found = machine(rounds, device)
+    return {"ok": True, "machine": found, "configs": every_config(found, device)}
+
+
+def training(name: str, device: str) -> tuple[Any, classify.Parts]:
+    """Build a shipped or own configuration of a training, on noise."""
+    if configs.load(name).config.experiment != "classify":
+        raise ConfigError(f"{name}: not a training of a classifier")
+    loaded = configs.load(name, [f"device={device}"])
+    chosen: Any = loaded.config
+    return chosen, rates.build(chosen, loaded.base)
+
+
+def _fit_loop(chosen: Any, parts: classify.Parts, count: int) -> Callable[[], None]:
+    """Make the engine's loop: shuffled uint8 batches, augmented, the losses checked."""
+    steps = rates.steps(chosen, parts)
+
+    def loop() -> None:
+        for _ in itertools.islice(steps, count):
+            pass
+        parts.where.synchronize()
+
+    return loop
+
+
+def _bare_loop(chosen: Any, parts: classify.Parts, count: int, where: Compute, layout: Any) -> Callable[[], None]:
+    """Make the few lines of PyTorch that one writes by hand: images ready as floats, drawn at random, not augmented."""
+    model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
+    optimizer = optim.build_optimizer(chosen.optimizer.name, model, chosen.optimizer.arguments())
+    images, labels = parts.splits["train"]
+    floats = parts.batches.normalize(images.permute(0, 3, 1, 2)).contiguous(memory_format=layout)
+    for group in optimizer.param_groups:
+        group["lr"] *= 1e-3
+
+    def loop() -> None:
+        for _ in range(count):
+            indices = torch.randint(0, len(floats), (chosen.batch_size,), device=where.device)
             with where.autocast():
-                loss = F.cross_entropy(model(floats[chosen]).float(), labels[chosen])
+                scores = model(floats[indices]).float()
+                loss = F.cross_entropy(scores, labels[indices], label_smoothing=chosen.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -89,55 +158,53 @@ def _bare_loop(where: Compute, steps: int, channels_last: bool) -> Callable[[], 
     return loop
 
 
-def engine(rounds: int, steps: int, device: str) -> dict[str, Any]:
-    """Compare `fit` with bare loops on the net of vgg_half_60s: batch 128, 32 px, Adam.
+def engine(rounds: int, steps: int, device: str, name: str = REFERENCE) -> dict[str, Any]:
+    """Compare `fit` with bare loops of the same net, data and optimiser.
 
-    The bare loops are the same net, data and optimiser, once with the precision and memory format of `fit`, once in
-    float32 and contiguous.
+    One has the precision and memory format of `fit`, one is in float32 and contiguous.
     """
-    where = engines.compute(device)
+    chosen, parts = training(name, device)
+    where = parts.where
     plain = Compute(where.device, "float32", where.threads)
     same, slow = f"bare loop, {where.precision}, channels_last", "bare loop, float32, contiguous"
     loops = {
-        "fit": _fit_loop(where, steps),
-        same: _bare_loop(where, steps, channels_last=True),
-        slow: _bare_loop(plain, steps, channels_last=False),
+        "fit": _fit_loop(chosen, parts, steps),
+        same: _bare_loop(chosen, parts, steps, where, torch.channels_last),
+        slow: _bare_loop(chosen, parts, steps, plain, torch.contiguous_format),
     }
-    for loop in loops.values():
-        loop()
     seconds = alternate(loops, rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = {
-        name: statistics.median(a / b for a, b in zip(v, seconds[same], strict=True)) for name, v in seconds.items()
-    }
+    rows = [
+        {
+            "loop": loop,
+            "images_per_second": chosen.batch_size * steps / statistics.median(seconds[loop]),
+            "against_bare": _median_ratio(seconds[loop], seconds[same]),
+            "seconds": seconds[loop],
+        }
+        for loop in loops
+    ]
     return {
         "ok": True,
-        "what": f"vgg_half, batch {BATCH}, {where.device}, {where.precision}, {where.threads} threads, "
-        f"torch {torch.__version__}, n={rounds}",
-        "loops": [
-            {
-                "loop": name,
-                "images_per_second": BATCH * steps / medians[name],
-                "against_bare": ratio[name],
-                "seconds": seconds[name],
-            }
-            for name in loops
-        ],
-        "fit_against_bare": ratio["fit"],
-        "fit_speedup_over_float32_contiguous": statistics.median(
-            a / b for a, b in zip(seconds[slow], seconds["fit"], strict=True)
-        ),
+        "what": f"{name}, batch {chosen.batch_size}, {about(where, where.precision, rounds)}",
+        "loops": rows,
+        "fit_against_bare": rows[0]["against_bare"],
+        "fit_speedup_over_float32_contiguous": _median_ratio(seconds[slow], seconds["fit"]),
     }
+
+
+def _median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def _layer_shapes() -> list[tuple[str, tuple[Any, ...], tuple[int, ...]]]:
-    """List the layers of vgg_half: name, constructor arguments, shape of one image's input."""
+    """List the layers of the reference net: name, constructor arguments, shape of one image's input."""
+    model = getattr(configs.load(REFERENCE).config, "model", None)
+    assert model is not None
     found: list[tuple[str, tuple[Any, ...], tuple[int, ...]]] = []
     channels, size = 3, 32
-    for index, width in enumerate(VGG_HALF["filters"]):
+    for index, width in enumerate(model.filters):
         found.append(("Conv2d", (channels, width, 3, 1, 1), (channels, size, size)))
         found.append(("BatchNorm2d", (width,), (width, size, size)))
-        if index in VGG_HALF["pools"]:
+        if index in model.pools:
             found.append(("MaxPool2d", (2,), (width, size, size)))
             size //= 2
         found.append(("ReLU", (), (width, size, size)))
@@ -157,32 +224,23 @@ def _pass(layer: nn.Module, x: Tensor, where: Compute) -> Callable[[], None]:
 
 
 def layers(rounds: int, device: str) -> dict[str, Any]:
-    """Time forward plus backward of each hand-written layer against torch's, on the shapes of vgg_half, in float32."""
+    """Time forward plus backward of each hand-written layer against torch's, on the reference's shapes, in float32."""
     where = engines.compute(device, "float32")
+    batch: int = getattr(configs.load(REFERENCE).config, "batch_size", 0)
     spaces = {"torch": nn, "manual": MANUAL, "manual_alt": MANUAL_ALT}
     rows = []
     for name, arguments, shape in _layer_shapes():
-        x = torch.randn(BATCH, *shape, device=where.device)
+        x = torch.randn(batch, *shape, device=where.device)
         x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
         made = {key: getattr(space, name)(*arguments).to(where.device) for key, space in spaces.items()}
-        loops = {key: _pass(layer, x, where) for key, layer in made.items()}
-        for loop in loops.values():
-            loop()
-        seconds = alternate(loops, rounds)
-        ratio = {
-            key: statistics.median(a / b for a, b in zip(values, seconds["torch"], strict=True))
-            for key, values in seconds.items()
-        }
+        seconds = alternate({key: _pass(layer, x, where) for key, layer in made.items()}, rounds)
         rows.append(
             {
                 "layer": name,
-                "input": [BATCH, *shape],
+                "input": [batch, *shape],
                 "torch_seconds": statistics.median(seconds["torch"]),
-                "manual_against_torch": ratio["manual"],
-                "manual_alt_against_torch": ratio["manual_alt"],
+                "manual_against_torch": _median_ratio(seconds["manual"], seconds["torch"]),
+                "manual_alt_against_torch": _median_ratio(seconds["manual_alt"], seconds["torch"]),
             }
         )
-    what = (
-        f"forward + backward, {where.device}, float32, {where.threads} threads, torch {torch.__version__}, n={rounds}"
-    )
-    return {"ok": True, "what": what, "layers": rows}
+    return {"ok": True, "what": f"forward + backward, {about(where, 'float32', rounds)}", "layers": rows}

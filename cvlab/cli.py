@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cvlab import __version__, cli_inspect, cli_sweep, console
+from cvlab import __version__, cli_bench, cli_inspect, cli_sweep, console
 from cvlab.cli_options import (
     ConfigArgument,
     Debug,
@@ -41,7 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help takes half the time of boxes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Measure this machine and the engine.", no_args_is_help=True)
 
 
 @app.command("train")
@@ -110,7 +109,7 @@ def evaluate(
     from cvlab.report import tables
 
     path = rundir.find(run, rundir.runs_root(runs_dir))
-    found = evaluation.evaluate(path, tuple(split or ("val", "test")), checkpoint, device)
+    found = evaluation.evaluate(path, tuple(split or ()), checkpoint, device)
     title = f"{path.name}, {checkpoint} weights, step {found['step']}"
     show(found, as_json, lambda: tables.show_block(title, found["metrics"]))
 
@@ -131,50 +130,6 @@ def gradcheck(
     show_verdict(found, as_json, lambda: tables.show_gradients(found["checks"]), f"wrong: {', '.join(wrong)}")
 
 
-@bench_app.command("engine")
-def bench_engine(
-    rounds: Annotated[int, typer.Option(min=1, help="measurements of each, alternating")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="steps per measurement")] = 10,
-    device: Device = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Compare `fit` with a bare training loop of the same net in the same process."""
-    from cvlab import bench
-    from cvlab.report import tables
-
-    found = bench.engine(rounds, steps, device or "auto")
-    rows = [(row["loop"], row["images_per_second"], row["against_bare"]) for row in found["loops"]]
-    columns = ("loop", "images/s (median)", "time against bare")
-    show(found, as_json, lambda: tables.table(found["what"], columns, rows))
-
-
-@bench_app.command("layers")
-def bench_layers(
-    rounds: Annotated[int, typer.Option(min=1, help="measurements of each, alternating")] = 15,
-    device: Device = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Compare the hand-written layers with torch's, on the shapes of the net of 60 seconds."""
-    from cvlab import bench
-    from cvlab.report import tables
-
-    found = bench.layers(rounds, device or "auto")
-    columns = ("layer", "input", "torch, ms", "manual / torch", "manual_alt / torch")
-    rows = [
-        (
-            row["layer"],
-            row["input"],
-            1000 * row["torch_seconds"],
-            row["manual_against_torch"],
-            row["manual_alt_against_torch"],
-        )
-        for row in found["layers"]
-    ]
-    show(found, as_json, lambda: tables.table(found["what"], columns, rows))
-
-
 def _version(value: bool) -> None:
     if value:
         print(f"cvlab {__version__}")
@@ -191,7 +146,7 @@ def _root(
 app.add_typer(cli_sweep.app)
 app.add_typer(cli_inspect.app)
 app.add_typer(cli_inspect.data_app, name="data")
-app.add_typer(bench_app, name="bench")
+app.add_typer(cli_bench.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -48,6 +48,10 @@ def sweep(
 ) -> None:
     """Run a sweep, or any configuration with axes: `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
     console.set_level(quiet, verbose)
+    from cvlab import submit
+
+    if not dry_run:
+        submit.start_server()  # it loads torch on another core while this process does the same
     from cvlab import config as configs
     from cvlab import rundir, runner, sweeping
     from cvlab.data.settle import Policy

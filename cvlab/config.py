@@ -5,17 +5,19 @@ loaded.config.optimizer.lr
 """
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cvlab import arms, lookup, validation, yamlfile
+from cvlab import arms, lookup, profiles, validation, yamlfile
 from cvlab.axes import EXCLUSIVE
 from cvlab.errors import ConfigError
+from cvlab.jobs import AUTO
 from cvlab.schema import AnyConfig
 from cvlab.validation import SWEEP
 from cvlab.yamlfile import Document, Path_
@@ -30,6 +32,7 @@ class Loaded:
     config: AnyConfig
     base: Path
     source: Path
+    profiles: Mapping[str, "Loaded"] = field(default_factory=dict)  # by name, where one is still to be chosen
 
 
 def shipped_folder() -> Path:
@@ -68,13 +71,34 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
     document = yamlfile.read(source)
     if not isinstance(document.value, dict):
         raise ConfigError(f"{source}: expected keys and values at the top", "see `cvlab config cifar_bn` for one")
+    return _load(document, source, list(overrides))
+
+
+def _load(document: Document, source: Path, overrides: list[str]) -> Loaded:
+    whole = copy.deepcopy(document)
+    to_choose = _take_profile(document, overrides)
     given = _apply(document, overrides)
     document.value.setdefault("name", re.sub(r"[^\w.-]+", "-", source.stem).strip("-.")[:60] or "run")
     base = document.value.get("base")
     if document.value.get("experiment") == SWEEP and isinstance(base, dict) and "from" in base:
         document.value["base"] = _inherit(base, source.parent, document.place(("base", "from")))
     config = validate(document, source.parent, given)
-    return Loaded(config, source.parent, source)
+    each = {name: _load(copy.deepcopy(whole), source, [*overrides, f"profile={name}"]) for name in to_choose}
+    return Loaded(config, source.parent, source, each)
+
+
+def _take_profile(document: Document, overrides: list[str]) -> list[str]:
+    """Lay the named profile over a document; return the names of those to choose from where none is named."""
+    known, name = document.value.get("profiles"), profiles.named(document.value, overrides)
+    if not isinstance(known, dict) or not known:
+        if name not in (AUTO, document.value.get("profile")):
+            raise ConfigError(f"override profile={name}: {document.source} has no profiles", "leave it out")
+        return []
+    if name == AUTO:
+        return list(known)
+    in_file = name == document.value.get("profile")
+    profiles.take(document.value, name, document.place(("profile",)) if in_file else f"override profile={name}")
+    return []
 
 
 def load_sweep(reference: str, overrides: Iterable[str] = ()) -> Loaded:
@@ -99,6 +123,12 @@ def _inherit(base: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:
     other = yamlfile.read(path if path.is_file() else find(named)).value
     if not isinstance(other, dict):
         raise ConfigError(f"{place}: {named} has no keys and values at its top")
+    if other.get("profiles"):
+        name = str(base.get("profile", profiles.named(other)))
+        if name == AUTO:
+            known = " or ".join(other["profiles"])
+            raise ConfigError(f"{place}: comes in several sizes, and a sweep has one", f"set base.profile to {known}")
+        profiles.take(other, name, f"{place}: base.profile")
     return arms.inherit(base, other)
 
 

@@ -133,7 +133,7 @@ class Progress:
         """Show that `done` of the total is done."""
         self.shown = time.monotonic()
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, text=text)
+            self.bar.update(self.task, total=self.total, completed=done, text=text)
         elif level > QUIET:
             rate = (done - self.first) / max(self.shown - self.start, 1e-9)
             left = f"  {seconds_text((self.total - done) / rate)} left" if rate > 0 else ""

@@ -1,7 +1,7 @@
 """Fit and evaluate: to device, forward, losses, finite check, backward, clip, step. No YAML, no paths, no Typer.
 
-    for losses in fit(training, loss_fn, batch_at, total_steps=1000, lr_at=lambda step: 1e-3):
-        ...  # the caller logs, evaluates and saves when it wants to
+    for losses in fit(training, loss_fn, batch_at, lr_factor=lambda step: 1.0, where=compute()):
+        ...  # the caller logs, evaluates, saves and stops when it wants to
 
 A batch is a pure function of the step, a learning rate too, so that a run which continues from `Training.state()`
 ends with the same bits as one that was never stopped.
@@ -179,22 +179,20 @@ def fit(
     loss_fn: LossFn[Batch],
     batch_at: Callable[[int], Batch],
     *,
-    total_steps: int,
-    lr_factor: Callable[[float], float],
+    lr_factor: Callable[[int], float],
     where: Compute,
     clip_norm: float | None = None,
 ) -> Iterator[Losses]:
-    """Train from `training.step` to `total_steps`; yields the losses of every step, detached, after its update.
+    """Train from `training.step` on; yields the losses of every step, detached, after its update.
 
-    `lr_factor(progress)` scales each group's learning rate; progress in (0, 1) is that of the middle of the step, so
-    that a schedule which starts or ends at 0 wastes no step. Raises DivergedError before the update if the loss is not
-    finite.
+    It takes a step when the caller asks for one, and knows no end. `lr_factor(step)` scales each group's learning rate.
+    Raises DivergedError before the update if the loss is not finite.
     """
     model, optimizer = training.model, training.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
-    while training.step < total_steps:
+    while True:
         model.train()
-        factor = lr_factor((training.step + 0.5) / total_steps)
+        factor = lr_factor(training.step)
         for group, base_lr in zip(optimizer.param_groups, training.base_lrs, strict=True):
             group["lr"] = base_lr * factor
         batch = batch_at(training.step)

@@ -11,7 +11,10 @@ CHOICES = ("last", "best")
 
 
 def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None) -> dict[str, Any]:
-    """Evaluate a run on `splits` with its last or best weights, keep the result in eval.json, and return it."""
+    """Evaluate a run on `splits` with its last or best weights, keep the result in eval.json, and return it.
+
+    Without any splits it is evaluated on validation, where there is one, and test.
+    """
     if which not in CHOICES:
         raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
     chosen = config.load(str(rundir.config_file(path)), [f"device={device}"] if device else []).config

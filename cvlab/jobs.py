@@ -4,16 +4,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from cvlab import engine, optim
 from cvlab.engine import Compute
-from cvlab.schema import BelowOne, Count, Duration, Fraction, NonNegative, Part, Positive, RunConfig
+from cvlab.schema import BelowOne, Count, Duration, Fraction, Frozen, NonNegative, Part, Positive, RunConfig
+
+AUTO = "auto"
+
+
+class Profile(Frozen):
+    """One size of an experiment that comes in several."""
+
+    epochs: NonNegative = Field(description="chosen where the budget is enough for so many passes over the images")
+    set: dict[str, Any] = Field({}, description="dotted keys and their values, laid over the file")
 
 
 class TrainConfig(RunConfig):
     """The keys of every experiment that trains."""
+
+    profile: str = Field(AUTO, description="one of `profiles`; auto: measure, and take the last that the budget allows")
+    profiles: dict[str, Profile] = Field({}, description="sizes of the experiment by name, the smallest first")
 
     optimizer: Annotated[Part, optim.OPTIMIZERS] = Field(description="name and its parameters")
     schedule: Annotated[Part, optim.SCHEDULES] = Field(Part(name="constant"), description="of the learning rate")
@@ -25,6 +37,12 @@ class TrainConfig(RunConfig):
     eval_every: Count = Field(1, description="epochs between two evaluations")
     log_every: Count = Field(10, description="steps between two rows of metrics.jsonl")
     save_seconds: NonNegative = Field(60.0, description="at least so long between two checkpoints")
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> "TrainConfig":
+        if self.profiles and self.profile == AUTO and self.duration.seconds is None:
+            raise ValueError(f"auto needs a budget in duration.seconds; else name one of {', '.join(self.profiles)}")
+        return self
 
 
 @dataclass(frozen=True)

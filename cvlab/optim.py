@@ -8,9 +8,10 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, optim
 
-from cvlab import lookup
+from cvlab import engine, lookup
 from cvlab.errors import ConfigError
 from cvlab.layers import updates
+from cvlab.layers.muon import Muon
 from cvlab.schema import Table
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -18,7 +19,7 @@ Rate = Annotated[float, Gt(0), Le(100)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
 
-_NAMES = ("sgd", "rmsprop", "adam", "adamw", "manual_sgd", "manual_rmsprop", "manual_adam")
+_NAMES = ("sgd", "rmsprop", "adam", "adamw", "muon", "manual_sgd", "manual_rmsprop", "manual_adam")
 OPTIMIZERS = Table(
     "optimizer",
     {name: f"cvlab.optim:{name}" for name in _NAMES},
@@ -74,6 +75,32 @@ def adamw(
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2)."""
     given: Any = list(parameters)
     return optim.AdamW(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
+
+
+def muon(
+    parameters: Parameters,
+    lr: Rate = 0.24,
+    momentum: Decay = 0.6,
+    bias_lr: Rate = 0.05,
+    head_lr: Rate = 0.67,
+    sgd_momentum: Decay = 0.85,
+    weight_decay: Small = 0.0,
+    iterations: Annotated[int, Ge(1), Le(20)] = 3,
+) -> optim.Optimizer:
+    """Muon (Jordan et al., 2024) for filters and hidden weights; Nesterov SGD for biases and the last weight.
+
+    `lr` and `momentum` are Muon's; biases take `bias_lr`, the last weight `head_lr`, both `sgd_momentum`.
+    """
+    given: list[Any] = list(parameters)
+    weights = [parameter for parameter in given if parameter.ndim > 1]
+    shared = {"momentum": sgd_momentum, "weight_decay": weight_decay}
+    groups: list[dict[str, Any]] = [
+        {"params": weights[:-1], "lr": lr, "momentum": momentum, "orthogonal": True},
+        {"params": [parameter for parameter in given if parameter.ndim < 2], "lr": bias_lr, **shared},
+        {"params": weights[-1:], "lr": head_lr, **shared},
+    ]
+    dtype = torch.bfloat16 if engine.fast_bfloat16(given[0].device) and given[0].dtype == torch.float32 else None
+    return Muon(groups, iterations=iterations, dtype=dtype)
 
 
 def manual_sgd(parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0) -> optim.Optimizer:

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from cvlab import __version__, arms, config, console, data, expect, experiments, lookup, rundir, userfiles
+from cvlab import __version__, arms, config, console, data, expect, experiments, lookup, rundir, userfiles, yamlfile
 from cvlab.data.settle import Policy, label, settle
 from cvlab.errors import CvlabError, StoppedError
 from cvlab.rundir import RunDir
@@ -23,11 +23,20 @@ Result = dict[str, Any]
 
 
 def prepare(loaded: config.Loaded, policy: Policy) -> AnyConfig:
-    """Settle which data the run uses."""
+    """Settle which data and which size the run uses; of a sweep also the sets that it varies, without stand-ins."""
     chosen = loaded.config
     block = data_of(chosen)
     settled = settle(block, policy) if block is not None else None
-    return chosen if settled is block or settled is None else chosen.with_data(settled)
+    if loaded.profiles and settled is not None:
+        from cvlab import rates
+
+        chosen = rates.choose_profile(loaded, settled)
+    elif settled is not None and settled is not block:
+        chosen = chosen.with_data(settled)
+    if chosen.experiment == SWEEP:
+        yamlfile.parse(chosen.to_yaml(), f"{loaded.source}, with all that is given,")  # or no resume could read it
+        arms.settle_data(chosen, loaded.base, policy)
+    return chosen
 
 
 def data_of(chosen: AnyConfig) -> DataBlock | None:
@@ -53,6 +62,7 @@ def plan(loaded: config.Loaded, root: Path) -> Result:
         "config": str(loaded.source),
         **used,
         **experiment.plan(chosen, loaded.base),
+        **({"profile": f"measured at the start: {', '.join(loaded.profiles)}"} if loaded.profiles else {}),
         "run": str(root / f"<time>-{chosen.name}-<id>"),
         "expect": list(rules(chosen)),
     }
@@ -75,6 +85,7 @@ def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
     with out.locked():
         if chosen.experiment == SWEEP:
             arms.make(chosen, loaded.base, out)
+            chosen = userfiles.contained(chosen)
         else:
             chosen = userfiles.bring(chosen, loaded.base, out.path)
             _pin_threads(getattr(chosen, "threads", None))

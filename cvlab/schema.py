@@ -93,13 +93,20 @@ class Duration(Frozen):
 
     steps: Count | None = Field(None, description="number of optimizer steps")
     epochs: Count | None = Field(None, description="passes over the training images")
-    seconds: Positive | None = Field(None, description="wall-clock seconds of training, turned into steps at the start")
+    seconds: Positive | None = Field(None, description="wall-clock seconds of training, planned as steps on the way")
+    corrections: tuple[tuple[Count, Count], ...] = Field(
+        (), description="set by cvlab in the record of a run of seconds: until which step how many were planned"
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Duration":
         given = [key for key in ("steps", "epochs", "seconds") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, epochs, seconds; given: {', '.join(given) or 'none'}")
+        until = [0, *(step for step, _ in self.corrections), self.steps or 0]
+        possible = all(step < total for step, total in self.corrections) and until == sorted(set(until))
+        if self.corrections and not possible:
+            raise ValueError("corrections go with steps, rise, and lie below what was planned")
         return self
 
 

@@ -34,9 +34,8 @@ def local(tasks: Sequence[Task], workers: int, stop: StopRequest) -> Iterator[tu
 
     When `stop` has received a signal no further task starts, and those that run are asked to save and end.
     """
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    _start_server()
     waiting = list(enumerate(tasks))
     running: dict[Any, tuple[int, Any]] = {}
     asked = False
@@ -60,13 +59,18 @@ def local(tasks: Sequence[Task], workers: int, stop: StopRequest) -> Iterator[tu
             process.join()
 
 
-def _start_server() -> None:
-    """Start the process that forks the tasks so that a SIGTERM to all of us does not end it before them."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def start_server() -> None:
+    """Start the process that forks the tasks, unless it runs; it loads torch while this one does other things.
+
+    A signal to all of us must not end it before them; they are asked to stop one by one.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminate(running: Mapping[Any, tuple[int, Any]]) -> None:

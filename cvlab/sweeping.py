@@ -37,7 +37,7 @@ def find_unfinished(loaded: config.Loaded, root: Path) -> Path | None:
             other = config.load(str(rundir.config_file(path))).config
         except Exception:  # an old one's own file may raise anything when it is imported
             continue
-        same = _identity(other) == _identity(chosen) and (path / "arms").is_dir()
+        same = _identity(other) == _identity(userfiles.contained(chosen)) and (path / "arms").is_dir()
         if same and userfiles.same_files(chosen.model_dump(), loaded.base, path):
             return path
     return None

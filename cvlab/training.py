@@ -7,47 +7,26 @@ needs is in the checkpoint: `Training.state()` and what is gathered here (see `S
 import copy
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from cvlab import __version__, checkpoint, engine, lookup, optim
+from cvlab import __version__, budget, checkpoint, engine, lookup, optim
+from cvlab.budget import Plan
 from cvlab.console import Progress
 from cvlab.engine import Losses, Training
-from cvlab.errors import CheckpointError, ConfigError, DivergedError
+from cvlab.errors import CheckpointError, DivergedError
+from cvlab.gathered import Gathered, lacking
 from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
 from cvlab.schema import Duration
 from cvlab.signals import StopRequest
 
 SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
-CALIBRATION_SHARE = 0.03  # of a budget in seconds, spent on measuring the time of a step ...
-CALIBRATION_SECONDS = 5.0  # ... but no longer than this
 FORMAT = 1
 METRICS = ("train_loss", "best_step", "steps", "epochs", "parameters", "train_seconds", "images_per_second")
-
-
-def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
-    """Return the keys that a state lacks, dotted, down to the second level where its keys are always the same."""
-    missing = [key for key in own if key not in state]
-    for key in {"rng", "gathered", "circumstances"}.difference(missing):
-        missing += [f"{key}.{part}" for part in own[key] if part not in state[key]]
-    return missing
-
-
-@dataclass
-class Gathered:
-    """What a run knows besides its weights; part of every checkpoint."""
-
-    total_steps: int
-    train_seconds: float = 0.0
-    loss_sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    loss_steps: int = 0
-    best_value: float | None = None
-    best_step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def train(settings: TrainConfig, job: Job, out: RunDir) -> tuple[nn.Module, dict[str, float]]:
@@ -56,6 +35,7 @@ def train(settings: TrainConfig, job: Job, out: RunDir) -> tuple[nn.Module, dict
         session = Session(settings, job, out)
         session.begin(stop)
         session.run(stop)
+    session.record_duration()
     model = session.training.evaluated
     out.facts["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
     return model, session.final_metrics()
@@ -66,7 +46,6 @@ class Session:
 
     def __init__(self, settings: TrainConfig, job: Job, out: RunDir) -> None:
         self.settings, self.job, self.out = settings, job, out
-        self.config_sha256 = settings.digest()
         arguments = settings.optimizer.arguments()
         optimizer = optim.build_optimizer(settings.optimizer.name, job.model, arguments)
         self.training = Training(job.model, optimizer, settings.ema)
@@ -74,6 +53,7 @@ class Session:
         self.save_cost = 0.0
         self.saved_at = time.monotonic()
         self.saved_step = -1
+        self.reviewed = (0, 0.0)  # step and training time when the plan was last looked at
 
     def begin(self, stop: StopRequest) -> None:
         """Take over the newest checkpoint, or write the one before the first step."""
@@ -82,56 +62,46 @@ class Session:
             self._restore(state, str(path))
             self.out.log(f"resumed {path.name}: {self.training.step} of {self.gathered.total_steps} steps are done")
         else:
-            self.gathered.total_steps = self._plan_steps(stop)
+            self.gathered.follow(self._first_plan(stop))
             self.save()
         period = max(self.settings.save_seconds, SAVE_SHARE * self.save_cost)
         self.out.log(f"{self.gathered.total_steps} steps; kill -9 loses at most {period:.0f} s of work")
 
-    def _plan_steps(self, stop: StopRequest) -> int:
+    def _first_plan(self, stop: StopRequest) -> Plan:
         duration = self.settings.duration
         if duration.steps is not None:
-            return duration.steps
+            return Plan(duration.steps, duration.corrections)
         if duration.epochs is not None:
-            return duration.epochs * self.job.steps_per_epoch
+            return Plan(duration.epochs * self.job.steps_per_epoch)
         assert duration.seconds is not None
-        steps = self._steps_within(duration.seconds, stop)
-        self.settings = self.settings.model_copy(update={"duration": Duration(steps=steps)})
-        self.config_sha256 = self.settings.digest()
-        self.out.write_text("config.yaml", self.settings.to_yaml())  # so that `cvlab run` on it repeats this run
-        return steps
+        self.gathered.budget_seconds = duration.seconds
+        return self._plan_seconds(duration.seconds, stop)
 
-    def _steps_within(self, seconds: float, stop: StopRequest) -> int:
-        """Measure the time of a step on a copy of the state, put the state back, and say how many steps fit."""
+    def _plan_seconds(self, seconds: float, stop: StopRequest) -> Plan:
+        """Measure the time of a step, put the state back, and plan the steps that fit."""
         before = copy.deepcopy(self.training.state())
-        times: list[float] = []
-        began = last = time.perf_counter()
-        for _ in self._fit(total_steps=1_000_000):
-            self.job.where.synchronize()
-            now = time.perf_counter()
-            times.append(now - last)
-            last = now
-            if stop.received is not None:
-                raise stop.error(0, self.out.path.name)
-            if now - began > min(CALIBRATION_SHARE * seconds, CALIBRATION_SECONDS) and len(times) > 3:
-                break
+        self.gathered.total_steps = 10**9  # so that the schedule is at its start
+
+        def steps() -> Iterator[Losses]:
+            for losses in self._fit():
+                if stop.received is not None:
+                    raise stop.error(0, self.out.path.name)
+                yield losses
+
+        typical = budget.seconds_per_step(steps(), seconds, self.job.where.synchronize)
         self.training.load(before)
-        typical = sorted(times[2:])[len(times[2:]) // 2]
-        steps = int(seconds / typical)
-        if steps < 1:
-            raise ConfigError(
-                f"duration.seconds: {seconds:g} s are too short for one step, which takes {typical:.2g} s"
-            )
+        plan = budget.first_plan(seconds, typical)
         self.out.log(
-            f"{seconds:g} s of training (evaluation and loading not counted): a step takes {1000 * typical:.1f} ms, "
-            f"so {steps} steps; repeat it with duration.steps={steps}"
+            f"{seconds:g} s of training (loading, evaluation and saving not counted): a step takes "
+            f"{1000 * typical:.1f} ms, so about {plan.total} steps; the plan is corrected on the way"
         )
-        return steps
+        return plan
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
         missing = lacking(self.state(), state)
         if missing:
             raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
-        if state["config_sha256"] != self.config_sha256:
+        if state["config_sha256"] != self._config_digest(state["gathered"]["budget_seconds"]):
             raise CheckpointError(f"{path}: config.yaml was changed since", "start the changed one with `cvlab run`")
         checkpoint.match_model(self.training.model, state["model"], path)
         for key, now in self._circumstances().items():
@@ -144,9 +114,16 @@ class Session:
         self.gathered.loss_sums = {name: value.to(self.job.where.device) for name, value in sums}
         self.out.truncate_metrics(state["metrics_bytes"])
         self.saved_step = self.training.step
+        self.reviewed = (self.training.step, self.gathered.train_seconds)
         own = checkpoint.path_of(self.out.checkpoints, self.saved_step)
         if self.gathered.best_step == self.saved_step and own.is_file():
             checkpoint.link_best(own)  # a kill may have come between the checkpoint and its link
+
+    def _config_digest(self, budget_seconds: float | None) -> str:
+        """Return the digest of the configuration; of a run of seconds also after its end, when it says the steps."""
+        if budget_seconds is None:
+            return self.settings.digest()
+        return self.settings.model_copy(update={"duration": Duration(seconds=budget_seconds)}).digest()
 
     def _circumstances(self) -> dict[str, Any]:
         """Return what must be equal for a resume to be equal bit for bit."""
@@ -159,18 +136,19 @@ class Session:
             "cvlab": __version__,
         }
 
-    def _fit(self, total_steps: int) -> Any:
+    def _fit(self) -> Iterator[Losses]:
         schedule = lookup.find("schedule", self.settings.schedule.name, optim.SCHEDULES.names)
         arguments = self.settings.schedule.arguments()
 
-        def lr_factor(progress: float) -> float:
+        def lr_factor(step: int) -> float:
+            # the middle of the step, so that a schedule which starts or ends at 0 wastes none
+            progress = self.gathered.plan.progress(step + 0.5)
             return optim.warmed_up(schedule(progress, **arguments), progress, self.settings.warmup)
 
         return engine.fit(
             self.training,
             self.job.loss_fn,
             self.job.batch_at,
-            total_steps=total_steps,
             lr_factor=lr_factor,
             where=self.job.where,
             clip_norm=self.settings.clip_norm,
@@ -178,17 +156,19 @@ class Session:
 
     def run(self, stop: StopRequest) -> None:
         """Do the steps that are left. StoppedError, after a checkpoint, if a signal asked to stop."""
-        total = self.gathered.total_steps
-        with Progress(self.settings.name, total, self.training.step) as progress:
+        with Progress(self.settings.name, self.gathered.total_steps, self.training.step) as progress:
             self._stop_if_asked(stop)
+            steps = self._fit()
             began = time.perf_counter()
-            for losses in self._fit(total):
-                self._gather(losses)
+            while self.training.step < self.gathered.total_steps:
+                losses = next(steps)
+                self.gathered.add(losses)
                 step = self.training.step
                 if self._is_due(step):
                     self.job.where.synchronize()
                     self.gathered.train_seconds += time.perf_counter() - began
                     self._pause(step)
+                    progress.total = self.gathered.total_steps
                     began = time.perf_counter()
                 if progress.due():
                     progress.update(step, self._progress_text(losses, time.perf_counter() - began))
@@ -196,14 +176,12 @@ class Session:
                     self.gathered.train_seconds += time.perf_counter() - began
                     self._stop_if_asked(stop)
 
-    def _gather(self, losses: Losses) -> None:
-        sums = self.gathered.loss_sums  # on the device: reading a number would make it wait
-        for name, value in losses.items():
-            sums[name] = sums[name] + value if name in sums else value
-        self.gathered.loss_steps += 1
-
     def _is_due(self, step: int) -> bool:
-        return step % self.settings.log_every == 0 or self._evaluation_due(step) or self._save_due()
+        logs = step % self.settings.log_every == 0
+        return logs or self._review_due(step) or self._evaluation_due(step) or self._save_due()
+
+    def _review_due(self, step: int) -> bool:
+        return self.settings.duration.seconds is not None and self.gathered.plan.is_reviewed(step)
 
     def _evaluation_due(self, step: int) -> bool:
         return step % (self.job.steps_per_epoch * self.settings.eval_every) == 0 or step == self.gathered.total_steps
@@ -217,14 +195,34 @@ class Session:
         if step % self.settings.log_every == 0 or step == self.gathered.total_steps:
             self._log_losses(step)
         is_best = self._evaluation_due(step) and self._evaluate(step)
-        if is_best or self._save_due() or step == self.gathered.total_steps:
+        corrected = self._review_due(step) and self._review(step)  # saved, so that a resume follows the same plan
+        if is_best or corrected or self._save_due() or step == self.gathered.total_steps:
             self.save(is_best)
 
+    def _review(self, step: int) -> bool:
+        """Correct the plan of a run of seconds by the time that its steps have taken; whether that was needed."""
+        seconds = self.settings.duration.seconds
+        assert seconds is not None
+        used = self.gathered.train_seconds
+        recent = (used - self.reviewed[1]) / (step - self.reviewed[0])
+        self.reviewed = (step, used)
+        plan = self.gathered.plan.reviewed(step, seconds - used, max(recent, used / step))
+        changed = plan != self.gathered.plan
+        self.gathered.follow(plan)
+        return changed
+
+    def record_duration(self) -> None:
+        """Write the steps that a run of seconds became into config.yaml: `cvlab run` on it repeats them."""
+        if self.settings.duration.seconds is None:
+            return
+        plan = self.gathered.plan
+        duration = Duration(steps=plan.total, corrections=plan.corrections)
+        self.settings = self.settings.model_copy(update={"duration": duration})
+        self.out.write_text("config.yaml", self.settings.to_yaml())
+        self.out.log(f"{plan.total} steps in {self.gathered.train_seconds:.2f} s of training")
+
     def _log_losses(self, step: int) -> None:
-        count = self.gathered.loss_steps
-        sums = self.gathered.loss_sums
-        means = {"train_loss" if name == "loss" else name: value.item() / count for name, value in sums.items()}
-        self.gathered.loss_sums, self.gathered.loss_steps = {}, 0
+        means = {"train_loss" if name == "loss" else name: value for name, value in self.gathered.take_means().items()}
         self.gathered.metrics["train_loss"] = means["train_loss"]
         lr = self.training.optimizer.param_groups[0]["lr"]
         self._append(step, {"lr": lr, **means})
@@ -267,7 +265,7 @@ class Session:
             "format": FORMAT,
             "gathered": vars(self.gathered).copy(),
             "metrics_bytes": self.out.sync_metrics(),
-            "config_sha256": self.config_sha256,
+            "config_sha256": self._config_digest(self.gathered.budget_seconds),
             "circumstances": self._circumstances(),
         }
 

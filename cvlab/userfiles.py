@@ -36,21 +36,46 @@ def named(value: Any) -> Iterator[Path]:
         yield from named(part)
 
 
+def inside(path: Path) -> Path:
+    """Return where a copy of a file lies below a folder: at its own relative path, or at one that leads nowhere else.
+
+    A function of the path alone: `net.py` stays, `../net.py` becomes `_up/net.py`, `/home/me/net.py`
+    `_root/home/me/net.py`.
+    """
+    return Path(*("_up" if part == ".." else "_root" if part == path.anchor else part for part in path.parts))
+
+
 def mirror(value: Any, base: Path, folder: Path) -> None:
-    """Copy the files that a value names below a folder, each at its own relative path, so that the names still hold."""
+    """Copy the files that a value names below a folder, each to its place `inside`."""
     for path in named(value):
-        if not path.is_absolute() and ".." not in path.parts:
-            try:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_bytes((base / path).read_bytes())
-            except OSError as error:
-                raise RunDirError(f"{base / path}: cannot be copied to {folder}: {error.strerror}") from error
+        try:
+            (folder / inside(path)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / inside(path)).write_bytes((base / path).read_bytes())
+        except OSError as error:
+            raise RunDirError(f"{base / path}: cannot be copied to {folder}: {error.strerror}") from error
 
 
-def same_files(value: Any, one: Path, other: Path) -> bool:
-    """Whether the files that a value names are the same below two folders."""
+def contained(chosen: Config) -> Config:
+    """Return a configuration whose names, also those in its expectations, are those of the copies of `mirror`."""
+    dumped = chosen.model_dump()
+    moved = {str(path): f"./{inside(path)}" for path in named(dumped) if inside(path) != path}
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, str):
+            for old, new in moved.items():
+                value = value.replace(f"{old}:", f"{new}:")
+            return value
+        if isinstance(value, Mapping):
+            return {key: rename(part) for key, part in value.items()}
+        return tuple(map(rename, value)) if isinstance(value, (tuple, list)) else value
+
+    return type(chosen).model_validate(rename(dumped)) if moved else chosen
+
+
+def same_files(value: Any, base: Path, copies: Path) -> bool:
+    """Whether the files that a value names are still those that `mirror` has copied."""
     try:
-        return all((one / path).read_bytes() == (other / path).read_bytes() for path in named(value))
+        return all((base / path).read_bytes() == (copies / inside(path)).read_bytes() for path in named(value))
     except OSError:
         return False
 

@@ -11,15 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "cvlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [  # each may import those before it, and its own row
     {"errors", "failpoints"},
-    {"lookup", "yamlfile", "durable", "expect", "console", "lock", "compat", "layers", "ops", "axes"},
+    {"lookup", "yamlfile", "durable", "expect", "console", "lock", "compat", "layers", "ops", "axes", "budget"},
     {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles"},
     {"models", "data"},
     {"engine"},
-    {"optim", "jobs", "training", "report"},
+    {"optim", "jobs", "gathered", "training", "report"},
     {"experiments"},
-    {"validation", "arms"},
-    {"config", "runner", "evaluation", "listing", "doctor", "bench", "checking", "sweeping"},
-    {"cli_options", "cli_inspect", "cli_sweep", "cli", "__main__"},
+    {"validation", "arms", "profiles"},
+    {"config", "runner", "evaluation", "listing", "doctor", "bench", "checking", "sweeping", "rates", "profiling"},
+    {"cli_options", "cli_bench", "cli_inspect", "cli_sweep", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = (

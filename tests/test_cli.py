@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cvlab import __version__, cli, rundir
+from cvlab import __version__, cli, config, rundir
 
 TINY = """experiment: classify
 data: {name: scenes10, num_train: 100, val_fraction: 0.02}
@@ -103,12 +103,13 @@ def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
     code, out, err = cvlab("train", tiny, "duration.seconds=1", "--json")
     first = json.loads(out)
     steps = first["metrics"]["steps"]
-    assert code == 0 and f"so {steps} steps; repeat it with duration.steps={steps}" in err
-    second = json.loads(cvlab("train", tiny, f"duration.steps={steps}", "--json", "-q")[1])
+    assert code == 0 and "the plan is corrected on the way" in err and f"{steps} steps in " in err
+    assert config.load(first["run"]).config.duration.steps == steps
+    second = json.loads(cvlab("run", first["run"], "--json", "-q")[1])
     digests = [rundir.read_json(rundir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
     assert digests[0] == digests[1]
     code, _, err = cvlab("train", tiny, "duration.seconds=1e-5", "-q")
-    assert code == 2 and "too short for one step" in err
+    assert code == 2 and "too short for a step" in err
 
 
 def test_the_stand_in_is_said_everywhere(cvlab, tiny, tmp_path, monkeypatch):

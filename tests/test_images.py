@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from cvlab.data import shuffle
+from cvlab.data.augment import Augmentation, views
 from cvlab.data.images import (
-    Augmentation,
     ImageSet,
     TrainBatches,
     eval_batches,
@@ -105,6 +105,44 @@ def test_augmentation_equals_the_slow_twin():
         assert torch.equal(found[k], expected), k
 
 
+@pytest.mark.parametrize("flip", [True, "alternating"])
+def test_a_flip_alone_mirrors_whole_images(flip):
+    images, indices = images_of(60), torch.arange(60)
+    sides = []
+    for epoch in range(3):
+        found = Augmentation(flip)(images, indices, seed=1, epoch=epoch)
+        mirrored = torch.tensor([torch.equal(found[k], images[k].flip(1)) for k in range(60)])
+        assert all(torch.equal(found[k], images[k]) for k in range(60) if not mirrored[k])
+        assert 15 < mirrored.sum() < 45
+        sides.append(mirrored)
+    assert torch.equal(sides[0], ~sides[1]) == (flip == "alternating")
+    assert torch.equal(sides[0], sides[2]) == (flip == "alternating")
+
+
+def test_cutout_blanks_one_square_inside():
+    images, indices = torch.ones(200, 3, 8, 8), torch.arange(200)
+    found = Augmentation(cutout_px=3).cut(images.clone(), indices, seed=0, epoch=4)
+    assert torch.equal(found, Augmentation(cutout_px=3).cut(images.clone(), indices, 0, 4))
+    rows, columns = (found[:, 0] == 0).any(2), (found[:, 0] == 0).any(1)
+    assert torch.equal(found == 0, (rows[:, :, None] & columns[:, None])[:, None].expand(-1, 3, -1, -1))
+    for sides in (rows, columns):
+        assert (sides.sum(1) == 3).all() and set(sides.int().argmax(1).tolist()) == set(range(6))
+    assert Augmentation().cut(images, indices, 0, 0) is images
+
+
+@pytest.mark.parametrize(("kind", "count"), [("flip", 2), ("flip_shift", 6)])
+def test_views_of_test_time_augmentation(kind, count):
+    images = torch.randn(4, 3, 6, 6)
+    found = views(images, kind)
+    assert len(found) == count and sum(weight for weight, _ in found) == 1
+    assert all(view.shape == images.shape for _, view in found)
+    assert torch.equal(found[0][1], images) and torch.equal(found[1][1], images.flip(3))
+    if kind == "flip_shift":
+        assert torch.equal(found[2][1][:, :, 1:, 1:], images[:, :, :-1, :-1])
+        assert torch.equal(found[4][1][:, :, :-1, :-1], images[:, :, 1:, 1:])
+        assert torch.equal(found[2][1][:, :, 0], found[2][1][:, :, 2]), "the border is mirrored"
+
+
 def test_no_augmentation_is_no_work():
     images = images_of(3)
     assert Augmentation()(images, torch.arange(3), 0, 0) is images
@@ -150,9 +188,11 @@ def test_splits_are_the_first_and_the_last():
     assert torch.equal(pieces["test"][1], images.test_labels)
     assert len(split(images, 0.2, None)["train"][0]) == 80
     assert size_of(images).num_classes == 3
+    everything = split(images, 0.0, None)
+    assert len(everything["train"][0]) == 100 and "val" not in everything
 
 
-@pytest.mark.parametrize(("fraction", "num_train"), [(0.2, 81), (0.0, None), (0.999, None), (0.001, 10)])
+@pytest.mark.parametrize(("fraction", "num_train"), [(0.2, 81), (0.999, None), (0.001, 10)])
 def test_splits_that_leave_nothing_are_refused(fraction, num_train):
     with pytest.raises(ConfigError, match=r"data\.num_train"):
         split(image_set(), fraction, num_train)

@@ -8,12 +8,14 @@ from torch import nn
 
 from cvlab import lookup, optim
 from cvlab.errors import ConfigError
+from cvlab.layers import muon
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS.names)
 def test_every_optimizer_lowers_a_quadratic(name):
     model = nn.Linear(3, 1)
-    made = optim.build_optimizer(name, model, {"lr": 1e-2})
+    rates = {"lr": 1e-2, **({"bias_lr": 1e-2, "head_lr": 1e-2} if name == "muon" else {})}
+    made = optim.build_optimizer(name, model, rates)
     x, y = torch.randn(50, 3), torch.randn(50, 1)
     losses = []
     for _ in range(50):
@@ -46,6 +48,47 @@ def test_by_hand_as_torch_does_it_over_many_steps_and_a_reload(name):
             one.load_state_dict(state)
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_muon_steps_are_orthogonal_and_the_rest_is_nesterov_sgd():
+    torch.manual_seed(3)
+    mine = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(6, 8), nn.Linear(8, 7)).double()
+    theirs = nn.Linear(8, 7).double()
+    theirs.load_state_dict(mine[3].state_dict())
+    made = optim.build_optimizer(
+        "muon", mine, {"lr": 0.1, "bias_lr": 0.03, "head_lr": 0.3, "iterations": 12, "weight_decay": 0.01}
+    )
+    groups = [{"params": [theirs.weight], "lr": 0.3}, {"params": [theirs.bias], "lr": 0.03}]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True, weight_decay=0.01)
+    momentum = torch.zeros_like(mine[0].weight)
+    for _ in range(4):
+        before = mine[0].weight.detach().clone()
+        for parameter in mine.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        gradient = mine[0].weight.grad.clone()
+        theirs.weight.grad, theirs.bias.grad = mine[3].weight.grad.clone(), mine[3].bias.grad.clone()
+        made.step()
+        sgd.step()
+        momentum = 0.6 * momentum + gradient
+        u, _, v = torch.linalg.svd((gradient + 0.6 * momentum).reshape(6, -1), full_matrices=False)
+        scaled = before * 6**0.5 / before.norm()
+        moved = ((scaled - mine[0].weight.detach()) / 0.1).reshape(6, -1)
+        singular = torch.linalg.svdvals(moved)
+        assert singular.min() > 0.65 and singular.max() < 1.25
+        assert (moved * (u @ v)).sum() / (moved.norm() * (u @ v).norm()) > 0.95
+    for a, b in zip(mine[3].parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (5, 5), (1, 7)])
+def test_orthogonalize_is_that_of_torch(shape):
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    theirs = _zeropower_via_newtonschulz(matrix, muon.COEFFICIENTS, 5, 1e-7)  # in bfloat16
+    torch.testing.assert_close(muon.orthogonalize(matrix, 5), theirs.float(), atol=0.04, rtol=0.04)
+    torch.testing.assert_close(muon.orthogonalize(matrix, 5, torch.bfloat16), theirs.float(), atol=0.02, rtol=0.02)
 
 
 def test_adam_first_step_is_the_learning_rate():

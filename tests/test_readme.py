@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cvlab import config, errors, rundir
 
@@ -45,9 +46,17 @@ def test_the_example_is_the_shipped_configuration(tmp_path):
 
 
 def test_the_example_of_a_sweep_has_the_arms_it_should(tmp_path):
-    (tmp_path / "s.yaml").write_text(blocks("yaml")[1])
+    (tmp_path / "s.yaml").write_text(next(block for block in blocks("yaml") if "experiment: sweep" in block))
     arms = config.load(str(tmp_path / "s.yaml")).config.arms()
     assert len(arms) == 12 and sum("clip_norm" in arm.raw for arm in arms) == 6
+
+
+def test_the_example_of_profiles_is_valid(tmp_path):
+    block = next(block for block in blocks("yaml") if "profiles:" in block)
+    whole = config.load("cifar_60s", ["profile=small"]).config.to_yaml()
+    kept = [line for line in yaml.safe_load(whole).items() if line[0] not in ("duration", "profile", "profiles")]
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(dict(kept)) + block)
+    assert config.load(str(tmp_path / "p.yaml")).profiles["large"].config.augment.cutout_px == 12
 
 
 def test_the_exit_codes_are_those_of_the_errors():

@@ -3,11 +3,12 @@
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
 
-from cvlab import checkpoint, training
+from cvlab import checkpoint, training, yamlfile
 from cvlab.errors import CheckpointError, StoppedError
 from tests import tiny
 
@@ -64,6 +65,8 @@ STATE_KEYS = [
     "rng.python",
     "rng.cuda",
     "gathered.total_steps",
+    "gathered.corrections",
+    "gathered.budget_seconds",
     "gathered.train_seconds",
     "gathered.loss_sums",
     "gathered.loss_steps",
@@ -108,6 +111,27 @@ def test_every_key_of_the_state_is_tried_above(stopped):
     assert set(state) <= set(STATE_KEYS)
     nested = {f"{block}.{key}" for block in ("rng", "gathered", "circumstances") for key in state[block]}
     assert nested <= set(STATE_KEYS)
+
+
+def test_a_budget_is_kept_and_its_record_repeats_the_bits(tmp_path):
+    def slower(step):
+        time.sleep(0.002 if step < 60 else 0.006)
+
+    def stop_slower(step):
+        slower(step)
+        stop_at(80)(step)
+
+    config = tiny.settings(duration={"seconds": 1.0})
+    with pytest.raises(StoppedError):
+        tiny.train(tmp_path / "run", config, stop_slower)
+    metrics, facts = tiny.train(tmp_path / "run", config, slower)
+    recorded = yamlfile.read(tmp_path / "run" / "config.yaml").value["duration"]
+    assert recorded["corrections"] and recorded["steps"] == metrics["steps"] and recorded["seconds"] is None
+    repeated = tiny.settings(duration={key: value for key, value in recorded.items() if value})
+    again, repeated_facts = tiny.train(tmp_path / "again", repeated)
+    assert repeated_facts == facts and tiny.rows(tmp_path / "again") == tiny.rows(tmp_path / "run")
+    assert tiny.untimed(again) == tiny.untimed(metrics)
+    tiny.train(tmp_path / "run", repeated)  # killed after its record was written, before it was called done
 
 
 def test_a_changed_configuration_is_not_resumed(tmp_path):

@@ -272,6 +272,34 @@ def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
     assert code == 0 and "going on with" not in err
 
 
+def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):
+    net = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
+    (tmp_path / "net.py").write_text(net)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    text = SWEEP.replace("deep_convnet, filters: [4], pools: [0]", "'../net.py:net'").replace("[1e-3, 1e-2]", "[1e-3]")
+    rule = "expect: ['mean(parameters, model.name=../net.py:net) == 30730']\n"
+    write(tmp_path / "below", text.replace("[0, 1]", "[0]") + rule)
+    assert cvlab("sweep", "s.yaml")[0] == 0
+    run = (tmp_path / "below" / "runs" / "latest").resolve()
+    (tmp_path / "net.py").unlink()
+    assert config.load(str(run)).config.base["model"]["name"] == "./_up/net.py:net"
+    assert (run / "_up" / "net.py").read_text() == net
+    assert cvlab("run", run)[0] == 0, "repeated from its own directory"
+
+
+def test_sets_on_an_axis_take_no_stand_in(cvlab, tmp_path):
+    name = write(tmp_path, SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "data.name: [scenes10, cifar10]"))
+    code, _, err = cvlab("sweep", name)
+    assert code == 4 and "`cvlab data fetch cifar10` gets it" in err and not (tmp_path / "runs").exists()
+
+
+def test_more_values_than_a_file_may_have_are_refused_at_once(cvlab, tmp_path):
+    seeds = f"seeds=[{','.join(map(str, range(590)))}]"
+    code, _, err = cvlab("sweep", write(tmp_path, SWEEP.replace("[1e-3, 1e-2]", "[1e-3]")), seeds)
+    assert code == 2 and "more than 600 values" in err and not (tmp_path / "runs").exists()
+
+
 def test_a_budget_in_seconds_is_no_seed(tmp_path):
     text = SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "duration: [{seconds: 1}, {seconds: 2}]")
     assert config.load(write(tmp_path, text)).config.varied() == ["duration.seconds"]

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cvlab import engine, training
-from cvlab.data.images import Augmentation, TrainBatches, eval_batches, normalization
+from cvlab.data.augment import Augmentation
+from cvlab.data.images import TrainBatches, eval_batches, normalization
 from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cvlab.data import Size
-from cvlab.data.shuffle import permutation, uniform
+from cvlab.data.augment import Augmentation
+from cvlab.data.shuffle import permutation
 from cvlab.errors import ConfigError, DataError
 
 EVAL_BATCH = 500
@@ -85,39 +86,6 @@ def _channel_sums(images: Tensor, power: int) -> Tensor:
     return total.view(-1, images.shape[-1]).sum(0)
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of training images: a flip, a shift of at most `translate_px` with mirrored borders."""
-
-    flip: bool = False
-    translate_px: int = 0
-
-    def __call__(self, images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
-        """Change (N, H, W, C) images; what happens to one depends on seed, epoch and its index only."""
-        if not self.flip and not self.translate_px:
-            return images
-        n, h, w, _ = images.shape
-        rows = torch.arange(h, device=images.device).expand(n, h)
-        columns = torch.arange(w, device=images.device).expand(n, w)
-        if self.flip:
-            flipped = uniform(seed, epoch, indices, "flip") < 0.5
-            columns = torch.where(flipped[:, None], w - 1 - columns, columns)
-        if self.translate_px:
-            rows = _mirrored(rows + self._offset(indices, seed, epoch, "down")[:, None], h)
-            columns = _mirrored(columns + self._offset(indices, seed, epoch, "right")[:, None], w)
-        return images[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-    def _offset(self, indices: Tensor, seed: int, epoch: int, stream: str) -> Tensor:
-        choices = 2 * self.translate_px + 1
-        return (uniform(seed, epoch, indices, stream) * choices).long() - self.translate_px
-
-
-def _mirrored(positions: Tensor, size: int) -> Tensor:
-    """Fold positions outside 0..size-1 back in, without repeating the border."""
-    inside = positions.abs()
-    return torch.where(inside >= size, 2 * (size - 1) - inside, inside)
-
-
 class TrainBatches:
     """The batch of every step, as a pure function of (seed, step): shuffled epochs, the last partial batch left out."""
 
@@ -147,8 +115,9 @@ class TrainBatches:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the images (N, C, H, W), normalised, and the labels (N,) of a step."""
         indices = self.indices(step)
-        images = self.augment(self.images[indices], indices, self.seed, step // self.steps_per_epoch)
-        return self.normalize(images.permute(0, 3, 1, 2)), self.labels[indices]
+        epoch = step // self.steps_per_epoch
+        images = self.normalize(self.augment(self.images[indices], indices, self.seed, epoch).permute(0, 3, 1, 2))
+        return self.augment.cut(images, indices, self.seed, epoch), self.labels[indices]
 
 
 def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
@@ -165,28 +134,31 @@ def size_of(images: ImageSet) -> Size:
 
 
 def split_sizes(count: int, val_fraction: float, num_train: int | None) -> tuple[int, int]:
-    """Return how many of `count` images are trained on and how many validate; ConfigError where one is none."""
+    """Return how many of `count` images are trained on and how many validate; ConfigError where one is none.
+
+    With a `val_fraction` of 0 all can be trained on and nothing validates.
+    """
     num_val = round(count * val_fraction)
     rest = count - num_val
     wanted = rest if num_train is None else num_train
-    if wanted > rest or rest == 0 or num_val == 0:
+    if wanted > rest or rest == 0 or (num_val == 0 and val_fraction > 0):
         raise ConfigError(
             f"data.num_train {wanted}, data.val_fraction {val_fraction:g}: {count} training images leave {rest} to "
             f"train on and {num_val} to validate",
-            f"at most num_train={rest}" if num_val else "raise data.val_fraction",
+            f"at most num_train={rest}" if wanted > rest else "raise data.val_fraction",
         )
     return wanted, num_val
 
 
 def split(images: ImageSet, val_fraction: float, num_train: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Split a set: the last `val_fraction` is validation, the first `num_train` of the rest are trained on."""
+    """Split a set: the last `val_fraction` is validation, the first `num_train` of the rest are trained on.
+
+    There is no `val` where `val_fraction` is 0.
+    """
     wanted, num_val = split_sizes(len(images.train_images), val_fraction, num_train)
     x, y = images.train_images, images.train_labels
-    return {
-        "train": (x[:wanted], y[:wanted]),
-        "val": (x[-num_val:], y[-num_val:]),
-        "test": (images.test_images, images.test_labels),
-    }
+    val = {"val": (x[-num_val:], y[-num_val:])} if num_val else {}
+    return {"train": (x[:wanted], y[:wanted]), **val, "test": (images.test_images, images.test_labels)}
 
 
 def steps_in_epoch(num_images: int, batch_size: int) -> int:

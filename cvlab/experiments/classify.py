@@ -5,6 +5,7 @@ Expect: `train_accuracy`, `val_accuracy`, and `test_accuracy` where `evaluate_te
 Command: cvlab train configs/cifar_bn.yaml
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from cvlab import checkpoint, data, engine, layers, lookup, models, optim, schema, training
 from cvlab.data import Size
+from cvlab.data.augment import Augmentation, views
 from cvlab.data.images import (
-    Augmentation,
     ImageSet,
     TrainBatches,
     eval_batches,
@@ -34,13 +35,16 @@ from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
 
 TRAIN_EVALUATED = 10_000  # of a larger training set the first so many are evaluated
+FITTED_TO = 5_000  # so many training images are shown to a model that sets weights by them before it is trained
 
 
 class Data(schema.DataBlock):
     """Which images, and how many of them."""
 
     num_train: schema.Count | None = Field(None, description="train on the first so many; null: on all")
-    val_fraction: schema.BelowOne = Field(0.2, description="the last share of the training images is validation")
+    val_fraction: schema.BelowOne = Field(
+        0.2, description="the last share of the training images is validation; 0: none, all are trained on"
+    )
     normalize: Literal["mean", "mean_std"] = Field(
         "mean", description="subtract the mean, or divide by the deviation too"
     )
@@ -56,8 +60,11 @@ class Data(schema.DataBlock):
 class Augment(schema.Frozen):
     """Random changes of the training images."""
 
-    flip: bool = Field(False, description="mirror every other image")
+    flip: bool | Literal["alternating"] = Field(
+        False, description="mirror images at random; alternating: at random in the first epoch, then in turn"
+    )
     translate_px: Annotated[schema.Index, Le(16)] = Field(0, description="shift by up to so many pixels")
+    cutout_px: schema.Index = Field(0, description="blank out a square with sides of so many pixels")
 
 
 class Config(TrainConfig):
@@ -70,6 +77,9 @@ class Config(TrainConfig):
     label_smoothing: schema.BelowOne = Field(0.0, description="share of the target spread over all classes")
     augment: Augment = Field(Augment())
     evaluate_test: bool = Field(False, description="report test_accuracy at the end; choose on validation")
+    tta: Literal["none", "flip", "flip_shift"] = Field(
+        "none", description="test-time augmentation: report *_accuracy_tta too, the scores averaged over several views"
+    )
 
     @field_validator("layers")
     @classmethod
@@ -90,17 +100,19 @@ class Parts:
     splits: dict[str, tuple[Tensor, Tensor]]
 
 
-def build(config: Config, base: Path) -> Parts:
-    """Load the data and build the model of a configuration, seeded; a user's files are relative to `base`."""
+def build(config: Config, base: Path, images: ImageSet | None = None) -> Parts:
+    """Load the data, unless `images` are given, and build the model, seeded; user files are relative to `base`."""
     where = engine.compute(config.device, config.precision, config.threads)
-    images = _user_images(config, base) or data.find(config.data.name).load(data.root())
+    images = images or _user_images(config, base) or data.find(config.data.name).load(data.root())
     splits = split(images, config.data.val_fraction, config.data.num_train)
     splits = {name: (x.to(where.device), y.to(where.device)) for name, (x, y) in splits.items()}
     normalize = normalization(images.train_images, config.data.normalize, where.dtype, where.device)
-    augment = Augmentation(config.augment.flip, config.augment.translate_px)
+    augment = Augmentation(**config.augment.model_dump())
     batches = TrainBatches(*splits["train"], config.batch_size, config.seed, normalize, augment)
     model = build_model(config, base, size_of(images))
     model = model.to(where.device, where.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if hasattr(model, "fit_to"):
+        model.fit_to(normalize(splits["train"][0][:FITTED_TO].permute(0, 3, 1, 2)))
     return Parts(where, images, model, batches, splits)
 
 
@@ -118,8 +130,9 @@ def _user_images(config: Config, base: Path) -> ImageSet | None:
 
 def build_model(config: Config, base: Path, size: Size) -> nn.Module:
     """Build the model of a configuration for images of a size, on the CPU, its weights drawn from the seed."""
-    if config.augment.translate_px >= size.image_px:
-        raise ConfigError(f"augment.translate_px {config.augment.translate_px}: the images have {size.image_px} px")
+    for key in ("translate_px", "cutout_px"):
+        if (given := getattr(config.augment, key)) >= size.image_px:
+            raise ConfigError(f"augment.{key} {given}: the images have {size.image_px} px")
     engine.seed_everything(config.seed)
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
     namespace = lookup.find("layers", config.layers, layers.LAYERS)
@@ -130,9 +143,15 @@ def build_model(config: Config, base: Path, size: Size) -> nn.Module:
 
 def metric_names(config: Config) -> set[str]:
     """Return the names that an expectation can speak of."""
-    splits = ("val", "test") if config.evaluate_test else ("val",)
-    evaluated = {f"{split}_{key}" for split in splits for key in ("loss", "accuracy")}
-    return {"train_accuracy", "best_val_accuracy", *evaluated, *training.METRICS}
+    splits = [*(["val"] if config.data.val_fraction else []), *(["test"] if config.evaluate_test else [])]
+    kinds = ("loss", "accuracy", *(["accuracy_tta"] if config.tta != "none" else []))
+    evaluated = {f"{split}_{key}" for split in splits for key in kinds}
+    return {"train_accuracy", f"best_{monitor(config)}", *evaluated, *training.METRICS}
+
+
+def monitor(config: Config) -> str:
+    """Return the metric that says which weights are best."""
+    return "val_accuracy" if config.data.val_fraction else "train_accuracy"
 
 
 def loss_function(config: Config) -> engine.LossFn[tuple[Tensor, Tensor]]:
@@ -155,23 +174,28 @@ def _wide(scores: Tensor) -> Tensor:
     return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
 
 
-def measure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Return sums over a batch: of the cross-entropy, of right answers, of images."""
+def measure(model: nn.Module, batch: tuple[Tensor, Tensor], tta: str = "none") -> dict[str, Tensor]:
+    """Return sums over a batch: of the cross-entropy, of right answers (of `tta`'s views too), of images."""
     images, labels = batch
     scores = _wide(model(images))
-    return {
+    sums = {
         "loss": F.cross_entropy(scores, labels, reduction="sum"),
         "accuracy": (scores.argmax(1) == labels).sum(),
         "count": torch.tensor(len(labels)),
     }
+    if tta != "none":
+        weighted = [weight * _wide(model(view)) for weight, view in views(images, tta)]
+        sums["accuracy_tta"] = (torch.stack(weighted).sum(0).argmax(1) == labels).sum()
+    return sums
 
 
-def _evaluator(parts: Parts) -> Callable[[nn.Module, str], dict[str, float]]:
+def _evaluator(parts: Parts, tta: str) -> Callable[[nn.Module, str], dict[str, float]]:
     def evaluate(model: nn.Module, name: str) -> dict[str, float]:
         images, labels = parts.splits[name]
         limit = TRAIN_EVALUATED if name == "train" else len(images)
         batches = eval_batches(images[:limit], labels[:limit], parts.batches.normalize)
-        found = engine.evaluate(model, batches, measure, parts.where)
+        measured = functools.partial(measure, tta="none" if name == "train" else tta)
+        found = engine.evaluate(model, batches, measured, parts.where)
         return {f"{name}_{key}": value for key, value in found.items()}
 
     return evaluate
@@ -180,11 +204,12 @@ def _evaluator(parts: Parts) -> Callable[[nn.Module, str], dict[str, float]]:
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Train, or go on training; return the metrics."""
     parts = build(config, out.path)
-    evaluate = _evaluator(parts)
+    evaluate = _evaluator(parts, config.tta)
 
     def evaluation(model: nn.Module) -> dict[str, float]:
         train = evaluate(model, "train")
-        return {"train_accuracy": train["train_accuracy"], **evaluate(model, "val")}
+        val = evaluate(model, "val") if "val" in parts.splits else {}
+        return {"train_accuracy": train["train_accuracy"], **val}
 
     job = Job(
         model=parts.model,
@@ -193,7 +218,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         steps_per_epoch=parts.batches.steps_per_epoch,
         items_per_step=config.batch_size,
         evaluate=evaluation,
-        monitor="val_accuracy",
+        monitor=monitor(config),
         where=parts.where,
     )
     model, metrics = training.train(config, job, out)
@@ -223,12 +248,13 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
 
 
 def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
-    """Evaluate the weights of a checkpoint on the splits called `train`, `val`, `test`."""
+    """Evaluate the weights of a checkpoint on the splits called `train`, `val`, `test`; on the last two without any."""
     parts = build(config, base)
     weights = state["average"] if config.ema is not None else state["model"]
     checkpoint.match_model(parts.model, weights, str(base))
     parts.model.load_state_dict(weights)
-    evaluate = _evaluator(parts)
+    evaluate = _evaluator(parts, config.tta)
+    splits = splits or tuple(name for name in ("val", "test") if name in parts.splits)
     unknown = [name for name in splits if name not in parts.splits]
     if unknown:
         raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(parts.splits)}")

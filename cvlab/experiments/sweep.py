@@ -130,13 +130,9 @@ def folders(config: Config, out: RunDir) -> list[Path]:
 
 
 def rows_of(config: Config, out: RunDir) -> list[dict[str, Any]]:
-    """Return a row for each arm, with what the sweep has changed."""
-    keys = config.varied()
-    changed = [{key: axes.get(arm.raw, key) for key in keys} for arm in config.arms()]
-    return [
-        sweeps.read_arm(folder, {key: value for key, value in own.items() if value is not None})
-        for folder, own in zip(folders(config, out), changed, strict=True)
-    ]
+    """Return a row for each arm, its configuration as the sweep says it."""
+    arms = zip(folders(config, out), config.arms(), strict=True)
+    return [sweeps.read_arm(folder, _dotted(arm.raw)) for folder, arm in arms]
 
 
 def has_ended(arm: Path) -> bool:

@@ -25,6 +25,7 @@ MODELS = {
     "api_module": "cvlab.models.api_levels:ApiModule",
     "api_sequential": "cvlab.models.api_levels:api_sequential",
     "preact_resnet": "cvlab.models.resnet:preact_resnet",
+    "whiten_net": "cvlab.models.whiten_net:whiten_net",
 }
 PREFIXES = {
     "timm": "cvlab.models.zoo:timm_model",

@@ -20,13 +20,13 @@ SHOWN = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accur
 SEED = "seed"
 
 
-def read_arm(arm: Path, changed: Mapping[str, Any] | None = None) -> Row:
+def read_arm(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
     """Return an arm's name, status, configuration with dotted keys, metrics, and whether it diverged.
 
-    What the sweep `changed` is taken as the sweep says it: the arm's own file has other names for copied files, and
+    What the sweep has `told` the arm is taken as it says it: the arm's own file has other names for copied files, and
     the steps that a budget in seconds became. An arm whose files are damaged has no metrics.
     """
-    row: Row = {"arm": arm.name, "status": "damaged", "diverged": False, "config": dict(changed or {}), "metrics": {}}
+    row: Row = {"arm": arm.name, "status": "damaged", "diverged": False, "config": dict(told or {}), "metrics": {}}
     try:
         status, summary = rundir.read_status(arm), rundir.read_summary(arm)
         row["config"] = {**read_config(arm), **row["config"]}

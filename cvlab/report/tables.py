@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+GAP = 3  # between columns, at most
 COUNTS = ("steps", "epochs", "parameters", "best_step")
 
 
@@ -30,18 +31,17 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     console = Console()
     if title:
         print(title)
-    if _narrowest(columns, cells) > console.width:
+    widths = _widths(columns, cells, console.width)
+    if widths is None:
         for row in cells:
             print("\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)), end="\n\n")
         return
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, column in enumerate(columns):
-        justify: Any = "left" if index == 0 else "right"
-        width = _longest_word([column, *(row[index] for row in cells)])
-        made.add_column(Text(column), overflow="fold", justify=justify, no_wrap=index == 0, min_width=width)
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        made.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right", width=width)
     for row in cells:
         made.add_row(*map(Text, row))
-    console.print(made, width=console.width - len(columns))  # rich forgets the space between them
+    console.print(made, width=max(console.width, sum(widths) + GAP * len(widths)))
     print()
 
 
@@ -51,13 +51,19 @@ def _longest_word(texts: Iterable[str]) -> int:
     return max((cell_len(word) for text in texts for word in text.split() or [""]), default=0)
 
 
-def _narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Return the width below which words of a table would be torn apart; the first column is never wrapped."""
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
+    """Return the width of each column; None where words would be torn apart. The first column is never wrapped."""
     from rich.cells import cell_len
 
-    first = max(cell_len(text) for text in (columns[0], *(row[0] for row in rows)))
-    others = [_longest_word([c, *(row[k] for row in rows)]) for k, c in enumerate(columns) if k > 0]
-    return first + sum(others) + 3 * len(columns)
+    texts = [[column, *(row[k] for row in rows)] for k, column in enumerate(columns)]
+    natural = [max(map(cell_len, column)) for column in texts]
+    least = [natural[0], *map(_longest_word, texts[1:])]
+    spare = available - sum(least) - GAP * len(columns)
+    if spare < 0:
+        return None
+    wanted = [full - low for full, low in zip(natural, least, strict=True)]
+    share = min(1.0, spare / max(1, sum(wanted)))
+    return [low + int(share * more) for low, more in zip(least, wanted, strict=True)]
 
 
 def measured(verdict: Mapping[str, Any]) -> str:

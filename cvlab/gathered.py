@@ -1,0 +1,53 @@
+"""What a training knows besides its weights: how long it is planned, what it has measured; part of every checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cvlab.budget import Correction, Plan
+
+
+def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    """Return the keys that a state lacks, dotted, down to the second level where its keys are always the same."""
+    missing = [key for key in own if key not in state]
+    for key in {"rng", "gathered", "circumstances"}.difference(missing):
+        missing += [f"{key}.{part}" for part in own[key] if part not in state[key]]
+    return missing
+
+
+@dataclass
+class Gathered:
+    """What a run knows besides its weights; part of every checkpoint."""
+
+    total_steps: int
+    corrections: tuple[Correction, ...] = ()
+    budget_seconds: float | None = None
+    train_seconds: float = 0.0
+    loss_sums: dict[str, Tensor] = field(default_factory=dict)
+    loss_steps: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """How many steps there are, and how far along each is."""
+        return Plan(self.total_steps, self.corrections)
+
+    def follow(self, plan: Plan) -> None:
+        """Take over a plan."""
+        self.total_steps, self.corrections = plan.total, plan.corrections
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Add up the losses of a step, on the device: reading a number would make it wait."""
+        for name, value in losses.items():
+            self.loss_sums[name] = self.loss_sums[name] + value if name in self.loss_sums else value
+        self.loss_steps += 1
+
+    def take_means(self) -> dict[str, float]:
+        """Return the mean losses since the last time."""
+        means = {name: value.item() / self.loss_steps for name, value in self.loss_sums.items()}
+        self.loss_sums, self.loss_steps = {}, 0
+        return means

@@ -1,0 +1,82 @@
+"""How fast a classifier's configuration trains on this machine, on noise; and the profile that this allows."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvlab import budget, console, data, engine, lookup, optim
+from cvlab.config import Loaded
+from cvlab.data import Size
+from cvlab.data.images import ImageSet, split_sizes
+from cvlab.experiments import classify
+from cvlab.schema import AnyConfig, DataBlock
+
+MEASURED_SECONDS = 40.0  # a budget of which a measurement takes its small share, about a second
+BATCHES = 4  # so many batches of images are made up
+
+
+def made_up(size: Size, count: int) -> ImageSet:
+    """Return `count` images of noise to train on, with labels, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, size.image_px, size.image_px, size.channels)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, size.num_classes, (count,), generator=generator)
+    return ImageSet("noise", images, labels, images[:1], labels[:1], tuple(map(str, range(size.num_classes))))
+
+
+def build(config: classify.Config, base: Path) -> classify.Parts:
+    """Build a configuration with noise in place of its data; the user's own data is loaded."""
+    if lookup.is_user_file(config.data.name):
+        return classify.build(config, base)
+    images = made_up(data.find(config.data.name).size, BATCHES * config.batch_size)
+    everything = config.data.model_copy(update={"num_train": None, "val_fraction": 0.0})
+    return classify.build(config.model_copy(update={"data": everything}), base, images)
+
+
+def steps(
+    config: classify.Config, parts: classify.Parts, batch_at: Callable[[int], Any] | None = None
+) -> Iterator[engine.Losses]:
+    """Train step after step, as a run of the configuration does, on its batches or on those of `batch_at`."""
+    optimizer = optim.build_optimizer(config.optimizer.name, parts.model, config.optimizer.arguments())
+    return engine.fit(
+        engine.Training(parts.model, optimizer, config.ema),
+        classify.loss_function(config),
+        batch_at or parts.batches,
+        lr_factor=lambda step: 1e-3,  # the weights do not matter and must stay finite
+        where=parts.where,
+        clip_norm=config.clip_norm,
+    )
+
+
+def images_per_second(config: classify.Config, base: Path) -> float:
+    """Return how many images a second a configuration trains on, from the median of about a second's steps."""
+    parts = build(config, base)
+    seconds = budget.seconds_per_step(steps(config, parts), MEASURED_SECONDS, parts.where.synchronize)
+    return config.batch_size / seconds
+
+
+def choose_profile(loaded: Loaded, block: DataBlock) -> AnyConfig:
+    """Return the last profile whose passes over `block`'s images fit into the budget; measures until one does not."""
+    config: Any = loaded.config
+    profiles: dict[str, Any] = {name: one.config.with_data(block) for name, one in loaded.profiles.items()}
+    chosen, *_ = profiles
+    for name, profile in config.profiles.items():
+        possible = _epochs_within(profiles[name], loaded.base)
+        wanted = f"{profile.epochs:g} are wanted" if profile.epochs else "any number will do"
+        console.say(f"profile {name}: {possible:.1f} epochs fit into {config.duration.seconds:g} s, {wanted}")
+        if possible < profile.epochs:
+            break
+        chosen = name
+    console.say(f"profile {chosen} is taken; profile=NAME takes another")
+    found: AnyConfig = profiles[chosen]
+    return found
+
+
+def _epochs_within(config: Any, base: Path) -> float:
+    num_train: float = BATCHES * config.batch_size
+    if not lookup.is_user_file(config.data.name):
+        size = data.find(config.data.name).size
+        num_train, _ = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
+    return images_per_second(config, base) * float(config.duration.seconds) / num_train
