@@ -112,6 +112,29 @@ def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
     assert code == 2 and "too short for a step" in err
 
 
+def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
+    arguments = (
+        "data={name: scenes10, num_train: 100, val_fraction: 0}",
+        "evaluate_test=true",
+        "tta=flip_shift",
+        "expect=[]",
+        "augment={flip: alternating, cutout_px: 4}",
+    )
+    code, out, err = cvlab("train", tiny, *arguments, "--json")
+    metrics = json.loads(out)["metrics"]
+    assert code == 0, err
+    assert {"train_accuracy", "best_train_accuracy", "test_accuracy", "test_accuracy_tta"} <= metrics.keys()
+    assert not any(key.startswith("val_") for key in metrics)
+    code, out, err = cvlab("eval", "latest", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"].keys() == {"test_loss", "test_accuracy", "test_accuracy_tta"}
+    assert json.loads(out)["metrics"]["test_accuracy_tta"] == metrics["test_accuracy_tta"]
+    assert cvlab("eval", "latest", "--split", "val")[0] == 2
+    code, _, err = cvlab("train", tiny, *arguments, "expect=[val_accuracy > 0]")
+    assert code == 2 and "no metric 'val_accuracy'" in err
+    assert "the images have 32 px" in cvlab("train", tiny, "augment.cutout_px=32")[2]
+
+
 def test_the_stand_in_is_said_everywhere(cvlab, tiny, tmp_path, monkeypatch):
     arguments = ("data={name: cifar10, standin: scenes10, num_train: 100, val_fraction: 0.02}",)
     code, out, err = cvlab("train", tiny, *arguments, "expect_standin=[train_accuracy <= 1]")

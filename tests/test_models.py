@@ -12,6 +12,7 @@ from cvlab.layers.modules import MANUAL, MANUAL_ALT
 from cvlab.models.convnet import deep_convnet, three_layer_convnet
 from cvlab.models.initialise import initialise
 from cvlab.models.resnet import Residual, preact_resnet
+from cvlab.models.whiten_net import Block, whiten_net
 
 ARGUMENTS = {
     "deep_convnet": {"filters": (4, 8), "pools": (0, 1), "batchnorm": True},
@@ -66,6 +67,41 @@ def test_residual_nets():
         preact_resnet(stages=())
     with pytest.raises(ConfigError, match="do not fit"):
         preact_resnet(stages=((2, 1),) * 5, image_size=8)
+
+
+def test_the_first_layer_whitens_what_it_is_fitted_to():
+    torch.manual_seed(0)
+    smooth = nn.functional.avg_pool2d(torch.randn(300, 3, 14, 14), 3, stride=1, padding=1)
+    images = smooth @ torch.randn(14, 14) * 0.2
+    net = whiten_net((8,), image_size=14)
+    net.fit_to(images)
+    out = nn.functional.conv2d(images, net[0].weight)[:, :12]  # the other twelve are these with their signs turned
+    torch.testing.assert_close(out, -nn.functional.conv2d(images, net[0].weight)[:, 12:])
+    rows = out.permute(1, 0, 2, 3).reshape(12, -1)
+    torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(12), atol=0.05, rtol=0)
+    assert not net[0].weight.requires_grad
+
+
+def test_partial_identity_passes_its_input_on():
+    conv = next(layer for layer in whiten_net((32,)).modules() if isinstance(layer, nn.Conv2d) and layer.bias is None)
+    x = torch.randn(2, 24, 7, 7)
+    torch.testing.assert_close(conv(x)[:, :24], x)
+    assert conv(x)[:, 24:].abs().sum() > 0
+
+
+def test_depths_shortcuts_and_sizes_of_whiten_nets():
+    for depth in (1, 2, 3):
+        net = whiten_net((8, 12), depth=depth, residual=depth == 3, activation="silu", train_whitening_bias=False)
+        assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+        assert len([layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]) == 1 + 2 * depth
+        assert not net[0].bias.requires_grad
+    block = next(layer for layer in net.modules() if isinstance(layer, Block))
+    x = torch.randn(2, 24, 8, 8)
+    block.eval()
+    first = block.first(x)
+    torch.testing.assert_close(block(x), nn.functional.silu(first + block.inner(first)))
+    with pytest.raises(ConfigError, match="halvings leave nothing of 7 px"):
+        whiten_net((4, 4, 4), image_size=8)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
