@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cvlab.budget import Correction, Plan
@@ -12,7 +13,7 @@ from cvlab.budget import Correction, Plan
 def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
     """Return the keys that a state lacks, dotted, down to the second level where its keys are always the same."""
     missing = [key for key in own if key not in state]
-    for key in {"rng", "gathered", "circumstances"}.difference(missing):
+    for key in {"rng", "gathered", "circumstances", "memory"}.difference(missing):
         missing += [f"{key}.{part}" for part in own[key] if part not in state[key]]
     return missing
 
@@ -39,6 +40,10 @@ class Gathered:
     def follow(self, plan: Plan) -> None:
         """Take over a plan."""
         self.total_steps, self.corrections = plan.total, plan.corrections
+
+    def move_to(self, device: torch.device) -> None:
+        """Put the sums of losses on a device."""
+        self.loss_sums = {name: value.to(device) for name, value in self.loss_sums.items()}
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add up the losses of a step, on the device: reading a number would make it wait."""

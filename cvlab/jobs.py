@@ -1,11 +1,11 @@
 """What every training is told: its configuration's common keys, and the `Job` that an experiment hands over."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from cvlab import engine, optim
 from cvlab.engine import Compute
@@ -50,7 +50,8 @@ class Job:
     """What an experiment wants trained.
 
     `batch_at(step)` gives the batch of a step; `evaluate(model)` the metrics of an evaluation, one of which,
-    `monitor`, says which weights are best (higher is better).
+    `monitor`, says which weights are best (higher is better). `memory` are tensors which the batches or the loss change
+    from step to step, in place; they are part of every checkpoint.
     """
 
     model: nn.Module
@@ -61,3 +62,4 @@ class Job:
     evaluate: Callable[[nn.Module], dict[str, float]]
     monitor: str
     where: Compute
+    memory: dict[str, Tensor] = field(default_factory=dict)

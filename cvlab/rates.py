@@ -42,7 +42,7 @@ def steps(
     optimizer = optim.build_optimizer(config.optimizer.name, parts.model, config.optimizer.arguments())
     return engine.fit(
         engine.Training(parts.model, optimizer, config.ema),
-        classify.loss_function(config),
+        classify.loss_function(config, parts.batches),
         batch_at or parts.batches,
         lr_factor=lambda step: 1e-3,  # the weights do not matter and must stay finite
         where=parts.where,

@@ -79,7 +79,7 @@ class Session:
 
     def _plan_seconds(self, seconds: float, stop: StopRequest) -> Plan:
         """Measure the time of a step, put the state back, and plan the steps that fit."""
-        before = copy.deepcopy(self.training.state())
+        before, memory = copy.deepcopy((self.training.state(), self.job.memory))
         self.gathered.total_steps = 10**9  # so that the schedule is at its start
 
         def steps() -> Iterator[Losses]:
@@ -89,7 +89,7 @@ class Session:
                 yield losses
 
         typical = budget.seconds_per_step(steps(), seconds, self.job.where.synchronize)
-        self.training.load(before)
+        self._take_over(before, memory)
         plan = budget.first_plan(seconds, typical)
         self.out.log(
             f"{seconds:g} s of training (loading, evaluation and saving not counted): a step takes "
@@ -108,16 +108,20 @@ class Session:
             if state["circumstances"].get(key) != now:
                 was = state["circumstances"].get(key)
                 self.out.log(f"warning: {key} was {was}, is {now}: the result is not bitwise that of an unbroken run")
-        self.training.load(state)
+        self._take_over(state, state["memory"])
         self.gathered = Gathered(**state["gathered"])
-        sums = self.gathered.loss_sums.items()
-        self.gathered.loss_sums = {name: value.to(self.job.where.device) for name, value in sums}
+        self.gathered.move_to(self.job.where.device)
         self.out.truncate_metrics(state["metrics_bytes"])
         self.saved_step = self.training.step
         self.reviewed = (self.training.step, self.gathered.train_seconds)
         own = checkpoint.path_of(self.out.checkpoints, self.saved_step)
         if self.gathered.best_step == self.saved_step and own.is_file():
             checkpoint.link_best(own)  # a kill may have come between the checkpoint and its link
+
+    def _take_over(self, state: dict[str, Any], memory: dict[str, torch.Tensor]) -> None:
+        self.training.load(state)
+        for name, tensor in self.job.memory.items():
+            tensor.copy_(memory[name])
 
     def _config_digest(self, budget_seconds: float | None) -> str:
         """Return the digest of the configuration; of a run of seconds also after its end, when it says the steps."""
@@ -264,6 +268,7 @@ class Session:
         return self.training.state() | {
             "format": FORMAT,
             "gathered": vars(self.gathered).copy(),
+            "memory": self.job.memory,
             "metrics_bytes": self.out.sync_metrics(),
             "config_sha256": self._config_digest(self.gathered.budget_seconds),
             "circumstances": self._circumstances(),

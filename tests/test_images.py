@@ -15,6 +15,7 @@ from cvlab.data.images import (
     split,
     steps_in_epoch,
 )
+from cvlab.data.selection import HardBatches
 from cvlab.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -79,6 +80,30 @@ def test_a_batch_is_a_pure_function_of_its_step():
     epoch = torch.cat([in_order.indices(step) for step in range(6)])
     assert len(epoch.unique()) == 48
     assert forwards[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_hard_batches_leave_out_what_was_easy():
+    images, labels = images_of(50), torch.arange(50) % 3
+    normalize = normalization(images, "mean", torch.float32, CPU)
+    batches = HardBatches(images, labels, 8, 5, normalize, skip_easy=0.5)
+    plain = TrainBatches(images, labels, 8, 5, normalize)
+    losses = torch.rand(50)
+    for step in range(6):
+        assert torch.equal(batches(step)[0], plain(step)[0]), "the first pass takes all"
+        batches.record(losses[batches.indices(step)])
+    known = [batches.memory["losses"].isfinite().nonzero().flatten().tolist()]
+    assert len(known[0]) == 48
+    passes = []
+    for _ in range(2):
+        before = batches.memory["losses"].clone()
+        taken = []
+        for step in range(6 + 3 * len(passes), 9 + 3 * len(passes)):
+            taken += batches.indices(step).tolist()
+            batches.record(losses[taken[-8:]] * (0.1 if taken[-1] % 2 else 1))
+        hardest = sorted(range(50), key=lambda k: (-before[k].item(), k))[:24]
+        assert sorted(taken) == sorted(hardest) and taken != sorted(taken)
+        passes.append(taken)
+    assert passes[0] != passes[1]
 
 
 def slow_augment(image: Tensor, flip: bool, down: int, right: int) -> Tensor:

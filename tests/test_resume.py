@@ -57,6 +57,9 @@ STATE_KEYS = [
     "rng",
     "format",
     "gathered",
+    "memory",
+    "memory.losses",
+    "memory.losses_before_pass",
     "metrics_bytes",
     "config_sha256",
     "circumstances",
@@ -109,7 +112,7 @@ def test_a_state_without_a_key_is_refused(key, stopped, tmp_path):
 def test_every_key_of_the_state_is_tried_above(stopped):
     _, state = checkpoint.newest(stopped / "checkpoints", print)
     assert set(state) <= set(STATE_KEYS)
-    nested = {f"{block}.{key}" for block in ("rng", "gathered", "circumstances") for key in state[block]}
+    nested = {f"{block}.{key}" for block in ("rng", "gathered", "circumstances", "memory") for key in state[block]}
     assert nested <= set(STATE_KEYS)
 
 

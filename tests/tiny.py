@@ -9,7 +9,8 @@ from torch import nn
 
 from cvlab import engine, training
 from cvlab.data.augment import Augmentation
-from cvlab.data.images import TrainBatches, eval_batches, normalization
+from cvlab.data.images import eval_batches, normalization
+from cvlab.data.selection import HardBatches
 from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
 
@@ -54,14 +55,17 @@ def job(config, on_step=lambda step: None):
     images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
     normalize = normalization(images, "mean", where.dtype, where.device)
-    batches = TrainBatches(images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation(True, 1))
+    arguments = (images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation("alternating", 1, 2))
+    batches = HardBatches(*arguments, skip_easy=0.4)
     engine.seed_everything(config.seed)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(144, 3)
     ).to(where.dtype)
 
     def loss_fn(model, batch):
-        return {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        batches.record(losses.detach())
+        return {"loss": losses.mean()}
 
     def measure(model, batch):
         scores = model(batch[0])
@@ -86,6 +90,7 @@ def job(config, on_step=lambda step: None):
         evaluate=evaluate,
         monitor="val_loss",
         where=where,
+        memory=batches.memory,
     )
 
 

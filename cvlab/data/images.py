@@ -105,17 +105,25 @@ class TrainBatches:
         self.steps_per_epoch = steps_in_epoch(len(images), batch_size)
         self._order: tuple[int, Tensor] = (-1, labels)
 
+    def place(self, step: int) -> tuple[int, int]:
+        """Return in which epoch a step is, and the how manieth of it."""
+        return divmod(step, self.steps_per_epoch)
+
+    def order(self, number: int) -> Tensor:
+        """Return the order in which an epoch goes through the images."""
+        return permutation(self.seed, number, len(self.images), self.images.device)
+
     def indices(self, step: int) -> Tensor:
         """Return the indices of the images of a step: int64 (batch_size,)."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = self.place(step)
         if self._order[0] != epoch:
-            self._order = (epoch, permutation(self.seed, epoch, len(self.images), self.images.device))
+            self._order = (epoch, self.order(epoch))
         return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the images (N, C, H, W), normalised, and the labels (N,) of a step."""
         indices = self.indices(step)
-        epoch = step // self.steps_per_epoch
+        epoch, _ = self.place(step)
         images = self.normalize(self.augment(self.images[indices], indices, self.seed, epoch).permute(0, 3, 1, 2))
         return self.augment.cut(images, indices, self.seed, epoch), self.labels[indices]
 

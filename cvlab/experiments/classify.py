@@ -30,6 +30,7 @@ from cvlab.data.images import (
     split_sizes,
     steps_in_epoch,
 )
+from cvlab.data.selection import HardBatches
 from cvlab.errors import ConfigError
 from cvlab.jobs import Job, TrainConfig
 from cvlab.rundir import RunDir
@@ -76,6 +77,9 @@ class Config(TrainConfig):
     reg: schema.NonNegative = Field(0.0, description="loss + reg * sum(W^2), over weights, not biases, gamma, beta")
     label_smoothing: schema.BelowOne = Field(0.0, description="share of the target spread over all classes")
     augment: Augment = Field(Augment())
+    skip_easy: schema.BelowOne = Field(
+        0.0, description="after the first pass leave out this share of the images, those whose loss was smallest"
+    )
     evaluate_test: bool = Field(False, description="report test_accuracy at the end; choose on validation")
     tta: Literal["none", "flip", "flip_shift"] = Field(
         "none", description="test-time augmentation: report *_accuracy_tta too, the scores averaged over several views"
@@ -108,7 +112,8 @@ def build(config: Config, base: Path, images: ImageSet | None = None) -> Parts:
     splits = {name: (x.to(where.device), y.to(where.device)) for name, (x, y) in splits.items()}
     normalize = normalization(images.train_images, config.data.normalize, where.dtype, where.device)
     augment = Augmentation(**config.augment.model_dump())
-    batches = TrainBatches(*splits["train"], config.batch_size, config.seed, normalize, augment)
+    kind = functools.partial(HardBatches, skip_easy=config.skip_easy) if config.skip_easy else TrainBatches
+    batches = kind(*splits["train"], config.batch_size, config.seed, normalize, augment)
     model = build_model(config, base, size_of(images))
     model = model.to(where.device, where.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if hasattr(model, "fit_to"):
@@ -154,8 +159,11 @@ def monitor(config: Config) -> str:
     return "val_accuracy" if config.data.val_fraction else "train_accuracy"
 
 
-def loss_function(config: Config) -> engine.LossFn[tuple[Tensor, Tensor]]:
-    """Return the training loss: cross-entropy plus reg * sum(W^2), with the accuracy on the batch beside it."""
+def loss_function(config: Config, batches: TrainBatches) -> engine.LossFn[tuple[Tensor, Tensor]]:
+    """Return the training loss: cross-entropy plus reg * sum(W^2), with the accuracy on the batch beside it.
+
+    Batches that choose by loss are told the cross-entropy of each image.
+    """
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> engine.Losses:
         images, labels = batch
@@ -164,6 +172,8 @@ def loss_function(config: Config) -> engine.LossFn[tuple[Tensor, Tensor]]:
         if config.reg > 0:
             weights = [p for p in model.parameters() if p.ndim > 1]
             loss = loss + config.reg * torch.stack([w.square().sum() for w in weights]).sum()
+        if isinstance(batches, HardBatches):
+            batches.record(F.cross_entropy(_wide(scores.detach()), labels, reduction="none"))
         return {"loss": loss, "batch_accuracy": (scores.detach().argmax(1) == labels).float().mean()}
 
     return loss_fn
@@ -213,11 +223,12 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
 
     job = Job(
         model=parts.model,
-        loss_fn=loss_function(config),
+        loss_fn=loss_function(config, parts.batches),
         batch_at=parts.batches,
         steps_per_epoch=parts.batches.steps_per_epoch,
         items_per_step=config.batch_size,
         evaluate=evaluation,
+        memory=getattr(parts.batches, "memory", {}),
         monitor=monitor(config),
         where=parts.where,
     )
