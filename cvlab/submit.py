@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 from cvlab.signals import StopRequest
 
 POLL_SECONDS = 0.2
-PRELOADED = ("cvlab.runner", "cvlab.experiments.classify", "cvlab.report.plots", "torch._dynamo")  # seconds per arm
+PRELOADED = (  # seconds of every arm
+    "cvlab.cli",
+    "cvlab.runner",
+    "cvlab.experiments.classify",
+    "cvlab.report.plots",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "torch._dynamo",
+)
 
 
 class Task(NamedTuple):

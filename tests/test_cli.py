@@ -307,7 +307,7 @@ def test_a_metric_that_is_not_finite_is_a_divergence(cvlab, tiny, tmp_path):
     assert code == 6 and "val_loss is not finite at step 5" in err
 
 
-@pytest.mark.parametrize("width", range(30, 140, 7))
+@pytest.mark.parametrize("width", (30, 58, 72, 93, 137))
 def test_no_word_of_a_table_is_torn_or_lost(cvlab, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     for command, kind in ((("models",), "models"), (("data", "list"), "data"), (("config",), "configs")):

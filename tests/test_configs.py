@@ -54,6 +54,7 @@ class TestEach:
     def test_two_steps_on_the_stand_in(self, name, cvlab, tmp_path):
         for chosen in runs_of(name, tmp_path):
             short = [f"{key}={value}" for key, value in STANDIN_BUDGET.items()]
+            short += ["evaluate_test=false"]  # the largest nets take half a minute for it
             code, out, err = cvlab(
                 "train", *chosen, *short, "data.val_fraction=0.02", "expect=[]", "expect_standin=[]", "--json"
             )

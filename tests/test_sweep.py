@@ -170,7 +170,7 @@ def test_what_a_metric_is_drawn_over(found, expected):
 
 
 def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_path):
-    name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 400}\n  eval_every: 1000"))
+    name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 200}\n  eval_every: 1000"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
