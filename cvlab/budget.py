@@ -12,8 +12,22 @@ from dataclasses import dataclass
 from cvlab.errors import ConfigError
 
 Correction = tuple[int, int]
-REVIEWS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # how far along a plan is looked at again
-CAUTION = 0.003  # the share of the time left that is kept back: a plan is to end before its budget, not after
+REVIEWS = (
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.95,
+    0.98,
+    0.99,
+)  # how far along a plan is looked at again
+RESERVE = 0.003  # the share of a budget that is kept back: a plan is to end before its budget, not after
 WORTH = 0.002  # a plan that could have only so small a share of steps more stays as it is
 MEASURED_SHARE = 0.03  # of a budget, spent beforehand on measuring the time of a step ...
 MEASURED_SECONDS = 5.0  # ... but no longer than this
@@ -56,9 +70,14 @@ class Plan:
         return self if fits else self.corrected(step, step + possible)
 
 
+def usable(budget_seconds: float) -> float:
+    """Return how many seconds of a budget are planned with."""
+    return budget_seconds * (1 - RESERVE)
+
+
 def steps_within(seconds: float, seconds_per_step: float) -> int:
     """Return how many steps end within so many seconds."""
-    return max(0, int(seconds * (1 - CAUTION) / seconds_per_step))
+    return max(0, int(seconds / seconds_per_step))
 
 
 def seconds_per_step(steps: Iterator[object], budget_seconds: float, settle: Callable[[], None]) -> float:
@@ -78,8 +97,9 @@ def seconds_per_step(steps: Iterator[object], budget_seconds: float, settle: Cal
 
 def first_plan(seconds: float, seconds_per_step: float) -> Plan:
     """Return the plan of a budget; ConfigError where not one step fits."""
-    if steps_within(seconds, seconds_per_step) < 1:
+    possible = steps_within(usable(seconds), seconds_per_step)
+    if possible < 1:
         raise ConfigError(
             f"duration.seconds: {seconds:g} s are too short for a step, which takes {seconds_per_step:.2g} s"
         )
-    return Plan(steps_within(seconds, seconds_per_step))
+    return Plan(possible)

@@ -210,7 +210,7 @@ class Session:
         used = self.gathered.train_seconds
         recent = (used - self.reviewed[1]) / (step - self.reviewed[0])
         self.reviewed = (step, used)
-        plan = self.gathered.plan.reviewed(step, seconds - used, max(recent, used / step))
+        plan = self.gathered.plan.reviewed(step, budget.usable(seconds) - used, max(recent, used / step))
         changed = plan != self.gathered.plan
         self.gathered.follow(plan)
         return changed

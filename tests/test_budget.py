@@ -34,8 +34,8 @@ def test_a_review_ends_with_the_budget():
     plan = Plan(1000)
     assert plan.reviewed(500, seconds_left=30.0, seconds_per_step=0.0598) is plan, "it fits"
     slower = plan.reviewed(500, seconds_left=30.0, seconds_per_step=0.1)
-    assert slower.total == 500 + 299 and slower.corrections == ((500, 1000),)
-    assert plan.reviewed(500, 30.0, 0.03).total == 500 + 997, "faster: more steps"
+    assert slower.total == 500 + 300 and slower.corrections == ((500, 1000),)
+    assert plan.reviewed(500, 30.0, 0.03).total == 500 + 1000, "faster: more steps"
     assert plan.reviewed(500, -1.0, 0.03).total == 501
     looked_at = [step for step in range(1, 1001) if plan.is_reviewed(step)]
     assert looked_at == [round(1000 * share) for share in budget.REVIEWS]
@@ -50,7 +50,7 @@ def test_whatever_the_machine_does_the_budget_is_nearly_used_up(pace):
         if plan.is_reviewed(step):
             recent = (used - seen[1]) / (step - seen[0])
             seen = (step, used)
-            plan = plan.reviewed(step, 10.0 - used, max(recent, used / step))
+            plan = plan.reviewed(step, budget.usable(10.0) - used, max(recent, used / step))
     assert 9.7 < used <= 10.0
 
 
