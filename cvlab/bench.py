@@ -100,7 +100,7 @@ def every_config(found: Mapping[str, Any], device: str, names: tuple[str, ...] =
         chosen, parts = training(name, device)
         with FlopCounterMode(display=False) as counter:
             next(rates.steps(chosen, parts))
-        speed = rates.images_per_second(chosen, configs.shipped_folder())
+        speed = rates.images_per_second(chosen, parts)
         gflops = counter.get_total_flops() / chosen.batch_size * speed / 1e9
         rate = found["convolution_gflops"][parts.where.precision]
         row = {"config": name, "images_per_second": speed, "gflop_per_second": gflops, "share": gflops / rate}

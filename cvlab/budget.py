@@ -12,21 +12,8 @@ from dataclasses import dataclass
 from cvlab.errors import ConfigError
 
 Correction = tuple[int, int]
-REVIEWS = (
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    0.95,
-    0.98,
-    0.99,
-)  # how far along a plan is looked at again
+# How far along a plan is looked at again.
+REVIEWS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RESERVE = 0.003  # the share of a budget that is kept back: a plan is to end before its budget, not after
 WORTH = 0.002  # a plan that could have only so small a share of steps more stays as it is
 MEASURED_SHARE = 0.03  # of a budget, spent beforehand on measuring the time of a step ...

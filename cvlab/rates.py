@@ -50,9 +50,8 @@ def steps(
     )
 
 
-def images_per_second(config: classify.Config, base: Path) -> float:
+def images_per_second(config: classify.Config, parts: classify.Parts) -> float:
     """Return how many images a second a configuration trains on, from the median of about a second's steps."""
-    parts = build(config, base)
     seconds = budget.seconds_per_step(steps(config, parts), MEASURED_SECONDS, parts.where.synchronize)
     return config.batch_size / seconds
 
@@ -79,4 +78,4 @@ def _epochs_within(config: Any, base: Path) -> float:
     if not lookup.is_user_file(config.data.name):
         size = data.find(config.data.name).size
         num_train, _ = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
-    return images_per_second(config, base) * float(config.duration.seconds) / num_train
+    return images_per_second(config, build(config, base)) * float(config.duration.seconds) / num_train
