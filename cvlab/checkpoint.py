@@ -156,6 +156,11 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged: incomplete, or not a checkpoint of cvlab")
     if seal != SEAL + actual.hexdigest().encode():
         raise CheckpointError(f"{path}: damaged: its checksum differs")
+    require_plain(path)
+
+
+def require_plain(path: Path) -> None:
+    """Refuse a zip whose members are compressed, or claim more bytes than the file has, or whose index is huge."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if (

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cvlab import console, rundir
-from cvlab.errors import UnmetError
+from cvlab.errors import DataError, UnmetError
 
 
 def complete_config(incomplete: str) -> list[str]:
@@ -78,9 +78,13 @@ def show_verdict(
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
-    """Print a run's result; exit code 3, and a line that says so, if an expectation was not met."""
+    """Print a run's result; exit code 4 for photos that could not be read, 3 for an expectation that was not met."""
     from cvlab.report import tables
 
     missed = [verdict["rule"] for verdict in result["expect"] if not verdict["met"]]
-    wrong = f"not met: {'; '.join(missed)}"
-    show_verdict(result, as_json, lambda: tables.show_result(result), wrong, f"see {result['run']}")
+    unread = [row["error"] for row in result.get("results", []) if "error" in row]
+    wrong = f"{len(unread)} of {len(result.get('results', []))} photos could not be read: {unread[0]}" if unread else ""
+    wrong = wrong or f"not met: {'; '.join(missed)}"
+    document = result | {"ok": result["ok"] and not unread}
+    code = DataError.code if unread else UnmetError.code
+    show_verdict(document, as_json, lambda: tables.show_result(result), wrong, f"see {result['run']}", code)

@@ -8,7 +8,9 @@ torchvision registers fake implementations for lets it import; models, transform
 
 import functools
 import importlib
+import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -46,3 +48,19 @@ def timm() -> ModuleType:
     """Import timm, which imports torchvision."""
     torchvision()
     return importlib.import_module("timm")
+
+
+def timm_text(name: str) -> str:
+    """Read one of the lists of classes that come with timm, without importing it."""
+    return (_folder("timm") / "data" / "_info" / name).read_text(encoding="utf-8")
+
+
+def sample_photo() -> Path:
+    """Return the photo that comes with matplotlib: Grace Hopper in uniform, 512 x 600, in the public domain."""
+    return _folder("matplotlib") / "mpl-data" / "sample_data" / "grace_hopper.jpg"
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None, package
+    return Path(spec.origin).parent

@@ -1,4 +1,4 @@
-"""Fit and evaluate: to device, forward, losses, finite check, backward, clip, step. No YAML, no paths, no Typer.
+"""Fit, evaluate, optimise pixels: forward, losses, finite check, backward, step. No YAML, no paths, no Typer.
 
     for losses in fit(training, loss_fn, batch_at, lr_factor=lambda step: 1.0, where=compute()):
         ...  # the caller logs, evaluates, saves and stops when it wants to
@@ -47,6 +47,15 @@ class Compute:
         if self.precision != "bfloat16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def circumstances(self) -> dict[str, Any]:
+        """Return what must be equal for a result to be equal bit for bit."""
+        return {
+            "device": str(self.device),
+            "precision": self.precision,
+            "threads": self.threads,
+            "torch": str(torch.__version__),
+        }
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, before a clock is read."""
@@ -219,6 +228,48 @@ def require_finite(losses: Losses, training: Training) -> None:
         f"the loss is not finite at step {training.step} (batch {training.step}, lr {lr:g}): {parts}",
         "lower optimizer.lr; the last checkpoint is whole",
     )
+
+
+class Pixels:
+    """What changes while pictures are optimised: the tensors they are made from, an update's memory, steps done.
+
+    `tensors` are pixels, or what pictures are decoded from; their sizes may differ.
+    """
+
+    def __init__(self, tensors: list[Tensor], memory: dict[str, list[Tensor]] | None = None, step: int = 0) -> None:
+        self.tensors = tensors
+        self.memory = memory if memory is not None else {}
+        self.step = step
+
+    def keep(self, wanted: list[int]) -> "Pixels":
+        """Return the same with some of the tensors only, by position."""
+        memory = {name: [values[k] for k in wanted] for name, values in self.memory.items()}
+        return Pixels([self.tensors[k] for k in wanted], memory, self.step)
+
+
+Update = Callable[[Pixels, list[Tensor]], None]
+
+
+def optimise_pixels(pixels: Pixels, objective: Callable[[Pixels], Losses], update: Update) -> Iterator[Losses]:
+    """Optimise pictures by the gradient of a loss; yields the losses of every step, detached, after its update.
+
+    `objective(pixels)` gives `loss`, the sum over all pictures, and whatever else the caller wants to see of the
+    pictures as they were; `update(pixels, gradients)` changes `pixels.tensors` in place, downhill. It takes a step when
+    the caller asks for one, and knows no end. Raises DivergedError before the update if the loss is not finite.
+    """
+    while True:
+        for tensor in pixels.tensors:
+            tensor.requires_grad_(True)
+        losses = objective(pixels)
+        if not math.isfinite(losses["loss"].item()):
+            raise DivergedError(f"the loss of the pictures is not finite at step {pixels.step}", "lower lr")
+        gradients = list(torch.autograd.grad(losses["loss"], pixels.tensors))
+        with torch.no_grad():
+            for tensor in pixels.tensors:
+                tensor.requires_grad_(False)
+            update(pixels, gradients)
+        pixels.step += 1
+        yield {name: value.detach() for name, value in losses.items()}
 
 
 @torch.inference_mode()

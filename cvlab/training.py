@@ -131,14 +131,7 @@ class Session:
 
     def _circumstances(self) -> dict[str, Any]:
         """Return what must be equal for a resume to be equal bit for bit."""
-        where = self.job.where
-        return {
-            "device": str(where.device),
-            "precision": where.precision,
-            "threads": where.threads,
-            "torch": str(torch.__version__),
-            "cvlab": __version__,
-        }
+        return self.job.where.circumstances() | {"cvlab": __version__}
 
     def _fit(self) -> Iterator[Losses]:
         schedule = lookup.find("schedule", self.settings.schedule.name, optim.SCHEDULES.names)

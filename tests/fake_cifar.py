@@ -48,6 +48,8 @@ def server(answer):
             requests.append((self.path, self.headers.get("Range")))
             answer(self)
 
+        do_HEAD = do_GET  # noqa: N815
+
         def log_message(self, *arguments):
             pass
 

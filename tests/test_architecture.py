@@ -15,11 +15,11 @@ LAYERS = [  # each may import those before it, and its own row
     {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles"},
     {"models", "data"},
     {"engine"},
-    {"optim", "jobs", "gathered", "training", "report"},
+    {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing"},
     {"experiments"},
     {"validation", "arms", "profiles"},
     {"config", "runner", "evaluation", "listing", "doctor", "bench", "checking", "sweeping", "rates", "profiling"},
-    {"cli_options", "cli_bench", "cli_inspect", "cli_sweep", "cli", "__main__"},
+    {"cli_options", "cli_bench", "cli_inspect", "cli_photos", "cli_sweep", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = (

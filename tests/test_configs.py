@@ -9,10 +9,14 @@ import torch
 from cvlab import config
 
 NAMES = config.shipped_names()
+PHOTOS = ("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course")
+TRAININGS = [name for name in NAMES if name not in PHOTOS]
 STANDIN_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
 
 def verb(name):
+    if name in PHOTOS:
+        return "run"
     return "sweep" if config.load(name).config.experiment == "sweep" else "train"
 
 
@@ -44,13 +48,16 @@ class TestEach:
     def test_expectations_for_the_real_set_and_for_its_stand_in(self, name):
         chosen = config.load(name).config
         assert chosen.expect
-        assert bool(chosen.expect_standin) == bool(chosen.data.standin)
+        assert bool(chosen.expect_standin) == bool(getattr(chosen, "data", None) and chosen.data.standin)
 
     def test_plan(self, name, cvlab):
         code, out, _ = cvlab("train", name, "--dry-run", "--json")
         plan = json.loads(out)
         assert code == 0 and plan["arms" if verb(name) == "sweep" else "parameters"] > 1
 
+
+@pytest.mark.parametrize("name", TRAININGS)
+class TestEachTraining:
     def test_two_steps_on_the_stand_in(self, name, cvlab, tmp_path):
         for chosen in runs_of(name, tmp_path):
             short = [f"{key}={value}" for key, value in STANDIN_BUDGET.items()]
@@ -63,11 +70,20 @@ class TestEach:
             assert found["metrics"]["steps"] == 2 and found["data"].startswith("scenes10")
 
 
+@pytest.mark.parametrize("name", PHOTOS)
+def test_each_on_photos_does_what_it_expects(name, cvlab):
+    short = ["targets=[tick]", "frames=2"] if "visualization" in name else []
+    short += ["steps=60"] if name == "class_visualization" else []
+    code, out, err = cvlab("run", name, "--json", *short)
+    assert code == 0, err
+    assert json.loads(out)["results"] and config.load(name).config.expect
+
+
 def test_there_are_the_promised_ones():
     promised = (
         "quickstart cifar_bn cifar_no_bn overfit_small three_layer_epoch fc_overfit_3 fc_overfit_5 overfit_small_grid "
         "optimizers dropout kaiming_depth bn_lr_sweep bn_lr_sweep_fair api_barebones api_module api_sequential "
-        "plain32 resnet32 vgg_half_60s cifar_60s cifar_94 cifar_96"
+        "plain32 resnet32 vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack class_visualization"
     )
     assert set(promised.split()) <= set(NAMES)
 

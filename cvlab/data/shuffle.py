@@ -4,6 +4,7 @@ SplitMix64 (Steele, Lea and Flood, 2014, figure 16) over a counter, in int64 ari
 and GPU give the same numbers.
 """
 
+import math
 import zlib
 
 import torch
@@ -46,3 +47,11 @@ def permutation(seed: int, epoch: int, count: int, device: torch.device) -> Tens
     """Return the order in which an epoch goes through `count` items: int64 (count,)."""
     indices = torch.arange(count, device=device)
     return torch.argsort(hashes(seed, epoch, indices, "order"), stable=True)
+
+
+def normal(seed: int, epoch: int, shape: tuple[int, ...], stream: str) -> Tensor:
+    """Return float32 numbers of the standard normal distribution, of a shape. Method: Box and Muller, 1958."""
+    count = math.prod(shape)
+    indices = torch.arange(2 * count).view(2, count)
+    u = uniform(seed, epoch, indices, stream)
+    return (torch.sqrt(-2 * torch.log1p(-u[0])) * torch.cos(2 * math.pi * u[1])).float().view(shape)

@@ -8,11 +8,11 @@ from cvlab import compat, lookup
 from cvlab.errors import ConfigError
 
 
-def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int = 10, **options: Any) -> nn.Module:
+def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int | None = 10, **options: Any) -> nn.Module:
     """Build a model of timm (Wightman, 2019); other keys go to `timm.create_model`."""
     timm = compat.timm()
     known = timm.list_models()
-    if model_name not in known:
+    if model_name.partition(".")[0] not in known:  # behind the dot is the training that the weights come from
         raise _unknown("timm", model_name, known)
     return _built(
         f"timm:{model_name}", timm.create_model, model_name, in_chans=in_channels, num_classes=num_classes, **options

@@ -1,6 +1,7 @@
 """Tables for people, on stdout."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 GAP = 3  # between columns, at most
@@ -107,12 +108,52 @@ def show_result(result: Mapping[str, Any]) -> None:
     note = f" on {result['data']}" if result.get("data") else ""
     if "settings" in result:
         show_settings(result["settings"])
+    if "results" in result:
+        show_photos(result["results"])
     metrics = [(name, number(value, name)) for name, value in result["metrics"].items()]
     table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value"), metrics)
     if result["expect"]:
         verdicts = [(v["rule"], measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
     print(f"run directory {result['run']}")
+
+
+PHOTO_COLUMNS = {  # of a result -> the title of its column, in this order
+    "before": "before",
+    "label": "seen as",
+    "score": "probability",
+    "fooled": "fooled",
+    "steps": "steps",
+    "l2": "L2",
+    "linf_255": "Linf /255",
+    "psnr_db": "PSNR dB",
+    "jpeg": "as JPEG 95/85/75",
+    "second_label": "by a second net",
+    "target": "target",
+    "inside": "inside",
+    "panel": "panel",
+}
+
+
+def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each photo, or for each of its most likely classes."""
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        row = {**result, "image": Path(result["image"]).name}
+        if "error" in result:
+            row["label"] = "not read"
+        if "top" in result:
+            rows += [{"image": row["image"] if k == 0 else "", **found} for k, found in enumerate(result["top"])]
+            continue
+        if "before" in result:
+            row["before"] = f"{result['before']['label']} {result['before']['score']:.2f}"
+        if "fooled_jpeg95" in result:
+            row["jpeg"] = "/".join("yes" if result[f"fooled_jpeg{q}"] else "no" for q in (95, 85, 75))
+        rows.append(row)
+    columns = {key: title for key, title in PHOTO_COLUMNS.items() if any(key in row for row in rows)}
+    columns = {key: title for key, title in columns.items() if key not in ("target", "panel") or len(rows) == 1}
+    cells = [[row["image"], *(number(row.get(key), key) for key in columns)] for row in rows]
+    table("", ("photo", *columns.values()), cells)
 
 
 def show_comparison(comparison: Mapping[str, Any]) -> None:

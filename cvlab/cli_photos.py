@@ -1,0 +1,160 @@
+"""The commands on photos: classify, saliency, attack, classvis. Each builds the configuration of its experiment."""
+
+import json
+import os
+import re
+from typing import Annotated, Any
+
+import typer
+
+from cvlab import console
+from cvlab.cli_options import (
+    Debug,
+    Device,
+    DryRun,
+    Json,
+    Quiet,
+    RunsDir,
+    Seed,
+    SetOption,
+    Verbose,
+    finish,
+    show,
+)
+
+app = typer.Typer()
+
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="photos, folders, patterns; `sample` for one that comes along; key=value for the rest"),
+]
+Model = Annotated[str | None, typer.Option(help="efficientnet_lite0 (comes along), timm:NAME or torchvision:NAME")]
+Weights = Annotated[str | None, typer.Option(help="a file with the model's weights")]
+
+
+Flags = dict[str, Any]
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+
+
+def _run(name: str, words: list[str] | None, flags: Flags, runs_dir: str | None, dry_run: bool, as_json: bool) -> None:
+    """Run a shipped configuration with what the command line changes: photos, `key=value`, flags."""
+    from cvlab import config, rundir, runner
+    from cvlab.data.settle import Policy
+    from cvlab.report import tables
+
+    overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.lexists(word)]
+    images = [word for word in words or [] if word not in overrides]
+    set_ = flags.pop("set_") or []
+    flags |= {"images": images or None}
+    # JSON is YAML, and quotes whatever a name may hold.
+    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    loaded = config.load(str(config.shipped_folder() / f"{name}.yaml"), [*given, *overrides, *set_])
+    root = rundir.runs_root(runs_dir)
+    if dry_run:
+        plan = runner.plan(loaded, root)
+        show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+        return
+    finish(runner.start(loaded, Policy(True, False, False), root), as_json)
+
+
+@app.command()
+def classify(
+    images: Images = None,
+    model: Model = None,
+    weights: Weights = None,
+    top: Annotated[int | None, typer.Option(help="classes to name")] = None,
+    set_: SetOption = None,
+    device: Device = None,
+    runs_dir: RunsDir = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Say what photos show: `cvlab classify photos/*.jpg`."""
+    console.set_level(quiet, verbose)
+    flags: Flags = {"model": model, "weights": weights, "top": top, "set_": set_, "device": device}
+    _run("classify_photos", images, flags, runs_dir, dry_run, as_json)
+
+
+@app.command()
+def saliency(
+    images: Images = None,
+    class_: Annotated[str | None, typer.Option("--class", help="explain this class; else what the net sees")] = None,
+    of: Annotated[str | None, typer.Option(help="score or loss")] = None,
+    method: Annotated[str | None, typer.Option(help="gradient, smoothgrad, integrated_gradients or gradcam")] = None,
+    model: Model = None,
+    weights: Weights = None,
+    set_: SetOption = None,
+    device: Device = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Show which pixels a net's answer depends on."""
+    console.set_level(quiet, verbose)
+    flags: Flags = {"target": class_, "of": of, "method": method, "model": model, "weights": weights}
+    flags |= {"set_": set_, "device": device, "seed": seed}
+    _run("saliency", images, flags, runs_dir, dry_run, as_json)
+
+
+@app.command()
+def attack(
+    images: Images = None,
+    target: Annotated[str | None, typer.Option(help="what the net is to see; without it, anything else")] = None,
+    method: Annotated[str | None, typer.Option(help="l2, fgsm or pgd")] = None,
+    eps: Annotated[float | None, typer.Option(help="fgsm, pgd: largest change of a pixel, in 1/255")] = None,
+    size: Annotated[str | None, typer.Option(help="original, or model: the picture that the net sees")] = None,
+    then: Annotated[str | None, typer.Option(help="saliency: explain the attacked pictures too")] = None,
+    model: Model = None,
+    weights: Weights = None,
+    set_: SetOption = None,
+    device: Device = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Change photos until a net takes them for something else: `cvlab attack --target ostrich img.jpg`."""
+    console.set_level(quiet, verbose)
+    if target is None and not any(word.startswith("target=") for word in [*(images or []), *(set_ or [])]):
+        set_ = ["target=null", *(set_ or [])]  # the shipped configuration has one
+    flags: Flags = {"target": target, "method": method, "eps": eps, "size": size, "then": then, "model": model}
+    flags |= {"weights": weights, "set_": set_, "device": device, "seed": seed}
+    _run("attack", images, flags, runs_dir, dry_run, as_json)
+
+
+@app.command()
+def classvis(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="key=value; a photo to start from with --init image")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="the class to draw; may be several, with commas")] = None,
+    init: Annotated[str | None, typer.Option(help="noise or image")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps of each picture")] = None,
+    model: Model = None,
+    weights: Weights = None,
+    set_: SetOption = None,
+    device: Device = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Draw what a net has learned of a class: `cvlab classvis --target gorilla`."""
+    console.set_level(quiet, verbose)
+    targets = [part.strip() for part in target.split(",")] if target else None
+    flags: Flags = {"targets": targets, "init": init, "steps": steps, "model": model, "weights": weights}
+    flags |= {"set_": set_, "device": device, "seed": seed}
+    _run("class_visualization", words, flags, runs_dir, dry_run, as_json)

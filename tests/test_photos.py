@@ -1,0 +1,160 @@
+"""Photos as people have them: every mode, turn, size and damage; and which files are meant."""
+
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.data import photos
+from cvlab.errors import DataError
+
+
+@pytest.fixture
+def colours():
+    """A photo with a different colour in each corner."""
+    array = np.zeros((40, 60, 3), np.uint8)
+    array[:20, :30], array[:20, 30:], array[20:, :30], array[20:, 30:] = (250, 0, 0), (0, 250, 0), (0, 0, 250), 250
+    return Image.fromarray(array)
+
+
+def corners(image):
+    w, h = image.size
+    return [image.getpixel(place) for place in ((4, 4), (w - 5, 4), (4, h - 5), (w - 5, h - 5))]
+
+
+RED, GREEN, BLUE, WHITE = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250)
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "jpg", "webp"])
+def test_formats(colours, tmp_path, ending):
+    colours.save(tmp_path / f"a.{ending}", **({"quality": 95} if ending in ("jpg", "webp") else {}))
+    for found, wanted in zip(corners(photos.load(tmp_path / f"a.{ending}")), (RED, GREEN, BLUE, WHITE), strict=True):
+        assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 12
+
+
+@pytest.mark.parametrize(
+    ("turn", "order"),
+    [(1, (0, 1, 2, 3)), (2, (1, 0, 3, 2)), (3, (3, 2, 1, 0)), (4, (2, 3, 0, 1)), (6, (2, 0, 3, 1)), (8, (1, 3, 0, 2))],
+)
+def test_turned_as_the_camera_says(colours, tmp_path, turn, order):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    colours.save(tmp_path / "a.png", exif=exif)
+    four = (RED, GREEN, BLUE, WHITE)
+    assert corners(photos.load(tmp_path / "a.png")) == [four[k] for k in order]
+
+
+def test_modes(tmp_path):
+    grey = Image.fromarray(np.full((4, 5), 100, np.uint8))
+    clear = Image.new("RGBA", (5, 4), (10, 20, 30, 0))
+    palette = Image.new("P", (5, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    deep = Image.fromarray(np.full((4, 5), 100 * 257, np.uint16))
+    cases = {
+        "grey": (grey, {}, (100,) * 3),
+        "grey with alpha": (Image.merge("LA", (grey, Image.new("L", (5, 4), 255))), {}, (100,) * 3),
+        "clear is white": (clear, {}, (255,) * 3),
+        "palette": (palette, {}, (9, 8, 7)),
+        "palette with a clear colour": (palette, {"transparency": 1}, (255,) * 3),
+        "16 bits": (deep, {}, (100,) * 3),
+        "one bit": (Image.new("1", (5, 4), 1), {}, (255,) * 3),
+    }
+    for name, (image, options, wanted) in cases.items():
+        image.save(tmp_path / "a.png", **options)
+        assert photos.load(tmp_path / "a.png").getpixel((2, 2)) == wanted, name
+    Image.new("CMYK", (5, 4), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    red, green, blue = photos.load(tmp_path / "a.jpg").getpixel((2, 2))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def damaged(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(buffer, format="JPEG")
+    whole = buffer.getvalue()
+    return {"empty": b"", "text": b"hello", "header only": whole[:20], "half": whole[: len(whole) // 2]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "header only", "half"])
+def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path, kind):
+    (tmp_path / "bad.jpg").write_bytes(damaged(kind))
+    with pytest.raises(DataError, match=r"bad\.jpg: ") as refused:
+        photos.load(tmp_path / "bad.jpg")
+    assert "\n" not in str(refused.value)
+
+
+def bomb(width, height):
+    """A PNG that claims a size; its content is zeros, if any."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [12_000, 50_000])
+def test_bombs_are_refused_before_anything_is_decoded(tmp_path, side):
+    (tmp_path / "bomb.png").write_bytes(bomb(side, side))
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"bomb\.png.*50 megapixels"):
+        photos.load(tmp_path / "bomb.png")
+    assert time.monotonic() - began < 1
+
+
+def test_the_smallest_photo_and_the_longest(tmp_path):
+    from cvlab.ops.resample import Frame
+
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "dot.png")
+    assert Frame(224, 256).view(photos.load(tmp_path / "dot.png")).getpixel((100, 100)) == (1, 2, 3)
+    Image.new("RGB", (40_000, 1), (1, 2, 3)).save(tmp_path / "line.png")
+    assert Frame(224, 256).view(photos.load(tmp_path / "line.png")).size == (224, 224)
+
+
+def test_other_formats_are_refused(tmp_path):
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.gif")
+    with pytest.raises(DataError, match="not a photo that can be read"):
+        photos.load(tmp_path / "a.gif")
+
+
+def test_which_files_are_meant(tmp_path, colours):
+    for name in ("b.jpg", "a.PNG", ".hidden.png", "notes.txt", "odd [1].png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    names = [path.name for path in photos.find([str(tmp_path)])]
+    assert names == ["a.PNG", "b.jpg", "odd [1].png"]
+    assert [p.name for p in photos.find([f"{tmp_path}/*.jpg", f"{tmp_path}/b.jpg"])] == ["b.jpg"]
+    assert [p.name for p in photos.find([f"{tmp_path}/odd [1].png", f"{tmp_path}/gone.jpg"])] == [
+        "odd [1].png",
+        "gone.jpg",
+    ]
+    assert photos.load(photos.find(["sample"])[0]).size == (512, 600)
+    for wrong, text in (("empty", "no photos in this folder"), ("*.bmp", "fits no file")):
+        with pytest.raises(DataError, match=text):
+            photos.find([f"{tmp_path}/{wrong}"])
+    with pytest.raises(DataError, match="addresses are not fetched"):
+        photos.find(["https://example.org/a.jpg"])
+
+
+def test_missing_and_not_a_file(tmp_path):
+    with pytest.raises(DataError, match=r"no such file; no photo at hand\? `sample`"):
+        photos.load(tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match="not a file"):
+        photos.load(tmp_path)
+
+
+def test_tensors_and_back(colours):
+    tensor = photos.to_tensor(colours)
+    assert tensor.shape == (3, 40, 60) and tensor.dtype == torch.float32 and 0.98 < tensor.max() < 0.981
+    assert photos.to_image(tensor).tobytes() == colours.tobytes()
+    assert photos.to_image(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).getpixel((0, 0)) == (0, 128, 255)
