@@ -51,11 +51,11 @@ class Attack:
 
     def __call__(self, batch: list[Photo]) -> list[Row]:
         """Attack photos together, write their pictures, and return a result for each."""
-        victims = self._victims(batch)
+        victims = self.victims(batch)
         rows = {victim: self._judge(victim) for victim in victims if self._already(victim)}
         todo = [victim for victim in victims if victim not in rows]
         while todo:
-            self._optimise(todo)
+            self.optimise(todo)
             rows |= {victim: self._judge(victim) for victim in todo}
             todo = [victim for victim in todo if not rows[victim]["fooled"] and victim.steps < self._most_steps]
         return [rows[victim] | self._panel(victim, rows[victim]) for victim in victims]
@@ -67,7 +67,8 @@ class Attack:
     def _already(self, victim: Victim) -> bool:
         return self.target is not None and int(victim.before.argmax()) == self.target
 
-    def _victims(self, batch: list[Photo]) -> list[Victim]:
+    def victims(self, batch: list[Photo]) -> list[Victim]:
+        """Look at photos as the net does, and make ready what is changed of each."""
         views = [self.model.frame.view(photo.image) for photo in batch]
         with torch.inference_mode():
             stacked = torch.stack([photos.to_tensor(view) for view in views]).to(self.where.device)
@@ -77,7 +78,7 @@ class Attack:
             image, frame = photo.image, self.model.frame
             if self.config.size == "model":
                 image, frame = view, Frame(frame.size_px, frame.size_px, frame.filter)
-            glass = lens(frame, *image.size).to(self.where.device)
+            glass = lens(frame, *image.size, self.where.device)
             start = glass.cut(photos.to_tensor(image)).contiguous().to(self.where.device)
             aim = int(p.argmax()) if self.target is None else self.target
             begin = self._begin(photo, start)
@@ -91,7 +92,7 @@ class Attack:
         noise = shuffle.uniform(self.config.seed, 0, numbers, f"pgd {photo.label}").float().to(start.device)
         return attacks.random_start(start, noise, self.config.eps / attacks.LEVELS)
 
-    def _optimise(self, active: list[Victim]) -> None:
+    def optimise(self, active: list[Victim]) -> None:
         """Take steps until each photo is fooled and `extra_steps` further, or its steps are used up."""
         for victim in active:
             victim.left = None

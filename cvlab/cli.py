@@ -146,6 +146,7 @@ def _root(
 app.add_typer(cli_photos.app)
 app.add_typer(cli_sweep.app)
 app.add_typer(cli_inspect.app)
+app.add_typer(cli_inspect.models_app, name="models")
 app.add_typer(cli_inspect.data_app, name="data")
 app.add_typer(cli_bench.app, name="bench")
 

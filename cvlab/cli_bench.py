@@ -100,3 +100,21 @@ def bench_layers(
         for row in found["layers"]
     ]
     show(found, as_json, lambda: tables.table(found["what"], columns, rows))
+
+
+@app.command("photos")
+def bench_photos(
+    rounds: Rounds = 9,
+    batch_size: Annotated[int, typer.Option(min=1, max=256, help="photos that go through together")] = 8,
+    device: Device = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare saliency and attack with bare loops of the same net, and with captum where it is installed."""
+    from cvlab import photo_bench
+    from cvlab.report import tables
+
+    found = photo_bench.run(rounds, device or "auto", batch_size)
+    rows = [(row["loop"], row["seconds"], row["times_as_fast"]) for row in found["loops"]]
+    columns = ("loop", "seconds per step (median)", "times as fast as bare")
+    show(found, as_json, lambda: tables.table(found["what"], columns, rows))

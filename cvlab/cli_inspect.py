@@ -20,6 +20,7 @@ from cvlab.cli_options import (
 )
 
 app = typer.Typer()
+models_app = typer.Typer(help="List models, and fetch weights.", invoke_without_command=True)
 data_app = typer.Typer(help="List, fetch and check data sets.", no_args_is_help=True)
 
 
@@ -115,15 +116,31 @@ def experiments(as_json: Json = False, debug: Debug = False) -> None:
     show({"ok": True, "experiments": found}, as_json, lambda: tables.table("", ("experiment", "does"), rows))
 
 
-@app.command()
-def models(as_json: Json = False, debug: Debug = False) -> None:
+@models_app.callback()
+def models(context: typer.Context, as_json: Json = False, debug: Debug = False) -> None:
     """List the models and their parameters."""
+    if context.invoked_subcommand is not None:
+        return
     from cvlab import listing
     from cvlab.report import tables
 
     found = listing.model_lines()
     rows = [(row["name"], row["keys"], row["summary"]) for row in found]
     show({"ok": True, "models": found}, as_json, lambda: tables.table("", ("model", "keys", "is"), rows))
+
+
+@models_app.command("fetch")
+def models_fetch(
+    name: Annotated[str, typer.Argument(help="timm:NAME or torchvision:NAME")],
+    origin: Annotated[Path | None, typer.Option("--from", help="a file you have already")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch a model's ImageNet weights, waiting as long as it takes, or take them from a file."""
+    from cvlab.models import weights
+
+    path = weights.fetch(name, origin)
+    show({"ok": True, "name": name, "file": str(path)}, as_json, lambda: print(f"{name} is ready: {path}"))
 
 
 @app.command()

@@ -18,7 +18,19 @@ LAYERS = [  # each may import those before it, and its own row
     {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing"},
     {"experiments"},
     {"validation", "arms", "profiles"},
-    {"config", "runner", "evaluation", "listing", "doctor", "bench", "checking", "sweeping", "rates", "profiling"},
+    {
+        "config",
+        "runner",
+        "evaluation",
+        "listing",
+        "doctor",
+        "bench",
+        "photo_bench",
+        "checking",
+        "sweeping",
+        "rates",
+        "profiling",
+    },
     {"cli_options", "cli_bench", "cli_inspect", "cli_photos", "cli_sweep", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -94,3 +94,11 @@ def test_what_a_profile_counts_as_what():
 
 def test_the_command_has_all_of_them():
     assert {command.name for command in cli_bench.app.registered_commands} == {"engine", "profile", "layers"}
+
+
+def test_photos_against_bare_loops(cvlab):
+    code, out, err = cvlab("bench", "photos", "--rounds", "1", "--batch-size", "2", "--json")
+    assert code == 0, err
+    loops = {row["loop"]: row for row in json.loads(out)["loops"]}
+    assert {"bare gradient", "saliency", "attack, original size, float32"} <= loops.keys()
+    assert all(row["seconds"] > 0 for row in loops.values()) and loops["bare gradient"]["times_as_fast"] == 1

@@ -6,6 +6,7 @@ Source: the coefficients of Pillow's Resample.c (bicubic with a = -0.5, antialia
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,20 +48,32 @@ class Frame:
         return photo.resize((self.size_px, self.size_px), kind, box=self.box(*photo.size))
 
 
-@dataclass(frozen=True)
+class _Product(torch.autograd.Function):
+    """matrix @ x for a constant sparse matrix whose transpose is at hand: autograd has none for CSR."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return matrix @ x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transposed @ gradients[0].contiguous(), None, None
+
+
 class Lens:
     """The same as matrices: a photo's `region` (left, top, right, bottom in whole pixels) and how it is resized.
 
-    `rows`: (S, bottom - top), `columns`: (S, right - left).
+    `rows`: (S, bottom - top), `columns`: (S, right - left); both are sparse, for each pixel is made from a few. `scale`
+    is how many pixels of the photo make one of the model's picture along a side (geometric mean of both).
     """
 
-    region: tuple[int, int, int, int]
-    rows: Tensor
-    columns: Tensor
-
-    def to(self, device: torch.device) -> "Lens":
-        """Return the same with its matrices on a device."""
-        return Lens(self.region, self.rows.to(device), self.columns.to(device))
+    def __init__(self, region: tuple[int, int, int, int], rows: Tensor, columns: Tensor, device: torch.device) -> None:
+        self.region, self.size_px = region, len(rows)
+        self.scale = math.sqrt(rows.shape[1] * columns.shape[1]) / self.size_px
+        same = torch.eye(self.size_px)
+        self.is_plain = all(matrix.shape == same.shape and matrix.equal(same) for matrix in (rows, columns))
+        self.rows, self.columns = (_pair(matrix, device) for matrix in (rows, columns))
 
     def cut(self, photo: Tensor) -> Tensor:
         """Return the region of a photo (C, H, W)."""
@@ -69,20 +82,33 @@ class Lens:
 
     def view(self, region: Tensor) -> Tensor:
         """Resize a region (C, h, w) to (C, S, S); differentiable, not clamped."""
-        return self.rows @ (region @ self.columns.T)
+        if self.is_plain:
+            return region
+        c, h, w = region.shape
+        s = self.size_px
+        flat = region.permute(1, 0, 2).reshape(h, c * w)
+        down: Tensor = _Product.apply(flat, *self.rows)  # type: ignore[no-untyped-call]  # (S, C*w)
+        turned = down.view(s, c, w).permute(2, 1, 0).reshape(w, c * s)  # (w, C*S)
+        across: Tensor = _Product.apply(turned, *self.columns)  # type: ignore[no-untyped-call]  # (S, C*S)
+        return across.view(s, c, s).permute(1, 2, 0)  # (C, S, S)
 
-    @property
-    def scale(self) -> float:
-        """Pixels of the photo for one pixel of the model's picture, along one side (geometric mean of both)."""
-        return math.sqrt(self.rows.shape[1] * self.columns.shape[1]) / len(self.rows)
+
+def _pair(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a matrix and its transpose on a device, sparse where it has sparse products."""
+    both = matrix.to(device), matrix.T.contiguous().to(device)
+    if device.type == "mps":
+        return both
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls CSR beta
+        return both[0].to_sparse_csr(), both[1].to_sparse_csr()
 
 
-def lens(frame: Frame, width: int, height: int) -> Lens:
+def lens(frame: Frame, width: int, height: int, device: torch.device | str = "cpu") -> Lens:
     """Build the matrices that resize a photo of `width` x `height` pixels as `frame.view` does."""
     left, top, right, bottom = frame.box(width, height)
     columns, x0, x1 = matrix(width, left, right, frame.size_px, frame.filter)
     rows, y0, y1 = matrix(height, top, bottom, frame.size_px, frame.filter)
-    return Lens((x0, y0, x1, y1), rows, columns)
+    return Lens((x0, y0, x1, y1), rows, columns, torch.device(device))
 
 
 def matrix(count: int, start: float, end: float, size: int, filter_name: str) -> tuple[Tensor, int, int]:
