@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from cvlab.rundir import Row, RunDir
 START_DEVIATION = 0.225  # of noise around mid-grey: that of ImageNet's colours
 START_FOURIER = 0.01
 BLURRED_SHARE = 0.7  # of the steps, where there is a blur
-ROOM = 0.2  # weight of the score beside the log-probability, which alone stops growing near 1
 
 
 def shape(config: Any, model: Pretrained) -> tuple[int, ...]:
@@ -79,8 +77,6 @@ class Easel:
             scores = self.model.net(seen.contiguous(memory_format=torch.channels_last)).float()
         picked = scores.gather(1, self.classes[:, None])[:, 0]
         loss = -picked.sum()
-        if self.is_fourier:
-            loss = ROOM * loss + F.cross_entropy(scores, self.classes, reduction="sum")
         if config.l2:
             loss = loss + config.l2 * ((drawn - 0.5) / START_DEVIATION).square().sum()
         if config.tv:

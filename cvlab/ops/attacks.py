@@ -5,10 +5,13 @@ Goodfellow et al., 2015, section 4 (fgsm); Madry et al., 2018, section 2.1 (pgd)
 Differs: everything stays in [0, 1]; each photo has a step size of its own, so that photos of any size change alike.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 LEVELS = 255
+ROWS = 256
 
 
 def objective(scores: Tensor, classes: Tensor, targeted: bool) -> Tensor:
@@ -35,13 +38,13 @@ def distances(before: Tensor, after: Tensor) -> dict[str, float]:
 
     `l2` over all pixels, `linf_255` the largest change in steps of 1/255, `psnr_db` (inf for equal photos).
     """
-    difference = (after - before).double()
-    mean_square = difference.square().mean().item()
-    return {
-        "l2": difference.norm().item(),
-        "linf_255": difference.abs().max().item() * LEVELS,
-        "psnr_db": -10 * torch.tensor(mean_square, dtype=torch.float64).log10().item() if mean_square else float("inf"),
-    }
+    squares = largest = 0.0
+    for a, b in zip(before.split(ROWS, 1), after.split(ROWS, 1), strict=True):  # a photo may have 50 megapixels
+        difference = (b - a).double()
+        squares += difference.square().sum().item()
+        largest = max(largest, difference.abs().max().item())
+    psnr_db = -10 * math.log10(squares / before.numel()) if squares else math.inf
+    return {"l2": math.sqrt(squares), "linf_255": largest * LEVELS, "psnr_db": psnr_db}
 
 
 def random_start(photo: Tensor, noise: Tensor, eps: float) -> Tensor:

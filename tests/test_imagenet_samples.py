@@ -1,0 +1,47 @@
+"""Photos of ImageNet with their classes, where CVLAB_DATA has them: the default net, and the attacks on it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REAL_DATA
+
+pytestmark = pytest.mark.realdata
+FOLDER = Path(REAL_DATA or "/nowhere") / "imagenet_samples"
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    if not (FOLDER / "labels.csv").is_file():
+        pytest.skip("CVLAB_DATA has no imagenet_samples")
+    with (FOLDER / "labels.csv").open() as file:
+        return {str(FOLDER / row["file"]): int(row["class_index"]) for row in csv.DictReader(file)}
+
+
+def test_the_default_net_knows_most(cvlab, labelled):
+    code, out, err = cvlab("classify", FOLDER, "--json")
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    assert len(results) == len(labelled)
+    right = [labelled[row["image"]] == row["class_index"] for row in results]
+    top5 = [labelled[row["image"]] in [found["class_index"] for found in row["top"]] for row in results]
+    assert sum(right) >= 0.8 * len(right) and sum(top5) >= 0.93 * len(top5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--size", "model"), ("--method", "pgd", "--eps", "8")])
+def test_all_are_fooled(cvlab, labelled, options):
+    code, out, err = cvlab("attack", "--target", "ostrich", FOLDER, "--json", *options)
+    assert code == 0, err
+    metrics = json.loads(out)["metrics"]
+    assert metrics["fooled"] == 1 and metrics["steps"] <= 10
+    assert metrics["l2"] <= 2.0 or "pgd" in options
+
+
+def test_ten_are_fooled(cvlab, labelled):
+    ten = [path for path, index in labelled.items() if index != 9][:10]
+    code, out, err = cvlab("attack", "--target", "ostrich", *ten, "--json")
+    assert code == 0, err
+    assert all(row["fooled"] for row in json.loads(out)["results"])
