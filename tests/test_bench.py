@@ -93,7 +93,12 @@ def test_what_a_profile_counts_as_what():
 
 
 def test_the_command_has_all_of_them():
-    assert {command.name for command in cli_bench.app.registered_commands} == {"engine", "profile", "layers"}
+    assert {command.name for command in cli_bench.app.registered_commands} == {
+        "engine",
+        "profile",
+        "layers",
+        "photos",
+    }
 
 
 def test_photos_against_bare_loops(cvlab):

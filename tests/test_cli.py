@@ -479,8 +479,9 @@ def test_doctor(cvlab):
 
 def test_the_schema_knows_every_key(cvlab):
     schema = json.loads(cvlab("config", "--schema")[1])
-    branch = schema["anyOf"][0]
-    assert branch["properties"]["experiment"] == {"const": "classify"}
+    branches = {branch["properties"]["experiment"]["const"]: branch for branch in schema["anyOf"]}
+    branch = branches["classify"]
+    assert "eps" in branches["attack"]["properties"] and "grid" in branches["sweep"]["properties"]
     models = {block["properties"]["name"]["const"] for block in branch["properties"]["model"]["anyOf"][:-1]}
     assert {"deep_convnet", "three_layer_convnet", "fc_net"} <= models
     assert "filters" in branch["properties"]["model"]["anyOf"][0]["properties"]

@@ -188,7 +188,7 @@ name=a/b|letters, digits
 name=''|letters, digits
 name=../x|letters, digits
 experiment=clasify|did you mean 'classify'
-experiment=3|known: classify
+experiment=3|known: attack
 """.strip().splitlines()
 
 
