@@ -85,3 +85,19 @@ def test_numbers_of_tables():
 def test_names_are_not_markup(capsys):
     tables.table("[red]t[/red]", ("[b]a[/b]",), [["[link=x]y[/link]"]])
     assert "[red]t[/red]" in (out := capsys.readouterr().out) and "[link=x]y[/link]" in out
+
+
+def test_photos_in_a_table(capsys):
+    from cvlab.report import tables
+
+    attacked = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "fooled": True}
+    attacked |= {"steps": 6, "l2": 1.5, "fooled_jpeg95": True, "fooled_jpeg85": False, "fooled_jpeg75": False}
+    rows = [{"image": "/a/cat.jpg", **attacked}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
+    tables.show_photos(rows)
+    out = capsys.readouterr().out
+    assert "tabby 0.80" in out and "ostrich 0.99" in out and "not read" in out and "veryveryver..eryvery.jpg" in out
+    tables.show_photos(rows[:1])
+    assert "true, false, false" in capsys.readouterr().out
+    top = [{"label": "tabby", "score": 0.8}, {"label": "lynx", "score": 0.1}]
+    tables.show_photos([{"image": "cat.jpg", **top[0], "top": top}])
+    assert "lynx 0.10" in capsys.readouterr().out

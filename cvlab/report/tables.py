@@ -120,40 +120,46 @@ def show_result(result: Mapping[str, Any]) -> None:
 
 PHOTO_COLUMNS = {  # of a result -> the title of its column, in this order
     "before": "before",
-    "label": "seen as",
-    "score": "probability",
+    "seen": "seen as",
     "fooled": "fooled",
     "steps": "steps",
     "l2": "L2",
-    "linf_255": "Linf /255",
-    "psnr_db": "PSNR dB",
-    "jpeg": "as JPEG 95/85/75",
-    "second_label": "by a second net",
-    "target": "target",
+    "second_label": "second net",
     "inside": "inside",
+}
+ONE_PHOTO = {
+    "linf_255": "largest change /255",
+    "psnr_db": "PSNR dB",
+    "jpeg": "fooled as JPEG 95, 85, 75",
     "panel": "panel",
 }
+LONGEST_NAME = 24
 
 
 def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line for each photo, or for each of its most likely classes."""
+    """Print a line for each photo, or for each of its most likely classes; of a single one all that is known."""
     rows: list[dict[str, Any]] = []
     for result in results:
-        row = {**result, "image": Path(result["image"]).name}
-        if "error" in result:
-            row["label"] = "not read"
-        if "top" in result:
-            rows += [{"image": row["image"] if k == 0 else "", **found} for k, found in enumerate(result["top"])]
-            continue
+        name = _shortened(Path(result["image"]).name)
+        for k, found in enumerate(result.get("top", [result])):
+            seen = f"{found['label']} {found['score']:.2f}" if "label" in found else "not read"
+            rows.append({**found, "image": name if k == 0 else "", "seen": seen})
         if "before" in result:
-            row["before"] = f"{result['before']['label']} {result['before']['score']:.2f}"
+            rows[-1]["before"] = f"{result['before']['label']} {result['before']['score']:.2f}"
         if "fooled_jpeg95" in result:
-            row["jpeg"] = "/".join("yes" if result[f"fooled_jpeg{q}"] else "no" for q in (95, 85, 75))
-        rows.append(row)
-    columns = {key: title for key, title in PHOTO_COLUMNS.items() if any(key in row for row in rows)}
-    columns = {key: title for key, title in columns.items() if key not in ("target", "panel") or len(rows) == 1}
+            rows[-1]["jpeg"] = ", ".join(number(result[f"fooled_jpeg{q}"]) for q in (95, 85, 75))
+    known = PHOTO_COLUMNS | (ONE_PHOTO if len(rows) == 1 else {})
+    columns = {key: title for key, title in known.items() if any(key in row for row in rows)}
     cells = [[row["image"], *(number(row.get(key), key) for key in columns)] for row in rows]
+    if len(rows) == 1:
+        table("", ("photo", cells[0][0]), list(zip(columns.values(), cells[0][1:], strict=True)))
+        return
     table("", ("photo", *columns.values()), cells)
+
+
+def _shortened(name: str) -> str:
+    half = LONGEST_NAME // 2 - 1
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}..{name[-half:]}"
 
 
 def show_comparison(comparison: Mapping[str, Any]) -> None:
