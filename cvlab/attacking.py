@@ -49,13 +49,13 @@ class Attack:
     def __init__(self, config: Any, model: Pretrained, where: Compute, target: int | None, out: RunDir) -> None:
         self.config, self.model, self.where, self.target, self.out = config, model, where, target, out
 
-    def __call__(self, batch: list[Photo]) -> list[Row]:
-        """Attack photos together, write their pictures, and return a result for each."""
+    def __call__(self, batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+        """Attack photos together, write their pictures, return a result for each; `look_up` is called every step."""
         victims = self.victims(batch)
         rows = {victim: self._judge(victim) for victim in victims if self._already(victim)}
         todo = [victim for victim in victims if victim not in rows]
         while todo:
-            self.optimise(todo)
+            self.optimise(todo, look_up)
             rows |= {victim: self._judge(victim) for victim in todo}
             todo = [victim for victim in todo if not rows[victim]["fooled"] and victim.steps < self._most_steps]
         return [rows[victim] | self._panel(victim, rows[victim]) for victim in victims]
@@ -92,11 +92,12 @@ class Attack:
         noise = shuffle.uniform(self.config.seed, 0, numbers, f"pgd {photo.label}").float().to(start.device)
         return attacks.random_start(start, noise, self.config.eps / attacks.LEVELS)
 
-    def optimise(self, active: list[Victim]) -> None:
+    def optimise(self, active: list[Victim], look_up: Callable[[], None]) -> None:
         """Take steps until each photo is fooled and `extra_steps` further, or its steps are used up."""
         for victim in active:
             victim.left = None
         while active:
+            look_up()
             pixels = Pixels([victim.region for victim in active])
             losses = next(engine.optimise_pixels(pixels, self._objective(active), self._update(active)))
             for victim, region, fooled in zip(active, pixels.tensors, losses["fooled"].tolist(), strict=True):

@@ -1,5 +1,6 @@
 """The commands on photos: classify, saliency, attack, classvis. Each builds the configuration of its experiment."""
 
+import glob
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from cvlab.cli_options import (
     finish,
     show,
 )
+from cvlab.errors import ConfigError, DataError
 
 app = typer.Typer()
 
@@ -45,6 +47,7 @@ def _run(name: str, words: list[str] | None, flags: Flags, runs_dir: str | None,
     overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.lexists(word)]
     images = [word for word in words or [] if word not in overrides]
     set_ = flags.pop("set_") or []
+    _require_photos(images, [*overrides, *set_], name, flags)
     flags |= {"images": images or None}
     # JSON is YAML, and quotes whatever a name may hold.
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
@@ -55,6 +58,20 @@ def _run(name: str, words: list[str] | None, flags: Flags, runs_dir: str | None,
         show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
         return
     finish(runner.start(loaded, Policy(True, False, False), root), as_json)
+
+
+def _require_photos(images: list[str], overrides: list[str], name: str, flags: Flags) -> None:
+    """Refuse a command without photos, or with none that is there, before anything heavy is loaded."""
+    needs = name != "class_visualization" or flags.get("init") == "image" or "init=image" in overrides
+    if needs and not images and not any(word.startswith("images=") for word in overrides):
+        raise ConfigError("no photo is named", "give files, folders or patterns; `sample` is one that comes along")
+    if images and all(_is_missing(image) for image in images):
+        raise DataError(f"{images[0]}: no such file", "no photo at hand? `sample` names one that comes along")
+
+
+def _is_missing(image: str) -> bool:
+    is_file = image != "sample" and "://" not in image and not glob.has_magic(image)
+    return is_file and not os.path.lexists(image)
 
 
 @app.command()
@@ -125,6 +142,12 @@ def attack(
 ) -> None:
     """Change photos until a net takes them for something else: `cvlab attack --target ostrich img.jpg`."""
     console.set_level(quiet, verbose)
+    if (
+        eps is not None
+        and method in (None, "l2")
+        and not any("method=" in word for word in [*(images or []), *(set_ or [])])
+    ):
+        raise ConfigError("--eps: the method l2 has no such bound", "give --method fgsm or pgd")
     if target is None and not any(word.startswith("target=") for word in [*(images or []), *(set_ or [])]):
         set_ = ["target=null", *(set_ or [])]  # the shipped configuration has one
     flags: Flags = {"target": target, "method": method, "eps": eps, "size": size, "then": then, "model": model}

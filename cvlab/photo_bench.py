@@ -128,7 +128,7 @@ def _attack(
     def loop() -> None:
         for victim in victims:
             victim.steps = 0
-        made.optimise(victims)
+        made.optimise(victims, lambda: None)
         where.synchronize()
 
     return loop

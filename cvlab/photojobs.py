@@ -84,7 +84,7 @@ class Photo:
     image: Image.Image
 
 
-Work = Callable[[list[Photo]], list[Row]]
+Work = Callable[[list[Photo], Callable[[], None]], list[Row]]  # the second is to be called now and then
 
 
 def plan(config: PhotoConfig, net: Pretrained) -> Row:
@@ -108,9 +108,11 @@ def plan(config: PhotoConfig, net: Pretrained) -> Row:
 def run(config: PhotoConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
     """Go through the photos; return a result for each, `error` in it where it could not be read.
 
-    They also become the run's `results`. DataError where no photo could be read, StoppedError after the batch in
-    progress where a signal asked to stop.
+    They also become the run's `results`. DataError where no photo could be read; StoppedError where a signal asked to
+    stop, as soon as the work calls what it is given: the batch in progress is done again by a resume.
     """
+    if photos.SAMPLE in config.images:
+        out.log(f"{photos.SAMPLE} is the photo that comes along: {photos.find([photos.SAMPLE])[0].name}")
     found = photos.find(config.images)
     labels = _labels(found)
     batches = [range(k, min(k + config.batch_size, len(found))) for k in range(0, len(found), config.batch_size)]
@@ -118,14 +120,17 @@ def run(config: PhotoConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
     if rows:
         out.log(f"{len(rows)} of {len(found)} photos were done before")
     with StopRequest() as stop, Progress(verb, len(found), len(rows)) as progress:
-        for batch in batches:
-            if batch.start < len(rows):
-                continue
+
+        def look_up() -> None:
             if stop.received is not None:
                 raise stop.error(len(rows), out.path.name, "photo")
-            rows += _one_batch(out, [found[k] for k in batch], [labels[k] for k in batch], work)
             if progress.due():
-                progress.update(len(rows), rows[-1]["image"])
+                progress.update(len(rows), found[min(len(rows), len(found) - 1)].name)
+
+        for batch in batches:
+            if batch.start >= len(rows):
+                look_up()
+                rows += _one_batch(out, [found[k] for k in batch], [labels[k] for k in batch], work, look_up)
     good = [row for row in rows if "error" not in row]
     if not good:
         raise DataError(str(rows[0]["error"]), f"none of {len(rows)} photos could be read" if len(rows) > 1 else "")
@@ -133,7 +138,7 @@ def run(config: PhotoConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
     return good
 
 
-def _one_batch(out: RunDir, paths: list[Path], labels: list[str], work: Work) -> list[Row]:
+def _one_batch(out: RunDir, paths: list[Path], labels: list[str], work: Work, look_up: Callable[[], None]) -> list[Row]:
     good, errors = [], {}
     for path, label in zip(paths, labels, strict=True):
         try:
@@ -141,7 +146,7 @@ def _one_batch(out: RunDir, paths: list[Path], labels: list[str], work: Work) ->
         except DataError as error:
             errors[path] = str(error)
             out.log(f"warning: {error}")
-    made = dict(zip((photo.path for photo in good), work(good) if good else [], strict=True))
+    made = dict(zip((photo.path for photo in good), work(good, look_up) if good else [], strict=True))
     rows = [{"image": str(path), **(made[path] if path in made else {"error": errors[path]})} for path in paths]
     for row in rows:
         out.append(row)

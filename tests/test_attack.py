@@ -1,6 +1,7 @@
 """Attacks: the steps, the bounds on the file that is written, and the commands on photos."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -119,11 +120,15 @@ def test_one_bad_photo_and_the_others_go_on(two, cvlab, tmp_path):
         (["attack", "--target", "ostrch", "sample"], 2, "did you mean 'ostrich'"),
         (["attack", "--target", "crane", "sample"], 2, "134 crane"),
         (["attack", "--target", "ostrich", "sample", "--method", "cw"], 2, "method"),
-        (["attack", "sample", "--eps", "0"], 2, "eps"),
+        (["attack", "sample", "--method", "pgd", "--eps", "0.1"], 2, "eps"),
         (["saliency", "sample", "--class", "xyz"], 2, "no class 'xyz'"),
         (["classify", "--model", "timm:resnet5O", "sample"], 2, "did you mean 'resnet50'"),
         (["classify", "https://example.org/a.jpg"], 4, "not fetched"),
         (["classify", "nothing*.jpg"], 4, "fits no file"),
+        (["classify"], 2, "no photo is named"),
+        (["classify", "gone.jpg", "gone too.jpg"], 4, "gone.jpg: no such file"),
+        (["classvis", "--init", "image"], 2, "no photo is named"),
+        (["attack", "sample", "--eps", "4"], 2, "--eps: the method l2 has no such bound"),
         (["classvis", "--target", "tick,tock"], 2, "no class 'tock'"),
         (["classvis", "--target", "tick", "octaves=2", "parametrization=pixels"], 2, "octaves"),
         (["eval", "latest"], 2, "no weights to evaluate"),
@@ -170,11 +175,11 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
     real = attacking.Attack.__call__
     calls = []
 
-    def once(self, batch):
+    def once(self, batch, look_up):
         calls.append(batch)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(self, batch, look_up)
 
     monkeypatch.setattr(attacking.Attack, "__call__", once)
     assert cvlab("attack", *arguments)[0] == 130
@@ -186,3 +191,20 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
     for row in whole["results"]:
         one, other = ((tmp_path / run["run"] / row["attacked"]).read_bytes() for run in (whole, again))
         assert one == other
+
+
+def test_a_signal_stops_an_attack_between_two_steps(two, cvlab, monkeypatch):
+    from cvlab import engine
+
+    real = engine.optimise_pixels
+
+    def stopping(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "optimise_pixels", stopping)
+    code, _, err = cvlab("attack", "--target", "ostrich", *two)
+    assert code == 130 and "stopped by SIGINT after photo 0" in err
+    monkeypatch.setattr(engine, "optimise_pixels", real)
+    code, out, _ = cvlab("resume", "latest", "--json")
+    assert code == 0 and json.loads(out)["metrics"]["fooled"] == 1

@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import Field
 
 from cvlab import attacking, photojobs, schema
@@ -36,7 +36,9 @@ class Config(PhotoConfig):
     steps: Annotated[schema.Count, Le(10_000)] = Field(100, description="at most so many (pgd, l2)")
     extra_steps: schema.Index = Field(3, description="go on so many steps after the net is fooled, for stability")
     lr: schema.Positive = Field(0.5, description="l2: length of a step, in [0, 1] over what the net sees")
-    eps: Annotated[float, Gt(0), Le(255)] = Field(8.0, description="fgsm, pgd: largest change of a pixel, in 1/255")
+    eps: Annotated[float, Ge(0.5), Le(255)] = Field(
+        8.0, description="fgsm, pgd: largest change of a pixel, in 1/255; less than 0.5 is lost in a file of 8 bits"
+    )
     alpha: Annotated[float, Gt(0), Le(255)] = Field(1.0, description="pgd: length of a step, in 1/255")
     random_start: bool = Field(True, description="pgd: start at a random point within eps")
     then: Literal["saliency"] | None = Field(

@@ -6,6 +6,7 @@ Command: cvlab classify photo.jpg
 """
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     """Classify all photos."""
     where, model = config.build()
 
-    def work(batch: list[Photo]) -> list[Row]:
+    def work(batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
         views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch])
         with torch.inference_mode():
             probabilities = model.probabilities(views.to(where.device))

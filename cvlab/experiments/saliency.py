@@ -8,6 +8,7 @@ Command: cvlab saliency photo.jpg
 
 import io
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     target = model.index(config.target) if config.target is not None else None
     out.folder("images")
 
-    def work(batch: list[Photo]) -> list[Row]:
+    def work(batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
         views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(where.device)
         with torch.inference_mode():
             probabilities = model.probabilities(views)

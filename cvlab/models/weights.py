@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Tensor]:
     except CvlabError as error:
         raise DataError(error.message) from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:120]
         raise DataError(
             f"{path}: not weights that can be read: {reason}", "give a .pth or .safetensors file"
         ) from error

@@ -69,7 +69,8 @@ def integrated_gradients(
 def gradcam(net: nn.Module, images: Tensor, classes: Tensor, of: str = "score", *, layer: nn.Module) -> Tensor:
     """Return ReLU(sum_k a_k A_k) of a layer's feature maps A, resized to the photos. Paper: Selvaraju et al., 2017, 3.
 
-    a_k is the mean of d f / d A_k over the places.
+    a_k is the mean of d f / d A_k over the places; with the loss, of its negative, so that the map shows what speaks
+    for the class in both cases.
     """
     kept: list[Tensor] = []
     hook = layer.register_forward_hook(lambda module, args, out: kept.append(out))
@@ -79,6 +80,7 @@ def gradcam(net: nn.Module, images: Tensor, classes: Tensor, of: str = "score", 
     finally:
         hook.remove()
     (slope,) = torch.autograd.grad(value, kept[0])
+    slope = -slope if of == "loss" else slope
     maps = (slope.mean((2, 3), keepdim=True) * kept[0]).sum(1, keepdim=True).relu()  # (N, 1, h, w)
     sized = F.interpolate(maps, size=images.shape[2:], mode="bilinear", align_corners=False)
     return sized[:, 0].detach()

@@ -124,6 +124,7 @@ PHOTO_COLUMNS = {  # of a result -> the title of its column, in this order
     "fooled": "fooled",
     "steps": "steps",
     "l2": "L2",
+    "explained": "explained",
     "second_label": "second net",
     "inside": "inside",
 }
@@ -142,10 +143,11 @@ def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
     for result in results:
         name = _shortened(Path(result["image"]).name)
         for k, found in enumerate(result.get("top", [result])):
-            seen = f"{found['label']} {found['score']:.2f}" if "label" in found else "not read"
-            rows.append({**found, "image": name if k == 0 else "", "seen": seen})
+            what = found.get("predicted", found)
+            row = {**found, "image": name if k == 0 else "", "seen": _seen(what) if "label" in what else "not read"}
+            rows.append(row | ({"explained": _seen(found)} if "predicted" in found else {}))
         if "before" in result:
-            rows[-1]["before"] = f"{result['before']['label']} {result['before']['score']:.2f}"
+            rows[-1]["before"] = _seen(result["before"])
         if "fooled_jpeg95" in result:
             rows[-1]["jpeg"] = ", ".join(number(result[f"fooled_jpeg{q}"]) for q in (95, 85, 75))
     known = PHOTO_COLUMNS | (ONE_PHOTO if len(rows) == 1 else {})
@@ -155,6 +157,10 @@ def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
         table("", ("photo", cells[0][0]), list(zip(columns.values(), cells[0][1:], strict=True)))
         return
     table("", ("photo", *columns.values()), cells)
+
+
+def _seen(found: Mapping[str, Any]) -> str:
+    return f"{found['label']} {found['score']:.2f}"
 
 
 def _shortened(name: str) -> str:
