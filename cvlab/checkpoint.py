@@ -188,6 +188,25 @@ def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, State]:
     raise CheckpointError(f"{folder}: {reason}", "start the run again with `cvlab run` on its config.yaml")
 
 
+def require_whole(missing: list[str], path: str) -> None:
+    """Raise CheckpointError where pieces of a state are missing."""
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
+
+
+def require_same_run(state: State, digest: str, circumstances: State, path: str, report: Callable[[str], None]) -> None:
+    """Raise CheckpointError unless a state is of the configuration with this digest.
+
+    `report` is told of each circumstance that has changed since: the result will not be equal bit for bit.
+    """
+    if state["config_sha256"] != digest:
+        raise CheckpointError(f"{path}: config.yaml was changed since", "start the changed one with `cvlab run`")
+    for key, now in circumstances.items():
+        if state["circumstances"].get(key) != now:
+            was = state["circumstances"].get(key)
+            report(f"warning: {key} was {was}, is {now}: the result is not bitwise that of an unbroken run")
+
+
 def weights_digest(weights: State) -> str:
     """Return the SHA-256 of names, shapes, dtypes and bytes of a state_dict: equal only for equal bits."""
     digest = hashlib.sha256()

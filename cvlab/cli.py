@@ -29,6 +29,7 @@ from cvlab.cli_options import (
     finish,
     overrides_of,
     show,
+    show_plan,
     show_verdict,
 )
 from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
@@ -66,14 +67,12 @@ def run(
     from cvlab import config as configs
     from cvlab import rundir, runner
     from cvlab.data.settle import Policy
-    from cvlab.report import tables
 
     policy = Policy(offline, download, no_standin)
     loaded = configs.load(config, overrides_of(overrides, set_, device, seed))
     root = rundir.runs_root(runs_dir)
     if dry_run:
-        plan = runner.plan(loaded, root)
-        show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+        show_plan(loaded, root, as_json)
         return
     finish(runner.start(loaded, policy, root), as_json)
 

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cvlab import console, rundir
 from cvlab.errors import DataError, UnmetError
+
+if TYPE_CHECKING:
+    from cvlab.config import Loaded
 
 
 def complete_config(incomplete: str) -> list[str]:
@@ -75,6 +79,15 @@ def show_verdict(
     if not document["ok"]:
         console.say(f"error: {error}")
         raise typer.Exit(error.code)
+
+
+def show_plan(loaded: "Loaded", root: Path, as_json: bool) -> None:
+    """Print what a run would do."""
+    from cvlab import runner
+    from cvlab.report import tables
+
+    plan = runner.plan(loaded, root)
+    show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

@@ -20,7 +20,7 @@ from cvlab.cli_options import (
     SetOption,
     Verbose,
     finish,
-    show,
+    show_plan,
 )
 from cvlab.errors import ConfigError, DataError
 
@@ -42,7 +42,6 @@ def _run(name: str, words: list[str] | None, flags: Flags, runs_dir: str | None,
     """Run a shipped configuration with what the command line changes: photos, `key=value`, flags."""
     from cvlab import config, rundir, runner
     from cvlab.data.settle import Policy
-    from cvlab.report import tables
 
     overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.lexists(word)]
     images = [word for word in words or [] if word not in overrides]
@@ -54,8 +53,7 @@ def _run(name: str, words: list[str] | None, flags: Flags, runs_dir: str | None,
     loaded = config.load(str(config.shipped_folder() / f"{name}.yaml"), [*given, *overrides, *set_])
     root = rundir.runs_root(runs_dir)
     if dry_run:
-        plan = runner.plan(loaded, root)
-        show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+        show_plan(loaded, root, as_json)
         return
     finish(runner.start(loaded, Policy(True, False, False), root), as_json)
 

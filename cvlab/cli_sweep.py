@@ -21,7 +21,7 @@ from cvlab.cli_options import (
     Verbose,
     complete_config,
     finish,
-    show,
+    show_plan,
     show_verdict,
 )
 
@@ -53,17 +53,15 @@ def sweep(
     if not dry_run:
         submit.start_server()  # it loads torch on another core while this process does the same
     from cvlab import config as configs
-    from cvlab import rundir, runner, sweeping
+    from cvlab import rundir, sweeping
     from cvlab.data.settle import Policy
-    from cvlab.report import tables
 
     flags = [f"workers={workers}"] if workers is not None else []
     flags += [f"base.device={device}"] if device is not None else []
     loaded = configs.load_sweep(config, [*(overrides or []), *(set_ or []), *flags])
     root = rundir.runs_root(runs_dir)
     if dry_run:
-        plan = runner.plan(loaded, root)
-        show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+        show_plan(loaded, root, as_json)
         return
     finish(sweeping.start(loaded, Policy(offline, download, no_standin), root, fresh), as_json)
 

@@ -12,6 +12,7 @@ from cvlab.engine import Compute
 from cvlab.schema import BelowOne, Count, Duration, Fraction, Frozen, NonNegative, Part, Positive, RunConfig
 
 AUTO = "auto"
+SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
 
 
 class Profile(Frozen):

@@ -14,13 +14,12 @@ import torch
 from cvlab import __version__, checkpoint, engine
 from cvlab.console import Progress
 from cvlab.engine import Compute, Losses, Pixels
-from cvlab.errors import CheckpointError
+from cvlab.jobs import SAVE_SHARE
 from cvlab.layers import updates
 from cvlab.rundir import RunDir
 from cvlab.signals import StopRequest
 
 FORMAT = 1
-SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,8 @@ class _Session:
         self.out.log(f"{self.painting.steps} steps; kill -9 loses at most {period:.0f} s of work")
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
-        missing = sorted(self.state().keys() - state.keys())
-        if missing:
-            raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
-        if state["config_sha256"] != self.painting.digest:
-            raise CheckpointError(f"{path}: config.yaml was changed since", "start the changed one with `cvlab run`")
-        for key, now in self._circumstances().items():
-            if state["circumstances"].get(key) != now:
-                was = state["circumstances"].get(key)
-                self.out.log(f"warning: {key} was {was}, is {now}: the result is not bitwise that of an unbroken run")
+        checkpoint.require_whole(sorted(self.state().keys() - state.keys()), path)
+        checkpoint.require_same_run(state, self.painting.digest, self._circumstances(), path, self.out.log)
         pixels, device = self.painting.pixels, self.painting.where.device
         pixels.tensors = [tensor.to(device) for tensor in state["model"].values()]
         pixels.memory = {key: [tensor.to(device) for tensor in kept] for key, kept in state["memory"].items()}

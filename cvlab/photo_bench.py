@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab import bench, compat, engine
+from cvlab import bench, engine
 from cvlab.attacking import Attack
 from cvlab.data import photos
 from cvlab.experiments import attack
-from cvlab.models import pretrained, weights
+from cvlab.models import pretrained
 from cvlab.ops import saliency
 from cvlab.photojobs import Photo
 from cvlab.rundir import RunDir
@@ -28,11 +28,8 @@ SMALL = 1e-9  # a step so short that no photo is fooled before all steps are mea
 
 def bare_net(device: torch.device) -> nn.Module:
     """Build the net that comes along as it is: float32, contiguous, batch normalisation as layers of its own."""
-    net: nn.Module = compat.timm().create_model("tf_efficientnet_lite0")
-    given = weights.read(weights.lite0_file())
-    net.load_state_dict(dict(zip(net.state_dict(), given.values(), strict=True)))
-    half = (0.5, 0.5, 0.5)
-    return pretrained.Normalized(net.eval().requires_grad_(False), half, half).to(device)
+    net, about = pretrained.lite0()
+    return pretrained.Normalized(net.eval().requires_grad_(False), about["mean"], about["std"]).to(device)
 
 
 def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:

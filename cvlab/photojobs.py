@@ -87,21 +87,18 @@ class Photo:
 Work = Callable[[list[Photo], Callable[[], None]], list[Row]]  # the second is to be called now and then
 
 
-def plan(config: PhotoConfig, net: Pretrained) -> Row:
+def plan(config: PhotoConfig, where: engine.Compute, net: Pretrained) -> Row:
     """Say what a run would do. DataError where none of the photos is there."""
     found = photos.find(config.images)
     there = [path for path in found if path.is_file()]
     if not there:
         photos.load(found[0])
-    where = engine.compute(config.device, config.precision, config.threads)
     return {
         "photos": len(there),
         "photos_missing": len(found) - len(there),
         "model": config.model,
         "parameters": sum(p.numel() for p in net.net.parameters()),
-        "device": str(where.device),
-        "precision": where.precision,
-        "threads": where.threads,
+        **where.told(),
     }
 
 

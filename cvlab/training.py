@@ -17,14 +17,13 @@ from cvlab import __version__, budget, checkpoint, engine, lookup, optim
 from cvlab.budget import Plan
 from cvlab.console import Progress
 from cvlab.engine import Losses, Training
-from cvlab.errors import CheckpointError, DivergedError
+from cvlab.errors import DivergedError
 from cvlab.gathered import Gathered, lacking
-from cvlab.jobs import Job, TrainConfig
+from cvlab.jobs import SAVE_SHARE, Job, TrainConfig
 from cvlab.rundir import RunDir
 from cvlab.schema import Duration
 from cvlab.signals import StopRequest
 
-SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
 FORMAT = 1
 METRICS = ("train_loss", "best_step", "steps", "epochs", "parameters", "train_seconds", "images_per_second")
 
@@ -98,16 +97,10 @@ class Session:
         return plan
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
-        missing = lacking(self.state(), state)
-        if missing:
-            raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
-        if state["config_sha256"] != self._config_digest(state["gathered"]["budget_seconds"]):
-            raise CheckpointError(f"{path}: config.yaml was changed since", "start the changed one with `cvlab run`")
+        checkpoint.require_whole(lacking(self.state(), state), path)
+        digest = self._config_digest(state["gathered"]["budget_seconds"])
+        checkpoint.require_same_run(state, digest, self._circumstances(), path, self.out.log)
         checkpoint.match_model(self.training.model, state["model"], path)
-        for key, now in self._circumstances().items():
-            if state["circumstances"].get(key) != now:
-                was = state["circumstances"].get(key)
-                self.out.log(f"warning: {key} was {was}, is {now}: the result is not bitwise that of an unbroken run")
         self._take_over(state, state["memory"])
         self.gathered = Gathered(**state["gathered"])
         self.gathered.move_to(self.job.where.device)

@@ -75,7 +75,7 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class."""
-    _, model = config.build()
+    where, model = config.build()
     target = model.index(config.target) if config.target is not None else None
     aim = "anything else" if target is None else model.classes[target]
-    return {"target": aim, "method": config.method, **photojobs.plan(config, model)}
+    return {"target": aim, "method": config.method, **photojobs.plan(config, where, model)}

@@ -135,7 +135,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "parameters": math.prod(shape),
         "steps": config.steps,
         "model": config.model,
-        "device": str(where.device),
-        "precision": where.precision,
-        "threads": where.threads,
+        **where.told(),
     }

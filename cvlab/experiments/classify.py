@@ -252,9 +252,7 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "val_images": num_val,
         "steps_per_epoch": steps_per_epoch,
         "steps": steps or f"as many as fit in {config.duration.seconds:g} s",
-        "device": str(where.device),
-        "precision": where.precision,
-        "threads": where.threads,
+        **where.told(),
     }
 
 

@@ -53,5 +53,5 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do."""
-    _, model = config.build()
-    return photojobs.plan(config, model)
+    where, model = config.build()
+    return photojobs.plan(config, where, model)

@@ -112,9 +112,9 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class, or no map of this kind."""
-    _, model = config.build()
+    where, model = config.build()
     if config.target is not None:
         model.index(config.target)
     if config.method == "gradcam":
         saliency.last_features(model.net, model.frame.size_px)
-    return photojobs.plan(config, model)
+    return photojobs.plan(config, where, model)

@@ -89,7 +89,7 @@ def build(name: str = DEFAULT, weights_file: str | None = None, device: torch.de
     require_known(name)
     prefix, _, rest = name.partition(":")
     if name == DEFAULT:
-        net, about = _lite0(weights_file)
+        net, about = lite0(weights_file)
     elif prefix == "timm":
         net, about = _timm(rest, weights_file)
     else:
@@ -109,8 +109,11 @@ def _classes(net: nn.Module, size_px: int) -> tuple[str, ...]:
     return imagenet.labels() if count == imagenet.NUM_CLASSES else tuple(f"class {k}" for k in range(count))
 
 
-def _lite0(weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the net that comes along: its weights lie in the order of timm's, under other names."""
+def lite0(weights_file: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the net that comes along, as it comes, and what its photos are prepared by.
+
+    Its weights lie in the order of timm's, under other names.
+    """
     net = compat.timm().create_model("tf_efficientnet_lite0")
     path = Path(weights_file) if weights_file else weights.lite0_file()
     given = weights.read(path)
@@ -127,7 +130,7 @@ def _lite0(weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
 def _timm(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
     net = zoo.timm_model(name, num_classes=None)
     about: Mapping[str, Any] = getattr(net, "pretrained_cfg", {})
-    _load(net, weights.locate_timm(name, about, weights_file), about.get("first_conv"))
+    _load(net, weights.locate_timm(name, about, weights_file))
     return net, _about_timm(about)
 
 
@@ -150,7 +153,7 @@ def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[s
     return net, {"mean": tuple(transform.mean), "std": tuple(transform.std), "frame": frame}
 
 
-def _load(net: nn.Module, path: Path, first_conv: str | None = None) -> None:
+def _load(net: nn.Module, path: Path) -> None:
     """Load weights by name; those of parts that only training has, such as auxiliary heads, are left out."""
     given = weights.read(path)
     own = net.state_dict()
