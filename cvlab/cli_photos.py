@@ -1,4 +1,4 @@
-"""The commands on photos: classify, saliency, attack, classvis. Each builds the configuration of its experiment."""
+"""The commands on photos: classify, saliency, attack, classvis, style. Each builds an experiment's configuration."""
 
 import glob
 import json
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cvlab import console
+from cvlab import console, lookup
 from cvlab.cli_options import (
     Debug,
     Device,
@@ -35,19 +35,29 @@ Weights = Annotated[str | None, typer.Option(help="a file with the model's weigh
 
 
 Flags = dict[str, Any]
+PRESETS = ("painting", "sketch", "texture", "composition_vii", "scream", "starry_night")  # configs/style_*.yaml
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 
 def _run(name: str, words: list[str] | None, flags: Flags, runs_dir: str | None, dry_run: bool, as_json: bool) -> None:
     """Run a shipped configuration with what the command line changes: photos, `key=value`, flags."""
+    images, overrides = _split(words)
+    _require_photos(images, [*overrides, *(flags["set_"] or [])], name, flags)
+    _start(name, overrides, flags | {"images": images or None}, runs_dir, dry_run, as_json)
+
+
+def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Tell photos from `key=value`."""
+    overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.lexists(word)]
+    return [word for word in words or [] if word not in overrides], overrides
+
+
+def _start(name: str, overrides: list[str], flags: Flags, runs_dir: str | None, dry_run: bool, as_json: bool) -> None:
+    """Run a shipped configuration with flags that are given, as keys of the same name, and `key=value`."""
     from cvlab import config, rundir, runner
     from cvlab.data.settle import Policy
 
-    overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.lexists(word)]
-    images = [word for word in words or [] if word not in overrides]
     set_ = flags.pop("set_") or []
-    _require_photos(images, [*overrides, *set_], name, flags)
-    flags |= {"images": images or None}
     # JSON is YAML, and quotes whatever a name may hold.
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     loaded = config.load(str(config.shipped_folder() / f"{name}.yaml"), [*given, *overrides, *set_])
@@ -68,7 +78,7 @@ def _require_photos(images: list[str], overrides: list[str], name: str, flags: F
 
 
 def _is_missing(image: str) -> bool:
-    is_file = image != "sample" and "://" not in image and not glob.has_magic(image)
+    is_file = image not in ("sample", "whirls") and "://" not in image and not glob.has_magic(image)
     return is_file and not os.path.lexists(image)
 
 
@@ -179,3 +189,63 @@ def classvis(
     flags: Flags = {"targets": targets, "init": init, "steps": steps, "model": model, "weights": weights}
     flags |= {"set_": set_, "device": device, "seed": seed}
     _run("class_visualization", words, flags, runs_dir, dry_run, as_json)
+
+
+@app.command()
+def style(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="a photo, then one or more pictures to take the style of (`whirls` comes along); key=value"
+        ),
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="of the style; 1 is usual")] = None,
+    size: Annotated[int | None, typer.Option(help="longer side of the picture in pixels")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}")] = None,
+    keep_colors: Annotated[bool, typer.Option("--keep-colors", help="keep the photo's colours")] = False,
+    init: Annotated[str | None, typer.Option(help="content or noise")] = None,
+    mix: Annotated[str | None, typer.Option(help="a weight for each style, with commas")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="where a style goes, white on black; one for each")] = None,
+    style_mask: Annotated[
+        list[str] | None, typer.Option(help="where in a style it is taken from; one per mask")
+    ] = None,
+    model: Model = None,
+    weights: Weights = None,
+    set_: SetOption = None,
+    device: Device = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Paint a photo in the manner of a picture: `cvlab style photo.jpg painting.jpg`."""
+    console.set_level(quiet, verbose)
+    images, overrides = _split(words)
+    if len(images) < 2:
+        missing = "photo is named" if not images else "style is named"
+        raise ConfigError(f"no {missing}", "`cvlab style photo.jpg painting.jpg`; `sample` and `whirls` come along")
+    for name in [*images, *(mask or []), *(style_mask or [])]:
+        if _is_missing(name):
+            raise DataError(f"{name}: no such file", "`sample` is a photo that comes along, `whirls` a painting")
+    if preset is not None and preset not in PRESETS:
+        raise lookup.unknown("preset", preset, PRESETS)
+    flags: Flags = {"content": images[0], "styles": images[1:], "strength": strength, "size": size, "init": init}
+    flags |= {
+        "keep_colors": keep_colors or None,
+        "mix": _numbers(mix, "--mix"),
+        "masks": mask,
+        "style_masks": style_mask,
+    }
+    flags |= {"model": model, "weights": weights, "set_": set_, "device": device, "seed": seed}
+    is_usual = preset in (None, "painting")
+    _start("style" if is_usual else f"style_{preset}", overrides, flags, runs_dir, dry_run, as_json)
+
+
+def _numbers(text: str | None, flag: str) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")] if text is not None else None
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text}: not numbers with commas between them", f"{flag} 0.7,0.3") from error

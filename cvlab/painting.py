@@ -52,10 +52,16 @@ def paint(painting: Painting, out: RunDir, name: str) -> dict[str, float]:
         session.stop_if_asked(stop)
         for losses in session.steps():
             if progress.due():
-                progress.update(painting.pixels.step, f"loss {losses['loss'].item():.4g}")
+                progress.update(painting.pixels.step, said(losses))
             session.stop_if_asked(stop)
     session.save()
     return session.metrics | {"steps": painting.pixels.step, "seconds_of_steps": session.seconds}
+
+
+def said(losses: Losses) -> str:
+    """Return the losses as the bar shows them: the parts where there are several, else the whole."""
+    parts = {name: value for name, value in losses.items() if value.ndim == 0 and name.endswith("_loss")}
+    return ", ".join(f"{name.replace('_', ' ')} {value.item():.4g}" for name, value in (parts or losses).items())
 
 
 class _Session:
@@ -148,17 +154,34 @@ class _Session:
         self.out.set_status("running", step=step, total_steps=self.painting.steps)
 
 
-def adam(lr_at: Callable[[int], float]) -> engine.Update:
-    """Return Adam's update of pixels, its learning rate a function of the step, its moments in the pixels' memory."""
+def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda step: 0) -> engine.Update:
+    """Return Adam's update of pixels, its learning rate a function of the step, its moments in the pixels' memory.
+
+    `since(step)` is the step at which the memory was empty last.
+    """
 
     def update(pixels: Pixels, gradients: list[torch.Tensor]) -> None:
         if not pixels.memory:
             pixels.memory = {key: [torch.zeros_like(t) for t in pixels.tensors] for key in ("mean", "square")}
+        done = pixels.step - since(pixels.step)
         for k, gradient in enumerate(gradients):
             state: dict[str, Any] = {key: kept[k] for key, kept in pixels.memory.items()}
-            moved, state = updates.adam(pixels.tensors[k], gradient, state | {"step": pixels.step}, lr_at(pixels.step))
+            moved, state = updates.adam(pixels.tensors[k], gradient, state | {"step": done}, lr_at(pixels.step))
             pixels.tensors[k] = moved
             for key, kept in pixels.memory.items():
                 kept[k] = state[key]
+
+    return update
+
+
+def lbfgs(lr: float) -> engine.Update:
+    """Return L-BFGS's update of a single picture, its history in the pixels' memory."""
+
+    def update(pixels: Pixels, gradients: list[torch.Tensor]) -> None:
+        state: dict[str, Any] = dict(pixels.memory)
+        if state:
+            state |= {key: state[key][0] for key in ("gradient", "move")}
+        pixels.tensors[0], state = updates.lbfgs(pixels.tensors[0], gradients[0], state, lr)
+        pixels.memory = {key: kept if isinstance(kept, list) else [kept] for key, kept in state.items()}
 
     return update

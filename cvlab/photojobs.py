@@ -72,7 +72,8 @@ def absolute(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return names of photos as absolute ones, so that a run's configuration means the same from any folder."""
     if not names:
         raise ValueError("give at least one photo")
-    return tuple(name if name == photos.SAMPLE or "://" in name else os.path.abspath(name) for name in names)
+    comes_along = (photos.SAMPLE, photos.PAINTING)
+    return tuple(name if name in comes_along or "://" in name else os.path.abspath(name) for name in names)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,25 @@ PACKAGE = Path(__file__).parent.parent / "cvlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [  # each may import those before it, and its own row
     {"errors", "failpoints"},
-    {"lookup", "yamlfile", "durable", "expect", "console", "lock", "compat", "layers", "ops", "axes", "budget"},
+    {
+        "lookup",
+        "yamlfile",
+        "durable",
+        "expect",
+        "console",
+        "lock",
+        "compat",
+        "layers",
+        "ops",
+        "axes",
+        "budget",
+        "memory",
+    },
     {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles"},
     {"models", "data"},
     {"engine"},
-    {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing"},
+    {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing", "stylizing"}
+    | {"style_targets"},
     {"experiments"},
     {"validation", "arms", "profiles"},
     {

@@ -23,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
 SAMPLE = "sample"
+PAINTING = "whirls"  # drawn by data/brushwork.py; a style to begin with
 ANOTHER = "give a JPEG, PNG, BMP or WEBP file"
 
 

@@ -127,6 +127,9 @@ PHOTO_COLUMNS = {  # of a result -> the title of its column, in this order
     "explained": "explained",
     "second_label": "second net",
     "inside": "inside",
+    "layer": "layer",
+    "style_drop": "style loss fell by",
+    "ssim": "SSIM with the photo",
 }
 ONE_PHOTO = {
     "linf_255": "largest change /255",
@@ -144,7 +147,9 @@ def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
         name = _shortened(Path(result["image"]).name)
         for k, found in enumerate(result.get("top", [result])):
             what = found.get("predicted", found)
-            row = {**found, "image": name if k == 0 else "", "seen": _seen(what) if "label" in what else "not read"}
+            row = {**found, "image": name if k == 0 else ""}
+            if "label" in what or "error" in result:
+                row["seen"] = _seen(what) if "label" in what else "not read"
             rows.append(row | ({"explained": _seen(found)} if "predicted" in found else {}))
         if "before" in result:
             rows[-1]["before"] = _seen(result["before"])
