@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cvlab import __version__, cli_bench, cli_inspect, cli_photos, cli_sweep, console
+from cvlab import __version__, cli_bench, cli_detect, cli_inspect, cli_photos, cli_sweep, console
 from cvlab.cli_options import (
     ConfigArgument,
     Debug,
@@ -143,6 +143,7 @@ def _root(
 
 
 app.add_typer(cli_photos.app)
+app.add_typer(cli_detect.app)
 app.add_typer(cli_sweep.app)
 app.add_typer(cli_inspect.app)
 app.add_typer(cli_inspect.models_app, name="models")

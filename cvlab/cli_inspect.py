@@ -131,12 +131,12 @@ def models(context: typer.Context, as_json: Json = False, debug: Debug = False) 
 
 @models_app.command("fetch")
 def models_fetch(
-    name: Annotated[str, typer.Argument(help="timm:NAME or torchvision:NAME")],
+    name: Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or yolov3_tiny")],
     origin: Annotated[Path | None, typer.Option("--from", help="a file you have already")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch a model's ImageNet weights, waiting as long as it takes, or take them from a file."""
+    """Fetch a model's weights, waiting as long as it takes, or take them from a file."""
     from cvlab.models import weights
 
     path = weights.fetch(name, origin)

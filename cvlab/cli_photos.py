@@ -41,18 +41,18 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 def _run(name: str, words: list[str] | None, flags: Flags, runs_dir: str | None, dry_run: bool, as_json: bool) -> None:
     """Run a shipped configuration with what the command line changes: photos, `key=value`, flags."""
-    images, overrides = _split(words)
+    images, overrides = split_words(words)
     _require_photos(images, [*overrides, *(flags["set_"] or [])], name, flags)
-    _start(name, overrides, flags | {"images": images or None}, runs_dir, dry_run, as_json)
+    start(name, overrides, flags | {"images": images or None}, runs_dir, dry_run, as_json)
 
 
-def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
+def split_words(words: list[str] | None) -> tuple[list[str], list[str]]:
     """Tell photos from `key=value`."""
     overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.lexists(word)]
     return [word for word in words or [] if word not in overrides], overrides
 
 
-def _start(name: str, overrides: list[str], flags: Flags, runs_dir: str | None, dry_run: bool, as_json: bool) -> None:
+def start(name: str, overrides: list[str], flags: Flags, runs_dir: str | None, dry_run: bool, as_json: bool) -> None:
     """Run a shipped configuration with flags that are given, as keys of the same name, and `key=value`."""
     from cvlab import config, rundir, runner
     from cvlab.data.settle import Policy
@@ -73,6 +73,11 @@ def _require_photos(images: list[str], overrides: list[str], name: str, flags: F
     needs = name != "class_visualization" or flags.get("init") == "image" or "init=image" in overrides
     if needs and not images and not any(word.startswith("images=") for word in overrides):
         raise ConfigError("no photo is named", "give files, folders or patterns; `sample` is one that comes along")
+    require_there(images)
+
+
+def require_there(images: list[str]) -> None:
+    """Refuse photos none of which is there, before anything heavy is loaded."""
     if images and all(_is_missing(image) for image in images):
         raise DataError(f"{images[0]}: no such file", "no photo at hand? `sample` names one that comes along")
 
@@ -223,7 +228,7 @@ def style(
 ) -> None:
     """Paint a photo in the manner of a picture: `cvlab style photo.jpg painting.jpg`."""
     console.set_level(quiet, verbose)
-    images, overrides = _split(words)
+    images, overrides = split_words(words)
     if len(images) < 2:
         missing = "photo is named" if not images else "style is named"
         raise ConfigError(f"no {missing}", "`cvlab style photo.jpg painting.jpg`; `sample` and `whirls` come along")
@@ -241,7 +246,7 @@ def style(
     }
     flags |= {"model": model, "weights": weights, "set_": set_, "device": device, "seed": seed}
     is_usual = preset in (None, "painting")
-    _start("style" if is_usual else f"style_{preset}", overrides, flags, runs_dir, dry_run, as_json)
+    start("style" if is_usual else f"style_{preset}", overrides, flags, runs_dir, dry_run, as_json)
 
 
 def _numbers(text: str | None, flag: str) -> list[float] | None:

@@ -68,11 +68,7 @@ def _disk(folder: Path) -> str:
 
 
 def _data() -> str:
-    states = []
-    for name in data.SETS:
-        source = data.find(name)
-        there = "ready" if source.ready(data.root()) else "built in" if source.builtin else "not there"
-        states.append(f"{name} {there}")
+    states = [f"{name} {data.find(name).state(data.root())}" for name in data.SETS]
     return f"{data.root()}: {', '.join(states)}"
 
 

@@ -91,8 +91,7 @@ def data_lines() -> list[Row]:
     rows = []
     for name in data.SETS:
         source = data.find(name)
-        there = source.ready(data.root())
-        state = "ready" if there else "built in" if source.builtin else "not on the disk"
+        state = source.state(data.root())
         rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.licence})
     return rows
 

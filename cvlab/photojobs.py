@@ -54,7 +54,7 @@ class NetConfig(RunConfig):
         return where, pretrained.build(self.model, self.weights, where.device)
 
 
-class PhotoConfig(NetConfig):
+class ImagesConfig(RunConfig):
     """The keys of every experiment that goes through photos."""
 
     images: tuple[str, ...] = Field(
@@ -66,6 +66,10 @@ class PhotoConfig(NetConfig):
     @classmethod
     def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return absolute(names)
+
+
+class PhotoConfig(ImagesConfig, NetConfig):
+    """The keys of every experiment that asks a net which knows ImageNet about photos."""
 
 
 def absolute(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -103,7 +107,7 @@ def plan(config: PhotoConfig, where: engine.Compute, net: Pretrained) -> Row:
     }
 
 
-def run(config: PhotoConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
+def run(config: ImagesConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
     """Go through the photos; return a result for each, `error` in it where it could not be read.
 
     They also become the run's `results`. DataError where no photo could be read; StoppedError where a signal asked to

@@ -29,7 +29,7 @@ LAYERS = [  # each may import those before it, and its own row
     {"models", "data"},
     {"engine"},
     {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing", "stylizing"}
-    | {"style_targets"},
+    | {"style_targets", "feature_cache", "detecting", "finding", "explaining"},
     {"experiments"},
     {"validation", "arms", "profiles"},
     {
@@ -45,7 +45,7 @@ LAYERS = [  # each may import those before it, and its own row
         "rates",
         "profiling",
     },
-    {"cli_options", "cli_bench", "cli_inspect", "cli_photos", "cli_sweep", "cli", "__main__"},
+    {"cli_options", "cli_bench", "cli_detect", "cli_inspect", "cli_photos", "cli_sweep", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = (

@@ -13,9 +13,10 @@ COURSE_STYLES = ("style_composition_vii", "style_scream", "style_starry_night") 
 STYLES = ("style", "style_sketch", "style_texture", "texture_synthesis", *COURSE_STYLES)
 PHOTOS = (
     *("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course"),
-    *("feature_inversion", *STYLES),
+    *("feature_inversion", *STYLES, "detect"),
 )
-TRAININGS = [name for name in NAMES if name not in PHOTOS]
+DETECTORS = [name for name in NAMES if config.load(name).config.experiment == "detector"]
+TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS)]
 STANDIN_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
 
@@ -56,7 +57,8 @@ class TestEach:
         assert bool(chosen.expect_standin) == bool(getattr(chosen, "data", None) and chosen.data.standin)
 
     def test_plan(self, name, cvlab):
-        code, out, _ = cvlab("train", name, "--dry-run", "--json")
+        named = ["data={name: scenes}", "expect=[]", "expect_standin=[]"] if name in DETECTORS else []
+        code, out, _ = cvlab("train", name, *named, "--dry-run", "--json")
         if name in COURSE_STYLES and code == 4:
             assert "cvlab models fetch torchvision:squeezenet1_1" in out
             return  # tests/test_style.py runs them with weights from a file
@@ -78,6 +80,15 @@ class TestEachTraining:
             assert found["metrics"]["steps"] == 2 and found["data"].startswith("scenes10")
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+def test_two_steps_of_each_detector_on_the_built_in_scenes(name, cvlab):
+    short = ["data={name: scenes, num_train: 4}", "size=64", "views=1", "batch_size=2", "duration={steps: 2}"]
+    code, out, err = cvlab("train", name, *short, "evaluate_test=false", "expect=[]", "expect_standin=[]", "--json")
+    assert code == 0, err
+    found = json.loads(out)["metrics"]
+    assert found["steps"] == 2 and 0 <= found["map50"] <= 1
+
+
 @pytest.mark.parametrize("name", [name for name in PHOTOS if name not in COURSE_STYLES])
 def test_each_on_photos_does_what_it_expects(name, cvlab):
     short = ["targets=[tick]", "frames=2"] if "visualization" in name else []
@@ -94,6 +105,7 @@ def test_there_are_the_promised_ones():
         "quickstart cifar_bn cifar_no_bn overfit_small three_layer_epoch fc_overfit_3 fc_overfit_5 overfit_small_grid "
         "optimizers dropout kaiming_depth bn_lr_sweep bn_lr_sweep_fair api_barebones api_module api_sequential "
         "plain32 resnet32 vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack class_visualization "
+        "yolo_scenes yolo_fruit yolo_bccd yolo_voc07 detect "
         "style texture_synthesis feature_inversion style_composition_vii style_scream style_starry_night"
     )
     assert set(promised.split()) <= set(NAMES)

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import durable, lookup
+from cvlab.errors import ConfigError
 
+KINDS = {"images": "images with a class each", "boxes": "photos with boxes"}
 SETS = {
     "cifar10": "cvlab.data.cifar10:SOURCE",
     "scenes10": "cvlab.data.scenes10:SOURCE",
+    "scenes": "cvlab.data.boxsets:SCENES",
+    "fruit": "cvlab.data.voc:FRUIT",
+    "bccd": "cvlab.data.voc:BCCD",
+    "voc07": "cvlab.data.voc:VOC07",
+    "everyday": "cvlab.data.everyday:SOURCE",
+    "boxes": "cvlab.data.boxsets:BOXES",
 }
 
 
@@ -33,7 +41,8 @@ class Source:
 
     `ready(root)` is quick and says whether it is there; `load(root)` reads and verifies it; `check(root)` verifies and
     returns a line; `fetch(root, origin, patient)` gets it from the network, or from `origin` if that is given. A
-    built-in set needs no fetching: it is generated.
+    built-in set needs no fetching: it is generated. `kind` says what `load` returns: `images` with a class each, or
+    photos with `boxes`. A set that is the user's `own` lies where the configuration says.
     """
 
     name: str
@@ -44,11 +53,19 @@ class Source:
     load: Callable[[Path], Any]
     check: Callable[[Path], str]
     fetch: Callable[[Path, Path | None, bool], None] | None = None
+    kind: str = "images"
+    own: bool = False
 
     @property
     def builtin(self) -> bool:
-        """Whether cvlab makes the set itself."""
+        """Whether nothing has to be fetched: cvlab makes the set itself, or the user has it."""
         return self.fetch is None
+
+    def state(self, root: Path) -> str:
+        """Say whether the set is there."""
+        if self.ready(root):
+            return "ready"
+        return "your own" if self.own else "built in" if self.builtin else "not on the disk"
 
 
 def root() -> Path:
@@ -69,6 +86,22 @@ def scratch(root: Path) -> Iterator[Path]:
             yield Path(made)
     except OSError as error:
         raise durable.disk_error(root, error, "free space, or choose another place with CVLAB_DATA") from error
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of the sets of a kind."""
+    return [name for name in SETS if find(name).kind == kind]
+
+
+def unfit(name: str, kind: str) -> ConfigError | None:
+    """Return what is wrong with a name where a set of `kind` is needed, or None."""
+    if name not in SETS:
+        return lookup.unknown("data set", name, names(kind))
+    found = find(name).kind
+    if found == kind:
+        return None
+    hint = lookup.unknown("data set", name, names(kind)).hint
+    return ConfigError(f"data set {name!r} has {KINDS[found]}, {KINDS[kind]} are needed here", hint)
 
 
 def find(name: str) -> Source:

@@ -53,8 +53,8 @@ class Data(schema.DataBlock):
     @field_validator("name", "standin")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        if name is not None and not lookup.is_user_file(name) and name not in data.SETS:
-            raise ValueError(str(lookup.unknown("data set", name, data.SETS)))
+        if name is not None and not lookup.is_user_file(name) and (error := data.unfit(name, "images")):
+            raise ValueError(str(error))
         return name
 
 

@@ -50,9 +50,13 @@ class Features:
                 module.inplace = False  # type: ignore[assignment]  # it would change an output that is kept
 
     def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        """Return the outputs (C, H, W) for a picture (3, H, W) in [0, 1], by layer.
+        """Return the outputs (C, H, W) for a picture (3, H, W) in [0, 1], by layer."""
+        return {name: maps[0] for name, maps in self.batch(picture[None]).items()}
 
-        ConfigError for a layer that gives no such map, or that the net does not come by.
+    def batch(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Return the outputs (N, C, H, W) for pictures (N, 3, H, W) in [0, 1], by layer.
+
+        ConfigError for a layer that gives no such maps, or that the net does not come by.
         """
         found: dict[str, Tensor] = {}
 
@@ -66,21 +70,21 @@ class Features:
 
         handles = [m.register_forward_hook(keep(name)) for name, m in zip(self.names, self.modules, strict=True)]
         try:
-            self.model.net(picture[None].contiguous(memory_format=torch.channels_last))
+            self.model.net(pictures.contiguous(memory_format=torch.channels_last))
         except _Enough:
             pass
         except RuntimeError as error:  # a picture too small to be pooled so often
             if len(found) == len(self.names) or "size" not in str(error):
                 raise
-            side = min(picture.shape[1:])
+            side = min(pictures.shape[2:])
             raise ConfigError(f"{side} pixels are too few for {self.model.name}: {error}", "a larger size") from error
         finally:
             for handle in handles:
                 handle.remove()
         for name in self.names:
             if name not in found or not isinstance(found[name], Tensor) or found[name].ndim != 4:
-                raise ConfigError(f"layer {name!r} of {self.model.name} gives no map (1, C, H, W)", "name another one")
-        return {name: output[0] for name, output in found.items()}
+                raise ConfigError(f"layer {name!r} of {self.model.name} gives no map (N, C, H, W)", "name another one")
+        return found
 
     def bytes_for_gradient(self, height: int, width: int) -> float:
         """Estimate the memory of a forward and a backward pass over a picture: what autograd keeps, and what passes.
@@ -106,10 +110,8 @@ class Features:
         return (sum(sizes) + 3 * max(sizes)) * height * width / side**2
 
 
-def default_layers(model: Pretrained) -> Layers:
-    """Return the layers that a net's family is known to paint well with, else the last ones of each resolution."""
-    if model.name in DEFAULTS:
-        return DEFAULTS[model.name]
+def last_by_stride(model: Pretrained) -> dict[int, str]:
+    """Return the last layer, of those near the top of the net, for each of its resolutions, by stride."""
     side = 224
     last: dict[int, str] = {}
     handles = []
@@ -129,6 +131,14 @@ def default_layers(model: Pretrained) -> Layers:
     finally:
         for handle in handles:
             handle.remove()
+    return last
+
+
+def default_layers(model: Pretrained) -> Layers:
+    """Return the layers that a net's family is known to paint well with, else the last ones of each resolution."""
+    if model.name in DEFAULTS:
+        return DEFAULTS[model.name]
+    last = last_by_stride(model)
     chosen = tuple(last[stride] for stride in STRIDES if stride in last)
     if len(chosen) < 2:
         raise ConfigError(f"{model.name} has no maps of several resolutions", "name style_layers and content_layer")

@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,24 @@ from cvlab.errors import ConfigError, CvlabError, DataError
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+\Z")  # torchvision and timm: the first digits of the sha256
 HUGGING_FACE = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A file that its publisher gives no checksum for: its size and SHA-256 are known here."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+PINNED = {
+    "yolov3_tiny": Pinned(
+        "https://pjreddie.com/media/files/yolov3-tiny.weights",
+        35_434_956,
+        "dccea06f59b781ec1234ddf8d1e94b9519a97f4245748a7d4db75d5b7080a42c",
+    ),
+}
 
 
 def folder() -> Path:
@@ -84,6 +103,15 @@ def locate_torchvision(name: str, url: str, given: str | None = None) -> Path:
     return _first([folder() / Path(url).name, _hub() / Path(url).name], f"torchvision:{name}")
 
 
+def locate(name: str, given: str | None = None) -> Path:
+    """Return the file of the weights of one of PINNED: the one that is given, or fetched."""
+    return Path(given) if given else _first([_pinned_file(name)], name)
+
+
+def _pinned_file(name: str) -> Path:
+    return folder() / Path(PINNED[name].url).name
+
+
 def _first(places: list[Path], name: str) -> Path:
     for place in places:
         if place.is_file():
@@ -104,12 +132,14 @@ def _timm_name(about: Mapping[str, Any], name: str) -> str:
 
 def fetch(name: str, origin: Path | None = None) -> Path:
     """Get a model's weights, from the network or from a file; return where they lie. DataError where that fails."""
+    if name in PINNED:
+        return _fetch_pinned(name, origin)
     url, target = _source(name)
     if origin is not None:
+        read(origin)
         _install(origin, target)
     elif not target.is_file():
-        if not download.allowed():
-            raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
+        _require_allowed(name)
         size, digest = download.published(url)
         in_name = HASH_IN_NAME.search(url)
         expected = in_name[1] if in_name else digest
@@ -118,6 +148,27 @@ def fetch(name: str, origin: Path | None = None) -> Path:
         download.fetch([url], target, expected, size, patient=True)
     read(target)
     return target
+
+
+def _fetch_pinned(name: str, origin: Path | None) -> Path:
+    known, target = PINNED[name], _pinned_file(name)
+    if origin is not None:
+        download.verify(origin, known.sha256)
+        _install(origin, target)
+    elif target.is_file():
+        try:
+            download.verify(target, known.sha256)
+        except DataError as error:
+            raise DataError(error.message, "remove it and fetch it again, or keep it elsewhere") from error
+    else:
+        _require_allowed(name)
+        download.fetch([known.url], target, known.sha256, known.size, patient=True)
+    return target
+
+
+def _require_allowed(name: str) -> None:
+    if not download.allowed():
+        raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
 
 
 def _source(name: str) -> tuple[str, Path]:
@@ -135,11 +186,10 @@ def _source(name: str) -> tuple[str, Path]:
         plain = about.to_dict()
         url = f"{HUGGING_FACE}/{about.hf_hub_id}/resolve/main/model.safetensors" if about.hf_hub_id else about.url
         return url, folder() / _timm_name(plain, rest)
-    raise ConfigError(f"no weights to fetch for {name!r}", "give timm:NAME or torchvision:NAME")
+    raise ConfigError(f"no weights to fetch for {name!r}", f"give timm:NAME, torchvision:NAME or {', '.join(PINNED)}")
 
 
 def _install(origin: Path, target: Path) -> None:
-    read(origin)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with origin.open("rb") as file:

@@ -121,6 +121,7 @@ def show_result(result: Mapping[str, Any]) -> None:
 PHOTO_COLUMNS = {  # of a result -> the title of its column, in this order
     "before": "before",
     "seen": "seen as",
+    "found": "found",
     "fooled": "fooled",
     "steps": "steps",
     "l2": "L2",
@@ -136,8 +137,10 @@ ONE_PHOTO = {
     "psnr_db": "PSNR dB",
     "jpeg": "fooled as JPEG 95, 85, 75",
     "panel": "panel",
+    "picture": "picture",
 }
 LONGEST_NAME = 24
+MOST_OBJECTS = 8
 
 
 def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
@@ -150,6 +153,8 @@ def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
             row = {**found, "image": name if k == 0 else ""}
             if "label" in what or "error" in result:
                 row["seen"] = _seen(what) if "label" in what else "not read"
+            if "objects" in result:
+                row["found"] = ", ".join(_seen(thing) for thing in result["objects"][:MOST_OBJECTS]) or "nothing"
             rows.append(row | ({"explained": _seen(found)} if "predicted" in found else {}))
         if "before" in result:
             rows[-1]["before"] = _seen(result["before"])

@@ -1,0 +1,123 @@
+"""Everyday photos with boxes by a teacher: Flickr8k labelled by YOLOv3-tiny, with the real boxes of the fruit set.
+
+Source: Hodosh et al., 2013 (Flickr8k; its official splits); the classes are those of COCO that the photos have enough
+of. What the teacher is at least half sure of becomes a box, so that a student learns the teacher's mistakes too.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvlab import durable
+from cvlab.console import Progress
+from cvlab.data import Size, Source, boxsets, photos
+from cvlab.data.boxsets import BoxImage, BoxSet
+from cvlab.data.coco import COCO_CLASSES
+from cvlab.errors import DataError
+from cvlab.ops import boxes, nms
+
+NAME = "everyday"
+FOLDER = "everyday-v1"
+FLICKR = "flickr8k"
+SPLITS = {"train": "train", "val": "dev", "test": "test"}  # ours -> Flickr8k's
+FRUIT = ("apple", "banana", "orange")
+CLASSES = ("person", "dog", *FRUIT)
+SURE, DOUBLE_IOU = 0.5, 0.45
+BATCH = 16
+HINT = f"`cvlab data fetch {NAME}` labels flickr8k; it needs the photos, the fruit set and yolov3_tiny's weights"
+
+
+def ready(root: Path) -> bool:
+    """Whether the photos are labelled."""
+    return (root / FOLDER / "boxes.json").is_file()
+
+
+def names_of(root: Path, split: str) -> list[str]:
+    """Return the file names of one of Flickr8k's splits. DataError where they are not there."""
+    path = root / FLICKR / f"Flickr_8k.{split}Images.txt"
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", HINT) from error
+
+
+def make(root: Path, origin: Path | None, patient: bool) -> None:
+    """Label all photos: a few minutes. `origin` is the teacher's weights file, else where they were fetched to."""
+    from cvlab.models import yolov3_tiny
+
+    files = [root / FLICKR / "Images" / name for split in SPLITS.values() for name in names_of(root, split)]
+    fruit = boxsets.load("fruit", root)
+    files += [item.path for items in fruit.splits.values() for item in items]
+    net = yolov3_tiny.build(str(origin) if origin else None)
+    labelled: dict[str, Any] = {}
+    with Progress(f"labels of {NAME}", len(files), 0) as progress:
+        for start in range(0, len(files), BATCH):
+            some = files[start : start + BATCH]
+            boxed = [yolov3_tiny.letterbox(photos.load(path)) for path in some]
+            found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]), SURE)
+            for path, (box, score, label), (_, scale, left, top) in zip(some, found, boxed, strict=True):
+                kept = nms.nms_by_class(box, score, label, DOUBLE_IOU)
+                places = yolov3_tiny.unletterbox(box[kept], scale, left, top).clamp(min=0)
+                triples = zip(places.tolist(), score[kept].tolist(), label[kept].tolist(), strict=True)
+                labelled[str(path.relative_to(root))] = [
+                    [COCO_CLASSES[k], round(sure, 3), *(round(v, 1) for v in place)] for place, sure, k in triples
+                ]
+            if progress.due():
+                progress.update(start + len(some), some[-1].name)
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    durable.write_text(root / FOLDER / "boxes.json", json.dumps(labelled))
+
+
+def load(root: Path, classes: tuple[str, ...] = CLASSES) -> BoxSet:
+    """Return the photos with the boxes of some classes; of the fruit set those that people drew."""
+    path = root / FOLDER / "boxes.json"
+    try:
+        labelled = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}", HINT) from error
+    fruit = boxsets.load("fruit", root)
+    splits: dict[str, tuple[BoxImage, ...]] = {}
+    for split, theirs in SPLITS.items():
+        items = [_item(root, f"{FLICKR}/Images/{name}", labelled, classes, None) for name in names_of(root, theirs)]
+        items += [
+            _item(root, str(item.path.relative_to(root)), labelled, classes, item) for item in fruit.splits[split]
+        ]
+        splits[split] = tuple(items)
+    return BoxSet(NAME, classes, splits)
+
+
+def _item(root: Path, name: str, labelled: dict[str, Any], classes: tuple[str, ...], real: BoxImage | None) -> BoxImage:
+    if name not in labelled:
+        raise DataError(f"{root / FOLDER}: has no labels for {name}", HINT)
+    index = {known: k for k, known in enumerate(classes)}
+    wanted = [row for row in labelled[name] if row[0] in index and (real is None or row[0] not in FRUIT)]
+    found = torch.tensor([row[2:] for row in wanted], dtype=torch.float32).view(-1, 4)
+    labels = torch.tensor([index[row[0]] for row in wanted]).long()
+    keep = boxes.area(found) > 0
+    found, labels = found[keep], labels[keep]
+    if real is not None:
+        found = torch.cat([real.boxes_xyxy, found])
+        labels = torch.cat([torch.tensor([index[FRUIT[k]] for k in real.labels.tolist()]).long(), labels])
+    return BoxImage(root / name, found, labels, torch.zeros(len(labels), dtype=torch.bool))
+
+
+def check(root: Path) -> str:
+    """Read all labels."""
+    found = load(root)
+    count = sum(len(item.labels) for items in found.splits.values() for item in items)
+    return f"{sum(len(items) for items in found.splits.values())} photos, {count} boxes"
+
+
+SOURCE = Source(
+    name=NAME,
+    summary="8,000 everyday photos of Flickr8k with boxes by YOLOv3-tiny, and the fruit set",
+    licence="of Flickr8k: research and education only",
+    size=Size(train_images=6200, test_images=1060, image_px=224, channels=3, num_classes=len(CLASSES)),
+    ready=ready,
+    load=load,
+    check=check,
+    fetch=make,
+    kind="boxes",
+)

@@ -1,0 +1,245 @@
+"""Train a detector: a head on the maps of a backbone that knows ImageNet, from photos with boxes.
+
+Paper: Redmon et al., 2016, "You only look once"; Lin et al., 2017 (feature pyramid); Feng et al., 2021, "TOOD" (which
+points are responsible). The backbone is frozen: its maps of augmented views of every photo are computed once.
+Differs: from EECS 498, assignment 5, as `yolo_fpn` does; `yolo_grid` is the course's detector.
+Expect: `val_map50` while training; at the end of the split that is evaluated (`test` with evaluate_test, else `val`)
+`map50`, `map50_95` and `ap50/CLASS`, by `map_rule` and above `confidence_floor`.
+Command: cvlab train configs/yolo_scenes.yaml
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from cvlab import checkpoint, data, detecting, engine, feature_cache, schema, training
+from cvlab.data import boxsets, views
+from cvlab.data.boxsets import BoxImage, BoxSet
+from cvlab.detecting import Rules
+from cvlab.errors import ConfigError
+from cvlab.feature_cache import Cached, CachedBatches
+from cvlab.jobs import Job, TrainConfig
+from cvlab.models import detectors, pretrained
+from cvlab.models.detector import Targets
+from cvlab.models.detectors import About, Detector
+from cvlab.ops.average_precision import Precision
+from cvlab.report import detection_plots
+from cvlab.rundir import RunDir
+from cvlab.signals import StopRequest
+
+Batch = tuple[list[Tensor], Targets]
+WEIGHTS = "detector.safetensors"
+SHOWN_FLOOR = 0.25  # of what is drawn and counted, as in `cvlab detect`
+
+
+class Data(schema.DataBlock):
+    """Which photos with boxes."""
+
+    path: str | None = Field(None, description="with name: boxes, the folder or file of your own")
+    val_fraction: schema.BelowOne = Field(
+        0.2, description="of the training photos, where the set has no validation list"
+    )
+    num_train: schema.Count | None = Field(None, description="train on the first so many photos; null: on all")
+
+    @field_validator("name", "standin")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and (error := data.unfit(name, "boxes")):
+            raise ValueError(str(error))
+        return name
+
+    @field_validator("path")
+    @classmethod
+    def _absolute_path(cls, name: str | None) -> str | None:
+        return os.path.abspath(name) if name else name
+
+    @model_validator(mode="after")
+    def _own_path(self) -> "Data":
+        if (self.name == boxsets.OWN) != (self.path is not None):
+            raise ValueError("name: boxes goes with a path, and no other set does")
+        return self
+
+
+class Augment(schema.Frozen):
+    """How much the views of a photo differ."""
+
+    zoom: Annotated[float, Ge(1), Le(8)] = Field(1.6, description="larger or smaller by up to this factor")
+    aspect: Annotated[float, Ge(1), Le(4)] = Field(1.25, description="wider or higher by up to this factor")
+    flip: bool = Field(True, description="mirror at random")
+    brightness: schema.Fraction = Field(0.25, description="brighter or darker by up to this share")
+    contrast: schema.Fraction = Field(0.25, description="more or less contrast by up to this share")
+    saturation: schema.Fraction = Field(0.4, description="more or less colour by up to this share")
+
+
+class Config(TrainConfig):
+    """A detector, its data and how it is trained."""
+
+    data: Data
+    model: Annotated[schema.Part, detectors.TABLE]
+    backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")
+    backbone_weights: str | None = Field(None, description="a file with its weights")
+    size: Annotated[int, Ge(64), Le(2048)] = Field(320, description="side of the square pictures in pixels")
+    views: schema.Count = Field(16, description="random views of each photo that are kept as maps")
+    augment: Augment = Field(Augment())
+    map_rule: Literal["voc07", "voc", "coco"] = Field("voc", description="how precision is averaged over recall")
+    confidence_floor: schema.Fraction = Field(0.001, description="detections below it are left out")
+    nms_iou: schema.Fraction = Field(0.6, description="of two boxes of a class that overlap more, the better stays")
+    evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        pretrained.require_known(name)
+        return name
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration builds."""
+
+    where: engine.Compute
+    boxset: BoxSet
+    detector: Detector
+    rules: Rules
+
+
+def build(config: Config) -> Parts:
+    """Read the set's annotations and build the detector, seeded."""
+    where = engine.compute(config.device, config.precision, config.threads)
+    boxset = boxsets.load(config.data.name, data.root(), config.data.path, config.data.val_fraction)
+    engine.seed_everything(config.seed)
+    arguments = config.model.arguments()
+    about = About(
+        config.model.name, arguments, boxset.classes, config.size, config.backbone, config.backbone_weights, boxset.name
+    )
+    detector = detectors.build(about, where.device)
+    return Parts(where, boxset, detector, Rules(config.map_rule, config.confidence_floor, config.nms_iou))
+
+
+def items_of(config: Config, boxset: BoxSet, split: str) -> tuple[BoxImage, ...]:
+    """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
+    items = boxset.splits.get(split, ())
+    wanted = config.data.num_train if split == "train" else None
+    if not items or (wanted is not None and wanted > len(items)):
+        raise ConfigError(
+            f"{boxset.name} has {len(items)} photos in {split!r}", "name another split, or lower num_train"
+        )
+    return items[:wanted]
+
+
+def maps_of(config: Config, parts: Parts, split: str, num_views: int, look_up: Callable[[], None]) -> Cached:
+    """Compute the maps of a split: of random views, or, where `num_views` is 0, of each photo whole."""
+    changes = views.Changes(**config.augment.model_dump()) if num_views else None
+    items = items_of(config, parts.boxset, split)
+    title = f"maps of {split}"
+    request = feature_cache.Request(config.size, max(1, num_views), changes, config.seed, title)
+    return feature_cache.build(parts.detector.features, items, parts.where, request, look_up)
+
+
+def loss_function(size_px: int) -> engine.LossFn[Batch]:
+    """Return the detector's own losses."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> engine.Losses:
+        maps, targets = batch
+        found: engine.Losses = model.losses(model(maps), targets, size_px)  # type: ignore[operator]
+        return found
+
+    return loss_fn
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Compute the maps, train the head, evaluate it; keep its weights in a file of their own."""
+    parts = build(config)
+    with StopRequest() as stop:
+
+        def look_up() -> None:
+            if stop.received is not None:
+                raise stop.error(0, out.path.name)
+
+        train = maps_of(config, parts, "train", config.views, look_up)
+        val = maps_of(config, parts, "val", 0, look_up)
+    batches = CachedBatches(train, config.batch_size, config.seed, parts.where.device)
+
+    def evaluation(model: nn.Module) -> dict[str, float]:
+        return {"val_map50": _measure(config, parts, model, val, "val").map50}
+
+    job = Job(
+        model=parts.detector.head,
+        loss_fn=loss_function(config.size),
+        batch_at=batches,
+        steps_per_epoch=batches.steps_per_epoch,
+        items_per_step=batches.batch_size,
+        evaluate=evaluation,
+        monitor="val_map50",
+        where=parts.where,
+    )
+    model, metrics = training.train(config, job, out)
+    detectors.save(parts.detector.about, model, out.path / WEIGHTS)
+    split = "test" if config.evaluate_test else "val"
+    last = val if split == "val" else maps_of(config, parts, "test", 0, look_up)
+    out.facts |= {"map_rule": config.map_rule, "confidence_floor": config.confidence_floor, "evaluated_split": split}
+    return metrics | detecting.metrics(_measure(config, parts, model, last, split), parts.boxset.classes)
+
+
+def _measure(config: Config, parts: Parts, model: nn.Module, cached: Cached, split: str) -> Precision:
+    found = detecting.find(model, cached, config.size, parts.rules, parts.where)
+    return detecting.measure(found, items_of(config, parts.boxset, split), len(parts.boxset.classes), parts.rules)
+
+
+def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
+    """Evaluate the weights of a checkpoint and draw curves and confusions; names of splits stand before the metrics.
+
+    Recall by size of the boxes and the table of confusions count what is at least `SHOWN_FLOOR` sure.
+    """
+    parts = build(config)
+    weights = state["average"] if config.ema is not None else state["model"]
+    model = parts.detector.head
+    checkpoint.match_model(model, weights, str(base))
+    model.load_state_dict(weights)
+    chosen = splits or tuple(name for name in ("val", "test") if parts.boxset.splits.get(name))
+    found: dict[str, float] = {}
+    for split in chosen:
+        cached = maps_of(config, parts, split, 0, lambda: None)
+        items, classes = items_of(config, parts.boxset, split), parts.boxset.classes
+        result = detecting.find(model, cached, config.size, parts.rules, parts.where)
+        measured = detecting.measure(result, items, len(classes), parts.rules)
+        confusion = detecting.confused(result, items, len(classes), SHOWN_FLOOR)
+        detection_plots.write(RunDir(base), measured, confusion, classes, f"{split}_")
+        values = detecting.metrics(measured, classes) | detecting.recalls(result, items, SHOWN_FLOOR)
+        found |= {f"{split}_{name}": value for name, value in values.items()}
+    return found
+
+
+class _Names(set[str]):
+    """Names of metrics, and `ap50/CLASS` of any class: the set says which there are when it is read."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith("ap50/")
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    return _Names({"val_map50", "best_val_map50", "map50", "map50_95", *training.METRICS})
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do; annotations are read, no photo is opened."""
+    parts = build(config)
+    train = items_of(config, parts.boxset, "train")
+    views_in_all = len(train) * config.views
+    steps_per_epoch = max(1, views_in_all // config.batch_size)
+    return {
+        "model": config.model.name,
+        "parameters": sum(p.numel() for p in parts.detector.head.parameters()),
+        "classes": ", ".join(parts.boxset.classes),
+        "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.boxset.splits.items()),
+        "views": views_in_all,
+        "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
+        **parts.where.told(),
+    }

@@ -1,0 +1,152 @@
+"""The maps that a frozen backbone makes of many views of photos, computed once and kept in memory.
+
+A head on a frozen backbone sees nothing but these maps, so that a training of it costs a hundredth of one through the
+whole net.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cvlab import memory
+from cvlab.console import Progress
+from cvlab.data import photos, shuffle, views
+from cvlab.data.boxsets import BoxImage
+from cvlab.engine import Compute
+from cvlab.errors import ConfigError
+from cvlab.models.detector import Targets, padded
+from cvlab.models.features import Features
+
+BATCH = 16
+FREE_SHARE = 0.6  # of the free memory, that the maps may take
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Maps of views, one tensor (V, H, W, C) for each level; the boxes of each view, where it lies in its photo.
+
+    `sizes` are the photos' widths and heights.
+    """
+
+    maps: list[Tensor]
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    places: list[views.Drawn]
+    sizes: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def batch(self, indices: Tensor) -> tuple[list[Tensor], Targets]:
+        """Return the maps (N, C, H, W), channels_last, and the boxes of some views."""
+        found = indices.tolist()
+        targets = padded([self.boxes[k] for k in found], [self.labels[k] for k in found])
+        return [level[indices].permute(0, 3, 1, 2) for level in self.maps], targets
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which views: `num_views` random ones of each photo, or, without `changes`, each photo whole."""
+
+    size_px: int
+    num_views: int
+    changes: views.Changes | None
+    seed: int
+    title: str
+
+
+def build(
+    features: Features, items: Sequence[BoxImage], where: Compute, request: Request, look_up: Callable[[], None]
+) -> Cached:
+    """Compute the maps of the views that are asked for; difficult boxes are no targets.
+
+    `look_up` is called now and then. ConfigError where the maps would not fit into the memory.
+    """
+    num_views = request.num_views
+    count = len(items) * num_views
+    kept: list[Tensor] = []
+    boxes: list[Tensor] = []
+    labels: list[Tensor] = []
+    places: list[views.Drawn] = []
+    sizes: list[tuple[int, int]] = []
+    queue: list[Tensor] = []
+
+    def flush() -> None:
+        if not queue:
+            return
+        found = _look(features, torch.stack(queue), where)
+        if not kept:
+            _require_memory(found, count, where, num_views)
+            kept.extend(level.new_empty(count, *level.shape[1:]) for level in found)
+        for store, level in zip(kept, found, strict=True):
+            store[len(boxes) - len(queue) : len(boxes)] = level
+        queue.clear()
+
+    with Progress(request.title, count, 0) as progress:
+        for k, item in enumerate(items):
+            photo = photos.load(item.path)
+            for number in range(num_views):
+                view, place = _view(photo, request, k, number)
+                seen, which = place.visible(item.boxes_xyxy)
+                queue.append(view)
+                easy = ~item.difficult[which]
+                boxes.append(seen[easy])
+                labels.append(item.labels[which][easy])
+                places.append(place)
+                sizes.append(photo.size)
+                if len(queue) == BATCH:
+                    flush()
+            look_up()
+            if progress.due():
+                progress.update(len(boxes), f"{item.path.name}")
+        flush()
+    return Cached(kept, boxes, labels, places, sizes)
+
+
+def _view(photo: Image.Image, request: Request, k: int, number: int) -> tuple[Tensor, views.Drawn]:
+    size_px, changes, seed = request.size_px, request.changes, request.seed
+    if changes is None:
+        place = views.whole(photo.width, photo.height, size_px)
+        return photos.to_tensor(place.view(photo)), place
+    place = views.drawn(photo.width, photo.height, size_px, changes, seed, k, number)
+    return views.recoloured(photos.to_tensor(place.view(photo)), changes, seed, k, number), place
+
+
+@torch.inference_mode()
+def _look(features: Features, batch: Tensor, where: Compute) -> list[Tensor]:
+    with where.autocast():
+        found = features.batch(batch.to(where.device))
+    dtype = torch.bfloat16 if where.precision == "bfloat16" else torch.float32
+    return [found[name].permute(0, 2, 3, 1).to(dtype).contiguous() for name in features.names]
+
+
+def _require_memory(found: list[Tensor], count: int, where: Compute, num_views: int) -> None:
+    needed = sum(level[0].numel() * level.element_size() for level in found) * count
+    free = memory.free_bytes(where.device)
+    if free is not None and needed > FREE_SHARE * free:
+        fits = int(num_views * FREE_SHARE * free / needed)
+        raise ConfigError(
+            f"views {num_views} of each photo need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
+            f"views={fits} fits" if fits else "a smaller size",
+        )
+
+
+class CachedBatches:
+    """The batch of every step, as a pure function of (seed, step): shuffled epochs over all views."""
+
+    def __init__(self, cached: Cached, batch_size: int, seed: int, device: torch.device) -> None:
+        self.cached, self.batch_size, self.seed, self.device = cached, batch_size, seed, device
+        self.steps_per_epoch = max(1, len(cached) // batch_size)
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
+        """Return maps and boxes of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffle.permutation(self.seed, epoch, len(self.cached), self.device))
+        chosen = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+        maps, targets = self.cached.batch(chosen)
+        return maps, Targets(targets.boxes_xyxy.to(self.device), targets.labels.to(self.device))

@@ -1,0 +1,229 @@
+"""Detectors that look at photos: which there are, what they find, how it is drawn and saved, how good they are."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cvlab import data, detecting, explaining, rundir
+from cvlab.data import boxsets, boxwriters, photos, views
+from cvlab.data.coco import COCO_CLASSES
+from cvlab.detecting import Rules
+from cvlab.engine import Compute
+from cvlab.errors import CvlabError, DataError, RunDirError
+from cvlab.models import detectors, weights, yolov3_tiny
+from cvlab.ops import nms
+from cvlab.ops.average_precision import Detections
+from cvlab.photojobs import Photo
+from cvlab.report import boxes as drawing
+from cvlab.report import detection_plots, pictures
+from cvlab.report.boxes import Labelled
+from cvlab.rundir import Row, RunDir
+
+WEIGHTS = "detector.safetensors"  # in the run of a training
+SHIPPED = Path(__file__).parent / "weights"  # detectors of our own that come along
+EVERYDAY, SCENES = "everyday", "scenes"
+SHEET_PHOTOS = 12
+EVALUATION_FLOOR, EVALUATION_IOU = 0.001, 0.6
+Look = Callable[[Sequence[Image.Image], float, float], list[Detections]]
+
+
+@dataclass(frozen=True)
+class Finder:
+    """A detector ready to look: `look(photos, floor, iou)` gives what it finds, in pixels of each photo.
+
+    `told` says which it is; `trained_on` names the set whose validation photos it is judged by.
+    """
+
+    told: str
+    classes: tuple[str, ...]
+    num_parameters: int
+    look: Look
+    trained_on: str = ""
+    path: str | None = None
+
+
+def absolute(name: str | None) -> str | None:
+    """Return the path that is meant by weights: a file, a run's folder, or a run's name."""
+    if name is None or os.path.lexists(name):
+        return os.path.abspath(name) if name else name
+    try:
+        return str(rundir.find(name, rundir.runs_root(None)).absolute())
+    except RunDirError:
+        return os.path.abspath(name)
+
+
+def open_finder(model: str, weights_name: str | None, where: Compute, evaluates: bool = False) -> Finder:
+    """Open a detector. DataError where its weights are not there.
+
+    `auto` is yolov3_tiny where its weights are on the disk, else what comes along.
+    """
+    if model == "auto":
+        is_darknet = weights_name is not None and weights_name.endswith(".weights")
+        on_disk = weights_name is None and not evaluates and _has_tiny()
+        model = yolov3_tiny.NAME if is_darknet or on_disk else "yolo"
+    if model == yolov3_tiny.NAME:
+        return _open_tiny(weights_name, where)
+    if weights_name is None:
+        name = SCENES if evaluates else EVERYDAY
+        path, told = SHIPPED / f"{name}.safetensors", f"{name}, the weights that come along"
+    else:
+        path = Path(weights_name)
+        path = path / WEIGHTS if path.is_dir() else path
+        told = str(path)
+    if not path.is_file() and weights_name is not None and path.name == WEIGHTS:
+        raise DataError(
+            f"{path.parent}: this run has no {WEIGHTS}", "name a run of `cvlab train` that ended, of a detector"
+        )
+    made = detectors.load(path, where.device)
+    about = made.about
+    text = f"{about.model} ({told}): {len(about.classes)} classes, {about.size_px} px, trained on {about.trained_on}"
+    size = sum(p.numel() for p in made.head.parameters())
+    return Finder(text, about.classes, size, _looks(made, where), about.trained_on, about.notes.get("path"))
+
+
+def _has_tiny() -> bool:
+    try:
+        weights.locate(yolov3_tiny.NAME, None)
+    except CvlabError:
+        return False
+    return True
+
+
+def _looks(made: detectors.Detector, where: Compute) -> Look:
+    size_px = made.about.size_px
+
+    @torch.inference_mode()
+    def look(images: Sequence[Image.Image], floor: float, iou: float) -> list[Detections]:
+        places = [views.whole(image.width, image.height, size_px) for image in images]
+        batch = torch.stack([photos.to_tensor(place.view(image)) for place, image in zip(places, images, strict=True)])
+        with where.autocast():
+            maps = made.features.batch(batch.to(where.device))
+            found = made.head([maps[name] for name in made.features.names])
+            results: list[Detections] = made.head.detections(  # type: ignore[operator]
+                found, size_px, floor, iou, detecting.MOST
+            )
+        triples = zip(results, places, images, strict=True)
+        return [detecting.in_photo(result, place, image.size) for result, place, image in triples]
+
+    return look
+
+
+def _open_tiny(weights_file: str | None, where: Compute) -> Finder:
+    net = yolov3_tiny.build(weights_file, where.device)
+
+    @torch.inference_mode()
+    def look(images: Sequence[Image.Image], floor: float, iou: float) -> list[Detections]:
+        boxed = [yolov3_tiny.letterbox(image) for image in images]
+        with where.autocast():
+            found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]).to(where.device), floor)
+        results = []
+        for (box, score, label), (_, scale, left, top), image in zip(found, boxed, images, strict=True):
+            kept = nms.nms_by_class(box, score, label, iou, detecting.MOST)
+            moved = yolov3_tiny.unletterbox(box[kept].cpu(), scale, left, top)
+            most = moved.new_tensor([image.width, image.height] * 2)
+            results.append(Detections(moved.clamp(min=0).minimum(most), score[kept].cpu(), label[kept].cpu()))
+        return results
+
+    told = f"{yolov3_tiny.NAME}: {len(COCO_CLASSES)} classes, {yolov3_tiny.SIZE_PX} px, trained on COCO"
+    return Finder(told, COCO_CLASSES, sum(p.numel() for p in net.parameters()), look)
+
+
+class Detect:
+    """The work of a command on photos: find, draw, save."""
+
+    def __init__(self, config: Any, finder: Finder, out: RunDir) -> None:
+        self.config, self.finder, self.out = config, finder, out
+
+    def __call__(self, batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+        """Return a result for each photo: `objects`, the surest first, and the picture with their boxes."""
+        look_up()
+        found = self.finder.look([photo.image for photo in batch], self.config.conf, self.config.iou)
+        return [self._one(photo, result) for photo, result in zip(batch, found, strict=True)]
+
+    def _one(self, photo: Photo, found: Detections) -> Row:
+        name = f"images/{photo.label}-boxes.png"
+        self.out.write_bytes(name, pictures.png(drawing.draw(photo.image, labelled(found, self.finder.classes))))
+        size = photo.image.size
+        names = [self.finder.classes[label] for label in found.labels.tolist()]
+        texts = {
+            "txt": lambda: boxwriters.write_yolo_txt(found.boxes_xyxy, found.labels, size, found.scores),
+            "xml": lambda: boxwriters.write_voc_xml(
+                found.boxes_xyxy, names, size, photo.path.name, scores=found.scores.tolist()
+            ),
+        }
+        saved = {}
+        for kind in self.config.save:
+            if kind in texts:
+                self.out.folder("boxes")
+                saved[kind] = f"boxes/{photo.label}.{kind}"
+                self.out.write_text(saved[kind], texts[kind]())
+        if self.config.explain:
+            boxes_xyxy, words = explaining.annotated(photo.path) or (found.boxes_xyxy, names)
+            saved["explained"] = f"images/{photo.label}-{self.config.explain}.png"
+            sheet = explaining.draw(self.config.explain, photo.image, boxes_xyxy, words)
+            self.out.write_bytes(saved["explained"], pictures.png(sheet))
+        triples = zip(names, found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
+        objects = [
+            {"label": label, "score": score, "box_xyxy": [round(v, 2) for v in box]} for label, score, box in triples
+        ]
+        width, height = size
+        return {"objects": objects, "width": width, "height": height, "picture": name, **saved}
+
+
+def labelled(found: Detections, classes: Sequence[str]) -> list[Labelled]:
+    """Return what is drawn of detections."""
+    triples = zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    return [Labelled(tuple(box), f"{classes[label]} {score:.2f}", label) for box, score, label in triples]
+
+
+def save_coco(config: Any, finder: Finder, rows: Sequence[Row], out: RunDir) -> None:
+    """Write one JSON for all photos, where it is asked for."""
+    if "json" not in config.save:
+        return
+    index = {name: k for k, name in enumerate(finder.classes)}
+    boxed = [
+        boxwriters.Boxed(
+            Path(row["image"]).name,
+            (row["width"], row["height"]),
+            torch.tensor([thing["box_xyxy"] for thing in row["objects"]]).view(-1, 4),
+            torch.tensor([index[thing["label"]] for thing in row["objects"]], dtype=torch.int64),
+            torch.tensor([thing["score"] for thing in row["objects"]]),
+        )
+        for row in rows
+    ]
+    out.folder("boxes")
+    out.write_text("boxes/detections.json", boxwriters.write_coco_json(boxed, finder.classes))
+
+
+def evaluate(finder: Finder, config: Any, out: RunDir) -> dict[str, float]:
+    """Judge a detector by the validation photos of its own set; draw the first of them on a sheet."""
+    if not finder.trained_on:
+        raise DataError("this detector has no validation photos here", "name photos to look at")
+    boxset = boxsets.load(finder.trained_on, data.root(), finder.path)
+    if tuple(boxset.classes) != tuple(finder.classes):
+        raise DataError(f"{finder.trained_on}: its classes are not those that the detector was trained on")
+    items = boxset.splits["val"]
+    rules = Rules("voc", EVALUATION_FLOOR, EVALUATION_IOU)
+    found: list[Detections] = []
+    for start in range(0, len(items), config.batch_size):
+        images = [photos.load(item.path) for item in items[start : start + config.batch_size]]
+        found += finder.look(images, rules.floor, rules.nms_iou)
+    sheet = []
+    for item, result in list(zip(items, found, strict=True))[:SHEET_PHOTOS]:
+        sure = result.scores >= config.conf
+        shown = Detections(result.boxes_xyxy[sure], result.scores[sure], result.labels[sure])
+        wanted = [tuple(box) for box in item.boxes_xyxy.tolist()]
+        sheet.append(drawing.draw(photos.load(item.path), labelled(shown, finder.classes), wanted))
+    out.write_bytes("images/sheet.png", pictures.png(drawing.contact_sheet(sheet)))
+    measured = detecting.measure(found, items, len(finder.classes), rules)
+    detection_plots.write(
+        out, measured, detecting.confused(found, items, len(finder.classes), config.conf), finder.classes
+    )
+    out.facts |= {"map_rule": rules.map_rule, "confidence_floor": rules.floor, "data": f"{boxset.name}, val"}
+    out.facts["results"] = [{"image": "images/sheet.png", "objects": [], "picture": "images/sheet.png"}]
+    return {"num_photos": len(items), **detecting.metrics(measured, finder.classes)}

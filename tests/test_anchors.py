@@ -1,0 +1,149 @@
+"""Anchors: the worked example of the course, slow twins, no boxes, ties."""
+
+import pytest
+import torch
+
+from cvlab.ops import anchors, boxes
+
+SHAPES = torch.tensor(anchors.COURSE_SHAPES).float()
+PRINTED = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
+
+
+def random_boxes(count, span, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, 2, generator=generator) * span
+    return torch.cat([corners.amin(1), corners.amax(1) + 0.1], 1)
+
+
+def slow_iou(a, b):
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(wide, 0) * max(high, 0)
+    whole = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / whole if whole > 0 else 0.0
+
+
+def slow_anchors(height, width, shapes):
+    """List them in the order (A, H, W)."""
+    return [
+        (c + 0.5 - w / 2, r + 0.5 - h / 2, c + 0.5 + w / 2, r + 0.5 + h / 2)
+        for w, h in shapes
+        for r in range(height)
+        for c in range(width)
+    ]
+
+
+def slow_activated(box, height, width, shapes):
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    cells = [(abs(c + 0.5 - x) + abs(r + 0.5 - y), r * width + c) for r in range(height) for c in range(width)]
+    cell = min(cells)[1]
+    every = slow_anchors(height, width, shapes)
+    found = [slow_iou(every[a * height * width + cell], box) for a in range(len(shapes))]
+    best = found.index(max(found))
+    return best * height * width + cell, found[best]
+
+
+class TestWorkedExample:
+    """A car at 156, 97, 351, 270 in a photo of 500 x 333 pixels under 7 x 7 cells."""
+
+    car = torch.tensor([[156.0, 97, 351, 270]]) * 7 / torch.tensor([500.0, 333, 500, 333])
+    centres = anchors.grid_centres(7, 7)
+
+    def test_nearest_cell(self):
+        in_pixels = self.centres * torch.tensor([500.0, 333]) / 7
+        assert in_pixels[3, 3].tolist() == pytest.approx([250.0, 166.5])
+        distances = (in_pixels - torch.tensor([253.5, 183.5])).abs().sum(-1).flatten().sort()
+        assert distances.values[:2].tolist() == pytest.approx([20.5, 34.07], abs=0.005)
+        assert distances.indices[0] == 3 * 7 + 3
+
+    def test_nine_overlaps(self):
+        at_cell = anchors.anchors_on(self.centres, SHAPES)[:, 3, 3]
+        assert boxes.iou(at_cell, self.car)[:, 0].tolist() == pytest.approx(PRINTED, abs=1e-4)
+
+    def test_the_anchor_that_answers(self):
+        index, overlap = anchors.activated(self.car, self.centres, SHAPES)
+        assert index.tolist() == [122] and overlap.item() == pytest.approx(0.7454, abs=1e-4)
+        every = anchors.anchors_on(self.centres, SHAPES)
+        assert every.shape == (9, 7, 7, 4) and every[..., 0].numel() == 441
+        assert torch.equal(every.flatten(0, 2)[122], every[2, 3, 3])
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (3, 5)])
+class TestEachMap:
+    def test_centres_and_anchors(self, height, width):
+        centres = anchors.grid_centres(height, width)
+        assert centres.tolist() == [[[c + 0.5, r + 0.5] for c in range(width)] for r in range(height)]
+        made = anchors.anchors_on(centres, SHAPES)
+        wanted = torch.tensor(slow_anchors(height, width, anchors.COURSE_SHAPES))
+        torch.testing.assert_close(made.flatten(0, 2), wanted)
+
+    def test_activated_is_the_loop(self, height, width):
+        found = random_boxes(60, max(height, width))
+        index, overlap = anchors.activated(found, anchors.grid_centres(height, width), SHAPES)
+        wanted = [slow_activated(box, height, width, anchors.COURSE_SHAPES) for box in found.tolist()]
+        assert index.tolist() == [pair[0] for pair in wanted]
+        torch.testing.assert_close(overlap, torch.tensor([pair[1] for pair in wanted]))
+
+
+def test_ties_take_the_first():
+    centres = anchors.grid_centres(2, 2)
+    corner = torch.tensor([[0.0, 0, 2, 2]])  # its middle is as far from all four cells
+    assert anchors.activated(corner, centres, SHAPES)[0].item() % 4 == 0
+    twins = torch.tensor([[1.0, 1], [2, 2], [2, 2]])
+    assert anchors.activated(torch.tensor([[0.0, 0, 1, 1]]), centres, twins)[0].item() == 0
+    assert anchors.activated(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centres, twins)[0].item() == 4
+    same = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
+    assert len(set(anchors.activated(same, centres, SHAPES)[0].tolist())) == 1
+
+
+def test_without_boxes():
+    index, overlap = anchors.activated(torch.empty(0, 4), anchors.grid_centres(7, 7), SHAPES)
+    assert index.shape == overlap.shape == (0,) and index.dtype == torch.int64
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_negatives_are_the_loop(count):
+    every = anchors.anchors_on(anchors.grid_centres(7, 7), SHAPES).flatten(0, 2)
+    found = random_boxes(count, 7, seed=3)
+    wanted = [all(slow_iou(a, b) < 0.2 for b in found.tolist()) for a in every.tolist()]
+    assert anchors.negatives(boxes.iou(every, found)).tolist() == wanted
+    assert (count == 0) == all(wanted)
+
+
+def test_negatives_at_the_threshold():
+    overlap = torch.tensor([[0.2, 0.0], [0.1999, 0.1999], [0.0, 0.3]])
+    assert anchors.negatives(overlap).tolist() == [False, True, False]
+    assert anchors.negatives(overlap, low=0.1).tolist() == [False, False, False]
+    assert anchors.negatives(overlap[None], low=1.0).tolist() == [[True, True, True]]
+
+
+def slow_matches(overlap, high, low):
+    """Match anchor by anchor, as section 3.1.2 of "Faster R-CNN" says it."""
+    labels, chosen = [], []
+    for row in overlap:
+        best_of = [m for m, value in enumerate(row) if value > 0 and value == max(other[m] for other in overlap)]
+        own = row.index(max(row)) if row else 0
+        if row and max(row) > high:
+            labels.append(1)
+        elif best_of:
+            labels.append(1)
+            own = max(best_of, key=lambda m, row=row: (row[m], -m))
+        else:
+            labels.append(0 if not row or max(row) < low else -1)
+        chosen.append(own)
+    return labels, chosen
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 9])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_matches_are_the_loop(count, seed):
+    every = anchors.anchors_on(anchors.grid_centres(7, 7), SHAPES).flatten(0, 2)
+    found = random_boxes(count, 7, seed)
+    overlap = (boxes.iou(every, found) * 20).round() / 20  # ties
+    labels, chosen = anchors.matches_by_iou(overlap, 0.7, 0.3)
+    assert (labels.tolist(), chosen.tolist()) == slow_matches(overlap.tolist(), 0.7, 0.3)
+
+
+def test_a_box_keeps_its_best_anchor_though_that_overlaps_another_box_more():
+    overlap = torch.tensor([[0.4, 0.6], [0.0, 0.65], [0.1, 0.2], [0.0, 0.0]])
+    labels, chosen = anchors.matches_by_iou(overlap, 0.7, 0.3)
+    assert labels.tolist() == [1, 1, 0, 0] and chosen.tolist()[:2] == [0, 1]
