@@ -75,7 +75,7 @@ class TestYoloFpn:
         found = train(cvlab, *words, "augment.flip=false", "eval_every=1000", "log_every=10")
         rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
         losses = [row["train_loss"] for row in rows if "train_loss" in row]
-        assert losses[-1] < 0.25 * losses[0]
+        assert losses[-1] < 0.4 * losses[0]
 
 
 class TestTraining:
