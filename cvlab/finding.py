@@ -225,5 +225,5 @@ def evaluate(finder: Finder, config: Any, out: RunDir) -> dict[str, float]:
         out, measured, detecting.confused(found, items, len(finder.classes), config.conf), finder.classes
     )
     out.facts |= {"map_rule": rules.map_rule, "confidence_floor": rules.floor, "data": f"{boxset.name}, val"}
-    out.facts["results"] = [{"image": "images/sheet.png", "objects": [], "picture": "images/sheet.png"}]
+    out.facts["results"] = [{"image": "images/sheet.png", "picture": "images/sheet.png"}]
     return {"num_photos": len(items), **detecting.metrics(measured, finder.classes)}
