@@ -24,7 +24,6 @@ from cvlab.report import detection_plots, pictures
 from cvlab.report.boxes import Labelled
 from cvlab.rundir import Row, RunDir
 
-WEIGHTS = "detector.safetensors"  # in the run of a training
 SHIPPED = Path(__file__).parent / "weights"  # detectors of our own that come along
 EVERYDAY, SCENES = "everyday", "scenes"
 SHEET_PHOTOS = 12
@@ -73,11 +72,11 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         path, told = SHIPPED / f"{name}.safetensors", f"{name}, the weights that come along"
     else:
         path = Path(weights_name)
-        path = path / WEIGHTS if path.is_dir() else path
+        path = path / detectors.FILE if path.is_dir() else path
         told = str(path)
-    if not path.is_file() and weights_name is not None and path.name == WEIGHTS:
+    if not path.is_file() and weights_name is not None and path.name == detectors.FILE:
         raise DataError(
-            f"{path.parent}: this run has no {WEIGHTS}", "name a run of `cvlab train` that ended, of a detector"
+            f"{path.parent}: this run has no {detectors.FILE}", "name a run of `cvlab train` that ended, of a detector"
         )
     made = detectors.load(path, where.device)
     about = made.about

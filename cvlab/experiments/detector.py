@@ -34,7 +34,6 @@ from cvlab.rundir import RunDir
 from cvlab.signals import StopRequest
 
 Batch = tuple[list[Tensor], Targets]
-WEIGHTS = "detector.safetensors"
 SHOWN_FLOOR = 0.25  # of what is drawn and counted, as in `cvlab detect`
 
 
@@ -180,7 +179,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         where=parts.where,
     )
     model, metrics = training.train(config, job, out)
-    detectors.save(parts.detector.about, model, out.path / WEIGHTS)
+    detectors.save(parts.detector.about, model, out.path / detectors.FILE)
     split = "test" if config.evaluate_test else "val"
     last = val if split == "val" else maps_of(config, parts, "test", 0, look_up)
     out.facts |= {"map_rule": config.map_rule, "confidence_floor": config.confidence_floor, "evaluated_split": split}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cvlab.models.detector import Targets
 from cvlab.models.pyramid import Pyramid, separable
 from cvlab.ops import assignment, boxes, nms
+from cvlab.ops.anchors import matches_by_iou
 from cvlab.ops.average_precision import Detections
 from cvlab.ops.roi_align import roi_align
 from cvlab.schema import Count
@@ -207,22 +208,9 @@ def _own(targets: Targets) -> list[tuple[Tensor, Tensor]]:
 
 
 def _sides(anchors_xyxy: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which anchors hold something, which do not, and whose box each is nearest to.
-
-    Positive is an IoU over `RPN_HIGH`, and the best anchors of each box; negative one below `RPN_LOW` with every box.
-    """
-    if not len(own):
-        everything = torch.arange(len(anchors_xyxy), device=anchors_xyxy.device)
-        return everything[:0], everything, everything
-    overlap = boxes.iou(anchors_xyxy, own)  # (P, M)
-    best, which = overlap.max(1)
-    positive = best > RPN_HIGH
-    of_box = overlap.amax(0)
-    is_best = (overlap >= of_box - 1e-6) & (of_box > 0)
-    positive |= is_best.any(1)
-    which = torch.where(is_best.any(1), torch.where(is_best, overlap, -1.0).argmax(1), which)
-    negative = (best < RPN_LOW) & ~positive
-    return positive.nonzero()[:, 0], negative.nonzero()[:, 0], which
+    """Return which anchors hold something, which do not, and whose box each is nearest to."""
+    sides, which = matches_by_iou(boxes.iou(anchors_xyxy, own), RPN_HIGH, RPN_LOW)
+    return (sides == 1).nonzero()[:, 0], (sides == 0).nonzero()[:, 0], which
 
 
 def _some(indices: Tensor, most: int) -> Tensor:
