@@ -14,13 +14,17 @@ app = typer.Typer()
 @app.command()
 def detect(
     images: Images = None,
-    model: Annotated[str | None, typer.Option(help="yolo, yolov3_tiny; else the best that is on the disk")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="yolo, faster_rcnn, yolov3_tiny; else the best that is on the disk")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="a run that trained a detector, or a weights file")] = None,
     conf: Annotated[float | None, typer.Option(help="leave out what is less sure")] = None,
     iou: Annotated[
         float | None, typer.Option(help="of two boxes of a class that overlap more, the surer stays")
     ] = None,
-    explain: Annotated[str | None, typer.Option(help="grid, anchors or targets: also draw the course's grid")] = None,
+    explain: Annotated[
+        str | None, typer.Option(help="grid, anchors or targets: also draw the course's grid; or proposals")
+    ] = None,
     save_json: Annotated[bool, typer.Option("--save-json", help="also write all boxes as COCO's JSON")] = False,
     save_txt: Annotated[bool, typer.Option("--save-txt", help="also write each photo's boxes as YOLO's txt")] = False,
     save_xml: Annotated[bool, typer.Option("--save-xml", help="also write each photo's boxes as VOC's XML")] = False,

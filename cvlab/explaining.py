@@ -19,6 +19,8 @@ from cvlab.report import boxes as drawing
 from cvlab.report.boxes import Labelled
 
 KINDS = ("grid", "anchors", "targets")
+PROPOSALS = "proposals"
+SHOWN = 300  # regions before suppression; more hide the photo
 CELLS = 7
 NEGATIVE_IOU = 0.2
 LEAST_SIDE_PX = 700  # small photos are drawn larger, so that lines and words fit
@@ -106,6 +108,30 @@ def draw(
         return _targets(sheet, in_cells * _scale(sheet.size, cells), names, cells)
     sheet = _cells(sheet, cells, BRIGHT if kind == "grid" else FAINT)
     return _anchors(sheet, cells) if kind == "anchors" else sheet
+
+
+def proposals(photo: Image.Image, before_xyxy: Tensor, after_xyxy: Tensor) -> Image.Image:
+    """Draw a first stage's regions (K, 4) over a photo, side by side before and after suppression, with their numbers.
+
+    Of those before it the surest are drawn.
+    """
+    factor = max(1.0, LEAST_SIDE_PX / max(photo.size))
+    size = (max(1, round(photo.width * factor)), max(1, round(photo.height * factor)))
+    halves = []
+    for words, places, alpha in (("before", before_xyxy, 90), ("after", after_xyxy, 200)):
+        shown = places[:SHOWN] * factor
+        sheet = photo.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        layer = Image.new("RGBA", size)
+        pen = ImageDraw.Draw(layer)
+        for k, place in reversed(list(enumerate(shown.tolist()))):
+            pen.rectangle(place, outline=(*drawing.colour(k), alpha), width=_line(sheet) + 1)
+        more = "" if len(shown) == len(places) else f", the surest {len(shown)} drawn"
+        text = f"{len(places)} regions {words} suppression{more}"
+        halves.append(drawing.draw(_blend(sheet, layer), [Labelled((0, 0, *size), text, 0)]))
+    both = Image.new("RGB", (2 * size[0] + 6, size[1]), "white")
+    both.paste(halves[0], (0, 0))
+    both.paste(halves[1], (size[0] + 6, 0))
+    return both
 
 
 def _scale(size: tuple[int, int], cells: int) -> Tensor:

@@ -34,17 +34,19 @@ class Cached:
     maps: list[Tensor]
     boxes: list[Tensor]
     labels: list[Tensor]
+    confidence: list[Tensor]
     places: list[views.Drawn]
     sizes: list[tuple[int, int]]
 
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def batch(self, indices: Tensor) -> tuple[list[Tensor], Targets]:
-        """Return the maps (N, C, H, W), channels_last, and the boxes of some views."""
+    def batch(self, indices: Tensor, levels: int | None = None) -> tuple[list[Tensor], Targets]:
+        """Return the maps (N, C, H, W), channels_last, of all levels or the finest, and the boxes of views."""
         found = indices.tolist()
-        targets = padded([self.boxes[k] for k in found], [self.labels[k] for k in found])
-        return [level[indices].permute(0, 3, 1, 2) for level in self.maps], targets
+        parts = ([values[k] for k in found] for values in (self.boxes, self.labels, self.confidence))
+        targets = padded(*parts)
+        return [level[indices].permute(0, 3, 1, 2) for level in self.maps[:levels]], targets
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def build(
     kept: list[Tensor] = []
     boxes: list[Tensor] = []
     labels: list[Tensor] = []
+    confidence: list[Tensor] = []
     places: list[views.Drawn] = []
     sizes: list[tuple[int, int]] = []
     queue: list[Tensor] = []
@@ -95,6 +98,8 @@ def build(
                 easy = ~item.difficult[which]
                 boxes.append(seen[easy])
                 labels.append(item.labels[which][easy])
+                sure = torch.ones(len(item.labels)) if item.confidence is None else item.confidence
+                confidence.append(sure[which][easy])
                 places.append(place)
                 sizes.append(photo.size)
                 if len(queue) == BATCH:
@@ -103,7 +108,7 @@ def build(
             if progress.due():
                 progress.update(len(boxes), f"{item.path.name}")
         flush()
-    return Cached(kept, boxes, labels, places, sizes)
+    return Cached(kept, boxes, labels, confidence, places, sizes)
 
 
 def _view(photo: Image.Image, request: Request, k: int, number: int) -> tuple[Tensor, views.Drawn]:
@@ -135,10 +140,14 @@ def _require_memory(found: list[Tensor], count: int, where: Compute, num_views: 
 
 
 class CachedBatches:
-    """The batch of every step, as a pure function of (seed, step): shuffled epochs over all views."""
+    """The batch of every step, as a pure function of (seed, step): shuffled epochs over all views.
+
+    From step `finest_from` on only the finest map of each view is given.
+    """
 
     def __init__(self, cached: Cached, batch_size: int, seed: int, device: torch.device) -> None:
         self.cached, self.batch_size, self.seed, self.device = cached, batch_size, seed, device
+        self.finest_from: int | None = None
         self.steps_per_epoch = max(1, len(cached) // batch_size)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -148,5 +157,6 @@ class CachedBatches:
         if self._order[0] != epoch:
             self._order = (epoch, shuffle.permutation(self.seed, epoch, len(self.cached), self.device))
         chosen = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
-        maps, targets = self.cached.batch(chosen)
-        return maps, Targets(targets.boxes_xyxy.to(self.device), targets.labels.to(self.device))
+        is_finest = self.finest_from is not None and step >= self.finest_from
+        maps, targets = self.cached.batch(chosen, 1 if is_finest else None)
+        return maps, targets.to(self.device)

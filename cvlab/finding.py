@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from cvlab import data, detecting, explaining, rundir
 from cvlab.data import boxsets, boxwriters, photos, views
 from cvlab.data.coco import COCO_CLASSES
 from cvlab.detecting import Rules
 from cvlab.engine import Compute
-from cvlab.errors import CvlabError, DataError, RunDirError
+from cvlab.errors import ConfigError, CvlabError, DataError, RunDirError
 from cvlab.models import detectors, weights, yolov3_tiny
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
@@ -25,17 +26,22 @@ from cvlab.report.boxes import Labelled
 from cvlab.rundir import Row, RunDir
 
 SHIPPED = Path(__file__).parent / "weights"  # detectors of our own that come along
-EVERYDAY, SCENES = "everyday", "scenes"
+COMING_ALONG = {  # by --model: what looks at photos, and what is judged without any
+    "yolo": ("everyday", "scenes"),
+    "faster_rcnn": ("faster_rcnn_everyday", "faster_rcnn_scenes"),
+}
 SHEET_PHOTOS = 12
 EVALUATION_FLOOR, EVALUATION_IOU = 0.001, 0.6
 Look = Callable[[Sequence[Image.Image], float, float], list[Detections]]
+Propose = Callable[[Image.Image], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Finder:
     """A detector ready to look: `look(photos, floor, iou)` gives what it finds, in pixels of each photo.
 
-    `told` says which it is; `trained_on` names the set whose validation photos it is judged by.
+    `told` says which it is; `trained_on` names the set whose validation photos it is judged by. One of two stages has
+    `propose(photo)`: the regions (K, 4) of the first, before and after suppression.
     """
 
     told: str
@@ -44,6 +50,7 @@ class Finder:
     look: Look
     trained_on: str = ""
     path: str | None = None
+    propose: Propose | None = None
 
 
 def absolute(name: str | None) -> str | None:
@@ -68,7 +75,7 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
     if model == yolov3_tiny.NAME:
         return _open_tiny(weights_name, where)
     if weights_name is None:
-        name = SCENES if evaluates else EVERYDAY
+        name = COMING_ALONG[model][evaluates]
         path, told = SHIPPED / f"{name}.safetensors", f"{name}, the weights that come along"
     else:
         path = Path(weights_name)
@@ -80,9 +87,20 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         )
     made = detectors.load(path, where.device)
     about = made.about
+    is_two = detectors.has_two_stages(about.model)
+    if model == "faster_rcnn" and not is_two:
+        raise ConfigError(f"{path}: {about.model} is no faster_rcnn", "--model yolo takes it")
     text = f"{about.model} ({told}): {len(about.classes)} classes, {about.size_px} px, trained on {about.trained_on}"
     size = sum(p.numel() for p in made.head.parameters())
-    return Finder(text, about.classes, size, _looks(made, where), about.trained_on, about.notes.get("path"))
+    return Finder(
+        text,
+        about.classes,
+        size,
+        _looks(made, where),
+        about.trained_on,
+        about.notes.get("path"),
+        _proposes(made, where) if is_two else None,
+    )
 
 
 def _has_tiny() -> bool:
@@ -110,6 +128,22 @@ def _looks(made: detectors.Detector, where: Compute) -> Look:
         return [detecting.in_photo(result, place, image.size) for result, place, image in triples]
 
     return look
+
+
+def _proposes(made: detectors.Detector, where: Compute) -> Propose:
+    size_px = made.about.size_px
+
+    @torch.inference_mode()
+    def propose(image: Image.Image) -> tuple[Tensor, Tensor]:
+        place = views.whole(image.width, image.height, size_px)
+        batch = photos.to_tensor(place.view(image))[None].to(where.device)
+        with where.autocast():
+            maps = made.features.batch(batch)
+            found = made.head([maps[name] for name in made.features.names])
+            before, after = made.head.regions_of(found)[0]  # type: ignore[operator]
+        return place.back(before.float().cpu()), place.back(after.float().cpu())
+
+    return propose
 
 
 def _open_tiny(weights_file: str | None, where: Compute) -> Finder:
@@ -162,16 +196,22 @@ class Detect:
                 saved[kind] = f"boxes/{photo.label}.{kind}"
                 self.out.write_text(saved[kind], texts[kind]())
         if self.config.explain:
-            boxes_xyxy, words = explaining.annotated(photo.path) or (found.boxes_xyxy, names)
             saved["explained"] = f"images/{photo.label}-{self.config.explain}.png"
-            sheet = explaining.draw(self.config.explain, photo.image, boxes_xyxy, words)
-            self.out.write_bytes(saved["explained"], pictures.png(sheet))
+            self.out.write_bytes(saved["explained"], pictures.png(self._explained(photo, found, names)))
         triples = zip(names, found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
         objects = [
             {"label": label, "score": score, "box_xyxy": [round(v, 2) for v in box]} for label, score, box in triples
         ]
         width, height = size
         return {"objects": objects, "width": width, "height": height, "picture": name, **saved}
+
+    def _explained(self, photo: Photo, found: Detections, names: Sequence[str]) -> Image.Image:
+        kind = self.config.explain
+        if kind == explaining.PROPOSALS:
+            assert self.finder.propose is not None
+            return explaining.proposals(photo.image, *self.finder.propose(photo.image))
+        boxes_xyxy, words = explaining.annotated(photo.path) or (found.boxes_xyxy, names)
+        return explaining.draw(kind, photo.image, boxes_xyxy, words)
 
 
 def labelled(found: Detections, classes: Sequence[str]) -> list[Labelled]:
@@ -209,15 +249,17 @@ def evaluate(finder: Finder, config: Any, out: RunDir) -> dict[str, float]:
     items = boxset.splits["val"]
     rules = Rules("voc", EVALUATION_FLOOR, EVALUATION_IOU)
     found: list[Detections] = []
+    sheet: list[Image.Image] = []
     for start in range(0, len(items), config.batch_size):
-        images = [photos.load(item.path) for item in items[start : start + config.batch_size]]
-        found += finder.look(images, rules.floor, rules.nms_iou)
-    sheet = []
-    for item, result in list(zip(items, found, strict=True))[:SHEET_PHOTOS]:
-        sure = result.scores >= config.conf
-        shown = Detections(result.boxes_xyxy[sure], result.scores[sure], result.labels[sure])
-        wanted = [tuple(box) for box in item.boxes_xyxy.tolist()]
-        sheet.append(drawing.draw(photos.load(item.path), labelled(shown, finder.classes), wanted))
+        some = items[start : start + config.batch_size]
+        images = [photos.load(item.path) for item in some]
+        results = finder.look(images, rules.floor, rules.nms_iou)
+        found += results
+        for item, image, result in list(zip(some, images, results, strict=True))[: SHEET_PHOTOS - len(sheet)]:
+            sure = result.scores >= config.conf
+            shown = Detections(result.boxes_xyxy[sure], result.scores[sure], result.labels[sure])
+            wanted = [tuple(box) for box in item.boxes_xyxy.tolist()]
+            sheet.append(drawing.draw(image, labelled(shown, finder.classes), wanted))
     out.write_bytes("images/sheet.png", pictures.png(drawing.contact_sheet(sheet)))
     measured = detecting.measure(found, items, len(finder.classes), rules)
     detection_plots.write(

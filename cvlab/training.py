@@ -213,7 +213,7 @@ class Session:
 
     def _log_losses(self, step: int) -> None:
         means = {"train_loss" if name == "loss" else name: value for name, value in self.gathered.take_means().items()}
-        self.gathered.metrics["train_loss"] = means["train_loss"]
+        self.gathered.metrics |= means
         lr = self.training.optimizer.param_groups[0]["lr"]
         self._append(step, {"lr": lr, **means})
 

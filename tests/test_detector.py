@@ -63,6 +63,20 @@ class TestYoloFpn:
         found = net.detections(perfect, 64, 0.5, 0.6, 10)[0]
         assert found.boxes_xyxy.tolist() == wanted.tolist() and found.labels.tolist() == [2]
 
+    def test_a_teacher_s_doubt_is_learned(self):
+        net = YoloFpn([4, 6, 8], 3, width=8)
+        maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
+        wanted, label = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])
+        doubtful = padded([wanted], [label], [torch.tensor([0.25])])
+        assert doubtful.confidence.tolist() == [[0.25]] and padded([wanted], [label]).confidence.tolist() == [[1.0]]
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        for _ in range(150):
+            optimizer.zero_grad()
+            net.losses(net(maps), doubtful, 64)["loss"].backward()
+            optimizer.step()
+        found = net.detections(net(maps), 64, 0.01, 0.6, 10)[0]
+        assert int(found.labels[0]) == 1 and 0.15 < found.scores[0].item() < 0.35
+
     def test_it_learns_a_few_pictures(self, cvlab):
         words = (
             "duration={steps: 150}",
@@ -155,6 +169,22 @@ class TestDetect:
         assert len((run / row["txt"]).read_text().splitlines()) == len(row["objects"])
         assert len(json.loads((run / "boxes" / "detections.json").read_text())["images"]) == 2
         assert (run / row["xml"]).read_text().count("<object>") == len(row["objects"])
+
+    def test_what_a_first_stage_proposes_is_drawn(self, cvlab):
+        trained = train(cvlab, "model={name: faster_rcnn, width: 8, hidden: 8}")
+        words = ("sample", "--model", "faster_rcnn", "--weights", trained["run"], "--explain", "proposals", "--json")
+        code, out, err = cvlab("detect", *words)
+        assert code == 0, err
+        found = json.loads(out)
+        sheet = photos.load(Path(found["run"]) / found["results"][0]["explained"])
+        assert sheet.width > sheet.height and sheet.getpixel((sheet.width // 2, 5)) == (255, 255, 255)
+
+    def test_only_two_stages_propose(self, cvlab):
+        trained = train(cvlab)
+        code, _, err = cvlab("detect", "sample", "--weights", trained["run"], "--explain", "proposals")
+        assert code == 2 and "no first stage" in err
+        code, _, err = cvlab("detect", "sample", "--model", "faster_rcnn", "--weights", trained["run"])
+        assert code == 2 and "is no faster_rcnn" in err
 
     def test_nothing_found_is_no_error(self, cvlab):
         trained = train(cvlab)

@@ -95,3 +95,11 @@ class TestAnnotated:
         (tmp_path / "one.xml").write_text("<annotation>")
         with pytest.raises(DataError, match="not valid XML"):
             explaining.annotated(photo)
+
+
+def test_proposals_before_and_after_stand_side_by_side():
+    before = torch.tensor([[5.0, 5, 60, 60], [40, 40, 90, 90]]).repeat(200, 1)
+    sheet = explaining.proposals(grey((100, 100)), before, before[:1])
+    assert sheet.size == (1406, 700)
+    left, right = sheet.crop((0, 60, 700, 700)), sheet.crop((706, 60, 1406, 700))
+    assert left.getpixel((629, 400)) != right.getpixel((629, 400))  # the second box's right edge is only before

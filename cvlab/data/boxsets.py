@@ -52,13 +52,15 @@ class BoxImage:
     """One photo and its boxes.
 
     `boxes_xyxy` is float32 (N, 4) in pixels of the photo as `photos.load` gives it, from 0, right and bottom edges
-    exclusive; `labels` int64 (N,), indices into the classes; `difficult` bool (N,).
+    exclusive; `labels` int64 (N,), indices into the classes; `difficult` bool (N,). `confidence` (N,), in [0, 1], is
+    there where a teacher drew them, more or less sure.
     """
 
     path: Path
     boxes_xyxy: Tensor
     labels: Tensor
     difficult: Tensor
+    confidence: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,18 @@ class _Odd:
     def report(self, name: str) -> None:
         """Say what was odd: one line for each kind."""
         if self.empty:
-            console.say(f"warning: {name}: boxes without area left out: {_counted(self.empty)}")
+            _warn_once(f"{name}: boxes without area left out: {_counted(self.empty)}")
         if self.size:
             what = "photos of another size than their annotation claims"
-            console.say(f"warning: {name}: {what}, boxes taken as they are: {_counted(self.size)}")
+            _warn_once(f"{name}: {what}, boxes taken as they are: {_counted(self.size)}")
         if self.clipped:
             console.detail(f"{name}: boxes clipped at the edge of their photo: {_counted(self.clipped)}")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Say it the first time: a plan and its run read the same annotations."""
+    console.say(f"warning: {text}")
 
 
 def _counted(files: list[Path]) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from cvlab import engine, finding, photojobs, schema
 from cvlab.data import photos
+from cvlab.errors import ConfigError
 from cvlab.photojobs import ImagesConfig
 from cvlab.rundir import RunDir
 
@@ -23,7 +24,7 @@ class Config(ImagesConfig):
     images: tuple[str, ...] = Field(
         (photos.SAMPLE,), description="files, folders, patterns; none: its validation photos"
     )
-    model: Literal["auto", "yolo", "yolov3_tiny"] = Field(
+    model: Literal["auto", "yolo", "faster_rcnn", "yolov3_tiny"] = Field(
         "auto", description="auto: yolov3_tiny where its weights are on the disk, else yolo"
     )
     weights: str | None = Field(None, description="a run that trained a detector, or its file; null: what comes along")
@@ -33,8 +34,8 @@ class Config(ImagesConfig):
         (), description="also write the boxes: COCO's JSON, YOLO's txt, PASCAL VOC's XML"
     )
 
-    explain: Literal["grid", "anchors", "targets"] | None = Field(
-        None, description="also draw how the course's grid of 7 x 7 cells sees the photo"
+    explain: Literal["grid", "anchors", "targets", "proposals"] | None = Field(
+        None, description="also draw how the course's grid of 7 x 7 cells sees the photo; or a first stage's regions"
     )
 
     @field_validator("images")
@@ -48,10 +49,17 @@ class Config(ImagesConfig):
         return finding.absolute(name)
 
 
+def _finder(config: Config, where: engine.Compute) -> finding.Finder:
+    finder = finding.open_finder(config.model, config.weights, where, evaluates=not config.images)
+    if config.explain == "proposals" and finder.propose is None:
+        raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
+    return finder
+
+
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Look at all photos; or evaluate."""
     where = engine.compute(config.device, config.precision, config.threads)
-    finder = finding.open_finder(config.model, config.weights, where, evaluates=not config.images)
+    finder = _finder(config, where)
     out.log(f"looking with {finder.told}")
     out.folder("images")
     if not config.images:
@@ -69,7 +77,7 @@ def metric_names(config: Config) -> set[str]:
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. DataError where the weights or all of the photos are not there."""
     where = engine.compute(config.device, config.precision, config.threads)
-    finder = finding.open_finder(config.model, config.weights, where, evaluates=not config.images)
+    finder = _finder(config, where)
     there = [path for path in photos.find(config.images) if path.is_file()]
     if config.images and not there:
         photos.load(photos.find(config.images)[0])

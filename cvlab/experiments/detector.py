@@ -84,6 +84,9 @@ class Config(TrainConfig):
     backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")
     backbone_weights: str | None = Field(None, description="a file with its weights")
     size: Annotated[int, Ge(64), Le(2048)] = Field(320, description="side of the square pictures in pixels")
+    tune_epochs: Annotated[int, Ge(0)] = Field(
+        0, description="so many epochs at the end the backbone's layers after the finest map learn too"
+    )
     views: schema.Count = Field(16, description="random views of each photo that are kept as maps")
     augment: Augment = Field(Augment())
     map_rule: Literal["voc07", "voc", "coco"] = Field("voc", description="how precision is averaged over recall")
@@ -96,6 +99,12 @@ class Config(TrainConfig):
     def _known_backbone(cls, name: str) -> str:
         pretrained.require_known(name)
         return name
+
+    @model_validator(mode="after")
+    def _tunes_within(self) -> "Config":
+        if self.tune_epochs > (self.duration.epochs or 0):
+            raise ValueError(f"tune_epochs {self.tune_epochs} are the last of duration.epochs, which has fewer")
+        return self
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,14 @@ def build(config: Config) -> Parts:
     engine.seed_everything(config.seed)
     arguments = config.model.arguments()
     about = About(
-        config.model.name, arguments, boxset.classes, config.size, config.backbone, config.backbone_weights, boxset.name
+        config.model.name,
+        arguments,
+        boxset.classes,
+        config.size,
+        config.backbone,
+        config.backbone_weights,
+        boxset.name,
+        config.tune_epochs > 0,
     )
     detector = detectors.build(about, where.device)
     return Parts(where, boxset, detector, Rules(config.map_rule, config.confidence_floor, config.nms_iou))
@@ -135,10 +151,12 @@ def items_of(config: Config, boxset: BoxSet, split: str) -> tuple[BoxImage, ...]
 def maps_of(config: Config, parts: Parts, split: str, num_views: int, look_up: Callable[[], None]) -> Cached:
     """Compute the maps of a split: of random views, or, where `num_views` is 0, of each photo whole."""
     changes = views.Changes(**config.augment.model_dump()) if num_views else None
+    is_all = num_views > 0 and config.tune_epochs < (config.duration.epochs or 1)
+    features = parts.detector.all_features if is_all else parts.detector.features
     items = items_of(config, parts.boxset, split)
     title = f"maps of {split}"
     request = feature_cache.Request(config.size, max(1, num_views), changes, config.seed, title)
-    return feature_cache.build(parts.detector.features, items, parts.where, request, look_up)
+    return feature_cache.build(features, items, parts.where, request, look_up)
 
 
 def loss_function(size_px: int) -> engine.LossFn[Batch]:
@@ -164,6 +182,8 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         train = maps_of(config, parts, "train", config.views, look_up)
         val = maps_of(config, parts, "val", 0, look_up)
     batches = CachedBatches(train, config.batch_size, config.seed, parts.where.device)
+    if config.tune_epochs:
+        batches.finest_from = ((config.duration.epochs or 0) - config.tune_epochs) * batches.steps_per_epoch
 
     def evaluation(model: nn.Module) -> dict[str, float]:
         return {"val_map50": _measure(config, parts, model, val, "val").map50}
@@ -216,10 +236,10 @@ def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tupl
 
 
 class _Names(set[str]):
-    """Names of metrics, and `ap50/CLASS` of any class: the set says which there are when it is read."""
+    """Names of metrics, `ap50/CLASS` of any class (the set says which there are), parts of a detector's loss."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith("ap50/")
+        return super().__contains__(name) or str(name).startswith("ap50/") or str(name).endswith("_loss")
 
 
 def metric_names(config: Config) -> set[str]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.errors import ConfigError
-from cvlab.layers import batchnorm, conv, linear, losses
+from cvlab.layers import batchnorm, conv, linear, losses, recurrent_reference
 
 STEPS = (1e-5, 1e-7)  # the second where the first misses: a kink (ReLU at 0, a tie in pooling) may lie within it
 FLOOR = 1e-10
@@ -228,6 +228,8 @@ def cases() -> list[Case]:
         ("SpatialBatchNorm, simplified", 1e-6, batchnorm.SpatialBatchNormAlt, picture),
     ):
         found.append(_layer(name, layer, [x, *statistics], normalised, tolerance))
+    for name, layer, inputs, reference, tolerance, options in recurrent_reference.examples():
+        found.append(_layer(name, layer, inputs, reference, tolerance, *options))
     return found
 
 

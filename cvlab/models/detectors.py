@@ -14,11 +14,13 @@ from cvlab.errors import ConfigError, DataError
 from cvlab.models import features, pretrained
 from cvlab.models.features import Features
 from cvlab.models.pretrained import Pretrained
+from cvlab.models.tuning import HINT, Tuned
 from cvlab.schema import Table
 
 DETECTORS = {
     "yolo_fpn": "cvlab.models.yolo_fpn:YoloFpn",
     "faster_rcnn": "cvlab.models.faster_rcnn:FasterRcnn",
+    "faster_rcnn_course": "cvlab.models.faster_rcnn_course:FasterRcnnCourse",
     "yolo_grid": "cvlab.models.yolo_grid:YoloGrid",
 }
 TABLE = Table("detector", DETECTORS, frozenset({"channels", "num_classes"}))
@@ -50,28 +52,56 @@ class About:
     backbone: str = pretrained.DEFAULT
     backbone_weights: str | None = None
     trained_on: str = ""
+    is_tuned: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A detector with the backbone that it stands on."""
+    """A detector with the backbone that it stands on.
+
+    `all_features` are the maps that the head reads; `features` are those that `head` has to be given, which is the
+    finest alone where it brings its own last layers of the backbone.
+    """
 
     about: About
+    all_features: Features
     features: Features
     head: nn.Module
 
 
 def build(about: About, device: torch.device) -> Detector:
-    """Build a detector, its head's weights drawn at random."""
+    """Build a detector, its head's weights drawn at random. ConfigError for a backbone that can't be tuned."""
     kind = lookup.find("detector", about.model, DETECTORS)
     net = pretrained.build(about.backbone, about.backbone_weights, device)
     found = Features(net, levels(net, kind.strides, getattr(kind, "is_last", False)))
+    probe = torch.rand((1, 3, PROBE_PX, PROBE_PX), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
-        maps = found.batch(torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5, device=device))
-    channels = [maps[name].shape[1] for name in found.names]
-    head = kind(channels=channels, num_classes=len(about.classes), **about.arguments)
-    return Detector(about, found, head.to(device, memory_format=torch.channels_last))
+        maps = [found.batch(probe)[name] for name in found.names]
+    head = kind(channels=[m.shape[1] for m in maps], num_classes=len(about.classes), **about.arguments)
+    given = found
+    if about.is_tuned:
+        head = Tuned(head, net.net.net, found.names).to(device)
+        _require_same(head, maps, about.backbone)
+        given = Features(net, found.names[:1])
+    return Detector(about, found, given, head.to(device, memory_format=torch.channels_last))
+
+
+@torch.inference_mode()
+def _require_same(tuned: Tuned, maps: list[torch.Tensor], backbone: str) -> None:
+    """Require that the copied layers make of the finest map what the backbone makes."""
+    try:
+        made = tuned.maps(maps[0])
+        is_same = all(torch.allclose(mine, theirs, 1e-3, 1e-3) for mine, theirs in zip(made, maps, strict=True))
+    except (RuntimeError, TypeError, NotImplementedError):
+        is_same = False
+    if not is_same:
+        raise ConfigError(f"{backbone}: its last layers can't be run on their own", HINT)
+
+
+def has_two_stages(model: str) -> bool:
+    """Whether a detector proposes regions before it looks at them."""
+    return hasattr(lookup.find("detector", model, DETECTORS), "regions_of")
 
 
 def save(about: About, head: nn.Module, path: Path) -> None:

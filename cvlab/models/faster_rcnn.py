@@ -102,8 +102,11 @@ class FasterRcnn(nn.Module):
         return Regions(mixed, scores, offsets, anchors(places).view(-1, 4), size_px)
 
     @torch.no_grad()
-    def proposals(self, found: Regions) -> list[Tensor]:
-        """Return for each picture the regions (K, 4) that most likely hold something, the surest first."""
+    def regions_of(self, found: Regions) -> list[tuple[Tensor, Tensor]]:
+        """Return for each picture the regions (K, 4) that most likely hold something, before and after suppression.
+
+        In pixels, the surest first.
+        """
         result = []
         for scores, offsets in zip(found.scores, found.offsets, strict=True):
             best = scores.topk(min(BEFORE_NMS, len(scores)))
@@ -111,8 +114,12 @@ class FasterRcnn(nn.Module):
             place = boxes.clip(place, found.size_px, found.size_px)
             whole = (place[:, 2:] - place[:, :2]).amin(1) > 1
             place, score = place[whole], best.values[whole]
-            result.append(place[nms.nms(place, score, PROPOSAL_IOU, AFTER_NMS)])
+            result.append((place, place[nms.nms(place, score, PROPOSAL_IOU, AFTER_NMS)]))
         return result
+
+    def proposals(self, found: Regions) -> list[Tensor]:
+        """Return the regions (K, 4) of each picture that the second stage looks at."""
+        return [after for _, after in self.regions_of(found)]
 
     def second(self, found: Regions, regions_xyxy: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return class scores (R, C + 1) and offsets (R, C, 4) of regions (R, 4) of the pictures `image` (R,)."""

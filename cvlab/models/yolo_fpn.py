@@ -54,17 +54,22 @@ class YoloFpn(nn.Module):
         return scores, torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], 2), points
 
     def losses(self, found: tuple[Tensor, Tensor, Tensor], targets: Targets, size_px: int) -> dict[str, Tensor]:
-        """Return `loss` and its parts, means over what the points are responsible for."""
+        """Return `loss` and its parts, means over what the points are responsible for.
+
+        A point is to be as sure of a class as its box fits, times the confidence of who drew the box (Hinton et al.,
+        2015, "Distilling the knowledge in a neural network": what a teacher half knows is worth learning).
+        """
         scores, boxes_xyxy, points = found
         with torch.no_grad():
             chosen = assignment.task_aligned(scores.sigmoid(), boxes_xyxy, points, targets.boxes_xyxy, targets.labels)
-        total = chosen.quality.sum().clamp(min=1.0)
-        wanted = torch.zeros_like(scores)
         image, point = chosen.image, chosen.point
-        wanted[image, point, targets.labels[image, chosen.box]] = chosen.quality
+        quality = chosen.quality * targets.confidence[image, chosen.box]
+        total = quality.sum().clamp(min=1.0)
+        wanted = torch.zeros_like(scores)
+        wanted[image, point, targets.labels[image, chosen.box]] = quality
         class_loss = F.binary_cross_entropy_with_logits(scores, wanted, reduction="sum") / total
         overlap = boxes.paired_giou(boxes_xyxy[image, point], targets.boxes_xyxy[image, chosen.box])
-        box_loss = BOX_GAIN * ((1 - overlap) * chosen.quality).sum() / total
+        box_loss = BOX_GAIN * ((1 - overlap) * quality).sum() / total
         return {"loss": class_loss + box_loss, "class_loss": class_loss, "box_loss": box_loss}
 
     def detections(

@@ -1,0 +1,61 @@
+"""The everyday set: a teacher's labels beside real ones, what it is sure of and what it half suspects."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.data import boxsets, everyday
+from cvlab.data.boxsets import BoxImage, BoxSet
+from cvlab.errors import DataError
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Two photos of Flickr8k in each split and one of fruit, with labels."""
+    (tmp_path / everyday.FLICKR / "Images").mkdir(parents=True)
+    labels = {}
+    for split in ("train", "dev", "test"):
+        names = [f"{split}{k}.webp" for k in range(2)]
+        (tmp_path / everyday.FLICKR / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            path = f"{everyday.FLICKR}/Images/{name}"
+            Image.new("RGB", (40, 40)).save(tmp_path / path)
+            labels[path] = [["dog", 0.3, 1, 1, 20, 20], ["person", 0.8, 2, 2, 30, 39], ["kite", 0.9, 0, 0, 9, 9]]
+    fruit = tmp_path / "fruit.png"
+    Image.new("RGB", (50, 50)).save(fruit)
+    labels["fruit.png"] = [["apple", 0.9, 0, 0, 9, 9], ["person", 0.6, 5, 5, 25, 45]]
+    item = BoxImage(fruit, torch.tensor([[3.0, 3, 30, 30]]), torch.tensor([1]), torch.zeros(1, dtype=torch.bool))
+    real = BoxSet("fruit", everyday.FRUIT, dict.fromkeys(boxsets.SPLITS, (item,)))
+    load = boxsets.load
+    monkeypatch.setattr(boxsets, "load", lambda name, *rest: real if name == "fruit" else load(name, *rest))
+    (tmp_path / everyday.FOLDER).mkdir()
+    (tmp_path / everyday.FOLDER / "boxes.json").write_text(json.dumps(labels))
+    return tmp_path
+
+
+def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_sure_of(root):
+    found = everyday.load(root)
+    dog, person, banana = (everyday.CLASSES.index(name) for name in ("dog", "person", "banana"))
+    first = found.splits["train"][0]
+    assert first.labels.tolist() == [dog, person] and first.confidence.tolist() == pytest.approx([0.3, 0.8])
+    for split in ("val", "test"):
+        assert found.splits[split][0].labels.tolist() == [person]
+    fruit = found.splits["test"][-1]
+    assert fruit.labels.tolist() == [banana, person]  # people's fruit, the teacher's persons
+    assert fruit.confidence.tolist() == pytest.approx([1.0, 0.6])
+
+
+def test_there_are_few_fruit_photos_so_they_stand_in_training_several_times(root):
+    found = everyday.load(root)
+    assert len(found.splits["train"]) == 2 + everyday.FRUIT_TIMES and len(found.splits["val"]) == 3
+
+
+def test_a_photo_without_labels_is_named(root):
+    path = root / everyday.FOLDER / "boxes.json"
+    labels = json.loads(path.read_text())
+    del labels[f"{everyday.FLICKR}/Images/dev1.webp"]
+    path.write_text(json.dumps(labels))
+    with pytest.raises(DataError, match=r"no labels for .*dev1\.webp"):
+        everyday.load(root)
