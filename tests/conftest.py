@@ -29,6 +29,14 @@ def clean_environment(monkeypatch, tmp_path, data_root):
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def few_sentences(monkeypatch):
+    """Of the built-in set with sentences a few pictures are enough: all of it takes most of a minute."""
+    from cvlab.data import scene_sentences
+
+    monkeypatch.setattr(scene_sentences, "COUNTS", {"train": 12, "val": 4, "test": 4})
+
+
 @pytest.fixture
 def real_cifar10(monkeypatch):
     """The folder of the real data sets; the test skips where CIFAR-10 is not in it."""

@@ -29,7 +29,7 @@ LAYERS = [  # each may import those before it, and its own row
     {"models", "data"},
     {"engine"},
     {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing", "stylizing"}
-    | {"style_targets", "feature_cache", "detecting", "finding", "explaining"},
+    | {"style_targets", "feature_cache", "detecting", "finding", "explaining", "photo_features", "captioning"},
     {"experiments"},
     {"validation", "arms", "profiles"},
     {

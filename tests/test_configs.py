@@ -16,7 +16,8 @@ PHOTOS = (
     *("feature_inversion", *STYLES, "detect"),
 )
 DETECTORS = [name for name in NAMES if config.load(name).config.experiment == "detector"]
-TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS)]
+CAPTIONERS = [name for name in NAMES if config.load(name).config.experiment == "captioner"]
+TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS)]
 STANDIN_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
 
@@ -58,6 +59,8 @@ class TestEach:
 
     def test_plan(self, name, cvlab):
         named = ["data={name: scenes}", "expect=[]", "expect_standin=[]"] if name in DETECTORS else []
+        if name in CAPTIONERS:
+            named = ["data={name: scene_sentences}", "threshold=1", "expect=[]", "expect_standin=[]"]
         code, out, _ = cvlab("train", name, *named, "--dry-run", "--json")
         if name in COURSE_STYLES and code == 4:
             assert "cvlab models fetch torchvision:squeezenet1_1" in out
@@ -87,6 +90,16 @@ def test_two_steps_of_each_detector_on_the_built_in_scenes(name, cvlab):
     assert code == 0, err
     found = json.loads(out)["metrics"]
     assert found["steps"] == 2 and 0 <= found["map50"] <= 1
+
+
+@pytest.mark.parametrize("name", CAPTIONERS)
+def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
+    short = ["data={name: scene_sentences, num_train: 4}", "size=64", "threshold=1", "batch_size=2", "beam=2"]
+    short += ["duration={steps: 2}", "evaluate_test=false", "expect=[]", "expect_standin=[]"]
+    code, out, err = cvlab("train", name, *short, "--json")
+    assert code == 0, err
+    found = json.loads(out)["metrics"]
+    assert found["steps"] == 2 and 0 <= found["bleu1"] <= 1
 
 
 @pytest.mark.parametrize("name", [name for name in PHOTOS if name not in COURSE_STYLES])

@@ -22,7 +22,7 @@ def root(tmp_path, monkeypatch):
         for name in names:
             path = f"{everyday.FLICKR}/Images/{name}"
             Image.new("RGB", (40, 40)).save(tmp_path / path)
-            labels[path] = [["dog", 0.3, 1, 1, 20, 20], ["person", 0.8, 2, 2, 30, 39], ["kite", 0.9, 0, 0, 9, 9]]
+            labels[path] = [["dog", 0.6, 1, 1, 20, 20], ["person", 0.3, 2, 2, 30, 39], ["kite", 0.9, 0, 0, 9, 9]]
     fruit = tmp_path / "fruit.png"
     Image.new("RGB", (50, 50)).save(fruit)
     labels["fruit.png"] = [["apple", 0.9, 0, 0, 9, 9], ["person", 0.6, 5, 5, 25, 45]]
@@ -30,6 +30,8 @@ def root(tmp_path, monkeypatch):
     real = BoxSet("fruit", everyday.FRUIT, dict.fromkeys(boxsets.SPLITS, (item,)))
     load = boxsets.load
     monkeypatch.setattr(boxsets, "load", lambda name, *rest: real if name == "fruit" else load(name, *rest))
+    lines = [f"{split}{k}.webp,Someone flies a kite ." for split in ("train", "dev", "test") for k in range(2)]
+    (tmp_path / everyday.FLICKR / "captions.txt").write_text("\n".join(["image,caption", *lines]) + "\n")
     (tmp_path / everyday.FOLDER).mkdir()
     (tmp_path / everyday.FOLDER / "boxes.json").write_text(json.dumps(labels))
     return tmp_path
@@ -39,9 +41,9 @@ def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_
     found = everyday.load(root)
     dog, person, banana = (everyday.CLASSES.index(name) for name in ("dog", "person", "banana"))
     first = found.splits["train"][0]
-    assert first.labels.tolist() == [dog, person] and first.confidence.tolist() == pytest.approx([0.3, 0.8])
+    assert first.labels.tolist() == [person, dog] and first.confidence.tolist() == pytest.approx([0.3, 0.6])
     for split in ("val", "test"):
-        assert found.splits[split][0].labels.tolist() == [person]
+        assert found.splits[split][0].labels.tolist() == [dog]
     fruit = found.splits["test"][-1]
     assert fruit.labels.tolist() == [banana, person]  # people's fruit, the teacher's persons
     assert fruit.confidence.tolist() == pytest.approx([1.0, 0.6])
@@ -59,3 +61,27 @@ def test_a_photo_without_labels_is_named(root):
     path.write_text(json.dumps(labels))
     with pytest.raises(DataError, match=r"no labels for .*dev1\.webp"):
         everyday.load(root)
+
+
+class TestConfirmed:
+    BOXES = (["sheep", 0.3, 0, 0, 10, 10], ["dog", 0.15, 1, 0, 11, 10], ["cat", 0.05, 30, 0, 40, 10])
+    PERSON = ["person", 0.2, 0, 0, 9, 9]
+
+    def test_two_sentences_make_an_animal_certain_and_what_it_is(self):
+        rows = [*self.BOXES, ["bird", 0.12, 20, 20, 30, 30], self.PERSON]
+        found, is_whole = everyday.confirmed(rows, ["Two dogs run .", "A puppy", "Grass"], 0.1)
+        assert is_whole
+        assert found == [self.PERSON, ["dog", 1.0, 0, 0, 10, 10], ["dog", 1.0, 20, 20, 30, 30]]
+
+    def test_what_people_name_and_the_teacher_does_not_see_is_missing(self):
+        found, is_whole = everyday.confirmed([self.PERSON], ["A dog .", "A dog"], 0.1)
+        assert found == [self.PERSON] and not is_whole
+
+    def test_where_nobody_names_an_animal_the_teacher_has_to_be_sure(self):
+        rows = [["dog", 0.4, 0, 0, 9, 9], ["dog", 0.5, 0, 0, 9, 9]]
+        assert everyday.confirmed(rows, ["A man ."] * 5, 0.1) == (rows[1:], True)
+        assert everyday.confirmed(rows, ["A man .", "A dog ."], 0.1) == (rows, True)
+
+    def test_several_kinds_stay_as_the_teacher_has_them(self):
+        found, is_whole = everyday.confirmed(list(self.BOXES), ["A dog and a cat"] * 2, 0.1)
+        assert found == list(self.BOXES[:2]) and not is_whole

@@ -101,14 +101,14 @@ def test_words():
 
 
 def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
-    assert scenes_boxes.check(tmp_path) == "built in, generated at first use"
+    assert scenes_boxes.SET.check(tmp_path) == "built in, generated at first use"
     found = boxsets.load("scenes", tmp_path)
-    assert "generating scenes" in capsys.readouterr().err and scenes_boxes.ready(tmp_path)
+    assert "generating scenes" in capsys.readouterr().err and scenes_boxes.SET.ready(tmp_path)
     assert found.classes == tuple(SHAPES) and {s: len(items) for s, items in found.splits.items()} == COUNTS
-    assert [path.name for path in tmp_path.iterdir()] == [scenes_boxes.FOLDER]
+    assert [path.name for path in tmp_path.iterdir()] == [scenes_boxes.SET.folder_name]
     again = boxsets.load("scenes", tmp_path)
-    assert capsys.readouterr().err == "" and scenes_boxes.check(tmp_path) == "32 files equal to their checksums"
-    words = json.loads((tmp_path / scenes_boxes.FOLDER / "scenes.json").read_text())
+    assert capsys.readouterr().err == "" and scenes_boxes.SET.check(tmp_path) == "32 files equal to their checksums"
+    words = json.loads((tmp_path / scenes_boxes.SET.folder_name / "scenes.json").read_text())
     assert len(words) == 14
     for split, items in found.splits.items():
         for number, item in enumerate(items):
@@ -123,7 +123,7 @@ def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
 
 
 def test_it_is_in_vocs_layout(tmp_path, few):
-    scenes_boxes.write(tmp_path)
+    scenes_boxes.SET.write(tmp_path)
     assert boxfiles_voc.fits(tmp_path)
     found = boxsets.load("boxes", tmp_path, str(tmp_path))
     assert {split: len(items) for split, items in found.splits.items()} == COUNTS
@@ -131,8 +131,8 @@ def test_it_is_in_vocs_layout(tmp_path, few):
 
 @pytest.mark.parametrize("name", ["JPEGImages/train_0003.png", "Annotations/test_0001.xml", "scenes.json"])
 def test_damage_is_found(tmp_path, few, name):
-    scenes_boxes.folder(tmp_path)
-    path = tmp_path / scenes_boxes.FOLDER / name
+    scenes_boxes.SET.folder(tmp_path)
+    path = tmp_path / scenes_boxes.SET.folder_name / name
     raw = path.read_bytes()
     path.write_bytes(raw[:-5] + b"#" + raw[-4:])
     with pytest.raises(DataError, match=rf"{name}: damaged, its checksum differs; remove that folder"):
@@ -140,34 +140,33 @@ def test_damage_is_found(tmp_path, few, name):
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         boxsets.load("scenes", tmp_path)
-    shutil.rmtree(tmp_path / scenes_boxes.FOLDER)
-    (tmp_path / scenes_boxes.FOLDER).mkdir()
+    shutil.rmtree(tmp_path / scenes_boxes.SET.folder_name)
+    (tmp_path / scenes_boxes.SET.folder_name).mkdir()
     assert len(boxsets.load("scenes", tmp_path).splits["train"]) == 8, "a folder without checksums is made again"
 
 
 def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, few):
-    scenes_boxes._temporary.cache_clear()
     (tmp_path / "file").touch()
     one, two = boxsets.load("scenes", tmp_path / "file"), boxsets.load("scenes", tmp_path / "file")
     path = one.splits["test"][0].path
     assert len(one.splits["train"]) == 8 and path == two.splits["test"][0].path and path.is_file()
-    scenes_boxes._alive.pop().cleanup()
-    scenes_boxes._temporary.cache_clear()
+    scenes_boxes.SET.temporary.cleanup()
+    scenes_boxes.SET.temporary = None
     assert not path.exists()
 
 
 def test_two_that_generate_at_once(tmp_path, few, monkeypatch):
     """The slower one finds the set in its place, and uses it."""
-    original = scenes_boxes.write
+    original = scenes_boxes.SET.write
 
     def write(target):
         original(target)
-        if not scenes_boxes.ready(tmp_path):
-            shutil.copytree(target, tmp_path / scenes_boxes.FOLDER)
+        if not scenes_boxes.SET.ready(tmp_path):
+            shutil.copytree(target, tmp_path / scenes_boxes.SET.folder_name)
 
-    monkeypatch.setattr(scenes_boxes, "write", write)
-    assert scenes_boxes.folder(tmp_path) == tmp_path / scenes_boxes.FOLDER
-    assert os.listdir(tmp_path) == [scenes_boxes.FOLDER]
+    monkeypatch.setattr(scenes_boxes.SET, "write", write)
+    assert scenes_boxes.SET.folder(tmp_path) == tmp_path / scenes_boxes.SET.folder_name
+    assert os.listdir(tmp_path) == [scenes_boxes.SET.folder_name]
 
 
 def test_the_commands(cvlab, tmp_path, few, monkeypatch):

@@ -87,7 +87,7 @@ class TestTraining:
     def test_what_cannot_be_tuned_is_refused(self, cvlab):
         for words, says in (
             (("tune_epochs=3", "duration={epochs: 2}"), "tune_epochs 3"),
-            (("tune_epochs=1", "duration={steps: 9}"), "tune_epochs 1"),
+            (("tune_epochs=1", "duration={seconds: 9}"), "in seconds"),
             (("tune_epochs=1", "duration={epochs: 2}", "model={name: yolo_grid}"), "one map"),
         ):
             code, _, err = cvlab("train", "yolo_scenes", *words, "--dry-run")

@@ -11,7 +11,7 @@ from typing import Any
 from cvlab import durable, lookup
 from cvlab.errors import ConfigError
 
-KINDS = {"images": "images with a class each", "boxes": "photos with boxes"}
+KINDS = {"images": "images with a class each", "boxes": "photos with boxes", "captions": "photos with sentences"}
 SETS = {
     "cifar10": "cvlab.data.cifar10:SOURCE",
     "scenes10": "cvlab.data.scenes10:SOURCE",
@@ -21,6 +21,9 @@ SETS = {
     "voc07": "cvlab.data.voc:VOC07",
     "everyday": "cvlab.data.everyday:SOURCE",
     "boxes": "cvlab.data.boxsets:BOXES",
+    "flickr8k": "cvlab.data.captions:FLICKR8K",
+    "scene_sentences": "cvlab.data.captions:SCENE_SENTENCES",
+    "captions": "cvlab.data.captions:CAPTIONS",
 }
 
 

@@ -122,7 +122,7 @@ def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0
 
 def _read_known(name: str, root: Path) -> Layout:
     if name == SCENES.name:
-        return boxfiles_voc.read_folder(scenes_boxes.folder(root), tuple(SHAPES))
+        return boxfiles_voc.read_folder(scenes_boxes.SET.folder(root), tuple(SHAPES))
     if name not in PLACES:
         raise lookup.unknown("set of photos with boxes", name, (*PLACES, SCENES.name, OWN))
     folder = place(name, root)
@@ -273,9 +273,9 @@ SCENES = Source(
         channels=3,
         num_classes=len(SHAPES),
     ),
-    ready=scenes_boxes.ready,
+    ready=scenes_boxes.SET.ready,
     load=functools.partial(load, "scenes"),
-    check=scenes_boxes.check,
+    check=scenes_boxes.SET.check,
     kind="boxes",
 )
 BOXES = Source(

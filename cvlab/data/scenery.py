@@ -19,9 +19,6 @@ from cvlab.data import shuffle
 from cvlab.data.scenes import COLORS, SHAPES, cover, grid, paint, stripes
 
 SIZE_PX = 224
-WITHOUT_OBJECT = 0.05
-MOST_OBJECTS = 5
-LEAST_ACROSS, MOST_ACROSS = 26, 108  # px, of the longer side of a box
 MEDIUM_FROM, LARGE_FROM = 48, 76  # px across, for the words
 TRIES = 25
 MOST_IOU = 0.18  # of two boxes; under 0.2 also after rounding to pixels
@@ -31,6 +28,16 @@ NUMBERS = 500  # random ones that a picture can use
 Option = TypeVar("Option")
 
 Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How many things a scene has and how large they are: px of the longer side of a box."""
+
+    without: float = 0.05
+    most: int = 5
+    least_across: float = 26
+    most_across: float = 108
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def draw(seed: int, number: int) -> Scene:
+def draw(seed: int, number: int, rules: Rules = Rules()) -> Scene:  # noqa: B008 - it does not change
     """Draw one scene."""
     numbers = iter(shuffle.uniform(seed, number, torch.arange(NUMBERS), "scenes").tolist())
     ground = tuple(0.3 * a + 0.7 * (0.1 + 0.8 * next(numbers)) for a in _pick(list(COLORS.values()), numbers))
-    things = _arrange(ground, numbers)
+    things = _arrange(ground, numbers, rules)
     canvas = _background(ground, numbers, int(shuffle.hashes(seed, number, torch.arange(1), "scenes").item()))
     for _ in range(int(_between(3, 14, numbers))):
         canvas = _lay_spot(canvas, numbers)
@@ -102,17 +109,17 @@ def _differ(a: Sequence[float], b: Sequence[float]) -> bool:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) >= CONTRAST
 
 
-def _arrange(ground: Sequence[float], numbers: Iterator[float]) -> list[Thing]:
+def _arrange(ground: Sequence[float], numbers: Iterator[float], rules: Rules) -> list[Thing]:
     """Choose what is in a scene and where: whole, apart enough, and of colours that differ from what they lie on."""
     things: list[Thing] = []
-    wanted = 0 if next(numbers) < WITHOUT_OBJECT else 1 + int(next(numbers) * MOST_OBJECTS)
+    wanted = 0 if next(numbers) < rules.without else 1 + int(next(numbers) * rules.most)
     for _ in range(TRIES):
         if len(things) == wanted:
             break
         shape = _pick(list(SHAPES), numbers)
         angle = _between(-0.35, 0.35, numbers)
         left, top, right, bottom = _reach(shape, angle)
-        across = LEAST_ACROSS + (MOST_ACROSS - LEAST_ACROSS) * next(numbers) ** 1.3
+        across = rules.least_across + (rules.most_across - rules.least_across) * next(numbers) ** 1.3
         radius = across / max(right - left, bottom - top)
         x = _between(2 - radius * left, SIZE_PX - 2 - radius * right, numbers)
         y = _between(2 - radius * top, SIZE_PX - 2 - radius * bottom, numbers)

@@ -102,7 +102,9 @@ class Config(TrainConfig):
 
     @model_validator(mode="after")
     def _tunes_within(self) -> "Config":
-        if self.tune_epochs > (self.duration.epochs or 0):
+        if self.tune_epochs and self.duration.seconds is not None:
+            raise ValueError("tune_epochs are counted from the end, which a duration in seconds does not know")
+        if self.duration.epochs is not None and self.tune_epochs > self.duration.epochs:
             raise ValueError(f"tune_epochs {self.tune_epochs} are the last of duration.epochs, which has fewer")
         return self
 
@@ -151,7 +153,7 @@ def items_of(config: Config, boxset: BoxSet, split: str) -> tuple[BoxImage, ...]
 def maps_of(config: Config, parts: Parts, split: str, num_views: int, look_up: Callable[[], None]) -> Cached:
     """Compute the maps of a split: of random views, or, where `num_views` is 0, of each photo whole."""
     changes = views.Changes(**config.augment.model_dump()) if num_views else None
-    is_all = num_views > 0 and config.tune_epochs < (config.duration.epochs or 1)
+    is_all = num_views > 0 and config.tune_epochs != config.duration.epochs
     features = parts.detector.all_features if is_all else parts.detector.features
     items = items_of(config, parts.boxset, split)
     title = f"maps of {split}"
@@ -183,7 +185,8 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         val = maps_of(config, parts, "val", 0, look_up)
     batches = CachedBatches(train, config.batch_size, config.seed, parts.where.device)
     if config.tune_epochs:
-        batches.finest_from = ((config.duration.epochs or 0) - config.tune_epochs) * batches.steps_per_epoch
+        steps = config.duration.steps or (config.duration.epochs or 0) * batches.steps_per_epoch
+        batches.finest_from = max(0, steps - config.tune_epochs * batches.steps_per_epoch)
 
     def evaluation(model: nn.Module) -> dict[str, float]:
         return {"val_map50": _measure(config, parts, model, val, "val").map50}

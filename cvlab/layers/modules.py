@@ -46,7 +46,8 @@ def apply(layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), se
         if len(tensors) > 1:  # weights are float32 or float64; a layer below may have given bfloat16
             weight = tensors[1]
             assert tensors[0] is not None and weight is not None
-            tensors = (tensors[0].to(weight.dtype), *tensors[1:])
+            if weight.is_floating_point():
+                tensors = (tensors[0].to(weight.dtype), *tensors[1:])
         found: Tensor = _Apply.apply(layer, options, see, *tensors)  # type: ignore[no-untyped-call]
     return found
 

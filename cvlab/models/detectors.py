@@ -1,6 +1,5 @@
 """Detectors by name, on which maps of a backbone they stand, and their weights in a file that says what they are."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvlab import durable, lookup
+from cvlab import lookup
 from cvlab.errors import ConfigError, DataError
-from cvlab.models import features, pretrained
+from cvlab.models import features, packed, pretrained
 from cvlab.models.features import Features
 from cvlab.models.pretrained import Pretrained
 from cvlab.models.tuning import HINT, Tuned
@@ -28,6 +27,8 @@ LEVELS = {pretrained.DEFAULT: {8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}}  
 LAST = {pretrained.DEFAULT: "bn2"}  # 1280 channels at stride 32, as the course's MobileNetV2 has them
 PROBE_PX = 64
 FILE = "detector.safetensors"  # of a training, in its run directory
+KEY = "cvlab_detector"
+LOAD_HINT = "give a run of `cvlab train` that trained a detector, or its detector.safetensors"
 
 
 def levels(net: Pretrained, strides: Sequence[int], is_last: bool = False) -> list[str]:
@@ -106,36 +107,16 @@ def has_two_stages(model: str) -> bool:
 
 def save(about: About, head: nn.Module, path: Path) -> None:
     """Write a head's weights, in float16, and what they are. RunDirError where the disk refuses."""
-    from safetensors.torch import save as to_bytes
-
-    tensors = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
-    halves = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
-    raw = to_bytes(halves, {"cvlab_detector": json.dumps(asdict(about), ensure_ascii=True)})
-    durable.write(path, lambda file: file.write(raw))
+    packed.save(path, KEY, asdict(about), head)
 
 
 def load(path: Path, device: torch.device) -> Detector:
     """Read a detector from a file of `save`. DataError says what is wrong with it."""
-    from safetensors import SafetensorError, safe_open
-
-    hint = "give a run of `cvlab train` that trained a detector, or its detector.safetensors"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file", hint)
+    told, tensors = packed.read(path, KEY, "a detector", LOAD_HINT)
     try:
-        with safe_open(path, "pt") as file:
-            raw = (file.metadata() or {}).get("cvlab_detector")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        told = json.loads(raw) if raw else None
-        about = About(**told | {"classes": tuple(told["classes"])}) if told else None
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: not a detector that can be read: {error}", hint) from error
-    if about is None:
-        raise DataError(f"{path}: does not say what it is", hint)
+        about = About(**told | {"classes": tuple(told["classes"])})
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a detector that can be read: {error}", LOAD_HINT) from error
     made = build(about, device)
-    own = made.head.state_dict()
-    wrong = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
-    if wrong or tensors.keys() != own.keys():
-        raise DataError(f"{path}: its weights do not fit {about.model}: {(wrong or sorted(tensors))[0]}", hint)
-    made.head.load_state_dict(tensors)
-    made.head.eval().requires_grad_(False)
+    packed.fill(made.head, tensors, path, LOAD_HINT)
     return made

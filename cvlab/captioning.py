@@ -1,0 +1,124 @@
+"""Batches of photos with their sentences, and how good the sentences are that a captioner says of photos."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cvlab.data import scene_sentences, shuffle
+from cvlab.data.captions import Captioned
+from cvlab.data.vocabulary import NULL, Vocabulary, tokens
+from cvlab.engine import Compute
+from cvlab.models import decoding
+from cvlab.models.captioner import Captioner
+from cvlab.ops import bleu
+
+BATCH = 64
+RULE = "corpus BLEU, closest reference length, no smoothing; lower-cased, split on white space, punctuation dropped"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features (B, L, C) of photos, sentences (M, T) as numbers, and whose each is, (M,)."""
+
+    features: Tensor
+    words: Tensor
+    image: Tensor
+
+
+class Sentences:
+    """The sentences of photos as numbers, all photos one after the other."""
+
+    def __init__(self, items: Sequence[Captioned], vocabulary: Vocabulary, length: int, most: int | None) -> None:
+        some = [[tokens(sentence) for sentence in item.sentences[:most]] for item in items]
+        counts = torch.tensor([len(sentences) for sentences in some])
+        self.words = vocabulary.encode((words for sentences in some for words in sentences), length)
+        self.first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+
+    def of(self, photos: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sentences (M, T) of some photos, no longer than the longest, and whose each is, (M,)."""
+        rows = [torch.arange(int(self.first[k]), int(self.first[k + 1])) for k in photos.tolist()]
+        image = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row) for row in rows]))
+        words = self.words[torch.cat(rows)]
+        longest = int((words != NULL).sum(1).max()) if len(words) else 1
+        return words[:, :longest], image
+
+
+class Batches:
+    """The batch of every step, as a pure function of (seed, step): shuffled epochs over all photos."""
+
+    def __init__(
+        self,
+        features: Tensor,
+        sentences: Sentences,
+        batch_size: int,
+        seed: int,
+        mirrored: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.features, self.mirrored, self.sentences, self.device = features, mirrored, sentences, device
+        self.batch_size, self.seed = min(batch_size, len(features)), seed
+        self.steps_per_epoch = max(1, len(features) // self.batch_size)
+
+    def __call__(self, step: int) -> Batch:
+        """Return the photos of a step, each as it is or mirrored."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = shuffle.permutation(self.seed, epoch, len(self.features), torch.device("cpu"))
+        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+        features = self.features[chosen]
+        if self.mirrored is not None:
+            turned = shuffle.uniform(self.seed, epoch, chosen, "mirrored") < 0.5
+            features[turned] = self.mirrored[chosen[turned]]
+        words, image = self.sentences.of(chosen)
+        return Batch(features.float().to(self.device), words.to(self.device), image.to(self.device))
+
+
+@torch.inference_mode()
+def loss(net: Captioner, features: Tensor, sentences: Sentences, where: Compute) -> float:
+    """Return the loss of a set: summed over a sentence's words, a mean over sentences."""
+    was_training = net.training
+    net.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(features), BATCH):
+        photos = torch.arange(start, min(start + BATCH, len(features)))
+        words, image = sentences.of(photos)
+        with where.autocast():
+            value, _ = net.loss(
+                features[photos].float().to(where.device), words.to(where.device), image.to(where.device)
+            )
+        total, count = total + value.item() * len(words), count + len(words)
+    net.train(was_training)
+    return total / max(count, 1)
+
+
+def say(
+    net: Captioner, features: Tensor, vocabulary: Vocabulary, where: Compute, width: int, length: int, alpha: float
+) -> list[list[str]]:
+    """Return the sentence about each photo, in words."""
+    found: list[list[str]] = []
+    for start in range(0, len(features), BATCH):
+        some = features[start : start + BATCH].float().to(where.device)
+        with where.autocast():
+            said = decoding.search(net, some, width, length - 1, alpha)
+        found += [vocabulary.decode(sentence.words) for sentence in said]
+    return found
+
+
+def measure(found: Sequence[Sequence[str]], items: Sequence[Captioned]) -> dict[str, float]:
+    """Return BLEU-1 to 4, CIDEr-D and the share of sentences that are exactly one of those that people wrote."""
+    references = [[tokens(sentence) for sentence in item.sentences] for item in items]
+    scores = bleu.bleu(found, references)
+    exact = sum(list(words) in others for words, others in zip(found, references, strict=True))
+    values = {f"bleu{n + 1}": score for n, score in enumerate(scores)}
+    return values | {"cider": bleu.cider(found, references), "exact": exact / max(len(items), 1)}
+
+
+def measure_parts(found: Sequence[Sequence[str]], items: Sequence[Captioned]) -> dict[str, float]:
+    """Return the shares of scenes whose shapes, colours and relation are all said right."""
+    right: dict[str, int] = {}
+    for words, item in zip(found, items, strict=True):
+        said, wanted = (scene_sentences.parts(text) for text in (" ".join(words), item.sentences[0]))
+        for name, part in wanted.items():
+            right[name] = right.get(name, 0) + (said[name] == part)
+    return {f"{name}_right": count / len(items) for name, count in right.items()}

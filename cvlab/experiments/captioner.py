@@ -1,0 +1,235 @@
+"""Train a net that says what is in a photo: RNN, LSTM or LSTM with attention on the last map of a frozen backbone.
+
+Paper: Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend and tell"; source: EECS 498, assignment 6.
+Differs: the map is computed once and kept on the disk; a layer normalisation stands before the words' scores.
+Expect: `val_loss`, `val_bleu4` (greedy) while training; at the end, by beam search on the split that is evaluated
+(`test` with evaluate_test, else `val`), `bleu1` to `bleu4`, `cider`, `exact`; of scene_sentences `shapes_right`,
+`colours_right`, `relations_right`.
+Command: cvlab train configs/caption_scenes.yaml
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from cvlab import captioning, checkpoint, data, engine, photo_features, schema, training
+from cvlab.captioning import Batch, Batches, Sentences
+from cvlab.data import captions, scene_sentences, vocabulary
+from cvlab.data.captions import Captioned, CaptionSet
+from cvlab.errors import ConfigError
+from cvlab.jobs import Job, TrainConfig
+from cvlab.models import captioners, pretrained
+from cvlab.models.captioners import About, Made
+from cvlab.photo_features import Request
+from cvlab.rundir import RunDir
+from cvlab.signals import StopRequest
+
+
+class Data(schema.DataBlock):
+    """Which photos with sentences."""
+
+    path: str | None = Field(None, description="with name: captions, your CSV or COCO's JSON")
+    val_fraction: schema.BelowOne = Field(0.1, description="of the photos of your own set")
+    num_train: schema.Count | None = Field(None, description="train on the first so many photos; null: on all")
+    sentences: schema.Count | None = Field(None, description="take so many sentences of a photo; null: all")
+
+    @field_validator("name", "standin")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and (error := data.unfit(name, "captions")):
+            raise ValueError(str(error))
+        return name
+
+    @field_validator("path")
+    @classmethod
+    def _absolute_path(cls, name: str | None) -> str | None:
+        return os.path.abspath(name) if name else name
+
+    @model_validator(mode="after")
+    def _own_path(self) -> "Data":
+        if (self.name == captions.OWN) != (self.path is not None):
+            raise ValueError("name: captions goes with a path, and no other set does")
+        return self
+
+
+class Config(TrainConfig):
+    """A captioner, its data and how it is trained. `batch_size` counts photos, each with all of its sentences."""
+
+    data: Data
+    model: Annotated[schema.Part, captioners.TABLE]
+    backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")
+    backbone_weights: str | None = Field(None, description="a file with its weights")
+    size: Annotated[int, Ge(64), Le(2048)] = Field(224, description="photos are squeezed to squares of so many pixels")
+    mirror: bool = Field(False, description="show half of the photos mirrored; twice the maps on the disk")
+    threshold: schema.Count = Field(5, description="words that stand less often in the training sentences are unknown")
+    length: Annotated[int, Ge(3), Le(200)] = Field(17, description="words of a sentence at most, with start and end")
+    beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="sentences that are followed at once at the end")
+    alpha: schema.Fraction = Field(0.7, description="a sentence's score is divided by its length to this power")
+    evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        pretrained.require_known(name)
+        return name
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration builds."""
+
+    where: engine.Compute
+    captionset: CaptionSet
+    made: Made
+
+
+def build(config: Config) -> Parts:
+    """Read the sentences and build the captioner, seeded."""
+    where = engine.compute(config.device, config.precision, config.threads)
+    captionset = captions.load(config.data.name, data.root(), config.data.path, config.data.val_fraction)
+    train = items_of(config, captionset, "train")
+    spoken = (vocabulary.tokens(text) for item in train for text in item.sentences[: config.data.sentences])
+    words = vocabulary.build(spoken, config.threshold)
+    engine.seed_everything(config.seed)
+    features = captioners.last_map(config.backbone, config.backbone_weights, where.device)
+    about = About(
+        config.model.arguments() | {"layers": "torch"},
+        words.words,
+        config.size,
+        config.length,
+        config.backbone,
+        config.backbone_weights,
+        captionset.name,
+    )
+    made = captioners.build(about, features, where.device)
+    made.net.layers = config.model.arguments()["layers"]
+    return Parts(where, captionset, made)
+
+
+def items_of(config: Config, captionset: CaptionSet, split: str) -> tuple[Captioned, ...]:
+    """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
+    items = captionset.splits.get(split, ())
+    wanted = config.data.num_train if split == "train" else None
+    if not items or (wanted is not None and wanted > len(items)):
+        raise ConfigError(
+            f"{captionset.name} has {len(items)} photos in {split!r}", "name another split, or lower num_train"
+        )
+    return items[:wanted]
+
+
+def maps_of(
+    config: Config, parts: Parts, split: str, look_up: Callable[[], None] = lambda: None, mirrored: bool = False
+) -> Tensor:
+    """Return what the backbone sees in the photos of a split, (N, L, C)."""
+    paths = [item.path for item in items_of(config, parts.captionset, split)]
+    request = Request(config.size, not parts.made.net.is_attending, mirrored)
+    return photo_features.load(parts.made.features, paths, parts.where, request, look_up)
+
+
+def loss_fn(net: nn.Module, batch: Batch) -> engine.Losses:
+    """Return the loss of a sentence, and of a word."""
+    loss, word_loss = net.loss(batch.features, batch.words, batch.image)  # type: ignore[operator]
+    return {"loss": loss, "word_loss": word_loss}
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Look at all photos, train, say a sentence about each photo that is judged; keep the weights in their own file."""
+    parts = build(config)
+    with StopRequest() as stop:
+
+        def look_up() -> None:
+            if stop.received is not None:
+                raise stop.error(0, out.path.name)
+
+        features = maps_of(config, parts, "train", look_up)
+        mirrored = maps_of(config, parts, "train", look_up, mirrored=True) if config.mirror else None
+        val = maps_of(config, parts, "val", look_up)
+    train = items_of(config, parts.captionset, "train")
+    sentences = Sentences(train, parts.made.vocabulary, config.length, config.data.sentences)
+    batches = Batches(features, sentences, config.batch_size, config.seed, mirrored, parts.where.device)
+    items = items_of(config, parts.captionset, "val")
+    judged = Sentences(items, parts.made.vocabulary, config.length, None)
+
+    def evaluation(net: nn.Module) -> dict[str, float]:
+        found = _say(config, parts, net, val, width=1)
+        value = captioning.loss(net, val, judged, parts.where)  # type: ignore[arg-type]
+        return {"val_loss": value, "val_bleu4": captioning.measure(found, items)["bleu4"]}
+
+    job = Job(
+        model=parts.made.net,
+        loss_fn=loss_fn,
+        batch_at=batches,
+        steps_per_epoch=batches.steps_per_epoch,
+        items_per_step=batches.batch_size,
+        evaluate=evaluation,
+        monitor="val_bleu4",
+        where=parts.where,
+    )
+    net, metrics = training.train(config, job, out)
+    captioners.save(parts.made.about, net, out.path / captioners.FILE)  # type: ignore[arg-type]
+    split = "test" if config.evaluate_test else "val"
+    last = val if split == "val" else maps_of(config, parts, "test")
+    out.facts |= {"bleu_rule": captioning.RULE, "beam": config.beam, "alpha": config.alpha, "evaluated_split": split}
+    return metrics | judge(config, parts, net, last, split)
+
+
+def _say(config: Config, parts: Parts, net: Any, features: Tensor, width: int) -> list[list[str]]:
+    return captioning.say(net, features, parts.made.vocabulary, parts.where, width, config.length, config.alpha)
+
+
+def judge(config: Config, parts: Parts, net: Any, features: Tensor, split: str) -> dict[str, float]:
+    """Return how good the sentences are that beam search finds for a split."""
+    items = items_of(config, parts.captionset, split)
+    found = _say(config, parts, net, features, config.beam)
+    values = captioning.measure(found, items)
+    if parts.captionset.name == scene_sentences.SET.name:
+        values |= captioning.measure_parts(found, items)
+    return values
+
+
+def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
+    """Evaluate the weights of a checkpoint by beam search; names of splits stand before the metrics."""
+    parts = build(config)
+    weights = state["average"] if config.ema is not None else state["model"]
+    net = parts.made.net
+    checkpoint.match_model(net, weights, str(base))
+    net.load_state_dict(weights)
+    chosen = splits or tuple(name for name in ("val", "test") if parts.captionset.splits.get(name))
+    found: dict[str, float] = {}
+    for split in chosen:
+        features = maps_of(config, parts, split)
+        sentences = Sentences(items_of(config, parts.captionset, split), parts.made.vocabulary, config.length, None)
+        values = judge(config, parts, net, features, split)
+        values["loss"] = captioning.loss(net, features, sentences, parts.where)
+        found |= {f"{split}_{name}": value for name, value in values.items()}
+    return found
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    names = {"val_loss", "val_bleu4", "best_val_bleu4", "word_loss", "cider", "exact", *training.METRICS}
+    names |= {f"bleu{n}" for n in range(1, 5)}
+    if scene_sentences.SET.name in (config.data.name, config.data.standin):
+        names |= {"shapes_right", "colours_right", "relations_right"}
+    return names
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do; sentences are read, no photo is opened."""
+    parts = build(config)
+    train = items_of(config, parts.captionset, "train")
+    steps_per_epoch = max(1, len(train) // config.batch_size)
+    return {
+        "model": f"{parts.made.net.cell}, layers {parts.made.net.layers}",
+        "parameters": sum(p.numel() for p in parts.made.net.parameters()),
+        "words": len(parts.made.vocabulary),
+        "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.captionset.splits.items()),
+        "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
+        **parts.where.told(),
+    }

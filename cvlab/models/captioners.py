@@ -1,0 +1,77 @@
+"""Captioners with the backbone that they stand on and their vocabulary, and their weights in a file."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvlab.data.vocabulary import Vocabulary
+from cvlab.errors import DataError
+from cvlab.models import detectors, packed, pretrained
+from cvlab.models.captioner import Captioner
+from cvlab.models.features import Features
+from cvlab.schema import Table
+
+TABLE = Table("captioner", {"captioner": "cvlab.models.captioner:Captioner"}, frozenset({"channels", "num_words"}))
+STRIDE = 32
+FILE = "captioner.safetensors"  # of a training, in its run directory
+KEY = "cvlab_captioner"
+LOAD_HINT = "give a run of `cvlab train` that trained a captioner, or its captioner.safetensors"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a captioner is: enough to build it again."""
+
+    arguments: dict[str, Any]
+    words: tuple[str, ...]
+    size_px: int
+    length: int
+    backbone: str = pretrained.DEFAULT
+    backbone_weights: str | None = None
+    trained_on: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A captioner, the layer of the backbone that it reads, and its vocabulary."""
+
+    about: About
+    features: Features
+    vocabulary: Vocabulary
+    net: Captioner
+
+
+def last_map(backbone: str, weights: str | None, device: torch.device) -> Features:
+    """Return the last map of a backbone, of stride 32."""
+    net = pretrained.build(backbone, weights, device)
+    return Features(net, detectors.levels(net, (STRIDE,), is_last=True))
+
+
+def build(about: About, features: Features, device: torch.device) -> Made:
+    """Build a captioner on a backbone's map, its weights drawn at random."""
+    vocabulary = Vocabulary(about.words)
+    with torch.inference_mode():
+        probe = torch.full((1, 3, 2 * STRIDE, 2 * STRIDE), 0.5, device=device)
+        channels = features.batch(probe)[features.names[-1]].shape[1]
+    net = Captioner(channels=channels, num_words=len(vocabulary), **about.arguments)
+    return Made(about, features, vocabulary, net.to(device))
+
+
+def save(about: About, net: Captioner, path: Path) -> None:
+    """Write a captioner's weights, in float16, and what they are. RunDirError where the disk refuses."""
+    packed.save(path, KEY, asdict(about), net)
+
+
+def load(path: Path, device: torch.device) -> Made:
+    """Read a captioner from a file of `save`. DataError says what is wrong with it."""
+    told, tensors = packed.read(path, KEY, "a captioner", LOAD_HINT)
+    try:
+        about = About(**told | {"words": tuple(told["words"])})
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a captioner that can be read: {error}", LOAD_HINT) from error
+    made = build(about, last_map(about.backbone, about.backbone_weights, device), device)
+    packed.fill(made.net, tensors, path, LOAD_HINT)
+    return made

@@ -1,0 +1,143 @@
+"""Training and evaluating captioners on built-in scenes, stopped and resumed; the maps that they stand on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cvlab import engine, photo_features, training
+from cvlab.data import photos
+from cvlab.errors import StoppedError
+from cvlab.models import captioners
+from cvlab.models.features import Features
+from cvlab.models.pretrained import build
+
+SHORT = (
+    *("model={name: captioner, cell: attention_lstm, words: 8, hidden: 16}", "size=64", "batch_size=4"),
+    *("duration={steps: 4}", "expect=[]", "log_every=1", "evaluate_test=false", "threads=1", "beam=2"),
+)
+
+
+def train(cvlab, *words):
+    code, out, err = cvlab("train", "caption_scenes", *SHORT, *words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+class TestTraining:
+    def test_metrics_and_weights_in_a_file_of_their_own(self, cvlab):
+        found = train(cvlab)
+        wanted = {
+            "val_loss",
+            "val_bleu4",
+            "bleu1",
+            "bleu4",
+            "cider",
+            "exact",
+            "shapes_right",
+            "word_loss",
+            "train_loss",
+        }
+        assert wanted <= found["metrics"].keys()
+        made = captioners.load(Path(found["run"]) / "captioner.safetensors", torch.device("cpu"))
+        assert made.about.size_px == 64 and made.about.trained_on == "scene_sentences" and "red" in made.about.words
+        summary = json.loads((Path(found["run"]) / "summary.json").read_text())
+        assert "closest reference length" in summary["bleu_rule"] and summary["beam"] == 2
+
+    def test_layers_by_hand_train_as_those_of_torch(self, cvlab):
+        model = "model={name: captioner, cell: lstm, words: 8, hidden: 16, dropout: 0, feature_dropout: 0, layers: %s}"
+        losses = [
+            train(cvlab, model % layers, "precision=float32")["metrics"]["train_loss"] for layers in ("torch", "manual")
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    def test_stopped_and_resumed_it_ends_with_the_same_weights(self, cvlab, monkeypatch):
+        whole = train(cvlab, "save_seconds=0", "mirror=true")
+        real = training.Session._pause
+
+        def stopping(session, step):
+            real(session, step)
+            if step == 2:
+                raise StoppedError("stopped for a test", "", 130)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Session, "_pause", stopping)
+            assert cvlab("train", "caption_scenes", *SHORT, "save_seconds=0", "mirror=true")[0] == 130
+        code, out, err = cvlab("resume", "latest", "--json")
+        assert code == 0 and "resumed step_" in err, err
+        again = json.loads(out)
+        digests = [json.loads((Path(f["run"]) / "summary.json").read_text())["weights_sha256"] for f in (whole, again)]
+        assert digests[0] == digests[1] and whole["run"] != again["run"]
+
+    def test_eval_gives_what_the_run_gave(self, cvlab):
+        found = train(cvlab)
+        code, out, err = cvlab("eval", found["run"], "--split", "val", "--json")
+        assert code == 0, err
+        metrics = json.loads(out)["metrics"]
+        assert metrics["val_bleu1"] == pytest.approx(found["metrics"]["bleu1"]) and metrics["val_loss"] > 0
+
+    def test_it_learns_a_few_sentences_by_heart(self, cvlab):
+        words = ("duration={steps: 120}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
+        model = "model={name: captioner, cell: attention_lstm, words: 16, hidden: 32, dropout: 0, feature_dropout: 0}"
+        found = train(cvlab, model, *words, "schedule={name: constant}", "ema=null")
+        rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["train_loss"] for row in rows if "train_loss" in row]
+        assert losses[-1] < 0.2 * losses[0]
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("data.name=scenes",), "photos with sentences are needed"),
+            (("data.num_train=9999",), "has 12 photos"),
+            (("data.name=captions",), "goes with a path"),
+            (("model.cell=gru",), "cell"),
+            (("threshold=99999",), "no word stands 99999 times"),
+            (("expect=[bleu5>0]",), "no metric"),
+        ],
+    )
+    def test_refusals(self, cvlab, words, says):
+        code, _, err = cvlab("train", "caption_scenes", *words, "--dry-run")
+        assert code in (2, 4) and says in err, err
+
+
+class TestMaps:
+    @pytest.fixture
+    def asked(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+        path = tmp_path / "photo.png"
+        photos.load(photos.SAMPLE if Path(photos.SAMPLE).is_file() else photos.find(("sample",))[0]).save(path)
+        features, where = Features(build(), ["bn2"]), engine.compute("cpu", "float32", 1)
+
+        def load(**changes):
+            request = photo_features.Request(64, changes.pop("pool", False), **changes)
+            return photo_features.load(features, [path, path], where, request, lambda: None)
+
+        return load, tmp_path / "data" / photo_features.FOLDER, path
+
+    def test_they_are_kept_checked_and_mapped(self, asked, capsys):
+        load, folder, _ = asked
+        first = load().clone()
+        assert first.shape == (2, 4, 1280) and first.dtype == torch.float16
+        assert len(list(folder.glob("*.npy"))) == 1
+        (path,) = folder.glob("*.npy")
+        stamp = path.stat().st_mtime_ns
+        assert torch.equal(load(), first) and path.stat().st_mtime_ns == stamp
+        torch.testing.assert_close(load(pool=True)[:, 0].float(), first.float().mean(1), rtol=1e-2, atol=1e-2)
+        assert not torch.equal(load(mirrored=True), first) and len(list(folder.glob("*.npy"))) == 3
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+        assert torch.equal(load(), first) and "computed again" in capsys.readouterr().err
+
+    def test_another_photo_of_the_same_name_is_looked_at_anew(self, asked):
+        load, folder, path = asked
+        load()
+        photos.load(path).rotate(90).save(path)
+        load()
+        assert len(list(folder.glob("*.npy"))) == 2
+
+    def test_a_disk_that_refuses_does_not_matter(self, asked, monkeypatch, tmp_path, capsys):
+        load, _, _ = asked
+        (tmp_path / "data").write_text("a file where the folder should be")
+        assert load().shape == (2, 4, 1280) and "not kept" in capsys.readouterr().err

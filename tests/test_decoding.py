@@ -1,0 +1,84 @@
+"""Beam search against all sentences that there are, of a captioner small enough to try them."""
+
+import itertools
+
+import pytest
+import torch
+
+from cvlab.data.vocabulary import END, NULL, START, UNKNOWN
+from cvlab.models import decoding
+from cvlab.models.captioner import Captioner
+
+WORDS = 7  # of which three are words
+LENGTH = 4
+
+
+@pytest.fixture(params=["rnn", "lstm", "attention_lstm"])
+def net(request):
+    torch.manual_seed(3)
+    made = Captioner(5, WORDS, request.param, words=6, hidden=8).eval()
+    with torch.no_grad():
+        made.out.weight.mul_(3)
+    return made
+
+
+def features(net, n=3):
+    return torch.randn(n, 4 if net.is_attending else 1, 5, generator=torch.Generator().manual_seed(1))
+
+
+def score(net, feature, words):
+    """The sum of the log-probabilities of a sentence, by one forward pass over all of it."""
+    row = torch.tensor([[START, *words[:-1]]])
+    with torch.no_grad():
+        log_p = net(feature[None], row, torch.tensor([0])).log_softmax(-1)[0]
+    return sum(log_p[t, word].item() for t, word in enumerate(words))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
+def test_a_beam_as_wide_as_everything_finds_the_best_of_all(net, alpha):
+    for feature in features(net):
+        best = max(
+            (score(net, feature, (*words, END)) / (n + 1) ** alpha, (*words, END))
+            for n in range(LENGTH)
+            for words in itertools.product(range(UNKNOWN + 1, WORDS), repeat=n)
+        )
+        (found,) = decoding.search(net, feature[None], width=100, length=LENGTH, alpha=alpha)
+        assert found.words == best[1] and found.score == pytest.approx(best[0], abs=1e-4)
+
+
+def test_greedy_is_one_beam(net):
+    for feature in features(net):
+        words, alpha = [], 0.0
+        state, word = net.start(feature[None]), torch.tensor([START])
+        ended = []
+        with torch.no_grad():
+            total = 0.0
+            for t in range(LENGTH):
+                log_p, state, _ = net.step(state, word)
+                ended.append((total + log_p[0, END].item(), (*words, END)))
+                log_p[:, [NULL, START, UNKNOWN, END]] = -1e9
+                if t == LENGTH - 1:
+                    break
+                total += log_p.max().item()
+                word = log_p.argmax(1)
+                words.append(int(word))
+        (found,) = decoding.search(net, feature[None], width=1, length=LENGTH, alpha=alpha)
+        assert found.words == max(ended)[1]
+
+
+def test_photos_do_not_disturb_each_other_and_every_sentence_ends(net):
+    together = decoding.search(net, features(net, 5), width=3, length=LENGTH)
+    alone = [decoding.search(net, feature[None], width=3, length=LENGTH)[0] for feature in features(net, 5)]
+    assert [one.words for one in together] == [one.words for one in alone]
+    for sentence in together:
+        assert sentence.words[-1] == END and len(sentence.words) <= LENGTH
+        assert not set(sentence.words) & {NULL, START, UNKNOWN}
+
+
+def test_where_it_looks(net):
+    if not net.is_attending:
+        return
+    feature = features(net, 1)
+    found = decoding.looks(net, feature, (4, 5, END))
+    assert found.shape == (3, 4)
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
