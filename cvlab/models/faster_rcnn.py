@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.models.detector import Targets
-from cvlab.models.pyramid import Pyramid, separable
+from cvlab.models.pyramid import LevelSeparable, Pyramid, separable
 from cvlab.ops import assignment, boxes, nms
 from cvlab.ops.anchors import matches_by_iou
 from cvlab.ops.average_precision import Detections
@@ -77,7 +77,7 @@ class FasterRcnn(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.pyramid = Pyramid(channels, width)
-        self.regions = separable(width)
+        self.regions = LevelSeparable(width, len(channels))
         self.objectness = nn.Conv2d(width, len(RATIOS), 1)
         self.offsets = nn.Conv2d(width, 4 * len(RATIOS), 1)
         self.look = nn.Sequential(separable(width), separable(width))
@@ -94,7 +94,7 @@ class FasterRcnn(nn.Module):
         """Return the first stage's verdict on maps (N, C_k, S / stride_k, S / stride_k), fine ones first."""
         mixed = self.pyramid(maps)
         places = assignment.points([m.shape[2:] for m in mixed], self.strides).to(maps[0].device)
-        hidden = [self.regions(m) for m in mixed]
+        hidden = [self.regions(m, level) for level, m in enumerate(mixed)]
         n = len(maps[0])
         scores = torch.cat([self.objectness(h).permute(0, 2, 3, 1).reshape(n, -1) for h in hidden], 1).float()
         offsets = torch.cat([self.offsets(h).permute(0, 2, 3, 1).reshape(n, -1, 4) for h in hidden], 1).float()

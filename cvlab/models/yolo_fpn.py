@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.models.detector import Targets
-from cvlab.models.pyramid import Pyramid, separable
+from cvlab.models.pyramid import Pyramid, Tower
 from cvlab.ops import assignment, boxes, nms
 from cvlab.ops.average_precision import Detections
 from cvlab.schema import Count
@@ -31,12 +31,12 @@ class YoloFpn(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.pyramid = Pyramid(channels, width)
-        self.classes = nn.Sequential(*(separable(width) for _ in range(depth)), nn.Conv2d(width, num_classes, 1))
-        self.boxes = nn.Sequential(*(separable(width) for _ in range(depth)), nn.Conv2d(width, 4, 1))
+        self.classes = Tower(width, num_classes, len(channels), depth)
+        self.boxes = Tower(width, 4, len(channels), depth)
         self.scales = nn.Parameter(torch.ones(len(channels)))
-        last = self.classes[-1]
-        assert isinstance(last, nn.Conv2d) and last.bias is not None
-        nn.init.constant_(last.bias, -math.log((1 - PRIOR) / PRIOR))
+        bias = self.classes.last.bias
+        assert bias is not None
+        nn.init.constant_(bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores (N, P, C) before the sigmoid, boxes_xyxy (N, P, 4) in pixels, and points (P, 3): x, y, stride.
@@ -45,9 +45,9 @@ class YoloFpn(nn.Module):
         """
         mixed = self.pyramid(maps)
         points = assignment.points([m.shape[2:] for m in mixed], self.strides).to(maps[0].device)
-        scores = torch.cat([self.classes(m).flatten(2) for m in mixed], 2).mT.float()  # (N, P, C)
+        scores = torch.cat([m.flatten(2) for m in self.classes(mixed)], 2).mT.float()  # (N, P, C)
         raw = [
-            F.softplus(self.boxes(m).flatten(2).float() * scale) for m, scale in zip(mixed, self.scales, strict=True)
+            F.softplus(m.flatten(2).float() * scale) for m, scale in zip(self.boxes(mixed), self.scales, strict=True)
         ]
         distances = torch.cat(raw, 2).mT * points[:, 2:]  # (N, P, 4): left, top, right, bottom
         centres = points[:, :2]
