@@ -58,14 +58,12 @@ class Batches:
         device: torch.device,
     ) -> None:
         self.features, self.mirrored, self.sentences, self.device = features, mirrored, sentences, device
-        self.batch_size, self.seed = min(batch_size, len(features)), seed
-        self.steps_per_epoch = max(1, len(features) // self.batch_size)
+        self.seed = seed
+        self.epochs = shuffle.Epochs(seed, len(features), batch_size, torch.device("cpu"))
 
     def __call__(self, step: int) -> Batch:
         """Return the photos of a step, each as it is or mirrored."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = shuffle.permutation(self.seed, epoch, len(self.features), torch.device("cpu"))
-        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+        epoch, chosen = self.epochs(step)
         features = self.features[chosen]
         if self.mirrored is not None:
             turned = shuffle.uniform(self.seed, epoch, chosen, "mirrored") < 0.5

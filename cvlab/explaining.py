@@ -100,9 +100,7 @@ def draw(
     dotted as many that are negative; without boxes only the cells.
     """
     assert kind in KINDS
-    factor = max(1.0, LEAST_SIDE_PX / max(photo.size))
-    size = (max(1, round(photo.width * factor)), max(1, round(photo.height * factor)))
-    sheet = photo.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    sheet = _enlarged(photo)
     if kind == "targets" and boxes_xyxy is not None and len(boxes_xyxy):
         in_cells = boxes_xyxy / _scale(photo.size, cells)
         return _targets(sheet, in_cells * _scale(sheet.size, cells), names, cells)
@@ -115,23 +113,29 @@ def proposals(photo: Image.Image, before_xyxy: Tensor, after_xyxy: Tensor) -> Im
 
     Of those before it the surest are drawn.
     """
-    factor = max(1.0, LEAST_SIDE_PX / max(photo.size))
-    size = (max(1, round(photo.width * factor)), max(1, round(photo.height * factor)))
+    plain = _enlarged(photo)
+    size, scale = plain.size, torch.tensor([plain.width / photo.width, plain.height / photo.height] * 2)
     halves = []
     for words, places, alpha in (("before", before_xyxy, 90), ("after", after_xyxy, 200)):
-        shown = places[:SHOWN] * factor
-        sheet = photo.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        shown = places[:SHOWN] * scale
         layer = Image.new("RGBA", size)
         pen = ImageDraw.Draw(layer)
         for k, place in reversed(list(enumerate(shown.tolist()))):
-            pen.rectangle(place, outline=(*drawing.colour(k), alpha), width=_line(sheet) + 1)
+            pen.rectangle(place, outline=(*drawing.colour(k), alpha), width=_line(plain) + 1)
         more = "" if len(shown) == len(places) else f", the surest {len(shown)} drawn"
         text = f"{len(places)} regions {words} suppression{more}"
-        halves.append(drawing.draw(_blend(sheet, layer), [Labelled((0, 0, *size), text, 0)]))
+        halves.append(drawing.draw(_blend(plain, layer), [Labelled((0, 0, *size), text, 0)]))
     both = Image.new("RGB", (2 * size[0] + 6, size[1]), "white")
     both.paste(halves[0], (0, 0))
     both.paste(halves[1], (size[0] + 6, 0))
     return both
+
+
+def _enlarged(photo: Image.Image) -> Image.Image:
+    """Return a small photo larger, so that lines and words fit."""
+    factor = max(1.0, LEAST_SIDE_PX / max(photo.size))
+    size = (max(1, round(photo.width * factor)), max(1, round(photo.height * factor)))
+    return photo.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def _scale(size: tuple[int, int], cells: int) -> Tensor:

@@ -146,17 +146,13 @@ class CachedBatches:
     """
 
     def __init__(self, cached: Cached, batch_size: int, seed: int, device: torch.device) -> None:
-        self.cached, self.batch_size, self.seed, self.device = cached, batch_size, seed, device
+        self.cached, self.device = cached, device
+        self.epochs = shuffle.Epochs(seed, len(cached), batch_size, device)
         self.finest_from: int | None = None
-        self.steps_per_epoch = max(1, len(cached) // batch_size)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
         """Return maps and boxes of a step."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, shuffle.permutation(self.seed, epoch, len(self.cached), self.device))
-        chosen = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+        _, chosen = self.epochs(step)
         is_finest = self.finest_from is not None and step >= self.finest_from
         maps, targets = self.cached.batch(chosen, 1 if is_finest else None)
         return maps, targets.to(self.device)

@@ -26,10 +26,7 @@ from cvlab.report.boxes import Labelled
 from cvlab.rundir import Row, RunDir
 
 SHIPPED = Path(__file__).parent / "weights"  # detectors of our own that come along
-COMING_ALONG = {  # by --model: what looks at photos, and what is judged without any
-    "yolo": ("everyday", "scenes"),
-    "faster_rcnn": ("faster_rcnn_everyday", "faster_rcnn_scenes"),
-}
+COMING_ALONG = {"yolo": ("everyday", "scenes")}  # by --model: what looks at photos, what is judged without any
 SHEET_PHOTOS = 12
 EVALUATION_FLOOR, EVALUATION_IOU = 0.001, 0.6
 Look = Callable[[Sequence[Image.Image], float, float], list[Detections]]
@@ -74,6 +71,9 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         model = yolov3_tiny.NAME if is_darknet or on_disk else "yolo"
     if model == yolov3_tiny.NAME:
         return _open_tiny(weights_name, where)
+    if weights_name is None and model not in COMING_ALONG:
+        hint = f"`cvlab train yolo_scenes model.name={model}` trains one; then --weights latest"
+        raise DataError(f"no weights of a {model} come along", hint)
     if weights_name is None:
         name = COMING_ALONG[model][evaluates]
         path, told = SHIPPED / f"{name}.safetensors", f"{name}, the weights that come along"
@@ -111,16 +111,23 @@ def _has_tiny() -> bool:
     return True
 
 
+def _head(
+    made: detectors.Detector, images: Sequence[Image.Image], places: Sequence[views.Drawn], where: Compute
+) -> Any:
+    """Return what a detector's head says of photos, drawn as `places` tell."""
+    batch = torch.stack([photos.to_tensor(place.view(image)) for place, image in zip(places, images, strict=True)])
+    maps = made.features.batch(batch.to(where.device))
+    return made.head([maps[name] for name in made.features.names])
+
+
 def _looks(made: detectors.Detector, where: Compute) -> Look:
     size_px = made.about.size_px
 
     @torch.inference_mode()
     def look(images: Sequence[Image.Image], floor: float, iou: float) -> list[Detections]:
         places = [views.whole(image.width, image.height, size_px) for image in images]
-        batch = torch.stack([photos.to_tensor(place.view(image)) for place, image in zip(places, images, strict=True)])
         with where.autocast():
-            maps = made.features.batch(batch.to(where.device))
-            found = made.head([maps[name] for name in made.features.names])
+            found = _head(made, images, places, where)
             results: list[Detections] = made.head.detections(  # type: ignore[operator]
                 found, size_px, floor, iou, detecting.MOST
             )
@@ -136,10 +143,8 @@ def _proposes(made: detectors.Detector, where: Compute) -> Propose:
     @torch.inference_mode()
     def propose(image: Image.Image) -> tuple[Tensor, Tensor]:
         place = views.whole(image.width, image.height, size_px)
-        batch = photos.to_tensor(place.view(image))[None].to(where.device)
         with where.autocast():
-            maps = made.features.batch(batch)
-            found = made.head([maps[name] for name in made.features.names])
+            found = _head(made, [image], [place], where)
             before, after = made.head.regions_of(found)[0]  # type: ignore[operator]
         return place.back(before.float().cpu()), place.back(after.float().cpu())
 

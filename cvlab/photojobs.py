@@ -124,8 +124,7 @@ def run(config: ImagesConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
     with StopRequest() as stop, Progress(verb, len(found), len(rows)) as progress:
 
         def look_up() -> None:
-            if stop.received is not None:
-                raise stop.error(len(rows), out.path.name, "photo")
+            stop.look_up(len(rows), out.path.name, "photo")
             if progress.due():
                 progress.update(len(rows), found[min(len(rows), len(found) - 1)].name)
 

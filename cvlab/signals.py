@@ -40,6 +40,11 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def look_up(self, step: int, run: str, unit: str = "step") -> None:
+        """Raise the error that ends the run, if it was asked to stop."""
+        if self.received is not None:
+            raise self.error(step, run, unit)
+
     def error(self, step: int, run: str, unit: str = "step") -> StoppedError:
         """Build the error that ends a run which was asked to stop, after its checkpoint is on the disk."""
         assert self.received is not None

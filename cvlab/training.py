@@ -83,8 +83,7 @@ class Session:
 
         def steps() -> Iterator[Losses]:
             for losses in self._fit():
-                if stop.received is not None:
-                    raise stop.error(0, self.out.path.name)
+                stop.look_up(0, self.out.path.name)
                 yield losses
 
         typical = budget.seconds_per_step(steps(), seconds, self.job.where.synchronize)

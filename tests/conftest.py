@@ -1,5 +1,6 @@
 """Fixtures: no test opens a socket, writes outside its own folder or depends on the machine's threads."""
 
+import json
 import os
 from pathlib import Path
 
@@ -44,6 +45,37 @@ def real_cifar10(monkeypatch):
         pytest.skip("CVLAB_DATA has no cifar-10-batches-py")
     monkeypatch.setenv("CVLAB_DATA", REAL_DATA)
     return Path(REAL_DATA)
+
+
+@pytest.fixture
+def stopped_and_resumed(cvlab, monkeypatch):
+    """Train once as it is and once stopped after its second step and resumed: the JSON of both runs."""
+    from cvlab import training
+    from cvlab.errors import StoppedError
+
+    def both(*words):
+        code, whole, err = cvlab("train", *words, "--json")
+        assert code == 0, err
+        real = training.Session._pause
+
+        def stopping(session, step):
+            real(session, step)
+            if step == 2:
+                raise StoppedError("stopped for a test", "", 130)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Session, "_pause", stopping)
+            assert cvlab("train", *words)[0] == 130
+        code, again, err = cvlab("resume", "latest", "--json")
+        assert code == 0 and "resumed step_" in err, err
+        return json.loads(whole), json.loads(again)
+
+    return both
+
+
+def weights_digest(found):
+    """Return the digest of the weights that a run ended with."""
+    return json.loads((Path(found["run"]) / "summary.json").read_text())["weights_sha256"]
 
 
 @pytest.fixture

@@ -29,7 +29,16 @@ LAYERS = [  # each may import those before it, and its own row
     {"models", "data"},
     {"engine"},
     {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing", "stylizing"}
-    | {"style_targets", "feature_cache", "detecting", "finding", "explaining", "photo_features", "captioning"},
+    | {
+        "style_targets",
+        "feature_cache",
+        "detecting",
+        "finding",
+        "explaining",
+        "photo_features",
+        "captioning",
+        "photosets",
+    },
     {"experiments"},
     {"validation", "arms", "profiles"},
     {

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cvlab import training
 from cvlab.data import photos
-from cvlab.errors import StoppedError
 from cvlab.models import detectors
 from cvlab.models.detector import padded
 from cvlab.models.yolo_fpn import YoloFpn
+from tests.conftest import weights_digest
 
 SHORT = (
     *("data.num_train=6", "size=64", "views=2", "batch_size=4", "duration={steps: 4}", "expect=[]", "log_every=1"),
@@ -101,23 +100,9 @@ class TestTraining:
         summary = json.loads((Path(found["run"]) / "summary.json").read_text())
         assert summary["map_rule"] == "voc" and summary["confidence_floor"] == 0.001
 
-    def test_stopped_and_resumed_it_ends_with_the_same_weights(self, cvlab, monkeypatch):
-        whole = train(cvlab, "save_seconds=0")
-        real = training.Session._pause
-
-        def stopping(session, step):
-            real(session, step)
-            if step == 2:
-                raise StoppedError("stopped for a test", "", 130)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training.Session, "_pause", stopping)
-            assert cvlab("train", "yolo_scenes", *SHORT, "save_seconds=0")[0] == 130
-        code, out, err = cvlab("resume", "latest", "--json")
-        assert code == 0 and "resumed step_" in err, err
-        again = json.loads(out)
-        digests = [json.loads((Path(f["run"]) / "summary.json").read_text())["weights_sha256"] for f in (whole, again)]
-        assert digests[0] == digests[1] and whole["run"] != again["run"]
+    def test_stopped_and_resumed_it_ends_with_the_same_weights(self, stopped_and_resumed):
+        whole, again = stopped_and_resumed("yolo_scenes", *SHORT, "save_seconds=0")
+        assert weights_digest(whole) == weights_digest(again) and whole["run"] != again["run"]
 
     def test_eval_draws_curves_and_confusions(self, cvlab):
         found = train(cvlab)
@@ -209,6 +194,7 @@ class TestDetect:
             (("sample", "--weights", "other.safetensors"), 4, "does not say what it is"),
             (("sample", "--weights", "folder"), 4, "this run has no detector.safetensors"),
             (("sample", "--conf", "2"), 2, "conf"),
+            (("sample", "--model", "faster_rcnn"), 4, "no weights of a faster_rcnn come along"),
             (("sample", "--model", "yolo9"), 2, "model"),
         ],
     )

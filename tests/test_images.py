@@ -245,3 +245,14 @@ def test_a_batch_larger_than_the_data_is_refused():
 def test_sets_that_no_training_could_use_are_refused(changes, text):
     with pytest.raises(DataError, match=text):
         image_set(**changes)
+
+
+def test_epochs_take_every_item_once_in_another_order():
+    epochs = shuffle.Epochs(3, 10, 4, torch.device("cpu"))
+    taken = [epochs(step) for step in range(6)]
+    assert epochs.steps == 2 and [epoch for epoch, _ in taken] == [0, 0, 1, 1, 2, 2]
+    for first, second in zip(taken[::2], taken[1::2], strict=True):
+        assert len(set(first[1].tolist() + second[1].tolist())) == 8
+    assert taken[0][1].tolist() != taken[2][1].tolist() and epochs(1)[1].tolist() == taken[1][1].tolist()
+    few = shuffle.Epochs(3, 3, 4, torch.device("cpu"))
+    assert (few.steps, few.batch_size) == (1, 3) and sorted(few(5)[1].tolist()) == [0, 1, 2]

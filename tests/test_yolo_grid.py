@@ -1,20 +1,17 @@
 """The course's one-stage detector: decoding and losses against slow twins, what is put in perfectly comes out."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from cvlab import training
 from cvlab.data import boxwriters, scenery
-from cvlab.errors import StoppedError
 from cvlab.models import yolo_grid
 from cvlab.models.detector import padded
 from cvlab.models.yolo_grid import Found, YoloGrid
 from cvlab.ops.anchors import COURSE_SHAPES
+from tests.conftest import weights_digest
 
 A = len(COURSE_SHAPES)
 TRUE = torch.tensor([[20.0, 12, 90, 88], [130, 100, 200, 160], [60, 150, 92, 210]])  # in a picture of 224 pixels
@@ -257,24 +254,9 @@ def few(tmp_path):
     return folder
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_weights(cvlab, monkeypatch, few):
+def test_stopped_and_resumed_it_ends_with_the_same_weights(stopped_and_resumed, few):
     """Dropout and the negatives are drawn anew in every step."""
     words = ("yolo_overfit", f"data={{name: boxes, path: {few}}}", "size=64", "batch_size=2", "duration={steps: 4}")
     words += ("expect=[]", "threads=1", "save_seconds=0", "log_every=1", "eval_every=1000")
-    code, out, err = cvlab("train", *words, "--json")
-    assert code == 0, err
-    real = training.Session._pause
-
-    def stopping(session, step):
-        real(session, step)
-        if step == 2:
-            raise StoppedError("stopped for a test", "", 130)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Session, "_pause", stopping)
-        assert cvlab("train", *words)[0] == 130
-    code, again, err = cvlab("resume", "latest", "--json")
-    assert code == 0 and "resumed step_" in err, err
-    summaries = [json.loads((Path(json.loads(text)["run"]) / "summary.json").read_text()) for text in (out, again)]
-    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
-    assert json.loads(out)["run"] != json.loads(again)["run"]
+    whole, again = stopped_and_resumed(*words)
+    assert weights_digest(whole) == weights_digest(again) and whole["run"] != again["run"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,6 +90,17 @@ def scratch(root: Path) -> Iterator[Path]:
             yield Path(made)
     except OSError as error:
         raise durable.disk_error(root, error, "free space, or choose another place with CVLAB_DATA") from error
+
+
+def install(made: Path, target: Path) -> None:
+    """Move a folder that is whole to its place in one step; what stood there goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink():
+        target.unlink()  # what it points to is somebody else's
+    elif target.exists():
+        shutil.rmtree(target)
+    made.replace(target)
+    durable.sync_directory(target.parent)
 
 
 def names(kind: str) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cvlab import data, durable, lookup
+from cvlab import data, lookup
 from cvlab.data import Size, Source, scene_sentences, shuffle
 from cvlab.errors import ConfigError, DataError
 
@@ -107,10 +107,10 @@ def flickr8k(root: Path) -> CaptionSet:
     return CaptionSet("flickr8k", splits)
 
 
-def own(path: Path, val_fraction: float, test_fraction: float = 0.0) -> CaptionSet:
+def own(path: Path, val_fraction: float) -> CaptionSet:
     """Read a user's own set: a file of captions whose images lie beside it, below it or in `images`.
 
-    The last photos in a fixed random order are `val` and `test`.
+    The last photos in a fixed random order are `val`; there is no `test`.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file", f"name {FORMS}")
@@ -118,12 +118,12 @@ def own(path: Path, val_fraction: float, test_fraction: float = 0.0) -> CaptionS
     folders = [path.parent, path.parent / "images", path.parent / "Images", path.parent.parent / "images"]
     items = [Captioned(_place(name, folders, path), tuple(values)) for name, values in sentences.items()]
     order = shuffle.permutation(SEED, 0, len(items), torch.device("cpu")).tolist()
-    num_val, num_test = (max(int(bool(share)), round(len(items) * share)) for share in (val_fraction, test_fraction))
-    if num_val + num_test >= len(items):
+    num_val = max(int(bool(val_fraction)), round(len(items) * val_fraction))
+    if num_val >= len(items):
         raise ConfigError(f"{path}: {len(items)} photos are too few to split", "a smaller val_fraction")
     shuffled = tuple(items[k] for k in order)
-    cut = len(items) - num_val - num_test
-    parts = (shuffled[:cut], shuffled[cut : cut + num_val], shuffled[cut + num_val :])
+    cut = len(items) - num_val
+    parts: tuple[tuple[Captioned, ...], ...] = (shuffled[:cut], shuffled[cut:], ())
     return CaptionSet(path.stem, dict(zip(SPLITS, parts, strict=True)))
 
 
@@ -175,11 +175,7 @@ def _fetch_flickr8k(root: Path, origin: Path | None, patient: bool) -> None:
         raise DataError(f"{origin}: not Flickr8k", "it needs captions.txt, Images and Flickr_8k.*Images.txt")
     with data.scratch(root) as scratch:
         shutil.copytree(origin, scratch / "flickr8k")
-        target = root / "flickr8k"
-        if target.exists():
-            shutil.rmtree(target)
-        (scratch / "flickr8k").replace(target)
-        durable.sync_directory(root)
+        data.install(scratch / "flickr8k", root / "flickr8k")
 
 
 FLICKR8K = Source(

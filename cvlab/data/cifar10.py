@@ -6,7 +6,6 @@
 import hashlib
 import io
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +147,7 @@ def _install_folder(folder: Path, root: Path) -> None:
         made.mkdir()
         for name in MD5:
             (made / name).write_bytes(_verified(folder / name))
-        target = root / FOLDER
-        if target.is_symlink():
-            target.unlink()  # what it points to is somebody else's
-        elif target.exists():
-            shutil.rmtree(target)
-        made.replace(target)
+        data.install(made, root / FOLDER)
 
 
 SOURCE = Source(

@@ -9,8 +9,6 @@ import csv
 import io
 from collections.abc import Iterator
 
-from PIL import Image
-
 from cvlab.data import scenery
 from cvlab.data.generated import Generated
 from cvlab.data.scenery import Rules, Scene, Thing
@@ -67,9 +65,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
                 continue
             name = f"{split}_{made:04d}.png"
             made += 1
-            buffer = io.BytesIO()
-            Image.fromarray(scene.picture.numpy()).save(buffer, "PNG", compress_level=3)
-            yield f"images/{name}", buffer.getvalue()
+            yield f"images/{name}", scene.png()
             rows.append((name, text))
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)

@@ -6,6 +6,7 @@ ones.
 
 import contextlib
 import functools
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from cvlab.data import shuffle
@@ -69,6 +71,12 @@ class Scene:
 
     picture: Tensor
     things: tuple[Thing, ...]
+
+    def png(self) -> bytes:
+        """Encode the picture."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.picture.numpy()).save(buffer, "PNG", compress_level=3)
+        return buffer.getvalue()
 
 
 @contextlib.contextmanager

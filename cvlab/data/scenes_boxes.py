@@ -4,12 +4,10 @@
 shapes in words: shape, colour, size, position) and sha256.json. scenery.py draws them.
 """
 
-import io
 import json
 from collections.abc import Iterator
 
 import torch
-from PIL import Image
 
 from cvlab.data import boxwriters, scenery
 from cvlab.data.generated import Generated
@@ -27,16 +25,10 @@ def _files() -> Iterator[tuple[str, bytes]]:
         for number, name in enumerate(names):
             scene = scenery.draw(SEEDS[split], number)
             words[name] = [thing.words for thing in scene.things]
-            yield f"JPEGImages/{name}.png", _png(scene)
+            yield f"JPEGImages/{name}.png", scene.png()
             yield f"Annotations/{name}.xml", _xml(scene, name).encode()
         yield f"ImageSets/Main/{split}.txt", "".join(f"{name}\n" for name in names).encode()
     yield WORDS, json.dumps(words).encode()
-
-
-def _png(scene: scenery.Scene) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(scene.picture.numpy()).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
 
 
 def _xml(scene: scenery.Scene, name: str) -> str:

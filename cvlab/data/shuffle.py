@@ -49,6 +49,23 @@ def permutation(seed: int, epoch: int, count: int, device: torch.device) -> Tens
     return torch.argsort(hashes(seed, epoch, indices, "order"), stable=True)
 
 
+class Epochs:
+    """Which items a step takes, as a pure function of (seed, step): shuffled epochs, a last partial batch left out."""
+
+    def __init__(self, seed: int, count: int, batch_size: int, device: torch.device) -> None:
+        self.seed, self.count, self.device = seed, count, device
+        self.batch_size = min(batch_size, count)
+        self.steps = max(1, count // batch_size)
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, step: int) -> tuple[int, Tensor]:
+        """Return in which epoch a step is, and the indices (batch_size,) of its items."""
+        epoch, position = divmod(step, self.steps)
+        if self._order[0] != epoch:
+            self._order = (epoch, permutation(self.seed, epoch, self.count, self.device))
+        return epoch, self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+
+
 def normal(seed: int, epoch: int, shape: tuple[int, ...], stream: str) -> Tensor:
     """Return float32 numbers of the standard normal distribution, of a shape. Method: Box and Muller, 1958."""
     count = math.prod(shape)

@@ -122,13 +122,7 @@ def _install_small(name: str, origin: Path, root: Path, num_photos: int | None =
             raise DataError(f"{origin}: not {name}: its classes are {', '.join(found.classes)[:200]}", "name another")
         if num_photos not in (None, count):
             raise DataError(f"{origin}: {count} photos where {name} has {num_photos}", "get it again")
-        target = root / "VOC" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_symlink():
-            target.unlink()  # what it points to is somebody else's
-        elif target.exists():
-            shutil.rmtree(target)
-        made.replace(target)
+        data.install(made, root / "VOC" / name)
 
 
 def _find(origin: Path, name: str) -> Path:

@@ -8,76 +8,47 @@ Expect: `val_loss`, `val_bleu4` (greedy) while training; at the end, by beam sea
 Command: cvlab train configs/caption_scenes.yaml
 """
 
-import os
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from cvlab import captioning, checkpoint, data, engine, photo_features, schema, training
+from cvlab import captioning, checkpoint, data, engine, photo_features, photosets, schema, training
 from cvlab.captioning import Batch, Batches, Sentences
 from cvlab.data import captions, scene_sentences, vocabulary
 from cvlab.data.captions import Captioned, CaptionSet
-from cvlab.errors import ConfigError
-from cvlab.jobs import Job, TrainConfig
-from cvlab.models import captioners, pretrained
+from cvlab.jobs import Job
+from cvlab.models import captioners
 from cvlab.models.captioners import About, Made
 from cvlab.photo_features import Request
 from cvlab.rundir import RunDir
 from cvlab.signals import StopRequest
 
 
-class Data(schema.DataBlock):
+class Data(photosets.SetOfPhotos):
     """Which photos with sentences."""
 
-    path: str | None = Field(None, description="with name: captions, your CSV or COCO's JSON")
+    kind = captions.OWN
     val_fraction: schema.BelowOne = Field(0.1, description="of the photos of your own set")
-    num_train: schema.Count | None = Field(None, description="train on the first so many photos; null: on all")
     sentences: schema.Count | None = Field(None, description="take so many sentences of a photo; null: all")
 
-    @field_validator("name", "standin")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        if name is not None and (error := data.unfit(name, "captions")):
-            raise ValueError(str(error))
-        return name
 
-    @field_validator("path")
-    @classmethod
-    def _absolute_path(cls, name: str | None) -> str | None:
-        return os.path.abspath(name) if name else name
-
-    @model_validator(mode="after")
-    def _own_path(self) -> "Data":
-        if (self.name == captions.OWN) != (self.path is not None):
-            raise ValueError("name: captions goes with a path, and no other set does")
-        return self
-
-
-class Config(TrainConfig):
+class Config(photosets.MapsConfig):
     """A captioner, its data and how it is trained. `batch_size` counts photos, each with all of its sentences."""
 
     data: Data
     model: Annotated[schema.Part, captioners.TABLE]
-    backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")
-    backbone_weights: str | None = Field(None, description="a file with its weights")
     size: Annotated[int, Ge(64), Le(2048)] = Field(224, description="photos are squeezed to squares of so many pixels")
     mirror: bool = Field(False, description="show half of the photos mirrored; twice the maps on the disk")
     threshold: schema.Count = Field(5, description="words that stand less often in the training sentences are unknown")
     length: Annotated[int, Ge(3), Le(200)] = Field(17, description="words of a sentence at most, with start and end")
     beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="sentences that are followed at once at the end")
     alpha: schema.Fraction = Field(0.7, description="a sentence's score is divided by its length to this power")
-    evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
-
-    @field_validator("backbone")
-    @classmethod
-    def _known_backbone(cls, name: str) -> str:
-        pretrained.require_known(name)
-        return name
 
 
 @dataclass(frozen=True)
@@ -112,15 +83,9 @@ def build(config: Config) -> Parts:
     return Parts(where, captionset, made)
 
 
-def items_of(config: Config, captionset: CaptionSet, split: str) -> tuple[Captioned, ...]:
+def items_of(config: Config, captionset: CaptionSet, split: str) -> Sequence[Captioned]:
     """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
-    items = captionset.splits.get(split, ())
-    wanted = config.data.num_train if split == "train" else None
-    if not items or (wanted is not None and wanted > len(items)):
-        raise ConfigError(
-            f"{captionset.name} has {len(items)} photos in {split!r}", "name another split, or lower num_train"
-        )
-    return items[:wanted]
+    return config.data.items(captionset.name, captionset.splits, split)
 
 
 def maps_of(
@@ -142,11 +107,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     """Look at all photos, train, say a sentence about each photo that is judged; keep the weights in their own file."""
     parts = build(config)
     with StopRequest() as stop:
-
-        def look_up() -> None:
-            if stop.received is not None:
-                raise stop.error(0, out.path.name)
-
+        look_up = functools.partial(stop.look_up, 0, out.path.name)
         features = maps_of(config, parts, "train", look_up)
         mirrored = maps_of(config, parts, "train", look_up, mirrored=True) if config.mirror else None
         val = maps_of(config, parts, "val", look_up)
@@ -165,8 +126,8 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         model=parts.made.net,
         loss_fn=loss_fn,
         batch_at=batches,
-        steps_per_epoch=batches.steps_per_epoch,
-        items_per_step=batches.batch_size,
+        steps_per_epoch=batches.epochs.steps,
+        items_per_step=batches.epochs.batch_size,
         evaluate=evaluation,
         monitor="val_bleu4",
         where=parts.where,

@@ -8,24 +8,23 @@ Expect: `val_map50` while training; at the end of the split that is evaluated (`
 Command: cvlab train configs/yolo_scenes.yaml
 """
 
-import os
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cvlab import checkpoint, data, detecting, engine, feature_cache, schema, training
+from cvlab import checkpoint, data, detecting, engine, feature_cache, photosets, schema, training
 from cvlab.data import boxsets, views
 from cvlab.data.boxsets import BoxImage, BoxSet
 from cvlab.detecting import Rules
-from cvlab.errors import ConfigError
 from cvlab.feature_cache import Cached, CachedBatches
-from cvlab.jobs import Job, TrainConfig
-from cvlab.models import detectors, pretrained
+from cvlab.jobs import Job
+from cvlab.models import detectors
 from cvlab.models.detector import Targets
 from cvlab.models.detectors import About, Detector
 from cvlab.ops.average_precision import Precision
@@ -37,32 +36,10 @@ Batch = tuple[list[Tensor], Targets]
 SHOWN_FLOOR = 0.25  # of what is drawn and counted, as in `cvlab detect`
 
 
-class Data(schema.DataBlock):
+class Data(photosets.SetOfPhotos):
     """Which photos with boxes."""
 
-    path: str | None = Field(None, description="with name: boxes, the folder or file of your own")
-    val_fraction: schema.BelowOne = Field(
-        0.2, description="of the training photos, where the set has no validation list"
-    )
-    num_train: schema.Count | None = Field(None, description="train on the first so many photos; null: on all")
-
-    @field_validator("name", "standin")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        if name is not None and (error := data.unfit(name, "boxes")):
-            raise ValueError(str(error))
-        return name
-
-    @field_validator("path")
-    @classmethod
-    def _absolute_path(cls, name: str | None) -> str | None:
-        return os.path.abspath(name) if name else name
-
-    @model_validator(mode="after")
-    def _own_path(self) -> "Data":
-        if (self.name == boxsets.OWN) != (self.path is not None):
-            raise ValueError("name: boxes goes with a path, and no other set does")
-        return self
+    kind = boxsets.OWN
 
 
 class Augment(schema.Frozen):
@@ -76,13 +53,11 @@ class Augment(schema.Frozen):
     saturation: schema.Fraction = Field(0.4, description="more or less colour by up to this share")
 
 
-class Config(TrainConfig):
+class Config(photosets.MapsConfig):
     """A detector, its data and how it is trained."""
 
     data: Data
     model: Annotated[schema.Part, detectors.TABLE]
-    backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")
-    backbone_weights: str | None = Field(None, description="a file with its weights")
     size: Annotated[int, Ge(64), Le(2048)] = Field(320, description="side of the square pictures in pixels")
     tune_epochs: Annotated[int, Ge(0)] = Field(
         0, description="so many epochs at the end the backbone's layers after the finest map learn too"
@@ -92,13 +67,6 @@ class Config(TrainConfig):
     map_rule: Literal["voc07", "voc", "coco"] = Field("voc", description="how precision is averaged over recall")
     confidence_floor: schema.Fraction = Field(0.001, description="detections below it are left out")
     nms_iou: schema.Fraction = Field(0.6, description="of two boxes of a class that overlap more, the better stays")
-    evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
-
-    @field_validator("backbone")
-    @classmethod
-    def _known_backbone(cls, name: str) -> str:
-        pretrained.require_known(name)
-        return name
 
     @model_validator(mode="after")
     def _tunes_within(self) -> "Config":
@@ -139,15 +107,9 @@ def build(config: Config) -> Parts:
     return Parts(where, boxset, detector, Rules(config.map_rule, config.confidence_floor, config.nms_iou))
 
 
-def items_of(config: Config, boxset: BoxSet, split: str) -> tuple[BoxImage, ...]:
+def items_of(config: Config, boxset: BoxSet, split: str) -> Sequence[BoxImage]:
     """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
-    items = boxset.splits.get(split, ())
-    wanted = config.data.num_train if split == "train" else None
-    if not items or (wanted is not None and wanted > len(items)):
-        raise ConfigError(
-            f"{boxset.name} has {len(items)} photos in {split!r}", "name another split, or lower num_train"
-        )
-    return items[:wanted]
+    return config.data.items(boxset.name, boxset.splits, split)
 
 
 def maps_of(config: Config, parts: Parts, split: str, num_views: int, look_up: Callable[[], None]) -> Cached:
@@ -176,17 +138,13 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     """Compute the maps, train the head, evaluate it; keep its weights in a file of their own."""
     parts = build(config)
     with StopRequest() as stop:
-
-        def look_up() -> None:
-            if stop.received is not None:
-                raise stop.error(0, out.path.name)
-
+        look_up = functools.partial(stop.look_up, 0, out.path.name)
         train = maps_of(config, parts, "train", config.views, look_up)
         val = maps_of(config, parts, "val", 0, look_up)
     batches = CachedBatches(train, config.batch_size, config.seed, parts.where.device)
     if config.tune_epochs:
-        steps = config.duration.steps or (config.duration.epochs or 0) * batches.steps_per_epoch
-        batches.finest_from = max(0, steps - config.tune_epochs * batches.steps_per_epoch)
+        steps = config.duration.steps or (config.duration.epochs or 0) * batches.epochs.steps
+        batches.finest_from = max(0, steps - config.tune_epochs * batches.epochs.steps)
 
     def evaluation(model: nn.Module) -> dict[str, float]:
         return {"val_map50": _measure(config, parts, model, val, "val").map50}
@@ -195,8 +153,8 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         model=parts.detector.head,
         loss_fn=loss_function(config.size),
         batch_at=batches,
-        steps_per_epoch=batches.steps_per_epoch,
-        items_per_step=batches.batch_size,
+        steps_per_epoch=batches.epochs.steps,
+        items_per_step=batches.epochs.batch_size,
         evaluate=evaluation,
         monitor="val_map50",
         where=parts.where,

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from cvlab.data.vocabulary import Vocabulary
-from cvlab.errors import DataError
 from cvlab.models import detectors, packed, pretrained
 from cvlab.models.captioner import Captioner
 from cvlab.models.features import Features
@@ -67,11 +66,7 @@ def save(about: About, net: Captioner, path: Path) -> None:
 
 def load(path: Path, device: torch.device) -> Made:
     """Read a captioner from a file of `save`. DataError says what is wrong with it."""
-    told, tensors = packed.read(path, KEY, "a captioner", LOAD_HINT)
-    try:
-        about = About(**told | {"words": tuple(told["words"])})
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path}: not a captioner that can be read: {error}", LOAD_HINT) from error
+    about, tensors = packed.read(path, KEY, About, "a captioner", LOAD_HINT)
     made = build(about, last_map(about.backbone, about.backbone_weights, device), device)
     packed.fill(made.net, tensors, path, LOAD_HINT)
     return made

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cvlab import lookup
-from cvlab.errors import ConfigError, DataError
+from cvlab.errors import ConfigError
 from cvlab.models import features, packed, pretrained
 from cvlab.models.features import Features
 from cvlab.models.pretrained import Pretrained
@@ -78,7 +78,8 @@ def build(about: About, device: torch.device) -> Detector:
     found = Features(net, levels(net, kind.strides, getattr(kind, "is_last", False)))
     probe = torch.rand((1, 3, PROBE_PX, PROBE_PX), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
-        maps = [found.batch(probe)[name] for name in found.names]
+        seen = found.batch(probe)
+    maps = [seen[name] for name in found.names]
     head = kind(channels=[m.shape[1] for m in maps], num_classes=len(about.classes), **about.arguments)
     given = found
     if about.is_tuned:
@@ -112,11 +113,7 @@ def save(about: About, head: nn.Module, path: Path) -> None:
 
 def load(path: Path, device: torch.device) -> Detector:
     """Read a detector from a file of `save`. DataError says what is wrong with it."""
-    told, tensors = packed.read(path, KEY, "a detector", LOAD_HINT)
-    try:
-        about = About(**told | {"classes": tuple(told["classes"])})
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path}: not a detector that can be read: {error}", LOAD_HINT) from error
+    about, tensors = packed.read(path, KEY, About, "a detector", LOAD_HINT)
     made = build(about, device)
     packed.fill(made.head, tensors, path, LOAD_HINT)
     return made

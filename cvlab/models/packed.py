@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from cvlab import durable
 from cvlab.errors import DataError
+
+About = TypeVar("About")
 
 
 def save(path: Path, key: str, about: dict[str, Any], net: nn.Module) -> None:
@@ -20,8 +22,8 @@ def save(path: Path, key: str, about: dict[str, Any], net: nn.Module) -> None:
     durable.write(path, lambda file: file.write(raw))
 
 
-def read(path: Path, key: str, what: str, hint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what the weights of a file of `save` are, and the weights. DataError where it is not `what`."""
+def read(path: Path, key: str, kind: type[About], what: str, hint: str) -> tuple[About, dict[str, Tensor]]:
+    """Read what the weights of a file of `save` are, as a `kind`, and the weights. DataError where it is not `what`."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -30,10 +32,12 @@ def read(path: Path, key: str, what: str, hint: str) -> tuple[dict[str, Any], di
         with safe_open(path, "pt") as file:
             raw = (file.metadata() or {}).get(key)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        about = json.loads(raw) if raw else None
-    except (SafetensorError, OSError, ValueError) as error:
+        told = json.loads(raw) if raw else None
+        # JSON knows no tuples
+        about = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}) if told else None
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not {what} that can be read: {error}", hint) from error
-    if not isinstance(about, dict):
+    if about is None:
         raise DataError(f"{path}: does not say what it is", hint)
     return about, tensors
 
