@@ -8,11 +8,11 @@ from torch import Tensor
 
 from cvlab.data import scene_sentences, shuffle
 from cvlab.data.captions import Captioned
-from cvlab.data.vocabulary import NULL, Vocabulary, tokens
+from cvlab.data.vocabulary import END, NULL, UNKNOWN, Vocabulary, tokens
 from cvlab.engine import Compute
 from cvlab.models import decoding
 from cvlab.models.captioner import Captioner
-from cvlab.ops import bleu
+from cvlab.ops import bleu, cider
 
 BATCH = 64
 RULE = "corpus BLEU, closest reference length, no smoothing; lower-cased, split on white space, punctuation dropped"
@@ -20,11 +20,16 @@ RULE = "corpus BLEU, closest reference length, no smoothing; lower-cased, split 
 
 @dataclass(frozen=True)
 class Batch:
-    """Features (B, L, C) of photos, sentences (M, T) as numbers, and whose each is, (M,)."""
+    """Features (B, L, C) of photos, which photos they are, (B,), sentences (M, T) as numbers, and whose each is, (M,).
+
+    `is_late`: sentences are to be drawn and judged instead.
+    """
 
     features: Tensor
+    photos: Tensor
     words: Tensor
     image: Tensor
+    is_late: bool
 
 
 class Sentences:
@@ -59,6 +64,7 @@ class Batches:
     ) -> None:
         self.features, self.mirrored, self.sentences, self.device = features, mirrored, sentences, device
         self.seed = seed
+        self.late_from: int | None = None  # from this step on sentences are drawn
         self.epochs = shuffle.Epochs(seed, len(features), batch_size, torch.device("cpu"))
 
     def __call__(self, step: int) -> Batch:
@@ -69,7 +75,45 @@ class Batches:
             turned = shuffle.uniform(self.seed, epoch, chosen, "mirrored") < 0.5
             features[turned] = self.mirrored[chosen[turned]]
         words, image = self.sentences.of(chosen)
-        return Batch(features.float().to(self.device), words.to(self.device), image.to(self.device))
+        is_late = self.late_from is not None and step >= self.late_from
+        return Batch(features.float().to(self.device), chosen, words.to(self.device), image.to(self.device), is_late)
+
+
+class Reward:
+    """What drawn sentences about training photos are worth: how much nearer they are to people's than others drawn.
+
+    Papers: Rennie et al., 2017, "Self-critical sequence training"; Luo, 2020, "A better variant of self-critical
+    sequence training" (against the mean of the others about the same photo). The end counts as a word of CIDEr-D, so
+    that sentences do not break off.
+    """
+
+    def __init__(self, items: Sequence[Captioned], vocabulary: Vocabulary) -> None:
+        numbers = vocabulary.numbers
+        self.judge = cider.Cider(
+            [
+                [[*(numbers.get(word, UNKNOWN) for word in tokens(text)), END] for text in item.sentences]
+                for item in items
+            ]
+        )
+
+    def gains(self, words: Tensor, photos: Tensor) -> tuple[Tensor, float]:
+        """Return by how much each sentence (M, T) drawn beats the others of its photo, (M,); their mean score."""
+        count = len(words) // len(photos)
+        rows = [[word for word in row[1:] if word != NULL] for row in words.tolist()]
+        picture = photos.repeat_interleave(count).tolist()
+        scores = torch.tensor([self.judge.score(row, k) for row, k in zip(rows, picture, strict=True)])
+        own = scores.view(-1, count)
+        others = (own.sum(1, keepdim=True) - own) / max(count - 1, 1)
+        return (own - others).flatten(), scores.mean().item()
+
+
+def reward_loss(net: Captioner, batch: Batch, reward: Reward, count: int, length: int) -> dict[str, Tensor]:
+    """Draw sentences and return a loss whose gradient makes the better ones likelier; `reward` is their mean score."""
+    words = decoding.draw(net, batch.features, count, length - 1)
+    image = torch.arange(len(batch.features), device=words.device).repeat_interleave(count)
+    gains, mean = reward.gains(words, batch.photos)
+    log_p = net.log_probability(batch.features, words, image)
+    return {"loss": -(gains.to(log_p) * log_p).mean(), "reward": log_p.new_tensor(mean)}
 
 
 @torch.inference_mode()
@@ -109,7 +153,7 @@ def measure(found: Sequence[Sequence[str]], items: Sequence[Captioned]) -> dict[
     scores = bleu.bleu(found, references)
     exact = sum(list(words) in others for words, others in zip(found, references, strict=True))
     values = {f"bleu{n + 1}": score for n, score in enumerate(scores)}
-    return values | {"cider": bleu.cider(found, references), "exact": exact / max(len(items), 1)}
+    return values | {"cider": cider.cider(found, references), "exact": exact / max(len(items), 1)}
 
 
 def measure_parts(found: Sequence[Sequence[str]], items: Sequence[Captioned]) -> dict[str, float]:

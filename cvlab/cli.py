@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cvlab import __version__, cli_bench, cli_detect, cli_inspect, cli_photos, cli_sweep, console
+from cvlab import __version__, cli_bench, cli_detect, cli_inspect, cli_photos, cli_report, cli_sweep, console
 from cvlab.cli_options import (
     ConfigArgument,
     Debug,
@@ -146,6 +146,7 @@ app.add_typer(cli_photos.app)
 app.add_typer(cli_detect.app)
 app.add_typer(cli_sweep.app)
 app.add_typer(cli_inspect.app)
+app.add_typer(cli_report.app)
 app.add_typer(cli_inspect.models_app, name="models")
 app.add_typer(cli_inspect.data_app, name="data")
 app.add_typer(cli_bench.app, name="bench")

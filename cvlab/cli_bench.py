@@ -118,3 +118,20 @@ def bench_photos(
     rows = [(row["loop"], row["seconds"], row["times_as_fast"]) for row in found["loops"]]
     columns = ("loop", "seconds per step (median)", "times as fast as bare")
     show(found, as_json, lambda: tables.table(found["what"], columns, rows))
+
+
+@app.command("boxes")
+def bench_boxes(
+    rounds: Rounds = 9,
+    device: Device = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what detectors are made of, and the detectors that come along on a photo."""
+    from cvlab import box_bench
+    from cvlab.report import tables
+
+    found = box_bench.run(rounds, device or "auto")
+    rows = [(row["loop"], 1000 * row["seconds"], row["against_ours"]) for row in found["loops"]]
+    columns = ("", "ms (median)", "time against ours")
+    show(found, as_json, lambda: tables.table(found["what"], columns, rows))

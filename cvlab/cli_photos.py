@@ -1,4 +1,4 @@
-"""The commands on photos: classify, saliency, attack, classvis, style. Each builds an experiment's configuration."""
+"""The commands on photos: classify, saliency, attack, classvis, style, caption; each builds a configuration."""
 
 import glob
 import json
@@ -247,6 +247,27 @@ def style(
     flags |= {"model": model, "weights": weights, "set_": set_, "device": device, "seed": seed}
     is_usual = preset in (None, "painting")
     start("style" if is_usual else f"style_{preset}", overrides, flags, runs_dir, dry_run, as_json)
+
+
+@app.command()
+def caption(
+    images: Images = None,
+    weights: Annotated[str | None, typer.Option(help="a run that trained a captioner, or a weights file")] = None,
+    beam: Annotated[int | None, typer.Option(help="sentences that are followed at once; 1 is greedy")] = None,
+    attention: Annotated[bool, typer.Option("--attention", help="draw where it looks for each word")] = False,
+    set_: SetOption = None,
+    device: Device = None,
+    runs_dir: RunsDir = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Say in a sentence what photos show: `cvlab caption photo.jpg`."""
+    console.set_level(quiet, verbose)
+    flags: Flags = {"weights": weights, "beam": beam, "attention": attention or None, "set_": set_, "device": device}
+    _run("caption", images, flags, runs_dir, dry_run, as_json)
 
 
 def _numbers(text: str | None, flag: str) -> list[float] | None:

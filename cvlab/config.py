@@ -33,6 +33,7 @@ class Loaded:
     base: Path
     source: Path
     profiles: Mapping[str, "Loaded"] = field(default_factory=dict)  # by name, where one is still to be chosen
+    provenance: Mapping[str, str] = field(default_factory=dict)  # of each dotted key that is no default: file, command
 
 
 def shipped_folder() -> Path:
@@ -84,7 +85,20 @@ def _load(document: Document, source: Path, overrides: list[str]) -> Loaded:
         document.value["base"] = _inherit(base, source.parent, document.place(("base", "from")))
     config = validate(document, source.parent, given)
     each = {name: _load(copy.deepcopy(whole), source, [*overrides, f"profile={name}"]) for name in to_choose}
-    return Loaded(config, source.parent, source, each)
+    return Loaded(config, source.parent, source, each, provenance(document.value, given))
+
+
+def provenance(value: Mapping[str, Any], given: Mapping[Path_, str], above: Path_ = ()) -> dict[str, str]:
+    """Return where each dotted key of a document comes from: the file, or the command line."""
+    found: dict[str, str] = {}
+    for key, item in value.items():
+        path = (*above, key)
+        if isinstance(item, dict):
+            found |= provenance(item, given, path)
+        else:
+            named = any(path[:end] in given for end in range(1, len(path) + 1))
+            found[".".join(map(str, path))] = "command line" if named else "file"
+    return found
 
 
 def _take_profile(document: Document, overrides: list[str]) -> list[str]:
@@ -112,7 +126,8 @@ def load_sweep(reference: str, overrides: Iterable[str] = ()) -> Loaded:
     document = yamlfile.parse(text, str(source))
     given = _apply(document, overrides)
     document.value["base"] = _inherit(document.value["base"], source.parent, str(source))
-    return Loaded(validate(document, source.parent, given), source.parent, source)
+    config = validate(document, source.parent, given)
+    return Loaded(config, source.parent, source, {}, provenance(document.value, given))
 
 
 def _inherit(base: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:

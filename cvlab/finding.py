@@ -1,6 +1,5 @@
 """Detectors that look at photos: which there are, what they find, how it is drawn and saved, how good they are."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvlab import data, detecting, explaining, rundir
+from cvlab import data, detecting, explaining, trained
 from cvlab.data import boxsets, boxwriters, photos, views
 from cvlab.data.coco import COCO_CLASSES
 from cvlab.detecting import Rules
 from cvlab.engine import Compute
-from cvlab.errors import ConfigError, CvlabError, DataError, RunDirError
+from cvlab.errors import ConfigError, CvlabError, DataError
 from cvlab.models import detectors, weights, yolov3_tiny
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
@@ -25,7 +24,6 @@ from cvlab.report import detection_plots, pictures
 from cvlab.report.boxes import Labelled
 from cvlab.rundir import Row, RunDir
 
-SHIPPED = Path(__file__).parent / "weights"  # detectors of our own that come along
 COMING_ALONG = {"yolo": ("everyday", "scenes")}  # by --model: what looks at photos, what is judged without any
 SHEET_PHOTOS = 12
 EVALUATION_FLOOR, EVALUATION_IOU = 0.001, 0.6
@@ -50,16 +48,6 @@ class Finder:
     propose: Propose | None = None
 
 
-def absolute(name: str | None) -> str | None:
-    """Return the path that is meant by weights: a file, a run's folder, or a run's name."""
-    if name is None or os.path.lexists(name):
-        return os.path.abspath(name) if name else name
-    try:
-        return str(rundir.find(name, rundir.runs_root(None)).absolute())
-    except RunDirError:
-        return os.path.abspath(name)
-
-
 def open_finder(model: str, weights_name: str | None, where: Compute, evaluates: bool = False) -> Finder:
     """Open a detector. DataError where its weights are not there.
 
@@ -76,15 +64,10 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         raise DataError(f"no weights of a {model} come along", hint)
     if weights_name is None:
         name = COMING_ALONG[model][evaluates]
-        path, told = SHIPPED / f"{name}.safetensors", f"{name}, the weights that come along"
+        path, told = trained.COME_ALONG / f"{name}.safetensors", f"{name}, the weights that come along"
     else:
-        path = Path(weights_name)
-        path = path / detectors.FILE if path.is_dir() else path
+        path = trained.file_of(weights_name, detectors.FILE, "detector")
         told = str(path)
-    if not path.is_file() and weights_name is not None and path.name == detectors.FILE:
-        raise DataError(
-            f"{path.parent}: this run has no {detectors.FILE}", "name a run of `cvlab train` that ended, of a detector"
-        )
     made = detectors.load(path, where.device)
     about = made.about
     is_two = detectors.has_two_stages(about.model)

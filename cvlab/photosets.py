@@ -57,6 +57,13 @@ class MapsConfig(TrainConfig):
     backbone_weights: str | None = Field(None, description="a file with its weights")
     evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
 
+    def require_last(self, name: str, epochs: int) -> None:
+        """Require that so many epochs at the end are known and there. ValueError says which key is wrong."""
+        if epochs and self.duration.seconds is not None:
+            raise ValueError(f"{name} are counted from the end, which a duration in seconds does not know")
+        if self.duration.epochs is not None and epochs > self.duration.epochs:
+            raise ValueError(f"{name} {epochs} are the last of duration.epochs, which has fewer")
+
     @field_validator("backbone")
     @classmethod
     def _known_backbone(cls, name: str) -> str:

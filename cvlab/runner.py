@@ -90,7 +90,7 @@ def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
             chosen = userfiles.bring(chosen, loaded.base, out.path)
             _pin_threads(getattr(chosen, "threads", None))
         out.write_text("config.yaml", chosen.to_yaml())
-        out.write_json("env.json", environment())
+        out.write_json("env.json", environment() | {"provenance": dict(loaded.provenance)})
         return _execute(chosen, out)
 
 
@@ -161,7 +161,21 @@ def _execute(chosen: AnyConfig, out: RunDir) -> Result:
 
     plots.plot_run(out)
     out.set_status(status, data=used, error=None, code=None)
+    _publish(out)
     return result(out.path)
+
+
+def _publish(out: RunDir) -> None:
+    """Write the run's page and, unless it is an arm of a sweep, the list of all runs; a run can do without either."""
+    from cvlab import listing
+    from cvlab.report import html
+
+    wrong = html.quietly(html.write_run, out.path)
+    root = out.path.parent
+    if not wrong and not rundir.is_run(root.parent):
+        wrong = html.quietly(lambda: html.write_index(root, listing.runs(root)))
+    if wrong:
+        out.log(f"warning: the page about this run could not be written: {wrong}")
 
 
 def rules(chosen: AnyConfig) -> tuple[str, ...]:

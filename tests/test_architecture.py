@@ -38,6 +38,7 @@ LAYERS = [  # each may import those before it, and its own row
         "photo_features",
         "captioning",
         "photosets",
+        "trained",
     },
     {"experiments"},
     {"validation", "arms", "profiles"},
@@ -49,12 +50,24 @@ LAYERS = [  # each may import those before it, and its own row
         "doctor",
         "bench",
         "photo_bench",
+        "box_bench",
         "checking",
         "sweeping",
         "rates",
         "profiling",
+        "serving",
     },
-    {"cli_options", "cli_bench", "cli_detect", "cli_inspect", "cli_photos", "cli_sweep", "cli", "__main__"},
+    {
+        "cli_options",
+        "cli_bench",
+        "cli_detect",
+        "cli_inspect",
+        "cli_photos",
+        "cli_report",
+        "cli_sweep",
+        "cli",
+        "__main__",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = (

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from cvlab import bench, cli_bench, config, profiling, rates
+from cvlab import bench, box_bench, cli_bench, config, profiling, rates
+from cvlab.ops.roi_align import roi_align
 
 TEXT = """experiment: classify
 data: {name: scenes10}
@@ -107,3 +109,22 @@ def test_photos_against_bare_loops(cvlab):
     loops = {row["loop"]: row for row in json.loads(out)["loops"]}
     assert {"bare gradient", "saliency", "attack, original size, float32"} <= loops.keys()
     assert all(row["seconds"] > 0 for row in loops.values()) and loops["bare gradient"]["times_as_fast"] == 1
+
+
+def test_boxes_against_plain_loops(cvlab, monkeypatch):
+    monkeypatch.setattr(box_bench, "NMS_COUNTS", (50,))
+    monkeypatch.setattr(box_bench, "MAPS", (4, 8, 14, 14))
+    monkeypatch.setattr(box_bench, "PICTURES", 10)
+    code, out, err = cvlab("bench", "boxes", "--rounds", "1", "--json")
+    assert code == 0, err
+    rows = {row["loop"]: row for row in json.loads(out)["loops"]}
+    assert {"nms of 50 boxes", "a loop over the boxes", "yolo on a photo of 640 x 480"} <= rows.keys()
+    assert all(row["seconds"] > 0 for row in rows.values()) and rows["nms of 50 boxes"]["against_ours"] == 1
+    assert rows["a loop over the boxes"]["against_ours"] != 1
+
+
+def test_the_loop_over_boxes_is_roi_align():
+    maps = torch.randn(2, 3, 10, 12, dtype=torch.float64)
+    cut = torch.tensor([[1.0, 1, 7, 8], [0, 2, 11, 9], [3, 3, 3.5, 4]]).double()
+    image = torch.tensor([1, 0, 1])
+    torch.testing.assert_close(box_bench.by_box(maps, cut, image, 2), roi_align(maps, cut, image, 2))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from cvlab import engine, photo_features
-from cvlab.data import photos
+from cvlab.data import photos, vocabulary
 from cvlab.models import captioners
 from cvlab.models.features import Features
 from cvlab.models.pretrained import build
@@ -17,6 +18,8 @@ SHORT = (
     *("model={name: captioner, cell: attention_lstm, words: 8, hidden: 16}", "size=64", "batch_size=4"),
     *("duration={steps: 4}", "expect=[]", "log_every=1", "evaluate_test=false", "threads=1", "beam=2"),
 )
+
+WORDS = ("a", "red", "blue", "star", "ring")
 
 
 def train(cvlab, *words):
@@ -53,7 +56,7 @@ class TestTraining:
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
     def test_stopped_and_resumed_it_ends_with_the_same_weights(self, stopped_and_resumed):
-        whole, again = stopped_and_resumed("caption_scenes", *SHORT, "save_seconds=0", "mirror=true")
+        whole, again = stopped_and_resumed("caption_scenes", *SHORT, "save_seconds=0", "mirror=true", "reward_epochs=1")
         assert weights_digest(whole) == weights_digest(again) and whole["run"] != again["run"]
 
     def test_eval_gives_what_the_run_gave(self, cvlab):
@@ -62,6 +65,14 @@ class TestTraining:
         assert code == 0, err
         metrics = json.loads(out)["metrics"]
         assert metrics["val_bleu1"] == pytest.approx(found["metrics"]["bleu1"]) and metrics["val_loss"] > 0
+
+    def test_rewarded_at_the_end_it_draws_better_sentences(self, cvlab):
+        model = "model={name: captioner, cell: lstm, words: 16, hidden: 32, dropout: 0, feature_dropout: 0}"
+        words = ("duration={steps: 60}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
+        found = train(cvlab, model, *words, "schedule={name: constant}", "ema=null", "reward_epochs=40")
+        rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
+        rewards = [row["reward"] for row in rows if "reward" in row]
+        assert len(rewards) == 40 and sum(rewards[-5:]) > sum(rewards[:5])
 
     def test_it_learns_a_few_sentences_by_heart(self, cvlab):
         words = ("duration={steps: 120}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
@@ -78,6 +89,8 @@ class TestTraining:
             (("data.num_train=9999",), "has 12 photos"),
             (("data.name=captions",), "goes with a path"),
             (("model.cell=gru",), "cell"),
+            (("duration={epochs: 2}", "reward_epochs=3"), "reward_epochs 3 are the last"),
+            (("duration={seconds: 5}", "reward_epochs=1"), "reward_epochs are counted from the end"),
             (("threshold=99999",), "no word stands 99999 times"),
             (("expect=[bleu5>0]",), "no metric"),
         ],
@@ -85,6 +98,74 @@ class TestTraining:
     def test_refusals(self, cvlab, words, says):
         code, _, err = cvlab("train", "caption_scenes", *words, "--dry-run")
         assert code in (2, 4) and says in err, err
+
+
+class TestCaption:
+    @pytest.fixture
+    def made(self, tmp_path):
+        """Captioners as they start, but for the end of a sentence, in files as a training leaves them."""
+        files = {}
+        for cell in ("attention_lstm", "rnn"):
+            about = captioners.About({"cell": cell, "words": 8, "hidden": 16}, WORDS, 64, 12, trained_on="nothing")
+            device = torch.device("cpu")
+            features = captioners.map_of(about.stride, about.backbone, None, device)
+            files[cell] = tmp_path / f"{cell}.safetensors"
+            torch.manual_seed(0)  # what comes before draws random numbers only the first time
+            net = captioners.build(about, features, device).net
+            net.out.bias.detach()[vocabulary.END] = -4.0  # not the first word
+            captioners.save(about, net, files[cell])
+        return files
+
+    def test_a_sentence_for_each_photo_and_where_it_looked(self, cvlab, made, tmp_path):
+        photo, broken = tmp_path / "wide.png", tmp_path / "broken.png"
+        Image.new("RGB", (90, 30), "red").save(photo)
+        broken.write_bytes(b"no photo")
+        images = ("sample", str(photo), str(broken))
+        weights = made["attention_lstm"]
+        code, out, _ = cvlab("caption", *images, "--weights", weights, "--beam", 2, "--attention", "--json")
+        found = json.loads(out)
+        assert code == 4 and found["metrics"]["num_photos"] == 2 and "error" in found["results"][2]
+        for result in found["results"][:2]:
+            said = result["sentence"].split()
+            assert 1 <= len(said) <= 11 and set(said) <= set(WORDS) and result["score"] < 0
+            drawn = Image.open(Path(found["run"]) / result["picture"])
+            assert drawn.width > 200 and drawn.getbbox() is not None
+
+    def test_the_table_says_the_sentence(self, cvlab, made):
+        code, out, err = cvlab("caption", "sample", "--weights", made["rnn"])
+        assert code == 0 and "says" in out and "rnn" in err, err
+
+    def test_one_beam_is_greedy(self, cvlab, made):
+        weights = made["attention_lstm"]
+        one = captioners.load(weights, torch.device("cpu"))
+        photo = photo_features.squeezed(photos.load(photos.find(("sample",))[0]), one.about.size_px)
+        seen = photo_features.look(one.features, photo[None], engine.compute("cpu", "float32", 1), False)
+        state, said = one.net.start(seen), [vocabulary.START]
+        while len(said) < one.about.length and said[-1] != vocabulary.END:
+            log_p, state, _ = one.net.step(state, torch.tensor([said[-1]]))
+            log_p[:, [vocabulary.NULL, vocabulary.START, vocabulary.UNKNOWN]] = -torch.inf
+            said.append(int(log_p.argmax()))
+        out = cvlab("caption", "sample", "--weights", weights, "--beam", 1, "precision=float32", "--json")[1]
+        if said[-1] == vocabulary.END:
+            assert json.loads(out)["results"][0]["sentence"] == " ".join(one.vocabulary.decode(said))
+
+    @pytest.mark.parametrize(
+        ("words", "code", "says"),
+        [
+            (("--weights", "nowhere.safetensors"), 4, "no such file"),
+            (("--weights", "{folder}"), 4, "this run has no captioner.safetensors"),
+            (("--weights", "{rnn}", "--attention"), 2, "looks nowhere in particular"),
+            (("--beam", "0"), 2, "beam"),
+        ],
+    )
+    def test_refusals(self, cvlab, made, tmp_path, words, code, says):
+        given = [word.format(folder=tmp_path, **made) for word in words]
+        found, _, err = cvlab("caption", "sample", *given)
+        assert found == code and says in err and err.count("\n") <= 3, err
+
+    def test_no_photo(self, cvlab):
+        code, _, err = cvlab("caption")
+        assert code == 2 and "no photo is named" in err
 
 
 class TestMaps:

@@ -13,7 +13,7 @@ COURSE_STYLES = ("style_composition_vii", "style_scream", "style_starry_night") 
 STYLES = ("style", "style_sketch", "style_texture", "texture_synthesis", *COURSE_STYLES)
 PHOTOS = (
     *("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course"),
-    *("feature_inversion", *STYLES, "detect"),
+    *("feature_inversion", *STYLES, "detect", "caption"),
 )
 DETECTORS = [name for name in NAMES if config.load(name).config.experiment == "detector"]
 CAPTIONERS = [name for name in NAMES if config.load(name).config.experiment == "captioner"]
@@ -119,6 +119,8 @@ def test_there_are_the_promised_ones():
         "optimizers dropout kaiming_depth bn_lr_sweep bn_lr_sweep_fair api_barebones api_module api_sequential "
         "plain32 resnet32 vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack class_visualization "
         "yolo_scenes yolo_fruit yolo_bccd yolo_voc07 detect "
+        "faster_rcnn_scenes faster_rcnn_fruit faster_rcnn_bccd faster_rcnn_voc07 "
+        "caption caption_overfit caption_scenes caption_flickr8k_rnn caption_flickr8k_lstm caption_flickr8k_attention "
         "style texture_synthesis feature_inversion style_composition_vii style_scream style_starry_night"
     )
     assert set(promised.split()) <= set(NAMES)

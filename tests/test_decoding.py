@@ -82,3 +82,24 @@ def test_where_it_looks(net):
     found = decoding.looks(net, feature, (4, 5, END))
     assert found.shape == (3, 4)
     torch.testing.assert_close(found.sum(1), torch.ones(3))
+
+
+def test_sentences_are_drawn_as_likely_as_they_are(net):
+    torch.manual_seed(0)
+    feature = features(net, 1)
+    drawn = decoding.draw(net, feature, 20_000, LENGTH)
+    assert drawn.shape == (20_000, LENGTH + 1) and bool((drawn[:, 0] == START).all())
+    allowed = [END, *range(UNKNOWN + 1, WORDS)]
+    with torch.no_grad():
+        first = net(feature, torch.tensor([[START]]), torch.tensor([0]))[0, 0, allowed].softmax(0)
+    share = torch.tensor([(drawn[:, 1] == word).float().mean() for word in allowed])
+    torch.testing.assert_close(share, first, atol=0.015, rtol=0)
+    ended = (drawn == END).int().cumsum(1)
+    assert bool((ended[:, -1] == 1).all()) and not bool(((drawn != NULL) & (drawn != END) & (ended > 0)).any())
+
+
+def test_the_probability_of_a_sentence_is_the_product_over_its_words(net):
+    rows = torch.tensor([[START, 4, 5, END, NULL], [START, 6, END, NULL, NULL]])
+    found = net.log_probability(features(net, 2), rows, torch.tensor([1, 0]))
+    wanted = [score(net, features(net, 2)[1], (4, 5, END)), score(net, features(net, 2)[0], (6, END))]
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-4, rtol=0)

@@ -73,6 +73,12 @@ class TestConfirmed:
         assert is_whole
         assert found == [self.PERSON, ["dog", 1.0, 0, 0, 10, 10], ["dog", 1.0, 20, 20, 30, 30]]
 
+    def test_persons_are_certain_where_two_sentences_name_people(self):
+        person, faint = ["person", 0.3, 0, 0, 9, 9], ["person", 0.2, 20, 0, 29, 9]
+        found, is_whole = everyday.confirmed([person, faint], ["A man jumps .", "Two kids play", "Water ."], 0.05)
+        assert is_whole and found == [["person", 1.0, 0, 0, 9, 9], faint]
+        assert everyday.confirmed([person, faint], ["A man jumps .", "Water ."], 0.05)[0] == [person, faint]
+
     def test_what_people_name_and_the_teacher_does_not_see_is_missing(self):
         found, is_whole = everyday.confirmed([self.PERSON], ["A dog .", "A dog"], 0.1)
         assert found == [self.PERSON] and not is_whole

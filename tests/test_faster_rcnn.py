@@ -172,3 +172,16 @@ class TestFasterRcnn:
         for column, label in enumerate((2, 0)):
             best = int(overlap[:, column].argmax())
             assert float(overlap[best, column]) > 0.6 and int(found.labels[best]) == label
+
+    def test_it_becomes_as_sure_as_whoever_drew_the_box(self):
+        net, maps = net_and_maps(1)
+        targets = padded([torch.tensor([[20.0, 30, 70, 90]])], [torch.tensor([2])], [torch.tensor([0.4])])
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        for _ in range(80):
+            optimizer.zero_grad()
+            net.losses(net(maps), targets, 128)["loss"].backward()
+            optimizer.step()
+        net.eval()
+        with torch.no_grad():
+            found = net.detections(net(maps), 128, 0.05, 0.5, 100)[0]
+        assert int(found.labels[0]) == 2 and 0.25 < float(found.scores[0]) < 0.55

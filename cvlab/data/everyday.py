@@ -3,7 +3,8 @@
 Source: Hodosh et al., 2013 (Flickr8k; its official splits). What the teacher is at least half sure of counts as a box
 in val and test; to learn from, what it half suspects is there too, with its confidence. The teacher finds few of the
 dogs, and takes many for other animals: where two sentences about a photo name dogs, and no other animal, its animals
-are dogs, certain ones; where none names an animal, what it suspects is left out. A student learns its mistakes as well.
+are dogs, certain ones; where none names an animal, what it suspects is left out. Where two name people, persons that it
+half suspects are certain. A student learns its mistakes as well.
 """
 
 import json
@@ -40,7 +41,26 @@ ANIMALS = {  # of COCO's classes, and the words for them; the teacher takes one 
     "giraffe": ("giraffe", "giraffes"),
     "teddy bear": (),
 }
+PEOPLE = {
+    *(
+        "person",
+        "persons",
+        "people",
+        "man",
+        "men",
+        "woman",
+        "women",
+        "boy",
+        "boys",
+        "girl",
+        "girls",
+        "child",
+        "children",
+    ),
+    *("kid", "kids", "baby", "toddler", "lady", "ladies", "guy", "guys", "couple", "crowd", "player", "players"),
+}
 CONFIRMED, WITNESSES = 0.1, 2  # the teacher's confidence where sentences say the same; how many of the five
+PERSON_CONFIRMED = 0.25  # of persons: it finds more of them, and more that is none
 LEAST, SURE, DOUBLE_IOU = 0.05, 0.5, 0.45  # the teacher's confidence in train, in val and test; of two boxes
 FRUIT_TIMES = 6  # so often a fruit photo stands in train, each time in other views: there are few
 BATCH = 16
@@ -131,7 +151,12 @@ def confirmed(rows: Sequence[Any], sentences: Sequence[str], floor: float) -> tu
     words = [set(vocabulary.tokens(sentence)) for sentence in sentences]
     named = {kind: sum(bool(some & set(names)) for some in words) for kind, names in ANIMALS.items()}
     plain = [kind for kind, count in named.items() if count >= WITNESSES]
-    others = [row for row in rows if row[0] not in ANIMALS and row[1] >= floor]
+    are_people_named = sum(bool(some & PEOPLE) for some in words) >= WITNESSES
+    others = [
+        [row[0], 1.0, *row[2:]] if are_people_named and row[0] == "person" and row[1] >= PERSON_CONFIRMED else row
+        for row in rows
+        if row[0] not in ANIMALS and row[1] >= floor
+    ]
     animals = [row for row in rows if row[0] in ANIMALS]
     if len(plain) != 1:
         kept = floor if any(named.values()) else SURE

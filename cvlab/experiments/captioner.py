@@ -12,14 +12,14 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cvlab import captioning, checkpoint, data, engine, photo_features, photosets, schema, training
-from cvlab.captioning import Batch, Batches, Sentences
+from cvlab.captioning import Batch, Batches, Reward, Sentences
 from cvlab.data import captions, scene_sentences, vocabulary
 from cvlab.data.captions import Captioned, CaptionSet
 from cvlab.jobs import Job
@@ -44,11 +44,21 @@ class Config(photosets.MapsConfig):
     data: Data
     model: Annotated[schema.Part, captioners.TABLE]
     size: Annotated[int, Ge(64), Le(2048)] = Field(224, description="photos are squeezed to squares of so many pixels")
+    stride: Literal[8, 16, 32] = Field(32, description="pixels between the cells of the backbone's map")
     mirror: bool = Field(False, description="show half of the photos mirrored; twice the maps on the disk")
     threshold: schema.Count = Field(5, description="words that stand less often in the training sentences are unknown")
     length: Annotated[int, Ge(3), Le(200)] = Field(17, description="words of a sentence at most, with start and end")
+    reward_epochs: Annotated[int, Ge(0)] = Field(
+        0, description="so many epochs at the end sentences are drawn, and those most like people's become likelier"
+    )
+    reward_samples: Annotated[int, Ge(2), Le(100)] = Field(5, description="sentences drawn of each photo")
     beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="sentences that are followed at once at the end")
     alpha: schema.Fraction = Field(0.7, description="a sentence's score is divided by its length to this power")
+
+    @model_validator(mode="after")
+    def _rewards_within(self) -> "Config":
+        self.require_last("reward_epochs", self.reward_epochs)
+        return self
 
 
 @dataclass(frozen=True)
@@ -68,12 +78,13 @@ def build(config: Config) -> Parts:
     spoken = (vocabulary.tokens(text) for item in train for text in item.sentences[: config.data.sentences])
     words = vocabulary.build(spoken, config.threshold)
     engine.seed_everything(config.seed)
-    features = captioners.last_map(config.backbone, config.backbone_weights, where.device)
+    features = captioners.map_of(config.stride, config.backbone, config.backbone_weights, where.device)
     about = About(
         config.model.arguments() | {"layers": "torch"},
         words.words,
         config.size,
         config.length,
+        config.stride,
         config.backbone,
         config.backbone_weights,
         captionset.name,
@@ -97,10 +108,16 @@ def maps_of(
     return photo_features.load(parts.made.features, paths, parts.where, request, look_up)
 
 
-def loss_fn(net: nn.Module, batch: Batch) -> engine.Losses:
-    """Return the loss of a sentence, and of a word."""
-    loss, word_loss = net.loss(batch.features, batch.words, batch.image)  # type: ignore[operator]
-    return {"loss": loss, "word_loss": word_loss}
+def loss_function(config: Config, reward: Reward | None) -> engine.LossFn[Batch]:
+    """Return the loss of a sentence, and of a word; in the last epochs, if they are wanted, of the reward."""
+
+    def loss_fn(net: nn.Module, batch: Batch) -> engine.Losses:
+        if batch.is_late and reward is not None:
+            return captioning.reward_loss(net, batch, reward, config.reward_samples, config.length)  # type: ignore[arg-type]
+        loss, word_loss = net.loss(batch.features, batch.words, batch.image)  # type: ignore[operator]
+        return {"loss": loss, "word_loss": word_loss}
+
+    return loss_fn
 
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
@@ -114,6 +131,11 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     train = items_of(config, parts.captionset, "train")
     sentences = Sentences(train, parts.made.vocabulary, config.length, config.data.sentences)
     batches = Batches(features, sentences, config.batch_size, config.seed, mirrored, parts.where.device)
+    reward = None
+    if config.reward_epochs:
+        steps = config.duration.steps or (config.duration.epochs or 0) * batches.epochs.steps
+        batches.late_from = max(0, steps - config.reward_epochs * batches.epochs.steps)
+        reward = Reward(train, parts.made.vocabulary)
     items = items_of(config, parts.captionset, "val")
     judged = Sentences(items, parts.made.vocabulary, config.length, None)
 
@@ -124,7 +146,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
 
     job = Job(
         model=parts.made.net,
-        loss_fn=loss_fn,
+        loss_fn=loss_function(config, reward),
         batch_at=batches,
         steps_per_epoch=batches.epochs.steps,
         items_per_step=batches.epochs.batch_size,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from cvlab import engine, finding, photojobs, schema
+from cvlab import engine, finding, photojobs, schema, trained
 from cvlab.data import photos
 from cvlab.errors import ConfigError
 from cvlab.photojobs import ImagesConfig
@@ -46,7 +46,7 @@ class Config(ImagesConfig):
     @field_validator("weights")
     @classmethod
     def _absolute_weights(cls, name: str | None) -> str | None:
-        return finding.absolute(name)
+        return trained.absolute(name)
 
 
 def _finder(config: Config, where: engine.Compute) -> finding.Finder:

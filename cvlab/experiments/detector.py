@@ -70,10 +70,7 @@ class Config(photosets.MapsConfig):
 
     @model_validator(mode="after")
     def _tunes_within(self) -> "Config":
-        if self.tune_epochs and self.duration.seconds is not None:
-            raise ValueError("tune_epochs are counted from the end, which a duration in seconds does not know")
-        if self.duration.epochs is not None and self.tune_epochs > self.duration.epochs:
-            raise ValueError(f"tune_epochs {self.tune_epochs} are the last of duration.epochs, which has fewer")
+        self.require_last("tune_epochs", self.tune_epochs)
         return self
 
 

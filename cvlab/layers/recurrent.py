@@ -145,7 +145,7 @@ class LSTM:
 
 
 class DotAttention:
-    """Scaled dot-product attention of one state over the cells of a map."""
+    """Scaled dot-product attention of states over the cells of maps; N / M states after another have the same map."""
 
     class Cache(NamedTuple):
         """What backward needs; `weights` (N, L) sum to 1."""
@@ -156,29 +156,37 @@ class DotAttention:
 
     @staticmethod
     def forward(h: Tensor, a: Tensor) -> tuple[Tensor, Cache]:
-        """Return the mean (N, H) of cells a (N, L, H), weighted by softmax(a h / sqrt(H)), for h (N, H)."""
-        scores = torch.bmm(a, h[:, :, None])[:, :, 0] / math.sqrt(h.shape[1])  # (N, L)
-        weights = (scores - scores.max(1, keepdim=True).values).exp_()
-        weights = weights / weights.sum(1, keepdim=True)
-        return torch.bmm(weights[:, None], a)[:, 0], DotAttention.Cache(h, a, weights)
+        """Return the mean (N, H) of cells a (M, L, H), weighted by softmax(a h / sqrt(H)), for h (N, H)."""
+        scores = torch.bmm(_by_map(h, a), a.mT) / math.sqrt(h.shape[1])  # (M, N / M, L)
+        weights = (scores - scores.amax(2, keepdim=True)).exp_()
+        weights = weights / weights.sum(2, keepdim=True)
+        return torch.bmm(weights, a).flatten(0, 1), DotAttention.Cache(h, a, weights.flatten(0, 1))
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Return dh (N, H), da (N, L, H) for dout (N, H)."""
+        """Return dh (N, H), da (M, L, H) for dout (N, H)."""
         dh, dscores = DotAttention.towards_state(dout, cache.weights, cache.a)
-        da = cache.weights[:, :, None] * dout[:, None] + dscores[:, :, None] * cache.h[:, None]
-        return dh, da
+        da = torch.bmm(_by_map(cache.weights, cache.a).mT, _by_map(dout, cache.a))
+        return dh, da.baddbmm_(_by_map(dscores, cache.a).mT, _by_map(cache.h, cache.a))
 
     @staticmethod
     def towards_state(dout: Tensor, weights: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Return dh (N, H) and the gradient (N, L) of a h, the scale taken in."""
-        dweights = torch.bmm(a, dout[:, :, None])[:, :, 0]  # (N, L)
+        dweights = torch.bmm(_by_map(dout, a), a.mT).flatten(0, 1)  # (N, L)
         dscores = weights * (dweights - (weights * dweights).sum(1, keepdim=True)) / math.sqrt(a.shape[2])
-        return torch.bmm(dscores[:, None], a)[:, 0], dscores
+        return torch.bmm(_by_map(dscores, a), a).flatten(0, 1), dscores
+
+
+def _by_map(rows: Tensor, a: Tensor) -> Tensor:
+    """Return rows (N, ...) as (M, N / M, ...), by the maps (M, L, H) that they look at."""
+    return rows.unflatten(0, (len(a), -1))
 
 
 class AttentionLSTM:
-    """An LSTM that looks at a map before each step; state and cell start as the mean of the map's cells."""
+    """An LSTM that looks at a map before each step; state and cell start as the mean of the map's cells.
+
+    N / M sentences after another are about the same map.
+    """
 
     class Cache(NamedTuple):
         """What backward needs, over time first; `weights` (T, N, L) and what was `seen` (T, N, H)."""
@@ -198,13 +206,13 @@ class AttentionLSTM:
 
     @staticmethod
     def forward(x: Tensor, a: Tensor, wx: Tensor, wh: Tensor, wa: Tensor, b: Tensor) -> tuple[Tensor, Cache]:
-        """Return all states (N, T, H): x (N, T, D), map a (N, L, H), wx (4H, D), wh and wa (4H, H), b (4H,)."""
+        """Return all states (N, T, H): x (N, T, D), maps a (M, L, H), wx (4H, D), wh and wa (4H, H), b (4H,)."""
         gates = _project(x, wx, b)  # (T, N, 4H)
-        steps, n, hidden = len(gates), len(a), a.shape[2]
+        steps, n, hidden = len(gates), len(x), a.shape[2]
         out = gates.new_empty(steps, n, hidden)
         cells, squashed, seen = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
         weights = gates.new_empty(steps, n, a.shape[1])
-        start = a.mean(1)
+        start = a.mean(1).repeat_interleave(n // len(a), 0)
         h, c = start, start
         for t in range(steps):
             seen[t], looked = DotAttention.forward(h, a)
@@ -228,12 +236,19 @@ class AttentionLSTM:
             dh = (d_gates[t] @ cache.wh).add_(towards)
         states = torch.cat([cache.start[None], cache.out[:-1]])  # (T, N, H): the one that each step began with
         # A cell is in what was seen and in the scores, of every step: two products over time.
-        da = torch.bmm(cache.weights.permute(1, 2, 0), d_seen.transpose(0, 1))
-        da.baddbmm_(d_scores.permute(1, 2, 0), states.transpose(0, 1))
-        da += ((dh + dc) / cache.a.shape[1])[:, None]
+        weights, d_seen_by_map, d_scores, begun = (
+            _over_time(rows, cache.a) for rows in (cache.weights, d_seen, d_scores, states)
+        )
+        da = torch.bmm(weights.mT, d_seen_by_map).baddbmm_(d_scores.mT, begun)
+        da += (_by_map(dh + dc, cache.a).sum(1) / cache.a.shape[1])[:, None]
         dx, dwx, db = _project_backward(d_gates, cache.x, cache.wx)
         flat = d_gates.flatten(0, 1).T
         return dx, da, dwx, flat @ states.flatten(0, 1), flat @ cache.seen.flatten(0, 1), db
+
+
+def _over_time(rows: Tensor, a: Tensor) -> Tensor:
+    """Return rows (T, N, ...) as (M, T * N / M, ...), by the maps (M, L, H) that they look at."""
+    return rows.unflatten(1, (len(a), -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _project(x: Tensor, wx: Tensor, b: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def lstm_step(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention(h: Tensor, a: Tensor) -> Tensor:
-    """Return what is seen (N, H) of a map a (N, L, H)."""
-    return F.scaled_dot_product_attention(h[:, None], a, a)[:, 0]
+    """Return what is seen (N, H) of maps a (M, L, H)."""
+    return F.scaled_dot_product_attention(h.unflatten(0, (len(a), -1)), a, a).flatten(0, 1)
 
 
 def rnn(x: Tensor, h: Tensor, wx: Tensor, wh: Tensor, b: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def lstm(x: Tensor, h: Tensor, wx: Tensor, wh: Tensor, b: Tensor) -> Tensor:
 
 def attention_lstm(x: Tensor, a: Tensor, wx: Tensor, wh: Tensor, wa: Tensor, b: Tensor) -> Tensor:
     """Return all states (N, T, H)."""
-    h = c = a.mean(1)
+    h = c = a.mean(1).repeat_interleave(len(x) // len(a), 0)
     states = []
     for step in x.unbind(1):
         h, c = lstm_step(step @ wx.T + h @ wh.T + attention(h, a) @ wa.T + b, c)
@@ -82,6 +82,9 @@ def examples() -> list[tuple[str, Any, tuple[Tensor, ...], Callable[..., Tensor]
         ("Attention", recurrent.DotAttention, (state, some(n, cells, h)), attention, 1e-8, ()),
         ("Attention LSTM", recurrent.AttentionLSTM, (some(n, t, d), some(n, cells, h), *attending), attention_lstm)
         + (1e-7, ()),
+        ("Attention, shared maps", recurrent.DotAttention, (some(2 * n, h), some(n, cells, h)), attention, 1e-8, ()),
+        ("Attention LSTM, shared maps", recurrent.AttentionLSTM)
+        + ((some(2 * n, t, d), some(n, cells, h), *attending), attention_lstm, 1e-7, ()),
         ("Embedding", words.Embedding, (some(5, d), labels), lambda w, k: F.embedding(k, w), 1e-8, ()),
         (
             "Temporal softmax",

@@ -4,6 +4,7 @@ Papers: Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend an
 Differs: a layer normalisation (Ba et al., 2016) stands before the words' scores, attention is by scaled dot products.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,15 +24,15 @@ Cell = Literal["rnn", "lstm", "attention_lstm"]
 
 @dataclass(frozen=True)
 class State:
-    """Where M sentences are: state h and cell c (M, H), and the map that they look at (M, L, H)."""
+    """Where M sentences are: state h and cell c (M, H), and the maps (N, L, H), each for M / N sentences in turn."""
 
     h: Tensor
     c: Tensor
     seen: Tensor
 
     def at(self, rows: Tensor) -> "State":
-        """Return some of the sentences by position; one may stand there more than once."""
-        return State(self.h[rows], self.c[rows], self.seen[rows])
+        """Return some of the sentences by position, as many of each map; one may stand there more than once."""
+        return State(self.h[rows], self.c[rows], self.seen)
 
 
 class Captioner(nn.Module):
@@ -50,12 +51,13 @@ class Captioner(nn.Module):
         dropout: BelowOne = 0.5,
         feature_dropout: BelowOne = 0.3,
         layers: Literal["torch", "manual"] = "torch",
+        positions: bool = False,
     ) -> None:
         super().__init__()
-        self.cell, self.layers = cell, layers
+        self.cell, self.layers, self.positions = cell, layers, positions
         gates = GATES[cell] * hidden
         self.embed = nn.Embedding(num_words, words)
-        self.project = nn.Linear(channels, hidden)
+        self.project = nn.Linear(channels + 2 * positions, hidden)
         self.wx = nn.Parameter(torch.empty(gates, words))
         self.wh = nn.Parameter(torch.empty(gates, hidden))
         self.b = nn.Parameter(torch.zeros(gates))
@@ -76,11 +78,27 @@ class Captioner(nn.Module):
 
     def look(self, features: Tensor) -> Tensor:
         """Return features (N, L, C) in the size of the states: (N, L, H)."""
-        seen: Tensor = self.project(self.feature_dropout(features))
+        found = self.feature_dropout(features)
+        if self.positions:
+            found = torch.cat([found, _places(features.shape[1], found).expand(len(found), -1, -1)], 2)
+        seen: Tensor = self.project(found)
         return seen
 
+    def _seen(self, features: Tensor, image: Tensor) -> Tensor:
+        """Return what is seen for sentences about the photos `image` (M,): a map for each photo, or for each sentence.
+
+        Where all photos have as many sentences, one after the other, they share a map: that is a third of the time.
+        """
+        seen = self.look(features)
+        count = len(image) // len(features)
+        in_turn = torch.arange(len(features), device=image.device).repeat_interleave(count)
+        return seen if torch.equal(image, in_turn) else seen[image]
+
     def states(self, seen: Tensor, words: Tensor) -> Tensor:
-        """Return the states (M, T, H) after each of the words (M, T), for what is seen (M, L, H)."""
+        """Return the states (M, T, H) after each of the words (M, T), for what is seen (N, L, H).
+
+        M / N sentences after another are about the same map.
+        """
         kind = _computed_in(self.wx)
         is_by_hand = self.layers == "manual"
         x = modules.apply(by_hand.Embedding, self.embed.weight, words) if is_by_hand else self.embed(words)
@@ -90,7 +108,7 @@ class Captioner(nn.Module):
             if is_by_hand:
                 return modules.apply(recurrent.AttentionLSTM, x, seen, wx, wh, wa, b)
             return recurrent_reference.attention_lstm(x, seen, wx, wh, wa, b)
-        start = seen.mean(1)
+        start = seen.mean(1).repeat_interleave(len(words) // len(seen), 0)
         if is_by_hand:
             return modules.apply(recurrent.RNN if self.cell == "rnn" else recurrent.LSTM, x, start, wx, wh, b)
         return _library(self.cell, x, start, wx, wh, b)
@@ -102,22 +120,35 @@ class Captioner(nn.Module):
 
     def forward(self, features: Tensor, words: Tensor, image: Tensor) -> Tensor:
         """Return scores (M, T, V) of the word after each of `words` (M, T), whose photos are `features[image]`."""
-        return self.scores(self.states(self.look(features)[image], words))
+        return self.scores(self.states(self._seen(features, image), words))
 
     def loss(self, features: Tensor, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of sentences (M, T), summed over the words, a mean over sentences, and the one of a word.
 
         Each word but the first is to be foreseen; NULL counts nothing.
         """
-        given, wanted = words[:, :-1], words[:, 1:]
-        states = self.states(self.look(features)[image], given)
-        counts = wanted != NULL
         if self.layers == "manual":
-            loss = modules.apply(by_hand.TemporalSoftmax, _precise(self.scores(states)), wanted, options=(NULL,))
-        else:  # the words' scores are most of the work: only where there is a word
-            scores = _precise(self.scores(states[counts]))
-            loss = F.cross_entropy(scores, wanted[counts], reduction="sum") / len(words)
-        return loss, loss.detach() * len(words) / counts.sum()
+            scores, wanted, _ = self._foreseen(features, words, image)
+            loss = modules.apply(by_hand.TemporalSoftmax, scores[None], wanted[None], options=(NULL,)) / len(words)
+        else:
+            loss = -self.log_probability(features, words, image).mean()
+        return loss, loss.detach() * len(words) / (words[:, 1:] != NULL).sum()
+
+    def log_probability(self, features: Tensor, words: Tensor, image: Tensor) -> Tensor:
+        """Return the logarithm of the probability of each sentence (M, T) whole: (M,). NULL counts nothing."""
+        scores, wanted, sentence = self._foreseen(features, words, image)
+        values = -F.cross_entropy(scores, wanted, reduction="none")
+        return values.new_zeros(len(words)).index_add(0, sentence, values)
+
+    def _foreseen(self, features: Tensor, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for each word but the first of each sentence its scores (K, V), itself (K,), and its sentence (K,).
+
+        NULL is left out: scores are most of the work.
+        """
+        wanted = words[:, 1:]
+        states = self.states(self._seen(features, image), words[:, :-1])
+        is_word = wanted != NULL
+        return _precise(self.scores(states[is_word])), wanted[is_word], is_word.nonzero()[:, 0]
 
     def start(self, features: Tensor) -> State:
         """Return where sentences about photos (N, L, C) begin."""
@@ -134,6 +165,14 @@ class Captioner(nn.Module):
             a, weights = a + F.linear(looked, self.wa), cache.weights
         h, c = (torch.tanh(a), state.c) if self.cell == "rnn" else recurrent_reference.lstm_step(a, state.c)
         return _precise(self.scores(h)).log_softmax(-1), State(h, c, state.seen), weights
+
+
+def _places(count: int, like: Tensor) -> Tensor:
+    """Return where the cells of a square map of `count` cells are: (count, 2), x and y from -1 to 1."""
+    side = math.isqrt(count)
+    along = torch.linspace(-1, 1, side, dtype=like.dtype, device=like.device) if side > 1 else like.new_zeros(1)
+    down, across = torch.meshgrid(along, along, indexing="ij")
+    return torch.stack([across, down], 2).view(-1, 2)
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:

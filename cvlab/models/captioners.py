@@ -13,7 +13,6 @@ from cvlab.models.features import Features
 from cvlab.schema import Table
 
 TABLE = Table("captioner", {"captioner": "cvlab.models.captioner:Captioner"}, frozenset({"channels", "num_words"}))
-STRIDE = 32
 FILE = "captioner.safetensors"  # of a training, in its run directory
 KEY = "cvlab_captioner"
 LOAD_HINT = "give a run of `cvlab train` that trained a captioner, or its captioner.safetensors"
@@ -27,6 +26,7 @@ class About:
     words: tuple[str, ...]
     size_px: int
     length: int
+    stride: int = 32
     backbone: str = pretrained.DEFAULT
     backbone_weights: str | None = None
     trained_on: str = ""
@@ -43,17 +43,17 @@ class Made:
     net: Captioner
 
 
-def last_map(backbone: str, weights: str | None, device: torch.device) -> Features:
-    """Return the last map of a backbone, of stride 32."""
+def map_of(stride: int, backbone: str, weights: str | None, device: torch.device) -> Features:
+    """Return a backbone's map of some stride, the last one for 32. ConfigError where it has none such."""
     net = pretrained.build(backbone, weights, device)
-    return Features(net, detectors.levels(net, (STRIDE,), is_last=True))
+    return Features(net, detectors.levels(net, (stride,), is_last=stride == 32))
 
 
 def build(about: About, features: Features, device: torch.device) -> Made:
     """Build a captioner on a backbone's map, its weights drawn at random."""
     vocabulary = Vocabulary(about.words)
     with torch.inference_mode():
-        probe = torch.full((1, 3, 2 * STRIDE, 2 * STRIDE), 0.5, device=device)
+        probe = torch.full((1, 3, detectors.PROBE_PX, detectors.PROBE_PX), 0.5, device=device)
         channels = features.batch(probe)[features.names[-1]].shape[1]
     net = Captioner(channels=channels, num_words=len(vocabulary), **about.arguments)
     return Made(about, features, vocabulary, net.to(device))
@@ -67,6 +67,6 @@ def save(about: About, net: Captioner, path: Path) -> None:
 def load(path: Path, device: torch.device) -> Made:
     """Read a captioner from a file of `save`. DataError says what is wrong with it."""
     about, tensors = packed.read(path, KEY, About, "a captioner", LOAD_HINT)
-    made = build(about, last_map(about.backbone, about.backbone_weights, device), device)
+    made = build(about, map_of(about.stride, about.backbone, about.backbone_weights, device), device)
     packed.fill(made.net, tensors, path, LOAD_HINT)
     return made

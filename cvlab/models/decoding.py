@@ -65,6 +65,30 @@ def _cut(row: list[int]) -> tuple[int, ...]:
     return tuple(row[: row.index(END) + 1] if END in row else row)
 
 
+@torch.no_grad()
+def draw(model: Captioner, features: Tensor, count: int, length: int) -> Tensor:
+    """Draw `count` sentences for each of N photos (N, L, C), word by word as likely as they are: (N * count, T).
+
+    Those of a photo stand one after the other: START, at most `length` words with END, then NULL.
+    """
+    was_training = model.training
+    model.eval()
+    device = features.device
+    state = model.start(features).at(torch.arange(len(features), device=device).repeat_interleave(count))
+    said = [torch.full((len(state.h),), START, device=device)]
+    is_ended = torch.zeros(len(state.h), dtype=torch.bool, device=device)
+    for t in range(length):
+        log_p, state, _ = model.step(state, said[-1])
+        log_p[:, NEVER] = NONE
+        word = torch.multinomial(log_p.exp(), 1)[:, 0] if t < length - 1 else torch.full_like(said[-1], END)
+        said.append(word.masked_fill(is_ended, NULL))
+        is_ended = is_ended | (word == END)
+        if bool(is_ended.all()):
+            break
+    model.train(was_training)
+    return torch.stack(said, 1)
+
+
 @torch.inference_mode()
 def looks(model: Captioner, features: Tensor, words: tuple[int, ...]) -> Tensor:
     """Return where a captioner looks before each of the words of a sentence: (words, L), rows sum to 1."""

@@ -135,58 +135,65 @@ class FasterRcnn(nn.Module):
         return self.classes(hidden).float(), self.boxes(hidden).float().view(-1, self.num_classes, 4)
 
     def losses(self, found: Regions, targets: Targets, size_px: int) -> dict[str, Tensor]:
-        """Return `loss` and its parts: of the first stage, then of the second."""
+        """Return `loss` and its parts: of the first stage, then of the second.
+
+        Where whoever drew a box was not sure of it, both stages are to be as sure as that, and its offsets count less.
+        """
         objectness, region = self._first_losses(found, targets)
         drawn = [self._drawn(place, *own) for place, own in zip(self.proposals(found), _own(targets), strict=True)]
-        places = torch.cat([place for place, _, _ in drawn])
-        labels = torch.cat([label for _, label, _ in drawn])
-        wanted = torch.cat([box for _, _, box in drawn])
+        places, labels, sure, wanted = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         image = torch.repeat_interleave(
             torch.arange(len(drawn), device=places.device),
             torch.tensor([len(d[1]) for d in drawn], device=places.device),
         )
         scores, offsets = self.second(found, places, image)
-        class_loss = F.cross_entropy(scores, labels)
+        log_p = scores.log_softmax(1)
+        right = log_p.gather(1, labels[:, None])[:, 0]
+        class_loss = -(sure * right + (1 - sure) * log_p[:, -1]).sum() / max(len(labels), 1)
         held = (labels < self.num_classes).nonzero()[:, 0]
         aim = encode(wanted[held], places[held]) * places.new_tensor(HEAD_SCALES)
-        box_loss = F.smooth_l1_loss(offsets[held, labels[held]], aim, beta=1.0, reduction="sum") / max(len(labels), 1)
+        apart = F.smooth_l1_loss(offsets[held, labels[held]], aim, beta=1.0, reduction="none").sum(1)
+        box_loss = (sure[held] * apart).sum() / max(len(labels), 1)
         parts = {"rpn_class_loss": objectness, "rpn_box_loss": region, "class_loss": class_loss, "box_loss": box_loss}
         return {"loss": objectness + region + class_loss + BOX_GAIN * box_loss, **parts}
 
     def _first_losses(self, found: Regions, targets: Targets) -> tuple[Tensor, Tensor]:
         class_loss, box_loss = found.scores.sum() * 0, found.offsets.sum() * 0
         total = 0
-        for scores, offsets, (own, _) in zip(found.scores, found.offsets, _own(targets), strict=True):
+        for scores, offsets, (own, _, sure) in zip(found.scores, found.offsets, _own(targets), strict=True):
             positive, negative, which = _sides(found.anchors_xyxy, own)
             positive = _some(positive, RPN_MOST // 2)
             negative = _some(negative, RPN_MOST - len(positive))
             total += len(positive) + len(negative)
-            right = F.binary_cross_entropy_with_logits(
-                scores[positive], torch.ones_like(scores[positive]), reduction="sum"
-            )
+            sure = sure[which[positive]]
+            right = F.binary_cross_entropy_with_logits(scores[positive], sure, reduction="sum")
             wrong = F.binary_cross_entropy_with_logits(
                 scores[negative], torch.zeros_like(scores[negative]), reduction="sum"
             )
             class_loss = class_loss + right + wrong
             if len(positive):
                 aim = encode(own[which[positive]], found.anchors_xyxy[positive])
-                box_loss = box_loss + F.smooth_l1_loss(offsets[positive], aim, beta=SMOOTH, reduction="sum")
+                apart = F.smooth_l1_loss(offsets[positive], aim, beta=SMOOTH, reduction="none").sum(1)
+                box_loss = box_loss + (sure * apart).sum()
         return class_loss / max(total, 1), box_loss / max(total, 1)
 
     @torch.no_grad()
-    def _drawn(self, places: Tensor, own: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw regions of a picture, its own boxes among them; return them, their labels and their boxes."""
+    def _drawn(self, places: Tensor, own: Tensor, labels: Tensor, sure: Tensor) -> tuple[Tensor, ...]:
+        """Draw regions of a picture, its own boxes among them; return them, their labels, confidences and boxes."""
         places = torch.cat([own, places])
         if not len(own):
             places = places[:HEAD_MOST]
-            return places, torch.full((len(places),), self.num_classes, device=places.device), places
+            nothing = torch.full((len(places),), self.num_classes, device=places.device)
+            return places, nothing, sure.new_ones(len(places)), places
         overlap, which = boxes.iou(places, own).max(1)
         positive = _some((overlap >= HEAD_IOU).nonzero()[:, 0], round(HEAD_SHARE * HEAD_MOST))
         negative = _some((overlap < HEAD_IOU).nonzero()[:, 0], HEAD_MOST - len(positive))
         chosen = torch.cat([positive, negative])
         found = labels[which[chosen]].clone()
         found[len(positive) :] = self.num_classes
-        return places[chosen], found, own[which[chosen]]
+        trust = sure[which[chosen]].clone()
+        trust[len(positive) :] = 1
+        return places[chosen], found, trust, own[which[chosen]]
 
     def detections(self, found: Regions, size_px: int, floor: float, iou: float, most: int) -> list[Detections]:
         """Return what is found in each picture: scores of at least `floor`, without doubles of a class, best first."""
@@ -209,9 +216,10 @@ class FasterRcnn(nn.Module):
         return results
 
 
-def _own(targets: Targets) -> list[tuple[Tensor, Tensor]]:
-    """Return the boxes (K, 4) and labels (K,) of each picture, without the padding."""
-    return [(b[m >= 0], m[m >= 0]) for b, m in zip(targets.boxes_xyxy, targets.labels, strict=True)]
+def _own(targets: Targets) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the boxes (K, 4), labels (K,) and confidences (K,) of each picture, without the padding."""
+    parts = zip(targets.boxes_xyxy, targets.labels, targets.confidence, strict=True)
+    return [(box[mark >= 0], mark[mark >= 0], sure[mark >= 0]) for box, mark, sure in parts]
 
 
 def _sides(anchors_xyxy: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:

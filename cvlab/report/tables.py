@@ -73,7 +73,12 @@ def measured(verdict: Mapping[str, Any]) -> str:
 
 
 def show_settings(settings: Sequence[Mapping[str, Any]]) -> None:
-    """Print the settings of a sweep: what varies, and the mean and deviation of each metric over seeds."""
+    """Print the settings of a sweep."""
+    table("", *settings_rows(settings))
+
+
+def settings_rows(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows about a sweep: what varies, and the mean and deviation of each metric over seeds."""
     keys = list(settings[0]["keys"]) if settings else []
     named = list(dict.fromkeys(name for row in settings for name in row["metrics"]))
     metrics = [name for name in named if not name.endswith("loss")] or named  # table.csv has the others
@@ -83,7 +88,7 @@ def show_settings(settings: Sequence[Mapping[str, Any]]) -> None:
     for row in settings:
         found = [_mean(row["metrics"].get(name)) for name in metrics]
         rows.append([*(number(row["keys"][key]) for key in keys), ", ".join(row["status"]), str(row["arms"]), *found])
-    table("", [*titles, "status", "n", *metrics], rows)
+    return [*titles, "status", "n", *metrics], rows
 
 
 def _mean(metric: Mapping[str, Any] | None) -> str:
@@ -122,6 +127,7 @@ PHOTO_COLUMNS = {  # of a result -> the title of its column, in this order
     "before": "before",
     "seen": "seen as",
     "found": "found",
+    "sentence": "says",
     "fooled": "fooled",
     "steps": "steps",
     "l2": "L2",
@@ -152,12 +158,12 @@ def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
             what = found.get("predicted", found)
             row = {**found, "image": name if k == 0 else ""}
             if "label" in what or "error" in result:
-                row["seen"] = _seen(what) if "label" in what else "not read"
+                row["seen"] = seen(what) if "label" in what else "not read"
             if "objects" in result:
-                row["found"] = ", ".join(_seen(thing) for thing in result["objects"][:MOST_OBJECTS]) or "nothing"
-            rows.append(row | ({"explained": _seen(found)} if "predicted" in found else {}))
+                row["found"] = ", ".join(seen(thing) for thing in result["objects"][:MOST_OBJECTS]) or "nothing"
+            rows.append(row | ({"explained": seen(found)} if "predicted" in found else {}))
         if "before" in result:
-            rows[-1]["before"] = _seen(result["before"])
+            rows[-1]["before"] = seen(result["before"])
         if "fooled_jpeg95" in result:
             rows[-1]["jpeg"] = ", ".join(number(result[f"fooled_jpeg{q}"]) for q in (95, 85, 75))
     known = PHOTO_COLUMNS | (ONE_PHOTO if len(rows) == 1 else {})
@@ -169,7 +175,8 @@ def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
     table("", ("photo", *columns.values()), cells)
 
 
-def _seen(found: Mapping[str, Any]) -> str:
+def seen(found: Mapping[str, Any]) -> str:
+    """Name what was found, and how surely."""
     return f"{found['label']} {found['score']:.2f}"
 
 

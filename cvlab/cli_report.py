@@ -1,0 +1,48 @@
+"""The commands that make pages: report, ui."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cvlab import console
+from cvlab.cli_options import Debug, Json, RunsDir, complete_run, show
+
+app = typer.Typer()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="runs; several are compared", autocompletion=complete_run)],
+    out: Annotated[Path | None, typer.Option(help="the page to write; else report.html of the run")] = None,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page about a run, or one that compares several."""
+    from cvlab import durable, rundir
+    from cvlab.report import compare, html
+
+    root = rundir.runs_root(runs_dir)
+    found = [rundir.find(run, root) for run in runs]
+    if len(found) == 1:
+        path = out or found[0] / html.FILE
+        text = html.run_page(found[0], home=f"../{html.INDEX}" if out is None else None)
+    else:
+        path = out or root / html.COMPARISON
+        text = html.comparison_page(compare.labels(found))
+    durable.write_text(path, text)
+    show({"ok": True, "files": [str(path)]}, as_json, lambda: print(path))
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8123,
+    runs_dir: RunsDir = None,
+    debug: Debug = False,
+) -> None:
+    """Show all runs in a browser on this machine, also while they go on, until Ctrl-C."""
+    from cvlab import rundir, serving
+
+    root = rundir.runs_root(runs_dir)
+    serving.serve(root, port, lambda address: console.say(f"{address} shows the runs below {root}; Ctrl-C ends it"))
