@@ -238,6 +238,13 @@ def match_model(model: torch.nn.Module, weights: State, path: Path | str) -> Non
             )
 
 
+def take_weights(model: torch.nn.Module, state: State, path: Path | str) -> None:
+    """Put the weights that count into a model: their average where there is one. CheckpointError if they do not fit."""
+    weights = state["model"] if state["average"] is None else state["average"]
+    match_model(model, weights, path)
+    model.load_state_dict(weights)
+
+
 def sweep(folder: Path) -> None:
     """Remove what a kill has left half-written. Call it only under the run's lock."""
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""The commands that make pages: report, ui."""
+"""The commands that show runs elsewhere: as pages, in trackers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cvlab import console
-from cvlab.cli_options import Debug, Json, RunsDir, complete_run, show
+from cvlab.cli_options import Debug, Json, RunArgument, RunsDir, complete_run, show
 
 app = typer.Typer()
 
@@ -46,3 +46,37 @@ def ui(
 
     root = rundir.runs_root(runs_dir)
     serving.serve(root, port, lambda address: console.say(f"{address} shows the runs below {root}; Ctrl-C ends it"))
+
+
+@app.command()
+def track(
+    run: RunArgument,
+    to: Annotated[str, typer.Option(help="tensorboard, mlflow or wandb (offline)")],
+    follow: Annotated[bool, typer.Option("--follow", help="go on until the run ends")] = False,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell a tracker about a run: configuration, metrics; afterwards, or while it goes on."""
+    from cvlab import rundir, trackers
+
+    look = trackers.tell(rundir.find(run, rundir.runs_root(runs_dir)), to, follow)
+    show({"ok": True, "tracker": to, "look": look}, as_json, lambda: print(look))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[str, typer.Option(help="safetensors or onnx")],
+    out: Annotated[Path | None, typer.Option(help="the file to write; else export.FORMAT of the run")] = None,
+    checkpoint: Annotated[str, typer.Option(help="last or best weights")] = "last",
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's net for other programs; the file is read again and compared before it counts."""
+    from cvlab import exporting, rundir
+    from cvlab.report import tables
+
+    found = exporting.export(rundir.find(run, rundir.runs_root(runs_dir)), to, checkpoint, out)
+    show(found, as_json, lambda: tables.show_block("", {key: value for key, value in found.items() if key != "ok"}))

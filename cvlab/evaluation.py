@@ -15,20 +15,11 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
 
     Without any splits it is evaluated on validation, where there is one, and test.
     """
-    if which not in CHOICES:
-        raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
     chosen = config.load(str(rundir.config_file(path)), [f"device={device}"] if device else []).config
     experiment = experiments.find(chosen.experiment)
     if not hasattr(experiment, "evaluate_run"):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no weights to evaluate")
-    folder = path / "checkpoints"
-    if which == "best":
-        best = folder / checkpoint.BEST
-        if not best.is_file():
-            raise CheckpointError(f"{best}: not there", "use --checkpoint last, or resume the run")
-        state = checkpoint.load(best)
-    else:
-        _, state = checkpoint.newest(folder, console.say)
+    state = state_of(path, which)
     found = {
         "ok": True,
         "run": str(path),
@@ -43,3 +34,16 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
     except RunDirError as error:
         console.say(f"warning: not kept: {error.message}")
     return found
+
+
+def state_of(path: Path, which: str) -> dict[str, Any]:
+    """Return the state in a run's last or best checkpoint. ConfigError for another word, CheckpointError without."""
+    if which not in CHOICES:
+        raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
+    folder = path / "checkpoints"
+    if which == "last":
+        return checkpoint.newest(folder, console.say)[1]
+    best = folder / checkpoint.BEST
+    if not best.is_file():
+        raise CheckpointError(f"{best}: not there", "use --checkpoint last, or resume the run")
+    return checkpoint.load(best)

@@ -64,3 +64,18 @@ class Job:
     monitor: str
     where: Compute
     memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A trained net for other programs.
+
+    `net` takes images in [0, 1] like `example` (1, C, H, W) and gives `outputs`, by name; without any it has no graph
+    of its own, and only its `weights` can be taken. `about` says what it takes and gives, and its classes.
+    """
+
+    net: nn.Module
+    weights: nn.Module
+    example: Tensor
+    outputs: tuple[str, ...]
+    about: dict[str, Any]

@@ -56,6 +56,8 @@ LAYERS = [  # each may import those before it, and its own row
         "rates",
         "profiling",
         "serving",
+        "trackers",
+        "exporting",
     },
     {
         "cli_options",

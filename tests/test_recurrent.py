@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cvlab.layers import recurrent, recurrent_reference
+from cvlab.layers import attention, recurrent, recurrent_reference
 from cvlab.models.captioner import Captioner
 
 
@@ -24,7 +24,7 @@ def test_a_sequence_is_its_steps_one_after_the_other():
 
 def test_attention_weights_are_a_distribution_and_the_most_alike_cell_wins():
     a = torch.eye(4, dtype=torch.float64)[None] * 50
-    looked, cache = recurrent.DotAttention.forward(torch.tensor([[0.0, 0, 50, 0]]).double(), a)
+    looked, cache = attention.DotAttention.forward(torch.tensor([[0.0, 0, 50, 0]]).double(), a)
     assert cache.weights.sum().item() == pytest.approx(1) and int(cache.weights.argmax()) == 2
     torch.testing.assert_close(looked, a[:, 2])
 
@@ -83,4 +83,4 @@ class TestCaptioner:
 def test_the_reference_attends_as_the_layer_does():
     torch.manual_seed(0)
     h, a = some(2, 3), some(2, 5, 3)
-    torch.testing.assert_close(recurrent.DotAttention.forward(h, a)[0], recurrent_reference.attention(h, a))
+    torch.testing.assert_close(attention.DotAttention.forward(h, a)[0], recurrent_reference.attention(h, a))

@@ -61,6 +61,12 @@ class Normalization:
         """Map uint8 (N, C, H, W) to the scale's dtype, keeping the memory format."""
         return images.to(self.scale.dtype).mul_(self.scale).add_(self.shift)
 
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return both per channel, of images in [0, 1]."""
+        std = 1 / (255 * self.scale.double())
+        mean = -self.shift.double() * std
+        return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+
 
 def normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.device) -> Normalization:
     """Build the normalisation of `images` (N, H, W, C) uint8: `mean` subtracts it, `mean_std` divides by the deviation.

@@ -1,7 +1,7 @@
 """scene_sentences, the built-in set with captions: 224 px pictures of one or two shapes, each with the one sentence.
 
 "a red star" or "a red star left of a blue ring": of two things the left one comes first, or the upper one where they
-stand more above than beside each other; where neither is plain a picture is left out. `<root>/scene_sentences-v1/`
+stand more above than beside each other; where neither is plain a picture is left out. `<root>/scene_sentences-v2/`
 holds images/*.png and captions.csv; the split is the first part of a file's name.
 """
 
@@ -13,7 +13,7 @@ from cvlab.data import scenery
 from cvlab.data.generated import Generated
 from cvlab.data.scenery import Rules, Scene, Thing
 
-COUNTS = {"train": 3000, "val": 250, "test": 250}
+COUNTS = {"train": 8000, "val": 250, "test": 250}
 SEEDS = {"train": 11, "val": 12, "test": 13}
 RULES = Rules(without=0.0, most=2, least_across=64, most_across=112)
 PLAIN = 1.5  # times as far apart in one direction as in the other
@@ -72,4 +72,4 @@ def _files() -> Iterator[tuple[str, bytes]]:
     yield "captions.csv", table.getvalue().encode()
 
 
-SET = Generated("scene_sentences", 1, sum(COUNTS.values()), lambda: _files())
+SET = Generated("scene_sentences", 2, sum(COUNTS.values()), lambda: _files())

@@ -179,10 +179,8 @@ def judge(config: Config, parts: Parts, net: Any, features: Tensor, split: str) 
 def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
     """Evaluate the weights of a checkpoint by beam search; names of splits stand before the metrics."""
     parts = build(config)
-    weights = state["average"] if config.ema is not None else state["model"]
     net = parts.made.net
-    checkpoint.match_model(net, weights, str(base))
-    net.load_state_dict(weights)
+    checkpoint.take_weights(net, state, str(base))
     chosen = splits or tuple(name for name in ("val", "test") if parts.captionset.splits.get(name))
     found: dict[str, float] = {}
     for split in chosen:

@@ -32,7 +32,8 @@ from cvlab.data.images import (
 )
 from cvlab.data.selection import HardBatches
 from cvlab.errors import ConfigError
-from cvlab.jobs import Job, TrainConfig
+from cvlab.jobs import Exported, Job, TrainConfig
+from cvlab.models.pretrained import Normalized
 from cvlab.rundir import RunDir
 
 TRAIN_EVALUATED = 10_000  # of a larger training set the first so many are evaluated
@@ -236,6 +237,24 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     return metrics | (evaluate(model, "test") if config.evaluate_test else {})
 
 
+def exported(config: Config, base: Path, state: dict[str, Any]) -> Exported:
+    """Return the net of a checkpoint, which takes images in [0, 1]: the normalisation is inside."""
+    parts = build(config, base)
+    checkpoint.take_weights(parts.model, state, str(base))
+    size = size_of(parts.images)
+    normalize = parts.batches.normalize
+    mean, std = normalize.mean_and_std()
+    net = Normalized(parts.model, mean, std)
+    about = {
+        "takes": f"images, float32 (N, {size.channels}, {size.image_px}, {size.image_px}) in [0, 1]",
+        "gives": f"scores (N, {size.num_classes}), before the softmax",
+        "normalised_inside": {"mean": mean, "std": std},
+        "classes": parts.images.classes,
+    }
+    example = torch.rand(1, size.channels, size.image_px, size.image_px)
+    return Exported(net, parts.model, example, ("scores",), about)
+
+
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do, without loading or writing anything; a user's own data has to be loaded."""
     where = engine.compute(config.device, config.precision, config.threads)
@@ -259,9 +278,7 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
 def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
     """Evaluate the weights of a checkpoint on the splits called `train`, `val`, `test`; on the last two without any."""
     parts = build(config, base)
-    weights = state["average"] if config.ema is not None else state["model"]
-    checkpoint.match_model(parts.model, weights, str(base))
-    parts.model.load_state_dict(weights)
+    checkpoint.take_weights(parts.model, state, str(base))
     evaluate = _evaluator(parts, config.tta)
     splits = splits or tuple(name for name in ("val", "test") if name in parts.splits)
     unknown = [name for name in splits if name not in parts.splits]

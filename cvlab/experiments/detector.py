@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ from cvlab.data import boxsets, views
 from cvlab.data.boxsets import BoxImage, BoxSet
 from cvlab.detecting import Rules
 from cvlab.feature_cache import Cached, CachedBatches
-from cvlab.jobs import Job
+from cvlab.jobs import Exported, Job
 from cvlab.models import detectors
 from cvlab.models.detector import Targets
-from cvlab.models.detectors import About, Detector
+from cvlab.models.detectors import About, Detector, WithBackbone
 from cvlab.ops.average_precision import Precision
 from cvlab.report import detection_plots
 from cvlab.rundir import RunDir
@@ -175,10 +176,8 @@ def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tupl
     Recall by size of the boxes and the table of confusions count what is at least `SHOWN_FLOOR` sure.
     """
     parts = build(config)
-    weights = state["average"] if config.ema is not None else state["model"]
     model = parts.detector.head
-    checkpoint.match_model(model, weights, str(base))
-    model.load_state_dict(weights)
+    checkpoint.take_weights(model, state, str(base))
     chosen = splits or tuple(name for name in ("val", "test") if parts.boxset.splits.get(name))
     found: dict[str, float] = {}
     for split in chosen:
@@ -191,6 +190,20 @@ def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tupl
         values = detecting.metrics(measured, classes) | detecting.recalls(result, items, SHOWN_FLOOR)
         found |= {f"{split}_{name}": value for name, value in values.items()}
     return found
+
+
+def exported(config: Config, base: Path, state: dict[str, Any]) -> Exported:
+    """Return the detector of a checkpoint with its backbone; only the one-stage detector has a graph."""
+    parts = build(config)
+    checkpoint.take_weights(parts.detector.head, state, str(base))
+    about = {
+        "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1]: photos made to fit, grey below",
+        "classes": parts.boxset.classes,
+    }
+    net = WithBackbone(parts.detector)
+    if net.outputs:
+        about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, with doubles"
+    return Exported(net, parts.detector.head, torch.rand(1, 3, config.size, config.size), net.outputs, about)
 
 
 class _Names(set[str]):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvlab.layers import attention as attending
 from cvlab.layers import recurrent, words
 
 
@@ -69,7 +70,7 @@ def examples() -> list[tuple[str, Any, tuple[Tensor, ...], Callable[..., Tensor]
 
     x, state, cell, labels = some(n, d), some(n, h), some(n, h), torch.tensor([[1, 2, 0], [3, 4, 4]])
     plain, gated = (some(h, d), some(h, h), some(h)), (some(4 * h, d), some(4 * h, h), some(4 * h))
-    attending = (some(4 * h, d), some(4 * h, h), some(4 * h, h), some(4 * h))
+    looking = (some(4 * h, d), some(4 * h, h), some(4 * h, h), some(4 * h))
 
     def both(x: Tensor, h: Tensor, c: Tensor, wx: Tensor, wh: Tensor, b: Tensor) -> Tensor:
         return torch.cat(lstm_step(x @ wx.T + h @ wh.T + b, c), 1)
@@ -79,12 +80,12 @@ def examples() -> list[tuple[str, Any, tuple[Tensor, ...], Callable[..., Tensor]
         ("RNN", recurrent.RNN, (some(n, t, d), state, *plain), rnn, 1e-7, ()),
         ("LSTM step", recurrent.LSTMStep, (x, state, cell, *gated), both, 1e-8, ()),
         ("LSTM", recurrent.LSTM, (some(n, t, d), state, *gated), lstm, 1e-7, ()),
-        ("Attention", recurrent.DotAttention, (state, some(n, cells, h)), attention, 1e-8, ()),
-        ("Attention LSTM", recurrent.AttentionLSTM, (some(n, t, d), some(n, cells, h), *attending), attention_lstm)
+        ("Attention", attending.DotAttention, (state, some(n, cells, h)), attention, 1e-8, ()),
+        ("Attention LSTM", attending.AttentionLSTM, (some(n, t, d), some(n, cells, h), *looking), attention_lstm)
         + (1e-7, ()),
-        ("Attention, shared maps", recurrent.DotAttention, (some(2 * n, h), some(n, cells, h)), attention, 1e-8, ()),
-        ("Attention LSTM, shared maps", recurrent.AttentionLSTM)
-        + ((some(2 * n, t, d), some(n, cells, h), *attending), attention_lstm, 1e-7, ()),
+        ("Attention, shared maps", attending.DotAttention, (some(2 * n, h), some(n, cells, h)), attention, 1e-8, ()),
+        ("Attention LSTM, shared maps", attending.AttentionLSTM)
+        + ((some(2 * n, t, d), some(n, cells, h), *looking), attention_lstm, 1e-7, ()),
         ("Embedding", words.Embedding, (some(5, d), labels), lambda w, k: F.embedding(k, w), 1e-8, ()),
         (
             "Temporal softmax",

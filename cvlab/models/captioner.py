@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.data.vocabulary import NULL
-from cvlab.layers import modules, recurrent, recurrent_reference
+from cvlab.layers import attention, modules, recurrent, recurrent_reference
 from cvlab.layers import words as by_hand
 from cvlab.schema import BelowOne, Count
 
@@ -106,7 +106,7 @@ class Captioner(nn.Module):
         if self.wa is not None:
             wa = self.wa.to(kind)
             if is_by_hand:
-                return modules.apply(recurrent.AttentionLSTM, x, seen, wx, wh, wa, b)
+                return modules.apply(attention.AttentionLSTM, x, seen, wx, wh, wa, b)
             return recurrent_reference.attention_lstm(x, seen, wx, wh, wa, b)
         start = seen.mean(1).repeat_interleave(len(words) // len(seen), 0)
         if is_by_hand:
@@ -161,7 +161,7 @@ class Captioner(nn.Module):
         a = F.linear(self.embed(words), self.wx, self.b) + F.linear(state.h, self.wh)
         weights = None
         if self.wa is not None:
-            looked, cache = recurrent.DotAttention.forward(state.h, state.seen)
+            looked, cache = attention.DotAttention.forward(state.h, state.seen)
             a, weights = a + F.linear(looked, self.wa), cache.weights
         h, c = (torch.tanh(a), state.c) if self.cell == "rnn" else recurrent_reference.lstm_step(a, state.c)
         return _precise(self.scores(h)).log_softmax(-1), State(h, c, state.seen), weights

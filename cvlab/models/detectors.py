@@ -71,6 +71,23 @@ class Detector:
     head: nn.Module
 
 
+class WithBackbone(nn.Module):
+    """A detector with the backbone before it: takes pictures (N, 3, S, S) in [0, 1], gives its `outputs` by name."""
+
+    def __init__(self, made: Detector) -> None:
+        super().__init__()
+        self.features, self.head, self.backbone = made.features, made.head, made.features.model.net
+        plain = self.head.head if isinstance(self.head, Tuned) else self.head
+        self.outputs: tuple[str, ...] = getattr(plain, "outputs", ())
+        self.plain = plain
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Return what the head finds; in plain tensors, where it has them."""
+        maps = self.features.batch(images, to_end=True)
+        found = self.head([maps[name] for name in self.features.names])
+        return self.plain.plain(found) if self.outputs else found  # type: ignore[operator]
+
+
 def build(about: About, device: torch.device) -> Detector:
     """Build a detector, its head's weights drawn at random. ConfigError for a backbone that can't be tuned."""
     kind = lookup.find("detector", about.model, DETECTORS)

@@ -53,9 +53,10 @@ class Features:
         """Return the outputs (C, H, W) for a picture (3, H, W) in [0, 1], by layer."""
         return {name: maps[0] for name, maps in self.batch(picture[None]).items()}
 
-    def batch(self, pictures: Tensor) -> dict[str, Tensor]:
+    def batch(self, pictures: Tensor, to_end: bool = False) -> dict[str, Tensor]:
         """Return the outputs (N, C, H, W) for pictures (N, 3, H, W) in [0, 1], by layer.
 
+        The net stops after the last of them, or goes `to_end`: whoever traces it cannot follow the short cut.
         ConfigError for a layer that gives no such maps, or that the net does not come by.
         """
         found: dict[str, Tensor] = {}
@@ -63,7 +64,7 @@ class Features:
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 found[name] = output
-                if len(found) == len(self.names):
+                if len(found) == len(self.names) and not to_end:
                     raise _Enough
 
             return hook

@@ -26,6 +26,7 @@ class YoloFpn(nn.Module):
     """Scores and boxes at every cell of three maps; `strides` are those of the maps in pixels of the picture."""
 
     strides = (8, 16, 32)
+    outputs = ("scores", "boxes_xyxy")
 
     def __init__(self, channels: Sequence[int], num_classes: int, width: Count = 96, depth: Count = 2) -> None:
         super().__init__()
@@ -52,6 +53,10 @@ class YoloFpn(nn.Module):
         distances = torch.cat(raw, 2).mT * points[:, 2:]  # (N, P, 4): left, top, right, bottom
         centres = points[:, :2]
         return scores, torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], 2), points
+
+    def plain(self, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what is found as other programs take it, by the names in `outputs`: scores in [0, 1], boxes."""
+        return found[0].sigmoid(), found[1]
 
     def losses(self, found: tuple[Tensor, Tensor, Tensor], targets: Targets, size_px: int) -> dict[str, Tensor]:
         """Return `loss` and its parts, means over what the points are responsible for.

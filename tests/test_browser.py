@@ -1,0 +1,140 @@
+"""The pages about runs in a real browser: Debian's chromium, driven through its own driver."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from PIL import Image
+
+from cvlab import listing
+from cvlab.report import html
+from cvlab.rundir import RunDir
+
+pytestmark = pytest.mark.browser
+ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+
+class Browser:
+    """A session of the WebDriver protocol, as far as it is needed here."""
+
+    def __init__(self, port):
+        self.root = f"http://127.0.0.1:{port}"
+        options = {"goog:chromeOptions": {"args": ARGUMENTS}}
+        options["goog:loggingPrefs"] = {"browser": "ALL", "performance": "ALL"}
+        made = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": options}})
+        self.root += f"/session/{made['sessionId']}"
+
+    def ask(self, method, path, body=None):
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, path, width=1400, height=900):
+        self.ask("POST", "/window/rect", {"width": width, "height": height})
+        self.ask("POST", "/url", {"url": path.as_uri()})
+
+    def run(self, script, *arguments):
+        return self.ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+
+    def logged(self, kind):
+        return self.ask("POST", "/se/log", {"type": kind})
+
+    def requested(self):
+        """Return the addresses that were asked for since the last time."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.logged("performance")]
+        sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [address for address in sent if not address.startswith("data:")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = shutil.which("chromedriver")
+    if driver is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("no chromium with its chromedriver on this machine")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            try:
+                made = Browser(port)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.1)
+        yield made
+        made.ask("DELETE", "")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two runs of their own kinds, and the list of them."""
+    root = tmp_path_factory.mktemp("runs")
+    for k, name in enumerate(("quickstart", "<b>odd")):
+        path = root / f"2026112{k}-120000-{name}-000{k}"
+        (path / "images").mkdir(parents=True)
+        (path / "config.yaml").write_text("experiment: classify\nseed: 3\n")
+        Image.effect_noise((640, 480), 50).convert("RGB").save(path / "images" / "noise.png")
+        out = RunDir(path)
+        out.set_status("done" if k else "failed", experiment="classify", data="scenes10")
+        out.write_json("summary.json", {"experiment": "classify", "metrics": {"val_accuracy": 0.1 * k}, "expect": []})
+        for step in range(20):
+            out.append({"step": step, "train_loss": 3 / (step + 1), "val_accuracy": step / 20})
+        html.write_run(path)
+    html.write_index(root, listing.runs(root))
+    return root
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_report_shows_its_pictures_and_asks_for_nothing(browser, root, width):
+    page = next(root.glob("*quickstart*")) / "report.html"
+    browser.logged("browser"), browser.requested()
+    browser.open(page, width)
+    assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth > 0)")
+    assert browser.run("return document.images.length") == 1
+    assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.requested() == [page.as_uri()]
+    assert [entry for entry in browser.logged("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_values_are_read_by_keyboard(browser, root):
+    browser.open(next(root.glob("*quickstart*")) / "report.html")
+    said = browser.run(
+        "const svg = document.querySelector('svg'); svg.focus();"
+        "for (const key of ['ArrowRight', 'ArrowRight', 'ArrowRight'])"
+        "  svg.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
+        "return svg.closest('figure').querySelector('.said').textContent"
+    )
+    assert said == "step 2: train_loss 1"
+
+
+def test_the_numbers_are_there_without_a_script(root):
+    text = (next(root.glob("*quickstart*")) / "report.html").read_text()
+    assert "0.15" in text.partition("<script>")[0]
+
+
+def test_runs_are_sorted_and_filtered(browser, root):
+    browser.open(root / "index.html")
+    names = (
+        "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.cells[0].innerText)"
+    )
+    newest_first = browser.run(names)
+    assert len(newest_first) == 2 and "<b>odd" in newest_first[0]
+    browser.run("document.querySelector('th button').click()")
+    assert browser.run(names) == newest_first[::-1]
+    filtering = "const i = document.querySelector('input'); i.value = arguments[0]; i.dispatchEvent(new Event('input'))"
+    browser.run(filtering, "failed quick")
+    assert browser.run(names) == [newest_first[1]]
+    assert browser.run("return document.getElementById('count').textContent") == "1 of 2 runs"
+    browser.run(filtering, "")
+    browser.run("document.querySelector('tbody a').click()")
+    assert browser.run("return document.querySelector('h1').innerText") == newest_first[1]
