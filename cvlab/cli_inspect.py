@@ -25,18 +25,21 @@ data_app = typer.Typer(help="List, fetch and check data sets.", no_args_is_help=
 
 
 @app.command("runs")
-def list_runs(runs_dir: RunsDir = None, as_json: Json = False, debug: Debug = False) -> None:
-    """List all runs."""
-    from cvlab import listing, rundir
-    from cvlab.report import tables
+def list_runs(
+    last: Annotated[int, typer.Option(min=1, help="show the newest so many; --json has all")] = 200,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs, the newest last."""
+    from cvlab import rundir
+    from cvlab.report import overview, tables
 
-    rows = listing.runs(rundir.runs_root(runs_dir))
+    rows = overview.runs(rundir.runs_root(runs_dir))
     columns = ("run", "status", "experiment", "data", "result")
-    show(
-        {"ok": True, "runs": rows},
-        as_json,
-        lambda: tables.table("", columns, [[row[column] or "-" for column in columns] for row in rows]),
-    )
+    title = f"the newest {last} of {len(rows)} runs; --last {len(rows)} shows all" if len(rows) > last else ""
+    shown = [[row[column] or "-" for column in columns] for row in rows[-last:]]
+    show({"ok": True, "runs": rows}, as_json, lambda: tables.table(title, columns, shown))
 
 
 @app.command("show")

@@ -6,32 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import config, console, data, durable, experiments, rundir
-from cvlab.errors import CvlabError, DataError
+from cvlab.errors import DataError
 from cvlab.report import compare as comparing
 from cvlab.schema import Part, Table, part_type, tables_of
 
 Row = dict[str, Any]
-SHOWN_FIRST = ("test_accuracy", "val_accuracy", "train_accuracy", "train_loss", "arms", "diverged")
-
-
-def runs(root: Path) -> list[Row]:
-    """Return one row for each run below `root`, oldest first."""
-    return [_run_row(path) for path in rundir.list_runs(root)]
-
-
-def _run_row(path: Path) -> Row:
-    row: Row = {"run": path.name, "status": "damaged", "experiment": None, "data": None, "result": "", "metrics": {}}
-    try:
-        summary, status = rundir.read_summary(path), rundir.read_status(path)
-    except CvlabError as error:
-        return row | {"result": error.message}
-    metrics = summary.get("metrics", {})
-    shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN_FIRST if isinstance(metrics.get(name), (int, float))]
-    state = status.get("status", "not begun")
-    if state in ("running", "interrupted") and "step" in status:
-        shown = [f"step {status['step']} of {status.get('total_steps', '?')}"]
-    known = {"status": state, "experiment": status.get("experiment"), "data": status.get("data")}
-    return row | known | {"result": ", ".join(shown[:2]), "metrics": metrics}
 
 
 def show(path: Path) -> Row:

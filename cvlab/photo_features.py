@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -45,9 +46,14 @@ def squeezed(photo: Image.Image, size_px: int, mirrored: bool = False) -> Tensor
 
 @torch.inference_mode()
 def look(features: Features, batch: Tensor, where: Compute, pool: bool) -> Tensor:
-    """Return the map of a batch (N, 3, S, S) cell by cell: (N, L, C), or (N, 1, C) pooled, float32 on the CPU."""
+    """Return the maps of a batch (N, 3, S, S) cell by cell: (N, L, C), or (N, 1, C) pooled, float32 on the CPU.
+
+    The cells are those of the first map; finer maps are averaged over them, coarser ones repeated.
+    """
     with where.autocast():
-        found = features.batch(batch.to(where.device))[features.names[-1]].float()
+        maps = features.batch(batch.to(where.device))
+    height, width = maps[features.names[0]].shape[2:]
+    found = torch.cat([F.adaptive_avg_pool2d(maps[name].float(), (height, width)) for name in features.names], 1)
     cells = found.flatten(2).mT
     return (cells.mean(1, keepdim=True) if pool else cells).cpu()
 
@@ -100,7 +106,7 @@ def _key(features: Features, paths: Sequence[Path], where: Compute, request: Req
     about = {
         "backbone": features.model.name,
         "weights": checkpoint.weights_digest(features.model.net.state_dict()),
-        "layer": features.names[-1],
+        "layers": features.names,
         "size_px": request.size_px,
         "pool": request.pool,
         "mirrored": request.mirrored,

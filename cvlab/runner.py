@@ -167,13 +167,12 @@ def _execute(chosen: AnyConfig, out: RunDir) -> Result:
 
 def _publish(out: RunDir) -> None:
     """Write the run's page and, unless it is an arm of a sweep, the list of all runs; a run can do without either."""
-    from cvlab import listing
-    from cvlab.report import html
+    from cvlab.report import html, overview
 
     wrong = html.quietly(html.write_run, out.path)
     root = out.path.parent
     if not wrong and not rundir.is_run(root.parent):
-        wrong = html.quietly(lambda: html.write_index(root, listing.runs(root)))
+        wrong = html.quietly(lambda: html.write_index(root, overview.runs(root)))
     if wrong:
         out.log(f"warning: the page about this run could not be written: {wrong}")
 

@@ -10,9 +10,9 @@ import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
-from cvlab import __version__, listing, rundir
+from cvlab import __version__, rundir
 from cvlab.errors import CvlabError, RunDirError
-from cvlab.report import html
+from cvlab.report import html, overview
 
 HOST = "127.0.0.1"
 REFRESH_SECONDS = 5
@@ -77,7 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def _page(root: Path, name: str) -> str | None:
     """Return the page that is asked for; None where there is no such run."""
     if name == "":
-        return html.index_page(listing.runs(root), link="/{name}/", refresh=REFRESH_SECONDS)
+        return html.index_page(overview.runs(root), link="/{name}/", refresh=REFRESH_SECONDS)
     for path in rundir.list_runs(root):
         if path.name == name:
             is_running = rundir.read_status(path).get("status") == "running"

@@ -11,8 +11,7 @@ import urllib.request
 import pytest
 from PIL import Image
 
-from cvlab import listing
-from cvlab.report import html
+from cvlab.report import html, overview
 from cvlab.rundir import RunDir
 
 pytestmark = pytest.mark.browser
@@ -90,7 +89,7 @@ def root(tmp_path_factory):
         for step in range(20):
             out.append({"step": step, "train_loss": 3 / (step + 1), "val_accuracy": step / 20})
         html.write_run(path)
-    html.write_index(root, listing.runs(root))
+    html.write_index(root, overview.runs(root))
     return root
 
 

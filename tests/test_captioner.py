@@ -108,7 +108,7 @@ class TestCaption:
         for cell in ("attention_lstm", "rnn"):
             about = captioners.About({"cell": cell, "words": 8, "hidden": 16}, WORDS, 64, 12, trained_on="nothing")
             device = torch.device("cpu")
-            features = captioners.map_of(about.stride, about.backbone, None, device)
+            features = captioners.maps_of(about.strides, about.backbone, None, device)
             files[cell] = tmp_path / f"{cell}.safetensors"
             torch.manual_seed(0)  # what comes before draws random numbers only the first time
             net = captioners.build(about, features, device).net

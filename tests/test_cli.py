@@ -517,3 +517,13 @@ def test_all_commands_have_help(cvlab):
         code, out, _ = cvlab(command, "--help")
         assert code == 0 and "--json" in out, command
     assert cli.app.info.name == "cvlab"
+
+
+def test_of_many_runs_the_newest_are_shown_and_all_are_told(cvlab, tmp_path):
+    for k in range(5):
+        folder = tmp_path / f"2026112{k}-120000-x-000{k}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("experiment: classify\n")
+    code, out, _ = cvlab("runs", "--last", 2, "--runs-dir", tmp_path)
+    assert code == 0 and "x-0004" in out and "x-0003" in out and "x-0002" not in out and "2 of 5 runs" in out
+    assert len(json.loads(cvlab("runs", "--json", "--last", 2, "--runs-dir", tmp_path)[1])["runs"]) == 5

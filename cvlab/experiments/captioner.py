@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -44,7 +44,9 @@ class Config(photosets.MapsConfig):
     data: Data
     model: Annotated[schema.Part, captioners.TABLE]
     size: Annotated[int, Ge(64), Le(2048)] = Field(224, description="photos are squeezed to squares of so many pixels")
-    stride: Literal[8, 16, 32] = Field(32, description="pixels between the cells of the backbone's map")
+    strides: Annotated[tuple[Literal[8, 16, 32], ...], MinLen(1)] = Field(
+        (32,), description="pixels between the cells of the backbone's map; of several the first says which cells"
+    )
     mirror: bool = Field(False, description="show half of the photos mirrored; twice the maps on the disk")
     threshold: schema.Count = Field(5, description="words that stand less often in the training sentences are unknown")
     length: Annotated[int, Ge(3), Le(200)] = Field(17, description="words of a sentence at most, with start and end")
@@ -78,13 +80,13 @@ def build(config: Config) -> Parts:
     spoken = (vocabulary.tokens(text) for item in train for text in item.sentences[: config.data.sentences])
     words = vocabulary.build(spoken, config.threshold)
     engine.seed_everything(config.seed)
-    features = captioners.map_of(config.stride, config.backbone, config.backbone_weights, where.device)
+    features = captioners.maps_of(config.strides, config.backbone, config.backbone_weights, where.device)
     about = About(
         config.model.arguments() | {"layers": "torch"},
         words.words,
         config.size,
         config.length,
-        config.stride,
+        config.strides,
         config.backbone,
         config.backbone_weights,
         captionset.name,

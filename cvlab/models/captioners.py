@@ -1,5 +1,6 @@
 """Captioners with the backbone that they stand on and their vocabulary, and their weights in a file."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class About:
     words: tuple[str, ...]
     size_px: int
     length: int
-    stride: int = 32
+    strides: tuple[int, ...] = (32,)
     backbone: str = pretrained.DEFAULT
     backbone_weights: str | None = None
     trained_on: str = ""
@@ -43,10 +44,10 @@ class Made:
     net: Captioner
 
 
-def map_of(stride: int, backbone: str, weights: str | None, device: torch.device) -> Features:
-    """Return a backbone's map of some stride, the last one for 32. ConfigError where it has none such."""
+def maps_of(strides: Sequence[int], backbone: str, weights: str | None, device: torch.device) -> Features:
+    """Return a backbone's maps of some strides, for 32 alone the last one. ConfigError where it has none such."""
     net = pretrained.build(backbone, weights, device)
-    return Features(net, detectors.levels(net, (stride,), is_last=stride == 32))
+    return Features(net, detectors.levels(net, strides, is_last=tuple(strides) == (32,)))
 
 
 def build(about: About, features: Features, device: torch.device) -> Made:
@@ -54,7 +55,7 @@ def build(about: About, features: Features, device: torch.device) -> Made:
     vocabulary = Vocabulary(about.words)
     with torch.inference_mode():
         probe = torch.full((1, 3, detectors.PROBE_PX, detectors.PROBE_PX), 0.5, device=device)
-        channels = features.batch(probe)[features.names[-1]].shape[1]
+        channels = sum(found.shape[1] for found in features.batch(probe).values())
     net = Captioner(channels=channels, num_words=len(vocabulary), **about.arguments)
     return Made(about, features, vocabulary, net.to(device))
 
@@ -67,6 +68,6 @@ def save(about: About, net: Captioner, path: Path) -> None:
 def load(path: Path, device: torch.device) -> Made:
     """Read a captioner from a file of `save`. DataError says what is wrong with it."""
     about, tensors = packed.read(path, KEY, About, "a captioner", LOAD_HINT)
-    made = build(about, map_of(about.stride, about.backbone, about.backbone_weights, device), device)
+    made = build(about, maps_of(about.strides, about.backbone, about.backbone_weights, device), device)
     packed.fill(made.net, tensors, path, LOAD_HINT)
     return made
