@@ -86,7 +86,7 @@ def resume(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a run that was stopped, from its newest checkpoint, to the same bits."""
+    """Go on with a run that was stopped. From its newest checkpoint, to the same bits."""
     console.set_level(quiet, verbose)
     from cvlab import rundir, runner
 
@@ -120,7 +120,7 @@ def gradcheck(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check hand-written gradients against differences and against autograd, in float64."""
+    """Check hand-written gradients. Against differences and against autograd, in float64."""
     from cvlab import checking
     from cvlab.report import tables
 

@@ -37,7 +37,7 @@ def detect(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Find things in photos: `cvlab detect photo.jpg`; without photos, judge the detector by its own validation set."""
+    """Find things in photos. `cvlab detect photo.jpg`; without photos, judge the detector by its own validation set."""
     console.set_level(quiet, verbose)
     photos, overrides = split_words(images)
     require_there(photos)

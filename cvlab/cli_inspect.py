@@ -66,7 +66,7 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what differs between runs, and their metrics side by side."""
+    """Show runs side by side. What differs between them, and their metrics."""
     from cvlab import listing, rundir
     from cvlab.report import compare as comparing
     from cvlab.report import tables
@@ -91,7 +91,7 @@ def show_config(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print a configuration fully resolved; without one, list those that are shipped."""
+    """Print a configuration fully resolved. Without one, list those that are shipped."""
     from cvlab import config as configs
     from cvlab import listing
     from cvlab.report import tables
@@ -148,7 +148,7 @@ def models_fetch(
 
 @app.command()
 def doctor(runs_dir: RunsDir = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Say what this machine has, and whether everything works here."""
+    """Say what this machine has. And whether everything works here."""
     from cvlab import doctor as examination
     from cvlab.report import tables
 

@@ -102,7 +102,7 @@ def classify(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Say what photos show: `cvlab classify photos/*.jpg`."""
+    """Say what photos show. `cvlab classify photos/*.jpg`."""
     console.set_level(quiet, verbose)
     flags: Flags = {"model": model, "weights": weights, "top": top, "set_": set_, "device": device}
     _run("classify_photos", images, flags, runs_dir, dry_run, as_json)
@@ -153,7 +153,7 @@ def attack(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Change photos until a net takes them for something else: `cvlab attack --target ostrich img.jpg`."""
+    """Change photos until a net is fooled. `cvlab attack --target ostrich img.jpg`."""
     console.set_level(quiet, verbose)
     if (
         eps is not None
@@ -188,7 +188,7 @@ def classvis(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Draw what a net has learned of a class: `cvlab classvis --target gorilla`."""
+    """Draw what a net has learned of a class. `cvlab classvis --target gorilla`."""
     console.set_level(quiet, verbose)
     targets = [part.strip() for part in target.split(",")] if target else None
     flags: Flags = {"targets": targets, "init": init, "steps": steps, "model": model, "weights": weights}
@@ -226,7 +226,7 @@ def style(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Paint a photo in the manner of a picture: `cvlab style photo.jpg painting.jpg`."""
+    """Paint a photo in the manner of a picture. `cvlab style photo.jpg painting.jpg`."""
     console.set_level(quiet, verbose)
     images, overrides = split_words(words)
     if len(images) < 2:
@@ -264,7 +264,7 @@ def caption(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Say in a sentence what photos show: `cvlab caption photo.jpg`."""
+    """Say in a sentence what photos show. `cvlab caption photo.jpg`."""
     console.set_level(quiet, verbose)
     flags: Flags = {"weights": weights, "beam": beam, "attention": attention or None, "set_": set_, "device": device}
     _run("caption", images, flags, runs_dir, dry_run, as_json)

@@ -41,7 +41,7 @@ def ui(
     runs_dir: RunsDir = None,
     debug: Debug = False,
 ) -> None:
-    """Show all runs in a browser on this machine, also while they go on, until Ctrl-C."""
+    """Show all runs in a browser. On this machine only, also while they go on, until Ctrl-C."""
     from cvlab import rundir, serving
 
     root = rundir.runs_root(runs_dir)
@@ -57,7 +57,7 @@ def track(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tell a tracker about a run: configuration, metrics; afterwards, or while it goes on."""
+    """Tell a tracker about a run. Configuration and metrics; afterwards, or while it goes on."""
     from cvlab import rundir, trackers
 
     look = trackers.tell(rundir.find(run, rundir.runs_root(runs_dir)), to, follow)
@@ -74,7 +74,7 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's net for other programs; the file is read again and compared before it counts."""
+    """Write a run's net for other programs. The file is read again and compared before it counts."""
     from cvlab import exporting, rundir
     from cvlab.report import tables
 

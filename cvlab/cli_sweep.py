@@ -46,7 +46,7 @@ def sweep(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run a sweep, or any configuration with axes: `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
+    """Run a sweep, or a configuration with axes. `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
     console.set_level(quiet, verbose)
     from cvlab import submit
 
@@ -81,7 +81,7 @@ def verify(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run configurations and show expected against measured; exit code 3 where one misses."""
+    """Run configurations, expected against measured. Exit code 3 where one misses."""
     console.set_level(quiet, verbose)
     from cvlab import config as loading
     from cvlab import rundir, sweeping

@@ -79,7 +79,7 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         text,
         about.classes,
         size,
-        _looks(made, where),
+        looks(made, where),
         about.trained_on,
         about.notes.get("path"),
         _proposes(made, where) if is_two else None,
@@ -103,7 +103,8 @@ def _head(
     return made.head([maps[name] for name in made.features.names])
 
 
-def _looks(made: detectors.Detector, where: Compute) -> Look:
+def looks(made: detectors.Detector, where: Compute) -> Look:
+    """Return how a detector looks at photos: above a floor of score, without doubles above an IoU, in their pixels."""
     size_px = made.about.size_px
 
     @torch.inference_mode()

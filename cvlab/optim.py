@@ -27,7 +27,7 @@ OPTIMIZERS = Table(
 )
 SCHEDULES = Table(
     "schedule",
-    {name: f"cvlab.optim:{name}" for name in ("constant", "linear", "cosine", "triangle", "multistep")},
+    {name: f"cvlab.optim:{name}" for name in ("constant", "linear", "cosine", "triangle", "bend", "multistep")},
     supplied=frozenset({"progress"}),
 )
 
@@ -142,6 +142,13 @@ def triangle(
     if progress < peak:
         return first + (1.0 - first) * progress / peak
     return final + (1.0 - final) * (1.0 - progress) / (1.0 - peak)
+
+
+def bend(progress: float, at: Annotated[float, Gt(0), Lt(1)] = 0.5, factor: Small = 0.1) -> float:
+    """Fall in a straight line from 1 to `factor` at a share of the run, from there to 0: a loss is changed there."""
+    if progress < at:
+        return 1.0 + (factor - 1.0) * progress / at
+    return factor * (1.0 - progress) / (1.0 - at)
 
 
 def multistep(progress: float, at: tuple[Small, ...] = (0.6, 0.8), factor: Small = 0.1) -> float:

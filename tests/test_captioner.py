@@ -10,6 +10,7 @@ from PIL import Image
 from cvlab import engine, photo_features
 from cvlab.data import photos, vocabulary
 from cvlab.models import captioners
+from cvlab.models.captioner import Captioner
 from cvlab.models.features import Features
 from cvlab.models.pretrained import build
 from tests.conftest import weights_digest
@@ -142,9 +143,9 @@ class TestCaption:
         seen = photo_features.look(one.features, photo[None], engine.compute("cpu", "float32", 1), False)
         state, said = one.net.start(seen), [vocabulary.START]
         while len(said) < one.about.length and said[-1] != vocabulary.END:
-            log_p, state, _ = one.net.step(state, torch.tensor([said[-1]]))
-            log_p[:, [vocabulary.NULL, vocabulary.START, vocabulary.UNKNOWN]] = -torch.inf
-            said.append(int(log_p.argmax()))
+            scores, state, _ = one.net.step(state, torch.tensor([said[-1]]))
+            scores[:, [vocabulary.NULL, vocabulary.START, vocabulary.UNKNOWN]] = -torch.inf
+            said.append(int(scores.argmax()))
         out = cvlab("caption", "sample", "--weights", weights, "--beam", 1, "precision=float32", "--json")[1]
         if said[-1] == vocabulary.END:
             assert json.loads(out)["results"][0]["sentence"] == " ".join(one.vocabulary.decode(said))
@@ -208,3 +209,32 @@ class TestMaps:
         load, _, _ = asked
         (tmp_path / "data").write_text("a file where the folder should be")
         assert load().shape == (2, 4, 1280) and "not kept" in capsys.readouterr().err
+
+
+def test_of_several_maps_the_first_says_which_cells_there_are():
+    features = captioners.maps_of((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    where = engine.compute("cpu", "float32", 1)
+    cells = photo_features.look(features, pictures, where, False)
+    maps = features.batch(pictures)
+    medium, fine, coarse = (maps[name].detach() for name in features.names)
+    sizes = [m.shape[1] for m in (medium, fine, coarse)]
+    assert cells.shape == (2, 16, sum(sizes))
+    found = [part.mT.unflatten(2, (4, 4)) for part in cells.split(sizes, 2)]
+    torch.testing.assert_close(found[0], medium)
+    torch.testing.assert_close(found[1][..., 1, 2], fine[..., 2:4, 4:6].mean((2, 3)))
+    torch.testing.assert_close(found[2], coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    pooled = photo_features.look(features, pictures, where, True)
+    torch.testing.assert_close(pooled, cells.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("layers", ["torch", "manual"])
+def test_cells_know_their_places_and_are_looked_at_through_a_layer_of_their_own(layers):
+    torch.manual_seed(0)
+    net = Captioner(5, 9, "attention_lstm", 6, 8, layers=layers, positions=True, cells="mlp")
+    features, words = torch.ones(2, 9, 5), torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0]])
+    seen = net.eval().look(features)
+    assert seen.shape == (2, 9, 8) and not torch.allclose(seen[0, 0], seen[0, 8])  # alike but for their places
+    loss, _ = net.train().loss(features, words, torch.arange(2))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())

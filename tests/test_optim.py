@@ -122,6 +122,7 @@ def test_values_of_schedules():
     assert optim.linear(0.25) == 0.75 and optim.linear(0.5, final=0.5) == 0.75
     assert optim.cosine(0.5) == pytest.approx(0.5) and optim.cosine(1.0, final=0.1) == pytest.approx(0.1)
     assert optim.triangle(0.1) == pytest.approx(0.5) and optim.triangle(0.6) == pytest.approx(0.5)
+    assert [optim.bend(p) for p in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.55, 0.1, 0.05, 0.0])
     assert [optim.multistep(p) for p in (0.5, 0.6, 0.9)] == pytest.approx([1, 0.1, 0.01])
     assert optim.warmed_up(1.0, 0.05, 0.1) == 0.5 and optim.warmed_up(0.3, 0.5, 0.1) == 0.3
     assert math.isclose(optim.warmed_up(0.7, 0.0, 0.0), 0.7)

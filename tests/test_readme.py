@@ -37,6 +37,15 @@ def test_every_command_is_understood(command, cvlab):
         assert config.load(str(ROOT / arguments[1]) if "/" in arguments[1] else arguments[1], overrides)
 
 
+def test_every_command_is_told_and_says_what_it_does(cvlab):
+    out = cvlab("--help")[1]
+    listed = re.findall(r"^  ([a-z]+) +(\S.*)$", out.partition("Commands:")[2], re.MULTILINE)
+    assert len(listed) >= 25
+    for name, does in listed:
+        assert f"cvlab {name}" in README, f"README lacks cvlab {name}"
+        assert does.endswith(".") and not does.endswith(".."), (name, does)
+
+
 def test_the_example_is_the_shipped_configuration(tmp_path):
     (tmp_path / "cifar_bn.yaml").write_text(blocks("yaml")[0])
     mine, shipped = (config.load(str(p)).config for p in (tmp_path / "cifar_bn.yaml", "cifar_bn"))

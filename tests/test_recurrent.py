@@ -75,7 +75,8 @@ class TestCaptioner:
         whole = net(features, words[:, :-1], image).log_softmax(-1)
         state = net.start(features[image])
         for t in range(4):
-            log_p, state, weights = net.step(state, words[:, t])
+            found, state, weights = net.step(state, words[:, t])
+            log_p = found.log_softmax(1)
             torch.testing.assert_close(log_p, whole[:, t])
             assert (weights is None) == (cell != "attention_lstm")
 

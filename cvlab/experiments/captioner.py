@@ -44,7 +44,7 @@ class Config(photosets.MapsConfig):
     data: Data
     model: Annotated[schema.Part, captioners.TABLE]
     size: Annotated[int, Ge(64), Le(2048)] = Field(224, description="photos are squeezed to squares of so many pixels")
-    strides: Annotated[tuple[Literal[8, 16, 32], ...], MinLen(1)] = Field(
+    strides: Annotated[tuple[Literal[4, 8, 16, 32], ...], MinLen(1)] = Field(
         (32,), description="pixels between the cells of the backbone's map; of several the first says which cells"
     )
     mirror: bool = Field(False, description="show half of the photos mirrored; twice the maps on the disk")

@@ -8,7 +8,10 @@ Expect: `val_map50` while training; at the end of the split that is evaluated (`
 Command: cvlab train configs/yolo_scenes.yaml
 """
 
+import dataclasses
 import functools
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +22,8 @@ from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cvlab import checkpoint, data, detecting, engine, feature_cache, photosets, schema, training
-from cvlab.data import boxsets, views
+from cvlab import checkpoint, data, detecting, engine, feature_cache, finding, photosets, schema, training
+from cvlab.data import boxsets, photos, views
 from cvlab.data.boxsets import BoxImage, BoxSet
 from cvlab.detecting import Rules
 from cvlab.feature_cache import Cached, CachedBatches
@@ -34,6 +37,7 @@ from cvlab.rundir import RunDir
 from cvlab.signals import StopRequest
 
 Batch = tuple[list[Tensor], Targets]
+TIMED = 11  # photos, for the time of one
 SHOWN_FLOOR = 0.25  # of what is drawn and counted, as in `cvlab detect`
 
 
@@ -162,7 +166,21 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     split = "test" if config.evaluate_test else "val"
     last = val if split == "val" else maps_of(config, parts, "test", 0, look_up)
     out.facts |= {"map_rule": config.map_rule, "confidence_floor": config.confidence_floor, "evaluated_split": split}
+    metrics["seconds_per_photo"] = seconds_per_photo(config, parts, model, split)
     return metrics | detecting.metrics(_measure(config, parts, model, last, split), parts.boxset.classes)
+
+
+def seconds_per_photo(config: Config, parts: Parts, model: nn.Module, split: str) -> float:
+    """Return the median time of a photo from its pixels to its boxes, the backbone with it, one photo at a time."""
+    look = finding.looks(dataclasses.replace(parts.detector, head=model.eval()), parts.where)
+    spent = []
+    for item in items_of(config, parts.boxset, split)[:TIMED]:
+        photo = photos.load(item.path)
+        began = time.perf_counter()
+        look([photo], SHOWN_FLOOR, config.nms_iou)
+        parts.where.synchronize()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
 
 
 def _measure(config: Config, parts: Parts, model: nn.Module, cached: Cached, split: str) -> Precision:
@@ -215,7 +233,7 @@ class _Names(set[str]):
 
 def metric_names(config: Config) -> set[str]:
     """Return the names that an expectation can speak of."""
-    return _Names({"val_map50", "best_val_map50", "map50", "map50_95", *training.METRICS})
+    return _Names({"val_map50", "best_val_map50", "map50", "map50_95", "seconds_per_photo", *training.METRICS})
 
 
 def plan(config: Config, base: Path) -> dict[str, Any]:

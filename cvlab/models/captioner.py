@@ -52,12 +52,22 @@ class Captioner(nn.Module):
         feature_dropout: BelowOne = 0.3,
         layers: Literal["torch", "manual"] = "torch",
         positions: bool = False,
+        cells: Literal["linear", "mlp"] = "linear",
     ) -> None:
         super().__init__()
         self.cell, self.layers, self.positions = cell, layers, positions
         gates = GATES[cell] * hidden
         self.embed = nn.Embedding(num_words, words)
-        self.project = nn.Linear(channels + 2 * positions, hidden)
+        channels += 2 * positions
+        self.project: nn.Module = nn.Linear(channels, hidden)
+        if cells == "mlp":
+            layers_of_cells = (
+                nn.LayerNorm(channels),
+                nn.Linear(channels, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, hidden),
+            )
+            self.project = nn.Sequential(*layers_of_cells)
         self.wx = nn.Parameter(torch.empty(gates, words))
         self.wh = nn.Parameter(torch.empty(gates, hidden))
         self.b = nn.Parameter(torch.zeros(gates))
@@ -157,14 +167,14 @@ class Captioner(nn.Module):
         return State(middle, middle if self.is_attending else torch.zeros_like(middle), seen)
 
     def step(self, state: State, words: Tensor) -> tuple[Tensor, State, Tensor | None]:
-        """Take a step with words (M,): log-probabilities (M, V), the new state, and where it looked (M, L)."""
+        """Take a step with words (M,): scores (M, V) of the next ones, the new state, and where it looked (M, L)."""
         a = F.linear(self.embed(words), self.wx, self.b) + F.linear(state.h, self.wh)
         weights = None
         if self.wa is not None:
             looked, cache = attention.DotAttention.forward(state.h, state.seen)
             a, weights = a + F.linear(looked, self.wa), cache.weights
         h, c = (torch.tanh(a), state.c) if self.cell == "rnn" else recurrent_reference.lstm_step(a, state.c)
-        return _precise(self.scores(h)).log_softmax(-1), State(h, c, state.seen), weights
+        return _precise(self.scores(h)), State(h, c, state.seen), weights
 
 
 def _places(count: int, like: Tensor) -> Tensor:

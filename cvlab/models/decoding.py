@@ -38,7 +38,8 @@ def search(model: Captioner, features: Tensor, width: int = 5, length: int = 16,
     kept = torch.full((n, length), END, device=device)
     for t in range(length):
         beams = total.shape[1]
-        log_p, state, _ = model.step(state, said[:, :, -1].flatten())
+        scores, state, _ = model.step(state, said[:, :, -1].flatten())
+        log_p = scores.log_softmax(1)
         log_p[:, NEVER] = NONE
         if t == length - 1:  # it has to end here
             log_p[:, END + 1 :] = NONE
@@ -78,15 +79,22 @@ def draw(model: Captioner, features: Tensor, count: int, length: int) -> Tensor:
     said = [torch.full((len(state.h),), START, device=device)]
     is_ended = torch.zeros(len(state.h), dtype=torch.bool, device=device)
     for t in range(length):
-        log_p, state, _ = model.step(state, said[-1])
-        log_p[:, NEVER] = NONE
-        word = torch.multinomial(log_p.exp(), 1)[:, 0] if t < length - 1 else torch.full_like(said[-1], END)
+        scores, state, _ = model.step(state, said[-1])
+        scores[:, NEVER] = NONE
+        word = _drawn(scores) if t < length - 1 else torch.full_like(said[-1], END)
         said.append(word.masked_fill(is_ended, NULL))
         is_ended = is_ended | (word == END)
         if bool(is_ended.all()):
             break
     model.train(was_training)
     return torch.stack(said, 1)
+
+
+def _drawn(scores: Tensor) -> Tensor:
+    """Draw one of each row by the softmax of scores (M, V): (M,). One random number a row, not one a score."""
+    reached = (scores - scores.amax(1, keepdim=True)).exp_().cumsum_(1)
+    wanted = torch.rand(len(scores), 1, device=scores.device) * reached[:, -1:]
+    return torch.searchsorted(reached, wanted, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 
 
 @torch.inference_mode()

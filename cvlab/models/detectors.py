@@ -23,7 +23,9 @@ DETECTORS = {
     "yolo_grid": "cvlab.models.yolo_grid:YoloGrid",
 }
 TABLE = Table("detector", DETECTORS, frozenset({"channels", "num_classes"}))
-LEVELS = {pretrained.DEFAULT: {8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}}  # the last layer of each stride
+LEVELS = {
+    pretrained.DEFAULT: {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}
+}  # the last layer of each stride
 LAST = {pretrained.DEFAULT: "bn2"}  # 1280 channels at stride 32, as the course's MobileNetV2 has them
 PROBE_PX = 64
 FILE = "detector.safetensors"  # of a training, in its run directory
