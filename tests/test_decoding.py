@@ -55,7 +55,7 @@ def test_greedy_is_one_beam(net):
             total = 0.0
             for t in range(LENGTH):
                 scores, state, _ = net.step(state, word)
-            log_p = scores.log_softmax(1)
+                log_p = scores.log_softmax(1)
                 ended.append((total + log_p[0, END].item(), (*words, END)))
                 log_p[:, [NULL, START, UNKNOWN, END]] = -1e9
                 if t == LENGTH - 1:
