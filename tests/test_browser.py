@@ -9,8 +9,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from PIL import Image
 
+from cvlab.cli import run_command_line
 from cvlab.report import html, overview
 from cvlab.rundir import RunDir
 
@@ -76,30 +76,38 @@ def browser():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two runs of their own kinds, and the list of them."""
+    """A training and an attack as the program leaves them, and a run with a name that is markup."""
     root = tmp_path_factory.mktemp("runs")
-    for k, name in enumerate(("quickstart", "<b>odd")):
-        path = root / f"2026112{k}-120000-{name}-000{k}"
-        (path / "images").mkdir(parents=True)
-        (path / "config.yaml").write_text("experiment: classify\nseed: 3\n")
-        Image.effect_noise((640, 480), 50).convert("RGB").save(path / "images" / "noise.png")
-        out = RunDir(path)
-        out.set_status("done" if k else "failed", experiment="classify", data="scenes10")
-        out.write_json("summary.json", {"experiment": "classify", "metrics": {"val_accuracy": 0.1 * k}, "expect": []})
-        for step in range(20):
-            out.append({"step": step, "train_loss": 3 / (step + 1), "val_accuracy": step / 20})
-        html.write_run(path)
+    short = [
+        "duration={steps: 20}",
+        "data.num_train=64",
+        "batch_size=8",
+        "evaluate_test=false",
+        "expect=[]",
+        "log_every=1",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CVLAB_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("CVLAB_OFFLINE", "1")
+        assert run_command_line(["train", "quickstart", *short, "--runs-dir", str(root), "-q"]) == 0
+        assert run_command_line(["attack", "sample", "--target", "ostrich", "--runs-dir", str(root), "-q"]) == 0
+    path = root / "20991231-120000-<b>odd-0001"
+    path.mkdir()
+    (path / "config.yaml").write_text("experiment: classify\nseed: 3\n")
+    RunDir(path).set_status("failed", experiment="classify", data="scenes10")
+    html.write_run(path)
     html.write_index(root, overview.runs(root))
     return root
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_a_report_shows_its_pictures_and_asks_for_nothing(browser, root, width):
-    page = next(root.glob("*quickstart*")) / "report.html"
+@pytest.mark.parametrize(("name", "pictures"), [("quickstart", 0), ("attack", 2)])
+def test_a_report_shows_its_pictures_and_asks_for_nothing(browser, root, width, name, pictures):
+    page = next(root.glob(f"*-{name}-*")) / "report.html"
     browser.logged("browser"), browser.requested()
     browser.open(page, width)
     assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth > 0)")
-    assert browser.run("return document.images.length") == 1
+    assert browser.run("return document.images.length") == pictures
     assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.requested() == [page.as_uri()]
     assert [entry for entry in browser.logged("browser") if entry["level"] == "SEVERE"] == []
@@ -113,12 +121,14 @@ def test_values_are_read_by_keyboard(browser, root):
         "  svg.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
         "return svg.closest('figure').querySelector('.said').textContent"
     )
-    assert said == "step 2: train_loss 1"
+    rows = [json.loads(line) for line in next(root.glob("*quickstart*/metrics.jsonl")).read_text().splitlines()]
+    value = next(row["train_loss"] for row in rows if row.get("step") == 3)
+    assert said.startswith(f"step 3: train_loss {float(f'{value:.5g}'):.5g}"), said
 
 
 def test_the_numbers_are_there_without_a_script(root):
     text = (next(root.glob("*quickstart*")) / "report.html").read_text()
-    assert "0.15" in text.partition("<script>")[0]
+    assert "<td>20</td>" in text.partition("<script>")[0] and "train_loss" in text
 
 
 def test_runs_are_sorted_and_filtered(browser, root):
@@ -127,13 +137,13 @@ def test_runs_are_sorted_and_filtered(browser, root):
         "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.cells[0].innerText)"
     )
     newest_first = browser.run(names)
-    assert len(newest_first) == 2 and "<b>odd" in newest_first[0]
+    assert len(newest_first) == 3 and "<b>odd" in newest_first[0]
     browser.run("document.querySelector('th button').click()")
     assert browser.run(names) == newest_first[::-1]
     filtering = "const i = document.querySelector('input'); i.value = arguments[0]; i.dispatchEvent(new Event('input'))"
-    browser.run(filtering, "failed quick")
-    assert browser.run(names) == [newest_first[1]]
-    assert browser.run("return document.getElementById('count').textContent") == "1 of 2 runs"
+    browser.run(filtering, "done quick")
+    assert browser.run(names) == [name for name in newest_first if "quickstart" in name]
+    assert browser.run("return document.getElementById('count').textContent") == "1 of 3 runs"
     browser.run(filtering, "")
     browser.run("document.querySelector('tbody a').click()")
-    assert browser.run("return document.querySelector('h1').innerText") == newest_first[1]
+    assert browser.run("return document.querySelector('h1').innerText") == newest_first[-1]
