@@ -147,12 +147,17 @@ def models_fetch(
 
 
 @app.command()
-def doctor(runs_dir: RunsDir = None, as_json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    faults: Annotated[bool, typer.Option("--faults", help="also kill a training on this disk, and resume it")] = False,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Say what this machine has. And whether everything works here."""
     from cvlab import doctor as examination
     from cvlab.report import tables
 
-    found = examination.examine(runs_dir)
+    found = examination.examine(runs_dir, faults)
     rows = [(check["name"], "ok" if check["ok"] else "FAILS", check["found"]) for check in found["checks"]]
     show(found, as_json, lambda: tables.table("", ("check", "", "found"), rows))
     if not found["ok"]:

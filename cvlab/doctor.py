@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cvlab import __version__, config, console, data, rundir
+from cvlab import __version__, config, console, data, fault_check, rundir
 
 Check = tuple[str, bool, str]
 
@@ -78,8 +78,8 @@ def _configs() -> str:
     return f"{len(config.shipped_names())} shipped configurations, all valid"
 
 
-def examine(runs_dir: str | None) -> dict[str, Any]:
-    """Run every check; return `{"ok", "checks": [{"name", "ok", "found"}]}`."""
+def examine(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
+    """Run every check; return `{"ok", "checks": [{"name", "ok", "found"}]}`. With `faults` kill a training, too."""
     checks: dict[str, Callable[[], str]] = {
         "cvlab": lambda: f"cvlab {__version__} in {Path(__file__).parent}",
         "python": _python,
@@ -93,6 +93,8 @@ def examine(runs_dir: str | None) -> dict[str, Any]:
         "data disk": lambda: _disk(data.root()),
     }
     found = [_examine_one(name, check) for name, check in checks.items()]
+    if faults:
+        found += fault_check.run(rundir.runs_root(runs_dir))
     return {"ok": all(ok for _, ok, _ in found), "checks": [{"name": n, "ok": ok, "found": t} for n, ok, t in found]}
 
 

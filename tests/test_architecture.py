@@ -48,6 +48,7 @@ LAYERS = [  # each may import those before it, and its own row
         "evaluation",
         "listing",
         "doctor",
+        "fault_check",
         "bench",
         "photo_bench",
         "box_bench",

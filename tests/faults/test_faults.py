@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cvlab import fault_check
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -74,3 +76,19 @@ def test_a_full_disk_ends_with_5_and_whole_files(tmp_path, scenes):
     found = scenario("disk_full", tmp_path, 1)
     assert found["code"] == 5 and found["corrupt"] == 0 and found["left"] == 0
     assert found["saved"] and max(found["saved"]) <= 5 and found["status"] in ("failed", "interrupted")
+
+
+@pytest.mark.faults
+def test_doctor_kills_and_resumes_on_the_users_disk(cvlab, tmp_path, scenes):
+    code, out, err = cvlab("doctor", "--faults", "--runs-dir", tmp_path / "runs", "--json")
+    found = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert code == 0, found
+    assert "0 damaged" in found["kill -9"]["found"] and "bit for bit" in found["resumed"]["found"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_doctor_sees_other_weights(monkeypatch, tmp_path, scenes):
+    digests = iter(["one", "another"])
+    monkeypatch.setattr(fault_check, "_finish", lambda process, root: (process.communicate(), next(digests))[1])
+    found = {name: ok for name, ok, _ in fault_check.run(tmp_path / "runs", kills=1)}
+    assert found["kill -9"] and not found["resumed"]
