@@ -18,12 +18,15 @@ from cvlab import optim, rates
 from cvlab.engine import Compute
 from cvlab.errors import ConfigError
 from cvlab.experiments import classify
+from cvlab.layers import modules, recurrent, recurrent_reference
+from cvlab.layers.attention import AttentionLSTM
 from cvlab.layers.modules import MANUAL, MANUAL_ALT
 
 REFERENCE = "vgg_half_60s"
 MATRIX = 2048
 COPIED_FLOATS = 2**25  # 128 MiB, larger than any cache
 CONVOLUTION = (128, 64, 128, 16)  # batch, channels in and out, pixels: the middle of the nets of a minute
+SENTENCES = (250, 12, 256, 512, 49, 50)  # of 50 photos: sentences, words, sizes of word and state, cells, maps
 FORWARD_AND_BACKWARD = 3  # a backward pass is two products of the size of the forward one
 
 
@@ -243,4 +246,40 @@ def layers(rounds: int, device: str) -> dict[str, Any]:
                 "manual_alt_against_torch": _median_ratio(seconds["manual_alt"], seconds["torch"]),
             }
         )
+    rows += _recurrent(where, rounds)
     return {"ok": True, "what": f"forward + backward, {about(where, 'float32', rounds)}", "layers": rows}
+
+
+def _recurrent(where: Compute, rounds: int) -> list[dict[str, Any]]:
+    """Time the recurrent layers on a captioner's shapes; torch has no LSTM that attends, autograd's is taken."""
+    n, t, d, h, cells, maps = SENTENCES
+    x, start, seen = (torch.randn(*shape, device=where.device) for shape in ((n, t, d), (n, h), (maps, cells, h)))
+
+    def weights(gates: int, *inputs: int) -> list[Tensor]:
+        return [torch.randn(gates * h, size, device=where.device) / size**0.5 for size in inputs]
+
+    cases: list[tuple[str, type[Any], list[Tensor], Callable[[], Tensor]]] = []
+    for name, layer, library, gates in (("RNN", recurrent.RNN, nn.RNN, 1), ("LSTM", recurrent.LSTM, nn.LSTM, 4)):
+        made = library(d, h, batch_first=True).to(where.device)
+        inputs = [x, start, *weights(gates, d, h), torch.zeros(gates * h, device=where.device)]
+        cases.append((name, layer, inputs, lambda made=made: made(x.requires_grad_(True))[0]))  # type: ignore[misc]
+    inputs = [x, seen, *weights(4, d, h, h), torch.zeros(4 * h, device=where.device)]
+    cases.append(("AttentionLSTM", AttentionLSTM, inputs, lambda: recurrent_reference.attention_lstm(*inputs)))
+    rows = []
+    for name, layer, given, theirs in cases:
+        leaves = [tensor.requires_grad_(True) for tensor in given]
+        loops = {
+            "torch": lambda theirs=theirs: theirs().sum().backward(),
+            "manual": lambda layer=layer, leaves=leaves: modules.apply(layer, *leaves).sum().backward(),  # type: ignore[misc]
+        }
+        seconds = alternate(loops, rounds)
+        rows.append(
+            {
+                "layer": name,
+                "input": [n, t, d],
+                "torch_seconds": statistics.median(seconds["torch"]),
+                "manual_against_torch": _median_ratio(seconds["manual"], seconds["torch"]),
+                "manual_alt_against_torch": None,
+            }
+        )
+    return rows
