@@ -96,7 +96,8 @@ def run_page(path: Path, home: str | None = None, refresh: int | None = None) ->
     """Return the page of one run, whatever state it is in. RunDirError where its files are damaged."""
     summary, status, env = rundir.read_summary(path), rundir.read_status(path), rundir.read_json(path / "env.json")
     groups, left_out = _pictures(path, summary.get("results"))
-    config = compare.read_config(path)
+    config, lines = compare.read_config(path), curves.read(path)
+    measured = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
     told = env.get("provenance")  # runs of before have none
     rows = [(key, tables.number(value), told.get(key, "default") if told else "") for key, value in config.items()]
     state = str(status.get("status", "not begun"))
@@ -113,9 +114,9 @@ def run_page(path: Path, home: str | None = None, refresh: int | None = None) ->
             {"rule": row["rule"], "measured": tables.measured(row), "met": row["met"]}
             for row in summary.get("expect", [])
         ],
-        "metrics": [(name, tables.number(value, name)) for name, value in compare.metrics_of(path).items()],
+        "metrics": [(name, tables.number(value, name)) for name, value in measured.items()],
         "settings": _settings(summary.get("settings", [])),
-        "charts": _charts(curves.read(path)),
+        "charts": _charts(lines),
         "groups": groups,
         "left_out": left_out,
         "chosen": [row for row in rows if row[2] not in ("", "default")],
