@@ -15,7 +15,7 @@ from cvlab.errors import CvlabError, RunDirError
 from cvlab.report import html, overview
 
 HOST = "127.0.0.1"
-REFRESH_SECONDS = 5
+REFRESH_SECONDS = 3
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 

@@ -4,12 +4,14 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 
 import pytest
 
+from cvlab import rundir, serving
 from cvlab.cli import run_command_line
 from cvlab.report import html, overview
 from cvlab.rundir import RunDir
@@ -147,3 +149,26 @@ def test_runs_are_sorted_and_filtered(browser, root):
     browser.run(filtering, "")
     browser.run("document.querySelector('tbody a').click()")
     assert browser.run("return document.querySelector('h1').innerText") == newest_first[-1]
+
+
+def test_ui_shows_a_run_go_on(browser, root, monkeypatch):
+    monkeypatch.setattr(
+        rundir, "is_held", lambda path: path.name.startswith("2099")
+    )  # a lock does not hold its own process
+    path = root / "20991231-130000-going-0002"
+    path.mkdir()
+    (path / "config.yaml").write_text("experiment: classify\n")
+    with serving.Server(root, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        out = RunDir(path)
+        out.set_status("running", experiment="classify")
+        out.append({"step": 1, "train_loss": 0.5})
+        browser.ask("POST", "/url", {"url": f"{server.address}{path.name}/"})
+        measured = "return document.body.innerText.includes(arguments[0])"
+        assert browser.run(measured, "running") and not browser.run(measured, "0.125")
+        out.append({"step": 2, "train_loss": 0.125})
+        deadline = time.monotonic() + 30
+        while not browser.run(measured, "0.125") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert browser.run(measured, "0.125")
+        server.shutdown()

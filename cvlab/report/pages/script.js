@@ -68,3 +68,9 @@ for (const input of document.querySelectorAll("input[data-filter]")) {
   input.hidden = false;
   input.addEventListener("input", apply);
 }
+const seconds = Number(document.body.dataset.refresh);
+if (seconds) {
+  // Not while somebody reads: a word in the filter, an opened list, a place further down would be lost.
+  const isRead = () => window.scrollY > 0 || document.querySelector("details[open]") || [...document.querySelectorAll("input")].some((i) => i.value);
+  setInterval(() => { if (!isRead()) location.reload(); }, 1000 * seconds);
+}
