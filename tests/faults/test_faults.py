@@ -92,3 +92,11 @@ def test_doctor_sees_other_weights(monkeypatch, tmp_path, scenes):
     monkeypatch.setattr(fault_check, "_finish", lambda process, root: (process.communicate(), next(digests))[1])
     found = {name: ok for name, ok, _ in fault_check.run(tmp_path / "runs", kills=1)}
     assert found["kill -9"] and not found["resumed"]
+
+
+@pytest.mark.faults
+def test_every_kind_of_experiment_is_killed_and_resumed(tmp_path, scenes):
+    found = scenario("kinds", tmp_path, 2, timeout=900)
+    assert len(found) >= 9 and sum(entry["kills"] for entry in found.values()) >= 9, found
+    for name, entry in found.items():
+        assert (entry["same"], entry["left"], entry["corrupt"]) == (True, 0, 0), (name, found)
