@@ -24,7 +24,10 @@ from cvlab.report import detection_plots, pictures
 from cvlab.report.boxes import Labelled
 from cvlab.rundir import Row, RunDir
 
-COMING_ALONG = {"yolo": ("everyday", "scenes")}  # by --model: what looks at photos, what is judged without any
+COMING_ALONG = {  # by --model: what looks at photos, what is judged without any
+    "yolo": ("everyday", "scenes"),
+    "faster_rcnn": ("faster_rcnn_everyday", "faster_rcnn_scenes"),
+}
 SHEET_PHOTOS = 12
 EVALUATION_FLOOR, EVALUATION_IOU = 0.001, 0.6
 Look = Callable[[Sequence[Image.Image], float, float], list[Detections]]
@@ -59,9 +62,6 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         model = yolov3_tiny.NAME if is_darknet or on_disk else "yolo"
     if model == yolov3_tiny.NAME:
         return _open_tiny(weights_name, where)
-    if weights_name is None and model not in COMING_ALONG:
-        hint = f"`cvlab train yolo_scenes model.name={model}` trains one; then --weights latest"
-        raise DataError(f"no weights of a {model} come along", hint)
     if weights_name is None:
         name = COMING_ALONG[model][evaluates]
         path, told = trained.COME_ALONG / f"{name}.safetensors", f"{name}, the weights that come along"
