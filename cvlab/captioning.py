@@ -108,11 +108,7 @@ class Reward:
 
 
 def reward_loss(net: Captioner, batch: Batch, reward: Reward, count: int, length: int) -> dict[str, Tensor]:
-    """Draw sentences and return a loss whose gradient makes the better ones likelier; `reward` is their mean score.
-
-    Without dropout: sentences that another net has drawn would be made unlikely without an end.
-    """
-    net.eval()
+    """Draw sentences and return a loss whose gradient makes the better ones likelier; `reward` is their mean score."""
     words = decoding.draw(net, batch.features, count, length - 1)
     image = torch.arange(len(batch.features), device=words.device).repeat_interleave(count)
     gains, mean = reward.gains(words, batch.photos)
