@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from cvlab import durable, lookup
+from cvlab import durable, lookup, summaries
 from cvlab.errors import RunDirError
 from cvlab.lock import RunLock, is_held
 
@@ -254,15 +254,18 @@ def read_summary(path: Path) -> Row:
     `metrics` are by name, `expect` is a list.
     """
     summary = read_json(path / "summary.json")
-    kinds = {"metrics": dict, "expect": list}
-    if not all(isinstance(summary.get(key, kind()), kind) for key, kind in kinds.items()):
-        raise RunDirError(f"{path / 'summary.json'}: metrics or expect are not what they should be", "it was changed")
+    wrong = summaries.wrong(summary)
+    if wrong:
+        raise RunDirError(f"{path / 'summary.json'}: {wrong} is not what it should be", "the file was changed")
     return summary
 
 
 def read_status(path: Path) -> Row:
     """Return status.json; a run that says it is running but holds no lock was killed, and is `interrupted`."""
     status = read_json(path / "status.json")
+    texts = [status.get(key) for key in ("experiment", "data", "error")]
+    if status.get("status", STATES[0]) not in STATES or not all(isinstance(text, str | None) for text in texts):
+        raise RunDirError(f"{path / 'status.json'}: not the status of a run", "the file was changed")
     if status.get("status") == "running" and not is_held(path):
         status["status"] = "interrupted"
     return status

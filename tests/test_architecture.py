@@ -24,6 +24,7 @@ LAYERS = [  # each may import those before it, and its own row
         "axes",
         "budget",
         "memory",
+        "summaries",
     },
     {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles"},
     {"models", "data"},

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeGuard
 
 from cvlab import rundir
 
 MAX_POINTS = 2000
+MOST = 2**63  # a whole number that is no float any more
 NOT_CURVES = ("step", "epoch", "seconds")
 Curve = tuple[list[float], list[float]]
 
@@ -27,7 +29,7 @@ def thin(rows: Iterable[rundir.Row], x: str = "step") -> dict[str, Curve]:
     for row in rows:
         at = row.get(x)
         for name, value in row.items():
-            if name in NOT_CURVES or not isinstance(value, (int, float)) or not isinstance(at, (int, float)):
+            if name in NOT_CURVES or not _is_number(value) or not _is_number(at):
                 continue
             xs, ys = curves.setdefault(name, ([], []))
             count = seen[name] = seen.get(name, -1) + 1
@@ -43,3 +45,7 @@ def thin(rows: Iterable[rundir.Row], x: str = "step") -> dict[str, Curve]:
             xs.append(last[name][0])
             ys.append(last[name][1])
     return curves
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)

@@ -99,6 +99,7 @@ def run_page(path: Path, home: str | None = None, refresh: int | None = None) ->
     config, lines = compare.read_config(path), curves.read(path)
     measured = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
     told = env.get("provenance")  # runs of before have none
+    told = told if isinstance(told, dict) else None
     rows = [(key, tables.number(value), told.get(key, "default") if told else "") for key, value in config.items()]
     state = str(status.get("status", "not begun"))
     run = {

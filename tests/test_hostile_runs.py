@@ -1,0 +1,161 @@
+"""Run directories that were changed, cut or written to meanwhile: every reader says so in one line, or reads on."""
+
+import copy
+import json
+import random
+import threading
+
+import pytest
+
+from cvlab import rundir
+from cvlab.errors import CvlabError
+from cvlab.report import compare, html, overview, tables
+from cvlab.rundir import RunDir
+
+FILES = ("config.yaml", "env.json", "status.json", "summary.json", "metrics.jsonl", "log.txt")
+ODD = (
+    None,
+    True,
+    -1,
+    10**400,
+    1e308,
+    float("nan"),
+    "",
+    "<b>",
+    "../../x",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {"b": None}},
+    "\0",
+)
+RESULT = {"image": "a.png", "objects": [{"label": "dog", "score": 0.5}], "picture": "images/a.png", "steps": 3}
+SUMMARY = {
+    "experiment": "detect",
+    "name": "x",
+    "seconds": 1.5,
+    "data": "scenes",
+    "metrics": {"val_accuracy": 0.5, "steps": 10},
+    "expect": [{"rule": "val_accuracy > 0", "measured": 0.5, "met": True, "values": [0.5, 0]}],
+    "results": [RESULT],
+    "settings": [
+        {"keys": {"lr": 0.1}, "arms": 1, "status": ["done"], "metrics": {"val_loss": {"mean": 1, "sd": None, "n": 1}}}
+    ],
+}
+ENV = {"time": "now", "command": "cvlab", "provenance": {"seed": "file"}, "threads": 2}
+ROWS = [{"step": k, "train_loss": 1.0, "lr": 0.1} for k in range(4)]
+
+
+def write(path):
+    (path / "images").mkdir(parents=True)
+    (path / "config.yaml").write_text("experiment: detect\nseed: 3\nmodel: {name: yolo}\n")
+    out = RunDir(path)
+    out.set_status("done", experiment="detect", data="scenes")
+    out.write_json("env.json", ENV)
+    out.write_json("summary.json", SUMMARY)
+    for row in ROWS:
+        out.append(row)
+    (path / "log.txt").write_text("a line\n")
+
+
+def places(value, above=()):
+    """Yield the place of every value in a JSON document."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*above, key)
+        if isinstance(item, (dict, list)):
+            yield from places(item, (*above, key))
+
+
+def changed(document, draw):
+    """Return a document with one value replaced by an odd one, or left out."""
+    made = copy.deepcopy(document)
+    *above, last = draw.choice(list(places(made)))
+    block = made
+    for key in above:
+        block = block[key]
+    if draw.random() < 0.2:
+        del block[last]
+    else:
+        block[last] = draw.choice(ODD)
+    return json.dumps(made)
+
+
+def damage(path, draw):
+    """Change one file of a run; return its name."""
+    name = draw.choice(FILES)
+    file = path / name
+    raw = bytearray(file.read_bytes())
+    kind = draw.choice(["cut", "flip", "odd", "odd", "odd", "bytes", "gone"])
+    documents = {"env.json": ENV, "summary.json": SUMMARY, "status.json": {"status": "done", "experiment": "detect"}}
+    if kind == "odd" and name == "metrics.jsonl":
+        file.write_text("".join(f"{changed(row, draw)}\n" for row in ROWS))
+    elif kind == "odd" and name in documents:
+        file.write_text(changed(documents[name], draw))
+    elif kind == "cut":
+        file.write_bytes(raw[: draw.randrange(len(raw) + 1)])
+    elif kind == "bytes":
+        file.write_bytes(draw.randbytes(draw.randrange(200)))
+    elif kind == "gone":
+        file.unlink()
+    else:
+        raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+        file.write_bytes(raw)
+    return f"{name}, {kind}"
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_whatever_is_in_its_files_a_run_is_listed_and_its_readers_raise_no_other_error(tmp_path, seed, capsys):
+    from cvlab import runner
+
+    draw = random.Random(seed)
+    path = tmp_path / "20261125-120000-x-0001"
+    write(path)
+    what = damage(path, draw)
+    other = tmp_path / "20261125-120000-y-0002"
+    write(other)
+    if rundir.is_run(path):
+        rows = overview.runs(tmp_path)
+        assert [row["run"] for row in rows] == [path.name, other.name], what
+        html.index_page(rows)
+    for read in (
+        lambda: html.run_page(path),
+        lambda: html.comparison_page({"x": path, "y": other}),
+        lambda: tables.show_comparison(compare.compare({"x": path, "y": other})),
+        lambda: tables.show_result(runner.result(path)),
+    ):
+        try:
+            read()
+        except CvlabError as error:
+            assert "\n" not in str(error) and path.name in str(error), what
+
+
+def test_runs_are_read_while_they_are_written(tmp_path):
+    path = tmp_path / "20261125-120000-x-0001"
+    write(path)
+    ends = threading.Event()
+
+    def writing():
+        out = RunDir(path)
+        number = 4
+        while not ends.is_set():
+            out.append({"step": number, "train_loss": 1.0})
+            out.write_json("summary.json", SUMMARY)
+            out.set_status("running", step=number)
+            html.write_index(tmp_path, overview.runs(tmp_path))
+            number += 1
+
+    writers = [threading.Thread(target=writing) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(40):
+            assert "train_loss" in html.run_page(path)
+            assert "train_loss" in html.comparison_page({"x": path, "same": path})
+            assert (tmp_path / html.INDEX).read_text().rstrip().endswith("</html>") or not (
+                tmp_path / html.INDEX
+            ).exists()
+    finally:
+        ends.set()
+        for writer in writers:
+            writer.join()
