@@ -69,11 +69,10 @@ def _word(value: Any) -> bool:
 
 def _result(value: Any) -> bool:
     top = _all(lambda one: isinstance(one, dict) and ("label" not in one or _found(one)))
-    pair = {"label", "score"}
     fits = _block(
         image=_word, error=_word, sentence=_word, objects=_all(_found), before=_found, predicted=_found, top=top
     )
-    return _with("image")(value) and fits(value) and (not pair & value.keys() or _found(value))
+    return _with("image")(value) and fits(value) and ("label" not in value or _found(value))
 
 
 CHECKS: dict[str, Check] = {
