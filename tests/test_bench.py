@@ -45,7 +45,9 @@ def test_profile(file, cvlab):
 def test_layers_and_what_cannot_be_measured(cvlab, monkeypatch):
     monkeypatch.setattr(bench, "SENTENCES", (6, 3, 4, 8, 5, 2))
     code, out, _ = cvlab("bench", "layers", "--rounds", 1, "--json")
-    assert code == 0 and {row["layer"] for row in json.loads(out)["layers"]} == {
+    rows = json.loads(out)["layers"]
+    assert all(row["manual_against_torch"] > 0 and row["torch_seconds"] > 0 for row in rows)
+    assert code == 0 and {row["layer"] for row in rows} == {
         "Conv2d",
         "BatchNorm2d",
         "MaxPool2d",
@@ -100,6 +102,7 @@ def test_what_a_profile_counts_as_what():
 
 def test_the_command_has_all_of_them():
     assert {command.name for command in cli_bench.app.registered_commands} == {
+        "boxes",
         "engine",
         "profile",
         "layers",

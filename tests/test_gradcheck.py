@@ -123,7 +123,7 @@ def test_the_command(cvlab):
     code, out, _ = cvlab("gradcheck", "--json")
     found = json.loads(out)
     names = [check["name"] for check in found["checks"]]
-    assert code == 0 and found["ok"] and len(names) == 32
+    assert code == 0 and found["ok"] and len(names) == 34
     assert {"Conv2d", "SVM", "deep_convnet, BatchNorm, simplified", "fc_net"} <= set(names)
     code, out, _ = cvlab("gradcheck", "Conv2d", "fc_net")
     assert code == 0 and "Conv2d" in out and "fc_net" in out and "Softmax" not in out
