@@ -92,15 +92,21 @@ class Photo:
 Work = Callable[[list[Photo], Callable[[], None]], list[Row]]  # the second is to be called now and then
 
 
+def there(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """Return the photos that are meant, and those of them that are there. DataError where none is."""
+    found = photos.find(images)
+    some = [path for path in found if path.is_file()]
+    if not some:
+        photos.load(found[0])
+    return found, some
+
+
 def plan(config: PhotoConfig, where: engine.Compute, net: Pretrained) -> Row:
     """Say what a run would do. DataError where none of the photos is there."""
-    found = photos.find(config.images)
-    there = [path for path in found if path.is_file()]
-    if not there:
-        photos.load(found[0])
+    found, some = there(config.images)
     return {
-        "photos": len(there),
-        "photos_missing": len(found) - len(there),
+        "photos": len(some),
+        "photos_missing": len(found) - len(some),
         "model": config.model,
         "parameters": sum(p.numel() for p in net.net.parameters()),
         **where.told(),

@@ -14,7 +14,6 @@ from annotated_types import Ge, Le
 from pydantic import Field, field_validator
 
 from cvlab import engine, photo_features, photojobs, schema, trained
-from cvlab.data import photos
 from cvlab.errors import ConfigError
 from cvlab.models import captioners, decoding
 from cvlab.models.captioners import Made
@@ -103,12 +102,8 @@ def metric_names(config: Config) -> set[str]:
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. DataError where the weights or all of the photos are not there."""
     where, made = _open(config)
-    found = photos.find(config.images)
-    there = [path for path in found if path.is_file()]
-    if not there:
-        photos.load(found[0])
     return {
-        "photos": len(there),
+        "photos": len(photojobs.there(config.images)[1]),
         "captioner": _told(config, made),
         "parameters": sum(p.numel() for p in made.net.parameters()),
         **where.told(),

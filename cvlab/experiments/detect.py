@@ -78,11 +78,8 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. DataError where the weights or all of the photos are not there."""
     where = engine.compute(config.device, config.precision, config.threads)
     finder = _finder(config, where)
-    there = [path for path in photos.find(config.images) if path.is_file()]
-    if config.images and not there:
-        photos.load(photos.find(config.images)[0])
     return {
-        "photos": len(there) if config.images else "its validation photos",
+        "photos": len(photojobs.there(config.images)[1]) if config.images else "its validation photos",
         "detector": finder.told,
         "classes": len(finder.classes),
         "parameters": finder.num_parameters,
