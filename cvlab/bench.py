@@ -43,6 +43,16 @@ def alternate(loops: Mapping[str, Callable[[], None]], rounds: int) -> dict[str,
     return seconds
 
 
+def synchronized(where: Compute, work: Callable[[], object]) -> Callable[[], None]:
+    """Return a loop that ends when what it has asked the device for is done."""
+
+    def loop() -> None:
+        work()
+        where.synchronize()
+
+    return loop
+
+
 def about(where: Compute, precision: str, rounds: int) -> str:
     """Say what was measured on."""
     return f"{where.device}, {precision}, {where.threads} threads, torch {torch.__version__}, n={rounds}"
@@ -237,17 +247,17 @@ def layers(rounds: int, device: str) -> dict[str, Any]:
         x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
         made = {key: getattr(space, name)(*arguments).to(where.device) for key, space in spaces.items()}
         seconds = alternate({key: _pass(layer, x, where) for key, layer in made.items()}, rounds)
-        rows.append(
-            {
-                "layer": name,
-                "input": [batch, *shape],
-                "torch_seconds": statistics.median(seconds["torch"]),
-                "manual_against_torch": _median_ratio(seconds["manual"], seconds["torch"]),
-                "manual_alt_against_torch": _median_ratio(seconds["manual_alt"], seconds["torch"]),
-            }
-        )
+        rows.append(_layer_row(name, [batch, *shape], seconds))
     rows += _recurrent(where, rounds)
     return {"ok": True, "what": f"forward + backward, {about(where, 'float32', rounds)}", "layers": rows}
+
+
+def _layer_row(name: str, shape: list[int], seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    ratios = {
+        f"{kind}_against_torch": _median_ratio(seconds[kind], seconds["torch"]) if kind in seconds else None
+        for kind in ("manual", "manual_alt")
+    }
+    return {"layer": name, "input": shape, "torch_seconds": statistics.median(seconds["torch"]), **ratios}
 
 
 def _recurrent(where: Compute, rounds: int) -> list[dict[str, Any]]:
@@ -273,13 +283,5 @@ def _recurrent(where: Compute, rounds: int) -> list[dict[str, Any]]:
             "manual": lambda layer=layer, leaves=leaves: modules.apply(layer, *leaves).sum().backward(),  # type: ignore[misc]
         }
         seconds = alternate(loops, rounds)
-        rows.append(
-            {
-                "layer": name,
-                "input": [n, t, d],
-                "torch_seconds": statistics.median(seconds["torch"]),
-                "manual_against_torch": _median_ratio(seconds["manual"], seconds["torch"]),
-                "manual_alt_against_torch": None,
-            }
-        )
+        rows.append(_layer_row(name, [n, t, d], seconds))
     return rows

@@ -29,20 +29,12 @@ def run(rounds: int, device: str) -> dict[str, Any]:
     where = engine.compute(device)
     rows = []
     for pair in _pairs(where):
-        taken = bench.alternate({name: _synchronized(where, loop) for name, loop in pair.items()}, rounds)
+        taken = bench.alternate({name: bench.synchronized(where, loop) for name, loop in pair.items()}, rounds)
         own = next(iter(taken.values()))
         for name, seconds in taken.items():
             times = statistics.median(b / a for a, b in zip(own, seconds, strict=True))
             rows.append({"loop": name, "seconds": statistics.median(seconds), "against_ours": times})
     return {"ok": True, "what": bench.about(where, where.precision, rounds), "loops": rows}
-
-
-def _synchronized(where: engine.Compute, work: Callable[[], object]) -> Callable[[], None]:
-    def loop() -> None:
-        work()
-        where.synchronize()
-
-    return loop
 
 
 def _pairs(where: engine.Compute) -> list[Loops]:

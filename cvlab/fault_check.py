@@ -28,9 +28,9 @@ def run(root: Path, kills: int = 3, seed: int = 0) -> list[tuple[str, bool, str]
     folder = Path(tempfile.mkdtemp(prefix=".faults-", dir=root))
     draw = random.Random(seed)
     try:
-        wanted = _finish(_start("train", *SHORT, root=folder / "whole"), folder / "whole")
+        wanted = _finish(_start("train", *SHORT, root=folder / "whole"))
         found = [_killed(folder / "killed", kills, draw)]
-        same = _finish(_start("resume", "latest", root=folder / "killed"), folder / "killed") == wanted
+        same = _finish(_start("resume", "latest", root=folder / "killed")) == wanted
         found.append(("resumed", same, "the same weights, bit for bit" if same else "other weights than undisturbed"))
         left = sorted(path.name for path in folder.rglob(f".*{durable.TEMPORARY}"))
         found.append(("left behind", not left, ", ".join(left) or "nothing"))
@@ -46,7 +46,7 @@ def _start(*words: str, root: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _finish(process: "subprocess.Popen[str]", root: Path) -> Any:
+def _finish(process: "subprocess.Popen[str]") -> Any:
     """Wait for a training; return the digest of its weights. RuntimeError where it fails."""
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     if process.returncode:

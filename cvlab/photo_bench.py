@@ -46,11 +46,11 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = RunDir(Path(folder))
         loops = {
-            "bare gradient": lambda: _synchronized(where, lambda: _gradient(bare, x, y)),
-            "saliency": lambda: _synchronized(where, lambda: saliency.vanilla(model.net, _last(x), y)),
+            "bare gradient": bench.synchronized(where, lambda: _gradient(bare, x, y)),
+            "saliency": bench.synchronized(where, lambda: saliency.vanilla(model.net, _last(x), y)),
             **_captum(where, bare, x, y),
-            "bare attack, model size": lambda: _synchronized(where, lambda: _bare_attack(bare, list(x), y)),
-            "bare attack, original size": lambda: _synchronized(where, lambda: _bare_attack(bare, own, y)),
+            "bare attack, model size": bench.synchronized(where, lambda: _bare_attack(bare, list(x), y)),
+            "bare attack, original size": bench.synchronized(where, lambda: _bare_attack(bare, own, y)),
             **{
                 f"attack, {size} size, {precision}": _attack(size, precision, device, model, batch, out)
                 for size in ("model", "original")
@@ -70,11 +70,6 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
     return {"ok": True, "what": f"{bench.about(where, 'float32', rounds)}, batch {batch_size}", "loops": rows}
 
 
-def _synchronized(where: engine.Compute, work: Callable[[], object]) -> None:
-    work()
-    where.synchronize()
-
-
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -89,7 +84,7 @@ def _captum(where: engine.Compute, net: nn.Module, x: Tensor, y: Tensor) -> dict
         return {}
     made = importlib.import_module("captum.attr").Saliency(net)
     leaf = x.detach().requires_grad_(True)
-    return {"captum's saliency": lambda: _synchronized(where, lambda: made.attribute(leaf, target=y).amax(1))}
+    return {"captum's saliency": bench.synchronized(where, lambda: made.attribute(leaf, target=y).amax(1))}
 
 
 def _bare_attack(net: nn.Module, images: list[Tensor], y: Tensor) -> None:

@@ -64,6 +64,11 @@ class MapsConfig(TrainConfig):
         if self.duration.epochs is not None and epochs > self.duration.epochs:
             raise ValueError(f"{name} {epochs} are the last of duration.epochs, which has fewer")
 
+    def last_from(self, epochs: int, steps_per_epoch: int) -> int:
+        """Return the step that the last `epochs` begin with."""
+        steps = self.duration.steps or (self.duration.epochs or 0) * steps_per_epoch
+        return max(0, steps - epochs * steps_per_epoch)
+
     @field_validator("backbone")
     @classmethod
     def _known_backbone(cls, name: str) -> str:

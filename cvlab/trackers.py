@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 from cvlab import lookup, rundir
 from cvlab.errors import ConfigError
-from cvlab.report import compare
+from cvlab.report import compare, curves
 from cvlab.rundir import Row
 
-NOT_METRICS = ("step", "epoch", "seconds")
 POLL_SECONDS = 1.0
 LONGEST = 250  # characters of a configuration's value in MLflow, whose limit has changed between versions
 FOLDER = "trackers"  # below a run directory
@@ -160,5 +159,5 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in NOT_METRICS
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in curves.NOT_CURVES
     }

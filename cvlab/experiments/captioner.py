@@ -135,8 +135,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     batches = Batches(features, sentences, config.batch_size, config.seed, mirrored, parts.where.device)
     reward = None
     if config.reward_epochs:
-        steps = config.duration.steps or (config.duration.epochs or 0) * batches.epochs.steps
-        batches.late_from = max(0, steps - config.reward_epochs * batches.epochs.steps)
+        batches.late_from = config.last_from(config.reward_epochs, batches.epochs.steps)
         reward = Reward(train, parts.made.vocabulary)
     items = items_of(config, parts.captionset, "val")
     judged = Sentences(items, parts.made.vocabulary, config.length, None)

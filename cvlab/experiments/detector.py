@@ -145,8 +145,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         val = maps_of(config, parts, "val", 0, look_up)
     batches = CachedBatches(train, config.batch_size, config.seed, parts.where.device)
     if config.tune_epochs:
-        steps = config.duration.steps or (config.duration.epochs or 0) * batches.epochs.steps
-        batches.finest_from = max(0, steps - config.tune_epochs * batches.epochs.steps)
+        batches.finest_from = config.last_from(config.tune_epochs, batches.epochs.steps)
 
     def evaluation(model: nn.Module) -> dict[str, float]:
         return {"val_map50": _measure(config, parts, model, val, "val").map50}

@@ -267,10 +267,9 @@ def index_page(rows: Sequence[Row], link: str = f"{{name}}/{FILE}", refresh: int
     return _render("index.html", title="Runs", rows=shown, columns=columns, refresh=refresh)
 
 
-def write_run(path: Path) -> Path:
+def write_run(path: Path) -> None:
     """Write a run's page into its directory."""
     durable.write_text(path / FILE, run_page(path, home=f"../{INDEX}"))
-    return path / FILE
 
 
 def write_index(root: Path, rows: Sequence[Row]) -> None:

@@ -89,7 +89,7 @@ def test_doctor_kills_and_resumes_on_the_users_disk(cvlab, tmp_path, scenes):
 
 def test_doctor_sees_other_weights(monkeypatch, tmp_path, scenes):
     digests = iter(["one", "another"])
-    monkeypatch.setattr(fault_check, "_finish", lambda process, root: (process.communicate(), next(digests))[1])
+    monkeypatch.setattr(fault_check, "_finish", lambda process: (process.communicate(), next(digests))[1])
     found = {name: ok for name, ok, _ in fault_check.run(tmp_path / "runs", kills=1)}
     assert found["kill -9"] and not found["resumed"]
 
