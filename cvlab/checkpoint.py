@@ -6,7 +6,6 @@ headers and padding. Reading checks the seal, then loads with `weights_only=True
 newest is the highest step that verifies, never the latest date.
 """
 
-import contextlib
 import hashlib
 import math
 import os
@@ -243,10 +242,3 @@ def take_weights(model: torch.nn.Module, state: State, path: Path | str) -> None
     weights = state["model"] if state["average"] is None else state["average"]
     match_model(model, weights, path)
     model.load_state_dict(weights)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a kill has left half-written. Call it only under the run's lock."""
-    if folder.is_dir():
-        with contextlib.suppress(OSError):
-            durable.sweep(folder)

@@ -1,5 +1,6 @@
 """The commands: parse text, call one function, print. Nothing heavy is imported before it is needed."""
 
+import errno
 import json
 import signal
 import sys
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cvlab import __version__, cli_bench, cli_detect, cli_inspect, cli_photos, cli_report, cli_sweep, console
+from cvlab import __version__, cli_bench, cli_detect, cli_inspect, cli_photos, cli_report, cli_sweep, console, durable
 from cvlab.cli_options import (
     ConfigArgument,
     Debug,
@@ -32,7 +33,7 @@ from cvlab.cli_options import (
     show_plan,
     show_verdict,
 )
-from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
+from cvlab.errors import ConfigError, CvlabError, DataError, RunDirError, StoppedError
 
 app = typer.Typer(
     name="cvlab",
@@ -42,6 +43,15 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help takes half the time of boxes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+REFUSED: dict[int, tuple[type[CvlabError], str]] = {
+    errno.ENAMETOOLONG: (DataError, "give a shorter name"),
+    errno.EACCES: (DataError, "change its permissions, or name another"),
+    errno.ENOSPC: (RunDirError, durable.ELSEWHERE),
+    errno.EDQUOT: (RunDirError, durable.ELSEWHERE),
+    errno.EROFS: (RunDirError, durable.ELSEWHERE),
+    errno.EIO: (RunDirError, "the disk is damaged; choose another place with --runs-dir"),
+}
 
 
 @app.command("train")
@@ -176,10 +186,19 @@ def run_command_line(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _refuse(StoppedError("stopped by Ctrl-C", "", 130), arguments)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.errno in REFUSED:
+            return _refuse(_of_disk(error), arguments)
         if hasattr(error, "format_message"):  # the command line was wrong; typer keeps the class to itself
             message = " ".join(error.format_message().split())
             return _refuse(ConfigError(message, "see --help"), arguments)
         return _fault(error, arguments)
+
+
+def _of_disk(error: OSError) -> CvlabError:
+    """Word what a disk refuses, wherever that was: a name that is too long, a folder that is closed, no space."""
+    kind, hint = REFUSED[error.errno or 0]
+    name = str(error.filename)
+    return kind(f"{name if len(name) < 200 else f'{name[:100]}...'}: {error.strerror}", hint)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

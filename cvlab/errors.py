@@ -7,12 +7,18 @@ and ends with exit code 1.
 from typing import Any
 
 
+def _one_line(text: str) -> str:
+    """Join lines: what a library says, or the name of a file, may have several."""
+    return " ".join(line.strip() for line in text.splitlines()) if len(text.splitlines()) > 1 else text
+
+
 class CvlabError(Exception):
     """An error with an exit code, a one-line message and a hint of what to do."""
 
     code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = _one_line(message), _one_line(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint

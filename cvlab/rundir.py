@@ -48,9 +48,7 @@ class RunDir:
         """Hold the run's lock; sweep what a kill has left, and repair a torn last line of the metrics."""
         self._lock.acquire()
         try:
-            for folder in (self.path, self.checkpoints):
-                if folder.is_dir():
-                    durable.sweep(folder)
+            self._sweep()
             self._repair_metrics()
             self._status = read_json(self.path / "status.json")
             yield self
@@ -59,6 +57,12 @@ class RunDir:
                 os.close(self._metrics_descriptor)
                 self._metrics_descriptor = None
             self._lock.release()
+
+    def _sweep(self) -> None:
+        """Remove the temporary files of a kill from all folders but those of arms, which have locks of their own."""
+        for folder, below, _ in os.walk(self.path):
+            durable.sweep(Path(folder))
+            below[:] = [name for name in below if not is_run(Path(folder, name))]
 
     def folder(self, name: str) -> Path:
         """Return a folder below the run directory, made if it is not there."""

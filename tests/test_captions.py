@@ -79,7 +79,7 @@ class TestReaders:
         found = captions.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
         assert {split: len(items) for split, items in found.splits.items()} == {"train": 8, "val": 2, "test": 0}
         (tmp_path / "images" / "3.png").unlink()
-        with pytest.raises(DataError, match=r"3\.png is not beside it"):
+        with pytest.raises(DataError, match=r"'3\.png' is not beside it"):
             captions.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
         with pytest.raises(ConfigError, match="path is missing"):
             captions.load("captions", tmp_path)

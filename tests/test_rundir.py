@@ -112,12 +112,14 @@ def test_a_killed_run_is_interrupted(tmp_path):
     assert rundir.read_status(tmp_path) == {**rundir.read_json(tmp_path / "status.json"), "status": "interrupted"}
 
 
-def test_temporaries_of_a_kill_are_swept(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    for leftover in (tmp_path / ".a.tmp", tmp_path / "checkpoints" / ".b.tmp"):
-        leftover.touch()
+def test_temporaries_of_a_kill_are_swept_but_not_those_of_arms(tmp_path):
+    places = [tmp_path, tmp_path / "checkpoints", tmp_path / "images" / "steps", tmp_path / "arms" / "000"]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / ".a.tmp").touch()
+    (places[-1] / "config.yaml").touch()
     with RunDir(tmp_path).locked():
-        assert not list(tmp_path.rglob(".*.tmp"))
+        assert list(tmp_path.rglob(".*.tmp")) == [places[-1] / ".a.tmp"]
 
 
 def test_runs_are_found_by_path_name_part_and_latest(tmp_path):

@@ -1,9 +1,13 @@
 """Unpacking archives that nobody has to trust: only plain files and folders, inside, of a bounded size."""
 
+import lzma
 import tarfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from cvlab.errors import DataError
+
+FAILURES = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 
 
 def _safe_path(name: str, archive: Path) -> PurePosixPath:
@@ -38,5 +42,5 @@ def extract_tar(archive: Path, folder: Path, *, max_bytes: int, max_members: int
                         if written > max_bytes:
                             raise DataError(f"{archive}: unpacks to more than {max_bytes} bytes", "get it again")
                         file.write(chunk)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except FAILURES as error:
         raise DataError(f"{archive}: cannot be unpacked: {error}", "get the archive again") from error

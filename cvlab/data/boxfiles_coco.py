@@ -6,6 +6,7 @@ A crowd (`iscrowd`) is kept as difficult: it is neither to be found nor a false 
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ class _Photos:
     def find(self, name: str) -> Path:
         """Return the file of a photo; DataError where it is in none of the folders. The last one is tried first."""
         for k, folder in enumerate(self.folders):
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):  # False also for a name longer than the disk allows
                 self.folders.insert(0, self.folders.pop(k))
                 return folder / name
         where = ", ".join(str(folder) for folder in self.folders[:3])

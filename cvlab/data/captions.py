@@ -6,6 +6,7 @@ Sources: Hodosh et al., 2013 (Flickr8k, official splits); Chen et al., 2015, "Mi
 import csv
 import functools
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def read_coco(path: Path) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for row in told["annotations"]:
             found.setdefault(names[row["image_id"]], []).append(str(row["caption"]).strip())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
         raise DataError(
             f"{path}: not COCO's captions: {what}", "it needs images and annotations with captions"
@@ -129,9 +130,11 @@ def own(path: Path, val_fraction: float) -> CaptionSet:
 
 def _place(name: str, folders: Iterable[Path], listed: Path) -> Path:
     for folder in folders:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # False also for a name longer than the disk allows
             return folder / name
-    raise DataError(f"{listed}: {name} is not beside it", "put the images into a folder `images` beside the file")
+    raise DataError(
+        f"{listed}: {name[:200]!r} is not beside it", "put the images into a folder `images` beside the file"
+    )
 
 
 def scenes(root: Path) -> CaptionSet:
