@@ -527,3 +527,25 @@ def test_of_many_runs_the_newest_are_shown_and_all_are_told(cvlab, tmp_path):
     code, out, _ = cvlab("runs", "--last", 2, "--runs-dir", tmp_path)
     assert code == 0 and "x-0004" in out and "x-0003" in out and "x-0002" not in out and "2 of 5 runs" in out
     assert len(json.loads(cvlab("runs", "--json", "--last", 2, "--runs-dir", tmp_path)[1])["runs"]) == 5
+
+
+LONG = "x" * 300
+NAMING = (  # command lines with a name that no disk can have
+    *(f"{verb} {{0}}" for verb in ("classify", "saliency", "caption", "detect", "train", "resume", "show", "report")),
+    *("style {0} sample", "style sample {0}", "attack --target ostrich {0}", "compare {0} {0}", "export {0} --to onnx"),
+    *(f"{verb} sample --weights {{0}}" for verb in ("classify", "detect", "caption")),
+    *("detect sample --model yolov3_tiny --weights {0}", "data fetch cifar10 --from {0}", "data fetch voc07 --from {0}"),
+    *("data fetch flickr8k --from {0}", "models fetch yolov3_tiny --from {0}", "runs --runs-dir {0}", "sweep {0}"),
+    *("train quickstart --runs-dir {0}", "train quickstart model.name=./{0}.py:Net", "gradcheck ./{0}.py:Net"),
+    *("train yolo_scenes data.name=boxes data.path={0}", "train caption_scenes data.name=captions data.path={0}"),
+    *("track {0} --to mlflow", "eval {0}", "verify {0}", "config {0}", "style sample whirls content_mask={0}"),
+)
+
+
+@pytest.mark.parametrize("line", NAMING)
+def test_a_name_longer_than_the_disk_allows_is_one_line(cvlab, tmp_path, line):
+    root = () if "--runs-dir" in line else ("--runs-dir", tmp_path)
+    takes_root = line.split()[0] not in ("data", "models", "gradcheck", "config")
+    code, _, err = cvlab(*line.format(LONG).split(), *(root if takes_root else ()))
+    errors = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert code in (2, 4, 5) and errors and "Traceback" not in err, err

@@ -1,0 +1,249 @@
+"""Files from anywhere, damaged by a seeded generator: each is read, or refused in one line, and nothing else happens.
+
+A case that once raised something else stays below as a test of its own.
+"""
+
+import contextlib
+import io
+import json
+import random
+import re
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cvlab import checkpoint
+from cvlab.data import archive, boxfiles, boxsets, captions, photos, zipfiles
+from cvlab.errors import CvlabError, DataError
+from cvlab.models import weights
+from cvlab.models.darknet import Conv, read_darknet
+from tests.test_boxsets import coco_set, voc_set, yolo_set
+
+ODD = (
+    *("", "-1", "0", "1e308", "-1e308", "nan", "Infinity", "9" * 400, "true", "null", "\0", "../../x", "/etc/passwd"),
+    *(
+        "<!ENTITY x SYSTEM 'file:///etc/passwd'>",
+        "&x;",
+        "\ufeff",
+        "\ud800",
+        '"',
+        ",",
+        "\n",
+        "[" * 2000,
+        "{}",
+        "x" * 300,
+    ),
+)
+TOKEN = re.compile(rb"[\w.+-]+|[<>\[\]{},:\"/]")
+
+
+def damaged(raw, draw):
+    """Cut, flip, repeat, overwrite or fill in bytes; of text also replace a word or a sign by an odd one."""
+    kind = draw.choice(["cut", "flip", "zeros", "repeat", "insert", "word", "word", "word"])
+    place = draw.randrange(len(raw) + 1)
+    tokens = list(TOKEN.finditer(raw))
+    if kind == "word" and tokens:
+        found = draw.choice(tokens)
+        return raw[: found.start()] + draw.choice(ODD).encode(errors="surrogatepass") + raw[found.end() :]
+    if kind == "cut":
+        return raw[:place]
+    if kind == "repeat":
+        end = min(len(raw), place + draw.randrange(1, 200))
+        return raw[:end] + raw[place:]
+    if kind == "insert":
+        return raw[:place] + draw.randbytes(draw.randrange(1, 40)) + raw[place:]
+    changed = bytearray(raw)
+    for k in range(place, min(len(raw), place + draw.choice([1, 1, 4, 64]))):
+        changed[k] = 0 if kind == "zeros" else changed[k] ^ (1 << draw.randrange(8))
+    return bytes(changed)
+
+
+def picture(ending):
+    def make(folder):
+        noise = np.random.default_rng(0).integers(0, 255, (24, 31, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"photo.{ending}")
+        return folder / f"photo.{ending}"
+
+    return make
+
+
+def captions_csv(folder):
+    for k in range(4):
+        Image.new("RGB", (8, 8)).save(folder / f"{k}.png")
+    rows = [f'{k}.png,"a dog, a {word}"' for k in range(4) for word in ("ball", "stick")]
+    (folder / "captions.csv").write_text("image,caption\n" + "\n".join(rows) + "\n")
+    return folder / "captions.csv"
+
+
+def captions_json(folder):
+    captions_csv(folder).unlink()
+    told = {
+        "images": [{"id": k, "file_name": f"{k}.png"} for k in range(4)],
+        "annotations": [{"image_id": k, "caption": f"a dog {k}"} for k in range(4)],
+    }
+    (folder / "captions.json").write_text(json.dumps(told))
+    return folder / "captions.json"
+
+
+def tar_of(kind):
+    def make(folder):
+        with tarfile.open(folder / "x.tar", f"w:{kind}") as tar:
+            for name in ("a/b.txt", "a/c.txt", "d" * 120):
+                member = tarfile.TarInfo(name)
+                member.size = 700
+                tar.addfile(member, io.BytesIO(bytes(range(100)) * 7))
+        return folder / "x.tar"
+
+    return make
+
+
+def zip_of(folder):
+    with zipfile.ZipFile(folder / "x.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        for name in ("a/b.txt", "a/c.txt"):
+            made.writestr(name, bytes(range(100)) * 7)
+    return folder / "x.zip"
+
+
+STATE = {"conv.weight": torch.arange(54.0).view(2, 3, 3, 3), "conv.bias": torch.zeros(2)}
+CONVS = (Conv("conv", 3, 2, 3),)
+
+
+def safetensors(folder):
+    from safetensors.torch import save_file
+
+    save_file(STATE, folder / "w.safetensors")
+    return folder / "w.safetensors"
+
+
+def pth(folder):
+    torch.save(STATE, folder / "w.pth")
+    return folder / "w.pth"
+
+
+def sealed(folder):
+    checkpoint.write(folder / "step.pt", STATE)
+    return folder / "step.pt"
+
+
+def darknet(folder):
+    raw = struct.pack("<iiiq", 0, 2, 0, 100) + np.arange(4 * 2 + 54, dtype="<f4").tobytes()
+    (folder / "w.weights").write_bytes(raw)
+    return folder / "w.weights"
+
+
+def boxes(path):
+    found = boxsets.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
+    for items in found.splits.values():
+        for item in items:
+            assert torch.isfinite(item.boxes_xyxy).all() and (item.boxes_xyxy >= 0).all()
+            assert (item.boxes_xyxy[:, 2:] > item.boxes_xyxy[:, :2]).all() and len(item.labels) == len(item.boxes_xyxy)
+            assert all(0 <= label < len(found.classes) for label in item.labels.tolist())
+
+
+def said(path):
+    for items in captions.own(path, 0.25).splits.values():
+        assert all(item.path.is_file() and item.sentences for item in items)
+
+
+def photo(path):
+    with contextlib.suppress(DataError):
+        boxfiles.header(path)
+    loaded = photos.load(path)
+    assert loaded.mode == "RGB" and loaded.width * loaded.height <= photos.MAX_PIXELS
+
+
+def unpacked(extract):
+    def read(path):
+        out = path.parent / "out"
+        out.mkdir()
+        extract(path, out, max_bytes=10_000, max_members=10)
+
+    return read
+
+
+KINDS = {  # name -> how it is made, how it is read, cases; a maker returns what is read, a file or a folder
+    "jpeg": (picture("jpg"), photo, 150),
+    "png": (picture("png"), photo, 150),
+    "bmp": (picture("bmp"), photo, 80),
+    "webp": (picture("webp"), photo, 80),
+    "voc": (voc_set, boxes, 200),
+    "coco": (coco_set, boxes, 200),
+    "yolo": (yolo_set, boxes, 200),
+    "captions.csv": (captions_csv, said, 120),
+    "captions.json": (captions_json, said, 120),
+    "tar": (tar_of(""), unpacked(archive.extract_tar), 100),
+    "tar.gz": (tar_of("gz"), unpacked(archive.extract_tar), 60),
+    "tar.xz": (tar_of("xz"), unpacked(archive.extract_tar), 60),
+    "tar.bz2": (tar_of("bz2"), unpacked(archive.extract_tar), 60),
+    "zip": (zip_of, unpacked(zipfiles.extract), 100),
+    "safetensors": (safetensors, weights.read, 100),
+    "pth": (pth, weights.read, 100),
+    "checkpoint": (sealed, checkpoint.load, 100),
+    "darknet": (darknet, lambda path: read_darknet(path, CONVS), 60),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, kind):
+    make, read, count = KINDS[kind]
+    refused = 0
+    for seed in range(count):
+        folder = tmp_path / str(seed) / "inside"
+        folder.mkdir(parents=True)
+        path = make(folder)
+        draw = random.Random(f"{kind} {seed}")
+        files = sorted(file for file in folder.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        victim = draw.choice([file for file in files if path.is_file() or file.suffix != ".jpg"] or files)
+        victim.write_bytes(damaged(victim.read_bytes(), draw))
+        try:
+            read(path)
+        except CvlabError as error:
+            refused += 1
+            assert "\n" not in str(error) and error.code in (2, 4, 7), (seed, error)
+        except Exception as error:
+            raise AssertionError(f"{kind}, case {seed}, {victim.name}: {type(error).__name__}: {error}") from error
+        assert sorted(p.name for p in (tmp_path / str(seed)).iterdir()) == ["inside"], f"case {seed} wrote outside"
+    assert refused > count // 20, "the generator damages what is read"
+
+
+def refusal(read, path):
+    with pytest.raises(CvlabError) as refused:
+        read(path)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0y", "../../etc", "a\nb"])
+def test_a_name_that_no_disk_has(tmp_path, name):
+    table = captions_csv(tmp_path)
+    table.write_text(f'image,caption\n"{name}",a dog\n')
+    assert "is not beside it" in refusal(said, table) or name == "x\0y"
+    coco = coco_set(tmp_path / "coco") / "annotations/instances_train2017.json"
+    told = json.loads(coco.read_text())
+    told["images"][0]["file_name"] = name
+    coco.write_text(json.dumps(told))
+    assert "is not there" in refusal(boxes, coco)
+
+
+def test_brackets_without_end(tmp_path):
+    for path, read in ((captions_json(tmp_path), said), (coco_set(tmp_path / "coco"), boxes)):
+        file = path if path.is_file() else next(path.rglob("*.json"))
+        file.write_text("[" * 100_000)
+        assert "not valid JSON" in refusal(read, path) or "not COCO" in refusal(read, path)
+
+
+@pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
+def test_a_compressed_archive_that_is_damaged_inside(tmp_path, compression):
+    path = tar_of(compression)(tmp_path)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 255
+    path.write_bytes(raw)
+    assert "cannot be unpacked" in refusal(
+        lambda p: archive.extract_tar(p, p.parent / "o", max_bytes=9**9, max_members=9), path
+    )
