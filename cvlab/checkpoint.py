@@ -87,10 +87,10 @@ def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
     Raises RunDirError where the disk refuses, DivergedError rather than write weights that are not finite.
     """
     require_finite(state)
-    folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, step)
-    write(path, state)
     try:
+        folder.mkdir(exist_ok=True)  # not its parents: a run directory that was removed is not to come back half
+        write(path, state)
         if is_best:
             link_best(path)
         reach("before_gc")
@@ -107,6 +107,7 @@ def link_best(path: Path) -> None:
     temporary.unlink(missing_ok=True)
     os.link(path, temporary)
     os.replace(temporary, path.parent / BEST)
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both names are links to one file already
     durable.sync_directory(path.parent)
 
 

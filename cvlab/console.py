@@ -1,6 +1,7 @@
 """What people see while a run goes on: lines, and a progress bar on a terminal. All of it goes to stderr."""
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -50,7 +51,7 @@ def bytes_text(count: float) -> str:
 
 
 class Stream:
-    """Standard output or error that outlives its reader: what is written after a pipe has closed is dropped."""
+    """Standard output or error that outlives its reader: what is written after a pipe or terminal closed is dropped."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -79,7 +80,7 @@ class Stream:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())
             os.close(null)
-            if not isinstance(error, BrokenPipeError):
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal has gone
                 raise RunDirError(f"{self.stream.name}: {error.strerror}", "free space") from error
 
 

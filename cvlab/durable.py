@@ -5,6 +5,7 @@ of them, simulated power cuts lose acknowledged writes (tests/test_durable.py).
 """
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -103,4 +104,6 @@ ELSEWHERE = "free space, or choose another place with --runs-dir; earlier files 
 
 def disk_error(path: Path, error: OSError, hint: str = ELSEWHERE) -> RunDirError:
     """Turn what the disk said into one line."""
+    if error.errno == errno.ENOENT and hint == ELSEWHERE and not path.parent.exists():
+        hint = "its folder was removed meanwhile; start again"
     return RunDirError(f"{path}: {error.strerror or error}", hint)

@@ -185,6 +185,8 @@ def rules(chosen: AnyConfig) -> tuple[str, ...]:
 
 def _record_failure(out: RunDir, error: BaseException) -> None:
     stopped = isinstance(error, (StoppedError, KeyboardInterrupt))
+    if not out.path.is_dir():
+        return  # removed meanwhile, which the error says
     try:
         if not isinstance(error, (CvlabError, KeyboardInterrupt)):
             with (out.path / "log.txt").open("a") as file:

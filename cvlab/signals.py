@@ -1,4 +1,7 @@
-"""Stopping on request: Ctrl-C, SIGTERM or SIGUSR1 let the step in progress end, then a checkpoint is written."""
+"""Stopping on request: Ctrl-C, SIGTERM, SIGUSR1 or a terminal that is closed let the step in progress end.
+
+Then a checkpoint is written.
+"""
 
 import signal
 from types import FrameType, TracebackType
@@ -15,7 +18,7 @@ class StopRequest:
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -28,6 +31,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # `nohup`: to outlive the terminal is what it was started for
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:

@@ -73,7 +73,7 @@ def start_server() -> None:
     A signal to all of us must not end it before them; they are asked to stop one by one.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in StopRequest.SIGNALS}
     try:
         forkserver.ensure_running()
     finally:

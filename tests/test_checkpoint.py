@@ -181,3 +181,9 @@ def test_torch_does_not_hide_what_the_disk_said(tmp_path, state, monkeypatch):
     with pytest.raises(RunDirError, match="No space left on device"):
         checkpoint.save(tmp_path, 8, state)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_best_is_linked_twice(tmp_path, state):
+    path = checkpoint.save(tmp_path, 1, state, is_best=True)
+    checkpoint.link_best(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [checkpoint.BEST, path.name]

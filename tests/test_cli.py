@@ -534,7 +534,11 @@ NAMING = (  # command lines with a name that no disk can have
     *(f"{verb} {{0}}" for verb in ("classify", "saliency", "caption", "detect", "train", "resume", "show", "report")),
     *("style {0} sample", "style sample {0}", "attack --target ostrich {0}", "compare {0} {0}", "export {0} --to onnx"),
     *(f"{verb} sample --weights {{0}}" for verb in ("classify", "detect", "caption")),
-    *("detect sample --model yolov3_tiny --weights {0}", "data fetch cifar10 --from {0}", "data fetch voc07 --from {0}"),
+    *(
+        "detect sample --model yolov3_tiny --weights {0}",
+        "data fetch cifar10 --from {0}",
+        "data fetch voc07 --from {0}",
+    ),
     *("data fetch flickr8k --from {0}", "models fetch yolov3_tiny --from {0}", "runs --runs-dir {0}", "sweep {0}"),
     *("train quickstart --runs-dir {0}", "train quickstart model.name=./{0}.py:Net", "gradcheck ./{0}.py:Net"),
     *("train yolo_scenes data.name=boxes data.path={0}", "train caption_scenes data.name=captions data.path={0}"),

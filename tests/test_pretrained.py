@@ -24,6 +24,16 @@ def test_the_net_that_comes_along_knows_a_photo():
     assert (model.frame.size_px, model.frame.resize_px, model.frame.filter) == (224, 256, "bicubic")
 
 
+def test_what_is_drawn_afterwards_does_not_depend_on_whether_the_net_is_there():
+    drawn = []
+    pretrained.build.cache_clear()
+    for _ in range(2):
+        torch.manual_seed(0)
+        pretrained.build()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 def test_folded_batchnorm_changes_no_score():
     whole = compat.timm().create_model("tf_efficientnet_lite0").eval()
     given = weights.read(weights.lite0_file())

@@ -84,16 +84,18 @@ def require_known(name: str) -> None:
 def build(name: str = DEFAULT, weights_file: str | None = None, device: torch.device | str = "cpu") -> Pretrained:
     """Build a net with its weights. ConfigError for a name that is not known, DataError for weights that are not there.
 
-    It is laid out channels_last, which convolutions compute fastest.
+    It is laid out channels_last, which convolutions compute fastest. The global generator is left as it was: what is
+    drawn after it must not depend on whether this net had been built before.
     """
     require_known(name)
     prefix, _, rest = name.partition(":")
-    if name == DEFAULT:
-        net, about = lite0(weights_file)
-    elif prefix == "timm":
-        net, about = _timm(rest, weights_file)
-    else:
-        net, about = _torchvision(rest, weights_file)
+    with torch.random.fork_rng(devices=[]):
+        if name == DEFAULT:
+            net, about = lite0(weights_file)
+        elif prefix == "timm":
+            net, about = _timm(rest, weights_file)
+        else:
+            net, about = _torchvision(rest, weights_file)
     frame: Frame = about["frame"]
     net = folded(net.eval().requires_grad_(False), frame.size_px)
     wrapped = Normalized(net, about["mean"], about["std"]).eval()

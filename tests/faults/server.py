@@ -4,7 +4,6 @@ A fork of a process that has imported torch starts in milliseconds, so that hund
 process itself computes nothing and has one thread, so that a fork of it is safe. Prints one JSON document.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -21,15 +20,12 @@ import torch._dynamo  # the first optimiser imports it: a second and a half that
 
 os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: the failpoints are compiled in
 
-from PIL import Image  # noqa: E402
-
-from cvlab import checkpoint, cli, painting, rundir, training  # noqa: E402
-from cvlab.data import scene_sentences  # noqa: E402
+from cvlab import checkpoint, cli, rundir, training  # noqa: E402
 from cvlab.errors import CheckpointError  # noqa: E402
 from tests import tiny  # noqa: E402
 
 torch.set_num_threads(1)
-RANDOM = random.Random(0)
+RANDOM = random.Random(int(os.environ.get("FAULT_SEED", "0")))
 FAILPOINTS = ("open", "mid_write", "before_fsync", "before_rename", "after_rename", "before_dirsync", "before_gc")
 
 
@@ -243,84 +239,8 @@ def disk_full(folder, count):
     }
 
 
-DETECTOR = (
-    *("train", "yolo_scenes", "data={name: scenes, num_train: 4}", "size=64", "views=1", "batch_size=2"),
-    *("duration={steps: 30}", "save_seconds=0", "eval_every=1000", "evaluate_test=false", "threads=1", "expect=[]"),
-)
-CAPTIONER = (
-    *("train", "caption_scenes", "model={name: captioner, words: 8, hidden: 16}", "strides=[32]", "size=64", "beam=2"),
-    *("batch_size=4", "duration={steps: 40}", "reward_epochs=2", "save_seconds=0", "eval_every=1000", "threads=1"),
-    *("evaluate_test=false", "expect=[]"),
-)
-KINDS = {  # of experiment -> a short command line of it
-    "classify": ("train", "quickstart", "data.num_train=100", "batch_size=20", "duration={steps: 60}", "save_seconds=0")
-    + ("evaluate_test=false", "expect=[]", "eval_every=1000", "threads=1"),
-    "yolo": DETECTOR,
-    "faster_rcnn": (*DETECTOR, "model={name: faster_rcnn}"),
-    "captioner": CAPTIONER,
-    "attack": ("attack", "sample", "{photos}", "--target", "ostrich", "batch_size=1", "threads=1", "expect=[]"),
-    "class_visualization": (
-        "run",
-        "class_visualization",
-        "targets=[tick, gorilla]",
-        "steps=30",
-        "frames=2",
-        "threads=1",
-    )
-    + ("expect=[]",),
-    "style": ("run", "style", "size=64", "steps=40", "threads=1", "expect=[]"),
-    "detect": ("detect", "sample", "{photos}", "batch_size=1", "threads=1"),
-    "caption": ("caption", "sample", "{photos}", "batch_size=1", "threads=1"),
-}
-UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_of_steps")
+SCENARIOS = {f.__name__: f for f in (kills, failpoints, naive, signals, disk_full)}
 
-
-def outcome(run):
-    """Return what a run has come to, without what differs from time to time: metrics, results, pictures, weights."""
-    summary = rundir.read_summary(run)
-    metrics = {name: value for name, value in summary["metrics"].items() if name not in UNTIMED}
-    pictures = {
-        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted((run / "images").rglob("*.png"))
-    }
-    return [metrics, summary.get("results"), summary.get("weights_sha256"), pictures]
-
-
-def kinds(folder, count):
-    """Kill each kind of experiment up to `count` times and resume it; compare with one that was left alone."""
-    photos = folder / "photos"
-    photos.mkdir()
-    for k in range(3):
-        Image.effect_noise((90 + 10 * k, 80), 60 + 20 * k).convert("RGB").save(photos / f"{k}.png")
-    scene_sentences.COUNTS = {"train": 12, "val": 4, "test": 4}
-    training.SAVE_SHARE = painting.SAVE_SHARE = 0
-    initial = painting.Painting.__init__
-    initial.__defaults__ = tuple(0.0 if value == 60.0 else value for value in initial.__defaults__)
-    found = {}
-    for name, words in KINDS.items():
-        arguments = [word.format(photos=photos) if word == "{photos}" else word for word in words]
-        whole, killed = folder / name / "whole", folder / name / "killed"
-        began = time.monotonic()
-        assert wait(in_child(lambda a=arguments, r=whole: cli.main([*a, "--runs-dir", str(r), "-q"]))) == 0, name
-        seconds = time.monotonic() - began
-        kills_done = 0
-        while True:
-            again = ["resume", "latest"] if (killed / "latest" / "config.yaml").is_file() else arguments
-            shutil.rmtree(killed, ignore_errors=True) if again is arguments else None
-            pid = in_child(lambda a=again, r=killed: cli.main([*a, "--runs-dir", str(r), "-q"]))
-            if kills_done == count:
-                assert wait(pid) == 0, name
-                break
-            if not kill_after(pid, RANDOM.uniform(0.2, 0.8) * seconds):
-                break
-            kills_done += 1
-        same = outcome(whole / "latest") == outcome(killed / "latest")
-        left = len(list((killed / "latest").resolve().rglob(".*.tmp")))
-        found[name] = {"kills": kills_done, "same": same, "left": left, "corrupt": corrupt_files(killed / "latest")}
-    return found
-
-
-SCENARIOS = {f.__name__: f for f in (kills, failpoints, naive, signals, disk_full, kinds)}
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,18 @@ from pathlib import Path
 import pytest
 
 from cvlab import fault_check
+from tests.faults import kinds
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def scenario(name, folder, count, timeout=240):
+MOUNTING = ("unshare", "--user", "--map-root-user", "--mount")
+
+
+def scenario(name, folder, count, timeout=240, module="server", prefix=()):
     """Run a scenario of the fork server and return what it found."""
     found = subprocess.run(
-        [sys.executable, "-m", "tests.faults.server", name, str(folder), str(count)],
+        [*prefix, sys.executable, "-m", f"tests.faults.{module}", name, str(folder), str(count)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -87,6 +92,7 @@ def test_doctor_kills_and_resumes_on_the_users_disk(cvlab, tmp_path, scenes):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.faults
 def test_doctor_sees_other_weights(monkeypatch, tmp_path, scenes):
     digests = iter(["one", "another"])
     monkeypatch.setattr(fault_check, "_finish", lambda process: (process.communicate(), next(digests))[1])
@@ -94,9 +100,44 @@ def test_doctor_sees_other_weights(monkeypatch, tmp_path, scenes):
     assert found["kill -9"] and not found["resumed"]
 
 
+@pytest.fixture
+def mounting():
+    """Skip where a file system of one's own can't be mounted."""
+    if shutil.which("unshare") is None or subprocess.run([*MOUNTING, "true"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+
+
+@pytest.mark.faults
+def test_every_kind_of_experiment_fills_the_disk_and_goes_on_when_there_is_space(tmp_path, scenes, mounting):
+    found = scenario("small_disks", tmp_path, 1, timeout=900, module="kinds", prefix=MOUNTING)
+    assert len(found) >= 10
+    for name, entry in found.items():
+        assert entry["code"] == 5 and len(entry["errors"]) == 1 and not entry["traceback"], (name, entry)
+        assert "No space left on device; free space" in entry["errors"][0]
+        assert (entry["corrupt"], entry["left"], entry["same"]) == (0, 0, True), (name, entry)
+
+
+def test_runs_that_cannot_be_written_are_read_and_everything_else_ends_with_5(tmp_path, scenes, mounting):
+    found = scenario("read_only", tmp_path, 0, module="kinds", prefix=MOUNTING)
+    for line, entry in found.items():
+        assert not entry["traceback"], (line, entry)
+        if line in kinds.WRITERS:
+            assert entry["code"] == 5 and len(entry["said"]) == 1, (line, entry)
+            assert "Read-only file system" in entry["said"][0], (line, entry)
+        else:
+            assert entry["code"] in (0, 5), (line, entry)
+
+
+@pytest.mark.faults
+def test_a_run_whose_folder_is_removed_ends_with_5(tmp_path, scenes):
+    for entry in scenario("removed", tmp_path, 4, module="kinds").values():
+        assert entry["code"] == 5 and not entry["traceback"], entry
+        assert len(entry["said"]) == 1 and "No such file or directory; its folder was removed" in entry["said"][0]
+
+
 @pytest.mark.faults
 def test_every_kind_of_experiment_is_killed_and_resumed(tmp_path, scenes):
-    found = scenario("kinds", tmp_path, 2, timeout=900)
-    assert len(found) >= 9 and sum(entry["kills"] for entry in found.values()) >= 9, found
+    found = scenario("kinds", tmp_path, 2, timeout=900, module="kinds")
+    assert len(found) >= 10 and sum(entry["kills"] for entry in found.values()) >= 9, found
     for name, entry in found.items():
-        assert (entry["same"], entry["left"], entry["corrupt"]) == (True, 0, 0), (name, found)
+        assert (entry["differ"], entry["left"], entry["corrupt"]) == ([], [], 0), (name, entry)

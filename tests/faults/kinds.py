@@ -1,0 +1,247 @@
+"""Faults of every kind of experiment: `python -m tests.faults.kinds SCENARIO FOLDER COUNT`, as server.py does it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.faults.server import CONFIG, RANDOM, corrupt_files, in_child, kill_after, wait  # isort: skip - first torch
+
+from PIL import Image
+
+from cvlab import checkpoint, cli, painting, rundir, training
+from cvlab.data import scene_sentences
+
+DETECTOR = (
+    *("train", "yolo_scenes", "data={name: scenes, num_train: 4}", "size=64", "views=1", "batch_size=2"),
+    *("duration={steps: 30}", "save_seconds=0", "eval_every=1000", "evaluate_test=false", "threads=1", "expect=[]"),
+)
+CAPTIONER = (
+    *("train", "caption_scenes", "model={name: captioner, words: 8, hidden: 16}", "strides=[32]", "size=64", "beam=2"),
+    *("batch_size=4", "duration={steps: 40}", "reward_epochs=2", "save_seconds=0", "eval_every=1000", "threads=1"),
+    *("evaluate_test=false", "expect=[]"),
+)
+KINDS = {  # of experiment -> a short command line of it
+    "classify": ("train", "quickstart", "data.num_train=100", "batch_size=20", "duration={steps: 60}", "save_seconds=0")
+    + ("evaluate_test=false", "expect=[]", "eval_every=1000", "threads=1"),
+    "yolo": DETECTOR,
+    "faster_rcnn": (*DETECTOR, "model={name: faster_rcnn}"),
+    "captioner": CAPTIONER,
+    "attack": ("attack", "sample", "{folder}/photos", "--target", "ostrich", "batch_size=1", "threads=1", "expect=[]"),
+    "class_visualization": (
+        "run",
+        "class_visualization",
+        "targets=[tick, gorilla]",
+        "steps=30",
+        "frames=2",
+        "threads=1",
+    )
+    + ("expect=[]",),
+    "style": ("run", "style", "size=64", "steps=40", "threads=1", "expect=[]"),
+    "detect": ("detect", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
+    "sweep": ("sweep", "{folder}/sweep.yaml"),
+    "caption": ("caption", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
+}
+SWEEP = """experiment: sweep
+base:
+  from: quickstart
+  data: {num_train: 100}
+  batch_size: 20
+  duration: {steps: 60}
+  save_seconds: 0
+  evaluate_test: false
+  eval_every: 1000
+  threads: 1
+grid: {optimizer.lr: [1e-3, 1e-2]}
+"""
+UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_of_steps")
+
+
+def outcome(run):
+    """Return what a run has come to, without what differs from time to time: metrics, results, pictures, weights."""
+    summary = rundir.read_summary(run)
+    metrics = {name: value for name, value in summary["metrics"].items() if name not in UNTIMED}
+    pictures = {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((run / "images").rglob("*.png"))
+    }
+    arms = [outcome(arm) for arm in sorted(run.glob("arms/*"))]
+    return [metrics, summary.get("results"), summary.get("weights_sha256"), pictures, arms]
+
+
+def difference(wanted, found):
+    """Return what differs between two outcomes, as text; empty where nothing does."""
+    return [f"{a} != {b}" for a, b in zip(wanted, found, strict=True) if a != b]
+
+
+def command_lines(folder):
+    """Return a short command line of each kind of experiment, which saves after every step, by name."""
+    photos = folder / "photos"
+    photos.mkdir()
+    for k in range(3):
+        Image.effect_noise((90 + 10 * k, 80), 60 + 20 * k).convert("RGB").save(photos / f"{k}.png")
+    (folder / "sweep.yaml").write_text(SWEEP)
+    scene_sentences.COUNTS = {"train": 12, "val": 4, "test": 4}
+    training.SAVE_SHARE = painting.SAVE_SHARE = 0
+    initial = painting.Painting.__init__
+    initial.__defaults__ = tuple(0.0 if value == 60.0 else value for value in initial.__defaults__)
+    return {name: [word.replace("{folder}", str(folder)) for word in words] for name, words in KINDS.items()}
+
+
+def kinds(folder, count):
+    """Kill each kind of experiment up to `count` times and resume it; compare with one that was left alone."""
+    found = {}
+    for name, arguments in command_lines(folder).items():
+        whole, killed = folder / name / "whole", folder / name / "killed"
+        began = time.monotonic()
+        assert wait(in_child(lambda a=arguments, r=whole: cli.main([*a, "--runs-dir", str(r), "-q"]))) == 0, name
+        seconds = time.monotonic() - began
+        kills_done = 0
+        while True:
+            again = ["resume", "latest"] if (killed / "latest" / "config.yaml").is_file() else arguments
+            shutil.rmtree(killed, ignore_errors=True) if again is arguments else None
+            pid = in_child(lambda a=again, r=killed: cli.main([*a, "--runs-dir", str(r), "-q"]))
+            if kills_done == count:
+                assert wait(pid) == 0, name
+                break
+            if not kill_after(pid, RANDOM.uniform(0.2, 0.8) * seconds):
+                break
+            kills_done += 1
+        differ = difference(outcome(whole / "latest"), outcome(killed / "latest"))
+        left = [path.name for path in (killed / "latest").resolve().rglob(".*.tmp")]
+        found[name] = {"kills": kills_done, "differ": differ, "left": left, "corrupt": corrupt_files(killed / "latest")}
+    return found
+
+
+def _mount(options, path):
+    path.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
+
+
+def _said(work, path):
+    """Run a command line in a child; return its exit code and the lines that it said on standard error."""
+
+    def quiet():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        return work()
+
+    return wait(in_child(quiet)), path.read_text(errors="replace").splitlines()
+
+
+def small_disks(folder, count):
+    """Let each kind of experiment fill a small disk, `count` sizes each; then make the disk larger and resume it.
+
+    To be run where a file system may be mounted: `unshare --user --map-root-user --mount`.
+    """
+    disk, said = folder / "disk", folder / "said"
+    found = {}
+    for index, (name, arguments) in enumerate(command_lines(folder).items()):
+        root = disk / "runs"
+        _mount("size=1g", disk)
+        code, lines = _said(lambda a=arguments, r=root: cli.main([*a, "--runs-dir", str(r), "-q"]), said)
+        assert code == 0, (name, lines)
+        whole, used = outcome(root / "latest"), shutil.disk_usage(disk).used
+        subprocess.run(["umount", str(disk)], check=True)
+        for number in range(count):
+            share = (number + (0.15, 0.5, 0.85)[index % 3]) / count
+            _mount(f"size={max(8192, int(share * used))}", disk)
+            code, lines = _said(lambda a=arguments, r=root: cli.main([*a, "--runs-dir", str(r), "-q"]), said)
+            entry = {"code": code, "errors": [line for line in lines if line.startswith("error:")]}
+            entry["traceback"] = any("Traceback" in line for line in lines)
+            latest = root / "latest"
+            entry |= {"corrupt": corrupt_files(latest), "left": len(list(root.rglob(".*.tmp")))}
+            subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+            again = ["resume", "latest"] if (latest / "config.yaml").is_file() else arguments
+            entry["resumed"], lines = _said(lambda a=again, r=root: cli.main([*a, "--runs-dir", str(r), "-q"]), said)
+            entry["same"] = entry["resumed"] == 0 and outcome(root / "latest") == whole
+            entry["why"] = "" if entry["same"] else lines[-3:]
+            subprocess.run(["umount", str(disk)], check=True)
+            found[f"{name} {share:.2f}"] = entry
+    return found
+
+
+READERS = (
+    "show latest",
+    "report latest",
+    "compare latest latest",
+    "runs",
+    "eval latest",
+    "export latest --to safetensors",
+)
+WRITERS = (
+    "resume latest",
+    "train {folder}/c.yaml",
+    "sweep {folder}/sweep.yaml",
+    "detect {folder}/photos",
+    "doctor --faults",
+)
+
+
+def read_only(folder, count):
+    """Make the runs unwritable and try what reads and what writes; then take a run's folder away while it writes."""
+    command_lines(folder)
+    (folder / "c.yaml").write_text(CONFIG)
+    root, said = folder / "runs", folder / "said"
+
+    def train():
+        save = checkpoint.save
+
+        def stopping(place, step, state, is_best=False):
+            save(place, step, state, is_best)
+            if step == 5:
+                os._exit(9)
+
+        checkpoint.save = stopping
+        cli.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
+
+    assert wait(in_child(train)) == 9
+    subprocess.run(["mount", "--bind", str(root), str(root)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", str(root)], check=True)
+    found = {}
+    for line in (*READERS, *WRITERS)[: count or None]:
+        words = [word.replace("{folder}", str(folder)) for word in line.split()]
+        code, lines = _said(lambda a=words: cli.main([*a, "--runs-dir", str(root)]), said)
+        errors = [text for text in lines if text.startswith(("error:", "warning:"))]
+        found[line] = {"code": code, "said": errors, "traceback": any("Traceback" in text for text in lines)}
+    return found
+
+
+def removed(folder, count):
+    """Remove the folder of a training that goes on; return its exit code and what it said."""
+    (folder / "c.yaml").write_text(CONFIG)
+    found = {}
+    for number in range(count):
+        root = folder / f"runs{number}"
+        arguments = ["train", str(folder / "c.yaml"), "save_seconds=0.2", "--runs-dir", str(root), "-q"]
+
+        def work(arguments=arguments):
+            descriptor = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 2)
+            cli.main(arguments)
+
+        pid = in_child(work)
+        deadline = time.monotonic() + 60
+        while not any((root / "latest" / "checkpoints").glob("*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(RANDOM.uniform(0, 0.3))
+        for _ in range(100):  # it may write a file between the listing of the folder and its removal
+            with contextlib.suppress(OSError):
+                shutil.rmtree((root / "latest").resolve())
+                break
+        code = wait(pid)
+        lines = (folder / "said").read_text().splitlines()
+        found[str(number)] = {"code": code, "said": lines, "traceback": any("Traceback" in text for text in lines)}
+    return found
+
+
+SCENARIOS = {f.__name__: f for f in (kinds, small_disks, read_only, removed)}
+
+if __name__ == "__main__":
+    print(json.dumps(SCENARIOS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))
