@@ -19,11 +19,11 @@ from cvlab.data import scene_sentences
 
 DETECTOR = (
     *("train", "yolo_scenes", "data={name: scenes, num_train: 4}", "size=64", "views=1", "batch_size=2"),
-    *("duration={steps: 30}", "save_seconds=0", "eval_every=1000", "evaluate_test=false", "threads=1", "expect=[]"),
+    *("duration={steps: 15}", "save_seconds=0", "eval_every=1000", "evaluate_test=false", "threads=1", "expect=[]"),
 )
 CAPTIONER = (
     *("train", "caption_scenes", "model={name: captioner, words: 8, hidden: 16}", "strides=[32]", "size=64", "beam=2"),
-    *("batch_size=4", "duration={steps: 40}", "reward_epochs=2", "save_seconds=0", "eval_every=1000", "threads=1"),
+    *("batch_size=4", "duration={steps: 24}", "reward_epochs=2", "save_seconds=0", "eval_every=1000", "threads=1"),
     *("evaluate_test=false", "expect=[]"),
 )
 KINDS = {  # of experiment -> a short command line of it

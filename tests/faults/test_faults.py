@@ -46,7 +46,7 @@ def test_kill_9_at_any_time_ends_with_the_same_bits(tmp_path, count):
     assert (found["corrupt"], found["different"]) == (0, 0), found
 
 
-@both(15, 100)
+@both(15, 60)
 def test_the_harness_would_see_a_writer_that_is_not_durable(tmp_path, count):
     assert scenario("naive", tmp_path, count)["corrupt"] >= count // 3
 

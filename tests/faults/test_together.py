@@ -1,0 +1,115 @@
+"""Several processes at the same runs: sweeps beside each other, starts of the same one, readers while runs write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cvlab import rundir
+
+pytestmark = pytest.mark.faults
+
+SWEEP = """experiment: sweep
+base:
+  experiment: classify
+  data: {name: scenes10, num_train: 100, val_fraction: 0.02}
+  model: {name: deep_convnet, filters: [4], pools: [0]}
+  optimizer: {name: adam, lr: 1e-2}
+  batch_size: 20
+  duration: {epochs: EPOCHS}
+  threads: 1
+grid: {optimizer.lr: [1e-2, 1e-3]}
+"""
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "cvlab", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process):
+    """Wait for a command line; return its exit code and what it said."""
+    _, said = process.communicate(timeout=180)
+    return process.returncode, said
+
+
+@pytest.fixture
+def sweep(tmp_path, data_root):
+    """Write a sweep of so many epochs and return its file."""
+    from cvlab.data import scenes10
+
+    scenes10.load(data_root)
+
+    def write(epochs, name="s"):
+        (tmp_path / f"{name}.yaml").write_text(SWEEP.replace("EPOCHS", str(epochs)))
+        return tmp_path / f"{name}.yaml"
+
+    return write
+
+
+def test_two_sweeps_at_once_do_not_mix(tmp_path, sweep):
+    root = tmp_path / "runs"
+    both = [start("sweep", sweep(4 + k, f"s{k}"), "--runs-dir", root, "--json", "-q") for k in range(2)]
+    found = []
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        found.append(json.loads(out))
+    runs = {entry["run"] for entry in found}
+    assert len(runs) == 2 and all(entry["metrics"]["arms"] == 2 for entry in found)
+    for k, entry in enumerate(found):
+        assert [arm["metrics"]["epochs"] for arm in entry["arms"]] == [4 + k] * 2
+
+
+def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
+    root, file = tmp_path / "runs", sweep(80)
+    first = start("sweep", file, "--runs-dir", root, "-q")
+    deadline = time.monotonic() + 60
+    while not any(list(rundir.read_metrics(arm)) for arm in root.glob("latest/arms/*")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    assert end(first)[0] == 143
+    both = [start("sweep", file, "--runs-dir", root, "-q") for _ in range(2)]
+    ends = [end(process) for process in both]
+    codes = sorted(code for code, _ in ends)
+    assert codes in ([0, 5], [0, 0]), ends  # [0, 0]: the second saw a sweep that runs, and started one of its own
+    for code, said in ends:
+        assert "Traceback" not in said
+        assert code == 0 or "already running" in said
+    status = [rundir.read_status(run)["status"] for run in rundir.list_runs(root)]
+    assert status == ["done"] * (1 if codes == [0, 5] else 2)
+
+
+READERS = ("show latest", "compare latest latest --json", "report latest", "runs --json", "show latest --json")
+
+
+def test_everything_reads_while_a_run_writes(tmp_path, sweep):
+    root = tmp_path / "runs"
+    (tmp_path / "c.yaml").write_text(
+        SWEEP.split("base:\n")[1].split("grid:")[0].replace("  ", "").replace("EPOCHS", "400")
+    )
+    writing = start("train", tmp_path / "c.yaml", "save_seconds=0", "log_every=1", "--runs-dir", root, "-q")
+    deadline = time.monotonic() + 60
+    while not (root / "latest" / "metrics.jsonl").exists():
+        assert writing.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    seen = 0
+    while writing.poll() is None and seen < 2 * len(READERS):
+        line = READERS[seen % len(READERS)]
+        reader = subprocess.run(
+            [sys.executable, "-m", "cvlab", *line.split(), "--runs-dir", str(root)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "CVLAB_OFFLINE": "1"},
+        )
+        assert reader.returncode == 0, (line, reader.stderr)
+        assert "--json" not in line or json.loads(reader.stdout)
+        seen += 1
+    assert seen >= 3, "the run ended before it was read"
+    writing.send_signal(signal.SIGTERM)
+    assert end(writing)[0] in (0, 143)
