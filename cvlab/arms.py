@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab import axes, durable, expect, experiments, userfiles, validation
+from cvlab import axes, durable, expect, experiments, parallel, userfiles, validation
 from cvlab.data.settle import Policy, settle
 from cvlab.errors import ConfigError
 from cvlab.report.compare import flatten
@@ -135,7 +135,7 @@ def settle_data(sweep: Any, base: Path, policy: Policy) -> None:
 def make(sweep: Any, base: Path, out: RunDir) -> None:
     """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep."""
     partial = out.folder("arms.partial")
-    default = max(1, len(os.sched_getaffinity(0)) // sweep.workers) if hasattr(os, "sched_getaffinity") else 1
+    default = parallel.threads_each(sweep.workers)
     for name, config in configs(sweep, base):
         folder = partial / name
         folder.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cvlab import parallel
 from cvlab.data import scene_sentences, shuffle
 from cvlab.data.captions import Captioned
 from cvlab.data.vocabulary import END, NULL, UNKNOWN, Vocabulary, tokens
@@ -68,8 +69,9 @@ class Batches:
         self.epochs = shuffle.Epochs(seed, len(features), batch_size, torch.device("cpu"))
 
     def __call__(self, step: int) -> Batch:
-        """Return the photos of a step, each as it is or mirrored."""
+        """Return the photos of a step, each as it is or mirrored: this process's share."""
         epoch, chosen = self.epochs(step)
+        chosen = parallel.share(chosen)
         features = self.features[chosen]
         if self.mirrored is not None:
             turned = shuffle.uniform(self.seed, epoch, chosen, "mirrored") < 0.5

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
@@ -10,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from cvlab import __version__, cli_bench, cli_detect, cli_inspect, cli_photos, cli_report, cli_sweep, console, durable
+from cvlab import (
+    __version__,
+    cli_bench,
+    cli_detect,
+    cli_inspect,
+    cli_photos,
+    cli_report,
+    cli_sweep,
+    console,
+    durable,
+    parallel,
+)
 from cvlab.cli_options import (
     ConfigArgument,
     Debug,
@@ -21,13 +33,17 @@ from cvlab.cli_options import (
     NoStandin,
     Offline,
     Overrides,
+    Processes,
     Quiet,
+    Restarts,
     RunArgument,
     RunsDir,
     Seed,
     SetOption,
     Verbose,
     finish,
+    finish_main,
+    flags_of,
     overrides_of,
     show,
     show_plan,
@@ -63,6 +79,8 @@ def run(
     device: Device = None,
     seed: Seed = None,
     runs_dir: RunsDir = None,
+    nproc: Processes = None,
+    max_restarts: Restarts = 0,
     dry_run: DryRun = False,
     no_standin: NoStandin = False,
     offline: Offline = False,
@@ -75,21 +93,31 @@ def run(
     """Run a configuration in a new run directory."""
     console.set_level(quiet, verbose)
     from cvlab import config as configs
-    from cvlab import rundir, runner
+    from cvlab import launch, parallel, rundir, runner
     from cvlab.data.settle import Policy
 
     policy = Policy(offline, download, no_standin)
-    loaded = configs.load(config, overrides_of(overrides, set_, device, seed))
     root = rundir.runs_root(runs_dir)
+
+    def load() -> configs.Loaded:
+        return configs.load(config, overrides_of(overrides, set_, device, seed))
+
     if dry_run:
-        show_plan(loaded, root, as_json)
-        return
-    finish(runner.start(loaded, policy, root), as_json)
+        show_plan(load(), root, as_json)
+    elif parallel.world().size > 1:
+        finish_main(launch.train(lambda: launch.made(load, policy, root)), as_json)
+    elif nproc is not None and nproc > 1:
+        path = runner.make(load(), policy, root, nproc)
+        raise typer.Exit(launch.run(path, nproc, max_restarts, flags_of(as_json, quiet, verbose, debug)))
+    else:
+        finish(runner.start(load(), policy, root), as_json)
 
 
 @app.command()
 def resume(
     run: RunArgument,
+    nproc: Processes = None,
+    max_restarts: Restarts = 0,
     runs_dir: RunsDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -98,9 +126,16 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped. From its newest checkpoint, to the same bits."""
     console.set_level(quiet, verbose)
-    from cvlab import rundir, runner
+    from cvlab import launch, parallel, rundir, runner
 
-    finish(runner.resume(rundir.find(run, rundir.runs_root(runs_dir))), as_json)
+    path = rundir.find(run, rundir.runs_root(runs_dir))
+    count = launch.require_processes(path, nproc)
+    if parallel.world().size > 1:
+        finish_main(launch.train(lambda: path), as_json)
+    elif count > 1 and not runner.has_ended(path):
+        raise typer.Exit(launch.run(path, count, max_restarts, flags_of(as_json, quiet, verbose, debug)))
+    else:
+        finish(runner.resume(path), as_json)
 
 
 @app.command("eval")
@@ -172,6 +207,9 @@ def main(arguments: list[str] | None = None) -> None:
     except RunDirError as error:
         console.say(f"error: {error}")
         code = code or error.code
+    if parallel.world().size > 1:
+        sys.stderr.flush()
+        os._exit(code)  # what a process still holds of the others must not change its exit code
     sys.exit(code)
 
 
@@ -207,12 +245,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _refuse(error: CvlabError, arguments: list[str]) -> int:
     """Say on one line what is wrong; a configuration's further errors take a line each."""
+    if not parallel.is_main():
+        return _refuse_quietly(error)
     if "--debug" in arguments:
         traceback.print_exception(error)
     if "--json" in arguments:
         print(json.dumps({"ok": False, "error": error.document()}, indent=2))
     for line in [error, *getattr(error, "others", ())]:
         console.say(f"error: {line}")
+    return error.code
+
+
+def _refuse_quietly(error: CvlabError) -> int:
+    """Say what only this one of several processes knows: not that it was stopped, or that another has ended."""
+    if not isinstance(error, (StoppedError, parallel.LostError)):
+        console.say(f"error: process {parallel.world().rank}: {error}")
     return error.code
 
 

@@ -39,6 +39,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for exam
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="the same as key=value")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
 Seed = Annotated[int | None, typer.Option(help="of initialisation, data order and augmentation")]
+Processes = Annotated[
+    int | None, typer.Option("--nproc", min=1, max=1024, help="train in so many processes, which share each batch")
+]
+Restarts = Annotated[int, typer.Option(min=0, help="with --nproc: start again so often where a process is killed")]
 RunsDir = Annotated[str | None, typer.Option(help="where runs go; else $CVLAB_RUNS, else ./runs")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="show warnings and errors only")]
@@ -88,6 +92,18 @@ def show_plan(loaded: "Loaded", root: Path, as_json: bool) -> None:
 
     plan = runner.plan(loaded, root)
     show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+
+
+def flags_of(as_json: bool, quiet: bool, verbose: bool, debug: bool) -> tuple[str, ...]:
+    """Return the flags that say how a command speaks, for a command that is called in its place."""
+    given = {"--json": as_json, "--quiet": quiet, "--verbose": verbose, "--debug": debug}
+    return tuple(flag for flag, is_given in given.items() if is_given)
+
+
+def finish_main(result: dict[str, Any], as_json: bool) -> None:
+    """Print a run's result in the one of several processes that has it."""
+    if result:
+        finish(result, as_json)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

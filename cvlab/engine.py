@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cvlab import parallel
 from cvlab.errors import CheckpointError, DeviceError, DivergedError
 
 Batch = TypeVar("Batch")
@@ -71,6 +72,8 @@ def compute(device: str = "auto", precision: str = "auto", threads: int | None =
     hint = "use --device cpu, or --device auto to take what is there"
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device in ("auto", "cuda") and parallel.world().size > 1:
+            chosen = torch.device("cuda", parallel.world().local_rank)
         if (chosen.index or 0) >= count:
             raise DeviceError(f"device {device} is not there: {count} CUDA devices", hint)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
@@ -198,6 +201,7 @@ def fit(
     """
     model, optimizer = training.model, training.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
+    losses_of = parallel.averaged(model, loss_fn, where.device)
     while True:
         model.train()
         factor = lr_factor(training.step)
@@ -205,7 +209,7 @@ def fit(
             group["lr"] = base_lr * factor
         batch = batch_at(training.step)
         with where.autocast():
-            losses = loss_fn(model, batch)
+            losses = losses_of(batch)
         require_finite(losses, training)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -219,7 +223,7 @@ def fit(
 
 def require_finite(losses: Losses, training: Training) -> None:
     """Raise DivergedError, naming step, learning rate and part, unless the loss is finite."""
-    if math.isfinite(losses["loss"].item()):
+    if not any(parallel.largest([not math.isfinite(losses["loss"].item())])):
         return
     parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
     lr = training.optimizer.param_groups[0]["lr"]
@@ -275,7 +279,10 @@ def optimise_pixels(pixels: Pixels, objective: Callable[[Pixels], Losses], updat
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], measure: Callable[[nn.Module, Batch], dict[str, Tensor]], where: Compute
 ) -> dict[str, float]:
-    """Return the means of what `measure(model, batch)` sums up; it gives sums and, as `count`, of how many."""
+    """Return the means of what `measure(model, batch)` sums up; it gives sums and, as `count`, of how many.
+
+    The sums of several processes are added.
+    """
     was_training = model.training
     model.eval()
     totals: dict[str, Tensor] = {}
@@ -285,5 +292,6 @@ def evaluate(
         for name, value in sums.items():
             totals[name] = totals[name] + value if name in totals else value
     model.train(was_training)
+    totals = parallel.total(totals)
     count = totals.pop("count").item()
     return {name: value.item() / count for name, value in totals.items()}

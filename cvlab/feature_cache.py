@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvlab import memory
+from cvlab import memory, parallel
 from cvlab.console import Progress
 from cvlab.data import photos, shuffle, views
 from cvlab.data.boxsets import BoxImage
@@ -151,8 +151,8 @@ class CachedBatches:
         self.finest_from: int | None = None
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
-        """Return maps and boxes of a step."""
-        _, chosen = self.epochs(step)
+        """Return maps and boxes of a step: this process's share."""
+        chosen = parallel.share(self.epochs(step)[1])
         is_finest = self.finest_from is not None and step >= self.finest_from
         maps, targets = self.cached.batch(chosen, 1 if is_finest else None)
         return maps, targets.to(self.device)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cvlab import parallel
 from cvlab.budget import Correction, Plan
+from cvlab.jobs import Job
 
 
 def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
@@ -51,8 +53,22 @@ class Gathered:
             self.loss_sums[name] = self.loss_sums[name] + value if name in self.loss_sums else value
         self.loss_steps += 1
 
+    def final_metrics(self, step: int, job: Job) -> dict[str, float]:
+        """Return the metrics of the last evaluation and what `step` steps have cost."""
+        assert self.best_value is not None, "the last step is always evaluated"
+        return self.metrics | {
+            f"best_{job.monitor}": self.best_value,
+            "best_step": self.best_step,
+            "steps": step,
+            "epochs": step / job.steps_per_epoch,
+            "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+            "train_seconds": self.train_seconds,
+            "images_per_second": step * job.items_per_step / max(self.train_seconds, 1e-9),
+        }
+
     def take_means(self) -> dict[str, float]:
-        """Return the mean losses since the last time."""
-        means = {name: value.item() / self.loss_steps for name, value in self.loss_sums.items()}
+        """Return the mean losses since the last time, over all processes."""
+        sums = parallel.total(self.loss_sums)
+        means = {name: value.item() / (self.loss_steps * parallel.world().size) for name, value in sums.items()}
         self.loss_sums, self.loss_steps = {}, 0
         return means

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cvlab import engine, optim
+from cvlab import engine, optim, parallel
 from cvlab.engine import Compute
+from cvlab.errors import ConfigError
 from cvlab.schema import BelowOne, Count, Duration, Fraction, Frozen, NonNegative, Part, Positive, RunConfig
 
 AUTO = "auto"
@@ -44,6 +45,13 @@ class TrainConfig(RunConfig):
         if self.profiles and self.profile == AUTO and self.duration.seconds is None:
             raise ValueError(f"auto needs a budget in duration.seconds; else name one of {', '.join(self.profiles)}")
         return self
+
+
+    def require_shares(self, processes: int) -> None:
+        """Raise ConfigError unless so many processes can train it."""
+        parallel.require_shares(self.batch_size, processes)
+        if processes > 1 and self.duration.seconds is not None:
+            raise ConfigError("duration.seconds: several processes need a number of steps", "give steps or epochs")
 
 
 @dataclass(frozen=True)

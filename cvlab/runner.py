@@ -1,25 +1,33 @@
 """From a valid configuration to a finished run directory: start, resume, judge, summarise."""
 
-import os
-import platform
-import shlex
-import socket
-import subprocess
-import sys
 import time
 import traceback
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from cvlab import __version__, arms, config, console, data, expect, experiments, lookup, rundir, userfiles, yamlfile
+from cvlab import (
+    arms,
+    config,
+    console,
+    data,
+    expect,
+    experiments,
+    lookup,
+    parallel,
+    rundir,
+    userfiles,
+    yamlfile,
+)
 from cvlab.data.settle import Policy, label, settle
-from cvlab.errors import CvlabError, StoppedError
+from cvlab.environment import environment
+from cvlab.errors import ConfigError, CvlabError, StoppedError
+from cvlab.follower import Follower
 from cvlab.rundir import RunDir
 from cvlab.schema import AnyConfig, DataBlock
 from cvlab.validation import SWEEP
 
 Result = dict[str, Any]
+ENDED = ("done", "unmet")
 
 
 def prepare(loaded: config.Loaded, policy: Policy) -> AnyConfig:
@@ -78,20 +86,62 @@ def _data_plan(block: Any) -> Result:
 def start(loaded: config.Loaded, policy: Policy, root: Path) -> Result:
     """Run a configuration in a new run directory and return its result; of a sweep, all arms."""
     chosen = prepare(loaded, policy)
+    out = _created(chosen, loaded, root)
+    with out.locked():
+        chosen = _written(chosen, loaded, out)
+        return _execute(chosen, out)
+
+
+def make(loaded: config.Loaded, policy: Policy, root: Path, processes: int) -> Path:
+    """Make the run directory of a training in several processes, and return it; each of them then resumes it.
+
+    ConfigError for an experiment that does not train, or a batch that they cannot share.
+    """
+    from cvlab.jobs import TrainConfig
+
+    if not isinstance(loaded.config, TrainConfig):
+        raise ConfigError(f"{loaded.source}: {loaded.config.experiment} runs in one process", "leave --nproc out")
+    loaded.config.require_shares(processes)
+    chosen = prepare(loaded, policy)
+    if getattr(chosen, "threads", None) is None:
+        here = parallel.world().local_size if parallel.world().size > 1 else processes
+        chosen = chosen.model_copy(update={"threads": parallel.threads_each(here)})
+    out = _created(chosen, loaded, root)
+    with out.locked():
+        _written(chosen, loaded, out, processes)
+    return out.path
+
+
+def _created(chosen: AnyConfig, loaded: config.Loaded, root: Path) -> RunDir:
     block = data_of(chosen)
     if block is None or not lookup.is_user_file(block.name):
         experiments.find(chosen.experiment).plan(chosen, loaded.base)  # what cannot work is refused before it exists
-    out = rundir.create(root, chosen.name, console.say)
-    with out.locked():
-        if chosen.experiment == SWEEP:
-            arms.make(chosen, loaded.base, out)
-            chosen = userfiles.contained(chosen)
-        else:
-            chosen = userfiles.bring(chosen, loaded.base, out.path)
-            _pin_threads(getattr(chosen, "threads", None))
-        out.write_text("config.yaml", chosen.to_yaml())
-        out.write_json("env.json", environment() | {"provenance": dict(loaded.provenance)})
-        return _execute(chosen, out)
+    return rundir.create(root, chosen.name, console.say)
+
+
+def _written(chosen: AnyConfig, loaded: config.Loaded, out: RunDir, processes: int = 1) -> AnyConfig:
+    """Write what a run begins with, and return its configuration, which names nothing outside its folder."""
+    if chosen.experiment == SWEEP:
+        arms.make(chosen, loaded.base, out)
+        chosen = userfiles.contained(chosen)
+    else:
+        chosen = userfiles.bring(chosen, loaded.base, out.path)
+        _pin_threads(getattr(chosen, "threads", None))
+    out.write_text("config.yaml", chosen.to_yaml())
+    launched = {"processes": processes, "launch": parallel.launch_id()}
+    out.write_json("env.json", environment() | launched | {"provenance": dict(loaded.provenance)})
+    return chosen
+
+
+def processes_of(path: Path) -> int:
+    """Return in how many processes a run was begun."""
+    count = rundir.read_json(path / "env.json").get("processes", 1)
+    return count if isinstance(count, int) else 1
+
+
+def has_ended(path: Path) -> bool:
+    """Whether a run has its result."""
+    return rundir.read_json(path / "status.json").get("status") in ENDED
 
 
 def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
@@ -99,12 +149,12 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
 
     `changed` are keys that may differ from when it was started, because the result does not depend on them.
     """
-    out = RunDir(path, console.say)
+    out = RunDir(path, console.say) if parallel.is_main() else Follower(path)
     source = rundir.config_file(path)
     with out.locked():
-        status = rundir.read_json(path / "status.json").get("status")
+        status = parallel.from_main(lambda: rundir.read_json(path / "status.json").get("status"))
         has_begun = status is not None
-        if status in ("done", "unmet"):
+        if status in ENDED:
             console.say(f"{path} has ended; nothing to resume")
             return result(path)
         chosen = config.load(str(source)).config
@@ -114,7 +164,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
         if has_begun and not saved and chosen.experiment != SWEEP:
             out.log("nothing was saved before it stopped: it starts from the beginning")
-        env = rundir.read_json(path / "env.json")
+        env = parallel.from_main(lambda: rundir.read_json(path / "env.json"))
         _pin_threads(env.get("threads"))
         again = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
         out.write_json("env.json", env | again)
@@ -143,6 +193,8 @@ def _execute(chosen: AnyConfig, out: RunDir) -> Result:
         if isinstance(error, CvlabError):
             error.run = str(out.path)
         raise
+    if not parallel.is_main():
+        return {}
     settings = module.settings(chosen, out) if chosen.experiment == SWEEP else ()
     verdicts = expect.judge(rules(chosen), metrics, settings)
     status = "done" if all(verdict["met"] for verdict in verdicts) else "unmet"
@@ -185,7 +237,7 @@ def rules(chosen: AnyConfig) -> tuple[str, ...]:
 
 def _record_failure(out: RunDir, error: BaseException) -> None:
     stopped = isinstance(error, (StoppedError, KeyboardInterrupt))
-    if not out.path.is_dir():
+    if not parallel.is_main() or not out.path.is_dir():
         return  # removed meanwhile, which the error says
     try:
         if not isinstance(error, (CvlabError, KeyboardInterrupt)):
@@ -213,35 +265,3 @@ def result(path: Path) -> Result:
         **{key: summary[key] for key in ("settings", "arms", "results") if key in summary},
         "files": files,
     }
-
-
-def environment() -> Result:
-    """Return what a run is done with: versions, machine, command line."""
-    import numpy
-    import torch
-
-    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["cvlab", *sys.argv[1:]]),
-        "folder": str(Path.cwd()),
-        "git_commit": _git_commit(),
-        "cvlab": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda_device": cuda,
-    }
-
-
-def _git_commit() -> str | None:
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None

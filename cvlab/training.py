@@ -8,12 +8,13 @@ import copy
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cvlab import __version__, budget, checkpoint, engine, lookup, optim
+from cvlab import __version__, budget, checkpoint, engine, lookup, optim, parallel
 from cvlab.budget import Plan
 from cvlab.console import Progress
 from cvlab.engine import Losses, Training
@@ -25,6 +26,7 @@ from cvlab.schema import Duration
 from cvlab.signals import StopRequest
 
 FORMAT = 1
+RANK_SEED = 2_654_435_761  # times the number of a process, modulo 2^32: a seed of its own
 METRICS = ("train_loss", "best_step", "steps", "epochs", "parameters", "train_seconds", "images_per_second")
 
 
@@ -37,7 +39,7 @@ def train(settings: TrainConfig, job: Job, out: RunDir) -> tuple[nn.Module, dict
     session.record_duration()
     model = session.training.evaluated
     out.facts["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
-    return model, session.final_metrics()
+    return model, session.gathered.final_metrics(session.training.step, job)
 
 
 class Session:
@@ -56,15 +58,27 @@ class Session:
 
     def begin(self, stop: StopRequest) -> None:
         """Take over the newest checkpoint, or write the one before the first step."""
-        if any(self.out.checkpoints.glob("*.pt")) or self.out.sync_metrics():
-            path, state = checkpoint.newest(self.out.checkpoints, self.out.log)
-            self._restore(state, str(path))
+        processes = parallel.world().size
+        self.settings.require_shares(processes)
+        parallel.require_shares(self.job.items_per_step, processes)  # which is less where there is less data
+        found = self._newest() if parallel.is_main() else None
+        path = parallel.from_main(lambda: found[0] if found else None)
+        if path is not None:
+            self._restore(found[1] if found else checkpoint.load(path), str(path))
             self.out.log(f"resumed {path.name}: {self.training.step} of {self.gathered.total_steps} steps are done")
         else:
+            if not parallel.is_main():  # what a process draws, as for dropout, is its own
+                engine.seed_everything((self.settings.seed + RANK_SEED * parallel.world().rank) % 2**32)
             self.gathered.follow(self._first_plan(stop))
             self.save()
         period = max(self.settings.save_seconds, SAVE_SHARE * self.save_cost)
         self.out.log(f"{self.gathered.total_steps} steps; kill -9 loses at most {period:.0f} s of work")
+
+    def _newest(self) -> tuple[Path, checkpoint.State] | None:
+        """Return the newest checkpoint, if the run had begun."""
+        if any(self.out.checkpoints.glob("*.pt")) or self.out.sync_metrics():
+            return checkpoint.newest(self.out.checkpoints, self.out.log)
+        return None
 
     def _first_plan(self, stop: StopRequest) -> Plan:
         duration = self.settings.duration
@@ -101,6 +115,9 @@ class Session:
         checkpoint.require_same_run(state, digest, self._circumstances(), path, self.out.log)
         checkpoint.match_model(self.training.model, state["model"], path)
         self._take_over(state, state["memory"])
+        rank = parallel.world().rank
+        if rank and rank <= len(state["rng_of_others"]):
+            engine.set_rng_state(state["rng_of_others"][rank - 1])
         self.gathered = Gathered(**state["gathered"])
         self.gathered.move_to(self.job.where.device)
         self.out.truncate_metrics(state["metrics_bytes"])
@@ -123,7 +140,7 @@ class Session:
 
     def _circumstances(self) -> dict[str, Any]:
         """Return what must be equal for a resume to be equal bit for bit."""
-        return self.job.where.circumstances() | {"cvlab": __version__}
+        return self.job.where.circumstances() | {"cvlab": __version__, "processes": parallel.world().size}
 
     def _fit(self) -> Iterator[Losses]:
         schedule = lookup.find("schedule", self.settings.schedule.name, optim.SCHEDULES.names)
@@ -146,28 +163,35 @@ class Session:
     def run(self, stop: StopRequest) -> None:
         """Do the steps that are left. StoppedError, after a checkpoint, if a signal asked to stop."""
         with Progress(self.settings.name, self.gathered.total_steps, self.training.step) as progress:
-            self._stop_if_asked(stop)
+            self._stop_if_asked(stop, self._agree(stop)[0])
             steps = self._fit()
             began = time.perf_counter()
             while self.training.step < self.gathered.total_steps:
                 losses = next(steps)
                 self.gathered.add(losses)
                 step = self.training.step
-                if self._is_due(step):
+                asked, save_due = self._agree(stop)
+                if save_due or self._is_due(step):
                     self.job.where.synchronize()
                     self.gathered.train_seconds += time.perf_counter() - began
-                    self._pause(step)
+                    self._pause(step, save_due)
                     progress.total = self.gathered.total_steps
                     began = time.perf_counter()
                 if progress.due():
                     progress.update(step, self._progress_text(losses, time.perf_counter() - began))
-                if stop.received is not None:
+                if asked:
                     self.gathered.train_seconds += time.perf_counter() - began
-                    self._stop_if_asked(stop)
+                    self._stop_if_asked(stop, asked)
+
+    def _agree(self, stop: StopRequest) -> tuple[int, bool]:
+        """Return the signal that any process was asked to stop by, or 0; and whether process 0 finds a save due."""
+        is_due = parallel.is_main() and self._save_due()
+        asked, save_due = parallel.largest([parallel.stop_wanted(stop.received) or 0, is_due])
+        return asked, bool(save_due)
 
     def _is_due(self, step: int) -> bool:
         logs = step % self.settings.log_every == 0
-        return logs or self._review_due(step) or self._evaluation_due(step) or self._save_due()
+        return logs or self._review_due(step) or self._evaluation_due(step)
 
     def _review_due(self, step: int) -> bool:
         return self.settings.duration.seconds is not None and self.gathered.plan.is_reviewed(step)
@@ -179,13 +203,13 @@ class Session:
         since = time.monotonic() - self.saved_at
         return since >= max(self.settings.save_seconds, SAVE_SHARE * self.save_cost)
 
-    def _pause(self, step: int) -> None:
+    def _pause(self, step: int, save_due: bool) -> None:
         """Between two steps: log, evaluate, save, whichever is due. The clock of the training stands still."""
         if step % self.settings.log_every == 0 or step == self.gathered.total_steps:
             self._log_losses(step)
         is_best = self._evaluation_due(step) and self._evaluate(step)
         corrected = self._review_due(step) and self._review(step)  # saved, so that a resume follows the same plan
-        if is_best or corrected or self._save_due() or step == self.gathered.total_steps:
+        if is_best or corrected or save_due or step == self.gathered.total_steps:
             self.save(is_best)
 
     def _review(self, step: int) -> bool:
@@ -218,7 +242,9 @@ class Session:
 
     def _evaluate(self, step: int) -> bool:
         """Evaluate and log; return whether these weights are the best so far."""
-        found = self.job.evaluate(self.training.evaluated)
+        parallel.same_buffers(self.training.evaluated)
+        evaluated = self.job.evaluate(self.training.evaluated)
+        found = parallel.from_main(lambda: evaluated)
         self._append(step, found)
         wrong = [name for name, value in found.items() if not math.isfinite(value)]
         if wrong:
@@ -242,8 +268,10 @@ class Session:
         parts += [f"{self.job.monitor} {monitor:.3f}"] if monitor is not None else []
         return "  ".join([*parts, f"{rate:,.0f} images/s"])
 
-    def _stop_if_asked(self, stop: StopRequest) -> None:
-        if stop.received is not None:
+    def _stop_if_asked(self, stop: StopRequest, asked: int) -> None:
+        """Save and raise StoppedError if all have agreed to stop."""
+        if asked:
+            stop.received = asked
             if self.saved_step != self.training.step:
                 self.save()
             raise stop.error(self.training.step, self.out.path.name)
@@ -252,6 +280,7 @@ class Session:
         """Return everything a resume needs."""
         return self.training.state() | {
             "format": FORMAT,
+            "rng_of_others": parallel.gathered(engine.rng_state() if not parallel.is_main() else None)[1:],
             "gathered": vars(self.gathered).copy(),
             "memory": self.job.memory,
             "metrics_bytes": self.out.sync_metrics(),
@@ -262,24 +291,10 @@ class Session:
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint of this step."""
         began = time.monotonic()
-        checkpoint.save(self.out.checkpoints, self.training.step, self.state(), is_best)
+        state = self.state()
+        if parallel.is_main():
+            checkpoint.save(self.out.checkpoints, self.training.step, state, is_best)
         self.saved_at = time.monotonic()
         self.save_cost = self.saved_at - began
         self.saved_step = self.training.step
         self.out.set_status("running", step=self.training.step, total_steps=self.gathered.total_steps)
-
-    def final_metrics(self) -> dict[str, float]:
-        """Return the metrics of the last evaluation and what they cost."""
-        gathered = self.gathered
-        items = self.training.step * self.job.items_per_step
-        parameters = sum(parameter.numel() for parameter in self.job.model.parameters())
-        assert gathered.best_value is not None, "the last step is always evaluated"
-        return gathered.metrics | {
-            f"best_{self.job.monitor}": gathered.best_value,
-            "best_step": gathered.best_step,
-            "steps": self.training.step,
-            "epochs": self.training.step / self.job.steps_per_epoch,
-            "parameters": parameters,
-            "train_seconds": gathered.train_seconds,
-            "images_per_second": items / max(gathered.train_seconds, 1e-9),
-        }

@@ -25,8 +25,9 @@ LAYERS = [  # each may import those before it, and its own row
         "budget",
         "memory",
         "summaries",
+        "parallel",
     },
-    {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles"},
+    {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles", "follower", "environment"},
     {"models", "data"},
     {"engine"},
     {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing", "stylizing"}
@@ -60,6 +61,7 @@ LAYERS = [  # each may import those before it, and its own row
         "serving",
         "trackers",
         "exporting",
+        "launch",
     },
     {
         "cli_options",

@@ -63,6 +63,8 @@ STATE_KEYS = [
     "metrics_bytes",
     "config_sha256",
     "circumstances",
+    "circumstances.processes",
+    "rng_of_others",
     "rng.torch",
     "rng.numpy",
     "rng.python",

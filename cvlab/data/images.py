@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cvlab import parallel
 from cvlab.data import Size
 from cvlab.data.augment import Augmentation
 from cvlab.data.shuffle import permutation
@@ -127,18 +128,19 @@ class TrainBatches:
         return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the images (N, C, H, W), normalised, and the labels (N,) of a step."""
-        indices = self.indices(step)
+        """Return the images (N, C, H, W), normalised, and the labels (N,) of a step: this process's share."""
+        indices = parallel.share(self.indices(step))
         epoch, _ = self.place(step)
         images = self.normalize(self.augment(self.images[indices], indices, self.seed, epoch).permute(0, 3, 1, 2))
         return self.augment.cut(images, indices, self.seed, epoch), self.labels[indices]
 
 
 def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all images once, in order, normalised, (N, C, H, W) with labels (N,)."""
-    for start in range(0, len(images), EVAL_BATCH):
-        piece = images[start : start + EVAL_BATCH]
-        yield normalize(piece.permute(0, 3, 1, 2)), labels[start : start + EVAL_BATCH]
+    """Yield this process's share of all images once, in order, normalised, (N, C, H, W) with labels (N,)."""
+    first, end = parallel.bounds(len(images))
+    for start in range(first, end, EVAL_BATCH):
+        stop = min(start + EVAL_BATCH, end)
+        yield normalize(images[start:stop].permute(0, 3, 1, 2)), labels[start:stop]
 
 
 def size_of(images: ImageSet) -> Size:

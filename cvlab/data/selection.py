@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cvlab import parallel
 from cvlab.data.images import TrainBatches
 from cvlab.data.shuffle import permutation
 
@@ -55,5 +56,5 @@ class HardBatches(TrainBatches):
         return hardest[permutation(self.seed, number, len(hardest), hardest.device)]
 
     def record(self, losses: Tensor) -> None:
-        """Remember the losses (batch_size,) of the images of the last step."""
-        self.memory["losses"][self._indices] = losses.float()
+        """Remember the losses of the images of the last step, this process's share of them."""
+        self.memory["losses"][self._indices] = parallel.concatenated(losses.float())
