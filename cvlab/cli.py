@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from types import FrameType
 from typing import Annotated
@@ -68,6 +69,7 @@ REFUSED: dict[int, tuple[type[CvlabError], str]] = {
     errno.EROFS: (RunDirError, durable.ELSEWHERE),
     errno.EIO: (RunDirError, "the disk is damaged; choose another place with --runs-dir"),
 }
+GRACE_SECONDS = 2
 
 
 @app.command("train")
@@ -200,6 +202,8 @@ app.add_typer(cli_bench.app, name="bench")
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if parallel.world().size > 1:  # before torch is loaded: DDP would warn of what it was asked to do
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console.outlive_readers()
     code = run_command_line(arguments)
     try:
@@ -245,6 +249,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _refuse(error: CvlabError, arguments: list[str]) -> int:
     """Say on one line what is wrong; a configuration's further errors take a line each."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends in any case; what is wrong is to be said whole
     if not parallel.is_main():
         return _refuse_quietly(error)
     if "--debug" in arguments:
@@ -260,6 +265,7 @@ def _refuse_quietly(error: CvlabError) -> int:
     """Say what only this one of several processes knows: not that it was stopped, or that another has ended."""
     if not isinstance(error, (StoppedError, parallel.LostError)):
         console.say(f"error: process {parallel.world().rank}: {error}")
+        time.sleep(GRACE_SECONDS)  # the end of this one ends the others, which may have the same to say and to write
     return error.code
 
 

@@ -135,3 +135,32 @@ def bench_boxes(
     rows = [(row["loop"], 1000 * row["seconds"], row["against_ours"]) for row in found["loops"]]
     columns = ("", "ms (median)", "time against ours")
     show(found, as_json, lambda: tables.table(found["what"], columns, rows))
+
+
+@app.command("processes")
+def bench_processes(
+    config: Training = "vgg_half_60s",
+    nproc: Annotated[int, typer.Option(min=2, max=64, help="processes, a thread each")] = 2,
+    rounds: Rounds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="steps per measurement")] = 60,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a training in one process with one in several; predict it for more."""
+    from cvlab import process_bench
+    from cvlab.report import tables
+
+    found = process_bench.run(config, nproc, rounds, steps)
+
+    def render() -> None:
+        rates = {f"{size} processes": f"{rate:,.0f} images/s" for size, rate in found["images_per_second"].items()}
+        costs = {
+            "times as fast": f"{found['speedup']:.2f}",
+            "step of one process": f"{1000 * found['step_seconds']:.1f} ms",
+            "gradients": f"{found['gradient_bytes'] / 1e6:.2f} MB",
+            "exchange": f"{found['bytes_per_second'] / 1e9:.2f} GB/s, {1e6 * found['latency_seconds']:.0f} us at least",
+        }
+        guesses = {f"predicted for {n}": f"{value:.2f} times as fast" for n, value in found["predicted"].items()}
+        tables.show_block(found["what"], rates | costs | guesses)
+
+    show(found, as_json, render)

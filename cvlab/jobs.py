@@ -46,7 +46,6 @@ class TrainConfig(RunConfig):
             raise ValueError(f"auto needs a budget in duration.seconds; else name one of {', '.join(self.profiles)}")
         return self
 
-
     def require_shares(self, processes: int) -> None:
         """Raise ConfigError unless so many processes can train it."""
         parallel.require_shares(self.batch_size, processes)

@@ -28,15 +28,18 @@ def run(path: Path, processes: int, restarts: int, flags: tuple[str, ...]) -> in
     """
     command = ("-m", "cvlab", "resume", str(path.resolve()), f"--nproc={processes}", *flags)
     for left in range(restarts, -1, -1):
-        code = _launch(command, processes)
+        code = start(command, processes)
         if code not in RETRIED or left == 0:
             break
         console.say(f"warning: a process ended with {code}; all are started again ({left} times left)")
     return code if code >= 0 else 128 - code
 
 
-def _launch(command: tuple[str, ...], processes: int) -> int:
-    """Start the processes and wait; return 0, or the exit code of the first that failed, negative for a signal."""
+def start(command: tuple[str, ...], processes: int) -> int:
+    """Start Python with this command line in so many processes; return 0, or the exit code of the first that failed.
+
+    It is negative where a signal has ended it; that of process 0 counts where it has said what is wrong.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

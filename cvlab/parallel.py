@@ -87,9 +87,8 @@ def joined() -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    both = dist.is_nccl_available() and _has_cuda()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=TIMEOUT)
+        _connect()
         try:
             yield
         except StoppedError:  # all stop at the same step
@@ -103,10 +102,20 @@ def joined() -> Iterator[None]:
         raise LostError("another process of this training has ended") from error
 
 
-def _has_cuda() -> bool:
+def _connect() -> None:
+    """Make the process group: gloo for the CPU, nccl beside it for GPUs."""
     import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    return torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and torch.cuda.is_available() else "gloo"
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store when it starts the processes of a machine again, and torch 2.13 would find the
+        # addresses of those that have died.
+        number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {number}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def share(indices: "Tensor") -> "Tensor":

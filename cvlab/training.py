@@ -124,7 +124,7 @@ class Session:
         self.saved_step = self.training.step
         self.reviewed = (self.training.step, self.gathered.train_seconds)
         own = checkpoint.path_of(self.out.checkpoints, self.saved_step)
-        if self.gathered.best_step == self.saved_step and own.is_file():
+        if parallel.is_main() and self.gathered.best_step == self.saved_step and own.is_file():
             checkpoint.link_best(own)  # a kill may have come between the checkpoint and its link
 
     def _take_over(self, state: dict[str, Any], memory: dict[str, torch.Tensor]) -> None:

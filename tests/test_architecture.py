@@ -62,6 +62,7 @@ LAYERS = [  # each may import those before it, and its own row
         "trackers",
         "exporting",
         "launch",
+        "process_bench",
     },
     {
         "cli_options",

@@ -1,0 +1,125 @@
+"""One training in several processes, what needs no processes: shares, refusals, and that one process is as ever."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from cvlab import launch, parallel
+from cvlab.errors import ConfigError
+from cvlab.rundir import RunDir
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | {
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Be one of several processes, as torchrun would say."""
+
+    def be(**changed):
+        for name, value in (PLACE | changed).items():
+            monkeypatch.setenv(name, value)
+        parallel.world.cache_clear()
+        return parallel.world()
+
+    yield be
+    monkeypatch.undo()
+    parallel.world.cache_clear()
+
+
+@hypothesis.given(count=st.integers(0, 300), size=st.integers(1, 40))
+def test_each_item_is_evaluated_once(count, size):
+    pieces = [range(*parallel.bounds(count, rank, size)) for rank in range(size)]
+    assert [k for piece in pieces for k in piece] == list(range(count))
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+@hypothesis.given(each=st.integers(1, 20), size=st.integers(2, 12))
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_the_shares_of_a_batch_are_the_batch(place, each, size):
+    batch = torch.randperm(each * size)
+    shares = []
+    for rank in range(size):
+        place(RANK=str(rank), WORLD_SIZE=str(size))
+        shares.append(parallel.share(batch))
+    assert torch.equal(torch.cat(shares), batch) and {len(part) for part in shares} == {each}
+
+
+def test_one_process_is_alone(monkeypatch):
+    parallel.world.cache_clear()
+    assert parallel.world() == parallel.World() and parallel.is_main() and parallel.launch_id() is None
+    batch = torch.arange(5)
+    assert parallel.share(batch) is batch and parallel.concatenated(batch) is batch
+    assert parallel.gathered(3) == [3] and parallel.largest([1, 2]) == [1, 2] and parallel.from_main(lambda: 4) == 4
+    assert parallel.total({"a": batch})["a"] is batch
+    assert parallel.stop_wanted(None) is None and parallel.stop_wanted(15) == 15
+    with parallel.joined():
+        pass
+
+
+def test_the_environment_says_which_process_this_is(place, monkeypatch):
+    found = place()
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 4, 1, 2) and not parallel.is_main()
+    assert place(WORLD_SIZE="1", RANK="0") == parallel.World()
+    with pytest.raises(ConfigError, match="start it by torchrun"):
+        place(RANK="one")
+
+
+def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
+    place()
+    assert parallel.stop_wanted(None) is None
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert parallel.stop_wanted(None) == 15
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (
+            ("quickstart", "batch_size=25"),
+            2,
+            "batch_size 25: 2 processes cannot share it equally; give a multiple of 2",
+        ),
+        (("quickstart", "duration={seconds: 5}"), 2, "several processes need a number of steps"),
+        (("attack",), 2, "attack runs in one process; leave --nproc out"),
+        (("bn_lr_sweep",), 2, "sweep runs in one process"),
+        (("quickstart", "device=cuda"), 8, "device cuda is not there"),
+        (("quickstart", "lr=1"), 2, "unknown key 'lr'"),
+    ],
+)
+def test_what_several_processes_cannot_train_is_refused_before_there_is_a_run(cvlab, tmp_path, words, code, text):
+    if "cuda" in str(words) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found, _, err = cvlab("train", *words, "--nproc", "2", "--runs-dir", tmp_path / "runs")
+    assert found == code and text in err and not (tmp_path / "runs").exists()
+
+
+def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
+    RunDir(tmp_path).write_json("env.json", {"processes": 2})
+    parallel.world.cache_clear()
+    assert launch.require_processes(tmp_path, None) == 2 and launch.require_processes(tmp_path, 3) == 3
+    place(WORLD_SIZE="4")
+    with pytest.raises(ConfigError, match="begun in 2 processes, torchrun has started 4; --nproc 4 goes on"):
+        launch.require_processes(tmp_path, None)
+    assert launch.require_processes(tmp_path, 4) == 4
+
+
+def test_processes_that_are_started_again_find_their_run(tmp_path, place, monkeypatch):
+    for name, launched in (("a", "one"), ("b", "two"), ("c", "one")):
+        out = RunDir(tmp_path / name)
+        out.path.mkdir()
+        out.set_status("running")
+        out.write_json("env.json", {"launch": launched})
+    place(TORCHELASTIC_RUN_ID="two", TORCHELASTIC_RESTART_COUNT="1")
+    assert launch.made(lambda: pytest.fail("a new one"), None, tmp_path).name == "b"
+
+
+def test_the_model_of_the_exchange():
+    from cvlab.process_bench import speedup
+
+    assert speedup(1, 0.1, 10**6, 1e-4, 1e9) == pytest.approx(1)
+    assert speedup(4, 0.1, 0, 0.0, 1e9) == pytest.approx(4)
+    assert speedup(2, 0.1, 10**8, 0.0, 1e9) == pytest.approx(0.1 / (0.05 + 0.1))
