@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cvlab import checkpoint, rundir
 from tests.ranks import free_port
@@ -230,3 +231,33 @@ def test_exit_codes_of_several_processes_are_those_of_one(trained, changed, code
     assert process.returncode == code and "Traceback" not in err, err
     assert json.loads(out)["error"]["code"] == code
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == (1 if code == 3 else 2), err
+
+
+def own_captions(folder):
+    for k in range(12):
+        Image.effect_noise((70, 64), 40 + 10 * k).convert("RGB").save(folder / f"{k}.png")
+    rows = [f"{k}.png,a {word} dog" for k in range(12) for word in ("black", "white", "small")]
+    (folder / "captions.csv").write_text("image,caption\n" + "\n".join(rows) + "\n")
+    return f"data={{name: captions, path: {folder / 'captions.csv'}}}"
+
+
+@pytest.mark.parametrize("kind", ["yolo_fpn", "faster_rcnn", "captioner"])
+def test_every_kind_of_training_takes_several_processes(tmp_path, data_root, kind):
+    shared = ("size=64", "batch_size=4", "duration={steps: 6}", "eval_every=1000", "evaluate_test=false", "expect=[]")
+    if kind == "captioner":
+        words = (
+            "caption_overfit",
+            own_captions(tmp_path),
+            "model={name: captioner, words: 8, hidden: 16}",
+            "threshold=1",
+        )
+        shared = (*shared, "strides=[32]", "beam=2")
+    else:
+        words = ("yolo_scenes", "data={name: scenes, num_train: 8}", f"model={{name: {kind}}}", "views=1")
+    found = []
+    for root in ("one", "two"):
+        process = start(tmp_path, root, command=("train", *words, *shared, "--nproc", "2"))
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        found.append(rundir.read_summary(tmp_path / root / "latest")["weights_sha256"])
+    assert found[0] == found[1]

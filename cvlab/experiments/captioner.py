@@ -18,7 +18,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cvlab import captioning, checkpoint, data, engine, photo_features, photosets, schema, training
+from cvlab import captioning, checkpoint, data, engine, parallel, photo_features, photosets, schema, training
 from cvlab.captioning import Batch, Batches, Reward, Sentences
 from cvlab.data import captions, scene_sentences, vocabulary
 from cvlab.data.captions import Captioned, CaptionSet
@@ -156,7 +156,8 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         where=parts.where,
     )
     net, metrics = training.train(config, job, out)
-    captioners.save(parts.made.about, net, out.path / captioners.FILE)  # type: ignore[arg-type]
+    if parallel.is_main():
+        captioners.save(parts.made.about, net, out.path / captioners.FILE)  # type: ignore[arg-type]
     split = "test" if config.evaluate_test else "val"
     last = val if split == "val" else maps_of(config, parts, "test")
     out.facts |= {"bleu_rule": captioning.RULE, "beam": config.beam, "alpha": config.alpha, "evaluated_split": split}

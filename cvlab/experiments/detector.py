@@ -22,7 +22,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cvlab import checkpoint, data, detecting, engine, feature_cache, finding, photosets, schema, training
+from cvlab import checkpoint, data, detecting, engine, feature_cache, finding, parallel, photosets, schema, training
 from cvlab.data import boxsets, photos, views
 from cvlab.data.boxsets import BoxImage, BoxSet
 from cvlab.detecting import Rules
@@ -161,7 +161,8 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         where=parts.where,
     )
     model, metrics = training.train(config, job, out)
-    detectors.save(parts.detector.about, model, out.path / detectors.FILE)
+    if parallel.is_main():
+        detectors.save(parts.detector.about, model, out.path / detectors.FILE)
     split = "test" if config.evaluate_test else "val"
     last = val if split == "val" else maps_of(config, parts, "test", 0, look_up)
     out.facts |= {"map_rule": config.map_rule, "confidence_floor": config.confidence_floor, "evaluated_split": split}
