@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cvlab.cli_options import Debug, Device, Json, complete_config, show
+from cvlab.cli_options import Debug, Device, Json, Overrides, complete_config, show
 
 app = typer.Typer(help="Measure this machine and the trainings on it.", invoke_without_command=True)
 Rounds = Annotated[int, typer.Option(min=1, max=1000, help="measurements of each, alternating")]
@@ -140,6 +140,7 @@ def bench_boxes(
 @app.command("processes")
 def bench_processes(
     config: Training = "vgg_half_60s",
+    overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=2, max=64, help="processes, a thread each")] = 2,
     rounds: Rounds = 3,
     steps: Annotated[int, typer.Option(min=1, help="steps per measurement")] = 60,
@@ -150,7 +151,7 @@ def bench_processes(
     from cvlab import process_bench
     from cvlab.report import tables
 
-    found = process_bench.run(config, nproc, rounds, steps)
+    found = process_bench.run(config, overrides or [], nproc, rounds, steps)
 
     def render() -> None:
         rates = {f"{size} processes": f"{rate:,.0f} images/s" for size, rate in found["images_per_second"].items()}

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -145,6 +145,7 @@ class Training:
         self.average = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.step = 0
+        self.agreed: list[bool] = []  # what any process has wished for in the last step
 
     @property
     def evaluated(self) -> nn.Module:
@@ -193,15 +194,17 @@ def fit(
     lr_factor: Callable[[int], float],
     where: Compute,
     clip_norm: float | None = None,
+    wishes: Callable[[], Sequence[bool]] = tuple,
 ) -> Iterator[Losses]:
     """Train from `training.step` on; yields the losses of every step, detached, after its update.
 
     It takes a step when the caller asks for one, and knows no end. `lr_factor(step)` scales each group's learning rate.
+    `wishes()` says what this process wishes for; after the step `training.agreed` says which any process has had.
     Raises DivergedError before the update if the loss is not finite.
     """
     model, optimizer = training.model, training.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
-    losses_of = parallel.averaged(model, loss_fn, where.device)
+    together = parallel.together(model, loss_fn, where.device, len(wishes()))
     while True:
         model.train()
         factor = lr_factor(training.step)
@@ -209,10 +212,12 @@ def fit(
             group["lr"] = base_lr * factor
         batch = batch_at(training.step)
         with where.autocast():
-            losses = losses_of(batch)
-        require_finite(losses, training)
+            losses = together.losses(batch, wishes())
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
+        training.agreed, is_finite = together.agreed(losses)
+        if not is_finite:
+            raise _diverged(losses, training)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
@@ -221,13 +226,11 @@ def fit(
         yield {name: value.detach() for name, value in losses.items()}
 
 
-def require_finite(losses: Losses, training: Training) -> None:
-    """Raise DivergedError, naming step, learning rate and part, unless the loss is finite."""
-    if not any(parallel.largest([not math.isfinite(losses["loss"].item())])):
-        return
+def _diverged(losses: Losses, training: Training) -> DivergedError:
+    """Word that the loss is not finite, naming step, learning rate and part."""
     parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
     lr = training.optimizer.param_groups[0]["lr"]
-    raise DivergedError(
+    return DivergedError(
         f"the loss is not finite at step {training.step} (batch {training.step}, lr {lr:g}): {parts}",
         "lower optimizer.lr; the last checkpoint is whole",
     )

@@ -23,13 +23,13 @@ EXCHANGED_BYTES = (4_000, 40_000_000)  # of float32: the one shows the latency, 
 REPEATED = 30
 
 
-def run(config: str, processes: int, rounds: int, steps: int) -> dict[str, Any]:
+def run(config: str, overrides: list[str], processes: int, rounds: int, steps: int) -> dict[str, Any]:
     """Train in one and in several processes, alternating, a thread each; return images/s and the model's constants."""
     with tempfile.TemporaryDirectory(prefix="cvlab-bench-") as folder:
         found: dict[int, list[dict[str, Any]]] = {1: [], processes: []}
         for number in range(rounds):
             for size, metrics in found.items():
-                metrics.append(_trained(config, size, steps, Path(folder)))
+                metrics.append(_trained([config, *overrides], size, steps, Path(folder)))
                 rate = metrics[-1]["images_per_second"]
                 console.say(f"round {number + 1}, {size} processes: {rate:,.0f} images/s")
         latency, rate = _exchanged(processes, Path(folder))
@@ -38,7 +38,7 @@ def run(config: str, processes: int, rounds: int, steps: int) -> dict[str, Any]:
     step_seconds = statistics.median(row["train_seconds"] / row["steps"] for row in found[1])
     gradient_bytes = 4 * int(first["parameters"])
     return {
-        "what": f"{config}, {steps} steps, a thread each, median of {rounds}",
+        "what": f"{' '.join([config, *overrides])}, {steps} steps, a thread each, median of {rounds}",
         "processes": processes,
         "images_per_second": {1: statistics.median(one), processes: statistics.median(several)},
         "speedup": statistics.median(b / a for a, b in zip(one, several, strict=True)),
@@ -56,11 +56,11 @@ def speedup(processes: int, step_seconds: float, gradient_bytes: int, latency: f
     return step_seconds / (step_seconds / processes + exchange)
 
 
-def _trained(config: str, processes: int, steps: int, folder: Path) -> dict[str, Any]:
+def _trained(words: list[str], processes: int, steps: int, folder: Path) -> dict[str, Any]:
     changed = [f"duration={{steps: {steps}}}", "eval_every=1000000", "expect=[]", "expect_standin=[]", "threads=1"]
     changed += ["evaluate_test=false", "save_seconds=1000000"]
     root = folder / f"{processes}"
-    command = [sys.executable, "-m", "cvlab", "train", config, *changed, "--runs-dir", str(root), "--json", "-q"]
+    command = [sys.executable, "-m", "cvlab", "train", *words, *changed, "--runs-dir", str(root), "--json", "-q"]
     _said([*command, f"--nproc={processes}"])
     metrics: dict[str, Any] = rundir.read_summary(root / "latest")["metrics"]
     return metrics

@@ -5,6 +5,7 @@ needs is in the checkpoint: `Training.state()` and what is gathered here (see `S
 """
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -96,7 +97,7 @@ class Session:
         self.gathered.total_steps = 10**9  # so that the schedule is at its start
 
         def steps() -> Iterator[Losses]:
-            for losses in self._fit():
+            for losses in self._fit(stop):
                 stop.look_up(0, self.out.path.name)
                 yield losses
 
@@ -142,7 +143,7 @@ class Session:
         """Return what must be equal for a resume to be equal bit for bit."""
         return self.job.where.circumstances() | {"cvlab": __version__, "processes": parallel.world().size}
 
-    def _fit(self) -> Iterator[Losses]:
+    def _fit(self, stop: StopRequest) -> Iterator[Losses]:
         schedule = lookup.find("schedule", self.settings.schedule.name, optim.SCHEDULES.names)
         arguments = self.settings.schedule.arguments()
 
@@ -158,19 +159,20 @@ class Session:
             lr_factor=lr_factor,
             where=self.job.where,
             clip_norm=self.settings.clip_norm,
+            wishes=functools.partial(self._wishes, stop),
         )
 
     def run(self, stop: StopRequest) -> None:
         """Do the steps that are left. StoppedError, after a checkpoint, if a signal asked to stop."""
         with Progress(self.settings.name, self.gathered.total_steps, self.training.step) as progress:
-            self._stop_if_asked(stop, self._agree(stop)[0])
-            steps = self._fit()
+            self._stop_if_asked(stop, max(parallel.gathered(stop.received or 0)))
+            steps = self._fit(stop)
             began = time.perf_counter()
             while self.training.step < self.gathered.total_steps:
                 losses = next(steps)
                 self.gathered.add(losses)
                 step = self.training.step
-                asked, save_due = self._agree(stop)
+                *asked_by, save_due = self._wishes(stop) if parallel.world().size == 1 else self.training.agreed
                 if save_due or self._is_due(step):
                     self.job.where.synchronize()
                     self.gathered.train_seconds += time.perf_counter() - began
@@ -179,15 +181,14 @@ class Session:
                     began = time.perf_counter()
                 if progress.due():
                     progress.update(step, self._progress_text(losses, time.perf_counter() - began))
-                if asked:
+                if any(asked_by):
                     self.gathered.train_seconds += time.perf_counter() - began
-                    self._stop_if_asked(stop, asked)
+                    self._stop_if_asked(stop, StopRequest.SIGNALS[asked_by.index(True)])
 
-    def _agree(self, stop: StopRequest) -> tuple[int, bool]:
-        """Return the signal that any process was asked to stop by, or 0; and whether process 0 finds a save due."""
-        is_due = parallel.is_main() and self._save_due()
-        asked, save_due = parallel.largest([parallel.stop_wanted(stop.received) or 0, is_due])
-        return asked, bool(save_due)
+    def _wishes(self, stop: StopRequest) -> list[bool]:
+        """Return by which signal this process was asked to stop, and, in process 0, whether a save is due."""
+        received = parallel.stop_wanted(stop.received)
+        return [*(received == number for number in StopRequest.SIGNALS), parallel.is_main() and self._save_due()]
 
     def _is_due(self, step: int) -> bool:
         logs = step % self.settings.log_every == 0

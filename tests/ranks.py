@@ -40,9 +40,11 @@ def gradients():
     torch.manual_seed(1)
     images, labels = torch.rand(BATCH, 3, 8, 8).double(), torch.randint(0, 5, (BATCH,))
     loss_fn(alone, (images, labels))["loss"].backward()
-    losses = parallel.averaged(model, loss_fn, torch.device("cpu"))
+    step = parallel.together(model, loss_fn, torch.device("cpu"), 2)
     mine = parallel.share(torch.arange(BATCH))
-    losses((images[mine], labels[mine]))["loss"].backward()
+    losses = step.losses((images[mine], labels[mine]), [parallel.world().rank == 1, False])
+    losses["loss"].backward()
+    assert step.agreed(losses) == ([True, False], True)
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     return max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
 
