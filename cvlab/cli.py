@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from cvlab import __version__, cli_bench, cli_detect, cli_inspect, cli_photos, cli_report, cli_sweep, console, durable
+from cvlab import (
+    __version__,
+    cli_bench,
+    cli_detect,
+    cli_inspect,
+    cli_photos,
+    cli_report,
+    cli_sweep,
+    console,
+    durable,
+    signals,
+)
 from cvlab.cli_options import (
     ConfigArgument,
     Debug,
@@ -166,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console.outlive_readers()
+    signals.stop_with_input()
     code = run_command_line(arguments)
     try:
         sys.stdout.flush()

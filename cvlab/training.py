@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvlab import __version__, budget, checkpoint, engine, lookup, optim
+from cvlab import __version__, budget, checkpoint, engine, lookup, optim, rundir
 from cvlab.budget import Plan
 from cvlab.console import Progress
 from cvlab.engine import Losses, Training
-from cvlab.errors import DivergedError
+from cvlab.errors import DivergedError, StoppedError
 from cvlab.gathered import Gathered, lacking
 from cvlab.jobs import SAVE_SHARE, Job, TrainConfig
 from cvlab.rundir import RunDir
 from cvlab.schema import Duration
-from cvlab.signals import StopRequest
+from cvlab.signals import EXIT_TERMINATED, StopRequest
 
 FORMAT = 1
 METRICS = ("train_loss", "best_step", "steps", "epochs", "parameters", "train_seconds", "images_per_second")
@@ -187,6 +187,8 @@ class Session:
         corrected = self._review_due(step) and self._review(step)  # saved, so that a resume follows the same plan
         if is_best or corrected or self._save_due() or step == self.gathered.total_steps:
             self.save(is_best)
+        if self._evaluation_due(step) and step < self.gathered.total_steps:
+            self._stop_if_pruned(step)
 
     def _review(self, step: int) -> bool:
         """Correct the plan of a run of seconds by the time that its steps have taken; whether that was needed."""
@@ -247,6 +249,14 @@ class Session:
             if self.saved_step != self.training.step:
                 self.save()
             raise stop.error(self.training.step, self.out.path.name)
+
+    def _stop_if_pruned(self, step: int) -> None:
+        why = rundir.read_prune(self.out.path)
+        if why is not None:
+            if self.saved_step != step:
+                self.save()
+            hint = f"remove {self.out.path / rundir.PRUNE} to go on by `cvlab resume`"
+            raise StoppedError(f"pruned after step {step}: {why}", hint, EXIT_TERMINATED)
 
     def state(self) -> dict[str, Any]:
         """Return everything a resume needs."""

@@ -26,7 +26,7 @@ LAYERS = [  # each may import those before it, and its own row
         "memory",
         "summaries",
     },
-    {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles"},
+    {"schema", "rundir", "checkpoint", "explain", "signals", "submit", "userfiles", "search"},
     {"models", "data"},
     {"engine"},
     {"optim", "jobs", "gathered", "training", "report", "photojobs", "painting", "attacking", "drawing", "stylizing"}
@@ -40,6 +40,8 @@ LAYERS = [  # each may import those before it, and its own row
         "captioning",
         "photosets",
         "trained",
+        "driver",
+        "trials",
     },
     {"experiments"},
     {"validation", "arms", "profiles"},
