@@ -59,7 +59,7 @@ class Driver:
 
     def run(self, name: str, stop: StopRequest) -> None:
         """Run all arms to their end, or until a signal asks to stop; then they have saved."""
-        engine = submit.find(self.limits.submit.on)
+        engine = submit.find(self.limits.submit)
         self.out.write_text(TOKEN, self.token)
         try:
             with Progress(name, self.total, self.done) as progress:
@@ -120,7 +120,9 @@ class Driver:
         progress.update(self.done, "")
 
     def _settle(self) -> None:
-        """Wait until the arms have saved that were asked to end."""
+        """Wait until the arms have saved that were asked to end, where the engine has not."""
         deadline = time.monotonic() + SAVE_SECONDS
         while any(map(is_held, self.running)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+        for arm in self.running:
+            submit.last_words(arm)

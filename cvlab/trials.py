@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab import durable, rundir, search, yamlfile
+from cvlab import axes, durable, rundir, search, yamlfile
 from cvlab.errors import CvlabError, RunDirError
 from cvlab.report import sweeps
 from cvlab.rundir import RunDir
@@ -88,9 +88,7 @@ class Trials:
         known = [read(folder, self.wanted, self.diverged_counts_as) for folder in made]
         changes = search.propose(self.wanted, known)
         folder = self.make(len(made), changes)
-        told = ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in changes.items()
-        )
+        told = ", ".join(f"{key} {axes.text_of(value)}" for key, value in changes.items())
         self.out.log(f"trial {len(made) + 1} of {self.wanted.trials}: {told}")
         return folder
 

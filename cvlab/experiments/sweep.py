@@ -132,7 +132,7 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a sweep would do; ConfigError where what it needs is not installed."""
-    submit.find(config.submit.on)
+    submit.find(config.submit)
     where = {"workers": config.workers or (1 if config.submit.on == "local" else "as many as there is room for")}
     where |= {"on": config.submit.on}
     if config.search is None:

@@ -10,6 +10,8 @@ What an arm does it leaves in its run directory, so that any engine fits that sh
 """
 
 import importlib
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,6 @@ class Submit(Frozen):
     on: Literal["local", "ray", "slurm"] = Field("local", description="this machine, a Ray cluster, or Slurm")
     address: str | None = Field(
         None,
-        pattern=r"^(auto|local|[\w.-]+:\d{1,5})$",
         description="of a Ray cluster, host:port or auto; null: one that lives as long as the sweep. "
         "For slurm: local runs its jobs on this machine, to try it",
     )
@@ -57,7 +58,9 @@ class Submit(Frozen):
             key = "address" if self.address else "gpus" if self.gpus else "partition"
             raise ValueError(f"{key} goes with on: ray or slurm; on this machine arms share what is there")
         if self.on == "slurm" and self.address not in (None, "local"):
-            raise ValueError(f"address: slurm has none but `local`, got {self.address}")
+            raise ValueError(f"address: slurm has none but `local`, got {self.address!r}")
+        if self.on == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d{1,5}", self.address or "auto"):
+            raise ValueError(f"address: expected host:port or auto, got {self.address!r}")
         return self
 
 
@@ -89,11 +92,13 @@ Take = Callable[[], Task | None]
 Engine = Callable[[Take, Limits, StopRequest], Iterator[Ended | None]]
 
 
-def find(on: str) -> Engine:
-    """Return the engine called `on`; ConfigError where what it needs is not installed."""
-    if on in EXTRAS:
-        require(EXTRAS[on], on)
-    found: Engine = lookup.find("submitter", on, SUBMITTERS)
+def find(submit: Submit) -> Engine:
+    """Return the engine that is to be used; ConfigError where what it needs is not there."""
+    if submit.on in EXTRAS:
+        require(EXTRAS[submit.on], submit.on)
+    if submit.on == "slurm" and submit.address is None and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise ConfigError("no Slurm on this machine: no sbatch", "run it on a login node, or try --address local")
+    found: Engine = lookup.find("submitter", submit.on, SUBMITTERS)
     return found
 
 

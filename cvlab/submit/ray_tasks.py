@@ -5,6 +5,7 @@ Differs from Ray Tune: Ray only finds a place and starts a process there. It tri
 both are the business of the sweep and its run directories.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -55,6 +56,7 @@ def _connect(submit: Submit) -> None:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if submit.address else LOOPBACK | CHILDREN_SAVE)
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if submit.address and ":" in submit.address:
         _knock(submit.address)
     before = signal.getsignal(signal.SIGTERM)
@@ -99,8 +101,10 @@ def _require_room(nodes: list[dict[str, Any]], submit: Submit) -> None:
         import ray
 
         ray.shutdown()
-        wanted = f"{submit.cpus} CPUs and {submit.gpus} GPUs" if submit.gpus else f"{submit.cpus} CPUs"
-        raise DeviceError(f"no node of the Ray cluster has {wanted}", "lower submit.cpus or submit.gpus")
+        raise DeviceError(
+            f"no node of the Ray cluster has room for an arm with cpus: {submit.cpus} and gpus: {submit.gpus}",
+            "lower submit.cpus or submit.gpus",
+        )
 
 
 def _cancel(running: Mapping[Any, Task]) -> None:
@@ -122,4 +126,4 @@ def _answer(task: Any) -> node.Answer:
     except ray.exceptions.RayTaskError as error:  # nothing of ours: for example a node without cvlab
         return 1, str(error).splitlines()[-1]
     except ray.exceptions.RayError as error:
-        return DIED, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return DIED, f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0]}"

@@ -3,15 +3,15 @@
 `address: local` runs the same jobs on this machine, one process each, for trying things where there is no Slurm.
 """
 
+import contextlib
 import logging
-import shutil
+import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from cvlab.errors import ConfigError
 from cvlab.signals import StopRequest
 from cvlab.submit import DIED, POLL_SECONDS, Ended, Limits, Take, Task, node
 
@@ -55,31 +55,26 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Iterator[Ended | None]
     """Run each arm as a job of its own."""
     executor = _executor(limits)
     running: dict[Task, Any] = {}
-    asked = False
     try:
-        while True:
-            while stop.received is None and len(running) < (limits.workers or ROOM) and (task := take()) is not None:
-                running[task] = executor.submit(ArmJob(node.errand(task)))
+        while stop.received is None:
+            while len(running) < (limits.workers or ROOM) and (task := take()) is not None:
+                running[task] = _submit(executor, task)
             if not running:
                 return
-            if stop.received is not None and not asked:
-                asked = True
-                _cancel(running)
             for task in [task for task, job in running.items() if job.done()]:
                 yield node.ended(task, _answer(running.pop(task)))
             time.sleep(POLL_SECONDS)
             yield None
     finally:
-        _cancel(running)
+        for job in running.values():  # what they leave behind is in the run directories, and nobody asks for more
+            _cancel(job)
 
 
 def _executor(limits: Limits) -> Any:
-    """Return submitit's executor. ConfigError where there is no Slurm."""
+    """Return submitit's executor."""
     import submitit
 
     submit = limits.submit
-    if submit.address != "local" and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise ConfigError("no Slurm on this machine: no sbatch", "run it on a login node, or try --address local")
     logging.getLogger("submitit").setLevel(logging.ERROR)
     executor = submitit.AutoExecutor(
         limits.folder / FOLDER, cluster=submit.address or "slurm", slurm_max_num_timeout=REQUEUES
@@ -95,8 +90,23 @@ def _executor(limits: Limits) -> Any:
     return executor
 
 
-def _cancel(running: Mapping[Task, Any]) -> None:
-    for job in running.values():
+def _submit(executor: Any, task: Task) -> Any:
+    """Submit a job. Ctrl-C is not for it: on this machine it would be in the group that a terminal sends it to."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return executor.submit(ArmJob(node.errand(task)))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cancel(job: Any) -> None:
+    """Let a job save and end. submitit would give one on this machine a second for that."""
+    import submitit
+
+    if isinstance(job, submitit.LocalJob):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job.job_id), signal.SIGTERM)  # its controller, which passes it on
+    else:
         job.cancel(check=False)
 
 
