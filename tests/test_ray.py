@@ -1,125 +1,73 @@
 """Sweeps on Ray: the same weights as on this machine, a node that is lost, a driver that is killed, refusals."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from cvlab import rundir
 from cvlab.errors import ConfigError, DeviceError
 from cvlab.submit import Submit, ray_tasks
+from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
 pytest.importorskip("ray")
+BEGUN = "runs/2*/arms/*/metrics.jsonl"
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
-
-SWEEP = """experiment: sweep
-base:
-  experiment: classify
-  data: {name: scenes10, num_train: 1000, val_fraction: 0.02}
-  model: {name: deep_convnet, filters: [4], pools: [0]}
-  optimizer: {name: sgd, lr: 1e-2}
-  batch_size: 20
-  duration: {steps: 1500}
-  eval_every: 1000
-  precision: float32
-  threads: 1
-grid:
-  optimizer.lr: [1e-3, 1e-2]
-"""
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """Start `cvlab sweep s.yaml` in a process of its own; its standard error is kept in `said.txt`."""
-    (tmp_path / "s.yaml").write_text(SWEEP)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    started = []
-
-    def start(*words):
-        with (tmp_path / "said.txt").open("ab") as said:
-            command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", *words]
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def digests(tmp_path):
-    run = (tmp_path / "runs" / "latest").resolve()
-    return [rundir.read_summary(arm)["weights_sha256"] for arm in sorted((run / "arms").iterdir())]
-
-
-def until(condition, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def begun(tmp_path):
-    return list(tmp_path.glob("runs/2*/arms/*/metrics.jsonl"))
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_takes_no_arm_with_it(sweep, tmp_path):
+def test_a_node_that_is_lost_takes_no_arm_with_it(started_sweep, tmp_path):
     from ray.cluster_utils import Cluster
 
-    assert sweep().wait() == 0
-    wanted = digests(tmp_path)
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         lost = cluster.add_node(num_cpus=1)
-        process = sweep("--fresh", "--on", "ray", "--address", cluster.address)
-        until(lambda: len(begun(tmp_path)) == 4)
+        process = started_sweep("--fresh", "--on", "ray", "--address", cluster.address)
+        until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
         cluster.remove_node(lost, allow_graceful=False)
         assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     finally:
         cluster.shutdown()
-    assert digests(tmp_path) == wanted
+    assert weights_of_arms(tmp_path) == wanted
     assert "try 2 of 3" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_and_started_again(sweep, tmp_path):
+def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
     from ray.cluster_utils import Cluster
 
-    assert sweep().wait() == 0
-    wanted = digests(tmp_path)
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
-        process = sweep("--fresh", "--on", "ray", "--address", cluster.address)
-        until(lambda: len(begun(tmp_path)) == 4)
+        process = started_sweep("--fresh", "--on", "ray", "--address", cluster.address)
+        until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
         process.kill()
         run = (tmp_path / "runs" / "latest").resolve()
         until(lambda: not any(map(rundir.is_held, run.glob("arms/*"))))
         stopped = [rundir.read_json(arm / "status.json") for arm in sorted(run.glob("arms/*"))]
         assert [status["status"] for status in stopped] == ["interrupted"] * 2, "they saved; nothing was killed"
-        assert sweep("--on", "ray", "--address", cluster.address).wait() == 0
+        assert started_sweep("--on", "ray", "--address", cluster.address).wait() == 0
     finally:
         cluster.shutdown()
-    assert digests(tmp_path) == wanted
+    assert weights_of_arms(tmp_path) == wanted
     assert "going on with" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own_and_a_request_to_stop(sweep, tmp_path):
-    assert sweep().wait() == 0
-    wanted = digests(tmp_path)
-    process = sweep("--fresh", "--on", "ray")
-    until(lambda: len(begun(tmp_path)) == 4)
+def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, tmp_path):
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    process = started_sweep("--fresh", "--on", "ray")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
     assert {rundir.read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
-    assert sweep("--on", "ray", "--workers", "1").wait() == 0
-    assert digests(tmp_path) == wanted
+    assert started_sweep("--on", "ray", "--workers", "1").wait() == 0
+    assert weights_of_arms(tmp_path) == wanted
 
 
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "127.0.0.1:99999", "no-such-host.invalid:6379"])
@@ -142,7 +90,7 @@ def test_room():
 
 
 def test_json_of_a_plan(cvlab, tmp_path):
-    (tmp_path / "s.yaml").write_text(SWEEP)
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, out, err = cvlab("sweep", "s.yaml", "--on", "ray", "--address", "auto", "--dry-run", "--json")
     plan = json.loads(out)
     assert code == 0 and (plan["on"], plan["workers"]) == ("ray", "as many as there is room for"), err
