@@ -49,7 +49,7 @@ def problems(sweep: Any, base: Path) -> Problems:
     valid = []
     for arm in sweep.arms():
         config, wrong = validation.check(arm.raw, base)
-        found |= {(_place(sweep, path), message): None for path, message in wrong}
+        found |= {_in_sweep(sweep, path, message): None for path, message in wrong}
         valid.append(config)
     whole = [config for config in valid if config is not None]
     return list(found) or _shared_clock(sweep, whole) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
@@ -62,6 +62,14 @@ def _shared_clock(sweep: Any, valid: list[AnyConfig]) -> Problems:
         message = "workers: arms with a budget in duration.seconds must run alone; 1 at a time, or give duration.steps"
         return [(("workers",), message)]
     return []
+
+
+def _in_sweep(sweep: Any, path: Path_, message: str) -> tuple[Path_, str]:
+    """Return the place in the sweep of what is wrong with an arm, and the message, with a hint for ranges."""
+    place = _place(sweep, path)
+    if place[:2] == ("search", "space") and "a whole number" in message:
+        message += "; a range of whole numbers has int: true"
+    return place, message
 
 
 def _place(sweep: Any, path: Path_) -> Path_:

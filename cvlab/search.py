@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Le
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from cvlab.schema import Count, Frozen, Index, Positive
 
@@ -46,12 +46,20 @@ class Range(Frozen):
         return (round(self.low), round(self.high)) if self.int else (self.low, self.high)
 
 
+def _kind(value: Any) -> str:
+    return "range" if isinstance(value, (Mapping, Range)) else "choices"
+
+
+Choices = tuple[Any, ...]
+Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_kind)]
+
+
 class Search(Frozen):
     """What is searched, for what, and how long."""
 
     algorithm: Literal["optuna"] = Field(description="who proposes")
     trials: Annotated[Count, Le(MAX_TRIALS)] = Field(description="arms in all")
-    space: dict[str, Range | tuple[Any, ...]] = Field(
+    space: dict[str, Space] = Field(
         description="dotted keys with {low, high} (log, step, int) or with a list of choices"
     )
     metric: str = Field("val_accuracy", description="what is to become best, as the arms end with it")
@@ -142,7 +150,7 @@ def _told(search: Search, trial: Trial) -> Any:
     )
 
 
-def _place(space: Range | tuple[Any, ...], value: Any) -> Any:
+def _place(space: Range | Choices, value: Any) -> Any:
     return value if isinstance(space, Range) else list(map(repr, space)).index(repr(value))
 
 
