@@ -41,6 +41,7 @@ class Driver:
 
     def __init__(
         self,
+        name: str,
         out: RunDir,
         limits: Limits,
         arms: Sequence[Path],
@@ -54,21 +55,22 @@ class Driver:
         self.tries: Counter[Path] = Counter()
         self.failed: dict[str, tuple[int, str]] = {}
         self.done = len(arms) - len(self.waiting)
+        self.progress = Progress(name, total, self.done)
         self.looked = time.monotonic()
         self.token = secrets.token_hex(16)
 
-    def run(self, name: str, stop: StopRequest) -> None:
+    def run(self, stop: StopRequest) -> None:
         """Run all arms to their end, or until a signal asks to stop; then they have saved."""
         engine = submit.find(self.limits.submit)
         self.out.write_text(TOKEN, self.token)
         try:
-            with Progress(name, self.total, self.done) as progress:
+            with self.progress:
                 more = True
                 while more and stop.received is None:
                     self._await_orphans(stop)
                     with contextlib.closing(engine(self.take, self.limits, stop)) as events:  # type: ignore[type-var]
                         for ended in events:
-                            self._look() if ended is None else self._judge(ended, stop, progress)
+                            self._look() if ended is None else self._judge(ended, stop)
                     more = bool(self.waiting)
         finally:
             (self.out.path / TOKEN).unlink(missing_ok=True)  # jobs that have not begun yet will not
@@ -78,9 +80,12 @@ class Driver:
         """Return the next arm that nobody else runs, None where there is none at present."""
         for _ in range(len(self.waiting)):
             arm = self.waiting.popleft()
-            if not is_held(arm):
+            if is_held(arm):
+                self.waiting.append(arm)
+            elif has_ended(arm):  # meanwhile, in the hands of an earlier driver's process
+                self._note(arm)
+            else:
                 return self._begin(arm)
-            self.waiting.append(arm)
         made = None if self.waiting else self.more()
         return None if made is None else self._begin(made.resolve())
 
@@ -102,8 +107,8 @@ class Driver:
             self.look(sorted(self.running))
             self.looked = time.monotonic()
 
-    def _judge(self, ended: Ended, stop: StopRequest, progress: Progress) -> None:
-        """Say how an arm has ended; put it back where another try may help."""
+    def _judge(self, ended: Ended, stop: StopRequest) -> None:
+        """Take an arm back from the engine; put it into the queue again where another try may help."""
         arm, code = ended.task.arm, ended.code
         self.running.remove(arm)
         said = ended.said or (f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}")
@@ -114,10 +119,14 @@ class Driver:
                 self.out.log(f"{arm.name}: {said}; try {self.tries[arm] + 1} of {1 + self.limits.submit.retries}")
                 return
             self.failed[arm.name] = (code, said)
+        self._note(arm)
+
+    def _note(self, arm: Path) -> None:
+        """Say how an arm has ended."""
         self.done += has_ended(arm) or arm.name in self.failed
         self.out.log(f"{arm.name}: {sweeps.outcome(arm)}")
         self.out.set_status("running", step=self.done, total_steps=self.total)
-        progress.update(self.done, "")
+        self.progress.update(self.done, "")
 
     def _settle(self) -> None:
         """Wait until the arms have saved that were asked to end, where the engine has not."""

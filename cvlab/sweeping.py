@@ -19,8 +19,8 @@ WHERE = ("workers", "submit")  # keys of a sweep on which its results do not dep
 
 def start(loaded: config.Loaded, policy: Policy, root: Path, fresh: bool) -> Result:
     """Run a sweep: go on with the newest one of the same configuration that has not ended, unless `fresh`."""
-    loaded = dataclasses.replace(loaded, config=runner.prepare(loaded, policy))
     experiments.find(SWEEP).plan(loaded.config, loaded.base)  # what is not installed is said before anything is touched
+    loaded = dataclasses.replace(loaded, config=runner.prepare(loaded, policy))
     unfinished = None if fresh else find_unfinished(loaded, root)
     if unfinished is None:
         return runner.start(loaded, policy, root)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import axes, durable, rundir, search, yamlfile
-from cvlab.errors import CvlabError, RunDirError
+from cvlab.errors import RunDirError
 from cvlab.report import sweeps
 from cvlab.rundir import RunDir
 from cvlab.search import Changes, Curve, Search, Trial
@@ -48,7 +48,7 @@ def read(folder: Path, wanted: Search, diverged_counts_as: Mapping[str, float]) 
     changes = changes_of(folder)
     value = sweeps.metrics_of(row, diverged_counts_as).get(wanted.metric)
     if value is not None and math.isfinite(value):
-        return Trial(changes, "done", value)
+        return Trial(changes, "done", value, curve_of(folder, wanted.metric))
     if row["diverged"]:
         return Trial(changes, "pruned")
     if row["status"] == sweeps.PRUNED:
@@ -78,15 +78,24 @@ class Trials:
     ) -> None:
         self.out, self.wanted, self.make = out, wanted, make
         self.diverged_counts_as = diverged_counts_as
-        self._curves: dict[Path, Curve] = {}  # of arms that are done
+        self._known: dict[Path, Trial] = {}  # of what will not change any more: nothing is read twice
+
+    def all(self) -> dict[Path, Trial]:
+        """Return the trials by their run directories, in order."""
+        found = {}
+        for folder in folders(self.out.path):
+            trial = self._known.get(folder) or read(folder, self.wanted, self.diverged_counts_as)
+            if trial.state in ("done", "pruned"):
+                self._known[folder] = trial
+            found[folder] = trial
+        return found
 
     def more(self) -> Path | None:
         """Make the next arm, unless there are enough."""
-        made = folders(self.out.path)
+        made = self.all()
         if len(made) >= self.wanted.trials:
             return None
-        known = [read(folder, self.wanted, self.diverged_counts_as) for folder in made]
-        changes = search.propose(self.wanted, known)
+        changes = search.propose(self.wanted, list(made.values()))
         folder = self.make(len(made), changes)
         told = ", ".join(f"{key} {axes.text_of(value)}" for key, value in changes.items())
         self.out.log(f"trial {len(made) + 1} of {self.wanted.trials}: {told}")
@@ -96,30 +105,19 @@ class Trials:
         """Ask arms to end that are worse than the median of those that are done."""
         if self.wanted.prune == "none":
             return
-        for folder in folders(self.out.path):
-            if folder not in self._curves and _is_done(folder):
-                self._curves[folder] = curve_of(folder, self.wanted.metric)
+        ended = [trial.curve for trial in self.all().values() if trial.state == "done"]
         for folder in running:
             if rundir.read_prune(folder) is None:
-                curve = curve_of(folder, self.wanted.metric)
-                why = search.hopeless(self.wanted, curve, list(self._curves.values()))
+                why = search.hopeless(self.wanted, curve_of(folder, self.wanted.metric), ended)
                 if why is not None:
                     durable.write_text(folder / rundir.PRUNE, why + "\n")
 
     def best(self) -> dict[str, Any] | None:
         """Return the best arm's name, value and changes; None where none is done."""
         best: tuple[Path, Trial] | None = None
-        for folder in folders(self.out.path):
-            trial = read(folder, self.wanted, self.diverged_counts_as)
+        for folder, trial in self.all().items():
             if trial.value is not None and (best is None or self.wanted.better(trial.value, best[1].value or 0.0)):
                 best = folder, trial
         if best is None:
             return None
         return {"arm": best[0].name, self.wanted.metric: best[1].value, "changes": best[1].changes}
-
-
-def _is_done(folder: Path) -> bool:
-    try:
-        return rundir.read_json(folder / "status.json").get("status") in ("done", "unmet")
-    except CvlabError:
-        return False

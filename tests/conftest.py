@@ -115,10 +115,10 @@ grid:
 def started_sweep(tmp_path):
     """Start `cvlab sweep s.yaml` in a process of its own; what it says on standard error is kept in `said.txt`."""
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     started = []
 
     def start(*words):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         with (tmp_path / "said.txt").open("ab") as said:
             command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", *words]
             started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said))

@@ -70,6 +70,35 @@ def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, tmp_path):
     assert weights_of_arms(tmp_path) == wanted
 
 
+NET = """import os, pathlib
+from torch import nn
+
+def net():
+    (pathlib.Path(os.environ["CVLAB_SEEN"]) / str(os.getpid())).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+"""
+
+
+@pytest.mark.slow
+def test_gpus_of_an_arm(started_sweep, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    monkeypatch.setenv("CVLAB_SEEN", str(seen))  # the settings of cvlab go with the arms
+    (tmp_path / "net.py").write_text(NET)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2})
+    words = ("--on", "ray", "--address", cluster.address, "submit.gpus=1", "base.device=cpu", "base.duration.steps=3")
+    try:
+        assert started_sweep(*words, "base.model={name: './net.py:net'}", "seeds=[0,1]").wait() == 0
+        said = (tmp_path / "said.txt").read_text()
+        assert started_sweep(*words, "--fresh", "submit.gpus=3").wait() == 8
+    finally:
+        cluster.shutdown()
+    assert {path.read_text() for path in seen.iterdir()} == {"0", "1"}, said
+    assert "has room for an arm with cpus: 1 and gpus: 3" in (tmp_path / "said.txt").read_text()
+
+
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "127.0.0.1:99999", "no-such-host.invalid:6379"])
 def test_a_cluster_that_does_not_answer_is_one_line(address, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -93,4 +122,4 @@ def test_json_of_a_plan(cvlab, tmp_path):
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, out, err = cvlab("sweep", "s.yaml", "--on", "ray", "--address", "auto", "--dry-run", "--json")
     plan = json.loads(out)
-    assert code == 0 and (plan["on"], plan["workers"]) == ("ray", "as many as there is room for"), err
+    assert code == 0 and (plan["on"], plan["workers"]) == ("ray", None), err

@@ -183,9 +183,7 @@ def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
     out.folder("arms")
     changes = {"optimizer.lr": 0.1, "batch_size": 30, "model.batchnorm": False}
     assert arms.add(chosen, out, 0, changes) == out.path / "arms" / "000-lr-0.1-batch_size-30-batchnorm-false"
-    with pytest.raises(
-        ConfigError, match=r"the search came to 001-.*, which is not valid: reg: expected .* conditions"
-    ):
+    with pytest.raises(ConfigError, match=r"came to 001-.*, which is not valid: reg: expected .* conditions"):
         arms.add(chosen, out, 1, changes | {"batch_size": 40})
     assert len(trials.folders(out.path)) == 1
 
@@ -203,7 +201,7 @@ def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvla
     status = rundir.read_status(arm)
     assert code == 143 and "pruned after step 10: too bad; remove " in err
     assert (status["status"], status["step"]) == ("interrupted", 10) and driver.has_ended(arm)
-    assert sweeps.read_arm(arm)["status"] == sweeps.outcome(arm) == "pruned"
+    assert sweeps.read_arm(arm)["status"] == "pruned" and sweeps.outcome(arm) == "pruned: too bad"
     (arm / rundir.PRUNE).unlink()
     assert not driver.has_ended(arm) and cvlab("resume", arm)[0] == 0
     assert rundir.read_summary(arm)["weights_sha256"] == whole

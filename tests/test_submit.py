@@ -33,9 +33,9 @@ def sweep(tmp_path):
 def drive(out, engine, monkeypatch, **more):
     arms = sorted((out.path / "arms").iterdir())
     monkeypatch.setattr(submit, "find", lambda chosen: engine)
-    found = Driver(out, Limits(out.path.resolve(), 1, Submit(**more)), arms, len(arms))
+    found = Driver("s", out, Limits(out.path.resolve(), 1, Submit(**more)), arms, len(arms))
     with out.locked(), StopRequest() as stop:
-        found.run("s", stop)
+        found.run(stop)
     return found
 
 

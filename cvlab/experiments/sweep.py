@@ -133,8 +133,7 @@ def metric_names(config: Config) -> set[str]:
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a sweep would do; ConfigError where what it needs is not installed."""
     submit.find(config.submit)
-    where = {"workers": config.workers or (1 if config.submit.on == "local" else "as many as there is room for")}
-    where |= {"on": config.submit.on}
+    where = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
     if config.search is None:
         return {"arms": len(config.arms()), **where, "first arm": config.arms()[0].name}
     submit.require("optuna", "optuna")
@@ -178,15 +177,15 @@ def run(config: Config, out: RunDir, add: Callable[[Config, RunDir, int, axes.Ch
     arms = folders(config, out)
     limits = Limits(out.path.resolve(), config.workers, config.submit)
     if config.search is None:
-        found, driver = None, Driver(out, limits, arms, len(arms))
+        found, driver = None, Driver(config.name, out, limits, arms, len(arms))
     else:
         submit.require("optuna", "optuna")
         found = trials.Trials(out, config.search, config.diverged_counts_as, functools.partial(add, config, out))
-        driver = Driver(out, limits, arms, config.search.trials, found.more, found.prune)
+        driver = Driver(config.name, out, limits, arms, config.search.trials, found.more, found.prune)
     at_a_time = config.workers or (1 if config.submit.on == "local" else "as many as there is room for")
     out.log(f"{driver.total} arms, {driver.done} of them ended before, {at_a_time} at a time on {config.submit.on}")
     with StopRequest() as stop:
-        driver.run(config.name, stop)
+        driver.run(stop)
         if stop.received is not None:
             raise stop.error(sum(map(has_ended, folders(config, out))), out.path.name, "arm")
     rows = rows_of(config, out)

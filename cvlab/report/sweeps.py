@@ -44,6 +44,8 @@ def outcome(arm: Path) -> str:
     row = read_arm(arm)
     if row["diverged"]:
         return "diverged"
+    if row["status"] == PRUNED:
+        return f"{PRUNED}: {rundir.read_prune(arm)}"
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
 

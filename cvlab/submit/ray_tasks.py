@@ -16,6 +16,7 @@ from cvlab.errors import ConfigError, DeviceError, StoppedError
 from cvlab.signals import EXIT_TERMINATED, StopRequest
 from cvlab.submit import DIED, POLL_SECONDS, Ended, Limits, Submit, Take, Task, node
 
+SAVE_SECONDS = 60.0  # how long arms may take to save and end
 ANSWER_SECONDS = 5.0  # Ray itself waits for minutes
 CHILDREN_SAVE = {"RAY_kill_child_processes_on_worker_exit": "false"}  # they end by themselves, after a checkpoint
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # what Ray does elsewhere: listen to this machine only
@@ -47,7 +48,7 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Iterator[Ended | None]
     finally:
         _cancel(running)
         if running:
-            ray.wait(list(running), num_returns=len(running))
+            ray.wait(list(running), num_returns=len(running), timeout=SAVE_SECONDS)
         ray.shutdown()
 
 
@@ -69,8 +70,9 @@ def _connect(submit: Submit) -> None:
             runtime_env={"env_vars": CHILDREN_SAVE | node.settings()} if submit.address else None,
         )
         _require_room(ray.nodes(), submit)
-    except ConnectionError as error:
-        raise ConfigError(f"no Ray cluster at {submit.address}", "start one with `ray start --head`") from error
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        where = f"no Ray cluster at {submit.address}" if submit.address else "Ray does not start here"
+        raise ConfigError(f"{where}: {_first_sentence(error)}", "`ray start --head` starts a cluster") from error
     except SystemExit:  # Ray's own answer to a signal while it starts
         raise StoppedError("stopped by SIGTERM", "", EXIT_TERMINATED) from None
     finally:
@@ -126,4 +128,8 @@ def _answer(task: Any) -> node.Answer:
     except ray.exceptions.RayTaskError as error:  # nothing of ours: for example a node without cvlab
         return 1, str(error).splitlines()[-1]
     except ray.exceptions.RayError as error:
-        return DIED, f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0]}"
+        return DIED, f"{type(error).__name__}: {_first_sentence(error)}"
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
