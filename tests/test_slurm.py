@@ -1,5 +1,6 @@
 """Sweeps as Slurm jobs, on this machine by submitit's local executor: the same weights, a preemption, refusals."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cvlab import rundir
-from cvlab.submit import Limits, Submit, slurm
+from cvlab.submit import Limits, Submit, node, slurm
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
 pytest.importorskip("submitit")
@@ -50,6 +51,79 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
     assert process.wait() == 143
     assert not any(map(rundir.is_held, run.glob("arms/*"))) and not list(run.glob("arms/*/stderr.txt"))
     assert rundir.read_status(min((run / "arms").iterdir()))["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, tmp_path):
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    process = started_sweep("--fresh", *LOCAL, "--workers", "2")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+    process.kill()
+    process.wait()
+    assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
+    said = (tmp_path / "said.txt").read_text()
+    assert weights_of_arms(tmp_path) == wanted and "an earlier start of this sweep still runs" in said, said
+    logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("arms/*/log.txt")]
+    assert not any("resumed step_" in log for log in logs), "nobody else has touched them"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit waits for no process
+def test_a_node_that_sees_another_disk_ends_the_sweep(cvlab, tmp_path, monkeypatch):
+    real = node.errand
+    monkeypatch.setattr(node, "errand", lambda task: real(task._replace(token="what another disk holds")))
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    code, _, err = cvlab("sweep", "s.yaml", *LOCAL)
+    assert code == 5 and "does not see what the driver has written to" in err and "--runs-dir" in err
+    assert not list(tmp_path.glob(BEGUN))
+
+
+FAKE = {  # as much of Slurm as submitit speaks to: jobs are process groups, their scripts lie beside the commands
+    "sbatch": """id=$$; cp "$1" $HERE/$id.sh; echo "Submitted batch job $id"; $HERE/start $id""",
+    "start": """export SLURM_JOB_ID=$1 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+        setsid bash $HERE/$1.sh >$HERE/$1.log 2>&1 </dev/null & echo $! >$HERE/$1.pid""",
+    "srun": """while [[ $1 != */python* ]]; do shift; done; "$@"; exit""",
+    "scontrol": """echo "$@" >>$HERE/requeued; (sleep 1; $HERE/start $2) >/dev/null 2>&1 &""",
+    "scancel": """kill -TERM -- -$(cat $HERE/$1.pid)""",
+    "sacct": """echo "JobID|State|NodeList"; for job in $HERE/*.pid; do echo "$(basename $job .pid)|RUNNING|n"; done""",
+}
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    """The commands of Slurm, first on the path."""
+    here = tmp_path / "slurm"
+    here.mkdir()
+    for name, text in FAKE.items():
+        (here / name).write_text(f"#!/bin/bash\nHERE={here}\n{text}\n")
+        (here / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
+    return here
+
+
+@pytest.mark.slow
+def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    process = started_sweep("--fresh", "--on", "slurm", "--workers", "1")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
+    job = next(fake_slurm.glob("*.pid")).read_text().strip()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):  # what a preemption or the end of its minutes sends to a job
+        with contextlib.suppress(OSError):
+            if b"submitit.core._submit" in path.read_bytes() and os.getpgid(int(path.parent.name)) == int(job):
+                os.kill(int(path.parent.name), signal.SIGUSR2)
+    until(lambda: (fake_slurm / "requeued").exists())
+    assert process.wait() == 0, (tmp_path / "said.txt").read_text()
+    assert weights_of_arms(tmp_path) == wanted
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert "resumed step_" in (min((run / "arms").iterdir()) / "log.txt").read_text()
+    process = started_sweep("--fresh", "--on", "slurm", "base.duration.steps=100000")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 6)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert {rundir.read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
 
 
 def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
