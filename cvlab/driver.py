@@ -68,7 +68,7 @@ class Driver:
                 more = True
                 while more and stop.received is None:
                     self._await_orphans(stop)
-                    with contextlib.closing(engine(self.take, self.limits, stop)) as events:  # type: ignore[type-var]
+                    with contextlib.closing(engine(self.take, self.limits, stop)) as events:
                         for ended in events:
                             self._look() if ended is None else self._judge(ended, stop)
                     more = bool(self.waiting)

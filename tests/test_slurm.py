@@ -134,6 +134,13 @@ def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_job_that_slurm_refuses_is_one_line(cvlab, tmp_path, fake_slurm):
+    (fake_slurm / "sbatch").write_text("#!/bin/sh\necho 'error: invalid partition specified: no' >&2; exit 1\n")
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm", "submit.partition=no")
+    assert code == 2 and "Slurm refuses the job: " in err and "invalid partition specified: no; change submit" in err
+
+
 def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
     for name in ("srun", "sbatch"):
         (tmp_path / name).write_text("#!/bin/sh\n")

@@ -12,7 +12,7 @@ What an arm does it leaves in its run directory, so that any engine fits that sh
 import importlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -89,7 +89,8 @@ class Ended(NamedTuple):
 
 
 Take = Callable[[], Task | None]
-Engine = Callable[[Take, Limits, StopRequest], Iterator[Ended | None]]
+Events = Generator[Ended | None, None, None]
+Engine = Callable[[Take, Limits, StopRequest], Events]
 
 
 def find(submit: Submit) -> Engine:

@@ -6,13 +6,13 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
 from cvlab.signals import StopRequest
-from cvlab.submit import ERRORS, POLL_SECONDS, Ended, Limits, Take, Task, last_words
+from cvlab.submit import ERRORS, POLL_SECONDS, Ended, Events, Limits, Take, Task, last_words
 
 PRELOADED = (  # seconds of every arm
     "cvlab.cli",
@@ -25,7 +25,7 @@ PRELOADED = (  # seconds of every arm
 )
 
 
-def run(take: Take, limits: Limits, stop: StopRequest) -> Iterator[Ended | None]:
+def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
     """Run each arm in a process of its own, one at a time unless told otherwise."""
     start_server()
     context = multiprocessing.get_context("forkserver")

@@ -9,12 +9,12 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cvlab.errors import ConfigError, DeviceError, StoppedError
 from cvlab.signals import EXIT_TERMINATED, StopRequest
-from cvlab.submit import DIED, POLL_SECONDS, Ended, Limits, Submit, Take, Task, node
+from cvlab.submit import DIED, POLL_SECONDS, Events, Limits, Submit, Take, Task, node
 
 SAVE_SECONDS = 60.0  # how long arms may take to save and end
 ANSWER_SECONDS = 5.0  # Ray itself waits for minutes
@@ -22,7 +22,7 @@ CHILDREN_SAVE = {"RAY_kill_child_processes_on_worker_exit": "false"}  # they end
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # what Ray does elsewhere: listen to this machine only
 
 
-def run(take: Take, limits: Limits, stop: StopRequest) -> Iterator[Ended | None]:
+def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
     """Run each arm as a task, as many as the cluster has room for unless told otherwise."""
     _connect(limits.submit)
     import ray

@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from cvlab.errors import ConfigError
 from cvlab.signals import StopRequest
-from cvlab.submit import DIED, POLL_SECONDS, Ended, Limits, Take, Task, node
+from cvlab.submit import DIED, POLL_SECONDS, Events, Limits, Take, Task, node
 
 FOLDER = "slurm"  # of the sweep's directory: what submitit writes about each job
 ROOM = 64  # jobs in the queue at a time, unless told otherwise
@@ -51,7 +51,7 @@ class ArmJob:
         return DelayedSubmission(ArmJob(self.errand))
 
 
-def run(take: Take, limits: Limits, stop: StopRequest) -> Iterator[Ended | None]:
+def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
     """Run each arm as a job of its own."""
     executor = _executor(limits)
     running: dict[Task, Any] = {}
@@ -91,10 +91,18 @@ def _executor(limits: Limits) -> Any:
 
 
 def _submit(executor: Any, task: Task) -> Any:
-    """Submit a job. Ctrl-C is not for it: on this machine it would be in the group that a terminal sends it to."""
+    """Submit a job; ConfigError where Slurm refuses it.
+
+    Ctrl-C is not for it: on this machine it would be in the group that a terminal sends it to.
+    """
+    import submitit
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return executor.submit(ArmJob(node.errand(task)))
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        hint = "change submit.partition, submit.cpus, submit.gpus or submit.minutes"
+        raise ConfigError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}", hint) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
