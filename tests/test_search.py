@@ -7,6 +7,7 @@ import pytest
 
 from cvlab import arms, config, driver, rundir, search, trials
 from cvlab.errors import ConfigError, RunDirError
+from cvlab.experiments import sweep
 from cvlab.report import sweeps
 from cvlab.search import Range, Search, Trial
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
@@ -170,7 +171,13 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     (run / "arms" / ".partial").mkdir()
     code, _, err = cvlab("sweep", "s.yaml")
     assert code == 0 and "4 arms, 4 of them ended before" in err, err
-    trials.folders(run)[1].rename(tmp_path / "away")
+    pruned = trials.folders(run)[1]
+    (pruned / rundir.PRUNE).write_text("too bad")
+    (pruned / "status.json").write_text('{"status": "interrupted"}')
+    out, chosen = rundir.RunDir(run), config.load(str(run)).config
+    assert [row["status"] for row in sweep.rows_of(chosen, out)] == ["done", "pruned", "done", "done"]
+    assert len(sweep.settings(chosen, out)) == 3, "expectations speak of those that have ended"
+    pruned.rename(tmp_path / "away")
     with pytest.raises(RunDirError, match="the arm 001 is gone"):
         trials.folders(run)
 

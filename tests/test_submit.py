@@ -107,16 +107,23 @@ def test_an_arm_that_an_orphan_still_runs_comes_last(sweep, monkeypatch):
     assert order == ["001", "002", "000"]
 
 
-def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch):
+@pytest.mark.parametrize("ends", [True, False])
+def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch, ends):
+    begun = []
     for name in ("001-lr", "002-lr"):
         finish(sweep.path / "arms" / name)
     with held(sweep.path / "arms" / "000-lr") as orphan:
-        naps = []
-        monkeypatch.setattr(
-            driver.time, "sleep", lambda seconds: naps.append(seconds) or (orphan.kill(), orphan.wait())
-        )
-        assert drive(sweep, one_by_one(finish), monkeypatch).done == 3
-    assert naps and "waiting for 1 arms that an earlier start" in (sweep.path / "log.txt").read_text()
+
+        def nap(seconds):
+            if ends:
+                finish(sweep.path / "arms" / "000-lr")
+            orphan.kill()
+            orphan.wait()
+
+        monkeypatch.setattr(driver.time, "sleep", nap)
+        assert drive(sweep, one_by_one(lambda arm: begun.append(arm) or finish(arm)), monkeypatch).done == 3
+    assert len(begun) == (0 if ends else 1)
+    assert "waiting for 1 arms that an earlier start" in (sweep.path / "log.txt").read_text()
 
 
 def test_the_last_words_of_an_arm(tmp_path):
