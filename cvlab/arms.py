@@ -1,11 +1,12 @@
 """A sweep's arms as configurations: validated with the sweep, written as run directories before the first one runs."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab import axes, durable, expect, experiments, parallel, userfiles, validation
+from cvlab import axes, durable, expect, experiments, parallel, trials, userfiles, validation
 from cvlab.data.settle import Policy, settle
 from cvlab.errors import ConfigError
 from cvlab.report.compare import flatten
@@ -48,7 +49,7 @@ def problems(sweep: Any, base: Path) -> Problems:
     valid = []
     for arm in sweep.arms():
         config, wrong = validation.check(arm.raw, base)
-        found |= {(_place(sweep, path), message): None for path, message in wrong}
+        found |= {_in_sweep(sweep, path, message): None for path, message in wrong}
         valid.append(config)
     whole = [config for config in valid if config is not None]
     return list(found) or _shared_clock(sweep, whole) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
@@ -56,19 +57,29 @@ def problems(sweep: Any, base: Path) -> Problems:
 
 def _shared_clock(sweep: Any, valid: list[AnyConfig]) -> Problems:
     """Refuse a budget of seconds for arms that would take the machine from each other."""
-    if sweep.workers > 1 and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
+    together = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
+    if together and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
         message = "workers: arms with a budget in duration.seconds must run alone; 1 at a time, or give duration.steps"
         return [(("workers",), message)]
     return []
 
 
+def _in_sweep(sweep: Any, path: Path_, message: str) -> tuple[Path_, str]:
+    """Return the place in the sweep of what is wrong with an arm, and the message, with a hint for ranges."""
+    place = _place(sweep, path)
+    if place[:2] == ("search", "space") and "a whole number" in message:
+        message += "; a range of whole numbers has int: true"
+    return place, message
+
+
 def _place(sweep: Any, path: Path_) -> Path_:
     """Turn a place in an arm into one in the sweep: the axis that gave the value, else the base."""
     dotted = ".".join(map(str, path))
-    for block in ("grid", "zip"):
-        for key in getattr(sweep, block):
+    space = sweep.search.space if sweep.search else {}
+    for block, keys in ((("grid",), sweep.grid), (("zip",), sweep.zip), (("search", "space"), space)):
+        for key in keys:
             if dotted == key or dotted.startswith(f"{key}.") or key.startswith(f"{dotted}."):
-                return (block, key)
+                return (*block, key)
     for index, condition in enumerate(sweep.conditions):
         for key in condition.set:
             if dotted == key or dotted.startswith(f"{key}."):
@@ -88,6 +99,8 @@ def _wrong_names(sweep: Any, valid: list[AnyConfig]) -> Problems:
     for key in sweep.diverged_counts_as:
         if key not in known:
             wrong.append((("diverged_counts_as", key), unknown_metric("diverged_counts_as", key, known)))
+    if sweep.search and sweep.search.metric not in known:
+        wrong.append((("search", "metric"), unknown_metric("search.metric", sweep.search.metric, known)))
     return wrong
 
 
@@ -133,16 +146,46 @@ def settle_data(sweep: Any, base: Path, policy: Policy) -> None:
 
 
 def make(sweep: Any, base: Path, out: RunDir) -> None:
-    """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep."""
+    """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep.
+
+    The arms of a search come later, one by one.
+    """
     partial = out.folder("arms.partial")
-    default = parallel.threads_each(sweep.workers)
-    for name, config in configs(sweep, base):
-        folder = partial / name
-        folder.mkdir(exist_ok=True)
-        brought = userfiles.bring(config, base, folder)
-        if brought.threads is None:
-            brought = brought.model_copy(update={"threads": default})
-        durable.write_text(folder / "config.yaml", brought.to_yaml())
+    for name, config in [] if sweep.search else configs(sweep, base):
+        (partial / name).mkdir(exist_ok=True)
+        _write(partial / name, config, base, _threads(sweep))
     userfiles.mirror(sweep.model_dump(), base, out.path)
     os.replace(partial, out.path / "arms")
     durable.sync_directory(out.path)
+
+
+def add(sweep: Any, out: RunDir, number: int, changes: axes.Changes) -> Path:
+    """Write the run directory of one more trial, whole or not at all. ConfigError where it is not valid."""
+    arm = sweep.laid_over([changes], number)[0]
+    config, wrong = validation.check(arm.raw, out.path)
+    if config is None:
+        hint = "narrow search.space, or tie the keys by conditions"
+        raise ConfigError(f"the search came to {arm.name}, which is not valid: {wrong[0][1]}", hint)
+    partial = out.path / "arm.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
+    out.folder(partial.name)
+    _write(partial, config, out.path, _threads(sweep))
+    trials.write(partial, changes)
+    made = Path(out.path, "arms", arm.name)
+    os.replace(partial, made)
+    durable.sync_directory(made.parent)
+    return made
+
+
+def _write(folder: Path, config: AnyConfig, base: Path, threads: int) -> None:
+    brought = userfiles.bring(config, base, folder)
+    if getattr(brought, "threads", None) is None:
+        brought = brought.model_copy(update={"threads": threads})
+    durable.write_text(folder / "config.yaml", brought.to_yaml())
+
+
+def _threads(sweep: Any) -> int:
+    """Return the threads of an arm where its configuration does not say: its share of this machine, or of its node."""
+    if sweep.submit.on != "local":
+        return int(sweep.submit.cpus)
+    return parallel.threads_each(sweep.workers or 1)

@@ -35,10 +35,12 @@ def combinations(
     return [{key: value for part in parts for key, value in part.items()} for parts in itertools.product(*axes)]
 
 
-def expand(base: Raw, changes: Iterable[Changes], conditions: Iterable[tuple[Changes, Changes]] = ()) -> list[Arm]:
-    """Lay each set of changes over `base`, then what `conditions` (when, set) tie to it."""
+def expand(
+    base: Raw, changes: Iterable[Changes], conditions: Iterable[tuple[Changes, Changes]] = (), first: int = 0
+) -> list[Arm]:
+    """Lay each set of changes over `base`, then what `conditions` (when, set) tie to it; numbers begin at `first`."""
     arms = []
-    for number, changed in enumerate(changes):
+    for number, changed in enumerate(changes, first):
         raw = copy.deepcopy(base)
         for key, value in changed.items():
             put(raw, key, value)

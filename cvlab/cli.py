@@ -23,6 +23,7 @@ from cvlab import (
     console,
     durable,
     parallel,
+    signals,
 )
 from cvlab.cli_options import (
     ConfigArgument,
@@ -205,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     if parallel.world().size > 1:  # before torch is loaded: DDP would warn of what it was asked to do
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console.outlive_readers()
+    signals.stop_with_input()
     code = run_command_line(arguments)
     try:
         sys.stdout.flush()
@@ -249,7 +251,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _refuse(error: CvlabError, arguments: list[str]) -> int:
     """Say on one line what is wrong; a configuration's further errors take a line each."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends in any case; what is wrong is to be said whole
+    signal.signal(signal.SIGTERM, lambda *_: None)  # it ends in any case; what is wrong is to be said whole
     if not parallel.is_main():
         return _refuse_quietly(error)
     if "--debug" in arguments:

@@ -34,6 +34,8 @@ def sweep(
     overrides: Overrides = None,
     set_: SetOption = None,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="arms at a time")] = None,
+    on: Annotated[str | None, typer.Option(help="where arms run: local, ray or slurm")] = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster: auto or host:port")] = None,
     device: Device = None,
     runs_dir: RunsDir = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start anew although one like it has not ended")] = False,
@@ -48,15 +50,16 @@ def sweep(
 ) -> None:
     """Run a sweep, or a configuration with axes. `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
     console.set_level(quiet, verbose)
-    from cvlab import submit
+    from cvlab.submit import local
 
-    if not dry_run:
-        submit.start_server()  # it loads torch on another core while this process does the same
+    if not dry_run and on in (None, "local"):
+        local.start_server()  # it loads torch on another core while this process does the same
     from cvlab import config as configs
     from cvlab import rundir, sweeping
     from cvlab.data.settle import Policy
 
-    flags = [f"workers={workers}"] if workers is not None else []
+    given = {"workers": workers, "submit.on": on, "submit.address": address}
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
     flags += [f"base.device={device}"] if device is not None else []
     loaded = configs.load_sweep(config, [*(overrides or []), *(set_ or []), *flags])
     root = rundir.runs_root(runs_dir)

@@ -22,7 +22,7 @@ from cvlab.schema import AnyConfig
 from cvlab.validation import SWEEP
 from cvlab.yamlfile import Document, Path_
 
-DOTTED = ("grid", "zip")  # blocks of a sweep whose keys are dotted themselves
+DOTTED = (("grid",), ("zip",), ("search", "space"))  # blocks of a sweep whose keys are dotted themselves
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,9 @@ def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
     for text in overrides:
         key, equals, value = text.partition("=")
         path: Path_ = tuple(key.strip().split("."))
-        if path[0] in DOTTED and len(path) > 1:
-            path = (path[0], key.strip().partition(".")[2])
+        for block in DOTTED:
+            if path[: len(block)] == block and len(path) > len(block):
+                path = (*block, ".".join(map(str, path[len(block) :])))
         if not equals or "" in path:
             raise ConfigError(f"override {text!r} is not of the form key=value", "for example optimizer.lr=1e-2")
         parsed = yamlfile.parse(value, f"override {text}").value

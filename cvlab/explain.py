@@ -32,7 +32,7 @@ def problems(error: ValidationError, config_type: type[BaseModel], raw: Mapping[
         elif item["type"] == "extra_forbidden":
             message = _unknown_key(path, _at(schema, path[:-1]), schema)
         elif item["type"] in ("value_error", "assertion_error"):
-            message = f"{_dotted(path)}: {item['ctx']['error']}"
+            message = f"{_dotted(path)}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
         else:
             given = _value(raw, path)
             message = f"{_dotted(path)}: expected {describe(_at(schema, path), schema)}, got {show(given)}"
@@ -62,7 +62,7 @@ def _dotted(path: Path_) -> str:
 
 
 def _unknown_key(path: Path_, block: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
-    known = list(_resolve(block, schema).get("properties", {}))
+    known = [key for branch in _branches(block, schema) for key in branch.get("properties", {})]
     close = lookup.nearest(str(path[-1]), known)
     hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
     return f"unknown key {_dotted(path)!r}; {hint}"
@@ -75,14 +75,19 @@ def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str,
     return node
 
 
+def _branches(node: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a value may be: each branch of a union, or the one thing."""
+    node = _resolve(node, schema)
+    found = node.get("anyOf") or node.get("oneOf")
+    return [_resolve(branch, schema) for branch in found] if found else [node]
+
+
 def _at(schema: Mapping[str, Any], path: Path_) -> Mapping[str, Any]:
     """Return the JSON schema of the value at `path`."""
     node = _resolve(schema, schema)
     for part in path:
-        for branch in node.get("anyOf", ()):
-            branch = _resolve(branch, schema)
-            if "properties" in branch or "items" in branch or "prefixItems" in branch:
-                node = branch
+        wanted = ("items", "prefixItems") if isinstance(part, int) else ("properties", "additionalProperties")
+        node = next((branch for branch in _branches(node, schema) if any(key in branch for key in wanted)), node)
         if isinstance(part, int):
             prefix = node.get("prefixItems", ())
             node = prefix[part] if part < len(prefix) else node.get("items", {})
@@ -96,8 +101,8 @@ def _at(schema: Mapping[str, Any], path: Path_) -> Mapping[str, Any]:
 def describe(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     """Say in words what a JSON schema allows."""
     node = _resolve(node, schema)
-    if "anyOf" in node:
-        return " or ".join(describe(branch, schema) for branch in node["anyOf"])
+    if "anyOf" in node or "oneOf" in node:
+        return " or ".join(describe(branch, schema) for branch in _branches(node, schema))
     if "enum" in node or "const" in node:
         return " | ".join(map(str, node.get("enum", [node.get("const")])))
     if "pattern" in node:

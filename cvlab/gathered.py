@@ -66,6 +66,13 @@ class Gathered:
             "images_per_second": step * job.items_per_step / max(self.train_seconds, 1e-9),
         }
 
+    def text(self, losses: Mapping[str, Tensor], step: int, job: Job, since: float) -> str:
+        """Say how a training goes: losses, last evaluation, images per second; `since` is seconds not yet counted."""
+        rate = step * job.items_per_step / max(self.train_seconds + since, 1e-9)
+        parts = [f"{name} {value.item():.3f}" for name, value in losses.items()]
+        parts += [f"{job.monitor} {self.metrics[job.monitor]:.3f}"] if job.monitor in self.metrics else []
+        return "  ".join([*parts, f"{rate:,.0f} images/s"])
+
     def take_means(self) -> dict[str, float]:
         """Return the mean losses since the last time, over all processes."""
         sums = parallel.total(self.loss_sums)

@@ -8,12 +8,15 @@ import fcntl
 import json
 import os
 import socket
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from cvlab import durable
 from cvlab.errors import RunDirError
+
+WAITS = (0.01, 0.05, 0.1, 0.0)  # seconds after each try
 
 
 class RunLock:
@@ -29,12 +32,10 @@ class RunLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise durable.disk_error(self.path, error) from error
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _lock(descriptor):
             holder = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
-            raise RunDirError(f"{self.path.parent}: already running ({_describe(holder)})", "wait for it") from None
+            raise RunDirError(f"{self.path.parent}: already running ({_describe(holder)})", "wait for it")
         self.descriptor = descriptor
         start = datetime.now(timezone.utc).isoformat(timespec="seconds")
         note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start})
@@ -49,6 +50,17 @@ class RunLock:
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock could be taken; who only asks `is_held` has it for a moment, and is waited for."""
+    for wait in WAITS:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(wait)
+    return False
 
 
 def is_held(folder: Path) -> bool:

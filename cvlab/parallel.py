@@ -122,6 +122,11 @@ def _connect() -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
+def own_seed(seed: int) -> int:
+    """Return a seed of this process alone, below 2^32 (numpy takes no larger one)."""
+    return (seed + 2_654_435_761 * world().rank) % 2**32  # 2^32 divided by the golden ratio
+
+
 def share(indices: "Tensor") -> "Tensor":
     """Return this process's part of what a step takes in all, (B,) -> (B / processes,)."""
     place = world()

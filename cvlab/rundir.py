@@ -19,6 +19,7 @@ from cvlab.errors import RunDirError
 from cvlab.lock import RunLock, is_held
 
 STATES = ("running", "done", "failed", "interrupted", "unmet")
+PRUNE = "prune.txt"  # written by another program: why this run is to end before its time
 Row = dict[str, Any]
 
 
@@ -273,6 +274,14 @@ def read_status(path: Path) -> Row:
     if status.get("status") == "running" and not is_held(path):
         status["status"] = "interrupted"
     return status
+
+
+def read_prune(path: Path) -> str | None:
+    """Return why a run is to end before its time, None where nobody has asked for that."""
+    try:
+        return (path / PRUNE).read_text(errors="replace").strip()
+    except OSError:
+        return None
 
 
 def read_metrics(path: Path) -> Iterator[Row]:

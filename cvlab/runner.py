@@ -187,7 +187,7 @@ def _execute(chosen: AnyConfig, out: RunDir) -> Result:
     began = time.monotonic()
     module = experiments.find(chosen.experiment)
     try:
-        metrics = module.run(chosen, out)
+        metrics = module.run(chosen, out, arms.add) if chosen.experiment == SWEEP else module.run(chosen, out)
     except BaseException as error:
         _record_failure(out, error)
         if isinstance(error, CvlabError):

@@ -3,13 +3,16 @@
 Then a checkpoint is written.
 """
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 from cvlab.errors import StoppedError
 
 EXIT_INTERRUPT = 130
 EXIT_TERMINATED = 143
+STOP_WITH_INPUT = "CVLAB_STOP_WITH_INPUT"  # set by who holds the other end of our standard input
 
 
 class StopRequest:
@@ -56,3 +59,16 @@ class StopRequest:
         code = EXIT_INTERRUPT if self.received == signal.SIGINT else EXIT_TERMINATED
         name = signal.Signals(self.received).name
         return StoppedError(f"stopped by {name} after {unit} {step}, checkpoint saved", f"cvlab resume {run}", code)
+
+
+def stop_with_input() -> None:
+    """Where STOP_WITH_INPUT is set, stop as by SIGTERM when the other end of standard input dies, however it does."""
+    if os.environ.pop(STOP_WITH_INPUT, None):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)  # some who start us have blocked them
+        threading.Thread(target=_wait_for_end, daemon=True).start()
+
+
+def _wait_for_end() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -7,23 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cvlab import config, console, rundir, runner, userfiles
+from cvlab import config, console, experiments, rundir, runner, userfiles
 from cvlab.data.settle import Policy
 from cvlab.errors import CvlabError, UnmetError
 from cvlab.schema import AnyConfig
 from cvlab.validation import SWEEP
 
 Result = dict[str, Any]
+WHERE = ("workers", "submit")  # keys of a sweep on which its results do not depend
 
 
 def start(loaded: config.Loaded, policy: Policy, root: Path, fresh: bool) -> Result:
     """Run a sweep: go on with the newest one of the same configuration that has not ended, unless `fresh`."""
+    experiments.find(SWEEP).plan(loaded.config, loaded.base)  # what is not installed is said before anything is touched
     loaded = dataclasses.replace(loaded, config=runner.prepare(loaded, policy))
     unfinished = None if fresh else find_unfinished(loaded, root)
     if unfinished is None:
         return runner.start(loaded, policy, root)
     console.say(f"going on with {unfinished}, which has not ended (--fresh starts anew)")
-    return runner.resume(unfinished, {"workers": getattr(loaded.config, "workers", 1)})
+    return runner.resume(unfinished, {key: getattr(loaded.config, key) for key in WHERE})
 
 
 def find_unfinished(loaded: config.Loaded, root: Path) -> Path | None:
@@ -44,7 +46,7 @@ def find_unfinished(loaded: config.Loaded, root: Path) -> Path | None:
 
 
 def _identity(chosen: AnyConfig) -> str:
-    return chosen.model_copy(update={"workers": 1}).to_yaml()
+    return chosen.model_copy(update={key: type(chosen).model_fields[key].default for key in WHERE}).to_yaml()
 
 
 def verify(loaded: Sequence[config.Loaded], policy: Policy, root: Path) -> Result:

@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvlab import __version__, budget, checkpoint, engine, lookup, optim, parallel
+from cvlab import __version__, budget, checkpoint, engine, lookup, optim, parallel, rundir
 from cvlab.budget import Plan
 from cvlab.console import Progress
 from cvlab.engine import Losses, Training
-from cvlab.errors import DivergedError
+from cvlab.errors import DivergedError, StoppedError
 from cvlab.gathered import Gathered, lacking
 from cvlab.jobs import SAVE_SHARE, Job, TrainConfig
 from cvlab.rundir import RunDir
 from cvlab.schema import Duration
-from cvlab.signals import StopRequest
+from cvlab.signals import EXIT_TERMINATED, StopRequest
 
 FORMAT = 1
-RANK_SEED = 2_654_435_761  # times the number of a process, modulo 2^32: a seed of its own
 METRICS = ("train_loss", "best_step", "steps", "epochs", "parameters", "train_seconds", "images_per_second")
 
 
@@ -59,9 +58,8 @@ class Session:
 
     def begin(self, stop: StopRequest) -> None:
         """Take over the newest checkpoint, or write the one before the first step."""
-        processes = parallel.world().size
-        self.settings.require_shares(processes)
-        parallel.require_shares(self.job.items_per_step, processes)  # which is less where there is less data
+        self.settings.require_shares(parallel.world().size)
+        parallel.require_shares(self.job.items_per_step, parallel.world().size)  # less where there is less data
         found = self._newest() if parallel.is_main() else None
         path = parallel.from_main(lambda: found[0] if found else None)
         if path is not None:
@@ -69,7 +67,7 @@ class Session:
             self.out.log(f"resumed {path.name}: {self.training.step} of {self.gathered.total_steps} steps are done")
         else:
             if not parallel.is_main():  # what a process draws, as for dropout, is its own
-                engine.seed_everything((self.settings.seed + RANK_SEED * parallel.world().rank) % 2**32)
+                engine.seed_everything(parallel.own_seed(self.settings.seed))
             self.gathered.follow(self._first_plan(stop))
             self.save()
         period = max(self.settings.save_seconds, SAVE_SHARE * self.save_cost)
@@ -180,7 +178,7 @@ class Session:
                     progress.total = self.gathered.total_steps
                     began = time.perf_counter()
                 if progress.due():
-                    progress.update(step, self._progress_text(losses, time.perf_counter() - began))
+                    progress.update(step, self.gathered.text(losses, step, self.job, time.perf_counter() - began))
                 if any(asked_by):
                     self.gathered.train_seconds += time.perf_counter() - began
                     self._stop_if_asked(stop, StopRequest.SIGNALS[asked_by.index(True)])
@@ -212,6 +210,8 @@ class Session:
         corrected = self._review_due(step) and self._review(step)  # saved, so that a resume follows the same plan
         if is_best or corrected or save_due or step == self.gathered.total_steps:
             self.save(is_best)
+        if self._evaluation_due(step) and step < self.gathered.total_steps:
+            self._stop_if_pruned(step)
 
     def _review(self, step: int) -> bool:
         """Correct the plan of a run of seconds by the time that its steps have taken; whether that was needed."""
@@ -261,14 +261,6 @@ class Session:
         seconds = round(self.gathered.train_seconds, 4)
         self.out.append({"step": step, "epoch": step / self.job.steps_per_epoch, "seconds": seconds, **values})
 
-    def _progress_text(self, losses: Losses, since: float) -> str:
-        seconds = self.gathered.train_seconds + since
-        rate = self.training.step * self.job.items_per_step / max(seconds, 1e-9)
-        parts = [f"{name} {value.item():.3f}" for name, value in losses.items()]
-        monitor = self.gathered.metrics.get(self.job.monitor)
-        parts += [f"{self.job.monitor} {monitor:.3f}"] if monitor is not None else []
-        return "  ".join([*parts, f"{rate:,.0f} images/s"])
-
     def _stop_if_asked(self, stop: StopRequest, asked: int) -> None:
         """Save and raise StoppedError if all have agreed to stop."""
         if asked:
@@ -276,6 +268,13 @@ class Session:
             if self.saved_step != self.training.step:
                 self.save()
             raise stop.error(self.training.step, self.out.path.name)
+
+    def _stop_if_pruned(self, step: int) -> None:
+        why = parallel.from_main(lambda: rundir.read_prune(self.out.path))
+        if why is not None:
+            self.save()
+            hint = f"remove {self.out.path / rundir.PRUNE} to go on by `cvlab resume`"
+            raise StoppedError(f"pruned after step {step}: {why}", hint, EXIT_TERMINATED)
 
     def state(self) -> dict[str, Any]:
         """Return everything a resume needs."""

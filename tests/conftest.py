@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +93,52 @@ def cvlab(capsys):
         return code, captured.out, captured.err
 
     return call
+
+
+SMALL_SWEEP = """experiment: sweep
+base:
+  experiment: classify
+  data: {name: scenes10, num_train: 1000, val_fraction: 0.02}
+  model: {name: deep_convnet, filters: [4], pools: [0]}
+  optimizer: {name: sgd, lr: 1e-2}
+  batch_size: 20
+  duration: {steps: 1500}
+  eval_every: 1000
+  precision: float32
+  threads: 1
+grid:
+  optimizer.lr: [1e-3, 1e-2]
+"""
+
+
+@pytest.fixture
+def started_sweep(tmp_path):
+    """Start `cvlab sweep s.yaml` in a process of its own; what it says on standard error is kept in `said.txt`."""
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    started = []
+
+    def start(*words):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        with (tmp_path / "said.txt").open("ab") as said:
+            command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", *words]
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def weights_of_arms(folder):
+    """Return the digests of the weights of all arms of the newest sweep below a test's folder."""
+    arms = sorted((folder / "runs" / "latest").resolve().glob("arms/*"))
+    return [json.loads((arm / "summary.json").read_text())["weights_sha256"] for arm in arms]
+
+
+def until(condition, seconds=90):
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,30 +1,31 @@
-"""Run one configuration many times with some keys changed: a grid, tied values, seeds; each arm a run of its own.
+"""Run one configuration many times with some keys changed: a grid, tied values, seeds, a search; each arm a run.
 
 Paper: Bergstra and Bengio, 2012, on grids and their limits.
 Expect: rules over the arms, as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
 Command: cvlab sweep configs/bn_lr_sweep.yaml --workers 2
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
-from cvlab import axes, rundir, submit
-from cvlab.console import Progress
-from cvlab.errors import CvlabError, DivergedError, RunDirError
+from cvlab import axes, submit, trials
+from cvlab.driver import Driver, has_ended
+from cvlab.errors import CvlabError, RunDirError
 from cvlab.expect import Setting
 from cvlab.report import sweeps
 from cvlab.rundir import RunDir
 from cvlab.schema import AnyConfig, DataBlock, Frozen, Index
+from cvlab.search import Search
 from cvlab.signals import StopRequest
-from cvlab.submit import Task
+from cvlab.submit import Limits, Submit
 
 MAX_ARMS = 1000
-ENDED = ("done", "unmet")
 Values = dict[str, tuple[Any, ...]]
 
 
@@ -43,7 +44,11 @@ class Config(AnyConfig):
     zip: Values = Field({}, description="dotted keys with lists of one length, walked together as one axis")
     conditions: tuple[Condition, ...] = Field((), description="keys tied to others")
     seeds: tuple[Index, ...] = Field((), description="every arm once with each; empty: the base's own seed")
-    workers: Annotated[int, Ge(1), Le(64)] = Field(1, description="arms at a time")
+    search: Search | None = Field(None, description="in place of an axis: arms proposed one by one, each from the last")
+    workers: Annotated[int, Ge(1), Le(64)] | None = Field(
+        None, description="arms at a time; null: one on this machine, elsewhere as many as there is room for"
+    )
+    submit: Submit = Field(Submit(), description="where arms run")
     diverged_counts_as: dict[str, float] = Field(
         {}, description="what expectations and plots take for an arm that diverged; by default it has no metrics"
     )
@@ -64,7 +69,15 @@ class Config(AnyConfig):
         for key, values in {**self.grid, "seeds": self.seeds}.items():
             if len({repr(value) for value in values}) < len(values):
                 raise ValueError(f"{key}: a value is there twice")
-        changed = [*self.grid, *self.zip, *(["seed"] if self.seeds else [])]
+        return self
+
+    @model_validator(mode="after")
+    def _each_key_once(self) -> "Config":
+        axis = "grid" if self.grid else "zip" if self.zip else "seeds"
+        if self.search and getattr(self, axis):
+            raise ValueError(f"{axis} and search: a search proposes all its arms; give one of the two")
+        space = self.search.space if self.search else {}
+        changed = [*self.grid, *self.zip, *space, *(["seed"] if self.seeds else [])]
         for key in changed:
             above = [other for other in changed if key.startswith(f"{other}.")]
             if above or changed.count(key) > 1:
@@ -84,13 +97,19 @@ class Config(AnyConfig):
         return self.model_copy(update={"base": {**self.base, "data": {**self.base["data"], **data.model_dump()}}})
 
     def arms(self) -> list[axes.Arm]:
-        """Return the arms, not validated."""
+        """Return the arms, not validated; of a search those with every end and every choice."""
+        return self.laid_over(
+            self.search.corners() if self.search else axes.combinations(self.grid, self.zip, self.seeds)
+        )
+
+    def laid_over(self, changes: Iterable[Mapping[str, Any]], first: int = 0) -> list[axes.Arm]:
+        """Return arms that change the base as told, numbered from `first`."""
         conditions = [(condition.when, condition.set) for condition in self.conditions]
-        return axes.expand(self.base, axes.combinations(self.grid, self.zip, self.seeds), conditions)
+        return axes.expand(self.base, map(dict, changes), conditions, first)
 
     def varied(self) -> list[str]:
         """Return the dotted keys in which the arms differ, the seed left out; those of whole blocks one by one."""
-        changed = [*self.grid.items(), *self.zip.items()]
+        changed = [*self.grid.items(), *self.zip.items(), *(self.search.values().items() if self.search else ())]
         changed += [(key, (value,)) for condition in self.conditions for key, value in condition.set.items()]
         found: dict[str, None] = {}
         for key, values in changed:
@@ -108,18 +127,26 @@ def _dotted(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def metric_names(config: Config) -> set[str]:
     """Return the names that an expectation can speak of, besides functions of the arms."""
-    return {"arms", "diverged"}
+    return {"arms", "diverged"} | ({"pruned", "best"} if config.search else set())
 
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a sweep would do."""
-    return {"arms": len(config.arms()), "workers": config.workers, "first arm": config.arms()[0].name}
+    """Say what a sweep would do; ConfigError where what it needs is not installed."""
+    submit.find(config.submit)
+    where = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
+    if config.search is None:
+        return {"arms": len(config.arms()), **where, "first arm": config.arms()[0].name}
+    submit.require("optuna", "optuna")
+    aim = f"{config.search.goal} {config.search.metric}"
+    return {"trials": config.search.trials, "search": aim, "over": ", ".join(config.search.space), **where}
 
 
 def folders(config: Config, out: RunDir) -> list[Path]:
     """Return the run directories of the arms, in order; RunDirError where one is not there."""
     if not (out.path / "arms").is_dir():
         raise RunDirError(f"{out.path}: has no arms", "it stopped before it had begun; start it again")
+    if config.search:
+        return trials.folders(out.path)
     found = []
     for number, arm in enumerate(config.arms()):
         match = sorted((out.path / "arms").glob(f"{number:03d}-*"))
@@ -131,46 +158,54 @@ def folders(config: Config, out: RunDir) -> list[Path]:
 
 def rows_of(config: Config, out: RunDir) -> list[dict[str, Any]]:
     """Return a row for each arm, its configuration as the sweep says it."""
-    arms = zip(folders(config, out), config.arms(), strict=True)
-    return [sweeps.read_arm(folder, _dotted(arm.raw)) for folder, arm in arms]
-
-
-def has_ended(arm: Path) -> bool:
-    """Whether an arm need not be run again: it has its result, or it diverged and would do so again."""
-    try:
-        status = rundir.read_status(arm)
-    except CvlabError:
-        return False
-    return status.get("status") in ENDED or status.get("code") == DivergedError.code
+    found = folders(config, out)
+    arms = config.laid_over(map(trials.changes_of, found)) if config.search else config.arms()
+    return [sweeps.read_arm(folder, _dotted(arm.raw)) for folder, arm in zip(found, arms, strict=True)]
 
 
 def settings(config: Config, out: RunDir) -> list[Setting]:
-    """Return what expectations judge: the arms, those that differ in the seed only taken together."""
-    return sweeps.settings(rows_of(config, out), config.varied(), config.diverged_counts_as)
+    """Return what expectations judge: the arms, those that differ in the seed only taken together; no pruned ones."""
+    rows = [row for row in rows_of(config, out) if row["status"] != sweeps.PRUNED]
+    return sweeps.settings(rows, config.varied(), config.diverged_counts_as)
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Run the arms that have not ended, tabulate and plot all of them; a failed arm fails the sweep at its end."""
+def run(config: Config, out: RunDir, add: Callable[[Config, RunDir, int, axes.Changes], Path]) -> dict[str, float]:
+    """Run the arms that have not ended, tabulate and plot all of them; a failed arm fails the sweep at its end.
+
+    `add` writes the run directory of a search's next trial.
+    """
     arms = folders(config, out)
-    waiting = [arm for arm in arms if not has_ended(arm)]
-    out.log(f"{len(arms)} arms, {len(arms) - len(waiting)} of them ended before, {config.workers} at a time")
-    failed: dict[str, tuple[int, str]] = {}
-    tasks = [Task(("resume", str(arm.resolve()), "-q"), arm / "stderr.txt") for arm in waiting]
-    with StopRequest() as stop, Progress(config.name, len(arms), len(arms) - len(waiting)) as progress:
-        for done, (index, code) in enumerate(submit.local(tasks, config.workers, stop), 1):
-            arm, said = waiting[index], submit.errors_of(tasks[index])
-            if not has_ended(arm) and stop.received is None:
-                failed[arm.name] = (code, said or f"it ended with exit code {code}")
-            out.log(f"{arm.name}: {sweeps.outcome(arm)}")
-            out.set_status("running", step=len(arms) - len(waiting) + done, total_steps=len(arms))
-            progress.update(len(arms) - len(waiting) + done, "")
+    limits = Limits(out.path.resolve(), config.workers, config.submit)
+    if config.search is None:
+        found, driver = None, Driver(config.name, out, limits, arms, len(arms))
+    else:
+        submit.require("optuna", "optuna")
+        found = trials.Trials(out, config.search, config.diverged_counts_as, functools.partial(add, config, out))
+        driver = Driver(config.name, out, limits, arms, config.search.trials, found.more, found.prune)
+    at_a_time = config.workers or (1 if config.submit.on == "local" else "as many as there is room for")
+    out.log(f"{driver.total} arms, {driver.done} of them ended before, {at_a_time} at a time on {config.submit.on}")
+    with StopRequest() as stop:
+        driver.run(stop)
         if stop.received is not None:
-            raise stop.error(sum(map(has_ended, arms)), out.path.name, "arm")
+            raise stop.error(sum(map(has_ended, folders(config, out))), out.path.name, "arm")
     rows = rows_of(config, out)
     sweeps.write(out, rows, config.varied(), config.diverged_counts_as)
-    if failed:
-        raise _failure(failed, out)
-    return {"arms": len(arms), "diverged": sum(row["diverged"] for row in rows)}
+    if driver.failed:
+        raise _failure(driver.failed, out)
+    metrics = {"arms": len(arms), "diverged": sum(row["diverged"] for row in rows)}
+    return metrics if found is None else metrics | _searched(found, rows, out)
+
+
+def _searched(found: trials.Trials, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
+    """Say which trial was the best; return what a search measures besides."""
+    metrics = {"arms": len(rows), "pruned": sum(row["status"] == sweeps.PRUNED for row in rows)}
+    best = found.best()
+    if best is None:
+        return metrics
+    out.facts["best"] = best
+    value = best[found.wanted.metric]
+    out.log(f"the best: {best['arm']}, {found.wanted.metric} {value:.4g}")
+    return metrics | {"best": value}
 
 
 def _failure(failed: Mapping[str, tuple[int, str]], out: RunDir) -> CvlabError:

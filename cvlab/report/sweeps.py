@@ -18,6 +18,7 @@ from cvlab.rundir import RunDir
 Row = dict[str, Any]
 SHOWN = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
 SEED = "seed"
+PRUNED = "pruned"  # what tables say of an arm that a search has ended early
 
 
 def read_arm(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
@@ -34,6 +35,7 @@ def read_arm(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
         return row
     diverged = status.get("code") == DivergedError.code
     state = status.get("status", "not begun")
+    state = PRUNED if state == "interrupted" and rundir.read_prune(arm) is not None else state
     return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
 
 
@@ -42,6 +44,8 @@ def outcome(arm: Path) -> str:
     row = read_arm(arm)
     if row["diverged"]:
         return "diverged"
+    if row["status"] == PRUNED:
+        return f"{PRUNED}: {rundir.read_prune(arm)}"
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
 
