@@ -70,7 +70,7 @@ REFUSED: dict[int, tuple[type[CvlabError], str]] = {
     errno.EROFS: (RunDirError, durable.ELSEWHERE),
     errno.EIO: (RunDirError, "the disk is damaged; choose another place with --runs-dir"),
 }
-GRACE_SECONDS = 2
+GRACE_SECONDS = 2.0  # that process 0 has to say and write what another one says too
 
 
 @app.command("train")
@@ -185,9 +185,12 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
 ) -> None:
-    """Nothing to do before a command."""
+    """Refuse what torchrun would start several times beside each other."""
+    if parallel.world().size > 1 and context.invoked_subcommand not in ("train", "run", "resume"):
+        raise ConfigError(f"{context.invoked_subcommand} runs in one process", "call it without torchrun")
 
 
 app.add_typer(cli_photos.app)

@@ -107,6 +107,12 @@ def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
     assert launch.require_processes(tmp_path, 4) == 4
 
 
+def test_torchrun_starts_trainings_only(cvlab, place):
+    place()
+    code, _, err = cvlab("sweep", "bn_lr_sweep")
+    assert code == 2 and "sweep runs in one process; call it without torchrun" in err
+
+
 def test_processes_that_are_started_again_find_their_run(tmp_path, place, monkeypatch):
     for name, launched in (("a", "one"), ("b", "two"), ("c", "one")):
         out = RunDir(tmp_path / name)
