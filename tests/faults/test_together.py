@@ -66,7 +66,7 @@ def test_two_sweeps_at_once_do_not_mix(tmp_path, sweep):
 
 
 def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
-    root, file = tmp_path / "runs", sweep(80)
+    root, file = tmp_path / "runs", sweep(50)
     first = start("sweep", file, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
     while not any(list(rundir.read_metrics(arm)) for arm in root.glob("latest/arms/*")):
@@ -99,7 +99,7 @@ def test_everything_reads_while_a_run_writes(tmp_path, sweep):
         assert writing.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     seen = 0
-    while writing.poll() is None and seen < 2 * len(READERS):
+    while writing.poll() is None and seen < len(READERS):
         line = READERS[seen % len(READERS)]
         reader = subprocess.run(
             [sys.executable, "-m", "cvlab", *line.split(), "--runs-dir", str(root)],
