@@ -61,8 +61,8 @@ def stopped_and_resumed(cvlab, monkeypatch):
         assert code == 0, err
         real = training.Session._pause
 
-        def stopping(session, step):
-            real(session, step)
+        def stopping(session, step, save_due):
+            real(session, step, save_due)
             if step == 2:
                 raise StoppedError("stopped for a test", "", 130)
 

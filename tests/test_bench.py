@@ -107,6 +107,7 @@ def test_the_command_has_all_of_them():
         "profile",
         "layers",
         "photos",
+        "processes",
     }
 
 

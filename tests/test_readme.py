@@ -31,7 +31,10 @@ def test_every_command_is_understood(command, cvlab):
     code, out, err = cvlab(*arguments, "--help")
     assert code == 0 and "Usage" in out, err
     if arguments[0] == "sweep":
-        assert config.load_sweep(arguments[1], [word for word in arguments[2:] if "=" in word])
+        flags = [
+            f"submit.{word[2:]}={arguments[k + 1]}" for k, word in enumerate(arguments) if word in ("--on", "--address")
+        ]
+        assert config.load_sweep(arguments[1], [*flags, *(word for word in arguments[2:] if "=" in word)])
     if arguments[0] in ("train", "run"):
         overrides = [word for word in arguments[2:] if "=" in word]
         assert config.load(str(ROOT / arguments[1]) if "/" in arguments[1] else arguments[1], overrides)
@@ -58,6 +61,12 @@ def test_the_example_of_a_sweep_has_the_arms_it_should(tmp_path):
     (tmp_path / "s.yaml").write_text(next(block for block in blocks("yaml") if "experiment: sweep" in block))
     arms = config.load(str(tmp_path / "s.yaml")).config.arms()
     assert len(arms) == 12 and sum("clip_norm" in arm.raw for arm in arms) == 6
+
+
+def test_the_example_of_a_search_has_the_trials_it_says(tmp_path):
+    example = next(block for block in blocks("yaml") if block.startswith("search:"))
+    (tmp_path / "search.yaml").write_text("experiment: sweep\nbase: {from: cifar_bn}\n" + example)
+    assert config.load(str(tmp_path / "search.yaml")).config.search.trials == 50
 
 
 def test_the_example_of_profiles_is_valid(tmp_path):
