@@ -206,17 +206,22 @@ app.add_typer(cli_bench.app, name="bench")
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if parallel.world().size > 1:  # before torch is loaded: DDP would warn of what it was asked to do
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console.outlive_readers()
     signals.stop_with_input()
+    try:
+        several = parallel.world().size > 1
+    except ConfigError as error:
+        console.say(f"error: {error}")
+        sys.exit(error.code)
+    if several:  # before torch is loaded: DDP would warn of what it was asked to do
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = run_command_line(arguments)
     try:
         sys.stdout.flush()
     except RunDirError as error:
         console.say(f"error: {error}")
         code = code or error.code
-    if parallel.world().size > 1:
+    if several:
         sys.stderr.flush()
         os._exit(code)  # what a process still holds of the others must not change its exit code
     sys.exit(code)

@@ -51,11 +51,11 @@ def world() -> World:
     """Return this process's place, as torchrun tells it. ConfigError where what it tells makes no sense."""
     if not all(os.environ.get(name) for name in NEEDED):
         return World()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     try:
-        rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"of {', '.join(names)} one is not set or no number", "start it by torchrun") from error
+        rank, size, local_rank, local_size = (int(os.environ.get(name, alone)) for name, alone in places.items())
+    except ValueError as error:
+        raise ConfigError(f"of the variables {', '.join(places)} one is no number", "start it by torchrun") from error
     return World(rank, size, local_rank, local_size, os.getppid()) if size > 1 else World()
 
 

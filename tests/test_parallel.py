@@ -1,5 +1,9 @@
 """One training in several processes, what needs no processes: shares, refusals, and that one process is as ever."""
 
+import os
+import subprocess
+import sys
+
 import hypothesis
 import pytest
 import torch
@@ -66,6 +70,9 @@ def test_the_environment_says_which_process_this_is(place, monkeypatch):
     assert place(WORLD_SIZE="1", RANK="0") == parallel.World()
     with pytest.raises(ConfigError, match="start it by torchrun"):
         place(RANK="one")
+    program = [sys.executable, "-m", "cvlab", "runs"]
+    ended = subprocess.run(program, env={**os.environ}, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "start it by torchrun" in ended.stderr
 
 
 def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
