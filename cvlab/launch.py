@@ -99,7 +99,7 @@ def made(load: Callable[[], config.Loaded], policy: Policy, root: Path) -> Path:
 def require_processes(path: Path, asked: int | None) -> int:
     """Return in how many processes a run is to go on: as many as it was begun in, or as many as are asked for.
 
-    ConfigError where torchrun has started another number than that.
+    ConfigError where torchrun has started another number than that, or the run is none that so many could train.
     """
     wanted, size = asked or runner.processes_of(path), parallel.world().size
     if size > 1 and wanted != size:
@@ -107,4 +107,6 @@ def require_processes(path: Path, asked: int | None) -> int:
             f"{path.name} was begun in {wanted} processes, torchrun has started {size}",
             f"--nproc {size} goes on with them; the result is then not bitwise that of an unbroken run",
         )
+    if wanted > 1:
+        runner.require_processes(config.load(str(rundir.config_file(path))), wanted)
     return wanted

@@ -97,11 +97,7 @@ def make(loaded: config.Loaded, policy: Policy, root: Path, processes: int) -> P
 
     ConfigError for an experiment that does not train, or a batch that they cannot share.
     """
-    from cvlab.jobs import TrainConfig
-
-    if not isinstance(loaded.config, TrainConfig):
-        raise ConfigError(f"{loaded.source}: {loaded.config.experiment} runs in one process", "leave --nproc out")
-    loaded.config.require_shares(processes)
+    require_processes(loaded, processes)
     chosen = prepare(loaded, policy)
     if getattr(chosen, "threads", None) is None:
         here = parallel.world().local_size if parallel.world().size > 1 else processes
@@ -131,6 +127,15 @@ def _written(chosen: AnyConfig, loaded: config.Loaded, out: RunDir, processes: i
     launched = {"processes": processes, "launch": parallel.launch_id()}
     out.write_json("env.json", environment() | launched | {"provenance": dict(loaded.provenance)})
     return chosen
+
+
+def require_processes(loaded: config.Loaded, processes: int) -> None:
+    """Raise ConfigError unless a configuration trains, and so many processes can share its batches."""
+    from cvlab.jobs import TrainConfig
+
+    if not isinstance(loaded.config, TrainConfig):
+        raise ConfigError(f"{loaded.source}: {loaded.config.experiment} runs in one process", "leave --nproc out")
+    loaded.config.require_shares(processes)
 
 
 def processes_of(path: Path) -> int:

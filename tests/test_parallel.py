@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from cvlab import launch, parallel
+from cvlab import config, launch, parallel
 from cvlab.errors import ConfigError
 from cvlab.rundir import RunDir
 
@@ -106,12 +106,19 @@ def test_what_several_processes_cannot_train_is_refused_before_there_is_a_run(cv
 
 def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
     RunDir(tmp_path).write_json("env.json", {"processes": 2})
+    text = config.load("quickstart", ["batch_size=12"]).config.to_yaml()
+    (tmp_path / "config.yaml").write_text(text)
     parallel.world.cache_clear()
+    with pytest.raises(ConfigError, match="batch_size 12: 5 processes cannot share it"):
+        launch.require_processes(tmp_path, 5)
     assert launch.require_processes(tmp_path, None) == 2 and launch.require_processes(tmp_path, 3) == 3
     place(WORLD_SIZE="4")
     with pytest.raises(ConfigError, match="begun in 2 processes, torchrun has started 4; --nproc 4 goes on"):
         launch.require_processes(tmp_path, None)
     assert launch.require_processes(tmp_path, 4) == 4
+    (tmp_path / "config.yaml").write_text("experiment: sweep\nbase: {from: quickstart}\nseeds: [0, 1]\n")
+    with pytest.raises(ConfigError, match="sweep runs in one process; leave --nproc out"):
+        launch.require_processes(tmp_path, 4)
 
 
 def test_torchrun_starts_trainings_only(cvlab, place):
