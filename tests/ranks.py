@@ -13,7 +13,6 @@ from torch import nn
 from cvlab import engine, parallel
 from cvlab.data.images import eval_batches, normalization
 
-torch.set_num_threads(1)
 BATCH = 12
 
 
@@ -105,6 +104,7 @@ def part(count):
 SCENARIOS = {function.__name__: function for function in (gradients, evaluation, agreement)}
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     if sys.argv[1] == "part":
         print(json.dumps(part(int(sys.argv[2]))))
         sys.exit()

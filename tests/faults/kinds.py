@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.faults.server import CONFIG, RANDOM, corrupt_files, in_child, kill_after, wait  # isort: skip - first torch
+from tests.faults.server import RANDOM, corrupt_files, in_child, kill_after, wait  # isort: skip - first torch
 
 from PIL import Image
 
 from cvlab import checkpoint, cli, painting, rundir, training
 from cvlab.data import scene_sentences
+from tests.faults.texts import CONFIG, READERS, WRITERS
 
 DETECTOR = (
     *("train", "yolo_scenes", "data={name: scenes, num_train: 4}", "size=64", "views=1", "batch_size=2"),
@@ -165,23 +166,6 @@ def small_disks(folder, count):
             subprocess.run(["umount", str(disk)], check=True)
             found[f"{name} {share:.2f}"] = entry
     return found
-
-
-READERS = (
-    "show latest",
-    "report latest",
-    "compare latest latest",
-    "runs",
-    "eval latest",
-    "export latest --to safetensors",
-)
-WRITERS = (
-    "resume latest",
-    "train {folder}/c.yaml",
-    "sweep {folder}/sweep.yaml",
-    "detect {folder}/photos",
-    "doctor --faults",
-)
 
 
 def read_only(folder, count):

@@ -23,6 +23,7 @@ os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: th
 from cvlab import checkpoint, cli, rundir, training  # noqa: E402
 from cvlab.errors import CheckpointError  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.faults.texts import CONFIG  # noqa: E402
 
 torch.set_num_threads(1)
 RANDOM = random.Random(int(os.environ.get("FAULT_SEED", "0")))
@@ -145,17 +146,6 @@ def naive(folder, count):
         except Exception:
             corrupt += 1
     return {"kills": count, "corrupt": corrupt}
-
-
-CONFIG = """experiment: classify
-data: {name: scenes10, num_train: 100, val_fraction: 0.02}
-model: {name: deep_convnet, filters: [4], pools: [0], batchnorm: true}
-optimizer: {name: adam, lr: 1e-2}
-batch_size: 20
-duration: {epochs: 1000}
-threads: 1
-precision: float32
-"""
 
 
 def _wait_for_steps(root):

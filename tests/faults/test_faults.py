@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cvlab import fault_check
-from tests.faults import kinds
+from tests.faults.texts import WRITERS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -122,7 +122,7 @@ def test_runs_that_cannot_be_written_are_read_and_everything_else_ends_with_5(tm
     found = scenario("read_only", tmp_path, 0, module="kinds", prefix=MOUNTING)
     for line, entry in found.items():
         assert not entry["traceback"], (line, entry)
-        if line in kinds.WRITERS:
+        if line in WRITERS:
             assert entry["code"] == 5 and len(entry["said"]) == 1, (line, entry)
             assert "Read-only file system" in entry["said"][0], (line, entry)
         else:

@@ -15,22 +15,10 @@ from pathlib import Path
 import pytest
 
 from cvlab import checkpoint, rundir
-from tests.faults.server import CONFIG
+from tests.faults.texts import CONFIG, SWEEP
 
 CTRL_C, CTRL_BACKSLASH = b"\x03", b"\x1c"
 SHOW_CURSOR = b"\x1b[?25h"
-SWEEP = """experiment: sweep
-base:
-  experiment: classify
-  data: {name: scenes10, num_train: 100, val_fraction: 0.02}
-  model: {name: deep_convnet, filters: [4], pools: [0]}
-  optimizer: {name: adam, lr: 1e-2}
-  batch_size: 20
-  duration: {epochs: 1000}
-  threads: 1
-grid: {optimizer.lr: [1e-2, 1e-3]}
-workers: 2
-"""
 
 
 class Terminal:
@@ -193,7 +181,7 @@ def test_a_sweep_ends_with_all_its_arms_and_goes_on(tmp_path, data_root, cvlab, 
 
     scenes10.load(data_root)
     (tmp_path / "s.yaml").write_text(SWEEP)
-    terminal = Terminal("sweep", tmp_path / "s.yaml", "--runs-dir", tmp_path / "runs")
+    terminal = Terminal("sweep", tmp_path / "s.yaml", "--workers", "2", "--runs-dir", tmp_path / "runs")
     run = tmp_path / "runs" / "latest"
     terminal.until(lambda: all(steps_of(arm) >= 10 for arm in run.glob("arms/*")) and list(run.glob("arms/*")))
     if end == "ctrl_c":

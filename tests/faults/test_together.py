@@ -10,20 +10,9 @@ import time
 import pytest
 
 from cvlab import rundir
+from tests.faults.texts import CONFIG, SWEEP
 
 pytestmark = pytest.mark.faults
-
-SWEEP = """experiment: sweep
-base:
-  experiment: classify
-  data: {name: scenes10, num_train: 100, val_fraction: 0.02}
-  model: {name: deep_convnet, filters: [4], pools: [0]}
-  optimizer: {name: adam, lr: 1e-2}
-  batch_size: 20
-  duration: {epochs: EPOCHS}
-  threads: 1
-grid: {optimizer.lr: [1e-2, 1e-3]}
-"""
 
 
 def start(*arguments):
@@ -39,21 +28,20 @@ def end(process):
 
 @pytest.fixture
 def sweep(tmp_path, data_root):
-    """Write a sweep of so many epochs and return its file."""
+    """Write a sweep and return its file."""
     from cvlab.data import scenes10
 
     scenes10.load(data_root)
 
-    def write(epochs, name="s"):
-        (tmp_path / f"{name}.yaml").write_text(SWEEP.replace("EPOCHS", str(epochs)))
-        return tmp_path / f"{name}.yaml"
-
-    return write
+    (tmp_path / "s.yaml").write_text(SWEEP)
+    return tmp_path / "s.yaml"
 
 
 def test_two_sweeps_at_once_do_not_mix(tmp_path, sweep):
     root = tmp_path / "runs"
-    both = [start("sweep", sweep(4 + k, f"s{k}"), "--runs-dir", root, "--json", "-q") for k in range(2)]
+    both = [
+        start("sweep", sweep, f"base.duration.epochs={4 + k}", "--runs-dir", root, "--json", "-q") for k in range(2)
+    ]
     found = []
     for process in both:
         out, err = process.communicate(timeout=120)
@@ -66,15 +54,15 @@ def test_two_sweeps_at_once_do_not_mix(tmp_path, sweep):
 
 
 def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
-    root, file = tmp_path / "runs", sweep(50)
-    first = start("sweep", file, "--runs-dir", root, "-q")
+    root, words = tmp_path / "runs", (sweep, "base.duration.epochs=50")
+    first = start("sweep", *words, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
     while not any(list(rundir.read_metrics(arm)) for arm in root.glob("latest/arms/*")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
     assert end(first)[0] == 143
-    both = [start("sweep", file, "--runs-dir", root, "-q") for _ in range(2)]
+    both = [start("sweep", *words, "--runs-dir", root, "-q") for _ in range(2)]
     ends = [end(process) for process in both]
     codes = sorted(code for code, _ in ends)
     assert codes in ([0, 5], [0, 0]), ends  # [0, 0]: the second saw a sweep that runs, and started one of its own
@@ -90,9 +78,7 @@ READERS = ("show latest", "compare latest latest --json", "report latest", "runs
 
 def test_everything_reads_while_a_run_writes(tmp_path, sweep):
     root = tmp_path / "runs"
-    (tmp_path / "c.yaml").write_text(
-        SWEEP.split("base:\n")[1].split("grid:")[0].replace("  ", "").replace("EPOCHS", "400")
-    )
+    (tmp_path / "c.yaml").write_text(CONFIG)
     writing = start("train", tmp_path / "c.yaml", "save_seconds=0", "log_every=1", "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
     while not (root / "latest" / "metrics.jsonl").exists():
