@@ -16,7 +16,6 @@ from cvlab.rundir import RunDir
 from cvlab.signals import StopRequest
 from cvlab.submit import POLL_SECONDS, TOKEN, Ended, Limits, Task
 
-ENDED = ("done", "unmet")
 MAY_HELP = (1, 137, 143)  # exit codes after which another try may end otherwise, besides death by a signal
 PRUNE_SECONDS = 1.0
 SAVE_SECONDS = 60.0  # how long arms may take to save and end when the sweep stops
@@ -29,7 +28,7 @@ def has_ended(arm: Path) -> bool:
     except CvlabError:
         return False
     pruned = status.get("status") == "interrupted" and rundir.read_prune(arm) is not None
-    return status.get("status") in ENDED or pruned or status.get("code") == DivergedError.code
+    return status.get("status") in rundir.ENDED or pruned or status.get("code") == DivergedError.code
 
 
 class Driver:

@@ -171,18 +171,6 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def largest(numbers: Sequence[int]) -> list[int]:
-    """Return the largest of each number over all processes."""
-    if world().size == 1:
-        return list(numbers)
-    import torch
-    import torch.distributed as dist
-
-    tensor = torch.tensor(numbers)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return [int(number) for number in tensor]
-
-
 def total(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """Return the sums over all processes, float64 on the CPU; a process that has nothing to add has no values."""
     if world().size == 1:

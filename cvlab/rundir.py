@@ -19,6 +19,7 @@ from cvlab.errors import RunDirError
 from cvlab.lock import RunLock, is_held
 
 STATES = ("running", "done", "failed", "interrupted", "unmet")
+ENDED = ("done", "unmet")  # those of a run that has its result
 PRUNE = "prune.txt"  # written by another program: why this run is to end before its time
 Row = dict[str, Any]
 

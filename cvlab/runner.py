@@ -27,7 +27,6 @@ from cvlab.schema import AnyConfig, DataBlock
 from cvlab.validation import SWEEP
 
 Result = dict[str, Any]
-ENDED = ("done", "unmet")
 
 
 def prepare(loaded: config.Loaded, policy: Policy) -> AnyConfig:
@@ -146,7 +145,7 @@ def processes_of(path: Path) -> int:
 
 def has_ended(path: Path) -> bool:
     """Whether a run has its result."""
-    return rundir.read_json(path / "status.json").get("status") in ENDED
+    return rundir.read_json(path / "status.json").get("status") in rundir.ENDED
 
 
 def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
@@ -159,7 +158,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
     with out.locked():
         status = parallel.from_main(lambda: rundir.read_json(path / "status.json").get("status"))
         has_begun = status is not None
-        if status in ENDED:
+        if status in rundir.ENDED:
             console.say(f"{path} has ended; nothing to resume")
             return result(path)
         chosen = config.load(str(source)).config

@@ -57,7 +57,7 @@ def test_one_process_is_alone(monkeypatch):
     assert parallel.world() == parallel.World() and parallel.is_main() and parallel.launch_id() is None
     batch = torch.arange(5)
     assert parallel.share(batch) is batch and parallel.concatenated(batch) is batch
-    assert parallel.gathered(3) == [3] and parallel.largest([1, 2]) == [1, 2] and parallel.from_main(lambda: 4) == 4
+    assert parallel.gathered(3) == [3] and parallel.from_main(lambda: 4) == 4
     assert parallel.total({"a": batch})["a"] is batch
     assert parallel.stop_wanted(None) is None and parallel.stop_wanted(15) == 15
     with parallel.joined():

@@ -61,7 +61,6 @@ def test_what_the_processes_agree_on(tmp_path):
     found = connected("agreement", tmp_path, 3)
     assert found == [found[0]] * 3
     assert found[0] == {
-        "largest": [2, 5],
         "from_main": "of 0",
         "gathered": [0, 1, 2],
         "concatenated": [0, 0, 1, 10, 2, 20],

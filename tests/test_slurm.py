@@ -16,6 +16,11 @@ BEGUN = "runs/2*/arms/*/metrics.jsonl"
 LOCAL = ("--on", "slurm", "--address", "local")
 
 
+def controller_of(run):
+    """Return the process of a job: its number is the job's."""
+    return next(int(path.name.partition("_")[0]) for path in run.glob("slurm/*_submitted.pkl"))
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -27,7 +32,7 @@ def test_a_job_that_is_preempted_goes_on(started_sweep, tmp_path):
     process = started_sweep("--fresh", *LOCAL, "--workers", "1")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
     run = (tmp_path / "runs" / "latest").resolve()
-    controller = next(int(path.name.partition("_")[0]) for path in run.glob("slurm/*_submitted.pkl"))
+    controller = controller_of(run)
     for job in children(controller):
         os.kill(job, signal.SIGUSR2)  # what Slurm sends before it takes the node away
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
@@ -42,7 +47,7 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
     process = started_sweep(*LOCAL, "--workers", "1")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
     run = (tmp_path / "runs" / "latest").resolve()
-    controller = next(int(path.name.partition("_")[0]) for path in run.glob("slurm/*_submitted.pkl"))
+    controller = controller_of(run)
     for pid in [controller, *children(controller)]:
         os.kill(pid, signal.SIGKILL)
     until(lambda: "ended without a result" in (run / "log.txt").read_text())
