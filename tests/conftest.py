@@ -36,9 +36,9 @@ def clean_environment(monkeypatch, tmp_path, data_root):
 @pytest.fixture(autouse=True)
 def few_sentences(monkeypatch):
     """Of the built-in set with sentences a few pictures are enough: all of it takes most of a minute."""
-    from cvlab.data import scene_sentences
+    from cvlab.experiments.captioning import scene_captions
 
-    monkeypatch.setattr(scene_sentences, "COUNTS", {"train": 12, "val": 4, "test": 4})
+    monkeypatch.setattr(scene_captions, "COUNTS", {"train": 12, "val": 4, "test": 4})
 
 
 @pytest.fixture
@@ -53,13 +53,13 @@ def real_cifar10(monkeypatch):
 @pytest.fixture
 def stopped_and_resumed(cvlab, monkeypatch):
     """Train once as it is and once stopped after its second step and resumed: the JSON of both runs."""
-    from cvlab import training
+    from cvlab.engine import trainer
     from cvlab.errors import StoppedError
 
     def both(*words):
         code, whole, err = cvlab("train", *words, "--json")
         assert code == 0, err
-        real = training.Session._pause
+        real = trainer.Session._pause
 
         def stopping(session, step, save_due):
             real(session, step, save_due)
@@ -67,7 +67,7 @@ def stopped_and_resumed(cvlab, monkeypatch):
                 raise StoppedError("stopped for a test", "", 130)
 
         with monkeypatch.context() as patch:
-            patch.setattr(training.Session, "_pause", stopping)
+            patch.setattr(trainer.Session, "_pause", stopping)
             assert cvlab("train", *words)[0] == 130
         code, again, err = cvlab("resume", "latest", "--json")
         assert code == 0 and "resumed step_" in err, err
@@ -84,11 +84,11 @@ def weights_digest(found):
 @pytest.fixture
 def cvlab(capsys):
     """Call a command line in this process: `code, out, err = cvlab("train", "quickstart")`."""
-    from cvlab import cli
+    from cvlab.cli import main
 
     def call(*arguments):
         capsys.readouterr()
-        code = cli.run_command_line([str(argument) for argument in arguments])
+        code = main.run_command_line([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

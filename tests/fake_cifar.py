@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from cvlab.data import cifar10
+from cvlab.experiments.classification.data import cifar10
 
 
 def batch(count, seed):

@@ -6,17 +6,17 @@ import re
 import pytest
 import torch
 
-from cvlab import config
+from cvlab.config import loading
 
-NAMES = config.shipped_names()
+NAMES = loading.shipped_names()
 COURSE_STYLES = ("style_composition_vii", "style_scream", "style_starry_night")  # need weights that have to be fetched
 STYLES = ("style", "style_sketch", "style_texture", "texture_synthesis", *COURSE_STYLES)
 PHOTOS = (
     *("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course"),
     *("feature_inversion", *STYLES, "detect", "caption"),
 )
-DETECTORS = [name for name in NAMES if config.load(name).config.experiment == "detector"]
-CAPTIONERS = [name for name in NAMES if config.load(name).config.experiment == "captioner"]
+DETECTORS = [name for name in NAMES if loading.load(name).config.experiment == "detector"]
+CAPTIONERS = [name for name in NAMES if loading.load(name).config.experiment == "captioner"]
 TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS)]
 STANDIN_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
@@ -24,12 +24,12 @@ STANDIN_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "l
 def verb(name):
     if name in PHOTOS:
         return "run"
-    return "sweep" if config.load(name).config.experiment == "sweep" else "train"
+    return "sweep" if loading.load(name).config.experiment == "sweep" else "train"
 
 
 def runs_of(name, folder):
     """Return what `cvlab train` takes: the configuration in each of its sizes, or the first and last arm of a sweep."""
-    loaded = config.load(name)
+    loaded = loading.load(name)
     if verb(name) == "train":
         return [[name, f"profile={profile}"] for profile in loaded.profiles] or [[name]]
     arms = loaded.config.arms()
@@ -44,7 +44,7 @@ def runs_of(name, folder):
 @pytest.mark.parametrize("name", NAMES)
 class TestEach:
     def test_header_says_what_it_shows_and_how_it_is_run(self, name):
-        text = (config.shipped_folder() / f"{name}.yaml").read_text()
+        text = (loading.shipped_folder() / f"{name}.yaml").read_text()
         header = [line for line in text.splitlines() if line.startswith("#")]
         assert re.match(r"# Shows: .{20,}", header[0])
         joined = "\n".join(header)
@@ -53,7 +53,7 @@ class TestEach:
         assert 10 <= len(text.splitlines()) <= 40
 
     def test_expectations_for_the_real_set_and_for_its_stand_in(self, name):
-        chosen = config.load(name).config
+        chosen = loading.load(name).config
         assert chosen.expect
         assert bool(chosen.expect_standin) == bool(getattr(chosen, "data", None) and chosen.data.standin)
 
@@ -110,7 +110,7 @@ def test_each_on_photos_does_what_it_expects(name, cvlab):
     short += ["layers=[blocks.0,blocks.3]"] if name == "feature_inversion" else []
     code, out, err = cvlab("run", name, "--json", *short)
     assert code == 0, err
-    assert json.loads(out)["results"] and config.load(name).config.expect
+    assert json.loads(out)["results"] and loading.load(name).config.expect
 
 
 def test_there_are_the_promised_ones():

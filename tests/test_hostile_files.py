@@ -18,12 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cvlab import checkpoint
-from cvlab.data import archive, boxfiles, boxsets, captions, photos, zipfiles
+from cvlab.data import captions, photos
 from cvlab.errors import CvlabError, DataError
+from cvlab.experiments.detection.data import annotations, dataset
+from cvlab.experiments.detection.models.darknet import Conv, read_darknet
 from cvlab.models import weights
-from cvlab.models.darknet import Conv, read_darknet
-from tests.test_boxsets import coco_set, voc_set, yolo_set
+from cvlab.runs import checkpoint
+from cvlab.storage import archives, zipfiles
+from tests.experiments.detection.data.test_dataset import coco_set, voc_set, yolo_set
 
 ODD = (
     *("", "-1", "0", "1e308", "-1e308", "nan", "Infinity", "9" * 400, "true", "null", "\0", "../../x", "/etc/passwd"),
@@ -138,7 +140,7 @@ def darknet(folder):
 
 
 def boxes(path):
-    found = boxsets.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
+    found = dataset.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
     for items in found.splits.values():
         for item in items:
             assert torch.isfinite(item.boxes_xyxy).all() and (item.boxes_xyxy >= 0).all()
@@ -153,7 +155,7 @@ def said(path):
 
 def photo(path):
     with contextlib.suppress(DataError):
-        boxfiles.header(path)
+        annotations.header(path)
     loaded = photos.load(path)
     assert loaded.mode == "RGB" and loaded.width * loaded.height <= photos.MAX_PIXELS
 
@@ -177,10 +179,10 @@ KINDS = {  # name -> how it is made, how it is read, cases; a maker returns what
     "yolo": (yolo_set, boxes, 200),
     "captions.csv": (captions_csv, said, 120),
     "captions.json": (captions_json, said, 120),
-    "tar": (tar_of(""), unpacked(archive.extract_tar), 100),
-    "tar.gz": (tar_of("gz"), unpacked(archive.extract_tar), 60),
-    "tar.xz": (tar_of("xz"), unpacked(archive.extract_tar), 60),
-    "tar.bz2": (tar_of("bz2"), unpacked(archive.extract_tar), 60),
+    "tar": (tar_of(""), unpacked(archives.extract_tar), 100),
+    "tar.gz": (tar_of("gz"), unpacked(archives.extract_tar), 60),
+    "tar.xz": (tar_of("xz"), unpacked(archives.extract_tar), 60),
+    "tar.bz2": (tar_of("bz2"), unpacked(archives.extract_tar), 60),
     "zip": (zip_of, unpacked(zipfiles.extract), 100),
     "safetensors": (safetensors, weights.read, 100),
     "pth": (pth, weights.read, 100),
@@ -245,5 +247,5 @@ def test_a_compressed_archive_that_is_damaged_inside(tmp_path, compression):
     raw[len(raw) // 2] ^= 255
     path.write_bytes(raw)
     assert "cannot be unpacked" in refusal(
-        lambda p: archive.extract_tar(p, p.parent / "o", max_bytes=9**9, max_members=9), path
+        lambda p: archives.extract_tar(p, p.parent / "o", max_bytes=9**9, max_members=9), path
     )

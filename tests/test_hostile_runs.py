@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from cvlab import rundir
 from cvlab.errors import CvlabError
-from cvlab.report import compare, html, overview, tables
-from cvlab.rundir import RunDir
+from cvlab.reports import compare, html, index, tables
+from cvlab.runs import run_dir
+from cvlab.runs.run_dir import RunDir
 
 FILES = ("config.yaml", "env.json", "status.json", "summary.json", "metrics.jsonl", "log.txt")
 ODD = (
@@ -106,7 +106,7 @@ def damage(path, draw):
 
 @pytest.mark.parametrize("seed", range(300))
 def test_whatever_is_in_its_files_a_run_is_listed_and_its_readers_raise_no_other_error(tmp_path, seed, capsys):
-    from cvlab import runner
+    from cvlab.api import run
 
     draw = random.Random(seed)
     path = tmp_path / "20261125-120000-x-0001"
@@ -114,15 +114,15 @@ def test_whatever_is_in_its_files_a_run_is_listed_and_its_readers_raise_no_other
     what = damage(path, draw)
     other = tmp_path / "20261125-120000-y-0002"
     write(other)
-    if rundir.is_run(path):
-        rows = overview.runs(tmp_path)
+    if run_dir.is_run(path):
+        rows = index.runs(tmp_path)
         assert [row["run"] for row in rows] == [path.name, other.name], what
         html.index_page(rows)
     for read in (
         lambda: html.run_page(path),
         lambda: html.comparison_page({"x": path, "y": other}),
         lambda: tables.show_comparison(compare.compare({"x": path, "y": other})),
-        lambda: tables.show_result(runner.result(path)),
+        lambda: tables.show_result(run.result(path)),
     ):
         try:
             read()
@@ -142,10 +142,10 @@ def test_runs_are_read_while_they_are_written(tmp_path):
             out.append({"step": number, "train_loss": 1.0})
             out.write_json("summary.json", SUMMARY)
             out.set_status("running", step=number)
-            html.write_index(tmp_path, overview.runs(tmp_path))
+            html.write_index(tmp_path, index.runs(tmp_path))
             number += 1
 
-    html.write_index(tmp_path, overview.runs(tmp_path))
+    html.write_index(tmp_path, index.runs(tmp_path))
     writers = [threading.Thread(target=writing) for _ in range(2)]
     for writer in writers:
         writer.start()

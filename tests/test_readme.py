@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cvlab import config, errors, rundir
+from cvlab import errors
+from cvlab.config import loading
+from cvlab.runs import run_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,10 +36,10 @@ def test_every_command_is_understood(command, cvlab):
         flags = [
             f"submit.{word[2:]}={arguments[k + 1]}" for k, word in enumerate(arguments) if word in ("--on", "--address")
         ]
-        assert config.load_sweep(arguments[1], [*flags, *(word for word in arguments[2:] if "=" in word)])
+        assert loading.load_sweep(arguments[1], [*flags, *(word for word in arguments[2:] if "=" in word)])
     if arguments[0] in ("train", "run"):
         overrides = [word for word in arguments[2:] if "=" in word]
-        assert config.load(str(ROOT / arguments[1]) if "/" in arguments[1] else arguments[1], overrides)
+        assert loading.load(str(ROOT / arguments[1]) if "/" in arguments[1] else arguments[1], overrides)
 
 
 def test_every_command_is_told_and_says_what_it_does(cvlab):
@@ -51,7 +53,7 @@ def test_every_command_is_told_and_says_what_it_does(cvlab):
 
 def test_the_example_is_the_shipped_configuration(tmp_path):
     (tmp_path / "cifar_bn.yaml").write_text(blocks("yaml")[0])
-    mine, shipped = (config.load(str(p)).config for p in (tmp_path / "cifar_bn.yaml", "cifar_bn"))
+    mine, shipped = (loading.load(str(p)).config for p in (tmp_path / "cifar_bn.yaml", "cifar_bn"))
     assert mine == shipped.model_copy(update={"expect_standin": ()}) or mine.to_yaml() == (
         shipped.model_copy(update={"expect_standin": ()}).to_yaml()
     )
@@ -59,22 +61,22 @@ def test_the_example_is_the_shipped_configuration(tmp_path):
 
 def test_the_example_of_a_sweep_has_the_arms_it_should(tmp_path):
     (tmp_path / "s.yaml").write_text(next(block for block in blocks("yaml") if "experiment: sweep" in block))
-    arms = config.load(str(tmp_path / "s.yaml")).config.arms()
+    arms = loading.load(str(tmp_path / "s.yaml")).config.arms()
     assert len(arms) == 12 and sum("clip_norm" in arm.raw for arm in arms) == 6
 
 
 def test_the_example_of_a_search_has_the_trials_it_says(tmp_path):
     example = next(block for block in blocks("yaml") if block.startswith("search:"))
     (tmp_path / "search.yaml").write_text("experiment: sweep\nbase: {from: cifar_bn}\n" + example)
-    assert config.load(str(tmp_path / "search.yaml")).config.search.trials == 50
+    assert loading.load(str(tmp_path / "search.yaml")).config.search.trials == 50
 
 
 def test_the_example_of_profiles_is_valid(tmp_path):
     block = next(block for block in blocks("yaml") if "profiles:" in block)
-    whole = config.load("cifar_60s", ["profile=small"]).config.to_yaml()
+    whole = loading.load("cifar_60s", ["profile=small"]).config.to_yaml()
     kept = [line for line in yaml.safe_load(whole).items() if line[0] not in ("duration", "profile", "profiles")]
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(dict(kept)) + block)
-    assert config.load(str(tmp_path / "p.yaml")).profiles["large"].config.augment.cutout_px == 12
+    assert loading.load(str(tmp_path / "p.yaml")).profiles["large"].config.augment.cutout_px == 12
 
 
 def test_the_exit_codes_are_those_of_the_errors():
@@ -84,12 +86,12 @@ def test_the_exit_codes_are_those_of_the_errors():
 
 
 def test_the_states_are_those_of_a_run():
-    assert " | ".join(rundir.STATES) in README
+    assert " | ".join(run_dir.STATES) in README
 
 
 def test_every_shipped_configuration_has_its_results():
     results = README.partition("## Results")[2].partition("\n## ")[0]
-    for name in config.shipped_names():
+    for name in loading.shipped_names():
         assert re.search(rf"^\| {name}( \(n=\d\))? \|", results, re.MULTILINE), name
 
 

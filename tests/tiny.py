@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cvlab import engine, training
-from cvlab.data.augment import Augmentation
-from cvlab.data.images import eval_batches, normalization
-from cvlab.data.selection import HardBatches
-from cvlab.jobs import Job, TrainConfig
-from cvlab.rundir import RunDir
+from cvlab.engine import loop, trainer
+from cvlab.engine.task import Job, TrainConfig
+from cvlab.experiments.classification.data.augment import Augmentation
+from cvlab.experiments.classification.data.hard_examples import HardBatches
+from cvlab.experiments.classification.data.images import eval_batches, normalization
+from cvlab.runs.run_dir import RunDir
 
 STEPS = 32
 
 
 def settings(optimizer="adamw", **more):
     """A configuration of the tiny training."""
-    from cvlab.optim import OPTIMIZERS, SCHEDULES
-    from cvlab.schema import part_type
+    from cvlab.config.schema import part_type
+    from cvlab.engine.optimizers import OPTIMIZERS, SCHEDULES
 
     def part(table, **arguments):
         name = arguments.pop("name")
@@ -50,14 +50,14 @@ def settings(optimizer="adamw", **more):
 
 def job(config, on_step=lambda step: None):
     """The job of the tiny training; `on_step(step)` is called before each step's batch is made."""
-    where = engine.compute("cpu", config.precision, config.threads)
+    where = loop.compute("cpu", config.precision, config.threads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
     normalize = normalization(images, "mean", where.dtype, where.device)
     arguments = (images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation("alternating", 1, 2))
     batches = HardBatches(*arguments, skip_easy=0.4)
-    engine.seed_everything(config.seed)
+    loop.seed_everything(config.seed)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(144, 3)
     ).to(where.dtype)
@@ -74,7 +74,7 @@ def job(config, on_step=lambda step: None):
         return {"loss": loss, "accuracy": right, "count": torch.tensor(len(batch[1]))}
 
     def evaluate(model):
-        found = engine.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, where)
+        found = loop.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, where)
         return {f"val_{name}": value for name, value in found.items()}
 
     def batch_at(step):
@@ -100,7 +100,7 @@ def train(path: Path, config=None, on_step=lambda step: None):
     path.mkdir(exist_ok=True)
     out = RunDir(path)
     with out.locked():
-        _, metrics = training.train(config, job(config, on_step), out)
+        _, metrics = trainer.train(config, job(config, on_step), out)
     return metrics, out.facts
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from cvlab import data, lookup
-from cvlab.data import Size, Source, scene_sentences, shuffle
+from cvlab import registry
+from cvlab.data import datasets, rng
+from cvlab.data.datasets import Size, Source
 from cvlab.errors import ConfigError, DataError
+from cvlab.experiments.captioning import scene_captions
 
 OWN = "captions"
 SPLITS = ("train", "val", "test")
@@ -118,7 +120,7 @@ def own(path: Path, val_fraction: float) -> CaptionSet:
     sentences = read_coco(path) if path.suffix == ".json" else read_csv(path)
     folders = [path.parent, path.parent / "images", path.parent / "Images", path.parent.parent / "images"]
     items = [Captioned(_place(name, folders, path), tuple(values)) for name, values in sentences.items()]
-    order = shuffle.permutation(SEED, 0, len(items), torch.device("cpu")).tolist()
+    order = rng.permutation(SEED, 0, len(items), torch.device("cpu")).tolist()
     num_val = max(int(bool(val_fraction)), round(len(items) * val_fraction))
     if num_val >= len(items):
         raise ConfigError(f"{path}: {len(items)} photos are too few to split", "a smaller val_fraction")
@@ -139,7 +141,7 @@ def _place(name: str, folders: Iterable[Path], listed: Path) -> Path:
 
 def scenes(root: Path) -> CaptionSet:
     """Return the built-in scenes with their sentences, generated at first use."""
-    folder = scene_sentences.SET.folder(root)
+    folder = scene_captions.SET.folder(root)
     splits: dict[str, list[Captioned]] = {split: [] for split in SPLITS}
     for name, sentences in read_csv(folder / "captions.csv").items():
         splits[name.partition("_")[0]].append(Captioned(folder / "images" / name, tuple(sentences)))
@@ -156,7 +158,7 @@ def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0
         return flickr8k(root)
     if name == "scene_sentences":
         return scenes(root)
-    raise lookup.unknown("set of photos with sentences", name, ("flickr8k", "scene_sentences", OWN))
+    raise registry.unknown("set of photos with sentences", name, ("flickr8k", "scene_sentences", OWN))
 
 
 def _summary(name: str, root: Path) -> str:
@@ -176,9 +178,9 @@ def _fetch_flickr8k(root: Path, origin: Path | None, patient: bool) -> None:
         )
     if not (origin / "captions.txt").is_file() or not (origin / "Images").is_dir():
         raise DataError(f"{origin}: not Flickr8k", "it needs captions.txt, Images and Flickr_8k.*Images.txt")
-    with data.scratch(root) as scratch:
+    with datasets.scratch(root) as scratch:
         shutil.copytree(origin, scratch / "flickr8k")
-        data.install(scratch / "flickr8k", root / "flickr8k")
+        datasets.install(scratch / "flickr8k", root / "flickr8k")
 
 
 FLICKR8K = Source(
@@ -197,15 +199,15 @@ SCENE_SENTENCES = Source(
     summary="3,500 generated pictures of 224x224 px with a sentence each; built in",
     licence="MIT, as cvlab",
     size=Size(
-        train_images=scene_sentences.COUNTS["train"],
-        test_images=scene_sentences.COUNTS["test"],
+        train_images=scene_captions.COUNTS["train"],
+        test_images=scene_captions.COUNTS["test"],
         image_px=224,
         channels=3,
         num_classes=1,
     ),
-    ready=scene_sentences.SET.ready,
+    ready=scene_captions.SET.ready,
     load=functools.partial(load, "scene_sentences"),
-    check=scene_sentences.SET.check,
+    check=scene_captions.SET.check,
     kind="captions",
 )
 CAPTIONS = Source(

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cvlab import console, data, durable
+from cvlab import console
+from cvlab.data import datasets
 from cvlab.errors import CvlabError, DataError
+from cvlab.storage import atomic
 
 SUMS = "sha256.json"
 HINT = "remove that folder; the next run generates it again"
@@ -64,7 +66,7 @@ class Generated:
                 file.flush()
                 os.fsync(file.fileno())
             digests[name] = hashlib.sha256(content).hexdigest()
-        durable.write_text(target / SUMS, json.dumps(digests))
+        atomic.write_text(target / SUMS, json.dumps(digests))
 
     def verify(self, kept: Path) -> int:
         """Compare every file of a folder with its checksum; return how many there are."""
@@ -79,7 +81,7 @@ class Generated:
 
     def _keep(self, root: Path) -> Path:
         """Generate the set beside its place, then move it there in one step."""
-        with data.scratch(root) as scratch:
+        with datasets.scratch(root) as scratch:
             made = scratch / self.folder_name
             self.write(made)
             target = root / self.folder_name
@@ -90,7 +92,7 @@ class Generated:
             except OSError:
                 if not self.ready(root):  # else another process was quicker, with the same pictures
                     raise
-            durable.sync_directory(root)
+            atomic.sync_directory(root)
             return target
 
     def _temporary(self) -> Path:

@@ -6,7 +6,7 @@
 import functools
 from collections import Counter
 
-from cvlab import compat, lookup
+from cvlab import _compat, registry
 from cvlab.errors import ConfigError
 
 NUM_CLASSES = 1000
@@ -16,13 +16,13 @@ SHOWN = 6  # candidates named in an error
 @functools.cache
 def synsets() -> tuple[str, ...]:
     """Return the WordNet ids in the order of the classes."""
-    return tuple(compat.timm_text("imagenet_synsets.txt").split())
+    return tuple(_compat.timm_text("imagenet_synsets.txt").split())
 
 
 @functools.cache
 def synonyms() -> tuple[tuple[str, ...], ...]:
     """Return the names of each class, the usual one first."""
-    lines = (line.partition("\t") for line in compat.timm_text("imagenet_synset_to_lemma.txt").splitlines())
+    lines = (line.partition("\t") for line in _compat.timm_text("imagenet_synset_to_lemma.txt").splitlines())
     lemmas = {wnid: names for wnid, _, names in lines}
     return tuple(tuple(name.strip() for name in lemmas[wnid].split(",")) for wnid in synsets())
 
@@ -82,7 +82,7 @@ def resolve(name: str) -> int:
     parts = [index for index, names in enumerate(synonyms()) if _has_word(names, wanted)]
     if parts:
         raise ConfigError(f"no class {name!r}", f"with this word: {_listed(parts)}")
-    close = lookup.nearest(wanted, _by_name())
+    close = registry.nearest(wanted, _by_name())
     hint = f"did you mean {close!r}?" if close else "give one of ImageNet's names, a number 0 to 999 or a WordNet id"
     raise ConfigError(f"no class {name!r}", hint)
 

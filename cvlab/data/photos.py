@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from cvlab import compat
+from cvlab import _compat
 from cvlab.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -36,7 +36,7 @@ def find(named: Iterable[str]) -> list[Path]:
     for name in named:
         path = Path(name)
         if name == SAMPLE:
-            found.append(compat.sample_photo())
+            found.append(_compat.sample_photo())
         elif "://" in name:
             raise DataError(f"{name}: addresses are not fetched", "save the photo and name its file")
         elif os.path.isdir(name):

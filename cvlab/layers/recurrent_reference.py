@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvlab.layers import attention as attending
-from cvlab.layers import recurrent, words
+from cvlab.layers import recurrent, sequence
 
 
 def rnn_step(x: Tensor, h: Tensor, wx: Tensor, wh: Tensor, b: Tensor) -> Tensor:
@@ -86,10 +86,10 @@ def examples() -> list[tuple[str, Any, tuple[Tensor, ...], Callable[..., Tensor]
         ("Attention, shared maps", attending.DotAttention, (some(2 * n, h), some(n, cells, h)), attention, 1e-8, ()),
         ("Attention LSTM, shared maps", attending.AttentionLSTM)
         + ((some(2 * n, t, d), some(n, cells, h), *looking), attention_lstm, 1e-7, ()),
-        ("Embedding", words.Embedding, (some(5, d), labels), lambda w, k: F.embedding(k, w), 1e-8, ()),
+        ("Embedding", sequence.Embedding, (some(5, d), labels), lambda w, k: F.embedding(k, w), 1e-8, ()),
         (
             "Temporal softmax",
-            words.TemporalSoftmax,
+            sequence.TemporalSoftmax,
             (some(2, 3, 5), labels),
             lambda scores, right: temporal_softmax(scores, right, 0),
             1e-7,

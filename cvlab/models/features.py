@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvlab import lookup
+from cvlab import registry
 from cvlab.errors import ConfigError
 from cvlab.models.pretrained import Pretrained
 
@@ -43,7 +43,7 @@ class Features:
         known = dict(model.net.net.named_modules())
         for name in self.names:
             if name not in known or not name:
-                raise lookup.unknown("layer", name, [key for key in known if key and key.count(".") < 2])
+                raise registry.unknown("layer", name, [key for key in known if key and key.count(".") < 2])
         self.modules = [known[name] for name in self.names]
         for module in model.net.modules():
             if getattr(module, "inplace", False):

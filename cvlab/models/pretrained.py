@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvlab import compat, lookup
+from cvlab import _compat, registry
 from cvlab.data import imagenet
 from cvlab.errors import ConfigError, DataError
 from cvlab.models import weights, zoo
@@ -77,7 +77,7 @@ def require_known(name: str) -> None:
     """Raise ConfigError unless a name has one of the forms that `build` takes."""
     prefix, colon, rest = name.partition(":")
     if name != DEFAULT and not (colon and prefix in PREFIXES and rest):
-        raise lookup.unknown("model", name, [DEFAULT, *(f"{prefix}:NAME" for prefix in PREFIXES)])
+        raise registry.unknown("model", name, [DEFAULT, *(f"{prefix}:NAME" for prefix in PREFIXES)])
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,7 +116,7 @@ def lite0(weights_file: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
 
     Its weights lie in the order of timm's, under other names.
     """
-    net = compat.timm().create_model("tf_efficientnet_lite0")
+    net = _compat.timm().create_model("tf_efficientnet_lite0")
     path = Path(weights_file) if weights_file else weights.lite0_file()
     given = weights.read(path)
     own = net.state_dict()
@@ -146,7 +146,7 @@ def _about_timm(about: Mapping[str, Any]) -> dict[str, Any]:
 def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
     extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     net = zoo.torchvision_model(name, num_classes=imagenet.NUM_CLASSES, **extra)
-    published = compat.torchvision().models.get_model_weights(name).DEFAULT
+    published = _compat.torchvision().models.get_model_weights(name).DEFAULT
     if "categories" not in published.meta or len(published.meta["categories"]) != imagenet.NUM_CLASSES:
         raise ConfigError(f"torchvision:{name}: not a classifier of ImageNet's classes", "name another model")
     _load(net, weights.locate_torchvision(name, published.url, weights_file))

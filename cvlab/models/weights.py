@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvlab import checkpoint, compat, data, durable
-from cvlab.data import download
+from cvlab import _compat
+from cvlab.data import datasets
 from cvlab.errors import ConfigError, CvlabError, DataError
+from cvlab.runs import checkpoint
+from cvlab.storage import atomic, download
 
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+\Z")  # torchvision and timm: the first digits of the sha256
@@ -43,7 +45,7 @@ PINNED = {
 
 def folder() -> Path:
     """Return the folder that weights are fetched to."""
-    return data.root() / "weights"
+    return datasets.root() / "weights"
 
 
 def lite0_file() -> Path:
@@ -174,13 +176,13 @@ def _require_allowed(name: str) -> None:
 def _source(name: str) -> tuple[str, Path]:
     prefix, _, rest = name.partition(":")
     if prefix == "torchvision":
-        models = compat.torchvision().models
+        models = _compat.torchvision().models
         if rest not in models.list_models(module=models):
             raise ConfigError(f"unknown torchvision model {rest!r}", "`cvlab models` says which there are")
         url = models.get_model_weights(rest).DEFAULT.url
         return url, folder() / Path(url).name
     if prefix == "timm":
-        about = compat.timm().get_pretrained_cfg(rest, allow_unregistered=True) if rest else None
+        about = _compat.timm().get_pretrained_cfg(rest, allow_unregistered=True) if rest else None
         if about is None or not (about.hf_hub_id or about.url):
             raise ConfigError(f"timm has no weights for {rest!r}", "give a name of timm.list_pretrained()")
         plain = about.to_dict()
@@ -193,6 +195,6 @@ def _install(origin: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with origin.open("rb") as file:
-            durable.write(target, lambda out: shutil.copyfileobj(file, out))
+            atomic.write(target, lambda out: shutil.copyfileobj(file, out))
     except OSError as error:
-        raise durable.disk_error(target, error, "free space, or choose another place with CVLAB_DATA") from error
+        raise atomic.disk_error(target, error, "free space, or choose another place with CVLAB_DATA") from error

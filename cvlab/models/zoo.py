@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import nn
 
-from cvlab import compat, lookup
+from cvlab import _compat, registry
 from cvlab.errors import ConfigError
 
 
 def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int | None = 10, **options: Any) -> nn.Module:
     """Build a model of timm (Wightman, 2019); other keys go to `timm.create_model`."""
-    timm = compat.timm()
+    timm = _compat.timm()
     known = timm.list_models()
     if model_name.partition(".")[0] not in known:  # behind the dot is the training that the weights come from
         raise _unknown("timm", model_name, known)
@@ -21,7 +21,7 @@ def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int | None
 
 def torchvision_model(model_name: str, *, num_classes: int = 10, **options: Any) -> nn.Module:
     """Build a model of torchvision; other keys go to its builder."""
-    models = compat.torchvision().models
+    models = _compat.torchvision().models
     known = models.list_models(module=models)
     if model_name not in known:
         raise _unknown("torchvision", model_name, known)
@@ -39,7 +39,7 @@ def _built(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
-    close = lookup.nearest(name, known)
+    close = registry.nearest(name, known)
     return ConfigError(
         f"unknown {kind} model {name!r}", f"did you mean {close!r}?" if close else f"{len(known)} are known to {kind}"
     )

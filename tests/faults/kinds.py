@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from tests.faults.server import RANDOM, corrupt_files, in_child, kill_after, wait  # isort: skip - first torch
+from tests.faults.server import RANDOM, in_child, kill_after, wait
+
+from tests.faults.server import corrupt_files  # isort: skip - first torch
 
 from PIL import Image
 
-from cvlab import checkpoint, cli, painting, rundir, training
-from cvlab.data import scene_sentences
+from cvlab.cli import main
+from cvlab.engine import image_optimizer, trainer
+from cvlab.experiments.captioning import scene_captions
+from cvlab.runs import checkpoint, run_dir
 from tests.faults.texts import CONFIG, READERS, WRITERS
 
 DETECTOR = (
@@ -65,7 +69,7 @@ UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_o
 
 def outcome(run):
     """Return what a run has come to, without what differs from time to time: metrics, results, pictures, weights."""
-    summary = rundir.read_summary(run)
+    summary = run_dir.read_summary(run)
     metrics = {name: value for name, value in summary["metrics"].items() if name not in UNTIMED}
     pictures = {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -87,9 +91,9 @@ def command_lines(folder):
     for k in range(3):
         Image.effect_noise((90 + 10 * k, 80), 60 + 20 * k).convert("RGB").save(photos / f"{k}.png")
     (folder / "sweep.yaml").write_text(SWEEP)
-    scene_sentences.COUNTS = {"train": 12, "val": 4, "test": 4}
-    training.SAVE_SHARE = painting.SAVE_SHARE = 0
-    initial = painting.Painting.__init__
+    scene_captions.COUNTS = {"train": 12, "val": 4, "test": 4}
+    trainer.SAVE_SHARE = image_optimizer.SAVE_SHARE = 0
+    initial = image_optimizer.Painting.__init__
     initial.__defaults__ = tuple(0.0 if value == 60.0 else value for value in initial.__defaults__)
     return {name: [word.replace("{folder}", str(folder)) for word in words] for name, words in KINDS.items()}
 
@@ -100,13 +104,13 @@ def kinds(folder, count):
     for name, arguments in command_lines(folder).items():
         whole, killed = folder / name / "whole", folder / name / "killed"
         began = time.monotonic()
-        assert wait(in_child(lambda a=arguments, r=whole: cli.main([*a, "--runs-dir", str(r), "-q"]))) == 0, name
+        assert wait(in_child(lambda a=arguments, r=whole: main.main([*a, "--runs-dir", str(r), "-q"]))) == 0, name
         seconds = time.monotonic() - began
         kills_done = 0
         while True:
             again = ["resume", "latest"] if (killed / "latest" / "config.yaml").is_file() else arguments
             shutil.rmtree(killed, ignore_errors=True) if again is arguments else None
-            pid = in_child(lambda a=again, r=killed: cli.main([*a, "--runs-dir", str(r), "-q"]))
+            pid = in_child(lambda a=again, r=killed: main.main([*a, "--runs-dir", str(r), "-q"]))
             if kills_done == count:
                 assert wait(pid) == 0, name
                 break
@@ -146,21 +150,21 @@ def small_disks(folder, count):
     for index, (name, arguments) in enumerate(command_lines(folder).items()):
         root = disk / "runs"
         _mount("size=1g", disk)
-        code, lines = _said(lambda a=arguments, r=root: cli.main([*a, "--runs-dir", str(r), "-q"]), said)
+        code, lines = _said(lambda a=arguments, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), said)
         assert code == 0, (name, lines)
         whole, used = outcome(root / "latest"), shutil.disk_usage(disk).used
         subprocess.run(["umount", str(disk)], check=True)
         for number in range(count):
             share = (number + (0.15, 0.5, 0.85)[index % 3]) / count
             _mount(f"size={max(8192, int(share * used))}", disk)
-            code, lines = _said(lambda a=arguments, r=root: cli.main([*a, "--runs-dir", str(r), "-q"]), said)
+            code, lines = _said(lambda a=arguments, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), said)
             entry = {"code": code, "errors": [line for line in lines if line.startswith("error:")]}
             entry["traceback"] = any("Traceback" in line for line in lines)
             latest = root / "latest"
             entry |= {"corrupt": corrupt_files(latest), "left": len(list(root.rglob(".*.tmp")))}
             subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
             again = ["resume", "latest"] if (latest / "config.yaml").is_file() else arguments
-            entry["resumed"], lines = _said(lambda a=again, r=root: cli.main([*a, "--runs-dir", str(r), "-q"]), said)
+            entry["resumed"], lines = _said(lambda a=again, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), said)
             entry["same"] = entry["resumed"] == 0 and outcome(root / "latest") == whole
             entry["why"] = "" if entry["same"] else lines[-3:]
             subprocess.run(["umount", str(disk)], check=True)
@@ -183,7 +187,7 @@ def read_only(folder, count):
                 os._exit(9)
 
         checkpoint.save = stopping
-        cli.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
+        main.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
 
     assert wait(in_child(train)) == 9
     subprocess.run(["mount", "--bind", str(root), str(root)], check=True)
@@ -191,7 +195,7 @@ def read_only(folder, count):
     found = {}
     for line in (*READERS, *WRITERS)[: count or None]:
         words = [word.replace("{folder}", str(folder)) for word in line.split()]
-        code, lines = _said(lambda a=words: cli.main([*a, "--runs-dir", str(root)]), said)
+        code, lines = _said(lambda a=words: main.main([*a, "--runs-dir", str(root)]), said)
         errors = [text for text in lines if text.startswith(("error:", "warning:"))]
         found[line] = {"code": code, "said": errors, "traceback": any("Traceback" in text for text in lines)}
     return found
@@ -208,7 +212,7 @@ def removed(folder, count):
         def work(arguments=arguments):
             descriptor = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 2)
-            cli.main(arguments)
+            main.main(arguments)
 
         pid = in_child(work)
         deadline = time.monotonic() + 60

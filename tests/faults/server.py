@@ -20,8 +20,10 @@ import torch._dynamo  # the first optimiser imports it: a second and a half that
 
 os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: the failpoints are compiled in
 
-from cvlab import checkpoint, cli, rundir, training  # noqa: E402
+from cvlab.cli import main  # noqa: E402
+from cvlab.engine import trainer
 from cvlab.errors import CheckpointError  # noqa: E402
+from cvlab.runs import checkpoint, run_dir
 from tests import tiny  # noqa: E402
 from tests.faults.texts import CONFIG  # noqa: E402
 
@@ -67,7 +69,7 @@ def train(path):
     """Train the tiny net, saving after every step, and leave its digest in a file."""
 
     def work():
-        training.SAVE_SHARE = 0
+        trainer.SAVE_SHARE = 0
         metrics, facts = tiny.train(path, tiny.settings(save_seconds=0.0))
         (path / "digest").write_text(json.dumps([facts, tiny.untimed(metrics), tiny.rows(path)]))
 
@@ -151,7 +153,7 @@ def naive(folder, count):
 def _wait_for_steps(root):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        rows = list(rundir.read_metrics(root / "latest"))
+        rows = list(run_dir.read_metrics(root / "latest"))
         if rows and rows[-1]["step"] >= 10:
             return
         time.sleep(0.01)
@@ -162,7 +164,7 @@ def _wait_for_step_after(run, step, pid):
     """Let a resumed run get on, then stop it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        rows = list(rundir.read_metrics(run))
+        rows = list(run_dir.read_metrics(run))
         resumed = "resumed step_" in (run / "log.txt").read_text()
         if resumed and rows and rows[-1]["step"] > step + 5:
             break
@@ -177,17 +179,17 @@ def signals(folder, count):
     for names in (("SIGTERM",), ("SIGUSR1",), ("SIGINT",), ("SIGINT", "SIGINT"), ("SIGKILL",))[:count]:
         root = folder / "-".join(names)
         arguments = ["--runs-dir", str(root), "--json", "-q"]
-        pid = in_child(lambda a=arguments: cli.main(["train", str(folder / "c.yaml"), *a]))
+        pid = in_child(lambda a=arguments: main.main(["train", str(folder / "c.yaml"), *a]))
         _wait_for_steps(root)
         for name in names:
             os.kill(pid, getattr(signal, name))
         code = wait(pid)
         run = root / "latest"
-        rows = list(rundir.read_metrics(run))
+        rows = list(run_dir.read_metrics(run))
         newest = checkpoint.steps(run / "checkpoints")[-1]
-        state = rundir.read_status(run)
+        state = run_dir.read_status(run)
         # A second run of the same command line finds the lock free and goes on.
-        again = in_child(lambda a=arguments: cli.main(["resume", "latest", *a]))
+        again = in_child(lambda a=arguments: main.main(["resume", "latest", *a]))
         _wait_for_step_after(run, newest, again)
         found["-".join(names)] = {
             "code": code,
@@ -214,9 +216,9 @@ def disk_full(folder, count):
             return save(place, step, state, is_best)
 
         checkpoint.save = filling
-        training.SAVE_SHARE = 0
+        trainer.SAVE_SHARE = 0
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        cli.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
+        main.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
 
     code = wait(in_child(work))
     run = root / "latest"
@@ -225,7 +227,7 @@ def disk_full(folder, count):
         "corrupt": corrupt_files(run),
         "saved": checkpoint.steps(run / "checkpoints"),
         "left": len(list(run.resolve().rglob(".*.tmp"))),
-        "status": rundir.read_status(run)["status"],
+        "status": run_dir.read_status(run)["status"],
     }
 
 

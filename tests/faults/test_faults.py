@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cvlab import fault_check
+from cvlab.api import fault_check
 from tests.faults.texts import WRITERS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,7 +59,7 @@ def test_kill_inside_a_save(tmp_path, count):
 
 @pytest.fixture
 def scenes(data_root):
-    from cvlab.data import scenes10
+    from cvlab.experiments.classification.data import scenes10
 
     scenes10.load(data_root)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cvlab import checkpoint, rundir
+from cvlab.runs import checkpoint, run_dir
 from tests.faults.texts import CONFIG, SWEEP
 
 CTRL_C, CTRL_BACKSLASH = b"\x03", b"\x1c"
@@ -80,7 +80,7 @@ class Terminal:
 
 def steps_of(run):
     with contextlib.suppress(Exception):
-        rows = list(rundir.read_metrics(run))
+        rows = list(run_dir.read_metrics(run))
         return rows[-1]["step"] if rows else 0
     return 0
 
@@ -88,7 +88,7 @@ def steps_of(run):
 @pytest.fixture
 def training(tmp_path, data_root):
     """Start a training on a terminal, ten steps on its way; give it and its run directory."""
-    from cvlab.data import scenes10
+    from cvlab.experiments.classification.data import scenes10
 
     scenes10.load(data_root)
     (tmp_path / "c.yaml").write_text(CONFIG)
@@ -118,7 +118,7 @@ def test_ctrl_c_saves_says_so_and_leaves_the_terminal_as_it_was(training):
     assert b"checkpoint saved; cvlab resume" in terminal.shown and b"Traceback" not in terminal.shown
     hidden, shown = terminal.shown.rfind(b"\x1b[?25l"), terminal.shown.rfind(SHOW_CURSOR)
     assert hidden < shown, "the cursor is seen again"
-    assert rundir.read_status(run)["status"] == "interrupted" and terminal.group() == []
+    assert run_dir.read_status(run)["status"] == "interrupted" and terminal.group() == []
 
 
 @pytest.mark.faults
@@ -135,7 +135,7 @@ def test_a_closed_terminal_is_a_request_to_save(training):
     terminal, run = training()
     terminal.hang_up()
     assert terminal.wait() == 143 and saved_all(run)
-    state = rundir.read_status(run)
+    state = run_dir.read_status(run)
     assert state["status"] == "interrupted" and "SIGHUP" in state["error"]
 
 
@@ -157,7 +157,7 @@ def test_quit_is_a_kill(training, cvlab):
     terminal, run = training()
     terminal.type(CTRL_BACKSLASH)
     assert terminal.wait() == -signal.SIGQUIT
-    assert rundir.read_status(run)["status"] == "interrupted" and checkpoint.newest(run / "checkpoints", print)
+    assert run_dir.read_status(run)["status"] == "interrupted" and checkpoint.newest(run / "checkpoints", print)
 
 
 @pytest.mark.faults
@@ -177,7 +177,7 @@ def test_stopped_and_continued_by_job_control(training):
 @pytest.mark.faults
 @pytest.mark.parametrize("end", ["ctrl_c", "hang_up", "kill"])
 def test_a_sweep_ends_with_all_its_arms_and_goes_on(tmp_path, data_root, cvlab, end):
-    from cvlab.data import scenes10
+    from cvlab.experiments.classification.data import scenes10
 
     scenes10.load(data_root)
     (tmp_path / "s.yaml").write_text(SWEEP)
@@ -199,5 +199,5 @@ def test_a_sweep_ends_with_all_its_arms_and_goes_on(tmp_path, data_root, cvlab, 
         time.sleep(0.05)
     arms = sorted(run.glob("arms/*"))
     assert len(arms) == 2 and all(saved_all(arm) for arm in arms)
-    assert {rundir.read_status(arm)["status"] for arm in arms} == {"interrupted"}
-    assert rundir.read_status(run)["status"] == "interrupted"
+    assert {run_dir.read_status(arm)["status"] for arm in arms} == {"interrupted"}
+    assert run_dir.read_status(run)["status"] == "interrupted"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cvlab import rundir
+from cvlab.runs import run_dir
 from tests.faults.texts import CONFIG, SWEEP
 
 pytestmark = pytest.mark.faults
@@ -29,7 +29,7 @@ def end(process):
 @pytest.fixture
 def sweep(tmp_path, data_root):
     """Write a sweep and return its file."""
-    from cvlab.data import scenes10
+    from cvlab.experiments.classification.data import scenes10
 
     scenes10.load(data_root)
 
@@ -57,7 +57,7 @@ def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
     root, words = tmp_path / "runs", (sweep, "base.duration.epochs=50")
     first = start("sweep", *words, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
-    while not any(list(rundir.read_metrics(arm)) for arm in root.glob("latest/arms/*")):
+    while not any(list(run_dir.read_metrics(arm)) for arm in root.glob("latest/arms/*")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
@@ -69,7 +69,7 @@ def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
     for code, said in ends:
         assert "Traceback" not in said
         assert code == 0 or "already running" in said
-    status = [rundir.read_status(run)["status"] for run in rundir.list_runs(root)]
+    status = [run_dir.read_status(run)["status"] for run in run_dir.list_runs(root)]
     assert status == ["done"] * (1 if codes == [0, 5] else 2)
 
 

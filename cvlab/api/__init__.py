@@ -1,0 +1,4 @@
+"""One function for each command, usable from Python: plain dictionaries out.
+
+May import everything but `bench` and `cli`.
+"""

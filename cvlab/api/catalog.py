@@ -1,0 +1,138 @@
+"""What the looking commands show, as plain dictionaries."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cvlab import console, registry
+from cvlab.config import loading
+from cvlab.config.schema import Part, Table, part_type, tables_of
+from cvlab.data import datasets
+from cvlab.errors import DataError
+from cvlab.reports import compare as comparing
+from cvlab.runs import run_dir
+from cvlab.storage import atomic
+
+Row = dict[str, Any]
+
+
+def show(path: Path) -> Row:
+    """Return one run: status, configuration, metrics, expectations, files."""
+    from cvlab.api import run
+
+    return {**run.result(path), "ok": True, "config": comparing.read_config(path)}
+
+
+def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) -> list[str]:
+    """Write compare.csv, compare.json and compare.png into a folder; return their paths."""
+    from cvlab.reports import plots
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise atomic.disk_error(folder, error, "name a folder with --out") from error
+    atomic.write_text(folder / "compare.csv", comparing.to_csv(comparison))
+    atomic.write_text(folder / "compare.json", json.dumps(run_dir.plain(comparison), indent=2) + "\n")
+    picture = plots.draw_comparison(runs)
+    atomic.write(folder / "compare.png", lambda file: file.write(picture))
+    return [str(folder / name) for name in ("compare.csv", "compare.json", "compare.png")]
+
+
+def shipped() -> list[Row]:
+    """Return the shipped configurations with the first line of their header."""
+    found = []
+    for name in loading.shipped_names():
+        text = (loading.shipped_folder() / f"{name}.yaml").read_text()
+        first = next((line for line in text.splitlines() if line.startswith("#")), "#")
+        found.append({"name": name, "shows": first.lstrip("# ").removeprefix("Shows: ")})
+    return found
+
+
+def experiment_lines() -> dict[str, str]:
+    """Return each experiment with the first line of its docstring."""
+    return {
+        name: (registry.get_experiment(name).__doc__ or "").partition("\n")[0] for name in registry.experiment_names()
+    }
+
+
+def model_lines() -> list[Row]:
+    """Return each model with the keys that a YAML may set."""
+    from cvlab.experiments.classification.models import registry as model_registry
+
+    rows = []
+    for name in model_registry.MODELS:
+        made = part_type(model_registry.TABLE, name, model_registry.find(name, Path()))
+        keys = [key if info.is_required() else f"{key}={info.default}" for key, info in made.model_fields.items()]
+        rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": made.__doc__})
+    rows += [
+        {"name": f"{p}:NAME", "keys": "those of its builder", "summary": f"any model of {p}"}
+        for p in model_registry.PREFIXES
+    ]
+    return [*rows, {"name": "./file.py:Name", "keys": "its own", "summary": "your own class or function"}]
+
+
+def data_lines() -> list[Row]:
+    """Return each data set with its state."""
+    rows = []
+    for name in datasets.SETS:
+        source = datasets.find(name)
+        state = source.state(datasets.root())
+        rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.licence})
+    return rows
+
+
+def fetch(name: str, origin: Path | None) -> Row:
+    """Get a data set and check it."""
+    from cvlab.storage import download
+
+    source, root = datasets.find(name), datasets.root()
+    if source.fetch is not None and (origin is not None or not _is_whole(source, root)):
+        if origin is None and not download.allowed():
+            raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
+        source.fetch(root, origin, True)
+    elif source.builtin:
+        source.load(root)
+    return {"ok": True, "name": name, "root": str(root), "found": source.check(root)}
+
+
+def _is_whole(source: datasets.Source, root: Path) -> bool:
+    if not source.ready(root):
+        return False
+    try:
+        source.check(root)
+    except DataError as error:
+        console.say(f"{error.message}; fetching it again")
+        return False
+    return True
+
+
+def check(name: str | None) -> Row:
+    """Verify one data set, or all that are on the disk."""
+    root = datasets.root()
+    names = [name] if name else [known for known in datasets.SETS if datasets.find(known).ready(root)]
+    return {known: datasets.find(known).check(root) for known in names}
+
+
+def json_schema() -> Row:
+    """Return a JSON Schema of every configuration, for editors: one branch per experiment."""
+    branches: list[Row] = []
+    definitions: Row = {}
+    for name in registry.experiment_names():
+        config_type = registry.get_experiment(name).Config
+        schema = config_type.model_json_schema()
+        schema["properties"]["experiment"] = {"const": name}
+        for key, table in tables_of(config_type).items():
+            options = [_block_schema(table, known) for known in table.names]
+            schema["properties"][key] = {"anyOf": [*options, {"properties": {"name": {"pattern": "[:]"}}}]}
+        definitions |= schema.pop("$defs", {})
+        branches.append(schema)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cvlab configuration"}
+    return {**head, "$defs": definitions, "anyOf": branches}
+
+
+def _block_schema(table: Table, name: str) -> Row:
+    made: type[Part] = part_type(table, name, table.find(name, Path()))
+    schema = made.model_json_schema()
+    schema["required"] = sorted({*schema.get("required", []), "name"})
+    return schema

@@ -1,0 +1,109 @@
+"""`cvlab doctor`: what this machine has, and whether everything cvlab needs works here."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cvlab import __version__, console
+from cvlab.api import fault_check
+from cvlab.config import loading
+from cvlab.data import datasets
+from cvlab.runs import run_dir
+
+Check = tuple[str, bool, str]
+
+
+def _python() -> str:
+    import platform
+
+    return f"Python {platform.python_version()}, {platform.platform()}"
+
+
+def _torch() -> str:
+    import torch
+
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _torchvision() -> str:
+    from cvlab import _compat
+
+    return f"torchvision {_compat.torchvision().__version__}, timm {_compat.timm().__version__}"
+
+
+def _devices() -> str:
+    import torch
+
+    from cvlab.engine import loop
+
+    names = [f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())]
+    where = loop.compute()
+    return f"{', '.join(names) or 'no GPU'}; auto means {where.device} in {where.precision}"
+
+
+def _speed() -> str:
+    import torch
+
+    matrix = torch.randn(1024, 1024)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - began)
+    return f"{2 * 1024**3 / min(times) / 1e9:.0f} GFLOP/s in float32 matrix products on the CPU"
+
+
+def _disk(folder: Path) -> str:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is not a folder")
+    with tempfile.NamedTemporaryFile(dir=existing) as file:
+        began = time.perf_counter()
+        file.write(os.urandom(2**20))
+        file.flush()
+        os.fsync(file.fileno())
+        milliseconds = 1000 * (time.perf_counter() - began)
+    free = shutil.disk_usage(existing).free
+    return f"{folder}: writable, {console.bytes_text(free)} free, 1 MiB is durable after {milliseconds:.1f} ms"
+
+
+def _data() -> str:
+    states = [f"{name} {datasets.find(name).state(datasets.root())}" for name in datasets.SETS]
+    return f"{datasets.root()}: {', '.join(states)}"
+
+
+def _configs() -> str:
+    for name in loading.shipped_names():
+        loading.load(str(loading.shipped_folder() / f"{name}.yaml"))
+    return f"{len(loading.shipped_names())} shipped configurations, all valid"
+
+
+def examine(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
+    """Run every check; return `{"ok", "checks": [{"name", "ok", "found"}]}`. With `faults` kill a training, too."""
+    checks: dict[str, Callable[[], str]] = {
+        "cvlab": lambda: f"cvlab {__version__} in {Path(__file__).parent.parent}",
+        "python": _python,
+        "torch": _torch,
+        "torchvision": _torchvision,
+        "devices": _devices,
+        "speed": _speed,
+        "configurations": _configs,
+        "runs": lambda: _disk(run_dir.runs_root(runs_dir)),
+        "data": _data,
+        "data disk": lambda: _disk(datasets.root()),
+    }
+    found = [_examine_one(name, check) for name, check in checks.items()]
+    if faults:
+        found += fault_check.run(run_dir.runs_root(runs_dir))
+    return {"ok": all(ok for _, ok, _ in found), "checks": [{"name": n, "ok": ok, "found": t} for n, ok, t in found]}
+
+
+def _examine_one(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return name, True, check()
+    except Exception as error:  # whatever is broken is what is to be shown
+        return name, False, f"{type(error).__name__}: {error}"

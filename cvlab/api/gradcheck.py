@@ -1,0 +1,115 @@
+"""`cvlab gradcheck`: every hand-written layer, loss, update rule and whole net, or the user's own layer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cvlab import registry
+from cvlab.engine import optimizers
+from cvlab.experiments.classification.models.convnet import deep_convnet, three_layer_convnet
+from cvlab.experiments.classification.models.mlp import fc_net
+from cvlab.experiments.classification.models.resnet import preact_resnet
+from cvlab.layers import gradcheck
+from cvlab.layers.gradcheck import Verdict
+from cvlab.layers.init import initialise
+from cvlab.layers.modules import MANUAL, MANUAL_ALT
+
+KAIMING = "Kaiming initialisation"
+UPDATES: dict[str, tuple[str, dict[str, float]]] = {
+    "SGD": ("sgd", {"lr": 0.1}),
+    "SGD, momentum": ("sgd", {"lr": 0.1, "momentum": 0.9}),
+    "RMSProp": ("rmsprop", {"lr": 0.1}),
+    "Adam": ("adam", {"lr": 0.1}),
+}
+
+
+def _nets(layers: Any) -> dict[str, nn.Module]:
+    """Build small nets of each family from a namespace of layers, for 2-channel pictures of 6 px."""
+    shape: dict[str, Any] = {"in_channels": 2, "image_size": 6, "num_classes": 3, "layers": layers}
+    return {
+        "fc_net": fc_net(hidden=(7, 6), weight_scale=0.5, **shape),
+        "three_layer_convnet": three_layer_convnet(3, 3, 5, weight_scale=0.5, **shape),
+        "deep_convnet": deep_convnet(filters=(3, 4), pools=(0,), **shape),
+        "deep_convnet, BatchNorm": deep_convnet(filters=(3, 4), pools=(1,), batchnorm=True, **shape),
+        "preact_resnet, BatchNorm": preact_resnet(stem=2, stages=((2, 1), (3, 1)), **shape),
+    }
+
+
+def _check_nets(wanted: Sequence[str] | None) -> list[Verdict]:
+    images, labels = torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
+    theirs, found = _nets(nn), []
+    for suffix, layers in (("", MANUAL), (", simplified", MANUAL_ALT)):
+        for name, mine in _nets(layers).items():
+            simplified = suffix and "BatchNorm" not in name
+            if not simplified and (wanted is None or name + suffix in wanted):
+                found.append(gradcheck.check_net(name + suffix, mine, theirs[name], images, labels))
+    return found
+
+
+def _check_update(name: str) -> Verdict:
+    """Compare ten steps of a hand-written update rule with torch.optim's, on the same random gradients."""
+    kind, settings = UPDATES[name]
+    mine = nn.Parameter(torch.randn(20, dtype=torch.float64))
+    theirs = nn.Parameter(mine.detach().clone())
+    by_hand = registry.import_name(optimizers.OPTIMIZERS.names[f"manual_{kind}"])([mine], **settings)
+    library = registry.import_name(optimizers.OPTIMIZERS.names[kind])([theirs], **settings)
+    for _ in range(10):
+        mine.grad = torch.randn_like(mine)
+        theirs.grad = mine.grad.clone()
+        by_hand.step()
+        library.step()
+    error = gradcheck.relative_error(mine.detach(), theirs.detach())
+    return Verdict(name, None, error, gradcheck.TORCH_TOLERANCE)
+
+
+def _check_kaiming() -> Verdict:
+    """Send noise through 20 linear layers and ReLUs: each must keep its mean square, so that depth changes nothing.
+
+    He et al., 2015, section 2.2. The error is that of the mean gain per layer; without the factor 2 it is 0.5.
+    """
+    width, depth = 512, 20
+    x = torch.randn(64, width)
+    start = x.square().mean()
+    for _ in range(depth):
+        x = initialise(nn.Linear(width, width), "kaiming", before_relu=True)(x).relu()
+    gain = (x.square().mean() / start).item() ** (1 / depth)
+    return Verdict(KAIMING, abs(gain - 1), None, 0.1)
+
+
+def run(names: Sequence[str], seed: int) -> dict[str, Any]:
+    """Check the layers and nets called `names`, all where there are none; `./file.py:Name` is the user's own layer.
+
+    Returns `{"ok", "checks": [{"name", "numeric_error", "torch_error", "tolerance", "ok"}]}`.
+    """
+    torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+    try:
+        verdicts = _check_named(names) + _check_nets(names or None)
+    finally:
+        torch.set_num_threads(threads)
+    rows = [vars(verdict) | {"ok": verdict.ok} for verdict in verdicts]
+    return {"ok": all(verdict.ok for verdict in verdicts), "checks": rows}
+
+
+def _check_named(names: Sequence[str]) -> list[Verdict]:
+    """Check everything but the nets."""
+    cases = {case.name: case for case in gradcheck.cases()}
+    nets = list(_nets(nn))
+    known = [*cases, *nets, *(f"{net}, simplified" for net in nets if "BatchNorm" in net), *UPDATES, KAIMING]
+    verdicts = []
+    for name in names or (*cases, *UPDATES, KAIMING):
+        if registry.is_user_file(name):
+            verdicts.append(gradcheck.check(gradcheck.user_case(name, registry.import_user_object(name, Path()))))
+        elif name in cases:
+            verdicts.append(gradcheck.check(cases[name]))
+        elif name in UPDATES:
+            verdicts.append(_check_update(name))
+        elif name == KAIMING:
+            verdicts.append(_check_kaiming())
+        elif name not in known:
+            raise registry.unknown("layer", name, known)
+    return verdicts

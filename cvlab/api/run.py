@@ -1,0 +1,266 @@
+"""From a valid configuration to a finished run directory: start, resume, judge, summarise."""
+
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from cvlab import console, registry
+from cvlab.config import expectations, loading, strict_yaml
+from cvlab.config.schema import AnyConfig, DataBlock
+from cvlab.config.validation import SWEEP
+from cvlab.data import datasets
+from cvlab.data.resolve import Policy, label, settle
+from cvlab.distributed import process_group
+from cvlab.errors import ConfigError, CvlabError, StoppedError
+from cvlab.runs import run_dir, user_code
+from cvlab.runs.environment import environment
+from cvlab.runs.follower import Follower
+from cvlab.runs.run_dir import RunDir
+from cvlab.sweeps import arms
+
+Result = dict[str, Any]
+
+
+def prepare(loaded: loading.Loaded, policy: Policy) -> AnyConfig:
+    """Settle which data and which size the run uses; of a sweep also the sets that it varies, without stand-ins."""
+    chosen = loaded.config
+    block = data_of(chosen)
+    settled = settle(block, policy) if block is not None else None
+    if loaded.profiles and settled is not None:
+        from cvlab.experiments.classification import throughput
+
+        chosen = throughput.choose_profile(loaded, settled)
+    elif settled is not None and settled is not block:
+        chosen = chosen.with_data(settled)
+    if chosen.experiment == SWEEP:
+        strict_yaml.parse(chosen.to_yaml(), f"{loaded.source}, with all that is given,")  # or no resume could read it
+        arms.settle_data(chosen, loaded.base, policy)
+    return chosen
+
+
+def data_of(chosen: AnyConfig) -> DataBlock | None:
+    """Return a configuration's data block, where it has one."""
+    return getattr(chosen, "data", None)
+
+
+def used_data(chosen: AnyConfig) -> str | None:
+    """Say which data a run uses."""
+    block = data_of(chosen)
+    return label(block) if block is not None else None
+
+
+def plan(loaded: loading.Loaded, root: Path) -> Result:
+    """Say what a run would do, with the data it names; nothing is written and no socket opened."""
+    chosen = loaded.config
+    experiment = registry.get_experiment(chosen.experiment)
+    block = data_of(chosen)
+    used = _data_plan(block) if block is not None else {}
+    return {
+        "ok": True,
+        "experiment": chosen.experiment,
+        "config": str(loaded.source),
+        **used,
+        **experiment.plan(chosen, loaded.base),
+        **({"profile": f"measured at the start: {', '.join(loaded.profiles)}"} if loaded.profiles else {}),
+        "run": str(root / f"<time>-{chosen.name}-<id>"),
+        "expect": list(rules(chosen)),
+    }
+
+
+def _data_plan(block: Any) -> Result:
+    source = None if registry.is_user_file(block.name) else datasets.find(block.name)
+    ready = source is None or source.builtin or source.ready(datasets.root())
+    missing = {} if ready else {"standin": block.standin, "to get it": f"cvlab data fetch {block.name}"}
+    return {"data": label(block), "data_root": str(datasets.root()), "data_ready": ready, **missing}
+
+
+def start(loaded: loading.Loaded, policy: Policy, root: Path) -> Result:
+    """Run a configuration in a new run directory and return its result; of a sweep, all arms."""
+    chosen = prepare(loaded, policy)
+    out = _created(chosen, loaded, root)
+    with out.locked():
+        chosen = _written(chosen, loaded, out)
+        return _execute(chosen, out)
+
+
+def make(loaded: loading.Loaded, policy: Policy, root: Path, processes: int) -> Path:
+    """Make the run directory of a training in several processes, and return it; each of them then resumes it.
+
+    ConfigError for an experiment that does not train, or a batch that they cannot share.
+    """
+    require_processes(loaded, processes)
+    chosen = prepare(loaded, policy)
+    if getattr(chosen, "threads", None) is None:
+        here = process_group.world().local_size if process_group.world().size > 1 else processes
+        chosen = chosen.model_copy(update={"threads": process_group.threads_each(here)})
+    out = _created(chosen, loaded, root)
+    with out.locked():
+        _written(chosen, loaded, out, processes)
+    return out.path
+
+
+def _created(chosen: AnyConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+    block = data_of(chosen)
+    if block is None or not registry.is_user_file(block.name):
+        registry.get_experiment(chosen.experiment).plan(
+            chosen, loaded.base
+        )  # what cannot work is refused before it exists
+    return run_dir.create(root, chosen.name, console.say)
+
+
+def _written(chosen: AnyConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1) -> AnyConfig:
+    """Write what a run begins with, and return its configuration, which names nothing outside its folder."""
+    if chosen.experiment == SWEEP:
+        arms.make(chosen, loaded.base, out)
+        chosen = user_code.contained(chosen)
+    else:
+        chosen = user_code.bring(chosen, loaded.base, out.path)
+        _pin_threads(getattr(chosen, "threads", None))
+    out.write_text("config.yaml", chosen.to_yaml())
+    launched = {"processes": processes, "launch": process_group.launch_id()}
+    out.write_json("env.json", environment() | launched | {"provenance": dict(loaded.provenance)})
+    return chosen
+
+
+def require_processes(loaded: loading.Loaded, processes: int) -> None:
+    """Raise ConfigError unless a configuration trains, and so many processes can share its batches."""
+    from cvlab.engine.task import TrainConfig
+
+    if not isinstance(loaded.config, TrainConfig):
+        raise ConfigError(f"{loaded.source}: {loaded.config.experiment} runs in one process", "leave --nproc out")
+    loaded.config.require_shares(processes)
+
+
+def processes_of(path: Path) -> int:
+    """Return in how many processes a run was begun."""
+    count = run_dir.read_json(path / "env.json").get("processes", 1)
+    return count if isinstance(count, int) else 1
+
+
+def has_ended(path: Path) -> bool:
+    """Whether a run has its result."""
+    return run_dir.read_json(path / "status.json").get("status") in run_dir.ENDED
+
+
+def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
+    """Go on with a run from its newest checkpoint; a run that has ended is only reported.
+
+    `changed` are keys that may differ from when it was started, because the result does not depend on them.
+    """
+    out = RunDir(path, console.say) if process_group.is_main() else Follower(path)
+    source = run_dir.config_file(path)
+    with out.locked():
+        status = process_group.from_main(lambda: run_dir.read_json(path / "status.json").get("status"))
+        has_begun = status is not None
+        if status in run_dir.ENDED:
+            console.say(f"{path} has ended; nothing to resume")
+            return result(path)
+        chosen = loading.load(str(source)).config
+        if changed:
+            chosen = chosen.model_copy(update=changed)
+            out.write_text("config.yaml", chosen.to_yaml())
+        saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
+        if has_begun and not saved and chosen.experiment != SWEEP:
+            out.log("nothing was saved before it stopped: it starts from the beginning")
+        env = process_group.from_main(lambda: run_dir.read_json(path / "env.json"))
+        _pin_threads(env.get("threads"))
+        again = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
+        out.write_json("env.json", env | again)
+        return _execute(chosen, out)
+
+
+def _pin_threads(count: int | None) -> None:
+    """Use the number of threads that a run is to have: with another its results differ in the last bits."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def _execute(chosen: AnyConfig, out: RunDir) -> Result:
+    """Run the experiment under the lock; whatever ends it is written to status.json."""
+    out.log(f"run directory {out.path}")
+    used = used_data(chosen)
+    out.set_status("running", experiment=chosen.experiment, data=used)
+    began = time.monotonic()
+    module = registry.get_experiment(chosen.experiment)
+    try:
+        metrics = module.run(chosen, out, arms.add) if chosen.experiment == SWEEP else module.run(chosen, out)
+    except BaseException as error:
+        _record_failure(out, error)
+        if isinstance(error, CvlabError):
+            error.run = str(out.path)
+        raise
+    if not process_group.is_main():
+        return {}
+    settings = module.settings(chosen, out) if chosen.experiment == SWEEP else ()
+    verdicts = expectations.judge(rules(chosen), metrics, settings)
+    status = "done" if all(verdict["met"] for verdict in verdicts) else "unmet"
+    summary = {
+        "experiment": chosen.experiment,
+        "name": chosen.name,
+        "status": status,
+        "data": used,
+        "metrics": metrics,
+        "expect": verdicts,
+        "seconds": round(time.monotonic() - began, 3),
+        **out.facts,
+    }
+    out.write_json("summary.json", summary)
+    from cvlab.reports import plots
+
+    plots.plot_run(out)
+    out.set_status(status, data=used, error=None, code=None)
+    _publish(out)
+    return result(out.path)
+
+
+def _publish(out: RunDir) -> None:
+    """Write the run's page and, unless it is an arm of a sweep, the list of all runs; a run can do without either."""
+    from cvlab.reports import html, index
+
+    wrong = html.quietly(html.write_run, out.path)
+    root = out.path.parent
+    if not wrong and not run_dir.is_run(root.parent):
+        wrong = html.quietly(lambda: html.write_index(root, index.runs(root)))
+    if wrong:
+        out.log(f"warning: the page about this run could not be written: {wrong}")
+
+
+def rules(chosen: AnyConfig) -> tuple[str, ...]:
+    """Return the expectations that apply: those of the stand-in where it was used."""
+    block = data_of(chosen)
+    return chosen.expect_standin if block is not None and block.standin_for else chosen.expect
+
+
+def _record_failure(out: RunDir, error: BaseException) -> None:
+    stopped = isinstance(error, (StoppedError, KeyboardInterrupt))
+    if not process_group.is_main() or not out.path.is_dir():
+        return  # removed meanwhile, which the error says
+    try:
+        if not isinstance(error, (CvlabError, KeyboardInterrupt)):
+            with (out.path / "log.txt").open("a") as file:
+                traceback.print_exception(error, file=file)
+        code = getattr(error, "code", 130 if stopped else 1)
+        out.set_status("interrupted" if stopped else "failed", error=str(error) or type(error).__name__, code=code)
+    except (CvlabError, OSError) as second:
+        console.say(f"warning: the status could not be written: {second}")
+
+
+def result(path: Path) -> Result:
+    """Return what `--json` prints of a run that has ended."""
+    summary = run_dir.read_summary(path)
+    status = run_dir.read_status(path).get("status", "unknown")
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name[0] != ".")
+    return {
+        "ok": status == "done",
+        "run": str(path),
+        "experiment": summary.get("experiment"),
+        "status": status,
+        "data": summary.get("data"),
+        "metrics": summary.get("metrics", {}),
+        "expect": summary.get("expect", []),
+        **{key: summary[key] for key in ("settings", "arms", "results") if key in summary},
+        "files": files,
+    }

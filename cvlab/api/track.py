@@ -1,0 +1,164 @@
+"""Runs told to the trackers that people already use: TensorBoard, MLflow, Weights & Biases. Off unless asked for.
+
+A tracker gets what the run directory says, afterwards or while the run goes on; it is never part of a training. All
+get the same: each logged row as `NAME` at its step, the final metrics as `final/NAME`, the configuration by dotted key.
+"""
+
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from cvlab import registry
+from cvlab.errors import ConfigError
+from cvlab.reports import compare, curves
+from cvlab.runs import run_dir
+from cvlab.runs.run_dir import Row
+
+POLL_SECONDS = 1.0
+LONGEST = 250  # characters of a configuration's value in MLflow, whose limit has changed between versions
+FOLDER = "trackers"  # below a run directory
+
+
+class Tracker(Protocol):
+    """Where rows go."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the metrics of a step."""
+
+    def close(self, status: str) -> str:
+        """End; return where the run can be looked at."""
+
+
+class TensorBoard:
+    """Event files below the run directory."""
+
+    package, extra = "tensorboard", "tensorboard"
+
+    def __init__(self, path: Path, config: Row) -> None:
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self.folder = path / FOLDER / "tensorboard"
+        for old in self.folder.glob("events.out.tfevents.*"):
+            old.unlink()  # told once more, not twice
+        self.writer = writer(str(self.folder))
+        self.writer.add_text("configuration", "\n".join(f"    {key}: {value}" for key, value in config.items()))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the metrics of a step."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self, status: str) -> str:
+        """End the event file."""
+        self.writer.close()
+        return f"tensorboard --logdir {self.folder}"
+
+
+class MLflow:
+    """A run in an SQLite database beside the runs; told once more, it takes the place of the one before."""
+
+    package, extra = "mlflow", "mlflow"
+
+    def __init__(self, path: Path, config: Row) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self.uri = f"sqlite:///{path.parent.absolute()}/mlflow.db"
+        self.entities = importlib.import_module("mlflow.entities")
+        self.client = importlib.import_module("mlflow").MlflowClient(tracking_uri=self.uri)
+        name = str(config.get("experiment", "cvlab"))
+        known = self.client.get_experiment_by_name(name)
+        experiment = known.experiment_id if known else self.client.create_experiment(name)
+        for old in self.client.search_runs([experiment], f"attributes.run_name = '{path.name}'"):
+            self.client.delete_run(old.info.run_id)
+        self.run = self.client.create_run(experiment, run_name=path.name).info.run_id
+        params = [self.entities.Param(key, str(value)[:LONGEST]) for key, value in config.items()]
+        self.client.log_batch(self.run, params=params)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the metrics of a step."""
+        now = int(1000 * time.time())
+        made = [self.entities.Metric(name, value, now, step) for name, value in metrics.items()]
+        self.client.log_batch(self.run, metrics=made)
+
+    def close(self, status: str) -> str:
+        """End the run as it ended."""
+        states = {"done": "FINISHED", "running": "RUNNING", "interrupted": "KILLED"}
+        self.client.set_terminated(self.run, states.get(status, "FAILED"))
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+
+class Wandb:
+    """A run of Weights & Biases, offline: nothing leaves the machine until `wandb sync`."""
+
+    package, extra = "wandb", "wandb"
+
+    def __init__(self, path: Path, config: Row) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        folder = path / FOLDER
+        folder.mkdir(exist_ok=True)
+        wandb = importlib.import_module("wandb")
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+        self.run = wandb.init(
+            mode="offline", dir=str(folder), project="cvlab", name=path.name, config=config, settings=settings
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the metrics of a step."""
+        self.run.log(dict(metrics), step=step)
+
+    def close(self, status: str) -> str:
+        """End the run."""
+        folder = Path(self.run.dir).parent
+        self.run.finish(exit_code=0 if status == "done" else 1)
+        return f"wandb sync {folder}"
+
+
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": Wandb}
+
+
+def tell(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] = time.sleep) -> str:
+    """Tell a tracker about a run, with `follow` until the run ends; return how to look at it.
+
+    ConfigError for a tracker that is not known, or not installed.
+    """
+    if kind not in TRACKERS:
+        raise registry.unknown("tracker", kind, TRACKERS)
+    made = TRACKERS[kind]
+    if importlib.util.find_spec(made.package) is None:
+        raise ConfigError(f"{kind} is not installed", f"pip install 'cvlab[{made.extra}]'")
+    tracker: Tracker = made(path, compare.read_config(path))
+    last = 0
+    for last, metrics in _rows(path, follow, sleep):
+        tracker.log(metrics, last)
+    final = _numbers(run_dir.read_summary(path).get("metrics", {}))
+    if final:
+        tracker.log({f"final/{name}": value for name, value in final.items()}, last)
+    return tracker.close(str(run_dir.read_status(path).get("status")))
+
+
+def _rows(path: Path, follow: bool, sleep: Callable[[float], None]) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield step and numbers of each row; of photos the row's own number. With `follow` wait for more."""
+    done = 0
+    while True:
+        is_running = follow and run_dir.read_status(path).get("status") == "running"
+        for number, row in enumerate(run_dir.read_metrics(path)):
+            if number < done:
+                continue
+            done = number + 1
+            step = row.get("step", number)
+            if isinstance(step, int) and (metrics := _numbers(row)):
+                yield step, metrics
+        if not is_running:
+            return
+        sleep(POLL_SECONDS)
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in curves.NOT_CURVES
+    }

@@ -1,0 +1,1 @@
+"""Measurements of this machine and of cvlab itself. May import everything but `cli`."""

@@ -1,0 +1,144 @@
+"""`cvlab bench boxes`: what detectors are made of against plain loops and, where they load, other libraries."""
+
+import importlib
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from cvlab import _compat
+from cvlab.bench import harness
+from cvlab.data import photos
+from cvlab.engine import loop
+from cvlab.experiments.detection import inference
+from cvlab.ops import average_precision, nms
+from cvlab.ops.average_precision import Detections, Truth
+from cvlab.ops.roi_align import roi_align
+
+NMS_COUNTS, NMS_IOU = (5_000, 20_000), 0.5
+MAPS, REGIONS, REGION = (4, 1280, 14, 14), 256, 2  # as the course's second stage has them
+PICTURES, CLASSES, FOUND, TRUE = 5_000, 20, 10, 5
+PHOTO_PX = (640, 480)
+Loops = dict[str, Callable[[], object]]
+
+
+def run(rounds: int, device: str) -> dict[str, Any]:
+    """Measure; returns `{"what", "loops": [{"loop", "seconds", "against_ours"}]}`, rivals after ours."""
+    where = loop.compute(device)
+    rows = []
+    for pair in _pairs(where):
+        taken = harness.alternate({name: harness.synchronized(where, loop) for name, loop in pair.items()}, rounds)
+        own = next(iter(taken.values()))
+        for name, seconds in taken.items():
+            times = statistics.median(b / a for a, b in zip(own, seconds, strict=True))
+            rows.append({"loop": name, "seconds": statistics.median(seconds), "against_ours": times})
+    return {"ok": True, "what": harness.about(where, where.precision, rounds), "loops": rows}
+
+
+def _pairs(where: loop.Compute) -> list[Loops]:
+    """Return what is measured, each before its rivals."""
+    made = [_nms(count, where) for count in NMS_COUNTS]
+    return [*made, _roi_align(where), _precision(), *(_detector(name, where) for name in inference.COMING_ALONG)]
+
+
+def _nms(count: int, where: loop.Compute) -> Loops:
+    generator = torch.Generator().manual_seed(0)
+    corner, sides = torch.rand(2, count, 2, generator=generator)
+    boxes_xyxy = torch.cat([corner, corner + 0.1 * sides + 0.01], 1).to(where.device) * 1000
+    scores = torch.rand(count, generator=generator).to(where.device)
+    loops: Loops = {f"nms of {count} boxes": lambda: nms.nms(boxes_xyxy, scores, NMS_IOU)}
+    theirs = _library("nms")
+    if theirs is not None:
+        loops[f"torchvision's, {count} boxes"] = lambda: theirs(boxes_xyxy, scores, NMS_IOU)
+    return loops
+
+
+def _library(name: str) -> Callable[..., Any] | None:
+    """Return one of torchvision's compiled operators, where its library loads."""
+    _compat.torchvision()
+    has_it = importlib.import_module("torchvision.extension")._has_ops()
+    return getattr(importlib.import_module("torchvision.ops"), name) if has_it else None
+
+
+def _roi_align(where: loop.Compute) -> Loops:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(MAPS, generator=generator).to(where.device, memory_format=torch.channels_last)
+    maps.requires_grad_(True)
+    corner, sides = torch.rand(2, REGIONS, 2, generator=generator)
+    cut = torch.cat([corner, corner + sides], 1).clamp(max=1).to(where.device) * MAPS[2]
+    image = (torch.arange(REGIONS) % MAPS[0]).to(where.device)
+
+    def through(work: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(work().sum(), maps)
+
+    loops: Loops = {
+        f"RoIAlign of {REGIONS} boxes, there and back": through(lambda: roi_align(maps, cut, image, REGION)),
+        "a loop over the boxes": through(lambda: by_box(maps, cut, image, REGION)),
+    }
+    theirs = _library("roi_align")
+    if theirs is not None:
+        rois = torch.cat([image[:, None].to(cut), cut], 1)
+        loops["torchvision's RoIAlign"] = through(lambda: theirs(maps, rois, REGION, 1.0, 2, True))
+    return loops
+
+
+def by_box(maps: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
+    """Do what `roi_align` does with two samples a bin, box by box: four points of each bin, then their mean."""
+    h, w = maps.shape[2:]
+    along = (torch.arange(2 * size, dtype=maps.dtype, device=maps.device) + 0.5) / (2 * size)
+    made = []
+    for (x1, y1, x2, y2), k in zip(boxes_xyxy.tolist(), image.tolist(), strict=True):
+        across, down = ((low + along * (high - low)) for low, high in ((x1, x2), (y1, y2)))
+        y, x = torch.meshgrid(2 * down / h - 1, 2 * across / w - 1, indexing="ij")
+        found = F.grid_sample(maps[k : k + 1], torch.stack([x, y], 2)[None], padding_mode="border", align_corners=False)
+        made.append(F.avg_pool2d(found, 2))
+    return torch.cat(made)
+
+
+def _precision() -> Loops:
+    found, truths = scattered(PICTURES)
+    loops: Loops = {
+        f"average precision, {PICTURES} pictures, {CLASSES} classes": lambda: average_precision.evaluate(
+            found, truths, CLASSES, "coco"
+        )
+    }
+    if all(importlib.util.find_spec(name) for name in ("torchmetrics", "faster_coco_eval")):
+        loops["torchmetrics with faster-coco-eval"] = lambda: _torchmetrics(found, truths)
+    return loops
+
+
+def scattered(pictures: int) -> tuple[list[Detections], list[Truth]]:
+    """Return detections near truths, and others, drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    found, truths = [], []
+    for _ in range(pictures):
+        corner = 400 * torch.rand(TRUE, 2, generator=generator)
+        true = torch.cat([corner, corner + 20 + 100 * torch.rand(TRUE, 2, generator=generator)], 1)
+        labels = torch.randint(CLASSES, (TRUE,), generator=generator)
+        near = true.repeat(FOUND // TRUE, 1) + 10 * torch.randn(FOUND, 4, generator=generator)
+        near[:, 2:] = near[:, 2:].maximum(near[:, :2] + 1)
+        scores = torch.rand(FOUND, generator=generator)
+        found.append(Detections(near, scores, labels.repeat(FOUND // TRUE)))
+        truths.append(Truth(true, labels, torch.zeros(TRUE, dtype=torch.bool)))
+    return found, truths
+
+
+def _torchmetrics(found: list[Detections], truths: list[Truth]) -> object:
+    metric = importlib.import_module("torchmetrics.detection").MeanAveragePrecision(backend="faster_coco_eval")
+    metric.update(
+        [{"boxes": one.boxes_xyxy, "scores": one.scores, "labels": one.labels} for one in found],
+        [{"boxes": one.boxes_xyxy, "labels": one.labels} for one in truths],
+    )
+    return metric.compute()
+
+
+def _detector(model: str, where: loop.Compute) -> Loops:
+    finder = inference.open_finder(model, None, where)
+    photo = photos.load(photos.find([photos.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
+    width, height = PHOTO_PX
+    return {f"{model} on a photo of {width} x {height}": lambda: finder.look([photo], 0.25, 0.5)}

@@ -1,0 +1,127 @@
+"""`cvlab bench photos`: saliency and attack against bare loops of the same net, in the same process."""
+
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cvlab.bench import harness
+from cvlab.data import photos
+from cvlab.engine import loop as engine_loop
+from cvlab.experiments.adversarial import attack
+from cvlab.experiments.adversarial.example import Attack
+from cvlab.experiments.common.photo_batches import Photo
+from cvlab.models import pretrained
+from cvlab.ops import saliency
+from cvlab.runs.run_dir import RunDir
+
+STEPS = 4
+TARGET = 9
+SIZE_PX, RESIZE_PX = 224, 256  # of the net that comes along
+SMALL = 1e-9  # a step so short that no photo is fooled before all steps are measured
+
+
+def bare_net(device: torch.device) -> nn.Module:
+    """Build the net that comes along as it is: float32, contiguous, batch normalisation as layers of its own."""
+    net, about = pretrained.lite0()
+    return pretrained.Normalized(net.eval().requires_grad_(False), about["mean"], about["std"]).to(device)
+
+
+def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
+    """Measure both; returns `{"what", "loops": [{"loop", "seconds", "times_as_fast"}]}`, seconds for one step each."""
+    where = engine_loop.compute(device, "float32")
+    model, bare = pretrained.build(device=where.device), bare_net(where.device)
+    whole = photos.load(photos.find([photos.SAMPLE])[0])
+    batch = [
+        Photo(Path(f"{k}.png"), str(k), whole.crop((4 * k, 4 * k, 300 + 4 * k, 280 + 4 * k))) for k in range(batch_size)
+    ]
+    x = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(where.device)
+    own = [photos.to_tensor(photo.image).to(where.device) for photo in batch]
+    y = torch.full((batch_size,), TARGET, device=where.device)
+    with tempfile.TemporaryDirectory() as folder:
+        out = RunDir(Path(folder))
+        loops = {
+            "bare gradient": harness.synchronized(where, lambda: _gradient(bare, x, y)),
+            "saliency": harness.synchronized(where, lambda: saliency.vanilla(model.net, _last(x), y)),
+            **_captum(where, bare, x, y),
+            "bare attack, model size": harness.synchronized(where, lambda: _bare_attack(bare, list(x), y)),
+            "bare attack, original size": harness.synchronized(where, lambda: _bare_attack(bare, own, y)),
+            **{
+                f"attack, {size} size, {precision}": _attack(size, precision, device, model, batch, out)
+                for size in ("model", "original")
+                for precision in dict.fromkeys(("float32", engine_loop.compute(device).precision))
+            },
+        }
+        seconds = harness.alternate(loops, rounds)
+    rows = []
+    for name, taken in seconds.items():
+        is_attack = "attack" in name
+        size = "original" if "original" in name else "model"
+        base = seconds[f"bare attack, {size} size" if is_attack else "bare gradient"]
+        times = statistics.median(b / a for a, b in zip(taken, base, strict=True))
+        rows.append(
+            {"loop": name, "seconds": statistics.median(taken) / (STEPS if is_attack else 1), "times_as_fast": times}
+        )
+    return {"ok": True, "what": f"{harness.about(where, 'float32', rounds)}, batch {batch_size}", "loops": rows}
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_(True)
+    return torch.autograd.grad(net(leaf).gather(1, y[:, None]).sum(), leaf)[0].abs().amax(1)
+
+
+def _captum(where: engine_loop.Compute, net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
+    if importlib.util.find_spec("captum") is None:
+        return {}
+    made = importlib.import_module("captum.attr").Saliency(net)
+    leaf = x.detach().requires_grad_(True)
+    return {"captum's saliency": harness.synchronized(where, lambda: made.attribute(leaf, target=y).amax(1))}
+
+
+def _bare_attack(net: nn.Module, images: list[Tensor], y: Tensor) -> None:
+    """Attack photos (3, h, w) the usual way; those that are not of the net's size are resized by torch."""
+    moved = images
+    for _ in range(STEPS):
+        leaves = [image.detach().requires_grad_(True) for image in moved]
+        scores = net(torch.stack([_resized(leaf) for leaf in leaves]))
+        slopes = torch.autograd.grad(scores.gather(1, y[:, None]).sum(), leaves)
+        scores.argmax(1).tolist()
+        pairs = zip(leaves, slopes, strict=True)
+        moved = [(leaf.detach() + SMALL * slope / slope.norm()).clamp(0, 1) for leaf, slope in pairs]
+
+
+def _resized(image: Tensor) -> Tensor:
+    if image.shape[1:] == (SIZE_PX, SIZE_PX):
+        return image
+    short = min(image.shape[1:])
+    size = [RESIZE_PX * side // short for side in image.shape[1:]]
+    whole = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+    top, left = ((side - SIZE_PX) // 2 for side in size)
+    return whole[:, top : top + SIZE_PX, left : left + SIZE_PX]
+
+
+def _attack(
+    size: str, precision: str, device: str, model: pretrained.Pretrained, batch: list[Photo], out: RunDir
+) -> Callable[[], None]:
+    config = attack.Config(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
+    where = engine_loop.compute(device, precision)
+    made = Attack(config, model, where, TARGET, out)
+    victims = made.victims(batch)
+
+    def loop() -> None:
+        for victim in victims:
+            victim.steps = 0
+        made.optimise(victims, lambda: None)
+        where.synchronize()
+
+    return loop

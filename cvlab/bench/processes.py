@@ -1,0 +1,112 @@
+"""How much faster a training is in several processes, and what the exchange of its gradients costs.
+
+Model: a step of N processes takes t / N + 2 (N - 1) / N * gradient bytes / rate + (N - 1) * latency; t is the step
+of one process and the rest a ring's (Patarasuk and Yuan, 2009, "Bandwidth optimal all-reduce algorithms").
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvlab import console
+from cvlab.distributed import process_group
+from cvlab.errors import CvlabError
+from cvlab.runs import run_dir
+
+SIZES_PREDICTED = (2, 4, 8, 16, 32)
+EXCHANGED_BYTES = (4_000, 40_000_000)  # of float32: the one shows the latency, the other the rate
+REPEATED = 30
+
+
+def run(config: str, overrides: list[str], processes: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Train in one and in several processes, alternating, a thread each; return images/s and the model's constants."""
+    with tempfile.TemporaryDirectory(prefix="cvlab-bench-") as folder:
+        found: dict[int, list[dict[str, Any]]] = {1: [], processes: []}
+        for number in range(rounds):
+            for size, metrics in found.items():
+                metrics.append(_trained([config, *overrides], size, steps, Path(folder)))
+                rate = metrics[-1]["images_per_second"]
+                console.say(f"round {number + 1}, {size} processes: {rate:,.0f} images/s")
+        latency, rate = _exchanged(processes, Path(folder))
+    one, several = ([row["images_per_second"] for row in rows] for rows in found.values())
+    first = found[1][0]
+    step_seconds = statistics.median(row["train_seconds"] / row["steps"] for row in found[1])
+    gradient_bytes = 4 * int(first["parameters"])
+    return {
+        "what": f"{' '.join([config, *overrides])}, {steps} steps, a thread each, median of {rounds}",
+        "processes": processes,
+        "images_per_second": {1: statistics.median(one), processes: statistics.median(several)},
+        "speedup": statistics.median(b / a for a, b in zip(one, several, strict=True)),
+        "step_seconds": step_seconds,
+        "gradient_bytes": gradient_bytes,
+        "latency_seconds": latency,
+        "bytes_per_second": rate,
+        "predicted": {n: speedup(n, step_seconds, gradient_bytes, latency, rate) for n in SIZES_PREDICTED},
+    }
+
+
+def speedup(processes: int, step_seconds: float, gradient_bytes: int, latency: float, rate: float) -> float:
+    """Return how many times as fast a step of a fixed batch is by the model above, with a core for each process."""
+    exchange = 2 * (processes - 1) / processes * gradient_bytes / rate + (processes - 1) * latency
+    return step_seconds / (step_seconds / processes + exchange)
+
+
+def _trained(words: list[str], processes: int, steps: int, folder: Path) -> dict[str, Any]:
+    changed = [f"duration={{steps: {steps}}}", "eval_every=1000000", "expect=[]", "expect_standin=[]", "threads=1"]
+    changed += ["evaluate_test=false", "save_seconds=1000000"]
+    root = folder / f"{processes}"
+    command = [sys.executable, "-m", "cvlab", "train", *words, *changed, "--runs-dir", str(root), "--json", "-q"]
+    _said([*command, f"--nproc={processes}"])
+    metrics: dict[str, Any] = run_dir.read_summary(root / "latest")["metrics"]
+    return metrics
+
+
+def _said(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        error = CvlabError((done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("error: "))
+        error.code = done.returncode
+        raise error
+    return done.stdout
+
+
+def _exchanged(processes: int, folder: Path) -> tuple[float, float]:
+    """Return the seconds of the smallest exchange between processes of this machine, and bytes/s of a large one."""
+    from cvlab.distributed import launcher
+
+    file = folder / "exchanged.json"
+    launcher.start(("-m", "cvlab.bench.processes", str(file)), processes)
+    small, large = json.loads(file.read_text())
+    ring = 2 * (processes - 1) / processes * EXCHANGED_BYTES[1]
+    return small / max(processes - 1, 1), ring / max(large - small, 1e-9)
+
+
+def _measure_exchange(file: Path) -> None:
+    """Be one of the processes: add up tensors, and let process 0 write the median seconds of each size."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    with process_group.joined():
+        seconds = []
+        for count in EXCHANGED_BYTES:
+            tensor = torch.zeros(count // 4)
+            spent = []
+            for _ in range(REPEATED):
+                dist.barrier()
+                began = time.perf_counter()
+                dist.all_reduce(tensor)
+                spent.append(time.perf_counter() - began)
+            seconds.append(statistics.median(spent))
+        if process_group.is_main():
+            file.write_text(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    _measure_exchange(Path(sys.argv[1]))

@@ -1,0 +1,120 @@
+"""What the commands share: their options and how a result is printed."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cvlab import console
+from cvlab.errors import DataError, UnmetError
+from cvlab.runs import run_dir
+
+if TYPE_CHECKING:
+    from cvlab.config.loading import Loaded
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """Complete the name of a shipped configuration."""
+    from cvlab.config import loading
+
+    return [name for name in loading.shipped_names() if name.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Complete the name of a run."""
+    from cvlab.runs import run_dir
+
+    names = ["latest", *(path.name for path in run_dir.list_runs(run_dir.runs_root()))]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="a YAML file, or the name of a shipped configuration", autocompletion=complete_config)
+]
+RunArgument = Annotated[
+    str, typer.Argument(help="a run directory, `latest`, or part of a run's name", autocompletion=complete_run)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optimizer.lr=1e-2")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="the same as key=value")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
+Seed = Annotated[int | None, typer.Option(help="of initialisation, data order and augmentation")]
+Processes = Annotated[
+    int | None, typer.Option("--nproc", min=1, max=1024, help="train in so many processes, which share each batch")
+]
+Restarts = Annotated[int, typer.Option(min=0, help="with --nproc: start again so often where a process is killed")]
+RunsDir = Annotated[str | None, typer.Option(help="where runs go; else $CVLAB_RUNS, else ./runs")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="show warnings and errors only")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show more")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done; write nothing")]
+NoStandin = Annotated[bool, typer.Option("--no-standin", help="refuse the built-in data in place of the real set")]
+Offline = Annotated[bool, typer.Option("--offline", help="open no socket; $CVLAB_OFFLINE=1 does the same")]
+Download = Annotated[bool, typer.Option("--download", help="wait for a download, however long it takes")]
+
+
+def show(result: Mapping[str, Any], as_json: bool, render: Callable[[], None]) -> None:
+    """Print one JSON document, or what `render` prints for people."""
+    if as_json:
+        print(json.dumps(run_dir.plain(result), indent=2))
+    else:
+        render()
+
+
+def overrides_of(texts: list[str] | None, more: list[str] | None, device: str | None, seed: int | None) -> list[str]:
+    """Gather the overrides of a command line, the last one wins."""
+    flags = {"device": device, "seed": seed}
+    return [*(texts or []), *(more or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+
+
+def show_verdict(
+    document: dict[str, Any],
+    as_json: bool,
+    render: Callable[[], None],
+    wrong: str,
+    hint: str = "",
+    code: int = UnmetError.code,
+) -> None:
+    """Print a result; exit code 3, or `code`, with the line `wrong`, where its `ok` is false."""
+    error = UnmetError(wrong, hint)
+    error.code = code
+    show(document if document["ok"] else document | {"error": error.document()}, as_json, render)
+    if not document["ok"]:
+        console.say(f"error: {error}")
+        raise typer.Exit(error.code)
+
+
+def show_plan(loaded: "Loaded", root: Path, as_json: bool) -> None:
+    """Print what a run would do."""
+    from cvlab.api import run
+    from cvlab.reports import tables
+
+    plan = run.plan(loaded, root)
+    show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+
+
+def flags_of(as_json: bool, quiet: bool, verbose: bool, debug: bool) -> tuple[str, ...]:
+    """Return the flags that say how a command speaks, for a command that is called in its place."""
+    given = {"--json": as_json, "--quiet": quiet, "--verbose": verbose, "--debug": debug}
+    return tuple(flag for flag, is_given in given.items() if is_given)
+
+
+def finish_main(result: dict[str, Any], as_json: bool) -> None:
+    """Print a run's result in the one of several processes that has it."""
+    if result:
+        finish(result, as_json)
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """Print a run's result; exit code 4 for photos that could not be read, 3 for an expectation that was not met."""
+    from cvlab.reports import tables
+
+    missed = [verdict["rule"] for verdict in result["expect"] if not verdict["met"]]
+    unread = [row["error"] for row in result.get("results", []) if "error" in row]
+    wrong = f"{len(unread)} of {len(result.get('results', []))} photos could not be read: {unread[0]}" if unread else ""
+    wrong = wrong or f"not met: {'; '.join(missed)}"
+    document = result | {"ok": result["ok"] and not unread}
+    code = DataError.code if unread else UnmetError.code
+    show_verdict(document, as_json, lambda: tables.show_result(result), wrong, f"see {result['run']}", code)

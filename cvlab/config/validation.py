@@ -1,0 +1,96 @@
+"""From what a file says to its experiment's frozen configuration, and what is wrong with it; no places, no files."""
+
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, create_model
+
+from cvlab import registry
+from cvlab.config import expectations, messages
+from cvlab.config.schema import AnyConfig, Frozen, Part, part_type, tables_of
+from cvlab.config.strict_yaml import Path_
+from cvlab.errors import ConfigError, CvlabError
+
+Problems = list[tuple[Path_, str]]
+
+
+def check(raw: Mapping[str, Any], base: Path) -> tuple[AnyConfig | None, Problems]:
+    """Validate one configuration, its user files relative to `base`; None where there are problems."""
+    config_type, wrong = _config_type(raw, base)
+    config = None
+    try:
+        if config_type is not None:
+            config = typing.cast(AnyConfig, config_type.model_validate(raw))
+    except ValidationError as error:
+        named = {path[:1] for path, _ in wrong}
+        found = messages.problems(error, config_type or Frozen, raw)
+        wrong += [(path, message) for path, message in found if path[:1] not in named]
+    if config is not None and not wrong:
+        wrong = _unknown_metrics(config)
+    return (None if wrong else config), wrong
+
+
+def _unknown_metrics(config: AnyConfig) -> Problems:
+    """Find expectations that speak of what the experiment does not measure."""
+    known = registry.get_experiment(config.experiment).metric_names(config)
+    wrong: Problems = []
+    for path, rule in rules_of(config):
+        for term in rule.terms:
+            if term.function:
+                wrong.append((path, f"{term.text!r} speaks of a sweep's arms; a run has metrics only"))
+            elif term.metric and term.metric not in known:
+                wrong.append((path, unknown_metric(term.text, term.metric, known)))
+    return wrong if config.experiment != SWEEP else []  # those of a sweep are checked with its arms
+
+
+SWEEP = "sweep"
+
+
+def rules_of(config: AnyConfig) -> list[tuple[Path_, expectations.Rule]]:
+    """Return all expectations with their places."""
+    keys = ("expect", "expect_standin")
+    return [((key, k), expectations.parse(text)) for key in keys for k, text in enumerate(getattr(config, key))]
+
+
+def unknown_metric(text: str, metric: str, known: typing.Collection[str]) -> str:
+    """Say that there is no such metric, and which there are."""
+    close = registry.nearest(metric, known)
+    hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
+    return f"{text!r}: no metric {metric!r}; {hint}"
+
+
+def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[Frozen] | None, Problems]:
+    """Find the experiment's schema and put the schema of each named block into it; report unknown names."""
+    name = raw.get("experiment")
+    if not isinstance(name, str):
+        known = ", ".join(registry.experiment_names())
+        return None, [(("experiment",), f"missing key 'experiment'; known: {known}")]
+    try:
+        config_type: type[Frozen] = registry.get_experiment(name).Config
+    except ConfigError as error:
+        return None, [(("experiment",), str(error))]
+    fields: dict[str, Any] = {}
+    wrong: Problems = []
+    for key, table in tables_of(config_type).items():
+        info = config_type.model_fields[key]
+        block = raw.get(key)
+        chosen = block.get("name") if isinstance(block, Mapping) else getattr(info.default, "name", None)
+        if not isinstance(chosen, str):
+            if isinstance(block, Mapping):
+                wrong.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(table.names))}"))
+            continue
+        try:
+            made = part_type(table, chosen, table.find(chosen, base))
+        except CvlabError as error:
+            wrong.append(((key, "name"), str(error)))
+            continue
+        fields[key] = (made, ... if info.is_required() else _default(made))
+    return create_model(config_type.__name__, __base__=config_type, __doc__=config_type.__doc__, **fields), wrong
+
+
+def _default(made: type[Part]) -> Any:
+    """Build a block from its defaults, or say that it must be given where a key of it has none."""
+    required = any(field.is_required() for field in made.model_fields.values())
+    return ... if required else made(name=made.model_fields["name"].default)

@@ -1,0 +1,1 @@
+"""Generated scenes: what is in them and how they are drawn."""

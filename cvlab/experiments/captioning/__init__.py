@@ -1,0 +1,1 @@
+"""Image captioning: models, training, beam search, evaluation."""

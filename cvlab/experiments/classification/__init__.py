@@ -1,0 +1,1 @@
+"""Image classification: models, data sets, training, prediction on photos."""

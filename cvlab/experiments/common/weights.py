@@ -1,0 +1,29 @@
+"""Weights that a training of ours has left in its run directory, or that come along, by what a user calls them."""
+
+import os
+from pathlib import Path
+
+from cvlab.errors import DataError, RunDirError
+from cvlab.runs import run_dir
+
+COME_ALONG = Path(__file__).parent.parent.parent / "assets" / "weights"
+
+
+def absolute(name: str | None) -> str | None:
+    """Return the path that is meant by weights: a file, a run's folder, or a run's name."""
+    if name is None or os.path.lexists(name):
+        return os.path.abspath(name) if name else name
+    try:
+        return str(run_dir.find(name, run_dir.runs_root(None)).absolute())
+    except RunDirError:
+        return os.path.abspath(name)
+
+
+def file_of(name: str, file: str, kind: str) -> Path:
+    """Return the weights file that is meant: itself, or the one called `file` of a run that trained a `kind`."""
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    if not (path / file).is_file():
+        raise DataError(f"{path}: this run has no {file}", f"name a run of `cvlab train` that ended, of a {kind}")
+    return path / file

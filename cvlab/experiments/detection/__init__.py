@@ -1,0 +1,1 @@
+"""Object detection: models, annotations, training, evaluation, prediction on photos."""

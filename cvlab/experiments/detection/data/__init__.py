@@ -1,0 +1,1 @@
+"""Annotation formats, data sets with boxes, and their augmentation."""

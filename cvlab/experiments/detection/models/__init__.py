@@ -1,0 +1,1 @@
+"""Detector heads on the feature maps of a backbone."""

@@ -1,0 +1,1 @@
+"""Saliency maps, class visualization and feature inversion."""

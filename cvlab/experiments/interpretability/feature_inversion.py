@@ -1,0 +1,165 @@
+"""Find a picture that a net sees as a photo is seen by one of its layers: what of a photo is left so deep in a net.
+
+Paper: Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498, assignment
+5 (style transfer without a style, from uniform noise).
+Differs: a picture for each of several layers, all in one run; losses are relative to what a layer holds of the photo
+besides its means.
+Expect: of the written files, read back: `psnr_db/LAYER`; `psnr_db_first` and `psnr_db_last` of the first and the last
+layer, `largest_rise_db` from a layer to the next.
+Command: cvlab run configs/feature_inversion.yaml
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Le
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from cvlab.config import schema
+from cvlab.data import photos, rng
+from cvlab.engine import image_optimizer, loop
+from cvlab.engine.loop import Compute, Losses, Pixels
+from cvlab.experiments.common import photo_batches
+from cvlab.experiments.common.photo_batches import NetConfig
+from cvlab.models.features import Features
+from cvlab.models.pretrained import Pretrained
+from cvlab.ops import style
+from cvlab.reports import images
+from cvlab.runs.run_dir import Row, RunDir
+
+LATE = 0.9  # of the steps, from which on the learning rate is a fifth
+
+
+class Config(NetConfig):
+    """Which photo, which layers, and how."""
+
+    image: str = Field(photos.SAMPLE, description="the photo")
+    layers: tuple[str, ...] = Field(
+        tuple(f"blocks.{k}" for k in range(7)), description="names of modules, from shallow to deep"
+    )
+    steps: Annotated[schema.Count, Le(100_000)] = Field(400, description="steps of each picture")
+    lr: schema.Positive = Field(0.05, description="Adam's")
+    content_weight: schema.NonNegative = Field(1000.0, description="of the loss where only a layer's means are right")
+    tv_weight: schema.NonNegative = Field(300.0, description="weight of the mean squared difference of neighbours")
+    preview_every: schema.Count = Field(50, description="steps from one preview to the next")
+
+    @field_validator("image")
+    @classmethod
+    def _absolute_image(cls, name: str) -> str:
+        return photo_batches.absolute((name,))[0]
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or len(set(names)) != len(names):
+            raise ValueError("name at least one layer, and each once")
+        return names
+
+
+class Inverter:
+    """The photo as each of the layers sees it, and the losses of the pictures that are to be seen alike."""
+
+    def __init__(self, config: Config, model: Pretrained, where: Compute) -> None:
+        self.config, self.where = config, where
+        self.photo = model.frame.view(photos.load(photos.find([config.image])[0]))
+        self.wanted = photos.to_tensor(self.photo).to(where.device)
+        self.features = [Features(model, [name]) for name in config.layers]
+        with torch.no_grad():
+            self.seen = [self._look(k, self.wanted) for k in range(len(config.layers))]
+        varied = [(seen - seen.mean((1, 2), keepdim=True)).square().sum() for seen in self.seen]
+        self.factors = [config.content_weight / max(float(value), 1e-30) for value in varied]
+
+    def _look(self, k: int, picture: Tensor) -> Tensor:
+        with self.where.autocast():
+            return self.features[k](picture)[self.config.layers[k]].float()
+
+    def start(self) -> list[Tensor]:
+        """Return uniform noise, the same for all layers."""
+        noise = rng.uniform(self.config.seed, 0, torch.arange(self.wanted.numel()), "inversion").float()
+        return [noise.view(self.wanted.shape).to(self.where.device) for _ in self.config.layers]
+
+    def objective(self, pixels: Pixels) -> Losses:
+        """Return the sum over the layers of the relative distances, and of the smoothness."""
+        pairs = enumerate(pixels.tensors)
+        content = torch.stack(
+            [self.factors[k] * style.content_loss(self._look(k, picture), self.seen[k]) for k, picture in pairs]
+        ).sum()
+        size = self.wanted.shape[1] * self.wanted.shape[2]
+        tv = self.config.tv_weight / size * torch.stack([style.tv_loss(p) for p in pixels.tensors]).sum()
+        return {"loss": content + tv, "content_loss": content, "tv_loss": tv}
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return self.config.lr * (0.2 if step >= LATE * self.config.steps else 1.0)
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Invert all layers together."""
+    where, model = config.build()
+    inverter = Inverter(config, model, where)
+    adam = image_optimizer.adam(inverter.lr)
+
+    def update(pixels: Pixels, gradients: list[Tensor]) -> None:
+        adam(pixels, gradients)
+        pixels.tensors = [picture.clamp(0, 1) for picture in pixels.tensors]
+
+    def keep_frame(step: int, pixels: Pixels) -> None:
+        out.folder("images")
+        shown = images.strip([photos.to_image(picture) for picture in pixels.tensors])
+        out.write_bytes("images/preview.png", images.png(shown))
+
+    job = image_optimizer.Painting(
+        pixels=loop.Pixels(inverter.start()),
+        objective=inverter.objective,
+        update=update,
+        steps=config.steps,
+        where=where,
+        digest=config.digest(),
+        frames=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
+        keep_frame=keep_frame,
+    )
+    last = image_optimizer.paint(job, out, "inversion")
+    rows = judge(inverter, job.pixels, out)
+    out.facts["results"] = rows
+    found = [row["psnr_db"] for row in rows]
+    rises = [later - earlier for earlier, later in zip(found, found[1:], strict=False)]
+    by_layer = {f"psnr_db/{row['layer']}": row["psnr_db"] for row in rows}
+    ends = {"psnr_db_first": found[0], "psnr_db_last": found[-1], "largest_rise_db": max(rises, default=0.0)}
+    return {"num_pictures": len(rows), **by_layer, **ends, **last}
+
+
+def judge(inverter: Inverter, pixels: Pixels, out: RunDir) -> list[Row]:
+    """Write the pictures and a panel of them; return how near to the photo the files are."""
+    rows, tiles = [], [("photo", inverter.photo)]
+    for name, picture in zip(inverter.config.layers, pixels.tensors, strict=True):
+        file = f"images/{name.replace('/', '_')}.png"
+        out.write_bytes(file, images.png(photos.to_image(picture)))
+        image = photos.load(out.path / file)
+        found = style.psnr_db(photos.to_tensor(image), inverter.wanted.cpu())
+        tiles.append((f"{name}: {found:.1f} dB", image))
+        rows.append({"image": file, "layer": name, "psnr_db": found})
+    out.write_bytes("images/panel.png", images.png(images.panel(tiles)))
+    return [row | {"panel": "images/panel.png"} for row in rows]
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    by_layer = {f"psnr_db/{name}" for name in config.layers}
+    ends = {"psnr_db_first", "psnr_db_last", "largest_rise_db"}
+    return {"num_pictures", "steps", "seconds_of_steps", "loss", "content_loss", "tv_loss", *ends, *by_layer}
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do. ConfigError for a layer that is not there, DataError for such a photo."""
+    where, model = config.build()
+    inverter = Inverter(config, model, where)
+    return {
+        "image": config.image,
+        "layers": ", ".join(config.layers),
+        "parameters": inverter.wanted.numel() * len(config.layers),
+        "steps": config.steps,
+        "model": config.model,
+        **where.told(),
+    }

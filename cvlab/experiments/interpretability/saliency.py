@@ -1,0 +1,121 @@
+"""Show which pixels of a photo a net's answer depends on: gradient, SmoothGrad, integrated gradients or Grad-CAM.
+
+Paper: Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan et
+al., 2017; Selvaraju et al., 2017.
+Expect: `num_photos`, `inside`: the share of the map on the tenth of the pixels where it is strongest (0.1 for noise).
+Command: cvlab saliency photo.jpg
+"""
+
+import io
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cvlab.config import schema
+from cvlab.data import photos, rng
+from cvlab.experiments.common import photo_batches
+from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
+from cvlab.models.pretrained import Pretrained
+from cvlab.ops import saliency
+from cvlab.reports import images
+from cvlab.runs.run_dir import Row, RunDir
+
+
+class Config(PhotoConfig):
+    """Which photos, whose answer, which map."""
+
+    method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
+        "gradient", description="how the map is made"
+    )
+    target: str | None = Field(None, description="the class to explain; null: the one the net answers with")
+    of: Literal["score", "loss"] = Field("score", description="explain the class's score or its cross-entropy")
+    samples: schema.Count = Field(25, description="noisy copies of smoothgrad, or steps of integrated_gradients")
+    noise: schema.Positive = Field(0.15, description="standard deviation of smoothgrad's noise, of a photo's range")
+
+
+def maps(config: Config, model: Pretrained, images: Tensor, classes: Tensor) -> Tensor:
+    """Return the maps (N, S, S) of photos (N, 3, S, S) by the method of a configuration."""
+    net: nn.Module = model.net
+    if config.method == "gradient":
+        return saliency.vanilla(net, images, classes, config.of)
+    if config.method == "gradcam":
+        layer = saliency.last_features(net, model.frame.size_px)
+        return saliency.gradcam(net, images, classes, config.of, layer=layer)
+    if config.method == "integrated_gradients":
+        values = saliency.integrated_gradients(net, images, classes, config.of, steps=config.samples)
+        return values.abs().sum(1)
+    spread = (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True)) * config.noise
+
+    def noise(k: int) -> Tensor:
+        return rng.normal(config.seed, k, images[0].shape, "smoothgrad").to(images) * spread
+
+    return saliency.smoothgrad(net, images, classes, config.of, noise=noise, samples=config.samples)
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Explain all photos."""
+    where, model = config.build()
+    target = model.index(config.target) if config.target is not None else None
+    out.folder("images")
+
+    def work(batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(where.device)
+        with torch.inference_mode():
+            probabilities = model.probabilities(views)
+        classes = probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=where.device)
+        images = views.contiguous(memory_format=torch.channels_last)
+        with where.autocast():
+            found = maps(config, model, images, classes.clone()).float().cpu()
+        rows = []
+        for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
+            rows.append(_row(model, values, p, k) | _write(out, config, model, photo, values, f"{model.classes[k]}"))
+        return rows
+
+    rows = photo_batches.run(config, out, work, "saliency")
+    return {"num_photos": len(rows), "inside": statistics.fmean(row["inside"] for row in rows)}
+
+
+def _row(model: Pretrained, values: Tensor, probabilities: Tensor, index: int) -> Row:
+    flat = values.flatten().sort(descending=True).values
+    inside = flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30)
+    return {
+        **model.found(index, float(probabilities[index])),
+        "predicted": model.found(int(probabilities.argmax()), float(probabilities.max())),
+        "inside": float(inside),
+    }
+
+
+def _write(out: RunDir, config: Config, model: Pretrained, photo: Photo, values: Tensor, name: str) -> Row:
+    shown = images.scaled(values)
+    heat = images.heat(shown)
+    over = images.overlay(photo.image, shown, model.frame.box(*photo.image.size))
+    view = model.frame.view(photo.image)
+    tiles = [("what the net sees", view), (f"{config.method} of {config.of}: {name}", heat), ("on the photo", over)]
+    raw = io.BytesIO()
+    np.save(raw, values.numpy())
+    files = {key: f"images/{photo.label}-{key}.png" for key in ("map", "overlay", "panel")}
+    for key, image in (("map", heat), ("overlay", over), ("panel", images.panel(tiles, photo.path.name))):
+        out.write_bytes(files[key], images.png(image))
+    out.write_bytes(f"images/{photo.label}-map.npy", raw.getvalue())
+    return {**files, "values": f"images/{photo.label}-map.npy"}
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    return {"num_photos", "inside"}
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do. ConfigError where there is no such class, or no map of this kind."""
+    where, model = config.build()
+    if config.target is not None:
+        model.index(config.target)
+    if config.method == "gradcam":
+        saliency.last_features(model.net, model.frame.size_px)
+    return photo_batches.plan(config, where, model)

@@ -1,0 +1,107 @@
+"""From a name that a user typed to the object it stands for.
+
+A table is a plain `dict[str, "module:Name"]`, imported only when a name is looked up. The user's own object is
+`./file.py:Name`. Nothing else is importable from a configuration.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cvlab.errors import ConfigError
+
+EXPERIMENTS = {
+    "attack": "cvlab.experiments.adversarial.attack",
+    "caption": "cvlab.experiments.captioning.predict",
+    "captioner": "cvlab.experiments.captioning.train",
+    "class_visualization": "cvlab.experiments.interpretability.class_visualization",
+    "classify": "cvlab.experiments.classification.train",
+    "classify_photos": "cvlab.experiments.classification.predict",
+    "detect": "cvlab.experiments.detection.predict",
+    "detector": "cvlab.experiments.detection.train",
+    "feature_inversion": "cvlab.experiments.interpretability.feature_inversion",
+    "saliency": "cvlab.experiments.interpretability.saliency",
+    "style": "cvlab.experiments.style.experiment",
+    "sweep": "cvlab.sweeps.experiment",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name closest to `name`, or None where nothing is close."""
+    folded = {other.lower(): other for other in known}
+    for other in folded:
+        if _one_slip(name.lower(), other):
+            return folded[other]
+    found = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter left out, put in, replaced, or swapped with the next turns one word into the other."""
+    if abs(len(a) - len(b)) > 1:
+        return False
+    start = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[start:], b[start:]
+    swapped = rest_a[:2] == rest_b[:2][::-1] and rest_a[2:] == rest_b[2:]
+    return rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:] or swapped
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Build the error for a name that is not in a table: the nearest name, then all that exist."""
+    known = sorted(known)
+    close = nearest(name, known)
+    question = f"did you mean {close!r}? " if close else ""
+    return ConfigError(f"unknown {kind} {name!r}", f"{question}known: {', '.join(known)}")
+
+
+def import_name(target: str) -> Any:
+    """Import `module:Name` of our own tables."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def find(kind: str, name: str, table: Mapping[str, str]) -> Any:
+    """Return the object that a table has under `name`; ConfigError with the nearest name otherwise."""
+    if name not in table:
+        raise unknown(kind, name, table)
+    return import_name(table[name])
+
+
+def is_user_file(name: str) -> bool:
+    """Whether a name has the form of the user's own object: `path/to/file.py:Name`."""
+    return ".py:" in name
+
+
+def import_user_object(name: str, base: Path) -> Any:
+    """Import `file.py:Name`, the path relative to `base`. What the file itself raises is not caught."""
+    file, _, attribute = name.rpartition(":")
+    path = (base / file).resolve()
+    if not path.is_file():
+        raise ConfigError(f"{name}: no file {path}", "the path is relative to the configuration file")
+    module_name = f"cvlab_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickling look their module up by name
+    spec.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown(f"name in {path.name}", attribute, public)
+    return getattr(module, attribute)
+
+
+def experiment_names() -> list[str]:
+    """Return the names of all experiments, without importing any."""
+    return sorted(EXPERIMENTS)
+
+
+def get_experiment(name: str) -> ModuleType:
+    """Import the experiment called `name`; ConfigError with the nearest name otherwise."""
+    if name not in EXPERIMENTS:
+        raise unknown("experiment", name, EXPERIMENTS)
+    return importlib.import_module(EXPERIMENTS[name])

@@ -1,0 +1,82 @@
+"""Runs side by side: what differs in their configurations, and their metrics."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cvlab.config import strict_yaml
+from cvlab.runs import run_dir
+
+STAMP = re.compile(r"^\d{8}-\d{6}-")
+UNTOLD = ("expect", "expect_standin", "name")  # keys that say nothing about what was run
+
+
+def labels(paths: Sequence[Path]) -> dict[str, Path]:
+    """Label each run by its directory's name without the time; by its whole name where two would be called the same."""
+    short = [STAMP.sub("", path.name) for path in paths]
+    chosen = short if len(set(short)) == len(set(paths)) else [str(path) for path in paths]
+    return dict(zip(chosen, paths, strict=True))
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested blocks into dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(item) if isinstance(item, tuple) else item
+    return flat
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's configuration with dotted keys; RunDirError where there is none."""
+    value = strict_yaml.read(run_dir.config_file(path)).value
+    return flatten(value) if isinstance(value, dict) else {}
+
+
+def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
+    """Return `{"runs", "differences", "metrics"}`: per dotted key and per metric one value per run, None if absent.
+
+    A run that has no summary yet is compared by the last value of each metric it has logged.
+    """
+    configs = {label: read_config(path) for label, path in runs.items()}
+    metrics = {label: metrics_of(path) for label, path in runs.items()}
+    keys = dict.fromkeys(key for flat in configs.values() for key in flat)
+    told = [key for key in keys if key.partition(".")[0] not in UNTOLD]
+    rows = {key: [configs[label].get(key) for label in runs] for key in told}
+    names = dict.fromkeys(name for found in metrics.values() for name in found)
+    return {
+        "runs": [
+            {"label": label, "path": str(path), "status": status.get("status"), "data": status.get("data")}
+            for label, path, status in ((label, path, run_dir.read_status(path)) for label, path in runs.items())
+        ],
+        "differences": {key: values for key, values in rows.items() if any(v != values[0] for v in values)},
+        "metrics": {name: [metrics[label].get(name) for label in runs] for name in names},
+    }
+
+
+def metrics_of(path: Path) -> dict[str, Any]:
+    """Return a run's final metrics, or where it has not ended the last value of each that it has logged."""
+    summary = run_dir.read_summary(path)
+    if summary:
+        found: dict[str, Any] = summary.get("metrics", {})
+        return found
+    last: dict[str, Any] = {}
+    for row in run_dir.read_metrics(path):
+        last |= row
+    return last
+
+
+def to_csv(comparison: Mapping[str, Any]) -> str:
+    """Write a comparison as CSV: one line per key and metric, one column per run."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["kind", "name", *(run["label"] for run in comparison["runs"])])
+    for kind, block in (("config", "differences"), ("metric", "metrics")):
+        for name, values in comparison[block].items():
+            writer.writerow([kind, name, *("" if value is None else value for value in values)])
+    return buffer.getvalue()

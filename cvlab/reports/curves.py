@@ -1,0 +1,51 @@
+"""Curves from metrics.jsonl, thinned while they are read, so that a million rows fit in memory."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeGuard
+
+from cvlab.runs import run_dir
+
+MAX_POINTS = 2000
+MOST = 2**63  # a whole number that is no float any more
+NOT_CURVES = ("step", "epoch", "seconds")
+Curve = tuple[list[float], list[float]]
+
+
+def read(path: Path, x: str = "step") -> dict[str, Curve]:
+    """Return for each metric of a run its (x values, y values), at most MAX_POINTS each."""
+    return thin(run_dir.read_metrics(path), x)
+
+
+def thin(rows: Iterable[run_dir.Row], x: str = "step") -> dict[str, Curve]:
+    """Gather rows into curves; when one has twice MAX_POINTS every other point of it is dropped.
+
+    From then on it takes every second row, then every fourth, and so on, and always keeps the last one.
+    """
+    curves: dict[str, Curve] = {}
+    strides: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    last: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        at = row.get(x)
+        for name, value in row.items():
+            if name in NOT_CURVES or not _is_number(value) or not _is_number(at):
+                continue
+            xs, ys = curves.setdefault(name, ([], []))
+            count = seen[name] = seen.get(name, -1) + 1
+            last[name] = (at, value)
+            if count % strides.setdefault(name, 1) == 0:
+                xs.append(at)
+                ys.append(value)
+            if len(xs) >= 2 * MAX_POINTS:
+                del xs[1::2], ys[1::2]
+                strides[name] *= 2
+    for name, (xs, ys) in curves.items():
+        if last[name][0] != xs[-1]:
+            xs.append(last[name][0])
+            ys.append(last[name][1])
+    return curves
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)

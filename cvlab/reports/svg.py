@@ -1,0 +1,125 @@
+"""Curves as inline SVG for a page: axes, lines, and the values for whoever points at them, or cannot."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cvlab.reports.curves import Curve
+
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
+TICKS = 5
+MOST_POINTS = 400  # of a line in a page; the metrics.jsonl has them all
+MOST_ROWS = 12  # of the table below a chart
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve in a chart: its name, its series number, the path of its polyline, and its values."""
+
+    name: str
+    series: int
+    path: str
+    xs: list[float]
+    ys: list[float]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis: where, in the units of the picture, and what stands there."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart ready to be drawn, in the units of a picture of WIDTH x HEIGHT."""
+
+    title: str
+    x_name: str
+    lines: list[Line]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    x_from: float
+    x_to: float
+    rows: list[tuple[str, list[str]]]  # an x and the value of each line there, for those who read numbers
+
+
+def chart(title: str, curves: Mapping[str, Curve], x_name: str = "step") -> Chart | None:
+    """Return a chart of curves; None where none of them has a finite value."""
+    finite = {name: _finite(curve) for name, curve in curves.items()}
+    shown = {name: _thinned(curve) for name, curve in finite.items() if curve[0]}
+    if not shown:
+        return None
+    x_ticks = ticks([x for xs, _ in shown.values() for x in xs])
+    y_ticks = ticks([y for _, ys in shown.values() for y in ys])
+    low_x, high_x, low_y, high_y = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
+
+    def across(x: float) -> float:
+        return round(LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT), 1)
+
+    def down(y: float) -> float:
+        return round(HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM), 1)
+
+    lines = [
+        Line(name, k, " ".join(f"{across(x)},{down(y)}" for x, y in zip(xs, ys, strict=True)), xs, ys)
+        for k, (name, (xs, ys)) in enumerate(shown.items())
+    ]
+    return Chart(
+        title,
+        x_name,
+        lines,
+        [Tick(across(x), text(x)) for x in x_ticks],
+        [Tick(down(y), text(y)) for y in y_ticks],
+        low_x,
+        high_x,
+        _rows(shown),
+    )
+
+
+def ticks(values: list[float]) -> list[float]:
+    """Return round numbers, at least two, from below the smallest value to above the largest."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+        spread = abs(high) or 1.0
+        low, high = low - spread / 2, high + spread / 2
+    raw = (high - low) / (TICKS - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if raw <= power * factor * (1 + 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, max(last, first + 1) + 1)]
+
+
+def text(value: float) -> str:
+    """Write a number for an axis or a table."""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    return f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _finite(curve: Curve) -> Curve:
+    pairs = [(x, y) for x, y in zip(*curve, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _thinned(curve: Curve) -> Curve:
+    xs, ys = curve
+    stride = -(-len(xs) // MOST_POINTS)
+    places = [*range(0, len(xs) - 1, stride), len(xs) - 1]
+    return [xs[k] for k in places], [ys[k] for k in places]
+
+
+def _rows(shown: Mapping[str, Curve]) -> list[tuple[str, list[str]]]:
+    """Return the values at a few places, the last one among them; a line that has none there shows its latest."""
+    places = sorted({x for xs, _ in shown.values() for x in xs})
+    stride = -(-len(places) // MOST_ROWS)
+    chosen = places[::-1][::stride][::-1]
+    rows = []
+    for place in chosen:
+        cells = []
+        for xs, ys in shown.values():
+            before = [y for x, y in zip(xs, ys, strict=True) if x <= place]
+            cells.append(text(before[-1]) if before else "")
+        rows.append((text(place), cells))
+    return rows

@@ -1,0 +1,109 @@
+"""Writing a file so that after a kill, a power cut or a full disk the old or the new content is there, never half.
+
+The order is temporary file in the same directory, flush, fsync, rename, fsync of the directory. Left out any one
+of them, simulated power cuts lose acknowledged writes (tests/test_durable.py).
+"""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from cvlab.errors import RunDirError
+from cvlab.storage.failpoints import reach
+
+TEMPORARY = ".tmp"
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+UMASK = _umask()  # read once, at import, before any thread could create a file in between
+
+
+class _FirstError:
+    """A file that remembers the first OSError of a write: torch.save hides it behind an error of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        reach("mid_write")
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write `path` durably with what `fill(file)` writes. RunDirError if the disk refuses; no temporary is left."""
+    temporary = ""
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            reach("open")
+            os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp makes 0600
+            watched = _FirstError(file)
+            try:
+                fill(watched)  # type: ignore[arg-type]
+            except Exception:
+                if watched.error is not None:
+                    raise watched.error from None
+                raise
+            file.flush()
+            reach("before_fsync")
+            os.fsync(file.fileno())
+        reach("before_rename")
+        os.replace(temporary, path)
+        reach("after_rename")
+        sync_directory(path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file durably."""
+    write(path, lambda file: file.write(text.encode()))
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames, links and removals in a folder durable."""
+    reach("before_dirsync")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that a kill has left behind. Call it only under the run's lock."""
+    for leftover in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+ELSEWHERE = "free space, or choose another place with --runs-dir; earlier files are whole"
+
+
+def disk_error(path: Path, error: OSError, hint: str = ELSEWHERE) -> RunDirError:
+    """Turn what the disk said into one line."""
+    if error.errno == errno.ENOENT and hint == ELSEWHERE and not path.parent.exists():
+        hint = "its folder was removed meanwhile; start again"
+    return RunDirError(f"{path}: {error.strerror or error}", hint)

@@ -1,0 +1,231 @@
+"""Downloads that make nobody wait unasked: official place and mirrors, resumable, checked, whole or not at all.
+
+All sources are asked at once; where none answers within 5 s the download is given up. A source that would take longer
+than 10 minutes is left for the next one, and what came so far is kept: every source has the same bytes, so the next one
+goes on from there. With `patient`, the first that answers is waited for.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import os
+import queue
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cvlab import __version__, console
+from cvlab.errors import DataError
+from cvlab.storage import atomic
+
+ANSWER_SECONDS = 5.0
+STALL_SECONDS = 30.0  # for somebody who waits; ANSWER_SECONDS for everybody else
+MEASURE_SECONDS = 4.0
+LONGEST_SECONDS = 600.0
+REPORT_SECONDS = 2.0
+CHUNK_BYTES = 128 * 1024
+HINT = "try again later, or `cvlab data fetch NAME --from FILE` with a copy you have"
+FAILURES = (OSError, http.client.HTTPException, ValueError)
+
+
+class SlowError(DataError):
+    """No source is fast enough for somebody who did not ask to wait."""
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from https down to http."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise urllib.error.URLError(f"redirected from https to {newurl[:80]}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@dataclass
+class _Answer:
+    """An open connection: `offset` is where its bytes start in the file."""
+
+    url: str
+    body: Any
+    offset: int
+
+
+def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bool) -> Path:
+    """Download to `target` unless it is there already; DataError where no source can (SlowError: not soon enough)."""
+    if target.is_file():
+        verify(target, sha256)
+        return target
+    partial = target.with_name(f"{target.name}.partial")
+    _receive(urls, partial, size, patient)
+    try:
+        verify(partial, sha256)
+    except DataError:
+        partial.unlink()
+        raise
+    partial.replace(target)
+    atomic.sync_directory(target.parent)
+    return target
+
+
+def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> None:
+    have = partial.stat().st_size if partial.exists() else 0
+    if have >= size:
+        return
+    answers = _ask(urls, have)
+    if not answers:
+        raise DataError(f"none of {len(urls)} sources answered within {ANSWER_SECONDS:.0f} s", HINT)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "set CVLAB_DATA to a folder that can be written"
+        raise DataError(f"{partial.parent}: {error.strerror}", hint) from error
+    reason = ""
+    with _exclusive(partial), contextlib.ExitStack() as bodies:
+        for answer in answers:
+            bodies.enter_context(answer.body)
+        for answer in answers:
+            try:
+                _stream(answer, partial, size, patient)
+                return
+            except SlowError as error:
+                reason = error.message
+            except FAILURES as error:
+                reason = f"{answer.url}: {error}"
+            console.say(f"warning: {reason}")
+        have = partial.stat().st_size
+    raise SlowError(f"{reason}; {console.bytes_text(have)} are kept", "--download waits for it and goes on from there")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Stops at a redirect: its headers say what the file behind it is."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+def published(url: str) -> tuple[int, str | None]:
+    """Ask for the size of a file and, where its server publishes it, its SHA-256. DataError where neither is told."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": f"cvlab/{__version__}"})
+    try:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=ANSWER_SECONDS) as answer:
+            headers = answer.headers
+    except urllib.error.HTTPError as error:
+        if not 300 <= error.code < 400:
+            raise DataError(f"{url}: {error}", HINT) from error
+        headers = error.headers
+    except FAILURES as error:
+        raise DataError(f"{url}: {error}", HINT) from error
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+    digest = (headers.get("X-Linked-ETag") or "").strip('"')
+    if not size.isdecimal():
+        raise DataError(f"{url}: does not say how large it is", HINT)
+    return int(size), digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
+
+
+@contextlib.contextmanager
+def _exclusive(partial: Path) -> Iterator[None]:
+    """Let only one process at a time append to a partial file."""
+    with partial.open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{partial}: another process is fetching it", "wait for that one") from None
+        yield
+
+
+def _ask(urls: Sequence[str], offset: int) -> list[_Answer]:
+    """Open all sources at once; return those that answered in time, in the order of `urls`."""
+    answered: queue.Queue[_Answer | None] = queue.Queue()
+    for url in urls:  # daemon threads, since a name that does not resolve can hang for minutes
+        threading.Thread(target=_open, args=(url, offset, answered), daemon=True).start()
+    deadline = time.monotonic() + ANSWER_SECONDS
+    found: list[_Answer] = []
+    for _ in urls:
+        try:
+            answer = answered.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        if answer is not None:
+            found.append(answer)
+    return sorted(found, key=lambda answer: list(urls).index(answer.url))
+
+
+def _open(url: str, offset: int, answered: "queue.Queue[_Answer | None]") -> None:
+    headers = {"User-Agent": f"cvlab/{__version__}"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+    try:
+        opener = urllib.request.build_opener(_HttpsOnly)
+        body = opener.open(urllib.request.Request(url, headers=headers), timeout=ANSWER_SECONDS)
+        answered.put(_Answer(url, body, offset if body.status == 206 else 0))
+    except FAILURES as error:
+        console.detail(f"{url}: {error}")
+        answered.put(None)
+
+
+def _stream(answer: _Answer, partial: Path, size: int, patient: bool) -> None:
+    """Append what a source sends; SlowError once its rate means more than LONGEST_SECONDS."""
+    if patient:
+        _allow_stalls(answer.body)
+    have = partial.stat().st_size
+    skip = have - answer.offset  # another source has appended since this one was asked, or it ignores ranges
+    began = shown = time.monotonic()
+    received = 0
+    with partial.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        for chunk in _chunks(answer.body):
+            received += len(chunk)
+            file.write(chunk[skip:] if skip > 0 else chunk)
+            skip = max(0, skip - len(chunk))
+            now = time.monotonic()
+            rate = received / max(now - began, 1e-6)
+            left = (size - max(answer.offset + received, have)) / max(rate, 1.0)
+            if now - shown > REPORT_SECONDS:
+                shown = now
+                done = console.bytes_text(min(size, answer.offset + received))
+                console.say(
+                    f"{partial.stem}: {done} of {console.bytes_text(size)}, {console.bytes_text(rate)}/s, "
+                    f"{console.seconds_text(left)} left"
+                )
+            if not patient and now - began > MEASURE_SECONDS and left > LONGEST_SECONDS:
+                raise SlowError(f"{answer.url} sends {console.bytes_text(rate)}/s, {left / 60:.0f} minutes in all")
+    if partial.stat().st_size < size:
+        raise OSError(f"cut off after {partial.stat().st_size} of {size} bytes")
+
+
+def _allow_stalls(body: Any) -> None:
+    """Once a source has answered it may pause for longer than it had for answering."""
+    raw = getattr(getattr(body, "fp", None), "raw", None)
+    connection = getattr(raw, "_sock", None)
+    if connection is not None:
+        connection.settimeout(STALL_SECONDS)
+
+
+def _chunks(body: Any) -> Iterator[bytes]:
+    while chunk := body.read1(CHUNK_BYTES):
+        yield chunk
+
+
+def verify(path: Path, sha256: str) -> None:
+    """Compare a file with its published checksum, or with the first digits of it; DataError where it differs."""
+    try:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1024**2):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", "name a file that can be read") from error
+    if not digest.hexdigest().startswith(sha256):
+        raise DataError(f"{path}: differs from the published file (sha256)", "get it again")
+
+
+def allowed() -> bool:
+    """Whether sockets may be opened at all."""
+    return os.environ.get("CVLAB_OFFLINE", "") in ("", "0")

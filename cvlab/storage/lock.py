@@ -1,0 +1,87 @@
+"""One process at a time in a run directory: `run.lock`, a POSIX record lock that ends with its holder.
+
+`lockf` and not `flock`: a child process does not inherit it. The file is opened once, because closing any other
+descriptor of it would release the lock.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from cvlab.errors import RunDirError
+from cvlab.storage import atomic
+
+WAITS = (0.01, 0.05, 0.1, 0.0)  # seconds after each try
+
+
+class RunLock:
+    """Held from `acquire` to `release`, or until the process dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.lock"
+        self.descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock; RunDirError naming the holder if another process has it."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise atomic.disk_error(self.path, error) from error
+        if not _lock(descriptor):
+            holder = os.read(descriptor, 1000).decode(errors="replace")
+            os.close(descriptor)
+            raise RunDirError(f"{self.path.parent}: already running ({_describe(holder)})", "wait for it")
+        self.descriptor = descriptor
+        start = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start})
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, note.encode(), 0)
+        except OSError as error:
+            raise atomic.disk_error(self.path, error) from error
+
+    def release(self) -> None:
+        """Give the lock back; the file stays, since removing it could hand two processes the lock."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock could be taken; who only asks `is_held` has it for a moment, and is waited for."""
+    for wait in WAITS:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(wait)
+    return False
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process other than this one holds the lock of a run directory."""
+    path = folder / "run.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _describe(note: str) -> str:
+    try:
+        holder: dict[str, Any] = json.loads(note)
+        return f"pid {holder['pid']} on {holder['host']} since {holder['start']}"
+    except (ValueError, KeyError, TypeError):
+        return "holder not known yet"

@@ -1,0 +1,196 @@
+"""A sweep's arms as configurations: validated with the sweep, written as run directories before the first one runs."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cvlab import registry
+from cvlab.config import expectations, validation
+from cvlab.config.schema import AnyConfig, DataBlock, Duration, RunConfig
+from cvlab.config.strict_yaml import Path_
+from cvlab.config.validation import SWEEP, Problems, unknown_metric
+from cvlab.data.resolve import Policy, settle
+from cvlab.distributed import process_group
+from cvlab.errors import ConfigError
+from cvlab.reports.compare import flatten
+from cvlab.runs import user_code
+from cvlab.runs.run_dir import RunDir
+from cvlab.storage import atomic
+from cvlab.sweeps import grid, trials
+
+NOT_OF_AN_ARM = ("expect", "expect_standin", "name")
+
+
+def inherit(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a sweep's base over the configuration that its `from` names; what that expects is not taken over."""
+    below = {key: value for key, value in other.items() if key not in NOT_OF_AN_ARM}
+    return grid.merge(below, {key: value for key, value in base.items() if key != "from"})
+
+
+def configs(sweep: Any, base: Path) -> list[tuple[str, RunConfig]]:
+    """Return the name and the configuration of every arm; ConfigError where one is not valid."""
+    found = []
+    for arm in sweep.arms():
+        config, wrong = validation.check(arm.raw, base)
+        if config is None:
+            raise ConfigError(f"{arm.name}: {wrong[0][1]}")
+        assert isinstance(config, RunConfig)
+        found.append((arm.name, config))
+    return found
+
+
+def problems(sweep: Any, base: Path) -> Problems:
+    """Return what is wrong with the arms and with the expectations over them, each with its place in the sweep."""
+    own = [key for key in NOT_OF_AN_ARM if key in sweep.base]
+    if own:
+        return [(("base", own[0]), f"base.{own[0]}: an arm has none; put it beside `base`")]
+    if sweep.base.get("profiles"):
+        return [(("base", "profiles"), "base.profiles: an arm has one size; name it by base.profile beside base.from")]
+    if sweep.base.get("experiment") == SWEEP:
+        return [(("base", "experiment"), "a sweep of sweeps is not possible")]
+    found: dict[tuple[Path_, str], None] = {}
+    valid = []
+    for arm in sweep.arms():
+        config, wrong = validation.check(arm.raw, base)
+        found |= {_in_sweep(sweep, path, message): None for path, message in wrong}
+        valid.append(config)
+    whole = [config for config in valid if config is not None]
+    return list(found) or _shared_clock(sweep, whole) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
+
+
+def _shared_clock(sweep: Any, valid: list[AnyConfig]) -> Problems:
+    """Refuse a budget of seconds for arms that would take the machine from each other."""
+    together = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
+    if together and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
+        message = "workers: arms with a budget in duration.seconds must run alone; 1 at a time, or give duration.steps"
+        return [(("workers",), message)]
+    return []
+
+
+def _in_sweep(sweep: Any, path: Path_, message: str) -> tuple[Path_, str]:
+    """Return the place in the sweep of what is wrong with an arm, and the message, with a hint for ranges."""
+    place = _place(sweep, path)
+    if place[:2] == ("search", "space") and "a whole number" in message:
+        message += "; a range of whole numbers has int: true"
+    return place, message
+
+
+def _place(sweep: Any, path: Path_) -> Path_:
+    """Turn a place in an arm into one in the sweep: the axis that gave the value, else the base."""
+    dotted = ".".join(map(str, path))
+    space = sweep.search.space if sweep.search else {}
+    for block, keys in ((("grid",), sweep.grid), (("zip",), sweep.zip), (("search", "space"), space)):
+        for key in keys:
+            if dotted == key or dotted.startswith(f"{key}.") or key.startswith(f"{dotted}."):
+                return (*block, key)
+    for index, condition in enumerate(sweep.conditions):
+        for key in condition.set:
+            if dotted == key or dotted.startswith(f"{key}."):
+                return ("conditions", index, "set", key)
+    return ("base", *path)
+
+
+def _wrong_names(sweep: Any, valid: list[AnyConfig]) -> Problems:
+    """Find conditions on keys that no arm gives, which would never hold, and metrics that are not measured."""
+    arms = sweep.arms()
+    wrong: Problems = []
+    for index, condition in enumerate(sweep.conditions):
+        for key in condition.when:
+            if all(grid.get(arm.raw, key) is None for arm in arms):
+                wrong.append((("conditions", index, "when", key), f"no arm gives {key!r}; write it into base"))
+    known = registry.get_experiment(valid[0].experiment).metric_names(valid[0])
+    for key in sweep.diverged_counts_as:
+        if key not in known:
+            wrong.append((("diverged_counts_as", key), unknown_metric("diverged_counts_as", key, known)))
+    if sweep.search and sweep.search.metric not in known:
+        wrong.append((("search", "metric"), unknown_metric("search.metric", sweep.search.metric, known)))
+    return wrong
+
+
+def _wrong_rules(sweep: Any, valid: list[AnyConfig]) -> Problems:
+    """Find expectations that speak of what no arm measures, or of keys that no arm has."""
+    module = registry.get_experiment(valid[0].experiment)
+    metrics = module.metric_names(valid[0])
+    flat = [{k: v for k, v in flatten(config.model_dump()).items() if k != "seed"} for config in valid]
+    own = registry.get_experiment(SWEEP).metric_names(sweep)
+    wrong: Problems = []
+    for path, rule in validation.rules_of(sweep):
+        for term in rule.terms:
+            known = metrics if term.function else own
+            if term.metric and term.metric not in known:
+                functions = "; over arms write for example `mean(METRIC)`" if term.metric in metrics else ""
+                wrong.append((path, unknown_metric(term.text, term.metric, known) + functions))
+            elif not any(fits(term, keys) for keys in flat):
+                seeds = "; settings are means over seeds" if "seed" in dict(term.where) else ""
+                wrong.append((path, f"{term.text!r}: no arm has {_told(term)}{seeds}"))
+    return wrong
+
+
+def fits(term: expectations.Term, keys: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one that a term speaks of."""
+    told = term.by == "" or term.by in keys
+    return told and all(key in keys and expectations.same(keys[key], value) for key, value in term.where)
+
+
+def _told(term: expectations.Term) -> str:
+    parts = [f"{key}={grid.text_of(value)}" for key, value in term.where]
+    return ", ".join([*parts, *([f"the key {term.by}"] if term.by else [])])
+
+
+def settle_data(sweep: Any, base: Path, policy: Policy) -> None:
+    """Fetch the data sets that the arms name, if that is quick; DataError where one of them is not to be had.
+
+    The base's own set has been settled before. One that the sweep varies takes no stand-in: with another set in some
+    arms only, what is not alike would be compared.
+    """
+    blocks = [getattr(config, "data", None) for _, config in configs(sweep, base)]
+    for name in sorted({block.name for block in blocks if isinstance(block, DataBlock)}):
+        settle(DataBlock(name=name), policy)
+
+
+def make(sweep: Any, base: Path, out: RunDir) -> None:
+    """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep.
+
+    The arms of a search come later, one by one.
+    """
+    partial = out.folder("arms.partial")
+    for name, config in [] if sweep.search else configs(sweep, base):
+        (partial / name).mkdir(exist_ok=True)
+        _write(partial / name, config, base, _threads(sweep))
+    user_code.mirror(sweep.model_dump(), base, out.path)
+    os.replace(partial, out.path / "arms")
+    atomic.sync_directory(out.path)
+
+
+def add(sweep: Any, out: RunDir, number: int, changes: grid.Changes) -> Path:
+    """Write the run directory of one more trial, whole or not at all. ConfigError where it is not valid."""
+    arm = sweep.laid_over([changes], number)[0]
+    config, wrong = validation.check(arm.raw, out.path)
+    if config is None:
+        hint = "narrow search.space, or tie the keys by conditions"
+        raise ConfigError(f"the search came to {arm.name}, which is not valid: {wrong[0][1]}", hint)
+    partial = out.path / "arm.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
+    out.folder(partial.name)
+    _write(partial, config, out.path, _threads(sweep))
+    trials.write(partial, changes)
+    made = Path(out.path, "arms", arm.name)
+    os.replace(partial, made)
+    atomic.sync_directory(made.parent)
+    return made
+
+
+def _write(folder: Path, config: AnyConfig, base: Path, threads: int) -> None:
+    brought = user_code.bring(config, base, folder)
+    if getattr(brought, "threads", None) is None:
+        brought = brought.model_copy(update={"threads": threads})
+    atomic.write_text(folder / "config.yaml", brought.to_yaml())
+
+
+def _threads(sweep: Any) -> int:
+    """Return the threads of an arm where its configuration does not say: its share of this machine, or of its node."""
+    if sweep.submit.on != "local":
+        return int(sweep.submit.cpus)
+    return process_group.threads_each(sweep.workers or 1)

@@ -1,0 +1,135 @@
+"""Arms as Ray core tasks, on a cluster or on one that lives as long as the sweep.
+
+Paper: Moritz et al., 2018, "Ray: A Distributed Framework for Emerging AI Applications".
+Differs from Ray Tune: Ray only finds a place and starts a process there. It tries nothing again and stores nothing;
+both are the business of the sweep and its run directories.
+"""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from cvlab.errors import ConfigError, DeviceError, StoppedError
+from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
+from cvlab.sweeps.executors import DIED, POLL_SECONDS, Events, Limits, Submit, Take, Task, node
+
+SAVE_SECONDS = 60.0  # how long arms may take to save and end
+ANSWER_SECONDS = 5.0  # Ray itself waits for minutes
+CHILDREN_SAVE = {"RAY_kill_child_processes_on_worker_exit": "false"}  # they end by themselves, after a checkpoint
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # what Ray does elsewhere: listen to this machine only
+
+
+def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
+    """Run each arm as a task, as many as the cluster has room for unless told otherwise."""
+    _connect(limits.submit)
+    import ray
+
+    submit = limits.submit
+    remote = ray.remote(node.run).options(max_retries=0, num_cpus=submit.cpus, num_gpus=submit.gpus)
+    running: dict[Any, Task] = {}
+    asked = False
+    try:
+        while True:
+            room = limits.workers or max(1, _room(ray.nodes(), submit))
+            while stop.received is None and len(running) < room and (task := take()) is not None:
+                running[remote.remote(node.errand(task))] = task
+            if not running:
+                return
+            if stop.received is not None and not asked:
+                asked = True
+                _cancel(running)
+            for done in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
+                task = running.pop(done)
+                yield node.ended(task, _answer(done))
+            yield None
+    finally:
+        _cancel(running)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=SAVE_SECONDS)
+        ray.shutdown()
+
+
+def _connect(submit: Submit) -> None:
+    """Join the cluster at an address, or start one. ConfigError where none answers."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if submit.address else LOOPBACK | CHILDREN_SAVE)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if submit.address and ":" in submit.address:
+        _knock(submit.address)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=submit.address or "local",
+            include_dashboard=None if submit.address else False,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={"env_vars": CHILDREN_SAVE | node.settings()} if submit.address else None,
+        )
+        _require_room(ray.nodes(), submit)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        where = f"no Ray cluster at {submit.address}" if submit.address else "Ray does not start here"
+        raise ConfigError(f"{where}: {_first_sentence(error)}", "`ray start --head` starts a cluster") from error
+    except SystemExit:  # Ray's own answer to a signal while it starts
+        raise StoppedError("stopped by SIGTERM", "", EXIT_TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)  # Ray has put its own there, which would end us at once
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error}", "`ray status` says where it is") from error
+
+
+def _room(nodes: list[dict[str, Any]], submit: Submit) -> int:
+    """Return how many arms the nodes that are alive have room for."""
+    return sum(_fits(row["Resources"], submit) for row in nodes if row["Alive"])
+
+
+def _fits(resources: Mapping[str, float], submit: Submit) -> int:
+    fits = int(resources.get("CPU", 0) / submit.cpus)
+    return min(fits, int(resources.get("GPU", 0) / submit.gpus)) if submit.gpus else fits
+
+
+def _require_room(nodes: list[dict[str, Any]], submit: Submit) -> None:
+    """Raise DeviceError where no node has what one arm is to get: it would wait for ever."""
+    if _room(nodes, submit) == 0:
+        import ray
+
+        ray.shutdown()
+        raise DeviceError(
+            f"no node of the Ray cluster has room for an arm with cpus: {submit.cpus} and gpus: {submit.gpus}",
+            "lower submit.cpus or submit.gpus",
+        )
+
+
+def _cancel(running: Mapping[Any, Task]) -> None:
+    import ray
+
+    for task in running:
+        ray.cancel(task)
+
+
+def _answer(task: Any) -> node.Answer:
+    """Return what a task has answered; one that was lost with its node or worker has died."""
+    import ray
+
+    try:
+        answer: node.Answer = ray.get(task)
+        return answer
+    except ray.exceptions.TaskCancelledError:
+        return EXIT_TERMINATED, "cancelled"
+    except ray.exceptions.RayTaskError as error:  # nothing of ours: for example a node without cvlab
+        return 1, str(error).splitlines()[-1]
+    except ray.exceptions.RayError as error:
+        return DIED, f"{type(error).__name__}: {_first_sentence(error)}"
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]

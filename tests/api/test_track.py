@@ -1,0 +1,136 @@
+"""What trackers were told, read back with their own libraries."""
+
+import importlib.util
+import json
+import struct
+
+import pytest
+
+from cvlab.api import track
+from cvlab.runs.run_dir import RunDir
+
+ROWS = [{"step": k, "epoch": k / 2, "seconds": 1.0, "train_loss": 2.0 / k, "val_map50": 0.25 * k} for k in (1, 2, 3)]
+WANTED = {
+    "train_loss": [(1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3, abs=1e-6))],
+    "val_map50": [(1, 0.25), (2, 0.5), (3, 0.75)],
+    "final/train_loss": [(3, 0.5)],
+    "final/ap50/dog": [(3, 0.125)],
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    path = tmp_path / "runs" / "20261125-120000-x-0001"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text("experiment: detector\nseed: 3\noptimizer: {name: adam, lr: 0.01}\n")
+    out = RunDir(path)
+    for row in ROWS:
+        out.append(row)
+    out.write_json("summary.json", {"metrics": {"train_loss": 0.5, "ap50/dog": 0.125}, "expect": []})
+    out.set_status("done")
+    return path
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def told(found):
+    return {name: found[name] for name in WANTED}
+
+
+@needs("tensorboard")
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # told twice, it is there once
+        assert "tensorboard --logdir" in track.tell(run, "tensorboard", follow=False)
+    read = EventAccumulator(str(run / "trackers" / "tensorboard"))
+    read.Reload()
+    found = {tag: [(e.step, pytest.approx(e.value)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    assert told(found) == WANTED and set(found) == set(WANTED)
+    assert "optimizer.lr: 0.01" in str(read.Tensors("configuration/text_summary")[0].tensor_proto.string_val)
+
+
+@needs("mlflow")
+@needs("sqlalchemy")
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow(run):
+    import mlflow
+
+    for _ in range(2):
+        track.tell(run, "mlflow", follow=False)
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
+    assert found.info.run_name == run.name and found.info.status == "FINISHED"
+    assert found.data.params["optimizer.lr"] == "0.01" and set(found.data.metrics) == set(WANTED)
+    history = {name: [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)] for name in WANTED}
+    assert history == WANTED
+
+
+def records(content, block=32768, head=7):
+    """Yield the records of a .wandb file, a log as LevelDB writes it: pieces of (checksum, length, kind), in blocks."""
+    at, whole = head, b""
+    while at + head <= len(content):
+        if block - at % block < head:
+            at += block - at % block
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + head])
+        whole += content[at + head : at + head + length]
+        at += head + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield whole
+            whole = b""
+
+
+@needs("wandb")
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline(run):
+    from wandb.proto import wandb_internal_pb2
+
+    look = track.tell(run, "wandb", follow=False)
+    (file,) = (run / "trackers").rglob("*.wandb")
+    assert look == f"wandb sync {file.parent}"
+    found = {}
+    for data in records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        for name, value in items.items():
+            if not name.startswith("_"):
+                found.setdefault(name, []).append((items.get("_step", record.history.step.num), value))
+    assert told(found) == WANTED
+
+
+def test_a_run_is_followed_until_it_ends(run, monkeypatch):
+    heard = []
+
+    class Fake:
+        package = "json"
+        extra = "fake"
+
+        def __init__(self, path, config):
+            heard.append(config["seed"])
+
+        def log(self, metrics, step):
+            heard.append((step, metrics))
+
+        def close(self, status):
+            return status
+
+    out = RunDir(run)
+    states = iter(["running", "running", "done", "done"])
+    monkeypatch.setitem(track.TRACKERS, "fake", Fake)
+    monkeypatch.setattr(track.run_dir, "read_status", lambda path: {"status": next(states)})
+    found = track.tell(run, "fake", True, sleep=lambda _: out.append({"step": len(heard), "x": 1.0}))
+    assert found == "done" and heard[0] == 3
+    assert [entry[0] for entry in heard[1:]] == [1, 2, 3, 4, 5, 5] and "final/train_loss" in heard[-1][1]
+
+
+def test_refusals(cvlab, run, monkeypatch):
+    code, _, err = cvlab("track", run, "--to", "tensorbord")
+    assert code == 2 and "did you mean 'tensorboard'" in err
+    monkeypatch.setattr(track.Wandb, "package", "not_there_at_all")
+    code, _, err = cvlab("track", run, "--to", "wandb")
+    assert code == 2 and "pip install 'cvlab[wandb]'" in err

@@ -1,0 +1,141 @@
+"""The measurements have the form that they promise; what they measure is this machine's own affair."""
+
+import json
+
+import pytest
+import torch
+
+from cvlab.bench import detection, harness, profiler
+from cvlab.cli import bench
+from cvlab.config import loading
+from cvlab.experiments.classification import throughput
+from cvlab.ops.roi_align import roi_align
+
+TEXT = """experiment: classify
+data: {name: scenes10}
+model: {name: whiten_net, widths: [8, 8], activation: silu}
+optimizer: {name: muon, lr: 0.1}
+batch_size: 16
+duration: {steps: 4}
+augment: {flip: alternating, translate_px: 1, cutout_px: 4}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "b.yaml").write_text(TEXT)
+    return "b.yaml"
+
+
+def test_engine(file, cvlab):
+    code, out, err = cvlab("bench", "engine", file, "--rounds", 2, "--steps", 2, "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert [len(row["seconds"]) for row in found["loops"]] == [2, 2, 2] and found["fit_against_bare"] > 0
+    code, out, _ = cvlab("bench", "engine", file, "--rounds", 1, "--steps", 1)
+    assert code == 0 and "float32, contiguous" in out
+
+
+def test_profile(file, cvlab):
+    code, out, err = cvlab("bench", "profile", file, "--steps", 2, "--json")
+    found = json.loads(out)["shares"]
+    assert code == 0, err
+    assert sum(found.values()) == pytest.approx(1)
+    assert {"convolution", "normalisation", "activation", "pooling", "data", "optimizer"} <= set(found)
+    assert all(share > 0 for share in found.values())
+
+
+def test_layers_and_what_cannot_be_measured(cvlab, monkeypatch):
+    monkeypatch.setattr(harness, "SENTENCES", (6, 3, 4, 8, 5, 2))
+    code, out, _ = cvlab("bench", "layers", "--rounds", 1, "--json")
+    rows = json.loads(out)["layers"]
+    assert all(row["manual_against_torch"] > 0 and row["torch_seconds"] > 0 for row in rows)
+    assert code == 0 and {row["layer"] for row in rows} == {
+        "Conv2d",
+        "BatchNorm2d",
+        "MaxPool2d",
+        "ReLU",
+        "Linear",
+        "RNN",
+        "LSTM",
+        "AttentionLSTM",
+    }
+    code, _, err = cvlab("bench", "engine", "optimizers")
+    assert code == 2 and "not a training of a classifier" in err
+    assert cvlab("bench", "engine", "nosuch")[0] == 2
+
+
+def test_the_whole(cvlab, monkeypatch):
+    monkeypatch.setattr(harness, "MATRIX", 64)
+    monkeypatch.setattr(harness, "COPIED_FLOATS", 1000)
+    monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr(loading, "shipped_names", lambda: ["quickstart", "optimizers", "cifar_bn"])
+    code, out, err = cvlab("bench", "--rounds", 1, "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["machine"]["product_gflops"]["float32"] > 0 and found["machine"]["copy_gb_per_second"] > 0
+    assert [row["config"] for row in found["configs"]] == ["quickstart", "cifar_bn"]
+    code, out, _ = cvlab("bench", "--rounds", 1)
+    assert code == 0 and "share of convolutions" in out
+
+
+def test_flops_of_an_image_are_those_of_its_layers(monkeypatch):
+    """Three convolutions and a linear layer, forward and twice backward, the first without its input's gradient."""
+    monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.01)
+    machine = {"convolution_gflops": {"float32": 1.0, "bfloat16": 1.0}}
+    row = harness.every_config(machine, "cpu", ("quickstart",))[0]
+    convolutions = [3 * 16 * 9 * 32**2, 16 * 32 * 9 * 16**2, 32 * 64 * 9 * 8**2]
+    products = 3 * (sum(convolutions) + 64 * 16 * 10) - convolutions[0]
+    assert row["mflop_per_image"] == pytest.approx(2 * products / 1e6)
+    assert row["share"] == pytest.approx(row["gflop_per_second"])
+
+
+def test_what_a_profile_counts_as_what():
+    class Event:
+        def __init__(self, name, parent=None):
+            self.name, self.cpu_parent = name, parent
+
+    step = Event("Optimizer.step#Muon.step")
+    assert profiler.kind_of(Event("aten::mm", step)) == "optimizer"
+    assert profiler.kind_of(Event("aten::flip", Event("aten::x", Event(profiler.DATA)))) == "data"
+    assert profiler.kind_of(Event("aten::mkldnn_convolution")) == "convolution"
+    assert profiler.kind_of(Event("aten::native_batch_norm_backward")) == "normalisation"
+    assert profiler.kind_of(Event("aten::add")) == "everything else"
+
+
+def test_the_command_has_all_of_them():
+    assert {command.name for command in bench.app.registered_commands} == {
+        "boxes",
+        "engine",
+        "profile",
+        "layers",
+        "photos",
+        "processes",
+    }
+
+
+def test_photos_against_bare_loops(cvlab):
+    code, out, err = cvlab("bench", "photos", "--rounds", "1", "--batch-size", "2", "--json")
+    assert code == 0, err
+    loops = {row["loop"]: row for row in json.loads(out)["loops"]}
+    assert {"bare gradient", "saliency", "attack, original size, float32"} <= loops.keys()
+    assert all(row["seconds"] > 0 for row in loops.values()) and loops["bare gradient"]["times_as_fast"] == 1
+
+
+def test_boxes_against_plain_loops(cvlab, monkeypatch):
+    monkeypatch.setattr(detection, "NMS_COUNTS", (50,))
+    monkeypatch.setattr(detection, "MAPS", (4, 8, 14, 14))
+    monkeypatch.setattr(detection, "PICTURES", 10)
+    code, out, err = cvlab("bench", "boxes", "--rounds", "1", "--json")
+    assert code == 0, err
+    rows = {row["loop"]: row for row in json.loads(out)["loops"]}
+    assert {"nms of 50 boxes", "a loop over the boxes", "yolo on a photo of 640 x 480"} <= rows.keys()
+    assert all(row["seconds"] > 0 for row in rows.values()) and rows["nms of 50 boxes"]["against_ours"] == 1
+    assert rows["a loop over the boxes"]["against_ours"] != 1
+
+
+def test_the_loop_over_boxes_is_roi_align():
+    maps = torch.randn(2, 3, 10, 12, dtype=torch.float64)
+    cut = torch.tensor([[1.0, 1, 7, 8], [0, 2, 11, 9], [3, 3, 3.5, 4]]).double()
+    image = torch.tensor([1, 0, 1])
+    torch.testing.assert_close(detection.by_box(maps, cut, image, 2), roi_align(maps, cut, image, 2))

@@ -1,0 +1,558 @@
+"""The commands, in this process: what they print, where, with which exit code, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cvlab import __version__
+from cvlab.cli import main
+from cvlab.config import loading
+from cvlab.runs import run_dir
+
+TINY = """experiment: classify
+data: {name: scenes10, num_train: 100, val_fraction: 0.02}
+model: {name: deep_convnet, filters: [4, 8], pools: [0, 1], batchnorm: true}
+optimizer: {name: adam, lr: 1e-2}
+batch_size: 20
+duration: {epochs: 2}
+log_every: 2
+threads: 1
+precision: float32
+expect:
+  - train_accuracy >= 0.05
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return "tiny.yaml"
+
+
+def error_of(out):
+    document = json.loads(out)
+    assert document["ok"] is False
+    return document["error"]
+
+
+def test_a_run_from_start_to_report(cvlab, tiny, tmp_path):
+    code, out, err = cvlab("train", tiny)
+    assert code == 0
+    assert err.splitlines()[0].startswith("run directory runs/")
+    assert "kill -9 loses at most 60 s" in err
+    assert out.splitlines()[-1].startswith("run directory runs/")
+    assert "train_accuracy >= 0.05" in out and "met" in out
+    run = tmp_path / "runs" / "latest"
+    assert {"config.yaml", "env.json", "status.json", "metrics.jsonl", "summary.json", "log.txt"} <= set(
+        os.listdir(run)
+    )
+    assert (run / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    summary = run_dir.read_json(run / "summary.json")
+    assert summary["status"] == "done" and summary["data"] == "scenes10"
+    assert len(summary["weights_sha256"]) == 64
+    assert run_dir.read_json(run / "env.json")["threads"] == 1
+    rows = list(run_dir.read_metrics(run))
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 10]
+    assert {"train_accuracy", "val_accuracy", "val_loss"} <= rows[-1].keys()
+
+
+def test_json_is_one_document(cvlab, tiny):
+    code, out, _ = cvlab("train", tiny, "--json", "-q")
+    document = json.loads(out)
+    assert code == 0
+    assert list(document) == ["ok", "run", "experiment", "status", "data", "metrics", "expect", "files"]
+    assert document["ok"] and document["status"] == "done" and document["experiment"] == "classify"
+    assert document["expect"] == [
+        {"rule": "train_accuracy >= 0.05", "measured": document["metrics"]["train_accuracy"], "met": True}
+    ]
+    assert "checkpoints/step_000000010.pt" in document["files"]
+
+
+def test_an_expectation_that_is_not_met(cvlab, tiny):
+    code, out, err = cvlab("train", tiny, "expect=[train_accuracy > 1]", "-q")
+    assert code == 3 and "NOT MET" in out and "error: not met: train_accuracy > 1" in err
+    code, out, _ = cvlab("train", tiny, "expect=[train_accuracy > 1, val_loss < 0]", "--json", "-q")
+    document = json.loads(out)
+    assert code == 3 and document["ok"] is False and document["error"]["code"] == 3
+    assert document["status"] == "unmet" and [v["met"] for v in document["expect"]] == [False, False]
+
+
+def test_the_resolved_configuration_repeats_the_run(cvlab, tiny):
+    first = json.loads(cvlab("run", tiny, "--json", "-q", "--seed", 5)[1])
+    second = json.loads(cvlab("run", first["run"] + "/config.yaml", "--json", "-q")[1])
+    digests = [run_dir.read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
+    assert digests[0] == digests[1]
+
+
+def test_resume_of_an_ended_run_reports_it(cvlab, tiny):
+    cvlab("train", tiny, "-q")
+    code, out, err = cvlab("resume", "latest")
+    assert code == 0 and "nothing to resume" in err and "train_accuracy" in out
+
+
+def test_dry_run_writes_nothing(cvlab, tiny, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = cvlab("train", tiny, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and sorted(tmp_path.rglob("*")) == before
+    assert plan["steps"] == 10 and plan["parameters"] == 4 * 27 + 4 + 8 + 8 * 36 + 8 + 16 + 512 * 10 + 10
+    assert (plan["train_images"], plan["val_images"], plan["data"]) == (100, 250, "scenes10")
+
+
+def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
+    code, out, err = cvlab("train", tiny, "duration.seconds=1", "--json")
+    first = json.loads(out)
+    steps = first["metrics"]["steps"]
+    assert code == 0 and "the plan is corrected on the way" in err and f"{steps} steps in " in err
+    assert loading.load(first["run"]).config.duration.steps == steps
+    second = json.loads(cvlab("run", first["run"], "--json", "-q")[1])
+    digests = [run_dir.read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
+    assert digests[0] == digests[1]
+    code, _, err = cvlab("train", tiny, "duration.seconds=1e-5", "-q")
+    assert code == 2 and "too short for a step" in err
+
+
+def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
+    arguments = (
+        "data={name: scenes10, num_train: 100, val_fraction: 0}",
+        "evaluate_test=true",
+        "tta=flip_shift",
+        "expect=[]",
+        "augment={flip: alternating, cutout_px: 4}",
+    )
+    code, out, err = cvlab("train", tiny, *arguments, "--json")
+    metrics = json.loads(out)["metrics"]
+    assert code == 0, err
+    assert {"train_accuracy", "best_train_accuracy", "test_accuracy", "test_accuracy_tta"} <= metrics.keys()
+    assert not any(key.startswith("val_") for key in metrics)
+    code, out, err = cvlab("eval", "latest", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"].keys() == {"test_loss", "test_accuracy", "test_accuracy_tta"}
+    assert json.loads(out)["metrics"]["test_accuracy_tta"] == metrics["test_accuracy_tta"]
+    assert cvlab("eval", "latest", "--split", "val")[0] == 2
+    code, _, err = cvlab("train", tiny, *arguments, "expect=[val_accuracy > 0]")
+    assert code == 2 and "no metric 'val_accuracy'" in err
+    assert "the images have 32 px" in cvlab("train", tiny, "augment.cutout_px=32")[2]
+
+
+def test_the_stand_in_is_said_everywhere(cvlab, tiny, tmp_path, monkeypatch):
+    arguments = ("data={name: cifar10, standin: scenes10, num_train: 100, val_fraction: 0.02}",)
+    code, out, err = cvlab("train", tiny, *arguments, "expect_standin=[train_accuracy <= 1]")
+    assert code == 0
+    assert err.splitlines()[0].startswith("cifar10 is not on the disk (offline); using scenes10 in its place")
+    assert "`cvlab data fetch cifar10` gets it" in err
+    assert "scenes10 (stand-in for cifar10)" in out
+    run = tmp_path / "runs" / "latest"
+    for name in ("summary.json", "status.json"):
+        assert run_dir.read_json(run / name)["data"] == "scenes10 (stand-in for cifar10)"
+    assert run_dir.read_json(run / "summary.json")["expect"][0]["rule"] == "train_accuracy <= 1"
+    assert "standin_for: cifar10" in (run / "config.yaml").read_text()
+    code, _, err = cvlab("train", tiny, *arguments, "--no-standin")
+    assert code == 4 and "`cvlab data fetch cifar10` gets it" in err
+    assert cvlab("train", tiny, "data.name=cifar10", "-q")[0] == 4
+
+
+def test_a_users_own_model_travels_with_the_run(cvlab, tiny, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\ndef make(width: int, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, num_classes))\n"
+    )
+    code, out, _ = cvlab("train", tiny, "model={name: './net.py:make', width: 6}", "--json", "-q")
+    run = run_dir.Path(json.loads(out)["run"])
+    assert code == 0 and (run / "net.py").is_file()
+    (tmp_path / "net.py").unlink()
+    assert cvlab("eval", run, "--json")[0] == 0
+    assert cvlab("train", run / "config.yaml", "-q")[0] == 0
+
+
+@pytest.mark.parametrize("model", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_a_run_of_somebody_elses_model(cvlab, tiny, model):
+    code, out, err = cvlab("train", tiny, f"model={{name: '{model}'}}", "duration.steps=2", "expect=[]", "--json", "-q")
+    assert code == 0, err
+    assert cvlab("eval", json.loads(out)["run"], "--split", "val")[0] == 0
+
+
+def test_a_users_own_data(cvlab, tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom cvlab.experiments.classification.data.images import ImageSet\n\ndef load():\n"
+        "    x = torch.randint(0, 256, (60, 16, 16, 1), dtype=torch.uint8)\n"
+        "    y = (x.float().mean((1, 2, 3)) > 127).long()\n"
+        "    return ImageSet('mine', x, y, x[:10], y[:10], ('dark', 'bright'))\n"
+    )
+    code, out, _ = cvlab("train", tiny, "data={name: './mine.py:load'}", "--json", "-q")
+    assert code == 0 and json.loads(out)["data"] == "./mine.py:load"
+    assert cvlab("train", tiny, "data={name: './mine.py:load'}", "--dry-run")[0] == 0
+
+
+def test_a_users_own_error_shows_its_traceback(cvlab, tiny, tmp_path):
+    (tmp_path / "net.py").write_text("def make():\n    return 1 / 0\n")
+    code, out, err = cvlab("train", tiny, "model={name: './net.py:make'}", "--json", "-q")
+    assert code == 1 and "ZeroDivisionError" in err and "net.py" in err
+    assert error_of(out)["code"] == 1
+    assert not (tmp_path / "runs").exists(), "what cannot be built leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("device=cuda:99", "device cuda:99 is not there"),
+        ("batch_size=1000", "batch_size 1000 is larger"),
+        ("optimizer={name: sgd, nesterov: true}", "optimizer sgd"),
+        ("augment.translate_px=16", None),
+        ("model={name: './net.py:pair'}", "give tuple, not scores (2, 10)"),
+        ("model={name: './net.py:few'}", "give (2, 3), not scores (2, 10)"),
+        ("model={name: './net.py:weightless'}", "has no weights to train"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_there_is_a_run(cvlab, tiny, tmp_path, override, expected):
+    (tmp_path / "net.py").write_text(NETS)
+    code, _, err = cvlab("train", tiny, override, "duration.steps=1", "-q")
+    assert (code == 0) if expected is None else (code in (2, 8) and expected in err and len(err.splitlines()) == 1)
+    assert (tmp_path / "runs").exists() == (expected is None)
+
+
+NETS = """import torch
+from torch import nn
+
+class pair(nn.Linear):
+    def __init__(self):
+        super().__init__(3072, 10)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)), 1
+
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))
+
+class weightless(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+
+def images(count=60, size=(32, 32), dtype=torch.int64):
+    from cvlab.experiments.classification.data.images import ImageSet
+    x, y = torch.zeros(count, *size, 3, dtype=torch.uint8), torch.arange(count).to(dtype) % 10
+    return ImageSet("own", x, y, x, y, tuple("abcdefghij"))
+
+def nothing():
+    return None
+
+def oblong():
+    return images(size=(32, 48))
+
+def narrow():
+    return images(dtype=torch.int32)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("nothing", "got NoneType"), ("oblong", "must be square, are (32, 48)"), ("narrow", "labels must be int64")],
+)
+def test_a_users_data_is_checked(cvlab, tiny, tmp_path, name, expected):
+    (tmp_path / "net.py").write_text(NETS)
+    code, _, err = cvlab("train", tiny, f"data={{name: './net.py:{name}'}}", "-q")
+    assert code in (2, 4) and expected in err and len(err.splitlines()) == 1
+
+
+def test_two_files_of_one_name_are_both_kept(cvlab, tiny, tmp_path):
+    for folder, text in (("one", NETS.replace("3072, 3)", "3072, 10)")), ("two", NETS)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(text)
+    chosen = ["model={name: './one/net.py:few'}", "data={name: './two/net.py:images'}", "batch_size=8"]
+    code, _, err = cvlab("train", tiny, *chosen, "data.val_fraction=0.2", "expect=[]", "-q")
+    assert code == 0, err
+    run = tmp_path / "runs" / "latest"
+    assert (run / "net.py").is_file() and (run / "net_2.py").is_file()
+    assert cvlab("eval", "latest")[0] == 0
+
+
+def test_a_misspelt_metric_is_found_before_the_run(cvlab, tiny, tmp_path):
+    code, _, err = cvlab("train", tiny, "expect=[tran_accuracy >= 0.1]")
+    assert code == 2 and "did you mean 'train_accuracy'" in err and not (tmp_path / "runs").exists()
+
+
+def test_one_damaged_run_does_not_hide_the_others(cvlab, tiny, tmp_path):
+    cvlab("train", tiny, "name=good", "-q")
+    for name, text in (("bad1", '{"sta'), ("bad2", '{"metrics": null, "expect": 3}')):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "status.json").write_text('{"status": "done"}')
+        (tmp_path / "runs" / name / "summary.json").write_text(text)
+    code, out, _ = cvlab("runs", "--json")
+    states = {row["run"].rpartition("-")[0] or row["run"]: row["status"] for row in json.loads(out)["runs"]}
+    assert code == 0 and states["bad1"] == states["bad2"] == "damaged" and "done" in states.values()
+    assert cvlab("show", "bad2")[0] == cvlab("compare", "good", "bad2")[0] == 5
+
+
+def test_names_of_runs(cvlab, tiny, tmp_path):
+    cvlab("train", tiny, "-q")
+    (tmp_path / "runs" / "latest").unlink()
+    assert cvlab("show", "latest")[0] == 0
+    for wrong in ("", "  ", "x" * 5000):
+        code, _, err = cvlab("show", wrong)
+        assert code == 5 and len(err.splitlines()) == 1
+    assert cvlab("train", "x" * 5000)[0] == 2
+    (tmp_path / "file").write_text("")
+    assert cvlab("runs", "--runs-dir", "file")[0] == 5
+
+
+def test_a_metric_that_is_not_finite_is_a_divergence(cvlab, tiny, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Nan(nn.Linear):\n"
+        "    def __init__(self):\n        super().__init__(3072, 10)\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x.flatten(1)) * (1 if self.training else float('nan'))\n"
+    )
+    code, _, err = cvlab("train", tiny, "model={name: './net.py:Nan'}", "-q")
+    assert code == 6 and "val_loss is not finite at step 5" in err
+
+
+@pytest.mark.parametrize("width", (30, 58, 72, 93, 137))
+def test_no_word_of_a_table_is_torn_or_lost(cvlab, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command, kind in ((("models",), "models"), (("data", "list"), "data"), (("config",), "configs")):
+        words = {
+            word
+            for row in json.loads(cvlab(*command, "--json")[1])[kind]
+            for value in row.values()
+            for word in str(value).split()
+        }
+        assert words <= set(cvlab(*command)[1].split())
+
+
+def test_a_reader_that_has_gone_changes_nothing(tiny, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def code_of(line):
+        command = line.replace("cvlab", f"{sys.executable} -m cvlab")
+        return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+
+    assert code_of("cvlab runs | true; exit ${PIPESTATUS[0]}").returncode == 0
+    assert code_of("cvlab --help | true; exit ${PIPESTATUS[0]}").returncode == 0
+    assert code_of("cvlab config nosuch --json | true; exit ${PIPESTATUS[0]}").returncode == 2
+    assert code_of(f"cvlab train {tiny} log_every=1 2>&1 | true; exit ${{PIPESTATUS[0]}}").returncode == 0
+    assert run_dir.read_status(tmp_path / "runs" / "latest")["status"] == "done"
+    if os.path.exists("/dev/full"):
+        full = code_of("cvlab runs > /dev/full")
+        assert full.returncode == 5 and "No space left" in full.stderr and "Traceback" not in full.stderr
+
+
+def test_divergence(cvlab, tiny, tmp_path):
+    code, out, _ = cvlab(
+        "train", tiny, "optimizer={name: sgd, lr: 100}", "reg=1", "duration.steps=200", "eval_every=100", "--json", "-q"
+    )
+    error = error_of(out)
+    assert code == 6 and "not finite at step" in error["message"] and "lr 100" in error["message"]
+    assert error["run"] == run_dir.find("latest", run_dir.runs_root()).name or "runs/" in error["run"]
+    assert run_dir.read_json(tmp_path / "runs" / "latest" / "status.json")["status"] == "failed"
+
+
+def test_eval_shows_test_and_keeps_it(cvlab, tiny, tmp_path):
+    trained = json.loads(cvlab("train", tiny, "--json", "-q")[1])
+    code, out, _ = cvlab("eval", "latest", "--json")
+    found = json.loads(out)
+    assert code == 0 and set(found["metrics"]) == {"val_loss", "val_accuracy", "test_loss", "test_accuracy"}
+    assert found["metrics"]["val_accuracy"] == trained["metrics"]["val_accuracy"]
+    assert run_dir.read_json(tmp_path / "runs" / "latest" / "eval.json")["metrics"] == found["metrics"]
+    best = json.loads(cvlab("eval", "latest", "--checkpoint", "best", "--split", "val", "--json")[1])
+    assert best["metrics"]["val_accuracy"] == trained["metrics"]["best_val_accuracy"]
+    assert cvlab("eval", "latest", "--split", "dev")[0] == 2
+    assert cvlab("eval", "latest", "--checkpoint", "first")[0] == 2
+    for path in (tmp_path / "runs" / "latest" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    assert cvlab("eval", "latest")[0] == 7
+    assert cvlab("eval", "latest", "--checkpoint", "best")[0] == 7
+
+
+def test_runs_show_and_compare(cvlab, tiny, tmp_path):
+    for lr in ("1e-2", "1e-3"):
+        cvlab("train", tiny, f"optimizer.lr={lr}", "-q")
+    code, out, _ = cvlab("runs", "--json")
+    listed = json.loads(out)["runs"]
+    assert code == 0 and [row["status"] for row in listed] == ["done", "done"]
+    names = [row["run"] for row in listed]
+    assert "done" in cvlab("runs")[1]
+    code, out, _ = cvlab("show", names[0][-4:])
+    assert code == 0 and "optimizer.lr" in out and "train_accuracy" in out
+    code, out, _ = cvlab("compare", *names, "--json", "--out", tmp_path / "c")
+    found = json.loads(out)
+    differences = found["differences"]  # runs of one second come in any order
+    assert code == 0 and differences.keys() == {"optimizer.lr"} and sorted(differences["optimizer.lr"]) == [0.001, 0.01]
+    assert len(found["metrics"]["val_accuracy"]) == 2
+    assert (tmp_path / "c" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    written = (tmp_path / "c" / "compare.csv").read_text()
+    assert written.splitlines()[0].startswith("kind,name,tiny-") and "config,optimizer.lr,0.0" in written
+    assert cvlab("compare", *names, "--csv")[1] == written
+    assert "optimizer.lr" in cvlab("compare", *names)[1]
+    assert cvlab("compare", "nothing")[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["train", "nothing"], 2, "no configuration 'nothing'"),
+        (["train", "cifar_bm"], 2, "did you mean 'cifar_bn'"),
+        (["train", "quickstart", "optimizer.rl=3"], 2, "did you mean 'lr'"),
+        (["train", "quickstart", "batch_size=20000", "-q"], 2, "larger than the training set of 10000"),
+        (["train", "quickstart", "data.num_train=20000", "-q"], 2, "at most num_train=10000"),
+        (["train", "quickstart", "--device", "cuda:7"], 8, "device cuda:7 is not there"),
+        (["train", "quickstart", "--device", "tpu"], 2, "device"),
+        (["train", "quickstart", "--offline", "--download"], 2, "exclude each other"),
+        (["train"], 2, "Missing argument"),
+        (["train", "quickstart", "--nothing"], 2, "No such option"),
+        (["tarin"], 2, "tarin"),
+        (["resume", "nothing"], 5, "no run 'nothing'"),
+        (["eval", "nothing"], 5, "no run 'nothing'"),
+        (["show", "nothing"], 5, "no run 'nothing'"),
+        (["data", "fetch", "cifar"], 2, "did you mean 'cifar10'"),
+        (["data", "fetch", "cifar10"], 4, "CVLAB_OFFLINE"),
+        (["data", "fetch", "cifar10", "--from", "nowhere"], 4, "nowhere"),
+        (["data", "check", "cifar10"], 4, "data_batch_1"),
+        (["config", "cifar_bn", "seed=x"], 2, "whole number"),
+    ],
+)
+def test_refusals_are_one_line_with_their_code(cvlab, arguments, code, text):
+    if code == 8:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.device_count() > 7:
+            pytest.skip("there are that many GPUs")
+    found, out, err = cvlab(*arguments)
+    assert found == code and text in err and out == ""
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1, err
+    assert "Traceback" not in err
+    found, out, _ = cvlab(*arguments, "--json")
+    error = error_of(out)
+    assert found == code == error["code"] and text in f"{error['message']}; {error['hint']}"
+
+
+def test_runs_dir_that_cannot_be_written(cvlab, tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert cvlab("train", tiny, "--runs-dir", tmp_path / "file")[0] == 5
+    monkeypatch.setenv("CVLAB_RUNS", "/proc/nothing")
+    code, _, err = cvlab("train", tiny)
+    assert code == 5 and "/proc/nothing" in err and "--runs-dir" in err
+
+
+def test_a_locked_run_is_not_resumed(cvlab, tiny, tmp_path):
+    import multiprocessing
+
+    cvlab("train", tiny, "-q")
+    path = run_dir.find("latest", run_dir.runs_root())
+
+    def hold(ready, leave):
+        with run_dir.RunDir(path).locked():
+            ready.set()
+            leave.wait(60)
+
+    context = multiprocessing.get_context("fork")
+    ready, leave = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(ready, leave))
+    holder.start()
+    assert ready.wait(60)
+    code, _, err = cvlab("resume", "latest")
+    leave.set()
+    holder.join()
+    assert code == 5 and f"already running (pid {holder.pid}" in err
+
+
+def test_looking_commands(cvlab):
+    code, out, _ = cvlab("config", "cifar_bn")
+    assert code == 0 and "train_accuracy >= 0.85" in out and "betas: [0.9, 0.999]" in out
+    assert "cifar_bn" in cvlab("config")[1]
+    assert "classify" in cvlab("experiments")[1]
+    assert {row["name"] for row in json.loads(cvlab("models", "--json")[1])["models"]} >= {"deep_convnet", "timm:NAME"}
+    assert "deep_convnet" in cvlab("models")[1]
+    states = {row["name"]: row["state"] for row in json.loads(cvlab("data", "list", "--json")[1])["data"]}
+    assert states["cifar10"] == "not on the disk" and states["scenes10"] in ("ready", "built in")
+    assert cvlab("data", "list")[0] == 0
+    assert cvlab("data", "fetch", "scenes10")[0] == 0
+    assert "equal to their checksums" in cvlab("data", "check")[1]
+    assert cvlab("runs")[0] == 0
+    assert cvlab("--version")[1] == f"cvlab {__version__}\n"
+
+
+def test_doctor(cvlab):
+    code, out, _ = cvlab("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["ok"], found
+    assert {check["name"] for check in found["checks"]} >= {"torch", "torchvision", "devices", "data", "configurations"}
+
+
+def test_the_schema_knows_every_key(cvlab):
+    schema = json.loads(cvlab("config", "--schema")[1])
+    branches = {branch["properties"]["experiment"]["const"]: branch for branch in schema["anyOf"]}
+    branch = branches["classify"]
+    assert "eps" in branches["attack"]["properties"] and "grid" in branches["sweep"]["properties"]
+    models = {block["properties"]["name"]["const"] for block in branch["properties"]["model"]["anyOf"][:-1]}
+    assert {"deep_convnet", "three_layer_convnet", "fc_net"} <= models
+    assert "filters" in branch["properties"]["model"]["anyOf"][0]["properties"]
+
+
+def test_bench_engine(cvlab):
+    code, out, _ = cvlab("bench", "engine", "--rounds", 1, "--steps", 1, "--json")
+    found = json.loads(out)
+    assert code == 0 and [row["loop"] for row in found["loops"]][0] == "fit"
+    assert found["fit_against_bare"] > 0 and all(row["images_per_second"] > 0 for row in found["loops"])
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom cvlab.cli import main\n"
+        "try:\n    main.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'matplotlib', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "compare" in found.stdout
+
+
+def test_debug_shows_where(cvlab):
+    _, _, err = cvlab("train", "nothing", "--debug")
+    assert "Traceback" in err
+
+
+def test_all_commands_have_help(cvlab):
+    for command in ("train", "run", "eval", "resume", "runs", "show", "compare", "config", "experiments", "models"):
+        code, out, _ = cvlab(command, "--help")
+        assert code == 0 and "--json" in out, command
+    assert main.app.info.name == "cvlab"
+
+
+def test_of_many_runs_the_newest_are_shown_and_all_are_told(cvlab, tmp_path):
+    for k in range(5):
+        folder = tmp_path / f"2026112{k}-120000-x-000{k}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("experiment: classify\n")
+    code, out, _ = cvlab("runs", "--last", 2, "--runs-dir", tmp_path)
+    assert code == 0 and "x-0004" in out and "x-0003" in out and "x-0002" not in out and "2 of 5 runs" in out
+    assert len(json.loads(cvlab("runs", "--json", "--last", 2, "--runs-dir", tmp_path)[1])["runs"]) == 5
+
+
+LONG = "x" * 300
+NAMING = (  # command lines with a name that no disk can have
+    *(f"{verb} {{0}}" for verb in ("classify", "saliency", "caption", "detect", "train", "resume", "show", "report")),
+    *("style {0} sample", "style sample {0}", "attack --target ostrich {0}", "compare {0} {0}", "export {0} --to onnx"),
+    *(f"{verb} sample --weights {{0}}" for verb in ("classify", "detect", "caption")),
+    *(
+        "detect sample --model yolov3_tiny --weights {0}",
+        "data fetch cifar10 --from {0}",
+        "data fetch voc07 --from {0}",
+    ),
+    *("data fetch flickr8k --from {0}", "models fetch yolov3_tiny --from {0}", "runs --runs-dir {0}", "sweep {0}"),
+    *("train quickstart --runs-dir {0}", "train quickstart model.name=./{0}.py:Net", "gradcheck ./{0}.py:Net"),
+    *("train yolo_scenes data.name=boxes data.path={0}", "train caption_scenes data.name=captions data.path={0}"),
+    *("track {0} --to mlflow", "eval {0}", "verify {0}", "config {0}", "style sample whirls content_mask={0}"),
+)
+
+
+@pytest.mark.parametrize("line", NAMING)
+def test_a_name_longer_than_the_disk_allows_is_one_line(cvlab, tmp_path, line):
+    root = () if "--runs-dir" in line else ("--runs-dir", tmp_path)
+    takes_root = line.split()[0] not in ("data", "models", "gradcheck", "config")
+    code, _, err = cvlab(*line.format(LONG).split(), *(root if takes_root else ()))
+    errors = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert code in (2, 4, 5) and errors and "Traceback" not in err, err

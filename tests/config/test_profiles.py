@@ -1,0 +1,110 @@
+"""An experiment in several sizes: named, overridden, measured, refused; and budgets in sweeps."""
+
+import json
+
+import pytest
+
+from cvlab.config import loading
+from cvlab.errors import ConfigError
+from cvlab.experiments.classification import throughput
+from cvlab.runs import run_dir
+
+TEXT = """experiment: classify
+data: {name: scenes10, num_train: 200, val_fraction: 0.02}
+model: {name: deep_convnet, filters: [4], pools: [0]}
+optimizer: {name: sgd, lr: 1e-2}
+batch_size: 20
+duration: {seconds: 0.5}
+precision: float32
+eval_every: 1000
+profiles:
+  small: {epochs: 0}
+  middle: {epochs: 5, set: {model.filters: [8], batch_size: 40}}
+  large: {epochs: 500, set: {optimizer: {name: adam, lr: 1e-3}}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "p.yaml").write_text(TEXT)
+    return "p.yaml"
+
+
+def test_a_named_profile_lies_between_the_file_and_the_overrides(file):
+    loaded = loading.load(file, ["profile=middle", "batch_size=10"])
+    assert loaded.config.model.filters == (8,) and loaded.config.batch_size == 10
+    assert loaded.config.profile == "middle" and not loaded.config.profiles and not loaded.profiles
+    large = loading.load(file, ["profile=large", "duration.epochs=2"]).config
+    assert large.optimizer.name == "adam" and large.duration.epochs == 2
+
+
+def test_auto_keeps_all_of_them_valid(file, tmp_path):
+    loaded = loading.load(file)
+    assert list(loaded.profiles) == ["small", "middle", "large"]
+    assert loaded.profiles["large"].config.optimizer.name == "adam" and loaded.config.optimizer.name == "sgd"
+    (tmp_path / "p.yaml").write_text(TEXT.replace("filters: [8]", "filters: [0]"))
+    with pytest.raises(ConfigError, match=r"model.filters.0: expected a whole number >= 1, got 0"):
+        loading.load(file)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["profile=midle"], r"override profile=midle: unknown profile 'midle'; did you mean 'middle'"),
+        (["duration.epochs=1"], "auto needs a budget in duration.seconds; else name one of small, middle, large"),
+        (["profiles.middle.epochs=-1"], r"profiles.middle.epochs: expected a number >= 0, got -1"),
+    ],
+)
+def test_mistakes(file, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        loading.load(file, overrides)
+
+
+def test_a_profile_where_there_are_none(file, tmp_path):
+    (tmp_path / "plain.yaml").write_text(TEXT.partition("profiles")[0])
+    with pytest.raises(ConfigError, match=r"profile=small: plain.yaml has no profiles"):
+        loading.load("plain.yaml", ["profile=small"])
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"), [((1e3, 1e3), "small"), ((1e3, 3e3, 1e3), "middle"), ((1e6,) * 3, "large")]
+)
+def test_auto_takes_the_last_that_the_measured_rate_allows(file, cvlab, monkeypatch, speeds, chosen):
+    """200 images, half a second: 1,000 images a second are 2.5 epochs."""
+    measured = iter(speeds)
+    monkeypatch.setattr(throughput, "images_per_second", lambda *_: next(measured))
+    loaded = loading.load(file)
+    found = throughput.choose_profile(loaded, loaded.config.data)
+    assert found.profile == chosen and list(measured) == []
+
+
+def test_a_run_says_which_it_took_and_its_record_repeats_it(file, cvlab):
+    code, out, err = cvlab("train", file, "--json")
+    assert code == 0, err
+    assert "profile small: " in err and "is taken" in err
+    run = json.loads(out)["run"]
+    recorded = loading.load(run)
+    assert recorded.config.profile in ("small", "middle") and recorded.config.duration.steps
+    again = json.loads(cvlab("run", run, "--json", "-q")[1])
+    summaries = [run_dir.read_summary(run_dir.Path(path)) for path in (run, again["run"])]
+    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+
+
+def test_a_dry_run_measures_nothing(file, cvlab, monkeypatch):
+    monkeypatch.setattr(throughput, "images_per_second", None)
+    code, out, _ = cvlab("train", file, "--dry-run")
+    assert code == 0 and "measured at the start: small, middle, large" in out
+
+
+def test_a_sweep_has_one_size_and_its_budgets_run_alone(file, cvlab):
+    code, _, err = cvlab("sweep", file, "seeds=[0,1]")
+    assert code == 2 and "set base.profile to small or middle or large" in err
+    code, _, err = cvlab("sweep", file, "seeds=[0,1]", "base.profile=middle", "--workers", 2)
+    assert code == 2 and "must run alone" in err
+    chosen = loading.load_sweep(file, ["seeds=[0,1]", "base.profile=middle"]).config
+    assert chosen.base["model"]["filters"] == (8,) and "profiles" not in chosen.base
+
+
+def test_a_budget_too_short(file, cvlab):
+    code, _, err = cvlab("train", file, "profile=small", "duration.seconds=1e-6")
+    assert code == 2 and "too short for a step" in err

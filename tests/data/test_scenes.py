@@ -1,0 +1,103 @@
+"""The built-in pictures: the same for the same seed, cached and checked, neither too hard nor too easy."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cvlab.data.scenes import render
+from cvlab.errors import DataError
+from cvlab.experiments.classification.data import scenes10
+from cvlab.experiments.classification.models.convnet import deep_convnet
+
+
+def test_drawing_is_a_pure_function_of_the_seed():
+    one, two, other = scenes10.draw(100, 1), scenes10.draw(100, 1), scenes10.draw(100, 2)
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[0], other[0])
+    assert one[0].shape == (100, 32, 32, 3) and torch.bincount(one[1]).tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("shape", render.SHAPES)
+def test_every_shape_is_seen_whole_and_by_itself(shape):
+    x, y = render.grid(64)
+    one = torch.tensor([0.5])
+    coverage = render.cover(shape, x, y, torch.zeros(1, 2), one, torch.zeros(1), 64)[0]
+    assert coverage.min() == 0 and coverage.max() == 1
+    rows, columns = (coverage > 0.5).any(1).nonzero(), (coverage > 0.5).any(0).nonzero()
+    assert rows.min() >= 14 and rows.max() <= 49, "inside a circle of the radius, more or less"
+    assert columns.min() >= 14 and columns.max() <= 49
+    larger = render.cover(shape, x, y, torch.zeros(1, 2), 1.5 * one, torch.zeros(1), 64)[0]
+    assert larger.sum() / coverage.sum() == pytest.approx(2.25, rel=0.08)
+
+
+def test_shapes_differ():
+    x, y = render.grid(32)
+    drawn = [render.cover(s, x, y, torch.zeros(1, 2), torch.tensor([0.7]), torch.zeros(1), 32) for s in render.SHAPES]
+    for k, one in enumerate(drawn):
+        assert all((one - other).abs().sum() > 30 for other in drawn[:k])
+
+
+def test_the_set_is_kept_and_checked(tmp_path):
+    images = scenes10.load(tmp_path)
+    assert scenes10.ready(tmp_path) and len(images.train_images) == scenes10.NUM_TRAIN
+    again = scenes10.load(tmp_path)
+    assert torch.equal(images.train_images, again.train_images) and torch.equal(images.test_labels, again.test_labels)
+    assert scenes10.check(tmp_path) == "4 files equal to their checksums"
+    path = tmp_path / scenes10.FOLDER / "train_images.npy"
+    raw = bytearray(path.read_bytes())
+    raw[5000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="train_images.npy: damaged"):
+        scenes10.load(tmp_path)
+    path.write_bytes(raw[:100])
+    with pytest.raises(DataError, match="cannot be read"):
+        scenes10.load(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    small = {name: array[:50] for name, array in scenes10._read(scenes10_root()).items()}
+    monkeypatch.setattr(scenes10, "generate", lambda: small)
+    assert len(scenes10.load(tmp_path / "file").train_images) == 50
+
+
+def scenes10_root():
+    from cvlab.data import datasets
+
+    scenes10.load(datasets.root())
+    return datasets.root()
+
+
+def test_a_cache_cannot_run_code(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return os.system, ("touch canary",)
+
+    scenes10._store(tmp_path, {"train_images": np.zeros(3)})
+    np.save(tmp_path / scenes10.FOLDER / "train_images.npy", np.array([Canary()]), allow_pickle=True)
+    with pytest.raises(DataError):
+        scenes10.load(tmp_path)
+    assert not os.path.exists("canary")
+
+
+def test_a_linear_model_stays_under_half_and_a_convnet_gets_over_nine_tenths():
+    images = scenes10.load(scenes10_root())
+    x, y = ((t.permute(0, 3, 1, 2).float() / 255 - 0.45) for t in (images.train_images, images.test_images))
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    convnet = deep_convnet(filters=(16, 32, 64), pools=(0, 1, 2), batchnorm=True)
+    found = {}
+    for name, model, epochs in (("linear", linear, 4), ("convnet", convnet, 3)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x)).split(125):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[batch]), images.train_labels[batch]).backward()
+                optimizer.step()
+        with torch.no_grad():
+            found[name] = (model.eval()(y).argmax(1) == images.test_labels).float().mean().item()
+    assert 0.1 < found["linear"] < 0.5 and found["convnet"] > 0.9, found

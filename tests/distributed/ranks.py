@@ -1,0 +1,115 @@
+"""What several connected processes do.
+
+`python -m tests.distributed.ranks SCENARIO FILE`, started by tests/test_processes.py."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cvlab.distributed import process_group
+from cvlab.engine import loop
+from cvlab.experiments.classification.data.images import eval_batches, normalization
+
+BATCH = 12
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+    ).double()
+
+
+def loss_fn(model, batch):
+    return {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+
+
+def gradients():
+    """The largest difference between the gradient of a batch and the mean over its shares; BatchNorm in eval."""
+    model, alone = net().eval(), net().eval()
+    torch.manual_seed(1)
+    images, labels = torch.rand(BATCH, 3, 8, 8).double(), torch.randint(0, 5, (BATCH,))
+    loss_fn(alone, (images, labels))["loss"].backward()
+    step = process_group.together(model, loss_fn, torch.device("cpu"), 2)
+    mine = process_group.share(torch.arange(BATCH))
+    losses = step.losses((images[mine], labels[mine]), [process_group.world().rank == 1, False])
+    losses["loss"].backward()
+    assert step.agreed(losses) == ([True, False], True)
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
+
+
+def evaluation():
+    """Sums over sets of several sizes, smaller than the number of processes too, and how often each item was seen."""
+    where = loop.compute("cpu", "float32", 1)
+    found = []
+    for count in (1, 2, 3, 7, 1001):
+        images = torch.randint(0, 255, (count, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+        seen = torch.zeros(count)
+
+        def measure(model, batch, seen=seen):
+            seen[batch[1]] += 1
+            return {"sum": batch[1].sum(), "count": torch.tensor(len(batch[1]))}
+
+        batches = eval_batches(images, torch.arange(count), normalization(images, "mean", torch.float32, where.device))
+        mean = loop.evaluate(nn.Identity(), batches, measure, where)["sum"]
+        times = process_group.total({str(k): value for k, value in enumerate(seen)})
+        found.append([count, mean, sorted({float(value) for value in times.values()})])
+    return found
+
+
+def agreement():
+    """What the processes tell each other."""
+    rank = process_group.world().rank
+    model = net()
+    model[1].running_mean.fill_(rank)
+    process_group.same_buffers(model)
+    return {
+        "from_main": process_group.from_main(lambda: f"of {rank}"),
+        "gathered": process_group.gathered(rank),
+        "concatenated": process_group.concatenated(torch.tensor([rank, 10 * rank])).tolist(),
+        "buffer": float(model[1].running_mean[0]),
+    }
+
+
+def part(count):
+    """Fork pairs of processes that connect and part; return their exit codes. The fork spares each its imports."""
+    codes = []
+    for _ in range(count):
+        pair, port = [], free_port()
+        for rank in range(2):
+            pid = os.fork()
+            if pid == 0:
+                place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in place.items()})
+                with process_group.joined():
+                    ok = process_group.gathered(rank) == [0, 1]
+                os._exit(0 if ok else 1)
+            pair.append(pid)
+        codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pair]
+    return codes
+
+
+SCENARIOS = {function.__name__: function for function in (gradients, evaluation, agreement)}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "part":
+        print(json.dumps(part(int(sys.argv[2]))))
+        sys.exit()
+    with process_group.joined():
+        result = SCENARIOS[sys.argv[1]]()
+        Path(f"{sys.argv[2]}.{process_group.world().rank}").write_text(json.dumps(result))

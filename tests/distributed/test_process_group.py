@@ -1,0 +1,148 @@
+"""One training in several processes, what needs no processes: shares, refusals, and that one process is as ever."""
+
+import os
+import subprocess
+import sys
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from cvlab.config import loading
+from cvlab.distributed import launcher, process_group
+from cvlab.errors import ConfigError
+from cvlab.runs.run_dir import RunDir
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | {
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Be one of several processes, as torchrun would say."""
+
+    def be(**changed):
+        for name, value in (PLACE | changed).items():
+            monkeypatch.setenv(name, value)
+        process_group.world.cache_clear()
+        return process_group.world()
+
+    yield be
+    monkeypatch.undo()
+    process_group.world.cache_clear()
+
+
+@hypothesis.given(count=st.integers(0, 300), size=st.integers(1, 40))
+def test_each_item_is_evaluated_once(count, size):
+    pieces = [range(*process_group.bounds(count, rank, size)) for rank in range(size)]
+    assert [k for piece in pieces for k in piece] == list(range(count))
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+@hypothesis.given(each=st.integers(1, 20), size=st.integers(2, 12))
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_the_shares_of_a_batch_are_the_batch(place, each, size):
+    batch = torch.randperm(each * size)
+    shares = []
+    for rank in range(size):
+        place(RANK=str(rank), WORLD_SIZE=str(size))
+        shares.append(process_group.share(batch))
+    assert torch.equal(torch.cat(shares), batch) and {len(part) for part in shares} == {each}
+
+
+def test_one_process_is_alone(monkeypatch):
+    process_group.world.cache_clear()
+    assert (
+        process_group.world() == process_group.World() and process_group.is_main() and process_group.launch_id() is None
+    )
+    batch = torch.arange(5)
+    assert process_group.share(batch) is batch and process_group.concatenated(batch) is batch
+    assert process_group.gathered(3) == [3] and process_group.from_main(lambda: 4) == 4
+    assert process_group.total({"a": batch})["a"] is batch
+    assert process_group.stop_wanted(None) is None and process_group.stop_wanted(15) == 15
+    with process_group.joined():
+        pass
+
+
+def test_the_environment_says_which_process_this_is(place, monkeypatch):
+    found = place()
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 4, 1, 2) and not process_group.is_main()
+    assert place(WORLD_SIZE="1", RANK="0") == process_group.World()
+    with pytest.raises(ConfigError, match="start it by torchrun"):
+        place(RANK="one")
+    program = [sys.executable, "-m", "cvlab", "runs"]
+    ended = subprocess.run(program, env={**os.environ}, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "start it by torchrun" in ended.stderr
+
+
+def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
+    place()
+    assert process_group.stop_wanted(None) is None
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert process_group.stop_wanted(None) == 15
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (
+            ("quickstart", "batch_size=25"),
+            2,
+            "batch_size 25: 2 processes cannot share it equally; give a multiple of 2",
+        ),
+        (("quickstart", "duration={seconds: 5}"), 2, "several processes need a number of steps"),
+        (("attack",), 2, "attack runs in one process; leave --nproc out"),
+        (("bn_lr_sweep",), 2, "sweep runs in one process"),
+        (("quickstart", "device=cuda"), 8, "device cuda is not there"),
+        (("quickstart", "lr=1"), 2, "unknown key 'lr'"),
+    ],
+)
+def test_what_several_processes_cannot_train_is_refused_before_there_is_a_run(cvlab, tmp_path, words, code, text):
+    if "cuda" in str(words) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found, _, err = cvlab("train", *words, "--nproc", "2", "--runs-dir", tmp_path / "runs")
+    assert found == code and text in err and not (tmp_path / "runs").exists()
+
+
+def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
+    RunDir(tmp_path).write_json("env.json", {"processes": 2})
+    text = loading.load("quickstart", ["batch_size=12"]).config.to_yaml()
+    (tmp_path / "config.yaml").write_text(text)
+    process_group.world.cache_clear()
+    with pytest.raises(ConfigError, match="batch_size 12: 5 processes cannot share it"):
+        launcher.require_processes(tmp_path, 5)
+    assert launcher.require_processes(tmp_path, None) == 2 and launcher.require_processes(tmp_path, 3) == 3
+    place(WORLD_SIZE="4")
+    with pytest.raises(ConfigError, match="begun in 2 processes, torchrun has started 4; --nproc 4 goes on"):
+        launcher.require_processes(tmp_path, None)
+    assert launcher.require_processes(tmp_path, 4) == 4
+    (tmp_path / "config.yaml").write_text("experiment: sweep\nbase: {from: quickstart}\nseeds: [0, 1]\n")
+    with pytest.raises(ConfigError, match="sweep runs in one process; leave --nproc out"):
+        launcher.require_processes(tmp_path, 4)
+
+
+def test_torchrun_starts_trainings_only(cvlab, place):
+    place()
+    code, _, err = cvlab("sweep", "bn_lr_sweep")
+    assert code == 2 and "sweep runs in one process; call it without torchrun" in err
+
+
+def test_processes_that_are_started_again_find_their_run(tmp_path, place, monkeypatch):
+    for name, launched in (("a", "one"), ("b", "two"), ("c", "one")):
+        out = RunDir(tmp_path / name)
+        out.path.mkdir()
+        out.set_status("running")
+        out.write_json("env.json", {"launch": launched})
+    place(TORCHELASTIC_RUN_ID="two", TORCHELASTIC_RESTART_COUNT="1")
+    assert launcher.made(lambda: pytest.fail("a new one"), None, tmp_path).name == "b"
+
+
+def test_the_model_of_the_exchange():
+    from cvlab.bench.processes import speedup
+
+    assert speedup(1, 0.1, 10**6, 1e-4, 1e9) == pytest.approx(1)
+    assert speedup(4, 0.1, 0, 0.0, 1e9) == pytest.approx(4)
+    assert speedup(2, 0.1, 10**8, 0.0, 1e9) == pytest.approx(0.1 / (0.05 + 0.1))

@@ -1,0 +1,262 @@
+"""One training in several real processes: what they compute, what they tell each other, kills, signals, endings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cvlab.runs import checkpoint, run_dir
+from tests.distributed.ranks import free_port
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = """experiment: classify
+data: {name: scenes10, num_train: 400, val_fraction: 0.02}
+model: {name: deep_convnet, filters: [8, 8], pools: [0, 1], batchnorm: true}
+optimizer: {name: adam, lr: 1e-2}
+batch_size: 20
+duration: {epochs: 10}
+threads: 1
+precision: float32
+ema: 0.9
+augment: {flip: true, translate_px: 2}
+skip_easy: 0.2
+save_seconds: 0
+"""
+
+
+def connected(scenario, folder, size):
+    """Run a scenario of tests/ranks.py in so many processes; return what each found."""
+    started, port = [], free_port()
+    for rank in range(size):
+        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        command = [sys.executable, "-m", "tests.distributed.ranks", scenario, str(folder / scenario)]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    return [json.loads(Path(f"{folder / scenario}.{rank}").read_text()) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_mean_of_the_shares_is_the_gradient_of_the_batch(tmp_path, size):
+    assert max(connected("gradients", tmp_path, size)) < 1e-6
+
+
+def test_evaluation_sees_each_item_once_whatever_their_number(tmp_path):
+    for found in connected("evaluation", tmp_path, 3):
+        for count, mean, times in found:
+            assert mean == pytest.approx((count - 1) / 2) and times == [1.0]
+
+
+def test_what_the_processes_agree_on(tmp_path):
+    found = connected("agreement", tmp_path, 3)
+    assert found == [found[0]] * 3
+    assert found[0] == {
+        "from_main": "of 0",
+        "gathered": [0, 1, 2],
+        "concatenated": [0, 0, 1, 10, 2, 20],
+        "buffer": 0.0,
+    }
+
+
+def test_20_of_20_end_cleanly():
+    command = [sys.executable, "-m", "tests.distributed.ranks", "part", "20"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(found.stdout) == [0] * 40, found.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A training in two processes that nothing has disturbed, its configuration, and the summary."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "c.yaml").write_text(CONFIG)
+    process = start(folder, "whole")
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    return folder, run_dir.read_summary(folder / "whole" / "latest")
+
+
+def start(folder, root, *more, command=("train", "c.yaml", "--nproc", "2")):
+    program = [sys.executable, "-m", "cvlab", *command, "--runs-dir", str(folder / root), "-q", *more]
+    return subprocess.Popen(program, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process, run, count=20):
+    deadline = time.monotonic() + 90
+    while not (rows := list(run_dir.read_metrics(run))) or rows[-1]["step"] < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def ranks_of(run):
+    """Return the processes that train in a run directory, by rank."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            about = dict(line.split(b"=", 1) for line in (place / "environ").read_bytes().split(b"\0") if b"=" in line)
+        except OSError:
+            continue
+        if any(bytes(run.resolve()) in word for word in words) and b"RANK" in about:
+            found[int(about[b"RANK"])] = int(place.name)
+    return found
+
+
+def same(run, summary):
+    found = run_dir.read_summary(run)
+    assert found["weights_sha256"] == summary["weights_sha256"]
+    timed = ("train_seconds", "images_per_second")
+    assert all(found["metrics"][key] == value for key, value in summary["metrics"].items() if key not in timed)
+    assert found["metrics"]["steps"] == summary["metrics"]["steps"]
+    return True
+
+
+def test_two_processes_learn_as_one(trained, tmp_path):
+    folder, summary = trained
+    one = start(folder, "one", command=("train", "c.yaml"))
+    assert one.communicate(timeout=180) and one.returncode == 0
+    alone = run_dir.read_summary(folder / "one" / "latest")["metrics"]
+    assert summary["metrics"]["steps"] == alone["steps"] and summary["metrics"]["train_accuracy"] > 0.4
+    rows = [list(run_dir.read_metrics(folder / root / "latest")) for root in ("whole", "one")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    assert rows[0][0]["train_loss"] == pytest.approx(rows[1][0]["train_loss"], rel=0.2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_started_again_to_the_same_bits(trained, rank):
+    folder, summary = trained
+    process = start(folder, f"killed{rank}", "--max-restarts", "1")
+    run = folder / f"killed{rank}" / "latest"
+    wait_for_steps(process, run)
+    os.kill(ranks_of(run)[rank], signal.SIGKILL)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0 and "all are started again" in err and "Traceback" not in err, err
+    assert same(run, summary)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_to_the_command_stops_all_at_one_step(trained, number, code):
+    folder, summary = trained
+    root = f"stopped{int(number)}"
+    process = start(folder, root)
+    run = folder / root / "latest"
+    wait_for_steps(process, run)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err, err
+    deadline = time.monotonic() + 30
+    while ranks_of(run):
+        assert time.monotonic() < deadline, "a process goes on without its command"
+        time.sleep(0.05)
+    saved, logged = checkpoint.steps(run / "checkpoints")[-1], list(run_dir.read_metrics(run))[-1]["step"]
+    assert saved >= logged and run_dir.read_status(run)["status"] == "interrupted"
+    again = start(folder, root, command=("resume", "latest"))  # in two processes, as it was begun
+    _, err = again.communicate(timeout=180)
+    assert again.returncode == 0 and "not bitwise" not in err, err
+    assert same(run, summary)
+
+
+def test_a_signal_to_one_process_stops_all(trained):
+    folder, _ = trained
+    process = start(folder, "one_stopped")
+    run = folder / "one_stopped" / "latest"
+    wait_for_steps(process, run)
+    os.kill(ranks_of(run)[1], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err, err
+    assert "stopped by SIGTERM after step" in err and run_dir.read_status(run)["status"] == "interrupted"
+
+
+def test_another_number_of_processes_is_allowed_where_it_is_asked_for(trained):
+    folder, _ = trained
+    process = start(folder, "other")
+    run = folder / "other" / "latest"
+    wait_for_steps(process, run)
+    process.terminate()
+    process.communicate(timeout=60)
+    again = start(folder, "other", command=("resume", "latest", "--nproc", "1"))
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert "processes was 2, is 1: the result is not bitwise" in err
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_torchrun_with_the_same_command_line(trained, restarts):
+    folder, summary = trained
+    root = f"torchrun{restarts}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "-m", "cvlab", "train", "c.yaml", "-q", "--runs-dir", root]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = folder / root / "latest"
+    if restarts:
+        wait_for_steps(process, run)
+        os.kill(json.loads((run / "run.lock").read_text())["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert out.count("run directory") == 1 and len(run_dir.list_runs(folder / root)) == 1
+    assert same(run, summary)
+    assert ("resumed step_" in (run / "log.txt").read_text()) == bool(restarts)
+
+
+FAILS_IN_ONE = """
+import os
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, num_classes, image_size):
+        super().__init__(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+        self.steps = 0
+    def forward(self, images):
+        self.steps += self.training
+        return super().forward(images) * (float("nan") if self.steps > 5 and os.environ.get("RANK") == "1" else 1)
+"""
+DIVERGING = ("model={name: ./net.py:Net}", "ema=null", "skip_easy=0")
+
+
+@pytest.mark.parametrize(("changed", "code"), [(("expect=[val_accuracy > 2]",), 3), (DIVERGING, 6)])
+def test_exit_codes_of_several_processes_are_those_of_one(trained, changed, code):
+    folder, _ = trained
+    (folder / "net.py").write_text(FAILS_IN_ONE)
+    process = start(folder, f"code{code}", "duration={epochs: 1}", *changed, "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in err, err
+    assert json.loads(out)["error"]["code"] == code
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == (1 if code == 3 else 2), err
+
+
+def own_captions(folder):
+    for k in range(12):
+        Image.effect_noise((70, 64), 40 + 10 * k).convert("RGB").save(folder / f"{k}.png")
+    rows = [f"{k}.png,a {word} dog" for k in range(12) for word in ("black", "white", "small")]
+    (folder / "captions.csv").write_text("image,caption\n" + "\n".join(rows) + "\n")
+    return f"data={{name: captions, path: {folder / 'captions.csv'}}}"
+
+
+@pytest.mark.parametrize("kind", ["yolo_fpn", "faster_rcnn", "captioner"])
+def test_every_kind_of_training_takes_several_processes(tmp_path, data_root, kind):
+    shared = ("size=64", "batch_size=4", "duration={steps: 6}", "eval_every=1000", "evaluate_test=false", "expect=[]")
+    if kind == "captioner":
+        words = (
+            "caption_overfit",
+            own_captions(tmp_path),
+            "model={name: captioner, words: 8, hidden: 16}",
+            "threshold=1",
+        )
+        shared = (*shared, "strides=[32]", "beam=2")
+    else:
+        words = ("yolo_scenes", "data={name: scenes, num_train: 8}", f"model={{name: {kind}}}", "views=1")
+    found = []
+    for root in ("one", "two"):
+        process = start(tmp_path, root, command=("train", *words, *shared, "--nproc", "2"))
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        found.append(run_dir.read_summary(tmp_path / root / "latest")["weights_sha256"])
+    assert found[0] == found[1]

@@ -1,0 +1,146 @@
+"""The loop against a loop written out, and what it promises: finite, clipped, averaged, pure."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cvlab.engine import loop
+from cvlab.engine.loop import Compute, Training, fit
+from cvlab.errors import CheckpointError, DeviceError, DivergedError
+
+CPU = Compute(torch.device("cpu"), "float32", 1)
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def batch_at(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(6, 4, generator=generator), torch.randint(0, 3, (6,), generator=generator)
+
+
+def loss_fn(model, batch):
+    return {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+
+
+def factor(step):
+    return 1 - (step + 0.5) / 10
+
+
+def test_fit_equals_the_loop_written_out():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    expected = []
+    for step in range(10):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * factor(step)
+        x, y = batch_at(step)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, 0.5 / (norm + 1e-6))
+        optimizer.step()
+        expected.append(loss.item())
+        for name, value in model.state_dict().items():
+            parameter = name in dict(model.named_parameters())
+            average[name] = 0.9 * average[name] + 0.1 * value if parameter else value.clone()
+
+    other = make()
+    training = Training(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), ema_decay=0.9)
+    torch.manual_seed(1)
+    losses = [
+        step["loss"].item()
+        for step in itertools.islice(fit(training, loss_fn, batch_at, lr_factor=factor, where=CPU, clip_norm=0.5), 10)
+    ]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value)
+        torch.testing.assert_close(training.evaluated.state_dict()[name], average[name])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    model = make()
+    training = Training(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def broken(model, batch):
+        losses = loss_fn(model, batch)
+        return {"loss": losses["loss"] * (math.nan if training.step == 3 else 1), "part": losses["loss"]}
+
+    steps = fit(training, broken, batch_at, lr_factor=lambda step: 1.0, where=CPU)
+    for _ in range(3):
+        next(steps)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(DivergedError, match=r"not finite at step 3 \(batch 3, lr 0.1\): loss nan, part"):
+        next(steps)
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def test_evaluation_covers_each_item_once_and_changes_nothing():
+    model = make().train()
+    x, y = torch.randn(25, 4), torch.randint(0, 3, (25,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+
+    def measure(model, batch):
+        scores = model(batch[0])
+        right = (scores.argmax(1) == batch[1]).sum()
+        return {"accuracy": right, "count": torch.tensor(len(batch[1]))}
+
+    batches = [(x[k : k + 10], y[k : k + 10]) for k in range(0, 25, 10)]
+    found = loop.evaluate(model, batches, measure, CPU)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    expected = (make().eval()(x).argmax(1) == y).float().mean().item()
+    assert found == {"accuracy": pytest.approx(expected)}
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_all_generators_come_back():
+    import random
+
+    import numpy as np
+
+    loop.seed_everything(5)
+    state = loop.rng_state()
+    first = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    loop.set_rng_state(state)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
+
+
+def test_a_state_lacks_nothing_silently():
+    model = make()
+    training = Training(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
+    for key in ("step", "model", "optimizer", "average", "rng"):
+        state = training.state()
+        del state[key]
+        with pytest.raises(CheckpointError, match=key):
+            training.load(state)
+    with pytest.raises(CheckpointError, match="average"):
+        training.load(training.state() | {"average": None})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_never_replaced(device):
+    with pytest.raises(DeviceError, match="0 CUDA devices") as refused:
+        loop.compute(device)
+    assert refused.value.code == 8
+
+
+def test_precision_auto_keeps_what_was_asked_for():
+    for precision in ("float32", "bfloat16", "float64"):
+        assert loop.compute("cpu", precision).precision == precision
+    fast = loop.fast_bfloat16(torch.device("cpu"))
+    assert loop.compute("cpu").precision == ("bfloat16" if fast else "float32")
+    assert loop.compute("cpu", "float64").dtype == torch.float64
+    with loop.compute("cpu", "bfloat16").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

@@ -1,0 +1,128 @@
+"""Optimisers and schedules: by name, with the parameters a YAML may set, against their formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cvlab import registry
+from cvlab.engine import muon, optimizers
+from cvlab.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS.names)
+def test_every_optimizer_lowers_a_quadratic(name):
+    model = nn.Linear(3, 1)
+    rates = {"lr": 1e-2, **({"bias_lr": 1e-2, "head_lr": 1e-2} if name == "muon" else {})}
+    made = optimizers.build_optimizer(name, model, rates)
+    x, y = torch.randn(50, 3), torch.randn(50, 1)
+    losses = []
+    for _ in range(50):
+        loss = (model(x) - y).square().mean()
+        made.zero_grad()
+        loss.backward()
+        made.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adam"])
+def test_by_hand_as_torch_does_it_over_many_steps_and_a_reload(name):
+    torch.manual_seed(1)
+    mine = nn.Linear(4, 3).double()
+    theirs = nn.Linear(4, 3).double()
+    theirs.load_state_dict(mine.state_dict())
+    settings = {"lr": 1e-2, **({"momentum": 0.9} if name == "sgd" else {})}
+    one, two = (optimizers.build_optimizer(n, m, settings) for n, m in ((f"manual_{name}", mine), (name, theirs)))
+    for step in range(30):
+        x = torch.randn(8, 4, dtype=torch.float64)
+        for model, made in ((mine, one), (theirs, two)):
+            made.zero_grad()
+            model(x).square().sum().backward()
+            made.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            made.step()
+        if step == 10:
+            state = one.state_dict()
+            one = optimizers.build_optimizer(f"manual_{name}", mine, settings)
+            one.load_state_dict(state)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_muon_steps_are_orthogonal_and_the_rest_is_nesterov_sgd():
+    torch.manual_seed(3)
+    mine = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(6, 8), nn.Linear(8, 7)).double()
+    theirs = nn.Linear(8, 7).double()
+    theirs.load_state_dict(mine[3].state_dict())
+    made = optimizers.build_optimizer(
+        "muon", mine, {"lr": 0.1, "bias_lr": 0.03, "head_lr": 0.3, "iterations": 12, "weight_decay": 0.01}
+    )
+    groups = [{"params": [theirs.weight], "lr": 0.3}, {"params": [theirs.bias], "lr": 0.03}]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True, weight_decay=0.01)
+    momentum = torch.zeros_like(mine[0].weight)
+    for _ in range(4):
+        before = mine[0].weight.detach().clone()
+        for parameter in mine.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        gradient = mine[0].weight.grad.clone()
+        theirs.weight.grad, theirs.bias.grad = mine[3].weight.grad.clone(), mine[3].bias.grad.clone()
+        made.step()
+        sgd.step()
+        momentum = 0.6 * momentum + gradient
+        u, _, v = torch.linalg.svd((gradient + 0.6 * momentum).reshape(6, -1), full_matrices=False)
+        scaled = before * 6**0.5 / before.norm()
+        moved = ((scaled - mine[0].weight.detach()) / 0.1).reshape(6, -1)
+        singular = torch.linalg.svdvals(moved)
+        assert singular.min() > 0.65 and singular.max() < 1.25
+        assert (moved * (u @ v)).sum() / (moved.norm() * (u @ v).norm()) > 0.95
+    for a, b in zip(mine[3].parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (5, 5), (1, 7)])
+def test_orthogonalize_is_that_of_torch(shape):
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    theirs = _zeropower_via_newtonschulz(matrix, muon.COEFFICIENTS, 5, 1e-7)  # in bfloat16
+    torch.testing.assert_close(muon.orthogonalize(matrix, 5), theirs.float(), atol=0.04, rtol=0.04)
+    torch.testing.assert_close(muon.orthogonalize(matrix, 5, torch.bfloat16), theirs.float(), atol=0.02, rtol=0.02)
+
+
+def test_adam_first_step_is_the_learning_rate():
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    made = optimizers.build_optimizer("adam", model, {"lr": 0.25})
+    (3 * model.weight.sum()).backward()
+    made.step()
+    assert before - model.weight.item() == pytest.approx(0.25, abs=1e-6)  # bias correction makes m / sqrt(v) = 1
+
+
+def test_frozen_parameters_are_left_alone():
+    model = nn.Linear(3, 1)
+    model.bias.requires_grad_(False)
+    assert len(optimizers.build_optimizer("sgd", model, {}).param_groups[0]["params"]) == 1
+
+
+def test_nesterov_without_momentum_is_the_users_error():
+    with pytest.raises(ConfigError, match="momentum"):
+        optimizers.build_optimizer("sgd", nn.Linear(1, 1), {"nesterov": True})
+
+
+@pytest.mark.parametrize("name", optimizers.SCHEDULES.names)
+def test_every_schedule_stays_between_0_and_1(name):
+    schedule = registry.find("schedule", name, optimizers.SCHEDULES.names)
+    values = [schedule((k + 0.5) / 100) for k in range(100)]
+    assert all(0 <= value <= 1 for value in values) and max(values) > 0.97
+
+
+def test_values_of_schedules():
+    assert optimizers.linear(0.25) == 0.75 and optimizers.linear(0.5, final=0.5) == 0.75
+    assert optimizers.cosine(0.5) == pytest.approx(0.5) and optimizers.cosine(1.0, final=0.1) == pytest.approx(0.1)
+    assert optimizers.triangle(0.1) == pytest.approx(0.5) and optimizers.triangle(0.6) == pytest.approx(0.5)
+    assert [optimizers.bend(p) for p in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.55, 0.1, 0.05, 0.0])
+    assert [optimizers.multistep(p) for p in (0.5, 0.6, 0.9)] == pytest.approx([1, 0.1, 0.01])
+    assert optimizers.warmed_up(1.0, 0.05, 0.1) == 0.5 and optimizers.warmed_up(0.3, 0.5, 0.1) == 0.3
+    assert math.isclose(optimizers.warmed_up(0.7, 0.0, 0.0), 0.7)

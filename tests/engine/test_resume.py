@@ -1,0 +1,212 @@
+"""A run that is stopped and resumed ends with the same bits, the same rows and the same metrics as one that is not."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from cvlab.config import strict_yaml
+from cvlab.engine import trainer
+from cvlab.errors import CheckpointError, StoppedError
+from cvlab.runs import checkpoint
+from tests import tiny
+
+
+def stop_at(step):
+    def on_step(now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_step
+
+
+@pytest.fixture(scope="module", params=["sgd", "adamw"])
+def unbroken(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("unbroken")
+    config = tiny.settings(request.param)
+    metrics, facts = tiny.train(path, config)
+    return config, metrics, facts, tiny.rows(path)
+
+
+def test_resume_from_every_step_is_bitwise_equal(unbroken, tmp_path):
+    config, metrics, facts, rows = unbroken
+    for step in range(tiny.STEPS):
+        path = tmp_path / f"stopped-{step}"
+        with pytest.raises(StoppedError) as stopped:
+            tiny.train(path, config, stop_at(step))
+        assert stopped.value.code == 143
+        assert checkpoint.steps(path / "checkpoints")[-1] == step + 1, "the step in progress is saved"
+        resumed, resumed_facts = tiny.train(path, config)
+        assert resumed_facts == facts, f"stopped after step {step + 1}"
+        assert tiny.untimed(resumed) == tiny.untimed(metrics)
+        assert tiny.rows(path) == rows
+
+
+def test_two_seeds_differ(tmp_path):
+    _, one = tiny.train(tmp_path / "a", tiny.settings(seed=1))
+    _, two = tiny.train(tmp_path / "b", tiny.settings(seed=2))
+    assert one != two
+
+
+STATE_KEYS = [
+    "step",
+    "model",
+    "optimizer",
+    "average",
+    "rng",
+    "format",
+    "gathered",
+    "memory",
+    "memory.losses",
+    "memory.losses_before_pass",
+    "metrics_bytes",
+    "config_sha256",
+    "circumstances",
+    "circumstances.processes",
+    "rng_of_others",
+    "rng.torch",
+    "rng.numpy",
+    "rng.python",
+    "rng.cuda",
+    "gathered.total_steps",
+    "gathered.corrections",
+    "gathered.budget_seconds",
+    "gathered.train_seconds",
+    "gathered.loss_sums",
+    "gathered.loss_steps",
+    "gathered.best_value",
+    "gathered.best_step",
+    "gathered.metrics",
+    "circumstances.device",
+    "circumstances.precision",
+    "circumstances.threads",
+    "circumstances.torch",
+    "circumstances.cvlab",
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(StoppedError):
+        tiny.train(path, tiny.settings(), stop_at(13))
+    return path
+
+
+@pytest.mark.parametrize("key", STATE_KEYS)
+def test_a_state_without_a_key_is_refused(key, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    for step in checkpoint.steps(folder):
+        state = checkpoint.load(checkpoint.path_of(folder, step))
+        block = state
+        *above, last = key.split(".")
+        for part in above:
+            block = block[part]
+        assert last in block
+        del block[last]
+        checkpoint.write(checkpoint.path_of(folder, step), state)
+    with pytest.raises(CheckpointError, match="lacks"):
+        tiny.train(tmp_path / "run")
+
+
+def test_every_key_of_the_state_is_tried_above(stopped):
+    _, state = checkpoint.newest(stopped / "checkpoints", print)
+    assert set(state) <= set(STATE_KEYS)
+    nested = {f"{block}.{key}" for block in ("rng", "gathered", "circumstances", "memory") for key in state[block]}
+    assert nested <= set(STATE_KEYS)
+
+
+def test_a_budget_is_kept_and_its_record_repeats_the_bits(tmp_path):
+    def slower(step):
+        time.sleep(0.002 if step < 60 else 0.006)
+
+    def stop_slower(step):
+        slower(step)
+        stop_at(80)(step)
+
+    config = tiny.settings(duration={"seconds": 1.0})
+    with pytest.raises(StoppedError):
+        tiny.train(tmp_path / "run", config, stop_slower)
+    metrics, facts = tiny.train(tmp_path / "run", config, slower)
+    recorded = strict_yaml.read(tmp_path / "run" / "config.yaml").value["duration"]
+    assert recorded["corrections"] and recorded["steps"] == metrics["steps"] and recorded["seconds"] is None
+    repeated = tiny.settings(duration={key: value for key, value in recorded.items() if value})
+    again, repeated_facts = tiny.train(tmp_path / "again", repeated)
+    assert repeated_facts == facts and tiny.rows(tmp_path / "again") == tiny.rows(tmp_path / "run")
+    assert tiny.untimed(again) == tiny.untimed(metrics)
+    tiny.train(tmp_path / "run", repeated)  # killed after its record was written, before it was called done
+
+
+def test_a_changed_configuration_is_not_resumed(tmp_path):
+    with pytest.raises(StoppedError):
+        tiny.train(tmp_path / "run", tiny.settings(), stop_at(5))
+    with pytest.raises(CheckpointError, match="config.yaml was changed"):
+        tiny.train(tmp_path / "run", tiny.settings(clip_norm=2.0))
+
+
+def test_other_circumstances_are_said(tmp_path):
+    with pytest.raises(StoppedError):
+        tiny.train(tmp_path / "run", tiny.settings(threads=None), stop_at(5))
+    torch.set_num_threads(1)
+    tiny.train(tmp_path / "run", tiny.settings(threads=None))
+    assert "threads was 2, is 1: the result is not bitwise" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        tiny.train(path, tiny.settings(), stop_at(13))
+    newest = checkpoint.path_of(path / "checkpoints", 14)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    _, facts = tiny.train(path)
+    assert facts == tiny.train(tmp_path / "other")[1]
+    assert "step_000000014.pt: damaged" in (path / "log.txt").read_text()
+
+
+def test_the_best_is_linked_again_after_a_kill_before_its_link(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        tiny.train(path, tiny.settings(eval_every=1), stop_at(5))
+    folder = path / "checkpoints"
+    state = checkpoint.load(checkpoint.newest(folder, print)[0])
+    state["gathered"]["best_step"], state["gathered"]["best_value"] = state["step"], 0.0
+    checkpoint.write(checkpoint.path_of(folder, state["step"]), state)
+    tiny.train(path, tiny.settings(eval_every=1), lambda step: None)
+    assert checkpoint.load(folder / checkpoint.BEST)["step"] >= state["step"]
+
+
+def test_where_only_the_best_is_whole_the_run_goes_on_from_it(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        tiny.train(path, tiny.settings(), stop_at(13))
+    folder = path / "checkpoints"
+    newest = checkpoint.path_of(folder, checkpoint.steps(folder)[-1])
+    (folder / checkpoint.BEST).unlink(missing_ok=True)
+    (folder / checkpoint.BEST).write_bytes(newest.read_bytes())
+    for step in checkpoint.steps(folder):
+        checkpoint.path_of(folder, step).write_bytes(b"")
+    _, facts = tiny.train(path)
+    assert facts == tiny.train(tmp_path / "other")[1]
+
+
+def test_no_valid_checkpoint_is_never_a_fresh_start(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        tiny.train(path, tiny.settings(), stop_at(13))
+    for step in checkpoint.steps(path / "checkpoints"):
+        checkpoint.path_of(path / "checkpoints", step).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged") as refused:
+        tiny.train(path)
+    assert refused.value.code == 7
+
+
+def test_saves_are_spread_by_what_they_cost(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "SAVE_SHARE", 0)
+    tiny.train(tmp_path / "often", tiny.settings(save_seconds=0.0))
+    assert checkpoint.steps(tmp_path / "often" / "checkpoints") == [31, 32]
+    tiny.train(tmp_path / "seldom", tiny.settings())
+    assert checkpoint.steps(tmp_path / "seldom" / "checkpoints")[-1] == 32

@@ -1,0 +1,240 @@
+"""Training and evaluating captioners on built-in scenes, stopped and resumed; the maps that they stand on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.data import photos, vocabulary
+from cvlab.engine import loop
+from cvlab.experiments.captioning import checkpoint, feature_store
+from cvlab.experiments.captioning.model import Captioner
+from cvlab.models.features import Features
+from cvlab.models.pretrained import build
+from tests.conftest import weights_digest
+
+SHORT = (
+    *("model={name: captioner, cell: attention_lstm, words: 8, hidden: 16}", "size=64", "batch_size=4"),
+    *("duration={steps: 4}", "expect=[]", "log_every=1", "evaluate_test=false", "threads=1", "beam=2"),
+)
+
+WORDS = ("a", "red", "blue", "star", "ring")
+
+
+def train(cvlab, *words):
+    code, out, err = cvlab("train", "caption_scenes", *SHORT, *words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+class TestTraining:
+    def test_metrics_and_weights_in_a_file_of_their_own(self, cvlab):
+        found = train(cvlab)
+        wanted = {
+            "val_loss",
+            "val_bleu4",
+            "bleu1",
+            "bleu4",
+            "cider",
+            "exact",
+            "shapes_right",
+            "word_loss",
+            "train_loss",
+        }
+        assert wanted <= found["metrics"].keys()
+        made = checkpoint.load(Path(found["run"]) / "captioner.safetensors", torch.device("cpu"))
+        assert made.about.size_px == 64 and made.about.trained_on == "scene_sentences" and "red" in made.about.words
+        summary = json.loads((Path(found["run"]) / "summary.json").read_text())
+        assert "closest reference length" in summary["bleu_rule"] and summary["beam"] == 2
+
+    def test_layers_by_hand_train_as_those_of_torch(self, cvlab):
+        model = "model={name: captioner, cell: lstm, words: 8, hidden: 16, dropout: 0, feature_dropout: 0, layers: %s}"
+        losses = [
+            train(cvlab, model % layers, "precision=float32")["metrics"]["train_loss"] for layers in ("torch", "manual")
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    def test_stopped_and_resumed_it_ends_with_the_same_weights(self, stopped_and_resumed):
+        whole, again = stopped_and_resumed("caption_scenes", *SHORT, "save_seconds=0", "mirror=true", "reward_epochs=1")
+        assert weights_digest(whole) == weights_digest(again) and whole["run"] != again["run"]
+
+    def test_eval_gives_what_the_run_gave(self, cvlab):
+        found = train(cvlab)
+        code, out, err = cvlab("eval", found["run"], "--split", "val", "--json")
+        assert code == 0, err
+        metrics = json.loads(out)["metrics"]
+        assert metrics["val_bleu1"] == pytest.approx(found["metrics"]["bleu1"]) and metrics["val_loss"] > 0
+
+    def test_rewarded_at_the_end_it_draws_better_sentences(self, cvlab):
+        model = "model={name: captioner, cell: lstm, words: 16, hidden: 32, dropout: 0, feature_dropout: 0}"
+        words = ("duration={steps: 60}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
+        found = train(cvlab, model, *words, "schedule={name: constant}", "ema=null", "reward_epochs=40")
+        rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
+        rewards = [row["reward"] for row in rows if "reward" in row]
+        assert len(rewards) == 40 and sum(rewards[-5:]) > sum(rewards[:5])
+
+    def test_it_learns_a_few_sentences_by_heart(self, cvlab):
+        words = ("duration={steps: 120}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
+        model = "model={name: captioner, cell: attention_lstm, words: 16, hidden: 32, dropout: 0, feature_dropout: 0}"
+        found = train(cvlab, model, *words, "schedule={name: constant}", "ema=null")
+        rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["train_loss"] for row in rows if "train_loss" in row]
+        assert losses[-1] < 0.2 * losses[0]
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("data.name=scenes",), "photos with sentences are needed"),
+            (("data.num_train=9999",), "has 12 photos"),
+            (("data.name=captions",), "goes with a path"),
+            (("model.cell=gru",), "cell"),
+            (("duration={epochs: 2}", "reward_epochs=3"), "reward_epochs 3 are the last"),
+            (("duration={seconds: 5}", "reward_epochs=1"), "reward_epochs are counted from the end"),
+            (("threshold=99999",), "no word stands 99999 times"),
+            (("expect=[bleu5>0]",), "no metric"),
+        ],
+    )
+    def test_refusals(self, cvlab, words, says):
+        code, _, err = cvlab("train", "caption_scenes", *words, "--dry-run")
+        assert code in (2, 4) and says in err, err
+
+
+class TestCaption:
+    @pytest.fixture
+    def made(self, tmp_path):
+        """Captioners as they start, but for the end of a sentence, in files as a training leaves them."""
+        files = {}
+        for cell in ("attention_lstm", "rnn"):
+            about = checkpoint.About({"cell": cell, "words": 8, "hidden": 16}, WORDS, 64, 12, trained_on="nothing")
+            device = torch.device("cpu")
+            features = checkpoint.maps_of(about.strides, about.backbone, None, device)
+            files[cell] = tmp_path / f"{cell}.safetensors"
+            torch.manual_seed(0)  # what comes before draws random numbers only the first time
+            net = checkpoint.build(about, features, device).net
+            net.out.bias.detach()[vocabulary.END] = -4.0  # not the first word
+            checkpoint.save(about, net, files[cell])
+        return files
+
+    def test_a_sentence_for_each_photo_and_where_it_looked(self, cvlab, made, tmp_path):
+        photo, broken = tmp_path / "wide.png", tmp_path / "broken.png"
+        Image.new("RGB", (90, 30), "red").save(photo)
+        broken.write_bytes(b"no photo")
+        images = ("sample", str(photo), str(broken))
+        weights = made["attention_lstm"]
+        code, out, _ = cvlab("caption", *images, "--weights", weights, "--beam", 2, "--attention", "--json")
+        found = json.loads(out)
+        assert code == 4 and found["metrics"]["num_photos"] == 2 and "error" in found["results"][2]
+        for result in found["results"][:2]:
+            said = result["sentence"].split()
+            assert 1 <= len(said) <= 11 and set(said) <= set(WORDS) and result["score"] < 0
+            drawn = Image.open(Path(found["run"]) / result["picture"])
+            assert drawn.width > 200 and drawn.getbbox() is not None
+
+    def test_the_table_says_the_sentence(self, cvlab, made):
+        code, out, err = cvlab("caption", "sample", "--weights", made["rnn"])
+        assert code == 0 and "says" in out and "rnn" in err, err
+
+    def test_one_beam_is_greedy(self, cvlab, made):
+        weights = made["attention_lstm"]
+        one = checkpoint.load(weights, torch.device("cpu"))
+        photo = feature_store.squeezed(photos.load(photos.find(("sample",))[0]), one.about.size_px)
+        seen = feature_store.look(one.features, photo[None], loop.compute("cpu", "float32", 1), False)
+        state, said = one.net.start(seen), [vocabulary.START]
+        while len(said) < one.about.length and said[-1] != vocabulary.END:
+            scores, state, _ = one.net.step(state, torch.tensor([said[-1]]))
+            scores[:, [vocabulary.NULL, vocabulary.START, vocabulary.UNKNOWN]] = -torch.inf
+            said.append(int(scores.argmax()))
+        out = cvlab("caption", "sample", "--weights", weights, "--beam", 1, "precision=float32", "--json")[1]
+        if said[-1] == vocabulary.END:
+            assert json.loads(out)["results"][0]["sentence"] == " ".join(one.vocabulary.decode(said))
+
+    @pytest.mark.parametrize(
+        ("words", "code", "says"),
+        [
+            (("--weights", "nowhere.safetensors"), 4, "no such file"),
+            (("--weights", "{folder}"), 4, "this run has no captioner.safetensors"),
+            (("--weights", "{rnn}", "--attention"), 2, "looks nowhere in particular"),
+            (("--beam", "0"), 2, "beam"),
+        ],
+    )
+    def test_refusals(self, cvlab, made, tmp_path, words, code, says):
+        given = [word.format(folder=tmp_path, **made) for word in words]
+        found, _, err = cvlab("caption", "sample", *given)
+        assert found == code and says in err and err.count("\n") <= 3, err
+
+    def test_no_photo(self, cvlab):
+        code, _, err = cvlab("caption")
+        assert code == 2 and "no photo is named" in err
+
+
+class TestMaps:
+    @pytest.fixture
+    def asked(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+        path = tmp_path / "photo.png"
+        photos.load(photos.SAMPLE if Path(photos.SAMPLE).is_file() else photos.find(("sample",))[0]).save(path)
+        features, where = Features(build(), ["bn2"]), loop.compute("cpu", "float32", 1)
+
+        def load(**changes):
+            request = feature_store.Request(64, changes.pop("pool", False), **changes)
+            return feature_store.load(features, [path, path], where, request, lambda: None)
+
+        return load, tmp_path / "data" / feature_store.FOLDER, path
+
+    def test_they_are_kept_checked_and_mapped(self, asked, capsys):
+        load, folder, _ = asked
+        first = load().clone()
+        assert first.shape == (2, 4, 1280) and first.dtype == torch.float16
+        assert len(list(folder.glob("*.npy"))) == 1
+        (path,) = folder.glob("*.npy")
+        stamp = path.stat().st_mtime_ns
+        assert torch.equal(load(), first) and path.stat().st_mtime_ns == stamp
+        torch.testing.assert_close(load(pool=True)[:, 0].float(), first.float().mean(1), rtol=1e-2, atol=1e-2)
+        assert not torch.equal(load(mirrored=True), first) and len(list(folder.glob("*.npy"))) == 3
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+        assert torch.equal(load(), first) and "computed again" in capsys.readouterr().err
+
+    def test_another_photo_of_the_same_name_is_looked_at_anew(self, asked):
+        load, folder, path = asked
+        load()
+        photos.load(path).rotate(90).save(path)
+        load()
+        assert len(list(folder.glob("*.npy"))) == 2
+
+    def test_a_disk_that_refuses_does_not_matter(self, asked, monkeypatch, tmp_path, capsys):
+        load, _, _ = asked
+        (tmp_path / "data").write_text("a file where the folder should be")
+        assert load().shape == (2, 4, 1280) and "not kept" in capsys.readouterr().err
+
+
+def test_of_several_maps_the_first_says_which_cells_there_are():
+    features = checkpoint.maps_of((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    where = loop.compute("cpu", "float32", 1)
+    cells = feature_store.look(features, pictures, where, False)
+    maps = features.batch(pictures)
+    medium, fine, coarse = (maps[name].detach() for name in features.names)
+    sizes = [m.shape[1] for m in (medium, fine, coarse)]
+    assert cells.shape == (2, 16, sum(sizes))
+    found = [part.mT.unflatten(2, (4, 4)) for part in cells.split(sizes, 2)]
+    torch.testing.assert_close(found[0], medium)
+    torch.testing.assert_close(found[1][..., 1, 2], fine[..., 2:4, 4:6].mean((2, 3)))
+    torch.testing.assert_close(found[2], coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    pooled = feature_store.look(features, pictures, where, True)
+    torch.testing.assert_close(pooled, cells.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("layers", ["torch", "manual"])
+def test_cells_know_their_places_and_are_looked_at_through_a_layer_of_their_own(layers):
+    torch.manual_seed(0)
+    net = Captioner(5, 9, "attention_lstm", 6, 8, layers=layers, positions=True, cells="mlp")
+    features, words = torch.ones(2, 9, 5), torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0]])
+    seen = net.eval().look(features)
+    assert seen.shape == (2, 9, 8) and not torch.allclose(seen[0, 0], seen[0, 8])  # alike but for their places
+    loss, _ = net.train().loss(features, words, torch.arange(2))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())

@@ -1,0 +1,149 @@
+"""CIFAR-10: read right, refused when damaged, installed from every form, and never able to run code."""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from cvlab.api import catalog
+from cvlab.errors import DataError, RunDirError
+from cvlab.experiments.classification.data import cifar10
+from cvlab.storage import download
+from tests import fake_cifar
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    sums = fake_cifar.write(tmp_path / "good" / cifar10.FOLDER)
+    monkeypatch.setattr(cifar10, "MD5", sums)
+    return tmp_path / "good"
+
+
+def test_pixels_and_labels_are_where_they_belong(root):
+    images = cifar10.load(root)
+    assert images.train_images.shape == (200, 32, 32, 3) and images.test_images.shape == (40, 32, 32, 3)
+    third = fake_cifar.batch(40, 2)
+    expected = np.stack([third[b"data"][7, plane * 1024 : (plane + 1) * 1024].reshape(32, 32) for plane in range(3)], 2)
+    assert torch.equal(images.train_images[80 + 7], torch.from_numpy(expected))
+    assert images.train_labels[80:120].tolist() == third[b"labels"]
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_missing_or_altered_file_is_named(root, name):
+    path = root / cifar10.FOLDER / name
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + b"\xff")
+    with pytest.raises(DataError, match=rf"{name}: differs from the published file.*cvlab data fetch cifar10"):
+        cifar10.check(root)
+    path.unlink()
+    assert not cifar10.ready(root)
+    with pytest.raises(DataError, match=rf"{name}: No such file"):
+        cifar10.check(root)
+
+
+def test_a_fetch_replaces_what_is_damaged(root, monkeypatch, tmp_path):
+    path = root / cifar10.FOLDER / "data_batch_3"
+    good = shutil.copytree(root / cifar10.FOLDER, tmp_path / "copy" / cifar10.FOLDER)
+    path.write_bytes(b"damaged")
+    monkeypatch.setenv("CVLAB_DATA", str(root))
+    monkeypatch.setattr(download, "allowed", lambda: True)
+    asked = []
+
+    def fetch(root, origin, patient):
+        asked.append(patient)
+        cifar10._install_folder(good, root)
+
+    monkeypatch.setattr(cifar10, "SOURCE", dataclasses.replace(cifar10.SOURCE, fetch=fetch))
+    assert catalog.fetch("cifar10", None)["ok"] and asked == [True]
+    assert catalog.fetch("cifar10", None)["ok"] and asked == [True], "what is whole is not fetched again"
+
+
+def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / cifar10.FOLDER).symlink_to(root / cifar10.FOLDER)
+    cifar10.fetch(elsewhere, root, True)
+    assert not (elsewhere / cifar10.FOLDER).is_symlink() and cifar10.ready(elsewhere) and cifar10.ready(root)
+
+
+def test_a_data_folder_that_is_a_file(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="choose another place with CVLAB_DATA"):
+        cifar10.fetch(tmp_path / "file", root, True)
+
+
+class Canary:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {b"data": Canary(), b"labels": []},
+        {b"labels": [1]},
+        [1, 2],
+        {b"data": np.zeros((2, 3), np.uint8), b"labels": [0, 1]},
+        {b"data": np.zeros((2, 3072), np.float64), b"labels": [0, 1]},
+        {b"data": np.array([object()]), b"labels": [0]},
+    ],
+)
+def test_hostile_and_wrong_batches_are_refused_after_their_checksum(root, content, monkeypatch, tmp_path):
+    raw = pickle.dumps(content, protocol=3)
+    (root / cifar10.FOLDER / "data_batch_1").write_bytes(raw)
+    good = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(cifar10.MD5, "data_batch_1", good)
+    with pytest.raises(DataError, match="data_batch_1: not a CIFAR-10 batch"):
+        cifar10.load(root)
+    assert not (tmp_path / "canary").exists()
+
+
+def forms(tmp_path, root, monkeypatch):
+    archive = fake_cifar.tar_of(root / cifar10.FOLDER)
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
+    (tmp_path / "file.tgz").write_bytes(archive)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / cifar10.ARCHIVE).write_bytes(archive)
+    return (tmp_path / "file.tgz", tmp_path / "folder", root, root / cifar10.FOLDER)
+
+
+def test_every_form_that_people_have_is_taken(root, tmp_path, monkeypatch):
+    for number, origin in enumerate(forms(tmp_path, root, monkeypatch)):
+        target = tmp_path / f"target{number}"
+        cifar10.fetch(target, origin, True)
+        assert cifar10.check(target) == "7 files equal to the published ones"
+        assert [path.name for path in target.iterdir()] == [cifar10.FOLDER]
+    cifar10.fetch(target, root, True)  # over what is there
+
+
+def test_wrong_origins_install_nothing(root, tmp_path, monkeypatch):
+    forms(tmp_path, root, monkeypatch)
+    (tmp_path / "other.tgz").write_bytes(b"x")
+    shutil.copytree(root / cifar10.FOLDER, tmp_path / "altered")
+    (tmp_path / "altered" / "test_batch").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    for origin, text in (("other.tgz", "sha256"), ("altered", "md5"), ("empty", "neither"), ("gone", "neither")):
+        with pytest.raises(DataError, match=text):
+            cifar10.fetch(tmp_path / "target", tmp_path / origin, True)
+        assert not list((tmp_path / "target").rglob("*"))
+
+
+def test_sources_are_https_and_as_published():
+    assert all(url.startswith("https://") for url in cifar10.URLS) and len(cifar10.URLS) >= 2
+    assert cifar10.URLS[0] == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    assert len(cifar10.ARCHIVE_SHA256) == 64 and download.LONGEST_SECONDS == 600
+
+
+@pytest.mark.realdata
+def test_the_real_set(real_cifar10):
+    images = cifar10.load(real_cifar10)
+    assert images.train_images.shape == (50_000, 32, 32, 3)
+    assert torch.bincount(images.train_labels).tolist() == [5000] * 10
+    assert torch.bincount(images.test_labels).tolist() == [1000] * 10
+    mean = images.train_images.double().mean((0, 1, 2)) / 255
+    assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)  # the published means

@@ -1,0 +1,258 @@
+"""Batches: order and augmentation as pure functions of (seed, epoch, index), against slow obvious twins."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cvlab.data import rng
+from cvlab.errors import ConfigError, DataError
+from cvlab.experiments.classification.data.augment import Augmentation, views
+from cvlab.experiments.classification.data.hard_examples import HardBatches
+from cvlab.experiments.classification.data.images import (
+    ImageSet,
+    TrainBatches,
+    eval_batches,
+    normalization,
+    size_of,
+    split,
+    steps_in_epoch,
+)
+
+CPU = torch.device("cpu")
+M64 = (1 << 64) - 1
+
+
+def images_of(count, size=6):
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
+
+
+def mix(x):
+    """SplitMix64's finaliser in Python's unbounded integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & M64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & M64
+    return x ^ (x >> 31)
+
+
+def slow_hash(seed, epoch, index, stream):
+    import zlib
+
+    golden = 0x9E3779B97F4A7C15
+    key = 0
+    for part in (seed, zlib.crc32(stream.encode()), epoch):
+        key = mix((key ^ part) + golden & M64)
+    return mix(mix((index ^ key) + golden & M64) + golden & M64)
+
+
+def test_hashes_equal_the_slow_twin():
+    indices = torch.tensor([0, 1, 2, 49_999, 2**40])
+    for seed, epoch, stream in ((0, 0, "order"), (7, 3, "flip"), (2**31 - 1, 1000, "down")):
+        found = rng.hashes(seed, epoch, indices, stream)
+        assert [h & M64 for h in found.tolist()] == [slow_hash(seed, epoch, i, stream) for i in indices.tolist()]
+
+
+def test_uniform_numbers_are_uniform_and_independent():
+    one, two = (rng.uniform(0, epoch, torch.arange(100_000), "flip") for epoch in (0, 1))
+    assert one.min() >= 0 and one.max() < 1
+    counts = torch.histc(one, 20, 0, 1)
+    assert (counts - 5000).abs().max() < 350
+    assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1]) < 0.015
+    assert abs(torch.corrcoef(torch.stack([one[1:], one[:-1]]))[0, 1]) < 0.015
+
+
+def test_every_epoch_goes_through_everything_once_in_another_order():
+    orders = [rng.permutation(seed, epoch, 1000, CPU) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order.tolist()) == list(range(1000)) for order in orders)
+    assert not any(torch.equal(a, b) for k, a in enumerate(orders) for b in orders[:k])
+
+
+def test_a_batch_is_a_pure_function_of_its_step():
+    images, labels = images_of(50), torch.randint(0, 3, (50,))
+    normalize = normalization(images, "mean_std", torch.float32, CPU)
+
+    def batches():
+        return TrainBatches(images, labels, 8, 5, normalize, Augmentation(flip=True, translate_px=2))
+
+    in_order = batches()
+    forwards = [in_order(step) for step in range(20)]
+    for step in (19, 3, 11, 0):
+        again = batches()(step)
+        assert torch.equal(again[0], forwards[step][0]) and torch.equal(again[1], forwards[step][1])
+    epoch = torch.cat([in_order.indices(step) for step in range(6)])
+    assert len(epoch.unique()) == 48
+    assert forwards[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_hard_batches_leave_out_what_was_easy():
+    images, labels = images_of(50), torch.arange(50) % 3
+    normalize = normalization(images, "mean", torch.float32, CPU)
+    batches = HardBatches(images, labels, 8, 5, normalize, skip_easy=0.5)
+    plain = TrainBatches(images, labels, 8, 5, normalize)
+    losses = torch.rand(50)
+    for step in range(6):
+        assert torch.equal(batches(step)[0], plain(step)[0]), "the first pass takes all"
+        batches.record(losses[batches.indices(step)])
+    known = [batches.memory["losses"].isfinite().nonzero().flatten().tolist()]
+    assert len(known[0]) == 48
+    passes = []
+    for _ in range(2):
+        before = batches.memory["losses"].clone()
+        taken = []
+        for step in range(6 + 3 * len(passes), 9 + 3 * len(passes)):
+            taken += batches.indices(step).tolist()
+            batches.record(losses[taken[-8:]] * (0.1 if taken[-1] % 2 else 1))
+        hardest = sorted(range(50), key=lambda k: (-before[k].item(), k))[:24]
+        assert sorted(taken) == sorted(hardest) and taken != sorted(taken)
+        passes.append(taken)
+    assert passes[0] != passes[1]
+
+
+def slow_augment(image: Tensor, flip: bool, down: int, right: int) -> Tensor:
+    h, w, _ = image.shape
+    out = torch.empty_like(image)
+    for r in range(h):
+        for c in range(w):
+            source_r = r + down
+            source_c = (w - 1 - c if flip else c) + right
+            source_r = -source_r if source_r < 0 else 2 * (h - 1) - source_r if source_r >= h else source_r
+            source_c = -source_c if source_c < 0 else 2 * (w - 1) - source_c if source_c >= w else source_c
+            out[r, c] = image[source_r, source_c]
+    return out
+
+
+def test_augmentation_equals_the_slow_twin():
+    images, indices = images_of(40), torch.arange(100, 140)
+    found = Augmentation(flip=True, translate_px=2)(images, indices, seed=3, epoch=2)
+    flips = rng.uniform(3, 2, indices, "flip") < 0.5
+    downs, rights = ((rng.uniform(3, 2, indices, s) * 5).long() - 2 for s in ("down", "right"))
+    assert 5 < flips.sum() < 35 and set(downs.tolist()) == {-2, -1, 0, 1, 2}
+    for k in range(40):
+        expected = slow_augment(images[k], bool(flips[k]), int(downs[k]), int(rights[k]))
+        assert torch.equal(found[k], expected), k
+
+
+@pytest.mark.parametrize("flip", [True, "alternating"])
+def test_a_flip_alone_mirrors_whole_images(flip):
+    images, indices = images_of(60), torch.arange(60)
+    sides = []
+    for epoch in range(3):
+        found = Augmentation(flip)(images, indices, seed=1, epoch=epoch)
+        mirrored = torch.tensor([torch.equal(found[k], images[k].flip(1)) for k in range(60)])
+        assert all(torch.equal(found[k], images[k]) for k in range(60) if not mirrored[k])
+        assert 15 < mirrored.sum() < 45
+        sides.append(mirrored)
+    assert torch.equal(sides[0], ~sides[1]) == (flip == "alternating")
+    assert torch.equal(sides[0], sides[2]) == (flip == "alternating")
+
+
+def test_cutout_blanks_one_square_inside():
+    images, indices = torch.ones(200, 3, 8, 8), torch.arange(200)
+    found = Augmentation(cutout_px=3).cut(images.clone(), indices, seed=0, epoch=4)
+    assert torch.equal(found, Augmentation(cutout_px=3).cut(images.clone(), indices, 0, 4))
+    rows, columns = (found[:, 0] == 0).any(2), (found[:, 0] == 0).any(1)
+    assert torch.equal(found == 0, (rows[:, :, None] & columns[:, None])[:, None].expand(-1, 3, -1, -1))
+    for sides in (rows, columns):
+        assert (sides.sum(1) == 3).all() and set(sides.int().argmax(1).tolist()) == set(range(6))
+    assert Augmentation().cut(images, indices, 0, 0) is images
+
+
+@pytest.mark.parametrize(("kind", "count"), [("flip", 2), ("flip_shift", 6)])
+def test_views_of_test_time_augmentation(kind, count):
+    images = torch.randn(4, 3, 6, 6)
+    found = views(images, kind)
+    assert len(found) == count and sum(weight for weight, _ in found) == 1
+    assert all(view.shape == images.shape for _, view in found)
+    assert torch.equal(found[0][1], images) and torch.equal(found[1][1], images.flip(3))
+    if kind == "flip_shift":
+        assert torch.equal(found[2][1][:, :, 1:, 1:], images[:, :, :-1, :-1])
+        assert torch.equal(found[4][1][:, :, :-1, :-1], images[:, :, 1:, 1:])
+        assert torch.equal(found[2][1][:, :, 0], found[2][1][:, :, 2]), "the border is mirrored"
+
+
+def test_no_augmentation_is_no_work():
+    images = images_of(3)
+    assert Augmentation()(images, torch.arange(3), 0, 0) is images
+
+
+@pytest.mark.parametrize("kind", ["mean", "mean_std"])
+def test_normalization_against_its_definition(kind):
+    images = images_of(300)
+    x = images.double().div(255).reshape(-1, 3)
+    normalize = normalization(images, kind, torch.float64, CPU)
+    found = normalize(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(-1, 3)
+    expected = x - x.mean(0)
+    if kind == "mean_std":
+        expected = expected / x.std(0, unbiased=False)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_evaluation_sees_all_images_in_order():
+    images, labels = images_of(1203), torch.arange(1203)
+    normalize = normalization(images, "mean", torch.float32, CPU)
+    pieces = list(eval_batches(images, labels, normalize))
+    assert torch.equal(torch.cat([y for _, y in pieces]), labels)
+    assert torch.equal(torch.cat([x for x, _ in pieces]), normalize(images.permute(0, 3, 1, 2)))
+
+
+def image_set(**changes):
+    content = {
+        "name": "x",
+        "train_images": images_of(100),
+        "train_labels": torch.arange(100) % 3,
+        "test_images": images_of(10),
+        "test_labels": torch.arange(10) % 3,
+        "classes": ("a", "b", "c"),
+    }
+    return ImageSet(**(content | changes))
+
+
+def test_splits_are_the_first_and_the_last():
+    images = image_set()
+    pieces = split(images, 0.2, 30)
+    assert torch.equal(pieces["train"][0], images.train_images[:30])
+    assert torch.equal(pieces["val"][0], images.train_images[80:])
+    assert torch.equal(pieces["test"][1], images.test_labels)
+    assert len(split(images, 0.2, None)["train"][0]) == 80
+    assert size_of(images).num_classes == 3
+    everything = split(images, 0.0, None)
+    assert len(everything["train"][0]) == 100 and "val" not in everything
+
+
+@pytest.mark.parametrize(("fraction", "num_train"), [(0.2, 81), (0.999, None), (0.001, 10)])
+def test_splits_that_leave_nothing_are_refused(fraction, num_train):
+    with pytest.raises(ConfigError, match=r"data\.num_train"):
+        split(image_set(), fraction, num_train)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    assert steps_in_epoch(100, 100) == 1
+    with pytest.raises(ConfigError, match="batch_size 101 is larger than the training set of 100"):
+        steps_in_epoch(100, 101)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train_images": images_of(0), "train_labels": torch.zeros(0, dtype=torch.int64)}, "no train images"),
+        ({"test_images": torch.rand(10, 6, 6, 3)}, "must be uint8"),
+        ({"train_labels": torch.arange(99)}, "as many labels"),
+        ({"train_labels": torch.full((100,), 3)}, "outside 0..2"),
+        (
+            {"classes": ("a",), "train_labels": torch.zeros(100).long(), "test_labels": torch.zeros(10).long()},
+            "one class",
+        ),
+    ],
+)
+def test_sets_that_no_training_could_use_are_refused(changes, text):
+    with pytest.raises(DataError, match=text):
+        image_set(**changes)
+
+
+def test_epochs_take_every_item_once_in_another_order():
+    epochs = rng.Epochs(3, 10, 4, torch.device("cpu"))
+    taken = [epochs(step) for step in range(6)]
+    assert epochs.steps == 2 and [epoch for epoch, _ in taken] == [0, 0, 1, 1, 2, 2]
+    for first, second in zip(taken[::2], taken[1::2], strict=True):
+        assert len(set(first[1].tolist() + second[1].tolist())) == 8
+    assert taken[0][1].tolist() != taken[2][1].tolist() and epochs(1)[1].tolist() == taken[1][1].tolist()
+    few = rng.Epochs(3, 3, 4, torch.device("cpu"))
+    assert (few.steps, few.batch_size) == (1, 3) and sorted(few(5)[1].tolist()) == [0, 1, 2]

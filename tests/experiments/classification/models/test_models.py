@@ -1,0 +1,226 @@
+"""Every model by its name: shapes, initialisation, gradients; and those of others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cvlab import _compat
+from cvlab.errors import ConfigError
+from cvlab.experiments.classification.models import registry as model_registry
+from cvlab.experiments.classification.models.convnet import deep_convnet, three_layer_convnet
+from cvlab.experiments.classification.models.resnet import Residual, preact_resnet
+from cvlab.experiments.classification.models.whiten_net import Block, whiten_net
+from cvlab.layers.init import initialise
+from cvlab.layers.modules import MANUAL, MANUAL_ALT
+
+ARGUMENTS = {
+    "deep_convnet": {"filters": (4, 8), "pools": (0, 1), "batchnorm": True},
+    "three_layer_convnet": {"num_filters": 4, "hidden": 10},
+    "fc_net": {"hidden": (10, 5), "dropout": 0.5},
+    "api_barebones": {},
+    "api_module": {"channels": (4, 3)},
+    "api_sequential": {},
+    "preact_resnet": {"stem": 4, "stages": ((4, 1), (8, 2))},
+    "whiten_net": {"widths": (8, 8)},
+}
+
+
+@pytest.mark.parametrize("name", model_registry.MODELS)
+@pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 10), (1, 28, 7)])
+def test_every_model_takes_images_and_gives_scores(name, channels, size, classes):
+    made = model_registry.build(
+        name, ARGUMENTS[name], Path(), in_channels=channels, image_size=size, num_classes=classes, layers=nn
+    )
+    scores = made(torch.randn(5, channels, size, size))
+    assert scores.shape == (5, classes)
+    scores.sum().backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
+    if name != "preact_resnet":  # which starts as torch has it
+        assert all(not p.any() for key, p in made.named_parameters() if key.endswith("bias"))
+
+
+def test_three_levels_of_pytorch_are_one_net():
+    images, scores = torch.randn(2, 3, 8, 8), []
+    for name in ("api_barebones", "api_module", "api_sequential"):
+        torch.manual_seed(4)
+        supplied = {"in_channels": 3, "image_size": 8, "num_classes": 10, "layers": nn}
+        scores.append(model_registry.build(name, {}, Path(), **supplied)(images))
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def weighted_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+def test_residual_nets():
+    resnet, plain = preact_resnet(), preact_resnet(residual=False)
+    assert len(weighted_layers(plain)) == 32
+    shortcuts = [layer for layer in weighted_layers(resnet) if getattr(layer, "kernel_size", None) == (1, 1)]
+    assert len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34  # where the size or the channels change
+    x = torch.randn(2, 8, 6, 6)
+    block = next(layer for layer in resnet if isinstance(layer, Residual))
+    torch.testing.assert_close(block(x), x + block.block(x))
+    assert preact_resnet(image_size=8, bottleneck=True)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    kaiming = preact_resnet(stages=((64, 1), (64, 1)), init="kaiming")
+    ours, torchs = kaiming[2].block[2].weight, preact_resnet(stages=((64, 1), (64, 1)))[2].block[2].weight
+    assert (ours.var() / torchs.var()).item() == pytest.approx(6, rel=0.1)
+    assert kaiming[3].shortcut.weight.var().item() == pytest.approx(1 / 64, rel=0.1)
+    assert kaiming[-1].weight.var().item() == pytest.approx(1 / 64, rel=0.2) and not kaiming[-1].bias.any()
+    with pytest.raises(ConfigError, match="bottleneck needs at least 4"):
+        preact_resnet(stages=((2, 1),), bottleneck=True)
+    with pytest.raises(ConfigError, match="do not fit"):
+        preact_resnet(stages=())
+    with pytest.raises(ConfigError, match="do not fit"):
+        preact_resnet(stages=((2, 1),) * 5, image_size=8)
+
+
+def test_the_first_layer_whitens_what_it_is_fitted_to():
+    torch.manual_seed(0)
+    smooth = nn.functional.avg_pool2d(torch.randn(300, 3, 14, 14), 3, stride=1, padding=1)
+    images = smooth @ torch.randn(14, 14) * 0.2
+    net = whiten_net((8,), image_size=14)
+    net.fit_to(images)
+    out = nn.functional.conv2d(images, net[0].weight)[:, :12]  # the other twelve are these with their signs turned
+    torch.testing.assert_close(out, -nn.functional.conv2d(images, net[0].weight)[:, 12:])
+    rows = out.permute(1, 0, 2, 3).reshape(12, -1)
+    torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(12), atol=0.05, rtol=0)
+    assert not net[0].weight.requires_grad
+
+
+def test_partial_identity_passes_its_input_on():
+    conv = next(layer for layer in whiten_net((32,)).modules() if isinstance(layer, nn.Conv2d) and layer.bias is None)
+    x = torch.randn(2, 24, 7, 7)
+    torch.testing.assert_close(conv(x)[:, :24], x)
+    assert conv(x)[:, 24:].abs().sum() > 0
+
+
+def test_depths_shortcuts_and_sizes_of_whiten_nets():
+    for depth in (1, 2, 3):
+        net = whiten_net((8, 12), depth=depth, residual=depth == 3, activation="silu", train_whitening_bias=False)
+        assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+        assert len([layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]) == 1 + 2 * depth
+        assert not net[0].bias.requires_grad
+    block = next(layer for layer in net.modules() if isinstance(layer, Block))
+    x = torch.randn(2, 24, 8, 8)
+    block.eval()
+    first = block.first(x)
+    torch.testing.assert_close(block(x), nn.functional.silu(first + block.inner(first)))
+    with pytest.raises(ConfigError, match="halvings leave nothing of 7 px"):
+        whiten_net((4, 4, 4), image_size=8)
+
+
+@pytest.mark.parametrize("name", model_registry.MODELS)
+def test_every_model_of_hand_written_layers_trains_as_torchs(name):
+    made = []
+    for layers in (nn, MANUAL, MANUAL_ALT):
+        torch.manual_seed(2)
+        supplied = {"in_channels": 3, "image_size": 8, "num_classes": 4, "layers": layers}
+        if name == "api_barebones" and layers is not nn:
+            with pytest.raises(ConfigError, match="not built from layers"):
+                model_registry.build(name, {}, Path(), **supplied)
+            return
+        arguments = {key: value for key, value in ARGUMENTS[name].items() if key != "dropout"}
+        made.append(model_registry.build(name, arguments, Path(), **supplied).double())
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    for model in made:
+        model(images).square().sum().backward()
+    for model in made[1:]:
+        for mine, theirs in zip(model.parameters(), made[0].parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_is_built_from_the_layers_that_are_passed_in():
+    class Mine(nn.Conv2d):
+        pass
+
+    class Layers:
+        Conv2d = Mine
+
+        def __getattr__(self, name):
+            return getattr(nn, name)
+
+    made = deep_convnet(filters=(4, 8), layers=Layers())
+    assert sum(isinstance(layer, Mine) for layer in made) == 2
+    assert made.state_dict().keys() == deep_convnet(filters=(4, 8)).state_dict().keys()
+
+
+@pytest.mark.parametrize(("layer", "fan_in"), [(nn.Linear(500, 400), 500), (nn.Conv2d(30, 200, 5), 750)])
+def test_kaiming_and_fixed_scales(layer, fan_in):
+    torch.manual_seed(0)
+    for scale, before_relu, expected in (
+        ("kaiming", True, (2 / fan_in) ** 0.5),
+        ("kaiming", False, (1 / fan_in) ** 0.5),
+        (0.03, True, 0.03),
+    ):
+        weight = initialise(layer, scale, before_relu).weight
+        assert weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert weight.mean().item() == pytest.approx(0, abs=0.02 * expected)
+        assert not layer.bias.any()
+
+
+def test_pooling_before_the_relu_changes_no_bit():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    fast, slow = (nn.Sequential(*order) for order in ((nn.MaxPool2d(2), nn.ReLU()), (nn.ReLU(), nn.MaxPool2d(2))))
+    weight = torch.randn(4, 3, 4, 4)
+    gradients = [torch.autograd.grad((net(x) * weight).sum(), x)[0] for net in (fast, slow)]
+    assert torch.equal(fast(x), slow(x)) and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: deep_convnet(filters=()), "at least one block"),
+        (lambda: deep_convnet(filters=(4,), pools=(1,)), r"model\.pools \[1\]"),
+        (lambda: deep_convnet(filters=(4, 4), pools=(0, 0)), "different block"),
+        (lambda: deep_convnet(filters=(4,) * 7, pools=tuple(range(7))), "nothing of 32 px"),
+        (lambda: three_layer_convnet(filter_size=4), "must be odd"),
+    ],
+)
+def test_nets_that_cannot_be_are_refused(build, text):
+    with pytest.raises(ConfigError, match=text):
+        build()
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_models_of_others(name):
+    made = model_registry.build(name, {}, Path(), in_channels=3, image_size=64, num_classes=4, layers=nn).eval()
+    assert made(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "text"),
+    [
+        ("timm:resnet19", {}, "did you mean 'resnet1"),
+        ("torchvision:resnet19", {}, "did you mean 'resnet1"),
+        ("timm:resnet10t", {"widht": 3}, "widht"),
+        ("torchvision:resnet18", {"widht": 3}, "widht"),
+        ("timm:resnet10t", {"pretrained": True}, "not fetched"),
+        ("keras:resnet", {}, "unknown model 'keras:resnet'"),
+    ],
+)
+def test_what_others_do_not_have_is_one_line(name, arguments, text):
+    with pytest.raises(ConfigError, match=text) as refused:
+        model_registry.build(name, arguments, Path(), num_classes=4)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_users_function_that_is_no_model(tmp_path):
+    (tmp_path / "net.py").write_text("def make():\n    return 3\n")
+    with pytest.raises(ConfigError, match=r"expected a torch\.nn\.Module, got int"):
+        model_registry.build("./net.py:make", {}, tmp_path)
+
+
+def test_a_users_own_traceback_is_not_swallowed(tmp_path):
+    (tmp_path / "net.py").write_text("def make():\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        model_registry.build("./net.py:make", {}, tmp_path)
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        model_registry.find("./broken.py:make", tmp_path)
+
+
+def test_torchvision_and_timm_import_here():
+    assert _compat.torchvision().transforms and _compat.timm().list_models("resnet18")

@@ -1,0 +1,93 @@
+"""The everyday set: a teacher's labels beside real ones, what it is sure of and what it half suspects."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.errors import DataError
+from cvlab.experiments.detection.data import dataset, everyday
+from cvlab.experiments.detection.data.dataset import BoxImage, BoxSet
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Two photos of Flickr8k in each split and one of fruit, with labels."""
+    (tmp_path / everyday.FLICKR / "Images").mkdir(parents=True)
+    labels = {}
+    for split in ("train", "dev", "test"):
+        names = [f"{split}{k}.webp" for k in range(2)]
+        (tmp_path / everyday.FLICKR / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            path = f"{everyday.FLICKR}/Images/{name}"
+            Image.new("RGB", (40, 40)).save(tmp_path / path)
+            labels[path] = [["dog", 0.6, 1, 1, 20, 20], ["person", 0.3, 2, 2, 30, 39], ["kite", 0.9, 0, 0, 9, 9]]
+    fruit = tmp_path / "fruit.png"
+    Image.new("RGB", (50, 50)).save(fruit)
+    labels["fruit.png"] = [["apple", 0.9, 0, 0, 9, 9], ["person", 0.6, 5, 5, 25, 45]]
+    item = BoxImage(fruit, torch.tensor([[3.0, 3, 30, 30]]), torch.tensor([1]), torch.zeros(1, dtype=torch.bool))
+    real = BoxSet("fruit", everyday.FRUIT, dict.fromkeys(dataset.SPLITS, (item,)))
+    load = dataset.load
+    monkeypatch.setattr(dataset, "load", lambda name, *rest: real if name == "fruit" else load(name, *rest))
+    lines = [f"{split}{k}.webp,Someone flies a kite ." for split in ("train", "dev", "test") for k in range(2)]
+    (tmp_path / everyday.FLICKR / "captions.txt").write_text("\n".join(["image,caption", *lines]) + "\n")
+    (tmp_path / everyday.FOLDER).mkdir()
+    (tmp_path / everyday.FOLDER / "boxes.json").write_text(json.dumps(labels))
+    return tmp_path
+
+
+def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_sure_of(root):
+    found = everyday.load(root)
+    dog, person, banana = (everyday.CLASSES.index(name) for name in ("dog", "person", "banana"))
+    first = found.splits["train"][0]
+    assert first.labels.tolist() == [person, dog] and first.confidence.tolist() == pytest.approx([0.3, 0.6])
+    for split in ("val", "test"):
+        assert found.splits[split][0].labels.tolist() == [dog]
+    fruit = found.splits["test"][-1]
+    assert fruit.labels.tolist() == [banana, person]  # people's fruit, the teacher's persons
+    assert fruit.confidence.tolist() == pytest.approx([1.0, 0.6])
+
+
+def test_there_are_few_fruit_photos_so_they_stand_in_training_several_times(root):
+    found = everyday.load(root)
+    assert len(found.splits["train"]) == 2 + everyday.FRUIT_TIMES and len(found.splits["val"]) == 3
+
+
+def test_a_photo_without_labels_is_named(root):
+    path = root / everyday.FOLDER / "boxes.json"
+    labels = json.loads(path.read_text())
+    del labels[f"{everyday.FLICKR}/Images/dev1.webp"]
+    path.write_text(json.dumps(labels))
+    with pytest.raises(DataError, match=r"no labels for .*dev1\.webp"):
+        everyday.load(root)
+
+
+class TestConfirmed:
+    BOXES = (["sheep", 0.3, 0, 0, 10, 10], ["dog", 0.15, 1, 0, 11, 10], ["cat", 0.05, 30, 0, 40, 10])
+    PERSON = ["person", 0.2, 0, 0, 9, 9]
+
+    def test_two_sentences_make_an_animal_certain_and_what_it_is(self):
+        rows = [*self.BOXES, ["bird", 0.12, 20, 20, 30, 30], self.PERSON]
+        found, is_whole = everyday.confirmed(rows, ["Two dogs run .", "A puppy", "Grass"], 0.1)
+        assert is_whole
+        assert found == [self.PERSON, ["dog", 1.0, 0, 0, 10, 10], ["dog", 1.0, 20, 20, 30, 30]]
+
+    def test_persons_are_certain_where_two_sentences_name_people(self):
+        person, faint = ["person", 0.3, 0, 0, 9, 9], ["person", 0.2, 20, 0, 29, 9]
+        found, is_whole = everyday.confirmed([person, faint], ["A man jumps .", "Two kids play", "Water ."], 0.05)
+        assert is_whole and found == [["person", 1.0, 0, 0, 9, 9], faint]
+        assert everyday.confirmed([person, faint], ["A man jumps .", "Water ."], 0.05)[0] == [person, faint]
+
+    def test_what_people_name_and_the_teacher_does_not_see_is_missing(self):
+        found, is_whole = everyday.confirmed([self.PERSON], ["A dog .", "A dog"], 0.1)
+        assert found == [self.PERSON] and not is_whole
+
+    def test_where_nobody_names_an_animal_the_teacher_has_to_be_sure(self):
+        rows = [["dog", 0.4, 0, 0, 9, 9], ["dog", 0.5, 0, 0, 9, 9]]
+        assert everyday.confirmed(rows, ["A man ."] * 5, 0.1) == (rows[1:], True)
+        assert everyday.confirmed(rows, ["A man .", "A dog ."], 0.1) == (rows, True)
+
+    def test_several_kinds_stay_as_the_teacher_has_them(self):
+        found, is_whole = everyday.confirmed(list(self.BOXES), ["A dog and a cat"] * 2, 0.1)
+        assert found == list(self.BOXES[:2]) and not is_whole

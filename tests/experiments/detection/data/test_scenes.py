@@ -1,0 +1,179 @@
+"""The built-in pictures with boxes: the same for the same seed, boxes tight, kept whole and checked."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from cvlab.data import datasets, photos
+from cvlab.data.scenes import generator
+from cvlab.data.scenes.render import COLORS, SHAPES
+from cvlab.errors import DataError
+from cvlab.experiments.detection.data import dataset, scenes, voc
+
+COUNTS = {"train": 8, "val": 2, "test": 4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(clean_environment):
+    torch.set_num_threads(1)  # the layers are small: threads would only wait for each other
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return [generator.draw(9, number) for number in range(60)]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(scenes, "COUNTS", COUNTS)
+
+
+def iou(a, b):
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    area_a, area_b = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
+    return shared / (area_a + area_b - shared), shared / area_a
+
+
+def test_drawing_is_a_pure_function_of_seed_and_number(drawn):
+    again = generator.draw(9, 7)
+    assert torch.equal(again.picture, drawn[7].picture) and again.things == drawn[7].things
+    assert again.picture.shape == (224, 224, 3) and again.picture.dtype == torch.uint8
+    assert not torch.equal(generator.draw(10, 7).picture, again.picture)
+
+
+def test_what_is_in_the_pictures(drawn):
+    things = [thing for scene in drawn for thing in scene.things]
+    assert {thing.shape for thing in things} == set(SHAPES) and {thing.color for thing in things} == set(COLORS)
+    assert {len(scene.things) for scene in drawn} >= {1, 2, 3, 4, 5} and max(len(s.things) for s in drawn) == 5
+    across = [max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (thing.box_xyxy for thing in things)]
+    assert 24 <= min(across) < 36 and 90 < max(across) <= 110
+    assert all(0 <= edge <= generator.SIZE_PX for thing in things for edge in thing.box_xyxy)
+    empty = sum(not generator.draw(3, number).things for number in range(0, 200))
+    assert 4 <= empty <= 20
+
+
+def test_boxes_overlap_little_and_nothing_is_hidden(drawn):
+    for scene in drawn:
+        boxes = [thing.box_xyxy for thing in scene.things]
+        for k, box in enumerate(boxes):
+            assert all(iou(box, other)[0] < 0.2 for other in boxes[:k])
+            assert sum(iou(box, other)[1] for other in boxes[k + 1 :]) < 0.4
+
+
+def test_boxes_are_tight(drawn):
+    """Painted alone on two grounds, what does not depend on the ground is what the shape covers."""
+    for thing in [thing for scene in drawn[:20] for thing in scene.things]:
+        seen = []
+        for ground in (0.0, 1.0):
+            canvas = torch.full((1, 3, generator.SIZE_PX, generator.SIZE_PX), ground)
+            seen.append(generator._lay(canvas, thing, iter([0.5] * 20))[0, 0])
+        covered = (seen[0] - seen[1]).abs() < 0.5
+        rows, columns = covered.any(1).nonzero(), covered.any(0).nonzero()
+        expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert thing.box_xyxy == tuple(float(edge) for edge in expected)
+
+
+def test_things_are_seen(drawn):
+    """Inside each box many pixels have about the colour that the words say, and differ from the ground."""
+    for scene in drawn:
+        picture = scene.picture.float() / 255
+        for thing in scene.things:
+            x1, y1, x2, y2 = map(int, thing.box_xyxy)
+            inside = picture[y1:y2, x1:x2].reshape(-1, 3)
+            color = torch.tensor(COLORS[thing.color])
+            # Texture darkens a colour by up to 0.45; the rest is the hue that was drawn.
+            shades = torch.stack([color * shade for shade in (1.0, 0.85, 0.7, 0.55)])
+            alike = (inside[:, None] - shades).abs().amax(2).amin(1) < 0.15
+            assert alike.float().mean() > 0.1, thing
+
+
+def test_words():
+    def words(*box):
+        return generator.Thing("star", "red", box, (0, 0), 0.1, 0.0).words
+
+    assert words(0, 0, 30, 30) == ("star", "red", "small", "top left")
+    assert words(80, 80, 140, 140) == ("star", "red", "medium", "centre")
+    assert words(100, 140, 200, 220) == ("star", "red", "large", "bottom right")
+    assert words(90, 150, 130, 200)[2:] == ("medium", "bottom centre")
+    assert words(0, 100, 20, 124)[3] == "middle left"
+
+
+def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
+    assert scenes.SET.check(tmp_path) == "built in, generated at first use"
+    found = dataset.load("scenes", tmp_path)
+    assert "generating scenes" in capsys.readouterr().err and scenes.SET.ready(tmp_path)
+    assert found.classes == tuple(SHAPES) and {s: len(items) for s, items in found.splits.items()} == COUNTS
+    assert [path.name for path in tmp_path.iterdir()] == [scenes.SET.folder_name]
+    again = dataset.load("scenes", tmp_path)
+    assert capsys.readouterr().err == "" and scenes.SET.check(tmp_path) == "32 files equal to their checksums"
+    words = json.loads((tmp_path / scenes.SET.folder_name / "scenes.json").read_text())
+    assert len(words) == 14
+    for split, items in found.splits.items():
+        for number, item in enumerate(items):
+            scene = generator.draw(scenes.SEEDS[split], number)
+            assert item.boxes_xyxy.tolist() == [list(thing.box_xyxy) for thing in scene.things]
+            assert [found.classes[k] for k in item.labels] == [thing.shape for thing in scene.things]
+            assert [tuple(one) for one in words[item.path.stem]] == [thing.words for thing in scene.things]
+            assert torch.equal(
+                (photos.to_tensor(found.load(item)) * 255).round().byte().permute(1, 2, 0), scene.picture
+            )
+            assert torch.equal(item.boxes_xyxy, again.splits[split][number].boxes_xyxy)
+
+
+def test_it_is_in_vocs_layout(tmp_path, few):
+    scenes.SET.write(tmp_path)
+    assert voc.fits(tmp_path)
+    found = dataset.load("boxes", tmp_path, str(tmp_path))
+    assert {split: len(items) for split, items in found.splits.items()} == COUNTS
+
+
+@pytest.mark.parametrize("name", ["JPEGImages/train_0003.png", "Annotations/test_0001.xml", "scenes.json"])
+def test_damage_is_found(tmp_path, few, name):
+    scenes.SET.folder(tmp_path)
+    path = tmp_path / scenes.SET.folder_name / name
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-5] + b"#" + raw[-4:])
+    with pytest.raises(DataError, match=rf"{name}: damaged, its checksum differs; remove that folder"):
+        dataset.load("scenes", tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        dataset.load("scenes", tmp_path)
+    shutil.rmtree(tmp_path / scenes.SET.folder_name)
+    (tmp_path / scenes.SET.folder_name).mkdir()
+    assert len(dataset.load("scenes", tmp_path).splits["train"]) == 8, "a folder without checksums is made again"
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, few):
+    (tmp_path / "file").touch()
+    one, two = dataset.load("scenes", tmp_path / "file"), dataset.load("scenes", tmp_path / "file")
+    path = one.splits["test"][0].path
+    assert len(one.splits["train"]) == 8 and path == two.splits["test"][0].path and path.is_file()
+    scenes.SET.temporary.cleanup()
+    scenes.SET.temporary = None
+    assert not path.exists()
+
+
+def test_two_that_generate_at_once(tmp_path, few, monkeypatch):
+    """The slower one finds the set in its place, and uses it."""
+    original = scenes.SET.write
+
+    def write(target):
+        original(target)
+        if not scenes.SET.ready(tmp_path):
+            shutil.copytree(target, tmp_path / scenes.SET.folder_name)
+
+    monkeypatch.setattr(scenes.SET, "write", write)
+    assert scenes.SET.folder(tmp_path) == tmp_path / scenes.SET.folder_name
+    assert os.listdir(tmp_path) == [scenes.SET.folder_name]
+
+
+def test_the_commands(cvlab, tmp_path, few, monkeypatch):
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+    assert datasets.find("scenes").builtin and datasets.find("scenes").kind == "boxes"
+    code, out, _ = cvlab("data", "fetch", "scenes")
+    assert code == 0 and "32 files equal to their checksums" in out
+    assert "32 files" in cvlab("data", "check", "scenes")[1]
+    assert scenes.SEEDS.keys() == COUNTS.keys() and len(set(scenes.SEEDS.values())) == 3

@@ -1,0 +1,263 @@
+"""The course's one-stage detector: decoding and losses against slow twins, what is put in perfectly comes out."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.data.scenes import generator
+from cvlab.experiments.detection.data import writers
+from cvlab.experiments.detection.models import yolo_grid
+from cvlab.experiments.detection.models.base import padded
+from cvlab.experiments.detection.models.yolo_grid import Found, YoloGrid
+from cvlab.ops.anchors import COURSE_SHAPES
+from tests.conftest import weights_digest
+
+A = len(COURSE_SHAPES)
+TRUE = torch.tensor([[20.0, 12, 90, 88], [130, 100, 200, 160], [60, 150, 92, 210]])  # in a picture of 224 pixels
+NAMES = torch.tensor([2, 0, 1])
+
+
+def make(faithful=True, classes=3, seed=0):
+    torch.manual_seed(seed)
+    return YoloGrid([5], classes, width=8, faithful=faithful).eval()
+
+
+def raw_found(net, n, h, w, seed=0):
+    torch.manual_seed(seed)
+    return net([torch.randn(n, 5, h, w) * 3])
+
+
+def slow_anchor(place, h, w):
+    """Return middle and sides of the anchor at a flat place, in cells."""
+    anchor, row, column = place // (h * w), place // w % h, place % w
+    return column + 0.5, row + 0.5, *COURSE_SHAPES[anchor]
+
+
+def slow_box(offsets, place, h, w):
+    x, y, wide, high = slow_anchor(place, h, w)
+    x, y = x + offsets[0], y + offsets[1]
+    wide, high = wide * math.exp(offsets[2]), high * math.exp(offsets[3])
+    return [x - wide / 2, y - high / 2, x + wide / 2, y + high / 2]
+
+
+def slow_iou(a, b):
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(wide, 0) * max(high, 0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def slow_place(box, h, w):
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    cell = min((abs(c + 0.5 - x) + abs(r + 0.5 - y), r * w + c) for r in range(h) for c in range(w))[1]
+    overlaps = [slow_iou(slow_box([0, 0, 0, 0], a * h * w + cell, h, w), box) for a in range(A)]
+    return overlaps.index(max(overlaps)) * h * w + cell
+
+
+def slow_losses(found, targets, drawn, faithful):
+    """The losses object by object; `drawn` are the pairs of picture and anchor that were drawn as negatives."""
+    h, w = found.scores.shape[2:]
+    confidence, offset, per_picture = [], [], []
+    for n in range(len(targets)):
+        entropies = []
+        for box, label in zip(targets.boxes_xyxy[n].tolist(), targets.labels[n].tolist(), strict=True):
+            if label < 0:
+                continue
+            box = [v / 32 for v in box]
+            place = slow_place(box, h, w)
+            given = found.offsets[n, place].tolist()
+            target = 1.0 if faithful else slow_iou(slow_box(given, place, h, w), box)
+            confidence.append((found.confidence[n, place].item() - target) ** 2)
+            x, y, wide, high = slow_anchor(place, h, w)
+            wanted = [(box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y]
+            wanted += [math.log((box[2] - box[0]) / wide), math.log((box[3] - box[1]) / high)]
+            offset.append(sum((p - q) ** 2 for p, q in zip(given, wanted, strict=True)))
+            logits = found.scores[n, :, place // w % h, place % w].tolist()
+            entropies.append(math.log(sum(math.exp(v) for v in logits)) - logits[label])
+        if entropies:
+            per_picture.append(sum(entropies) / len(entropies))
+    confidence += [found.confidence[n, place].item() ** 2 for n, place in drawn]
+    return [sum(part) / len(part) for part in (confidence, offset, per_picture)]
+
+
+class TestHead:
+    @pytest.mark.parametrize(("n", "h", "w"), [(1, 7, 7), (2, 2, 3)])
+    def test_shapes(self, n, h, w):
+        found = raw_found(make(), n, h, w)
+        assert found.confidence.shape == (n, A * h * w) and found.offsets.shape == (n, A * h * w, 4)
+        assert found.scores.shape == (n, 3, h, w)
+        assert found.offsets[..., :2].abs().max() < 0.5 and bool((found.confidence > 0).all())
+
+    def test_order_of_the_channels(self):
+        net = make()
+        x = torch.randn(2, 5, 2, 3)
+        raw, found = net.head(x), net([x])
+        for anchor, row, column in ((0, 0, 0), (4, 1, 2), (8, 0, 1)):
+            place = (anchor * 2 + row) * 3 + column
+            torch.testing.assert_close(found.confidence[1, place], raw[1, anchor, row, column].sigmoid())
+            four = raw[1, A + 4 * anchor : A + 4 * anchor + 4, row, column]
+            torch.testing.assert_close(found.offsets[1, place], torch.cat([four[:2].sigmoid() - 0.5, four[2:]]))
+        torch.testing.assert_close(found.scores, raw[:, 5 * A :])
+
+    def test_anchors_follow_the_module_and_are_no_weights(self):
+        net = make()
+        assert "shapes" not in net.state_dict() and net.double().shapes.dtype == torch.float64
+
+    def test_decoding_is_the_loop_and_does_not_overflow(self):
+        net = make()
+        found = raw_found(net, 2, 2, 3)
+        decoded = yolo_grid.boxes.cxcywh_to_xyxy(yolo_grid.decode(found.offsets, net.anchors(found)))
+        wanted = [[slow_box(found.offsets[n, p].tolist(), p, 2, 3) for p in range(A * 6)] for n in range(2)]
+        torch.testing.assert_close(decoded, torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+        huge = yolo_grid.decode(torch.full((1, 4), 1e4), torch.ones(1, 4))
+        assert bool(torch.isfinite(huge).all())
+
+
+class TestLosses:
+    def targets(self):
+        few = torch.tensor([[5.0, 5, 40, 60]])
+        return padded([TRUE, few, torch.zeros(0, 4)], [NAMES, torch.tensor([1]), torch.zeros(0).long()])
+
+    @pytest.mark.parametrize("faithful", [True, False])
+    def test_are_the_loop(self, faithful):
+        net, targets = make(faithful), self.targets()
+        found = raw_found(net, 3, 7, 7)
+        positives, is_negative = net.matched(found, targets)
+        torch.manual_seed(5)
+        places = is_negative.nonzero()[torch.randperm(int(is_negative.sum()))[: len(positives.labels)]].tolist()
+        torch.manual_seed(5)
+        losses = net.losses(found, targets, 224)
+        wanted = slow_losses(found, targets, places, faithful)
+        names = ("confidence_loss", "offset_loss", "class_loss")
+        assert [losses[name].item() for name in names] == pytest.approx(wanted, rel=1e-4)
+        assert losses["loss"].item() == pytest.approx(sum(wanted), rel=1e-4)
+
+    def test_negatives(self):
+        net, targets = make(), self.targets()
+        found = raw_found(net, 3, 7, 7)
+        positives, is_negative = net.matched(found, targets)
+        assert positives.image.tolist() == [0, 0, 0, 1] and positives.labels.tolist() == [2, 0, 1, 1]
+        assert bool(is_negative[2].all()), "a picture without objects has nothing but negatives"
+        boxes = [(box / 32).tolist() for box in TRUE]
+        answering = {slow_place(box, 7, 7) for box in boxes}
+        for place in range(A * 49):
+            overlaps = [slow_iou(slow_box([0, 0, 0, 0], place, 7, 7), box) for box in boxes]
+            assert bool(is_negative[0, place]) == (max(overlaps) < 0.2 and place not in answering)
+
+    def test_what_answers_for_a_thin_box_is_no_negative(self):
+        net = make()
+        found = raw_found(net, 1, 7, 7)
+        positives, is_negative = net.matched(found, padded([torch.tensor([[40.0, 40, 43, 60]])], [torch.tensor([0])]))
+        assert len(positives.anchor) == 1 and not bool(is_negative[0, positives.anchor])
+
+    def test_drawn_without_replacement_from_the_generator_of_checkpoints(self):
+        torch.manual_seed(1)
+        first = yolo_grid.draw(50, 40)
+        torch.manual_seed(1)
+        assert torch.equal(first, yolo_grid.draw(50, 40)) and not torch.equal(first, yolo_grid.draw(50, 40))
+        assert len(first.unique()) == 40 and len(yolo_grid.draw(3, 9)) == 3
+
+    @pytest.mark.parametrize("faithful", [True, False])
+    def test_gradients_reach_every_weight(self, faithful):
+        net = make(faithful)
+        net.losses(raw_found(net, 3, 7, 7), self.targets(), 224)["loss"].backward()
+        for parameter in net.parameters():
+            assert bool(torch.isfinite(parameter.grad).all()) and parameter.grad.abs().sum() > 0
+
+    def test_no_object_at_all(self):
+        net = make()
+        losses = net.losses(raw_found(net, 2, 7, 7), padded([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2), 224)
+        losses["loss"].backward()
+        assert losses["loss"].item() == 0
+        assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in net.parameters())
+
+    def test_two_objects_of_one_anchor(self):
+        net = make()
+        found = raw_found(net, 1, 7, 7)
+        twins = padded([TRUE[:1].repeat(2, 1)], [torch.tensor([0, 1])])
+        losses = net.losses(found, twins, 224)
+        assert bool(torch.isfinite(losses["loss"]))
+        ones = [net.losses(found, padded([TRUE[:1]], [torch.tensor([k])]), 224)["class_loss"] for k in (0, 1)]
+        torch.testing.assert_close(losses["class_loss"], (ones[0] + ones[1]) / 2)
+
+
+class TestDetections:
+    def perfect(self, net):
+        """Put the targets into what the head says."""
+        places = [slow_place((box / 32).tolist(), 7, 7) for box in TRUE]
+        found = Found(torch.zeros(1, A * 49), torch.zeros(1, A * 49, 4), torch.zeros(1, 3, 7, 7))
+        own = net.anchors(found)[places]
+        found.offsets[0, places] = yolo_grid.encode(TRUE / 32, own)
+        found.confidence[0, places] = torch.tensor([0.7, 0.9, 0.8])
+        for place, label in zip(places, NAMES.tolist(), strict=True):
+            found.scores[0, label, place // 7 % 7, place % 7] = 12.0
+        return found
+
+    @pytest.mark.parametrize("faithful", [True, False])
+    def test_what_is_put_in_comes_out(self, faithful):
+        net = make(faithful)
+        (result,) = net.detections(self.perfect(net), 224, 0.5, 0.5, 10)
+        order = [1, 2, 0]  # by confidence
+        torch.testing.assert_close(result.boxes_xyxy, TRUE[order])
+        assert result.labels.tolist() == NAMES[order].tolist()
+        torch.testing.assert_close(result.scores, torch.tensor([0.9, 0.8, 0.7]), atol=1e-4, rtol=0)
+
+    def test_such_an_output_costs_only_its_confidence(self):
+        net = make()
+        targets = padded([TRUE], [NAMES])
+        losses = net.losses(self.perfect(net), targets, 224)
+        assert losses["offset_loss"].item() < 1e-9 and losses["class_loss"].item() < 1e-4
+        assert losses["confidence_loss"].item() == pytest.approx((0.09 + 0.01 + 0.04) / 6, rel=1e-5)
+        own = make(faithful=False)
+        assert own.losses(self.perfect(own), targets, 224)["confidence_loss"].item() == pytest.approx(
+            losses["confidence_loss"].item(), rel=1e-4
+        ), "the IoU of a perfect box is 1"
+
+    def test_the_score(self):
+        """Faithful, it is the confidence; else the confidence times the probability of the class."""
+        found = self.perfect(make())
+        flat = found._replace(scores=torch.zeros_like(found.scores))
+        (plain,) = make().detections(flat, 224, 0.1, 0.5, 10)
+        (product,) = make(faithful=False).detections(flat, 224, 0.1, 0.5, 10)
+        torch.testing.assert_close(product.scores, plain.scores / 3)
+        assert len(make(faithful=False).detections(flat, 224, 0.5, 0.5, 10)[0].scores) == 0
+
+    def test_sorted_inside_the_picture_and_without_doubles(self):
+        net = make()
+        for result in net.detections(raw_found(net, 2, 7, 7), 224, 0.2, 0.4, 30):
+            assert 0 < len(result.scores) <= 30
+            assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
+            assert result.boxes_xyxy.min() >= 0 and result.boxes_xyxy.max() <= 224
+            listed = list(zip(result.boxes_xyxy.tolist(), result.labels.tolist(), strict=True))
+            for k, (box, label) in enumerate(listed):
+                assert all(slow_iou(box, other) <= 0.4 + 1e-5 for other, name in listed[:k] if name == label)
+
+    def test_nothing_is_sure_enough(self):
+        net = make()
+        (result,) = net.detections(raw_found(net, 1, 2, 2), 64, 1.0, 0.5, 10)
+        assert result.boxes_xyxy.shape == (0, 4) and result.labels.dtype == torch.int64
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A folder of six scenes with boxes, in VOC's layout."""
+    folder = tmp_path / "few"
+    for name in ("Annotations", "JPEGImages"):
+        (folder / name).mkdir(parents=True)
+    for number in range(6):
+        scene = generator.draw(1, number)
+        Image.fromarray(scene.picture.numpy()).save(folder / "JPEGImages" / f"{number}.png")
+        boxes_xyxy = torch.tensor([thing.box_xyxy for thing in scene.things]).view(-1, 4)
+        names = [thing.shape for thing in scene.things]
+        text = writers.write_voc_xml(boxes_xyxy, names, (generator.SIZE_PX, generator.SIZE_PX), f"{number}.png")
+        (folder / "Annotations" / f"{number}.xml").write_text(text)
+    return folder
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_weights(stopped_and_resumed, few):
+    """Dropout and the negatives are drawn anew in every step."""
+    words = ("yolo_overfit", f"data={{name: boxes, path: {few}}}", "size=64", "batch_size=2", "duration={steps: 4}")
+    words += ("expect=[]", "threads=1", "save_seconds=0", "log_every=1", "eval_every=1000")
+    whole, again = stopped_and_resumed(*words)
+    assert weights_digest(whole) == weights_digest(again) and whole["run"] != again["run"]

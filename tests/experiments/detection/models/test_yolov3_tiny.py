@@ -1,0 +1,388 @@
+"""YOLOv3-tiny: darknet's file against a slow twin, boxes and letterboxes against loops, real photos where there are."""
+
+import csv
+import hashlib
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cvlab.data import photos
+from cvlab.errors import ConfigError, DataError
+from cvlab.experiments.detection.data.coco_classes import COCO_CLASSES
+from cvlab.experiments.detection.models import darknet, yolov3_tiny
+from cvlab.models import weights
+from cvlab.storage import download
+from tests.conftest import REAL_DATA
+from tests.fake_cifar import send, server
+
+BYTES = 35_434_956  # of the real file
+SHAPES = [  # filters, inputs, size: typed from yolov3-tiny.cfg
+    (16, 3, 3), (32, 16, 3), (64, 32, 3), (128, 64, 3), (256, 128, 3), (512, 256, 3), (1024, 512, 3), (256, 1024, 1),
+    (512, 256, 3), (255, 512, 1), (128, 256, 1), (256, 384, 3), (255, 256, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """Random numbers for each convolution, in the order of the file: bias, factor, mean, variance, weight."""
+    draw = np.random.default_rng(0)
+    made = []
+    for filters, inputs, size in SHAPES:
+        bias, mean = draw.normal(0, 0.3, (2, filters)).astype("<f4")
+        factor, variance = draw.uniform(0.5, 1.5, (2, filters)).astype("<f4")
+        weight = draw.normal(0, (inputs * size * size) ** -0.5, (filters, inputs, size, size)).astype("<f4")
+        made.append((bias, weight) if filters == 255 else (bias, factor, mean, variance, weight))
+    return made
+
+
+def raw(arrays, version=(0, 2, 0)):
+    seen = struct.pack("<q", 32_013_312) if version >= (0, 2, 0) else struct.pack("<i", 32_013_312)
+    return struct.pack("<3i", *version) + seen + b"".join(part.tobytes() for parts in arrays for part in parts)
+
+
+@pytest.fixture(scope="module")
+def file(arrays, tmp_path_factory):
+    path = tmp_path_factory.mktemp("darknet") / "yolov3-tiny.weights"
+    path.write_bytes(raw(arrays))
+    return path
+
+
+@pytest.fixture(scope="module")
+def net(file):
+    return yolov3_tiny.build(str(file))
+
+
+def darknet_pool(x, stride):
+    """Max pooling of size 2 as loops over the places that there are, for nothing else counts in darknet."""
+    n, c, h, w = x.shape
+    made = torch.empty(n, c, h // stride, w // stride)
+    for i in range(h // stride):
+        for j in range(w // stride):
+            made[:, :, i, j] = x[:, :, i * stride : i * stride + 2, j * stride : j * stride + 2].amax((2, 3))
+    return made
+
+
+def twin(arrays, x):
+    """Go through yolov3-tiny.cfg section by section with the file's arrays, normalisations on their own."""
+    left = iter(arrays)
+    outputs, heads = [], []
+
+    def conv(x):
+        parts = [torch.from_numpy(part.copy()) for part in next(left)]
+        padding = parts[-1].shape[2] // 2
+        if len(parts) == 2:
+            return F.conv2d(x, parts[1], parts[0], padding=padding)
+        bias, factor, mean, variance, weight = (part.view(-1, 1, 1) if part.ndim == 1 else part for part in parts)
+        x = (F.conv2d(x, weight, padding=padding) - mean) / torch.sqrt(variance + 1e-5) * factor + bias
+        return torch.where(x > 0, x, 0.1 * x)
+
+    for section in ("conv pool2 " * 5 + "conv pool1 conv conv conv conv yolo -4 conv up -1,8 conv conv yolo").split():
+        if section == "conv":
+            x = conv(x)
+        elif section.startswith("pool"):
+            x = darknet_pool(x, int(section[4:]))
+        elif section == "up":
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        elif section == "yolo":
+            heads.append(x)
+        else:
+            routed = [int(layer) for layer in section.split(",")]
+            x = torch.cat([outputs[k if k >= 0 else len(outputs) + k] for k in routed], 1)
+        outputs.append(x)
+    assert next(left, None) is None
+    return heads
+
+
+class TestFile:
+    def test_has_the_size_of_the_real_one(self, file):
+        assert file.stat().st_size == BYTES == weights.PINNED["yolov3_tiny"].size
+
+    def test_every_number_comes_to_its_place(self, arrays, file):
+        found = darknet.read_darknet(file, yolov3_tiny.CONVS)
+        given = [part for parts in arrays for part in parts]
+        assert len(found) == len(given)
+        for tensor, array in zip(found.values(), given, strict=True):
+            assert np.array_equal(tensor.numpy(), array)
+
+    def test_versions_before_0_2_have_a_shorter_header(self, arrays, tmp_path):
+        (tmp_path / "old.weights").write_bytes(raw(arrays, (0, 1, 0)))
+        found = darknet.read_darknet(tmp_path / "old.weights", yolov3_tiny.CONVS)
+        assert np.array_equal(found["conv22.weight"].numpy(), arrays[-1][1])
+
+    @pytest.mark.parametrize("size", [0, 7, 12, 20, BYTES - 4, BYTES - 1, BYTES + 1, BYTES + 4])
+    def test_another_size_is_refused_with_both_numbers(self, file, tmp_path, size):
+        content = file.read_bytes()
+        (tmp_path / "w.weights").write_bytes(content[:size] + b"x" * (size - len(content)))
+        with pytest.raises(DataError) as refused:
+            yolov3_tiny.build(str(tmp_path / "w.weights"))
+        message = str(refused.value)
+        assert f"{size:,} bytes" in message and f"{BYTES:,}" in message and "\n" not in message
+        assert "cvlab models fetch yolov3_tiny" in message and refused.value.code == 4
+
+    def test_what_is_not_there(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CVLAB_DATA", str(tmp_path))
+        with pytest.raises(DataError, match=r"not on the disk; `cvlab models fetch yolov3_tiny` gets them"):
+            yolov3_tiny.build()
+        with pytest.raises(DataError, match="no such file"):
+            yolov3_tiny.build(str(tmp_path / "gone.weights"))
+        with pytest.raises(DataError, match="not a file"):
+            yolov3_tiny.build(str(tmp_path))
+
+    @pytest.mark.parametrize(("place", "value", "text"), [(1, math.nan, "not finite"), (3, -9.0, "negative")])
+    def test_numbers_that_cannot_be(self, arrays, tmp_path, place, value, text):
+        first = [part.copy() for part in arrays[0]]
+        first[place][0] = value
+        (tmp_path / "w.weights").write_bytes(raw([first, *arrays[1:]]))
+        with pytest.raises(DataError, match=text):
+            yolov3_tiny.build(str(tmp_path / "w.weights"))
+
+
+class TestNet:
+    @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (2, 3, 96, 32)])
+    def test_maps_are_those_of_the_slow_twin(self, net, arrays, shape):
+        x = torch.rand(shape)
+        for found, wanted in zip(net(x), twin(arrays, x), strict=True):
+            assert wanted.std() > 0.1
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    def test_is_frozen_and_laid_out_for_speed(self, net):
+        assert not net.training and not any(p.requires_grad for p in net.parameters())
+        assert net.conv12.weight.is_contiguous(memory_format=torch.channels_last)
+        assert sum(p.numel() for p in net.parameters()) == 8_858_734 - 3 * 3_184  # three of four vectors go
+
+    def test_photos_stay_as_they_are(self, net):
+        x = torch.rand(1, 3, 32, 32)
+        before = x.clone()
+        net(x)
+        assert torch.equal(x, before)
+
+
+def slow_detect(maps, floor):
+    """Boxes with a score over the floor, number by number, by the formulas of the paper."""
+    all_anchors = [(10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)]
+    found = []
+    for raw_map, stride, mask in zip(maps, (32, 16), ((3, 4, 5), (1, 2, 3)), strict=True):
+        values = raw_map.double().tolist()
+        for a, k in enumerate(mask):
+            for row in range(len(values[0])):
+                for column in range(len(values[0][0])):
+                    tx, ty, tw, th, to, *classes = (values[85 * a + c][row][column] for c in range(85))
+                    x, y = (column + sigmoid(tx)) * stride, (row + sigmoid(ty)) * stride
+                    w, h = all_anchors[k][0] * math.exp(tw), all_anchors[k][1] * math.exp(th)
+                    for label, score in enumerate(sigmoid(to) * sigmoid(t) for t in classes):
+                        if score > floor:
+                            found.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2, score, label))
+    return torch.tensor(found).view(-1, 6)
+
+
+def sigmoid(t):
+    return 1 / (1 + math.exp(-t))
+
+
+class TestDetect:
+    @pytest.mark.parametrize("floor", [0.2, 0.3, 0.999])
+    def test_boxes_are_those_of_the_loops(self, net, floor):
+        images = torch.rand(2, 3, 64, 64)
+        maps = net(images)
+        found = yolov3_tiny.detect(net, images, floor)
+        assert len(found) == 2
+        for k, (boxes, scores, labels) in enumerate(found):
+            wanted = slow_detect([m[k] for m in maps], floor)
+            assert (len(wanted) > 50) == (floor < 0.9)
+            got = torch.cat([boxes, scores[:, None], labels[:, None].float()], 1)
+            assert boxes.shape == (len(wanted), 4) and labels.dtype == torch.int64
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+    def test_one_box_may_have_several_labels(self):
+        raw_map = torch.full((1, 255, 1, 1), -20.0)
+        raw_map[0, 85 + 4] = raw_map[0, 85 + 5 + 15] = raw_map[0, 85 + 5 + 16] = 20.0
+        silent = torch.full((1, 255, 2, 2), -20.0)
+        ((boxes, scores, labels),) = yolov3_tiny.detect(
+            lambda images: (raw_map, silent), torch.zeros(1, 3, 32, 32), 0.5
+        )
+        assert labels.tolist() == [15, 16] and torch.equal(boxes[0], boxes[1])
+        assert scores.tolist() == pytest.approx([1, 1])
+
+    def test_a_wild_size_stays_finite(self):
+        raw_map = torch.full((1, 255, 1, 1), 1e4)
+        boxes, objectness, _ = yolov3_tiny.decode(raw_map, 32, (3, 4, 5))
+        assert torch.isfinite(boxes).all() and objectness.tolist() == [[1.0] * 3]
+
+    def test_half_precision_finds_about_the_same(self, net):
+        images = torch.rand(1, 3, 64, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            ((_, scores, _),) = yolov3_tiny.detect(net, images, 0.0)
+        ((_, wanted, _),) = yolov3_tiny.detect(net, images, 0.0)
+        assert scores.dtype == torch.float32
+        assert len(scores) == len(wanted) == (2 * 2 + 4 * 4) * 3 * 80
+        assert 0 < (scores - wanted).abs().max() < 0.1
+
+    @pytest.mark.parametrize(("size", "near"), [(400, 384), (0, 32), (33, 32)])
+    def test_sizes_that_do_not_fit(self, net, size, near):
+        with pytest.raises(ConfigError, match=f"{size} pixels is not a multiple of 32; {near} is the nearest"):
+            yolov3_tiny.letterbox(Image.new("RGB", (50, 40)), size)
+        with pytest.raises(ConfigError, match="multiple of 32"):
+            yolov3_tiny.detect(net, torch.zeros(1, 3, size, size), 0.5)
+
+
+SIDES = [(640, 480), (333, 500), (416, 416), (50, 40), (1000, 7), (3, 999), (1, 1)]
+
+
+class TestLetterbox:
+    @pytest.mark.parametrize("sides", SIDES)
+    @pytest.mark.parametrize("size", [416, 96])
+    def test_round_trip(self, sides, size):
+        picture, scale, left, top = yolov3_tiny.letterbox(Image.new("RGB", sides, "red"), size)
+        assert picture.shape == (3, size, size) and picture.dtype == torch.float32
+        assert scale == pytest.approx(size / max(sides))
+        corners = torch.rand(20, 4, dtype=torch.float64) * max(sides)
+        shifted = corners * scale + torch.tensor([left, top, left, top])
+        torch.testing.assert_close(yolov3_tiny.unletterbox(shifted, scale, left, top), corners)
+        red = (picture == torch.tensor([1.0, 0, 0]).view(3, 1, 1)).all(0)
+        rows, columns = red.any(1).nonzero(), red.any(0).nonzero()
+        w, h = int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1
+        assert (left, top) == (int(columns[0]), int(rows[0])) == ((size - w) // 2, (size - h) // 2)
+        assert red.sum() == w * h and max(w, h) == size and (picture[:, ~red] == 0.5).all()
+        for side, length in zip((w, h), sides, strict=True):  # cut to a whole number, as in darknet, but one at least
+            assert side == max(1, length * size // max(sides))
+
+    @pytest.mark.parametrize("sides", [(300, 200), (217, 300), (90, 160)])
+    def test_things_lie_where_their_boxes_are(self, sides):
+        box = torch.tensor([[20.0, 30.0, 70.0, 80.0]])
+        photo = Image.new("RGB", sides)
+        photo.paste((255, 255, 255), (20, 30, 70, 80))
+        picture, scale, left, top = yolov3_tiny.letterbox(photo, 416)
+        inside = picture[0] > 0.75  # the grey of the borders is not
+        rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
+        seen = torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]).float()
+        assert (
+            yolov3_tiny.unletterbox(seen, scale, left, top) - box
+        ).abs().max() < 0.25 + 1 / scale  # blurred edges, whole pixels
+
+    def test_both_sides_have_the_same_scale(self):
+        ramp = np.repeat(np.arange(50, dtype=np.uint8)[:, None, None] * 5, 1000, 1).repeat(3, 2)
+        picture, scale, _, top = yolov3_tiny.letterbox(Image.fromarray(ramp), 416)  # 20.8 rows, cut to 20
+        middles = (torch.arange(1, 19) + 0.5) / scale - 0.5  # rows of the photo that these rows look at
+        torch.testing.assert_close(picture[0, top + 1 : top + 19, 200] * 255, middles * 5, rtol=0, atol=1.0)
+
+    def test_no_resize_changes_nothing(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 40, 3), dtype=np.uint8)
+        picture, scale, left, top = yolov3_tiny.letterbox(Image.fromarray(pixels), 64)
+        assert (scale, left, top) == (1.0, 12, 0)
+        assert torch.equal(picture[:, :, 12:52], photos.to_tensor(Image.fromarray(pixels)))
+
+
+class TestFetch:
+    @pytest.fixture
+    def pinned(self, monkeypatch, tmp_path):
+        """Stand in for the real file with a small one, and say what the server sends."""
+        content = bytes(range(256)) * 40
+        monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+        monkeypatch.delenv("CVLAB_OFFLINE")
+
+        def at(url):
+            known = weights.Pinned(f"{url}/yolov3-tiny.weights", len(content), hashlib.sha256(content).hexdigest())
+            monkeypatch.setitem(weights.PINNED, "yolov3_tiny", known)
+
+        at("https://localhost:1")
+        return content, at, tmp_path / "data" / "weights" / "yolov3-tiny.weights"
+
+    def test_gets_the_published_file(self, pinned):
+        content, at, target = pinned
+        with server(lambda handler: send(handler, content)) as (url, requests):
+            at(url)
+            assert weights.fetch("yolov3_tiny") == target == weights.locate("yolov3_tiny")
+            assert weights.fetch("yolov3_tiny") == target and len(requests) == 1
+        assert target.read_bytes() == content
+
+    def test_refuses_another_file(self, pinned, tmp_path):
+        content, at, target = pinned
+        bad = content[:-1] + b"!"
+        with server(lambda handler: send(handler, bad)) as (url, _), pytest.raises(DataError, match="sha256"):
+            at(url)
+            weights.fetch("yolov3_tiny")
+        assert not target.exists()
+        (tmp_path / "mine").write_bytes(bad)
+        with pytest.raises(DataError, match=r"mine: differs from the published file"):
+            weights.fetch("yolov3_tiny", tmp_path / "mine")
+        assert not target.exists()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(bad)
+        with pytest.raises(DataError, match="remove it"):
+            weights.fetch("yolov3_tiny")
+        assert target.read_bytes() == bad
+
+    def test_takes_a_file_that_is_there(self, pinned, tmp_path, cvlab):
+        content, _, target = pinned
+        (tmp_path / "mine").write_bytes(content)
+        code, out, err = cvlab("models", "fetch", "yolov3_tiny", "--from", tmp_path / "mine")
+        assert code == 0, err
+        assert str(target) in out and target.read_bytes() == content
+
+    def test_offline(self, monkeypatch, tmp_path, cvlab):
+        monkeypatch.setenv("CVLAB_DATA", str(tmp_path))
+        code, _, err = cvlab("models", "fetch", "yolov3_tiny")
+        assert code == 4 and "CVLAB_OFFLINE is set" in err and "--from FILE" in err
+
+
+def slow_nms(boxes, scores, labels, most=0.45):
+    """Keep a box unless a better one of its class overlaps it by more than `most`."""
+    kept = []
+    for k in scores.argsort(descending=True).tolist():
+        if all(labels[k] != labels[i] or overlap(boxes[k].tolist(), boxes[i].tolist()) <= most for i in kept):
+            kept.append(k)
+    return kept
+
+
+def overlap(a, b):
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(w, 0) * max(h, 0)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+@pytest.fixture(scope="module")
+def real():
+    path = Path(REAL_DATA or "/nowhere") / "weights" / "yolov3-tiny.weights"
+    if not path.is_file() or not (path.parent.parent / "imagenet_samples" / "labels.csv").is_file():
+        pytest.skip("CVLAB_DATA has no weights/yolov3-tiny.weights, or no imagenet_samples")
+    return yolov3_tiny.build(str(path))
+
+
+@pytest.mark.realdata
+class TestRealWeights:
+    def found(self, net, name, floor=0.4):
+        folder = Path(REAL_DATA) / "imagenet_samples"
+        with (folder / "labels.csv").open() as file:
+            files = [row["file"] for row in csv.DictReader(file) if row["name"] == name]
+        picture, scale, left, top = yolov3_tiny.letterbox(photos.load(folder / files[0]))
+        ((boxes, scores, labels),) = yolov3_tiny.detect(net, picture[None], floor)
+        kept = slow_nms(boxes, scores, labels)
+        places = yolov3_tiny.unletterbox(boxes[kept], scale, left, top).tolist()
+        return [(COCO_CLASSES[labels[k]], place) for k, place in zip(kept, places, strict=True)]
+
+    @pytest.mark.parametrize(
+        ("photo", "wanted", "box"),
+        [  # boxes drawn by eye around what is seen
+            ("school bus", "bus", (34, 106, 470, 293)),
+            ("golden retriever", "dog", (46, 122, 236, 402)),
+            ("Border collie", "dog", (40, 155, 333, 500)),
+            ("Border collie", "car", (0, 12, 236, 126)),
+        ],
+    )
+    def test_what_is_in_a_photo(self, real, photo, wanted, box):
+        places = [place for name, place in self.found(real, photo) if name == wanted]
+        assert len(places) == 1 and overlap(places[0], box) > 0.7
+
+    def test_the_names_are_those_of_darknet(self, real):
+        names = (Path(REAL_DATA) / "weights" / "coco.names").read_text().split("\n")
+        assert tuple(names[:80]) == COCO_CLASSES
+
+    def test_the_file_is_the_published_one(self, real):
+        known = weights.PINNED["yolov3_tiny"]
+        download.verify(Path(REAL_DATA) / "weights" / "yolov3-tiny.weights", known.sha256)

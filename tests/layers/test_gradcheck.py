@@ -1,0 +1,188 @@
+"""`cvlab gradcheck` passes what is right, and every mutation of it that a student makes is caught."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from cvlab.api import gradcheck
+from cvlab.engine import update_rules
+from cvlab.layers import batchnorm, conv, linear, losses
+from cvlab.layers import gradcheck as layers_gradcheck
+
+
+def verdict(name, seed=0):
+    torch.manual_seed(seed)
+    return layers_gradcheck.check(next(case for case in layers_gradcheck.cases() if case.name == name))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_layer_is_right(seed):
+    torch.manual_seed(seed)
+    for case in layers_gradcheck.cases():
+        found = layers_gradcheck.check(case)
+        assert found.ok, found
+
+
+def scaled(layer, place, factor):
+    """Return a backward that gets one gradient wrong by a factor."""
+    right = layer.backward
+
+    def backward(dout, cache):
+        return tuple(g * factor if k == place else g for k, g in enumerate(right(dout, cache)))
+
+    return staticmethod(backward)
+
+
+def batchnorm_without(term):
+    """Return BatchNorm's simplified backward with one term of dx left out."""
+
+    def backward(dout, cache):
+        n = dout.shape[0]
+        dbeta, dgamma = dout.sum(0), (dout * cache.centred).sum(0) * cache.inv_std
+        scale = cache.gamma * cache.inv_std
+        terms = [dout * scale, -cache.centred * (scale * cache.inv_std * dgamma / n), -scale * dbeta / n]
+        return sum(t for k, t in enumerate(terms) if k != term) + torch.zeros_like(dout), dgamma, dbeta
+
+    return staticmethod(backward)
+
+
+MUTATIONS = [
+    ("Linear", linear.Linear, scaled(linear.Linear, 1, 1.001)),
+    ("Linear", linear.Linear, scaled(linear.Linear, 2, 0.0)),
+    ("ReLU", linear.ReLU, staticmethod(lambda dout, cache: (dout,))),
+    ("Dropout", layers_gradcheck._SeededDropout, staticmethod(lambda dout, cache: (dout * (cache > 0),))),
+    ("Conv2d", conv.Conv2d, scaled(conv.Conv2d, 0, -1.0)),
+    ("MaxPool2d", conv.MaxPool2d, scaled(conv.MaxPool2d, 0, 0.5)),
+    ("Softmax", losses.Softmax, scaled(losses.Softmax, 0, 4.0)),
+    *(("BatchNorm, simplified", batchnorm.BatchNormAlt, batchnorm_without(term)) for term in range(3)),
+]
+
+
+@pytest.mark.parametrize(("name", "layer", "wrong"), [pytest.param(*m, id=f"{k}") for k, m in enumerate(MUTATIONS)])
+def test_a_wrong_backward_is_caught(name, layer, wrong, monkeypatch):
+    assert verdict(name).ok
+    if name in ("Softmax",):
+        right = layer.backward
+        wrong = staticmethod(lambda dout, cache: (right(dout, cache)[0] * 4.0, None))
+    monkeypatch.setattr(layer, "backward", wrong)
+    assert not verdict(name).ok
+
+
+def test_dropout_without_its_scale_is_caught(monkeypatch):
+    def forward(x, p):
+        mask = (torch.rand(x.shape) >= p).to(x.dtype)
+        return x * mask, mask
+
+    monkeypatch.setattr(linear.Dropout, "forward", staticmethod(forward))
+    assert not verdict("Dropout").ok
+
+
+def adam_without_correction(w, dw, state, lr, betas, eps):
+    mean = (1 - betas[0]) * dw + (betas[0] * state["mean"] if state else 0)
+    square = (1 - betas[1]) * dw * dw + (betas[1] * state["square"] if state else 0)
+    return w - lr * mean / (square.sqrt() + eps), {"mean": mean, "square": square}
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "wrong"),
+    [
+        ("Adam", "adam", adam_without_correction),
+        ("SGD, momentum", "momentum", lambda w, dw, state, lr, momentum: (w - lr * dw, {})),
+        ("RMSProp", "rmsprop", lambda w, dw, state, lr, decay, eps: (w - lr * dw / (dw.abs() + eps), {})),
+    ],
+)
+def test_a_wrong_update_rule_is_caught(name, rule, wrong, monkeypatch, cvlab):
+    assert cvlab("gradcheck", name)[0] == 0
+    monkeypatch.setattr(update_rules, rule, wrong)
+    code, _, err = cvlab("gradcheck", name)
+    assert code == 3 and f"wrong: {name}" in err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
+    assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 0
+
+    def initialise(layer, weight_scale, before_relu):
+        nn.init.normal_(layer.weight, 0.0, layer.weight[0].numel() ** -0.5)
+        nn.init.zeros_(layer.bias)
+        return layer
+
+    monkeypatch.setattr(gradcheck, "initialise", initialise)
+    assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 3
+
+
+def test_errors_are_relative_with_a_floor():
+    one = torch.tensor([1.0, 2.0])
+    assert layers_gradcheck.relative_error(one, one) == 0 and layers_gradcheck.relative_error(
+        one, -one
+    ) == pytest.approx(1)
+    assert layers_gradcheck.relative_error(torch.zeros(2), torch.full((2,), 1e-14)) < 1e-3
+    assert layers_gradcheck.relative_error(one, torch.ones(3)) == float("inf")
+    assert not layers_gradcheck.Verdict("x", float("nan"), 0.0, 1.0).ok
+
+
+def test_the_command(cvlab):
+    code, out, _ = cvlab("gradcheck", "--json")
+    found = json.loads(out)
+    names = [check["name"] for check in found["checks"]]
+    assert code == 0 and found["ok"] and len(names) == 34
+    assert {"Conv2d", "SVM", "deep_convnet, BatchNorm, simplified", "fc_net"} <= set(names)
+    code, out, _ = cvlab("gradcheck", "Conv2d", "fc_net")
+    assert code == 0 and "Conv2d" in out and "fc_net" in out and "Softmax" not in out
+    code, _, err = cvlab("gradcheck", "Conv3d")
+    assert code == 2 and "did you mean 'Conv2d'" in err
+
+
+OWN = """import torch
+
+class Square:
+    @staticmethod
+    def forward(x):
+        return x * x, x
+
+    @staticmethod
+    def backward(dout, cache):
+        return (FACTOR * dout * cache,)
+
+    @staticmethod
+    def example():
+        return (torch.randn(4, 3),)
+
+class Nothing:
+    pass
+"""
+
+BROKEN = {
+    "return x * x, x": ("return x * x", "forward must return (out, cache)"),
+    "return (FACTOR * dout * cache,)": ("return 2 * dout * cache", "backward must return a tuple of tensors"),
+    "return (torch.randn(4, 3),)": ("return torch.randn(4, 3)", "example must return a tuple"),
+    "return x * x, x ": ("return x.detach() * x.detach(), x", "autograd cannot follow forward"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_a_users_layer_of_another_form_is_one_line(cvlab, tmp_path, part):
+    wrong, message = BROKEN[part]
+    (tmp_path / "mine.py").write_text(OWN.replace(part.strip(), wrong).replace("FACTOR", "2"))
+    code, _, err = cvlab("gradcheck", "./mine.py:Square")
+    assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_a_users_layer_on_a_transposed_example_with_an_idle_input(cvlab, tmp_path):
+    text = OWN.replace("forward(x)", "forward(x, idle)").replace("FACTOR * dout * cache,", "2 * dout * cache, dout * 0")
+    (tmp_path / "mine.py").write_text(text.replace("torch.randn(4, 3),", "torch.randn(4, 3).T, torch.randn(3, 4)"))
+    assert cvlab("gradcheck", "./mine.py:Square")[0] == 0
+
+
+def test_a_users_own_layer(cvlab, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN.replace("FACTOR", "2"))
+    assert cvlab("gradcheck", "./mine.py:Square")[0] == 0
+    (tmp_path / "mine.py").write_text(OWN.replace("FACTOR", "3"))
+    code, out, err = cvlab("gradcheck", "./mine.py:Square")
+    assert code == 3 and "WRONG" in out and "wrong: ./mine.py:Square" in err
+    code, out, _ = cvlab("gradcheck", "./mine.py:Square", "--json")
+    assert code == 3 and json.loads(out)["error"]["code"] == 3
+    code, _, err = cvlab("gradcheck", "./mine.py:Nothing")
+    assert code == 2 and "has no forward, backward, example" in err

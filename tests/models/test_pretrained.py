@@ -1,0 +1,187 @@
+"""Nets with weights: the one that comes along, those of others from files, and what is refused."""
+
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from cvlab import _compat
+from cvlab.data import imagenet, photos
+from cvlab.errors import ConfigError, DataError
+from cvlab.models import pretrained, weights
+from cvlab.storage import download
+from tests.fake_cifar import send, server
+
+
+def test_the_net_that_comes_along_knows_a_photo():
+    model = pretrained.build()
+    view = photos.to_tensor(model.frame.view(photos.load(photos.find(["sample"])[0])))[None]
+    with torch.inference_mode():
+        p = model.probabilities(view)[0]
+    top = [model.classes[k] for k in p.topk(5).indices]
+    assert "academic gown" in top and "military uniform" in top
+    assert len(model.classes) == 1000 and p.sum().item() == pytest.approx(1, abs=1e-5)
+    assert (model.frame.size_px, model.frame.resize_px, model.frame.filter) == (224, 256, "bicubic")
+
+
+def test_what_is_drawn_afterwards_does_not_depend_on_whether_the_net_is_there():
+    drawn = []
+    pretrained.build.cache_clear()
+    for _ in range(2):
+        torch.manual_seed(0)
+        pretrained.build()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_folded_batchnorm_changes_no_score():
+    whole = _compat.timm().create_model("tf_efficientnet_lite0").eval()
+    given = weights.read(weights.lite0_file())
+    whole.load_state_dict(dict(zip(whole.state_dict(), given.values(), strict=True)))
+    small = pretrained.folded(whole.requires_grad_(False), 224)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in small.modules())
+    x = torch.rand(2, 3, 224, 224)
+    torch.testing.assert_close(small(x), whole(x), rtol=1e-4, atol=1e-4)
+
+
+def test_where_folding_would_be_wrong_the_net_stays_as_it_was():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+            self.norm.running_mean.fill_(2.0)
+
+        def forward(self, x):
+            return self.last(self.first(self.norm(x))).mean((2, 3))
+
+    net = Odd().eval().requires_grad_(False)
+    assert pretrained.folded(net, 8) is net
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision:squeezenet1_0", "torchvision:resnet18", "timm:resnet10t", "timm:vit_tiny_patch16_224"]
+)
+def test_nets_of_others_take_a_file(name, tmp_path):
+    prefix, _, rest = name.partition(":")
+    torch.manual_seed(0)
+    made = _compat.timm().create_model(rest) if prefix == "timm" else _compat.torchvision().models.get_model(rest)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in made.state_dict().items()}}, tmp_path / "w.pth")
+    model = pretrained.build(name, str(tmp_path / "w.pth"))
+    x = torch.rand(2, 3, model.frame.size_px, model.frame.size_px)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in _normalization(prefix, rest))
+    torch.testing.assert_close(model.net(x), made.eval()((x - mean) / std), rtol=1e-3, atol=1e-3)
+    assert model.classes == imagenet.labels()
+
+
+def _normalization(prefix, name):
+    if prefix == "timm":
+        about = _compat.timm().get_pretrained_cfg(name)
+        return about.mean, about.std
+    transform = _compat.torchvision().models.get_model_weights(name).DEFAULT.transforms()
+    return transform.mean, transform.std
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("resnet50", ConfigError, "unknown model 'resnet50'"),
+        ("timm:", ConfigError, "unknown model"),
+        ("timm:resnet5O", ConfigError, "did you mean 'resnet50'"),
+        ("torchvision:resnet19", ConfigError, "did you mean"),
+        ("timm:resnet50", DataError, "not on the disk; `cvlab models fetch timm:resnet50`"),
+        ("torchvision:resnet50", DataError, "`cvlab models fetch torchvision:resnet50` gets them"),
+        ("torchvision:fcn_resnet50", ConfigError, "unknown torchvision model"),
+    ],
+)
+def test_names_and_weights_that_are_not_there(name, error, text, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(error, match=text):
+        pretrained.build(name)
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch canary",)
+
+
+def test_files_that_are_no_weights(tmp_path):
+    cases = {
+        "text.pth": b"hello",
+        "text.safetensors": b"hello",
+        "empty.pth": b"",
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
+    for name in [*cases, "evil.pth", "list.pth", "gone.pth"]:
+        with pytest.raises(DataError, match=name) as refused:
+            weights.read(tmp_path / name)
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "canary").exists()
+    for name in (None, "torchvision:resnet18"):
+        with pytest.raises(DataError, match=r"other\.pth: not the weights"):
+            pretrained.build(*([name] if name else [pretrained.DEFAULT]), str(tmp_path / "other.pth"))
+
+
+def test_weights_are_fetched_checked_and_found(monkeypatch, tmp_path):
+    net = _compat.torchvision().models.get_model("squeezenet1_0")
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    content = (tmp_path / "w.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("CVLAB_OFFLINE")
+    target = tmp_path / "data" / "weights" / f"squeezenet1_0-{digest[:8]}.pth"
+    with server(lambda handler: send(handler, content)) as (url, _):
+        monkeypatch.setattr(weights, "_source", lambda name: (f"{url}/{target.name}", target))
+        monkeypatch.setattr(download, "published", lambda url: (len(content), None))
+        assert weights.fetch("torchvision:squeezenet1_0") == target
+    assert target.read_bytes() == content
+    target.unlink()
+    bad = content[:-1] + b"!"
+    with server(lambda handler: send(handler, bad)) as (url, _), pytest.raises(DataError, match="sha256"):
+        weights.fetch("torchvision:squeezenet1_0")
+    assert not target.exists()
+    assert weights.fetch("torchvision:squeezenet1_0", tmp_path / "w.pth") == target
+
+
+def test_where_weights_come_from():
+    url, path = weights._source("torchvision:squeezenet1_1")
+    assert url.startswith("https://download.pytorch.org/") and path.name == "squeezenet1_1-b8a52dc0.pth"
+    url, path = weights._source("timm:resnet50.a1_in1k")
+    assert url == "https://huggingface.co/timm/resnet50.a1_in1k/resolve/main/model.safetensors"
+    assert path.name == "resnet50.a1_in1k.safetensors"
+    for wrong in ("efficientnet_lite0", "timm:resnet5O", "torchvision:x"):
+        with pytest.raises(ConfigError):
+            weights._source(wrong)
+
+
+def test_offline_nothing_is_fetched(monkeypatch, tmp_path):
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="CVLAB_OFFLINE is set"):
+        weights.fetch("torchvision:squeezenet1_1")
+
+
+def test_what_a_server_says_of_a_file():
+    def answer(handler):
+        handler.send_response(302)
+        handler.send_header("Location", "http://localhost:1/elsewhere")
+        handler.send_header("X-Linked-Size", "123")
+        handler.send_header("X-Linked-ETag", '"' + "ab" * 32 + '"')
+        handler.end_headers()
+
+    with server(answer) as (url, _):
+        assert download.published(f"{url}/model.safetensors") == (123, "ab" * 32)
+
+
+def test_classes_of_a_net_by_name_and_by_number():
+    model = pretrained.build()
+    assert model.index("ostrich") == 9
+    few = pretrained.Pretrained("mine", model.net, model.frame, ("class 0", "class 1"))
+    assert few.index("1") == 1
+    with pytest.raises(ConfigError, match="classes 0 to 1, by number"):
+        few.index("2")

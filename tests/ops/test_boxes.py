@@ -1,0 +1,356 @@
+"""Boxes, suppression of doubles, anchors, assignment, views: against slow twins, with empty inputs and ties."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.experiments.detection.data import augment
+from cvlab.ops import anchors, assignment, boxes, nms
+
+
+def random_boxes(count, seed=0, span=100.0):
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(count, 2, generator=generator, dtype=torch.float64) * span
+    return torch.cat([low, low + 5 + 40 * torch.rand(count, 2, generator=generator, dtype=torch.float64)], 1)
+
+
+def slow_iou(a, b):
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(wide, 0) * max(high, 0)
+    whole = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / whole if whole > 0 else 0.0
+
+
+def slow_giou(a, b):
+    whole = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    together = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - max(wide, 0) * max(high, 0)
+    return slow_iou(a, b) - (whole - together) / whole
+
+
+class TestOverlap:
+    def test_all_pairs(self):
+        a, b = random_boxes(7), random_boxes(5, 1)
+        wanted = torch.tensor([[slow_iou(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
+        torch.testing.assert_close(boxes.iou(a, b), wanted)
+        wanted = torch.tensor([[slow_giou(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
+        torch.testing.assert_close(boxes.giou(a, b), wanted)
+        torch.testing.assert_close(boxes.paired_iou(a[:5], b), boxes.iou(a[:5], b).diagonal())
+        torch.testing.assert_close(boxes.paired_giou(a[:5], b), boxes.giou(a[:5], b).diagonal())
+
+    def test_bounds(self):
+        one = torch.tensor([[0.0, 0, 10, 10]])
+        far = torch.tensor([[1000.0, 0, 1010, 10]])
+        assert float(boxes.iou(one, one)) == float(boxes.giou(one, one)) == 1
+        assert float(boxes.iou(one, far)) == 0 and -1 < float(boxes.giou(one, far)) < -0.9
+
+    def test_without_area_and_without_boxes(self):
+        point = torch.tensor([[3.0, 3, 3, 3]])
+        turned = torch.tensor([[5.0, 5, 1, 1]])
+        assert float(boxes.iou(point, point)) == 0 and float(boxes.area(turned)) == 0
+        none = torch.empty(0, 4)
+        assert boxes.iou(none, point).shape == (0, 1) and boxes.giou(point, none).shape == (1, 0)
+        assert boxes.paired_giou(none, none).shape == (0,)
+
+    def test_gradients(self):
+        a, b = random_boxes(6).requires_grad_(), random_boxes(6, 3)
+        assert torch.autograd.gradcheck(lambda x: boxes.paired_giou(x, b), a)
+        point = torch.tensor([[3.0, 3, 3, 3]], requires_grad=True)
+        boxes.paired_giou(point, point.detach()).sum().backward()
+        assert bool(torch.isfinite(point.grad).all())
+        assert torch.autograd.gradcheck(lambda x: boxes.paired_iou(x, b), a)
+
+    def test_boxes_without_area_have_no_steep_gradient(self):
+        thin = torch.tensor([[3.0, 3, 3, 1003], [5, 5, 1, 1], [0, 0, 0, 0]], requires_grad=True)
+        for loss in (boxes.paired_iou, boxes.paired_giou):
+            for other in (thin.detach(), torch.tensor([[0.0, 0, 10, 10]] * 3)):
+                (gradient,) = torch.autograd.grad(loss(thin, other).sum(), thin)
+                assert float(gradient.abs().max()) <= 1000
+
+    def test_of_any_size(self):
+        a, b = random_boxes(7), random_boxes(5, 1)
+        for scale in (1e-7, 1e6):
+            torch.testing.assert_close(boxes.iou(a * scale, b * scale), boxes.iou(a, b))
+            torch.testing.assert_close(boxes.giou(a * scale, b * scale), boxes.giou(a, b))
+
+    def test_area(self):
+        found = boxes.area(torch.tensor([[1.0, 2, 4, 7], [4, 2, 1, 7], [4, 7, 1, 2], [3, 3, 3, 9]]))
+        assert found.tolist() == [15, 0, 0, 0]
+        assert boxes.area(torch.empty(0, 4)).shape == (0,)
+
+    def test_conversions_come_back(self):
+        a = random_boxes(9)
+        torch.testing.assert_close(boxes.cxcywh_to_xyxy(boxes.xyxy_to_cxcywh(a)), a)
+        torch.testing.assert_close(boxes.xywh_to_xyxy(torch.tensor([[1.0, 2, 3, 4]])), torch.tensor([[1.0, 2, 4, 6]]))
+
+    def test_conversions_by_hand(self):
+        one = torch.tensor([[1.0, 2, 4, 8]])
+        assert boxes.xyxy_to_cxcywh(one).tolist() == [[2.5, 5, 3, 6]]
+        assert boxes.cxcywh_to_xyxy(torch.tensor([[2.5, 5, 3, 6]])).equal(one)
+        for convert in (boxes.xyxy_to_cxcywh, boxes.cxcywh_to_xyxy, boxes.xywh_to_xyxy):
+            assert convert(one[:0]).shape == (0, 4)
+
+    def test_clip(self):
+        found = boxes.clip(torch.tensor([[-5.0, 2, 30, 40], [-9, 30, -2, 31], [3, 4, 5, 6]]), 20, 25)
+        assert found.tolist() == [[0, 2, 20, 25], [0, 25, 0, 25], [3, 4, 5, 6]]
+        assert boxes.clip(found[:0], 20, 25).shape == (0, 4)
+
+
+def slow_nms(boxes_xyxy, scores, threshold):
+    left = sorted(range(len(scores)), key=lambda k: (-float(scores[k]), k))
+    kept = []
+    while left:
+        kept.append(left.pop(0))
+        left = [k for k in left if slow_iou(boxes_xyxy[kept[-1]].tolist(), boxes_xyxy[k].tolist()) <= threshold]
+    return kept
+
+
+class TestNms:
+    @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
+    @pytest.mark.parametrize("count", [0, 1, 2, 60, 400])
+    def test_is_the_loop(self, count, threshold):
+        found, scores = random_boxes(count, 1), torch.rand(count, generator=torch.Generator().manual_seed(2))
+        scores = (scores * 20).round() / 20  # ties
+        assert nms.nms(found, scores, threshold).tolist() == slow_nms(found, scores, threshold)
+        assert nms.nms(found, scores, threshold, most=3).tolist() == slow_nms(found, scores, threshold)[:3]
+
+    def test_a_chain_within_a_block(self):
+        """A overlaps B, B overlaps C, C overlaps D: A takes B away, so that C stays and takes D."""
+        low = torch.arange(8.0)[:, None] * 4
+        chain = torch.cat([low, torch.zeros(8, 1), low + 10, torch.ones(8, 1)], 1)
+        assert nms.nms(chain, torch.linspace(1, 0.5, 8), 0.3).tolist() == [0, 2, 4, 6]
+
+    def test_by_class(self):
+        found, scores = random_boxes(80, 5), torch.rand(80, generator=torch.Generator().manual_seed(6))
+        labels = torch.arange(80) % 3
+        wanted = set()
+        for label in range(3):
+            own = (labels == label).nonzero()[:, 0]
+            wanted |= {int(own[k]) for k in slow_nms(found[own], scores[own], 0.3)}
+        kept = nms.nms_by_class(found, scores, labels, 0.3)
+        assert set(kept.tolist()) == wanted
+        assert scores[kept].tolist() == sorted(scores[kept].tolist(), reverse=True)
+        assert len(nms.nms_by_class(found[:0], scores[:0], labels[:0], 0.3)) == 0
+
+    @pytest.mark.parametrize(("span", "threshold"), [(200.0, 0.6), (1500.0, 0.3)])
+    def test_over_many_blocks(self, span, threshold):
+        found = random_boxes(2000, 3, span).float()
+        scores = torch.randint(0, 500, (2000,), generator=torch.Generator().manual_seed(4)).float()  # ties
+        wanted, is_gone = [], torch.zeros(2000, dtype=torch.bool)
+        for k in sorted(range(2000), key=lambda k: (-float(scores[k]), k)):
+            if not is_gone[k]:
+                wanted.append(k)
+                is_gone |= boxes.iou(found[k : k + 1], found)[0] > threshold
+        assert len(wanted) > 3 * nms.BLOCK or span < 1000
+        assert nms.nms(found, scores, threshold).tolist() == wanted
+        for most in (300, 600):
+            assert nms.nms(found, scores, threshold, most=most).tolist() == wanted[:most]
+        assert nms.nms(found, scores, threshold, most=0).tolist() == []
+
+    def test_an_overlap_at_the_threshold_stays(self):
+        halves = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 2]])
+        assert nms.nms(halves, torch.tensor([0.5, 0.9]), 0.5).tolist() == [1, 0]
+        assert nms.nms(halves, torch.tensor([0.5, 0.9]), 0.49).tolist() == [1]
+
+    def test_half_precision(self):
+        large = torch.tensor([[0.0, 0, 1000, 1000], [0, 0, 1000, 900]]).half()  # areas over float16's 65504
+        assert nms.nms(large, torch.tensor([0.5, 0.9]), 0.5).tolist() == [1]
+
+    def test_by_class_is_exact_far_away(self):
+        """Moving each class to a place of its own would cost the coordinates the bit that decides here."""
+        found = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0.5 + 2**-20, 1], [0, 0, 0.5, 1]])
+        scores = torch.tensor([0.9, 0.8, 0.7])
+        assert nms.nms_by_class(found, scores, torch.tensor([50_000, 50_000, 50_000]), 0.5).tolist() == [0, 2]
+        assert nms.nms_by_class(found, scores, torch.tensor([50_000, 2, 50_000]), 0.5).tolist() == [0, 1, 2]
+
+    def test_by_class_ties_and_most(self):
+        found = torch.tensor([[k * 20.0, 0, k * 20 + 10, 10] for k in range(6)])
+        labels = torch.tensor([1, 0, 1, 0, 2, 0])
+        assert nms.nms_by_class(found, torch.ones(6), labels, 0.5).tolist() == [0, 1, 2, 3, 4, 5]
+        scores = torch.tensor([0.1, 0.9, 0.2, 0.9, 0.5, 0.7])
+        assert nms.nms_by_class(found, scores, labels, 0.5, most=4).tolist() == [1, 3, 5, 4]
+
+    def test_boxes_without_area_do_not_take_each_other_away(self):
+        points = torch.zeros(3, 4)
+        assert nms.nms(points, torch.ones(3), 0.5).tolist() == [0, 1, 2]
+
+
+CENTRES = anchors.grid_centres(7, 7)
+SHAPES = torch.tensor(anchors.COURSE_SHAPES, dtype=torch.float32)
+
+
+def slow_matches(iou, high, low):
+    labels, matched = [], []
+    for row in iou:
+        best_of = [m for m, value in enumerate(row) if value > 0 and value == max(other[m] for other in iou)]
+        box = max(range(len(row)), key=lambda m: row[m])
+        if row[box] <= high and best_of:
+            box = max(best_of, key=lambda m: row[m])
+        labels.append(1 if row[box] > high or best_of else 0 if max(row) < low else -1)
+        matched.append(box)
+    return labels, matched
+
+
+class TestAnchors:
+    def test_centres(self):
+        found = anchors.grid_centres(2, 3)
+        assert found.tolist() == [[[0.5, 0.5], [1.5, 0.5], [2.5, 0.5]], [[0.5, 1.5], [1.5, 1.5], [2.5, 1.5]]]
+
+    def test_anchors(self):
+        found = anchors.anchors_on(CENTRES, SHAPES)
+        assert found.shape == (9, 7, 7, 4)
+        assert found[5, 3, 1].tolist() == [0.5, 2, 2.5, 5]  # 2 wide, 3 high, around (1.5, 3.5)
+        assert anchors.anchors_on(CENTRES, SHAPES[:0]).shape == (0, 7, 7, 4)
+
+    def test_the_courses_example(self):
+        """A photo of 500 x 333, a car at 156, 97, 351, 270."""
+        car = torch.tensor([[156.0, 97, 351, 270]]) * 7 / torch.tensor([500.0, 333, 500, 333])
+        overlaps = boxes.iou(anchors.anchors_on(CENTRES, SHAPES)[:, 3, 3], car)[:, 0]
+        wanted = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
+        assert overlaps.tolist() == pytest.approx(wanted, abs=1e-4)
+        index, overlap = anchors.activated(car, CENTRES, SHAPES)
+        assert index.tolist() == [122] and 122 == 2 * 49 + 3 * 7 + 3
+        assert float(overlap[0]) == pytest.approx(0.7454, abs=1e-4)
+
+    @pytest.mark.parametrize("shape", [(7, 7), (3, 5), (1, 1)])
+    def test_activated_is_the_loop(self, shape):
+        centres, wanted = anchors.grid_centres(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
+        all_anchors = anchors.anchors_on(centres, SHAPES)
+        index, overlap = anchors.activated(wanted, centres, SHAPES)
+        for box, mine, most in zip(wanted.tolist(), index.tolist(), overlap.tolist(), strict=True):
+            x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+            cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
+            i, j = min(cells, key=lambda c: abs(c[1] + 0.5 - x) + abs(c[0] + 0.5 - y))
+            values = [slow_iou(all_anchors[a, i, j].tolist(), box) for a in range(9)]
+            a = max(range(9), key=lambda a: values[a])
+            assert mine == int(torch.arange(9 * shape[0] * shape[1]).view(9, *shape)[a, i, j])
+            assert most == pytest.approx(values[a], abs=1e-5)
+
+    def test_activated_ties_no_area_and_no_box(self):
+        between = torch.tensor([[2.0, 2, 4, 4], [3.5, 3.5, 3.5, 3.5]])  # between four cells; a point
+        assert anchors.activated(between, CENTRES, SHAPES)[0].tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
+        index, overlap = anchors.activated(between[:0], CENTRES, SHAPES)
+        assert index.shape == overlap.shape == (0,) and index.dtype == torch.int64
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_matches_are_the_loop(self, seed):
+        iou = torch.rand(40, 6, generator=torch.Generator().manual_seed(seed)).pow(3)
+        iou = (iou * 10).round() / 10  # ties
+        iou[:20] *= 0.5  # anchors that overlap little
+        iou[:, 2] = 0  # a box that nothing overlaps
+        labels, matched = anchors.matches_by_iou(iou, 0.5, 0.25)
+        assert set(labels.tolist()) == {1, 0, -1}
+        assert (labels.tolist(), matched.tolist()) == slow_matches(iou.tolist(), 0.5, 0.25)
+
+    def test_each_box_keeps_its_best_anchor(self):
+        labels, matched = anchors.matches_by_iou(torch.tensor([[0.9, 0.1], [0.5, 0.2], [0.4, 0.1]]), 0.7, 0.3)
+        assert labels.tolist() == [1, 1, -1] and matched.tolist() == [0, 1, 0]
+
+    def test_matches_without_boxes_and_without_anchors(self):
+        labels, matched = anchors.matches_by_iou(torch.empty(3, 0), 0.7, 0.3)
+        assert labels.tolist() == [0, 0, 0] and matched.tolist() == [0, 0, 0]
+        assert anchors.matches_by_iou(torch.empty(0, 2), 0.7, 0.3)[0].shape == (0,)
+
+
+def slow_assignment(scores, found, places, wanted, labels, most):
+    """The same, picture by picture and box by box; returns {(picture, point): (box, quality)}."""
+    chosen = {}
+    for n in range(len(labels)):
+        claims = {}
+        for m, label in enumerate(labels[n].tolist()):
+            if label < 0:
+                continue
+            box = wanted[n, m].tolist()
+            inside = [p for p, (x, y, _) in enumerate(places.tolist()) if box[0] < x < box[2] and box[1] < y < box[3]]
+            if not inside:
+                x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+                inside = [min(range(len(places)), key=lambda p: math.dist(places[p, :2], (x, y)) + places[p, 2])]
+            overlap = {p: slow_iou(found[n, p].tolist(), box) for p in inside}
+            fit = {p: float(scores[n, p, label]) ** 0.5 * overlap[p] ** 6 for p in inside}
+            for p in sorted(inside, key=lambda p: -fit[p])[:most]:
+                claims.setdefault(p, []).append((overlap[p], fit[p], m))
+        taken = {p: max(claim, key=lambda c: c[0]) for p, claim in claims.items()}
+        for p, (_, fit, m) in taken.items():
+            own = [c for c in taken.values() if c[2] == m]
+            quality = fit / max(c[1] for c in own) * max(c[0] for c in own)
+            chosen[n, p] = (m, quality)
+    return chosen
+
+
+class TestAssignment:
+    def test_points(self):
+        found = assignment.points([(2, 3), (1, 1)], (8, 16))
+        assert found.tolist()[:3] == [[4, 4, 8], [12, 4, 8], [20, 4, 8]] and found.tolist()[-1] == [8, 8, 16]
+
+    @pytest.mark.parametrize("most", [1, 4, 10])
+    def test_is_the_loop(self, most):
+        torch.manual_seed(0)
+        places = assignment.points([(8, 8), (4, 4)], (8, 16))
+        found = torch.cat([places[:, :2] - 12, places[:, :2] + 12], 1) + torch.randn(3, len(places), 4) * 3
+        scores = torch.rand(3, len(places), 2)
+        wanted = random_boxes(12, 4, 30).float().view(3, 4, 4)
+        labels = torch.tensor([[0, 1, 0, -1], [-1, -1, -1, -1], [1, 1, 0, 1]])
+        wanted[2, 3] = torch.tensor([9.0, 9, 10, 10])  # no point lies in it
+        chosen = assignment.task_aligned(scores, found, places, wanted, labels, most)
+        triples = zip(chosen.image.tolist(), chosen.point.tolist(), chosen.box.tolist(), strict=True)
+        mine = {(n, p): (m, q) for (n, p, m), q in zip(triples, chosen.quality.tolist(), strict=True)}
+        slow = slow_assignment(scores, found, places, wanted, labels, most)
+        assert {key: m for key, (m, _) in mine.items()} == {key: m for key, (m, _) in slow.items()}
+        for key, (_, quality) in slow.items():
+            assert mine[key][1] == pytest.approx(quality, abs=1e-4)
+        assert all(0 <= q <= 1 for _, q in mine.values()) and not any(n == 1 for n, _ in mine)
+
+    def test_no_box_at_all(self):
+        places = assignment.points([(4, 4)], (8,))
+        chosen = assignment.task_aligned(
+            torch.rand(2, 16, 3), torch.rand(2, 16, 4), places, torch.zeros(2, 1, 4), torch.full((2, 1), -1)
+        )
+        assert len(chosen.quality) == 0
+
+
+class TestViews:
+    @pytest.mark.parametrize("number", range(6))
+    def test_boxes_come_back(self, number):
+        place = augment.drawn(300, 200, 128, augment.Changes(), 0, 5, number)
+        found = random_boxes(9)
+        torch.testing.assert_close(place.back(place.boxes(found)), found)
+
+    @pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (500, 90)])
+    @pytest.mark.parametrize("number", range(5))
+    def test_a_mark_is_where_its_box_is(self, size, number):
+        """A white mark on black, drawn by Pillow, lies in the view where its box is said to be."""
+        width, height = size
+        photo = Image.new("RGB", size)
+        box = (width * 0.3, height * 0.35, width * 0.6, height * 0.7)
+        photo.paste((255, 255, 255), tuple(round(v) for v in box))
+        box = torch.tensor([[float(round(v)) for v in box]])
+        place = augment.drawn(width, height, 160, augment.Changes(), 1, 2, number)
+        seen, which = place.visible(box)
+        shown = (torch.tensor(list(place.view(photo).convert("L").tobytes())).view(160, 160) > 200).nonzero()
+        if not len(which):
+            assert len(shown) < 0.4 * float(boxes.area(place.boxes(box)))
+            return
+        corners = torch.cat([shown.amin(0).flip(0), shown.amax(0).flip(0) + 1]).float()
+        assert float((corners - seen[0]).abs().max()) < 2.0
+
+    def test_the_whole_photo_keeps_its_shape(self):
+        place = augment.whole(400, 100, 200)
+        assert place.boxes(torch.tensor([[0.0, 0, 400, 100]])).tolist() == [[0, 75, 200, 125]]
+        assert place.view(Image.new("RGB", (400, 100), "red")).getpixel((0, 0)) == augment.GREY
+
+    def test_a_pure_function_of_seed_photo_and_number(self):
+        changes = augment.Changes()
+        one = augment.drawn(300, 200, 128, changes, 0, 5, 1)
+        assert one == augment.drawn(300, 200, 128, changes, 0, 5, 1)
+        others = [augment.drawn(300, 200, 128, changes, *key) for key in ((1, 5, 1), (0, 6, 1), (0, 5, 2))]
+        assert all(one != other for other in others)
+        view = torch.rand(3, 8, 8)
+        assert augment.recoloured(view, changes, 0, 1, 2).equal(augment.recoloured(view, changes, 0, 1, 2))
+        assert not augment.recoloured(view, changes, 0, 1, 2).equal(augment.recoloured(view, changes, 0, 1, 3))
+
+    def test_a_box_of_which_too_little_is_seen_is_left_out(self):
+        place = augment.Drawn(100, 1.0, 1.0, -50.0, 0.0)
+        seen, which = place.visible(torch.tensor([[0.0, 0, 60, 40], [40.0, 0, 70, 40], [60.0, 10, 60.5, 11]]))
+        assert which.tolist() == [1] and seen.tolist() == [[0, 0, 20, 40]]

@@ -1,0 +1,58 @@
+"""What a net sees of a photo: against timm's transform, and the matrices against Pillow and torch."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cvlab import _compat
+from cvlab.data import photos
+from cvlab.ops.resample import Frame, lens, matrix
+
+
+def smooth(width, height, seed=0):
+    """A photo without sharp edges, so that no filter overshoots beyond [0, 1]."""
+    rough = np.random.default_rng(seed).integers(60, 190, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
+
+
+SIZES = [(500, 375), (333, 500), (224, 224), (256, 256), (97, 61), (30, 400), (1000, 231), (1, 1)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+def test_a_view_is_that_of_timm(size, name):
+    photo = smooth(*size)
+    transform = _compat.timm().data.create_transform(
+        (3, 224, 224), interpolation=name, crop_pct=0.875, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    mine = photos.to_tensor(Frame(224, 256, name).view(photo))
+    assert (mine - transform(photo)).abs().max() <= 2.01 / 255  # Pillow chooses which side to resize first
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("frame", [Frame(224, 256), Frame(224, 256, "bilinear"), Frame(64, 64, squash=True)])
+def test_the_matrices_do_what_pillow_does(size, frame):
+    photo = smooth(*size)
+    glass = lens(frame, *size)
+    mine = glass.view(glass.cut(photos.to_tensor(photo)))
+    assert (mine - photos.to_tensor(frame.view(photo))).abs().max() <= 1.2 / 255  # rounded twice
+
+
+@pytest.mark.parametrize(("count", "size"), [(37, 11), (11, 37), (20, 20)])
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+def test_a_matrix_is_that_of_torch(count, size, name):
+    rows, first, last = matrix(count, 0, count, size, name)
+    x = torch.randn(1, 1, count, 8)
+    wanted = F.interpolate(x, size=(size, 8), mode=name, antialias=True, align_corners=False)[0, 0]
+    assert (first, last) == (0, count)
+    torch.testing.assert_close(rows @ x[0, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_picture_of_the_right_size_stays_as_it_is():
+    photo = smooth(224, 224)
+    assert Frame(224, 224).view(photo).tobytes() == photo.tobytes()
+    glass = lens(Frame(224, 224), 224, 224)
+    x = photos.to_tensor(photo)
+    assert torch.equal(glass.view(glass.cut(x)), x) and glass.scale == 1

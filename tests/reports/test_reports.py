@@ -1,0 +1,103 @@
+"""Curves, plots and comparisons, read from run directories alone."""
+
+import json
+
+import pytest
+
+from cvlab.errors import RunDirError
+from cvlab.reports import compare, curves, plots, tables
+from cvlab.runs.run_dir import RunDir
+
+PNG = b"\x89PNG"
+
+
+def make_run(path, lr=0.1, rows=50, summary=True):
+    path.mkdir(parents=True)
+    with RunDir(path).locked() as out:
+        out.write_text("config.yaml", f"experiment: classify\nname: {path.name}\noptimizer: {{name: sgd, lr: {lr}}}\n")
+        for step in range(1, rows + 1):
+            out.append({"step": step, "epoch": step / 10, "seconds": 0.1, "lr": lr, "train_loss": 1 / step})
+        out.append({"step": rows, "val_accuracy": 0.5})
+        if summary:
+            out.write_json("summary.json", {"metrics": {"val_accuracy": 0.5}, "experiment": "classify", "data": "x"})
+        out.set_status("done" if summary else "interrupted")
+    return path
+
+
+def test_long_curves_are_thinned_and_keep_their_ends():
+    rows = ({"step": k, "loss": float(k)} for k in range(1, 100_001))
+    xs, ys = curves.thin(rows)["loss"]
+    assert curves.MAX_POINTS <= len(xs) <= 2 * curves.MAX_POINTS
+    assert xs[0] == 1 and xs[-1] == 100_000 and xs == ys
+    gaps = {b - a for a, b in zip(xs[:-2], xs[1:-1], strict=True)}
+    assert len(gaps) == 1
+
+
+def test_curves_skip_what_is_not_a_number():
+    rows = [{"step": 1, "loss": None, "name": "x"}, {"step": 2, "loss": 2.0}, {"loss": 3.0}]
+    assert curves.thin(rows) == {"loss": ([2], [2.0])}
+
+
+def test_plots_of_a_run(tmp_path):
+    path = make_run(tmp_path / "a")
+    made = plots.plot_run(RunDir(path))
+    assert {p.name for p in made} == {"loss.png", "accuracy.png", "lr.png"}
+    assert all(p.read_bytes()[:4] == PNG for p in made)
+
+
+def test_a_run_without_metrics_has_no_plots(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert plots.plot_run(RunDir(tmp_path / "a")) == []
+    assert plots.draw_comparison({"a": tmp_path / "a"})[:4] == PNG
+
+
+def test_only_what_differs_is_told(tmp_path):
+    runs = compare.labels([make_run(tmp_path / "a", 0.1), make_run(tmp_path / "b", 0.2, summary=False)])
+    found = compare.compare(runs)
+    assert found["differences"] == {"optimizer.lr": [0.1, 0.2]}
+    assert found["metrics"]["val_accuracy"] == [0.5, 0.5]
+    assert found["metrics"]["train_loss"] == [None, 1 / 50]
+    assert [run["status"] for run in found["runs"]] == ["done", "interrupted"]
+    assert compare.to_csv(found).splitlines()[:2] == ["kind,name,a,b", "config,optimizer.lr,0.1,0.2"]
+    assert plots.draw_comparison(runs)[:4] == PNG
+    json.dumps(found)
+
+
+def test_labels_are_short_where_they_can_be(tmp_path):
+    one, two = tmp_path / "20260101-000000-a-1111", tmp_path / "20260101-000001-a-2222"
+    assert list(compare.labels([one, two])) == ["a-1111", "a-2222"]
+    again = tmp_path / "x" / "20260101-000000-a-1111"
+    assert list(compare.labels([one, again])) == [str(one), str(again)]
+
+
+def test_a_run_without_configuration(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RunDirError, match=r"has no config\.yaml"):
+        compare.compare({"a": tmp_path / "a"})
+
+
+def test_numbers_of_tables():
+    shown = [tables.number(v) for v in (None, True, 3, 12345, 0.123456, 12345.6, "x", [1, 2], 1e-5)]
+    assert shown == ["-", "true", "3", "12,345", "0.1235", "12,346", "x", "[1, 2]", "1e-05"]
+    assert tables.number(10.0, "epochs") == "10"
+
+
+def test_names_are_not_markup(capsys):
+    tables.table("[red]t[/red]", ("[b]a[/b]",), [["[link=x]y[/link]"]])
+    assert "[red]t[/red]" in (out := capsys.readouterr().out) and "[link=x]y[/link]" in out
+
+
+def test_photos_in_a_table(capsys):
+    from cvlab.reports import tables
+
+    attacked = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "fooled": True}
+    attacked |= {"steps": 6, "l2": 1.5, "fooled_jpeg95": True, "fooled_jpeg85": False, "fooled_jpeg75": False}
+    rows = [{"image": "/a/cat.jpg", **attacked}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
+    tables.show_photos(rows)
+    out = capsys.readouterr().out
+    assert "tabby 0.80" in out and "ostrich 0.99" in out and "not read" in out and "veryveryver..eryvery.jpg" in out
+    tables.show_photos(rows[:1])
+    assert "true, false, false" in capsys.readouterr().out
+    top = [{"label": "tabby", "score": 0.8}, {"label": "lynx", "score": 0.1}]
+    tables.show_photos([{"image": "cat.jpg", **top[0], "top": top}])
+    assert "lynx 0.10" in capsys.readouterr().out

@@ -1,0 +1,90 @@
+"""The order of a durable write, and what a power cut would leave of any other order."""
+
+import itertools
+import os
+import stat
+
+import pytest
+
+from cvlab.errors import RunDirError
+from cvlab.storage import atomic
+
+OLD, NEW = "old", "new"
+
+
+def crash_states(order):
+    """Simulate power cuts after each call: yield (acknowledged, content found after the restart).
+
+    A disk may keep any subset of what was not made durable: the data of a file whose fsync is missing may be torn,
+    and a rename that no fsync of the directory followed may be lost.
+    """
+    for cut in range(len(order) + 1):
+        done = order[:cut]
+        acknowledged = cut == len(order)
+        renamed, data_durable, rename_durable = "rename" in done, "fsync" in done, "dirsync" in done
+        for data_kept, rename_kept in itertools.product((True, False), repeat=2):
+            if renamed and (rename_durable or rename_kept):
+                yield acknowledged, NEW if data_durable or data_kept else "torn"
+            else:
+                yield acknowledged, OLD
+
+
+def loses(order):
+    return any(found == "torn" or (acknowledged and found != NEW) for acknowledged, found in crash_states(order))
+
+
+def recorded_order(tmp_path, monkeypatch):
+    calls = []
+    replace, fsync = os.replace, os.fsync
+
+    def spy_fsync(descriptor):
+        calls.append("dirsync" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    atomic.write_text(tmp_path / "f", "x")
+    monkeypatch.undo()
+    return calls
+
+
+def test_only_the_full_order_survives_every_power_cut(tmp_path, monkeypatch):
+    order = recorded_order(tmp_path, monkeypatch)
+    assert order == ["fsync", "rename", "dirsync"]
+    assert not loses(order)
+    for other in (["rename"], ["fsync", "rename"], ["rename", "dirsync"], ["rename", "fsync", "dirsync"]):
+        assert loses(other), other
+
+
+def test_the_content_is_replaced_whole(tmp_path):
+    path = tmp_path / "f"
+    atomic.write_text(path, "one")
+    atomic.write_text(path, "two")
+    assert path.read_text() == "two" and os.listdir(tmp_path) == ["f"]
+
+
+def test_a_failing_filler_leaves_the_old_content(tmp_path):
+    path = tmp_path / "f"
+    atomic.write_text(path, "one")
+
+    def fill(file):
+        file.write(b"half")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        atomic.write(path, fill)
+    assert path.read_text() == "one" and os.listdir(tmp_path) == ["f"]
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    with pytest.raises(RunDirError, match="No such file") as refused:
+        atomic.write_text(tmp_path / "gone" / "f", "x")
+    assert refused.value.code == 5 and "\n" not in str(refused.value)
+
+
+def test_sweeping_removes_only_temporaries(tmp_path):
+    (tmp_path / ".f-abc.tmp").touch()
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "f.tmp").touch()
+    atomic.sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "f.tmp"]

@@ -1,0 +1,158 @@
+"""Downloads: resumed, checked, never waited for unasked, and nothing installed when anything is wrong."""
+
+import hashlib
+import random
+import socket
+import time
+
+import pytest
+
+from cvlab.errors import DataError
+from cvlab.storage import download
+from tests.fake_cifar import send, server
+
+CONTENT = random.Random(0).randbytes(700_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(download, "MEASURE_SECONDS", 0.1)
+
+
+def fetch(urls, target, patient=False):
+    return download.fetch(urls, target, SHA256, len(CONTENT), patient)
+
+
+def test_a_file_arrives_whole(tmp_path):
+    with server(lambda handler: send(handler, CONTENT)) as (url, _):
+        path = fetch([f"{url}/a"], tmp_path / "new" / "file")
+    assert path.read_bytes() == CONTENT
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_cut_download_goes_on_where_it_was(tmp_path):
+    with (
+        server(lambda handler: send(handler, CONTENT, cut=300_000)) as (url, _),
+        pytest.raises(DataError, match="cut off after 300000 of 700000"),
+    ):
+        fetch([f"{url}/a"], tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    with server(lambda handler: send(handler, CONTENT)) as (url, requests):
+        fetch([f"{url}/a"], tmp_path / "file")
+    assert requests == [("/a", "bytes=300000-")]
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_server_without_ranges_does_no_harm(tmp_path):
+    (tmp_path / "file.partial").write_bytes(CONTENT[:100_001])
+    with server(lambda handler: send(handler, CONTENT, ranges=False)) as (url, _):
+        fetch([f"{url}/a"], tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_the_next_source_goes_on_from_a_cut_one(tmp_path):
+    def answer(handler):
+        send(handler, CONTENT, cut=200_000 if handler.path == "/bad" else None)
+
+    with server(answer) as (url, _):
+        fetch([f"{url}/bad", f"{url}/good"], tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_altered_bytes_are_thrown_away(tmp_path):
+    with (
+        server(lambda handler: send(handler, bytes([CONTENT[0] ^ 1]) + CONTENT[1:])) as (url, _),
+        pytest.raises(DataError, match="sha256"),
+    ):
+        fetch([f"{url}/a"], tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_answers_it_is_given_up_at_once(tmp_path):
+    silent = socket.create_server(("127.0.0.1", 0))
+    began = time.monotonic()
+    with pytest.raises(DataError, match="none of 1 sources answered"):
+        fetch([f"http://127.0.0.1:{silent.getsockname()[1]}/a"], tmp_path / "file")
+    assert time.monotonic() - began < 5
+    silent.close()
+
+
+def slowly(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    try:
+        for start in range(0, 20_000, 1000):
+            handler.wfile.write(CONTENT[start : start + 1000])
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+def test_a_slow_source_is_left_for_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
+
+    def answer(handler):
+        slowly(handler) if handler.path == "/slow" else send(handler, CONTENT)
+
+    with server(answer) as (url, _):
+        fetch([f"{url}/slow", f"{url}/fast"], tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_where_all_are_slow_what_came_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
+    with server(slowly) as (url, _), pytest.raises(download.SlowError, match="minutes in all.*are kept"):
+        fetch([f"{url}/slow"], tmp_path / "file")
+    kept = (tmp_path / "file.partial").read_bytes()
+    assert kept and CONTENT.startswith(kept)
+
+
+def test_a_refusal_is_not_an_answer(tmp_path):
+    with server(lambda handler: handler.send_error(404)) as (url, _), pytest.raises(DataError, match="answered"):
+        fetch([f"{url}/a"], tmp_path / "file")
+
+
+def test_a_redirect_down_to_http_is_refused():
+    import urllib.error
+    import urllib.request
+
+    handler = download._HttpsOnly()
+    request = urllib.request.Request("https://example.org/a")
+    with pytest.raises(urllib.error.URLError, match="from https to http"):
+        handler.redirect_request(request, None, 302, "", {}, "http://example.org/a")
+    assert handler.redirect_request(request, None, 302, "", {}, "https://example.org/b") is not None
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    import fcntl
+    import multiprocessing
+
+    partial = tmp_path / "file.partial"
+    partial.touch()
+
+    def hold(ready, leave):
+        with partial.open("ab") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            ready.set()
+            leave.wait(30)
+
+    context = multiprocessing.get_context("fork")
+    ready, leave = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(ready, leave))
+    holder.start()
+    assert ready.wait(30)
+    with (
+        server(lambda handler: send(handler, CONTENT)) as (url, _),
+        pytest.raises(DataError, match="another process is fetching it"),
+    ):
+        fetch([f"{url}/a"], tmp_path / "file")
+    leave.set()
+    holder.join()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with server(lambda handler: send(handler, CONTENT)) as (url, _), pytest.raises(DataError, match="CVLAB_DATA"):
+        fetch([f"{url}/a"], tmp_path / "file" / "x" / "y")

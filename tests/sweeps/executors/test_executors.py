@@ -1,0 +1,229 @@
+"""The driver of a sweep and the engine of this machine: retries, orphans, shared storage, drivers that are killed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cvlab.config import loading
+from cvlab.errors import ConfigError, RunDirError
+from cvlab.runs import interrupt, run_dir
+from cvlab.runs.interrupt import StopRequest
+from cvlab.sweeps import executors, scheduler
+from cvlab.sweeps.executors import Ended, Limits, Submit, Task, node
+from cvlab.sweeps.scheduler import Driver
+from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+
+BEGUN = "runs/2*/arms/*/metrics.jsonl"
+HOLD = (
+    "import sys, time, pathlib; from cvlab.storage.lock import RunLock; RunLock(pathlib.Path(sys.argv[1])).acquire();"
+)
+HOLD += "print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A sweep's run directory with three arms that have not begun."""
+    out = run_dir.create(tmp_path / "runs", "s")
+    for number in range(3):
+        (out.path / "arms" / f"{number:03d}-lr").mkdir(parents=True)
+    return out
+
+
+def drive(out, engine, monkeypatch, **more):
+    arms = sorted((out.path / "arms").iterdir())
+    monkeypatch.setattr(executors, "find", lambda chosen: engine)
+    found = Driver("s", out, Limits(out.path.resolve(), 1, Submit(**more)), arms, len(arms))
+    with out.locked(), StopRequest() as stop:
+        found.run(stop)
+    return found
+
+
+def one_by_one(end):
+    """Return an engine that runs one arm after the other: `end(arm)` gives the exit code."""
+
+    def engine(take, limits, stop):
+        while (task := take()) is not None:
+            yield None
+            yield Ended(task, end(task.arm), "said so")
+
+    return engine
+
+
+def finish(arm):
+    (arm / "status.json").write_text('{"status": "done"}')
+    return 0
+
+
+@pytest.mark.parametrize("code", [1, 137, 143, -9, -11])
+def test_what_may_help_is_tried_again(sweep, monkeypatch, code):
+    calls = []
+
+    def end(arm):
+        calls.append(arm.name[:3])
+        return finish(arm) if calls.count(arm.name[:3]) == 3 or arm.name[:3] != "001" else code
+
+    found = drive(sweep, one_by_one(end), monkeypatch)
+    assert not found.failed and calls == ["000", "001", "002", "001", "001"] and found.done == 3
+    assert "001-lr: said so; try 3 of 3" in (sweep.path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 6, 7, 8, 130])
+def test_what_would_end_the_same_is_not(sweep, monkeypatch, code):
+    calls = []
+    found = drive(sweep, one_by_one(lambda arm: calls.append(arm) or code), monkeypatch)
+    assert len(calls) == 3 and found.failed["000-lr"] == (code, "said so")
+
+
+def test_so_many_tries_and_no_more(sweep, monkeypatch):
+    calls = []
+    found = drive(sweep, one_by_one(lambda arm: calls.append(arm) or 137), monkeypatch, retries=1)
+    assert len(calls) == 6 and len(found.failed) == 3
+
+
+@contextlib.contextmanager
+def held(arm):
+    command = [sys.executable, "-c", HOLD, str(arm)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}) as run:
+        try:
+            run.stdout.readline()
+            yield run
+        finally:
+            run.kill()
+
+
+def test_an_arm_that_an_orphan_still_runs_comes_last(sweep, monkeypatch):
+    order = []
+    with held(sweep.path / "arms" / "000-lr") as orphan:
+
+        def end(arm):
+            order.append(arm.name[:3])
+            if len(order) == 2:
+                orphan.kill()
+                orphan.wait()
+            return finish(arm)
+
+        drive(sweep, one_by_one(end), monkeypatch)
+    assert order == ["001", "002", "000"]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch, ends):
+    begun = []
+    for name in ("001-lr", "002-lr"):
+        finish(sweep.path / "arms" / name)
+    with held(sweep.path / "arms" / "000-lr") as orphan:
+
+        def nap(seconds):
+            if ends:
+                finish(sweep.path / "arms" / "000-lr")
+            orphan.kill()
+            orphan.wait()
+
+        monkeypatch.setattr(scheduler.time, "sleep", nap)
+        assert drive(sweep, one_by_one(lambda arm: begun.append(arm) or finish(arm)), monkeypatch).done == 3
+    assert len(begun) == (0 if ends else 1)
+    assert "waiting for 1 arms that an earlier start" in (sweep.path / "log.txt").read_text()
+
+
+def test_the_last_words_of_an_arm(tmp_path):
+    (tmp_path / executors.ERRORS).write_text("Traceback\nerror: no more\n")
+    assert executors.last_words(tmp_path) == "no more" and executors.last_words(tmp_path) == ""
+
+
+def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
+    monkeypatch.setattr(node, "SIGHT_SECONDS", 0.0)
+    task = Task(sweep.path / "arms" / "000-lr", "word")
+    assert not node.sees(task)
+    (sweep.path / executors.TOKEN).write_text("the word of a later driver")
+    code, said = node.run(node.errand(task))
+    assert code is None and f"does not see what the driver has written to {sweep.path}" in said
+    (sweep.path / executors.TOKEN).write_text("word")
+    assert node.sees(task)
+
+    def engine(take, limits, stop):
+        yield node.ended(take(), (None, said))
+
+    with pytest.raises(RunDirError, match="does not see .* storage that all nodes share, with --runs-dir"):
+        drive(sweep, engine, monkeypatch)
+
+
+def test_what_a_node_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("CVLAB_DATA", "/data")
+    told = node.errand(Task(tmp_path, "word"))
+    assert told.environment["CVLAB_DATA"] == "/data" and not set(told.environment) & {"PATH", "HOME"}
+
+
+@pytest.mark.parametrize("variable", [interrupt.STOP_WITH_INPUT, "OTHER"])
+def test_a_process_stops_when_the_other_end_of_its_input_dies(variable):
+    code = "import time; from cvlab.runs import interrupt; interrupt.stop_with_input(); print(1, flush=True); time.sleep(1.5)"
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path), variable: "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        process.stdout.readline()
+        process.stdin.close()
+        assert process.wait() == (-signal.SIGTERM if variable == interrupt.STOP_WITH_INPUT else 0)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("submitit", "slurm"), ("optuna", "optuna")])
+def test_an_extra_that_is_not_there_is_one_line(cvlab, tmp_path, monkeypatch, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    space = "search: {algorithm: optuna, trials: 3, space: {reg: {low: 0.0, high: 1.0}}}\n"
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP.partition("grid")[0] + space)
+    where = [] if extra == "optuna" else ["--on", extra, *(["--address", "local"] if extra == "slurm" else [])]
+    code, _, err = cvlab("sweep", "s.yaml", *where)
+    assert code == 2 and err.splitlines()[-1] == f"error: {package} is not installed; pip install 'cvlab[{extra}]'"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"submit.on": "spark"}, "submit.on: expected local | ray | slurm, got"),
+        ({"submit.gpu": 1}, "unknown key 'submit.gpu'; did you mean 'gpus'"),
+        ({"submit.gpus": 1}, "gpus goes with on: ray or slurm"),
+        ({"submit.address": "auto"}, "address goes with on: ray or slurm"),
+        ({"submit.on": "ray", "submit.address": "there"}, "expected host:port or auto, got 'there'"),
+        ({"submit.on": "slurm", "submit.address": "auto"}, "slurm has none but `local`, got 'auto'"),
+        ({"submit.on": "ray", "base.duration.seconds": 3}, "a budget in duration.seconds must run alone"),
+    ],
+)
+def test_mistakes(tmp_path, words, message):
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    with pytest.raises(ConfigError) as refused:
+        loading.load("s.yaml", [f"{key}={value}" for key, value in words.items()])
+    assert any(message in str(error) for error in (refused.value, *refused.value.others)), refused.value
+
+
+def test_where_it_runs_is_no_part_of_a_sweep(cvlab, tmp_path):
+    words = ("sweep", "s.yaml", "base.duration.steps=2", "base.data.num_train=100", "-q")
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    assert cvlab(*words)[0] == 0
+    run = (tmp_path / "runs" / "latest").resolve()
+    (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
+    assert cvlab(*words, "--workers", 2, "submit.retries=0")[0] == 0
+    assert len(run_dir.list_runs(tmp_path / "runs")) == 1 and not (run / executors.TOKEN).exists()
+    again = loading.load(str(run)).config
+    assert (again.workers, again.submit.retries) == (2, 0)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_costs_less_than_half_a_sweep(started_sweep, tmp_path):
+    words = ("base.duration.steps=2500", "seeds=[0,1]")
+    began = time.monotonic()
+    assert started_sweep(*words).wait() == 0
+    undisturbed, wanted = time.monotonic() - began, weights_of_arms(tmp_path)
+    began = time.monotonic()
+    process = started_sweep(*words, "--fresh")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 7)
+    process.kill()
+    process.wait()
+    assert started_sweep(*words).wait() == 0
+    disturbed = time.monotonic() - began
+    said = (tmp_path / "said.txt").read_text()
+    assert weights_of_arms(tmp_path) == wanted and "already running" not in said and "2 of them ended before" in said
+    assert disturbed <= 1.5 * undisturbed, (disturbed, undisturbed)

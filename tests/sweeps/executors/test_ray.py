@@ -1,0 +1,125 @@
+"""Sweeps on Ray: the same weights as on this machine, a node that is lost, a driver that is killed, refusals."""
+
+import json
+import signal
+
+import pytest
+
+from cvlab.errors import ConfigError, DeviceError
+from cvlab.runs import run_dir
+from cvlab.sweeps.executors import Submit, ray_tasks
+from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+
+pytest.importorskip("ray")
+BEGUN = "runs/2*/arms/*/metrics.jsonl"
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_takes_no_arm_with_it(started_sweep, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        process = started_sweep("--fresh", "--on", "ray", "--address", cluster.address)
+        until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+        cluster.remove_node(lost, allow_graceful=False)
+        assert process.wait() == 0, (tmp_path / "said.txt").read_text()
+    finally:
+        cluster.shutdown()
+    assert weights_of_arms(tmp_path) == wanted
+    assert "try 2 of 3" in (tmp_path / "said.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        process = started_sweep("--fresh", "--on", "ray", "--address", cluster.address)
+        until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+        process.kill()
+        run = (tmp_path / "runs" / "latest").resolve()
+        until(lambda: not any(map(run_dir.is_held, run.glob("arms/*"))))
+        stopped = [run_dir.read_json(arm / "status.json") for arm in sorted(run.glob("arms/*"))]
+        assert [status["status"] for status in stopped] == ["interrupted"] * 2, "they saved; nothing was killed"
+        assert started_sweep("--on", "ray", "--address", cluster.address).wait() == 0
+    finally:
+        cluster.shutdown()
+    assert weights_of_arms(tmp_path) == wanted
+    assert "going on with" in (tmp_path / "said.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, tmp_path):
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    process = started_sweep("--fresh", "--on", "ray")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert {run_dir.read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
+    assert started_sweep("--on", "ray", "--workers", "1").wait() == 0
+    assert weights_of_arms(tmp_path) == wanted
+
+
+NET = """import os, pathlib
+from torch import nn
+
+def net():
+    (pathlib.Path(os.environ["CVLAB_SEEN"]) / str(os.getpid())).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+"""
+
+
+@pytest.mark.slow
+def test_gpus_of_an_arm(started_sweep, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    monkeypatch.setenv("CVLAB_SEEN", str(seen))  # the settings of cvlab go with the arms
+    (tmp_path / "net.py").write_text(NET)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2})
+    words = ("--on", "ray", "--address", cluster.address, "submit.gpus=1", "base.device=cpu", "base.duration.steps=3")
+    try:
+        assert started_sweep(*words, "base.model={name: './net.py:net'}", "seeds=[0,1]").wait() == 0
+        said = (tmp_path / "said.txt").read_text()
+        assert started_sweep(*words, "--fresh", "submit.gpus=3").wait() == 8
+    finally:
+        cluster.shutdown()
+    assert {path.read_text() for path in seen.iterdir()} == {"0", "1"}, said
+    assert "has room for an arm with cpus: 1 and gpus: 3" in (tmp_path / "said.txt").read_text()
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "127.0.0.1:99999", "no-such-host.invalid:6379"])
+def test_a_cluster_that_does_not_answer_is_one_line(address, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=rf"no Ray cluster at {address}.*`ray (start|status)"):
+        ray_tasks._connect(Submit(on="ray", address=address))
+
+
+def test_room():
+    def row(alive, **resources):
+        return {"Alive": alive, "Resources": resources}
+
+    nodes = [row(True, CPU=5.0, GPU=1.0), row(True, CPU=2.0), row(False, CPU=64.0, GPU=8.0)]
+    assert ray_tasks._room(nodes, Submit(on="ray")) == 7
+    assert ray_tasks._room(nodes, Submit(on="ray", cpus=2)) == 3
+    assert ray_tasks._room(nodes, Submit(on="ray", cpus=2, gpus=1)) == 1
+    with pytest.raises(DeviceError, match=r"no node of the Ray cluster has room for an arm with cpus: 1 and gpus: 2"):
+        ray_tasks._require_room(nodes, Submit(on="ray", gpus=2))
+
+
+def test_json_of_a_plan(cvlab, tmp_path):
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    code, out, err = cvlab("sweep", "s.yaml", "--on", "ray", "--address", "auto", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and (plan["on"], plan["workers"]) == ("ray", None), err

@@ -1,0 +1,165 @@
+"""Sweeps as Slurm jobs, on this machine by submitit's local executor: the same weights, a preemption, refusals."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cvlab.runs import run_dir
+from cvlab.sweeps.executors import Limits, Submit, node, slurm
+from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+
+pytest.importorskip("submitit")
+BEGUN = "runs/2*/arms/*/metrics.jsonl"
+LOCAL = ("--on", "slurm", "--address", "local")
+
+
+def controller_of(run):
+    """Return the process of a job: its number is the job's."""
+    return next(int(path.name.partition("_")[0]) for path in run.glob("slurm/*_submitted.pkl"))
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_goes_on(started_sweep, tmp_path):
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    process = started_sweep("--fresh", *LOCAL, "--workers", "1")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
+    run = (tmp_path / "runs" / "latest").resolve()
+    controller = controller_of(run)
+    for job in children(controller):
+        os.kill(job, signal.SIGUSR2)  # what Slurm sends before it takes the node away
+    assert process.wait() == 0, (tmp_path / "said.txt").read_text()
+    assert weights_of_arms(tmp_path) == wanted
+    first = min((run / "arms").iterdir())
+    log = (first / "log.txt").read_text()
+    assert "resumed step_" in log and "try 2 of" not in (run / "log.txt").read_text(), log
+
+
+@pytest.mark.slow
+def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(started_sweep, tmp_path):
+    process = started_sweep(*LOCAL, "--workers", "1")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
+    run = (tmp_path / "runs" / "latest").resolve()
+    controller = controller_of(run)
+    for pid in [controller, *children(controller)]:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: "ended without a result" in (run / "log.txt").read_text())
+    until(lambda: "resumed step_" in (min((run / "arms").iterdir()) / "log.txt").read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert not any(map(run_dir.is_held, run.glob("arms/*"))) and not list(run.glob("arms/*/stderr.txt"))
+    assert run_dir.read_status(min((run / "arms").iterdir()))["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, tmp_path):
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    process = started_sweep("--fresh", *LOCAL, "--workers", "2")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+    process.kill()
+    process.wait()
+    assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
+    said = (tmp_path / "said.txt").read_text()
+    assert weights_of_arms(tmp_path) == wanted and "an earlier start of this sweep still runs" in said, said
+    logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("arms/*/log.txt")]
+    assert not any("resumed step_" in log for log in logs), "nobody else has touched them"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit waits for no process
+def test_a_node_that_sees_another_disk_ends_the_sweep(cvlab, tmp_path, monkeypatch):
+    real = node.errand
+    monkeypatch.setattr(node, "errand", lambda task: real(task._replace(token="what another disk holds")))
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    code, _, err = cvlab("sweep", "s.yaml", *LOCAL)
+    assert code == 5 and "does not see what the driver has written to" in err and "--runs-dir" in err
+    assert not list(tmp_path.glob(BEGUN))
+
+
+FAKE = {  # as much of Slurm as submitit speaks to: jobs are process groups, their scripts lie beside the commands
+    "sbatch": """id=$$; cp "$1" $HERE/$id.sh; echo "Submitted batch job $id"; $HERE/start $id""",
+    "start": """export SLURM_JOB_ID=$1 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+        setsid bash $HERE/$1.sh >$HERE/$1.log 2>&1 </dev/null & echo $! >$HERE/$1.pid""",
+    "srun": """while [[ $1 != */python* ]]; do shift; done; "$@"; exit""",
+    "scontrol": """echo "$@" >>$HERE/requeued; (sleep 1; $HERE/start $2) >/dev/null 2>&1 &""",
+    "scancel": """kill -TERM -- -$(cat $HERE/$1.pid)""",
+    "sacct": """echo "JobID|State|NodeList"; for job in $HERE/*.pid; do echo "$(basename $job .pid)|RUNNING|n"; done""",
+}
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    """The commands of Slurm, first on the path."""
+    here = tmp_path / "slurm"
+    here.mkdir()
+    for name, text in FAKE.items():
+        (here / name).write_text(f"#!/bin/bash\nHERE={here}\n{text}\n")
+        (here / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
+    return here
+
+
+@pytest.mark.slow
+def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
+    assert started_sweep().wait() == 0
+    wanted = weights_of_arms(tmp_path)
+    process = started_sweep("--fresh", "--on", "slurm", "--workers", "1")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
+    job = next(fake_slurm.glob("*.pid")).read_text().strip()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):  # what a preemption or the end of its minutes sends to a job
+        with contextlib.suppress(OSError):
+            if b"submitit.core._submit" in path.read_bytes() and os.getpgid(int(path.parent.name)) == int(job):
+                os.kill(int(path.parent.name), signal.SIGUSR2)
+    until(lambda: (fake_slurm / "requeued").exists())
+    assert process.wait() == 0, (tmp_path / "said.txt").read_text()
+    assert weights_of_arms(tmp_path) == wanted
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert "resumed step_" in (min((run / "arms").iterdir()) / "log.txt").read_text()
+    process = started_sweep("--fresh", "--on", "slurm", "base.duration.steps=100000")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 6)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert {run_dir.read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
+
+
+def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm")
+    assert code == 2 and "no sbatch; run it on a login node, or try --address local" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_that_slurm_refuses_is_one_line(cvlab, tmp_path, fake_slurm):
+    (fake_slurm / "sbatch").write_text("#!/bin/sh\necho 'error: invalid partition specified: no' >&2; exit 1\n")
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm", "submit.partition=no")
+    assert code == 2 and "Slurm refuses the job: " in err and "invalid partition specified: no; change submit" in err
+
+
+def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    submit = Submit(on="slurm", cpus=3, gpus=2, partition="short", minutes=30)
+    executor = slurm._executor(Limits(tmp_path / "20261125-run", None, submit))
+    text = executor._executor._make_submission_file_text("true", "uid")
+    for wanted in (
+        "cpus-per-task=3",
+        "gpus-per-node=2",
+        "partition=short",
+        "time=30",
+        "signal=USR2@90",
+        "job-name=cvlab",
+    ):
+        assert wanted in text

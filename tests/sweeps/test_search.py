@@ -1,0 +1,261 @@
+"""Adaptive search: proposals from the run directories alone, pruning by the median, a search from start to end."""
+
+import json
+import math
+
+import pytest
+
+from cvlab.config import loading
+from cvlab.errors import ConfigError, RunDirError
+from cvlab.runs import run_dir
+from cvlab.sweeps import arms, experiment, results, scheduler, search, trials
+from cvlab.sweeps.search import Range, Search, Trial
+from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+
+pytest.importorskip("optuna")
+
+BASE = SMALL_SWEEP.partition("grid")[0].replace("num_train: 1000", "num_train: 200").replace("1500", "30")
+SEARCH = """search:
+  algorithm: optuna
+  trials: 4
+  startup: 2
+  space:
+    optimizer.lr: {low: 1e-4, high: 1, log: true}
+    batch_size: {low: 10, high: 40, step: 10, int: true}
+    model.batchnorm: [true, false]
+"""
+SPACE = {
+    "x": Range(low=0, high=1),
+    "n": Range(low=2, high=9, int=True),
+    "lr": Range(low=1e-6, high=1, log=True),
+    "part": ({"name": "sgd"}, {"name": "adam", "betas": (0.9, 0.99)}, None),
+}
+
+
+def wanted(**more):
+    return Search(**({"algorithm": "optuna", "trials": 9, "space": SPACE} | more))
+
+
+def walk(chosen, value, count):
+    """Return trials proposed one after the other, each done at once with `value(changes)`."""
+    done = []
+    for _ in range(count):
+        changes = search.propose(chosen, done)
+        done.append(Trial(changes, "done", value(changes)))
+    return done
+
+
+def test_proposals_lie_in_the_space():
+    for trial in walk(wanted(), lambda changes: changes["x"], 25):
+        assert 0 <= trial.changes["x"] <= 1 and 1e-6 <= trial.changes["lr"] <= 1
+        assert trial.changes["n"] in range(2, 10) and isinstance(trial.changes["n"], int)
+        assert trial.changes["part"] in SPACE["part"]
+
+
+def test_the_same_trials_lead_to_the_same_proposal():
+    done = walk(wanted(startup=3), lambda changes: changes["x"], 8)
+    for number in range(8):
+        assert search.propose(wanted(startup=3), done[:number]) == done[number].changes
+    assert search.propose(wanted(startup=3, seed=1), done) != search.propose(wanted(startup=3), done)
+    assert len({repr(trial.changes) for trial in done}) == 8
+
+
+@pytest.mark.parametrize(("goal", "sign"), [("maximize", -1), ("minimize", 1)])
+def test_it_finds_what_is_better_than_chance(goal, sign):
+    chosen = wanted(space={"x": Range(low=-3, high=3), "y": Range(low=-3, high=3)}, goal=goal)
+    done = walk(chosen, lambda at: sign * ((at["x"] - 1) ** 2 + (at["y"] + 1) ** 2), 60)
+    distances = [abs(trial.value) for trial in done]
+    assert sorted(distances[30:])[15] < 0.5 * sorted(distances[:10])[5]
+
+
+def test_trials_that_run_failed_or_were_pruned_are_told_as_such():
+    changes = search.propose(wanted(), [])
+    known = [
+        Trial(changes, "running"),
+        Trial(changes, "failed"),
+        Trial(changes, "pruned"),
+        Trial(changes, "pruned", curve={5: 0.2}),
+        Trial(changes, "done", 0.5),
+    ]
+    states = [search._told(wanted(), trial).state.name for trial in known]
+    assert states == ["RUNNING", "FAIL", "PRUNED", "PRUNED", "COMPLETE"]
+    assert search.propose(wanted(startup=1), known)
+
+
+def test_the_corners_have_every_end_and_every_choice_once():
+    corners = wanted().corners()
+    assert corners[0] == {"x": 0, "n": 2, "lr": 1e-6, "part": {"name": "sgd"}} and len(corners) == 1 + 3 + 2
+    assert [corner["n"] for corner in corners].count(9) == 1 and corners[-1]["part"] is None
+
+
+def test_what_is_hopeless():
+    others = [{10: 0.1, 20: 0.2}, {10: 0.3, 20: 0.4}, {10: 0.5, 20: 0.6}]
+    chosen = wanted(prune="median", startup=3)
+    assert search.hopeless(chosen, {}, others) is None
+    assert search.hopeless(chosen, {10: 0.3}, others) is None, "as good as the median"
+    said = "val_accuracy 0.29, the median of 3 trials at step 10 is 0.3"
+    assert search.hopeless(chosen, {10: 0.29}, others) == said
+    assert search.hopeless(chosen, {10: 0.5, 20: 0.1}, others) is None, "its best counts"
+    assert search.hopeless(chosen, {15: 0.29}, others) == said.replace("step 10", "step 15"), "the last one before"
+    assert search.hopeless(chosen, {5: 0.0}, others) is None, "nobody has measured so early"
+    assert search.hopeless(wanted(startup=4), {10: 0.0}, others) is None
+    assert search.hopeless(wanted(startup=3, goal="minimize"), {10: 0.31}, others) is not None
+    assert search.hopeless(wanted(startup=3, goal="minimize"), {10: 0.29}, others) is None
+
+
+def refusals(tmp_path, text, *overrides):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        loading.load("s.yaml", overrides)
+    return [str(error) for error in (refused.value, *refused.value.others)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("low: 1e-4, high: 1,", "low: 1, high: 1,"),
+            "s.yaml:17:5: search.space.optimizer.lr: low 1 is not below",
+        ),
+        (("low: 1e-4", "low: 0"), "search.space.optimizer.lr: log: low must be above 0"),
+        (("low: 1e-4, high: 1, log: true", "low: -1, high: 1"), "s.yaml:17:5: optimizer.lr: expected a number > 0"),
+        (("log: true", "log: true, step: 0.1"), "log goes without step"),
+        (("low: 1e-4", "lo: 1e-4"), "unknown key 'search.space.optimizer.lr.lo'; did you mean 'low'"),
+        (("optimizer.lr", "optimizer.lrr"), "s.yaml:17:5: unknown key 'optimizer.lrr'; did you mean 'lr'"),
+        (("[true, false]", "[true, 3]"), "s.yaml:19:5: model.batchnorm: expected true or false, got 3"),
+        (("[true, false]", "[]"), "space.model.batchnorm: the list of choices is empty"),
+        (("[true, false]", "[true, true]"), "space.model.batchnorm: a choice is there twice"),
+        (("[true, false]", "7"), "search.space.model.batchnorm: expected a block of keys or a list, got 7"),
+        ((", int: true", ""), "got 10; a range of whole numbers has int: true"),
+        (("high: 40", "high: 40.5"), "search.space.batch_size: int: low, high and step must be whole numbers"),
+        (("trials: 4", "trials: 0"), "s.yaml:14:3: search.trials: expected a whole number >= 1 and <= 1000, got 0"),
+        (("startup: 2", "metric: val_acuracy"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
+        (("optuna", "random"), "s.yaml:13:3: search.algorithm: expected optuna, got"),
+        (("search:", "seeds: [0, 1]\nsearch:"), "seeds and search: a search proposes all its arms"),
+        (("search:", "grid: {reg: [0.1]}\nsearch:"), "grid and search: a search proposes all its arms"),
+        (("model.batchnorm", "model.batchnorm: [true]\n    model"), "model.batchnorm is varied twice, also by model"),
+    ],
+)
+def test_mistakes_have_their_place(tmp_path, change, message):
+    found = refusals(tmp_path, BASE + SEARCH.replace(*change))
+    assert any(message in text for text in found), found
+
+
+def test_overrides_of_a_space(tmp_path):
+    (tmp_path / "s.yaml").write_text(BASE + SEARCH)
+    chosen = loading.load("s.yaml", ["search.space.optimizer.lr=[1e-3,1e-2]", "search.trials=7"]).config
+    assert chosen.search.space["optimizer.lr"] == (1e-3, 1e-2) and chosen.search.trials == 7
+    (tmp_path / "again.yaml").write_text(chosen.to_yaml())
+    assert loading.load("again.yaml").config.to_yaml() == chosen.to_yaml()
+
+
+def test_a_search_from_start_to_end(cvlab, tmp_path):
+    (tmp_path / "s.yaml").write_text(BASE + SEARCH + "expect: [best > 0, arms == 4, max(val_accuracy) > 0]\n")
+    code, out, err = cvlab("sweep", "s.yaml", "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    run = (tmp_path / "runs" / "latest").resolve()
+    summary = run_dir.read_summary(run)
+    values = [run_dir.read_summary(arm)["metrics"]["val_accuracy"] for arm in sorted(run.glob("arms/*"))]
+    assert found["metrics"] == {"arms": 4, "diverged": 0, "pruned": 0, "best": max(values)}
+    assert summary["best"]["arm"] == sorted(run.glob("arms/*"))[values.index(max(values))].name
+    assert list(found["settings"][0]["keys"]) == ["optimizer.lr", "batch_size", "model.batchnorm"]
+    changes = [trials.changes_of(arm) for arm in trials.folders(run)]
+    written = [loading.load(str(arm)).config for arm in trials.folders(run)]
+    assert [one["optimizer.lr"] for one in changes] == [one.optimizer.lr for one in written]
+    assert [one["batch_size"] for one in changes] == [one.batch_size for one in written]
+    assert cvlab("show", run)[0] == cvlab("report", run)[0] == 0
+    # an arm whose result is lost is made again, and nothing else
+    status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
+    (run / "status.json").write_text(json.dumps(status))
+    (run / "arms" / ".partial").mkdir()
+    code, _, err = cvlab("sweep", "s.yaml")
+    assert code == 0 and "4 arms, 4 of them ended before" in err, err
+    pruned = trials.folders(run)[1]
+    (pruned / run_dir.PRUNE).write_text("too bad")
+    (pruned / "status.json").write_text('{"status": "interrupted"}')
+    out, chosen = run_dir.RunDir(run), loading.load(str(run)).config
+    assert [row["status"] for row in experiment.rows_of(chosen, out)] == ["done", "pruned", "done", "done"]
+    assert len(experiment.settings(chosen, out)) == 3, "expectations speak of those that have ended"
+    pruned.rename(tmp_path / "away")
+    with pytest.raises(RunDirError, match="the arm 001 is gone"):
+        trials.folders(run)
+
+
+def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
+    tied = "conditions: [{when: {batch_size: 40, model.batchnorm: false}, set: {reg: -1.0}}]\n"
+    (tmp_path / "s.yaml").write_text(BASE + SEARCH + tied)
+    chosen = loading.load("s.yaml").config  # every end and every choice is valid by itself
+    out = run_dir.create(tmp_path / "runs", "s")
+    out.folder("arms")
+    changes = {"optimizer.lr": 0.1, "batch_size": 30, "model.batchnorm": False}
+    assert arms.add(chosen, out, 0, changes) == out.path / "arms" / "000-lr-0.1-batch_size-30-batchnorm-false"
+    with pytest.raises(ConfigError, match=r"came to 001-.*, which is not valid: reg: expected .* conditions"):
+        arms.add(chosen, out, 1, changes | {"batch_size": 40})
+    assert len(trials.folders(out.path)) == 1
+
+
+def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvlab, tmp_path):
+    text = BASE.partition("base:\n")[2].replace("\n  ", "\n").strip().replace("eval_every: 1000", "eval_every: 1")
+    (tmp_path / "s.yaml").write_text(text)
+    assert cvlab("run", "s.yaml", "-q")[0] == 0
+    whole = run_dir.read_summary((tmp_path / "runs" / "latest").resolve())["weights_sha256"]
+    arm = tmp_path / "arm"
+    arm.mkdir()
+    (arm / "config.yaml").write_text(loading.load("s.yaml").config.to_yaml())
+    (arm / run_dir.PRUNE).write_text("too bad\n")
+    code, _, err = cvlab("resume", arm)
+    status = run_dir.read_status(arm)
+    assert code == 143 and "pruned after step 10: too bad; remove " in err
+    assert (status["status"], status["step"]) == ("interrupted", 10) and scheduler.has_ended(arm)
+    assert results.read_arm(arm)["status"] == "pruned" and results.outcome(arm) == "pruned: too bad"
+    (arm / run_dir.PRUNE).unlink()
+    assert not scheduler.has_ended(arm) and cvlab("resume", arm)[0] == 0
+    assert run_dir.read_summary(arm)["weights_sha256"] == whole
+
+
+def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
+    out = run_dir.create(tmp_path / "runs", "s")
+    for number, (state, accuracies) in enumerate([("done", (0.4, 0.6)), ("done", (0.5, 0.7)), ("running", (0.3,))]):
+        arm = out.path / "arms" / f"{number:03d}-x"
+        arm.mkdir(parents=True)
+        trials.write(arm, {"x": 0.5, "n": 3, "lr": 1e-3, "part": None})
+        (arm / "config.yaml").write_text("experiment: classify\n")
+        (arm / "status.json").write_text(json.dumps({"status": state}))
+        rows = [{"step": 10 * (k + 1), "val_accuracy": value} for k, value in enumerate(accuracies)]
+        (arm / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 5, "lr": 1}, *rows]))
+        if state == "done":
+            (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": accuracies[-1]}}))
+    for chosen, expected in ((wanted(startup=2), None), (wanted(startup=2, prune="median"), True)):
+        trials.Trials(out, chosen, {}, lambda number, changes: None).prune([arm])
+        assert bool(run_dir.read_prune(arm)) == bool(expected)
+    assert trials.read(arm, chosen, {}).state == "pruned" and trials.read(arm, chosen, {}).curve == {10: 0.3}
+    best = trials.Trials(out, chosen, {}, lambda number, changes: None).best()
+    assert (best["arm"], best["val_accuracy"]) == ("001-x", 0.7)
+    (arm / "status.json").write_text(json.dumps({"status": "failed", "code": 6}))
+    assert trials.read(arm, chosen, {}) == Trial(trials.changes_of(arm), "pruned")
+    assert trials.read(arm, chosen, {"val_accuracy": 0.1}).value == 0.1
+    (arm / "status.json").write_text(json.dumps({"status": "failed", "code": 1}))
+    assert trials.read(arm, chosen, {}).state == "failed"
+    (arm / "status.json").write_text(json.dumps({"status": "done"}))
+    (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": math.nan}}))
+    assert trials.read(arm, chosen, {}).state == "failed"
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        BASE.replace("steps: 30", "steps: 1000") + SEARCH.replace("trials: 4", "trials: 6")
+    )
+    assert started_sweep().wait() == 0
+    whole = (tmp_path / "runs" / "latest").resolve()
+    told, weights = [trials.changes_of(arm) for arm in trials.folders(whole)], weights_of_arms(tmp_path)
+    for count in (3, 5):
+        process = started_sweep(*(["--fresh"] if count == 3 else []))
+        until(lambda many=count: len(list(tmp_path.glob(f"runs/2*/arms/{many - 1:03d}-*/metrics.jsonl"))) == 2)
+        process.kill()
+        process.wait()
+    assert started_sweep().wait() == 0, (tmp_path / "said.txt").read_text()
+    again = (tmp_path / "runs" / "latest").resolve()
+    assert again != whole and [trials.changes_of(arm) for arm in trials.folders(again)] == told
+    assert weights_of_arms(tmp_path) == weights and "already running" not in (tmp_path / "said.txt").read_text()

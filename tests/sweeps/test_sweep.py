@@ -1,0 +1,354 @@
+"""Sweeps: arms, their order and names, processes, interruption, expectations over arms; and `cvlab verify`."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cvlab.config import loading
+from cvlab.errors import ConfigError
+from cvlab.runs import run_dir
+from cvlab.sweeps import grid, results
+
+BASE = """  experiment: classify
+  data: {name: scenes10, num_train: 100, val_fraction: 0.02}
+  model: {name: deep_convnet, filters: [4], pools: [0]}
+  optimizer: {name: sgd, lr: 1e-2}
+  batch_size: 20
+  duration: {steps: 4}
+  precision: float32
+"""
+SWEEP = f"""experiment: sweep
+base:
+{BASE}grid:
+  optimizer.lr: [1e-3, 1e-2]
+seeds: [0, 1]
+"""
+
+
+def write(tmp_path, text, name="s.yaml"):
+    (tmp_path / name).write_text(text)
+    return name
+
+
+def refusals(tmp_path, text, *overrides):
+    with pytest.raises(ConfigError) as refused:
+        loading.load(write(tmp_path, text), overrides)
+    return [str(error) for error in (refused.value, *refused.value.others)]
+
+
+def test_combinations():
+    found = grid.combinations({"a": (1, 2), "b.c": (True,)}, {"x": (5, 6), "y": (7, 8)}, (0, 1))
+    assert len(found) == 8 and found[0] == {"a": 1, "b.c": True, "x": 5, "y": 7, "seed": 0}
+    assert [arm["x"] + arm["y"] for arm in found[:4]] == [12, 12, 14, 14]
+    assert grid.combinations({}, {}, ()) == [{}]
+
+
+def test_arms_lay_changes_over_the_base_and_leave_it_alone():
+    base = {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
+    changes = [{"optimizer.lr": 0.5, "duration.steps": 7}, {"optimizer": {"name": "adam"}, "model.filters": (8, 8)}]
+    conditions = [({"optimizer.name": "adam"}, {"batch_size": 9})]
+    one, two = grid.expand(base, changes, conditions)
+    assert one.raw["optimizer"] == {"name": "sgd", "lr": 0.5} and one.raw["duration"] == {"steps": 7}
+    assert two.raw["optimizer"] == {"name": "adam"} and two.raw["batch_size"] == 9 and "batch_size" not in one.raw
+    assert (one.name, two.name) == ("000-lr-0.5-steps-7", "001-optimizer-adam-filters-8-8")
+    assert base == {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
+
+
+def test_a_base_can_start_from_another_configuration(tmp_path):
+    text = "experiment: sweep\nbase:\n  from: cifar_bn\n  duration: {steps: 3}\n  optimizer: {lr: 5e-3}\n"
+    loaded = loading.load(write(tmp_path, text + "grid: {model.batchnorm: [true, false]}\n"), ["base.batch_size=50"])
+    base = loaded.config.base
+    assert base["duration"] == {"steps": 3} and base["optimizer"] == {"name": "adam", "lr": 5e-3}
+    assert base["batch_size"] == 50 and base["model"]["filters"] == (16, 32, 32, 64, 64) and "expect" not in base
+    again = loading.load(write(tmp_path, loaded.config.to_yaml(), "again.yaml")).config
+    assert again.to_yaml() == loaded.config.to_yaml()
+    replaced = grid.merge({"optimizer": {"name": "adam", "betas": 1}}, {"optimizer": {"name": "sgd"}})
+    assert replaced == {"optimizer": {"name": "sgd"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("lr: [1e-3, 1e-2]", "lr: [1e-3, -1]"), r"s.yaml:11:3: optimizer.lr: expected a number > 0"),
+        (("optimizer.lr:", "optimizer.lrr:"), r"s.yaml:11:3: unknown key 'optimizer.lrr'; did you mean 'lr'"),
+        (("pools: [0]", "pols: [0]"), r"s.yaml:5:\d+: unknown key 'model.pols'; did you mean 'pools'"),
+        (("[1e-3, 1e-2]", "[]"), r"optimizer.lr: the list of values is empty"),
+        (("[1e-3, 1e-2]", "1e-3"), r"s.yaml:11:3: grid.optimizer.lr: expected a list, got"),
+        (("seeds: [0, 1]", "seeds: [-1]"), r"s.yaml:12:\d+: seeds.0: expected"),
+        (("seeds", "zip: {batch_size: [1, 2], seed: [1]}\nseeds"), "batch_size has 2, seed has 1"),
+        (("seeds", "zip: {optimizer.lr: [1, 2]}\nseeds"), "optimizer.lr is in grid and in zip"),
+        (("[0, 1]", f"[{','.join(map(str, range(501)))}]"), "1002 arms; at most 1000"),
+        (("experiment: classify", "experiment: sweep"), "a sweep of sweeps"),
+        (("seeds: [0, 1]", "seeds: [0, 0]"), "seeds: a value is there twice"),
+        (("[1e-3, 1e-2]", "[1e-3, 1e-3]"), "optimizer.lr: a value is there twice"),
+        (("seeds", "  seed: [5, 6]\nseeds"), "seed is varied twice"),
+        (("seeds", "  optimizer: [{name: adam}]\nseeds"), "optimizer.lr is varied twice, also by optimizer"),
+        (("  batch_size", "  expect: [val_loss < 9]\n  batch_size"), r"s.yaml:7:3: base.expect: an arm has none"),
+        (("seeds", "diverged_counts_as: {val_acuracy: 0.1}\nseeds"), "did you mean 'val_accuracy'"),
+        (("seeds", "conditions: [{when: {optimizer.momentum: 0.0}, set: {reg: 0.1}}]\nseeds"), "write it into base"),
+        (("seeds", "expect: [mean(val_acuracy) > 0]\nseeds"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
+        (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"over arms write for example `mean\(METRIC\)`"),
+        (("seeds", "expect: ['mean(val_loss, optimizer.lr=7) > 0']\nseeds"), "no arm has optimizer.lr=7"),
+        (("seeds", "expect: ['increasing(val_loss, optimizr.lr)']\nseeds"), "no arm has the key optimizr.lr"),
+        (("seeds", "expect: ['mean(val_loss, seed=0) > 0']\nseeds"), "settings are means over seeds"),
+        (("seeds", "conditions: [{when: {seed: 0}, set: {batch_size: 0}}]\nseeds"), r"s.yaml:12:\d+: batch_size"),
+    ],
+)
+def test_mistakes_have_their_place(tmp_path, change, message):
+    found = refusals(tmp_path, SWEEP.replace(*change))
+    assert any(re.search(message, text) for text in found), found
+
+
+def test_overrides_of_axes(tmp_path):
+    chosen = loading.load(write(tmp_path, SWEEP), ["grid.optimizer.lr=[0.5]", "zip.batch_size=[5,10]", "seeds=[3]"])
+    assert [arm.name for arm in chosen.config.arms()] == [
+        "000-lr-0.5-batch_size-5-seed-3",
+        "001-lr-0.5-batch_size-10-seed-3",
+    ]
+    assert loading.load("s.yaml", ["base.duration.epochs=2"]).config.base["duration"] == {"epochs": 2}
+    found = refusals(tmp_path, SWEEP, "grid.optimizer.lr=[-1]")
+    assert found == ["override grid.optimizer.lr=[-1]: optimizer.lr: expected a number > 0 and <= 100, got -1"]
+
+
+def test_a_run_has_no_arms_to_speak_of(tmp_path):
+    found = refusals(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [mean(val_loss) < 9]\n")
+    assert "speaks of a sweep's arms" in found[0]
+
+
+def test_a_sweep_from_start_to_end(cvlab, tmp_path):
+    write(tmp_path, SWEEP + "workers: 2\nexpect: ['spread(val_accuracy) < 1', mean(steps) == 4]\n")
+    code, out, err = cvlab("sweep", "s.yaml", "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["experiment"] == "sweep" and found["metrics"] == {"arms": 4, "diverged": 0}
+    assert [row["keys"] for row in found["settings"]] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}]
+    run = (tmp_path / "runs" / "latest").resolve()
+    arms = sorted((run / "arms").iterdir())
+    assert [arm.name for arm in arms][:2] == ["000-lr-0.001-seed-0", "001-lr-0.001-seed-1"]
+    accuracies = [run_dir.read_summary(arm)["metrics"]["val_accuracy"] for arm in arms]
+    mean = found["settings"][0]["metrics"]["val_accuracy"]
+    assert mean["n"] == 2 and mean["mean"] == pytest.approx(sum(accuracies[:2]) / 2)
+    lines = (run / "table.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("arm,status,optimizer.lr,seed,")
+    assert {path.name for path in (run / "plots").iterdir()} == {
+        f"{name}.png" for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    }
+    # an arm is an ordinary run, and the same as when it is run alone
+    assert cvlab("show", arms[0])[0] == cvlab("eval", arms[0])[0] == cvlab("resume", arms[0])[0] == 0
+    alone = json.loads(cvlab("run", arms[2], "--json", "-q")[1])
+    summaries = [run_dir.read_summary(run_dir.Path(path)) for path in (alone["run"], arms[2])]
+    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+    code, out, _ = cvlab("show", run)
+    assert code == 0 and "val_accuracy" in out and "spread(val_accuracy) < 1" in out
+    repeated = loading.load(str(run)).config
+    assert repeated.to_yaml() == loading.load("s.yaml").config.to_yaml()
+
+
+def setting(**keys):
+    return {"keys": keys, "metrics": {"val_accuracy": {"mean": 0.5, "sd": 0.1, "n": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([setting(lr=x, bn=bn) for x in (0.1, 0.2) for bn in (True, False)], "lr"),
+        ([setting(lr=x, width=w) for x in (0.1, 0.2) for w in (1, 2, 3)], "width"),
+        ([setting(name=n, lr=x) for n, x in (("sgd", 0.1), ("adam", 0.2))], None),  # nothing is held fixed
+        ([setting(name=n) for n in ("sgd", "adam")], None),
+        ([setting(scale=s) for s in ("kaiming", 0.1)], None),
+        ([setting(lr=x) for x in (1e-3, 1e-2)], "lr"),
+    ],
+)
+def test_what_a_metric_is_drawn_over(found, expected):
+    assert results._x_key(found) == expected
+    assert results.draw(found, "val_accuracy", "title")[:4] == b"\x89PNG"
+
+
+def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_path):
+    name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 200}\n  eval_every: 1000"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not any(map(_ended, tmp_path.glob("runs/2*/arms/000*"))):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read().decode()
+    assert process.returncode == 143 and "cvlab resume" in said, said
+    run = (tmp_path / "runs" / "latest").resolve()
+    ended = {arm: (arm / "summary.json").stat().st_mtime_ns for arm in run.glob("arms/*") if _ended(arm)}
+    assert 1 <= len(ended) < 4
+    code, _, err = cvlab("sweep", name, "--workers", 2)
+    assert code == 0 and f"going on with runs/{run.name}" in err
+    assert len([path for path in run.glob("arms/*") if _ended(path)]) == 4
+    assert all((arm / "summary.json").stat().st_mtime_ns == before for arm, before in ended.items())
+    assert cvlab("sweep", name, "--dry-run")[0] == 0
+    assert len(run_dir.list_runs(tmp_path / "runs")) == 1
+
+
+def _ended(arm):
+    return run_dir.read_status(arm).get("status") == "done"
+
+
+def test_arms_end_with_the_sweep_however_it_dies(tmp_path):
+    name = write(tmp_path, SWEEP.replace("steps: 4", "steps: 100000"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list(tmp_path.glob("runs/2*/arms/000*/metrics.jsonl")):
+            time.sleep(0.05)
+        process.kill()
+    arm = next(tmp_path.glob("runs/2*/arms/000*"))
+    while time.monotonic() < deadline and run_dir.read_json(arm / "status.json")["status"] == "running":
+        time.sleep(0.05)
+    assert run_dir.read_status(arm)["status"] == "interrupted" and list((arm / "checkpoints").glob("*.pt"))
+    assert run_dir.read_status(arm.parent.parent)["status"] == "interrupted"
+
+
+def test_an_arm_that_diverges_is_a_result(cvlab, tmp_path):
+    text = SWEEP.replace("[1e-3, 1e-2]", "[1e-2, 100]").replace("seeds: [0, 1]", "seeds: [0]")
+    text = (
+        text.replace("steps: 4}", "steps: 200}\n  reg: 1.0\n  eval_every: 100")
+        + "expect: [diverged(optimizer.lr=100) == 1, diverged() == 0.5]\n"
+    )
+    code, out, err = cvlab("sweep", write(tmp_path, text), "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["metrics"] == {"arms": 2, "diverged": 1} and found["settings"][1]["status"] == ["diverged"]
+    wanted = ["diverged_counts_as={val_accuracy: 0.1}", "expect=['mean(val_accuracy, optimizer.lr=100) == 0.1']"]
+    assert cvlab("sweep", "s.yaml", *wanted, "--fresh", "-q")[0] == 0
+    assert cvlab("sweep", "s.yaml", "expect=[mean(val_accuracy) > 0]", "-q")[0] == 3
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
+    write(tmp_path, "from torch import nn\ndef net(width=3, num_classes=10):\n    return Net(width)\n", "net.py")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, width=3):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(3072, width), nn.Linear(width, 10))\n"
+        "        assert width != 5, 'not five'\n"
+    )
+    text = SWEEP.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:Net'").replace("[0, 1]", "[0]")
+    text = text.replace("optimizer.lr: [1e-3, 1e-2]", "model.width: [5, 6]")
+    code, out, err = cvlab("sweep", write(tmp_path, text))
+    assert code == 1 and "1 arms failed" in err and "AssertionError: not five" in err, err
+    run = (tmp_path / "runs" / "latest").resolve()
+    assert [results.read_arm(arm)["status"] for arm in sorted((run / "arms").iterdir())] == ["failed", "done"]
+    for copied in (run / "net.py", *run.glob("arms/*/net.py")):
+        copied.write_text(copied.read_text().replace("width != 5", "True"))
+    assert cvlab("resume", run)[0] == 0
+
+
+def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
+    for folder, width in (("a", 4), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(
+            "from torch import nn\ndef net():\n"
+            f"    return nn.Sequential(nn.Flatten(), nn.Linear(3072, {width}), nn.Linear({width}, 10))\n"
+        )
+    text = SWEEP.replace("[0, 1]", "[0]").replace(
+        "optimizer.lr: [1e-3, 1e-2]", "model: [{name: './a/net.py:net'}, {name: './b/net.py:net'}]"
+    )
+    name = write(tmp_path, text + "expect: ['mean(parameters, model.name=./a/net.py:net) < 20000']\n")
+    code, out, err = cvlab("sweep", name, "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert [row["keys"]["model.name"] for row in found["settings"]] == ["./a/net.py:net", "./b/net.py:net"]
+    run = (tmp_path / "runs" / "latest").resolve()
+    status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
+    (run / "status.json").write_text(json.dumps(status))
+    code, _, err = cvlab("sweep", name)
+    assert code == 0 and "going on with" in err and "2 of them ended before" in err
+    (run / "status.json").write_text(json.dumps(status))
+    (tmp_path / "a" / "net.py").write_text((tmp_path / "a" / "net.py").read_text() + "# repaired\n")
+    code, _, err = cvlab("sweep", name)
+    assert code == 0 and "going on with" not in err
+
+
+def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):
+    net = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
+    (tmp_path / "net.py").write_text(net)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    text = SWEEP.replace("deep_convnet, filters: [4], pools: [0]", "'../net.py:net'").replace("[1e-3, 1e-2]", "[1e-3]")
+    rule = "expect: ['mean(parameters, model.name=../net.py:net) == 30730']\n"
+    write(tmp_path / "below", text.replace("[0, 1]", "[0]") + rule)
+    assert cvlab("sweep", "s.yaml")[0] == 0
+    run = (tmp_path / "below" / "runs" / "latest").resolve()
+    (tmp_path / "net.py").unlink()
+    assert loading.load(str(run)).config.base["model"]["name"] == "./_up/net.py:net"
+    assert (run / "_up" / "net.py").read_text() == net
+    assert cvlab("run", run)[0] == 0, "repeated from its own directory"
+
+
+def test_sets_on_an_axis_take_no_stand_in(cvlab, tmp_path):
+    name = write(tmp_path, SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "data.name: [scenes10, cifar10]"))
+    code, _, err = cvlab("sweep", name)
+    assert code == 4 and "`cvlab data fetch cifar10` gets it" in err and not (tmp_path / "runs").exists()
+
+
+def test_more_values_than_a_file_may_have_are_refused_at_once(cvlab, tmp_path):
+    seeds = f"seeds=[{','.join(map(str, range(590)))}]"
+    code, _, err = cvlab("sweep", write(tmp_path, SWEEP.replace("[1e-3, 1e-2]", "[1e-3]")), seeds)
+    assert code == 2 and "more than 600 values" in err and not (tmp_path / "runs").exists()
+
+
+def test_a_budget_in_seconds_is_no_seed(tmp_path):
+    text = SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "duration: [{seconds: 1}, {seconds: 2}]")
+    assert loading.load(write(tmp_path, text)).config.varied() == ["duration.seconds"]
+
+
+def test_missing_and_damaged_arms(cvlab, tmp_path):
+    name = write(tmp_path, SWEEP.replace("[0, 1]", "[0]"))
+    assert cvlab("sweep", name, "-q")[0] == 0
+    run = (tmp_path / "runs" / "latest").resolve()
+    (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
+    (run / "arms" / ".ipynb_checkpoints").mkdir()
+    (run / "arms" / "000-lr-0.001-seed-0" / "summary.json").write_text("{")
+    code, out, _ = cvlab("resume", run, "--json", "-q")
+    assert code == 0 and [row["status"] for row in json.loads(out)["settings"]] == [["damaged"], ["done"]]
+    (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
+    (run / "arms" / "001-lr-0.01-seed-0").rename(tmp_path / "away")
+    code, _, err = cvlab("resume", run)
+    assert code == 5 and "the arm 001-lr-0.01-seed-0 is gone" in err
+
+
+def test_any_configuration_with_axes(cvlab, tmp_path):
+    name = write(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [train_accuracy > 2]\n", "plain.yaml")
+    code, out, err = cvlab("sweep", name, "grid.batch_size=[10,20]", "base.duration.steps=2", "--json", "-q")
+    assert code == 0, err
+    assert [row["keys"] for row in json.loads(out)["settings"]] == [{"batch_size": 10}, {"batch_size": 20}]
+    code, _, err = cvlab("sweep", name, "grid.batch_sze=[10,20]")
+    assert code == 2 and "did you mean 'batch_size'" in err
+
+
+def test_verify(cvlab, tmp_path):
+    flat = BASE.replace("\n  ", "\n").strip()
+    good = write(tmp_path, flat + "\nexpect: [steps == 4, train_accuracy <= 1]\n", "good.yaml")
+    bad = write(tmp_path, flat + "\nexpect: [train_accuracy > 1]\n", "bad.yaml")
+    worse = write(tmp_path, flat.replace("scenes10", "cifar10") + "\nexpect: [steps == 4]\n", "worse.yaml")
+    code, out, _ = cvlab("verify", good, "--json", "-q")
+    assert code == 0 and [row["met"] for row in json.loads(out)["verified"]] == [True, True]
+    code, out, err = cvlab("verify", good, bad)
+    assert code == 3 and "NOT MET" in out and "not met: bad: train_accuracy > 1" in err
+    code, out, err = cvlab("verify", bad, worse, good, "--json")
+    found = json.loads(out)
+    assert (
+        code == 4
+        and found["error"]["code"] == 4
+        and [row["met"] for row in found["verified"]] == [False] * 2 + [True] * 2
+    )
+    (tmp_path / "net.py").write_text("def net():\n    return 1 / 0\n")
+    own = write(tmp_path, flat.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:net'"), "own.yaml")
+    code, out, _ = cvlab("verify", own, good, "--json")
+    assert code == 1 and [row["met"] for row in json.loads(out)["verified"]] == [False, True, True]
+    before = len(run_dir.list_runs(tmp_path / "runs"))
+    assert cvlab("verify", good, "nosuch")[0] == 2 and len(run_dir.list_runs(tmp_path / "runs")) == before
