@@ -18,9 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cvlab.data import captions, photos
+from cvlab.data import photos
 from cvlab.errors import CvlabError, DataError
-from cvlab.experiments.detection.data import annotations, dataset
+from cvlab.experiments.captioning import dataset
+from cvlab.experiments.detection.data import annotations
+from cvlab.experiments.detection.data import dataset as data_dataset
 from cvlab.experiments.detection.models.darknet import Conv, read_darknet
 from cvlab.models import weights
 from cvlab.runs import checkpoint
@@ -140,7 +142,7 @@ def darknet(folder):
 
 
 def boxes(path):
-    found = dataset.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
+    found = data_dataset.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
     for items in found.splits.values():
         for item in items:
             assert torch.isfinite(item.boxes_xyxy).all() and (item.boxes_xyxy >= 0).all()
@@ -149,7 +151,7 @@ def boxes(path):
 
 
 def said(path):
-    for items in captions.own(path, 0.25).splits.values():
+    for items in dataset.own(path, 0.25).splits.values():
         assert all(item.path.is_file() and item.sentences for item in items)
 
 

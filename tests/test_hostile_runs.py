@@ -9,7 +9,7 @@ import pytest
 
 from cvlab.errors import CvlabError
 from cvlab.reports import compare, html, index, tables
-from cvlab.runs import run_dir
+from cvlab.runs.records import is_run
 from cvlab.runs.run_dir import RunDir
 
 FILES = ("config.yaml", "env.json", "status.json", "summary.json", "metrics.jsonl", "log.txt")
@@ -114,7 +114,7 @@ def test_whatever_is_in_its_files_a_run_is_listed_and_its_readers_raise_no_other
     what = damage(path, draw)
     other = tmp_path / "20261125-120000-y-0002"
     write(other)
-    if run_dir.is_run(path):
+    if is_run(path):
         rows = index.runs(tmp_path)
         assert [row["run"] for row in rows] == [path.name, other.name], what
         html.index_page(rows)

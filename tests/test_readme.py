@@ -9,7 +9,7 @@ import yaml
 
 from cvlab import errors
 from cvlab.config import loading
-from cvlab.runs import run_dir
+from cvlab.runs.records import STATES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -86,7 +86,7 @@ def test_the_exit_codes_are_those_of_the_errors():
 
 
 def test_the_states_are_those_of_a_run():
-    assert " | ".join(run_dir.STATES) in README
+    assert " | ".join(STATES) in README
 
 
 def test_every_shipped_configuration_has_its_results():

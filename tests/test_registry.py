@@ -13,7 +13,8 @@ TARGET = re.compile(r"cvlab(\.\w+)+(:\w+)?|torch:\w+")
 
 def targets():
     """Return the strings of the form `cvlab.module` or `cvlab.module.Name`; tables too."""
-    from cvlab.engine.optimizers import OPTIMIZERS, SCHEDULES
+    from cvlab.engine.optimizers import OPTIMIZERS
+    from cvlab.engine.schedules import SCHEDULES
 
     texts = {*OPTIMIZERS.names.values(), *SCHEDULES.names.values()}
     for path in PACKAGE.rglob("*.py"):

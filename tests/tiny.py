@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cvlab.engine import loop, trainer
-from cvlab.engine.task import Job, TrainConfig
+from cvlab.engine import device, loop, trainer
+from cvlab.engine.config import TrainConfig
+from cvlab.engine.task import Job
 from cvlab.experiments.classification.data.augment import Augmentation
 from cvlab.experiments.classification.data.hard_examples import HardBatches
 from cvlab.experiments.classification.data.images import eval_batches, normalization
@@ -20,7 +21,8 @@ STEPS = 32
 def settings(optimizer="adamw", **more):
     """A configuration of the tiny training."""
     from cvlab.config.schema import part_type
-    from cvlab.engine.optimizers import OPTIMIZERS, SCHEDULES
+    from cvlab.engine.optimizers import OPTIMIZERS
+    from cvlab.engine.schedules import SCHEDULES
 
     def part(table, **arguments):
         name = arguments.pop("name")
@@ -50,14 +52,14 @@ def settings(optimizer="adamw", **more):
 
 def job(config, on_step=lambda step: None):
     """The job of the tiny training; `on_step(step)` is called before each step's batch is made."""
-    where = loop.compute("cpu", config.precision, config.threads)
+    where = device.compute("cpu", config.precision, config.threads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
     normalize = normalization(images, "mean", where.dtype, where.device)
     arguments = (images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation("alternating", 1, 2))
     batches = HardBatches(*arguments, skip_easy=0.4)
-    loop.seed_everything(config.seed)
+    device.seed_everything(config.seed)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(144, 3)
     ).to(where.dtype)

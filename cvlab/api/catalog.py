@@ -1,18 +1,15 @@
 """What the looking commands show, as plain dictionaries."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cvlab import console, registry
 from cvlab.config import loading
-from cvlab.config.schema import Part, Table, part_type, tables_of
+from cvlab.config.schema import part_type
 from cvlab.data import datasets
 from cvlab.errors import DataError
 from cvlab.reports import compare as comparing
-from cvlab.runs import run_dir
-from cvlab.storage import atomic
+from cvlab.storage.cache import data_root
 
 Row = dict[str, Any]
 
@@ -22,21 +19,6 @@ def show(path: Path) -> Row:
     from cvlab.api import run
 
     return {**run.result(path), "ok": True, "config": comparing.read_config(path)}
-
-
-def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) -> list[str]:
-    """Write compare.csv, compare.json and compare.png into a folder; return their paths."""
-    from cvlab.reports import plots
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise atomic.disk_error(folder, error, "name a folder with --out") from error
-    atomic.write_text(folder / "compare.csv", comparing.to_csv(comparison))
-    atomic.write_text(folder / "compare.json", json.dumps(run_dir.plain(comparison), indent=2) + "\n")
-    picture = plots.draw_comparison(runs)
-    atomic.write(folder / "compare.png", lambda file: file.write(picture))
-    return [str(folder / name) for name in ("compare.csv", "compare.json", "compare.png")]
 
 
 def shipped() -> list[Row]:
@@ -77,7 +59,7 @@ def data_lines() -> list[Row]:
     rows = []
     for name in datasets.SETS:
         source = datasets.find(name)
-        state = source.state(datasets.root())
+        state = source.state(data_root())
         rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.licence})
     return rows
 
@@ -86,7 +68,7 @@ def fetch(name: str, origin: Path | None) -> Row:
     """Get a data set and check it."""
     from cvlab.storage import download
 
-    source, root = datasets.find(name), datasets.root()
+    source, root = datasets.find(name), data_root()
     if source.fetch is not None and (origin is not None or not _is_whole(source, root)):
         if origin is None and not download.allowed():
             raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
@@ -109,30 +91,6 @@ def _is_whole(source: datasets.Source, root: Path) -> bool:
 
 def check(name: str | None) -> Row:
     """Verify one data set, or all that are on the disk."""
-    root = datasets.root()
+    root = data_root()
     names = [name] if name else [known for known in datasets.SETS if datasets.find(known).ready(root)]
     return {known: datasets.find(known).check(root) for known in names}
-
-
-def json_schema() -> Row:
-    """Return a JSON Schema of every configuration, for editors: one branch per experiment."""
-    branches: list[Row] = []
-    definitions: Row = {}
-    for name in registry.experiment_names():
-        config_type = registry.get_experiment(name).Config
-        schema = config_type.model_json_schema()
-        schema["properties"]["experiment"] = {"const": name}
-        for key, table in tables_of(config_type).items():
-            options = [_block_schema(table, known) for known in table.names]
-            schema["properties"][key] = {"anyOf": [*options, {"properties": {"name": {"pattern": "[:]"}}}]}
-        definitions |= schema.pop("$defs", {})
-        branches.append(schema)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cvlab configuration"}
-    return {**head, "$defs": definitions, "anyOf": branches}
-
-
-def _block_schema(table: Table, name: str) -> Row:
-    made: type[Part] = part_type(table, name, table.find(name, Path()))
-    schema = made.model_json_schema()
-    schema["required"] = sorted({*schema.get("required", []), "name"})
-    return schema

@@ -12,7 +12,8 @@ from cvlab import __version__, console
 from cvlab.api import fault_check
 from cvlab.config import loading
 from cvlab.data import datasets
-from cvlab.runs import run_dir
+from cvlab.runs.find import runs_root
+from cvlab.storage.cache import data_root
 
 Check = tuple[str, bool, str]
 
@@ -38,10 +39,10 @@ def _torchvision() -> str:
 def _devices() -> str:
     import torch
 
-    from cvlab.engine import loop
+    from cvlab.engine import device
 
     names = [f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())]
-    where = loop.compute()
+    where = device.compute()
     return f"{', '.join(names) or 'no GPU'}; auto means {where.device} in {where.precision}"
 
 
@@ -72,8 +73,8 @@ def _disk(folder: Path) -> str:
 
 
 def _data() -> str:
-    states = [f"{name} {datasets.find(name).state(datasets.root())}" for name in datasets.SETS]
-    return f"{datasets.root()}: {', '.join(states)}"
+    states = [f"{name} {datasets.find(name).state(data_root())}" for name in datasets.SETS]
+    return f"{data_root()}: {', '.join(states)}"
 
 
 def _configs() -> str:
@@ -92,13 +93,13 @@ def examine(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
         "devices": _devices,
         "speed": _speed,
         "configurations": _configs,
-        "runs": lambda: _disk(run_dir.runs_root(runs_dir)),
+        "runs": lambda: _disk(runs_root(runs_dir)),
         "data": _data,
-        "data disk": lambda: _disk(datasets.root()),
+        "data disk": lambda: _disk(data_root()),
     }
     found = [_examine_one(name, check) for name, check in checks.items()]
     if faults:
-        found += fault_check.run(run_dir.runs_root(runs_dir))
+        found += fault_check.run(runs_root(runs_dir))
     return {"ok": all(ok for _, ok, _ in found), "checks": [{"name": n, "ok": ok, "found": t} for n, ok, t in found]}
 
 

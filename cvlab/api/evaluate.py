@@ -6,7 +6,9 @@ from typing import Any
 from cvlab import console, registry
 from cvlab.config import loading
 from cvlab.errors import CheckpointError, ConfigError, RunDirError
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
+from cvlab.runs.find import config_file
+from cvlab.runs.records import read_json
 from cvlab.runs.run_dir import RunDir
 
 CHOICES = ("last", "best")
@@ -17,7 +19,7 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
 
     Without any splits it is evaluated on validation, where there is one, and test.
     """
-    chosen = loading.load(str(run_dir.config_file(path)), [f"device={device}"] if device else []).config
+    chosen = loading.load(str(config_file(path)), [f"device={device}"] if device else []).config
     experiment = registry.get_experiment(chosen.experiment)
     if not hasattr(experiment, "evaluate_run"):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no weights to evaluate")
@@ -28,7 +30,7 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
         "experiment": chosen.experiment,
         "checkpoint": which,
         "step": state.get("step"),
-        "data": run_dir.read_json(path / "summary.json").get("data"),
+        "data": read_json(path / "summary.json").get("data"),
         "metrics": experiment.evaluate_run(chosen, path, state, splits),
     }
     try:

@@ -18,7 +18,8 @@ from cvlab.api import evaluate
 from cvlab.config import loading
 from cvlab.engine.task import Exported
 from cvlab.errors import CheckpointError, ConfigError
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
+from cvlab.runs.find import config_file
 from cvlab.storage import atomic
 
 FORMATS = ("safetensors", "onnx")
@@ -39,7 +40,7 @@ def export(path: Path, kind: str, which: str, file: Path | None) -> dict[str, An
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if kind == "onnx" and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed", "pip install 'cvlab[onnx]'")
-    chosen = loading.load(str(run_dir.config_file(path)), ["device=cpu", "precision=float32"]).config
+    chosen = loading.load(str(config_file(path)), ["device=cpu", "precision=float32"]).config
     experiment = registry.get_experiment(chosen.experiment)
     if not hasattr(experiment, "exported"):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no net to export")

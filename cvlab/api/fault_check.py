@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.errors import CheckpointError, CvlabError
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
+from cvlab.runs.records import read_summary
 from cvlab.storage import atomic
 
 STEPS = 60
@@ -52,7 +53,7 @@ def _finish(process: "subprocess.Popen[str]") -> Any:
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {(err or out).strip().splitlines()[-1:]}")
-    return run_dir.read_summary(Path(json.loads(out)["run"]))["weights_sha256"]
+    return read_summary(Path(json.loads(out)["run"]))["weights_sha256"]
 
 
 def _killed(root: Path, kills: int, draw: random.Random) -> tuple[str, bool, str]:

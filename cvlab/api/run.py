@@ -11,12 +11,15 @@ from cvlab.config.schema import AnyConfig, DataBlock
 from cvlab.config.validation import SWEEP
 from cvlab.data import datasets
 from cvlab.data.resolve import Policy, label, settle
-from cvlab.distributed import process_group
+from cvlab.distributed import collectives, process_group
 from cvlab.errors import ConfigError, CvlabError, StoppedError
-from cvlab.runs import run_dir, user_code
+from cvlab.runs import user_code
 from cvlab.runs.environment import environment
+from cvlab.runs.find import config_file, create_run
 from cvlab.runs.follower import Follower
+from cvlab.runs.records import ENDED, is_run, read_json, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage.cache import data_root
 from cvlab.sweeps import arms
 
 Result = dict[str, Any]
@@ -70,9 +73,9 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
 
 def _data_plan(block: Any) -> Result:
     source = None if registry.is_user_file(block.name) else datasets.find(block.name)
-    ready = source is None or source.builtin or source.ready(datasets.root())
+    ready = source is None or source.builtin or source.ready(data_root())
     missing = {} if ready else {"standin": block.standin, "to get it": f"cvlab data fetch {block.name}"}
-    return {"data": label(block), "data_root": str(datasets.root()), "data_ready": ready, **missing}
+    return {"data": label(block), "data_root": str(data_root()), "data_ready": ready, **missing}
 
 
 def start(loaded: loading.Loaded, policy: Policy, root: Path) -> Result:
@@ -106,7 +109,7 @@ def _created(chosen: AnyConfig, loaded: loading.Loaded, root: Path) -> RunDir:
         registry.get_experiment(chosen.experiment).plan(
             chosen, loaded.base
         )  # what cannot work is refused before it exists
-    return run_dir.create(root, chosen.name, console.say)
+    return create_run(root, chosen.name, console.say)
 
 
 def _written(chosen: AnyConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1) -> AnyConfig:
@@ -125,7 +128,7 @@ def _written(chosen: AnyConfig, loaded: loading.Loaded, out: RunDir, processes: 
 
 def require_processes(loaded: loading.Loaded, processes: int) -> None:
     """Raise ConfigError unless a configuration trains, and so many processes can share its batches."""
-    from cvlab.engine.task import TrainConfig
+    from cvlab.engine.config import TrainConfig
 
     if not isinstance(loaded.config, TrainConfig):
         raise ConfigError(f"{loaded.source}: {loaded.config.experiment} runs in one process", "leave --nproc out")
@@ -134,13 +137,13 @@ def require_processes(loaded: loading.Loaded, processes: int) -> None:
 
 def processes_of(path: Path) -> int:
     """Return in how many processes a run was begun."""
-    count = run_dir.read_json(path / "env.json").get("processes", 1)
+    count = read_json(path / "env.json").get("processes", 1)
     return count if isinstance(count, int) else 1
 
 
 def has_ended(path: Path) -> bool:
     """Whether a run has its result."""
-    return run_dir.read_json(path / "status.json").get("status") in run_dir.ENDED
+    return read_json(path / "status.json").get("status") in ENDED
 
 
 def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
@@ -149,11 +152,11 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
     `changed` are keys that may differ from when it was started, because the result does not depend on them.
     """
     out = RunDir(path, console.say) if process_group.is_main() else Follower(path)
-    source = run_dir.config_file(path)
+    source = config_file(path)
     with out.locked():
-        status = process_group.from_main(lambda: run_dir.read_json(path / "status.json").get("status"))
+        status = collectives.from_main(lambda: read_json(path / "status.json").get("status"))
         has_begun = status is not None
-        if status in run_dir.ENDED:
+        if status in ENDED:
             console.say(f"{path} has ended; nothing to resume")
             return result(path)
         chosen = loading.load(str(source)).config
@@ -163,7 +166,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
         if has_begun and not saved and chosen.experiment != SWEEP:
             out.log("nothing was saved before it stopped: it starts from the beginning")
-        env = process_group.from_main(lambda: run_dir.read_json(path / "env.json"))
+        env = collectives.from_main(lambda: read_json(path / "env.json"))
         _pin_threads(env.get("threads"))
         again = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
         out.write_json("env.json", env | again)
@@ -186,7 +189,7 @@ def _execute(chosen: AnyConfig, out: RunDir) -> Result:
     began = time.monotonic()
     module = registry.get_experiment(chosen.experiment)
     try:
-        metrics = module.run(chosen, out, arms.add) if chosen.experiment == SWEEP else module.run(chosen, out)
+        metrics = module.run(chosen, out)
     except BaseException as error:
         _record_failure(out, error)
         if isinstance(error, CvlabError):
@@ -222,7 +225,7 @@ def _publish(out: RunDir) -> None:
 
     wrong = html.quietly(html.write_run, out.path)
     root = out.path.parent
-    if not wrong and not run_dir.is_run(root.parent):
+    if not wrong and not is_run(root.parent):
         wrong = html.quietly(lambda: html.write_index(root, index.runs(root)))
     if wrong:
         out.log(f"warning: the page about this run could not be written: {wrong}")
@@ -250,8 +253,8 @@ def _record_failure(out: RunDir, error: BaseException) -> None:
 
 def result(path: Path) -> Result:
     """Return what `--json` prints of a run that has ended."""
-    summary = run_dir.read_summary(path)
-    status = run_dir.read_status(path).get("status", "unknown")
+    summary = read_summary(path)
+    status = read_status(path).get("status", "unknown")
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name[0] != ".")
     return {
         "ok": status == "done",

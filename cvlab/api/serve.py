@@ -13,7 +13,8 @@ from pathlib import Path
 from cvlab import __version__
 from cvlab.errors import CvlabError, RunDirError
 from cvlab.reports import html, index
-from cvlab.runs import run_dir
+from cvlab.runs.find import list_runs
+from cvlab.runs.records import read_status
 
 HOST = "127.0.0.1"
 REFRESH_SECONDS = 3
@@ -79,9 +80,9 @@ def _page(root: Path, name: str) -> str | None:
     """Return the page that is asked for; None where there is no such run."""
     if name == "":
         return html.index_page(index.runs(root), link="/{name}/", refresh=REFRESH_SECONDS)
-    for path in run_dir.list_runs(root):
+    for path in list_runs(root):
         if path.name == name:
-            is_running = run_dir.read_status(path).get("status") == "running"
+            is_running = read_status(path).get("status") == "running"
             return html.run_page(path, home="/", refresh=REFRESH_SECONDS if is_running else None)
     return None
 

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from cvlab import registry
 from cvlab.errors import ConfigError
 from cvlab.reports import compare, curves
-from cvlab.runs import run_dir
-from cvlab.runs.run_dir import Row
+from cvlab.runs.records import Row, read_metrics, read_status, read_summary
 
 POLL_SECONDS = 1.0
 LONGEST = 250  # characters of a configuration's value in MLflow, whose limit has changed between versions
@@ -133,18 +132,18 @@ def tell(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] = t
     last = 0
     for last, metrics in _rows(path, follow, sleep):
         tracker.log(metrics, last)
-    final = _numbers(run_dir.read_summary(path).get("metrics", {}))
+    final = _numbers(read_summary(path).get("metrics", {}))
     if final:
         tracker.log({f"final/{name}": value for name, value in final.items()}, last)
-    return tracker.close(str(run_dir.read_status(path).get("status")))
+    return tracker.close(str(read_status(path).get("status")))
 
 
 def _rows(path: Path, follow: bool, sleep: Callable[[float], None]) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield step and numbers of each row; of photos the row's own number. With `follow` wait for more."""
     done = 0
     while True:
-        is_running = follow and run_dir.read_status(path).get("status") == "running"
-        for number, row in enumerate(run_dir.read_metrics(path)):
+        is_running = follow and read_status(path).get("status") == "running"
+        for number, row in enumerate(read_metrics(path)):
             if number < done:
                 continue
             done = number + 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from cvlab import _compat
 from cvlab.bench import harness
 from cvlab.data import photos
-from cvlab.engine import loop
+from cvlab.engine import device as engine_device
 from cvlab.experiments.detection import inference
 from cvlab.ops import average_precision, nms
 from cvlab.ops.average_precision import Detections, Truth
@@ -29,7 +29,7 @@ Loops = dict[str, Callable[[], object]]
 
 def run(rounds: int, device: str) -> dict[str, Any]:
     """Measure; returns `{"what", "loops": [{"loop", "seconds", "against_ours"}]}`, rivals after ours."""
-    where = loop.compute(device)
+    where = engine_device.compute(device)
     rows = []
     for pair in _pairs(where):
         taken = harness.alternate({name: harness.synchronized(where, loop) for name, loop in pair.items()}, rounds)
@@ -40,13 +40,13 @@ def run(rounds: int, device: str) -> dict[str, Any]:
     return {"ok": True, "what": harness.about(where, where.precision, rounds), "loops": rows}
 
 
-def _pairs(where: loop.Compute) -> list[Loops]:
+def _pairs(where: engine_device.Compute) -> list[Loops]:
     """Return what is measured, each before its rivals."""
     made = [_nms(count, where) for count in NMS_COUNTS]
     return [*made, _roi_align(where), _precision(), *(_detector(name, where) for name in inference.COMING_ALONG)]
 
 
-def _nms(count: int, where: loop.Compute) -> Loops:
+def _nms(count: int, where: engine_device.Compute) -> Loops:
     generator = torch.Generator().manual_seed(0)
     corner, sides = torch.rand(2, count, 2, generator=generator)
     boxes_xyxy = torch.cat([corner, corner + 0.1 * sides + 0.01], 1).to(where.device) * 1000
@@ -65,7 +65,7 @@ def _library(name: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module("torchvision.ops"), name) if has_it else None
 
 
-def _roi_align(where: loop.Compute) -> Loops:
+def _roi_align(where: engine_device.Compute) -> Loops:
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(MAPS, generator=generator).to(where.device, memory_format=torch.channels_last)
     maps.requires_grad_(True)
@@ -137,7 +137,7 @@ def _torchmetrics(found: list[Detections], truths: list[Truth]) -> object:
     return metric.compute()
 
 
-def _detector(model: str, where: loop.Compute) -> Loops:
+def _detector(model: str, where: engine_device.Compute) -> Loops:
     finder = inference.open_finder(model, None, where)
     photo = photos.load(photos.find([photos.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
     width, height = PHOTO_PX

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cvlab.bench import harness
 from cvlab.data import photos
-from cvlab.engine import loop as engine_loop
+from cvlab.engine import device as engine_device
 from cvlab.experiments.adversarial import attack
-from cvlab.experiments.adversarial.example import Attack
+from cvlab.experiments.adversarial.attack import Attack
 from cvlab.experiments.common.photo_batches import Photo
 from cvlab.models import pretrained
 from cvlab.ops import saliency
@@ -35,7 +35,7 @@ def bare_net(device: torch.device) -> nn.Module:
 
 def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
     """Measure both; returns `{"what", "loops": [{"loop", "seconds", "times_as_fast"}]}`, seconds for one step each."""
-    where = engine_loop.compute(device, "float32")
+    where = engine_device.compute(device, "float32")
     model, bare = pretrained.build(device=where.device), bare_net(where.device)
     whole = photos.load(photos.find([photos.SAMPLE])[0])
     batch = [
@@ -55,7 +55,7 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
             **{
                 f"attack, {size} size, {precision}": _attack(size, precision, device, model, batch, out)
                 for size in ("model", "original")
-                for precision in dict.fromkeys(("float32", engine_loop.compute(device).precision))
+                for precision in dict.fromkeys(("float32", engine_device.compute(device).precision))
             },
         }
         seconds = harness.alternate(loops, rounds)
@@ -80,7 +80,7 @@ def _gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.autograd.grad(net(leaf).gather(1, y[:, None]).sum(), leaf)[0].abs().amax(1)
 
 
-def _captum(where: engine_loop.Compute, net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
+def _captum(where: engine_device.Compute, net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
     if importlib.util.find_spec("captum") is None:
         return {}
     made = importlib.import_module("captum.attr").Saliency(net)
@@ -114,7 +114,7 @@ def _attack(
     size: str, precision: str, device: str, model: pretrained.Pretrained, batch: list[Photo], out: RunDir
 ) -> Callable[[], None]:
     config = attack.Config(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
-    where = engine_loop.compute(device, precision)
+    where = engine_device.compute(device, precision)
     made = Attack(config, model, where, TARGET, out)
     victims = made.victims(batch)
 

@@ -18,7 +18,7 @@ import torch
 from cvlab import console
 from cvlab.distributed import process_group
 from cvlab.errors import CvlabError
-from cvlab.runs import run_dir
+from cvlab.runs.records import read_summary
 
 SIZES_PREDICTED = (2, 4, 8, 16, 32)
 EXCHANGED_BYTES = (4_000, 40_000_000)  # of float32: the one shows the latency, the other the rate
@@ -64,7 +64,7 @@ def _trained(words: list[str], processes: int, steps: int, folder: Path) -> dict
     root = folder / f"{processes}"
     command = [sys.executable, "-m", "cvlab", "train", *words, *changed, "--runs-dir", str(root), "--json", "-q"]
     _said([*command, f"--nproc={processes}"])
-    metrics: dict[str, Any] = run_dir.read_summary(root / "latest")["metrics"]
+    metrics: dict[str, Any] = read_summary(root / "latest")["metrics"]
     return metrics
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cvlab.bench import harness
+from cvlab.bench import harness, training
 from cvlab.experiments.classification import throughput
 
 WARM_UP_STEPS = 3
@@ -42,7 +42,7 @@ def shares(name: str, steps: int, device: str) -> dict[str, Any]:
 
     On a GPU it is the time of the kernels that counts, elsewhere that of the processor.
     """
-    chosen, parts = harness.training(name, device)
+    chosen, parts = training.training(name, device)
 
     def batch_at(step: int) -> Any:
         with record_function(DATA):

@@ -22,10 +22,10 @@ def bench(
     """Measure the machine's rates, and images/s of every shipped training as a share of them."""
     if context.invoked_subcommand is not None:
         return
-    from cvlab.bench import harness
+    from cvlab.bench import training
     from cvlab.reports import tables
 
-    found = harness.everything(rounds, device or "auto")
+    found = training.everything(rounds, device or "auto")
 
     def render() -> None:
         rates = found["machine"]
@@ -50,10 +50,10 @@ def bench_engine(
     debug: Debug = False,
 ) -> None:
     """Compare `fit` with a bare training loop of the same net in the same process."""
-    from cvlab.bench import harness
+    from cvlab.bench import training
     from cvlab.reports import tables
 
-    found = harness.engine(rounds, steps, device or "auto", config)
+    found = training.engine(rounds, steps, device or "auto", config)
     rows = [(row["loop"], row["images_per_second"], row["against_bare"]) for row in found["loops"]]
     columns = ("loop", "images/s (median)", "time against bare")
     show(found, as_json, lambda: tables.table(found["what"], columns, rows))
@@ -84,10 +84,10 @@ def bench_layers(
     debug: Debug = False,
 ) -> None:
     """Compare the hand-written layers with torch's, on the shapes of the net of 60 seconds."""
-    from cvlab.bench import harness
+    from cvlab.bench import layers
     from cvlab.reports import tables
 
-    found = harness.layers(rounds, device or "auto")
+    found = layers.layers(rounds, device or "auto")
     columns = ("layer", "input", "torch, ms", "manual / torch", "manual_alt / torch")
     rows = [
         (

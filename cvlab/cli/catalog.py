@@ -33,9 +33,9 @@ def list_runs(
 ) -> None:
     """List the runs, the newest last."""
     from cvlab.reports import index, tables
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import runs_root
 
-    rows = index.runs(run_dir.runs_root(runs_dir))
+    rows = index.runs(runs_root(runs_dir))
     columns = ("run", "status", "experiment", "data", "result")
     title = f"the newest {last} of {len(rows)} runs; --last {len(rows)} shows all" if len(rows) > last else ""
     shown = [[row[column] or "-" for column in columns] for row in rows[-last:]]
@@ -47,9 +47,9 @@ def show_run(run: RunArgument, runs_dir: RunsDir = None, as_json: Json = False, 
     """Show one run: status, configuration, metrics, expectations."""
     from cvlab.api import catalog
     from cvlab.reports import tables
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import find_run, runs_root
 
-    found = catalog.show(run_dir.find(run, run_dir.runs_root(runs_dir)))
+    found = catalog.show(find_run(run, runs_root(runs_dir)))
 
     def render() -> None:
         tables.show_block("configuration", found["config"])
@@ -68,16 +68,16 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Show runs side by side. What differs between them, and their metrics."""
-    from cvlab.api import catalog
+    from cvlab.api import compare as api_compare
     from cvlab.reports import compare as comparing
     from cvlab.reports import tables
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import find_run, runs_root
 
-    root = run_dir.runs_root(runs_dir)
-    labelled = comparing.labels([run_dir.find(run, root) for run in runs])
+    root = runs_root(runs_dir)
+    labelled = comparing.labels([find_run(run, root) for run in runs])
     comparison = {"ok": True, **comparing.compare(labelled)}
     if out is not None:
-        comparison["files"] = catalog.write_comparison(comparison, labelled, out)
+        comparison["files"] = api_compare.write_comparison(comparison, labelled, out)
     if as_csv and not as_json:
         print(comparing.to_csv(comparison), end="")
         return
@@ -95,11 +95,12 @@ def show_config(
 ) -> None:
     """Print a configuration fully resolved. Without one, list those that are shipped."""
     from cvlab.api import catalog
+    from cvlab.config import json_schema
     from cvlab.config import loading as configs
     from cvlab.reports import tables
 
     if schema:
-        print(json.dumps(catalog.json_schema(), indent=2))
+        print(json.dumps(json_schema.json_schema(), indent=2))
         return
     if config is None:
         shipped = catalog.shipped()

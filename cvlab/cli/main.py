@@ -87,14 +87,15 @@ def run(
 ) -> None:
     """Run a configuration in a new run directory."""
     console.set_level(quiet, verbose)
+    from cvlab.api import launch
     from cvlab.api import run as api_run
     from cvlab.config import loading as configs
     from cvlab.data.resolve import Policy
     from cvlab.distributed import launcher, process_group
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import runs_root
 
     policy = Policy(offline, download, no_standin)
-    root = run_dir.runs_root(runs_dir)
+    root = runs_root(runs_dir)
 
     def load() -> configs.Loaded:
         return configs.load(config, overrides_of(overrides, set_, device, seed))
@@ -102,7 +103,7 @@ def run(
     if dry_run:
         show_plan(load(), root, as_json)
     elif process_group.world().size > 1:
-        finish_main(launcher.train(lambda: launcher.made(load, policy, root)), as_json)
+        finish_main(launch.train(lambda: launch.run_dir_of_launch(load, policy, root)), as_json)
     elif nproc is not None and nproc > 1:
         path = api_run.make(load(), policy, root, nproc)
         raise typer.Exit(launcher.run(path, nproc, max_restarts, flags_of(as_json, quiet, verbose, debug)))
@@ -123,14 +124,15 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped. From its newest checkpoint, to the same bits."""
     console.set_level(quiet, verbose)
+    from cvlab.api import launch
     from cvlab.api import run as api_run
     from cvlab.distributed import launcher, process_group
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import find_run, runs_root
 
-    path = run_dir.find(run, run_dir.runs_root(runs_dir))
-    count = launcher.require_processes(path, nproc)
+    path = find_run(run, runs_root(runs_dir))
+    count = launch.require_processes(path, nproc)
     if process_group.world().size > 1:
-        finish_main(launcher.train(lambda: path), as_json)
+        finish_main(launch.train(lambda: path), as_json)
     elif count > 1 and not api_run.has_ended(path):
         raise typer.Exit(launcher.run(path, count, max_restarts, flags_of(as_json, quiet, verbose, debug)))
     else:
@@ -150,9 +152,9 @@ def evaluate(
     """Evaluate a run's weights on validation and test."""
     from cvlab.api import evaluate as api_evaluate
     from cvlab.reports import tables
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import find_run, runs_root
 
-    path = run_dir.find(run, run_dir.runs_root(runs_dir))
+    path = find_run(run, runs_root(runs_dir))
     found = api_evaluate.evaluate(path, tuple(split or ()), checkpoint, device)
     title = f"{path.name}, {checkpoint} weights, step {found['step']}"
     show(found, as_json, lambda: tables.show_block(title, found["metrics"]))

@@ -9,7 +9,7 @@ import typer
 
 from cvlab import console
 from cvlab.errors import DataError, UnmetError
-from cvlab.runs import run_dir
+from cvlab.runs.records import plain
 
 if TYPE_CHECKING:
     from cvlab.config.loading import Loaded
@@ -24,9 +24,9 @@ def complete_config(incomplete: str) -> list[str]:
 
 def complete_run(incomplete: str) -> list[str]:
     """Complete the name of a run."""
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import list_runs, runs_root
 
-    names = ["latest", *(path.name for path in run_dir.list_runs(run_dir.runs_root()))]
+    names = ["latest", *(path.name for path in list_runs(runs_root()))]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -58,7 +58,7 @@ Download = Annotated[bool, typer.Option("--download", help="wait for a download,
 def show(result: Mapping[str, Any], as_json: bool, render: Callable[[], None]) -> None:
     """Print one JSON document, or what `render` prints for people."""
     if as_json:
-        print(json.dumps(run_dir.plain(result), indent=2))
+        print(json.dumps(plain(result), indent=2))
     else:
         render()
 

@@ -45,13 +45,13 @@ def start(name: str, overrides: list[str], flags: Flags, runs_dir: str | None, d
     from cvlab.api import run
     from cvlab.config import loading
     from cvlab.data.resolve import Policy
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import runs_root
 
     set_ = flags.pop("set_") or []
     # JSON is YAML, and quotes whatever a name may hold.
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     loaded = loading.load(str(loading.shipped_folder() / f"{name}.yaml"), [*given, *overrides, *set_])
-    root = run_dir.runs_root(runs_dir)
+    root = runs_root(runs_dir)
     if dry_run:
         show_plan(loaded, root, as_json)
         return

@@ -21,11 +21,11 @@ def report(
 ) -> None:
     """Write a page about a run, or one that compares several."""
     from cvlab.reports import compare, html
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import find_run, runs_root
     from cvlab.storage import atomic
 
-    root = run_dir.runs_root(runs_dir)
-    found = [run_dir.find(run, root) for run in runs]
+    root = runs_root(runs_dir)
+    found = [find_run(run, root) for run in runs]
     if len(found) == 1:
         path = out or found[0] / html.FILE
         text = html.run_page(found[0], home=f"../{html.INDEX}" if out is None else None)
@@ -44,9 +44,9 @@ def ui(
 ) -> None:
     """Show all runs in a browser. On this machine only, also while they go on, until Ctrl-C."""
     from cvlab.api import serve
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import runs_root
 
-    root = run_dir.runs_root(runs_dir)
+    root = runs_root(runs_dir)
     serve.serve(root, port, lambda address: console.say(f"{address} shows the runs below {root}; Ctrl-C ends it"))
 
 
@@ -61,9 +61,9 @@ def track(
 ) -> None:
     """Tell a tracker about a run. Configuration and metrics; afterwards, or while it goes on."""
     from cvlab.api import track as api_track
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import find_run, runs_root
 
-    look = api_track.tell(run_dir.find(run, run_dir.runs_root(runs_dir)), to, follow)
+    look = api_track.tell(find_run(run, runs_root(runs_dir)), to, follow)
     show({"ok": True, "tracker": to, "look": look}, as_json, lambda: print(look))
 
 
@@ -80,7 +80,7 @@ def export(
     """Write a run's net for other programs. The file is read again and compared before it counts."""
     from cvlab.api import export as api_export
     from cvlab.reports import tables
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import find_run, runs_root
 
-    found = api_export.export(run_dir.find(run, run_dir.runs_root(runs_dir)), to, checkpoint, out)
+    found = api_export.export(find_run(run, runs_root(runs_dir)), to, checkpoint, out)
     show(found, as_json, lambda: tables.show_block("", {key: value for key, value in found.items() if key != "ok"}))

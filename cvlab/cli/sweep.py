@@ -57,13 +57,13 @@ def sweep(
     from cvlab.api import sweep as api_sweep
     from cvlab.config import loading as configs
     from cvlab.data.resolve import Policy
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import runs_root
 
     given = {"workers": workers, "submit.on": on, "submit.address": address}
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
     flags += [f"base.device={device}"] if device is not None else []
     loaded = configs.load_sweep(config, [*(overrides or []), *(set_ or []), *flags])
-    root = run_dir.runs_root(runs_dir)
+    root = runs_root(runs_dir)
     if dry_run:
         show_plan(loaded, root, as_json)
         return
@@ -87,12 +87,12 @@ def verify(
 ) -> None:
     """Run configurations, expected against measured. Exit code 3 where one misses."""
     console.set_level(quiet, verbose)
-    from cvlab.api import sweep as api_sweep
+    from cvlab.api import verify as api_verify
     from cvlab.config import loading as loading
     from cvlab.config.validation import SWEEP
     from cvlab.data.resolve import Policy
     from cvlab.reports import tables
-    from cvlab.runs import run_dir
+    from cvlab.runs.find import runs_root
 
     loaded = []
     for name in configs:
@@ -100,8 +100,8 @@ def verify(
         flags = [f"{'base.' if is_sweep else ''}device={device}"] if device is not None else []
         flags += [f"workers={workers}"] if is_sweep and workers is not None else []
         loaded.append(loading.load(name, [*(set_ or []), *flags]))
-    found = api_sweep.verify(loaded, Policy(offline, download, no_standin), run_dir.runs_root(runs_dir))
+    found = api_verify.verify(loaded, Policy(offline, download, no_standin), runs_root(runs_dir))
     rows = found["verified"]
     missed = [f"{row['config']}: {row['rule']}" for row in rows if not row["met"]]
-    code = api_sweep.verdict_code(rows)
+    code = api_verify.verdict_code(rows)
     show_verdict(found, as_json, lambda: tables.show_verification(rows), f"not met: {'; '.join(missed)}", code=code)

@@ -15,14 +15,14 @@ from typing import Any
 import yaml
 
 from cvlab import registry
+from cvlab.config import overrides as overrides_
 from cvlab.config import profiles, strict_yaml, validation
+from cvlab.config.overrides import EXCLUSIVE
+from cvlab.config.profiles import AUTO
 from cvlab.config.schema import AnyConfig
 from cvlab.config.strict_yaml import Document, Path_
 from cvlab.config.validation import SWEEP
-from cvlab.engine.task import AUTO
 from cvlab.errors import ConfigError
-from cvlab.sweeps import arms
-from cvlab.sweeps.grid import EXCLUSIVE
 
 DOTTED = (("grid",), ("zip",), ("search", "space"))  # blocks of a sweep whose keys are dotted themselves
 
@@ -146,7 +146,7 @@ def _inherit(base: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:
             known = " or ".join(other["profiles"])
             raise ConfigError(f"{place}: comes in several sizes, and a sweep has one", f"set base.profile to {known}")
         profiles.take(other, name, f"{place}: base.profile")
-    return arms.inherit(base, other)
+    return overrides_.inherit(base, other)
 
 
 def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
@@ -179,8 +179,6 @@ def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
 def validate(document: Document, base: Path, given: Mapping[Path_, str] | None = None) -> AnyConfig:
     """Turn what a file says into its experiment's frozen configuration. ConfigError with every mistake's place."""
     config, wrong = validation.check(document.value, base)
-    if config is not None and config.experiment == SWEEP:
-        wrong = arms.problems(config, base)
     if wrong:
         lines = [f"{_place(document, path, given or {})}: {message}" for path, message in wrong]
         errors = [ConfigError(line) for line in lines]

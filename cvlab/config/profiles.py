@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cvlab import registry
-from cvlab.engine.task import AUTO
+from cvlab.config import overrides
 from cvlab.errors import ConfigError
-from cvlab.sweeps import grid
+
+AUTO = "auto"  # measure at the start which profile fits into the budget
 
 
 def named(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> str:
@@ -22,6 +23,6 @@ def take(raw: dict[str, Any], name: str, place: str) -> None:
         raise ConfigError(f"{place}: {registry.unknown('profile', name, [AUTO, *known])}")
     changes = known[name].get("set", {}) if isinstance(known[name], Mapping) else {}
     for key, value in changes.items() if isinstance(changes, Mapping) else ():
-        grid.put(raw, str(key), value)
+        overrides.put(raw, str(key), value)
     del raw["profiles"]
     raw["profile"] = name

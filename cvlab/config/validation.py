@@ -28,7 +28,8 @@ def check(raw: Mapping[str, Any], base: Path) -> tuple[AnyConfig | None, Problem
         found = messages.problems(error, config_type or Frozen, raw)
         wrong += [(path, message) for path, message in found if path[:1] not in named]
     if config is not None and not wrong:
-        wrong = _unknown_metrics(config)
+        experiment = registry.get_experiment(config.experiment)
+        wrong = experiment.problems(config, base) if hasattr(experiment, "problems") else _unknown_metrics(config)
     return (None if wrong else config), wrong
 
 
@@ -42,7 +43,7 @@ def _unknown_metrics(config: AnyConfig) -> Problems:
                 wrong.append((path, f"{term.text!r} speaks of a sweep's arms; a run has metrics only"))
             elif term.metric and term.metric not in known:
                 wrong.append((path, unknown_metric(term.text, term.metric, known)))
-    return wrong if config.experiment != SWEEP else []  # those of a sweep are checked with its arms
+    return wrong
 
 
 SWEEP = "sweep"

@@ -1,17 +1,12 @@
 """Data sets by name, where they lie, and what to do where one is not on the disk."""
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cvlab import registry
 from cvlab.errors import ConfigError
-from cvlab.storage import atomic
 
 KINDS = {"images": "images with a class each", "boxes": "photos with boxes", "captions": "photos with sentences"}
 SETS = {
@@ -23,9 +18,9 @@ SETS = {
     "voc07": "cvlab.experiments.detection.data.downloads:VOC07",
     "everyday": "cvlab.experiments.detection.data.everyday:SOURCE",
     "boxes": "cvlab.experiments.detection.data.dataset:BOXES",
-    "flickr8k": "cvlab.data.captions:FLICKR8K",
-    "scene_sentences": "cvlab.data.captions:SCENE_SENTENCES",
-    "captions": "cvlab.data.captions:CAPTIONS",
+    "flickr8k": "cvlab.experiments.captioning.dataset:FLICKR8K",
+    "scene_sentences": "cvlab.experiments.captioning.dataset:SCENE_SENTENCES",
+    "captions": "cvlab.experiments.captioning.dataset:CAPTIONS",
 }
 
 
@@ -71,37 +66,6 @@ class Source:
         if self.ready(root):
             return "ready"
         return "your own" if self.own else "built in" if self.builtin else "not on the disk"
-
-
-def root() -> Path:
-    """Return the folder of all data: $CVLAB_DATA, else `cvlab` in the user's cache directory."""
-    chosen = os.environ.get("CVLAB_DATA")
-    if chosen:
-        return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "cvlab"
-
-
-@contextlib.contextmanager
-def scratch(root: Path) -> Iterator[Path]:
-    """Give a folder beside the data, gone afterwards. RunDirError where the disk refuses what is done in it."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as made:
-            yield Path(made)
-    except OSError as error:
-        raise atomic.disk_error(root, error, "free space, or choose another place with CVLAB_DATA") from error
-
-
-def install(made: Path, target: Path) -> None:
-    """Move a folder that is whole to its place in one step; what stood there goes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_symlink():
-        target.unlink()  # what it points to is somebody else's
-    elif target.exists():
-        shutil.rmtree(target)
-    made.replace(target)
-    atomic.sync_directory(target.parent)
 
 
 def names(kind: str) -> list[str]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cvlab import console
-from cvlab.data import datasets
 from cvlab.errors import CvlabError, DataError
 from cvlab.storage import atomic
+from cvlab.storage.cache import temporary_folder
 
 SUMS = "sha256.json"
 HINT = "remove that folder; the next run generates it again"
@@ -81,7 +81,7 @@ class Generated:
 
     def _keep(self, root: Path) -> Path:
         """Generate the set beside its place, then move it there in one step."""
-        with datasets.scratch(root) as scratch:
+        with temporary_folder(root) as scratch:
             made = scratch / self.folder_name
             self.write(made)
             target = root / self.folder_name

@@ -7,6 +7,7 @@ from cvlab import console
 from cvlab.data import datasets
 from cvlab.errors import ConfigError, DataError
 from cvlab.storage import download
+from cvlab.storage.cache import data_root
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ def settle(block: Any, policy: Policy) -> Any:
     if block.standin_for is not None or "." in block.name:
         return block
     source = datasets.find(block.name)
-    if source.builtin or source.ready(datasets.root()):
+    if source.builtin or source.ready(data_root()):
         return block
     reason = _try_to_fetch(source, policy)
     if reason is None:
         return block
     help_line = f"`cvlab data fetch {block.name}` gets it"
     if block.standin is None or policy.no_standin:
-        raise DataError(f"{block.name} is not in {datasets.root()}: {reason}", help_line)
+        raise DataError(f"{block.name} is not in {data_root()}: {reason}", help_line)
     console.say(f"{block.name} is not on the disk ({reason}); using {block.standin} in its place; {help_line}")
     return block.model_copy(update={"name": block.standin, "standin": None, "standin_for": block.name})
 
@@ -48,9 +49,9 @@ def _try_to_fetch(source: datasets.Source, policy: Policy) -> str | None:
     if policy.offline or not download.allowed():
         return "offline"
     assert source.fetch is not None
-    console.say(f"{source.name} is not in {datasets.root()}, fetching it (--offline does not)")
+    console.say(f"{source.name} is not in {data_root()}, fetching it (--offline does not)")
     try:
-        source.fetch(datasets.root(), None, policy.patient)
+        source.fetch(data_root(), None, policy.patient)
     except DataError as error:
         if policy.patient:
             raise

@@ -10,16 +10,9 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 from cvlab import console
-from cvlab.api import run as api_run
-from cvlab.config import loading
-from cvlab.data.resolve import Policy
-from cvlab.distributed import process_group
-from cvlab.errors import ConfigError
-from cvlab.runs import run_dir
 
 RETRIED = (1, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)  # what may end otherwise the next time
 SHUTDOWN_SECONDS = 60  # that the processes have to save when all are asked to stop
@@ -75,42 +68,3 @@ def start(command: tuple[str, ...], processes: int) -> int:
     finally:
         logging.disable(logging.NOTSET)
     return 0
-
-
-def train(make: Callable[[], Path]) -> api_run.Result:
-    """Be one of several processes: take over the run directory that process 0 makes, and train. Empty in the others."""
-    if not process_group.is_main():
-        console.set_level(quiet=True, verbose=False)
-    path = None
-    try:
-        with process_group.joined():
-            path = process_group.from_main(make)
-            return api_run.resume(path)
-    except process_group.LostError as error:
-        error.hint = f"`cvlab resume {path.name if path else 'RUN'}` goes on from the last checkpoint"
-        raise
-
-
-def made(load: Callable[[], loading.Loaded], policy: Policy, root: Path) -> Path:
-    """Make a run directory, or, where torchrun has started its processes again, return the one they had."""
-    if process_group.is_restarted():
-        for path in reversed(run_dir.list_runs(root)):
-            if run_dir.read_json(path / "env.json").get("launch") == process_group.launch_id():
-                return path
-    return api_run.make(load(), policy, root, process_group.world().size)
-
-
-def require_processes(path: Path, asked: int | None) -> int:
-    """Return in how many processes a run is to go on: as many as it was begun in, or as many as are asked for.
-
-    ConfigError where torchrun has started another number than that, or the run is none that so many could train.
-    """
-    wanted, size = asked or api_run.processes_of(path), process_group.world().size
-    if size > 1 and wanted != size:
-        raise ConfigError(
-            f"{path.name} was begun in {wanted} processes, torchrun has started {size}",
-            f"--nproc {size} goes on with them; the result is then not bitwise that of an unbroken run",
-        )
-    if wanted > 1:
-        api_run.require_processes(loading.load(str(run_dir.config_file(path))), wanted)
-    return wanted

@@ -10,24 +10,19 @@ parallel training".
 import contextlib
 import datetime
 import functools
-import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cvlab.errors import ConfigError, CvlabError, StoppedError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    LossFn = Callable[[nn.Module, Any], dict[str, Tensor]]
+    pass
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(seconds=60)  # of one exchange: a process that hangs for longer is given up
-BUCKET_MB = 100  # of gradients that go together; on a CPU the exchange takes the core from the backward pass
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -122,163 +117,8 @@ def _connect() -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
-def own_seed(seed: int) -> int:
-    """Return a seed of this process alone, below 2^32 (numpy takes no larger one)."""
-    return (seed + 2_654_435_761 * world().rank) % 2**32  # 2^32 divided by the golden ratio
-
-
-def share(indices: "Tensor") -> "Tensor":
-    """Return this process's part of what a step takes in all, (B,) -> (B / processes,)."""
-    place = world()
-    size = len(indices) // place.size
-    return indices if place.size == 1 else indices[place.rank * size : (place.rank + 1) * size]
-
-
-def require_shares(count: int, size: int) -> None:
-    """Raise ConfigError unless so many processes can share a batch equally."""
-    if count % size:
-        raise ConfigError(f"batch_size {count}: {size} processes cannot share it equally", f"give a multiple of {size}")
-
-
-def bounds(count: int, rank: int | None = None, size: int | None = None) -> tuple[int, int]:
-    """Return from where to where a process evaluates `count` items, so that each is seen once."""
-    rank = world().rank if rank is None else rank
-    base, more = divmod(count, size or world().size)
-    start = rank * base + min(rank, more)
-    return start, start + base + (rank < more)
-
-
-def from_main(make: Callable[[], T]) -> T:
-    """Return what `make` gives in process 0, in all of them."""
-    if world().size == 1:
-        return make()
-    import torch
-    import torch.distributed as dist
-
-    found = [make() if is_main() else None]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    return found[0]  # type: ignore[return-value]
-
-
-def gathered(value: T) -> list[T]:
-    """Return the values of all processes, in their order."""
-    if world().size == 1:
-        return [value]
-    import torch.distributed as dist
-
-    found: list[Any] = [None] * world().size
-    dist.all_gather_object(found, value)
-    return found
-
-
-def total(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Return the sums over all processes, float64 on the CPU; a process that has nothing to add has no values."""
-    if world().size == 1:
-        return dict(values)
-    import torch
-    import torch.distributed as dist
-
-    names = from_main(lambda: list(values))
-    sums = torch.tensor([float(values[name]) if name in values else 0.0 for name in names], dtype=torch.float64)
-    dist.all_reduce(sums)
-    return dict(zip(names, sums, strict=True))
-
-
-def concatenated(values: "Tensor") -> "Tensor":
-    """Return the values of all processes one after the other: their shares of a batch, (B / processes,) -> (B,)."""
-    if world().size == 1:
-        return values
-    import torch
-    import torch.distributed as dist
-
-    parts = [torch.empty_like(values) for _ in range(world().size)]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
-
-
-def same_buffers(model: "nn.Module") -> None:
-    """Give all processes the buffers of process 0: the statistics of BatchNorm are each process's own."""
-    if world().size > 1:
-        import torch.distributed as dist
-
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 def stop_wanted(received: int | None) -> int | None:
     """Return the signal that any process has received; SIGTERM where what has started this one is gone."""
     place = world()
     orphaned = place.size > 1 and os.getppid() != place.launcher
     return received or (int(signal.SIGTERM) if orphaned else None)
-
-
-class Alone:
-    """The losses of a step in one process; `Averaged` is the same for several."""
-
-    def __init__(self, model: "nn.Module", loss_fn: "LossFn") -> None:
-        self.model, self.loss_fn = model, loss_fn
-        self.wishes: Sequence[bool] = ()
-
-    def losses(self, batch: Any, wishes: Sequence[bool]) -> "dict[str, Tensor]":
-        """Return the losses of a batch."""
-        self.wishes = wishes
-        return self.loss_fn(self.model, batch)
-
-    def agreed(self, losses: "Mapping[str, Tensor]") -> tuple[list[bool], bool]:
-        """Return, after the backward pass, what any process wished for, and whether the loss is finite in all."""
-        return list(self.wishes), math.isfinite(losses["loss"].item())
-
-
-class Averaged(Alone):
-    """The losses of a step in one of several processes: their gradients are means over all, by torch's DDP.
-
-    What each process wishes for, and whether its loss is finite, is the gradient of a parameter that is always 0: it
-    goes with the other gradients in one exchange, where one of its own costs a small net a tenth of its step. The
-    buckets stay as they are made (`find_unused_parameters` brings that about), so that a training that goes on adds in
-    the order of one that was never stopped. Statistics of BatchNorm are not exchanged: those of process 0 count.
-    """
-
-    def __init__(self, model: "nn.Module", loss_fn: "LossFn", device: "torch.device", num_wishes: int) -> None:
-        super().__init__(model, loss_fn)
-        import torch
-        from torch import nn
-        from torch.nn.parallel import DistributedDataParallel
-
-        dtype = next(model.parameters()).dtype
-
-        class Losses(nn.Module):
-            """The losses as a module, whose parameters are the model's: a model's other methods may be called too."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-                self.wishes = nn.Parameter(torch.zeros(num_wishes + 1, dtype=dtype, device=device))
-
-            def forward(self, batch: Any, wishes: "Tensor") -> "dict[str, Tensor]":
-                losses = loss_fn(self.model, batch)
-                diverged = ~torch.isfinite(losses["loss"].detach()).view(1)
-                given = torch.cat([wishes, diverged.to(wishes)])
-                return losses | {"loss": losses["loss"] + (self.wishes * given).sum().to(losses["loss"])}
-
-        ids = [device.index] if device.type == "cuda" else None
-        self.inner = Losses()
-        self.outer = DistributedDataParallel(
-            self.inner, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB
-        )
-
-    def losses(self, batch: Any, wishes: Sequence[bool]) -> "dict[str, Tensor]":
-        """Return the losses of this process's share of a batch."""
-        found: dict[str, Tensor] = self.outer(batch, self.inner.wishes.new_tensor([float(wish) for wish in wishes]))
-        return found
-
-    def agreed(self, losses: "Mapping[str, Tensor]") -> tuple[list[bool], bool]:
-        """Return, after the backward pass, what any process wished for, and whether the loss is finite in all."""
-        assert self.inner.wishes.grad is not None
-        *wishes, diverged = (self.inner.wishes.grad > 0).tolist()
-        self.inner.wishes.grad = None
-        return wishes, not diverged
-
-
-def together(model: "nn.Module", loss_fn: "LossFn", device: "torch.device", num_wishes: int) -> Alone:
-    """Return the losses of a step for as many processes as there are."""
-    return Alone(model, loss_fn) if world().size == 1 else Averaged(model, loss_fn, device, num_wishes)

@@ -4,21 +4,45 @@ What a resume needs is in the checkpoint: the tensors that the pictures are made
 Randomness is a function of seed and step, so nothing of it needs saving.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cvlab import __version__
 from cvlab.console import Progress
-from cvlab.engine import loop, update_rules
-from cvlab.engine.loop import Compute, Losses, Pixels
+from cvlab.engine import update_rules
+from cvlab.engine.device import Compute
+from cvlab.engine.loop import Losses
 from cvlab.engine.task import SAVE_SHARE
+from cvlab.errors import DivergedError
 from cvlab.runs import checkpoint
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
+
+
+class Pixels:
+    """What changes while pictures are optimised: the tensors they are made from, an update's memory, steps done.
+
+    `tensors` are pixels, or what pictures are decoded from; their sizes may differ.
+    """
+
+    def __init__(self, tensors: list[Tensor], memory: dict[str, list[Tensor]] | None = None, step: int = 0) -> None:
+        self.tensors = tensors
+        self.memory = memory if memory is not None else {}
+        self.step = step
+
+    def keep(self, wanted: list[int]) -> "Pixels":
+        """Return the same with some of the tensors only, by position."""
+        memory = {name: [values[k] for k in wanted] for name, values in self.memory.items()}
+        return Pixels([self.tensors[k] for k in wanted], memory, self.step)
+
+
+Update = Callable[[Pixels, list[Tensor]], None]
 
 FORMAT = 1
 
@@ -32,7 +56,7 @@ class Painting:
 
     pixels: Pixels
     objective: Callable[[Pixels], Losses]
-    update: loop.Update
+    update: Update
     steps: int
     where: Compute
     digest: str
@@ -104,7 +128,7 @@ class _Session:
     def steps(self) -> Iterator[Losses]:
         """Do the steps that are left: log, keep frames and save between them, whichever is due."""
         painting, pixels = self.painting, self.painting.pixels
-        going = loop.optimise_pixels(pixels, painting.objective, painting.update)
+        going = optimise_pixels(pixels, painting.objective, painting.update)
         while pixels.step < painting.steps:
             began = time.perf_counter()
             losses = next(going)
@@ -155,7 +179,7 @@ class _Session:
         self.out.set_status("running", step=step, total_steps=self.painting.steps)
 
 
-def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda step: 0) -> loop.Update:
+def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda step: 0) -> Update:
     """Return Adam's update of pixels, its learning rate a function of the step, its moments in the pixels' memory.
 
     `since(step)` is the step at which the memory was empty last.
@@ -175,7 +199,7 @@ def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda ste
     return update
 
 
-def lbfgs(lr: float) -> loop.Update:
+def lbfgs(lr: float) -> Update:
     """Return L-BFGS's update of a single picture, its history in the pixels' memory."""
 
     def update(pixels: Pixels, gradients: list[torch.Tensor]) -> None:
@@ -186,3 +210,25 @@ def lbfgs(lr: float) -> loop.Update:
         pixels.memory = {key: kept if isinstance(kept, list) else [kept] for key, kept in state.items()}
 
     return update
+
+
+def optimise_pixels(pixels: Pixels, objective: Callable[[Pixels], Losses], update: Update) -> Iterator[Losses]:
+    """Optimise pictures by the gradient of a loss; yields the losses of every step, detached, after its update.
+
+    `objective(pixels)` gives `loss`, the sum over all pictures, and whatever else the caller wants to see of the
+    pictures as they were; `update(pixels, gradients)` changes `pixels.tensors` in place, downhill. It takes a step when
+    the caller asks for one, and knows no end. Raises DivergedError before the update if the loss is not finite.
+    """
+    while True:
+        for tensor in pixels.tensors:
+            tensor.requires_grad_(True)
+        losses = objective(pixels)
+        if not math.isfinite(losses["loss"].item()):
+            raise DivergedError(f"the loss of the pictures is not finite at step {pixels.step}", "lower lr")
+        gradients = list(torch.autograd.grad(losses["loss"], pixels.tensors))
+        with torch.no_grad():
+            for tensor in pixels.tensors:
+                tensor.requires_grad_(False)
+            update(pixels, gradients)
+        pixels.step += 1
+        yield {name: value.detach() for name, value in losses.items()}

@@ -1,6 +1,5 @@
 """Optimisers and learning-rate schedules by name, with the parameters that a YAML may set."""
 
-import math
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, optim
 
 from cvlab import registry
 from cvlab.config.schema import Table
-from cvlab.engine import loop, update_rules
+from cvlab.engine import device, update_rules
 from cvlab.engine.muon import Muon
 from cvlab.errors import ConfigError
 
@@ -24,14 +23,6 @@ OPTIMIZERS = Table(
     "optimizer",
     {name: f"cvlab.engine.optimizers:{name}" for name in _NAMES},
     supplied=frozenset({"parameters"}),
-)
-SCHEDULES = Table(
-    "schedule",
-    {
-        name: f"cvlab.engine.optimizers:{name}"
-        for name in ("constant", "linear", "cosine", "triangle", "bend", "multistep")
-    },
-    supplied=frozenset({"progress"}),
 )
 
 
@@ -102,7 +93,7 @@ def muon(
         {"params": [parameter for parameter in given if parameter.ndim < 2], "lr": bias_lr, **shared},
         {"params": weights[-1:], "lr": head_lr, **shared},
     ]
-    dtype = torch.bfloat16 if loop.fast_bfloat16(given[0].device) and given[0].dtype == torch.float32 else None
+    dtype = torch.bfloat16 if device.fast_bfloat16(given[0].device) and given[0].dtype == torch.float32 else None
     return Muon(groups, iterations=iterations, dtype=dtype)
 
 
@@ -121,47 +112,6 @@ def manual_adam(
 ) -> optim.Optimizer:
     """Apply the hand-written rule of Adam."""
     return update_rules.ByHand(parameters, update_rules.adam, lr=lr, betas=betas, eps=eps)
-
-
-def constant(progress: float) -> float:
-    """Return 1: the learning rate never changes."""
-    return 1.0
-
-
-def linear(progress: float, final: Small = 0.0) -> float:
-    """Fall in a straight line from 1 to `final`."""
-    return 1.0 + (final - 1.0) * progress
-
-
-def cosine(progress: float, final: Small = 0.0) -> float:
-    """Fall from 1 to `final` along half a cosine (Loshchilov and Hutter, 2017, equation 5)."""
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def triangle(
-    progress: float, peak: Annotated[float, Gt(0), Lt(1)] = 0.2, first: Small = 0.0, final: Small = 0.0
-) -> float:
-    """Rise from `first` to 1 at `peak`, fall to `final`."""
-    if progress < peak:
-        return first + (1.0 - first) * progress / peak
-    return final + (1.0 - final) * (1.0 - progress) / (1.0 - peak)
-
-
-def bend(progress: float, at: Annotated[float, Gt(0), Lt(1)] = 0.5, factor: Small = 0.1) -> float:
-    """Fall in a straight line from 1 to `factor` at a share of the run, from there to 0: a loss is changed there."""
-    if progress < at:
-        return 1.0 + (factor - 1.0) * progress / at
-    return factor * (1.0 - progress) / (1.0 - at)
-
-
-def multistep(progress: float, at: tuple[Small, ...] = (0.6, 0.8), factor: Small = 0.1) -> float:
-    """Multiply by `factor` at each share of the run listed in `at`."""
-    return math.prod(factor for share in at if progress >= share)
-
-
-def warmed_up(factor: float, progress: float, warmup: float) -> float:
-    """Scale a schedule's factor by a straight rise from 0 over the first `warmup` share of the run."""
-    return factor * min(1.0, progress / warmup) if warmup > 0 else factor
 
 
 def build_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any]) -> optim.Optimizer:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvlab.distributed import process_group
+from cvlab.distributed import collectives, process_group
 from cvlab.engine.task import Job
 from cvlab.engine.time_budget import Correction, Plan
 
@@ -75,7 +75,7 @@ class Gathered:
 
     def take_means(self) -> dict[str, float]:
         """Return the mean losses since the last time, over all processes."""
-        sums = process_group.total(self.loss_sums)
+        sums = collectives.total(self.loss_sums)
         means = {name: value.item() / (self.loss_steps * process_group.world().size) for name, value in sums.items()}
         self.loss_sums, self.loss_steps = {}, 0
         return means

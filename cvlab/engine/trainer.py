@@ -18,15 +18,17 @@ from torch import nn
 from cvlab import __version__, registry
 from cvlab.config.schema import Duration
 from cvlab.console import Progress
-from cvlab.distributed import process_group
-from cvlab.engine import loop, optimizers, time_budget
+from cvlab.distributed import collectives, process_group, sharding
+from cvlab.engine import device, loop, optimizers, schedules, time_budget
+from cvlab.engine.config import TrainConfig
 from cvlab.engine.loop import Losses, Training
 from cvlab.engine.progress import Gathered, lacking
-from cvlab.engine.task import SAVE_SHARE, Job, TrainConfig
+from cvlab.engine.task import SAVE_SHARE, Job
 from cvlab.engine.time_budget import Plan
 from cvlab.errors import DivergedError, StoppedError
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
 from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
+from cvlab.runs.records import PRUNE, read_prune
 from cvlab.runs.run_dir import RunDir
 
 FORMAT = 1
@@ -62,17 +64,15 @@ class Session:
     def begin(self, stop: StopRequest) -> None:
         """Take over the newest checkpoint, or write the one before the first step."""
         self.settings.require_shares(process_group.world().size)
-        process_group.require_shares(
-            self.job.items_per_step, process_group.world().size
-        )  # less where there is less data
+        sharding.require_shares(self.job.items_per_step, process_group.world().size)  # less where there is less data
         found = self._newest() if process_group.is_main() else None
-        path = process_group.from_main(lambda: found[0] if found else None)
+        path = collectives.from_main(lambda: found[0] if found else None)
         if path is not None:
             self._restore(found[1] if found else checkpoint.load(path), str(path))
             self.out.log(f"resumed {path.name}: {self.training.step} of {self.gathered.total_steps} steps are done")
         else:
             if not process_group.is_main():  # what a process draws, as for dropout, is its own
-                loop.seed_everything(process_group.own_seed(self.settings.seed))
+                device.seed_everything(sharding.own_seed(self.settings.seed))
             self.gathered.follow(self._first_plan(stop))
             self.save()
         period = max(self.settings.save_seconds, SAVE_SHARE * self.save_cost)
@@ -121,7 +121,7 @@ class Session:
         self._take_over(state, state["memory"])
         rank = process_group.world().rank
         if rank and rank <= len(state["rng_of_others"]):
-            loop.set_rng_state(state["rng_of_others"][rank - 1])
+            device.set_rng_state(state["rng_of_others"][rank - 1])
         self.gathered = Gathered(**state["gathered"])
         self.gathered.move_to(self.job.where.device)
         self.out.truncate_metrics(state["metrics_bytes"])
@@ -147,13 +147,13 @@ class Session:
         return self.job.where.circumstances() | {"cvlab": __version__, "processes": process_group.world().size}
 
     def _fit(self, stop: StopRequest) -> Iterator[Losses]:
-        schedule = registry.find("schedule", self.settings.schedule.name, optimizers.SCHEDULES.names)
+        schedule = registry.find("schedule", self.settings.schedule.name, schedules.SCHEDULES.names)
         arguments = self.settings.schedule.arguments()
 
         def lr_factor(step: int) -> float:
             # the middle of the step, so that a schedule which starts or ends at 0 wastes none
             progress = self.gathered.plan.progress(step + 0.5)
-            return optimizers.warmed_up(schedule(progress, **arguments), progress, self.settings.warmup)
+            return schedules.warmed_up(schedule(progress, **arguments), progress, self.settings.warmup)
 
         return loop.fit(
             self.training,
@@ -168,7 +168,7 @@ class Session:
     def run(self, stop: StopRequest) -> None:
         """Do the steps that are left. StoppedError, after a checkpoint, if a signal asked to stop."""
         with Progress(self.settings.name, self.gathered.total_steps, self.training.step) as progress:
-            self._stop_if_asked(stop, max(process_group.gathered(stop.received or 0)))
+            self._stop_if_asked(stop, max(collectives.gathered(stop.received or 0)))
             steps = self._fit(stop)
             began = time.perf_counter()
             while self.training.step < self.gathered.total_steps:
@@ -248,9 +248,9 @@ class Session:
 
     def _evaluate(self, step: int) -> bool:
         """Evaluate and log; return whether these weights are the best so far."""
-        process_group.same_buffers(self.training.evaluated)
+        collectives.same_buffers(self.training.evaluated)
         evaluated = self.job.evaluate(self.training.evaluated)
-        found = process_group.from_main(lambda: evaluated)
+        found = collectives.from_main(lambda: evaluated)
         self._append(step, found)
         wrong = [name for name, value in found.items() if not math.isfinite(value)]
         if wrong:
@@ -275,17 +275,17 @@ class Session:
             raise stop.error(self.training.step, self.out.path.name)
 
     def _stop_if_pruned(self, step: int) -> None:
-        why = process_group.from_main(lambda: run_dir.read_prune(self.out.path))
+        why = collectives.from_main(lambda: read_prune(self.out.path))
         if why is not None:
             self.save()
-            hint = f"remove {self.out.path / run_dir.PRUNE} to go on by `cvlab resume`"
+            hint = f"remove {self.out.path / PRUNE} to go on by `cvlab resume`"
             raise StoppedError(f"pruned after step {step}: {why}", hint, EXIT_TERMINATED)
 
     def state(self) -> dict[str, Any]:
         """Return everything a resume needs."""
         return self.training.state() | {
             "format": FORMAT,
-            "rng_of_others": process_group.gathered(loop.rng_state() if not process_group.is_main() else None)[1:],
+            "rng_of_others": collectives.gathered(device.rng_state() if not process_group.is_main() else None)[1:],
             "gathered": vars(self.gathered).copy(),
             "memory": self.job.memory,
             "metrics_bytes": self.out.sync_metrics(),

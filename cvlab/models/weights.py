@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cvlab import _compat
-from cvlab.data import datasets
 from cvlab.errors import ConfigError, CvlabError, DataError
 from cvlab.runs import checkpoint
 from cvlab.storage import atomic, download
+from cvlab.storage.cache import data_root
 
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+\Z")  # torchvision and timm: the first digits of the sha256
@@ -45,7 +45,7 @@ PINNED = {
 
 def folder() -> Path:
     """Return the folder that weights are fetched to."""
-    return datasets.root() / "weights"
+    return data_root() / "weights"
 
 
 def lite0_file() -> Path:

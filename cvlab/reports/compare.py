@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.config import strict_yaml
-from cvlab.runs import run_dir
+from cvlab.runs.find import config_file
+from cvlab.runs.records import read_metrics, read_status, read_summary
 
 STAMP = re.compile(r"^\d{8}-\d{6}-")
 UNTOLD = ("expect", "expect_standin", "name")  # keys that say nothing about what was run
@@ -34,7 +35,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's configuration with dotted keys; RunDirError where there is none."""
-    value = strict_yaml.read(run_dir.config_file(path)).value
+    value = strict_yaml.read(config_file(path)).value
     return flatten(value) if isinstance(value, dict) else {}
 
 
@@ -52,7 +53,7 @@ def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
     return {
         "runs": [
             {"label": label, "path": str(path), "status": status.get("status"), "data": status.get("data")}
-            for label, path, status in ((label, path, run_dir.read_status(path)) for label, path in runs.items())
+            for label, path, status in ((label, path, read_status(path)) for label, path in runs.items())
         ],
         "differences": {key: values for key, values in rows.items() if any(v != values[0] for v in values)},
         "metrics": {name: [metrics[label].get(name) for label in runs] for name in names},
@@ -61,12 +62,12 @@ def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
 
 def metrics_of(path: Path) -> dict[str, Any]:
     """Return a run's final metrics, or where it has not ended the last value of each that it has logged."""
-    summary = run_dir.read_summary(path)
+    summary = read_summary(path)
     if summary:
         found: dict[str, Any] = summary.get("metrics", {})
         return found
     last: dict[str, Any] = {}
-    for row in run_dir.read_metrics(path):
+    for row in read_metrics(path):
         last |= row
     return last
 

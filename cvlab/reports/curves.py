@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeGuard
 
-from cvlab.runs import run_dir
+from cvlab.runs.records import Row, read_metrics
 
 MAX_POINTS = 2000
 MOST = 2**63  # a whole number that is no float any more
@@ -14,10 +14,10 @@ Curve = tuple[list[float], list[float]]
 
 def read(path: Path, x: str = "step") -> dict[str, Curve]:
     """Return for each metric of a run its (x values, y values), at most MAX_POINTS each."""
-    return thin(run_dir.read_metrics(path), x)
+    return thin(read_metrics(path), x)
 
 
-def thin(rows: Iterable[run_dir.Row], x: str = "step") -> dict[str, Curve]:
+def thin(rows: Iterable[Row], x: str = "step") -> dict[str, Curve]:
     """Gather rows into curves; when one has twice MAX_POINTS every other point of it is dropped.
 
     From then on it takes every second row, then every fourth, and so on, and always keeps the last one.

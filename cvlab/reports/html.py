@@ -16,8 +16,7 @@ from cvlab.errors import CvlabError
 from cvlab.reports import compare, curves, plots, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
-from cvlab.runs import run_dir
-from cvlab.runs.run_dir import Row
+from cvlab.runs.records import Row, read_json, read_status, read_summary
 from cvlab.storage import atomic
 
 FILE, INDEX, COMPARISON = "report.html", "index.html", "comparison.html"
@@ -95,7 +94,7 @@ def _chart_data(chart: Chart) -> Row:
 
 def run_page(path: Path, home: str | None = None, refresh: int | None = None) -> str:
     """Return the page of one run, whatever state it is in. RunDirError where its files are damaged."""
-    summary, status, env = run_dir.read_summary(path), run_dir.read_status(path), run_dir.read_json(path / "env.json")
+    summary, status, env = read_summary(path), read_status(path), read_json(path / "env.json")
     groups, left_out = _pictures(path, summary.get("results"))
     config, lines = compare.read_config(path), curves.read(path)
     measured = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
@@ -242,7 +241,7 @@ def comparison_page(runs: Mapping[str, Path]) -> str:
         for name, curve in curves.read(path).items():
             lines.setdefault(name, {})[label] = curve
     made = [svg.chart(name, each) for name, each in lines.items()]
-    seconds = [run_dir.read_summary(path).get("seconds") for path in runs.values()]
+    seconds = [read_summary(path).get("seconds") for path in runs.values()]
     return _render(
         "comparison.html",
         title=f"{len(labels)} runs",

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cvlab.errors import CvlabError
-from cvlab.runs import run_dir
-from cvlab.runs.run_dir import Row
+from cvlab.runs.find import list_runs
+from cvlab.runs.records import Row, read_status, read_summary
 
 SHOWN_FIRST = (  # of a run's metrics, the first two that it has
     *("test_accuracy", "val_accuracy", "train_accuracy", "map50", "map50_95", "bleu4", "bleu1", "fooled"),
@@ -14,13 +14,13 @@ SHOWN_FIRST = (  # of a run's metrics, the first two that it has
 
 def runs(root: Path) -> list[Row]:
     """Return one row for each run below `root`, oldest first."""
-    return [_run_row(path) for path in run_dir.list_runs(root)]
+    return [_run_row(path) for path in list_runs(root)]
 
 
 def _run_row(path: Path) -> Row:
     row: Row = {"run": path.name, "status": "damaged", "experiment": None, "data": None, "result": "", "metrics": {}}
     try:
-        summary, status = run_dir.read_summary(path), run_dir.read_status(path)
+        summary, status = read_summary(path), read_status(path)
     except CvlabError as error:
         return row | {"result": error.message}
     metrics = summary.get("metrics", {})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import registry
-from cvlab.config import expectations, validation
+from cvlab.config import expectations, overrides, validation
 from cvlab.config.schema import AnyConfig, DataBlock, Duration, RunConfig
 from cvlab.config.strict_yaml import Path_
 from cvlab.config.validation import SWEEP, Problems, unknown_metric
@@ -19,14 +19,6 @@ from cvlab.runs import user_code
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, trials
-
-NOT_OF_AN_ARM = ("expect", "expect_standin", "name")
-
-
-def inherit(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a sweep's base over the configuration that its `from` names; what that expects is not taken over."""
-    below = {key: value for key, value in other.items() if key not in NOT_OF_AN_ARM}
-    return grid.merge(below, {key: value for key, value in base.items() if key != "from"})
 
 
 def configs(sweep: Any, base: Path) -> list[tuple[str, RunConfig]]:
@@ -43,7 +35,7 @@ def configs(sweep: Any, base: Path) -> list[tuple[str, RunConfig]]:
 
 def problems(sweep: Any, base: Path) -> Problems:
     """Return what is wrong with the arms and with the expectations over them, each with its place in the sweep."""
-    own = [key for key in NOT_OF_AN_ARM if key in sweep.base]
+    own = [key for key in overrides.NOT_INHERITED if key in sweep.base]
     if own:
         return [(("base", own[0]), f"base.{own[0]}: an arm has none; put it beside `base`")]
     if sweep.base.get("profiles"):
@@ -98,7 +90,7 @@ def _wrong_names(sweep: Any, valid: list[AnyConfig]) -> Problems:
     wrong: Problems = []
     for index, condition in enumerate(sweep.conditions):
         for key in condition.when:
-            if all(grid.get(arm.raw, key) is None for arm in arms):
+            if all(overrides.get(arm.raw, key) is None for arm in arms):
                 wrong.append((("conditions", index, "when", key), f"no arm gives {key!r}; write it into base"))
     known = registry.get_experiment(valid[0].experiment).metric_names(valid[0])
     for key in sweep.diverged_counts_as:

@@ -7,7 +7,7 @@ Command: cvlab sweep configs/bn_lr_sweep.yaml --workers 2
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +16,11 @@ from pydantic import Field, model_validator
 
 from cvlab.config.expectations import Setting
 from cvlab.config.schema import AnyConfig, DataBlock, Frozen, Index
+from cvlab.config.validation import Problems
 from cvlab.errors import CvlabError, RunDirError
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
-from cvlab.sweeps import executors, results, trials
+from cvlab.sweeps import arms, executors, results, trials
 from cvlab.sweeps import grid as sweeps_grid
 from cvlab.sweeps.executors import Limits, Submit
 from cvlab.sweeps.scheduler import Driver, has_ended
@@ -159,8 +160,8 @@ def folders(config: Config, out: RunDir) -> list[Path]:
 def rows_of(config: Config, out: RunDir) -> list[dict[str, Any]]:
     """Return a row for each arm, its configuration as the sweep says it."""
     found = folders(config, out)
-    arms = config.laid_over(map(trials.changes_of, found)) if config.search else config.arms()
-    return [results.read_arm(folder, _dotted(arm.raw)) for folder, arm in zip(found, arms, strict=True)]
+    raws = config.laid_over(map(trials.changes_of, found)) if config.search else config.arms()
+    return [results.read_arm(folder, _dotted(arm.raw)) for folder, arm in zip(found, raws, strict=True)]
 
 
 def settings(config: Config, out: RunDir) -> list[Setting]:
@@ -169,21 +170,21 @@ def settings(config: Config, out: RunDir) -> list[Setting]:
     return results.settings(rows, config.varied(), config.diverged_counts_as)
 
 
-def run(
-    config: Config, out: RunDir, add: Callable[[Config, RunDir, int, sweeps_grid.Changes], Path]
-) -> dict[str, float]:
-    """Run the arms that have not ended, tabulate and plot all of them; a failed arm fails the sweep at its end.
+def problems(config: Config, base: Path) -> Problems:
+    """Return what is wrong with the arms and with the expectations over them."""
+    return arms.problems(config, base)
 
-    `add` writes the run directory of a search's next trial.
-    """
-    arms = folders(config, out)
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Run the arms that have not ended, tabulate and plot all of them; a failed arm fails the sweep at its end."""
+    run_dirs = folders(config, out)
     limits = Limits(out.path.resolve(), config.workers, config.submit)
     if config.search is None:
-        found, driver = None, Driver(config.name, out, limits, arms, len(arms))
+        found, driver = None, Driver(config.name, out, limits, run_dirs, len(run_dirs))
     else:
         executors.require("optuna", "optuna")
-        found = trials.Trials(out, config.search, config.diverged_counts_as, functools.partial(add, config, out))
-        driver = Driver(config.name, out, limits, arms, config.search.trials, found.more, found.prune)
+        found = trials.Trials(out, config.search, config.diverged_counts_as, functools.partial(arms.add, config, out))
+        driver = Driver(config.name, out, limits, run_dirs, config.search.trials, found.more, found.prune)
     at_a_time = config.workers or (1 if config.submit.on == "local" else "as many as there is room for")
     out.log(f"{driver.total} arms, {driver.done} of them ended before, {at_a_time} at a time on {config.submit.on}")
     with StopRequest() as stop:
@@ -194,7 +195,7 @@ def run(
     results.write(out, rows, config.varied(), config.diverged_counts_as)
     if driver.failed:
         raise _failure(driver.failed, out)
-    metrics = {"arms": len(arms), "diverged": sum(row["diverged"] for row in rows)}
+    metrics = {"arms": len(run_dirs), "diverged": sum(row["diverged"] for row in rows)}
     return metrics if found is None else metrics | _searched(found, rows, out)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-EXCLUSIVE = "duration"  # a block of which exactly one key is given: a new one replaces it whole
-Raw = dict[str, Any]
+from cvlab.config.overrides import Raw, get, put
+
 Changes = dict[str, Any]
 
 
@@ -54,24 +54,6 @@ def expand(
     return arms
 
 
-def put(raw: Raw, key: str, value: Any) -> None:
-    """Set a dotted key, making the blocks above it."""
-    *above, last = key.split(".")
-    for part in above:
-        block = raw.get(part)
-        raw[part] = dict(block) if isinstance(block, Mapping) and part != EXCLUSIVE else {}
-        raw = raw[part]
-    raw[last] = copy.deepcopy(value)
-
-
-def get(raw: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key, None where there is none."""
-    found: Any = raw
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
-
-
 def slug_of(changes: Changes, longest: int = 56) -> str:
     """Name an arm after what it changes: `lr-0.005-batchnorm-true-seed-0`."""
     parts = [f"{key.rpartition('.')[2]}-{text_of(value)}" for key, value in changes.items()]
@@ -88,14 +70,3 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Raw:
-    """Lay one configuration over another; a block that names another part, or a duration, replaces the one below."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        blocks = isinstance(old, Mapping) and isinstance(value, Mapping) and key != EXCLUSIVE
-        renamed = blocks and "name" in value and value["name"] != old.get("name")  # type: ignore[union-attr]
-        merged[key] = merge(old, value) if blocks and not renamed else value  # type: ignore[arg-type]
-    return merged

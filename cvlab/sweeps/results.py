@@ -12,7 +12,7 @@ from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import plots
 from cvlab.reports.compare import read_config
 from cvlab.reports.tables import number
-from cvlab.runs import run_dir
+from cvlab.runs.records import read_prune, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 
 Row = dict[str, Any]
@@ -29,13 +29,13 @@ def read_arm(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
     """
     row: Row = {"arm": arm.name, "status": "damaged", "diverged": False, "config": dict(told or {}), "metrics": {}}
     try:
-        status, summary = run_dir.read_status(arm), run_dir.read_summary(arm)
+        status, summary = read_status(arm), read_summary(arm)
         row["config"] = {**read_config(arm), **row["config"]}
     except CvlabError:
         return row
     diverged = status.get("code") == DivergedError.code
     state = status.get("status", "not begun")
-    state = PRUNED if state == "interrupted" and run_dir.read_prune(arm) is not None else state
+    state = PRUNED if state == "interrupted" and read_prune(arm) is not None else state
     return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
 
 
@@ -45,7 +45,7 @@ def outcome(arm: Path) -> str:
     if row["diverged"]:
         return "diverged"
     if row["status"] == PRUNED:
-        return f"{PRUNED}: {run_dir.read_prune(arm)}"
+        return f"{PRUNED}: {read_prune(arm)}"
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
 

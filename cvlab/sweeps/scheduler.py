@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cvlab.console import Progress
 from cvlab.errors import CvlabError, DivergedError
-from cvlab.runs import run_dir
 from cvlab.runs.interrupt import StopRequest
+from cvlab.runs.records import ENDED, read_prune, read_status
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.lock import is_held
 from cvlab.sweeps import executors, results
@@ -24,11 +24,11 @@ SAVE_SECONDS = 60.0  # how long arms may take to save and end when the sweep sto
 def has_ended(arm: Path) -> bool:
     """Whether an arm need not be run again: it has its result, was pruned, or diverged and would do so again."""
     try:
-        status = run_dir.read_status(arm)
+        status = read_status(arm)
     except CvlabError:
         return False
-    pruned = status.get("status") == "interrupted" and run_dir.read_prune(arm) is not None
-    return status.get("status") in run_dir.ENDED or pruned or status.get("code") == DivergedError.code
+    pruned = status.get("status") == "interrupted" and read_prune(arm) is not None
+    return status.get("status") in ENDED or pruned or status.get("code") == DivergedError.code
 
 
 class Driver:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cvlab.config import strict_yaml
 from cvlab.errors import RunDirError
-from cvlab.runs import run_dir
+from cvlab.runs.records import PRUNE, plain, read_metrics, read_prune
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, results, search
@@ -33,7 +33,7 @@ def folders(run: Path) -> list[Path]:
 
 def write(folder: Path, changes: Changes) -> None:
     """Write what a trial changes into its directory."""
-    atomic.write_text(folder / FILE, json.dumps(run_dir.plain(changes)) + "\n")
+    atomic.write_text(folder / FILE, json.dumps(plain(changes)) + "\n")
 
 
 def changes_of(folder: Path) -> Changes:
@@ -63,7 +63,7 @@ def read(folder: Path, wanted: Search, diverged_counts_as: Mapping[str, float]) 
 def curve_of(folder: Path, metric: str) -> Curve:
     """Return a metric after each step at which a run has measured it."""
     found: Curve = {}
-    for row in run_dir.read_metrics(folder):
+    for row in read_metrics(folder):
         step, value = row.get("step"), row.get(metric)
         if isinstance(step, int) and isinstance(value, (int, float)):
             found[step] = value
@@ -111,10 +111,10 @@ class Trials:
             return
         ended = [trial.curve for trial in self.all().values() if trial.state == "done"]
         for folder in running:
-            if run_dir.read_prune(folder) is None:
+            if read_prune(folder) is None:
                 why = search.hopeless(self.wanted, curve_of(folder, self.wanted.metric), ended)
                 if why is not None:
-                    atomic.write_text(folder / run_dir.PRUNE, why + "\n")
+                    atomic.write_text(folder / PRUNE, why + "\n")
 
     def best(self) -> dict[str, Any] | None:
         """Return the best arm's name, value and changes; None where none is done."""

@@ -122,7 +122,7 @@ def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     out = RunDir(run)
     states = iter(["running", "running", "done", "done"])
     monkeypatch.setitem(track.TRACKERS, "fake", Fake)
-    monkeypatch.setattr(track.run_dir, "read_status", lambda path: {"status": next(states)})
+    monkeypatch.setattr(track, "read_status", lambda path: {"status": next(states)})
     found = track.tell(run, "fake", True, sleep=lambda _: out.append({"step": len(heard), "x": 1.0}))
     assert found == "done" and heard[0] == 3
     assert [entry[0] for entry in heard[1:]] == [1, 2, 3, 4, 5, 5] and "final/train_loss" in heard[-1][1]

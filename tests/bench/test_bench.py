@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cvlab.bench import detection, harness, profiler
+from cvlab.bench import detection, layers, machine, profiler, training
 from cvlab.cli import bench
 from cvlab.config import loading
 from cvlab.experiments.classification import throughput
@@ -46,7 +46,7 @@ def test_profile(file, cvlab):
 
 
 def test_layers_and_what_cannot_be_measured(cvlab, monkeypatch):
-    monkeypatch.setattr(harness, "SENTENCES", (6, 3, 4, 8, 5, 2))
+    monkeypatch.setattr(layers, "SENTENCES", (6, 3, 4, 8, 5, 2))
     code, out, _ = cvlab("bench", "layers", "--rounds", 1, "--json")
     rows = json.loads(out)["layers"]
     assert all(row["manual_against_torch"] > 0 and row["torch_seconds"] > 0 for row in rows)
@@ -66,8 +66,8 @@ def test_layers_and_what_cannot_be_measured(cvlab, monkeypatch):
 
 
 def test_the_whole(cvlab, monkeypatch):
-    monkeypatch.setattr(harness, "MATRIX", 64)
-    monkeypatch.setattr(harness, "COPIED_FLOATS", 1000)
+    monkeypatch.setattr(machine, "MATRIX", 64)
+    monkeypatch.setattr(machine, "COPIED_FLOATS", 1000)
     monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.01)
     monkeypatch.setattr(loading, "shipped_names", lambda: ["quickstart", "optimizers", "cifar_bn"])
     code, out, err = cvlab("bench", "--rounds", 1, "--json")
@@ -83,7 +83,7 @@ def test_flops_of_an_image_are_those_of_its_layers(monkeypatch):
     """Three convolutions and a linear layer, forward and twice backward, the first without its input's gradient."""
     monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.01)
     machine = {"convolution_gflops": {"float32": 1.0, "bfloat16": 1.0}}
-    row = harness.every_config(machine, "cpu", ("quickstart",))[0]
+    row = training.every_config(machine, "cpu", ("quickstart",))[0]
     convolutions = [3 * 16 * 9 * 32**2, 16 * 32 * 9 * 16**2, 32 * 64 * 9 * 8**2]
     products = 3 * (sum(convolutions) + 64 * 16 * 10) - convolutions[0]
     assert row["mflop_per_image"] == pytest.approx(2 * products / 1e6)

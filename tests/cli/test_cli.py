@@ -11,6 +11,8 @@ from cvlab import __version__
 from cvlab.cli import main
 from cvlab.config import loading
 from cvlab.runs import run_dir
+from cvlab.runs.find import find_run, runs_root
+from cvlab.runs.records import read_json, read_metrics, read_status
 
 TINY = """experiment: classify
 data: {name: scenes10, num_train: 100, val_fraction: 0.02}
@@ -50,11 +52,11 @@ def test_a_run_from_start_to_report(cvlab, tiny, tmp_path):
         os.listdir(run)
     )
     assert (run / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    summary = run_dir.read_json(run / "summary.json")
+    summary = read_json(run / "summary.json")
     assert summary["status"] == "done" and summary["data"] == "scenes10"
     assert len(summary["weights_sha256"]) == 64
-    assert run_dir.read_json(run / "env.json")["threads"] == 1
-    rows = list(run_dir.read_metrics(run))
+    assert read_json(run / "env.json")["threads"] == 1
+    rows = list(read_metrics(run))
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 10]
     assert {"train_accuracy", "val_accuracy", "val_loss"} <= rows[-1].keys()
 
@@ -83,7 +85,7 @@ def test_an_expectation_that_is_not_met(cvlab, tiny):
 def test_the_resolved_configuration_repeats_the_run(cvlab, tiny):
     first = json.loads(cvlab("run", tiny, "--json", "-q", "--seed", 5)[1])
     second = json.loads(cvlab("run", first["run"] + "/config.yaml", "--json", "-q")[1])
-    digests = [run_dir.read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
+    digests = [read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
     assert digests[0] == digests[1]
 
 
@@ -109,7 +111,7 @@ def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
     assert code == 0 and "the plan is corrected on the way" in err and f"{steps} steps in " in err
     assert loading.load(first["run"]).config.duration.steps == steps
     second = json.loads(cvlab("run", first["run"], "--json", "-q")[1])
-    digests = [run_dir.read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
+    digests = [read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
     assert digests[0] == digests[1]
     code, _, err = cvlab("train", tiny, "duration.seconds=1e-5", "-q")
     assert code == 2 and "too short for a step" in err
@@ -147,8 +149,8 @@ def test_the_stand_in_is_said_everywhere(cvlab, tiny, tmp_path, monkeypatch):
     assert "scenes10 (stand-in for cifar10)" in out
     run = tmp_path / "runs" / "latest"
     for name in ("summary.json", "status.json"):
-        assert run_dir.read_json(run / name)["data"] == "scenes10 (stand-in for cifar10)"
-    assert run_dir.read_json(run / "summary.json")["expect"][0]["rule"] == "train_accuracy <= 1"
+        assert read_json(run / name)["data"] == "scenes10 (stand-in for cifar10)"
+    assert read_json(run / "summary.json")["expect"][0]["rule"] == "train_accuracy <= 1"
     assert "standin_for: cifar10" in (run / "config.yaml").read_text()
     code, _, err = cvlab("train", tiny, *arguments, "--no-standin")
     assert code == 4 and "`cvlab data fetch cifar10` gets it" in err
@@ -334,7 +336,7 @@ def test_a_reader_that_has_gone_changes_nothing(tiny, tmp_path):
     assert code_of("cvlab --help | true; exit ${PIPESTATUS[0]}").returncode == 0
     assert code_of("cvlab config nosuch --json | true; exit ${PIPESTATUS[0]}").returncode == 2
     assert code_of(f"cvlab train {tiny} log_every=1 2>&1 | true; exit ${{PIPESTATUS[0]}}").returncode == 0
-    assert run_dir.read_status(tmp_path / "runs" / "latest")["status"] == "done"
+    assert read_status(tmp_path / "runs" / "latest")["status"] == "done"
     if os.path.exists("/dev/full"):
         full = code_of("cvlab runs > /dev/full")
         assert full.returncode == 5 and "No space left" in full.stderr and "Traceback" not in full.stderr
@@ -346,8 +348,8 @@ def test_divergence(cvlab, tiny, tmp_path):
     )
     error = error_of(out)
     assert code == 6 and "not finite at step" in error["message"] and "lr 100" in error["message"]
-    assert error["run"] == run_dir.find("latest", run_dir.runs_root()).name or "runs/" in error["run"]
-    assert run_dir.read_json(tmp_path / "runs" / "latest" / "status.json")["status"] == "failed"
+    assert error["run"] == find_run("latest", runs_root()).name or "runs/" in error["run"]
+    assert read_json(tmp_path / "runs" / "latest" / "status.json")["status"] == "failed"
 
 
 def test_eval_shows_test_and_keeps_it(cvlab, tiny, tmp_path):
@@ -356,7 +358,7 @@ def test_eval_shows_test_and_keeps_it(cvlab, tiny, tmp_path):
     found = json.loads(out)
     assert code == 0 and set(found["metrics"]) == {"val_loss", "val_accuracy", "test_loss", "test_accuracy"}
     assert found["metrics"]["val_accuracy"] == trained["metrics"]["val_accuracy"]
-    assert run_dir.read_json(tmp_path / "runs" / "latest" / "eval.json")["metrics"] == found["metrics"]
+    assert read_json(tmp_path / "runs" / "latest" / "eval.json")["metrics"] == found["metrics"]
     best = json.loads(cvlab("eval", "latest", "--checkpoint", "best", "--split", "val", "--json")[1])
     assert best["metrics"]["val_accuracy"] == trained["metrics"]["best_val_accuracy"]
     assert cvlab("eval", "latest", "--split", "dev")[0] == 2
@@ -440,7 +442,7 @@ def test_a_locked_run_is_not_resumed(cvlab, tiny, tmp_path):
     import multiprocessing
 
     cvlab("train", tiny, "-q")
-    path = run_dir.find("latest", run_dir.runs_root())
+    path = find_run("latest", runs_root())
 
     def hold(ready, leave):
         with run_dir.RunDir(path).locked():

@@ -8,6 +8,7 @@ from cvlab.config import loading
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification import throughput
 from cvlab.runs import run_dir
+from cvlab.runs.records import read_summary
 
 TEXT = """experiment: classify
 data: {name: scenes10, num_train: 200, val_fraction: 0.02}
@@ -86,7 +87,7 @@ def test_a_run_says_which_it_took_and_its_record_repeats_it(file, cvlab):
     recorded = loading.load(run)
     assert recorded.config.profile in ("small", "middle") and recorded.config.duration.steps
     again = json.loads(cvlab("run", run, "--json", "-q")[1])
-    summaries = [run_dir.read_summary(run_dir.Path(path)) for path in (run, again["run"])]
+    summaries = [read_summary(run_dir.Path(path)) for path in (run, again["run"])]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
 
 

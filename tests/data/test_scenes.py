@@ -66,10 +66,10 @@ def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):
 
 
 def scenes10_root():
-    from cvlab.data import datasets
+    from cvlab.storage.cache import data_root
 
-    scenes10.load(datasets.root())
-    return datasets.root()
+    scenes10.load(data_root())
+    return data_root()
 
 
 def test_a_cache_cannot_run_code(tmp_path):

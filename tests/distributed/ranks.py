@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cvlab.distributed import process_group
-from cvlab.engine import loop
+from cvlab.distributed import collectives, ddp, process_group, sharding
+from cvlab.engine import device, loop
 from cvlab.experiments.classification.data.images import eval_batches, normalization
 
 BATCH = 12
@@ -42,8 +42,8 @@ def gradients():
     torch.manual_seed(1)
     images, labels = torch.rand(BATCH, 3, 8, 8).double(), torch.randint(0, 5, (BATCH,))
     loss_fn(alone, (images, labels))["loss"].backward()
-    step = process_group.together(model, loss_fn, torch.device("cpu"), 2)
-    mine = process_group.share(torch.arange(BATCH))
+    step = ddp.together(model, loss_fn, torch.device("cpu"), 2)
+    mine = sharding.share(torch.arange(BATCH))
     losses = step.losses((images[mine], labels[mine]), [process_group.world().rank == 1, False])
     losses["loss"].backward()
     assert step.agreed(losses) == ([True, False], True)
@@ -53,7 +53,7 @@ def gradients():
 
 def evaluation():
     """Sums over sets of several sizes, smaller than the number of processes too, and how often each item was seen."""
-    where = loop.compute("cpu", "float32", 1)
+    where = device.compute("cpu", "float32", 1)
     found = []
     for count in (1, 2, 3, 7, 1001):
         images = torch.randint(0, 255, (count, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
@@ -65,7 +65,7 @@ def evaluation():
 
         batches = eval_batches(images, torch.arange(count), normalization(images, "mean", torch.float32, where.device))
         mean = loop.evaluate(nn.Identity(), batches, measure, where)["sum"]
-        times = process_group.total({str(k): value for k, value in enumerate(seen)})
+        times = collectives.total({str(k): value for k, value in enumerate(seen)})
         found.append([count, mean, sorted({float(value) for value in times.values()})])
     return found
 
@@ -75,11 +75,11 @@ def agreement():
     rank = process_group.world().rank
     model = net()
     model[1].running_mean.fill_(rank)
-    process_group.same_buffers(model)
+    collectives.same_buffers(model)
     return {
-        "from_main": process_group.from_main(lambda: f"of {rank}"),
-        "gathered": process_group.gathered(rank),
-        "concatenated": process_group.concatenated(torch.tensor([rank, 10 * rank])).tolist(),
+        "from_main": collectives.from_main(lambda: f"of {rank}"),
+        "gathered": collectives.gathered(rank),
+        "concatenated": collectives.concatenated(torch.tensor([rank, 10 * rank])).tolist(),
         "buffer": float(model[1].running_mean[0]),
     }
 
@@ -96,7 +96,7 @@ def part(count):
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in place.items()})
                 with process_group.joined():
-                    ok = process_group.gathered(rank) == [0, 1]
+                    ok = collectives.gathered(rank) == [0, 1]
                 os._exit(0 if ok else 1)
             pair.append(pid)
         codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pair]

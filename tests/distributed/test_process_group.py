@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from cvlab.api import launch
 from cvlab.config import loading
-from cvlab.distributed import launcher, process_group
+from cvlab.distributed import collectives, process_group, sharding
 from cvlab.errors import ConfigError
 from cvlab.runs.run_dir import RunDir
 
@@ -37,7 +38,7 @@ def place(monkeypatch):
 
 @hypothesis.given(count=st.integers(0, 300), size=st.integers(1, 40))
 def test_each_item_is_evaluated_once(count, size):
-    pieces = [range(*process_group.bounds(count, rank, size)) for rank in range(size)]
+    pieces = [range(*sharding.bounds(count, rank, size)) for rank in range(size)]
     assert [k for piece in pieces for k in piece] == list(range(count))
     assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
@@ -49,7 +50,7 @@ def test_the_shares_of_a_batch_are_the_batch(place, each, size):
     shares = []
     for rank in range(size):
         place(RANK=str(rank), WORLD_SIZE=str(size))
-        shares.append(process_group.share(batch))
+        shares.append(sharding.share(batch))
     assert torch.equal(torch.cat(shares), batch) and {len(part) for part in shares} == {each}
 
 
@@ -59,9 +60,9 @@ def test_one_process_is_alone(monkeypatch):
         process_group.world() == process_group.World() and process_group.is_main() and process_group.launch_id() is None
     )
     batch = torch.arange(5)
-    assert process_group.share(batch) is batch and process_group.concatenated(batch) is batch
-    assert process_group.gathered(3) == [3] and process_group.from_main(lambda: 4) == 4
-    assert process_group.total({"a": batch})["a"] is batch
+    assert sharding.share(batch) is batch and collectives.concatenated(batch) is batch
+    assert collectives.gathered(3) == [3] and collectives.from_main(lambda: 4) == 4
+    assert collectives.total({"a": batch})["a"] is batch
     assert process_group.stop_wanted(None) is None and process_group.stop_wanted(15) == 15
     with process_group.joined():
         pass
@@ -113,15 +114,15 @@ def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
     (tmp_path / "config.yaml").write_text(text)
     process_group.world.cache_clear()
     with pytest.raises(ConfigError, match="batch_size 12: 5 processes cannot share it"):
-        launcher.require_processes(tmp_path, 5)
-    assert launcher.require_processes(tmp_path, None) == 2 and launcher.require_processes(tmp_path, 3) == 3
+        launch.require_processes(tmp_path, 5)
+    assert launch.require_processes(tmp_path, None) == 2 and launch.require_processes(tmp_path, 3) == 3
     place(WORLD_SIZE="4")
     with pytest.raises(ConfigError, match="begun in 2 processes, torchrun has started 4; --nproc 4 goes on"):
-        launcher.require_processes(tmp_path, None)
-    assert launcher.require_processes(tmp_path, 4) == 4
+        launch.require_processes(tmp_path, None)
+    assert launch.require_processes(tmp_path, 4) == 4
     (tmp_path / "config.yaml").write_text("experiment: sweep\nbase: {from: quickstart}\nseeds: [0, 1]\n")
     with pytest.raises(ConfigError, match="sweep runs in one process; leave --nproc out"):
-        launcher.require_processes(tmp_path, 4)
+        launch.require_processes(tmp_path, 4)
 
 
 def test_torchrun_starts_trainings_only(cvlab, place):
@@ -137,7 +138,7 @@ def test_processes_that_are_started_again_find_their_run(tmp_path, place, monkey
         out.set_status("running")
         out.write_json("env.json", {"launch": launched})
     place(TORCHELASTIC_RUN_ID="two", TORCHELASTIC_RESTART_COUNT="1")
-    assert launcher.made(lambda: pytest.fail("a new one"), None, tmp_path).name == "b"
+    assert launch.run_dir_of_launch(lambda: pytest.fail("a new one"), None, tmp_path).name == "b"
 
 
 def test_the_model_of_the_exchange():

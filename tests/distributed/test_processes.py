@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
+from cvlab.runs.find import list_runs
+from cvlab.runs.records import read_metrics, read_status, read_summary
 from tests.distributed.ranks import free_port
 
 pytestmark = pytest.mark.slow
@@ -82,7 +84,7 @@ def trained(tmp_path_factory):
     process = start(folder, "whole")
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
-    return folder, run_dir.read_summary(folder / "whole" / "latest")
+    return folder, read_summary(folder / "whole" / "latest")
 
 
 def start(folder, root, *more, command=("train", "c.yaml", "--nproc", "2")):
@@ -92,7 +94,7 @@ def start(folder, root, *more, command=("train", "c.yaml", "--nproc", "2")):
 
 def wait_for_steps(process, run, count=20):
     deadline = time.monotonic() + 90
-    while not (rows := list(run_dir.read_metrics(run))) or rows[-1]["step"] < count:
+    while not (rows := list(read_metrics(run))) or rows[-1]["step"] < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
 
@@ -112,7 +114,7 @@ def ranks_of(run):
 
 
 def same(run, summary):
-    found = run_dir.read_summary(run)
+    found = read_summary(run)
     assert found["weights_sha256"] == summary["weights_sha256"]
     timed = ("train_seconds", "images_per_second")
     assert all(found["metrics"][key] == value for key, value in summary["metrics"].items() if key not in timed)
@@ -124,9 +126,9 @@ def test_two_processes_learn_as_one(trained, tmp_path):
     folder, summary = trained
     one = start(folder, "one", command=("train", "c.yaml"))
     assert one.communicate(timeout=180) and one.returncode == 0
-    alone = run_dir.read_summary(folder / "one" / "latest")["metrics"]
+    alone = read_summary(folder / "one" / "latest")["metrics"]
     assert summary["metrics"]["steps"] == alone["steps"] and summary["metrics"]["train_accuracy"] > 0.4
-    rows = [list(run_dir.read_metrics(folder / root / "latest")) for root in ("whole", "one")]
+    rows = [list(read_metrics(folder / root / "latest")) for root in ("whole", "one")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     assert rows[0][0]["train_loss"] == pytest.approx(rows[1][0]["train_loss"], rel=0.2)
 
@@ -157,8 +159,8 @@ def test_a_signal_to_the_command_stops_all_at_one_step(trained, number, code):
     while ranks_of(run):
         assert time.monotonic() < deadline, "a process goes on without its command"
         time.sleep(0.05)
-    saved, logged = checkpoint.steps(run / "checkpoints")[-1], list(run_dir.read_metrics(run))[-1]["step"]
-    assert saved >= logged and run_dir.read_status(run)["status"] == "interrupted"
+    saved, logged = checkpoint.steps(run / "checkpoints")[-1], list(read_metrics(run))[-1]["step"]
+    assert saved >= logged and read_status(run)["status"] == "interrupted"
     again = start(folder, root, command=("resume", "latest"))  # in two processes, as it was begun
     _, err = again.communicate(timeout=180)
     assert again.returncode == 0 and "not bitwise" not in err, err
@@ -173,7 +175,7 @@ def test_a_signal_to_one_process_stops_all(trained):
     os.kill(ranks_of(run)[1], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in err, err
-    assert "stopped by SIGTERM after step" in err and run_dir.read_status(run)["status"] == "interrupted"
+    assert "stopped by SIGTERM after step" in err and read_status(run)["status"] == "interrupted"
 
 
 def test_another_number_of_processes_is_allowed_where_it_is_asked_for(trained):
@@ -202,7 +204,7 @@ def test_torchrun_with_the_same_command_line(trained, restarts):
         os.kill(json.loads((run / "run.lock").read_text())["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
-    assert out.count("run directory") == 1 and len(run_dir.list_runs(folder / root)) == 1
+    assert out.count("run directory") == 1 and len(list_runs(folder / root)) == 1
     assert same(run, summary)
     assert ("resumed step_" in (run / "log.txt").read_text()) == bool(restarts)
 
@@ -258,5 +260,5 @@ def test_every_kind_of_training_takes_several_processes(tmp_path, data_root, kin
         process = start(tmp_path, root, command=("train", *words, *shared, "--nproc", "2"))
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
-        found.append(run_dir.read_summary(tmp_path / root / "latest")["weights_sha256"])
+        found.append(read_summary(tmp_path / root / "latest")["weights_sha256"])
     assert found[0] == found[1]

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cvlab.engine import device as engine_device
 from cvlab.engine import loop
-from cvlab.engine.loop import Compute, Training, fit
+from cvlab.engine.device import Compute
+from cvlab.engine.loop import Training, fit
 from cvlab.errors import CheckpointError, DeviceError, DivergedError
 
 CPU = Compute(torch.device("cpu"), "float32", 1)
@@ -109,10 +111,10 @@ def test_all_generators_come_back():
 
     import numpy as np
 
-    loop.seed_everything(5)
-    state = loop.rng_state()
+    engine_device.seed_everything(5)
+    state = engine_device.rng_state()
     first = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
-    loop.set_rng_state(state)
+    engine_device.set_rng_state(state)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 
@@ -132,15 +134,15 @@ def test_a_state_lacks_nothing_silently():
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there_is_never_replaced(device):
     with pytest.raises(DeviceError, match="0 CUDA devices") as refused:
-        loop.compute(device)
+        engine_device.compute(device)
     assert refused.value.code == 8
 
 
 def test_precision_auto_keeps_what_was_asked_for():
     for precision in ("float32", "bfloat16", "float64"):
-        assert loop.compute("cpu", precision).precision == precision
-    fast = loop.fast_bfloat16(torch.device("cpu"))
-    assert loop.compute("cpu").precision == ("bfloat16" if fast else "float32")
-    assert loop.compute("cpu", "float64").dtype == torch.float64
-    with loop.compute("cpu", "bfloat16").autocast():
+        assert engine_device.compute("cpu", precision).precision == precision
+    fast = engine_device.fast_bfloat16(torch.device("cpu"))
+    assert engine_device.compute("cpu").precision == ("bfloat16" if fast else "float32")
+    assert engine_device.compute("cpu", "float64").dtype == torch.float64
+    with engine_device.compute("cpu", "bfloat16").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cvlab import registry
-from cvlab.engine import muon, optimizers
+from cvlab.engine import muon, optimizers, schedules
 from cvlab.errors import ConfigError
 
 
@@ -111,18 +111,18 @@ def test_nesterov_without_momentum_is_the_users_error():
         optimizers.build_optimizer("sgd", nn.Linear(1, 1), {"nesterov": True})
 
 
-@pytest.mark.parametrize("name", optimizers.SCHEDULES.names)
+@pytest.mark.parametrize("name", schedules.SCHEDULES.names)
 def test_every_schedule_stays_between_0_and_1(name):
-    schedule = registry.find("schedule", name, optimizers.SCHEDULES.names)
+    schedule = registry.find("schedule", name, schedules.SCHEDULES.names)
     values = [schedule((k + 0.5) / 100) for k in range(100)]
     assert all(0 <= value <= 1 for value in values) and max(values) > 0.97
 
 
 def test_values_of_schedules():
-    assert optimizers.linear(0.25) == 0.75 and optimizers.linear(0.5, final=0.5) == 0.75
-    assert optimizers.cosine(0.5) == pytest.approx(0.5) and optimizers.cosine(1.0, final=0.1) == pytest.approx(0.1)
-    assert optimizers.triangle(0.1) == pytest.approx(0.5) and optimizers.triangle(0.6) == pytest.approx(0.5)
-    assert [optimizers.bend(p) for p in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.55, 0.1, 0.05, 0.0])
-    assert [optimizers.multistep(p) for p in (0.5, 0.6, 0.9)] == pytest.approx([1, 0.1, 0.01])
-    assert optimizers.warmed_up(1.0, 0.05, 0.1) == 0.5 and optimizers.warmed_up(0.3, 0.5, 0.1) == 0.3
-    assert math.isclose(optimizers.warmed_up(0.7, 0.0, 0.0), 0.7)
+    assert schedules.linear(0.25) == 0.75 and schedules.linear(0.5, final=0.5) == 0.75
+    assert schedules.cosine(0.5) == pytest.approx(0.5) and schedules.cosine(1.0, final=0.1) == pytest.approx(0.1)
+    assert schedules.triangle(0.1) == pytest.approx(0.5) and schedules.triangle(0.6) == pytest.approx(0.5)
+    assert [schedules.bend(p) for p in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.55, 0.1, 0.05, 0.0])
+    assert [schedules.multistep(p) for p in (0.5, 0.6, 0.9)] == pytest.approx([1, 0.1, 0.01])
+    assert schedules.warmed_up(1.0, 0.05, 0.1) == 0.5 and schedules.warmed_up(0.3, 0.5, 0.1) == 0.3
+    assert math.isclose(schedules.warmed_up(0.7, 0.0, 0.0), 0.7)

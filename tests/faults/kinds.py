@@ -19,7 +19,8 @@ from PIL import Image
 from cvlab.cli import main
 from cvlab.engine import image_optimizer, trainer
 from cvlab.experiments.captioning import scene_captions
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
+from cvlab.runs.records import read_summary
 from tests.faults.texts import CONFIG, READERS, WRITERS
 
 DETECTOR = (
@@ -69,7 +70,7 @@ UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_o
 
 def outcome(run):
     """Return what a run has come to, without what differs from time to time: metrics, results, pictures, weights."""
-    summary = run_dir.read_summary(run)
+    summary = read_summary(run)
     metrics = {name: value for name, value in summary["metrics"].items() if name not in UNTIMED}
     pictures = {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,7 +23,8 @@ os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: th
 from cvlab.cli import main  # noqa: E402
 from cvlab.engine import trainer
 from cvlab.errors import CheckpointError  # noqa: E402
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
+from cvlab.runs.records import read_metrics, read_status
 from tests import tiny  # noqa: E402
 from tests.faults.texts import CONFIG  # noqa: E402
 
@@ -153,7 +154,7 @@ def naive(folder, count):
 def _wait_for_steps(root):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        rows = list(run_dir.read_metrics(root / "latest"))
+        rows = list(read_metrics(root / "latest"))
         if rows and rows[-1]["step"] >= 10:
             return
         time.sleep(0.01)
@@ -164,7 +165,7 @@ def _wait_for_step_after(run, step, pid):
     """Let a resumed run get on, then stop it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        rows = list(run_dir.read_metrics(run))
+        rows = list(read_metrics(run))
         resumed = "resumed step_" in (run / "log.txt").read_text()
         if resumed and rows and rows[-1]["step"] > step + 5:
             break
@@ -185,9 +186,9 @@ def signals(folder, count):
             os.kill(pid, getattr(signal, name))
         code = wait(pid)
         run = root / "latest"
-        rows = list(run_dir.read_metrics(run))
+        rows = list(read_metrics(run))
         newest = checkpoint.steps(run / "checkpoints")[-1]
-        state = run_dir.read_status(run)
+        state = read_status(run)
         # A second run of the same command line finds the lock free and goes on.
         again = in_child(lambda a=arguments: main.main(["resume", "latest", *a]))
         _wait_for_step_after(run, newest, again)
@@ -227,7 +228,7 @@ def disk_full(folder, count):
         "corrupt": corrupt_files(run),
         "saved": checkpoint.steps(run / "checkpoints"),
         "left": len(list(run.resolve().rglob(".*.tmp"))),
-        "status": run_dir.read_status(run)["status"],
+        "status": read_status(run)["status"],
     }
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cvlab.runs import checkpoint, run_dir
+from cvlab.runs import checkpoint
+from cvlab.runs.records import read_metrics, read_status
 from tests.faults.texts import CONFIG, SWEEP
 
 CTRL_C, CTRL_BACKSLASH = b"\x03", b"\x1c"
@@ -80,7 +81,7 @@ class Terminal:
 
 def steps_of(run):
     with contextlib.suppress(Exception):
-        rows = list(run_dir.read_metrics(run))
+        rows = list(read_metrics(run))
         return rows[-1]["step"] if rows else 0
     return 0
 
@@ -118,7 +119,7 @@ def test_ctrl_c_saves_says_so_and_leaves_the_terminal_as_it_was(training):
     assert b"checkpoint saved; cvlab resume" in terminal.shown and b"Traceback" not in terminal.shown
     hidden, shown = terminal.shown.rfind(b"\x1b[?25l"), terminal.shown.rfind(SHOW_CURSOR)
     assert hidden < shown, "the cursor is seen again"
-    assert run_dir.read_status(run)["status"] == "interrupted" and terminal.group() == []
+    assert read_status(run)["status"] == "interrupted" and terminal.group() == []
 
 
 @pytest.mark.faults
@@ -135,7 +136,7 @@ def test_a_closed_terminal_is_a_request_to_save(training):
     terminal, run = training()
     terminal.hang_up()
     assert terminal.wait() == 143 and saved_all(run)
-    state = run_dir.read_status(run)
+    state = read_status(run)
     assert state["status"] == "interrupted" and "SIGHUP" in state["error"]
 
 
@@ -157,7 +158,7 @@ def test_quit_is_a_kill(training, cvlab):
     terminal, run = training()
     terminal.type(CTRL_BACKSLASH)
     assert terminal.wait() == -signal.SIGQUIT
-    assert run_dir.read_status(run)["status"] == "interrupted" and checkpoint.newest(run / "checkpoints", print)
+    assert read_status(run)["status"] == "interrupted" and checkpoint.newest(run / "checkpoints", print)
 
 
 @pytest.mark.faults
@@ -199,5 +200,5 @@ def test_a_sweep_ends_with_all_its_arms_and_goes_on(tmp_path, data_root, cvlab, 
         time.sleep(0.05)
     arms = sorted(run.glob("arms/*"))
     assert len(arms) == 2 and all(saved_all(arm) for arm in arms)
-    assert {run_dir.read_status(arm)["status"] for arm in arms} == {"interrupted"}
-    assert run_dir.read_status(run)["status"] == "interrupted"
+    assert {read_status(arm)["status"] for arm in arms} == {"interrupted"}
+    assert read_status(run)["status"] == "interrupted"

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from cvlab.runs import run_dir
+from cvlab.runs.find import list_runs
+from cvlab.runs.records import read_metrics, read_status
 from tests.faults.texts import CONFIG, SWEEP
 
 pytestmark = pytest.mark.faults
@@ -57,7 +58,7 @@ def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
     root, words = tmp_path / "runs", (sweep, "base.duration.epochs=50")
     first = start("sweep", *words, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
-    while not any(list(run_dir.read_metrics(arm)) for arm in root.glob("latest/arms/*")):
+    while not any(list(read_metrics(arm)) for arm in root.glob("latest/arms/*")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
@@ -69,7 +70,7 @@ def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
     for code, said in ends:
         assert "Traceback" not in said
         assert code == 0 or "already running" in said
-    status = [run_dir.read_status(run)["status"] for run in run_dir.list_runs(root)]
+    status = [read_status(run)["status"] for run in list_runs(root)]
     assert status == ["done"] * (1 if codes == [0, 5] else 2)
 
 

@@ -215,6 +215,7 @@ CURVE = "precision=float64 duration.steps=20 log_every=1 batch_size=20 data.num_
 def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tmp_path):
 
     from cvlab.runs import run_dir
+    from cvlab.runs.records import read_metrics
 
     curves, runs = {}, {}
     for name in ("torch", "manual", "manual_alt"):
@@ -222,7 +223,7 @@ def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tm
         code, out, err = cvlab("train", "cifar_bn", f"layers={name}", *options, "expect_standin=[]", "--json", "-q")
         assert code == 0, err
         runs[name] = run_dir.Path(json.loads(out)["run"])
-        curves[name] = [row["train_loss"] for row in run_dir.read_metrics(runs[name]) if "train_loss" in row]
+        curves[name] = [row["train_loss"] for row in read_metrics(runs[name]) if "train_loss" in row]
     assert len(curves["torch"]) == 20
     for name in ("manual", "manual_alt"):
         assert curves[name] == pytest.approx(curves["torch"], abs=1e-9), "the bar is 1e-4"

@@ -7,13 +7,14 @@ import os
 import pytest
 
 from cvlab.errors import RunDirError
-from cvlab.runs import run_dir
+from cvlab.runs.find import create_run, find_run, list_runs
+from cvlab.runs.records import read_json, read_metrics, read_status
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.lock import RunLock, is_held
 
 
 def test_directories_are_new_and_latest_points_to_the_last(tmp_path):
-    made = [run_dir.create(tmp_path / "runs", "x").path for _ in range(5)]
+    made = [create_run(tmp_path / "runs", "x").path for _ in range(5)]
     assert len(set(made)) == 5
     assert (tmp_path / "runs" / "latest").resolve() == made[-1].resolve()
 
@@ -21,7 +22,7 @@ def test_directories_are_new_and_latest_points_to_the_last(tmp_path):
 def test_a_root_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(RunDirError) as refused:
-        run_dir.create(tmp_path / "runs", "x")
+        create_run(tmp_path / "runs", "x")
     assert refused.value.code == 5
 
 
@@ -32,11 +33,11 @@ def test_metrics_are_repaired_when_cut_anywhere(tmp_path):
     for end in range(len(whole) + 1):
         path.write_bytes(whole[:end])
         complete = whole[:end].count(b"\n")
-        assert list(run_dir.read_metrics(tmp_path)) == rows[:complete]
+        assert list(read_metrics(tmp_path)) == rows[:complete]
         with RunDir(tmp_path).locked() as out:
             assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:complete])
             out.append({"step": 9})
-        assert list(run_dir.read_metrics(tmp_path)) == [*rows[:complete], {"step": 9}]
+        assert list(read_metrics(tmp_path)) == [*rows[:complete], {"step": 9}]
 
 
 def test_a_resume_cuts_back_and_refuses_a_gap(tmp_path):
@@ -45,7 +46,7 @@ def test_a_resume_cuts_back_and_refuses_a_gap(tmp_path):
         length = out.sync_metrics()
         out.append({"step": 2})
         out.truncate_metrics(length)
-        assert list(run_dir.read_metrics(tmp_path)) == [{"step": 1}]
+        assert list(read_metrics(tmp_path)) == [{"step": 1}]
         with pytest.raises(RunDirError, match="the checkpoint knows of"):
             out.truncate_metrics(length + 1)
 
@@ -53,7 +54,7 @@ def test_a_resume_cuts_back_and_refuses_a_gap(tmp_path):
 def test_numbers_that_json_has_no_word_for(tmp_path):
     with RunDir(tmp_path).locked() as out:
         out.append({"a": float("nan"), "b": float("inf"), "c": (1, 2)})
-    assert list(run_dir.read_metrics(tmp_path)) == [{"a": None, "b": None, "c": [1, 2]}]
+    assert list(read_metrics(tmp_path)) == [{"a": None, "b": None, "c": [1, 2]}]
 
 
 def hold(path, ready, leave):
@@ -109,7 +110,7 @@ def test_a_dead_holders_lock_is_free_at_once(tmp_path):
 def test_a_killed_run_is_interrupted(tmp_path):
     out = RunDir(tmp_path)
     out.set_status("running", step=3)
-    assert run_dir.read_status(tmp_path) == {**run_dir.read_json(tmp_path / "status.json"), "status": "interrupted"}
+    assert read_status(tmp_path) == {**read_json(tmp_path / "status.json"), "status": "interrupted"}
 
 
 def test_temporaries_of_a_kill_are_swept_but_not_those_of_arms(tmp_path):
@@ -124,23 +125,23 @@ def test_temporaries_of_a_kill_are_swept_but_not_those_of_arms(tmp_path):
 
 def test_runs_are_found_by_path_name_part_and_latest(tmp_path):
     root = tmp_path / "runs"
-    one, two = (run_dir.create(root, name) for name in ("one", "two"))
+    one, two = (create_run(root, name) for name in ("one", "two"))
     for out in (one, two):
         out.set_status("done")
-    assert run_dir.find(str(one.path), root) == one.path.resolve()
-    assert run_dir.find(one.path.name, root) == one.path.resolve()
-    assert run_dir.find("one", root) == one.path.resolve()
-    assert run_dir.find("latest", root) == two.path.resolve()
+    assert find_run(str(one.path), root) == one.path.resolve()
+    assert find_run(one.path.name, root) == one.path.resolve()
+    assert find_run("one", root) == one.path.resolve()
+    assert find_run("latest", root) == two.path.resolve()
     with pytest.raises(RunDirError, match="fits 2 runs"):
-        run_dir.find("-", root)
+        find_run("-", root)
     with pytest.raises(RunDirError, match="no run 'three'"):
-        run_dir.find("three", root)
-    assert run_dir.list_runs(root) == sorted([one.path, two.path])
+        find_run("three", root)
+    assert list_runs(root) == sorted([one.path, two.path])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_damaged_json_is_one_line(tmp_path, content):
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(RunDirError) as refused:
-        run_dir.read_json(tmp_path / "summary.json")
+        read_json(tmp_path / "summary.json")
     assert "\n" not in str(refused.value)

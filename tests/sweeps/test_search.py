@@ -8,6 +8,8 @@ import pytest
 from cvlab.config import loading
 from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs import run_dir
+from cvlab.runs.find import create_run
+from cvlab.runs.records import PRUNE, read_prune, read_status, read_summary
 from cvlab.sweeps import arms, experiment, results, scheduler, search, trials
 from cvlab.sweeps.search import Range, Search, Trial
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
@@ -155,8 +157,8 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     found = json.loads(out)
     assert code == 0, err
     run = (tmp_path / "runs" / "latest").resolve()
-    summary = run_dir.read_summary(run)
-    values = [run_dir.read_summary(arm)["metrics"]["val_accuracy"] for arm in sorted(run.glob("arms/*"))]
+    summary = read_summary(run)
+    values = [read_summary(arm)["metrics"]["val_accuracy"] for arm in sorted(run.glob("arms/*"))]
     assert found["metrics"] == {"arms": 4, "diverged": 0, "pruned": 0, "best": max(values)}
     assert summary["best"]["arm"] == sorted(run.glob("arms/*"))[values.index(max(values))].name
     assert list(found["settings"][0]["keys"]) == ["optimizer.lr", "batch_size", "model.batchnorm"]
@@ -172,7 +174,7 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     code, _, err = cvlab("sweep", "s.yaml")
     assert code == 0 and "4 arms, 4 of them ended before" in err, err
     pruned = trials.folders(run)[1]
-    (pruned / run_dir.PRUNE).write_text("too bad")
+    (pruned / PRUNE).write_text("too bad")
     (pruned / "status.json").write_text('{"status": "interrupted"}')
     out, chosen = run_dir.RunDir(run), loading.load(str(run)).config
     assert [row["status"] for row in experiment.rows_of(chosen, out)] == ["done", "pruned", "done", "done"]
@@ -186,7 +188,7 @@ def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
     tied = "conditions: [{when: {batch_size: 40, model.batchnorm: false}, set: {reg: -1.0}}]\n"
     (tmp_path / "s.yaml").write_text(BASE + SEARCH + tied)
     chosen = loading.load("s.yaml").config  # every end and every choice is valid by itself
-    out = run_dir.create(tmp_path / "runs", "s")
+    out = create_run(tmp_path / "runs", "s")
     out.folder("arms")
     changes = {"optimizer.lr": 0.1, "batch_size": 30, "model.batchnorm": False}
     assert arms.add(chosen, out, 0, changes) == out.path / "arms" / "000-lr-0.1-batch_size-30-batchnorm-false"
@@ -199,23 +201,23 @@ def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvla
     text = BASE.partition("base:\n")[2].replace("\n  ", "\n").strip().replace("eval_every: 1000", "eval_every: 1")
     (tmp_path / "s.yaml").write_text(text)
     assert cvlab("run", "s.yaml", "-q")[0] == 0
-    whole = run_dir.read_summary((tmp_path / "runs" / "latest").resolve())["weights_sha256"]
+    whole = read_summary((tmp_path / "runs" / "latest").resolve())["weights_sha256"]
     arm = tmp_path / "arm"
     arm.mkdir()
     (arm / "config.yaml").write_text(loading.load("s.yaml").config.to_yaml())
-    (arm / run_dir.PRUNE).write_text("too bad\n")
+    (arm / PRUNE).write_text("too bad\n")
     code, _, err = cvlab("resume", arm)
-    status = run_dir.read_status(arm)
+    status = read_status(arm)
     assert code == 143 and "pruned after step 10: too bad; remove " in err
     assert (status["status"], status["step"]) == ("interrupted", 10) and scheduler.has_ended(arm)
     assert results.read_arm(arm)["status"] == "pruned" and results.outcome(arm) == "pruned: too bad"
-    (arm / run_dir.PRUNE).unlink()
+    (arm / PRUNE).unlink()
     assert not scheduler.has_ended(arm) and cvlab("resume", arm)[0] == 0
-    assert run_dir.read_summary(arm)["weights_sha256"] == whole
+    assert read_summary(arm)["weights_sha256"] == whole
 
 
 def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
-    out = run_dir.create(tmp_path / "runs", "s")
+    out = create_run(tmp_path / "runs", "s")
     for number, (state, accuracies) in enumerate([("done", (0.4, 0.6)), ("done", (0.5, 0.7)), ("running", (0.3,))]):
         arm = out.path / "arms" / f"{number:03d}-x"
         arm.mkdir(parents=True)
@@ -228,7 +230,7 @@ def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
             (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": accuracies[-1]}}))
     for chosen, expected in ((wanted(startup=2), None), (wanted(startup=2, prune="median"), True)):
         trials.Trials(out, chosen, {}, lambda number, changes: None).prune([arm])
-        assert bool(run_dir.read_prune(arm)) == bool(expected)
+        assert bool(read_prune(arm)) == bool(expected)
     assert trials.read(arm, chosen, {}).state == "pruned" and trials.read(arm, chosen, {}).curve == {10: 0.3}
     best = trials.Trials(out, chosen, {}, lambda number, changes: None).best()
     assert (best["arm"], best["val_accuracy"]) == ("001-x", 0.7)

@@ -10,9 +10,11 @@ import time
 
 import pytest
 
-from cvlab.config import loading
+from cvlab.config import loading, overrides
 from cvlab.errors import ConfigError
 from cvlab.runs import run_dir
+from cvlab.runs.find import list_runs
+from cvlab.runs.records import read_json, read_status, read_summary
 from cvlab.sweeps import grid, results
 
 BASE = """  experiment: classify
@@ -68,7 +70,7 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
     assert base["batch_size"] == 50 and base["model"]["filters"] == (16, 32, 32, 64, 64) and "expect" not in base
     again = loading.load(write(tmp_path, loaded.config.to_yaml(), "again.yaml")).config
     assert again.to_yaml() == loaded.config.to_yaml()
-    replaced = grid.merge({"optimizer": {"name": "adam", "betas": 1}}, {"optimizer": {"name": "sgd"}})
+    replaced = overrides.merge({"optimizer": {"name": "adam", "betas": 1}}, {"optimizer": {"name": "sgd"}})
     assert replaced == {"optimizer": {"name": "sgd"}}
 
 
@@ -131,7 +133,7 @@ def test_a_sweep_from_start_to_end(cvlab, tmp_path):
     run = (tmp_path / "runs" / "latest").resolve()
     arms = sorted((run / "arms").iterdir())
     assert [arm.name for arm in arms][:2] == ["000-lr-0.001-seed-0", "001-lr-0.001-seed-1"]
-    accuracies = [run_dir.read_summary(arm)["metrics"]["val_accuracy"] for arm in arms]
+    accuracies = [read_summary(arm)["metrics"]["val_accuracy"] for arm in arms]
     mean = found["settings"][0]["metrics"]["val_accuracy"]
     assert mean["n"] == 2 and mean["mean"] == pytest.approx(sum(accuracies[:2]) / 2)
     lines = (run / "table.csv").read_text().splitlines()
@@ -142,7 +144,7 @@ def test_a_sweep_from_start_to_end(cvlab, tmp_path):
     # an arm is an ordinary run, and the same as when it is run alone
     assert cvlab("show", arms[0])[0] == cvlab("eval", arms[0])[0] == cvlab("resume", arms[0])[0] == 0
     alone = json.loads(cvlab("run", arms[2], "--json", "-q")[1])
-    summaries = [run_dir.read_summary(run_dir.Path(path)) for path in (alone["run"], arms[2])]
+    summaries = [read_summary(run_dir.Path(path)) for path in (alone["run"], arms[2])]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     code, out, _ = cvlab("show", run)
     assert code == 0 and "val_accuracy" in out and "spread(val_accuracy) < 1" in out
@@ -189,11 +191,11 @@ def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_p
     assert len([path for path in run.glob("arms/*") if _ended(path)]) == 4
     assert all((arm / "summary.json").stat().st_mtime_ns == before for arm, before in ended.items())
     assert cvlab("sweep", name, "--dry-run")[0] == 0
-    assert len(run_dir.list_runs(tmp_path / "runs")) == 1
+    assert len(list_runs(tmp_path / "runs")) == 1
 
 
 def _ended(arm):
-    return run_dir.read_status(arm).get("status") == "done"
+    return read_status(arm).get("status") == "done"
 
 
 def test_arms_end_with_the_sweep_however_it_dies(tmp_path):
@@ -206,10 +208,10 @@ def test_arms_end_with_the_sweep_however_it_dies(tmp_path):
             time.sleep(0.05)
         process.kill()
     arm = next(tmp_path.glob("runs/2*/arms/000*"))
-    while time.monotonic() < deadline and run_dir.read_json(arm / "status.json")["status"] == "running":
+    while time.monotonic() < deadline and read_json(arm / "status.json")["status"] == "running":
         time.sleep(0.05)
-    assert run_dir.read_status(arm)["status"] == "interrupted" and list((arm / "checkpoints").glob("*.pt"))
-    assert run_dir.read_status(arm.parent.parent)["status"] == "interrupted"
+    assert read_status(arm)["status"] == "interrupted" and list((arm / "checkpoints").glob("*.pt"))
+    assert read_status(arm.parent.parent)["status"] == "interrupted"
 
 
 def test_an_arm_that_diverges_is_a_result(cvlab, tmp_path):
@@ -350,5 +352,5 @@ def test_verify(cvlab, tmp_path):
     own = write(tmp_path, flat.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:net'"), "own.yaml")
     code, out, _ = cvlab("verify", own, good, "--json")
     assert code == 1 and [row["met"] for row in json.loads(out)["verified"]] == [False, True, True]
-    before = len(run_dir.list_runs(tmp_path / "runs"))
-    assert cvlab("verify", good, "nosuch")[0] == 2 and len(run_dir.list_runs(tmp_path / "runs")) == before
+    before = len(list_runs(tmp_path / "runs"))
+    assert cvlab("verify", good, "nosuch")[0] == 2 and len(list_runs(tmp_path / "runs")) == before

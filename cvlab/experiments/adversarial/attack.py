@@ -8,19 +8,33 @@ Expect: `fooled` (share of the photos that were not the target before), medians 
 Command: cvlab attack --target ostrich img.jpg
 """
 
+import io
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Ge, Gt, Le
+from PIL import Image
 from pydantic import Field
+from torch import Tensor
 
 from cvlab.config import schema
-from cvlab.experiments.adversarial import example
-from cvlab.experiments.adversarial.example import JPEG_QUALITIES
+from cvlab.data import photos, rng
+from cvlab.engine import image_optimizer
+from cvlab.engine.device import Compute
+from cvlab.engine.image_optimizer import Pixels
+from cvlab.engine.loop import Losses
 from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import PhotoConfig
-from cvlab.runs.run_dir import Row, RunDir
+from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
+from cvlab.models.pretrained import Pretrained
+from cvlab.ops import attacks, saliency
+from cvlab.ops.resample import Frame, Lens, lens
+from cvlab.reports import images
+from cvlab.runs.records import Row
+from cvlab.runs.run_dir import RunDir
 
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
 
@@ -54,7 +68,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     target = model.index(config.target) if config.target is not None else None
     out.folder("images")
 
-    return summary(photo_batches.run(config, out, example.Attack(config, model, where, target, out), "attack"))
+    return summary(photo_batches.run(config, out, Attack(config, model, where, target, out), "attack"))
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
@@ -81,3 +95,202 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
     target = model.index(config.target) if config.target is not None else None
     aim = "anything else" if target is None else model.classes[target]
     return {"target": aim, "method": config.method, **photo_batches.plan(config, where, model)}
+
+
+JPEG_QUALITIES = (95, 85, 75)
+
+
+DIFFERENCE_TIMES = 10
+
+
+@dataclass(eq=False)
+class Victim:
+    """A photo on its way: `image` is what is changed, the photo itself or what the net sees of it.
+
+    `start` is the part (3, h, w) in [0, 1] of it that the net sees, `lens` how that is resized; `region` what it has
+    become. `aim` is the class to be seen, or the one to get away from.
+    """
+
+    photo: Photo
+    image: Image.Image
+    frame: Frame
+    lens: Lens
+    start: Tensor
+    region: Tensor
+    before: torch.Tensor  # probabilities (classes,) of the photo as it was
+    aim: int
+    steps: int = 0
+    left: int | None = None  # steps to go on, once the net is fooled
+
+
+class Attack:
+    """An attack on photos by one net; `config` is that of the experiment `attack`, `target` None: see anything else."""
+
+    def __init__(self, config: Any, model: Pretrained, where: Compute, target: int | None, out: RunDir) -> None:
+        self.config, self.model, self.where, self.target, self.out = config, model, where, target, out
+
+    def __call__(self, batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+        """Attack photos together, write their pictures, return a result for each; `look_up` is called every step."""
+        victims = self.victims(batch)
+        rows = {victim: self._judge(victim) for victim in victims if self._already(victim)}
+        todo = [victim for victim in victims if victim not in rows]
+        while todo:
+            self.optimise(todo, look_up)
+            rows |= {victim: self._judge(victim) for victim in todo}
+            todo = [victim for victim in todo if not rows[victim]["fooled"] and victim.steps < self._most_steps]
+        return [rows[victim] | self._panel(victim, rows[victim]) for victim in victims]
+
+    @property
+    def _most_steps(self) -> int:
+        return 1 if self.config.method == "fgsm" else int(self.config.steps)
+
+    def _already(self, victim: Victim) -> bool:
+        return self.target is not None and int(victim.before.argmax()) == self.target
+
+    def victims(self, batch: list[Photo]) -> list[Victim]:
+        """Look at photos as the net does, and make ready what is changed of each."""
+        views = [self.model.frame.view(photo.image) for photo in batch]
+        with torch.inference_mode():
+            stacked = torch.stack([photos.to_tensor(view) for view in views]).to(self.where.device)
+            probabilities = self.model.probabilities(stacked).cpu()
+        victims = []
+        for photo, view, p in zip(batch, views, probabilities, strict=True):
+            image, frame = photo.image, self.model.frame
+            if self.config.size == "model":
+                image, frame = view, Frame(frame.size_px, frame.size_px, frame.filter)
+            glass = lens(frame, *image.size, self.where.device)
+            start = glass.cut(photos.to_tensor(image)).contiguous().to(self.where.device)
+            aim = int(p.argmax()) if self.target is None else self.target
+            begin = self._begin(photo, start)
+            victims.append(Victim(photo, image, frame, glass, start, begin, p, aim))
+        return victims
+
+    def _begin(self, photo: Photo, start: Tensor) -> Tensor:
+        if self.config.method != "pgd" or not self.config.random_start:
+            return start.clone()
+        numbers = torch.arange(start.numel()).view(start.shape)
+        noise = rng.uniform(self.config.seed, 0, numbers, f"pgd {photo.label}").float().to(start.device)
+        return attacks.random_start(start, noise, self.config.eps / attacks.LEVELS)
+
+    def optimise(self, active: list[Victim], look_up: Callable[[], None]) -> None:
+        """Take steps until each photo is fooled and `extra_steps` further, or its steps are used up."""
+        for victim in active:
+            victim.left = None
+        while active:
+            look_up()
+            pixels = Pixels([victim.region for victim in active])
+            losses = next(image_optimizer.optimise_pixels(pixels, self._objective(active), self._update(active)))
+            for victim, region, fooled in zip(active, pixels.tensors, losses["fooled"].tolist(), strict=True):
+                victim.region = region
+                victim.steps += 1
+                if fooled and victim.left is None:  # as it was before this step, which is the first of the extra ones
+                    victim.left = self.config.extra_steps
+                victim.left = victim.left - 1 if victim.left is not None else None
+            active = [v for v in active if v.steps < self._most_steps and (v.left is None or v.left > 0)]
+
+    def _objective(self, active: list[Victim]) -> Callable[[Pixels], Losses]:
+        targeted = self.target is not None
+        aims = torch.tensor([victim.aim for victim in active], device=self.where.device)
+
+        def objective(pixels: Pixels) -> Losses:
+            pairs = zip(active, pixels.tensors, strict=True)
+            views = torch.stack([victim.lens.view(tensor) for victim, tensor in pairs])
+            with self.where.autocast():
+                scores = self.model.net(views.contiguous(memory_format=torch.channels_last))
+            fooled = attacks.is_fooled(scores, aims, targeted)
+            return {"loss": attacks.objective(scores, aims, targeted).sum(), "fooled": fooled}
+
+        return objective
+
+    def _update(self, active: list[Victim]) -> image_optimizer.Update:
+        config, eps = self.config, self.config.eps / attacks.LEVELS
+        alpha = eps if config.method == "fgsm" else config.alpha / attacks.LEVELS
+
+        def update(pixels: Pixels, gradients: list[Tensor]) -> None:
+            for k, (victim, gradient) in enumerate(zip(active, gradients, strict=True)):
+                region = pixels.tensors[k]
+                if config.method == "l2":  # the same mean change of a pixel at any size
+                    pixels.tensors[k] = attacks.l2_step(region, gradient, config.lr * victim.lens.scale)
+                else:
+                    pixels.tensors[k] = attacks.linf_step(region, gradient, victim.start, alpha, eps)
+
+        return update
+
+    def _judge(self, victim: Victim) -> Row:
+        """Write the picture, read the file and classify it as any photo is; then as JPEG of several qualities."""
+        changed = victim.image.copy()
+        if not self._already(victim):
+            changed.paste(photos.to_image(victim.region), victim.lens.region[:2])
+        name = f"images/{victim.photo.label}-attacked.png"
+        self.out.write_bytes(name, images.png(changed))
+        read = photos.load(self.out.path / name)
+        variants = [read, *(_as_jpeg(read, quality) for quality in JPEG_QUALITIES)]
+        views = torch.stack([photos.to_tensor(victim.frame.view(image)) for image in variants])
+        with torch.inference_mode():
+            probabilities = self.model.probabilities(views.to(self.where.device)).cpu()
+        aims = torch.full((len(views),), victim.aim)
+        fooled = attacks.is_fooled(probabilities, aims, self.target is not None).tolist()
+        small = attacks.distances(photos.to_tensor(victim.frame.view(victim.image)), views[0])
+        large = attacks.distances(photos.to_tensor(victim.image), photos.to_tensor(read))
+        return {
+            **self._told(victim, probabilities[0]),
+            "fooled": fooled[0],
+            "already": self._already(victim),
+            "steps": victim.steps,
+            "l2": small["l2"],
+            "l2_photo": large["l2"],
+            "linf_255": large["linf_255"],
+            "psnr_db": large["psnr_db"],
+            **{f"fooled_jpeg{quality}": held for quality, held in zip(JPEG_QUALITIES, fooled[1:], strict=True)},
+            "attacked": name,
+        }
+
+    def _told(self, victim: Victim, after: Tensor) -> Row:
+        """Say what the net saw before and sees now, and how sure it was of the target."""
+        row = {
+            **self.model.found(int(after.argmax()), float(after.max())),
+            "before": self.model.found(int(victim.before.argmax()), float(victim.before.max())),
+        }
+        if self.target is None:
+            return row
+        name, k = self.model.classes[self.target], self.target
+        return row | {"target": name, "target_before": float(victim.before[k]), "target_after": float(after[k])}
+
+    def _panel(self, victim: Victim, row: Row) -> Row:
+        before, after = victim.image, photos.load(self.out.path / row["attacked"])
+        told = f"L2 {row['l2']:.2f}, at most {row['linf_255']:.0f}/255, {row['steps']} steps"
+        tiles = [
+            (f"before: {row['before']['label']} {row['before']['score']:.2f}", before),
+            (f"after: {row['label']} {row['score']:.2f}", after),
+            (f"difference: {told}", images.difference(before, after, 1)),
+            (f"difference x{DIFFERENCE_TIMES}", images.difference(before, after, DIFFERENCE_TIMES)),
+        ]
+        name = f"images/{victim.photo.label}-panel.png"
+        self.out.write_bytes(name, images.png(images.panel(tiles, victim.photo.path.name)))
+        return {"panel": name} | (self._explained(victim, before, after) if self.config.then else {})
+
+    def _explained(self, victim: Victim, before: Image.Image, after: Image.Image) -> Row:
+        """Show what the net's answer depends on, for the photo and for the attacked picture."""
+        views = torch.stack([photos.to_tensor(victim.frame.view(image)) for image in (before, after)])
+        views = views.to(self.where.device).contiguous(memory_format=torch.channels_last)
+        classes = self.model.net(views).argmax(1)
+        maps = saliency.vanilla(self.model.net, views, classes)
+        tiles = []
+        for when, image, values, index in zip(
+            ("before", "after"), (before, after), maps, classes.tolist(), strict=True
+        ):
+            shown = images.scaled(values)
+            label = f"{when}: {self.model.classes[index]}"
+            tiles += [
+                (label, images.heat(shown)),
+                ("", images.overlay(image, shown, victim.frame.box(*image.size))),
+            ]
+        name = f"images/{victim.photo.label}-saliency.png"
+        self.out.write_bytes(name, images.png(images.panel(tiles, victim.photo.path.name)))
+        return {"saliency": name}
+
+
+def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")

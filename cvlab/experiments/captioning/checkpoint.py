@@ -10,7 +10,7 @@ import torch
 from cvlab.config.schema import Table
 from cvlab.data.vocabulary import Vocabulary
 from cvlab.experiments.captioning.model import Captioner
-from cvlab.experiments.detection.models import registry as detector_registry
+from cvlab.models import backbone as models_backbone
 from cvlab.models import pretrained
 from cvlab.models.features import Features
 from cvlab.runs import weights_file
@@ -51,14 +51,14 @@ class Made:
 def maps_of(strides: Sequence[int], backbone: str, weights: str | None, device: torch.device) -> Features:
     """Return a backbone's maps of some strides, for 32 alone the last one. ConfigError where it has none such."""
     net = pretrained.build(backbone, weights, device)
-    return Features(net, detector_registry.levels(net, strides, is_last=tuple(strides) == (32,)))
+    return Features(net, models_backbone.levels(net, strides, is_last=tuple(strides) == (32,)))
 
 
 def build(about: About, features: Features, device: torch.device) -> Made:
     """Build a captioner on a backbone's map, its weights drawn at random."""
     vocabulary = Vocabulary(about.words)
     with torch.inference_mode():
-        probe = torch.full((1, 3, detector_registry.PROBE_PX, detector_registry.PROBE_PX), 0.5, device=device)
+        probe = torch.full((1, 3, models_backbone.PROBE_PX, models_backbone.PROBE_PX), 0.5, device=device)
         channels = sum(found.shape[1] for found in features.batch(probe).values())
     net = Captioner(channels=channels, num_words=len(vocabulary), **about.arguments)
     return Made(about, features, vocabulary, net.to(device))

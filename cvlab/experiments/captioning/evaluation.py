@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from cvlab.data import rng
-from cvlab.data.captions import Captioned
 from cvlab.data.vocabulary import END, NULL, UNKNOWN, Vocabulary, tokens
-from cvlab.distributed import process_group
-from cvlab.engine.loop import Compute
+from cvlab.distributed import sharding
+from cvlab.engine.device import Compute
 from cvlab.experiments.captioning import decoding, scene_captions
+from cvlab.experiments.captioning.dataset import Captioned
 from cvlab.experiments.captioning.model import Captioner
 from cvlab.ops import bleu, cider
 
@@ -71,7 +71,7 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """Return the photos of a step, each as it is or mirrored: this process's share."""
         epoch, chosen = self.epochs(step)
-        chosen = process_group.share(chosen)
+        chosen = sharding.share(chosen)
         features = self.features[chosen]
         if self.mirrored is not None:
             turned = rng.uniform(self.seed, epoch, chosen, "mirrored") < 0.5

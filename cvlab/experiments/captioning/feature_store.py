@@ -19,12 +19,13 @@ from torch import Tensor
 
 from cvlab import console
 from cvlab.console import Progress
-from cvlab.data import datasets, photos
-from cvlab.engine.loop import Compute
+from cvlab.data import photos
+from cvlab.engine.device import Compute
 from cvlab.errors import CvlabError, DataError
 from cvlab.models.features import Features
 from cvlab.runs import checkpoint
 from cvlab.storage import atomic
+from cvlab.storage.cache import data_root
 
 FOLDER = "features-v1"
 BATCH = 32
@@ -68,7 +69,7 @@ def load(
     Where the disk refuses they are held in memory. DataError for a photo that cannot be read.
     """
     digest, about = _key(features, paths, where, request)
-    path = datasets.root() / FOLDER / f"{digest}.npy"
+    path = data_root() / FOLDER / f"{digest}.npy"
     try:
         return _read(path)
     except FileNotFoundError:

@@ -14,14 +14,15 @@ from annotated_types import Ge, Le
 from pydantic import Field, field_validator
 
 from cvlab.config import schema
-from cvlab.engine import loop
+from cvlab.engine import device
 from cvlab.errors import ConfigError
 from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_store
 from cvlab.experiments.captioning.checkpoint import Made
 from cvlab.experiments.common import photo_batches, weights
 from cvlab.experiments.common.photo_batches import ImagesConfig, Photo
 from cvlab.reports import images
-from cvlab.runs.run_dir import Row, RunDir
+from cvlab.runs.records import Row
+from cvlab.runs.run_dir import RunDir
 
 
 class Config(ImagesConfig):
@@ -41,7 +42,7 @@ class Config(ImagesConfig):
 class Caption:
     """The work of a command on photos: a sentence for each, and where its words were seen."""
 
-    def __init__(self, config: Config, made: Made, where: loop.Compute, out: RunDir) -> None:
+    def __init__(self, config: Config, made: Made, where: device.Compute, out: RunDir) -> None:
         self.config, self.made, self.where, self.out = config, made, where, out
 
     def __call__(self, batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
@@ -71,9 +72,9 @@ class Caption:
         return name
 
 
-def _open(config: Config) -> tuple[loop.Compute, Made]:
+def _open(config: Config) -> tuple[device.Compute, Made]:
     """Choose the device and read the captioner. ConfigError where it cannot show what is asked for."""
-    where = loop.compute(config.device, config.precision, config.threads)
+    where = device.compute(config.device, config.precision, config.threads)
     name = config.weights or str(weights.COME_ALONG / checkpoint.FILE)
     made = checkpoint.load(weights.file_of(name, checkpoint.FILE, "captioner"), where.device)
     if config.attention and not made.net.is_attending:

@@ -19,27 +19,28 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cvlab.config import schema
-from cvlab.data import captions, datasets, vocabulary
-from cvlab.data.captions import Captioned, CaptionSet
+from cvlab.data import vocabulary
 from cvlab.distributed import process_group
-from cvlab.engine import loop, trainer
+from cvlab.engine import device, loop, trainer
 from cvlab.engine.task import Job
 from cvlab.experiments.captioning import checkpoint as captioning_checkpoint
+from cvlab.experiments.captioning import dataset, feature_store, scene_captions
 from cvlab.experiments.captioning import evaluation as captioning_evaluation
-from cvlab.experiments.captioning import feature_store, scene_captions
 from cvlab.experiments.captioning.checkpoint import About, Made
+from cvlab.experiments.captioning.dataset import Captioned, CaptionSet
 from cvlab.experiments.captioning.evaluation import Batch, Batches, Reward, Sentences
 from cvlab.experiments.captioning.feature_store import Request
 from cvlab.experiments.common import backbone_config
 from cvlab.runs import checkpoint
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage.cache import data_root
 
 
 class Data(backbone_config.SetOfPhotos):
     """Which photos with sentences."""
 
-    kind = captions.OWN
+    kind = dataset.OWN
     val_fraction: schema.BelowOne = Field(0.1, description="of the photos of your own set")
     sentences: schema.Count | None = Field(None, description="take so many sentences of a photo; null: all")
 
@@ -73,19 +74,19 @@ class Config(backbone_config.MapsConfig):
 class Parts:
     """What a configuration builds."""
 
-    where: loop.Compute
+    where: device.Compute
     captionset: CaptionSet
     made: Made
 
 
 def build(config: Config) -> Parts:
     """Read the sentences and build the captioner, seeded."""
-    where = loop.compute(config.device, config.precision, config.threads)
-    captionset = captions.load(config.data.name, datasets.root(), config.data.path, config.data.val_fraction)
+    where = device.compute(config.device, config.precision, config.threads)
+    captionset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
     train = items_of(config, captionset, "train")
     spoken = (vocabulary.tokens(text) for item in train for text in item.sentences[: config.data.sentences])
     words = vocabulary.build(spoken, config.threshold)
-    loop.seed_everything(config.seed)
+    device.seed_everything(config.seed)
     features = captioning_checkpoint.maps_of(config.strides, config.backbone, config.backbone_weights, where.device)
     about = About(
         config.model.arguments() | {"layers": "torch"},

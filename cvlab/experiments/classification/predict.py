@@ -18,7 +18,8 @@ from cvlab.config import schema
 from cvlab.data import photos
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
-from cvlab.runs.run_dir import Row, RunDir
+from cvlab.runs.records import Row
+from cvlab.runs.run_dir import RunDir
 
 
 class Config(PhotoConfig):

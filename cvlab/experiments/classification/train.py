@@ -21,8 +21,9 @@ from cvlab import layers, registry
 from cvlab.config import schema
 from cvlab.data import datasets
 from cvlab.data.datasets import Size
-from cvlab.engine import loop, optimizers, trainer
-from cvlab.engine.task import Exported, Job, TrainConfig
+from cvlab.engine import device, loop, optimizers, trainer
+from cvlab.engine.config import TrainConfig
+from cvlab.engine.task import Exported, Job
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification.data.augment import Augmentation, views
 from cvlab.experiments.classification.data.hard_examples import HardBatches
@@ -40,6 +41,7 @@ from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.models.pretrained import Normalized
 from cvlab.runs import checkpoint
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage.cache import data_root
 
 TRAIN_EVALUATED = 10_000  # of a larger training set the first so many are evaluated
 FITTED_TO = 5_000  # so many training images are shown to a model that sets weights by them before it is trained
@@ -103,7 +105,7 @@ class Config(TrainConfig):
 class Parts:
     """What a configuration builds."""
 
-    where: loop.Compute
+    where: device.Compute
     images: ImageSet
     model: nn.Module
     batches: TrainBatches
@@ -112,8 +114,8 @@ class Parts:
 
 def build(config: Config, base: Path, images: ImageSet | None = None) -> Parts:
     """Load the data, unless `images` are given, and build the model, seeded; user files are relative to `base`."""
-    where = loop.compute(config.device, config.precision, config.threads)
-    images = images or _user_images(config, base) or datasets.find(config.data.name).load(datasets.root())
+    where = device.compute(config.device, config.precision, config.threads)
+    images = images or _user_images(config, base) or datasets.find(config.data.name).load(data_root())
     splits = split(images, config.data.val_fraction, config.data.num_train)
     splits = {name: (x.to(where.device), y.to(where.device)) for name, (x, y) in splits.items()}
     normalize = normalization(images.train_images, config.data.normalize, where.dtype, where.device)
@@ -142,7 +144,7 @@ def build_model(config: Config, base: Path, size: Size) -> nn.Module:
     for key in ("translate_px", "cutout_px"):
         if (given := getattr(config.augment, key)) >= size.image_px:
             raise ConfigError(f"augment.{key} {given}: the images have {size.image_px} px")
-    loop.seed_everything(config.seed)
+    device.seed_everything(config.seed)
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
     namespace = registry.find("layers", config.layers, layers.LAYERS)
     model = model_registry.build(config.model.name, config.model.arguments(), base, layers=namespace, **shape)
@@ -260,7 +262,7 @@ def exported(config: Config, base: Path, state: dict[str, Any]) -> Exported:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do, without loading or writing anything; a user's own data has to be loaded."""
-    where = loop.compute(config.device, config.precision, config.threads)
+    where = device.compute(config.device, config.precision, config.threads)
     own = _user_images(config, base)
     size = size_of(own) if own else datasets.find(config.data.name).size
     model = build_model(config, base, size)

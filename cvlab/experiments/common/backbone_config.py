@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cvlab.config.schema import BelowOne, Count, DataBlock
 from cvlab.data import datasets
-from cvlab.engine.task import TrainConfig
+from cvlab.engine.config import TrainConfig
 from cvlab.errors import ConfigError
 from cvlab.models import pretrained
 

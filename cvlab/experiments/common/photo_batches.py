@@ -19,12 +19,13 @@ from pydantic import Field, field_validator
 from cvlab.config.schema import Count, RunConfig
 from cvlab.console import Progress
 from cvlab.data import photos
-from cvlab.engine import loop
+from cvlab.engine.device import Compute, compute, seed_everything
 from cvlab.errors import DataError
 from cvlab.models import pretrained
 from cvlab.models.pretrained import Pretrained
 from cvlab.runs.interrupt import StopRequest
-from cvlab.runs.run_dir import Row, RunDir
+from cvlab.runs.records import Row
+from cvlab.runs.run_dir import RunDir
 
 
 class NetConfig(RunConfig):
@@ -47,10 +48,10 @@ class NetConfig(RunConfig):
     def _absolute(cls, name: str | None) -> str | None:
         return os.path.abspath(name) if name else name
 
-    def build(self) -> tuple[loop.Compute, Pretrained]:
+    def build(self) -> tuple[Compute, Pretrained]:
         """Choose the device and build the net there, the random numbers seeded."""
-        where = loop.compute(self.device, self.precision, self.threads)
-        loop.seed_everything(self.seed)
+        where = compute(self.device, self.precision, self.threads)
+        seed_everything(self.seed)
         return where, pretrained.build(self.model, self.weights, where.device)
 
 
@@ -101,7 +102,7 @@ def there(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
     return found, some
 
 
-def plan(config: PhotoConfig, where: loop.Compute, net: Pretrained) -> Row:
+def plan(config: PhotoConfig, where: Compute, net: Pretrained) -> Row:
     """Say what a run would do. DataError where none of the photos is there."""
     found, some = there(config.images)
     return {

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from cvlab.errors import DataError, RunDirError
-from cvlab.runs import run_dir
+from cvlab.runs.find import find_run, runs_root
 
 COME_ALONG = Path(__file__).parent.parent.parent / "assets" / "weights"
 
@@ -14,7 +14,7 @@ def absolute(name: str | None) -> str | None:
     if name is None or os.path.lexists(name):
         return os.path.abspath(name) if name else name
     try:
-        return str(run_dir.find(name, run_dir.runs_root(None)).absolute())
+        return str(find_run(name, runs_root(None)).absolute())
     except RunDirError:
         return os.path.abspath(name)
 

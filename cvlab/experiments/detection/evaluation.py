@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cvlab.engine.loop import Compute
+from cvlab.engine.device import Compute
 from cvlab.experiments.detection.data import augment
 from cvlab.experiments.detection.data.dataset import BoxImage
 from cvlab.experiments.detection.feature_cache import Cached

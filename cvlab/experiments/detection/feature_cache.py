@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cvlab.console import Progress
 from cvlab.data import photos, rng
-from cvlab.distributed import process_group
+from cvlab.distributed import sharding
 from cvlab.engine import memory
-from cvlab.engine.loop import Compute
+from cvlab.engine.device import Compute
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.data import augment
 from cvlab.experiments.detection.data.dataset import BoxImage
@@ -154,7 +154,7 @@ class CachedBatches:
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
         """Return maps and boxes of a step: this process's share."""
-        chosen = process_group.share(self.epochs(step)[1])
+        chosen = sharding.share(self.epochs(step)[1])
         is_finest = self.finest_from is not None and step >= self.finest_from
         maps, targets = self.cached.batch(chosen, 1 if is_finest else None)
         return maps, targets.to(self.device)

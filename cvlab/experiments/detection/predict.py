@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from cvlab.config import schema
 from cvlab.data import photos
-from cvlab.engine import loop
+from cvlab.engine import device
 from cvlab.errors import ConfigError
 from cvlab.experiments.common import photo_batches, weights
 from cvlab.experiments.common.photo_batches import ImagesConfig
@@ -52,7 +52,7 @@ class Config(ImagesConfig):
         return weights.absolute(name)
 
 
-def _finder(config: Config, where: loop.Compute) -> inference.Finder:
+def _finder(config: Config, where: device.Compute) -> inference.Finder:
     finder = inference.open_finder(config.model, config.weights, where, evaluates=not config.images)
     if config.explain == "proposals" and finder.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
@@ -61,7 +61,7 @@ def _finder(config: Config, where: loop.Compute) -> inference.Finder:
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Look at all photos; or evaluate."""
-    where = loop.compute(config.device, config.precision, config.threads)
+    where = device.compute(config.device, config.precision, config.threads)
     finder = _finder(config, where)
     out.log(f"looking with {finder.told}")
     out.folder("images")
@@ -79,7 +79,7 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. DataError where the weights or all of the photos are not there."""
-    where = loop.compute(config.device, config.precision, config.threads)
+    where = device.compute(config.device, config.precision, config.threads)
     finder = _finder(config, where)
     return {
         "photos": len(photo_batches.there(config.images)[1]) if config.images else "its validation photos",

@@ -23,9 +23,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cvlab.config import schema
-from cvlab.data import datasets, photos
+from cvlab.data import photos
 from cvlab.distributed import process_group
-from cvlab.engine import loop, trainer
+from cvlab.engine import device, loop, trainer
 from cvlab.engine.task import Exported, Job
 from cvlab.experiments.common import backbone_config
 from cvlab.experiments.detection import evaluation as detection_evaluation
@@ -41,6 +41,7 @@ from cvlab.ops.average_precision import Precision
 from cvlab.runs import checkpoint
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage.cache import data_root
 
 Batch = tuple[list[Tensor], Targets]
 TIMED = 11  # photos, for the time of one
@@ -89,7 +90,7 @@ class Config(backbone_config.MapsConfig):
 class Parts:
     """What a configuration builds."""
 
-    where: loop.Compute
+    where: device.Compute
     boxset: BoxSet
     detector: Detector
     rules: Rules
@@ -97,9 +98,9 @@ class Parts:
 
 def build(config: Config) -> Parts:
     """Read the set's annotations and build the detector, seeded."""
-    where = loop.compute(config.device, config.precision, config.threads)
-    boxset = dataset.load(config.data.name, datasets.root(), config.data.path, config.data.val_fraction)
-    loop.seed_everything(config.seed)
+    where = device.compute(config.device, config.precision, config.threads)
+    boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
+    device.seed_everything(config.seed)
     arguments = config.model.arguments()
     about = About(
         config.model.name,

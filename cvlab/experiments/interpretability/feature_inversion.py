@@ -19,15 +19,18 @@ from torch import Tensor
 
 from cvlab.config import schema
 from cvlab.data import photos, rng
-from cvlab.engine import image_optimizer, loop
-from cvlab.engine.loop import Compute, Losses, Pixels
+from cvlab.engine import image_optimizer
+from cvlab.engine.device import Compute
+from cvlab.engine.image_optimizer import Pixels
+from cvlab.engine.loop import Losses
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import NetConfig
 from cvlab.models.features import Features
 from cvlab.models.pretrained import Pretrained
 from cvlab.ops import style
 from cvlab.reports import images
-from cvlab.runs.run_dir import Row, RunDir
+from cvlab.runs.records import Row
+from cvlab.runs.run_dir import RunDir
 
 LATE = 0.9  # of the steps, from which on the learning rate is a fifth
 
@@ -111,7 +114,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         out.write_bytes("images/preview.png", images.png(shown))
 
     job = image_optimizer.Painting(
-        pixels=loop.Pixels(inverter.start()),
+        pixels=image_optimizer.Pixels(inverter.start()),
         objective=inverter.objective,
         update=update,
         steps=config.steps,

@@ -24,7 +24,8 @@ from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
 from cvlab.models.pretrained import Pretrained
 from cvlab.ops import saliency
 from cvlab.reports import images
-from cvlab.runs.run_dir import Row, RunDir
+from cvlab.runs.records import Row
+from cvlab.runs.run_dir import RunDir
 
 
 class Config(PhotoConfig):

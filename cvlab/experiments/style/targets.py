@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cvlab.data import photos
-from cvlab.engine.loop import Compute
+from cvlab.engine.device import Compute
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.style import sample_painting
 from cvlab.models import features

@@ -167,12 +167,12 @@ def test_folders_labels_and_dry_run(two, cvlab, tmp_path):
 
 
 def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeypatch):
-    from cvlab.experiments.adversarial import example
+    from cvlab.experiments.adversarial import attack
 
     arguments = ("--target", "ostrich", *two, "batch_size=1", "--method", "pgd", "threads=1")
     _, out, _ = cvlab("attack", *arguments, "--json")
     whole = json.loads(out)
-    real = example.Attack.__call__
+    real = attack.Attack.__call__
     calls = []
 
     def once(self, batch, look_up):
@@ -181,9 +181,9 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(self, batch, look_up)
 
-    monkeypatch.setattr(example.Attack, "__call__", once)
+    monkeypatch.setattr(attack.Attack, "__call__", once)
     assert cvlab("attack", *arguments)[0] == 130
-    monkeypatch.setattr(example.Attack, "__call__", real)
+    monkeypatch.setattr(attack.Attack, "__call__", real)
     code, out, err = cvlab("resume", "latest", "--json")
     again = json.loads(out)
     assert code == 0 and "1 of 2 photos were done before" in err
@@ -194,17 +194,17 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
 
 
 def test_a_signal_stops_an_attack_between_two_steps(two, cvlab, monkeypatch):
-    from cvlab.engine import loop
+    from cvlab.engine import image_optimizer
 
-    real = loop.optimise_pixels
+    real = image_optimizer.optimise_pixels
 
     def stopping(*arguments):
         signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "optimise_pixels", stopping)
+    monkeypatch.setattr(image_optimizer, "optimise_pixels", stopping)
     code, _, err = cvlab("attack", "--target", "ostrich", *two)
     assert code == 130 and "stopped by SIGINT after photo 0" in err
-    monkeypatch.setattr(loop, "optimise_pixels", real)
+    monkeypatch.setattr(image_optimizer, "optimise_pixels", real)
     code, out, _ = cvlab("resume", "latest", "--json")
     assert code == 0 and json.loads(out)["metrics"]["fooled"] == 1

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cvlab.data import photos, vocabulary
-from cvlab.engine import loop
+from cvlab.engine import device
 from cvlab.experiments.captioning import checkpoint, feature_store
 from cvlab.experiments.captioning.model import Captioner
 from cvlab.models.features import Features
@@ -140,7 +140,7 @@ class TestCaption:
         weights = made["attention_lstm"]
         one = checkpoint.load(weights, torch.device("cpu"))
         photo = feature_store.squeezed(photos.load(photos.find(("sample",))[0]), one.about.size_px)
-        seen = feature_store.look(one.features, photo[None], loop.compute("cpu", "float32", 1), False)
+        seen = feature_store.look(one.features, photo[None], device.compute("cpu", "float32", 1), False)
         state, said = one.net.start(seen), [vocabulary.START]
         while len(said) < one.about.length and said[-1] != vocabulary.END:
             scores, state, _ = one.net.step(state, torch.tensor([said[-1]]))
@@ -175,7 +175,7 @@ class TestMaps:
         monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
         path = tmp_path / "photo.png"
         photos.load(photos.SAMPLE if Path(photos.SAMPLE).is_file() else photos.find(("sample",))[0]).save(path)
-        features, where = Features(build(), ["bn2"]), loop.compute("cpu", "float32", 1)
+        features, where = Features(build(), ["bn2"]), device.compute("cpu", "float32", 1)
 
         def load(**changes):
             request = feature_store.Request(64, changes.pop("pool", False), **changes)
@@ -214,7 +214,7 @@ class TestMaps:
 def test_of_several_maps_the_first_says_which_cells_there_are():
     features = checkpoint.maps_of((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    where = loop.compute("cpu", "float32", 1)
+    where = device.compute("cpu", "float32", 1)
     cells = feature_store.look(features, pictures, where, False)
     maps = features.batch(pictures)
     medium, fine, coarse = (maps[name].detach() for name in features.names)

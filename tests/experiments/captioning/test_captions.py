@@ -10,7 +10,7 @@ from cvlab.data import captions, photos, vocabulary
 from cvlab.data.scenes import generator
 from cvlab.data.vocabulary import END, NULL, START, UNKNOWN, Vocabulary
 from cvlab.errors import ConfigError, DataError
-from cvlab.experiments.captioning import scene_captions
+from cvlab.experiments.captioning import dataset, scene_captions
 
 COUNTS = {"train": 6, "val": 2, "test": 2}
 
@@ -78,13 +78,13 @@ class TestReaders:
             Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{k}.png")
             rows.append(f"{k}.png,Number {k}")
         (tmp_path / "c.csv").write_text("\n".join(rows))
-        found = captions.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
+        found = dataset.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
         assert {split: len(items) for split, items in found.splits.items()} == {"train": 8, "val": 2, "test": 0}
         (tmp_path / "images" / "3.png").unlink()
         with pytest.raises(DataError, match=r"'3\.png' is not beside it"):
-            captions.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
+            dataset.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
         with pytest.raises(ConfigError, match="path is missing"):
-            captions.load("captions", tmp_path)
+            dataset.load("captions", tmp_path)
 
     def test_flickr8k(self, tmp_path):
         folder = tmp_path / "flickr8k"
@@ -92,14 +92,14 @@ class TestReaders:
         (folder / "captions.txt").write_text("image,caption\na.jpg,One .\na.jpg,Two .\nb.jpg,Three .\n")
         for split, name in (("train", "a.webp"), ("dev", "b.jpg"), ("test", "a.webp")):
             (folder / f"Flickr_8k.{split}Images.txt").write_text(f"{name}\n")
-        found = captions.load("flickr8k", tmp_path)
+        found = dataset.load("flickr8k", tmp_path)
         assert found.splits["train"][0].sentences == ("One .", "Two .")
         assert found.splits["train"][0].path == folder / "Images" / "a.webp"
         (folder / "Flickr_8k.devImages.txt").write_text("c.jpg\n")
         with pytest.raises(DataError, match=r"no caption of c\.jpg"):
-            captions.load("flickr8k", tmp_path)
+            dataset.load("flickr8k", tmp_path)
         with pytest.raises(DataError, match="flickr8k is not in"):
-            captions.load("flickr8k", tmp_path / "none")
+            dataset.load("flickr8k", tmp_path / "none")
 
 
 class TestScenes:
@@ -123,7 +123,7 @@ class TestScenes:
 
     def test_the_set(self, tmp_path, monkeypatch):
         monkeypatch.setattr(scene_captions, "COUNTS", COUNTS)
-        found = captions.load("scene_sentences", tmp_path)
+        found = dataset.load("scene_sentences", tmp_path)
         assert {split: len(items) for split, items in found.splits.items()} == COUNTS
         item = found.splits["val"][0]
         assert photos.load(item.path).size == (224, 224)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from cvlab.data import photos
-from cvlab.engine import image_optimizer, loop, memory, update_rules
+from cvlab.engine import image_optimizer, memory, update_rules
 from cvlab.errors import ConfigError
-from cvlab.experiments.style import sample_painting, transfer
+from cvlab.experiments.style import sample_painting
+from cvlab.experiments.style import transfer as style_transfer
 from cvlab.models import features, pretrained
 from cvlab.ops import style
 
@@ -102,8 +103,8 @@ def test_lbfgs_is_torchs():
 
     theirs = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([theirs], lr=0.5, max_iter=1, history_size=3)
-    pixels = loop.Pixels([start.clone()])
-    steps = loop.optimise_pixels(pixels, lambda p: {"loss": loss(p.tensors[0])}, lbfgs_of_three)
+    pixels = image_optimizer.Pixels([start.clone()])
+    steps = image_optimizer.optimise_pixels(pixels, lambda p: {"loss": loss(p.tensors[0])}, lbfgs_of_three)
 
     def closure():
         optimizer.zero_grad()
@@ -221,13 +222,13 @@ def squeezenet(version, folder):
 class TestScales:
     @pytest.mark.parametrize(("size", "count"), [(192, 1), (320, 1), (321, 2), (512, 2), (1024, 3), (2048, 4)])
     def test_as_many_as_the_picture_needs(self, size, count):
-        found = transfer.scales(size, size * 3 // 4, None, 200)
+        found = style_transfer.scales(size, size * 3 // 4, None, 200)
         assert len(found) == count and (found[-1].width, found[-1].end) == (size, 200)
         assert [scale.start for scale in found] == [0, *(scale.end for scale in found[:-1])]
         assert all(a.end - a.start >= b.end - b.start for a, b in zip(found, found[1:], strict=False))
 
     def test_fewer_steps_than_scales(self):
-        found = transfer.scales(512, 512, 5, 2)
+        found = style_transfer.scales(512, 512, 5, 2)
         assert [(scale.width, scale.start, scale.end) for scale in found] == [(256, 0, 1), (512, 1, 2)]
 
 
@@ -267,10 +268,10 @@ class TestCommand:
 
     def test_style_starts_at_its_weight_in_every_layer(self):
         from cvlab.config import loading
-        from cvlab.experiments.style import experiment as experiment
+        from cvlab.experiments.style import transfer as style_transfer
 
-        stylist = experiment.prepare(loading.load("style", ["size=96", "scales=1"]).config)
-        losses = stylist.objective(loop.Pixels([stylist.start()]))
+        stylist = style_transfer.prepare(loading.load("style", ["size=96", "scales=1"]).config)
+        losses = stylist.objective(image_optimizer.Pixels([stylist.start()]))
         assert float(losses["style_loss"]) == pytest.approx(4 * 2000, rel=1e-3)
         assert float(losses["content_loss"]) == pytest.approx(0, abs=1e-3)
 

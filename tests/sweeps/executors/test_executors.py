@@ -11,7 +11,8 @@ import pytest
 
 from cvlab.config import loading
 from cvlab.errors import ConfigError, RunDirError
-from cvlab.runs import interrupt, run_dir
+from cvlab.runs import interrupt
+from cvlab.runs.find import create_run, list_runs
 from cvlab.runs.interrupt import StopRequest
 from cvlab.sweeps import executors, scheduler
 from cvlab.sweeps.executors import Ended, Limits, Submit, Task, node
@@ -28,7 +29,7 @@ HOLD += "print('held', flush=True); time.sleep(60)"
 @pytest.fixture
 def sweep(tmp_path):
     """A sweep's run directory with three arms that have not begun."""
-    out = run_dir.create(tmp_path / "runs", "s")
+    out = create_run(tmp_path / "runs", "s")
     for number in range(3):
         (out.path / "arms" / f"{number:03d}-lr").mkdir(parents=True)
     return out
@@ -160,7 +161,9 @@ def test_what_a_node_is_told(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("variable", [interrupt.STOP_WITH_INPUT, "OTHER"])
 def test_a_process_stops_when_the_other_end_of_its_input_dies(variable):
-    code = "import time; from cvlab.runs import interrupt; interrupt.stop_with_input(); print(1, flush=True); time.sleep(1.5)"
+    code = (
+        "import time; from cvlab.runs import interrupt as i; i.stop_with_input(); print(1, flush=True); time.sleep(1.5)"
+    )
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path), variable: "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
@@ -206,7 +209,7 @@ def test_where_it_runs_is_no_part_of_a_sweep(cvlab, tmp_path):
     run = (tmp_path / "runs" / "latest").resolve()
     (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
     assert cvlab(*words, "--workers", 2, "submit.retries=0")[0] == 0
-    assert len(run_dir.list_runs(tmp_path / "runs")) == 1 and not (run / executors.TOKEN).exists()
+    assert len(list_runs(tmp_path / "runs")) == 1 and not (run / executors.TOKEN).exists()
     again = loading.load(str(run)).config
     assert (again.workers, again.submit.retries) == (2, 0)
 

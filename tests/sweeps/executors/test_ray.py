@@ -7,6 +7,7 @@ import pytest
 
 from cvlab.errors import ConfigError, DeviceError
 from cvlab.runs import run_dir
+from cvlab.runs.records import read_json, read_status
 from cvlab.sweeps.executors import Submit, ray_tasks
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
@@ -47,7 +48,7 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
         process.kill()
         run = (tmp_path / "runs" / "latest").resolve()
         until(lambda: not any(map(run_dir.is_held, run.glob("arms/*"))))
-        stopped = [run_dir.read_json(arm / "status.json") for arm in sorted(run.glob("arms/*"))]
+        stopped = [read_json(arm / "status.json") for arm in sorted(run.glob("arms/*"))]
         assert [status["status"] for status in stopped] == ["interrupted"] * 2, "they saved; nothing was killed"
         assert started_sweep("--on", "ray", "--address", cluster.address).wait() == 0
     finally:
@@ -65,7 +66,7 @@ def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
-    assert {run_dir.read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
+    assert {read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
     assert started_sweep("--on", "ray", "--workers", "1").wait() == 0
     assert weights_of_arms(tmp_path) == wanted
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cvlab.runs import run_dir
+from cvlab.runs.records import read_status
 from cvlab.sweeps.executors import Limits, Submit, node, slurm
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
@@ -55,7 +56,7 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     assert not any(map(run_dir.is_held, run.glob("arms/*"))) and not list(run.glob("arms/*/stderr.txt"))
-    assert run_dir.read_status(min((run / "arms").iterdir()))["status"] == "interrupted"
+    assert read_status(min((run / "arms").iterdir()))["status"] == "interrupted"
 
 
 @pytest.mark.slow
@@ -128,7 +129,7 @@ def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
-    assert {run_dir.read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
+    assert {read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
 
 
 def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvlab.data import datasets
 from cvlab.data.datasets import Size, Source
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data.images import ImageSet
 from cvlab.storage import archives, download
+from cvlab.storage.cache import install_folder, temporary_folder
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -136,19 +136,19 @@ def fetch(root: Path, origin: Path | None, patient: bool) -> None:
 
 
 def _install_archive(path: Path, root: Path) -> None:
-    with datasets.scratch(root) as scratch:
+    with temporary_folder(root) as scratch:
         archives.extract_tar(path, scratch, max_bytes=400_000_000, max_members=20)
         _install_folder(scratch / FOLDER, root)
 
 
 def _install_folder(folder: Path, root: Path) -> None:
     """Copy the verified files beside their place, then move them there in one step."""
-    with datasets.scratch(root) as scratch:
+    with temporary_folder(root) as scratch:
         made = scratch / FOLDER
         made.mkdir()
         for name in MD5:
             (made / name).write_bytes(_verified(folder / name))
-        datasets.install(made, root / FOLDER)
+        install_folder(made, root / FOLDER)
 
 
 SOURCE = Source(

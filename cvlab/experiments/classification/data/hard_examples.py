@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cvlab.data.rng import permutation
-from cvlab.distributed import process_group
+from cvlab.distributed import collectives
 from cvlab.experiments.classification.data.images import TrainBatches
 
 
@@ -57,4 +57,4 @@ class HardBatches(TrainBatches):
 
     def record(self, losses: Tensor) -> None:
         """Remember the losses of the images of the last step, this process's share of them."""
-        self.memory["losses"][self._indices] = process_group.concatenated(losses.float())
+        self.memory["losses"][self._indices] = collectives.concatenated(losses.float())

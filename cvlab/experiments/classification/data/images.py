@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cvlab.data.datasets import Size
 from cvlab.data.rng import permutation
-from cvlab.distributed import process_group
+from cvlab.distributed import sharding
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.classification.data.augment import Augmentation
 
@@ -129,7 +129,7 @@ class TrainBatches:
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the images (N, C, H, W), normalised, and the labels (N,) of a step: this process's share."""
-        indices = process_group.share(self.indices(step))
+        indices = sharding.share(self.indices(step))
         epoch, _ = self.place(step)
         images = self.normalize(self.augment(self.images[indices], indices, self.seed, epoch).permute(0, 3, 1, 2))
         return self.augment.cut(images, indices, self.seed, epoch), self.labels[indices]
@@ -137,7 +137,7 @@ class TrainBatches:
 
 def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's share of all images once, in order, normalised, (N, C, H, W) with labels (N,)."""
-    first, end = process_group.bounds(len(images))
+    first, end = sharding.bounds(len(images))
     for start in range(first, end, EVAL_BATCH):
         stop = min(start + EVAL_BATCH, end)
         yield normalize(images[start:stop].permute(0, 3, 1, 2)), labels[start:stop]

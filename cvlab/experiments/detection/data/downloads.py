@@ -9,11 +9,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvlab.data import datasets, photos
+from cvlab.data import photos
 from cvlab.data.datasets import Size, Source
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, voc
 from cvlab.storage import archives, download, zipfiles
+from cvlab.storage.cache import install_folder, temporary_folder
 
 PARTS = ("Annotations", "JPEGImages", "ImageSets/Main")  # the lists last: with them a set counts as there
 KEPT = (*photos.ENDINGS, ".xml", ".txt")
@@ -73,13 +74,13 @@ def fetch_voc07(root: Path, origin: Path | None, patient: bool) -> None:
         _install_tars(found, root)
         return
     folder = _find(origin, "VOC2007")
-    with datasets.scratch(root) as scratch:
+    with temporary_folder(root) as scratch:
         _copy(folder, scratch)
         _put(scratch, root / dataset.PLACES["voc07"][0])
 
 
 def _install_tars(paths: list[Path], root: Path) -> None:
-    with datasets.scratch(root) as scratch:
+    with temporary_folder(root) as scratch:
         for path in paths:
             made = scratch / path.stem
             archives.extract_tar(path, made, max_bytes=2 * 10**9, max_members=40_000)
@@ -112,7 +113,7 @@ def fetch_small(name: str, root: Path, origin: Path | None, patient: bool) -> No
 
 def _install_small(name: str, origin: Path, root: Path, num_photos: int | None = None) -> None:
     """Read a set whole beside its place, then move it there in one step."""
-    with datasets.scratch(root) as scratch:
+    with temporary_folder(root) as scratch:
         if origin.is_file():
             zipfiles.extract(origin, scratch / "zip", max_bytes=500_000_000, max_members=5_000)
         folder = _find(scratch / "zip" if origin.is_file() else origin, name)
@@ -124,7 +125,7 @@ def _install_small(name: str, origin: Path, root: Path, num_photos: int | None =
             raise DataError(f"{origin}: not {name}: its classes are {', '.join(found.classes)[:200]}", "name another")
         if num_photos not in (None, count):
             raise DataError(f"{origin}: {count} photos where {name} has {num_photos}", "get it again")
-        datasets.install(made, root / "VOC" / name)
+        install_folder(made, root / "VOC" / name)
 
 
 def _find(origin: Path, name: str) -> Path:

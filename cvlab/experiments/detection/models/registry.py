@@ -1,6 +1,5 @@
 """Detectors by name, on which maps of a backbone they stand, and their weights in a file that says what they are."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from cvlab import registry
 from cvlab.config.schema import Table
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.models.finetune import HINT, Tuned
-from cvlab.models import features, pretrained
+from cvlab.models import pretrained
+from cvlab.models.backbone import PROBE_PX, levels
 from cvlab.models.features import Features
-from cvlab.models.pretrained import Pretrained
 from cvlab.runs import weights_file
 
 DETECTORS = {
@@ -24,25 +23,9 @@ DETECTORS = {
     "yolo_grid": "cvlab.experiments.detection.models.yolo_grid:YoloGrid",
 }
 TABLE = Table("detector", DETECTORS, frozenset({"channels", "num_classes"}))
-LEVELS = {
-    pretrained.DEFAULT: {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}
-}  # the last layer of each stride
-LAST = {pretrained.DEFAULT: "bn2"}  # 1280 channels at stride 32, as the course's MobileNetV2 has them
-PROBE_PX = 64
 FILE = "detector.safetensors"  # of a training, in its run directory
 KEY = "cvlab_detector"
 LOAD_HINT = "give a run of `cvlab train` that trained a detector, or its detector.safetensors"
-
-
-def levels(net: Pretrained, strides: Sequence[int], is_last: bool = False) -> list[str]:
-    """Return the names of the backbone's layers of some strides. ConfigError where it has none such."""
-    if is_last and net.name in LAST:
-        return [LAST[net.name]]
-    known = LEVELS.get(net.name) or features.last_by_stride(net)
-    missing = [stride for stride in strides if stride not in known]
-    if missing:
-        raise ConfigError(f"{net.name} has no maps of stride {missing[0]}", f"known: {', '.join(map(str, known))}")
-    return [known[stride] for stride in strides]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Where run directories are: create one, list them, find one by name."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+from cvlab import registry
+from cvlab.errors import RunDirError
+from cvlab.runs.records import is_run
+from cvlab.runs.run_dir import RunDir
+from cvlab.storage import atomic
+
+
+def runs_root(chosen: str | None = None) -> Path:
+    """Return the folder of all runs: the one chosen, else $CVLAB_RUNS, else ./runs."""
+    return Path(chosen or os.environ.get("CVLAB_RUNS") or "runs")
+
+
+def create_run(root: Path, name: str, echo: Callable[[str], None] | None = None) -> RunDir:
+    """Make a new run directory below `root` and point `latest` to it. RunDirError if the disk refuses."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for _ in range(20):
+            stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+            path = root / f"{stamp}-{name}-{secrets.token_hex(2)}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            _point_latest(root, path)
+            return RunDir(path, echo)
+    except OSError as error:
+        raise atomic.disk_error(root, error) from error
+    raise RunDirError(f"{root}: no free name for a run", "try again")
+
+
+def _point_latest(root: Path, path: Path) -> None:
+    temporary = root / f".latest-{path.name}"
+    with contextlib.suppress(OSError):  # a file system without links loses only the shortcut
+        temporary.symlink_to(path.name)
+        os.replace(temporary, root / "latest")
+
+
+def config_file(path: Path) -> Path:
+    """Return a run's config.yaml; RunDirError where there is none."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise RunDirError(f"{path}: has no config.yaml", "it stopped before it had begun; start it again")
+    return file
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than the disk allows
+        return False
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Return all run directories below `root`, oldest first; RunDirError where `root` is not a folder."""
+    if not root.is_dir():
+        if root.exists():
+            raise RunDirError(f"{root}: not a folder", "name one with --runs-dir")
+        return []
+    return sorted(path for path in root.iterdir() if not path.is_symlink() and path.is_dir() and is_run(path))
+
+
+def find_run(reference: str, root: Path) -> Path:
+    """Return the run that is meant by a path, `latest`, a full name, or a part of the name that only one run has."""
+    if not reference.strip():
+        raise RunDirError("no run is named", "give a run directory, `latest`, or part of a run's name")
+    for path in (Path(reference), root / reference):
+        if _is_folder(path) and is_run(path):
+            return path.resolve()
+    runs = list_runs(root)
+    if reference == "latest" and runs:
+        return runs[-1].resolve()  # the link is gone, or the run that it named
+    matches = [path for path in runs if reference in path.name]
+    if len(matches) == 1:
+        return matches[0].resolve()
+    if matches:
+        raise RunDirError(f"{reference!r} fits {len(matches)} runs", f"for example {matches[-1].name}")
+    close = registry.nearest(reference, [path.name for path in runs])
+    hint = f"did you mean {close!r}?" if close else f"`cvlab runs` lists those below {root}"
+    raise RunDirError(f"no run {reference!r}", hint)
