@@ -6,14 +6,14 @@ The names below are for users' own files. They are imported on first use, so tha
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cvlab.experiments.classification.data.images import ImageSet
+    from cvlab.experiments.classification.data.images import ImageDataset
     from cvlab.ops.average_precision import Detections
 
 __version__ = "0.1.0"
-__all__ = ["Detections", "ImageSet", "__version__"]
+__all__ = ["Detections", "ImageDataset", "__version__"]
 _PUBLIC = {
     "Detections": "cvlab.ops.average_precision:Detections",
-    "ImageSet": "cvlab.experiments.classification.data.images:ImageSet",
+    "ImageDataset": "cvlab.experiments.classification.data.images:ImageDataset",
 }
 
 

@@ -22,26 +22,26 @@ def set_level(quiet: bool, verbose: bool) -> None:
     level = QUIET if quiet else VERBOSE if verbose else NORMAL
 
 
-def say(line: str) -> None:
+def info(line: str) -> None:
     """Show a line, unless quiet was asked for; warnings are shown always."""
     if level > QUIET or line.startswith(("warning:", "error:")):
         print(line, file=sys.stderr, flush=True)
 
 
-def detail(line: str) -> None:
+def debug(line: str) -> None:
     """Show a line only where more was asked for."""
     if level >= VERBOSE:
-        say(line)
+        info(line)
 
 
-def seconds_text(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Format a duration as `m:ss` or `h:mm:ss`."""
     whole = int(max(0, seconds))
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def bytes_text(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Format a number of bytes with its unit: `170.5 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
@@ -84,7 +84,7 @@ class Stream:
                 raise RunDirError(f"{self.stream.name}: {error.strerror}", "free space") from error
 
 
-def outlive_readers() -> None:
+def ignore_broken_pipe() -> None:
     """Let `cvlab ... | head` end as it would without the pipe, with the same exit code."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
 
@@ -137,5 +137,5 @@ class Progress:
             self.bar.update(self.task, total=self.total, completed=done, text=text)
         elif level > QUIET:
             rate = (done - self.first) / max(self.shown - self.start, 1e-9)
-            left = f"  {seconds_text((self.total - done) / rate)} left" if rate > 0 else ""
-            say(f"{self.label} {done}/{self.total}  {text}{left}")
+            left = f"  {format_seconds((self.total - done) / rate)} left" if rate > 0 else ""
+            info(f"{self.label} {done}/{self.total}  {text}{left}")

@@ -31,7 +31,7 @@ EXPERIMENTS = {
 }
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def closest_match(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to `name`, or None where nothing is close."""
     folded = {other.lower(): other for other in known}
     for other in folded:
@@ -51,10 +51,10 @@ def _one_slip(a: str, b: str) -> bool:
     return rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:] or swapped
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not in a table: the nearest name, then all that exist."""
     known = sorted(known)
-    close = nearest(name, known)
+    close = closest_match(name, known)
     question = f"did you mean {close!r}? " if close else ""
     return ConfigError(f"unknown {kind} {name!r}", f"{question}known: {', '.join(known)}")
 
@@ -65,10 +65,10 @@ def import_name(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def find(kind: str, name: str, table: Mapping[str, str]) -> Any:
+def get(kind: str, name: str, table: Mapping[str, str]) -> Any:
     """Return the object that a table has under `name`; ConfigError with the nearest name otherwise."""
     if name not in table:
-        raise unknown(kind, name, table)
+        raise unknown_name_error(kind, name, table)
     return import_name(table[name])
 
 
@@ -91,7 +91,7 @@ def import_user_object(name: str, base: Path) -> Any:
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise unknown(f"name in {path.name}", attribute, public)
+        raise unknown_name_error(f"name in {path.name}", attribute, public)
     return getattr(module, attribute)
 
 
@@ -103,5 +103,5 @@ def experiment_names() -> list[str]:
 def get_experiment(name: str) -> ModuleType:
     """Import the experiment called `name`; ConfigError with the nearest name otherwise."""
     if name not in EXPERIMENTS:
-        raise unknown("experiment", name, EXPERIMENTS)
+        raise unknown_name_error("experiment", name, EXPERIMENTS)
     return importlib.import_module(EXPERIMENTS[name])

@@ -151,7 +151,7 @@ def boxes(path):
 
 
 def said(path):
-    for items in dataset.own(path, 0.25).splits.values():
+    for items in dataset.read_custom(path, 0.25).splits.values():
         assert all(item.path.is_file() and item.sentences for item in items)
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from cvlab.engine import device, loop, trainer
 from cvlab.engine.config import TrainConfig
-from cvlab.engine.task import Job
+from cvlab.engine.task import TrainTask
 from cvlab.experiments.classification.data.augment import Augmentation
-from cvlab.experiments.classification.data.hard_examples import HardBatches
+from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import eval_batches, normalization
 from cvlab.runs.run_dir import RunDir
 
@@ -20,13 +20,13 @@ STEPS = 32
 
 def settings(optimizer="adamw", **more):
     """A configuration of the tiny training."""
-    from cvlab.config.schema import part_type
+    from cvlab.config.schema import component_type
     from cvlab.engine.optimizers import OPTIMIZERS
     from cvlab.engine.schedules import SCHEDULES
 
     def part(table, **arguments):
         name = arguments.pop("name")
-        return part_type(table, name, table.find(name, Path()))(name=name, **arguments)
+        return component_type(table, name, table.find(name, Path()))(name=name, **arguments)
 
     chosen = {"momentum": 0.9} if optimizer == "sgd" else {}
     return TrainConfig(
@@ -52,17 +52,17 @@ def settings(optimizer="adamw", **more):
 
 def job(config, on_step=lambda step: None):
     """The job of the tiny training; `on_step(step)` is called before each step's batch is made."""
-    where = device.compute("cpu", config.precision, config.threads)
+    ctx = device.select_device("cpu", config.precision, config.threads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
-    normalize = normalization(images, "mean", where.dtype, where.device)
+    normalize = normalization(images, "mean", ctx.dtype, ctx.device)
     arguments = (images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation("alternating", 1, 2))
-    batches = HardBatches(*arguments, skip_easy=0.4)
+    batches = HardExampleLoader(*arguments, skip_easy=0.4)
     device.seed_everything(config.seed)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(144, 3)
-    ).to(where.dtype)
+    ).to(ctx.dtype)
 
     def loss_fn(model, batch):
         losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
@@ -76,14 +76,14 @@ def job(config, on_step=lambda step: None):
         return {"loss": loss, "accuracy": right, "count": torch.tensor(len(batch[1]))}
 
     def evaluate(model):
-        found = loop.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, where)
+        found = loop.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, ctx)
         return {f"val_{name}": value for name, value in found.items()}
 
     def batch_at(step):
         on_step(step)
         return batches(step)
 
-    return Job(
+    return TrainTask(
         model=model,
         loss_fn=loss_fn,
         batch_at=batch_at,
@@ -91,7 +91,7 @@ def job(config, on_step=lambda step: None):
         items_per_step=config.batch_size,
         evaluate=evaluate,
         monitor="val_loss",
-        where=where,
+        ctx=ctx,
         memory=batches.memory,
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from cvlab import console, registry
 from cvlab.config import loading
-from cvlab.config.schema import part_type
+from cvlab.config.schema import component_type
 from cvlab.data import datasets
 from cvlab.errors import DataError
 from cvlab.reports import compare as comparing
@@ -44,7 +44,7 @@ def model_lines() -> list[Row]:
 
     rows = []
     for name in model_registry.MODELS:
-        made = part_type(model_registry.TABLE, name, model_registry.find(name, Path()))
+        made = component_type(model_registry.TABLE, name, model_registry.find(name, Path()))
         keys = [key if info.is_required() else f"{key}={info.default}" for key, info in made.model_fields.items()]
         rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": made.__doc__})
     rows += [
@@ -57,8 +57,8 @@ def model_lines() -> list[Row]:
 def data_lines() -> list[Row]:
     """Return each data set with its state."""
     rows = []
-    for name in datasets.SETS:
-        source = datasets.find(name)
+    for name in datasets.DATASETS:
+        source = datasets.get(name)
         state = source.state(data_root())
         rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.licence})
     return rows
@@ -68,7 +68,7 @@ def fetch(name: str, origin: Path | None) -> Row:
     """Get a data set and check it."""
     from cvlab.storage import download
 
-    source, root = datasets.find(name), data_root()
+    source, root = datasets.get(name), data_root()
     if source.fetch is not None and (origin is not None or not _is_whole(source, root)):
         if origin is None and not download.allowed():
             raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
@@ -84,7 +84,7 @@ def _is_whole(source: datasets.Source, root: Path) -> bool:
     try:
         source.check(root)
     except DataError as error:
-        console.say(f"{error.message}; fetching it again")
+        console.info(f"{error.message}; fetching it again")
         return False
     return True
 
@@ -92,5 +92,5 @@ def _is_whole(source: datasets.Source, root: Path) -> bool:
 def check(name: str | None) -> Row:
     """Verify one data set, or all that are on the disk."""
     root = data_root()
-    names = [name] if name else [known for known in datasets.SETS if datasets.find(known).ready(root)]
-    return {known: datasets.find(known).check(root) for known in names}
+    names = [name] if name else [known for known in datasets.DATASETS if datasets.get(known).ready(root)]
+    return {known: datasets.get(known).check(root) for known in names}

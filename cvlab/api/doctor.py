@@ -42,8 +42,8 @@ def _devices() -> str:
     from cvlab.engine import device
 
     names = [f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())]
-    where = device.compute()
-    return f"{', '.join(names) or 'no GPU'}; auto means {where.device} in {where.precision}"
+    ctx = device.select_device()
+    return f"{', '.join(names) or 'no GPU'}; auto means {ctx.device} in {ctx.precision}"
 
 
 def _speed() -> str:
@@ -69,11 +69,11 @@ def _disk(folder: Path) -> str:
         os.fsync(file.fileno())
         milliseconds = 1000 * (time.perf_counter() - began)
     free = shutil.disk_usage(existing).free
-    return f"{folder}: writable, {console.bytes_text(free)} free, 1 MiB is durable after {milliseconds:.1f} ms"
+    return f"{folder}: writable, {console.format_bytes(free)} free, 1 MiB is durable after {milliseconds:.1f} ms"
 
 
 def _data() -> str:
-    states = [f"{name} {datasets.find(name).state(data_root())}" for name in datasets.SETS]
+    states = [f"{name} {datasets.get(name).state(data_root())}" for name in datasets.DATASETS]
     return f"{data_root()}: {', '.join(states)}"
 
 

@@ -7,7 +7,7 @@ from cvlab import console, registry
 from cvlab.config import loading
 from cvlab.errors import CheckpointError, ConfigError, RunDirError
 from cvlab.runs import checkpoint
-from cvlab.runs.find import config_file
+from cvlab.runs.find import config_path
 from cvlab.runs.records import read_json
 from cvlab.runs.run_dir import RunDir
 
@@ -19,7 +19,7 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
 
     Without any splits it is evaluated on validation, where there is one, and test.
     """
-    chosen = loading.load(str(config_file(path)), [f"device={device}"] if device else []).config
+    chosen = loading.load(str(config_path(path)), [f"device={device}"] if device else []).config
     experiment = registry.get_experiment(chosen.experiment)
     if not hasattr(experiment, "evaluate_run"):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no weights to evaluate")
@@ -36,7 +36,7 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
     try:
         RunDir(path).write_json("eval.json", {key: value for key, value in found.items() if key != "ok"})
     except RunDirError as error:
-        console.say(f"warning: not kept: {error.message}")
+        console.info(f"warning: not kept: {error.message}")
     return found
 
 
@@ -46,7 +46,7 @@ def state_of(path: Path, which: str) -> dict[str, Any]:
         raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
     folder = path / "checkpoints"
     if which == "last":
-        return checkpoint.newest(folder, console.say)[1]
+        return checkpoint.load_latest(folder, console.info)[1]
     best = folder / checkpoint.BEST
     if not best.is_file():
         raise CheckpointError(f"{best}: not there", "use --checkpoint last, or resume the run")

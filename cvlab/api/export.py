@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from cvlab import registry
 from cvlab.api import evaluate
 from cvlab.config import loading
-from cvlab.engine.task import Exported
+from cvlab.engine.task import ExportSpec
 from cvlab.errors import CheckpointError, ConfigError
 from cvlab.runs import checkpoint
-from cvlab.runs.find import config_file
+from cvlab.runs.find import config_path
 from cvlab.storage import atomic
 
 FORMATS = ("safetensors", "onnx")
@@ -36,15 +36,15 @@ def export(path: Path, kind: str, which: str, file: Path | None) -> dict[str, An
     ConfigError for a run without a net, or a format that its net cannot have.
     """
     if kind not in FORMATS:
-        raise registry.unknown("format", kind, FORMATS)
+        raise registry.unknown_name_error("format", kind, FORMATS)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if kind == "onnx" and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed", "pip install 'cvlab[onnx]'")
-    chosen = loading.load(str(config_file(path)), ["device=cpu", "precision=float32"]).config
+    chosen = loading.load(str(config_path(path)), ["device=cpu", "precision=float32"]).config
     experiment = registry.get_experiment(chosen.experiment)
     if not hasattr(experiment, "exported"):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no net to export")
-    made: Exported = experiment.exported(chosen, path, evaluate.state_of(path, which))
+    made: ExportSpec = experiment.exported(chosen, path, evaluate.state_of(path, which))
     about = {"run": path.name, "checkpoint": which, "experiment": chosen.experiment, **made.about}
     file = file or path / f"export.{kind}"
     net = made.net.eval().requires_grad_(False)
@@ -54,7 +54,7 @@ def export(path: Path, kind: str, which: str, file: Path | None) -> dict[str, An
     return {"ok": True, "files": [str(file)], "largest_difference": largest, "bytes": len(content), **about}
 
 
-def _safetensors(made: Exported, about: dict[str, Any]) -> bytes:
+def _safetensors(made: ExportSpec, about: dict[str, Any]) -> bytes:
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in made.weights.state_dict().items()}
@@ -62,7 +62,7 @@ def _safetensors(made: Exported, about: dict[str, Any]) -> bytes:
     return content
 
 
-def _compare_safetensors(content: bytes, made: Exported) -> float:
+def _compare_safetensors(content: bytes, made: ExportSpec) -> float:
     from safetensors.torch import load
 
     own, read = made.weights.state_dict(), load(content)
@@ -70,7 +70,7 @@ def _compare_safetensors(content: bytes, made: Exported) -> float:
     return _difference(list(own.values()), [read[name] for name in own])
 
 
-def _onnx(made: Exported, net: nn.Module, about: dict[str, Any]) -> bytes:
+def _onnx(made: ExportSpec, net: nn.Module, about: dict[str, Any]) -> bytes:
     if not made.outputs:
         raise ConfigError("onnx: this net has no graph of its own", "--to safetensors takes it")
     onnx = importlib.import_module("onnx")
@@ -94,7 +94,7 @@ def _onnx(made: Exported, net: nn.Module, about: dict[str, Any]) -> bytes:
     return content
 
 
-def _compare_onnx(content: bytes, made: Exported, net: nn.Module) -> float:
+def _compare_onnx(content: bytes, made: ExportSpec, net: nn.Module) -> float:
     session = importlib.import_module("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
     largest = 0.0
     for count in BATCHES:

@@ -111,5 +111,5 @@ def _check_named(names: Sequence[str]) -> list[Verdict]:
         elif name == KAIMING:
             verdicts.append(_check_kaiming())
         elif name not in known:
-            raise registry.unknown("layer", name, known)
+            raise registry.unknown_name_error("layer", name, known)
     return verdicts

@@ -6,10 +6,10 @@ from pathlib import Path
 from cvlab import console
 from cvlab.api import run as api_run
 from cvlab.config import loading
-from cvlab.data.resolve import Policy
+from cvlab.data.resolve import DownloadPolicy
 from cvlab.distributed import collectives, process_group
 from cvlab.errors import ConfigError
-from cvlab.runs.find import config_file, list_runs
+from cvlab.runs.find import config_path, list_runs
 from cvlab.runs.records import read_json
 
 
@@ -19,15 +19,15 @@ def train(make: Callable[[], Path]) -> api_run.Result:
         console.set_level(quiet=True, verbose=False)
     path = None
     try:
-        with process_group.joined():
-            path = collectives.from_main(make)
+        with process_group.init_process_group():
+            path = collectives.broadcast_from_rank0(make)
             return api_run.resume(path)
-    except process_group.LostError as error:
+    except process_group.PeerLostError as error:
         error.hint = f"`cvlab resume {path.name if path else 'RUN'}` goes on from the last checkpoint"
         raise
 
 
-def run_dir_of_launch(load: Callable[[], loading.Loaded], policy: Policy, root: Path) -> Path:
+def run_dir_of_launch(load: Callable[[], loading.Loaded], policy: DownloadPolicy, root: Path) -> Path:
     """Make a run directory, or, where torchrun has started its processes again, return the one they had."""
     if process_group.is_restarted():
         for path in reversed(list_runs(root)):
@@ -48,5 +48,5 @@ def require_processes(path: Path, asked: int | None) -> int:
             f"--nproc {size} goes on with them; the result is then not bitwise that of an unbroken run",
         )
     if wanted > 1:
-        api_run.require_processes(loading.load(str(config_file(path))), wanted)
+        api_run.require_processes(loading.load(str(config_path(path))), wanted)
     return wanted

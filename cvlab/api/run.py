@@ -7,15 +7,15 @@ from typing import Any
 
 from cvlab import console, registry
 from cvlab.config import expectations, loading, strict_yaml
-from cvlab.config.schema import AnyConfig, DataBlock
+from cvlab.config.schema import DataConfig, ExperimentConfig
 from cvlab.config.validation import SWEEP
 from cvlab.data import datasets
-from cvlab.data.resolve import Policy, label, settle
+from cvlab.data.resolve import DownloadPolicy, describe_data, resolve_dataset
 from cvlab.distributed import collectives, process_group
 from cvlab.errors import ConfigError, CvlabError, StoppedError
 from cvlab.runs import user_code
 from cvlab.runs.environment import environment
-from cvlab.runs.find import config_file, create_run
+from cvlab.runs.find import config_path, create_run
 from cvlab.runs.follower import Follower
 from cvlab.runs.records import ENDED, is_run, read_json, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
@@ -25,11 +25,11 @@ from cvlab.sweeps import arms
 Result = dict[str, Any]
 
 
-def prepare(loaded: loading.Loaded, policy: Policy) -> AnyConfig:
+def prepare(loaded: loading.Loaded, policy: DownloadPolicy) -> ExperimentConfig:
     """Settle which data and which size the run uses; of a sweep also the sets that it varies, without stand-ins."""
     chosen = loaded.config
     block = data_of(chosen)
-    settled = settle(block, policy) if block is not None else None
+    settled = resolve_dataset(block, policy) if block is not None else None
     if loaded.profiles and settled is not None:
         from cvlab.experiments.classification import throughput
 
@@ -42,15 +42,15 @@ def prepare(loaded: loading.Loaded, policy: Policy) -> AnyConfig:
     return chosen
 
 
-def data_of(chosen: AnyConfig) -> DataBlock | None:
+def data_of(chosen: ExperimentConfig) -> DataConfig | None:
     """Return a configuration's data block, where it has one."""
     return getattr(chosen, "data", None)
 
 
-def used_data(chosen: AnyConfig) -> str | None:
+def used_data(chosen: ExperimentConfig) -> str | None:
     """Say which data a run uses."""
     block = data_of(chosen)
-    return label(block) if block is not None else None
+    return describe_data(block) if block is not None else None
 
 
 def plan(loaded: loading.Loaded, root: Path) -> Result:
@@ -72,13 +72,13 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
 
 
 def _data_plan(block: Any) -> Result:
-    source = None if registry.is_user_file(block.name) else datasets.find(block.name)
+    source = None if registry.is_user_file(block.name) else datasets.get(block.name)
     ready = source is None or source.builtin or source.ready(data_root())
     missing = {} if ready else {"standin": block.standin, "to get it": f"cvlab data fetch {block.name}"}
-    return {"data": label(block), "data_root": str(data_root()), "data_ready": ready, **missing}
+    return {"data": describe_data(block), "data_root": str(data_root()), "data_ready": ready, **missing}
 
 
-def start(loaded: loading.Loaded, policy: Policy, root: Path) -> Result:
+def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
     """Run a configuration in a new run directory and return its result; of a sweep, all arms."""
     chosen = prepare(loaded, policy)
     out = _created(chosen, loaded, root)
@@ -87,7 +87,7 @@ def start(loaded: loading.Loaded, policy: Policy, root: Path) -> Result:
         return _execute(chosen, out)
 
 
-def make(loaded: loading.Loaded, policy: Policy, root: Path, processes: int) -> Path:
+def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: int) -> Path:
     """Make the run directory of a training in several processes, and return it; each of them then resumes it.
 
     ConfigError for an experiment that does not train, or a batch that they cannot share.
@@ -96,29 +96,29 @@ def make(loaded: loading.Loaded, policy: Policy, root: Path, processes: int) -> 
     chosen = prepare(loaded, policy)
     if getattr(chosen, "threads", None) is None:
         here = process_group.world().local_size if process_group.world().size > 1 else processes
-        chosen = chosen.model_copy(update={"threads": process_group.threads_each(here)})
+        chosen = chosen.model_copy(update={"threads": process_group.threads_per_process(here)})
     out = _created(chosen, loaded, root)
     with out.locked():
         _written(chosen, loaded, out, processes)
     return out.path
 
 
-def _created(chosen: AnyConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+def _created(chosen: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
     block = data_of(chosen)
     if block is None or not registry.is_user_file(block.name):
         registry.get_experiment(chosen.experiment).plan(
             chosen, loaded.base
         )  # what cannot work is refused before it exists
-    return create_run(root, chosen.name, console.say)
+    return create_run(root, chosen.name, console.info)
 
 
-def _written(chosen: AnyConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1) -> AnyConfig:
+def _written(chosen: ExperimentConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1) -> ExperimentConfig:
     """Write what a run begins with, and return its configuration, which names nothing outside its folder."""
     if chosen.experiment == SWEEP:
         arms.make(chosen, loaded.base, out)
-        chosen = user_code.contained(chosen)
+        chosen = user_code.rewrite_paths(chosen)
     else:
-        chosen = user_code.bring(chosen, loaded.base, out.path)
+        chosen = user_code.copy_user_code(chosen, loaded.base, out.path)
         _pin_threads(getattr(chosen, "threads", None))
     out.write_text("config.yaml", chosen.to_yaml())
     launched = {"processes": processes, "launch": process_group.launch_id()}
@@ -151,13 +151,13 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
 
     `changed` are keys that may differ from when it was started, because the result does not depend on them.
     """
-    out = RunDir(path, console.say) if process_group.is_main() else Follower(path)
-    source = config_file(path)
+    out = RunDir(path, console.info) if process_group.is_main() else Follower(path)
+    source = config_path(path)
     with out.locked():
-        status = collectives.from_main(lambda: read_json(path / "status.json").get("status"))
+        status = collectives.broadcast_from_rank0(lambda: read_json(path / "status.json").get("status"))
         has_begun = status is not None
         if status in ENDED:
-            console.say(f"{path} has ended; nothing to resume")
+            console.info(f"{path} has ended; nothing to resume")
             return result(path)
         chosen = loading.load(str(source)).config
         if changed:
@@ -166,7 +166,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
         if has_begun and not saved and chosen.experiment != SWEEP:
             out.log("nothing was saved before it stopped: it starts from the beginning")
-        env = collectives.from_main(lambda: read_json(path / "env.json"))
+        env = collectives.broadcast_from_rank0(lambda: read_json(path / "env.json"))
         _pin_threads(env.get("threads"))
         again = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
         out.write_json("env.json", env | again)
@@ -181,7 +181,7 @@ def _pin_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _execute(chosen: AnyConfig, out: RunDir) -> Result:
+def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
     """Run the experiment under the lock; whatever ends it is written to status.json."""
     out.log(f"run directory {out.path}")
     used = used_data(chosen)
@@ -198,7 +198,7 @@ def _execute(chosen: AnyConfig, out: RunDir) -> Result:
     if not process_group.is_main():
         return {}
     settings = module.settings(chosen, out) if chosen.experiment == SWEEP else ()
-    verdicts = expectations.judge(rules(chosen), metrics, settings)
+    verdicts = expectations.check_expectations(rules(chosen), metrics, settings)
     status = "done" if all(verdict["met"] for verdict in verdicts) else "unmet"
     summary = {
         "experiment": chosen.experiment,
@@ -231,7 +231,7 @@ def _publish(out: RunDir) -> None:
         out.log(f"warning: the page about this run could not be written: {wrong}")
 
 
-def rules(chosen: AnyConfig) -> tuple[str, ...]:
+def rules(chosen: ExperimentConfig) -> tuple[str, ...]:
     """Return the expectations that apply: those of the stand-in where it was used."""
     block = data_of(chosen)
     return chosen.expect_standin if block is not None and block.standin_for else chosen.expect
@@ -248,7 +248,7 @@ def _record_failure(out: RunDir, error: BaseException) -> None:
         code = getattr(error, "code", 130 if stopped else 1)
         out.set_status("interrupted" if stopped else "failed", error=str(error) or type(error).__name__, code=code)
     except (CvlabError, OSError) as second:
-        console.say(f"warning: the status could not be written: {second}")
+        console.info(f"warning: the status could not be written: {second}")
 
 
 def result(path: Path) -> Result:

@@ -7,18 +7,18 @@ from typing import Any
 from cvlab import console, registry
 from cvlab.api import run
 from cvlab.config import loading
-from cvlab.config.schema import AnyConfig
+from cvlab.config.schema import ExperimentConfig
 from cvlab.config.validation import SWEEP
-from cvlab.data.resolve import Policy
+from cvlab.data.resolve import DownloadPolicy
 from cvlab.runs import user_code
-from cvlab.runs.find import config_file, list_runs
+from cvlab.runs.find import config_path, list_runs
 from cvlab.runs.records import read_status
 
 Result = dict[str, Any]
 WHERE = ("workers", "submit")  # keys of a sweep on which its results do not depend
 
 
-def start(loaded: loading.Loaded, policy: Policy, root: Path, fresh: bool) -> Result:
+def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, fresh: bool) -> Result:
     """Run a sweep: go on with the newest one of the same configuration that has not ended, unless `fresh`."""
     registry.get_experiment(SWEEP).plan(
         loaded.config, loaded.base
@@ -27,7 +27,7 @@ def start(loaded: loading.Loaded, policy: Policy, root: Path, fresh: bool) -> Re
     unfinished = None if fresh else find_unfinished(loaded, root)
     if unfinished is None:
         return run.start(loaded, policy, root)
-    console.say(f"going on with {unfinished}, which has not ended (--fresh starts anew)")
+    console.info(f"going on with {unfinished}, which has not ended (--fresh starts anew)")
     return run.resume(unfinished, {key: getattr(loaded.config, key) for key in WHERE})
 
 
@@ -39,14 +39,14 @@ def find_unfinished(loaded: loading.Loaded, root: Path) -> Path | None:
         if status.get("experiment") != SWEEP or status.get("status") not in ("interrupted", "failed"):
             continue
         try:
-            other = loading.load(str(config_file(path))).config
+            other = loading.load(str(config_path(path))).config
         except Exception:  # an old one's own file may raise anything when it is imported
             continue
-        same = _identity(other) == _identity(user_code.contained(chosen)) and (path / "arms").is_dir()
+        same = _identity(other) == _identity(user_code.rewrite_paths(chosen)) and (path / "arms").is_dir()
         if same and user_code.same_files(chosen.model_dump(), loaded.base, path):
             return path
     return None
 
 
-def _identity(chosen: AnyConfig) -> str:
+def _identity(chosen: ExperimentConfig) -> str:
     return chosen.model_copy(update={key: type(chosen).model_fields[key].default for key in WHERE}).to_yaml()

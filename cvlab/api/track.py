@@ -124,7 +124,7 @@ def tell(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] = t
     ConfigError for a tracker that is not known, or not installed.
     """
     if kind not in TRACKERS:
-        raise registry.unknown("tracker", kind, TRACKERS)
+        raise registry.unknown_name_error("tracker", kind, TRACKERS)
     made = TRACKERS[kind]
     if importlib.util.find_spec(made.package) is None:
         raise ConfigError(f"{kind} is not installed", f"pip install 'cvlab[{made.extra}]'")

@@ -9,11 +9,11 @@ from cvlab import console
 from cvlab.api import run
 from cvlab.api.sweep import Result
 from cvlab.config import loading
-from cvlab.data.resolve import Policy
+from cvlab.data.resolve import DownloadPolicy
 from cvlab.errors import CvlabError, UnmetError
 
 
-def verify(loaded: Sequence[loading.Loaded], policy: Policy, root: Path) -> Result:
+def verify(loaded: Sequence[loading.Loaded], policy: DownloadPolicy, root: Path) -> Result:
     """Run configurations one after the other and gather expected against measured.
 
     Returns `{"ok", "verified": [{"config", "data", "rule", "measured", "met", "seconds", "run"}]}`; a run that fails
@@ -23,7 +23,7 @@ def verify(loaded: Sequence[loading.Loaded], policy: Policy, root: Path) -> Resu
     for one in loaded:
         began = time.monotonic()
         name = one.config.name
-        console.say(f"verify {name}")
+        console.info(f"verify {name}")
         try:
             result = run.start(one, policy, root)
         except CvlabError as error:

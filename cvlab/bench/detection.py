@@ -17,7 +17,7 @@ from cvlab.data import photos
 from cvlab.engine import device as engine_device
 from cvlab.experiments.detection import inference
 from cvlab.ops import average_precision, nms
-from cvlab.ops.average_precision import Detections, Truth
+from cvlab.ops.average_precision import Detections, GroundTruth
 from cvlab.ops.roi_align import roi_align
 
 NMS_COUNTS, NMS_IOU = (5_000, 20_000), 0.5
@@ -29,28 +29,28 @@ Loops = dict[str, Callable[[], object]]
 
 def run(rounds: int, device: str) -> dict[str, Any]:
     """Measure; returns `{"what", "loops": [{"loop", "seconds", "against_ours"}]}`, rivals after ours."""
-    where = engine_device.compute(device)
+    ctx = engine_device.select_device(device)
     rows = []
-    for pair in _pairs(where):
-        taken = harness.alternate({name: harness.synchronized(where, loop) for name, loop in pair.items()}, rounds)
+    for pair in _pairs(ctx):
+        taken = harness.alternate({name: harness.synchronized(ctx, loop) for name, loop in pair.items()}, rounds)
         own = next(iter(taken.values()))
         for name, seconds in taken.items():
             times = statistics.median(b / a for a, b in zip(own, seconds, strict=True))
             rows.append({"loop": name, "seconds": statistics.median(seconds), "against_ours": times})
-    return {"ok": True, "what": harness.about(where, where.precision, rounds), "loops": rows}
+    return {"ok": True, "what": harness.about(ctx, ctx.precision, rounds), "loops": rows}
 
 
-def _pairs(where: engine_device.Compute) -> list[Loops]:
+def _pairs(ctx: engine_device.ComputeContext) -> list[Loops]:
     """Return what is measured, each before its rivals."""
-    made = [_nms(count, where) for count in NMS_COUNTS]
-    return [*made, _roi_align(where), _precision(), *(_detector(name, where) for name in inference.COMING_ALONG)]
+    made = [_nms(count, ctx) for count in NMS_COUNTS]
+    return [*made, _roi_align(ctx), _precision(), *(_detector(name, ctx) for name in inference.COMING_ALONG)]
 
 
-def _nms(count: int, where: engine_device.Compute) -> Loops:
+def _nms(count: int, ctx: engine_device.ComputeContext) -> Loops:
     generator = torch.Generator().manual_seed(0)
     corner, sides = torch.rand(2, count, 2, generator=generator)
-    boxes_xyxy = torch.cat([corner, corner + 0.1 * sides + 0.01], 1).to(where.device) * 1000
-    scores = torch.rand(count, generator=generator).to(where.device)
+    boxes_xyxy = torch.cat([corner, corner + 0.1 * sides + 0.01], 1).to(ctx.device) * 1000
+    scores = torch.rand(count, generator=generator).to(ctx.device)
     loops: Loops = {f"nms of {count} boxes": lambda: nms.nms(boxes_xyxy, scores, NMS_IOU)}
     theirs = _library("nms")
     if theirs is not None:
@@ -65,13 +65,13 @@ def _library(name: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module("torchvision.ops"), name) if has_it else None
 
 
-def _roi_align(where: engine_device.Compute) -> Loops:
+def _roi_align(ctx: engine_device.ComputeContext) -> Loops:
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(MAPS, generator=generator).to(where.device, memory_format=torch.channels_last)
+    maps = torch.randn(MAPS, generator=generator).to(ctx.device, memory_format=torch.channels_last)
     maps.requires_grad_(True)
     corner, sides = torch.rand(2, REGIONS, 2, generator=generator)
-    cut = torch.cat([corner, corner + sides], 1).clamp(max=1).to(where.device) * MAPS[2]
-    image = (torch.arange(REGIONS) % MAPS[0]).to(where.device)
+    cut = torch.cat([corner, corner + sides], 1).clamp(max=1).to(ctx.device) * MAPS[2]
+    image = (torch.arange(REGIONS) % MAPS[0]).to(ctx.device)
 
     def through(work: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(work().sum(), maps)
@@ -112,7 +112,7 @@ def _precision() -> Loops:
     return loops
 
 
-def scattered(pictures: int) -> tuple[list[Detections], list[Truth]]:
+def scattered(pictures: int) -> tuple[list[Detections], list[GroundTruth]]:
     """Return detections near truths, and others, drawn at random."""
     generator = torch.Generator().manual_seed(0)
     found, truths = [], []
@@ -124,11 +124,11 @@ def scattered(pictures: int) -> tuple[list[Detections], list[Truth]]:
         near[:, 2:] = near[:, 2:].maximum(near[:, :2] + 1)
         scores = torch.rand(FOUND, generator=generator)
         found.append(Detections(near, scores, labels.repeat(FOUND // TRUE)))
-        truths.append(Truth(true, labels, torch.zeros(TRUE, dtype=torch.bool)))
+        truths.append(GroundTruth(true, labels, torch.zeros(TRUE, dtype=torch.bool)))
     return found, truths
 
 
-def _torchmetrics(found: list[Detections], truths: list[Truth]) -> object:
+def _torchmetrics(found: list[Detections], truths: list[GroundTruth]) -> object:
     metric = importlib.import_module("torchmetrics.detection").MeanAveragePrecision(backend="faster_coco_eval")
     metric.update(
         [{"boxes": one.boxes_xyxy, "scores": one.scores, "labels": one.labels} for one in found],
@@ -137,8 +137,8 @@ def _torchmetrics(found: list[Detections], truths: list[Truth]) -> object:
     return metric.compute()
 
 
-def _detector(model: str, where: engine_device.Compute) -> Loops:
-    finder = inference.open_finder(model, None, where)
-    photo = photos.load(photos.find([photos.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
+def _detector(model: str, ctx: engine_device.ComputeContext) -> Loops:
+    finder = inference.open_finder(model, None, ctx)
+    photo = photos.load(photos.find_images([photos.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
     width, height = PHOTO_PX
     return {f"{model} on a photo of {width} x {height}": lambda: finder.look([photo], 0.25, 0.5)}

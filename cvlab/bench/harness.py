@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 
 
 def alternate(loops: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -23,19 +23,19 @@ def alternate(loops: Mapping[str, Callable[[], None]], rounds: int) -> dict[str,
     return seconds
 
 
-def synchronized(where: Compute, work: Callable[[], object]) -> Callable[[], None]:
+def synchronized(ctx: ComputeContext, work: Callable[[], object]) -> Callable[[], None]:
     """Return a loop that ends when what it has asked the device for is done."""
 
     def loop() -> None:
         work()
-        where.synchronize()
+        ctx.synchronize()
 
     return loop
 
 
-def about(where: Compute, precision: str, rounds: int) -> str:
+def about(ctx: ComputeContext, precision: str, rounds: int) -> str:
     """Say what was measured on."""
-    return f"{where.device}, {precision}, {where.threads} threads, torch {torch.__version__}, n={rounds}"
+    return f"{ctx.device}, {precision}, {ctx.threads} threads, torch {torch.__version__}, n={rounds}"
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
@@ -49,12 +49,12 @@ pass  # REMOVED IMPORT
 FORWARD_AND_BACKWARD = 3  # a backward pass is two products of the size of the forward one
 
 
-def forward_backward_loop(layer: nn.Module, x: Tensor, where: Compute) -> Callable[[], None]:
+def forward_backward_loop(layer: nn.Module, x: Tensor, ctx: ComputeContext) -> Callable[[], None]:
     """Make one forward and backward pass through a layer, from random upstream gradients."""
     dout = torch.randn_like(layer(x))
 
     def loop() -> None:
         layer(x.detach().requires_grad_()).backward(dout)
-        where.synchronize()
+        ctx.synchronize()
 
     return loop

@@ -11,7 +11,7 @@ from cvlab.bench.harness import about, alternate, forward_backward_loop, median_
 from cvlab.bench.training import REFERENCE
 from cvlab.config import loading as configs
 from cvlab.engine import device as engine_device
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.layers import modules, recurrent, recurrent_reference
 from cvlab.layers.attention import AttentionLSTM
 from cvlab.layers.modules import MANUAL, MANUAL_ALT
@@ -38,18 +38,18 @@ def _layer_shapes() -> list[tuple[str, tuple[Any, ...], tuple[int, ...]]]:
 
 def layers(rounds: int, device: str) -> dict[str, Any]:
     """Time forward plus backward of each hand-written layer against torch's, on the reference's shapes, in float32."""
-    where = engine_device.compute(device, "float32")
+    ctx = engine_device.select_device(device, "float32")
     batch: int = getattr(configs.load(REFERENCE).config, "batch_size", 0)
     spaces = {"torch": nn, "manual": MANUAL, "manual_alt": MANUAL_ALT}
     rows = []
     for name, arguments, shape in _layer_shapes():
-        x = torch.randn(batch, *shape, device=where.device)
+        x = torch.randn(batch, *shape, device=ctx.device)
         x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
-        made = {key: getattr(space, name)(*arguments).to(where.device) for key, space in spaces.items()}
-        seconds = alternate({key: forward_backward_loop(layer, x, where) for key, layer in made.items()}, rounds)
+        made = {key: getattr(space, name)(*arguments).to(ctx.device) for key, space in spaces.items()}
+        seconds = alternate({key: forward_backward_loop(layer, x, ctx) for key, layer in made.items()}, rounds)
         rows.append(_layer_row(name, [batch, *shape], seconds))
-    rows += _recurrent(where, rounds)
-    return {"ok": True, "what": f"forward + backward, {about(where, 'float32', rounds)}", "layers": rows}
+    rows += _recurrent(ctx, rounds)
+    return {"ok": True, "what": f"forward + backward, {about(ctx, 'float32', rounds)}", "layers": rows}
 
 
 def _layer_row(name: str, shape: list[int], seconds: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -60,20 +60,20 @@ def _layer_row(name: str, shape: list[int], seconds: Mapping[str, list[float]]) 
     return {"layer": name, "input": shape, "torch_seconds": statistics.median(seconds["torch"]), **ratios}
 
 
-def _recurrent(where: Compute, rounds: int) -> list[dict[str, Any]]:
+def _recurrent(ctx: ComputeContext, rounds: int) -> list[dict[str, Any]]:
     """Time the recurrent layers on a captioner's shapes; torch has no LSTM that attends, autograd's is taken."""
     n, t, d, h, cells, maps = SENTENCES
-    x, start, seen = (torch.randn(*shape, device=where.device) for shape in ((n, t, d), (n, h), (maps, cells, h)))
+    x, start, seen = (torch.randn(*shape, device=ctx.device) for shape in ((n, t, d), (n, h), (maps, cells, h)))
 
     def weights(gates: int, *inputs: int) -> list[Tensor]:
-        return [torch.randn(gates * h, size, device=where.device) / size**0.5 for size in inputs]
+        return [torch.randn(gates * h, size, device=ctx.device) / size**0.5 for size in inputs]
 
     cases: list[tuple[str, type[Any], list[Tensor], Callable[[], Tensor]]] = []
     for name, layer, library, gates in (("RNN", recurrent.RNN, nn.RNN, 1), ("LSTM", recurrent.LSTM, nn.LSTM, 4)):
-        made = library(d, h, batch_first=True).to(where.device)
-        inputs = [x, start, *weights(gates, d, h), torch.zeros(gates * h, device=where.device)]
+        made = library(d, h, batch_first=True).to(ctx.device)
+        inputs = [x, start, *weights(gates, d, h), torch.zeros(gates * h, device=ctx.device)]
         cases.append((name, layer, inputs, lambda made=made: made(x.requires_grad_(True))[0]))  # type: ignore[misc]
-    inputs = [x, seen, *weights(4, d, h, h), torch.zeros(4 * h, device=where.device)]
+    inputs = [x, seen, *weights(4, d, h, h), torch.zeros(4 * h, device=ctx.device)]
     cases.append(("AttentionLSTM", AttentionLSTM, inputs, lambda: recurrent_reference.attention_lstm(*inputs)))
     rows = []
     for name, layer, given, theirs in cases:

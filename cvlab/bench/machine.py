@@ -9,7 +9,7 @@ from torch import nn
 
 from cvlab.bench.harness import FORWARD_AND_BACKWARD, about, alternate, forward_backward_loop
 from cvlab.engine import device as engine_device
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 
 MATRIX = 2048
 
@@ -20,49 +20,49 @@ COPIED_FLOATS = 2**25  # 128 MiB, larger than any cache
 CONVOLUTION = (128, 64, 128, 16)  # batch, channels in and out, pixels: the middle of the nets of a minute
 
 
-def matmul_loop(where: Compute, dtype: torch.dtype) -> Callable[[], None]:
+def matmul_loop(ctx: ComputeContext, dtype: torch.dtype) -> Callable[[], None]:
     """Return a loop that multiplies two square matrices."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=where.device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(MATRIX, MATRIX, device=ctx.device).to(dtype) for _ in range(2))
 
     def loop() -> None:
         torch.mm(a, b)
-        where.synchronize()
+        ctx.synchronize()
 
     return loop
 
 
-def convolution_loop(where: Compute, dtype: torch.dtype) -> Callable[[], None]:
+def convolution_loop(ctx: ComputeContext, dtype: torch.dtype) -> Callable[[], None]:
     """Return a loop that runs one 3x3 convolution."""
     n, channels_in, channels_out, size = CONVOLUTION
-    layer = nn.Conv2d(channels_in, channels_out, 3, padding=1, device=where.device, dtype=dtype)
+    layer = nn.Conv2d(channels_in, channels_out, 3, padding=1, device=ctx.device, dtype=dtype)
     layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(n, channels_in, size, size, device=where.device).to(dtype, memory_format=torch.channels_last)
-    return forward_backward_loop(layer, x, where)
+    x = torch.randn(n, channels_in, size, size, device=ctx.device).to(dtype, memory_format=torch.channels_last)
+    return forward_backward_loop(layer, x, ctx)
 
 
-def copy_loop(where: Compute) -> Callable[[], None]:
+def copy_loop(ctx: ComputeContext) -> Callable[[], None]:
     """Return a loop that copies a large tensor."""
-    source, target = (torch.zeros(COPIED_FLOATS, device=where.device) for _ in range(2))
+    source, target = (torch.zeros(COPIED_FLOATS, device=ctx.device) for _ in range(2))
 
     def loop() -> None:
         target.copy_(source)
-        where.synchronize()
+        ctx.synchronize()
 
     return loop
 
 
 def machine(rounds: int, device: str) -> dict[str, Any]:
     """Measure the rates that bound every training here: GFLOP/s of products and convolutions, GB/s of copies."""
-    where = engine_device.compute(device)
-    names = dict.fromkeys(("float32", where.precision))
-    loops = {f"product/{name}": matmul_loop(where, engine_device.DTYPES[name]) for name in names}
-    loops |= {f"convolution/{name}": convolution_loop(where, engine_device.DTYPES[name]) for name in names}
-    seconds = alternate({**loops, "copy": copy_loop(where)}, rounds)
+    ctx = engine_device.select_device(device)
+    names = dict.fromkeys(("float32", ctx.precision))
+    loops = {f"product/{name}": matmul_loop(ctx, engine_device.DTYPES[name]) for name in names}
+    loops |= {f"convolution/{name}": convolution_loop(ctx, engine_device.DTYPES[name]) for name in names}
+    seconds = alternate({**loops, "copy": copy_loop(ctx)}, rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     n, channels_in, channels_out, size = CONVOLUTION
     convolution = FORWARD_AND_BACKWARD * 2 * n * channels_in * channels_out * 9 * size**2
     return {
-        "about": about(where, where.precision, rounds),
+        "about": about(ctx, ctx.precision, rounds),
         "product_gflops": {name: 2 * MATRIX**3 / medians[f"product/{name}"] / 1e9 for name in names},
         "convolution_gflops": {name: convolution / medians[f"convolution/{name}"] / 1e9 for name in names},
         "copy_gb_per_second": 2 * 4 * COPIED_FLOATS / medians["copy"] / 1e9,

@@ -35,27 +35,27 @@ def bare_net(device: torch.device) -> nn.Module:
 
 def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
     """Measure both; returns `{"what", "loops": [{"loop", "seconds", "times_as_fast"}]}`, seconds for one step each."""
-    where = engine_device.compute(device, "float32")
-    model, bare = pretrained.build(device=where.device), bare_net(where.device)
-    whole = photos.load(photos.find([photos.SAMPLE])[0])
+    ctx = engine_device.select_device(device, "float32")
+    model, bare = pretrained.build(device=ctx.device), bare_net(ctx.device)
+    whole = photos.load(photos.find_images([photos.SAMPLE])[0])
     batch = [
         Photo(Path(f"{k}.png"), str(k), whole.crop((4 * k, 4 * k, 300 + 4 * k, 280 + 4 * k))) for k in range(batch_size)
     ]
-    x = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(where.device)
-    own = [photos.to_tensor(photo.image).to(where.device) for photo in batch]
-    y = torch.full((batch_size,), TARGET, device=where.device)
+    x = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(ctx.device)
+    own = [photos.to_tensor(photo.image).to(ctx.device) for photo in batch]
+    y = torch.full((batch_size,), TARGET, device=ctx.device)
     with tempfile.TemporaryDirectory() as folder:
         out = RunDir(Path(folder))
         loops = {
-            "bare gradient": harness.synchronized(where, lambda: _gradient(bare, x, y)),
-            "saliency": harness.synchronized(where, lambda: saliency.vanilla(model.net, _last(x), y)),
-            **_captum(where, bare, x, y),
-            "bare attack, model size": harness.synchronized(where, lambda: _bare_attack(bare, list(x), y)),
-            "bare attack, original size": harness.synchronized(where, lambda: _bare_attack(bare, own, y)),
+            "bare gradient": harness.synchronized(ctx, lambda: _gradient(bare, x, y)),
+            "saliency": harness.synchronized(ctx, lambda: saliency.vanilla(model.net, _last(x), y)),
+            **_captum(ctx, bare, x, y),
+            "bare attack, model size": harness.synchronized(ctx, lambda: _bare_attack(bare, list(x), y)),
+            "bare attack, original size": harness.synchronized(ctx, lambda: _bare_attack(bare, own, y)),
             **{
                 f"attack, {size} size, {precision}": _attack(size, precision, device, model, batch, out)
                 for size in ("model", "original")
-                for precision in dict.fromkeys(("float32", engine_device.compute(device).precision))
+                for precision in dict.fromkeys(("float32", engine_device.select_device(device).precision))
             },
         }
         seconds = harness.alternate(loops, rounds)
@@ -68,7 +68,7 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
         rows.append(
             {"loop": name, "seconds": statistics.median(taken) / (STEPS if is_attack else 1), "times_as_fast": times}
         )
-    return {"ok": True, "what": f"{harness.about(where, 'float32', rounds)}, batch {batch_size}", "loops": rows}
+    return {"ok": True, "what": f"{harness.about(ctx, 'float32', rounds)}, batch {batch_size}", "loops": rows}
 
 
 def _last(x: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ def _gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.autograd.grad(net(leaf).gather(1, y[:, None]).sum(), leaf)[0].abs().amax(1)
 
 
-def _captum(where: engine_device.Compute, net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
+def _captum(ctx: engine_device.ComputeContext, net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
     if importlib.util.find_spec("captum") is None:
         return {}
     made = importlib.import_module("captum.attr").Saliency(net)
     leaf = x.detach().requires_grad_(True)
-    return {"captum's saliency": harness.synchronized(where, lambda: made.attribute(leaf, target=y).amax(1))}
+    return {"captum's saliency": harness.synchronized(ctx, lambda: made.attribute(leaf, target=y).amax(1))}
 
 
 def _bare_attack(net: nn.Module, images: list[Tensor], y: Tensor) -> None:
@@ -111,17 +111,17 @@ def _resized(image: Tensor) -> Tensor:
 
 
 def _attack(
-    size: str, precision: str, device: str, model: pretrained.Pretrained, batch: list[Photo], out: RunDir
+    size: str, precision: str, device: str, model: pretrained.PretrainedClassifier, batch: list[Photo], out: RunDir
 ) -> Callable[[], None]:
     config = attack.Config(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
-    where = engine_device.compute(device, precision)
-    made = Attack(config, model, where, TARGET, out)
+    ctx = engine_device.select_device(device, precision)
+    made = Attack(config, model, ctx, TARGET, out)
     victims = made.victims(batch)
 
     def loop() -> None:
         for victim in victims:
             victim.steps = 0
         made.optimise(victims, lambda: None)
-        where.synchronize()
+        ctx.synchronize()
 
     return loop

@@ -33,7 +33,7 @@ def run(config: str, overrides: list[str], processes: int, rounds: int, steps: i
             for size, metrics in found.items():
                 metrics.append(_trained([config, *overrides], size, steps, Path(folder)))
                 rate = metrics[-1]["images_per_second"]
-                console.say(f"round {number + 1}, {size} processes: {rate:,.0f} images/s")
+                console.info(f"round {number + 1}, {size} processes: {rate:,.0f} images/s")
         latency, rate = _exchanged(processes, Path(folder))
     one, several = ([row["images_per_second"] for row in rows] for rows in found.values())
     first = found[1][0]
@@ -93,7 +93,7 @@ def _measure_exchange(file: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    with process_group.joined():
+    with process_group.init_process_group():
         seconds = []
         for count in EXCHANGED_BYTES:
             tensor = torch.zeros(count // 4)

@@ -51,17 +51,17 @@ def shares(name: str, steps: int, device: str) -> dict[str, Any]:
     taken = throughput.steps(chosen, parts, batch_at)
     for _ in itertools.islice(taken, WARM_UP_STEPS):
         pass
-    on_gpu = parts.where.device.type == "cuda"
+    on_gpu = parts.ctx.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         for _ in itertools.islice(taken, steps):
             pass
-        parts.where.synchronize()
+        parts.ctx.synchronize()
     totals: dict[str, float] = {}
     for event in profiler.events() or ():
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         totals[kind_of(event)] = totals.get(kind_of(event), 0.0) + spent
     whole = sum(totals.values())
     ranked = sorted(totals.items(), key=lambda item: -item[1])
-    what = f"{name}, batch {chosen.batch_size}, {harness.about(parts.where, parts.where.precision, steps)} steps"
+    what = f"{name}, batch {chosen.batch_size}, {harness.about(parts.ctx, parts.ctx.precision, steps)} steps"
     return {"ok": True, "what": what, "shares": {kind: spent / whole for kind, spent in ranked}}

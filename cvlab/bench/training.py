@@ -14,7 +14,7 @@ from cvlab.bench.harness import about, alternate, median_ratio
 from cvlab.bench.machine import machine
 from cvlab.config import loading as configs
 from cvlab.engine import optimizers
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification import throughput, train
 
@@ -32,7 +32,7 @@ def every_config(found: Mapping[str, Any], device: str, names: tuple[str, ...] =
             next(throughput.steps(chosen, parts))
         speed = throughput.images_per_second(chosen, parts)
         gflops = counter.get_total_flops() / chosen.batch_size * speed / 1e9
-        rate = found["convolution_gflops"][parts.where.precision]
+        rate = found["convolution_gflops"][parts.ctx.precision]
         row = {"config": name, "images_per_second": speed, "gflop_per_second": gflops, "share": gflops / rate}
         rows.append(row | {"mflop_per_image": counter.get_total_flops() / chosen.batch_size / 1e6})
     return rows
@@ -60,12 +60,12 @@ def _fit_loop(chosen: Any, parts: train.Parts, count: int) -> Callable[[], None]
     def loop() -> None:
         for _ in itertools.islice(steps, count):
             pass
-        parts.where.synchronize()
+        parts.ctx.synchronize()
 
     return loop
 
 
-def _bare_loop(chosen: Any, parts: train.Parts, count: int, where: Compute, layout: Any) -> Callable[[], None]:
+def _bare_loop(chosen: Any, parts: train.Parts, count: int, ctx: ComputeContext, layout: Any) -> Callable[[], None]:
     """Make the few lines of PyTorch that one writes by hand: images ready as floats, drawn at random, not augmented."""
     model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = optimizers.build_optimizer(chosen.optimizer.name, model, chosen.optimizer.arguments())
@@ -76,14 +76,14 @@ def _bare_loop(chosen: Any, parts: train.Parts, count: int, where: Compute, layo
 
     def loop() -> None:
         for _ in range(count):
-            indices = torch.randint(0, len(floats), (chosen.batch_size,), device=where.device)
-            with where.autocast():
+            indices = torch.randint(0, len(floats), (chosen.batch_size,), device=ctx.device)
+            with ctx.autocast():
                 scores = model(floats[indices]).float()
                 loss = F.cross_entropy(scores, labels[indices], label_smoothing=chosen.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        where.synchronize()
+        ctx.synchronize()
 
     return loop
 
@@ -94,12 +94,12 @@ def engine(rounds: int, steps: int, device: str, name: str = REFERENCE) -> dict[
     One has the precision and memory format of `fit`, one is in float32 and contiguous.
     """
     chosen, parts = training(name, device)
-    where = parts.where
-    plain = Compute(where.device, "float32", where.threads)
-    same, slow = f"bare loop, {where.precision}, channels_last", "bare loop, float32, contiguous"
+    ctx = parts.ctx
+    plain = ComputeContext(ctx.device, "float32", ctx.threads)
+    same, slow = f"bare loop, {ctx.precision}, channels_last", "bare loop, float32, contiguous"
     loops = {
         "fit": _fit_loop(chosen, parts, steps),
-        same: _bare_loop(chosen, parts, steps, where, torch.channels_last),
+        same: _bare_loop(chosen, parts, steps, ctx, torch.channels_last),
         slow: _bare_loop(chosen, parts, steps, plain, torch.contiguous_format),
     }
     seconds = alternate(loops, rounds)
@@ -114,7 +114,7 @@ def engine(rounds: int, steps: int, device: str, name: str = REFERENCE) -> dict[
     ]
     return {
         "ok": True,
-        "what": f"{name}, batch {chosen.batch_size}, {about(where, where.precision, rounds)}",
+        "what": f"{name}, batch {chosen.batch_size}, {about(ctx, ctx.precision, rounds)}",
         "loops": rows,
         "fit_against_bare": rows[0]["against_bare"],
         "fit_speedup_over_float32_contiguous": median_ratio(seconds[slow], seconds["fit"]),

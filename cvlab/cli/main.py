@@ -90,11 +90,11 @@ def run(
     from cvlab.api import launch
     from cvlab.api import run as api_run
     from cvlab.config import loading as configs
-    from cvlab.data.resolve import Policy
+    from cvlab.data.resolve import DownloadPolicy
     from cvlab.distributed import launcher, process_group
     from cvlab.runs.find import runs_root
 
-    policy = Policy(offline, download, no_standin)
+    policy = DownloadPolicy(offline, download, no_standin)
     root = runs_root(runs_dir)
 
     def load() -> configs.Loaded:
@@ -205,12 +205,12 @@ app.add_typer(bench.app, name="bench")
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    console.outlive_readers()
+    console.ignore_broken_pipe()
     interrupt.stop_with_input()
     try:
         several = process_group.world().size > 1
     except ConfigError as error:
-        console.say(f"error: {error}")
+        console.info(f"error: {error}")
         sys.exit(error.code)
     if several:  # before torch is loaded: DDP would warn of what it was asked to do
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.stdout.flush()
     except RunDirError as error:
-        console.say(f"error: {error}")
+        console.info(f"error: {error}")
         code = code or error.code
     if several:
         sys.stderr.flush()
@@ -266,14 +266,14 @@ def _refuse(error: CvlabError, arguments: list[str]) -> int:
     if "--json" in arguments:
         print(json.dumps({"ok": False, "error": error.document()}, indent=2))
     for line in [error, *getattr(error, "others", ())]:
-        console.say(f"error: {line}")
+        console.info(f"error: {line}")
     return error.code
 
 
 def _refuse_quietly(error: CvlabError) -> int:
     """Say what only this one of several processes knows: not that it was stopped, or that another has ended."""
-    if not isinstance(error, (StoppedError, process_group.LostError)):
-        console.say(f"error: process {process_group.world().rank}: {error}")
+    if not isinstance(error, (StoppedError, process_group.PeerLostError)):
+        console.info(f"error: process {process_group.world().rank}: {error}")
         time.sleep(GRACE_SECONDS)  # the end of this one ends the others, which may have the same to say and to write
     return error.code
 
@@ -285,5 +285,5 @@ def _fault(error: Exception, arguments: list[str]) -> int:
     if "--json" in arguments:
         hint = "the traceback is on stderr"
         print(json.dumps({"ok": False, "error": {"code": 1, "message": message, "hint": hint}}, indent=2))
-    console.say(f"error: {message}; this is a fault of cvlab, or of your own file if the traceback ends there")
+    console.info(f"error: {message}; this is a fault of cvlab, or of your own file if the traceback ends there")
     return 1

@@ -82,7 +82,7 @@ def show_verdict(
     error.code = code
     show(document if document["ok"] else document | {"error": error.document()}, as_json, render)
     if not document["ok"]:
-        console.say(f"error: {error}")
+        console.info(f"error: {error}")
         raise typer.Exit(error.code)
 
 

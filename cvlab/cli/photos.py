@@ -44,7 +44,7 @@ def start(name: str, overrides: list[str], flags: Flags, runs_dir: str | None, d
     """Run a shipped configuration with flags that are given, as keys of the same name, and `key=value`."""
     from cvlab.api import run
     from cvlab.config import loading
-    from cvlab.data.resolve import Policy
+    from cvlab.data.resolve import DownloadPolicy
     from cvlab.runs.find import runs_root
 
     set_ = flags.pop("set_") or []
@@ -55,7 +55,7 @@ def start(name: str, overrides: list[str], flags: Flags, runs_dir: str | None, d
     if dry_run:
         show_plan(loaded, root, as_json)
         return
-    finish(run.start(loaded, Policy(True, False, False), root), as_json)
+    finish(run.start(loaded, DownloadPolicy(True, False, False), root), as_json)
 
 
 def _require_photos(images: list[str], overrides: list[str], name: str, flags: Flags) -> None:
@@ -226,7 +226,7 @@ def style(
         if _is_missing(name):
             raise DataError(f"{name}: no such file", "`sample` is a photo that comes along, `whirls` a painting")
     if preset is not None and preset not in PRESETS:
-        raise registry.unknown("preset", preset, PRESETS)
+        raise registry.unknown_name_error("preset", preset, PRESETS)
     flags: Flags = {"content": images[0], "styles": images[1:], "strength": strength, "size": size, "init": init}
     flags |= {
         "keep_colors": keep_colors or None,

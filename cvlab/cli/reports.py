@@ -47,7 +47,7 @@ def ui(
     from cvlab.runs.find import runs_root
 
     root = runs_root(runs_dir)
-    serve.serve(root, port, lambda address: console.say(f"{address} shows the runs below {root}; Ctrl-C ends it"))
+    serve.serve(root, port, lambda address: console.info(f"{address} shows the runs below {root}; Ctrl-C ends it"))
 
 
 @app.command()

@@ -56,7 +56,7 @@ def sweep(
         local.start_server()  # it loads torch on another core while this process does the same
     from cvlab.api import sweep as api_sweep
     from cvlab.config import loading as configs
-    from cvlab.data.resolve import Policy
+    from cvlab.data.resolve import DownloadPolicy
     from cvlab.runs.find import runs_root
 
     given = {"workers": workers, "submit.on": on, "submit.address": address}
@@ -67,7 +67,7 @@ def sweep(
     if dry_run:
         show_plan(loaded, root, as_json)
         return
-    finish(api_sweep.start(loaded, Policy(offline, download, no_standin), root, fresh), as_json)
+    finish(api_sweep.start(loaded, DownloadPolicy(offline, download, no_standin), root, fresh), as_json)
 
 
 @app.command()
@@ -90,7 +90,7 @@ def verify(
     from cvlab.api import verify as api_verify
     from cvlab.config import loading as loading
     from cvlab.config.validation import SWEEP
-    from cvlab.data.resolve import Policy
+    from cvlab.data.resolve import DownloadPolicy
     from cvlab.reports import tables
     from cvlab.runs.find import runs_root
 
@@ -100,7 +100,7 @@ def verify(
         flags = [f"{'base.' if is_sweep else ''}device={device}"] if device is not None else []
         flags += [f"workers={workers}"] if is_sweep and workers is not None else []
         loaded.append(loading.load(name, [*(set_ or []), *flags]))
-    found = api_verify.verify(loaded, Policy(offline, download, no_standin), runs_root(runs_dir))
+    found = api_verify.verify(loaded, DownloadPolicy(offline, download, no_standin), runs_root(runs_dir))
     rows = found["verified"]
     missed = [f"{row['config']}: {row['rule']}" for row in rows if not row["met"]]
     code = api_verify.verdict_code(rows)

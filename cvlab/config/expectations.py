@@ -47,7 +47,7 @@ FUNCTIONS = (*REDUCTIONS, *ORDERS, *SHARES)
 
 
 @dataclass(frozen=True)
-class Setting:
+class GroupedResult:
     """One point of a sweep: its configuration with dotted keys, its metrics (means over seeds), its share diverged."""
 
     keys: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Term:
     condition: "tuple[str, float] | None" = None
     where: tuple[tuple[str, Any], ...] = ()
 
-    def value(self, metrics: Mapping[str, float], settings: Sequence[Setting]) -> float | None:
+    def value(self, metrics: Mapping[str, float], settings: Sequence[GroupedResult]) -> float | None:
         """Return the number that this side is; None where it was not measured."""
         if self.function is None:
             return _number(self.text) if self.metric == "" else metrics.get(self.metric)
@@ -86,10 +86,10 @@ class Term:
             return self._ordered(chosen, values)
         return REDUCTIONS[self.function](values)
 
-    def _fits(self, setting: Setting) -> bool:
+    def _fits(self, setting: GroupedResult) -> bool:
         return all(key in setting.keys and same(setting.keys[key], wanted) for key, wanted in self.where)
 
-    def _ordered(self, chosen: Sequence[Setting], values: Numbers) -> float | None:
+    def _ordered(self, chosen: Sequence[GroupedResult], values: Numbers) -> float | None:
         places = [setting.keys.get(self.by) for setting in chosen]
         if len(chosen) < 2 or not all(isinstance(x, (int, float)) for x in places) or len(set(places)) < len(places):
             return None  # no order among them
@@ -216,7 +216,9 @@ def metrics_of(text: str) -> set[str]:
     return {term.metric for term in parse(text).terms if term.metric}
 
 
-def judge(rules: Iterable[str], metrics: Mapping[str, float], settings: Sequence[Setting] = ()) -> list[dict[str, Any]]:
+def check_expectations(
+    rules: Iterable[str], metrics: Mapping[str, float], settings: Sequence[GroupedResult] = ()
+) -> list[dict[str, Any]]:
     """Return a verdict for each rule: `{"rule", "measured", "met"}`; what is absent is not met.
 
     `measured` is the left side. Where more than one side was measured, `values` has all of them.

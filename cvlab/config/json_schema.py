@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import registry
-from cvlab.config.schema import Part, Table, part_type, tables_of
+from cvlab.config.schema import ComponentConfig, Registry, component_type, registries_of
 
 
 def json_schema() -> dict[str, Any]:
@@ -15,7 +15,7 @@ def json_schema() -> dict[str, Any]:
         config_type = registry.get_experiment(name).Config
         schema = config_type.model_json_schema()
         schema["properties"]["experiment"] = {"const": name}
-        for key, table in tables_of(config_type).items():
+        for key, table in registries_of(config_type).items():
             options = [_block_schema(table, known) for known in table.names]
             schema["properties"][key] = {"anyOf": [*options, {"properties": {"name": {"pattern": "[:]"}}}]}
         definitions |= schema.pop("$defs", {})
@@ -24,8 +24,8 @@ def json_schema() -> dict[str, Any]:
     return {**head, "$defs": definitions, "anyOf": branches}
 
 
-def _block_schema(table: Table, name: str) -> dict[str, Any]:
-    made: type[Part] = part_type(table, name, table.find(name, Path()))
+def _block_schema(table: Registry, name: str) -> dict[str, Any]:
+    made: type[ComponentConfig] = component_type(table, name, table.find(name, Path()))
     schema = made.model_json_schema()
     schema["required"] = sorted({*schema.get("required", []), "name"})
     return schema

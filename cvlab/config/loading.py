@@ -19,7 +19,7 @@ from cvlab.config import overrides as overrides_
 from cvlab.config import profiles, strict_yaml, validation
 from cvlab.config.overrides import EXCLUSIVE
 from cvlab.config.profiles import AUTO
-from cvlab.config.schema import AnyConfig
+from cvlab.config.schema import ExperimentConfig
 from cvlab.config.strict_yaml import Document, Path_
 from cvlab.config.validation import SWEEP
 from cvlab.errors import ConfigError
@@ -31,7 +31,7 @@ DOTTED = (("grid",), ("zip",), ("search", "space"))  # blocks of a sweep whose k
 class Loaded:
     """A valid configuration and the folder that its relative names start from."""
 
-    config: AnyConfig
+    config: ExperimentConfig
     base: Path
     source: Path
     profiles: Mapping[str, "Loaded"] = field(default_factory=dict)  # by name, where one is still to be chosen
@@ -63,7 +63,7 @@ def find(reference: str) -> Path:
     name = path.name.removesuffix(".yaml")
     if name in shipped_names() and str(path.parent) in (".", "configs"):
         return shipped_folder() / f"{name}.yaml"
-    close = registry.nearest(name, shipped_names())
+    close = registry.closest_match(name, shipped_names())
     hint = f"did you mean {close!r}? " if close else ""
     raise ConfigError(f"no configuration {reference!r}", f"{hint}shipped: {', '.join(shipped_names())}")
 
@@ -176,7 +176,7 @@ def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
     return given
 
 
-def validate(document: Document, base: Path, given: Mapping[Path_, str] | None = None) -> AnyConfig:
+def validate(document: Document, base: Path, given: Mapping[Path_, str] | None = None) -> ExperimentConfig:
     """Turn what a file says into its experiment's frozen configuration. ConfigError with every mistake's place."""
     config, wrong = validation.check(document.value, base)
     if wrong:

@@ -63,7 +63,7 @@ def _dotted(path: Path_) -> str:
 
 def _unknown_key(path: Path_, block: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     known = [key for branch in _branches(block, schema) for key in branch.get("properties", {})]
-    close = registry.nearest(str(path[-1]), known)
+    close = registry.closest_match(str(path[-1]), known)
     hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
     return f"unknown key {_dotted(path)!r}; {hint}"
 

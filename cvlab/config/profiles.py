@@ -20,7 +20,7 @@ def take(raw: dict[str, Any], name: str, place: str) -> None:
     """Lay a profile over a configuration, in place, and leave the others out; ConfigError where there is none."""
     known = raw["profiles"]
     if name not in known:
-        raise ConfigError(f"{place}: {registry.unknown('profile', name, [AUTO, *known])}")
+        raise ConfigError(f"{place}: {registry.unknown_name_error('profile', name, [AUTO, *known])}")
     changes = known[name].get("set", {}) if isinstance(known[name], Mapping) else {}
     for key, value in changes.items() if isinstance(changes, Mapping) else ():
         overrides.put(raw, str(key), value)

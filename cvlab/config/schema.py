@@ -16,22 +16,22 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model,
 from cvlab import registry
 from cvlab.config import expectations
 
-Positive = Annotated[float, Gt(0)]
-NonNegative = Annotated[float, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
-BelowOne = Annotated[float, Ge(0), Lt(1)]
-Count = Annotated[int, Ge(1)]
-Index = Annotated[int, Ge(0)]
+FractionBelowOne = Annotated[float, Ge(0), Lt(1)]
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """A block of configuration: unknown keys are refused, types are not converted, nothing changes afterwards."""
 
     model_config = STRICT
 
 
-class Part(Frozen):
+class ComponentConfig(FrozenModel):
     """A block with a name from a table; the other keys are the parameters of the builder of that name."""
 
     name: str
@@ -42,12 +42,12 @@ class Part(Frozen):
         return known | (self.model_extra or {})
 
 
-class OpenPart(Part, extra="allow"):
+class OpenComponentConfig(ComponentConfig, extra="allow"):
     """A block whose builder takes further keys that we do not know (`**kwargs`)."""
 
 
 @dataclass(frozen=True)
-class Table:
+class Registry:
     """Marks a `Part` field: where its names come from.
 
     The builder's parameters called in `supplied` come from the program, all others from the YAML. `resolve(name,
@@ -63,19 +63,19 @@ class Table:
         """Return the builder called `name`; ConfigError with the nearest name otherwise."""
         if self.resolve is not None and name not in self.names:
             return self.resolve(name, base)
-        return typing.cast(Callable[..., Any], registry.find(self.kind, name, self.names))
+        return typing.cast(Callable[..., Any], registry.get(self.kind, name, self.names))
 
 
-def part_type(table: Table, name: str, builder: Callable[..., Any]) -> type[Part]:
+def component_type(table: Registry, name: str, builder: Callable[..., Any]) -> type[ComponentConfig]:
     """Make the schema of one block from a builder's signature: annotations are types, defaults are defaults."""
     described = builder.func if isinstance(builder, functools.partial) else builder
     annotated = described.__init__ if inspect.isclass(described) else described
     hints = typing.get_type_hints(annotated, include_extras=True)
-    base: type[Part] = Part
+    base: type[ComponentConfig] = ComponentConfig
     fields: dict[str, Any] = {"name": (Literal[name], name)}
     for parameter in inspect.signature(builder).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            base = OpenPart
+            base = OpenComponentConfig
         elif parameter.name not in table.supplied and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             fields[parameter.name] = (hints.get(parameter.name, Any), default)
@@ -83,19 +83,21 @@ def part_type(table: Table, name: str, builder: Callable[..., Any]) -> type[Part
     return create_model(f"{table.kind}_{name}", __base__=base, __doc__=summary, **fields)
 
 
-def tables_of(config_type: type[BaseModel]) -> dict[str, Table]:
+def registries_of(config_type: type[BaseModel]) -> dict[str, Registry]:
     """Return the fields of a schema that are blocks with a name, with their tables."""
     fields = config_type.model_fields.items()
-    return {key: marker for key, info in fields for marker in info.metadata if isinstance(marker, Table)}
+    return {key: marker for key, info in fields for marker in info.metadata if isinstance(marker, Registry)}
 
 
-class Duration(Frozen):
+class Duration(FrozenModel):
     """How long to train: exactly one of the three."""
 
-    steps: Count | None = Field(None, description="number of optimizer steps")
-    epochs: Count | None = Field(None, description="passes over the training images")
-    seconds: Positive | None = Field(None, description="wall-clock seconds of training, planned as steps on the way")
-    corrections: tuple[tuple[Count, Count], ...] = Field(
+    steps: PositiveInt | None = Field(None, description="number of optimizer steps")
+    epochs: PositiveInt | None = Field(None, description="passes over the training images")
+    seconds: PositiveFloat | None = Field(
+        None, description="wall-clock seconds of training, planned as steps on the way"
+    )
+    corrections: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         (), description="set by cvlab in the record of a run of seconds: until which step how many were planned"
     )
 
@@ -129,7 +131,7 @@ def _check_name(name: str) -> str:
 Threads = Annotated[int, Ge(1), Le(256)]
 
 
-class DataBlock(Frozen):
+class DataConfig(FrozenModel):
     """Which data: the keys of every experiment's `data` block."""
 
     name: str = Field(description="a data set of `cvlab data list`, or ./file.py:function that returns it")
@@ -137,7 +139,7 @@ class DataBlock(Frozen):
     standin_for: str | None = Field(None, description="set by cvlab in a run that used a stand-in")
 
 
-class AnyConfig(Frozen):
+class ExperimentConfig(FrozenModel):
     """The keys of everything that can be run."""
 
     experiment: str = Field(description="the kind of job; `cvlab experiments` lists them")
@@ -145,7 +147,7 @@ class AnyConfig(Frozen):
     expect: tuple[Expectation, ...] = Field((), description="what must hold at the end, else exit code 3")
     expect_standin: tuple[Expectation, ...] = Field((), description="the same where the stand-in data was used")
 
-    def with_data(self, data: DataBlock) -> "AnyConfig":
+    def with_data(self, data: DataConfig) -> "ExperimentConfig":
         """Return the configuration with other data."""
         return self.model_copy(update={"data": data})
 
@@ -158,7 +160,7 @@ class AnyConfig(Frozen):
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
 
-class RunConfig(AnyConfig):
+class RunConfig(ExperimentConfig):
     """The keys that every experiment has which computes something itself."""
 
     seed: Annotated[int, Ge(0), Lt(2**31)] = Field(0, description="of initialisation, data order and augmentation")

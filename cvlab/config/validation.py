@@ -9,23 +9,23 @@ from pydantic import ValidationError, create_model
 
 from cvlab import registry
 from cvlab.config import expectations, messages
-from cvlab.config.schema import AnyConfig, Frozen, Part, part_type, tables_of
+from cvlab.config.schema import ComponentConfig, ExperimentConfig, FrozenModel, component_type, registries_of
 from cvlab.config.strict_yaml import Path_
 from cvlab.errors import ConfigError, CvlabError
 
 Problems = list[tuple[Path_, str]]
 
 
-def check(raw: Mapping[str, Any], base: Path) -> tuple[AnyConfig | None, Problems]:
+def check(raw: Mapping[str, Any], base: Path) -> tuple[ExperimentConfig | None, Problems]:
     """Validate one configuration, its user files relative to `base`; None where there are problems."""
     config_type, wrong = _config_type(raw, base)
     config = None
     try:
         if config_type is not None:
-            config = typing.cast(AnyConfig, config_type.model_validate(raw))
+            config = typing.cast(ExperimentConfig, config_type.model_validate(raw))
     except ValidationError as error:
         named = {path[:1] for path, _ in wrong}
-        found = messages.problems(error, config_type or Frozen, raw)
+        found = messages.problems(error, config_type or FrozenModel, raw)
         wrong += [(path, message) for path, message in found if path[:1] not in named]
     if config is not None and not wrong:
         experiment = registry.get_experiment(config.experiment)
@@ -33,7 +33,7 @@ def check(raw: Mapping[str, Any], base: Path) -> tuple[AnyConfig | None, Problem
     return (None if wrong else config), wrong
 
 
-def _unknown_metrics(config: AnyConfig) -> Problems:
+def _unknown_metrics(config: ExperimentConfig) -> Problems:
     """Find expectations that speak of what the experiment does not measure."""
     known = registry.get_experiment(config.experiment).metric_names(config)
     wrong: Problems = []
@@ -49,7 +49,7 @@ def _unknown_metrics(config: AnyConfig) -> Problems:
 SWEEP = "sweep"
 
 
-def rules_of(config: AnyConfig) -> list[tuple[Path_, expectations.Rule]]:
+def rules_of(config: ExperimentConfig) -> list[tuple[Path_, expectations.Rule]]:
     """Return all expectations with their places."""
     keys = ("expect", "expect_standin")
     return [((key, k), expectations.parse(text)) for key in keys for k, text in enumerate(getattr(config, key))]
@@ -57,24 +57,24 @@ def rules_of(config: AnyConfig) -> list[tuple[Path_, expectations.Rule]]:
 
 def unknown_metric(text: str, metric: str, known: typing.Collection[str]) -> str:
     """Say that there is no such metric, and which there are."""
-    close = registry.nearest(metric, known)
+    close = registry.closest_match(metric, known)
     hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
     return f"{text!r}: no metric {metric!r}; {hint}"
 
 
-def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[Frozen] | None, Problems]:
+def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[FrozenModel] | None, Problems]:
     """Find the experiment's schema and put the schema of each named block into it; report unknown names."""
     name = raw.get("experiment")
     if not isinstance(name, str):
         known = ", ".join(registry.experiment_names())
         return None, [(("experiment",), f"missing key 'experiment'; known: {known}")]
     try:
-        config_type: type[Frozen] = registry.get_experiment(name).Config
+        config_type: type[FrozenModel] = registry.get_experiment(name).Config
     except ConfigError as error:
         return None, [(("experiment",), str(error))]
     fields: dict[str, Any] = {}
     wrong: Problems = []
-    for key, table in tables_of(config_type).items():
+    for key, table in registries_of(config_type).items():
         info = config_type.model_fields[key]
         block = raw.get(key)
         chosen = block.get("name") if isinstance(block, Mapping) else getattr(info.default, "name", None)
@@ -83,7 +83,7 @@ def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[Frozen] | Non
                 wrong.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(table.names))}"))
             continue
         try:
-            made = part_type(table, chosen, table.find(chosen, base))
+            made = component_type(table, chosen, table.find(chosen, base))
         except CvlabError as error:
             wrong.append(((key, "name"), str(error)))
             continue
@@ -91,7 +91,7 @@ def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[Frozen] | Non
     return create_model(config_type.__name__, __base__=config_type, __doc__=config_type.__doc__, **fields), wrong
 
 
-def _default(made: type[Part]) -> Any:
+def _default(made: type[ComponentConfig]) -> Any:
     """Build a block from its defaults, or say that it must be given where a key of it has none."""
     required = any(field.is_required() for field in made.model_fields.values())
     return ... if required else made(name=made.model_fields["name"].default)

@@ -9,7 +9,7 @@ from cvlab import registry
 from cvlab.errors import ConfigError
 
 KINDS = {"images": "images with a class each", "boxes": "photos with boxes", "captions": "photos with sentences"}
-SETS = {
+DATASETS = {
     "cifar10": "cvlab.experiments.classification.data.cifar10:SOURCE",
     "scenes10": "cvlab.experiments.classification.data.scenes10:SOURCE",
     "scenes": "cvlab.experiments.detection.data.dataset:SCENES",
@@ -70,21 +70,21 @@ class Source:
 
 def names(kind: str) -> list[str]:
     """Return the names of the sets of a kind."""
-    return [name for name in SETS if find(name).kind == kind]
+    return [name for name in DATASETS if get(name).kind == kind]
 
 
-def unfit(name: str, kind: str) -> ConfigError | None:
+def kind_error(name: str, kind: str) -> ConfigError | None:
     """Return what is wrong with a name where a set of `kind` is needed, or None."""
-    if name not in SETS:
-        return registry.unknown("data set", name, names(kind))
-    found = find(name).kind
+    if name not in DATASETS:
+        return registry.unknown_name_error("data set", name, names(kind))
+    found = get(name).kind
     if found == kind:
         return None
-    hint = registry.unknown("data set", name, names(kind)).hint
+    hint = registry.unknown_name_error("data set", name, names(kind)).hint
     return ConfigError(f"data set {name!r} has {KINDS[found]}, {KINDS[kind]} are needed here", hint)
 
 
-def find(name: str) -> Source:
+def get(name: str) -> Source:
     """Return the data set called `name`; ConfigError with the nearest name otherwise."""
-    source: Source = registry.find("data set", name, SETS)
+    source: Source = registry.get("data set", name, DATASETS)
     return source

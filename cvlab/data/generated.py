@@ -19,7 +19,7 @@ HINT = "remove that folder; the next run generates it again"
 
 
 @dataclass
-class Generated:
+class GeneratedDataset:
     """A set in `<root>/<name>-v<version>/`, made of what `files()` yields: paths in the folder, and their contents."""
 
     name: str
@@ -38,11 +38,11 @@ class Generated:
         if self.ready(root):
             self.verify(root / self.folder_name)
             return root / self.folder_name
-        console.say(f"generating {self.name}, {self.pictures} pictures, once")
+        console.info(f"generating {self.name}, {self.pictures} pictures, once")
         try:
             return self._keep(root)
         except (OSError, CvlabError) as error:
-            console.detail(f"{self.name} is not kept: {error}")
+            console.debug(f"{self.name} is not kept: {error}")
             return self._temporary()
 
     def ready(self, root: Path) -> bool:

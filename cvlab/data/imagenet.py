@@ -82,7 +82,7 @@ def resolve(name: str) -> int:
     parts = [index for index, names in enumerate(synonyms()) if _has_word(names, wanted)]
     if parts:
         raise ConfigError(f"no class {name!r}", f"with this word: {_listed(parts)}")
-    close = registry.nearest(wanted, _by_name())
+    close = registry.closest_match(wanted, _by_name())
     hint = f"did you mean {close!r}?" if close else "give one of ImageNet's names, a number 0 to 999 or a WordNet id"
     raise ConfigError(f"no class {name!r}", hint)
 

@@ -20,14 +20,14 @@ from cvlab import _compat
 from cvlab.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
 SAMPLE = "sample"
-PAINTING = "whirls"  # drawn by data/brushwork.py; a style to begin with
+SAMPLE_PAINTING = "whirls"  # drawn by data/brushwork.py; a style to begin with
 ANOTHER = "give a JPEG, PNG, BMP or WEBP file"
 
 
-def find(named: Iterable[str]) -> list[Path]:
+def find_images(named: Iterable[str]) -> list[Path]:
     """Return the photos meant by files, folders (their photos, sorted), patterns (`photos/*.jpg`) and `sample`.
 
     A file that is named is returned whether it is there or not. DataError where a folder or a pattern gives none.
@@ -53,7 +53,7 @@ def find(named: Iterable[str]) -> list[Path]:
 
 def _of_folder(folder: Path) -> list[Path]:
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.name[0] != ".")
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}", "name a folder that can be read") from error
     if not found:

@@ -11,7 +11,7 @@ from cvlab.storage.cache import data_root
 
 
 @dataclass(frozen=True)
-class Policy:
+class DownloadPolicy:
     """What the user allows: no socket, as long as it takes, no stand-in."""
 
     offline: bool = False
@@ -24,14 +24,14 @@ class Policy:
             raise ConfigError("--offline and --download exclude each other", "give one of them")
 
 
-def settle(block: Any, policy: Policy) -> Any:
+def resolve_dataset(block: Any, policy: DownloadPolicy) -> Any:
     """Return the data block with the set that can be used now: `block` itself, or its stand-in.
 
     `block` has `name`, `standin` and `standin_for`. DataError with the command that helps where neither can be used.
     """
     if block.standin_for is not None or "." in block.name:
         return block
-    source = datasets.find(block.name)
+    source = datasets.get(block.name)
     if source.builtin or source.ready(data_root()):
         return block
     reason = _try_to_fetch(source, policy)
@@ -40,16 +40,16 @@ def settle(block: Any, policy: Policy) -> Any:
     help_line = f"`cvlab data fetch {block.name}` gets it"
     if block.standin is None or policy.no_standin:
         raise DataError(f"{block.name} is not in {data_root()}: {reason}", help_line)
-    console.say(f"{block.name} is not on the disk ({reason}); using {block.standin} in its place; {help_line}")
+    console.info(f"{block.name} is not on the disk ({reason}); using {block.standin} in its place; {help_line}")
     return block.model_copy(update={"name": block.standin, "standin": None, "standin_for": block.name})
 
 
-def _try_to_fetch(source: datasets.Source, policy: Policy) -> str | None:
+def _try_to_fetch(source: datasets.Source, policy: DownloadPolicy) -> str | None:
     """Fetch a set if that is allowed and quick; return why it is not there, or None."""
     if policy.offline or not download.allowed():
         return "offline"
     assert source.fetch is not None
-    console.say(f"{source.name} is not in {data_root()}, fetching it (--offline does not)")
+    console.info(f"{source.name} is not in {data_root()}, fetching it (--offline does not)")
     try:
         source.fetch(data_root(), None, policy.patient)
     except DataError as error:
@@ -59,6 +59,6 @@ def _try_to_fetch(source: datasets.Source, policy: Policy) -> str | None:
     return None
 
 
-def label(block: Any) -> str:
+def describe_data(block: Any) -> str:
     """Say which data a run used, as summary.json does: `scenes10 (stand-in for cifar10)`."""
     return f"{block.name} (stand-in for {block.standin_for})" if block.standin_for else str(block.name)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from cvlab.errors import DataError
 
-NULL, START, END, UNKNOWN = range(4)
-SPECIAL = ("<null>", "<start>", "<end>", "<unk>")
+PAD, START, END, UNKNOWN = range(4)
+SPECIAL_TOKENS = ("<null>", "<start>", "<end>", "<unk>")
 
 
-def tokens(sentence: str) -> list[str]:
+def tokenize(sentence: str) -> list[str]:
     """Split a sentence into words."""
     return [word for word in sentence.lower().split() if any(character.isalnum() for character in word)]
 
@@ -29,16 +29,16 @@ class Vocabulary:
     words: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if len(set(self.words)) < len(self.words) or any(word in SPECIAL or not word for word in self.words):
+        if len(set(self.words)) < len(self.words) or any(word in SPECIAL_TOKENS or not word for word in self.words):
             raise DataError("a vocabulary with a word twice, an empty or a reserved one")
 
     def __len__(self) -> int:
-        return len(SPECIAL) + len(self.words)
+        return len(SPECIAL_TOKENS) + len(self.words)
 
     @property
     def numbers(self) -> dict[str, int]:
         """Return the number of each word."""
-        return {word: len(SPECIAL) + k for k, word in enumerate(self.words)}
+        return {word: len(SPECIAL_TOKENS) + k for k, word in enumerate(self.words)}
 
     def encode(self, sentences: Iterable[Sequence[str]], length: int) -> Tensor:
         """Return sentences, split into words, as int64 (N, length): START, words, END, then NULL.
@@ -49,7 +49,7 @@ class Vocabulary:
         rows = []
         for words in sentences:
             row = [START, *(numbers.get(word, UNKNOWN) for word in words[: length - 2]), END]
-            rows.append(row + [NULL] * (length - len(row)))
+            rows.append(row + [PAD] * (length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).view(-1, length)
 
     def decode(self, numbers: Iterable[int]) -> list[str]:
@@ -58,12 +58,14 @@ class Vocabulary:
         for number in numbers:
             if number == END:
                 break
-            if number not in (NULL, START):
-                found.append(SPECIAL[number] if number < len(SPECIAL) else self.words[number - len(SPECIAL)])
+            if number not in (PAD, START):
+                found.append(
+                    SPECIAL_TOKENS[number] if number < len(SPECIAL_TOKENS) else self.words[number - len(SPECIAL_TOKENS)]
+                )
         return found
 
 
-def build(sentences: Iterable[Sequence[str]], threshold: int) -> Vocabulary:
+def build_vocabulary(sentences: Iterable[Sequence[str]], threshold: int) -> Vocabulary:
     """Return the words that stand at least `threshold` times in sentences, the most frequent first, then by letters."""
     counts = Counter(word for words in sentences for word in words)
     kept = [word for word, count in counts.items() if count >= threshold]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def from_main(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """Return what `make` gives in process 0, in all of them."""
     if world().size == 1:
         return make()
@@ -21,7 +21,7 @@ def from_main(make: Callable[[], T]) -> T:
     return found[0]  # type: ignore[return-value]
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Return the values of all processes, in their order."""
     if world().size == 1:
         return [value]
@@ -32,20 +32,20 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def total(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+def all_reduce_sums(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """Return the sums over all processes, float64 on the CPU; a process that has nothing to add has no values."""
     if world().size == 1:
         return dict(values)
     import torch
     import torch.distributed as dist
 
-    names = from_main(lambda: list(values))
+    names = broadcast_from_rank0(lambda: list(values))
     sums = torch.tensor([float(values[name]) if name in values else 0.0 for name in names], dtype=torch.float64)
     dist.all_reduce(sums)
     return dict(zip(names, sums, strict=True))
 
 
-def concatenated(values: "Tensor") -> "Tensor":
+def all_gather_cat(values: "Tensor") -> "Tensor":
     """Return the values of all processes one after the other: their shares of a batch, (B / processes,) -> (B,)."""
     if world().size == 1:
         return values
@@ -57,7 +57,7 @@ def concatenated(values: "Tensor") -> "Tensor":
     return torch.cat(parts)
 
 
-def same_buffers(model: "nn.Module") -> None:
+def broadcast_buffers(model: "nn.Module") -> None:
     """Give all processes the buffers of process 0: the statistics of BatchNorm are each process's own."""
     if world().size > 1:
         import torch.distributed as dist

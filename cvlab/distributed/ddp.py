@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BUCKET_MB = 100  # of gradients that go together; on a CPU the exchange takes the core from the backward pass
 
 
-class Alone:
+class SingleProcessStep:
     """The losses of a step in one process; `Averaged` is the same for several."""
 
     def __init__(self, model: "nn.Module", loss_fn: "LossFn") -> None:
@@ -32,7 +32,7 @@ class Alone:
         return list(self.wishes), math.isfinite(losses["loss"].item())
 
 
-class Averaged(Alone):
+class DDPStep(SingleProcessStep):
     """The losses of a step in one of several processes: their gradients are means over all, by torch's DDP.
 
     What each process wishes for, and whether its loss is finite, is the gradient of a parameter that is always 0: it
@@ -82,6 +82,6 @@ class Averaged(Alone):
         return wishes, not diverged
 
 
-def together(model: "nn.Module", loss_fn: "LossFn", device: "torch.device", num_wishes: int) -> Alone:
+def make_step(model: "nn.Module", loss_fn: "LossFn", device: "torch.device", num_wishes: int) -> SingleProcessStep:
     """Return the losses of a step for as many processes as there are."""
-    return Alone(model, loss_fn) if world().size == 1 else Averaged(model, loss_fn, device, num_wishes)
+    return SingleProcessStep(model, loss_fn) if world().size == 1 else DDPStep(model, loss_fn, device, num_wishes)

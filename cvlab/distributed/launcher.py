@@ -28,7 +28,7 @@ def run(path: Path, processes: int, restarts: int, flags: tuple[str, ...]) -> in
         code = start(command, processes)
         if code not in RETRIED or left == 0:
             break
-        console.say(f"warning: a process ended with {code}; all are started again ({left} times left)")
+        console.info(f"warning: a process ended with {code}; all are started again ({left} times left)")
     return code if code >= 0 else 128 - code
 
 

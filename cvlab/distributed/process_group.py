@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(seconds=60)  # of one exchange: a process that hangs for longer is given up
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class LostError(CvlabError):
+class PeerLostError(CvlabError):
     """Another process of the training has ended or hangs."""
 
 
@@ -44,7 +44,7 @@ class World:
 @functools.cache
 def world() -> World:
     """Return this process's place, as torchrun tells it. ConfigError where what it tells makes no sense."""
-    if not all(os.environ.get(name) for name in NEEDED):
+    if not all(os.environ.get(name) for name in REQUIRED_VARIABLES):
         return World()
     places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     try:
@@ -69,14 +69,14 @@ def is_restarted() -> bool:
     return world().size > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def threads_each(processes: int) -> int:
+def threads_per_process(processes: int) -> int:
     """Return this machine's cores for each of so many processes on it, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes)
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def init_process_group() -> Iterator[None]:
     """Connect the processes; at the end wait for all of them, unless one of them has failed.
 
     LostError where another process has gone.
@@ -98,7 +98,7 @@ def joined() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise LostError("another process of this training has ended") from error
+        raise PeerLostError("another process of this training has ended") from error
 
 
 def _connect() -> None:
@@ -117,7 +117,7 @@ def _connect() -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
-def stop_wanted(received: int | None) -> int | None:
+def pending_signal(received: int | None) -> int | None:
     """Return the signal that any process has received; SIGTERM where what has started this one is gone."""
     place = world()
     orphaned = place.size > 1 and os.getppid() != place.launcher

@@ -5,16 +5,26 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from cvlab.config.profiles import AUTO
-from cvlab.config.schema import BelowOne, Count, Duration, Fraction, Frozen, NonNegative, Part, Positive, RunConfig
+from cvlab.config.schema import (
+    ComponentConfig,
+    Duration,
+    Fraction,
+    FractionBelowOne,
+    FrozenModel,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    RunConfig,
+)
 from cvlab.distributed import sharding
 from cvlab.engine import optimizers, schedules
 from cvlab.errors import ConfigError
 
 
-class Profile(Frozen):
+class Profile(FrozenModel):
     """One size of an experiment that comes in several."""
 
-    epochs: NonNegative = Field(description="chosen where the budget is enough for so many passes over the images")
+    epochs: NonNegativeFloat = Field(description="chosen where the budget is enough for so many passes over the images")
     set: dict[str, Any] = Field({}, description="dotted keys and their values, laid over the file")
 
 
@@ -24,16 +34,20 @@ class TrainConfig(RunConfig):
     profile: str = Field(AUTO, description="one of `profiles`; auto: measure, and take the last that the budget allows")
     profiles: dict[str, Profile] = Field({}, description="sizes of the experiment by name, the smallest first")
 
-    optimizer: Annotated[Part, optimizers.OPTIMIZERS] = Field(description="name and its parameters")
-    schedule: Annotated[Part, schedules.SCHEDULES] = Field(Part(name="constant"), description="of the learning rate")
+    optimizer: Annotated[ComponentConfig, optimizers.OPTIMIZERS] = Field(description="name and its parameters")
+    schedule: Annotated[ComponentConfig, schedules.SCHEDULES] = Field(
+        ComponentConfig(name="constant"), description="of the learning rate"
+    )
     warmup: Fraction = Field(0.0, description="share of the run over which the learning rate rises from 0")
-    batch_size: Count = Field(description="images per step")
+    batch_size: PositiveInt = Field(description="images per step")
     duration: Duration = Field(description="exactly one of steps, epochs, seconds")
-    clip_norm: Positive | None = Field(None, description="largest norm of the gradient")
-    ema: BelowOne | None = Field(None, description="decay of a running average of the weights, which is evaluated")
-    eval_every: Count = Field(1, description="epochs between two evaluations")
-    log_every: Count = Field(10, description="steps between two rows of metrics.jsonl")
-    save_seconds: NonNegative = Field(60.0, description="at least so long between two checkpoints")
+    clip_norm: PositiveFloat | None = Field(None, description="largest norm of the gradient")
+    ema: FractionBelowOne | None = Field(
+        None, description="decay of a running average of the weights, which is evaluated"
+    )
+    eval_every: PositiveInt = Field(1, description="epochs between two evaluations")
+    log_every: PositiveInt = Field(10, description="steps between two rows of metrics.jsonl")
+    save_seconds: NonNegativeFloat = Field(60.0, description="at least so long between two checkpoints")
 
     @model_validator(mode="after")
     def _can_choose(self) -> "TrainConfig":
@@ -43,6 +57,6 @@ class TrainConfig(RunConfig):
 
     def require_shares(self, processes: int) -> None:
         """Raise ConfigError unless so many processes can train it."""
-        sharding.require_shares(self.batch_size, processes)
+        sharding.require_divisible(self.batch_size, processes)
         if processes > 1 and self.duration.seconds is not None:
             raise ConfigError("duration.seconds: several processes need a number of steps", "give steps or epochs")

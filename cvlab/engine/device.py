@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 @dataclass(frozen=True)
-class Compute:
+class ComputeContext:
     """Where and how to compute: a device, a precision, a number of CPU threads."""
 
     device: torch.device
@@ -49,7 +49,7 @@ class Compute:
             torch.cuda.synchronize(self.device)
 
 
-def compute(device: str = "auto", precision: str = "auto", threads: int | None = None) -> Compute:
+def select_device(device: str = "auto", precision: str = "auto", threads: int | None = None) -> ComputeContext:
     """Choose device, precision and threads; DeviceError where what was asked for is not there."""
     if threads is not None:
         torch.set_num_threads(threads)
@@ -66,7 +66,7 @@ def compute(device: str = "auto", precision: str = "auto", threads: int | None =
         raise DeviceError("device mps is not there", hint)
     if precision == "auto":
         precision = "bfloat16" if fast_bfloat16(chosen) else "float32"
-    return Compute(chosen, precision, torch.get_num_threads())
+    return ComputeContext(chosen, precision, torch.get_num_threads())
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     """Return the states of all global generators, as tensors and plain numbers."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {

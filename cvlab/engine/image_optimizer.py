@@ -16,7 +16,7 @@ from torch import Tensor
 from cvlab import __version__
 from cvlab.console import Progress
 from cvlab.engine import update_rules
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.engine.loop import Losses
 from cvlab.engine.task import SAVE_SHARE
 from cvlab.errors import DivergedError
@@ -25,7 +25,7 @@ from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
 
 
-class Pixels:
+class ImageState:
     """What changes while pictures are optimised: the tensors they are made from, an update's memory, steps done.
 
     `tensors` are pixels, or what pictures are decoded from; their sizes may differ.
@@ -36,37 +36,37 @@ class Pixels:
         self.memory = memory if memory is not None else {}
         self.step = step
 
-    def keep(self, wanted: list[int]) -> "Pixels":
+    def keep(self, wanted: list[int]) -> "ImageState":
         """Return the same with some of the tensors only, by position."""
         memory = {name: [values[k] for k in wanted] for name, values in self.memory.items()}
-        return Pixels([self.tensors[k] for k in wanted], memory, self.step)
+        return ImageState([self.tensors[k] for k in wanted], memory, self.step)
 
 
-Update = Callable[[Pixels, list[Tensor]], None]
+Update = Callable[[ImageState, list[Tensor]], None]
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Painting:
+class ImageOptimization:
     """What an experiment wants optimised: see `engine.optimise_pixels`.
 
     `keep_frame(step, pixels)` is called after the steps in `frames`; `digest` is that of the configuration.
     """
 
-    pixels: Pixels
-    objective: Callable[[Pixels], Losses]
+    pixels: ImageState
+    objective: Callable[[ImageState], Losses]
     update: Update
     steps: int
-    where: Compute
+    ctx: ComputeContext
     digest: str
     frames: frozenset[int]
-    keep_frame: Callable[[int, Pixels], None]
+    keep_frame: Callable[[int, ImageState], None]
     log_every: int = 10
     save_seconds: float = 60.0
 
 
-def paint(painting: Painting, out: RunDir, name: str) -> dict[str, float]:
+def optimize_image(painting: ImageOptimization, out: RunDir, name: str) -> dict[str, float]:
     """Optimise to the end, from the newest checkpoint of `out` if there is one; return the last losses and the time.
 
     StoppedError, after a checkpoint, if a signal asked to stop.
@@ -77,13 +77,13 @@ def paint(painting: Painting, out: RunDir, name: str) -> dict[str, float]:
         session.stop_if_asked(stop)
         for losses in session.steps():
             if progress.due():
-                progress.update(painting.pixels.step, said(losses))
+                progress.update(painting.pixels.step, format_losses(losses))
             session.stop_if_asked(stop)
     session.save()
     return session.metrics | {"steps": painting.pixels.step, "seconds_of_steps": session.seconds}
 
 
-def said(losses: Losses) -> str:
+def format_losses(losses: Losses) -> str:
     """Return the losses as the bar shows them: the parts where there are several, else the whole."""
     parts = {name: value for name, value in losses.items() if value.ndim == 0 and name.endswith("_loss")}
     return ", ".join(f"{name.replace('_', ' ')} {value.item():.4g}" for name, value in (parts or losses).items())
@@ -92,7 +92,7 @@ def said(losses: Losses) -> str:
 class _Session:
     """An optimisation on its way."""
 
-    def __init__(self, painting: Painting, out: RunDir) -> None:
+    def __init__(self, painting: ImageOptimization, out: RunDir) -> None:
         self.painting, self.out = painting, out
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
@@ -102,7 +102,7 @@ class _Session:
         """Take over the newest checkpoint, or start."""
         pixels = self.painting.pixels
         if any(self.out.checkpoints.glob("*.pt")):
-            path, state = checkpoint.newest(self.out.checkpoints, self.out.log)
+            path, state = checkpoint.load_latest(self.out.checkpoints, self.out.log)
             self._restore(state, str(path))
             self.out.log(f"resumed {path.name}: {pixels.step} of {self.painting.steps} steps are done")
         else:
@@ -113,9 +113,9 @@ class _Session:
         self.out.log(f"{self.painting.steps} steps; kill -9 loses at most {period:.0f} s of work")
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
-        checkpoint.require_whole(sorted(self.state().keys() - state.keys()), path)
-        checkpoint.require_same_run(state, self.painting.digest, self._circumstances(), path, self.out.log)
-        pixels, device = self.painting.pixels, self.painting.where.device
+        checkpoint.check_complete(sorted(self.state().keys() - state.keys()), path)
+        checkpoint.check_same_config(state, self.painting.digest, self._circumstances(), path, self.out.log)
+        pixels, device = self.painting.pixels, self.painting.ctx.device
         pixels.tensors = [tensor.to(device) for tensor in state["model"].values()]
         pixels.memory = {key: [tensor.to(device) for tensor in kept] for key, kept in state["memory"].items()}
         pixels.step = self.saved_step = state["step"]
@@ -123,16 +123,16 @@ class _Session:
         self.out.truncate_metrics(state["metrics_bytes"])
 
     def _circumstances(self) -> dict[str, Any]:
-        return self.painting.where.circumstances() | {"cvlab": __version__}
+        return self.painting.ctx.circumstances() | {"cvlab": __version__}
 
     def steps(self) -> Iterator[Losses]:
         """Do the steps that are left: log, keep frames and save between them, whichever is due."""
         painting, pixels = self.painting, self.painting.pixels
-        going = optimise_pixels(pixels, painting.objective, painting.update)
+        going = optimization_steps(pixels, painting.objective, painting.update)
         while pixels.step < painting.steps:
             began = time.perf_counter()
             losses = next(going)
-            painting.where.synchronize()
+            painting.ctx.synchronize()
             self.seconds += time.perf_counter() - began
             if pixels.step % painting.log_every == 0 or pixels.step == painting.steps:
                 self.metrics = {name: value.item() for name, value in losses.items() if value.ndim == 0}
@@ -185,7 +185,7 @@ def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda ste
     `since(step)` is the step at which the memory was empty last.
     """
 
-    def update(pixels: Pixels, gradients: list[torch.Tensor]) -> None:
+    def update(pixels: ImageState, gradients: list[torch.Tensor]) -> None:
         if not pixels.memory:
             pixels.memory = {key: [torch.zeros_like(t) for t in pixels.tensors] for key in ("mean", "square")}
         done = pixels.step - since(pixels.step)
@@ -202,7 +202,7 @@ def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda ste
 def lbfgs(lr: float) -> Update:
     """Return L-BFGS's update of a single picture, its history in the pixels' memory."""
 
-    def update(pixels: Pixels, gradients: list[torch.Tensor]) -> None:
+    def update(pixels: ImageState, gradients: list[torch.Tensor]) -> None:
         state: dict[str, Any] = dict(pixels.memory)
         if state:
             state |= {key: state[key][0] for key in ("gradient", "move")}
@@ -212,7 +212,9 @@ def lbfgs(lr: float) -> Update:
     return update
 
 
-def optimise_pixels(pixels: Pixels, objective: Callable[[Pixels], Losses], update: Update) -> Iterator[Losses]:
+def optimization_steps(
+    pixels: ImageState, objective: Callable[[ImageState], Losses], update: Update
+) -> Iterator[Losses]:
     """Optimise pictures by the gradient of a loss; yields the losses of every step, detached, after its update.
 
     `objective(pixels)` gives `loss`, the sum over all pictures, and whatever else the caller wants to see of the

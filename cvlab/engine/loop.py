@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cvlab.distributed import collectives, ddp
-from cvlab.engine.device import Compute, rng_state, set_rng_state
+from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
 from cvlab.errors import CheckpointError, DivergedError
 
 Batch = TypeVar("Batch")
@@ -23,7 +23,7 @@ Losses = dict[str, Tensor]
 LossFn = Callable[[nn.Module, Batch], Losses]
 
 
-class Training:
+class TrainState:
     """What changes during training: weights, optimizer, average of the weights, number of steps done."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float | None = None) -> None:
@@ -58,7 +58,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "rng": rng_state(),
+            "rng": get_rng_state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -75,12 +75,12 @@ class Training:
 
 
 def fit(
-    training: Training,
+    training: TrainState,
     loss_fn: LossFn[Batch],
     batch_at: Callable[[int], Batch],
     *,
     lr_factor: Callable[[int], float],
-    where: Compute,
+    ctx: ComputeContext,
     clip_norm: float | None = None,
     wishes: Callable[[], Sequence[bool]] = tuple,
 ) -> Iterator[Losses]:
@@ -92,14 +92,14 @@ def fit(
     """
     model, optimizer = training.model, training.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
-    together = ddp.together(model, loss_fn, where.device, len(wishes()))
+    together = ddp.make_step(model, loss_fn, ctx.device, len(wishes()))
     while True:
         model.train()
         factor = lr_factor(training.step)
         for group, base_lr in zip(optimizer.param_groups, training.base_lrs, strict=True):
             group["lr"] = base_lr * factor
         batch = batch_at(training.step)
-        with where.autocast():
+        with ctx.autocast():
             losses = together.losses(batch, wishes())
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -114,7 +114,7 @@ def fit(
         yield {name: value.detach() for name, value in losses.items()}
 
 
-def _diverged(losses: Losses, training: Training) -> DivergedError:
+def _diverged(losses: Losses, training: TrainState) -> DivergedError:
     """Word that the loss is not finite, naming step, learning rate and part."""
     parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
     lr = training.optimizer.param_groups[0]["lr"]
@@ -126,7 +126,10 @@ def _diverged(losses: Losses, training: Training) -> DivergedError:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], measure: Callable[[nn.Module, Batch], dict[str, Tensor]], where: Compute
+    model: nn.Module,
+    batches: Iterable[Batch],
+    measure: Callable[[nn.Module, Batch], dict[str, Tensor]],
+    ctx: ComputeContext,
 ) -> dict[str, float]:
     """Return the means of what `measure(model, batch)` sums up; it gives sums and, as `count`, of how many.
 
@@ -136,11 +139,11 @@ def evaluate(
     model.eval()
     totals: dict[str, Tensor] = {}
     for batch in batches:
-        with where.autocast():
+        with ctx.autocast():
             sums = measure(model, batch)
         for name, value in sums.items():
             totals[name] = totals[name] + value if name in totals else value
     model.train(was_training)
-    totals = collectives.total(totals)
+    totals = collectives.all_reduce_sums(totals)
     count = totals.pop("count").item()
     return {name: value.item() / count for name, value in totals.items()}

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, optim
 
 from cvlab import registry
-from cvlab.config.schema import Table
+from cvlab.config.schema import Registry
 from cvlab.engine import device, update_rules
 from cvlab.engine.muon import Muon
 from cvlab.errors import ConfigError
@@ -19,7 +19,7 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
 
 _NAMES = ("sgd", "rmsprop", "adam", "adamw", "muon", "manual_sgd", "manual_rmsprop", "manual_adam")
-OPTIMIZERS = Table(
+OPTIMIZERS = Registry(
     "optimizer",
     {name: f"cvlab.engine.optimizers:{name}" for name in _NAMES},
     supplied=frozenset({"parameters"}),
@@ -99,26 +99,26 @@ def muon(
 
 def manual_sgd(parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0) -> optim.Optimizer:
     """Apply the hand-written rule of SGD with momentum."""
-    return update_rules.ByHand(parameters, update_rules.momentum, lr=lr, momentum=momentum)
+    return update_rules.ManualOptimizer(parameters, update_rules.momentum, lr=lr, momentum=momentum)
 
 
 def manual_rmsprop(parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8) -> optim.Optimizer:
     """Apply the hand-written rule of RMSProp."""
-    return update_rules.ByHand(parameters, update_rules.rmsprop, lr=lr, decay=decay, eps=eps)
+    return update_rules.ManualOptimizer(parameters, update_rules.rmsprop, lr=lr, decay=decay, eps=eps)
 
 
 def manual_adam(
     parameters: Parameters, lr: Rate = 1e-3, betas: tuple[Decay, Decay] = (0.9, 0.999), eps: Small = 1e-8
 ) -> optim.Optimizer:
     """Apply the hand-written rule of Adam."""
-    return update_rules.ByHand(parameters, update_rules.adam, lr=lr, betas=betas, eps=eps)
+    return update_rules.ManualOptimizer(parameters, update_rules.adam, lr=lr, betas=betas, eps=eps)
 
 
 def build_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any]) -> optim.Optimizer:
     """Return the optimizer called `name` over the parameters of `model` that are trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        made: optim.Optimizer = registry.find("optimizer", name, OPTIMIZERS.names)(trained, **arguments)
+        made: optim.Optimizer = registry.get("optimizer", name, OPTIMIZERS.names)(trained, **arguments)
     except ValueError as error:
         raise ConfigError(f"optimizer {name}: {error}") from error
     return made

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from cvlab.distributed import collectives, process_group
-from cvlab.engine.task import Job
+from cvlab.engine.task import TrainTask
 from cvlab.engine.time_budget import Correction, Plan
 
 
-def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
+def missing_keys(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
     """Return the keys that a state lacks, dotted, down to the second level where its keys are always the same."""
     missing = [key for key in own if key not in state]
     for key in {"rng", "gathered", "circumstances", "memory"}.difference(missing):
@@ -21,7 +21,7 @@ def lacking(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
 
 
 @dataclass
-class Gathered:
+class TrainProgress:
     """What a run knows besides its weights; part of every checkpoint."""
 
     total_steps: int
@@ -53,7 +53,7 @@ class Gathered:
             self.loss_sums[name] = self.loss_sums[name] + value if name in self.loss_sums else value
         self.loss_steps += 1
 
-    def final_metrics(self, step: int, job: Job) -> dict[str, float]:
+    def final_metrics(self, step: int, job: TrainTask) -> dict[str, float]:
         """Return the metrics of the last evaluation and what `step` steps have cost."""
         assert self.best_value is not None, "the last step is always evaluated"
         return self.metrics | {
@@ -66,7 +66,7 @@ class Gathered:
             "images_per_second": step * job.items_per_step / max(self.train_seconds, 1e-9),
         }
 
-    def text(self, losses: Mapping[str, Tensor], step: int, job: Job, since: float) -> str:
+    def text(self, losses: Mapping[str, Tensor], step: int, job: TrainTask, since: float) -> str:
         """Say how a training goes: losses, last evaluation, images per second; `since` is seconds not yet counted."""
         rate = step * job.items_per_step / max(self.train_seconds + since, 1e-9)
         parts = [f"{name} {value.item():.3f}" for name, value in losses.items()]
@@ -75,7 +75,7 @@ class Gathered:
 
     def take_means(self) -> dict[str, float]:
         """Return the mean losses since the last time, over all processes."""
-        sums = collectives.total(self.loss_sums)
+        sums = collectives.all_reduce_sums(self.loss_sums)
         means = {name: value.item() / (self.loss_steps * process_group.world().size) for name, value in sums.items()}
         self.loss_sums, self.loss_steps = {}, 0
         return means

@@ -5,10 +5,10 @@ from typing import Annotated
 
 from annotated_types import Gt, Lt
 
-from cvlab.config.schema import Table
+from cvlab.config.schema import Registry
 from cvlab.engine.optimizers import Small
 
-SCHEDULES = Table(
+SCHEDULES = Registry(
     "schedule",
     {
         name: f"cvlab.engine.schedules:{name}"

@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from cvlab.engine import loop
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 
 SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainTask:
     """What an experiment wants trained.
 
     `batch_at(step)` gives the batch of a step; `evaluate(model)` the metrics of an evaluation, one of which,
@@ -28,12 +28,12 @@ class Job:
     items_per_step: int
     evaluate: Callable[[nn.Module], dict[str, float]]
     monitor: str
-    where: Compute
+    ctx: ComputeContext
     memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportSpec:
     """A trained net for other programs.
 
     `net` takes images in [0, 1] like `example` (1, C, H, W) and gives `outputs`, by name; without any it has no graph

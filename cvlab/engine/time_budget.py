@@ -57,7 +57,7 @@ class Plan:
         return self if fits else self.corrected(step, step + possible)
 
 
-def usable(budget_seconds: float) -> float:
+def usable_seconds(budget_seconds: float) -> float:
     """Return how many seconds of a budget are planned with."""
     return budget_seconds * (1 - RESERVE)
 
@@ -84,7 +84,7 @@ def seconds_per_step(steps: Iterator[object], budget_seconds: float, settle: Cal
 
 def first_plan(seconds: float, seconds_per_step: float) -> Plan:
     """Return the plan of a budget; ConfigError where not one step fits."""
-    possible = steps_within(usable(seconds), seconds_per_step)
+    possible = steps_within(usable_seconds(seconds), seconds_per_step)
     if possible < 1:
         raise ConfigError(
             f"duration.seconds: {seconds:g} s are too short for a step, which takes {seconds_per_step:.2g} s"

@@ -21,9 +21,9 @@ from cvlab.console import Progress
 from cvlab.distributed import collectives, process_group, sharding
 from cvlab.engine import device, loop, optimizers, schedules, time_budget
 from cvlab.engine.config import TrainConfig
-from cvlab.engine.loop import Losses, Training
-from cvlab.engine.progress import Gathered, lacking
-from cvlab.engine.task import SAVE_SHARE, Job
+from cvlab.engine.loop import Losses, TrainState
+from cvlab.engine.progress import TrainProgress, missing_keys
+from cvlab.engine.task import SAVE_SHARE, TrainTask
 from cvlab.engine.time_budget import Plan
 from cvlab.errors import DivergedError, StoppedError
 from cvlab.runs import checkpoint
@@ -35,10 +35,10 @@ FORMAT = 1
 METRICS = ("train_loss", "best_step", "steps", "epochs", "parameters", "train_seconds", "images_per_second")
 
 
-def train(settings: TrainConfig, job: Job, out: RunDir) -> tuple[nn.Module, dict[str, float]]:
+def train(settings: TrainConfig, job: TrainTask, out: RunDir) -> tuple[nn.Module, dict[str, float]]:
     """Train to the end, from the newest checkpoint of `out` if there is one; return the model and the metrics."""
     with StopRequest() as stop:
-        session = Session(settings, job, out)
+        session = Trainer(settings, job, out)
         session.begin(stop)
         session.run(stop)
     session.record_duration()
@@ -47,15 +47,15 @@ def train(settings: TrainConfig, job: Job, out: RunDir) -> tuple[nn.Module, dict
     return model, session.gathered.final_metrics(session.training.step, job)
 
 
-class Session:
+class Trainer:
     """A training on its way."""
 
-    def __init__(self, settings: TrainConfig, job: Job, out: RunDir) -> None:
+    def __init__(self, settings: TrainConfig, job: TrainTask, out: RunDir) -> None:
         self.settings, self.job, self.out = settings, job, out
         arguments = settings.optimizer.arguments()
         optimizer = optimizers.build_optimizer(settings.optimizer.name, job.model, arguments)
-        self.training = Training(job.model, optimizer, settings.ema)
-        self.gathered = Gathered(0)
+        self.training = TrainState(job.model, optimizer, settings.ema)
+        self.gathered = TrainProgress(0)
         self.save_cost = 0.0
         self.saved_at = time.monotonic()
         self.saved_step = -1
@@ -64,15 +64,15 @@ class Session:
     def begin(self, stop: StopRequest) -> None:
         """Take over the newest checkpoint, or write the one before the first step."""
         self.settings.require_shares(process_group.world().size)
-        sharding.require_shares(self.job.items_per_step, process_group.world().size)  # less where there is less data
+        sharding.require_divisible(self.job.items_per_step, process_group.world().size)  # less where there is less data
         found = self._newest() if process_group.is_main() else None
-        path = collectives.from_main(lambda: found[0] if found else None)
+        path = collectives.broadcast_from_rank0(lambda: found[0] if found else None)
         if path is not None:
             self._restore(found[1] if found else checkpoint.load(path), str(path))
             self.out.log(f"resumed {path.name}: {self.training.step} of {self.gathered.total_steps} steps are done")
         else:
             if not process_group.is_main():  # what a process draws, as for dropout, is its own
-                device.seed_everything(sharding.own_seed(self.settings.seed))
+                device.seed_everything(sharding.rank_seed(self.settings.seed))
             self.gathered.follow(self._first_plan(stop))
             self.save()
         period = max(self.settings.save_seconds, SAVE_SHARE * self.save_cost)
@@ -81,7 +81,7 @@ class Session:
     def _newest(self) -> tuple[Path, checkpoint.State] | None:
         """Return the newest checkpoint, if the run had begun."""
         if any(self.out.checkpoints.glob("*.pt")) or self.out.sync_metrics():
-            return checkpoint.newest(self.out.checkpoints, self.out.log)
+            return checkpoint.load_latest(self.out.checkpoints, self.out.log)
         return None
 
     def _first_plan(self, stop: StopRequest) -> Plan:
@@ -101,10 +101,10 @@ class Session:
 
         def steps() -> Iterator[Losses]:
             for losses in self._fit(stop):
-                stop.look_up(0, self.out.path.name)
+                stop.raise_if_set(0, self.out.path.name)
                 yield losses
 
-        typical = time_budget.seconds_per_step(steps(), seconds, self.job.where.synchronize)
+        typical = time_budget.seconds_per_step(steps(), seconds, self.job.ctx.synchronize)
         self._take_over(before, memory)
         plan = time_budget.first_plan(seconds, typical)
         self.out.log(
@@ -114,16 +114,16 @@ class Session:
         return plan
 
     def _restore(self, state: dict[str, Any], path: str) -> None:
-        checkpoint.require_whole(lacking(self.state(), state), path)
+        checkpoint.check_complete(missing_keys(self.state(), state), path)
         digest = self._config_digest(state["gathered"]["budget_seconds"])
-        checkpoint.require_same_run(state, digest, self._circumstances(), path, self.out.log)
+        checkpoint.check_same_config(state, digest, self._circumstances(), path, self.out.log)
         checkpoint.match_model(self.training.model, state["model"], path)
         self._take_over(state, state["memory"])
         rank = process_group.world().rank
         if rank and rank <= len(state["rng_of_others"]):
             device.set_rng_state(state["rng_of_others"][rank - 1])
-        self.gathered = Gathered(**state["gathered"])
-        self.gathered.move_to(self.job.where.device)
+        self.gathered = TrainProgress(**state["gathered"])
+        self.gathered.move_to(self.job.ctx.device)
         self.out.truncate_metrics(state["metrics_bytes"])
         self.saved_step = self.training.step
         self.reviewed = (self.training.step, self.gathered.train_seconds)
@@ -144,10 +144,10 @@ class Session:
 
     def _circumstances(self) -> dict[str, Any]:
         """Return what must be equal for a resume to be equal bit for bit."""
-        return self.job.where.circumstances() | {"cvlab": __version__, "processes": process_group.world().size}
+        return self.job.ctx.circumstances() | {"cvlab": __version__, "processes": process_group.world().size}
 
     def _fit(self, stop: StopRequest) -> Iterator[Losses]:
-        schedule = registry.find("schedule", self.settings.schedule.name, schedules.SCHEDULES.names)
+        schedule = registry.get("schedule", self.settings.schedule.name, schedules.SCHEDULES.names)
         arguments = self.settings.schedule.arguments()
 
         def lr_factor(step: int) -> float:
@@ -160,7 +160,7 @@ class Session:
             self.job.loss_fn,
             self.job.batch_at,
             lr_factor=lr_factor,
-            where=self.job.where,
+            ctx=self.job.ctx,
             clip_norm=self.settings.clip_norm,
             wishes=functools.partial(self._wishes, stop),
         )
@@ -168,7 +168,7 @@ class Session:
     def run(self, stop: StopRequest) -> None:
         """Do the steps that are left. StoppedError, after a checkpoint, if a signal asked to stop."""
         with Progress(self.settings.name, self.gathered.total_steps, self.training.step) as progress:
-            self._stop_if_asked(stop, max(collectives.gathered(stop.received or 0)))
+            self._stop_if_asked(stop, max(collectives.all_gather_object(stop.received or 0)))
             steps = self._fit(stop)
             began = time.perf_counter()
             while self.training.step < self.gathered.total_steps:
@@ -177,7 +177,7 @@ class Session:
                 step = self.training.step
                 *asked_by, save_due = self._wishes(stop) if process_group.world().size == 1 else self.training.agreed
                 if save_due or self._is_due(step):
-                    self.job.where.synchronize()
+                    self.job.ctx.synchronize()
                     self.gathered.train_seconds += time.perf_counter() - began
                     self._pause(step, save_due)
                     progress.total = self.gathered.total_steps
@@ -190,7 +190,7 @@ class Session:
 
     def _wishes(self, stop: StopRequest) -> list[bool]:
         """Return by which signal this process was asked to stop, and, in process 0, whether a save is due."""
-        received = process_group.stop_wanted(stop.received)
+        received = process_group.pending_signal(stop.received)
         return [*(received == number for number in StopRequest.SIGNALS), process_group.is_main() and self._save_due()]
 
     def _is_due(self, step: int) -> bool:
@@ -225,7 +225,7 @@ class Session:
         used = self.gathered.train_seconds
         recent = (used - self.reviewed[1]) / (step - self.reviewed[0])
         self.reviewed = (step, used)
-        plan = self.gathered.plan.reviewed(step, time_budget.usable(seconds) - used, max(recent, used / step))
+        plan = self.gathered.plan.reviewed(step, time_budget.usable_seconds(seconds) - used, max(recent, used / step))
         changed = plan != self.gathered.plan
         self.gathered.follow(plan)
         return changed
@@ -248,9 +248,9 @@ class Session:
 
     def _evaluate(self, step: int) -> bool:
         """Evaluate and log; return whether these weights are the best so far."""
-        collectives.same_buffers(self.training.evaluated)
+        collectives.broadcast_buffers(self.training.evaluated)
         evaluated = self.job.evaluate(self.training.evaluated)
-        found = collectives.from_main(lambda: evaluated)
+        found = collectives.broadcast_from_rank0(lambda: evaluated)
         self._append(step, found)
         wrong = [name for name, value in found.items() if not math.isfinite(value)]
         if wrong:
@@ -275,7 +275,7 @@ class Session:
             raise stop.error(self.training.step, self.out.path.name)
 
     def _stop_if_pruned(self, step: int) -> None:
-        why = collectives.from_main(lambda: read_prune(self.out.path))
+        why = collectives.broadcast_from_rank0(lambda: read_prune(self.out.path))
         if why is not None:
             self.save()
             hint = f"remove {self.out.path / PRUNE} to go on by `cvlab resume`"
@@ -285,7 +285,9 @@ class Session:
         """Return everything a resume needs."""
         return self.training.state() | {
             "format": FORMAT,
-            "rng_of_others": collectives.gathered(device.rng_state() if not process_group.is_main() else None)[1:],
+            "rng_of_others": collectives.all_gather_object(
+                device.get_rng_state() if not process_group.is_main() else None
+            )[1:],
             "gathered": vars(self.gathered).copy(),
             "memory": self.job.memory,
             "metrics_bytes": self.out.sync_metrics(),

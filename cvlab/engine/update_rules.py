@@ -72,7 +72,7 @@ def lbfgs(w: Tensor, dw: Tensor, state: State, lr: float = 1.0, history: int = 1
     return w + move, {"gradient": dw.clone(), "move": move, "moves": moves, "turns": turns}
 
 
-class ByHand(torch.optim.Optimizer):
+class ManualOptimizer(torch.optim.Optimizer):
     """A rule as an optimizer: parameter groups, learning-rate schedules and checkpoints work as with torch.optim."""
 
     def __init__(self, parameters: Iterable[Any], rule: Rule, **settings: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cvlab.errors import ConfigError
 from cvlab.models import features, pretrained
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.pretrained import PretrainedClassifier
 
 LEVELS = {
     pretrained.DEFAULT: {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}
@@ -17,7 +17,7 @@ LAST = {pretrained.DEFAULT: "bn2"}  # 1280 channels at stride 32, as the course'
 PROBE_PX = 64
 
 
-def levels(net: Pretrained, strides: Sequence[int], is_last: bool = False) -> list[str]:
+def levels(net: PretrainedClassifier, strides: Sequence[int], is_last: bool = False) -> list[str]:
     """Return the names of the backbone's layers of some strides. ConfigError where it has none such."""
     if is_last and net.name in LAST:
         return [LAST[net.name]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cvlab import registry
 from cvlab.errors import ConfigError
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.pretrained import PretrainedClassifier
 
 STRIDES = (2, 4, 8, 16)  # of the layers that stand for a net which has no row in DEFAULTS
 
@@ -35,15 +35,15 @@ class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass
     pass
 
 
-class Features:
+class FeatureExtractor:
     """The outputs of layers of a net, by the names of its modules, such as `blocks.3` or `features.7`."""
 
-    def __init__(self, model: Pretrained, names: Sequence[str]) -> None:
+    def __init__(self, model: PretrainedClassifier, names: Sequence[str]) -> None:
         self.model, self.names = model, tuple(dict.fromkeys(names))
         known = dict(model.net.net.named_modules())
         for name in self.names:
             if name not in known or not name:
-                raise registry.unknown("layer", name, [key for key in known if key and key.count(".") < 2])
+                raise registry.unknown_name_error("layer", name, [key for key in known if key and key.count(".") < 2])
         self.modules = [known[name] for name in self.names]
         for module in model.net.modules():
             if getattr(module, "inplace", False):
@@ -111,7 +111,7 @@ class Features:
         return (sum(sizes) + 3 * max(sizes)) * height * width / side**2
 
 
-def last_by_stride(model: Pretrained) -> dict[int, str]:
+def last_by_stride(model: PretrainedClassifier) -> dict[int, str]:
     """Return the last layer, of those near the top of the net, for each of its resolutions, by stride."""
     side = 224
     last: dict[int, str] = {}
@@ -135,7 +135,7 @@ def last_by_stride(model: Pretrained) -> dict[int, str]:
     return last
 
 
-def default_layers(model: Pretrained) -> Layers:
+def default_layers(model: PretrainedClassifier) -> Layers:
     """Return the layers that a net's family is known to paint well with, else the last ones of each resolution."""
     if model.name in DEFAULTS:
         return DEFAULTS[model.name]

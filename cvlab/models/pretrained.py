@@ -21,7 +21,7 @@ from cvlab import _compat, registry
 from cvlab.data import imagenet
 from cvlab.errors import ConfigError, DataError
 from cvlab.models import weights, zoo
-from cvlab.ops.resample import Frame
+from cvlab.ops.resample import EvalTransform
 
 DEFAULT = "efficientnet_lite0"
 PREFIXES = ("timm", "torchvision")
@@ -47,12 +47,12 @@ class Normalized(nn.Module):
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedClassifier:
     """A net that is only used: frozen, in evaluation mode, batch normalisation folded into the convolutions."""
 
     name: str
     net: Normalized
-    frame: Frame
+    frame: EvalTransform
     classes: tuple[str, ...]
 
     def probabilities(self, images: Tensor) -> Tensor:
@@ -77,11 +77,13 @@ def require_known(name: str) -> None:
     """Raise ConfigError unless a name has one of the forms that `build` takes."""
     prefix, colon, rest = name.partition(":")
     if name != DEFAULT and not (colon and prefix in PREFIXES and rest):
-        raise registry.unknown("model", name, [DEFAULT, *(f"{prefix}:NAME" for prefix in PREFIXES)])
+        raise registry.unknown_name_error("model", name, [DEFAULT, *(f"{prefix}:NAME" for prefix in PREFIXES)])
 
 
 @functools.lru_cache(maxsize=1)
-def build(name: str = DEFAULT, weights_file: str | None = None, device: torch.device | str = "cpu") -> Pretrained:
+def build(
+    name: str = DEFAULT, weights_file: str | None = None, device: torch.device | str = "cpu"
+) -> PretrainedClassifier:
     """Build a net with its weights. ConfigError for a name that is not known, DataError for weights that are not there.
 
     It is laid out channels_last, which convolutions compute fastest. The global generator is left as it was: what is
@@ -96,11 +98,11 @@ def build(name: str = DEFAULT, weights_file: str | None = None, device: torch.de
             net, about = _timm(rest, weights_file)
         else:
             net, about = _torchvision(rest, weights_file)
-    frame: Frame = about["frame"]
+    frame: EvalTransform = about["frame"]
     net = folded(net.eval().requires_grad_(False), frame.size_px)
     wrapped = Normalized(net, about["mean"], about["std"]).eval()
     wrapped = wrapped.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Pretrained(name, wrapped, frame, _classes(net, frame.size_px))
+    return PretrainedClassifier(name, wrapped, frame, _classes(net, frame.size_px))
 
 
 def _classes(net: nn.Module, size_px: int) -> tuple[str, ...]:
@@ -139,7 +141,7 @@ def _timm(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any
 def _about_timm(about: Mapping[str, Any]) -> dict[str, Any]:
     size = about["input_size"][-1]
     filter_name = about["interpolation"] if about["interpolation"] in FILTERS else "bicubic"
-    frame = Frame(size, math.floor(size / about["crop_pct"]), filter_name, about.get("crop_mode") == "squash")
+    frame = EvalTransform(size, math.floor(size / about["crop_pct"]), filter_name, about.get("crop_mode") == "squash")
     return {"mean": tuple(about["mean"]), "std": tuple(about["std"]), "frame": frame}
 
 
@@ -151,7 +153,7 @@ def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[s
         raise ConfigError(f"torchvision:{name}: not a classifier of ImageNet's classes", "name another model")
     _load(net, weights.locate_torchvision(name, published.url, weights_file))
     transform = published.transforms()
-    frame = Frame(transform.crop_size[0], transform.resize_size[0], transform.interpolation.value)
+    frame = EvalTransform(transform.crop_size[0], transform.resize_size[0], transform.interpolation.value)
     return net, {"mean": tuple(transform.mean), "std": tuple(transform.std), "frame": frame}
 
 

@@ -26,7 +26,7 @@ HUGGING_FACE = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
-class Pinned:
+class PinnedFile:
     """A file that its publisher gives no checksum for: its size and SHA-256 are known here."""
 
     url: str
@@ -35,7 +35,7 @@ class Pinned:
 
 
 PINNED = {
-    "yolov3_tiny": Pinned(
+    "yolov3_tiny": PinnedFile(
         "https://pjreddie.com/media/files/yolov3-tiny.weights",
         35_434_956,
         "dccea06f59b781ec1234ddf8d1e94b9519a97f4245748a7d4db75d5b7080a42c",

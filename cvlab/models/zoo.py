@@ -39,7 +39,7 @@ def _built(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
-    close = registry.nearest(name, known)
+    close = registry.closest_match(name, known)
     return ConfigError(
         f"unknown {kind} model {name!r}", f"did you mean {close!r}?" if close else f"{len(known)} are known to {kind}"
     )

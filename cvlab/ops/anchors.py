@@ -25,7 +25,7 @@ def anchors_on(centres: Tensor, shapes: Tensor) -> Tensor:
     return torch.cat([centres - half, centres + half], -1)  # (A, H, W, 4)
 
 
-def activated(boxes_xyxy: Tensor, centres: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
+def match_anchors_to_boxes(boxes_xyxy: Tensor, centres: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
     """Return which anchor answers for each box (M, 4) of one picture: int64 (M,), and its IoU (M,) in [0, 1].
 
     The cell whose centre is nearest to the box's by Manhattan distance, and its anchor of highest IoU; of equal ones
@@ -62,7 +62,7 @@ def matches_by_iou(iou: Tensor, high: float, low: float) -> tuple[Tensor, Tensor
     return labels.masked_fill(is_high | forced, 1), box
 
 
-def negatives(iou: Tensor, low: float = 0.2) -> Tensor:
+def sample_negatives(iou: Tensor, low: float = 0.2) -> Tensor:
     """Return which anchors stand for no object: bool (..., P), where the IoU (..., P, M) with every box is below `low`.
 
     Without boxes all of them.

@@ -17,7 +17,7 @@ SMALL = 1e-38
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Assignment:
     """The responsible points: image, point and box of each, int64 (K,), and how sure it is to be, (K,) in [0, 1]."""
 
     image: Tensor
@@ -37,7 +37,7 @@ def points(shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
 
 def task_aligned(
     scores: Tensor, boxes_xyxy: Tensor, places: Tensor, wanted_xyxy: Tensor, labels: Tensor, most: int = MOST
-) -> Chosen:
+) -> Assignment:
     """Choose for each box up to `most` of the points inside of it; a point that several want goes to the best fit.
 
     scores: (N, P, C) in [0, 1]; boxes_xyxy: (N, P, 4), what is predicted; places: (P, 3) of `points`; wanted_xyxy:
@@ -72,7 +72,7 @@ def task_aligned(
     most_fit = torch.zeros(n * m, device=fit.device).scatter_reduce(0, pair, fit, "amax")
     most_overlap = torch.zeros(n * m, device=fit.device).scatter_reduce(0, pair, overlap, "amax")
     quality = fit / most_fit[pair].clamp(min=SMALL) * most_overlap[pair]
-    return Chosen(image, point, box, quality)
+    return Assignment(image, point, box, quality)
 
 
 def _first_of_each(

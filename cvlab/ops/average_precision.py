@@ -30,7 +30,7 @@ class Detections:
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """What is there: boxes_xyxy (M, 4), labels int64 (M,), difficult bool (M,): those count neither way."""
 
     boxes_xyxy: Tensor
@@ -39,7 +39,7 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Precision:
+class DetectionMetrics:
     """The verdict over a set by one of `RULES`.
 
     By class: average precision (C,) float64 at IoU 0.5, and its mean over all thresholds, in [0, 1], nan without any
@@ -84,11 +84,11 @@ def _keys(parts: Sequence[Tensor], num_classes: int) -> Tensor:
 
 def evaluate(
     detections: Sequence[Detections],
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
     num_classes: int,
     rule: str = "voc",
     thresholds: Sequence[float] = THRESHOLDS,
-) -> Precision:
+) -> DetectionMetrics:
     """Judge the detections of pictures, in the order of their truths, by one of `RULES`.
 
     The first threshold of IoU must be 0.5. Of equally sure detections the first one counts first.
@@ -195,7 +195,9 @@ def _coco(overlap: Tensor, hard: Tensor, thresholds: Tensor) -> Tensor:
     return verdicts
 
 
-def _judge(found: _Flat, scores: Tensor, state: Tensor, counted: Tensor, num_truths: Tensor, rule: str) -> Precision:
+def _judge(
+    found: _Flat, scores: Tensor, state: Tensor, counted: Tensor, num_truths: Tensor, rule: str
+) -> DetectionMetrics:
     num_classes = len(num_truths)
     labels = found.keys % max(num_classes, 1)
     # By falling score over all pictures; of equal scores the earlier picture, then the earlier detection, comes first.
@@ -215,9 +217,9 @@ def _judge(found: _Flat, scores: Tensor, state: Tensor, counted: Tensor, num_tru
         recalls.append(recall[:, 0].float())
         precisions.append(precision[:, 0].float())
         if total:
-            ap[label] = average(recall, precision, rule)
+            ap[label] = average_precision(recall, precision, rule)
     known = ap[num_truths > 0]
-    return Precision(
+    return DetectionMetrics(
         map_rule=rule,
         map50=float(known[:, 0].mean()) if len(known) else float("nan"),
         map50_95=float(known.mean()) if len(known) else float("nan"),
@@ -229,7 +231,7 @@ def _judge(found: _Flat, scores: Tensor, state: Tensor, counted: Tensor, num_tru
     )
 
 
-def average(recall: Tensor, precision: Tensor, rule: str) -> Tensor:
+def average_precision(recall: Tensor, precision: Tensor, rule: str) -> Tensor:
     """Return the average precision (T,) of curves (K, T): recalls that never fall, and the precisions at them."""
     if not len(recall):
         return torch.zeros(recall.shape[1], dtype=recall.dtype)
@@ -244,9 +246,9 @@ def average(recall: Tensor, precision: Tensor, rule: str) -> Tensor:
     return padded.T.gather(1, places).mean(1)
 
 
-def confusion(
+def confusion_matrix(
     detections: Sequence[Detections],
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
     num_classes: int,
     score_floor: float,
     iou_threshold: float = 0.5,
@@ -276,7 +278,7 @@ def confusion(
 
 
 def recall_by_size(
-    detections: Sequence[Detections], truths: Sequence[Truth], score_floor: float, iou_threshold: float = 0.5
+    detections: Sequence[Detections], truths: Sequence[GroundTruth], score_floor: float, iou_threshold: float = 0.5
 ) -> dict[str, float]:
     """Return the share, in [0, 1], of truths of each of `SIZES` that a detection of their class finds; nan without any.
 

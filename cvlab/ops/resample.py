@@ -19,7 +19,7 @@ SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
 @dataclass(frozen=True)
-class Frame:
+class EvalTransform:
     """What a model sees: the shorter side resized to `resize_px`, then the middle `size_px` square.
 
     With `squash` the whole photo is resized to `resize_px` square first, whatever its shape.
@@ -61,7 +61,7 @@ class _Product(torch.autograd.Function):
         return ctx.transposed @ gradients[0].contiguous(), None, None
 
 
-class Lens:
+class DifferentiableResize:
     """The same as matrices: a photo's `region` (left, top, right, bottom in whole pixels) and how it is resized.
 
     `rows`: (S, bottom - top), `columns`: (S, right - left); both are sparse, for each pixel is made from a few. `scale`
@@ -103,12 +103,14 @@ def _pair(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         return both[0].to_sparse_csr(), both[1].to_sparse_csr()
 
 
-def lens(frame: Frame, width: int, height: int, device: torch.device | str = "cpu") -> Lens:
+def make_resize(
+    frame: EvalTransform, width: int, height: int, device: torch.device | str = "cpu"
+) -> DifferentiableResize:
     """Build the matrices that resize a photo of `width` x `height` pixels as `frame.view` does."""
     left, top, right, bottom = frame.box(width, height)
     columns, x0, x1 = matrix(width, left, right, frame.size_px, frame.filter)
     rows, y0, y1 = matrix(height, top, bottom, frame.size_px, frame.filter)
-    return Lens((x0, y0, x1, y1), rows, columns, torch.device(device))
+    return DifferentiableResize((x0, y0, x1, y1), rows, columns, torch.device(device))
 
 
 def matrix(count: int, start: float, end: float, size: int, filter_name: str) -> tuple[Tensor, int, int]:

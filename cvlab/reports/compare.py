@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.config import strict_yaml
-from cvlab.runs.find import config_file
+from cvlab.runs.find import config_path
 from cvlab.runs.records import read_metrics, read_status, read_summary
 
 STAMP = re.compile(r"^\d{8}-\d{6}-")
@@ -35,7 +35,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's configuration with dotted keys; RunDirError where there is none."""
-    value = strict_yaml.read(config_file(path)).value
+    value = strict_yaml.read(config_path(path)).value
     return flatten(value) if isinstance(value, dict) else {}
 
 

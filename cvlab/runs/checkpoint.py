@@ -26,12 +26,12 @@ KEEP = 2
 STEP_FILE = re.compile(r"step_(\d{9})\.pt\Z")
 BEST = "best.pt"
 CHUNK_BYTES = 1024**2
-SEAL = b"cvlab sha256 "
-SEAL_BYTES = len(SEAL) + 64
+CHECKSUM_PREFIX = b"cvlab sha256 "
+CHECKSUM_BYTES = len(CHECKSUM_PREFIX) + 64
 MAX_PICKLE_BYTES = 64 * 1024**2  # names, shapes and numbers of a state; the tensors are members of their own
 
 
-class _Sealer:
+class _ChecksumWriter:
     """A file that hashes what it writes and ends the zip with its SHA-256 as the archive's comment."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -54,15 +54,15 @@ class _Sealer:
 
     def seal(self) -> None:
         assert self.held == b"\0\0", "a zip without a comment ends with its length, zero"
-        self._emit(SEAL_BYTES.to_bytes(2, "little"))
-        self.file.write(SEAL + self.hash.hexdigest().encode())
+        self._emit(CHECKSUM_BYTES.to_bytes(2, "little"))
+        self.file.write(CHECKSUM_PREFIX + self.hash.hexdigest().encode())
 
 
 def write(path: Path, state: State) -> None:
     """Write a state durably and sealed."""
 
     def fill(file: BinaryIO) -> None:
-        sealer = _Sealer(file)
+        sealer = _ChecksumWriter(file)
         torch.save(state, sealer)  # type: ignore[arg-type]
         sealer.seal()
 
@@ -144,7 +144,7 @@ def load(path: Path) -> State:
 def verify(path: Path) -> None:
     """Check the seal, then that no member is compressed or claims more bytes than the file has."""
     with path.open("rb") as file:
-        body_bytes = file.seek(0, os.SEEK_END) - SEAL_BYTES
+        body_bytes = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
         file.seek(max(body_bytes, 0))
         seal = file.read()
         file.seek(0)
@@ -152,9 +152,9 @@ def verify(path: Path) -> None:
         while body_bytes > 0 and (chunk := file.read(min(CHUNK_BYTES, body_bytes))):
             actual.update(chunk)
             body_bytes -= len(chunk)
-    if not seal.startswith(SEAL):
+    if not seal.startswith(CHECKSUM_PREFIX):
         raise CheckpointError(f"{path}: damaged: incomplete, or not a checkpoint of cvlab")
-    if seal != SEAL + actual.hexdigest().encode():
+    if seal != CHECKSUM_PREFIX + actual.hexdigest().encode():
         raise CheckpointError(f"{path}: damaged: its checksum differs")
     require_plain(path)
 
@@ -172,7 +172,7 @@ def require_plain(path: Path) -> None:
         raise CheckpointError(f"{path}: not a valid checkpoint: its index is too large")
 
 
-def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, State]:
+def load_latest(folder: Path, report: Callable[[str], None]) -> tuple[Path, State]:
     """Return the checkpoint with the highest step that verifies, the best one where none of them does.
 
     `report` is told of each one that does not. Raises CheckpointError where there is none: never a silent fresh start.
@@ -188,13 +188,15 @@ def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, State]:
     raise CheckpointError(f"{folder}: {reason}", "start the run again with `cvlab run` on its config.yaml")
 
 
-def require_whole(missing: list[str], path: str) -> None:
+def check_complete(missing: list[str], path: str) -> None:
     """Raise CheckpointError where pieces of a state are missing."""
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
 
 
-def require_same_run(state: State, digest: str, circumstances: State, path: str, report: Callable[[str], None]) -> None:
+def check_same_config(
+    state: State, digest: str, circumstances: State, path: str, report: Callable[[str], None]
+) -> None:
     """Raise CheckpointError unless a state is of the configuration with this digest.
 
     `report` is told of each circumstance that has changed since: the result will not be equal bit for bit.
@@ -238,7 +240,7 @@ def match_model(model: torch.nn.Module, weights: State, path: Path | str) -> Non
             )
 
 
-def take_weights(model: torch.nn.Module, state: State, path: Path | str) -> None:
+def load_eval_weights(model: torch.nn.Module, state: State, path: Path | str) -> None:
     """Put the weights that count into a model: their average where there is one. CheckpointError if they do not fit."""
     weights = state["model"] if state["average"] is None else state["average"]
     match_model(model, weights, path)

@@ -44,7 +44,7 @@ def _point_latest(root: Path, path: Path) -> None:
         os.replace(temporary, root / "latest")
 
 
-def config_file(path: Path) -> Path:
+def config_path(path: Path) -> Path:
     """Return a run's config.yaml; RunDirError where there is none."""
     file = path / "config.yaml"
     if not file.is_file():
@@ -83,6 +83,6 @@ def find_run(reference: str, root: Path) -> Path:
         return matches[0].resolve()
     if matches:
         raise RunDirError(f"{reference!r} fits {len(matches)} runs", f"for example {matches[-1].name}")
-    close = registry.nearest(reference, [path.name for path in runs])
+    close = registry.closest_match(reference, [path.name for path in runs])
     hint = f"did you mean {close!r}?" if close else f"`cvlab runs` lists those below {root}"
     raise RunDirError(f"no run {reference!r}", hint)

@@ -48,7 +48,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def look_up(self, step: int, run: str, unit: str = "step") -> None:
+    def raise_if_set(self, step: int, run: str, unit: str = "step") -> None:
         """Raise the error that ends the run, if it was asked to stop."""
         if self.received is not None:
             raise self.error(step, run, unit)

@@ -52,7 +52,7 @@ class RunDir:
     def _sweep(self) -> None:
         """Remove the temporary files of a kill from all folders but those of arms, which have locks of their own."""
         for folder, below, _ in os.walk(self.path):
-            atomic.sweep(Path(folder))
+            atomic.remove_stale_temporaries(Path(folder))
             below[:] = [name for name in below if not is_run(Path(folder, name))]
 
     def folder(self, name: str) -> Path:

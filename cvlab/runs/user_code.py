@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cvlab import registry
-from cvlab.config.schema import AnyConfig
+from cvlab.config.schema import ExperimentConfig
 from cvlab.errors import RunDirError
 
-Config = TypeVar("Config", bound=AnyConfig)
+Config = TypeVar("Config", bound=ExperimentConfig)
 
 
-def bring(chosen: Config, base: Path, folder: Path) -> Config:
+def copy_user_code(chosen: Config, base: Path, folder: Path) -> Config:
     """Copy the files that a configuration names into a folder, and return it with the names of the copies."""
     changed = {}
     for key in type(chosen).model_fields:
@@ -45,7 +45,7 @@ def inside(path: Path) -> Path:
     return Path(*("_up" if part == ".." else "_root" if part == path.anchor else part for part in path.parts))
 
 
-def mirror(value: Any, base: Path, folder: Path) -> None:
+def snapshot_user_code(value: Any, base: Path, folder: Path) -> None:
     """Copy the files that a value names below a folder, each to its place `inside`."""
     for path in named(value):
         try:
@@ -55,7 +55,7 @@ def mirror(value: Any, base: Path, folder: Path) -> None:
             raise RunDirError(f"{base / path}: cannot be copied to {folder}: {error.strerror}") from error
 
 
-def contained(chosen: Config) -> Config:
+def rewrite_paths(chosen: Config) -> Config:
     """Return a configuration whose names, also those in its expectations, are those of the copies of `mirror`."""
     dumped = chosen.model_dump()
     moved = {str(path): f"./{inside(path)}" for path in named(dumped) if inside(path) != path}

@@ -98,9 +98,11 @@ def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> No
                 reason = error.message
             except FAILURES as error:
                 reason = f"{answer.url}: {error}"
-            console.say(f"warning: {reason}")
+            console.info(f"warning: {reason}")
         have = partial.stat().st_size
-    raise SlowError(f"{reason}; {console.bytes_text(have)} are kept", "--download waits for it and goes on from there")
+    raise SlowError(
+        f"{reason}; {console.format_bytes(have)} are kept", "--download waits for it and goes on from there"
+    )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -166,7 +168,7 @@ def _open(url: str, offset: int, answered: "queue.Queue[_Answer | None]") -> Non
         body = opener.open(urllib.request.Request(url, headers=headers), timeout=ANSWER_SECONDS)
         answered.put(_Answer(url, body, offset if body.status == 206 else 0))
     except FAILURES as error:
-        console.detail(f"{url}: {error}")
+        console.debug(f"{url}: {error}")
         answered.put(None)
 
 
@@ -189,13 +191,13 @@ def _stream(answer: _Answer, partial: Path, size: int, patient: bool) -> None:
             left = (size - max(answer.offset + received, have)) / max(rate, 1.0)
             if now - shown > REPORT_SECONDS:
                 shown = now
-                done = console.bytes_text(min(size, answer.offset + received))
-                console.say(
-                    f"{partial.stem}: {done} of {console.bytes_text(size)}, {console.bytes_text(rate)}/s, "
-                    f"{console.seconds_text(left)} left"
+                done = console.format_bytes(min(size, answer.offset + received))
+                console.info(
+                    f"{partial.stem}: {done} of {console.format_bytes(size)}, {console.format_bytes(rate)}/s, "
+                    f"{console.format_seconds(left)} left"
                 )
             if not patient and now - began > MEASURE_SECONDS and left > LONGEST_SECONDS:
-                raise SlowError(f"{answer.url} sends {console.bytes_text(rate)}/s, {left / 60:.0f} minutes in all")
+                raise SlowError(f"{answer.url} sends {console.format_bytes(rate)}/s, {left / 60:.0f} minutes in all")
     if partial.stat().st_size < size:
         raise OSError(f"cut off after {partial.stat().st_size} of {size} bytes")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from cvlab import registry
 from cvlab.config import expectations, overrides, validation
-from cvlab.config.schema import AnyConfig, DataBlock, Duration, RunConfig
+from cvlab.config.schema import DataConfig, Duration, ExperimentConfig, RunConfig
 from cvlab.config.strict_yaml import Path_
 from cvlab.config.validation import SWEEP, Problems, unknown_metric
-from cvlab.data.resolve import Policy, settle
+from cvlab.data.resolve import DownloadPolicy, resolve_dataset
 from cvlab.distributed import process_group
 from cvlab.errors import ConfigError
 from cvlab.reports.compare import flatten
@@ -52,7 +52,7 @@ def problems(sweep: Any, base: Path) -> Problems:
     return list(found) or _shared_clock(sweep, whole) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
 
 
-def _shared_clock(sweep: Any, valid: list[AnyConfig]) -> Problems:
+def _shared_clock(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
     """Refuse a budget of seconds for arms that would take the machine from each other."""
     together = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
     if together and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
@@ -84,7 +84,7 @@ def _place(sweep: Any, path: Path_) -> Path_:
     return ("base", *path)
 
 
-def _wrong_names(sweep: Any, valid: list[AnyConfig]) -> Problems:
+def _wrong_names(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
     """Find conditions on keys that no arm gives, which would never hold, and metrics that are not measured."""
     arms = sweep.arms()
     wrong: Problems = []
@@ -101,7 +101,7 @@ def _wrong_names(sweep: Any, valid: list[AnyConfig]) -> Problems:
     return wrong
 
 
-def _wrong_rules(sweep: Any, valid: list[AnyConfig]) -> Problems:
+def _wrong_rules(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
     """Find expectations that speak of what no arm measures, or of keys that no arm has."""
     module = registry.get_experiment(valid[0].experiment)
     metrics = module.metric_names(valid[0])
@@ -131,15 +131,15 @@ def _told(term: expectations.Term) -> str:
     return ", ".join([*parts, *([f"the key {term.by}"] if term.by else [])])
 
 
-def settle_data(sweep: Any, base: Path, policy: Policy) -> None:
+def settle_data(sweep: Any, base: Path, policy: DownloadPolicy) -> None:
     """Fetch the data sets that the arms name, if that is quick; DataError where one of them is not to be had.
 
     The base's own set has been settled before. One that the sweep varies takes no stand-in: with another set in some
     arms only, what is not alike would be compared.
     """
     blocks = [getattr(config, "data", None) for _, config in configs(sweep, base)]
-    for name in sorted({block.name for block in blocks if isinstance(block, DataBlock)}):
-        settle(DataBlock(name=name), policy)
+    for name in sorted({block.name for block in blocks if isinstance(block, DataConfig)}):
+        resolve_dataset(DataConfig(name=name), policy)
 
 
 def make(sweep: Any, base: Path, out: RunDir) -> None:
@@ -151,7 +151,7 @@ def make(sweep: Any, base: Path, out: RunDir) -> None:
     for name, config in [] if sweep.search else configs(sweep, base):
         (partial / name).mkdir(exist_ok=True)
         _write(partial / name, config, base, _threads(sweep))
-    user_code.mirror(sweep.model_dump(), base, out.path)
+    user_code.snapshot_user_code(sweep.model_dump(), base, out.path)
     os.replace(partial, out.path / "arms")
     atomic.sync_directory(out.path)
 
@@ -174,8 +174,8 @@ def add(sweep: Any, out: RunDir, number: int, changes: grid.Changes) -> Path:
     return made
 
 
-def _write(folder: Path, config: AnyConfig, base: Path, threads: int) -> None:
-    brought = user_code.bring(config, base, folder)
+def _write(folder: Path, config: ExperimentConfig, base: Path, threads: int) -> None:
+    brought = user_code.copy_user_code(config, base, folder)
     if getattr(brought, "threads", None) is None:
         brought = brought.model_copy(update={"threads": threads})
     atomic.write_text(folder / "config.yaml", brought.to_yaml())
@@ -185,4 +185,4 @@ def _threads(sweep: Any) -> int:
     """Return the threads of an arm where its configuration does not say: its share of this machine, or of its node."""
     if sweep.submit.on != "local":
         return int(sweep.submit.cpus)
-    return process_group.threads_each(sweep.workers or 1)
+    return process_group.threads_per_process(sweep.workers or 1)

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
-from cvlab.config.expectations import Setting
-from cvlab.config.schema import AnyConfig, DataBlock, Frozen, Index
+from cvlab.config.expectations import GroupedResult
+from cvlab.config.schema import DataConfig, ExperimentConfig, FrozenModel, NonNegativeInt
 from cvlab.config.validation import Problems
 from cvlab.errors import CvlabError, RunDirError
 from cvlab.runs.interrupt import StopRequest
@@ -23,28 +23,28 @@ from cvlab.runs.run_dir import RunDir
 from cvlab.sweeps import arms, executors, results, trials
 from cvlab.sweeps import grid as sweeps_grid
 from cvlab.sweeps.executors import Limits, Submit
-from cvlab.sweeps.scheduler import Driver, has_ended
+from cvlab.sweeps.scheduler import SweepScheduler, has_ended
 from cvlab.sweeps.search import Search
 
 MAX_ARMS = 1000
 Values = dict[str, tuple[Any, ...]]
 
 
-class Condition(Frozen):
+class Condition(FrozenModel):
     """Keys that are tied to others: where all of `when` hold, `set` is laid over the arm."""
 
     when: dict[str, Any] = Field(description="dotted keys and the values they must have")
     set: dict[str, Any] = Field(description="dotted keys and the values they get")
 
 
-class Config(AnyConfig):
+class Config(ExperimentConfig):
     """A base configuration and what varies."""
 
     base: dict[str, Any] = Field(description="an ordinary configuration; `from:` names one to start from")
     grid: Values = Field({}, description="dotted keys with lists of values: every combination is an arm")
     zip: Values = Field({}, description="dotted keys with lists of one length, walked together as one axis")
     conditions: tuple[Condition, ...] = Field((), description="keys tied to others")
-    seeds: tuple[Index, ...] = Field((), description="every arm once with each; empty: the base's own seed")
+    seeds: tuple[NonNegativeInt, ...] = Field((), description="every arm once with each; empty: the base's own seed")
     search: Search | None = Field(None, description="in place of an axis: arms proposed one by one, each from the last")
     workers: Annotated[int, Ge(1), Le(64)] | None = Field(
         None, description="arms at a time; null: one on this machine, elsewhere as many as there is room for"
@@ -86,14 +86,14 @@ class Config(AnyConfig):
         return self
 
     @property
-    def data(self) -> DataBlock | None:
+    def data(self) -> DataConfig | None:
         """The base's data, as far as every experiment has it."""
         block = self.base.get("data")
         if not isinstance(block, Mapping):
             return None
-        return DataBlock(**{key: block[key] for key in DataBlock.model_fields if key in block})
+        return DataConfig(**{key: block[key] for key in DataConfig.model_fields if key in block})
 
-    def with_data(self, data: DataBlock) -> "Config":
+    def with_data(self, data: DataConfig) -> "Config":
         """Return the sweep over other data."""
         return self.model_copy(update={"base": {**self.base, "data": {**self.base["data"], **data.model_dump()}}})
 
@@ -164,7 +164,7 @@ def rows_of(config: Config, out: RunDir) -> list[dict[str, Any]]:
     return [results.read_arm(folder, _dotted(arm.raw)) for folder, arm in zip(found, raws, strict=True)]
 
 
-def settings(config: Config, out: RunDir) -> list[Setting]:
+def settings(config: Config, out: RunDir) -> list[GroupedResult]:
     """Return what expectations judge: the arms, those that differ in the seed only taken together; no pruned ones."""
     rows = [row for row in rows_of(config, out) if row["status"] != results.PRUNED]
     return results.settings(rows, config.varied(), config.diverged_counts_as)
@@ -180,11 +180,11 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     run_dirs = folders(config, out)
     limits = Limits(out.path.resolve(), config.workers, config.submit)
     if config.search is None:
-        found, driver = None, Driver(config.name, out, limits, run_dirs, len(run_dirs))
+        found, driver = None, SweepScheduler(config.name, out, limits, run_dirs, len(run_dirs))
     else:
         executors.require("optuna", "optuna")
         found = trials.Trials(out, config.search, config.diverged_counts_as, functools.partial(arms.add, config, out))
-        driver = Driver(config.name, out, limits, run_dirs, config.search.trials, found.more, found.prune)
+        driver = SweepScheduler(config.name, out, limits, run_dirs, config.search.trials, found.more, found.prune)
     at_a_time = config.workers or (1 if config.submit.on == "local" else "as many as there is room for")
     out.log(f"{driver.total} arms, {driver.done} of them ended before, {at_a_time} at a time on {config.submit.on}")
     with StopRequest() as stop:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cvlab.config.expectations import Setting
+from cvlab.config.expectations import GroupedResult
 from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import plots
 from cvlab.reports.compare import read_config
@@ -64,7 +64,7 @@ def metrics_of(row: Row, diverged_counts_as: Mapping[str, float]) -> dict[str, f
     return {**found, **diverged_counts_as} if row["diverged"] else found
 
 
-def settings(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[Setting]:
+def settings(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[GroupedResult]:
     """Return the settings that expectations judge; a metric that one of its seeds lacks is absent."""
     result = []
     for group in grouped(found, keys):
@@ -72,7 +72,7 @@ def settings(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapp
         names = set.intersection(*(set(metrics) for metrics in measured))
         means = {name: sum(metrics[name] for metrics in measured) / len(measured) for name in names}
         keys_of = {key: value for key, value in group[0]["config"].items() if key != SEED}
-        result.append(Setting(keys_of, means, sum(row["diverged"] for row in group) / len(group)))
+        result.append(GroupedResult(keys_of, means, sum(row["diverged"] for row in group) / len(group)))
     return result
 
 

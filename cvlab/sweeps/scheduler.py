@@ -14,7 +14,7 @@ from cvlab.runs.records import ENDED, read_prune, read_status
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.lock import is_held
 from cvlab.sweeps import executors, results
-from cvlab.sweeps.executors import POLL_SECONDS, TOKEN, Ended, Limits, Task
+from cvlab.sweeps.executors import POLL_SECONDS, TOKEN, Limits, Task, TaskResult
 
 MAY_HELP = (1, 137, 143)  # exit codes after which another try may end otherwise, besides death by a signal
 PRUNE_SECONDS = 1.0
@@ -31,7 +31,7 @@ def has_ended(arm: Path) -> bool:
     return status.get("status") in ENDED or pruned or status.get("code") == DivergedError.code
 
 
-class Driver:
+class SweepScheduler:
     """One sweep on its way; `failed` has the exit code and the last words of each arm that has failed.
 
     `more` makes the next arm when those that are there have all been taken, None where there are enough; `look` is
@@ -106,7 +106,7 @@ class Driver:
             self.look(sorted(self.running))
             self.looked = time.monotonic()
 
-    def _judge(self, ended: Ended, stop: StopRequest) -> None:
+    def _judge(self, ended: TaskResult, stop: StopRequest) -> None:
         """Take an arm back from the engine; put it into the queue again where another try may help."""
         arm, code = ended.task.arm, ended.code
         self.running.remove(arm)
@@ -133,4 +133,4 @@ class Driver:
         while any(map(is_held, self.running)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         for arm in self.running:
-            executors.last_words(arm)
+            executors.read_last_error(arm)

@@ -14,20 +14,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 from annotated_types import Le
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from cvlab.config.schema import Count, Frozen, Index, Positive
+from cvlab.config.schema import FrozenModel, NonNegativeInt, PositiveFloat, PositiveInt
 
 MAX_TRIALS = 1000
 Changes = dict[str, Any]
 Curve = dict[int, float]  # the metric after each step at which it was measured
 
 
-class Range(Frozen):
+class Range(FrozenModel):
     """Numbers between two ends, both included."""
 
     low: float = Field(description="the smallest value")
     high: float = Field(description="the largest value")
     log: bool = Field(False, description="evenly on a logarithmic scale")
-    step: Positive | None = Field(None, description="only low, low + step, low + 2 step, ...")
+    step: PositiveFloat | None = Field(None, description="only low, low + step, low + 2 step, ...")
     int: bool = Field(False, description="whole numbers only")
 
     @model_validator(mode="after")
@@ -54,11 +54,11 @@ Choices = tuple[Any, ...]
 Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_kind)]
 
 
-class Search(Frozen):
+class Search(FrozenModel):
     """What is searched, for what, and how long."""
 
     algorithm: Literal["optuna"] = Field(description="who proposes")
-    trials: Annotated[Count, Le(MAX_TRIALS)] = Field(description="arms in all")
+    trials: Annotated[PositiveInt, Le(MAX_TRIALS)] = Field(description="arms in all")
     space: dict[str, Space] = Field(
         description="dotted keys with {low, high} (log, step, int) or with a list of choices"
     )
@@ -67,10 +67,10 @@ class Search(Frozen):
     prune: Literal["median", "none"] = Field(
         "none", description="median: end an arm at an evaluation where it is worse than the median of those that ended"
     )
-    startup: Count = Field(
+    startup: PositiveInt = Field(
         10, description="trials at random first, and trials that must have ended before one is pruned"
     )
-    seed: Index = Field(0, description="of the proposals")
+    seed: NonNegativeInt = Field(0, description="of the proposals")
 
     @model_validator(mode="after")
     def _has_choices(self) -> "Search":

@@ -179,10 +179,10 @@ def test_a_run_of_somebody_elses_model(cvlab, tiny, model):
 
 def test_a_users_own_data(cvlab, tiny, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import torch\nfrom cvlab.experiments.classification.data.images import ImageSet\n\ndef load():\n"
+        "import torch\nfrom cvlab import ImageDataset\n\ndef load():\n"
         "    x = torch.randint(0, 256, (60, 16, 16, 1), dtype=torch.uint8)\n"
         "    y = (x.float().mean((1, 2, 3)) > 127).long()\n"
-        "    return ImageSet('mine', x, y, x[:10], y[:10], ('dark', 'bright'))\n"
+        "    return ImageDataset('mine', x, y, x[:10], y[:10], ('dark', 'bright'))\n"
     )
     code, out, _ = cvlab("train", tiny, "data={name: './mine.py:load'}", "--json", "-q")
     assert code == 0 and json.loads(out)["data"] == "./mine.py:load"
@@ -234,9 +234,9 @@ class weightless(nn.Module):
         return x.flatten(1)[:, :10]
 
 def images(count=60, size=(32, 32), dtype=torch.int64):
-    from cvlab.experiments.classification.data.images import ImageSet
+    from cvlab import ImageDataset
     x, y = torch.zeros(count, *size, 3, dtype=torch.uint8), torch.arange(count).to(dtype) % 10
-    return ImageSet("own", x, y, x, y, tuple("abcdefghij"))
+    return ImageDataset("own", x, y, x, y, tuple("abcdefghij"))
 
 def nothing():
     return None

@@ -5,22 +5,22 @@ import math
 import pytest
 
 from cvlab.config import expectations
-from cvlab.config.expectations import Setting
+from cvlab.config.expectations import GroupedResult
 
 METRICS = {"train_accuracy": 0.9, "val_accuracy": 0.4, "val_loss": math.nan}
 SETTINGS = [
-    Setting({"lr": lr, "bn": bn, "filters": [8, 8], "name": name}, {"acc": acc, "loss": 1 - acc}, diverged)
+    GroupedResult({"lr": lr, "bn": bn, "filters": [8, 8], "name": name}, {"acc": acc, "loss": 1 - acc}, diverged)
     for lr, bn, name, acc, diverged in (
         (0.1, True, "x", 0.5, 0.0),
         (0.2, True, "y", 0.6, 0.0),
         (0.1, False, "x", 0.3, 0.5),
         (0.2, False, "y", 0.1, 0.0),
     )
-] + [Setting({"lr": 0.4, "bn": False, "name": "gone"}, {}, 1.0)]
+] + [GroupedResult({"lr": 0.4, "bn": False, "name": "gone"}, {}, 1.0)]
 
 
 def judged(rule):
-    return expectations.judge([rule], METRICS, SETTINGS)[0]
+    return expectations.check_expectations([rule], METRICS, SETTINGS)[0]
 
 
 @pytest.mark.parametrize(

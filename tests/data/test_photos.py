@@ -113,12 +113,12 @@ def test_bombs_are_refused_before_anything_is_decoded(tmp_path, side):
 
 
 def test_the_smallest_photo_and_the_longest(tmp_path):
-    from cvlab.ops.resample import Frame
+    from cvlab.ops.resample import EvalTransform
 
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "dot.png")
-    assert Frame(224, 256).view(photos.load(tmp_path / "dot.png")).getpixel((100, 100)) == (1, 2, 3)
+    assert EvalTransform(224, 256).view(photos.load(tmp_path / "dot.png")).getpixel((100, 100)) == (1, 2, 3)
     Image.new("RGB", (40_000, 1), (1, 2, 3)).save(tmp_path / "line.png")
-    assert Frame(224, 256).view(photos.load(tmp_path / "line.png")).size == (224, 224)
+    assert EvalTransform(224, 256).view(photos.load(tmp_path / "line.png")).size == (224, 224)
 
 
 def test_other_formats_are_refused(tmp_path):
@@ -131,19 +131,19 @@ def test_which_files_are_meant(tmp_path, colours):
     for name in ("b.jpg", "a.PNG", ".hidden.png", "notes.txt", "odd [1].png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
-    names = [path.name for path in photos.find([str(tmp_path)])]
+    names = [path.name for path in photos.find_images([str(tmp_path)])]
     assert names == ["a.PNG", "b.jpg", "odd [1].png"]
-    assert [p.name for p in photos.find([f"{tmp_path}/*.jpg", f"{tmp_path}/b.jpg"])] == ["b.jpg"]
-    assert [p.name for p in photos.find([f"{tmp_path}/odd [1].png", f"{tmp_path}/gone.jpg"])] == [
+    assert [p.name for p in photos.find_images([f"{tmp_path}/*.jpg", f"{tmp_path}/b.jpg"])] == ["b.jpg"]
+    assert [p.name for p in photos.find_images([f"{tmp_path}/odd [1].png", f"{tmp_path}/gone.jpg"])] == [
         "odd [1].png",
         "gone.jpg",
     ]
-    assert photos.load(photos.find(["sample"])[0]).size == (512, 600)
+    assert photos.load(photos.find_images(["sample"])[0]).size == (512, 600)
     for wrong, text in (("empty", "no photos in this folder"), ("*.bmp", "fits no file")):
         with pytest.raises(DataError, match=text):
-            photos.find([f"{tmp_path}/{wrong}"])
+            photos.find_images([f"{tmp_path}/{wrong}"])
     with pytest.raises(DataError, match="addresses are not fetched"):
-        photos.find(["https://example.org/a.jpg"])
+        photos.find_images(["https://example.org/a.jpg"])
 
 
 def test_missing_and_not_a_file(tmp_path):

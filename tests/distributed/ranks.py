@@ -42,8 +42,8 @@ def gradients():
     torch.manual_seed(1)
     images, labels = torch.rand(BATCH, 3, 8, 8).double(), torch.randint(0, 5, (BATCH,))
     loss_fn(alone, (images, labels))["loss"].backward()
-    step = ddp.together(model, loss_fn, torch.device("cpu"), 2)
-    mine = sharding.share(torch.arange(BATCH))
+    step = ddp.make_step(model, loss_fn, torch.device("cpu"), 2)
+    mine = sharding.shard(torch.arange(BATCH))
     losses = step.losses((images[mine], labels[mine]), [process_group.world().rank == 1, False])
     losses["loss"].backward()
     assert step.agreed(losses) == ([True, False], True)
@@ -53,7 +53,7 @@ def gradients():
 
 def evaluation():
     """Sums over sets of several sizes, smaller than the number of processes too, and how often each item was seen."""
-    where = device.compute("cpu", "float32", 1)
+    ctx = device.select_device("cpu", "float32", 1)
     found = []
     for count in (1, 2, 3, 7, 1001):
         images = torch.randint(0, 255, (count, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
@@ -63,9 +63,9 @@ def evaluation():
             seen[batch[1]] += 1
             return {"sum": batch[1].sum(), "count": torch.tensor(len(batch[1]))}
 
-        batches = eval_batches(images, torch.arange(count), normalization(images, "mean", torch.float32, where.device))
-        mean = loop.evaluate(nn.Identity(), batches, measure, where)["sum"]
-        times = collectives.total({str(k): value for k, value in enumerate(seen)})
+        batches = eval_batches(images, torch.arange(count), normalization(images, "mean", torch.float32, ctx.device))
+        mean = loop.evaluate(nn.Identity(), batches, measure, ctx)["sum"]
+        times = collectives.all_reduce_sums({str(k): value for k, value in enumerate(seen)})
         found.append([count, mean, sorted({float(value) for value in times.values()})])
     return found
 
@@ -75,11 +75,11 @@ def agreement():
     rank = process_group.world().rank
     model = net()
     model[1].running_mean.fill_(rank)
-    collectives.same_buffers(model)
+    collectives.broadcast_buffers(model)
     return {
-        "from_main": collectives.from_main(lambda: f"of {rank}"),
-        "gathered": collectives.gathered(rank),
-        "concatenated": collectives.concatenated(torch.tensor([rank, 10 * rank])).tolist(),
+        "from_main": collectives.broadcast_from_rank0(lambda: f"of {rank}"),
+        "gathered": collectives.all_gather_object(rank),
+        "concatenated": collectives.all_gather_cat(torch.tensor([rank, 10 * rank])).tolist(),
         "buffer": float(model[1].running_mean[0]),
     }
 
@@ -95,8 +95,8 @@ def part(count):
                 place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in place.items()})
-                with process_group.joined():
-                    ok = collectives.gathered(rank) == [0, 1]
+                with process_group.init_process_group():
+                    ok = collectives.all_gather_object(rank) == [0, 1]
                 os._exit(0 if ok else 1)
             pair.append(pid)
         codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pair]
@@ -110,6 +110,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "part":
         print(json.dumps(part(int(sys.argv[2]))))
         sys.exit()
-    with process_group.joined():
+    with process_group.init_process_group():
         result = SCENARIOS[sys.argv[1]]()
         Path(f"{sys.argv[2]}.{process_group.world().rank}").write_text(json.dumps(result))

@@ -38,7 +38,7 @@ def place(monkeypatch):
 
 @hypothesis.given(count=st.integers(0, 300), size=st.integers(1, 40))
 def test_each_item_is_evaluated_once(count, size):
-    pieces = [range(*sharding.bounds(count, rank, size)) for rank in range(size)]
+    pieces = [range(*sharding.shard_range(count, rank, size)) for rank in range(size)]
     assert [k for piece in pieces for k in piece] == list(range(count))
     assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
@@ -50,7 +50,7 @@ def test_the_shares_of_a_batch_are_the_batch(place, each, size):
     shares = []
     for rank in range(size):
         place(RANK=str(rank), WORLD_SIZE=str(size))
-        shares.append(sharding.share(batch))
+        shares.append(sharding.shard(batch))
     assert torch.equal(torch.cat(shares), batch) and {len(part) for part in shares} == {each}
 
 
@@ -60,11 +60,11 @@ def test_one_process_is_alone(monkeypatch):
         process_group.world() == process_group.World() and process_group.is_main() and process_group.launch_id() is None
     )
     batch = torch.arange(5)
-    assert sharding.share(batch) is batch and collectives.concatenated(batch) is batch
-    assert collectives.gathered(3) == [3] and collectives.from_main(lambda: 4) == 4
-    assert collectives.total({"a": batch})["a"] is batch
-    assert process_group.stop_wanted(None) is None and process_group.stop_wanted(15) == 15
-    with process_group.joined():
+    assert sharding.shard(batch) is batch and collectives.all_gather_cat(batch) is batch
+    assert collectives.all_gather_object(3) == [3] and collectives.broadcast_from_rank0(lambda: 4) == 4
+    assert collectives.all_reduce_sums({"a": batch})["a"] is batch
+    assert process_group.pending_signal(None) is None and process_group.pending_signal(15) == 15
+    with process_group.init_process_group():
         pass
 
 
@@ -81,9 +81,9 @@ def test_the_environment_says_which_process_this_is(place, monkeypatch):
 
 def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
     place()
-    assert process_group.stop_wanted(None) is None
+    assert process_group.pending_signal(None) is None
     monkeypatch.setattr("os.getppid", lambda: 1)
-    assert process_group.stop_wanted(None) == 15
+    assert process_group.pending_signal(None) == 15
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from torch import nn
 
 from cvlab.engine import device as engine_device
 from cvlab.engine import loop
-from cvlab.engine.device import Compute
-from cvlab.engine.loop import Training, fit
+from cvlab.engine.device import ComputeContext
+from cvlab.engine.loop import TrainState, fit
 from cvlab.errors import CheckpointError, DeviceError, DivergedError
 
-CPU = Compute(torch.device("cpu"), "float32", 1)
+CPU = ComputeContext(torch.device("cpu"), "float32", 1)
 
 
 def make(seed=0):
@@ -58,11 +58,11 @@ def test_fit_equals_the_loop_written_out():
             average[name] = 0.9 * average[name] + 0.1 * value if parameter else value.clone()
 
     other = make()
-    training = Training(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), ema_decay=0.9)
+    training = TrainState(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), ema_decay=0.9)
     torch.manual_seed(1)
     losses = [
         step["loss"].item()
-        for step in itertools.islice(fit(training, loss_fn, batch_at, lr_factor=factor, where=CPU, clip_norm=0.5), 10)
+        for step in itertools.islice(fit(training, loss_fn, batch_at, lr_factor=factor, ctx=CPU, clip_norm=0.5), 10)
     ]
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, value in model.state_dict().items():
@@ -72,13 +72,13 @@ def test_fit_equals_the_loop_written_out():
 
 def test_a_loss_that_is_not_finite_stops_before_the_step():
     model = make()
-    training = Training(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    training = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
     def broken(model, batch):
         losses = loss_fn(model, batch)
         return {"loss": losses["loss"] * (math.nan if training.step == 3 else 1), "part": losses["loss"]}
 
-    steps = fit(training, broken, batch_at, lr_factor=lambda step: 1.0, where=CPU)
+    steps = fit(training, broken, batch_at, lr_factor=lambda step: 1.0, ctx=CPU)
     for _ in range(3):
         next(steps)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -112,7 +112,7 @@ def test_all_generators_come_back():
     import numpy as np
 
     engine_device.seed_everything(5)
-    state = engine_device.rng_state()
+    state = engine_device.get_rng_state()
     first = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
     engine_device.set_rng_state(state)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
@@ -120,7 +120,7 @@ def test_all_generators_come_back():
 
 def test_a_state_lacks_nothing_silently():
     model = make()
-    training = Training(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
+    training = TrainState(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
     for key in ("step", "model", "optimizer", "average", "rng"):
         state = training.state()
         del state[key]
@@ -134,15 +134,15 @@ def test_a_state_lacks_nothing_silently():
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there_is_never_replaced(device):
     with pytest.raises(DeviceError, match="0 CUDA devices") as refused:
-        engine_device.compute(device)
+        engine_device.select_device(device)
     assert refused.value.code == 8
 
 
 def test_precision_auto_keeps_what_was_asked_for():
     for precision in ("float32", "bfloat16", "float64"):
-        assert engine_device.compute("cpu", precision).precision == precision
+        assert engine_device.select_device("cpu", precision).precision == precision
     fast = engine_device.fast_bfloat16(torch.device("cpu"))
-    assert engine_device.compute("cpu").precision == ("bfloat16" if fast else "float32")
-    assert engine_device.compute("cpu", "float64").dtype == torch.float64
-    with engine_device.compute("cpu", "bfloat16").autocast():
+    assert engine_device.select_device("cpu").precision == ("bfloat16" if fast else "float32")
+    assert engine_device.select_device("cpu", "float64").dtype == torch.float64
+    with engine_device.select_device("cpu", "bfloat16").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

@@ -113,7 +113,7 @@ def test_nesterov_without_momentum_is_the_users_error():
 
 @pytest.mark.parametrize("name", schedules.SCHEDULES.names)
 def test_every_schedule_stays_between_0_and_1(name):
-    schedule = registry.find("schedule", name, schedules.SCHEDULES.names)
+    schedule = registry.get("schedule", name, schedules.SCHEDULES.names)
     values = [schedule((k + 0.5) / 100) for k in range(100)]
     assert all(0 <= value <= 1 for value in values) and max(values) > 0.97
 

@@ -114,7 +114,7 @@ def test_a_state_without_a_key_is_refused(key, stopped, tmp_path):
 
 
 def test_every_key_of_the_state_is_tried_above(stopped):
-    _, state = checkpoint.newest(stopped / "checkpoints", print)
+    _, state = checkpoint.load_latest(stopped / "checkpoints", print)
     assert set(state) <= set(STATE_KEYS)
     nested = {f"{block}.{key}" for block in ("rng", "gathered", "circumstances", "memory") for key in state[block]}
     assert nested <= set(STATE_KEYS)
@@ -172,7 +172,7 @@ def test_the_best_is_linked_again_after_a_kill_before_its_link(tmp_path):
     with pytest.raises(StoppedError):
         tiny.train(path, tiny.settings(eval_every=1), stop_at(5))
     folder = path / "checkpoints"
-    state = checkpoint.load(checkpoint.newest(folder, print)[0])
+    state = checkpoint.load(checkpoint.load_latest(folder, print)[0])
     state["gathered"]["best_step"], state["gathered"]["best_value"] = state["step"], 0.0
     checkpoint.write(checkpoint.path_of(folder, state["step"]), state)
     tiny.train(path, tiny.settings(eval_every=1), lambda step: None)

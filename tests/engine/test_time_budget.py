@@ -50,7 +50,7 @@ def test_whatever_the_machine_does_the_budget_is_nearly_used_up(pace):
         if plan.is_reviewed(step):
             recent = (used - seen[1]) / (step - seen[0])
             seen = (step, used)
-            plan = plan.reviewed(step, time_budget.usable(10.0) - used, max(recent, used / step))
+            plan = plan.reviewed(step, time_budget.usable_seconds(10.0) - used, max(recent, used / step))
     assert 9.7 < used <= 10.0
 
 

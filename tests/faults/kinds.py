@@ -94,7 +94,7 @@ def command_lines(folder):
     (folder / "sweep.yaml").write_text(SWEEP)
     scene_captions.COUNTS = {"train": 12, "val": 4, "test": 4}
     trainer.SAVE_SHARE = image_optimizer.SAVE_SHARE = 0
-    initial = image_optimizer.Painting.__init__
+    initial = image_optimizer.ImageOptimization.__init__
     initial.__defaults__ = tuple(0.0 if value == 60.0 else value for value in initial.__defaults__)
     return {name: [word.replace("{folder}", str(folder)) for word in words] for name, words in KINDS.items()}
 

@@ -128,7 +128,7 @@ def test_two_ctrl_c_end_at_once(training):
     terminal.type(CTRL_C)
     terminal.type(CTRL_C)
     assert terminal.wait(10) == 130 and terminal.group() == []
-    assert checkpoint.newest(run / "checkpoints", print)
+    assert checkpoint.load_latest(run / "checkpoints", print)
 
 
 @pytest.mark.faults
@@ -158,7 +158,7 @@ def test_quit_is_a_kill(training, cvlab):
     terminal, run = training()
     terminal.type(CTRL_BACKSLASH)
     assert terminal.wait() == -signal.SIGQUIT
-    assert read_status(run)["status"] == "interrupted" and checkpoint.newest(run / "checkpoints", print)
+    assert read_status(run)["status"] == "interrupted" and checkpoint.load_latest(run / "checkpoints", print)
 
 
 @pytest.mark.faults

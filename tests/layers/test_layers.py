@@ -229,7 +229,7 @@ def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tm
         assert curves[name] == pytest.approx(curves["torch"], abs=1e-9), "the bar is 1e-4"
     from cvlab.runs import checkpoint
 
-    states = [checkpoint.newest(run / "checkpoints", print)[1]["model"] for run in runs.values()]
+    states = [checkpoint.load_latest(run / "checkpoints", print)[1]["model"] for run in runs.values()]
     assert states[0].keys() == states[1].keys() == states[2].keys()
 
 

@@ -16,7 +16,7 @@ from tests.fake_cifar import send, server
 
 def test_the_net_that_comes_along_knows_a_photo():
     model = pretrained.build()
-    view = photos.to_tensor(model.frame.view(photos.load(photos.find(["sample"])[0])))[None]
+    view = photos.to_tensor(model.frame.view(photos.load(photos.find_images(["sample"])[0])))[None]
     with torch.inference_mode():
         p = model.probabilities(view)[0]
     top = [model.classes[k] for k in p.topk(5).indices]
@@ -181,7 +181,7 @@ def test_what_a_server_says_of_a_file():
 def test_classes_of_a_net_by_name_and_by_number():
     model = pretrained.build()
     assert model.index("ostrich") == 9
-    few = pretrained.Pretrained("mine", model.net, model.frame, ("class 0", "class 1"))
+    few = pretrained.PretrainedClassifier("mine", model.net, model.frame, ("class 0", "class 1"))
     assert few.index("1") == 1
     with pytest.raises(ConfigError, match="classes 0 to 1, by number"):
         few.index("2")

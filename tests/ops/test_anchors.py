@@ -60,7 +60,7 @@ class TestWorkedExample:
         assert boxes.iou(at_cell, self.car)[:, 0].tolist() == pytest.approx(PRINTED, abs=1e-4)
 
     def test_the_anchor_that_answers(self):
-        index, overlap = anchors.activated(self.car, self.centres, SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(self.car, self.centres, SHAPES)
         assert index.tolist() == [122] and overlap.item() == pytest.approx(0.7454, abs=1e-4)
         every = anchors.anchors_on(self.centres, SHAPES)
         assert every.shape == (9, 7, 7, 4) and every[..., 0].numel() == 441
@@ -78,7 +78,7 @@ class TestEachMap:
 
     def test_activated_is_the_loop(self, height, width):
         found = random_boxes(60, max(height, width))
-        index, overlap = anchors.activated(found, anchors.grid_centres(height, width), SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(found, anchors.grid_centres(height, width), SHAPES)
         wanted = [slow_activated(box, height, width, anchors.COURSE_SHAPES) for box in found.tolist()]
         assert index.tolist() == [pair[0] for pair in wanted]
         torch.testing.assert_close(overlap, torch.tensor([pair[1] for pair in wanted]))
@@ -87,16 +87,16 @@ class TestEachMap:
 def test_ties_take_the_first():
     centres = anchors.grid_centres(2, 2)
     corner = torch.tensor([[0.0, 0, 2, 2]])  # its middle is as far from all four cells
-    assert anchors.activated(corner, centres, SHAPES)[0].item() % 4 == 0
+    assert anchors.match_anchors_to_boxes(corner, centres, SHAPES)[0].item() % 4 == 0
     twins = torch.tensor([[1.0, 1], [2, 2], [2, 2]])
-    assert anchors.activated(torch.tensor([[0.0, 0, 1, 1]]), centres, twins)[0].item() == 0
-    assert anchors.activated(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centres, twins)[0].item() == 4
+    assert anchors.match_anchors_to_boxes(torch.tensor([[0.0, 0, 1, 1]]), centres, twins)[0].item() == 0
+    assert anchors.match_anchors_to_boxes(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centres, twins)[0].item() == 4
     same = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
-    assert len(set(anchors.activated(same, centres, SHAPES)[0].tolist())) == 1
+    assert len(set(anchors.match_anchors_to_boxes(same, centres, SHAPES)[0].tolist())) == 1
 
 
 def test_without_boxes():
-    index, overlap = anchors.activated(torch.empty(0, 4), anchors.grid_centres(7, 7), SHAPES)
+    index, overlap = anchors.match_anchors_to_boxes(torch.empty(0, 4), anchors.grid_centres(7, 7), SHAPES)
     assert index.shape == overlap.shape == (0,) and index.dtype == torch.int64
 
 
@@ -105,15 +105,15 @@ def test_negatives_are_the_loop(count):
     every = anchors.anchors_on(anchors.grid_centres(7, 7), SHAPES).flatten(0, 2)
     found = random_boxes(count, 7, seed=3)
     wanted = [all(slow_iou(a, b) < 0.2 for b in found.tolist()) for a in every.tolist()]
-    assert anchors.negatives(boxes.iou(every, found)).tolist() == wanted
+    assert anchors.sample_negatives(boxes.iou(every, found)).tolist() == wanted
     assert (count == 0) == all(wanted)
 
 
 def test_negatives_at_the_threshold():
     overlap = torch.tensor([[0.2, 0.0], [0.1999, 0.1999], [0.0, 0.3]])
-    assert anchors.negatives(overlap).tolist() == [False, True, False]
-    assert anchors.negatives(overlap, low=0.1).tolist() == [False, False, False]
-    assert anchors.negatives(overlap[None], low=1.0).tolist() == [[True, True, True]]
+    assert anchors.sample_negatives(overlap).tolist() == [False, True, False]
+    assert anchors.sample_negatives(overlap, low=0.1).tolist() == [False, False, False]
+    assert anchors.sample_negatives(overlap[None], low=1.0).tolist() == [[True, True, True]]
 
 
 def slow_matches(overlap, high, low):

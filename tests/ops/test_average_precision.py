@@ -8,7 +8,7 @@ import torch
 
 from cvlab import _compat
 from cvlab.ops import average_precision as ap
-from cvlab.ops.average_precision import Detections, Truth
+from cvlab.ops.average_precision import Detections, GroundTruth
 
 
 def picture(generator, num_classes, ties, difficult):
@@ -30,7 +30,7 @@ def picture(generator, num_classes, ties, difficult):
     scores = uniform(num_found)
     scores = (scores * 5).round() / 5 if ties else scores
     hard = uniform(count) < 0.25 if difficult else torch.zeros(count, dtype=torch.bool)
-    return Detections(found, scores, named), Truth(there, labels, hard)
+    return Detections(found, scores, named), GroundTruth(there, labels, hard)
 
 
 def pictures(seed, count=25, num_classes=4, ties=False, difficult=False):
@@ -160,7 +160,7 @@ def test_each_class_and_threshold_of_faster_coco_eval_with_difficult_ones(seed):
         scores = (torch.rand(count, generator=generator) * 20).round() / 20
         named = torch.where(torch.rand(count, generator=generator) < 0.8, labels, labels.flip(0))
         found.append(Detections(near, scores, named))
-        there.append(Truth(boxes, labels, torch.rand(count, generator=generator) < 0.3))
+        there.append(GroundTruth(boxes, labels, torch.rand(count, generator=generator) < 0.3))
     truth, results = to_coco(found, there)
     known = oracle.COCO(truth)
     judge = oracle.COCOeval_faster(known, known.loadRes(results), "bbox", print_function=lambda *_: None)
@@ -187,7 +187,7 @@ def test_pictures_of_very_different_sizes(rule, monkeypatch):
     found, there = [list(side) for side in zip(*crowded, strict=True)]
     many = torch.cat([found[k].boxes_xyxy for k in range(12)])
     found[3] = Detections(many, torch.linspace(1, 0, len(many)), torch.zeros(len(many)).long())
-    there[5] = Truth(many + 3, torch.zeros(len(many)).long(), torch.arange(len(many)) % 5 == 0)
+    there[5] = GroundTruth(many + 3, torch.zeros(len(many)).long(), torch.arange(len(many)) % 5 == 0)
     judged = ap.evaluate(found, there, 1, rule)
     assert judged.map50 == pytest.approx(slow_ap(found, there, 0, 0.5, rule), abs=1e-6)
     monkeypatch.setattr(ap, "CHUNK", 1)
@@ -199,7 +199,7 @@ def one(boxes, scores=None, difficult=None):
     labels = torch.zeros(len(boxes_xyxy), dtype=torch.int64)
     if scores is not None:
         return Detections(boxes_xyxy, torch.tensor(scores), labels)
-    return Truth(boxes_xyxy, labels, torch.tensor(difficult or [False] * len(boxes_xyxy)).bool())
+    return GroundTruth(boxes_xyxy, labels, torch.tensor(difficult or [False] * len(boxes_xyxy)).bool())
 
 
 A, B, C = [0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]
@@ -261,14 +261,14 @@ class TestByHand:
 
 def test_confusion():
     found = Detections(torch.tensor([A, B, C]).float(), torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
-    there = Truth(torch.tensor([A, B, [0, 50, 10, 60]]).float(), torch.tensor([0, 1, 1]), torch.zeros(3).bool())
-    table = ap.confusion([found], [there], 2, 0.5)
+    there = GroundTruth(torch.tensor([A, B, [0, 50, 10, 60]]).float(), torch.tensor([0, 1, 1]), torch.zeros(3).bool())
+    table = ap.confusion_matrix([found], [there], 2, 0.5)
     assert table.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
-    assert ap.confusion([found], [there], 2, 0.85).tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
-    assert ap.confusion([], [], 2, 0.5).tolist() == [[0] * 3] * 3
+    assert ap.confusion_matrix([found], [there], 2, 0.85).tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
+    assert ap.confusion_matrix([], [], 2, 0.5).tolist() == [[0] * 3] * 3
     nothing = Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0).long())
-    assert ap.confusion([nothing], [there], 2, 0.5).tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
-    assert ap.confusion([found], [one([])], 2, 0.5).tolist() == [[0, 0, 0], [0, 0, 0], [2, 1, 0]]
+    assert ap.confusion_matrix([nothing], [there], 2, 0.5).tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
+    assert ap.confusion_matrix([found], [one([])], 2, 0.5).tolist() == [[0, 0, 0], [0, 0, 0], [2, 1, 0]]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -290,7 +290,7 @@ def test_confusion_is_the_loop(seed):
                 table[t.labels[best]][f.labels[k]] += 1
         for m in free:
             table[t.labels[m]][4] += not t.difficult[m]
-    mine = ap.confusion(found, there, 4, score_floor=0.4, iou_threshold=0.45)
+    mine = ap.confusion_matrix(found, there, 4, score_floor=0.4, iou_threshold=0.45)
     assert mine.tolist() == table and mine.dtype == torch.int64
     assert int(mine[:4].sum()) == sum(int((~t.difficult).sum()) for t in there)
 

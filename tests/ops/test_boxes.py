@@ -210,7 +210,7 @@ class TestAnchors:
         overlaps = boxes.iou(anchors.anchors_on(CENTRES, SHAPES)[:, 3, 3], car)[:, 0]
         wanted = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
         assert overlaps.tolist() == pytest.approx(wanted, abs=1e-4)
-        index, overlap = anchors.activated(car, CENTRES, SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(car, CENTRES, SHAPES)
         assert index.tolist() == [122] and 122 == 2 * 49 + 3 * 7 + 3
         assert float(overlap[0]) == pytest.approx(0.7454, abs=1e-4)
 
@@ -218,7 +218,7 @@ class TestAnchors:
     def test_activated_is_the_loop(self, shape):
         centres, wanted = anchors.grid_centres(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
         all_anchors = anchors.anchors_on(centres, SHAPES)
-        index, overlap = anchors.activated(wanted, centres, SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(wanted, centres, SHAPES)
         for box, mine, most in zip(wanted.tolist(), index.tolist(), overlap.tolist(), strict=True):
             x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
             cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
@@ -230,8 +230,8 @@ class TestAnchors:
 
     def test_activated_ties_no_area_and_no_box(self):
         between = torch.tensor([[2.0, 2, 4, 4], [3.5, 3.5, 3.5, 3.5]])  # between four cells; a point
-        assert anchors.activated(between, CENTRES, SHAPES)[0].tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
-        index, overlap = anchors.activated(between[:0], CENTRES, SHAPES)
+        assert anchors.match_anchors_to_boxes(between, CENTRES, SHAPES)[0].tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
+        index, overlap = anchors.match_anchors_to_boxes(between[:0], CENTRES, SHAPES)
         assert index.shape == overlap.shape == (0,) and index.dtype == torch.int64
 
     @pytest.mark.parametrize("seed", range(5))

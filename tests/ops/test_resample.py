@@ -8,7 +8,7 @@ from PIL import Image
 
 from cvlab import _compat
 from cvlab.data import photos
-from cvlab.ops.resample import Frame, lens, matrix
+from cvlab.ops.resample import EvalTransform, make_resize, matrix
 
 
 def smooth(width, height, seed=0):
@@ -27,15 +27,17 @@ def test_a_view_is_that_of_timm(size, name):
     transform = _compat.timm().data.create_transform(
         (3, 224, 224), interpolation=name, crop_pct=0.875, mean=(0, 0, 0), std=(1, 1, 1)
     )
-    mine = photos.to_tensor(Frame(224, 256, name).view(photo))
+    mine = photos.to_tensor(EvalTransform(224, 256, name).view(photo))
     assert (mine - transform(photo)).abs().max() <= 2.01 / 255  # Pillow chooses which side to resize first
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("frame", [Frame(224, 256), Frame(224, 256, "bilinear"), Frame(64, 64, squash=True)])
+@pytest.mark.parametrize(
+    "frame", [EvalTransform(224, 256), EvalTransform(224, 256, "bilinear"), EvalTransform(64, 64, squash=True)]
+)
 def test_the_matrices_do_what_pillow_does(size, frame):
     photo = smooth(*size)
-    glass = lens(frame, *size)
+    glass = make_resize(frame, *size)
     mine = glass.view(glass.cut(photos.to_tensor(photo)))
     assert (mine - photos.to_tensor(frame.view(photo))).abs().max() <= 1.2 / 255  # rounded twice
 
@@ -52,7 +54,7 @@ def test_a_matrix_is_that_of_torch(count, size, name):
 
 def test_a_picture_of_the_right_size_stays_as_it_is():
     photo = smooth(224, 224)
-    assert Frame(224, 224).view(photo).tobytes() == photo.tobytes()
-    glass = lens(Frame(224, 224), 224, 224)
+    assert EvalTransform(224, 224).view(photo).tobytes() == photo.tobytes()
+    glass = make_resize(EvalTransform(224, 224), 224, 224)
     x = photos.to_tensor(photo)
     assert torch.equal(glass.view(glass.cut(x)), x) and glass.scale == 1

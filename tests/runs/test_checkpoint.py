@@ -43,7 +43,7 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path, state):
 def test_newest_is_the_highest_step_not_the_latest_file(tmp_path, state):
     for step in (9, 8):
         checkpoint.save(tmp_path, step, state | {"step": step})
-    assert checkpoint.newest(tmp_path, print)[1]["step"] == 9
+    assert checkpoint.load_latest(tmp_path, print)[1]["step"] == 9
 
 
 def damaged_copies(raw, count):
@@ -101,8 +101,8 @@ def resealed(path):
     """Seal a zip that was made by other means, as an attacker could."""
     import hashlib
 
-    body = path.read_bytes()[:-2] + checkpoint.SEAL_BYTES.to_bytes(2, "little")
-    path.write_bytes(body + checkpoint.SEAL + hashlib.sha256(body).hexdigest().encode())
+    body = path.read_bytes()[:-2] + checkpoint.CHECKSUM_BYTES.to_bytes(2, "little")
+    path.write_bytes(body + checkpoint.CHECKSUM_PREFIX + hashlib.sha256(body).hexdigest().encode())
 
 
 def test_compressed_members_are_refused(tmp_path, state):

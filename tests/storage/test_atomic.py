@@ -86,5 +86,5 @@ def test_sweeping_removes_only_temporaries(tmp_path):
     (tmp_path / ".f-abc.tmp").touch()
     (tmp_path / ".hidden").touch()
     (tmp_path / "f.tmp").touch()
-    atomic.sweep(tmp_path)
+    atomic.remove_stale_temporaries(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "f.tmp"]

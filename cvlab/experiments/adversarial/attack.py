@@ -24,14 +24,14 @@ from torch import Tensor
 from cvlab.config import schema
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer
-from cvlab.engine.device import Compute
-from cvlab.engine.image_optimizer import Pixels
+from cvlab.engine.device import ComputeContext
+from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import attacks, saliency
-from cvlab.ops.resample import Frame, Lens, lens
+from cvlab.ops.resample import DifferentiableResize, EvalTransform, make_resize
 from cvlab.reports import images
 from cvlab.runs.records import Row
 from cvlab.runs.run_dir import RunDir
@@ -49,9 +49,11 @@ class Config(PhotoConfig):
     size: Literal["original", "model"] = Field(
         "original", description="change the photo at its own size, or the square picture that the net sees"
     )
-    steps: Annotated[schema.Count, Le(10_000)] = Field(100, description="at most so many (pgd, l2)")
-    extra_steps: schema.Index = Field(3, description="go on so many steps after the net is fooled, for stability")
-    lr: schema.Positive = Field(0.5, description="l2: length of a step, in [0, 1] over what the net sees")
+    steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(100, description="at most so many (pgd, l2)")
+    extra_steps: schema.NonNegativeInt = Field(
+        3, description="go on so many steps after the net is fooled, for stability"
+    )
+    lr: schema.PositiveFloat = Field(0.5, description="l2: length of a step, in [0, 1] over what the net sees")
     eps: Annotated[float, Ge(0.5), Le(255)] = Field(
         8.0, description="fgsm, pgd: largest change of a pixel, in 1/255; less than 0.5 is lost in a file of 8 bits"
     )
@@ -64,11 +66,11 @@ class Config(PhotoConfig):
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Attack all photos."""
-    where, model = config.build()
+    ctx, model = config.build()
     target = model.index(config.target) if config.target is not None else None
     out.folder("images")
 
-    return summary(photo_batches.run(config, out, Attack(config, model, where, target, out), "attack"))
+    return summary(photo_batches.run(config, out, Attack(config, model, ctx, target, out), "attack"))
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
@@ -91,10 +93,10 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class."""
-    where, model = config.build()
+    ctx, model = config.build()
     target = model.index(config.target) if config.target is not None else None
     aim = "anything else" if target is None else model.classes[target]
-    return {"target": aim, "method": config.method, **photo_batches.plan(config, where, model)}
+    return {"target": aim, "method": config.method, **photo_batches.plan(config, ctx, model)}
 
 
 JPEG_QUALITIES = (95, 85, 75)
@@ -113,8 +115,8 @@ class Victim:
 
     photo: Photo
     image: Image.Image
-    frame: Frame
-    lens: Lens
+    frame: EvalTransform
+    lens: DifferentiableResize
     start: Tensor
     region: Tensor
     before: torch.Tensor  # probabilities (classes,) of the photo as it was
@@ -126,16 +128,18 @@ class Victim:
 class Attack:
     """An attack on photos by one net; `config` is that of the experiment `attack`, `target` None: see anything else."""
 
-    def __init__(self, config: Any, model: Pretrained, where: Compute, target: int | None, out: RunDir) -> None:
-        self.config, self.model, self.where, self.target, self.out = config, model, where, target, out
+    def __init__(
+        self, config: Any, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, out: RunDir
+    ) -> None:
+        self.config, self.model, self.ctx, self.target, self.out = config, model, ctx, target, out
 
-    def __call__(self, batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
-        """Attack photos together, write their pictures, return a result for each; `look_up` is called every step."""
+    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+        """Attack photos together, write their pictures, return a result for each, checking for interrupts."""
         victims = self.victims(batch)
         rows = {victim: self._judge(victim) for victim in victims if self._already(victim)}
         todo = [victim for victim in victims if victim not in rows]
         while todo:
-            self.optimise(todo, look_up)
+            self.optimise(todo, check_interrupt)
             rows |= {victim: self._judge(victim) for victim in todo}
             todo = [victim for victim in todo if not rows[victim]["fooled"] and victim.steps < self._most_steps]
         return [rows[victim] | self._panel(victim, rows[victim]) for victim in victims]
@@ -151,15 +155,15 @@ class Attack:
         """Look at photos as the net does, and make ready what is changed of each."""
         views = [self.model.frame.view(photo.image) for photo in batch]
         with torch.inference_mode():
-            stacked = torch.stack([photos.to_tensor(view) for view in views]).to(self.where.device)
+            stacked = torch.stack([photos.to_tensor(view) for view in views]).to(self.ctx.device)
             probabilities = self.model.probabilities(stacked).cpu()
         victims = []
         for photo, view, p in zip(batch, views, probabilities, strict=True):
             image, frame = photo.image, self.model.frame
             if self.config.size == "model":
-                image, frame = view, Frame(frame.size_px, frame.size_px, frame.filter)
-            glass = lens(frame, *image.size, self.where.device)
-            start = glass.cut(photos.to_tensor(image)).contiguous().to(self.where.device)
+                image, frame = view, EvalTransform(frame.size_px, frame.size_px, frame.filter)
+            glass = make_resize(frame, *image.size, self.ctx.device)
+            start = glass.cut(photos.to_tensor(image)).contiguous().to(self.ctx.device)
             aim = int(p.argmax()) if self.target is None else self.target
             begin = self._begin(photo, start)
             victims.append(Victim(photo, image, frame, glass, start, begin, p, aim))
@@ -172,14 +176,14 @@ class Attack:
         noise = rng.uniform(self.config.seed, 0, numbers, f"pgd {photo.label}").float().to(start.device)
         return attacks.random_start(start, noise, self.config.eps / attacks.LEVELS)
 
-    def optimise(self, active: list[Victim], look_up: Callable[[], None]) -> None:
+    def optimise(self, active: list[Victim], check_interrupt: Callable[[], None]) -> None:
         """Take steps until each photo is fooled and `extra_steps` further, or its steps are used up."""
         for victim in active:
             victim.left = None
         while active:
-            look_up()
-            pixels = Pixels([victim.region for victim in active])
-            losses = next(image_optimizer.optimise_pixels(pixels, self._objective(active), self._update(active)))
+            check_interrupt()
+            pixels = ImageState([victim.region for victim in active])
+            losses = next(image_optimizer.optimization_steps(pixels, self._objective(active), self._update(active)))
             for victim, region, fooled in zip(active, pixels.tensors, losses["fooled"].tolist(), strict=True):
                 victim.region = region
                 victim.steps += 1
@@ -188,14 +192,14 @@ class Attack:
                 victim.left = victim.left - 1 if victim.left is not None else None
             active = [v for v in active if v.steps < self._most_steps and (v.left is None or v.left > 0)]
 
-    def _objective(self, active: list[Victim]) -> Callable[[Pixels], Losses]:
+    def _objective(self, active: list[Victim]) -> Callable[[ImageState], Losses]:
         targeted = self.target is not None
-        aims = torch.tensor([victim.aim for victim in active], device=self.where.device)
+        aims = torch.tensor([victim.aim for victim in active], device=self.ctx.device)
 
-        def objective(pixels: Pixels) -> Losses:
+        def objective(pixels: ImageState) -> Losses:
             pairs = zip(active, pixels.tensors, strict=True)
             views = torch.stack([victim.lens.view(tensor) for victim, tensor in pairs])
-            with self.where.autocast():
+            with self.ctx.autocast():
                 scores = self.model.net(views.contiguous(memory_format=torch.channels_last))
             fooled = attacks.is_fooled(scores, aims, targeted)
             return {"loss": attacks.objective(scores, aims, targeted).sum(), "fooled": fooled}
@@ -206,7 +210,7 @@ class Attack:
         config, eps = self.config, self.config.eps / attacks.LEVELS
         alpha = eps if config.method == "fgsm" else config.alpha / attacks.LEVELS
 
-        def update(pixels: Pixels, gradients: list[Tensor]) -> None:
+        def update(pixels: ImageState, gradients: list[Tensor]) -> None:
             for k, (victim, gradient) in enumerate(zip(active, gradients, strict=True)):
                 region = pixels.tensors[k]
                 if config.method == "l2":  # the same mean change of a pixel at any size
@@ -227,7 +231,7 @@ class Attack:
         variants = [read, *(_as_jpeg(read, quality) for quality in JPEG_QUALITIES)]
         views = torch.stack([photos.to_tensor(victim.frame.view(image)) for image in variants])
         with torch.inference_mode():
-            probabilities = self.model.probabilities(views.to(self.where.device)).cpu()
+            probabilities = self.model.probabilities(views.to(self.ctx.device)).cpu()
         aims = torch.full((len(views),), victim.aim)
         fooled = attacks.is_fooled(probabilities, aims, self.target is not None).tolist()
         small = attacks.distances(photos.to_tensor(victim.frame.view(victim.image)), views[0])
@@ -272,7 +276,7 @@ class Attack:
     def _explained(self, victim: Victim, before: Image.Image, after: Image.Image) -> Row:
         """Show what the net's answer depends on, for the photo and for the attacked picture."""
         views = torch.stack([photos.to_tensor(victim.frame.view(image)) for image in (before, after)])
-        views = views.to(self.where.device).contiguous(memory_format=torch.channels_last)
+        views = views.to(self.ctx.device).contiguous(memory_format=torch.channels_last)
         classes = self.model.net(views).argmax(1)
         maps = saliency.vanilla(self.model.net, views, classes)
         tiles = []

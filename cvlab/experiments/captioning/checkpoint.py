@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from cvlab.config.schema import Table
+from cvlab.config.schema import Registry
 from cvlab.data.vocabulary import Vocabulary
 from cvlab.experiments.captioning.model import Captioner
 from cvlab.models import backbone as models_backbone
 from cvlab.models import pretrained
-from cvlab.models.features import Features
+from cvlab.models.features import FeatureExtractor
 from cvlab.runs import weights_file
 
-TABLE = Table(
+TABLE = Registry(
     "captioner", {"captioner": "cvlab.experiments.captioning.model:Captioner"}, frozenset({"channels", "num_words"})
 )
 FILE = "captioner.safetensors"  # of a training, in its run directory
@@ -43,18 +43,18 @@ class Made:
     """A captioner, the layer of the backbone that it reads, and its vocabulary."""
 
     about: About
-    features: Features
+    features: FeatureExtractor
     vocabulary: Vocabulary
     net: Captioner
 
 
-def maps_of(strides: Sequence[int], backbone: str, weights: str | None, device: torch.device) -> Features:
+def maps_of(strides: Sequence[int], backbone: str, weights: str | None, device: torch.device) -> FeatureExtractor:
     """Return a backbone's maps of some strides, for 32 alone the last one. ConfigError where it has none such."""
     net = pretrained.build(backbone, weights, device)
-    return Features(net, models_backbone.levels(net, strides, is_last=tuple(strides) == (32,)))
+    return FeatureExtractor(net, models_backbone.levels(net, strides, is_last=tuple(strides) == (32,)))
 
 
-def build(about: About, features: Features, device: torch.device) -> Made:
+def build(about: About, features: FeatureExtractor, device: torch.device) -> Made:
     """Build a captioner on a backbone's map, its weights drawn at random."""
     vocabulary = Vocabulary(about.words)
     with torch.inference_mode():

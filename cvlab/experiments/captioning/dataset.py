@@ -20,7 +20,7 @@ from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import scene_captions
 from cvlab.storage.cache import install_folder, temporary_folder
 
-OWN = "captions"
+CUSTOM = "captions"
 
 
 SPLITS = ("train", "val", "test")
@@ -36,7 +36,7 @@ FORMS = "a CSV with the columns image and caption, or COCO's captions as JSON, b
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionSample:
     """A photo and what people say of it, as they wrote it."""
 
     path: Path
@@ -44,14 +44,14 @@ class Captioned:
 
 
 @dataclass(frozen=True)
-class CaptionSet:
+class CaptionDataset:
     """A set of photos with sentences; `splits` has `train`, `val` and `test`."""
 
     name: str
-    splits: dict[str, tuple[Captioned, ...]]
+    splits: dict[str, tuple[CaptionSample, ...]]
 
 
-def flickr8k(root: Path) -> CaptionSet:
+def flickr8k(root: Path) -> CaptionDataset:
     """Return Flickr8k in its official splits. DataError where it is not there or a photo has no sentence."""
     folder = root / "flickr8k"
     hint = "`cvlab data fetch flickr8k --from FOLDER` takes a copy that you have"
@@ -70,12 +70,12 @@ def flickr8k(root: Path) -> CaptionSet:
         for name in names:
             if Path(name).stem not in by_stem:
                 raise DataError(f"{folder / 'captions.txt'}: no caption of {name}, which is in {path.name}")
-            items.append(Captioned(folder / "Images" / name, tuple(by_stem[Path(name).stem])))
+            items.append(CaptionSample(folder / "Images" / name, tuple(by_stem[Path(name).stem])))
         splits[split] = tuple(items)
-    return CaptionSet("flickr8k", splits)
+    return CaptionDataset("flickr8k", splits)
 
 
-def own(path: Path, val_fraction: float) -> CaptionSet:
+def read_custom(path: Path, val_fraction: float) -> CaptionDataset:
     """Read a user's own set: a file of captions whose images lie beside it, below it or in `images`.
 
     The last photos in a fixed random order are `val`; there is no `test`.
@@ -84,15 +84,15 @@ def own(path: Path, val_fraction: float) -> CaptionSet:
         raise DataError(f"{path}: no such file", f"name {FORMS}")
     sentences = read_coco(path) if path.suffix == ".json" else read_csv(path)
     folders = [path.parent, path.parent / "images", path.parent / "Images", path.parent.parent / "images"]
-    items = [Captioned(_place(name, folders, path), tuple(values)) for name, values in sentences.items()]
+    items = [CaptionSample(_place(name, folders, path), tuple(values)) for name, values in sentences.items()]
     order = rng.permutation(SEED, 0, len(items), torch.device("cpu")).tolist()
     num_val = max(int(bool(val_fraction)), round(len(items) * val_fraction))
     if num_val >= len(items):
         raise ConfigError(f"{path}: {len(items)} photos are too few to split", "a smaller val_fraction")
     shuffled = tuple(items[k] for k in order)
     cut = len(items) - num_val
-    parts: tuple[tuple[Captioned, ...], ...] = (shuffled[:cut], shuffled[cut:], ())
-    return CaptionSet(path.stem, dict(zip(SPLITS, parts, strict=True)))
+    parts: tuple[tuple[CaptionSample, ...], ...] = (shuffled[:cut], shuffled[cut:], ())
+    return CaptionDataset(path.stem, dict(zip(SPLITS, parts, strict=True)))
 
 
 def _place(name: str, folders: Iterable[Path], listed: Path) -> Path:
@@ -104,26 +104,26 @@ def _place(name: str, folders: Iterable[Path], listed: Path) -> Path:
     )
 
 
-def scenes(root: Path) -> CaptionSet:
+def scenes(root: Path) -> CaptionDataset:
     """Return the built-in scenes with their sentences, generated at first use."""
     folder = scene_captions.SET.folder(root)
-    splits: dict[str, list[Captioned]] = {split: [] for split in SPLITS}
+    splits: dict[str, list[CaptionSample]] = {split: [] for split in SPLITS}
     for name, sentences in read_csv(folder / "captions.csv").items():
-        splits[name.partition("_")[0]].append(Captioned(folder / "images" / name, tuple(sentences)))
-    return CaptionSet("scene_sentences", {split: tuple(items) for split, items in splits.items()})
+        splits[name.partition("_")[0]].append(CaptionSample(folder / "images" / name, tuple(sentences)))
+    return CaptionDataset("scene_sentences", {split: tuple(items) for split, items in splits.items()})
 
 
-def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0.1) -> CaptionSet:
+def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0.1) -> CaptionDataset:
     """Return a set by name, or the user's own (`captions`) from `path`."""
-    if (name == OWN) != (path is not None):
+    if (name == CUSTOM) != (path is not None):
         raise ConfigError(f"data {name}: " + ("path is missing" if path is None else "path goes with name: captions"))
     if path is not None:
-        return own(Path(path), val_fraction)
+        return read_custom(Path(path), val_fraction)
     if name == "flickr8k":
         return flickr8k(root)
     if name == "scene_sentences":
         return scenes(root)
-    raise registry.unknown("set of photos with sentences", name, ("flickr8k", "scene_sentences", OWN))
+    raise registry.unknown_name_error("set of photos with sentences", name, ("flickr8k", "scene_sentences", CUSTOM))
 
 
 def _summary(name: str, root: Path) -> str:
@@ -180,12 +180,12 @@ SCENE_SENTENCES = Source(
 
 
 CAPTIONS = Source(
-    name=OWN,
+    name=CUSTOM,
     summary="your own photos with sentences: a CSV (image,caption) or COCO's JSON; data.path names it",
     licence="yours",
     size=Size(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
     ready=lambda root: False,
-    load=lambda root: load(OWN, root),
+    load=lambda root: load(CUSTOM, root),
     check=lambda root: "your own, read and checked by every run",
     kind="captions",
     own=True,

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvlab.data.vocabulary import END, NULL, START, UNKNOWN
+from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
 from cvlab.experiments.captioning.model import Captioner
 
-NEVER = (NULL, START, UNKNOWN)  # said in no sentence
+NEVER = (PAD, START, UNKNOWN)  # said in no sentence
 NONE = -1e9  # a score that loses against every other
 
 
@@ -82,7 +82,7 @@ def draw(model: Captioner, features: Tensor, count: int, length: int) -> Tensor:
         scores, state, _ = model.step(state, said[-1])
         scores[:, NEVER] = NONE
         word = _drawn(scores) if t < length - 1 else torch.full_like(said[-1], END)
-        said.append(word.masked_fill(is_ended, NULL))
+        said.append(word.masked_fill(is_ended, PAD))
         is_ended = is_ended | (word == END)
         if bool(is_ended.all()):
             break

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from cvlab.data import rng
-from cvlab.data.vocabulary import END, NULL, UNKNOWN, Vocabulary, tokens
+from cvlab.data.vocabulary import END, PAD, UNKNOWN, Vocabulary, tokenize
 from cvlab.distributed import sharding
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.experiments.captioning import decoding, scene_captions
-from cvlab.experiments.captioning.dataset import Captioned
+from cvlab.experiments.captioning.dataset import CaptionSample
 from cvlab.experiments.captioning.model import Captioner
 from cvlab.ops import bleu, cider
 
@@ -36,8 +36,8 @@ class Batch:
 class Sentences:
     """The sentences of photos as numbers, all photos one after the other."""
 
-    def __init__(self, items: Sequence[Captioned], vocabulary: Vocabulary, length: int, most: int | None) -> None:
-        some = [[tokens(sentence) for sentence in item.sentences[:most]] for item in items]
+    def __init__(self, items: Sequence[CaptionSample], vocabulary: Vocabulary, length: int, most: int | None) -> None:
+        some = [[tokenize(sentence) for sentence in item.sentences[:most]] for item in items]
         counts = torch.tensor([len(sentences) for sentences in some])
         self.words = vocabulary.encode((words for sentences in some for words in sentences), length)
         self.first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -47,7 +47,7 @@ class Sentences:
         rows = [torch.arange(int(self.first[k]), int(self.first[k + 1])) for k in photos.tolist()]
         image = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row) for row in rows]))
         words = self.words[torch.cat(rows)]
-        longest = int((words != NULL).sum(1).max()) if len(words) else 1
+        longest = int((words != PAD).sum(1).max()) if len(words) else 1
         return words[:, :longest], image
 
 
@@ -71,7 +71,7 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """Return the photos of a step, each as it is or mirrored: this process's share."""
         epoch, chosen = self.epochs(step)
-        chosen = sharding.share(chosen)
+        chosen = sharding.shard(chosen)
         features = self.features[chosen]
         if self.mirrored is not None:
             turned = rng.uniform(self.seed, epoch, chosen, "mirrored") < 0.5
@@ -89,11 +89,11 @@ class Reward:
     that sentences do not break off.
     """
 
-    def __init__(self, items: Sequence[Captioned], vocabulary: Vocabulary) -> None:
+    def __init__(self, items: Sequence[CaptionSample], vocabulary: Vocabulary) -> None:
         numbers = vocabulary.numbers
         self.judge = cider.Cider(
             [
-                [[*(numbers.get(word, UNKNOWN) for word in tokens(text)), END] for text in item.sentences]
+                [[*(numbers.get(word, UNKNOWN) for word in tokenize(text)), END] for text in item.sentences]
                 for item in items
             ]
         )
@@ -101,7 +101,7 @@ class Reward:
     def gains(self, words: Tensor, photos: Tensor) -> tuple[Tensor, float]:
         """Return by how much each sentence (M, T) drawn beats the others of its photo, (M,); their mean score."""
         count = len(words) // len(photos)
-        rows = [[word for word in row[1:] if word != NULL] for row in words.tolist()]
+        rows = [[word for word in row[1:] if word != PAD] for row in words.tolist()]
         picture = photos.repeat_interleave(count).tolist()
         scores = torch.tensor([self.judge.score(row, k) for row, k in zip(rows, picture, strict=True)])
         own = scores.view(-1, count)
@@ -119,7 +119,7 @@ def reward_loss(net: Captioner, batch: Batch, reward: Reward, count: int, length
 
 
 @torch.inference_mode()
-def loss(net: Captioner, features: Tensor, sentences: Sentences, where: Compute) -> float:
+def loss(net: Captioner, features: Tensor, sentences: Sentences, ctx: ComputeContext) -> float:
     """Return the loss of a set: summed over a sentence's words, a mean over sentences."""
     was_training = net.training
     net.eval()
@@ -127,38 +127,42 @@ def loss(net: Captioner, features: Tensor, sentences: Sentences, where: Compute)
     for start in range(0, len(features), BATCH):
         photos = torch.arange(start, min(start + BATCH, len(features)))
         words, image = sentences.of(photos)
-        with where.autocast():
-            value, _ = net.loss(
-                features[photos].float().to(where.device), words.to(where.device), image.to(where.device)
-            )
+        with ctx.autocast():
+            value, _ = net.loss(features[photos].float().to(ctx.device), words.to(ctx.device), image.to(ctx.device))
         total, count = total + value.item() * len(words), count + len(words)
     net.train(was_training)
     return total / max(count, 1)
 
 
 def say(
-    net: Captioner, features: Tensor, vocabulary: Vocabulary, where: Compute, width: int, length: int, alpha: float
+    net: Captioner,
+    features: Tensor,
+    vocabulary: Vocabulary,
+    ctx: ComputeContext,
+    width: int,
+    length: int,
+    alpha: float,
 ) -> list[list[str]]:
     """Return the sentence about each photo, in words."""
     found: list[list[str]] = []
     for start in range(0, len(features), BATCH):
-        some = features[start : start + BATCH].float().to(where.device)
-        with where.autocast():
+        some = features[start : start + BATCH].float().to(ctx.device)
+        with ctx.autocast():
             said = decoding.search(net, some, width, length - 1, alpha)
         found += [vocabulary.decode(sentence.words) for sentence in said]
     return found
 
 
-def measure(found: Sequence[Sequence[str]], items: Sequence[Captioned]) -> dict[str, float]:
+def measure(found: Sequence[Sequence[str]], items: Sequence[CaptionSample]) -> dict[str, float]:
     """Return BLEU-1 to 4, CIDEr-D and the share of sentences that are exactly one of those that people wrote."""
-    references = [[tokens(sentence) for sentence in item.sentences] for item in items]
+    references = [[tokenize(sentence) for sentence in item.sentences] for item in items]
     scores = bleu.bleu(found, references)
     exact = sum(list(words) in others for words, others in zip(found, references, strict=True))
     values = {f"bleu{n + 1}": score for n, score in enumerate(scores)}
     return values | {"cider": cider.cider(found, references), "exact": exact / max(len(items), 1)}
 
 
-def measure_parts(found: Sequence[Sequence[str]], items: Sequence[Captioned]) -> dict[str, float]:
+def measure_parts(found: Sequence[Sequence[str]], items: Sequence[CaptionSample]) -> dict[str, float]:
     """Return the shares of scenes whose shapes, colours and relation are all said right."""
     right: dict[str, int] = {}
     for words, item in zip(found, items, strict=True):

@@ -20,9 +20,9 @@ from torch import Tensor
 from cvlab import console
 from cvlab.console import Progress
 from cvlab.data import photos
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.errors import CvlabError, DataError
-from cvlab.models.features import Features
+from cvlab.models.features import FeatureExtractor
 from cvlab.runs import checkpoint
 from cvlab.storage import atomic
 from cvlab.storage.cache import data_root
@@ -48,13 +48,13 @@ def squeezed(photo: Image.Image, size_px: int, mirrored: bool = False) -> Tensor
 
 
 @torch.inference_mode()
-def look(features: Features, batch: Tensor, where: Compute, pool: bool) -> Tensor:
+def look(features: FeatureExtractor, batch: Tensor, ctx: ComputeContext, pool: bool) -> Tensor:
     """Return the maps of a batch (N, 3, S, S) cell by cell: (N, L, C), or (N, 1, C) pooled, float32 on the CPU.
 
     The cells are those of the first map; finer maps are averaged over them, coarser ones repeated.
     """
-    with where.autocast():
-        maps = features.batch(batch.to(where.device))
+    with ctx.autocast():
+        maps = features.batch(batch.to(ctx.device))
     height, width = maps[features.names[0]].shape[2:]
     found = torch.cat([F.adaptive_avg_pool2d(maps[name].float(), (height, width)) for name in features.names], 1)
     cells = found.flatten(2).mT
@@ -62,42 +62,50 @@ def look(features: Features, batch: Tensor, where: Compute, pool: bool) -> Tenso
 
 
 def load(
-    features: Features, paths: Sequence[Path], where: Compute, request: Request, look_up: Callable[[], None]
+    features: FeatureExtractor,
+    paths: Sequence[Path],
+    ctx: ComputeContext,
+    request: Request,
+    check_interrupt: Callable[[], None],
 ) -> Tensor:
     """Return the maps of photos, float16 (N, L, C), from the disk if they are there, else computed and kept.
 
     Where the disk refuses they are held in memory. DataError for a photo that cannot be read.
     """
-    digest, about = _key(features, paths, where, request)
+    digest, about = _key(features, paths, ctx, request)
     path = data_root() / FOLDER / f"{digest}.npy"
     try:
         return _read(path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError) as error:
-        console.say(f"warning: {path}: {error}; computed again")
-    made = _compute(features, paths, where, request, look_up)
+        console.info(f"warning: {path}: {error}; computed again")
+    made = _compute(features, paths, ctx, request, check_interrupt)
     try:
         _keep(path, made, about)
         return _read(path)
     except (CvlabError, OSError) as error:
-        console.say(f"warning: the maps are not kept: {error}")
+        console.info(f"warning: the maps are not kept: {error}")
         return made
 
 
 def _compute(
-    features: Features, paths: Sequence[Path], where: Compute, request: Request, look_up: Callable[[], None]
+    features: FeatureExtractor,
+    paths: Sequence[Path],
+    ctx: ComputeContext,
+    request: Request,
+    check_interrupt: Callable[[], None],
 ) -> Tensor:
     made: Tensor | None = None
     with Progress("maps of photos", len(paths), 0) as progress:
         for start in range(0, len(paths), BATCH):
             some = paths[start : start + BATCH]
             views = [squeezed(photos.load(path), request.size_px, request.mirrored) for path in some]
-            found = look(features, torch.stack(views), where, request.pool).half()
+            found = look(features, torch.stack(views), ctx, request.pool).half()
             if made is None:
                 made = torch.empty(len(paths), *found.shape[1:], dtype=torch.float16)
             made[start : start + len(some)] = found
-            look_up()
+            check_interrupt()
             if progress.due():
                 progress.update(start + len(some), some[-1].name)
     if made is None:
@@ -105,7 +113,9 @@ def _compute(
     return made
 
 
-def _key(features: Features, paths: Sequence[Path], where: Compute, request: Request) -> tuple[str, dict[str, Any]]:
+def _key(
+    features: FeatureExtractor, paths: Sequence[Path], ctx: ComputeContext, request: Request
+) -> tuple[str, dict[str, Any]]:
     about = {
         "backbone": features.model.name,
         "weights": checkpoint.weights_digest(features.model.net.state_dict()),
@@ -113,7 +123,7 @@ def _key(features: Features, paths: Sequence[Path], where: Compute, request: Req
         "size_px": request.size_px,
         "pool": request.pool,
         "mirrored": request.mirrored,
-        "precision": where.precision,
+        "precision": ctx.precision,
         "photos": len(paths),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab.config.schema import BelowOne, Count
-from cvlab.data.vocabulary import NULL
+from cvlab.config.schema import FractionBelowOne, PositiveInt
+from cvlab.data.vocabulary import PAD
 from cvlab.layers import attention, modules, recurrent, recurrent_reference
 from cvlab.layers import sequence as by_hand
 
@@ -46,10 +46,10 @@ class Captioner(nn.Module):
         channels: int,
         num_words: int,
         cell: Cell = "attention_lstm",
-        words: Count = 256,
-        hidden: Count = 512,
-        dropout: BelowOne = 0.5,
-        feature_dropout: BelowOne = 0.3,
+        words: PositiveInt = 256,
+        hidden: PositiveInt = 512,
+        dropout: FractionBelowOne = 0.5,
+        feature_dropout: FractionBelowOne = 0.3,
         layers: Literal["torch", "manual"] = "torch",
         positions: bool = False,
         cells: Literal["linear", "mlp"] = "linear",
@@ -139,10 +139,10 @@ class Captioner(nn.Module):
         """
         if self.layers == "manual":
             scores, wanted, _ = self._foreseen(features, words, image)
-            loss = modules.apply(by_hand.TemporalSoftmax, scores[None], wanted[None], options=(NULL,)) / len(words)
+            loss = modules.apply(by_hand.TemporalSoftmax, scores[None], wanted[None], options=(PAD,)) / len(words)
         else:
             loss = -self.log_probability(features, words, image).mean()
-        return loss, loss.detach() * len(words) / (words[:, 1:] != NULL).sum()
+        return loss, loss.detach() * len(words) / (words[:, 1:] != PAD).sum()
 
     def log_probability(self, features: Tensor, words: Tensor, image: Tensor) -> Tensor:
         """Return the logarithm of the probability of each sentence (M, T) whole: (M,). NULL counts nothing."""
@@ -157,7 +157,7 @@ class Captioner(nn.Module):
         """
         wanted = words[:, 1:]
         states = self.states(self._seen(features, image), words[:, :-1])
-        is_word = wanted != NULL
+        is_word = wanted != PAD
         return _precise(self.scores(states[is_word])), wanted[is_word], is_word.nonzero()[:, 0]
 
     def start(self, features: Tensor) -> State:

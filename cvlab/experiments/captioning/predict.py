@@ -42,17 +42,17 @@ class Config(ImagesConfig):
 class Caption:
     """The work of a command on photos: a sentence for each, and where its words were seen."""
 
-    def __init__(self, config: Config, made: Made, where: device.Compute, out: RunDir) -> None:
-        self.config, self.made, self.where, self.out = config, made, where, out
+    def __init__(self, config: Config, made: Made, ctx: device.ComputeContext, out: RunDir) -> None:
+        self.config, self.made, self.ctx, self.out = config, made, ctx, out
 
-    def __call__(self, batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
         """Return for each photo its `sentence`, and the mean log-probability of its words as `score`."""
-        look_up()
+        check_interrupt()
         made, about = self.made, self.made.about
         squeezed = torch.stack([feature_store.squeezed(photo.image, about.size_px) for photo in batch])
-        seen = feature_store.look(made.features, squeezed, self.where, not made.net.is_attending)
-        seen = seen.to(self.where.device)
-        with self.where.autocast():
+        seen = feature_store.look(made.features, squeezed, self.ctx, not made.net.is_attending)
+        seen = seen.to(self.ctx.device)
+        with self.ctx.autocast():
             found = decoding.search(made.net, seen, self.config.beam, about.length - 1, self.config.alpha)
         rows = []
         for k, (photo, said) in enumerate(zip(batch, found, strict=True)):
@@ -72,14 +72,14 @@ class Caption:
         return name
 
 
-def _open(config: Config) -> tuple[device.Compute, Made]:
+def _open(config: Config) -> tuple[device.ComputeContext, Made]:
     """Choose the device and read the captioner. ConfigError where it cannot show what is asked for."""
-    where = device.compute(config.device, config.precision, config.threads)
-    name = config.weights or str(weights.COME_ALONG / checkpoint.FILE)
-    made = checkpoint.load(weights.file_of(name, checkpoint.FILE, "captioner"), where.device)
+    ctx = device.select_device(config.device, config.precision, config.threads)
+    name = config.weights or str(weights.BUNDLED_WEIGHTS / checkpoint.FILE)
+    made = checkpoint.load(weights.resolve_weights_path(name, checkpoint.FILE, "captioner"), ctx.device)
     if config.attention and not made.net.is_attending:
         raise ConfigError(f"attention: a captioner with a cell {made.net.cell} looks nowhere in particular")
-    return where, made
+    return ctx, made
 
 
 def _told(config: Config, made: Made) -> str:
@@ -89,11 +89,11 @@ def _told(config: Config, made: Made) -> str:
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Say a sentence about every photo."""
-    where, made = _open(config)
+    ctx, made = _open(config)
     out.log(f"looking with {_told(config, made)}")
     if config.attention:
         out.folder("images")
-    rows = photo_batches.run(config, out, Caption(config, made, where, out), "caption")
+    rows = photo_batches.run(config, out, Caption(config, made, ctx, out), "caption")
     return {"num_photos": len(rows), "mean_words": sum(len(row["sentence"].split()) for row in rows) / len(rows)}
 
 
@@ -104,10 +104,10 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. DataError where the weights or all of the photos are not there."""
-    where, made = _open(config)
+    ctx, made = _open(config)
     return {
-        "photos": len(photo_batches.there(config.images)[1]),
+        "photos": len(photo_batches.resolve_images(config.images)[1]),
         "captioner": _told(config, made),
         "parameters": sum(p.numel() for p in made.net.parameters()),
-        **where.told(),
+        **ctx.told(),
     }

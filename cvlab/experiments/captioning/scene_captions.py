@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Iterator
 
-from cvlab.data.generated import Generated
+from cvlab.data.generated import GeneratedDataset
 from cvlab.data.scenes import generator
 from cvlab.data.scenes.generator import Rules, Scene, Thing
 
@@ -72,4 +72,4 @@ def _files() -> Iterator[tuple[str, bytes]]:
     yield "captions.csv", table.getvalue().encode()
 
 
-SET = Generated("scene_sentences", 2, sum(COUNTS.values()), lambda: _files())
+SET = GeneratedDataset("scene_sentences", 2, sum(COUNTS.values()), lambda: _files())

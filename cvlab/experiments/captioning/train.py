@@ -22,12 +22,12 @@ from cvlab.config import schema
 from cvlab.data import vocabulary
 from cvlab.distributed import process_group
 from cvlab.engine import device, loop, trainer
-from cvlab.engine.task import Job
+from cvlab.engine.task import TrainTask
 from cvlab.experiments.captioning import checkpoint as captioning_checkpoint
 from cvlab.experiments.captioning import dataset, feature_store, scene_captions
 from cvlab.experiments.captioning import evaluation as captioning_evaluation
 from cvlab.experiments.captioning.checkpoint import About, Made
-from cvlab.experiments.captioning.dataset import Captioned, CaptionSet
+from cvlab.experiments.captioning.dataset import CaptionDataset, CaptionSample
 from cvlab.experiments.captioning.evaluation import Batch, Batches, Reward, Sentences
 from cvlab.experiments.captioning.feature_store import Request
 from cvlab.experiments.common import backbone_config
@@ -37,25 +37,27 @@ from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
 
 
-class Data(backbone_config.SetOfPhotos):
+class Data(backbone_config.PhotoDatasetConfig):
     """Which photos with sentences."""
 
-    kind = dataset.OWN
-    val_fraction: schema.BelowOne = Field(0.1, description="of the photos of your own set")
-    sentences: schema.Count | None = Field(None, description="take so many sentences of a photo; null: all")
+    kind = dataset.CUSTOM
+    val_fraction: schema.FractionBelowOne = Field(0.1, description="of the photos of your own set")
+    sentences: schema.PositiveInt | None = Field(None, description="take so many sentences of a photo; null: all")
 
 
-class Config(backbone_config.MapsConfig):
+class Config(backbone_config.BackboneTrainConfig):
     """A captioner, its data and how it is trained. `batch_size` counts photos, each with all of its sentences."""
 
     data: Data
-    model: Annotated[schema.Part, captioning_checkpoint.TABLE]
+    model: Annotated[schema.ComponentConfig, captioning_checkpoint.TABLE]
     size: Annotated[int, Ge(64), Le(2048)] = Field(224, description="photos are squeezed to squares of so many pixels")
     strides: Annotated[tuple[Literal[4, 8, 16, 32], ...], MinLen(1)] = Field(
         (32,), description="pixels between the cells of the backbone's map; of several the first says which cells"
     )
     mirror: bool = Field(False, description="show half of the photos mirrored; twice the maps on the disk")
-    threshold: schema.Count = Field(5, description="words that stand less often in the training sentences are unknown")
+    threshold: schema.PositiveInt = Field(
+        5, description="words that stand less often in the training sentences are unknown"
+    )
     length: Annotated[int, Ge(3), Le(200)] = Field(17, description="words of a sentence at most, with start and end")
     reward_epochs: Annotated[int, Ge(0)] = Field(
         0, description="so many epochs at the end sentences are drawn, and those most like people's become likelier"
@@ -74,20 +76,20 @@ class Config(backbone_config.MapsConfig):
 class Parts:
     """What a configuration builds."""
 
-    where: device.Compute
-    captionset: CaptionSet
+    ctx: device.ComputeContext
+    captionset: CaptionDataset
     made: Made
 
 
 def build(config: Config) -> Parts:
     """Read the sentences and build the captioner, seeded."""
-    where = device.compute(config.device, config.precision, config.threads)
+    ctx = device.select_device(config.device, config.precision, config.threads)
     captionset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
     train = items_of(config, captionset, "train")
-    spoken = (vocabulary.tokens(text) for item in train for text in item.sentences[: config.data.sentences])
-    words = vocabulary.build(spoken, config.threshold)
+    spoken = (vocabulary.tokenize(text) for item in train for text in item.sentences[: config.data.sentences])
+    words = vocabulary.build_vocabulary(spoken, config.threshold)
     device.seed_everything(config.seed)
-    features = captioning_checkpoint.maps_of(config.strides, config.backbone, config.backbone_weights, where.device)
+    features = captioning_checkpoint.maps_of(config.strides, config.backbone, config.backbone_weights, ctx.device)
     about = About(
         config.model.arguments() | {"layers": "torch"},
         words.words,
@@ -98,23 +100,23 @@ def build(config: Config) -> Parts:
         config.backbone_weights,
         captionset.name,
     )
-    made = captioning_checkpoint.build(about, features, where.device)
+    made = captioning_checkpoint.build(about, features, ctx.device)
     made.net.layers = config.model.arguments()["layers"]
-    return Parts(where, captionset, made)
+    return Parts(ctx, captionset, made)
 
 
-def items_of(config: Config, captionset: CaptionSet, split: str) -> Sequence[Captioned]:
+def items_of(config: Config, captionset: CaptionDataset, split: str) -> Sequence[CaptionSample]:
     """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
     return config.data.items(captionset.name, captionset.splits, split)
 
 
 def maps_of(
-    config: Config, parts: Parts, split: str, look_up: Callable[[], None] = lambda: None, mirrored: bool = False
+    config: Config, parts: Parts, split: str, check_interrupt: Callable[[], None] = lambda: None, mirrored: bool = False
 ) -> Tensor:
     """Return what the backbone sees in the photos of a split, (N, L, C)."""
     paths = [item.path for item in items_of(config, parts.captionset, split)]
     request = Request(config.size, not parts.made.net.is_attending, mirrored)
-    return feature_store.load(parts.made.features, paths, parts.where, request, look_up)
+    return feature_store.load(parts.made.features, paths, parts.ctx, request, check_interrupt)
 
 
 def loss_function(config: Config, reward: Reward | None) -> loop.LossFn[Batch]:
@@ -133,13 +135,13 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     """Look at all photos, train, say a sentence about each photo that is judged; keep the weights in their own file."""
     parts = build(config)
     with StopRequest() as stop:
-        look_up = functools.partial(stop.look_up, 0, out.path.name)
-        features = maps_of(config, parts, "train", look_up)
-        mirrored = maps_of(config, parts, "train", look_up, mirrored=True) if config.mirror else None
-        val = maps_of(config, parts, "val", look_up)
+        check_interrupt = functools.partial(stop.raise_if_set, 0, out.path.name)
+        features = maps_of(config, parts, "train", check_interrupt)
+        mirrored = maps_of(config, parts, "train", check_interrupt, mirrored=True) if config.mirror else None
+        val = maps_of(config, parts, "val", check_interrupt)
     train = items_of(config, parts.captionset, "train")
     sentences = Sentences(train, parts.made.vocabulary, config.length, config.data.sentences)
-    batches = Batches(features, sentences, config.batch_size, config.seed, mirrored, parts.where.device)
+    batches = Batches(features, sentences, config.batch_size, config.seed, mirrored, parts.ctx.device)
     reward = None
     if config.reward_epochs:
         batches.late_from = config.last_from(config.reward_epochs, batches.epochs.steps)
@@ -149,10 +151,10 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
 
     def evaluation(net: nn.Module) -> dict[str, float]:
         found = _say(config, parts, net, val, width=1)
-        value = captioning_evaluation.loss(net, val, judged, parts.where)  # type: ignore[arg-type]
+        value = captioning_evaluation.loss(net, val, judged, parts.ctx)  # type: ignore[arg-type]
         return {"val_loss": value, "val_bleu4": captioning_evaluation.measure(found, items)["bleu4"]}
 
-    job = Job(
+    job = TrainTask(
         model=parts.made.net,
         loss_fn=loss_function(config, reward),
         batch_at=batches,
@@ -160,7 +162,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         items_per_step=batches.epochs.batch_size,
         evaluate=evaluation,
         monitor="val_bleu4",
-        where=parts.where,
+        ctx=parts.ctx,
     )
     net, metrics = trainer.train(config, job, out)
     if process_group.is_main():
@@ -178,7 +180,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
 
 def _say(config: Config, parts: Parts, net: Any, features: Tensor, width: int) -> list[list[str]]:
     return captioning_evaluation.say(
-        net, features, parts.made.vocabulary, parts.where, width, config.length, config.alpha
+        net, features, parts.made.vocabulary, parts.ctx, width, config.length, config.alpha
     )
 
 
@@ -196,14 +198,14 @@ def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tupl
     """Evaluate the weights of a checkpoint by beam search; names of splits stand before the metrics."""
     parts = build(config)
     net = parts.made.net
-    checkpoint.take_weights(net, state, str(base))
+    checkpoint.load_eval_weights(net, state, str(base))
     chosen = splits or tuple(name for name in ("val", "test") if parts.captionset.splits.get(name))
     found: dict[str, float] = {}
     for split in chosen:
         features = maps_of(config, parts, split)
         sentences = Sentences(items_of(config, parts.captionset, split), parts.made.vocabulary, config.length, None)
         values = judge(config, parts, net, features, split)
-        values["loss"] = captioning_evaluation.loss(net, features, sentences, parts.where)
+        values["loss"] = captioning_evaluation.loss(net, features, sentences, parts.ctx)
         found |= {f"{split}_{name}": value for name, value in values.items()}
     return found
 
@@ -228,5 +230,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "words": len(parts.made.vocabulary),
         "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.captionset.splits.items()),
         "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
-        **parts.where.told(),
+        **parts.ctx.told(),
     }

@@ -25,18 +25,18 @@ from cvlab.runs.run_dir import RunDir
 class Config(PhotoConfig):
     """Which photos, which net."""
 
-    top: Annotated[schema.Count, Le(1000)] = Field(5, description="classes to name for each photo")
-    batch_size: schema.Count = Field(32, description="photos that go through together")
+    top: Annotated[schema.PositiveInt, Le(1000)] = Field(5, description="classes to name for each photo")
+    batch_size: schema.PositiveInt = Field(32, description="photos that go through together")
 
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Classify all photos."""
-    where, model = config.build()
+    ctx, model = config.build()
 
-    def work(batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
         views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch])
         with torch.inference_mode():
-            probabilities = model.probabilities(views.to(where.device))
+            probabilities = model.probabilities(views.to(ctx.device))
         values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
         rows = []
         for p, k in zip(values.tolist(), indices.tolist(), strict=True):
@@ -55,5 +55,5 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do."""
-    where, model = config.build()
-    return photo_batches.plan(config, where, model)
+    ctx, model = config.build()
+    return photo_batches.plan(config, ctx, model)

@@ -23,13 +23,13 @@ from cvlab.data import datasets
 from cvlab.data.datasets import Size
 from cvlab.engine import device, loop, optimizers, trainer
 from cvlab.engine.config import TrainConfig
-from cvlab.engine.task import Exported, Job
+from cvlab.engine.task import ExportSpec, TrainTask
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification.data.augment import Augmentation, views
-from cvlab.experiments.classification.data.hard_examples import HardBatches
+from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import (
-    ImageSet,
-    TrainBatches,
+    ImageDataset,
+    TrainLoader,
     eval_batches,
     normalization,
     size_of,
@@ -47,11 +47,11 @@ TRAIN_EVALUATED = 10_000  # of a larger training set the first so many are evalu
 FITTED_TO = 5_000  # so many training images are shown to a model that sets weights by them before it is trained
 
 
-class Data(schema.DataBlock):
+class Data(schema.DataConfig):
     """Which images, and how many of them."""
 
-    num_train: schema.Count | None = Field(None, description="train on the first so many; null: on all")
-    val_fraction: schema.BelowOne = Field(
+    num_train: schema.PositiveInt | None = Field(None, description="train on the first so many; null: on all")
+    val_fraction: schema.FractionBelowOne = Field(
         0.2, description="the last share of the training images is validation; 0: none, all are trained on"
     )
     normalize: Literal["mean", "mean_std"] = Field(
@@ -61,31 +61,33 @@ class Data(schema.DataBlock):
     @field_validator("name", "standin")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        if name is not None and not registry.is_user_file(name) and (error := datasets.unfit(name, "images")):
+        if name is not None and not registry.is_user_file(name) and (error := datasets.kind_error(name, "images")):
             raise ValueError(str(error))
         return name
 
 
-class Augment(schema.Frozen):
+class Augment(schema.FrozenModel):
     """Random changes of the training images."""
 
     flip: bool | Literal["alternating"] = Field(
         False, description="mirror images at random; alternating: at random in the first epoch, then in turn"
     )
-    translate_px: Annotated[schema.Index, Le(16)] = Field(0, description="shift by up to so many pixels")
-    cutout_px: schema.Index = Field(0, description="blank out a square with sides of so many pixels")
+    translate_px: Annotated[schema.NonNegativeInt, Le(16)] = Field(0, description="shift by up to so many pixels")
+    cutout_px: schema.NonNegativeInt = Field(0, description="blank out a square with sides of so many pixels")
 
 
 class Config(TrainConfig):
     """One classifier on one data set."""
 
     data: Data
-    model: Annotated[schema.Part, model_registry.TABLE]
+    model: Annotated[schema.ComponentConfig, model_registry.TABLE]
     layers: str = Field("torch", description="whose layers: a namespace of cvlab.layers")
-    reg: schema.NonNegative = Field(0.0, description="loss + reg * sum(W^2), over weights, not biases, gamma, beta")
-    label_smoothing: schema.BelowOne = Field(0.0, description="share of the target spread over all classes")
+    reg: schema.NonNegativeFloat = Field(
+        0.0, description="loss + reg * sum(W^2), over weights, not biases, gamma, beta"
+    )
+    label_smoothing: schema.FractionBelowOne = Field(0.0, description="share of the target spread over all classes")
     augment: Augment = Field(Augment())
-    skip_easy: schema.BelowOne = Field(
+    skip_easy: schema.FractionBelowOne = Field(
         0.0, description="after the first pass leave out this share of the images, those whose loss was smallest"
     )
     evaluate_test: bool = Field(False, description="report test_accuracy at the end; choose on validation")
@@ -97,7 +99,7 @@ class Config(TrainConfig):
     @classmethod
     def _known_layers(cls, name: str) -> str:
         if name not in layers.LAYERS:
-            raise ValueError(str(registry.unknown("layers", name, layers.LAYERS)))
+            raise ValueError(str(registry.unknown_name_error("layers", name, layers.LAYERS)))
         return name
 
 
@@ -105,37 +107,37 @@ class Config(TrainConfig):
 class Parts:
     """What a configuration builds."""
 
-    where: device.Compute
-    images: ImageSet
+    ctx: device.ComputeContext
+    images: ImageDataset
     model: nn.Module
-    batches: TrainBatches
+    batches: TrainLoader
     splits: dict[str, tuple[Tensor, Tensor]]
 
 
-def build(config: Config, base: Path, images: ImageSet | None = None) -> Parts:
+def build(config: Config, base: Path, images: ImageDataset | None = None) -> Parts:
     """Load the data, unless `images` are given, and build the model, seeded; user files are relative to `base`."""
-    where = device.compute(config.device, config.precision, config.threads)
-    images = images or _user_images(config, base) or datasets.find(config.data.name).load(data_root())
+    ctx = device.select_device(config.device, config.precision, config.threads)
+    images = images or _user_images(config, base) or datasets.get(config.data.name).load(data_root())
     splits = split(images, config.data.val_fraction, config.data.num_train)
-    splits = {name: (x.to(where.device), y.to(where.device)) for name, (x, y) in splits.items()}
-    normalize = normalization(images.train_images, config.data.normalize, where.dtype, where.device)
+    splits = {name: (x.to(ctx.device), y.to(ctx.device)) for name, (x, y) in splits.items()}
+    normalize = normalization(images.train_images, config.data.normalize, ctx.dtype, ctx.device)
     augment = Augmentation(**config.augment.model_dump())
-    kind = functools.partial(HardBatches, skip_easy=config.skip_easy) if config.skip_easy else TrainBatches
+    kind = functools.partial(HardExampleLoader, skip_easy=config.skip_easy) if config.skip_easy else TrainLoader
     batches = kind(*splits["train"], config.batch_size, config.seed, normalize, augment)
     model = build_model(config, base, size_of(images))
-    model = model.to(where.device, where.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(ctx.device, ctx.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if hasattr(model, "fit_to"):
         model.fit_to(normalize(splits["train"][0][:FITTED_TO].permute(0, 3, 1, 2)))
-    return Parts(where, images, model, batches, splits)
+    return Parts(ctx, images, model, batches, splits)
 
 
-def _user_images(config: Config, base: Path) -> ImageSet | None:
+def _user_images(config: Config, base: Path) -> ImageDataset | None:
     """Return what the user's own function gives, where the configuration names one."""
     if not registry.is_user_file(config.data.name):
         return None
     images = registry.import_user_object(config.data.name, base)()
-    if not isinstance(images, ImageSet):
-        raise ConfigError(f"data {config.data.name}: expected a cvlab.ImageSet, got {type(images).__name__}")
+    if not isinstance(images, ImageDataset):
+        raise ConfigError(f"data {config.data.name}: expected a cvlab.ImageDataset, got {type(images).__name__}")
     return images
 
 
@@ -146,7 +148,7 @@ def build_model(config: Config, base: Path, size: Size) -> nn.Module:
             raise ConfigError(f"augment.{key} {given}: the images have {size.image_px} px")
     device.seed_everything(config.seed)
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
-    namespace = registry.find("layers", config.layers, layers.LAYERS)
+    namespace = registry.get("layers", config.layers, layers.LAYERS)
     model = model_registry.build(config.model.name, config.model.arguments(), base, layers=namespace, **shape)
     model_registry.require_scores(model, config.model.name, **shape)
     return model
@@ -165,7 +167,7 @@ def monitor(config: Config) -> str:
     return "val_accuracy" if config.data.val_fraction else "train_accuracy"
 
 
-def loss_function(config: Config, batches: TrainBatches) -> loop.LossFn[tuple[Tensor, Tensor]]:
+def loss_function(config: Config, batches: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:
     """Return the training loss: cross-entropy plus reg * sum(W^2), with the accuracy on the batch beside it.
 
     Batches that choose by loss are told the cross-entropy of each image.
@@ -178,7 +180,7 @@ def loss_function(config: Config, batches: TrainBatches) -> loop.LossFn[tuple[Te
         if config.reg > 0:
             weights = [p for p in model.parameters() if p.ndim > 1]
             loss = loss + config.reg * torch.stack([w.square().sum() for w in weights]).sum()
-        if isinstance(batches, HardBatches):
+        if isinstance(batches, HardExampleLoader):
             batches.record(F.cross_entropy(_wide(scores.detach()), labels, reduction="none"))
         return {"loss": loss, "batch_accuracy": (scores.detach().argmax(1) == labels).float().mean()}
 
@@ -211,7 +213,7 @@ def _evaluator(parts: Parts, tta: str) -> Callable[[nn.Module, str], dict[str, f
         limit = TRAIN_EVALUATED if name == "train" else len(images)
         batches = eval_batches(images[:limit], labels[:limit], parts.batches.normalize)
         measured = functools.partial(measure, tta="none" if name == "train" else tta)
-        found = loop.evaluate(model, batches, measured, parts.where)
+        found = loop.evaluate(model, batches, measured, parts.ctx)
         return {f"{name}_{key}": value for key, value in found.items()}
 
     return evaluate
@@ -227,7 +229,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         val = evaluate(model, "val") if "val" in parts.splits else {}
         return {"train_accuracy": train["train_accuracy"], **val}
 
-    job = Job(
+    job = TrainTask(
         model=parts.model,
         loss_fn=loss_function(config, parts.batches),
         batch_at=parts.batches,
@@ -236,16 +238,16 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         evaluate=evaluation,
         memory=getattr(parts.batches, "memory", {}),
         monitor=monitor(config),
-        where=parts.where,
+        ctx=parts.ctx,
     )
     model, metrics = trainer.train(config, job, out)
     return metrics | (evaluate(model, "test") if config.evaluate_test else {})
 
 
-def exported(config: Config, base: Path, state: dict[str, Any]) -> Exported:
+def exported(config: Config, base: Path, state: dict[str, Any]) -> ExportSpec:
     """Return the net of a checkpoint, which takes images in [0, 1]: the normalisation is inside."""
     parts = build(config, base)
-    checkpoint.take_weights(parts.model, state, str(base))
+    checkpoint.load_eval_weights(parts.model, state, str(base))
     size = size_of(parts.images)
     normalize = parts.batches.normalize
     mean, std = normalize.mean_and_std()
@@ -257,14 +259,14 @@ def exported(config: Config, base: Path, state: dict[str, Any]) -> Exported:
         "classes": parts.images.classes,
     }
     example = torch.rand(1, size.channels, size.image_px, size.image_px)
-    return Exported(net, parts.model, example, ("scores",), about)
+    return ExportSpec(net, parts.model, example, ("scores",), about)
 
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do, without loading or writing anything; a user's own data has to be loaded."""
-    where = device.compute(config.device, config.precision, config.threads)
+    ctx = device.select_device(config.device, config.precision, config.threads)
     own = _user_images(config, base)
-    size = size_of(own) if own else datasets.find(config.data.name).size
+    size = size_of(own) if own else datasets.get(config.data.name).size
     model = build_model(config, base, size)
     optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
     num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
@@ -276,14 +278,14 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "val_images": num_val,
         "steps_per_epoch": steps_per_epoch,
         "steps": steps or f"as many as fit in {config.duration.seconds:g} s",
-        **where.told(),
+        **ctx.told(),
     }
 
 
 def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
     """Evaluate the weights of a checkpoint on the splits called `train`, `val`, `test`; on the last two without any."""
     parts = build(config, base)
-    checkpoint.take_weights(parts.model, state, str(base))
+    checkpoint.load_eval_weights(parts.model, state, str(base))
     evaluate = _evaluator(parts, config.tta)
     splits = splits or tuple(name for name in ("val", "test") if name in parts.splits)
     unknown = [name for name in splits if name not in parts.splits]

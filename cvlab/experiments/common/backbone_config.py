@@ -6,7 +6,7 @@ from typing import ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from cvlab.config.schema import BelowOne, Count, DataBlock
+from cvlab.config.schema import DataConfig, FractionBelowOne, PositiveInt
 from cvlab.data import datasets
 from cvlab.engine.config import TrainConfig
 from cvlab.errors import ConfigError
@@ -15,18 +15,20 @@ from cvlab.models import pretrained
 Item = TypeVar("Item")
 
 
-class SetOfPhotos(DataBlock):
+class PhotoDatasetConfig(DataConfig):
     """Which photos: a set of `kind`; the user's own one has the name of its kind and goes with a path."""
 
     kind: ClassVar[str]
     path: str | None = Field(None, description="with the name of your own set, its folder or file")
-    val_fraction: BelowOne = Field(0.2, description="of the training photos, where the set has no validation list")
-    num_train: Count | None = Field(None, description="train on the first so many photos; null: on all")
+    val_fraction: FractionBelowOne = Field(
+        0.2, description="of the training photos, where the set has no validation list"
+    )
+    num_train: PositiveInt | None = Field(None, description="train on the first so many photos; null: on all")
 
     @field_validator("name", "standin")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        if name is not None and (error := datasets.unfit(name, cls.kind)):
+        if name is not None and (error := datasets.kind_error(name, cls.kind)):
             raise ValueError(str(error))
         return name
 
@@ -36,7 +38,7 @@ class SetOfPhotos(DataBlock):
         return os.path.abspath(name) if name else name
 
     @model_validator(mode="after")
-    def _own_path(self) -> "SetOfPhotos":
+    def _own_path(self) -> "PhotoDatasetConfig":
         if (self.name == self.kind) != (self.path is not None):
             raise ValueError(f"name: {self.kind} goes with a path, and no other set does")
         return self
@@ -50,7 +52,7 @@ class SetOfPhotos(DataBlock):
         return found[:wanted]
 
 
-class MapsConfig(TrainConfig):
+class BackboneTrainConfig(TrainConfig):
     """The keys of every training on the maps of a backbone."""
 
     backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")

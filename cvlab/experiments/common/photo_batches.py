@@ -16,19 +16,19 @@ from typing import Literal
 from PIL import Image
 from pydantic import Field, field_validator
 
-from cvlab.config.schema import Count, RunConfig
+from cvlab.config.schema import PositiveInt, RunConfig
 from cvlab.console import Progress
 from cvlab.data import photos
-from cvlab.engine.device import Compute, compute, seed_everything
+from cvlab.engine.device import ComputeContext, seed_everything, select_device
 from cvlab.errors import DataError
 from cvlab.models import pretrained
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.records import Row
 from cvlab.runs.run_dir import RunDir
 
 
-class NetConfig(RunConfig):
+class PretrainedConfig(RunConfig):
     """The keys of every experiment that asks a net which knows ImageNet."""
 
     model: str = Field(pretrained.DEFAULT, description=f"{pretrained.DEFAULT}, timm:NAME or torchvision:NAME")
@@ -48,11 +48,11 @@ class NetConfig(RunConfig):
     def _absolute(cls, name: str | None) -> str | None:
         return os.path.abspath(name) if name else name
 
-    def build(self) -> tuple[Compute, Pretrained]:
+    def build(self) -> tuple[ComputeContext, PretrainedClassifier]:
         """Choose the device and build the net there, the random numbers seeded."""
-        where = compute(self.device, self.precision, self.threads)
+        ctx = select_device(self.device, self.precision, self.threads)
         seed_everything(self.seed)
-        return where, pretrained.build(self.model, self.weights, where.device)
+        return ctx, pretrained.build(self.model, self.weights, ctx.device)
 
 
 class ImagesConfig(RunConfig):
@@ -61,7 +61,7 @@ class ImagesConfig(RunConfig):
     images: tuple[str, ...] = Field(
         (photos.SAMPLE,), description="files, folders, patterns; `sample` is a photo that comes along"
     )
-    batch_size: Count = Field(8, description="photos that go through together")
+    batch_size: PositiveInt = Field(8, description="photos that go through together")
 
     @field_validator("images")
     @classmethod
@@ -69,7 +69,7 @@ class ImagesConfig(RunConfig):
         return absolute(names)
 
 
-class PhotoConfig(ImagesConfig, NetConfig):
+class PhotoConfig(ImagesConfig, PretrainedConfig):
     """The keys of every experiment that asks a net which knows ImageNet about photos."""
 
 
@@ -77,7 +77,7 @@ def absolute(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return names of photos as absolute ones, so that a run's configuration means the same from any folder."""
     if not names:
         raise ValueError("give at least one photo")
-    comes_along = (photos.SAMPLE, photos.PAINTING)
+    comes_along = (photos.SAMPLE, photos.SAMPLE_PAINTING)
     return tuple(name if name in comes_along or "://" in name else os.path.abspath(name) for name in names)
 
 
@@ -90,39 +90,39 @@ class Photo:
     image: Image.Image
 
 
-Work = Callable[[list[Photo], Callable[[], None]], list[Row]]  # the second is to be called now and then
+BatchFn = Callable[[list[Photo], Callable[[], None]], list[Row]]  # the second is to be called now and then
 
 
-def there(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+def resolve_images(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
     """Return the photos that are meant, and those of them that are there. DataError where none is."""
-    found = photos.find(images)
+    found = photos.find_images(images)
     some = [path for path in found if path.is_file()]
     if not some:
         photos.load(found[0])
     return found, some
 
 
-def plan(config: PhotoConfig, where: Compute, net: Pretrained) -> Row:
+def plan(config: PhotoConfig, ctx: ComputeContext, net: PretrainedClassifier) -> Row:
     """Say what a run would do. DataError where none of the photos is there."""
-    found, some = there(config.images)
+    found, some = resolve_images(config.images)
     return {
         "photos": len(some),
         "photos_missing": len(found) - len(some),
         "model": config.model,
         "parameters": sum(p.numel() for p in net.net.parameters()),
-        **where.told(),
+        **ctx.told(),
     }
 
 
-def run(config: ImagesConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
+def run(config: ImagesConfig, out: RunDir, work: BatchFn, verb: str) -> list[Row]:
     """Go through the photos; return a result for each, `error` in it where it could not be read.
 
     They also become the run's `results`. DataError where no photo could be read; StoppedError where a signal asked to
     stop, as soon as the work calls what it is given: the batch in progress is done again by a resume.
     """
     if photos.SAMPLE in config.images:
-        out.log(f"{photos.SAMPLE} is the photo that comes along: {photos.find([photos.SAMPLE])[0].name}")
-    found = photos.find(config.images)
+        out.log(f"{photos.SAMPLE} is the photo that comes along: {photos.find_images([photos.SAMPLE])[0].name}")
+    found = photos.find_images(config.images)
     labels = _labels(found)
     batches = [range(k, min(k + config.batch_size, len(found))) for k in range(0, len(found), config.batch_size)]
     rows = _done(out, found, batches)
@@ -130,15 +130,15 @@ def run(config: ImagesConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
         out.log(f"{len(rows)} of {len(found)} photos were done before")
     with StopRequest() as stop, Progress(verb, len(found), len(rows)) as progress:
 
-        def look_up() -> None:
-            stop.look_up(len(rows), out.path.name, "photo")
+        def check_interrupt() -> None:
+            stop.raise_if_set(len(rows), out.path.name, "photo")
             if progress.due():
                 progress.update(len(rows), found[min(len(rows), len(found) - 1)].name)
 
         for batch in batches:
             if batch.start >= len(rows):
-                look_up()
-                rows += _one_batch(out, [found[k] for k in batch], [labels[k] for k in batch], work, look_up)
+                check_interrupt()
+                rows += _one_batch(out, [found[k] for k in batch], [labels[k] for k in batch], work, check_interrupt)
     good = [row for row in rows if "error" not in row]
     if not good:
         raise DataError(str(rows[0]["error"]), f"none of {len(rows)} photos could be read" if len(rows) > 1 else "")
@@ -146,7 +146,9 @@ def run(config: ImagesConfig, out: RunDir, work: Work, verb: str) -> list[Row]:
     return good
 
 
-def _one_batch(out: RunDir, paths: list[Path], labels: list[str], work: Work, look_up: Callable[[], None]) -> list[Row]:
+def _one_batch(
+    out: RunDir, paths: list[Path], labels: list[str], work: BatchFn, check_interrupt: Callable[[], None]
+) -> list[Row]:
     good, errors = [], {}
     for path, label in zip(paths, labels, strict=True):
         try:
@@ -154,7 +156,7 @@ def _one_batch(out: RunDir, paths: list[Path], labels: list[str], work: Work, lo
         except DataError as error:
             errors[path] = str(error)
             out.log(f"warning: {error}")
-    made = dict(zip((photo.path for photo in good), work(good, look_up) if good else [], strict=True))
+    made = dict(zip((photo.path for photo in good), work(good, check_interrupt) if good else [], strict=True))
     rows = [{"image": str(path), **(made[path] if path in made else {"error": errors[path]})} for path in paths]
     for row in rows:
         out.append(row)

@@ -6,7 +6,7 @@ from pathlib import Path
 from cvlab.errors import DataError, RunDirError
 from cvlab.runs.find import find_run, runs_root
 
-COME_ALONG = Path(__file__).parent.parent.parent / "assets" / "weights"
+BUNDLED_WEIGHTS = Path(__file__).parent.parent.parent / "assets" / "weights"
 
 
 def absolute(name: str | None) -> str | None:
@@ -19,7 +19,7 @@ def absolute(name: str | None) -> str | None:
         return os.path.abspath(name)
 
 
-def file_of(name: str, file: str, kind: str) -> Path:
+def resolve_weights_path(name: str, file: str, kind: str) -> Path:
     """Return the weights file that is meant: itself, or the one called `file` of a run that trained a `kind`."""
     path = Path(name)
     if not path.is_dir():

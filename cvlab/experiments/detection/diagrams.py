@@ -69,7 +69,7 @@ def annotated(path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
 def answers(size: tuple[int, int], boxes_xyxy: Tensor, cells: int = CELLS) -> list[Answer]:
     """Return what answers for each box (N, 4), in pixels of a photo of `size` (width, height)."""
     centres, shapes = anchors.grid_centres(cells, cells), torch.tensor(anchors.COURSE_SHAPES)
-    index, overlap = anchors.activated(boxes_xyxy / _scale(size, cells), centres, shapes)
+    index, overlap = anchors.match_anchors_to_boxes(boxes_xyxy / _scale(size, cells), centres, shapes)
     return [
         Answer(place // cells**2, place // cells % cells, place % cells, place, iou)
         for place, iou in zip(index.tolist(), overlap.tolist(), strict=True)
@@ -79,7 +79,7 @@ def answers(size: tuple[int, int], boxes_xyxy: Tensor, cells: int = CELLS) -> li
 def negatives(size: tuple[int, int], boxes_xyxy: Tensor, cells: int = CELLS) -> list[int]:
     """Return the flat indices of as many anchors as there are boxes, drawn from those that overlap none by 0.2."""
     every = _every(cells)
-    is_negative = anchors.negatives(boxes.iou(every, boxes_xyxy / _scale(size, cells)), NEGATIVE_IOU)
+    is_negative = anchors.sample_negatives(boxes.iou(every, boxes_xyxy / _scale(size, cells)), NEGATIVE_IOU)
     is_negative[[answer.index for answer in answers(size, boxes_xyxy, cells)]] = False
     places = is_negative.nonzero()[:, 0]
     order = rng.permutation(SEED, 0, len(places), places.device)

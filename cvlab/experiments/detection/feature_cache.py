@@ -15,12 +15,12 @@ from cvlab.console import Progress
 from cvlab.data import photos, rng
 from cvlab.distributed import sharding
 from cvlab.engine import memory
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.data import augment
-from cvlab.experiments.detection.data.dataset import BoxImage
+from cvlab.experiments.detection.data.dataset import DetectionSample
 from cvlab.experiments.detection.models.base import Targets, padded
-from cvlab.models.features import Features
+from cvlab.models.features import FeatureExtractor
 
 BATCH = 16
 FREE_SHARE = 0.6  # of the free memory, that the maps may take
@@ -63,11 +63,15 @@ class Request:
 
 
 def build(
-    features: Features, items: Sequence[BoxImage], where: Compute, request: Request, look_up: Callable[[], None]
+    features: FeatureExtractor,
+    items: Sequence[DetectionSample],
+    ctx: ComputeContext,
+    request: Request,
+    check_interrupt: Callable[[], None],
 ) -> Cached:
     """Compute the maps of the views that are asked for; difficult boxes are no targets.
 
-    `look_up` is called now and then. ConfigError where the maps would not fit into the memory.
+    `check_interrupt` is called now and then. ConfigError where the maps would not fit into the memory.
     """
     num_views = request.num_views
     count = len(items) * num_views
@@ -82,9 +86,9 @@ def build(
     def flush() -> None:
         if not queue:
             return
-        found = _look(features, torch.stack(queue), where)
+        found = _look(features, torch.stack(queue), ctx)
         if not kept:
-            _require_memory(found, count, where, num_views)
+            _require_memory(found, count, ctx, num_views)
             kept.extend(level.new_empty(count, *level.shape[1:]) for level in found)
         for store, level in zip(kept, found, strict=True):
             store[len(boxes) - len(queue) : len(boxes)] = level
@@ -106,7 +110,7 @@ def build(
                 sizes.append(photo.size)
                 if len(queue) == BATCH:
                     flush()
-            look_up()
+            check_interrupt()
             if progress.due():
                 progress.update(len(boxes), f"{item.path.name}")
         flush()
@@ -123,16 +127,16 @@ def _view(photo: Image.Image, request: Request, k: int, number: int) -> tuple[Te
 
 
 @torch.inference_mode()
-def _look(features: Features, batch: Tensor, where: Compute) -> list[Tensor]:
-    with where.autocast():
-        found = features.batch(batch.to(where.device))
-    dtype = torch.bfloat16 if where.precision == "bfloat16" else torch.float32
+def _look(features: FeatureExtractor, batch: Tensor, ctx: ComputeContext) -> list[Tensor]:
+    with ctx.autocast():
+        found = features.batch(batch.to(ctx.device))
+    dtype = torch.bfloat16 if ctx.precision == "bfloat16" else torch.float32
     return [found[name].permute(0, 2, 3, 1).to(dtype).contiguous() for name in features.names]
 
 
-def _require_memory(found: list[Tensor], count: int, where: Compute, num_views: int) -> None:
+def _require_memory(found: list[Tensor], count: int, ctx: ComputeContext, num_views: int) -> None:
     needed = sum(level[0].numel() * level.element_size() for level in found) * count
-    free = memory.free_bytes(where.device)
+    free = memory.free_bytes(ctx.device)
     if free is not None and needed > FREE_SHARE * free:
         fits = int(num_views * FREE_SHARE * free / needed)
         raise ConfigError(
@@ -154,7 +158,7 @@ class CachedBatches:
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
         """Return maps and boxes of a step: this process's share."""
-        chosen = sharding.share(self.epochs(step)[1])
+        chosen = sharding.shard(self.epochs(step)[1])
         is_finest = self.finest_from is not None and step >= self.finest_from
         maps, targets = self.cached.batch(chosen, 1 if is_finest else None)
         return maps, targets.to(self.device)

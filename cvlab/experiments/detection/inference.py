@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cvlab.data import photos
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, CvlabError, DataError
 from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.common.photo_batches import Photo
@@ -56,7 +56,7 @@ class Finder:
     propose: Propose | None = None
 
 
-def open_finder(model: str, weights_name: str | None, where: Compute, evaluates: bool = False) -> Finder:
+def open_finder(model: str, weights_name: str | None, ctx: ComputeContext, evaluates: bool = False) -> Finder:
     """Open a detector. DataError where its weights are not there.
 
     `auto` is yolov3_tiny where its weights are on the disk, else what comes along.
@@ -66,14 +66,14 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         on_disk = weights_name is None and not evaluates and _has_tiny()
         model = yolov3_tiny.NAME if is_darknet or on_disk else "yolo"
     if model == yolov3_tiny.NAME:
-        return _open_tiny(weights_name, where)
+        return _open_tiny(weights_name, ctx)
     if weights_name is None:
         name = COMING_ALONG[model][evaluates]
-        path, told = common_weights.COME_ALONG / f"{name}.safetensors", f"{name}, the weights that come along"
+        path, told = common_weights.BUNDLED_WEIGHTS / f"{name}.safetensors", f"{name}, the weights that come along"
     else:
-        path = common_weights.file_of(weights_name, detector_registry.FILE, "detector")
+        path = common_weights.resolve_weights_path(weights_name, detector_registry.FILE, "detector")
         told = str(path)
-    made = detector_registry.load(path, where.device)
+    made = detector_registry.load(path, ctx.device)
     about = made.about
     is_two = detector_registry.has_two_stages(about.model)
     if model == "faster_rcnn" and not is_two:
@@ -84,10 +84,10 @@ def open_finder(model: str, weights_name: str | None, where: Compute, evaluates:
         text,
         about.classes,
         size,
-        looks(made, where),
+        looks(made, ctx),
         about.trained_on,
         about.notes.get("path"),
-        _proposes(made, where) if is_two else None,
+        _proposes(made, ctx) if is_two else None,
     )
 
 
@@ -100,23 +100,26 @@ def _has_tiny() -> bool:
 
 
 def _head(
-    made: detector_registry.Detector, images: Sequence[Image.Image], places: Sequence[augment.Drawn], where: Compute
+    made: detector_registry.Detector,
+    images: Sequence[Image.Image],
+    places: Sequence[augment.Drawn],
+    ctx: ComputeContext,
 ) -> Any:
     """Return what a detector's head says of photos, drawn as `places` tell."""
     batch = torch.stack([photos.to_tensor(place.view(image)) for place, image in zip(places, images, strict=True)])
-    maps = made.features.batch(batch.to(where.device))
+    maps = made.features.batch(batch.to(ctx.device))
     return made.head([maps[name] for name in made.features.names])
 
 
-def looks(made: detector_registry.Detector, where: Compute) -> Look:
+def looks(made: detector_registry.Detector, ctx: ComputeContext) -> Look:
     """Return how a detector looks at photos: above a floor of score, without doubles above an IoU, in their pixels."""
     size_px = made.about.size_px
 
     @torch.inference_mode()
     def look(images: Sequence[Image.Image], floor: float, iou: float) -> list[Detections]:
         places = [augment.whole(image.width, image.height, size_px) for image in images]
-        with where.autocast():
-            found = _head(made, images, places, where)
+        with ctx.autocast():
+            found = _head(made, images, places, ctx)
             results: list[Detections] = made.head.detections(  # type: ignore[operator]
                 found, size_px, floor, iou, evaluation.MOST
             )
@@ -126,28 +129,28 @@ def looks(made: detector_registry.Detector, where: Compute) -> Look:
     return look
 
 
-def _proposes(made: detector_registry.Detector, where: Compute) -> Propose:
+def _proposes(made: detector_registry.Detector, ctx: ComputeContext) -> Propose:
     size_px = made.about.size_px
 
     @torch.inference_mode()
     def propose(image: Image.Image) -> tuple[Tensor, Tensor]:
         place = augment.whole(image.width, image.height, size_px)
-        with where.autocast():
-            found = _head(made, [image], [place], where)
+        with ctx.autocast():
+            found = _head(made, [image], [place], ctx)
             before, after = made.head.regions_of(found)[0]  # type: ignore[operator]
         return place.back(before.float().cpu()), place.back(after.float().cpu())
 
     return propose
 
 
-def _open_tiny(weights_file: str | None, where: Compute) -> Finder:
-    net = yolov3_tiny.build(weights_file, where.device)
+def _open_tiny(weights_file: str | None, ctx: ComputeContext) -> Finder:
+    net = yolov3_tiny.build(weights_file, ctx.device)
 
     @torch.inference_mode()
     def look(images: Sequence[Image.Image], floor: float, iou: float) -> list[Detections]:
         boxed = [yolov3_tiny.letterbox(image) for image in images]
-        with where.autocast():
-            found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]).to(where.device), floor)
+        with ctx.autocast():
+            found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]).to(ctx.device), floor)
         results = []
         for (box, score, label), (_, scale, left, top), image in zip(found, boxed, images, strict=True):
             kept = nms.nms_by_class(box, score, label, iou, evaluation.MOST)
@@ -166,9 +169,9 @@ class Detect:
     def __init__(self, config: Any, finder: Finder, out: RunDir) -> None:
         self.config, self.finder, self.out = config, finder, out
 
-    def __call__(self, batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
+    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
         """Return a result for each photo: `objects`, the surest first, and the picture with their boxes."""
-        look_up()
+        check_interrupt()
         found = self.finder.look([photo.image for photo in batch], self.config.conf, self.config.iou)
         return [self._one(photo, result) for photo, result in zip(batch, found, strict=True)]
 

@@ -6,21 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
-from cvlab.ops.average_precision import Precision
+from cvlab.ops.average_precision import DetectionMetrics
 from cvlab.runs.run_dir import RunDir
 
 DPI = 120
 MOST_CLASSES = 20  # in the legend
 
 
-def write(out: RunDir, found: Precision, confusion: Tensor, classes: Sequence[str], prefix: str = "") -> None:
+def write(out: RunDir, found: DetectionMetrics, confusion: Tensor, classes: Sequence[str], prefix: str = "") -> None:
     """Write plots/precision_recall.png and plots/confusion.png, after a prefix."""
     out.folder("plots")
     out.write_bytes(f"plots/{prefix}precision_recall.png", curves(found, classes))
     out.write_bytes(f"plots/{prefix}confusion.png", table(confusion, classes))
 
 
-def curves(found: Precision, classes: Sequence[str]) -> bytes:
+def curves(found: DetectionMetrics, classes: Sequence[str]) -> bytes:
     """Draw precision over recall at IoU 0.5, a line for each class that the set has; return the PNG."""
     from matplotlib.figure import Figure
 

@@ -52,8 +52,8 @@ class Config(ImagesConfig):
         return weights.absolute(name)
 
 
-def _finder(config: Config, where: device.Compute) -> inference.Finder:
-    finder = inference.open_finder(config.model, config.weights, where, evaluates=not config.images)
+def _finder(config: Config, ctx: device.ComputeContext) -> inference.Finder:
+    finder = inference.open_finder(config.model, config.weights, ctx, evaluates=not config.images)
     if config.explain == "proposals" and finder.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
     return finder
@@ -61,8 +61,8 @@ def _finder(config: Config, where: device.Compute) -> inference.Finder:
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Look at all photos; or evaluate."""
-    where = device.compute(config.device, config.precision, config.threads)
-    finder = _finder(config, where)
+    ctx = device.select_device(config.device, config.precision, config.threads)
+    finder = _finder(config, ctx)
     out.log(f"looking with {finder.told}")
     out.folder("images")
     if not config.images:
@@ -79,12 +79,12 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. DataError where the weights or all of the photos are not there."""
-    where = device.compute(config.device, config.precision, config.threads)
-    finder = _finder(config, where)
+    ctx = device.select_device(config.device, config.precision, config.threads)
+    finder = _finder(config, ctx)
     return {
-        "photos": len(photo_batches.there(config.images)[1]) if config.images else "its validation photos",
+        "photos": len(photo_batches.resolve_images(config.images)[1]) if config.images else "its validation photos",
         "detector": finder.told,
         "classes": len(finder.classes),
         "parameters": finder.num_parameters,
-        **where.told(),
+        **ctx.told(),
     }

@@ -26,18 +26,18 @@ from cvlab.config import schema
 from cvlab.data import photos
 from cvlab.distributed import process_group
 from cvlab.engine import device, loop, trainer
-from cvlab.engine.task import Exported, Job
+from cvlab.engine.task import ExportSpec, TrainTask
 from cvlab.experiments.common import backbone_config
 from cvlab.experiments.detection import evaluation as detection_evaluation
 from cvlab.experiments.detection import feature_cache, inference, plots
 from cvlab.experiments.detection.data import augment, dataset
-from cvlab.experiments.detection.data.dataset import BoxImage, BoxSet
+from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
 from cvlab.experiments.detection.evaluation import Rules
 from cvlab.experiments.detection.feature_cache import Cached, CachedBatches
 from cvlab.experiments.detection.models import registry as detector_registry
 from cvlab.experiments.detection.models.base import Targets
 from cvlab.experiments.detection.models.registry import About, Detector, WithBackbone
-from cvlab.ops.average_precision import Precision
+from cvlab.ops.average_precision import DetectionMetrics
 from cvlab.runs import checkpoint
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
@@ -48,13 +48,13 @@ TIMED = 11  # photos, for the time of one
 SHOWN_FLOOR = 0.25  # of what is drawn and counted, as in `cvlab detect`
 
 
-class Data(backbone_config.SetOfPhotos):
+class Data(backbone_config.PhotoDatasetConfig):
     """Which photos with boxes."""
 
-    kind = dataset.OWN
+    kind = dataset.CUSTOM
 
 
-class Augment(schema.Frozen):
+class Augment(schema.FrozenModel):
     """How much the views of a photo differ."""
 
     zoom: Annotated[float, Ge(1), Le(8)] = Field(1.6, description="larger or smaller by up to this factor")
@@ -65,16 +65,16 @@ class Augment(schema.Frozen):
     saturation: schema.Fraction = Field(0.4, description="more or less colour by up to this share")
 
 
-class Config(backbone_config.MapsConfig):
+class Config(backbone_config.BackboneTrainConfig):
     """A detector, its data and how it is trained."""
 
     data: Data
-    model: Annotated[schema.Part, detector_registry.TABLE]
+    model: Annotated[schema.ComponentConfig, detector_registry.TABLE]
     size: Annotated[int, Ge(64), Le(2048)] = Field(320, description="side of the square pictures in pixels")
     tune_epochs: Annotated[int, Ge(0)] = Field(
         0, description="so many epochs at the end the backbone's layers after the finest map learn too"
     )
-    views: schema.Count = Field(16, description="random views of each photo that are kept as maps")
+    views: schema.PositiveInt = Field(16, description="random views of each photo that are kept as maps")
     augment: Augment = Field(Augment())
     map_rule: Literal["voc07", "voc", "coco"] = Field("voc", description="how precision is averaged over recall")
     confidence_floor: schema.Fraction = Field(0.001, description="detections below it are left out")
@@ -90,15 +90,15 @@ class Config(backbone_config.MapsConfig):
 class Parts:
     """What a configuration builds."""
 
-    where: device.Compute
-    boxset: BoxSet
+    ctx: device.ComputeContext
+    boxset: DetectionDataset
     detector: Detector
     rules: Rules
 
 
 def build(config: Config) -> Parts:
     """Read the set's annotations and build the detector, seeded."""
-    where = device.compute(config.device, config.precision, config.threads)
+    ctx = device.select_device(config.device, config.precision, config.threads)
     boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
     device.seed_everything(config.seed)
     arguments = config.model.arguments()
@@ -112,16 +112,16 @@ def build(config: Config) -> Parts:
         boxset.name,
         config.tune_epochs > 0,
     )
-    detector = detector_registry.build(about, where.device)
-    return Parts(where, boxset, detector, Rules(config.map_rule, config.confidence_floor, config.nms_iou))
+    detector = detector_registry.build(about, ctx.device)
+    return Parts(ctx, boxset, detector, Rules(config.map_rule, config.confidence_floor, config.nms_iou))
 
 
-def items_of(config: Config, boxset: BoxSet, split: str) -> Sequence[BoxImage]:
+def items_of(config: Config, boxset: DetectionDataset, split: str) -> Sequence[DetectionSample]:
     """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
     return config.data.items(boxset.name, boxset.splits, split)
 
 
-def maps_of(config: Config, parts: Parts, split: str, num_views: int, look_up: Callable[[], None]) -> Cached:
+def maps_of(config: Config, parts: Parts, split: str, num_views: int, check_interrupt: Callable[[], None]) -> Cached:
     """Compute the maps of a split: of random views, or, where `num_views` is 0, of each photo whole."""
     changes = augment.Changes(**config.augment.model_dump()) if num_views else None
     is_all = num_views > 0 and config.tune_epochs != config.duration.epochs
@@ -129,7 +129,7 @@ def maps_of(config: Config, parts: Parts, split: str, num_views: int, look_up: C
     items = items_of(config, parts.boxset, split)
     title = f"maps of {split}"
     request = feature_cache.Request(config.size, max(1, num_views), changes, config.seed, title)
-    return feature_cache.build(features, items, parts.where, request, look_up)
+    return feature_cache.build(features, items, parts.ctx, request, check_interrupt)
 
 
 def loss_function(size_px: int) -> loop.LossFn[Batch]:
@@ -147,17 +147,17 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     """Compute the maps, train the head, evaluate it; keep its weights in a file of their own."""
     parts = build(config)
     with StopRequest() as stop:
-        look_up = functools.partial(stop.look_up, 0, out.path.name)
-        train = maps_of(config, parts, "train", config.views, look_up)
-        val = maps_of(config, parts, "val", 0, look_up)
-    batches = CachedBatches(train, config.batch_size, config.seed, parts.where.device)
+        check_interrupt = functools.partial(stop.raise_if_set, 0, out.path.name)
+        train = maps_of(config, parts, "train", config.views, check_interrupt)
+        val = maps_of(config, parts, "val", 0, check_interrupt)
+    batches = CachedBatches(train, config.batch_size, config.seed, parts.ctx.device)
     if config.tune_epochs:
         batches.finest_from = config.last_from(config.tune_epochs, batches.epochs.steps)
 
     def evaluation(model: nn.Module) -> dict[str, float]:
         return {"val_map50": _measure(config, parts, model, val, "val").map50}
 
-    job = Job(
+    job = TrainTask(
         model=parts.detector.head,
         loss_fn=loss_function(config.size),
         batch_at=batches,
@@ -165,13 +165,13 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         items_per_step=batches.epochs.batch_size,
         evaluate=evaluation,
         monitor="val_map50",
-        where=parts.where,
+        ctx=parts.ctx,
     )
     model, metrics = trainer.train(config, job, out)
     if process_group.is_main():
         detector_registry.save(parts.detector.about, model, out.path / detector_registry.FILE)
     split = "test" if config.evaluate_test else "val"
-    last = val if split == "val" else maps_of(config, parts, "test", 0, look_up)
+    last = val if split == "val" else maps_of(config, parts, "test", 0, check_interrupt)
     out.facts |= {"map_rule": config.map_rule, "confidence_floor": config.confidence_floor, "evaluated_split": split}
     metrics["seconds_per_photo"] = seconds_per_photo(config, parts, model, split)
     return metrics | detection_evaluation.metrics(_measure(config, parts, model, last, split), parts.boxset.classes)
@@ -179,19 +179,19 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
 
 def seconds_per_photo(config: Config, parts: Parts, model: nn.Module, split: str) -> float:
     """Return the median time of a photo from its pixels to its boxes, the backbone with it, one photo at a time."""
-    look = inference.looks(dataclasses.replace(parts.detector, head=model.eval()), parts.where)
+    look = inference.looks(dataclasses.replace(parts.detector, head=model.eval()), parts.ctx)
     spent = []
     for item in items_of(config, parts.boxset, split)[:TIMED]:
         photo = photos.load(item.path)
         began = time.perf_counter()
         look([photo], SHOWN_FLOOR, config.nms_iou)
-        parts.where.synchronize()
+        parts.ctx.synchronize()
         spent.append(time.perf_counter() - began)
     return statistics.median(spent)
 
 
-def _measure(config: Config, parts: Parts, model: nn.Module, cached: Cached, split: str) -> Precision:
-    found = detection_evaluation.find(model, cached, config.size, parts.rules, parts.where)
+def _measure(config: Config, parts: Parts, model: nn.Module, cached: Cached, split: str) -> DetectionMetrics:
+    found = detection_evaluation.find(model, cached, config.size, parts.rules, parts.ctx)
     return detection_evaluation.measure(
         found, items_of(config, parts.boxset, split), len(parts.boxset.classes), parts.rules
     )
@@ -204,13 +204,13 @@ def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tupl
     """
     parts = build(config)
     model = parts.detector.head
-    checkpoint.take_weights(model, state, str(base))
+    checkpoint.load_eval_weights(model, state, str(base))
     chosen = splits or tuple(name for name in ("val", "test") if parts.boxset.splits.get(name))
     found: dict[str, float] = {}
     for split in chosen:
         cached = maps_of(config, parts, split, 0, lambda: None)
         items, classes = items_of(config, parts.boxset, split), parts.boxset.classes
-        result = detection_evaluation.find(model, cached, config.size, parts.rules, parts.where)
+        result = detection_evaluation.find(model, cached, config.size, parts.rules, parts.ctx)
         measured = detection_evaluation.measure(result, items, len(classes), parts.rules)
         confusion = detection_evaluation.confused(result, items, len(classes), SHOWN_FLOOR)
         plots.write(RunDir(base), measured, confusion, classes, f"{split}_")
@@ -221,10 +221,10 @@ def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tupl
     return found
 
 
-def exported(config: Config, base: Path, state: dict[str, Any]) -> Exported:
+def exported(config: Config, base: Path, state: dict[str, Any]) -> ExportSpec:
     """Return the detector of a checkpoint with its backbone; only the one-stage detector has a graph."""
     parts = build(config)
-    checkpoint.take_weights(parts.detector.head, state, str(base))
+    checkpoint.load_eval_weights(parts.detector.head, state, str(base))
     about = {
         "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1]: photos made to fit, grey below",
         "classes": parts.boxset.classes,
@@ -232,7 +232,7 @@ def exported(config: Config, base: Path, state: dict[str, Any]) -> Exported:
     net = WithBackbone(parts.detector)
     if net.outputs:
         about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, with doubles"
-    return Exported(net, parts.detector.head, torch.rand(1, 3, config.size, config.size), net.outputs, about)
+    return ExportSpec(net, parts.detector.head, torch.rand(1, 3, config.size, config.size), net.outputs, about)
 
 
 class _Names(set[str]):
@@ -260,5 +260,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.boxset.splits.items()),
         "views": views_in_all,
         "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
-        **parts.where.told(),
+        **parts.ctx.told(),
     }

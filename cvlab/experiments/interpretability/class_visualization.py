@@ -23,20 +23,20 @@ from torch import Tensor
 from cvlab.config import schema
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer
-from cvlab.engine.device import Compute
-from cvlab.engine.image_optimizer import Pixels
+from cvlab.engine.device import ComputeContext
+from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import NetConfig
+from cvlab.experiments.common.photo_batches import PretrainedConfig
 from cvlab.models import pretrained
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import visualize
 from cvlab.reports import images
 from cvlab.runs.records import Row
 from cvlab.runs.run_dir import RunDir
 
 
-class Config(NetConfig):
+class Config(PretrainedConfig):
     """Which classes, and how they are drawn."""
 
     targets: tuple[str, ...] = Field(("gorilla",), description="classes to draw, a picture for each")
@@ -45,21 +45,27 @@ class Config(NetConfig):
     parametrization: Literal["fourier", "pixels"] = Field(
         "fourier", description="what is optimised: decorrelated Fourier coefficients, or the pixels themselves"
     )
-    steps: Annotated[schema.Count, Le(100_000)] = Field(384, description="steps of the optimisation")
-    lr: schema.Positive = Field(0.02, description="fourier: Adam's; pixels: length of a step over the whole picture")
-    octaves: Annotated[schema.Count, Le(8)] = Field(1, description="fourier: scales, coarse ones first")
-    l2: schema.NonNegative = Field(1e-4, description="weight of the squared distance from mid-grey")
-    tv: schema.NonNegative = Field(0.3, description="weight of the squared differences of neighbours")
-    jitter_px: schema.Index = Field(0, description="roll by up to so many pixels before each step")
-    turn_degrees: Annotated[schema.NonNegative, Le(180)] = Field(30.0, description="turn by up to so much")
-    zoom: schema.BelowOne = Field(0.4, description="zoom by a factor of up to 1 plus or minus this")
-    shift: schema.BelowOne = Field(0.2, description="shift by up to this share of the side")
-    blur: schema.NonNegative = Field(3.0, description="see it through a blur of up to so many pixels more than 0.3")
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(384, description="steps of the optimisation")
+    lr: schema.PositiveFloat = Field(
+        0.02, description="fourier: Adam's; pixels: length of a step over the whole picture"
+    )
+    octaves: Annotated[schema.PositiveInt, Le(8)] = Field(1, description="fourier: scales, coarse ones first")
+    l2: schema.NonNegativeFloat = Field(1e-4, description="weight of the squared distance from mid-grey")
+    tv: schema.NonNegativeFloat = Field(0.3, description="weight of the squared differences of neighbours")
+    jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to so many pixels before each step")
+    turn_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="turn by up to so much")
+    zoom: schema.FractionBelowOne = Field(0.4, description="zoom by a factor of up to 1 plus or minus this")
+    shift: schema.FractionBelowOne = Field(0.2, description="shift by up to this share of the side")
+    blur: schema.NonNegativeFloat = Field(
+        3.0, description="see it through a blur of up to so many pixels more than 0.3"
+    )
     grey: schema.Fraction = Field(1.0, description="mix it with its grey by up to so much")
     contrast: schema.Fraction = Field(0.6, description="weaken its contrast by up to so much")
-    blur_every: schema.Index = Field(0, description="pixels: blur the picture itself every so many steps; 0: never")
-    blur_sigma: schema.Positive = Field(0.5, description="pixels: that blur's standard deviation in pixels")
-    frames: Annotated[schema.Count, Le(200)] = Field(12, description="pictures along the way")
+    blur_every: schema.NonNegativeInt = Field(
+        0, description="pixels: blur the picture itself every so many steps; 0: never"
+    )
+    blur_sigma: schema.PositiveFloat = Field(0.5, description="pixels: that blur's standard deviation in pixels")
+    frames: Annotated[schema.PositiveInt, Le(200)] = Field(12, description="pictures along the way")
     second_model: str | None = Field(None, description="a second net that judges the pictures")
     second_weights: str | None = Field(None, description="a file with its weights")
 
@@ -88,21 +94,21 @@ class Config(NetConfig):
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Draw all targets together."""
-    where, model = config.build()
-    easel = Easel(config, model, where, [model.index(name) for name in config.targets], out)
-    job = image_optimizer.Painting(
-        pixels=image_optimizer.Pixels([easel.start()]),
+    ctx, model = config.build()
+    easel = Easel(config, model, ctx, [model.index(name) for name in config.targets], out)
+    job = image_optimizer.ImageOptimization(
+        pixels=image_optimizer.ImageState([easel.start()]),
         objective=easel.objective,
         update=easel.update,
         steps=config.steps,
-        where=where,
+        ctx=ctx,
         digest=config.digest(),
         frames=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
         keep_frame=easel.keep_frame,
     )
-    last = image_optimizer.paint(job, out, "classvis")
+    last = image_optimizer.optimize_image(job, out, "classvis")
     rows = easel.finish(job.pixels)
-    second = second_judge(config, where.device)
+    second = second_judge(config, ctx.device)
     if second is not None:
         easel.ask(second, rows)
     out.facts["results"] = rows
@@ -134,19 +140,19 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class, DataError where there is no such photo."""
-    where, model = config.build()
+    ctx, model = config.build()
     for name in config.targets:
         model.index(name)
     if config.init == "image":
-        photos.load(photos.find(config.images)[0])
-    second_judge(config, where.device)
+        photos.load(photos.find_images(config.images)[0])
+    second_judge(config, ctx.device)
     shape = parameter_shape(config, model)
     return {
         "targets": ", ".join(model.classes[model.index(name)] for name in config.targets),
         "parameters": math.prod(shape),
         "steps": config.steps,
         "model": config.model,
-        **where.told(),
+        **ctx.told(),
     }
 
 
@@ -159,7 +165,7 @@ START_FOURIER = 0.01
 BLURRED_SHARE = 0.7  # of the steps, where there is a blur
 
 
-def parameter_shape(config: Any, model: Pretrained) -> tuple[int, ...]:
+def parameter_shape(config: Any, model: PretrainedClassifier) -> tuple[int, ...]:
     """Return the shape of what is optimised."""
     count, size = len(config.targets), model.frame.size_px
     return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
@@ -168,9 +174,11 @@ def parameter_shape(config: Any, model: Pretrained) -> tuple[int, ...]:
 class Easel:
     """What is done to the pictures; `config` is that of the experiment `class_visualization`."""
 
-    def __init__(self, config: Any, model: Pretrained, where: Compute, classes: list[int], out: RunDir) -> None:
-        self.config, self.model, self.where, self.out = config, model, where, out
-        self.classes = torch.tensor(classes, device=where.device)
+    def __init__(
+        self, config: Any, model: PretrainedClassifier, ctx: ComputeContext, classes: list[int], out: RunDir
+    ) -> None:
+        self.config, self.model, self.ctx, self.out = config, model, ctx, out
+        self.classes = torch.tensor(classes, device=ctx.device)
         self.names = [f"{index}-{re.sub(r'[^a-zA-Z0-9]+', '_', model.classes[index])}" for index in classes]
         self.is_fourier = config.parametrization == "fourier"
         self.adam = image_optimizer.adam(lambda step: config.lr * (1 - step / config.steps))
@@ -178,24 +186,24 @@ class Easel:
     def start(self) -> Tensor:
         """Return what the optimisation starts from: coefficients or pixels."""
         config, size = self.config, self.model.frame.size_px
-        noise = rng.normal(config.seed, 0, parameter_shape(config, self.model), "classvis").to(self.where.device)
+        noise = rng.normal(config.seed, 0, parameter_shape(config, self.model), "classvis").to(self.ctx.device)
         if config.init == "image":
-            view = self.model.frame.view(photos.load(photos.find(config.images)[0]))
-            pixels = photos.to_tensor(view).to(self.where.device).expand(len(self.classes), 3, size, size)
+            view = self.model.frame.view(photos.load(photos.find_images(config.images)[0]))
+            pixels = photos.to_tensor(view).to(self.ctx.device).expand(len(self.classes), 3, size, size)
             return visualize.encode(pixels) if self.is_fourier else pixels.clone()
         return noise * START_FOURIER if self.is_fourier else (0.5 + START_DEVIATION * noise).clamp(0, 1)
 
     def _uniform(self, step: int, use: str) -> Callable[[int], Tensor]:
         return lambda count: rng.uniform(self.config.seed, step, torch.arange(count), f"classvis {use}").float()
 
-    def _decoded(self, pixels: Pixels) -> Tensor:
+    def _decoded(self, pixels: ImageState) -> Tensor:
         if not self.is_fourier:
             return pixels.tensors[0]
         octave = min(self.config.octaves - 1, pixels.step * self.config.octaves // self.config.steps)
         band = 2.0 ** (octave - self.config.octaves + 1)
         return visualize.decode(pixels.tensors[0], self.model.frame.size_px, band)
 
-    def objective(self, pixels: Pixels) -> Losses:
+    def objective(self, pixels: ImageState) -> Losses:
         """Return the loss: minus the classes' scores, of the pictures as they are seen through random movements."""
         config, step = self.config, pixels.step
         drawn = self._decoded(pixels)
@@ -211,7 +219,7 @@ class Easel:
         if config.grey or config.contrast:
             colour = self._uniform(step, "colour")
             seen = visualize.recoloured(seen, colour, grey=config.grey, contrast=config.contrast)
-        with self.where.autocast():
+        with self.ctx.autocast():
             scores = self.model.net(seen.contiguous(memory_format=torch.channels_last)).float()
         picked = scores.gather(1, self.classes[:, None])[:, 0]
         loss = -picked.sum()
@@ -222,7 +230,7 @@ class Easel:
             loss = loss + config.tv * (across + down)
         return {"loss": loss, "score": picked.detach().mean()}
 
-    def update(self, pixels: Pixels, gradients: list[Tensor]) -> None:
+    def update(self, pixels: ImageState, gradients: list[Tensor]) -> None:
         """Step: Adam on coefficients; on pixels a step of fixed length, into [0, 1], blurred now and then."""
         if self.is_fourier:
             self.adam(pixels, gradients)
@@ -234,17 +242,17 @@ class Easel:
         pixels.tensors[0] = moved
 
     @torch.no_grad()
-    def _images(self, pixels: Pixels) -> list[Image.Image]:
+    def _images(self, pixels: ImageState) -> list[Image.Image]:
         return [photos.to_image(picture) for picture in self._decoded(pixels)]
 
-    def keep_frame(self, step: int, pixels: Pixels) -> None:
+    def keep_frame(self, step: int, pixels: ImageState) -> None:
         """Write the pictures as they are, a file each."""
         folder = self.out.folder("images") / "frames"
         folder.mkdir(exist_ok=True)
         for name, image in zip(self.names, self._images(pixels), strict=True):
             self.out.write_bytes(f"images/frames/{name}-{step:06d}.png", images.png(image))
 
-    def finish(self, pixels: Pixels) -> list[Row]:
+    def finish(self, pixels: ImageState) -> list[Row]:
         """Write the pictures, their strips and animations; return how the files are classified."""
         files = [f"images/{name}.png" for name in self.names]
         for file, image in zip(files, self._images(pixels), strict=True):
@@ -261,9 +269,7 @@ class Easel:
         return rows
 
     def _read(self, files: list[str]) -> Tensor:
-        return torch.stack([photos.to_tensor(photos.load(self.out.path / file)) for file in files]).to(
-            self.where.device
-        )
+        return torch.stack([photos.to_tensor(photos.load(self.out.path / file)) for file in files]).to(self.ctx.device)
 
     def ask(self, second: Callable[[Tensor], Tensor], rows: list[Row]) -> None:
         """Add to the results what a second net sees in the files: its top class, and the target's rank from 1."""

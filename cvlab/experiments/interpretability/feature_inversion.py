@@ -20,13 +20,13 @@ from torch import Tensor
 from cvlab.config import schema
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer
-from cvlab.engine.device import Compute
-from cvlab.engine.image_optimizer import Pixels
+from cvlab.engine.device import ComputeContext
+from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import NetConfig
-from cvlab.models.features import Features
-from cvlab.models.pretrained import Pretrained
+from cvlab.experiments.common.photo_batches import PretrainedConfig
+from cvlab.models.features import FeatureExtractor
+from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 from cvlab.reports import images
 from cvlab.runs.records import Row
@@ -35,18 +35,20 @@ from cvlab.runs.run_dir import RunDir
 LATE = 0.9  # of the steps, from which on the learning rate is a fifth
 
 
-class Config(NetConfig):
+class Config(PretrainedConfig):
     """Which photo, which layers, and how."""
 
     image: str = Field(photos.SAMPLE, description="the photo")
     layers: tuple[str, ...] = Field(
         tuple(f"blocks.{k}" for k in range(7)), description="names of modules, from shallow to deep"
     )
-    steps: Annotated[schema.Count, Le(100_000)] = Field(400, description="steps of each picture")
-    lr: schema.Positive = Field(0.05, description="Adam's")
-    content_weight: schema.NonNegative = Field(1000.0, description="of the loss where only a layer's means are right")
-    tv_weight: schema.NonNegative = Field(300.0, description="weight of the mean squared difference of neighbours")
-    preview_every: schema.Count = Field(50, description="steps from one preview to the next")
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(400, description="steps of each picture")
+    lr: schema.PositiveFloat = Field(0.05, description="Adam's")
+    content_weight: schema.NonNegativeFloat = Field(
+        1000.0, description="of the loss where only a layer's means are right"
+    )
+    tv_weight: schema.NonNegativeFloat = Field(300.0, description="weight of the mean squared difference of neighbours")
+    preview_every: schema.PositiveInt = Field(50, description="steps from one preview to the next")
 
     @field_validator("image")
     @classmethod
@@ -64,26 +66,26 @@ class Config(NetConfig):
 class Inverter:
     """The photo as each of the layers sees it, and the losses of the pictures that are to be seen alike."""
 
-    def __init__(self, config: Config, model: Pretrained, where: Compute) -> None:
-        self.config, self.where = config, where
-        self.photo = model.frame.view(photos.load(photos.find([config.image])[0]))
-        self.wanted = photos.to_tensor(self.photo).to(where.device)
-        self.features = [Features(model, [name]) for name in config.layers]
+    def __init__(self, config: Config, model: PretrainedClassifier, ctx: ComputeContext) -> None:
+        self.config, self.ctx = config, ctx
+        self.photo = model.frame.view(photos.load(photos.find_images([config.image])[0]))
+        self.wanted = photos.to_tensor(self.photo).to(ctx.device)
+        self.features = [FeatureExtractor(model, [name]) for name in config.layers]
         with torch.no_grad():
             self.seen = [self._look(k, self.wanted) for k in range(len(config.layers))]
         varied = [(seen - seen.mean((1, 2), keepdim=True)).square().sum() for seen in self.seen]
         self.factors = [config.content_weight / max(float(value), 1e-30) for value in varied]
 
     def _look(self, k: int, picture: Tensor) -> Tensor:
-        with self.where.autocast():
+        with self.ctx.autocast():
             return self.features[k](picture)[self.config.layers[k]].float()
 
     def start(self) -> list[Tensor]:
         """Return uniform noise, the same for all layers."""
         noise = rng.uniform(self.config.seed, 0, torch.arange(self.wanted.numel()), "inversion").float()
-        return [noise.view(self.wanted.shape).to(self.where.device) for _ in self.config.layers]
+        return [noise.view(self.wanted.shape).to(self.ctx.device) for _ in self.config.layers]
 
-    def objective(self, pixels: Pixels) -> Losses:
+    def objective(self, pixels: ImageState) -> Losses:
         """Return the sum over the layers of the relative distances, and of the smoothness."""
         pairs = enumerate(pixels.tensors)
         content = torch.stack(
@@ -100,30 +102,30 @@ class Inverter:
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Invert all layers together."""
-    where, model = config.build()
-    inverter = Inverter(config, model, where)
+    ctx, model = config.build()
+    inverter = Inverter(config, model, ctx)
     adam = image_optimizer.adam(inverter.lr)
 
-    def update(pixels: Pixels, gradients: list[Tensor]) -> None:
+    def update(pixels: ImageState, gradients: list[Tensor]) -> None:
         adam(pixels, gradients)
         pixels.tensors = [picture.clamp(0, 1) for picture in pixels.tensors]
 
-    def keep_frame(step: int, pixels: Pixels) -> None:
+    def keep_frame(step: int, pixels: ImageState) -> None:
         out.folder("images")
         shown = images.strip([photos.to_image(picture) for picture in pixels.tensors])
         out.write_bytes("images/preview.png", images.png(shown))
 
-    job = image_optimizer.Painting(
-        pixels=image_optimizer.Pixels(inverter.start()),
+    job = image_optimizer.ImageOptimization(
+        pixels=image_optimizer.ImageState(inverter.start()),
         objective=inverter.objective,
         update=update,
         steps=config.steps,
-        where=where,
+        ctx=ctx,
         digest=config.digest(),
         frames=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
         keep_frame=keep_frame,
     )
-    last = image_optimizer.paint(job, out, "inversion")
+    last = image_optimizer.optimize_image(job, out, "inversion")
     rows = judge(inverter, job.pixels, out)
     out.facts["results"] = rows
     found = [row["psnr_db"] for row in rows]
@@ -133,7 +135,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     return {"num_pictures": len(rows), **by_layer, **ends, **last}
 
 
-def judge(inverter: Inverter, pixels: Pixels, out: RunDir) -> list[Row]:
+def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[Row]:
     """Write the pictures and a panel of them; return how near to the photo the files are."""
     rows, tiles = [], [("photo", inverter.photo)]
     for name, picture in zip(inverter.config.layers, pixels.tensors, strict=True):
@@ -156,13 +158,13 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError for a layer that is not there, DataError for such a photo."""
-    where, model = config.build()
-    inverter = Inverter(config, model, where)
+    ctx, model = config.build()
+    inverter = Inverter(config, model, ctx)
     return {
         "image": config.image,
         "layers": ", ".join(config.layers),
         "parameters": inverter.wanted.numel() * len(config.layers),
         "steps": config.steps,
         "model": config.model,
-        **where.told(),
+        **ctx.told(),
     }

@@ -21,7 +21,7 @@ from cvlab.config import schema
 from cvlab.data import photos, rng
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import saliency
 from cvlab.reports import images
 from cvlab.runs.records import Row
@@ -36,11 +36,13 @@ class Config(PhotoConfig):
     )
     target: str | None = Field(None, description="the class to explain; null: the one the net answers with")
     of: Literal["score", "loss"] = Field("score", description="explain the class's score or its cross-entropy")
-    samples: schema.Count = Field(25, description="noisy copies of smoothgrad, or steps of integrated_gradients")
-    noise: schema.Positive = Field(0.15, description="standard deviation of smoothgrad's noise, of a photo's range")
+    samples: schema.PositiveInt = Field(25, description="noisy copies of smoothgrad, or steps of integrated_gradients")
+    noise: schema.PositiveFloat = Field(
+        0.15, description="standard deviation of smoothgrad's noise, of a photo's range"
+    )
 
 
-def maps(config: Config, model: Pretrained, images: Tensor, classes: Tensor) -> Tensor:
+def maps(config: Config, model: PretrainedClassifier, images: Tensor, classes: Tensor) -> Tensor:
     """Return the maps (N, S, S) of photos (N, 3, S, S) by the method of a configuration."""
     net: nn.Module = model.net
     if config.method == "gradient":
@@ -61,17 +63,17 @@ def maps(config: Config, model: Pretrained, images: Tensor, classes: Tensor) -> 
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Explain all photos."""
-    where, model = config.build()
+    ctx, model = config.build()
     target = model.index(config.target) if config.target is not None else None
     out.folder("images")
 
-    def work(batch: list[Photo], look_up: Callable[[], None]) -> list[Row]:
-        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(where.device)
+    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(ctx.device)
         with torch.inference_mode():
             probabilities = model.probabilities(views)
-        classes = probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=where.device)
+        classes = probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=ctx.device)
         images = views.contiguous(memory_format=torch.channels_last)
-        with where.autocast():
+        with ctx.autocast():
             found = maps(config, model, images, classes.clone()).float().cpu()
         rows = []
         for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
@@ -82,7 +84,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     return {"num_photos": len(rows), "inside": statistics.fmean(row["inside"] for row in rows)}
 
 
-def _row(model: Pretrained, values: Tensor, probabilities: Tensor, index: int) -> Row:
+def _row(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, index: int) -> Row:
     flat = values.flatten().sort(descending=True).values
     inside = flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30)
     return {
@@ -92,7 +94,7 @@ def _row(model: Pretrained, values: Tensor, probabilities: Tensor, index: int) -
     }
 
 
-def _write(out: RunDir, config: Config, model: Pretrained, photo: Photo, values: Tensor, name: str) -> Row:
+def _write(out: RunDir, config: Config, model: PretrainedClassifier, photo: Photo, values: Tensor, name: str) -> Row:
     shown = images.scaled(values)
     heat = images.heat(shown)
     over = images.overlay(photo.image, shown, model.frame.box(*photo.image.size))
@@ -114,9 +116,9 @@ def metric_names(config: Config) -> set[str]:
 
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class, or no map of this kind."""
-    where, model = config.build()
+    ctx, model = config.build()
     if config.target is not None:
         model.index(config.target)
     if config.method == "gradcam":
         saliency.last_features(model.net, model.frame.size_px)
-    return photo_batches.plan(config, where, model)
+    return photo_batches.plan(config, ctx, model)

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from cvlab.data import photos
-from cvlab.engine.device import Compute
+from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.style import sample_painting
 from cvlab.models import features
-from cvlab.models.features import Features, Layers
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.features import FeatureExtractor, Layers
+from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 
 STYLE_WEIGHT = 2000.0
@@ -55,7 +55,7 @@ def region_loss(regions: tuple[Region, ...], maps: Maps, name: str) -> Tensor:
 
 def open_picture(name: str) -> Image.Image:
     """Read a picture by its name: a file, `sample`, or the painting that comes along. DataError says what is wrong."""
-    return sample_painting.painting() if name == photos.PAINTING else photos.load(photos.find([name])[0])
+    return sample_painting.painting() if name == photos.SAMPLE_PAINTING else photos.load(photos.find_images([name])[0])
 
 
 def resized(image: Image.Image, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -72,21 +72,21 @@ def fitted(image: Image.Image, size_px: int, side: str) -> tuple[int, int]:
 class Targets:
     """The pictures of a configuration of the experiment `style`, and the targets that they give."""
 
-    def __init__(self, config: Any, model: Pretrained, where: Compute) -> None:
-        self.config, self.where = config, where
+    def __init__(self, config: Any, model: PretrainedClassifier, ctx: ComputeContext) -> None:
+        self.config, self.ctx = config, ctx
         self.layers = _layers(config, model)
         self.content = open_picture(config.content) if config.content is not None else None
         self.styles = [open_picture(name) for name in config.styles]
         of_styles = [self.styles[min(k, len(self.styles) - 1)] for k in range(len(config.style_masks))]
         self.masks = [_mask(name, self.content) for name in config.masks]
         self.style_masks = [_mask(name, image) for name, image in zip(config.style_masks, of_styles, strict=True)]
-        self.features = Features(
+        self.features = FeatureExtractor(
             model, [*self.layers.style, *([self.layers.content] if self.content is not None else [])]
         )
 
     def photo(self, width: int, height: int) -> Tensor | None:
         """Return the photo at a size, None where there is none."""
-        return resized(self.content, (width, height), self.where.device) if self.content is not None else None
+        return resized(self.content, (width, height), self.ctx.device) if self.content is not None else None
 
     def seen(self, picture: Tensor) -> Tensor:
         """Return a picture as the net sees it: grey where colours are kept."""
@@ -96,7 +96,7 @@ class Targets:
 
     def maps(self, picture: Tensor) -> Maps:
         """Return the features of a picture (3, H, W), or (1, H, W) in grey."""
-        with self.where.autocast():
+        with self.ctx.autocast():
             found = self.features(self.seen(picture))
         return {name: values.float() for name, values in found.items()}
 
@@ -129,7 +129,7 @@ class Targets:
         mix = config.mix or (1.0,) * max(len(self.styles), len(self.masks))
         found = []
         for image in self.styles:
-            picture = resized(image, fitted(image, size_px, config.side), self.where.device)
+            picture = resized(image, fitted(image, size_px, config.side), self.ctx.device)
             if config.keep_colors and photo is not None:
                 picture = style.matched(style.luminance(picture), style.luminance(photo))
             found.append(self.maps(picture))
@@ -140,7 +140,7 @@ class Targets:
                 grams = [part * style.gram(maps[name]) for part, maps in zip(shares, found, strict=True)]
                 mean[name] = torch.stack(grams).sum(0)
             return (Region(mean, dict.fromkeys(names), 1.0),)
-        blank = torch.zeros(3, height, width, device=self.where.device)
+        blank = torch.zeros(3, height, width, device=self.ctx.device)
         sizes = self.features(blank)
         regions = []
         for k, (mask, weight) in enumerate(zip(self.masks, mix, strict=True)):
@@ -151,7 +151,7 @@ class Targets:
         return tuple(regions)
 
 
-def _layers(config: Any, model: Pretrained) -> Layers:
+def _layers(config: Any, model: PretrainedClassifier) -> Layers:
     """Return the layers that a configuration names, else those of the net's family; checked against the weights."""
     if config.style_layers is not None and config.content_layer is not None:
         layers = Layers(config.style_layers, config.content_layer)
@@ -168,7 +168,7 @@ def _layers(config: Any, model: Pretrained) -> Layers:
 
 def _mask(name: str, image: Image.Image | None) -> Tensor:
     """Read a mask (1, 1, H, W) in [0, 1] that belongs to a picture: white is inside."""
-    drawn = photos.load(photos.find([name])[0])
+    drawn = photos.load(photos.find_images([name])[0])
     mask = style.luminance(photos.to_tensor(drawn))[None]
     if float(mask.max()) == 0:
         raise DataError(f"{name}: the mask is empty", "paint its region white")

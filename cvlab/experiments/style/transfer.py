@@ -26,15 +26,15 @@ from torch import Tensor
 from cvlab.config import schema
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer, memory
-from cvlab.engine.device import Compute
-from cvlab.engine.image_optimizer import Pixels
+from cvlab.engine.device import ComputeContext
+from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.errors import ConfigError
 from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import NetConfig
+from cvlab.experiments.common.photo_batches import PretrainedConfig
 from cvlab.experiments.style import targets
 from cvlab.experiments.style.targets import Target, Targets, fitted
-from cvlab.models.pretrained import Pretrained
+from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 from cvlab.reports import images
 from cvlab.runs.records import Row
@@ -75,9 +75,9 @@ def scales(width: int, height: int, count: int | None, steps: int) -> list[Scale
 class Stylist:
     """What is done to the picture; `config` is that of the experiment `style`."""
 
-    def __init__(self, config: Any, model: Pretrained, where: Compute) -> None:
-        self.config, self.model, self.where = config, model, where
-        self.targets = Targets(config, model, where)
+    def __init__(self, config: Any, model: PretrainedClassifier, ctx: ComputeContext) -> None:
+        self.config, self.model, self.ctx = config, model, ctx
+        self.targets = Targets(config, model, ctx)
         self.content, self.layers = self.targets.content, self.targets.layers
         width, height = (config.size, config.size)
         if self.content is not None:
@@ -102,7 +102,7 @@ class Stylist:
 
     def require_memory(self) -> None:
         """Raise ConfigError, with the size that fits, where a step would take more memory than is free."""
-        needed, free = self.bytes_needed(), memory.free_bytes(self.where.device)
+        needed, free = self.bytes_needed(), memory.free_bytes(self.ctx.device)
         if free is not None and needed > FREE_SHARE * free:
             fits = int(self.config.size * math.sqrt(FREE_SHARE * free / needed)) // 8 * 8
             raise ConfigError(
@@ -123,7 +123,7 @@ class Stylist:
             return photo
         count = 3 * scale.height * scale.width
         noise = rng.uniform(self.config.seed, 0, torch.arange(count), "style").float()
-        return noise.view(3, scale.height, scale.width).to(self.where.device)
+        return noise.view(3, scale.height, scale.width).to(self.ctx.device)
 
     def _encoded(self, picture: Tensor) -> Tensor:
         net = self.model.net
@@ -145,7 +145,7 @@ class Stylist:
         total = content_loss + style_loss + tv_loss
         return {"loss": total, "content_loss": content_loss, "style_loss": style_loss, "tv_loss": tv_loss}
 
-    def objective(self, pixels: Pixels) -> Losses:
+    def objective(self, pixels: ImageState) -> Losses:
         """Return the losses at the scale of the step."""
         return self.losses(pixels.tensors[0], self.target(self.scale_at(pixels.step)))
 
@@ -154,7 +154,7 @@ class Stylist:
         is_late = step >= scale.start + LATE * (scale.end - scale.start)
         return float(self.config.late_lr if is_late else self.config.lr)
 
-    def update(self, pixels: Pixels, gradients: list[Tensor]) -> None:
+    def update(self, pixels: ImageState, gradients: list[Tensor]) -> None:
         """Step, back to colours that exist; after the last step of a scale on to the next, with an empty memory."""
         self.move(pixels, gradients)
         following = self.scale_at(pixels.step + 1)
@@ -182,7 +182,7 @@ class Stylist:
     @torch.no_grad()
     def judge(self, path: Path) -> Row:
         """Return the losses of a written file, how far the style's fell, and how like the photo it is."""
-        read = photos.to_tensor(photos.load(path)).to(self.where.device)
+        read = photos.to_tensor(photos.load(path)).to(self.ctx.device)
         last = self.scales[-1]
         target = self.target(last)
         found = {name: value.item() for name, value in self.losses(self._encoded(read), target).items()}
@@ -211,14 +211,16 @@ LOSSES = ("content_loss", "style_loss", "tv_loss")
 Side = Annotated[int, Ge(32), Le(8192)]
 
 
-class Config(NetConfig):
+class Config(PretrainedConfig):
     """Which pictures, and how one is made of them."""
 
     content: str | None = Field(photos.SAMPLE, description="the photo; null: none, a texture is made")
     styles: tuple[str, ...] = Field(
-        (photos.PAINTING,), description=f"pictures whose style is taken; `{photos.PAINTING}` comes along"
+        (photos.SAMPLE_PAINTING,), description=f"pictures whose style is taken; `{photos.SAMPLE_PAINTING}` comes along"
     )
-    mix: tuple[schema.Positive, ...] | None = Field(None, description="a weight for each of the styles; null: equal")
+    mix: tuple[schema.PositiveFloat, ...] | None = Field(
+        None, description="a weight for each of the styles; null: equal"
+    )
     masks: tuple[str, ...] = Field((), description="a mask of the photo for each style: where it is white")
     style_masks: tuple[str, ...] = Field((), description="for each mask, one of its style: where that is taken from")
     size: Side = Field(512, description="the picture's longer side in pixels")
@@ -229,25 +231,25 @@ class Config(NetConfig):
     scales: Annotated[int, Ge(1), Le(6)] | Literal["auto"] = Field(
         "auto", description="sizes to paint at, from coarse to fine, each twice the one before"
     )
-    strength: schema.Positive = Field(1.0, description="all style weights are multiplied by it")
+    strength: schema.PositiveFloat = Field(1.0, description="all style weights are multiplied by it")
     keep_colors: bool = Field(False, description="paint in grey, then take over the photo's colours")
     init: Literal["content", "noise"] = Field("content", description="what painting starts from")
     style_layers: tuple[str, ...] | None = Field(None, description="names of modules; null: those of the net's family")
     content_layer: str | None = Field(None, description="the same for the photo")
-    style_weights: tuple[schema.NonNegative, ...] | None = Field(
+    style_weights: tuple[schema.NonNegativeFloat, ...] | None = Field(
         None, description=f"one for each style layer; null: {targets.STYLE_WEIGHT:g} each"
     )
-    content_weight: schema.NonNegative = Field(1000.0, description="weight of the content loss")
-    tv_weight: schema.NonNegative = Field(15_000.0, description="weight of the squared differences of neighbours")
+    content_weight: schema.NonNegativeFloat = Field(1000.0, description="weight of the content loss")
+    tv_weight: schema.NonNegativeFloat = Field(15_000.0, description="weight of the squared differences of neighbours")
     scaling: Literal["relative", "absolute"] = Field("relative", description="what weights are multiplied by")
     space: Literal["pixels", "normalized"] = Field(
         "pixels", description="optimise pixels in [0, 1], or normalised as the net wants them"
     )
     optimizer: Literal["adam", "lbfgs"] = Field("adam", description="lbfgs keeps ten pictures and gradients")
-    lr: schema.Positive = Field(0.05, description="length of Adam's steps; 1 is right for lbfgs")
-    late_lr: schema.Positive = Field(0.01, description="adam: for the last tenth of a scale's steps")
-    steps: Annotated[schema.Count, Le(100_000)] = Field(200, description="of all scales together")
-    preview_every: schema.Count = Field(25, description="steps from one preview to the next")
+    lr: schema.PositiveFloat = Field(0.05, description="length of Adam's steps; 1 is right for lbfgs")
+    late_lr: schema.PositiveFloat = Field(0.01, description="adam: for the last tenth of a scale's steps")
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(200, description="of all scales together")
+    preview_every: schema.PositiveInt = Field(25, description="steps from one preview to the next")
 
     @field_validator("content")
     @classmethod
@@ -280,17 +282,17 @@ class Config(NetConfig):
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Paint the picture."""
     stylist = prepare(config)
-    job = image_optimizer.Painting(
-        pixels=image_optimizer.Pixels([stylist.start()]),
+    job = image_optimizer.ImageOptimization(
+        pixels=image_optimizer.ImageState([stylist.start()]),
         objective=stylist.objective,
         update=stylist.update,
         steps=config.steps,
-        where=stylist.where,
+        ctx=stylist.ctx,
         digest=config.digest(),
         frames=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
         keep_frame=lambda step, pixels: keep_frame(out, stylist.image(pixels.tensors[0]), step),
     )
-    last = image_optimizer.paint(job, out, "style")
+    last = image_optimizer.optimize_image(job, out, "style")
     image = stylist.image(job.pixels.tensors[0])
     out.write_bytes("images/style.png", images.png(image))
     found = stylist.judge(out.path / "images" / "style.png")
@@ -303,8 +305,8 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
 
 def prepare(config: Config) -> Stylist:
     """Build what paints. ConfigError where the picture would not fit into the memory."""
-    where, model = config.build()
-    stylist = Stylist(config, model, where)
+    ctx, model = config.build()
+    stylist = Stylist(config, model, ctx)
     stylist.require_memory()
     return stylist
 
@@ -346,5 +348,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "model": config.model,
         "style_layers": ", ".join(stylist.layers.style),
         "content_layer": stylist.layers.content if stylist.content is not None else None,
-        **stylist.where.told(),
+        **stylist.ctx.told(),
     }

@@ -21,7 +21,7 @@ from annotated_types import Le
 from pydantic import Field, model_validator
 
 from cvlab import registry
-from cvlab.config.schema import Count, Frozen, Index
+from cvlab.config.schema import FrozenModel, NonNegativeInt, PositiveInt
 from cvlab.errors import ConfigError
 from cvlab.runs.interrupt import StopRequest
 
@@ -29,7 +29,7 @@ POLL_SECONDS = 0.2
 DIED = 137  # the exit code of an arm whose node or process was lost without a word
 ERRORS = "stderr.txt"  # what an arm says on standard error, in its run directory until it has ended
 TOKEN = "driver.txt"  # a random word in the sweep's directory: who reads it there shares the disk with the driver
-SUBMITTERS = {
+EXECUTORS = {
     "local": "cvlab.sweeps.executors.local:run",
     "ray": "cvlab.sweeps.executors.ray_tasks:run",
     "slurm": "cvlab.sweeps.executors.slurm:run",
@@ -37,7 +37,7 @@ SUBMITTERS = {
 EXTRAS = {"ray": "ray", "slurm": "submitit"}  # the package that each of them needs
 
 
-class Submit(Frozen):
+class Submit(FrozenModel):
     """Where arms run, and what each of them gets there."""
 
     on: Literal["local", "ray", "slurm"] = Field("local", description="this machine, a Ray cluster, or Slurm")
@@ -46,11 +46,15 @@ class Submit(Frozen):
         description="of a Ray cluster, host:port or auto; null: one that lives as long as the sweep. "
         "For slurm: local runs its jobs on this machine, to try it",
     )
-    cpus: Annotated[Count, Le(256)] = Field(1, description="CPU cores of an arm, with ray and slurm")
-    gpus: Annotated[Index, Le(64)] = Field(0, description="GPUs of an arm, with ray and slurm")
+    cpus: Annotated[PositiveInt, Le(256)] = Field(1, description="CPU cores of an arm, with ray and slurm")
+    gpus: Annotated[NonNegativeInt, Le(64)] = Field(0, description="GPUs of an arm, with ray and slurm")
     partition: str | None = Field(None, description="of Slurm; null: its default")
-    minutes: Count = Field(60, description="of a Slurm job; an arm that takes longer is saved and goes on in the next")
-    retries: Annotated[Index, Le(100)] = Field(2, description="how often an arm is tried again that was lost or killed")
+    minutes: PositiveInt = Field(
+        60, description="of a Slurm job; an arm that takes longer is saved and goes on in the next"
+    )
+    retries: Annotated[NonNegativeInt, Le(100)] = Field(
+        2, description="how often an arm is tried again that was lost or killed"
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Submit":
@@ -80,7 +84,7 @@ class Task(NamedTuple):
     token: str
 
 
-class Ended(NamedTuple):
+class TaskResult(NamedTuple):
     """How the process of an arm has ended: its exit code, negative for a signal, and its last words."""
 
     task: Task
@@ -89,17 +93,17 @@ class Ended(NamedTuple):
 
 
 Take = Callable[[], Task | None]
-Events = Generator[Ended | None, None, None]
-Engine = Callable[[Take, Limits, StopRequest], Events]
+Events = Generator[TaskResult | None, None, None]
+Executor = Callable[[Take, Limits, StopRequest], Events]
 
 
-def find(submit: Submit) -> Engine:
+def find(submit: Submit) -> Executor:
     """Return the engine that is to be used; ConfigError where what it needs is not there."""
     if submit.on in EXTRAS:
         require(EXTRAS[submit.on], submit.on)
     if submit.on == "slurm" and submit.address is None and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ConfigError("no Slurm on this machine: no sbatch", "run it on a login node, or try --address local")
-    found: Engine = registry.find("submitter", submit.on, SUBMITTERS)
+    found: Executor = registry.get("submitter", submit.on, EXECUTORS)
     return found
 
 
@@ -111,7 +115,7 @@ def require(package: str, extra: str) -> None:
         raise ConfigError(f"{package} is not installed", f"pip install 'cvlab[{extra}]'") from None
 
 
-def last_words(arm: Path) -> str:
+def read_last_error(arm: Path) -> str:
     """Return the last line that an arm said on standard error, and remove the file."""
     try:
         lines = (arm / ERRORS).read_text(errors="replace").splitlines()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.runs.interrupt import StopRequest
-from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, Ended, Events, Limits, Take, Task, last_words
+from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, Events, Limits, Take, Task, TaskResult, read_last_error
 
 PRELOADED = (  # seconds of every arm
     "cvlab.cli.main",
@@ -45,7 +45,7 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
             for sentinel in connection.wait(list(running), timeout=POLL_SECONDS):
                 task, process = running.pop(sentinel)
                 process.join()
-                yield Ended(task, process.exitcode, last_words(task.arm))
+                yield TaskResult(task, process.exitcode, read_last_error(task.arm))
             yield None
     finally:
         _terminate(running)

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from cvlab.errors import RunDirError
 from cvlab.runs.interrupt import STOP_WITH_INPUT
-from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, TOKEN, Ended, Task, last_words
+from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, TOKEN, Task, TaskResult, read_last_error
 
 SIGHT_SECONDS = 10.0  # so long a network file system may take to show what another node has written
-Answer = tuple[int | None, str]  # exit code and last words; without a code the node must get no further arms
+RemoteResult = tuple[int | None, str]  # exit code and last words; without a code the node must get no further arms
 
 
-class Errand(NamedTuple):
+class RemoteTask(NamedTuple):
     """What a node is told: the arm, and the driver's folder and settings, in which it runs as it would there."""
 
     task: Task
@@ -26,9 +26,9 @@ class Errand(NamedTuple):
     environment: Mapping[str, str]
 
 
-def errand(task: Task) -> Errand:
+def errand(task: Task) -> RemoteTask:
     """Return what a node is to be told about an arm."""
-    return Errand(task, str(Path.cwd()), settings())
+    return RemoteTask(task, str(Path.cwd()), settings())
 
 
 def settings() -> dict[str, str]:
@@ -39,7 +39,7 @@ def settings() -> dict[str, str]:
 class Child:
     """The process of an arm."""
 
-    def __init__(self, errand: Errand) -> None:
+    def __init__(self, errand: RemoteTask) -> None:
         arm = errand.task.arm
         environment = {**os.environ, **errand.environment, STOP_WITH_INPUT: "1"}
         with (arm / ERRORS).open("wb") as errors:
@@ -66,7 +66,7 @@ class Child:
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
 
-def run(errand: Errand, begun: Callable[[Child], None] = lambda child: None) -> Answer:
+def run(errand: RemoteTask, begun: Callable[[Child], None] = lambda child: None) -> RemoteResult:
     """Run an arm to its end; interrupted, ask it to save, and wait for that."""
     arm = errand.task.arm
     if not sees(errand.task):
@@ -79,7 +79,7 @@ def run(errand: Errand, begun: Callable[[Child], None] = lambda child: None) -> 
     except KeyboardInterrupt:
         child.stop()
         code = child.wait()
-    return code, last_words(arm)
+    return code, read_last_error(arm)
 
 
 def sees(task: Task) -> bool:
@@ -96,9 +96,9 @@ def sees(task: Task) -> bool:
         time.sleep(POLL_SECONDS)
 
 
-def ended(task: Task, answer: Answer) -> Ended:
+def ended(task: Task, answer: RemoteResult) -> TaskResult:
     """Return how an arm has ended; RunDirError where its node does not see the sweep."""
     code, said = answer
     if code is None:
         raise RunDirError(said, "put the runs on storage that all nodes share, with --runs-dir")
-    return Ended(task, code, said)
+    return TaskResult(task, code, said)

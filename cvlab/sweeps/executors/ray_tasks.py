@@ -116,12 +116,12 @@ def _cancel(running: Mapping[Any, Task]) -> None:
         ray.cancel(task)
 
 
-def _answer(task: Any) -> node.Answer:
+def _answer(task: Any) -> node.RemoteResult:
     """Return what a task has answered; one that was lost with its node or worker has died."""
     import ray
 
     try:
-        answer: node.Answer = ray.get(task)
+        answer: node.RemoteResult = ray.get(task)
         return answer
     except ray.exceptions.TaskCancelledError:
         return EXIT_TERMINATED, "cancelled"

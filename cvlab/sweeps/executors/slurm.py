@@ -24,11 +24,11 @@ SAVE_SECONDS = 90  # between the signal that time is up and the end of a job
 class ArmJob:
     """What a job calls. submitit asks `checkpoint` for what is to be queued again when the job has to go."""
 
-    def __init__(self, errand: node.Errand) -> None:
+    def __init__(self, errand: node.RemoteTask) -> None:
         self.errand = errand
         self.child: node.Child | None = None
 
-    def __call__(self) -> node.Answer:
+    def __call__(self) -> node.RemoteResult:
         """Run the arm."""
         before = signal.signal(signal.SIGTERM, self._interrupt)  # submitit would let it pass; `scancel` sends it
         try:
@@ -118,12 +118,12 @@ def _cancel(job: Any) -> None:
         job.cancel(check=False)
 
 
-def _answer(job: Any) -> node.Answer:
+def _answer(job: Any) -> node.RemoteResult:
     """Return what a job has answered; one that has ended without a word has died."""
     import submitit
 
     try:
-        answer: node.Answer = job.result()
+        answer: node.RemoteResult = job.result()
         return answer
     except submitit.core.utils.FailedJobError as error:  # nothing of ours: for example a node without cvlab
         lines = [line for line in str(error).splitlines() if line.strip(" -")]

@@ -12,13 +12,13 @@ from PIL import Image
 from cvlab.data import photos
 from cvlab.models import pretrained
 from cvlab.ops import attacks
-from cvlab.ops.resample import Frame
+from cvlab.ops.resample import EvalTransform
 
 
 @pytest.fixture
 def two(tmp_path):
     """Two small photos cut from the one that comes along, of odd sizes."""
-    whole = photos.load(photos.find(["sample"])[0])
+    whole = photos.load(photos.find_images(["sample"])[0])
     whole.crop((100, 40, 400, 300)).save(tmp_path / "wide.png")
     whole.crop((150, 0, 390, 331)).save(tmp_path / "tall.png")
     return [tmp_path / "wide.png", tmp_path / "tall.png"]
@@ -74,7 +74,7 @@ def test_the_written_file_is_taken_for_an_ostrich(two, cvlab, tmp_path, options)
         made = tmp_path / found["run"] / row["attacked"]
         assert row["fooled"] and row["label"] == "ostrich" and row["target_after"] > row["target_before"]
         is_view = "model" in options
-        assert judged(made, Frame(224, 224) if is_view else None) == "ostrich"
+        assert judged(made, EvalTransform(224, 224) if is_view else None) == "ostrich"
         before = photos.load(path)
         before = pretrained.build().frame.view(before) if is_view else before
         change = np.asarray(photos.load(made), int) - np.asarray(before, int)
@@ -175,11 +175,11 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
     real = attack.Attack.__call__
     calls = []
 
-    def once(self, batch, look_up):
+    def once(self, batch, check_interrupt):
         calls.append(batch)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, batch, look_up)
+        return real(self, batch, check_interrupt)
 
     monkeypatch.setattr(attack.Attack, "__call__", once)
     assert cvlab("attack", *arguments)[0] == 130
@@ -196,15 +196,15 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
 def test_a_signal_stops_an_attack_between_two_steps(two, cvlab, monkeypatch):
     from cvlab.engine import image_optimizer
 
-    real = image_optimizer.optimise_pixels
+    real = image_optimizer.optimization_steps
 
     def stopping(*arguments):
         signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(image_optimizer, "optimise_pixels", stopping)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", stopping)
     code, _, err = cvlab("attack", "--target", "ostrich", *two)
     assert code == 130 and "stopped by SIGINT after photo 0" in err
-    monkeypatch.setattr(image_optimizer, "optimise_pixels", real)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", real)
     code, out, _ = cvlab("resume", "latest", "--json")
     assert code == 0 and json.loads(out)["metrics"]["fooled"] == 1

@@ -11,7 +11,7 @@ from cvlab.data import photos, vocabulary
 from cvlab.engine import device
 from cvlab.experiments.captioning import checkpoint, feature_store
 from cvlab.experiments.captioning.model import Captioner
-from cvlab.models.features import Features
+from cvlab.models.features import FeatureExtractor
 from cvlab.models.pretrained import build
 from tests.conftest import weights_digest
 
@@ -139,12 +139,12 @@ class TestCaption:
     def test_one_beam_is_greedy(self, cvlab, made):
         weights = made["attention_lstm"]
         one = checkpoint.load(weights, torch.device("cpu"))
-        photo = feature_store.squeezed(photos.load(photos.find(("sample",))[0]), one.about.size_px)
-        seen = feature_store.look(one.features, photo[None], device.compute("cpu", "float32", 1), False)
+        photo = feature_store.squeezed(photos.load(photos.find_images(("sample",))[0]), one.about.size_px)
+        seen = feature_store.look(one.features, photo[None], device.select_device("cpu", "float32", 1), False)
         state, said = one.net.start(seen), [vocabulary.START]
         while len(said) < one.about.length and said[-1] != vocabulary.END:
             scores, state, _ = one.net.step(state, torch.tensor([said[-1]]))
-            scores[:, [vocabulary.NULL, vocabulary.START, vocabulary.UNKNOWN]] = -torch.inf
+            scores[:, [vocabulary.PAD, vocabulary.START, vocabulary.UNKNOWN]] = -torch.inf
             said.append(int(scores.argmax()))
         out = cvlab("caption", "sample", "--weights", weights, "--beam", 1, "precision=float32", "--json")[1]
         if said[-1] == vocabulary.END:
@@ -174,12 +174,12 @@ class TestMaps:
     def asked(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
         path = tmp_path / "photo.png"
-        photos.load(photos.SAMPLE if Path(photos.SAMPLE).is_file() else photos.find(("sample",))[0]).save(path)
-        features, where = Features(build(), ["bn2"]), device.compute("cpu", "float32", 1)
+        photos.load(photos.SAMPLE if Path(photos.SAMPLE).is_file() else photos.find_images(("sample",))[0]).save(path)
+        features, ctx = FeatureExtractor(build(), ["bn2"]), device.select_device("cpu", "float32", 1)
 
         def load(**changes):
             request = feature_store.Request(64, changes.pop("pool", False), **changes)
-            return feature_store.load(features, [path, path], where, request, lambda: None)
+            return feature_store.load(features, [path, path], ctx, request, lambda: None)
 
         return load, tmp_path / "data" / feature_store.FOLDER, path
 
@@ -214,8 +214,8 @@ class TestMaps:
 def test_of_several_maps_the_first_says_which_cells_there_are():
     features = checkpoint.maps_of((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    where = device.compute("cpu", "float32", 1)
-    cells = feature_store.look(features, pictures, where, False)
+    ctx = device.select_device("cpu", "float32", 1)
+    cells = feature_store.look(features, pictures, ctx, False)
     maps = features.batch(pictures)
     medium, fine, coarse = (maps[name].detach() for name in features.names)
     sizes = [m.shape[1] for m in (medium, fine, coarse)]
@@ -224,7 +224,7 @@ def test_of_several_maps_the_first_says_which_cells_there_are():
     torch.testing.assert_close(found[0], medium)
     torch.testing.assert_close(found[1][..., 1, 2], fine[..., 2:4, 4:6].mean((2, 3)))
     torch.testing.assert_close(found[2], coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    pooled = feature_store.look(features, pictures, where, True)
+    pooled = feature_store.look(features, pictures, ctx, True)
     torch.testing.assert_close(pooled, cells.mean(1, keepdim=True))
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cvlab.data import captions, photos, vocabulary
 from cvlab.data.scenes import generator
-from cvlab.data.vocabulary import END, NULL, START, UNKNOWN, Vocabulary
+from cvlab.data.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import dataset, scene_captions
 
@@ -17,19 +17,19 @@ COUNTS = {"train": 6, "val": 2, "test": 2}
 
 class TestVocabulary:
     def test_words_of_a_sentence(self):
-        assert vocabulary.tokens("A dog 's  ball , 2 cats .") == ["a", "dog", "'s", "ball", "2", "cats"]
+        assert vocabulary.tokenize("A dog 's  ball , 2 cats .") == ["a", "dog", "'s", "ball", "2", "cats"]
 
     def test_the_most_frequent_come_first_and_rare_ones_are_unknown(self):
-        made = vocabulary.build([["b", "a", "b"], ["a", "c", "b"]], 2)
+        made = vocabulary.build_vocabulary([["b", "a", "b"], ["a", "c", "b"]], 2)
         assert made.words == ("b", "a") and len(made) == 6
         rows = made.encode([["a", "c"], ["b"] * 9], 5)
-        assert rows.tolist() == [[START, 5, UNKNOWN, END, NULL], [START, 4, 4, 4, END]]
+        assert rows.tolist() == [[START, 5, UNKNOWN, END, PAD], [START, 4, 4, 4, END]]
         assert made.decode(rows[0].tolist()) == ["a", "<unk>"]
         assert made.encode([], 5).shape == (0, 5)
 
     def test_none_is_frequent_enough(self):
         with pytest.raises(DataError, match="no word stands 3 times"):
-            vocabulary.build([["a", "b"]], 3)
+            vocabulary.build_vocabulary([["a", "b"]], 3)
 
     @pytest.mark.parametrize("words", [("a", "a"), ("",), ("<end>",)])
     def test_broken(self, words):

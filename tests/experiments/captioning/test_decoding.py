@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cvlab.data.vocabulary import END, NULL, START, UNKNOWN
+from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
 from cvlab.experiments.captioning import decoding
 from cvlab.experiments.captioning.model import Captioner
 
@@ -57,7 +57,7 @@ def test_greedy_is_one_beam(net):
                 scores, state, _ = net.step(state, word)
                 log_p = scores.log_softmax(1)
                 ended.append((total + log_p[0, END].item(), (*words, END)))
-                log_p[:, [NULL, START, UNKNOWN, END]] = -1e9
+                log_p[:, [PAD, START, UNKNOWN, END]] = -1e9
                 if t == LENGTH - 1:
                     break
                 total += log_p.max().item()
@@ -73,7 +73,7 @@ def test_photos_do_not_disturb_each_other_and_every_sentence_ends(net):
     assert [one.words for one in together] == [one.words for one in alone]
     for sentence in together:
         assert sentence.words[-1] == END and len(sentence.words) <= LENGTH
-        assert not set(sentence.words) & {NULL, START, UNKNOWN}
+        assert not set(sentence.words) & {PAD, START, UNKNOWN}
 
 
 def test_where_it_looks(net):
@@ -96,11 +96,11 @@ def test_sentences_are_drawn_as_likely_as_they_are(net):
     share = torch.tensor([(drawn[:, 1] == word).float().mean() for word in allowed])
     torch.testing.assert_close(share, first, atol=0.015, rtol=0)
     ended = (drawn == END).int().cumsum(1)
-    assert bool((ended[:, -1] == 1).all()) and not bool(((drawn != NULL) & (drawn != END) & (ended > 0)).any())
+    assert bool((ended[:, -1] == 1).all()) and not bool(((drawn != PAD) & (drawn != END) & (ended > 0)).any())
 
 
 def test_the_probability_of_a_sentence_is_the_product_over_its_words(net):
-    rows = torch.tensor([[START, 4, 5, END, NULL], [START, 6, END, NULL, NULL]])
+    rows = torch.tensor([[START, 4, 5, END, PAD], [START, 6, END, PAD, PAD]])
     found = net.log_probability(features(net, 2), rows, torch.tensor([1, 0]))
     wanted = [score(net, features(net, 2)[1], (4, 5, END)), score(net, features(net, 2)[0], (6, END))]
     torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-4, rtol=0)

@@ -74,8 +74,8 @@ def test_adam_is_torchs():
         optimizer.zero_grad()
         F.mse_loss(theirs, target).backward()
         optimizer.step()
-    pixels = image_optimizer.Pixels([start.clone()])
-    steps = image_optimizer.optimise_pixels(
+    pixels = image_optimizer.ImageState([start.clone()])
+    steps = image_optimizer.optimization_steps(
         pixels, lambda p: {"loss": F.mse_loss(p.tensors[0], target)}, image_optimizer.adam(lambda step: 0.05)
     )
     for _ in range(7):
@@ -87,8 +87,8 @@ def test_adam_is_torchs():
 def test_a_loss_that_is_not_finite_ends_it():
     from cvlab.errors import DivergedError
 
-    pixels = image_optimizer.Pixels([torch.zeros(2)])
-    steps = image_optimizer.optimise_pixels(pixels, lambda p: {"loss": p.tensors[0].sum() / 0}, lambda p, g: None)
+    pixels = image_optimizer.ImageState([torch.zeros(2)])
+    steps = image_optimizer.optimization_steps(pixels, lambda p: {"loss": p.tensors[0].sum() / 0}, lambda p, g: None)
     with pytest.raises(DivergedError, match="not finite at step 0"):
         next(steps)
     assert pixels.tensors[0].equal(torch.zeros(2))
@@ -117,7 +117,7 @@ def test_from_a_photo(cvlab, tmp_path):
         assert code == 0, err
         found = json.loads(out)
         made = photos.load(tmp_path / found["run"] / found["results"][0]["image"])
-        view = pretrained.build().frame.view(photos.load(photos.find(["sample"])[0]))
+        view = pretrained.build().frame.view(photos.load(photos.find_images(["sample"])[0]))
         difference = (photos.to_tensor(made) - photos.to_tensor(view)).abs().max()
         assert difference <= 6 / 255
 
@@ -126,7 +126,7 @@ def test_from_a_photo(cvlab, tmp_path):
 def test_stopped_and_resumed_it_ends_with_the_same_bits(cvlab, tmp_path, monkeypatch, kind):
     words = ("classvis", *SHORT, f"parametrization={kind}", "jitter_px=4", "--json")
     whole = json.loads(cvlab(*words)[1])
-    real = image_optimizer.optimise_pixels
+    real = image_optimizer.optimization_steps
 
     def stopping(*arguments):
         for k, losses in enumerate(real(*arguments)):
@@ -134,10 +134,10 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(cvlab, tmp_path, monkeyp
                 signal.raise_signal(signal.SIGTERM)
             yield losses
 
-    monkeypatch.setattr(image_optimizer, "optimise_pixels", stopping)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", stopping)
     code, out, _ = cvlab(*words)
     assert code == 143 and "after step 4" in json.loads(out)["error"]["message"]
-    monkeypatch.setattr(image_optimizer, "optimise_pixels", real)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", real)
     code, out, err = cvlab("resume", "latest", "--json")
     assert code == 0 and "4 of 8 steps are done" in err
     again = json.loads(out)

@@ -67,7 +67,7 @@ def test_a_gradient_is_the_slope(small):
 
 def test_the_net_that_comes_along_agrees_with_captum():
     model = pretrained.build()
-    view = photos.to_tensor(model.frame.view(photos.load(photos.find(["sample"])[0])))[None]
+    view = photos.to_tensor(model.frame.view(photos.load(photos.find_images(["sample"])[0])))[None]
     y = torch.tensor([652])
     wanted = attr.Saliency(model.net).attribute(view.clone().requires_grad_(), target=y).amax(1)
     found = saliency.vanilla(model.net, view, y)

@@ -103,8 +103,8 @@ def test_lbfgs_is_torchs():
 
     theirs = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([theirs], lr=0.5, max_iter=1, history_size=3)
-    pixels = image_optimizer.Pixels([start.clone()])
-    steps = image_optimizer.optimise_pixels(pixels, lambda p: {"loss": loss(p.tensors[0])}, lbfgs_of_three)
+    pixels = image_optimizer.ImageState([start.clone()])
+    steps = image_optimizer.optimization_steps(pixels, lambda p: {"loss": loss(p.tensors[0])}, lbfgs_of_three)
 
     def closure():
         optimizer.zero_grad()
@@ -153,10 +153,10 @@ class TestMemory:
 
     def test_the_estimate_grows_with_the_pixels(self):
         net = pretrained.build()
-        shallow = features.Features(net, ["blocks.0"]).bytes_for_gradient(256, 256)
-        deep = features.Features(net, ["blocks.5"]).bytes_for_gradient(256, 256)
+        shallow = features.FeatureExtractor(net, ["blocks.0"]).bytes_for_gradient(256, 256)
+        deep = features.FeatureExtractor(net, ["blocks.5"]).bytes_for_gradient(256, 256)
         assert 256 * 256 * 100 < shallow < deep
-        assert features.Features(net, ["blocks.5"]).bytes_for_gradient(512, 256) == pytest.approx(2 * deep)
+        assert features.FeatureExtractor(net, ["blocks.5"]).bytes_for_gradient(512, 256) == pytest.approx(2 * deep)
 
 
 class TestFeatures:
@@ -168,7 +168,7 @@ class TestFeatures:
         with torch.no_grad():
             net.net(picture[None].contiguous(memory_format=torch.channels_last))
         hook.remove()
-        mine = features.Features(net, ["blocks.3", "blocks.1"])(picture)
+        mine = features.FeatureExtractor(net, ["blocks.3", "blocks.1"])(picture)
         assert list(mine) == ["blocks.1", "blocks.3"] or list(mine) == ["blocks.3", "blocks.1"]
         torch.testing.assert_close(mine["blocks.3"], found["whole"][0])
 
@@ -176,31 +176,31 @@ class TestFeatures:
         net = pretrained.build()
         calls = []
         hook = net.net.net.blocks[4].register_forward_hook(lambda m, i, o: calls.append(1))
-        features.Features(net, ["blocks.3"])(torch.rand(3, 64, 64))
+        features.FeatureExtractor(net, ["blocks.3"])(torch.rand(3, 64, 64))
         hook.remove()
         assert not calls and not any(module._forward_hooks for module in net.net.modules())
 
     def test_a_layer_that_is_not_there(self):
         with pytest.raises(ConfigError, match="unknown layer 'blocks.9'.*blocks.6"):
-            features.Features(pretrained.build(), ["blocks.9"])
+            features.FeatureExtractor(pretrained.build(), ["blocks.9"])
 
     def test_a_layer_that_gives_no_map(self):
         with pytest.raises(ConfigError, match="'classifier'.*no map"):
-            features.Features(pretrained.build(), ["classifier"])(torch.rand(3, 64, 64))
+            features.FeatureExtractor(pretrained.build(), ["classifier"])(torch.rand(3, 64, 64))
 
     def test_an_activation_in_place_does_not_change_what_was_kept(self, tmp_path):
         net = squeezenet("1_1", tmp_path)
         picture = torch.rand(3, 64, 64)
-        kept = features.Features(net, ["features.0", "features.3"])(picture)["features.0"]
+        kept = features.FeatureExtractor(net, ["features.0", "features.3"])(picture)["features.0"]
         assert float(kept.min()) < 0  # before the ReLU that follows
-        alone = features.Features(net, ["features.0"])(picture)["features.0"]
+        alone = features.FeatureExtractor(net, ["features.0"])(picture)["features.0"]
         torch.testing.assert_close(kept, alone)
 
     @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_0"])
     def test_default_layers_of_any_family(self, name, tmp_path):
         net = random_net(name, tmp_path)
         layers = features.default_layers(net)
-        maps = features.Features(net, [*layers.style, layers.content])(torch.rand(3, 128, 128))
+        maps = features.FeatureExtractor(net, [*layers.style, layers.content])(torch.rand(3, 128, 128))
         heights = [maps[key].shape[1] for key in layers.style]
         assert len(heights) >= 3 and heights == sorted(heights, reverse=True) and len(set(heights)) >= 3
 
@@ -271,14 +271,16 @@ class TestCommand:
         from cvlab.experiments.style import transfer as style_transfer
 
         stylist = style_transfer.prepare(loading.load("style", ["size=96", "scales=1"]).config)
-        losses = stylist.objective(image_optimizer.Pixels([stylist.start()]))
+        losses = stylist.objective(image_optimizer.ImageState([stylist.start()]))
         assert float(losses["style_loss"]) == pytest.approx(4 * 2000, rel=1e-3)
         assert float(losses["content_loss"]) == pytest.approx(0, abs=1e-3)
 
     def test_keep_colors(self, cvlab, tmp_path):
         found = paint(cvlab, "sample", "whirls", "--keep-colors")
         picture = photos.to_tensor(photos.load(tmp_path / "runs" / found["run"].split("/")[-1] / "images/style.png"))
-        photo = photos.to_tensor(photos.load(photos.find(["sample"])[0]).resize((41, 48), Image.Resampling.BICUBIC))
+        photo = photos.to_tensor(
+            photos.load(photos.find_images(["sample"])[0]).resize((41, 48), Image.Resampling.BICUBIC)
+        )
         hue = picture - style.luminance(picture), photo - style.luminance(photo)
         assert float((hue[0] - hue[1]).abs().median()) < 0.01
 
@@ -301,7 +303,9 @@ class TestCommand:
         assert code == 0, err
         path = tmp_path / "runs" / json.loads(out)["run"].split("/")[-1] / "images/style.png"
         picture = photos.to_tensor(photos.load(path))
-        photo = photos.to_tensor(photos.load(photos.find(["sample"])[0]).resize((82, 96), Image.Resampling.BICUBIC))
+        photo = photos.to_tensor(
+            photos.load(photos.find_images(["sample"])[0]).resize((82, 96), Image.Resampling.BICUBIC)
+        )
         changed = (picture - photo).abs().mean(0).mean(0)  # by column
         assert changed[:25].mean() > 1.5 * changed[45:].mean()
 

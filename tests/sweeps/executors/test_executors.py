@@ -15,8 +15,8 @@ from cvlab.runs import interrupt
 from cvlab.runs.find import create_run, list_runs
 from cvlab.runs.interrupt import StopRequest
 from cvlab.sweeps import executors, scheduler
-from cvlab.sweeps.executors import Ended, Limits, Submit, Task, node
-from cvlab.sweeps.scheduler import Driver
+from cvlab.sweeps.executors import Limits, Submit, Task, TaskResult, node
+from cvlab.sweeps.scheduler import SweepScheduler
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
 BEGUN = "runs/2*/arms/*/metrics.jsonl"
@@ -38,7 +38,7 @@ def sweep(tmp_path):
 def drive(out, engine, monkeypatch, **more):
     arms = sorted((out.path / "arms").iterdir())
     monkeypatch.setattr(executors, "find", lambda chosen: engine)
-    found = Driver("s", out, Limits(out.path.resolve(), 1, Submit(**more)), arms, len(arms))
+    found = SweepScheduler("s", out, Limits(out.path.resolve(), 1, Submit(**more)), arms, len(arms))
     with out.locked(), StopRequest() as stop:
         found.run(stop)
     return found
@@ -50,7 +50,7 @@ def one_by_one(end):
     def engine(take, limits, stop):
         while (task := take()) is not None:
             yield None
-            yield Ended(task, end(task.arm), "said so")
+            yield TaskResult(task, end(task.arm), "said so")
 
     return engine
 
@@ -133,7 +133,7 @@ def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch,
 
 def test_the_last_words_of_an_arm(tmp_path):
     (tmp_path / executors.ERRORS).write_text("Traceback\nerror: no more\n")
-    assert executors.last_words(tmp_path) == "no more" and executors.last_words(tmp_path) == ""
+    assert executors.read_last_error(tmp_path) == "no more" and executors.read_last_error(tmp_path) == ""
 
 
 def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):

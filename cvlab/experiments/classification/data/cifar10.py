@@ -14,7 +14,7 @@ import torch
 
 from cvlab.data.datasets import Size, Source
 from cvlab.errors import DataError
-from cvlab.experiments.classification.data.images import ImageSet
+from cvlab.experiments.classification.data.images import ImageDataset
 from cvlab.storage import archives, download
 from cvlab.storage.cache import install_folder, temporary_folder
 
@@ -93,12 +93,12 @@ def _images(batches: list[tuple[np.ndarray, list[int]]]) -> torch.Tensor:
     return images.view(-1, 32, 32, 3)
 
 
-def load(root: Path) -> ImageSet:
+def load(root: Path) -> ImageDataset:
     """Read the set; DataError naming the file that is missing or differs from the published one."""
     folder = root / FOLDER
     batches = [_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
     test = [_batch(folder / "test_batch")]
-    return ImageSet(
+    return ImageDataset(
         name="cifar10",
         train_images=_images(batches),
         train_labels=torch.tensor([label for _, labels in batches for label in labels]),

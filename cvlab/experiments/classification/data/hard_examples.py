@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cvlab.data.rng import permutation
 from cvlab.distributed import collectives
-from cvlab.experiments.classification.data.images import TrainBatches
+from cvlab.experiments.classification.data.images import TrainLoader
 
 
-class HardBatches(TrainBatches):
+class HardExampleLoader(TrainLoader):
     """The batch of every step, as a pure function of (seed, step, memory).
 
     `memory` holds the loss of every image when it was last seen, and as it was when the present pass began: two float32
@@ -57,4 +57,4 @@ class HardBatches(TrainBatches):
 
     def record(self, losses: Tensor) -> None:
         """Remember the losses of the images of the last step, this process's share of them."""
-        self.memory["losses"][self._indices] = collectives.concatenated(losses.float())
+        self.memory["losses"][self._indices] = collectives.all_gather_cat(losses.float())

@@ -20,7 +20,7 @@ EVAL_BATCH = 500
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ImageDataset:
     """Images and labels of one data set.
 
     `train_images`, `test_images`: uint8 (N, H, W, C); `train_labels`, `test_labels`: int64 (N,), from 0.
@@ -93,7 +93,7 @@ def _channel_sums(images: Tensor, power: int) -> Tensor:
     return total.view(-1, images.shape[-1]).sum(0)
 
 
-class TrainBatches:
+class TrainLoader:
     """The batch of every step, as a pure function of (seed, step): shuffled epochs, the last partial batch left out."""
 
     def __init__(
@@ -129,7 +129,7 @@ class TrainBatches:
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the images (N, C, H, W), normalised, and the labels (N,) of a step: this process's share."""
-        indices = sharding.share(self.indices(step))
+        indices = sharding.shard(self.indices(step))
         epoch, _ = self.place(step)
         images = self.normalize(self.augment(self.images[indices], indices, self.seed, epoch).permute(0, 3, 1, 2))
         return self.augment.cut(images, indices, self.seed, epoch), self.labels[indices]
@@ -137,13 +137,13 @@ class TrainBatches:
 
 def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's share of all images once, in order, normalised, (N, C, H, W) with labels (N,)."""
-    first, end = sharding.bounds(len(images))
+    first, end = sharding.shard_range(len(images))
     for start in range(first, end, EVAL_BATCH):
         stop = min(start + EVAL_BATCH, end)
         yield normalize(images[start:stop].permute(0, 3, 1, 2)), labels[start:stop]
 
 
-def size_of(images: ImageSet) -> Size:
+def size_of(images: ImageDataset) -> Size:
     """Return how much a set has."""
     count, height, _, channels = images.train_images.shape
     return Size(count, len(images.test_images), height, channels, len(images.classes))
@@ -166,7 +166,7 @@ def split_sizes(count: int, val_fraction: float, num_train: int | None) -> tuple
     return wanted, num_val
 
 
-def split(images: ImageSet, val_fraction: float, num_train: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+def split(images: ImageDataset, val_fraction: float, num_train: int | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Split a set: the last `val_fraction` is validation, the first `num_train` of the rest are trained on.
 
     There is no `val` where `val_fraction` is 0.

@@ -16,7 +16,7 @@ from cvlab import console
 from cvlab.data.datasets import Size, Source
 from cvlab.data.scenes.render import COLORS, SHAPES, cover, grid, paint, stripes
 from cvlab.errors import CvlabError, DataError
-from cvlab.experiments.classification.data.images import ImageSet
+from cvlab.experiments.classification.data.images import ImageDataset
 from cvlab.storage import atomic
 
 VERSION = 1
@@ -105,7 +105,7 @@ def _read(root: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def load(root: Path) -> ImageSet:
+def load(root: Path) -> ImageDataset:
     """Read the set, or generate and keep it; where nothing can be kept it is generated each time."""
     if ready(root):
         arrays = _read(root)
@@ -114,9 +114,9 @@ def load(root: Path) -> ImageSet:
         try:
             _store(root, arrays)
         except (OSError, CvlabError) as error:
-            console.detail(f"scenes10 is not kept: {error}")
+            console.debug(f"scenes10 is not kept: {error}")
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return ImageSet(name="scenes10", classes=tuple(SHAPES), **tensors)
+    return ImageDataset(name="scenes10", classes=tuple(SHAPES), **tensors)
 
 
 def check(root: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab.config.schema import Count
+from cvlab.config.schema import PositiveInt
 from cvlab.layers.init import initialise
 
 
@@ -38,7 +38,7 @@ class ApiBarebones(nn.Module):
 
     def __init__(
         self,
-        channels: tuple[Count, Count] = (32, 16),
+        channels: tuple[PositiveInt, PositiveInt] = (32, 16),
         *,
         in_channels: int = 3,
         image_size: int = 32,
@@ -58,7 +58,7 @@ class ApiModule(nn.Module):
 
     def __init__(
         self,
-        channels: tuple[Count, Count] = (32, 16),
+        channels: tuple[PositiveInt, PositiveInt] = (32, 16),
         *,
         in_channels: int = 3,
         image_size: int = 32,
@@ -77,7 +77,7 @@ class ApiModule(nn.Module):
 
 
 def api_sequential(
-    channels: tuple[Count, Count] = (32, 16),
+    channels: tuple[PositiveInt, PositiveInt] = (32, 16),
     *,
     in_channels: int = 3,
     image_size: int = 32,

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from cvlab.config.schema import Count, Index
+from cvlab.config.schema import NonNegativeInt, PositiveInt
 from cvlab.errors import ConfigError
 from cvlab.layers.init import WeightScale, initialise
 
 
 def deep_convnet(
-    filters: tuple[Count, ...],
-    pools: tuple[Index, ...] = (),
+    filters: tuple[PositiveInt, ...],
+    pools: tuple[NonNegativeInt, ...] = (),
     batchnorm: bool = False,
     weight_scale: WeightScale = "kaiming",
     *,
@@ -55,9 +55,9 @@ def _check_pools(filters: tuple[int, ...], pools: tuple[int, ...], image_size: i
 
 
 def three_layer_convnet(
-    num_filters: Count = 32,
-    filter_size: Count = 7,
-    hidden: Count = 100,
+    num_filters: PositiveInt = 32,
+    filter_size: PositiveInt = 7,
+    hidden: PositiveInt = 100,
     weight_scale: WeightScale = 1e-3,
     *,
     in_channels: int = 3,

@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import nn
 
-from cvlab.config.schema import BelowOne, Count
+from cvlab.config.schema import FractionBelowOne, PositiveInt
 from cvlab.layers.init import WeightScale, initialise
 
 
 def fc_net(
-    hidden: tuple[Count, ...],
-    dropout: BelowOne = 0.0,
+    hidden: tuple[PositiveInt, ...],
+    dropout: FractionBelowOne = 0.0,
     weight_scale: WeightScale = "kaiming",
     *,
     in_channels: int = 3,

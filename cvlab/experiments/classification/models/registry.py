@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cvlab import registry
-from cvlab.config.schema import Table
+from cvlab.config.schema import Registry
 from cvlab.errors import ConfigError
 
 MODELS = {
@@ -44,7 +44,9 @@ def find(name: str, base: Path) -> Callable[..., Any]:
         user: Callable[..., Any] = registry.import_user_object(name, base)
         return user
     if name not in MODELS:
-        raise registry.unknown("model", name, [*MODELS, *(f"{prefix}:NAME" for prefix in PREFIXES), "./file.py:Name"])
+        raise registry.unknown_name_error(
+            "model", name, [*MODELS, *(f"{prefix}:NAME" for prefix in PREFIXES), "./file.py:Name"]
+        )
     own: Callable[..., Any] = registry.import_name(MODELS[name])
     return own
 
@@ -62,7 +64,7 @@ def require_scores(model: nn.Module, name: str, in_channels: int, image_size: in
         raise ConfigError(f"model {name}: has no weights to train")
 
 
-TABLE = Table("model", MODELS, SUPPLIED, find)
+TABLE = Registry("model", MODELS, SUPPLIED, find)
 
 
 def build(name: str, arguments: dict[str, Any], base: Path, **supplied: Any) -> nn.Module:

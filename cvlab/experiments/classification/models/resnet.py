@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from cvlab.config.schema import Count
+from cvlab.config.schema import PositiveInt
 from cvlab.errors import ConfigError
 from cvlab.layers.init import initialise
 
@@ -54,8 +54,8 @@ class GlobalAverage(nn.Module):
 
 
 def preact_resnet(
-    stem: Count = 8,
-    stages: tuple[tuple[Count, Count], ...] = ((8, 5), (16, 5), (32, 5)),
+    stem: PositiveInt = 8,
+    stages: tuple[tuple[PositiveInt, PositiveInt], ...] = ((8, 5), (16, 5), (32, 5)),
     residual: bool = True,
     bottleneck: bool = False,
     init: Literal["torch", "kaiming"] = "torch",

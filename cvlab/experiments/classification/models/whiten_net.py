@@ -11,7 +11,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 
-from cvlab.config.schema import Count
+from cvlab.config.schema import PositiveInt
 from cvlab.errors import ConfigError
 
 WHITENED_IMAGES = 5_000  # the covariance of 12 numbers needs no more
@@ -105,8 +105,8 @@ def _norm(width: int, layers: Any) -> nn.Module:
 
 
 def whiten_net(
-    widths: tuple[Count, ...] = (64, 256, 256),
-    depth: Count = 2,
+    widths: tuple[PositiveInt, ...] = (64, 256, 256),
+    depth: PositiveInt = 2,
     residual: bool = False,
     activation: Literal["relu", "silu", "gelu"] = "gelu",
     train_whitening_bias: bool = True,

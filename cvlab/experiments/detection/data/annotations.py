@@ -99,7 +99,7 @@ def _says_more(path: Path) -> bool:
 def photos_in(folder: Path) -> dict[str, Path]:
     """Return the photos of a folder by their names without ending; of several of a name the first in ENDINGS."""
     found: dict[str, Path] = {}
-    for entry in sorted(_listed(folder), key=lambda path: photos.ENDINGS[::-1].index(path.suffix.lower())):
+    for entry in sorted(_listed(folder), key=lambda path: photos.SUFFIXES[::-1].index(path.suffix.lower())):
         found[entry.stem] = entry
     return found
 
@@ -109,7 +109,7 @@ def _listed(folder: Path) -> list[Path]:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}", "name a folder that can be read") from error
-    return [folder / name for name in names if name.lower().endswith(photos.ENDINGS) and name[0] != "."]
+    return [folder / name for name in names if name.lower().endswith(photos.SUFFIXES) and name[0] != "."]
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES, missing: str = "name a file that can be read") -> bytes:

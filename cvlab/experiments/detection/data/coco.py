@@ -154,5 +154,5 @@ class _Photos:
             if os.path.isfile(folder / name):  # False also for a name longer than the disk allows
                 self.folders.insert(0, self.folders.pop(k))
                 return folder / name
-        where = ", ".join(str(folder) for folder in self.folders[:3])
-        raise DataError(f"{self.path}: the photo {name[:200]!r} is not there", f"looked in {where} and others")
+        ctx = ", ".join(str(folder) for folder in self.folders[:3])
+        raise DataError(f"{self.path}: the photo {name[:200]!r} is not there", f"looked in {ctx} and others")

@@ -21,7 +21,7 @@ from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.detection.data import annotations, coco, scenes, voc, yolo
 from cvlab.experiments.detection.data.annotations import SPLITS, Annotated, Layout, Marked
 
-OWN = "boxes"
+CUSTOM = "boxes"
 SEED = 0  # of the photos that become `val`
 SLACK_PX = 0.02  # beyond an edge, from fractions that were rounded
 VOC_CLASSES = (
@@ -40,7 +40,7 @@ LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class BoxImage:
+class DetectionSample:
     """One photo and its boxes.
 
     `boxes_xyxy` is float32 (N, 4) in pixels of the photo as `photos.load` gives it, from 0, right and bottom edges
@@ -56,14 +56,14 @@ class BoxImage:
 
 
 @dataclass(frozen=True)
-class BoxSet:
+class DetectionDataset:
     """A set of photos with boxes; `splits` has `train`, `val` and `test`, of which the last may be empty."""
 
     name: str
     classes: tuple[str, ...]
-    splits: dict[str, tuple[BoxImage, ...]]
+    splits: dict[str, tuple[DetectionSample, ...]]
 
-    def load(self, item: BoxImage) -> Image.Image:
+    def load(self, item: DetectionSample) -> Image.Image:
         """Decode a photo."""
         return photos.load(item.path)
 
@@ -84,39 +84,39 @@ class _Odd:
             what = "photos of another size than their annotation claims"
             _warn_once(f"{name}: {what}, boxes taken as they are: {_counted(self.size)}")
         if self.clipped:
-            console.detail(f"{name}: boxes clipped at the edge of their photo: {_counted(self.clipped)}")
+            console.debug(f"{name}: boxes clipped at the edge of their photo: {_counted(self.clipped)}")
 
 
 @functools.cache
 def _warn_once(text: str) -> None:
     """Say it the first time: a plan and its run read the same annotations."""
-    console.say(f"warning: {text}")
+    console.info(f"warning: {text}")
 
 
 def _counted(files: list[Path]) -> str:
     return f"{len(files)}, the first in {files[0]}"
 
 
-def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0.2) -> BoxSet:
+def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0.2) -> DetectionDataset:
     """Read the set called `name` from below `root`, or the user's own (`boxes`) from `path`.
 
     Where the set has no validation list, the last `val_fraction` of its training photos in a fixed random order are
     `val`. DataError where a file is missing or broken; ConfigError for a path that is missing or too much.
     """
-    if (name == OWN) != (path is not None):
+    if (name == CUSTOM) != (path is not None):
         raise ConfigError(f"data {name}: " + ("path is missing" if path is None else "path goes with name: boxes"))
     if name == "everyday":
         from cvlab.experiments.detection.data import everyday  # which reads another set by this function
 
         return everyday.load(root)
-    return from_layout(name, read_own(Path(path)) if path is not None else _read_known(name, root), val_fraction)
+    return from_layout(name, read_custom(Path(path)) if path is not None else _read_known(name, root), val_fraction)
 
 
 def _read_known(name: str, root: Path) -> Layout:
     if name == SCENES.name:
         return voc.read_folder(scenes.SET.folder(root), tuple(SHAPES))
     if name not in PLACES:
-        raise registry.unknown("set of photos with boxes", name, (*PLACES, SCENES.name, OWN))
+        raise registry.unknown_name_error("set of photos with boxes", name, (*PLACES, SCENES.name, CUSTOM))
     folder = place(name, root)
     if folder is None:
         raise DataError(f"{name} is not in {root}", f"`cvlab data fetch {name}` gets it, or says how")
@@ -129,7 +129,7 @@ def place(name: str, root: Path) -> Path | None:
     return next((folder for folder in folders if (folder / voc.LISTS / "train.txt").is_file()), None)
 
 
-def read_own(path: Path) -> Layout:
+def read_custom(path: Path) -> Layout:
     """Read the user's own folder or file in the layout that it has."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder", f"name {LAYOUTS}")
@@ -142,11 +142,11 @@ def read_own(path: Path) -> Layout:
         layout = coco.read_path(folder)
     else:
         raise DataError(f"{path}: in none of the layouts that are known", f"name {LAYOUTS}")
-    console.detail(f"{path}: read as {layout.kind}")
+    console.debug(f"{path}: read as {layout.kind}")
     return layout
 
 
-def from_layout(name: str, layout: Layout, val_fraction: float, warn: bool = True) -> BoxSet:
+def from_layout(name: str, layout: Layout, val_fraction: float, warn: bool = True) -> DetectionDataset:
     """Check what was read against the photos, and split off `val` where it is missing.
 
     Where nothing lists the classes, they are the names of all objects, sorted.
@@ -167,21 +167,23 @@ def from_layout(name: str, layout: Layout, val_fraction: float, warn: bool = Tru
         raise DataError(f"{name}: no object in any photo", "a detector needs some to train on")
     if not splits["val"] and val_fraction > 0:
         splits["train"], splits["val"] = _split_off(splits["train"], val_fraction)
-    return BoxSet(name, classes, splits)
+    return DetectionDataset(name, classes, splits)
 
 
-def _held(splits: dict[str, tuple[BoxImage, ...]]) -> str:
+def _held(splits: dict[str, tuple[DetectionSample, ...]]) -> str:
     return ", ".join(f"{len(items)} photos in {split}" for split, items in splits.items())
 
 
-def _split_off(train: tuple[BoxImage, ...], fraction: float) -> tuple[tuple[BoxImage, ...], tuple[BoxImage, ...]]:
+def _split_off(
+    train: tuple[DetectionSample, ...], fraction: float
+) -> tuple[tuple[DetectionSample, ...], tuple[DetectionSample, ...]]:
     order = rng.permutation(SEED, 0, len(train), torch.device("cpu")).tolist()
     num_val = min(len(train) - 1, max(1, round(len(train) * fraction)))
     shuffled = tuple(train[k] for k in order)
     return shuffled[: len(train) - num_val], shuffled[len(train) - num_val :]
 
 
-def _checked(item: Annotated, index: dict[str, int], odd: _Odd) -> BoxImage:
+def _checked(item: Annotated, index: dict[str, int], odd: _Odd) -> DetectionSample:
     """Make tensors of one photo's boxes, turned as its EXIF turns it, clipped, those without area left out."""
     header = annotations.header(item.image)
     stored = (header.width, header.height)
@@ -202,12 +204,12 @@ def _checked(item: Annotated, index: dict[str, int], odd: _Odd) -> BoxImage:
     boxes_xyxy = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
     if turn:
         boxes_xyxy = turned(boxes_xyxy, header.orientation, stored)
-    return BoxImage(item.image, boxes_xyxy, torch.tensor(labels).long(), torch.tensor(difficult).bool())
+    return DetectionSample(item.image, boxes_xyxy, torch.tensor(labels).long(), torch.tensor(difficult).bool())
 
 
 def _label(marked: Marked, index: dict[str, int]) -> int:
     if marked.name not in index:
-        error = registry.unknown("class", marked.name, index)
+        error = registry.unknown_name_error("class", marked.name, index)
         raise DataError(f"{marked.place}: {error.message}", error.hint)
     return index[marked.name]
 
@@ -271,7 +273,7 @@ SCENES = Source(
     kind="boxes",
 )
 BOXES = Source(
-    name=OWN,
+    name=CUSTOM,
     summary="your own photos with boxes, in VOC's, YOLO's or COCO's layout; data.path names them",
     licence="yours",
     size=Size(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),

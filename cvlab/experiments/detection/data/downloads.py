@@ -17,7 +17,7 @@ from cvlab.storage import archives, download, zipfiles
 from cvlab.storage.cache import install_folder, temporary_folder
 
 PARTS = ("Annotations", "JPEGImages", "ImageSets/Main")  # the lists last: with them a set counts as there
-KEPT = (*photos.ENDINGS, ".xml", ".txt")
+KEPT = (*photos.SUFFIXES, ".xml", ".txt")
 MAX_DEPTH = 3  # of the folder of a set in an archive
 BCCD_URL = "https://github.com/Shenggan/BCCD_Dataset/archive/refs/heads/master.zip"
 BCCD_LEAST_BYTES = 1_000_000  # a zip that is made on demand: its size is told by nobody

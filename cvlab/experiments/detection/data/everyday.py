@@ -20,7 +20,7 @@ from cvlab.data.datasets import Size, Source
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset
 from cvlab.experiments.detection.data.coco_classes import COCO_CLASSES
-from cvlab.experiments.detection.data.dataset import BoxImage, BoxSet
+from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
 from cvlab.ops import boxes, nms
 from cvlab.storage import atomic
 
@@ -110,7 +110,7 @@ def make(root: Path, origin: Path | None, patient: bool) -> None:
     atomic.write_text(root / FOLDER / "boxes.json", json.dumps(labelled))
 
 
-def load(root: Path, classes: tuple[str, ...] = CLASSES) -> BoxSet:
+def load(root: Path, classes: tuple[str, ...] = CLASSES) -> DetectionDataset:
     """Return the photos with the boxes of some classes; of the fruit set those that people drew."""
     path = root / FOLDER / "boxes.json"
     try:
@@ -120,7 +120,7 @@ def load(root: Path, classes: tuple[str, ...] = CLASSES) -> BoxSet:
     fruit = dataset.load("fruit", root)
     told = captions.read_csv(root / FLICKR / "captions.txt")
     sentences = {Path(name).stem: values for name, values in told.items()}
-    splits: dict[str, tuple[BoxImage, ...]] = {}
+    splits: dict[str, tuple[DetectionSample, ...]] = {}
     for split, theirs in SPLITS.items():
         floor = LEAST if split == "train" else SURE
         items = []
@@ -135,7 +135,7 @@ def load(root: Path, classes: tuple[str, ...] = CLASSES) -> BoxSet:
             rows = [row for row in _rows(root, name, labelled) if row[1] >= floor]
             items.append(_item(root, name, rows, classes, item))
         splits[split] = tuple(items)
-    return BoxSet(NAME, classes, splits)
+    return DetectionDataset(NAME, classes, splits)
 
 
 def _rows(root: Path, name: str, labelled: dict[str, Any]) -> list[Any]:
@@ -150,7 +150,7 @@ def confirmed(rows: Sequence[Any], sentences: Sequence[str], floor: float) -> tu
 
     The second is whether nothing is plainly missing: False where people name an animal and the teacher has none.
     """
-    words = [set(vocabulary.tokens(sentence)) for sentence in sentences]
+    words = [set(vocabulary.tokenize(sentence)) for sentence in sentences]
     named = {kind: sum(bool(some & set(names)) for some in words) for kind, names in ANIMALS.items()}
     plain = [kind for kind, count in named.items() if count >= WITNESSES]
     are_people_named = sum(bool(some & PEOPLE) for some in words) >= WITNESSES
@@ -169,7 +169,9 @@ def confirmed(rows: Sequence[Any], sentences: Sequence[str], floor: float) -> tu
     return others + [[plain[0], 1.0, *animals[k][2:]] for k in best.tolist()], bool(animals)
 
 
-def _item(root: Path, name: str, rows: list[Any], classes: tuple[str, ...], real: BoxImage | None) -> BoxImage:
+def _item(
+    root: Path, name: str, rows: list[Any], classes: tuple[str, ...], real: DetectionSample | None
+) -> DetectionSample:
     index = {known: k for k, known in enumerate(classes)}
     wanted = [row for row in rows if row[0] in index and (real is None or row[0] not in FRUIT)]
     found = torch.tensor([row[2:] for row in wanted], dtype=torch.float32).view(-1, 4)
@@ -181,7 +183,7 @@ def _item(root: Path, name: str, rows: list[Any], classes: tuple[str, ...], real
         found = torch.cat([real.boxes_xyxy, found])
         labels = torch.cat([torch.tensor([index[FRUIT[k]] for k in real.labels.tolist()]).long(), labels])
         confidence = torch.cat([torch.ones(len(real.labels)), confidence])
-    return BoxImage(root / name, found, labels, torch.zeros(len(labels), dtype=torch.bool), confidence)
+    return DetectionSample(root / name, found, labels, torch.zeros(len(labels), dtype=torch.bool), confidence)
 
 
 def check(root: Path) -> str:

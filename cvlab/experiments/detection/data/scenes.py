@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cvlab.data.generated import Generated
+from cvlab.data.generated import GeneratedDataset
 from cvlab.data.scenes import generator
 from cvlab.experiments.detection.data import writers
 
@@ -38,4 +38,4 @@ def _xml(scene: generator.Scene, name: str) -> str:
     return writers.write_voc_xml(boxes_xyxy, names, (generator.SIZE_PX, generator.SIZE_PX), f"{name}.png")
 
 
-SET = Generated("scenes", 1, sum(COUNTS.values()), lambda: _files())
+SET = GeneratedDataset("scenes", 1, sum(COUNTS.values()), lambda: _files())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab.config.schema import Count
+from cvlab.config.schema import PositiveInt
 from cvlab.experiments.detection.models.base import Targets
 from cvlab.experiments.detection.models.fpn import LevelSeparable, Pyramid, separable
 from cvlab.ops import assignment, boxes, nms
@@ -73,7 +73,9 @@ class FasterRcnn(nn.Module):
 
     strides = (8, 16, 32)
 
-    def __init__(self, channels: Sequence[int], num_classes: int, width: Count = 96, hidden: Count = 256) -> None:
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, width: PositiveInt = 96, hidden: PositiveInt = 256
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.pyramid = Pyramid(channels, width)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab.config.schema import BelowOne, Count
+from cvlab.config.schema import FractionBelowOne, PositiveInt
 from cvlab.experiments.detection.models.base import Targets
 from cvlab.experiments.detection.models.faster_rcnn import decode, encode
 from cvlab.ops import anchors, boxes, nms
@@ -58,9 +58,9 @@ class FasterRcnnCourse(nn.Module):
         self,
         channels: Sequence[int],
         num_classes: int,
-        width: Count = 256,
-        hidden: Count = 256,
-        dropout: BelowOne = 0.3,
+        width: PositiveInt = 256,
+        hidden: PositiveInt = 256,
+        dropout: FractionBelowOne = 0.3,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes

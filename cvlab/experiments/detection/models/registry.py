@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from cvlab import registry
-from cvlab.config.schema import Table
+from cvlab.config.schema import Registry
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.models.finetune import HINT, Tuned
 from cvlab.models import pretrained
 from cvlab.models.backbone import PROBE_PX, levels
-from cvlab.models.features import Features
+from cvlab.models.features import FeatureExtractor
 from cvlab.runs import weights_file
 
 DETECTORS = {
@@ -22,7 +22,7 @@ DETECTORS = {
     "faster_rcnn_course": "cvlab.experiments.detection.models.faster_rcnn_course:FasterRcnnCourse",
     "yolo_grid": "cvlab.experiments.detection.models.yolo_grid:YoloGrid",
 }
-TABLE = Table("detector", DETECTORS, frozenset({"channels", "num_classes"}))
+TABLE = Registry("detector", DETECTORS, frozenset({"channels", "num_classes"}))
 FILE = "detector.safetensors"  # of a training, in its run directory
 KEY = "cvlab_detector"
 LOAD_HINT = "give a run of `cvlab train` that trained a detector, or its detector.safetensors"
@@ -52,8 +52,8 @@ class Detector:
     """
 
     about: About
-    all_features: Features
-    features: Features
+    all_features: FeatureExtractor
+    features: FeatureExtractor
     head: nn.Module
 
 
@@ -76,9 +76,9 @@ class WithBackbone(nn.Module):
 
 def build(about: About, device: torch.device) -> Detector:
     """Build a detector, its head's weights drawn at random. ConfigError for a backbone that can't be tuned."""
-    kind = registry.find("detector", about.model, DETECTORS)
+    kind = registry.get("detector", about.model, DETECTORS)
     net = pretrained.build(about.backbone, about.backbone_weights, device)
-    found = Features(net, levels(net, kind.strides, getattr(kind, "is_last", False)))
+    found = FeatureExtractor(net, levels(net, kind.strides, getattr(kind, "is_last", False)))
     probe = torch.rand((1, 3, PROBE_PX, PROBE_PX), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         seen = found.batch(probe)
@@ -88,7 +88,7 @@ def build(about: About, device: torch.device) -> Detector:
     if about.is_tuned:
         head = Tuned(head, net.net.net, found.names).to(device)
         _require_same(head, maps, about.backbone)
-        given = Features(net, found.names[:1])
+        given = FeatureExtractor(net, found.names[:1])
     return Detector(about, found, given, head.to(device, memory_format=torch.channels_last))
 
 
@@ -106,7 +106,7 @@ def _require_same(tuned: Tuned, maps: list[torch.Tensor], backbone: str) -> None
 
 def has_two_stages(model: str) -> bool:
     """Whether a detector proposes regions before it looks at them."""
-    return hasattr(registry.find("detector", model, DETECTORS), "regions_of")
+    return hasattr(registry.get("detector", model, DETECTORS), "regions_of")
 
 
 def save(about: About, head: nn.Module, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab.config.schema import Count
+from cvlab.config.schema import PositiveInt
 from cvlab.experiments.detection.models.base import Targets
 from cvlab.experiments.detection.models.fpn import Pyramid, Tower
 from cvlab.ops import assignment, boxes, nms
@@ -28,7 +28,9 @@ class YoloFpn(nn.Module):
     strides = (8, 16, 32)
     outputs = ("scores", "boxes_xyxy")
 
-    def __init__(self, channels: Sequence[int], num_classes: int, width: Count = 96, depth: Count = 2) -> None:
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, width: PositiveInt = 96, depth: PositiveInt = 2
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.pyramid = Pyramid(channels, width)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab.config.schema import BelowOne, Count
+from cvlab.config.schema import FractionBelowOne, PositiveInt
 from cvlab.experiments.detection.models.base import Targets
 from cvlab.ops import anchors, boxes, nms
 from cvlab.ops.average_precision import Detections
@@ -56,8 +56,8 @@ class YoloGrid(nn.Module):
         self,
         channels: Sequence[int],
         num_classes: int,
-        width: Count = 128,
-        dropout: BelowOne = 0.3,
+        width: PositiveInt = 128,
+        dropout: FractionBelowOne = 0.3,
         faithful: bool = True,
     ) -> None:
         super().__init__()
@@ -115,13 +115,13 @@ class YoloGrid(nn.Module):
         """Return what answers for the objects, and which anchors, bool (N, P), are negative."""
         centres = self._centres(found)
         boxes_xyxy = targets.boxes_xyxy.to(centres) / self.strides[0]  # (N, M, 4), in cells
-        place, _ = anchors.activated(boxes_xyxy.flatten(0, 1), centres, self.shapes)
+        place, _ = anchors.match_anchors_to_boxes(boxes_xyxy.flatten(0, 1), centres, self.shapes)
         image, box = (targets.labels >= 0).nonzero(as_tuple=True)
         chosen = place.view_as(targets.labels)[image, box]
         positives = Positives(image, chosen, boxes_xyxy[image, box], targets.labels[image, box])
         every = anchors.anchors_on(centres, self.shapes).flatten(0, 2)[None, :, None]  # (1, P, 1, 4)
         overlap = boxes.paired_iou(every, boxes_xyxy[:, None])  # (N, P, M), 0 with the boxes that only pad
-        is_negative = anchors.negatives(overlap, NEGATIVE_IOU)
+        is_negative = anchors.sample_negatives(overlap, NEGATIVE_IOU)
         is_negative[positives.image, positives.anchor] = False  # a thin box may overlap even its own anchor by less
         return positives, is_negative
 

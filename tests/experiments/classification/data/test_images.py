@@ -7,10 +7,10 @@ from torch import Tensor
 from cvlab.data import rng
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.classification.data.augment import Augmentation, views
-from cvlab.experiments.classification.data.hard_examples import HardBatches
+from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import (
-    ImageSet,
-    TrainBatches,
+    ImageDataset,
+    TrainLoader,
     eval_batches,
     normalization,
     size_of,
@@ -70,7 +70,7 @@ def test_a_batch_is_a_pure_function_of_its_step():
     normalize = normalization(images, "mean_std", torch.float32, CPU)
 
     def batches():
-        return TrainBatches(images, labels, 8, 5, normalize, Augmentation(flip=True, translate_px=2))
+        return TrainLoader(images, labels, 8, 5, normalize, Augmentation(flip=True, translate_px=2))
 
     in_order = batches()
     forwards = [in_order(step) for step in range(20)]
@@ -85,8 +85,8 @@ def test_a_batch_is_a_pure_function_of_its_step():
 def test_hard_batches_leave_out_what_was_easy():
     images, labels = images_of(50), torch.arange(50) % 3
     normalize = normalization(images, "mean", torch.float32, CPU)
-    batches = HardBatches(images, labels, 8, 5, normalize, skip_easy=0.5)
-    plain = TrainBatches(images, labels, 8, 5, normalize)
+    batches = HardExampleLoader(images, labels, 8, 5, normalize, skip_easy=0.5)
+    plain = TrainLoader(images, labels, 8, 5, normalize)
     losses = torch.rand(50)
     for step in range(6):
         assert torch.equal(batches(step)[0], plain(step)[0]), "the first pass takes all"
@@ -202,7 +202,7 @@ def image_set(**changes):
         "test_labels": torch.arange(10) % 3,
         "classes": ("a", "b", "c"),
     }
-    return ImageSet(**(content | changes))
+    return ImageDataset(**(content | changes))
 
 
 def test_splits_are_the_first_and_the_last():

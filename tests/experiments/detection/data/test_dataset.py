@@ -347,7 +347,7 @@ def test_grey_and_palette_photos(tmp_path, mode, ending):
 
 def test_headers_agree_with_decoded_photos(tmp_path):
     for orientation in (None, 1, 6):
-        for ending in photos.ENDINGS[:3] + photos.ENDINGS[4:]:
+        for ending in photos.SUFFIXES[:3] + photos.SUFFIXES[4:]:
             path = photo(tmp_path / f"x{ending}", orientation=orientation)
             found = annotations.header(path)
             shown = (found.height, found.width) if found.orientation >= 5 else (found.width, found.height)
@@ -511,7 +511,7 @@ def test_a_small_set_is_taken_from_a_folder_or_a_zip_file(tmp_path, monkeypatch,
         assert capsys.readouterr().err.count("warning") == 1, "told once, of the file that stays"
         assert catalog.check("fruit") == {"fruit": "3 photos, 3 boxes, 3 classes, every annotation can be read"}
         assert [path.name for path in root.iterdir()] == ["VOC"]
-        assert datasets.find("fruit").load(root).classes == ("apple", "banana", "orange")
+        assert datasets.get("fruit").load(root).classes == ("apple", "banana", "orange")
     catalog.fetch("fruit", source)  # over what is there
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, everyday
-from cvlab.experiments.detection.data.dataset import BoxImage, BoxSet
+from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def root(tmp_path, monkeypatch):
     fruit = tmp_path / "fruit.png"
     Image.new("RGB", (50, 50)).save(fruit)
     labels["fruit.png"] = [["apple", 0.9, 0, 0, 9, 9], ["person", 0.6, 5, 5, 25, 45]]
-    item = BoxImage(fruit, torch.tensor([[3.0, 3, 30, 30]]), torch.tensor([1]), torch.zeros(1, dtype=torch.bool))
-    real = BoxSet("fruit", everyday.FRUIT, dict.fromkeys(dataset.SPLITS, (item,)))
+    item = DetectionSample(fruit, torch.tensor([[3.0, 3, 30, 30]]), torch.tensor([1]), torch.zeros(1, dtype=torch.bool))
+    real = DetectionDataset("fruit", everyday.FRUIT, dict.fromkeys(dataset.SPLITS, (item,)))
     load = dataset.load
     monkeypatch.setattr(dataset, "load", lambda name, *rest: real if name == "fruit" else load(name, *rest))
     lines = [f"{split}{k}.webp,Someone flies a kite ." for split in ("train", "dev", "test") for k in range(2)]

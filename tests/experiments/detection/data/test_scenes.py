@@ -172,7 +172,7 @@ def test_two_that_generate_at_once(tmp_path, few, monkeypatch):
 
 def test_the_commands(cvlab, tmp_path, few, monkeypatch):
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
-    assert datasets.find("scenes").builtin and datasets.find("scenes").kind == "boxes"
+    assert datasets.get("scenes").builtin and datasets.get("scenes").kind == "boxes"
     code, out, _ = cvlab("data", "fetch", "scenes")
     assert code == 0 and "32 files equal to their checksums" in out
     assert "32 files" in cvlab("data", "check", "scenes")[1]

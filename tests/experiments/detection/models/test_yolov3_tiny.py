@@ -287,7 +287,7 @@ class TestFetch:
         monkeypatch.delenv("CVLAB_OFFLINE")
 
         def at(url):
-            known = weights.Pinned(f"{url}/yolov3-tiny.weights", len(content), hashlib.sha256(content).hexdigest())
+            known = weights.PinnedFile(f"{url}/yolov3-tiny.weights", len(content), hashlib.sha256(content).hexdigest())
             monkeypatch.setitem(weights.PINNED, "yolov3_tiny", known)
 
         at("https://localhost:1")
