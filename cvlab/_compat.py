@@ -62,5 +62,6 @@ def sample_photo() -> Path:
 
 def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, package
+    assert spec is not None, package
+    assert spec.origin is not None, package
     return Path(spec.origin).parent

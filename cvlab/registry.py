@@ -85,7 +85,8 @@ def import_user_object(name: str, base: Path) -> Any:
         raise ConfigError(f"{name}: no file {path}", "the path is relative to the configuration file")
     module_name = f"cvlab_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickling look their module up by name
     spec.loader.exec_module(module)

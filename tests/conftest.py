@@ -70,7 +70,8 @@ def stopped_and_resumed(cvlab, monkeypatch):
             patch.setattr(trainer.Trainer, "_pause", stopping)
             assert cvlab("train", *words)[0] == 130
         code, again, err = cvlab("resume", "latest", "--json")
-        assert code == 0 and "resumed step_" in err, err
+        assert code == 0, err
+        assert "resumed step_" in err, err
         return json.loads(whole), json.loads(again)
 
     return both

@@ -52,7 +52,8 @@ def test_experiments_have_their_three_things():
         module = registry.get_experiment(name)
         for word in ("Paper:", "Expect:", "Command:"):
             assert word in module.__doc__
-        assert module.Config.model_config["extra"] == "forbid" and module.Config.model_config["frozen"]
+        assert module.Config.model_config["extra"] == "forbid"
+        assert module.Config.model_config["frozen"]
         assert callable(module.run)
 
 

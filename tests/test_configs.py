@@ -66,7 +66,8 @@ class TestEach:
             assert "cvlab models fetch torchvision:squeezenet1_1" in out
             return  # tests/test_style.py runs them with weights from a file
         plan = json.loads(out)
-        assert code == 0 and plan["arms" if verb(name) == "sweep" else "parameters"] > 1
+        assert code == 0
+        assert plan["arms" if verb(name) == "sweep" else "parameters"] > 1
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -80,7 +81,8 @@ class TestEachTraining:
             )
             assert code == 0, err
             found = json.loads(out)
-            assert found["metrics"]["steps"] == 2 and found["data"].startswith("scenes10")
+            assert found["metrics"]["steps"] == 2
+            assert found["data"].startswith("scenes10")
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -89,7 +91,8 @@ def test_two_steps_of_each_detector_on_the_built_in_scenes(name, cvlab):
     code, out, err = cvlab("train", name, *short, "evaluate_test=false", "expect=[]", "expect_standin=[]", "--json")
     assert code == 0, err
     found = json.loads(out)["metrics"]
-    assert found["steps"] == 2 and 0 <= found["map50"] <= 1
+    assert found["steps"] == 2
+    assert 0 <= found["map50"] <= 1
 
 
 @pytest.mark.parametrize("name", CAPTIONERS)
@@ -99,7 +102,8 @@ def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
     code, out, err = cvlab("train", name, *short, "--json")
     assert code == 0, err
     found = json.loads(out)["metrics"]
-    assert found["steps"] == 2 and 0 <= found["bleu1"] <= 1
+    assert found["steps"] == 2
+    assert 0 <= found["bleu1"] <= 1
 
 
 @pytest.mark.parametrize("name", [name for name in PHOTOS if name not in COURSE_STYLES])
@@ -110,7 +114,8 @@ def test_each_on_photos_does_what_it_expects(name, cvlab):
     short += ["layers=[blocks.0,blocks.3]"] if name == "feature_inversion" else []
     code, out, err = cvlab("run", name, "--json", *short)
     assert code == 0, err
-    assert json.loads(out)["results"] and loading.load(name).config.expect
+    assert json.loads(out)["results"]
+    assert loading.load(name).config.expect
 
 
 def test_there_are_the_promised_ones():

@@ -145,8 +145,10 @@ def boxes(path):
     found = data_dataset.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
     for items in found.splits.values():
         for item in items:
-            assert torch.isfinite(item.boxes_xyxy).all() and (item.boxes_xyxy >= 0).all()
-            assert (item.boxes_xyxy[:, 2:] > item.boxes_xyxy[:, :2]).all() and len(item.labels) == len(item.boxes_xyxy)
+            assert torch.isfinite(item.boxes_xyxy).all()
+            assert (item.boxes_xyxy >= 0).all()
+            assert (item.boxes_xyxy[:, 2:] > item.boxes_xyxy[:, :2]).all()
+            assert len(item.labels) == len(item.boxes_xyxy)
             assert all(0 <= label < len(found.classes) for label in item.labels.tolist())
 
 
@@ -159,7 +161,8 @@ def photo(path):
     with contextlib.suppress(DataError):
         annotations.header(path)
     loaded = photos.load(path)
-    assert loaded.mode == "RGB" and loaded.width * loaded.height <= photos.MAX_PIXELS
+    assert loaded.mode == "RGB"
+    assert loaded.width * loaded.height <= photos.MAX_PIXELS
 
 
 def unpacked(extract):
@@ -209,7 +212,8 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, kind):
             read(path)
         except CvlabError as error:
             refused += 1
-            assert "\n" not in str(error) and error.code in (2, 4, 7), (seed, error)
+            assert "\n" not in str(error), (seed, error)
+            assert error.code in (2, 4, 7), (seed, error)
         except Exception as error:
             raise AssertionError(f"{kind}, case {seed}, {victim.name}: {type(error).__name__}: {error}") from error
         assert sorted(p.name for p in (tmp_path / str(seed)).iterdir()) == ["inside"], f"case {seed} wrote outside"

@@ -127,7 +127,8 @@ def test_whatever_is_in_its_files_a_run_is_listed_and_its_readers_raise_no_other
         try:
             read()
         except CvlabError as error:
-            assert "\n" not in str(error) and path.name in str(error), what
+            assert "\n" not in str(error), what
+            assert path.name in str(error), what
 
 
 def test_runs_are_read_while_they_are_written(tmp_path):

@@ -31,7 +31,8 @@ def test_every_command_is_understood(command, cvlab):
     if arguments is None:
         pytest.skip("an installation")
     code, out, err = cvlab(*arguments, "--help")
-    assert code == 0 and "Usage" in out, err
+    assert code == 0, err
+    assert "Usage" in out, err
     if arguments[0] == "sweep":
         flags = [
             f"submit.{word[2:]}={arguments[k + 1]}" for k, word in enumerate(arguments) if word in ("--on", "--address")
@@ -48,7 +49,8 @@ def test_every_command_is_told_and_says_what_it_does(cvlab):
     assert len(listed) >= 25
     for name, does in listed:
         assert f"cvlab {name}" in README, f"README lacks cvlab {name}"
-        assert does.endswith(".") and not does.endswith(".."), (name, does)
+        assert does.endswith("."), (name, does)
+        assert not does.endswith(".."), (name, does)
 
 
 def test_the_example_is_the_shipped_configuration(tmp_path):
@@ -62,7 +64,8 @@ def test_the_example_is_the_shipped_configuration(tmp_path):
 def test_the_example_of_a_sweep_has_the_arms_it_should(tmp_path):
     (tmp_path / "s.yaml").write_text(next(block for block in blocks("yaml") if "experiment: sweep" in block))
     arms = loading.load(str(tmp_path / "s.yaml")).config.arms()
-    assert len(arms) == 12 and sum("clip_norm" in arm.raw for arm in arms) == 6
+    assert len(arms) == 12
+    assert sum("clip_norm" in arm.raw for arm in arms) == 6
 
 
 def test_the_example_of_a_search_has_the_trials_it_says(tmp_path):
@@ -97,8 +100,10 @@ def test_every_shipped_configuration_has_its_results():
 
 def test_the_first_two_commands_need_nothing_but_python():
     main, test = (block.strip() for block in blocks("sh")[:2])
-    assert main.startswith("python3 -m venv .venv && .venv/bin/pip install") and "configs/cifar_bn.yaml" in main
-    assert test.startswith("python3 -m venv .venv && .venv/bin/pip install") and test.endswith(".venv/bin/pytest")
+    assert main.startswith("python3 -m venv .venv && .venv/bin/pip install")
+    assert "configs/cifar_bn.yaml" in main
+    assert test.startswith("python3 -m venv .venv && .venv/bin/pip install")
+    assert test.endswith(".venv/bin/pytest")
     assert (ROOT / "configs" / "cifar_bn.yaml").is_file()
 
 

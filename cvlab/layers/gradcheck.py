@@ -252,7 +252,8 @@ def check_net(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, lab
     one = torch.ones_like(value)
     numeric = against_torch = 0.0
     for own, other in zip(mine.parameters(), theirs.parameters(), strict=True):
-        assert own.grad is not None and other.grad is not None
+        assert own.grad is not None
+        assert other.grad is not None
 
         def loss(values: Tensor, own: Tensor = own) -> Tensor:
             before, own.data = own.data, values

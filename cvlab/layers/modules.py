@@ -45,7 +45,8 @@ def apply(layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), se
     with torch.autocast(tensors[0].device.type, enabled=False):  # type: ignore[union-attr]
         if len(tensors) > 1:  # weights are float32 or float64; a layer below may have given bfloat16
             weight = tensors[1]
-            assert tensors[0] is not None and weight is not None
+            assert tensors[0] is not None
+            assert weight is not None
             if weight.is_floating_point():
                 tensors = (tensors[0].to(weight.dtype), *tensors[1:])
         found: Tensor = _Apply.apply(layer, options, see, *tensors)  # type: ignore[no-untyped-call]
@@ -142,14 +143,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if self.training:
             return apply(self.layer, x, self.weight, self.bias, options=(self.eps,), see=self._follow)
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         shape = (1, -1, *([1] * (x.ndim - 2)))
         gamma, beta, mean, var = (t.view(shape) for t in (self.weight, self.bias, self.running_mean, self.running_var))
         return batchnorm.BatchNorm.apply_statistics(x, gamma, beta, mean, var, self.eps)
 
     def _follow(self, cache: batchnorm.BatchNorm.Cache) -> None:
         """Move the running statistics: running = (1 - momentum) running + momentum batch, the variance unbiased."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
         assert self.num_batches_tracked is not None
         n = cache.centred.shape[0]
         if n < 2:

@@ -201,7 +201,8 @@ def _fits(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Put `norm(conv(x))` into the weights of `conv`."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean

@@ -93,7 +93,9 @@ def evaluate(
 
     The first threshold of IoU must be 0.5. Of equally sure detections the first one counts first.
     """
-    assert rule in RULES and len(detections) == len(truths) and thresholds[0] == 0.5
+    assert rule in RULES
+    assert len(detections) == len(truths)
+    assert thresholds[0] == 0.5
     found_keys = _keys([d.labels for d in detections], num_classes)
     scores = torch.cat([d.scores for d in detections]).double() if detections else torch.empty(0).double()
     by_score = torch.argsort(scores, descending=True, stable=True)

@@ -51,9 +51,12 @@ def test_safetensors_have_the_names_of_the_net(cvlab, trained):
     made, _ = net_of(run)
     with safe_open(found["files"][0], "pt") as file:
         own = made.weights.state_dict()
-        assert all(torch.equal(file.get_tensor(name), own[name]) for name in own) and len(own) == len(file.keys())
+        assert all(torch.equal(file.get_tensor(name), own[name]) for name in own)
+        assert len(own) == len(file.keys())
         about = json.loads(file.metadata()[export.KEY])
-    assert len(about["classes"]) == 10 and "[0, 1]" in about["takes"] and about["run"] == run.name
+    assert len(about["classes"]) == 10
+    assert "[0, 1]" in about["takes"]
+    assert about["run"] == run.name
 
 
 @needs_onnx
@@ -71,7 +74,8 @@ class TestOnnx:
         theirs = session.run(["scores"], {"images": images.numpy()})[0]
         torch.testing.assert_close(net_of(run)[1](images), torch.from_numpy(theirs), rtol=1e-4, atol=1e-4)
         about = json.loads(session.get_modelmeta().custom_metadata_map[export.KEY])
-        assert about["normalised_inside"]["std"] and len(about["classes"]) == 10
+        assert about["normalised_inside"]["std"]
+        assert len(about["classes"]) == 10
 
     @pytest.mark.parametrize("more", [(), ("tune_epochs=1", "duration={epochs: 1}")])
     def test_a_detector_finds_the_same_boxes(self, cvlab, trained, more):
@@ -94,12 +98,14 @@ class TestOnnx:
             apart = (place[kept][:, None] - found.boxes_xyxy[None]).abs().amax(2)
             apart += 1e3 * (label[kept][:, None] != found.labels[None])
             # of two boxes as sure but for the last bits either may go first
-            assert len(kept) > 50 and float((apart.amin(0) < 0.02).float().mean()) > 0.9
+            assert len(kept) > 50
+            assert float((apart.amin(0) < 0.02).float().mean()) > 0.9
 
     def test_of_two_stages_only_the_weights_can_be_taken(self, cvlab, trained):
         run = trained(DETECTOR, "model={name: faster_rcnn}")
         code, _, err = cvlab("export", run, "--to", "onnx")
-        assert code == 2 and "--to safetensors" in err
+        assert code == 2
+        assert "--to safetensors" in err
         assert cvlab("export", run, "--to", "safetensors")[0] == 0
 
 
@@ -107,7 +113,8 @@ def test_refusals(cvlab, trained):
     run = trained(CLASSIFIER)
     assert "did you mean 'onnx'" in cvlab("export", run, "--to", "onx")[2]
     code, _, err = cvlab("export", run, "--to", "safetensors", "--out", run / "no" / "x")
-    assert code == 5 and not (run / "no").exists()
+    assert code == 5
+    assert not (run / "no").exists()
     assert cvlab("export", "nothing", "--to", "onnx")[0] == 5
 
 

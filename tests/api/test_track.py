@@ -49,7 +49,8 @@ def test_tensorboard(run):
     read = EventAccumulator(str(run / "trackers" / "tensorboard"))
     read.Reload()
     found = {tag: [(e.step, pytest.approx(e.value)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
-    assert told(found) == WANTED and set(found) == set(WANTED)
+    assert told(found) == WANTED
+    assert set(found) == set(WANTED)
     assert "optimizer.lr: 0.01" in str(read.Tensors("configuration/text_summary")[0].tensor_proto.string_val)
 
 
@@ -63,8 +64,10 @@ def test_mlflow(run):
         track.tell(run, "mlflow", follow=False)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent}/mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
-    assert found.info.run_name == run.name and found.info.status == "FINISHED"
-    assert found.data.params["optimizer.lr"] == "0.01" and set(found.data.metrics) == set(WANTED)
+    assert found.info.run_name == run.name
+    assert found.info.status == "FINISHED"
+    assert found.data.params["optimizer.lr"] == "0.01"
+    assert set(found.data.metrics) == set(WANTED)
     history = {name: [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)] for name in WANTED}
     assert history == WANTED
 
@@ -124,13 +127,17 @@ def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     monkeypatch.setitem(track.TRACKERS, "fake", Fake)
     monkeypatch.setattr(track, "read_status", lambda path: {"status": next(states)})
     found = track.tell(run, "fake", True, sleep=lambda _: out.append({"step": len(heard), "x": 1.0}))
-    assert found == "done" and heard[0] == 3
-    assert [entry[0] for entry in heard[1:]] == [1, 2, 3, 4, 5, 5] and "final/train_loss" in heard[-1][1]
+    assert found == "done"
+    assert heard[0] == 3
+    assert [entry[0] for entry in heard[1:]] == [1, 2, 3, 4, 5, 5]
+    assert "final/train_loss" in heard[-1][1]
 
 
 def test_refusals(cvlab, run, monkeypatch):
     code, _, err = cvlab("track", run, "--to", "tensorbord")
-    assert code == 2 and "did you mean 'tensorboard'" in err
+    assert code == 2
+    assert "did you mean 'tensorboard'" in err
     monkeypatch.setattr(track.Wandb, "package", "not_there_at_all")
     code, _, err = cvlab("track", run, "--to", "wandb")
-    assert code == 2 and "pip install 'cvlab[wandb]'" in err
+    assert code == 2
+    assert "pip install 'cvlab[wandb]'" in err

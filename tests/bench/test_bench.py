@@ -31,9 +31,11 @@ def test_engine(file, cvlab):
     code, out, err = cvlab("bench", "engine", file, "--rounds", 2, "--steps", 2, "--json")
     found = json.loads(out)
     assert code == 0, err
-    assert [len(row["seconds"]) for row in found["loops"]] == [2, 2, 2] and found["fit_against_bare"] > 0
+    assert [len(row["seconds"]) for row in found["loops"]] == [2, 2, 2]
+    assert found["fit_against_bare"] > 0
     code, out, _ = cvlab("bench", "engine", file, "--rounds", 1, "--steps", 1)
-    assert code == 0 and "float32, contiguous" in out
+    assert code == 0
+    assert "float32, contiguous" in out
 
 
 def test_profile(file, cvlab):
@@ -50,7 +52,8 @@ def test_layers_and_what_cannot_be_measured(cvlab, monkeypatch):
     code, out, _ = cvlab("bench", "layers", "--rounds", 1, "--json")
     rows = json.loads(out)["layers"]
     assert all(row["manual_against_torch"] > 0 and row["torch_seconds"] > 0 for row in rows)
-    assert code == 0 and {row["layer"] for row in rows} == {
+    assert code == 0
+    assert {row["layer"] for row in rows} == {
         "Conv2d",
         "BatchNorm2d",
         "MaxPool2d",
@@ -61,7 +64,8 @@ def test_layers_and_what_cannot_be_measured(cvlab, monkeypatch):
         "AttentionLSTM",
     }
     code, _, err = cvlab("bench", "engine", "optimizers")
-    assert code == 2 and "not a training of a classifier" in err
+    assert code == 2
+    assert "not a training of a classifier" in err
     assert cvlab("bench", "engine", "nosuch")[0] == 2
 
 
@@ -73,10 +77,12 @@ def test_the_whole(cvlab, monkeypatch):
     code, out, err = cvlab("bench", "--rounds", 1, "--json")
     found = json.loads(out)
     assert code == 0, err
-    assert found["machine"]["product_gflops"]["float32"] > 0 and found["machine"]["copy_gb_per_second"] > 0
+    assert found["machine"]["product_gflops"]["float32"] > 0
+    assert found["machine"]["copy_gb_per_second"] > 0
     assert [row["config"] for row in found["configs"]] == ["quickstart", "cifar_bn"]
     code, out, _ = cvlab("bench", "--rounds", 1)
-    assert code == 0 and "share of convolutions" in out
+    assert code == 0
+    assert "share of convolutions" in out
 
 
 def test_flops_of_an_image_are_those_of_its_layers(monkeypatch):
@@ -119,7 +125,8 @@ def test_photos_against_bare_loops(cvlab):
     assert code == 0, err
     loops = {row["loop"]: row for row in json.loads(out)["loops"]}
     assert {"bare gradient", "saliency", "attack, original size, float32"} <= loops.keys()
-    assert all(row["seconds"] > 0 for row in loops.values()) and loops["bare gradient"]["times_as_fast"] == 1
+    assert all(row["seconds"] > 0 for row in loops.values())
+    assert loops["bare gradient"]["times_as_fast"] == 1
 
 
 def test_boxes_against_plain_loops(cvlab, monkeypatch):
@@ -130,7 +137,8 @@ def test_boxes_against_plain_loops(cvlab, monkeypatch):
     assert code == 0, err
     rows = {row["loop"]: row for row in json.loads(out)["loops"]}
     assert {"nms of 50 boxes", "a loop over the boxes", "yolo on a photo of 640 x 480"} <= rows.keys()
-    assert all(row["seconds"] > 0 for row in rows.values()) and rows["nms of 50 boxes"]["against_ours"] == 1
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows["nms of 50 boxes"]["against_ours"] == 1
     assert rows["a loop over the boxes"]["against_ours"] != 1
 
 

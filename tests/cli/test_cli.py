@@ -46,14 +46,16 @@ def test_a_run_from_start_to_report(cvlab, tiny, tmp_path):
     assert err.splitlines()[0].startswith("run directory runs/")
     assert "kill -9 loses at most 60 s" in err
     assert out.splitlines()[-1].startswith("run directory runs/")
-    assert "train_accuracy >= 0.05" in out and "met" in out
+    assert "train_accuracy >= 0.05" in out
+    assert "met" in out
     run = tmp_path / "runs" / "latest"
     assert {"config.yaml", "env.json", "status.json", "metrics.jsonl", "summary.json", "log.txt"} <= set(
         os.listdir(run)
     )
     assert (run / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     summary = read_json(run / "summary.json")
-    assert summary["status"] == "done" and summary["data"] == "scenes10"
+    assert summary["status"] == "done"
+    assert summary["data"] == "scenes10"
     assert len(summary["weights_sha256"]) == 64
     assert read_json(run / "env.json")["threads"] == 1
     rows = list(read_metrics(run))
@@ -66,7 +68,9 @@ def test_json_is_one_document(cvlab, tiny):
     document = json.loads(out)
     assert code == 0
     assert list(document) == ["ok", "run", "experiment", "status", "data", "metrics", "expect", "files"]
-    assert document["ok"] and document["status"] == "done" and document["experiment"] == "classify"
+    assert document["ok"]
+    assert document["status"] == "done"
+    assert document["experiment"] == "classify"
     assert document["expect"] == [
         {"rule": "train_accuracy >= 0.05", "measured": document["metrics"]["train_accuracy"], "met": True}
     ]
@@ -75,11 +79,16 @@ def test_json_is_one_document(cvlab, tiny):
 
 def test_an_expectation_that_is_not_met(cvlab, tiny):
     code, out, err = cvlab("train", tiny, "expect=[train_accuracy > 1]", "-q")
-    assert code == 3 and "NOT MET" in out and "error: not met: train_accuracy > 1" in err
+    assert code == 3
+    assert "NOT MET" in out
+    assert "error: not met: train_accuracy > 1" in err
     code, out, _ = cvlab("train", tiny, "expect=[train_accuracy > 1, val_loss < 0]", "--json", "-q")
     document = json.loads(out)
-    assert code == 3 and document["ok"] is False and document["error"]["code"] == 3
-    assert document["status"] == "unmet" and [v["met"] for v in document["expect"]] == [False, False]
+    assert code == 3
+    assert document["ok"] is False
+    assert document["error"]["code"] == 3
+    assert document["status"] == "unmet"
+    assert [v["met"] for v in document["expect"]] == [False, False]
 
 
 def test_the_resolved_configuration_repeats_the_run(cvlab, tiny):
@@ -92,15 +101,19 @@ def test_the_resolved_configuration_repeats_the_run(cvlab, tiny):
 def test_resume_of_an_ended_run_reports_it(cvlab, tiny):
     cvlab("train", tiny, "-q")
     code, out, err = cvlab("resume", "latest")
-    assert code == 0 and "nothing to resume" in err and "train_accuracy" in out
+    assert code == 0
+    assert "nothing to resume" in err
+    assert "train_accuracy" in out
 
 
 def test_dry_run_writes_nothing(cvlab, tiny, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = cvlab("train", tiny, "--dry-run", "--json")
     plan = json.loads(out)
-    assert code == 0 and sorted(tmp_path.rglob("*")) == before
-    assert plan["steps"] == 10 and plan["parameters"] == 4 * 27 + 4 + 8 + 8 * 36 + 8 + 16 + 512 * 10 + 10
+    assert code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert plan["steps"] == 10
+    assert plan["parameters"] == 4 * 27 + 4 + 8 + 8 * 36 + 8 + 16 + 512 * 10 + 10
     assert (plan["train_images"], plan["val_images"], plan["data"]) == (100, 250, "scenes10")
 
 
@@ -108,13 +121,16 @@ def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
     code, out, err = cvlab("train", tiny, "duration.seconds=1", "--json")
     first = json.loads(out)
     steps = first["metrics"]["steps"]
-    assert code == 0 and "the plan is corrected on the way" in err and f"{steps} steps in " in err
+    assert code == 0
+    assert "the plan is corrected on the way" in err
+    assert f"{steps} steps in " in err
     assert loading.load(first["run"]).config.duration.steps == steps
     second = json.loads(cvlab("run", first["run"], "--json", "-q")[1])
     digests = [read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
     assert digests[0] == digests[1]
     code, _, err = cvlab("train", tiny, "duration.seconds=1e-5", "-q")
-    assert code == 2 and "too short for a step" in err
+    assert code == 2
+    assert "too short for a step" in err
 
 
 def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
@@ -136,7 +152,8 @@ def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
     assert json.loads(out)["metrics"]["test_accuracy_tta"] == metrics["test_accuracy_tta"]
     assert cvlab("eval", "latest", "--split", "val")[0] == 2
     code, _, err = cvlab("train", tiny, *arguments, "expect=[val_accuracy > 0]")
-    assert code == 2 and "no metric 'val_accuracy'" in err
+    assert code == 2
+    assert "no metric 'val_accuracy'" in err
     assert "the images have 32 px" in cvlab("train", tiny, "augment.cutout_px=32")[2]
 
 
@@ -153,7 +170,8 @@ def test_the_stand_in_is_said_everywhere(cvlab, tiny, tmp_path, monkeypatch):
     assert read_json(run / "summary.json")["expect"][0]["rule"] == "train_accuracy <= 1"
     assert "standin_for: cifar10" in (run / "config.yaml").read_text()
     code, _, err = cvlab("train", tiny, *arguments, "--no-standin")
-    assert code == 4 and "`cvlab data fetch cifar10` gets it" in err
+    assert code == 4
+    assert "`cvlab data fetch cifar10` gets it" in err
     assert cvlab("train", tiny, "data.name=cifar10", "-q")[0] == 4
 
 
@@ -164,7 +182,8 @@ def test_a_users_own_model_travels_with_the_run(cvlab, tiny, tmp_path):
     )
     code, out, _ = cvlab("train", tiny, "model={name: './net.py:make', width: 6}", "--json", "-q")
     run = run_dir.Path(json.loads(out)["run"])
-    assert code == 0 and (run / "net.py").is_file()
+    assert code == 0
+    assert (run / "net.py").is_file()
     (tmp_path / "net.py").unlink()
     assert cvlab("eval", run, "--json")[0] == 0
     assert cvlab("train", run / "config.yaml", "-q")[0] == 0
@@ -185,14 +204,17 @@ def test_a_users_own_data(cvlab, tiny, tmp_path):
         "    return ImageDataset('mine', x, y, x[:10], y[:10], ('dark', 'bright'))\n"
     )
     code, out, _ = cvlab("train", tiny, "data={name: './mine.py:load'}", "--json", "-q")
-    assert code == 0 and json.loads(out)["data"] == "./mine.py:load"
+    assert code == 0
+    assert json.loads(out)["data"] == "./mine.py:load"
     assert cvlab("train", tiny, "data={name: './mine.py:load'}", "--dry-run")[0] == 0
 
 
 def test_a_users_own_error_shows_its_traceback(cvlab, tiny, tmp_path):
     (tmp_path / "net.py").write_text("def make():\n    return 1 / 0\n")
     code, out, err = cvlab("train", tiny, "model={name: './net.py:make'}", "--json", "-q")
-    assert code == 1 and "ZeroDivisionError" in err and "net.py" in err
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert "net.py" in err
     assert error_of(out)["code"] == 1
     assert not (tmp_path / "runs").exists(), "what cannot be built leaves nothing behind"
 
@@ -256,7 +278,9 @@ def narrow():
 def test_a_users_data_is_checked(cvlab, tiny, tmp_path, name, expected):
     (tmp_path / "net.py").write_text(NETS)
     code, _, err = cvlab("train", tiny, f"data={{name: './net.py:{name}'}}", "-q")
-    assert code in (2, 4) and expected in err and len(err.splitlines()) == 1
+    assert code in (2, 4)
+    assert expected in err
+    assert len(err.splitlines()) == 1
 
 
 def test_two_files_of_one_name_are_both_kept(cvlab, tiny, tmp_path):
@@ -267,13 +291,16 @@ def test_two_files_of_one_name_are_both_kept(cvlab, tiny, tmp_path):
     code, _, err = cvlab("train", tiny, *chosen, "data.val_fraction=0.2", "expect=[]", "-q")
     assert code == 0, err
     run = tmp_path / "runs" / "latest"
-    assert (run / "net.py").is_file() and (run / "net_2.py").is_file()
+    assert (run / "net.py").is_file()
+    assert (run / "net_2.py").is_file()
     assert cvlab("eval", "latest")[0] == 0
 
 
 def test_a_misspelt_metric_is_found_before_the_run(cvlab, tiny, tmp_path):
     code, _, err = cvlab("train", tiny, "expect=[tran_accuracy >= 0.1]")
-    assert code == 2 and "did you mean 'train_accuracy'" in err and not (tmp_path / "runs").exists()
+    assert code == 2
+    assert "did you mean 'train_accuracy'" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_one_damaged_run_does_not_hide_the_others(cvlab, tiny, tmp_path):
@@ -284,7 +311,9 @@ def test_one_damaged_run_does_not_hide_the_others(cvlab, tiny, tmp_path):
         (tmp_path / "runs" / name / "summary.json").write_text(text)
     code, out, _ = cvlab("runs", "--json")
     states = {row["run"].rpartition("-")[0] or row["run"]: row["status"] for row in json.loads(out)["runs"]}
-    assert code == 0 and states["bad1"] == states["bad2"] == "damaged" and "done" in states.values()
+    assert code == 0
+    assert states["bad1"] == states["bad2"] == "damaged"
+    assert "done" in states.values()
     assert cvlab("show", "bad2")[0] == cvlab("compare", "good", "bad2")[0] == 5
 
 
@@ -294,7 +323,8 @@ def test_names_of_runs(cvlab, tiny, tmp_path):
     assert cvlab("show", "latest")[0] == 0
     for wrong in ("", "  ", "x" * 5000):
         code, _, err = cvlab("show", wrong)
-        assert code == 5 and len(err.splitlines()) == 1
+        assert code == 5
+        assert len(err.splitlines()) == 1
     assert cvlab("train", "x" * 5000)[0] == 2
     (tmp_path / "file").write_text("")
     assert cvlab("runs", "--runs-dir", "file")[0] == 5
@@ -309,7 +339,8 @@ def test_a_metric_that_is_not_finite_is_a_divergence(cvlab, tiny, tmp_path):
         "        return super().forward(x.flatten(1)) * (1 if self.training else float('nan'))\n"
     )
     code, _, err = cvlab("train", tiny, "model={name: './net.py:Nan'}", "-q")
-    assert code == 6 and "val_loss is not finite at step 5" in err
+    assert code == 6
+    assert "val_loss is not finite at step 5" in err
 
 
 @pytest.mark.parametrize("width", (30, 58, 72, 93, 137))
@@ -339,7 +370,9 @@ def test_a_reader_that_has_gone_changes_nothing(tiny, tmp_path):
     assert read_status(tmp_path / "runs" / "latest")["status"] == "done"
     if os.path.exists("/dev/full"):
         full = code_of("cvlab runs > /dev/full")
-        assert full.returncode == 5 and "No space left" in full.stderr and "Traceback" not in full.stderr
+        assert full.returncode == 5
+        assert "No space left" in full.stderr
+        assert "Traceback" not in full.stderr
 
 
 def test_divergence(cvlab, tiny, tmp_path):
@@ -347,7 +380,9 @@ def test_divergence(cvlab, tiny, tmp_path):
         "train", tiny, "optimizer={name: sgd, lr: 100}", "reg=1", "duration.steps=200", "eval_every=100", "--json", "-q"
     )
     error = error_of(out)
-    assert code == 6 and "not finite at step" in error["message"] and "lr 100" in error["message"]
+    assert code == 6
+    assert "not finite at step" in error["message"]
+    assert "lr 100" in error["message"]
     assert error["run"] == find_run("latest", runs_root()).name or "runs/" in error["run"]
     assert read_json(tmp_path / "runs" / "latest" / "status.json")["status"] == "failed"
 
@@ -356,7 +391,8 @@ def test_eval_shows_test_and_keeps_it(cvlab, tiny, tmp_path):
     trained = json.loads(cvlab("train", tiny, "--json", "-q")[1])
     code, out, _ = cvlab("eval", "latest", "--json")
     found = json.loads(out)
-    assert code == 0 and set(found["metrics"]) == {"val_loss", "val_accuracy", "test_loss", "test_accuracy"}
+    assert code == 0
+    assert set(found["metrics"]) == {"val_loss", "val_accuracy", "test_loss", "test_accuracy"}
     assert found["metrics"]["val_accuracy"] == trained["metrics"]["val_accuracy"]
     assert read_json(tmp_path / "runs" / "latest" / "eval.json")["metrics"] == found["metrics"]
     best = json.loads(cvlab("eval", "latest", "--checkpoint", "best", "--split", "val", "--json")[1])
@@ -374,19 +410,25 @@ def test_runs_show_and_compare(cvlab, tiny, tmp_path):
         cvlab("train", tiny, f"optimizer.lr={lr}", "-q")
     code, out, _ = cvlab("runs", "--json")
     listed = json.loads(out)["runs"]
-    assert code == 0 and [row["status"] for row in listed] == ["done", "done"]
+    assert code == 0
+    assert [row["status"] for row in listed] == ["done", "done"]
     names = [row["run"] for row in listed]
     assert "done" in cvlab("runs")[1]
     code, out, _ = cvlab("show", names[0][-4:])
-    assert code == 0 and "optimizer.lr" in out and "train_accuracy" in out
+    assert code == 0
+    assert "optimizer.lr" in out
+    assert "train_accuracy" in out
     code, out, _ = cvlab("compare", *names, "--json", "--out", tmp_path / "c")
     found = json.loads(out)
     differences = found["differences"]  # runs of one second come in any order
-    assert code == 0 and differences.keys() == {"optimizer.lr"} and sorted(differences["optimizer.lr"]) == [0.001, 0.01]
+    assert code == 0
+    assert differences.keys() == {"optimizer.lr"}
+    assert sorted(differences["optimizer.lr"]) == [0.001, 0.01]
     assert len(found["metrics"]["val_accuracy"]) == 2
     assert (tmp_path / "c" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     written = (tmp_path / "c" / "compare.csv").read_text()
-    assert written.splitlines()[0].startswith("kind,name,tiny-") and "config,optimizer.lr,0.0" in written
+    assert written.splitlines()[0].startswith("kind,name,tiny-")
+    assert "config,optimizer.lr,0.0" in written
     assert cvlab("compare", *names, "--csv")[1] == written
     assert "optimizer.lr" in cvlab("compare", *names)[1]
     assert cvlab("compare", "nothing")[0] == 5
@@ -422,12 +464,15 @@ def test_refusals_are_one_line_with_their_code(cvlab, arguments, code, text):
         if torch.cuda.device_count() > 7:
             pytest.skip("there are that many GPUs")
     found, out, err = cvlab(*arguments)
-    assert found == code and text in err and out == ""
+    assert found == code
+    assert text in err
+    assert out == ""
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1, err
     assert "Traceback" not in err
     found, out, _ = cvlab(*arguments, "--json")
     error = error_of(out)
-    assert found == code == error["code"] and text in f"{error['message']}; {error['hint']}"
+    assert found == code == error["code"]
+    assert text in f"{error['message']}; {error['hint']}"
 
 
 def test_runs_dir_that_cannot_be_written(cvlab, tiny, tmp_path, monkeypatch):
@@ -435,7 +480,9 @@ def test_runs_dir_that_cannot_be_written(cvlab, tiny, tmp_path, monkeypatch):
     assert cvlab("train", tiny, "--runs-dir", tmp_path / "file")[0] == 5
     monkeypatch.setenv("CVLAB_RUNS", "/proc/nothing")
     code, _, err = cvlab("train", tiny)
-    assert code == 5 and "/proc/nothing" in err and "--runs-dir" in err
+    assert code == 5
+    assert "/proc/nothing" in err
+    assert "--runs-dir" in err
 
 
 def test_a_locked_run_is_not_resumed(cvlab, tiny, tmp_path):
@@ -457,18 +504,22 @@ def test_a_locked_run_is_not_resumed(cvlab, tiny, tmp_path):
     code, _, err = cvlab("resume", "latest")
     leave.set()
     holder.join()
-    assert code == 5 and f"already running (pid {holder.pid}" in err
+    assert code == 5
+    assert f"already running (pid {holder.pid}" in err
 
 
 def test_looking_commands(cvlab):
     code, out, _ = cvlab("config", "cifar_bn")
-    assert code == 0 and "train_accuracy >= 0.85" in out and "betas: [0.9, 0.999]" in out
+    assert code == 0
+    assert "train_accuracy >= 0.85" in out
+    assert "betas: [0.9, 0.999]" in out
     assert "cifar_bn" in cvlab("config")[1]
     assert "classify" in cvlab("experiments")[1]
     assert {row["name"] for row in json.loads(cvlab("models", "--json")[1])["models"]} >= {"deep_convnet", "timm:NAME"}
     assert "deep_convnet" in cvlab("models")[1]
     states = {row["name"]: row["state"] for row in json.loads(cvlab("data", "list", "--json")[1])["data"]}
-    assert states["cifar10"] == "not on the disk" and states["scenes10"] in ("ready", "built in")
+    assert states["cifar10"] == "not on the disk"
+    assert states["scenes10"] in ("ready", "built in")
     assert cvlab("data", "list")[0] == 0
     assert cvlab("data", "fetch", "scenes10")[0] == 0
     assert "equal to their checksums" in cvlab("data", "check")[1]
@@ -479,7 +530,8 @@ def test_looking_commands(cvlab):
 def test_doctor(cvlab):
     code, out, _ = cvlab("doctor", "--json")
     found = json.loads(out)
-    assert code == 0 and found["ok"], found
+    assert code == 0, found
+    assert found["ok"], found
     assert {check["name"] for check in found["checks"]} >= {"torch", "torchvision", "devices", "data", "configurations"}
 
 
@@ -487,7 +539,8 @@ def test_the_schema_knows_every_key(cvlab):
     schema = json.loads(cvlab("config", "--schema")[1])
     branches = {branch["properties"]["experiment"]["const"]: branch for branch in schema["anyOf"]}
     branch = branches["classify"]
-    assert "eps" in branches["attack"]["properties"] and "grid" in branches["sweep"]["properties"]
+    assert "eps" in branches["attack"]["properties"]
+    assert "grid" in branches["sweep"]["properties"]
     models = {block["properties"]["name"]["const"] for block in branch["properties"]["model"]["anyOf"][:-1]}
     assert {"deep_convnet", "three_layer_convnet", "fc_net"} <= models
     assert "filters" in branch["properties"]["model"]["anyOf"][0]["properties"]
@@ -496,8 +549,10 @@ def test_the_schema_knows_every_key(cvlab):
 def test_bench_engine(cvlab):
     code, out, _ = cvlab("bench", "engine", "--rounds", 1, "--steps", 1, "--json")
     found = json.loads(out)
-    assert code == 0 and [row["loop"] for row in found["loops"]][0] == "fit"
-    assert found["fit_against_bare"] > 0 and all(row["images_per_second"] > 0 for row in found["loops"])
+    assert code == 0
+    assert [row["loop"] for row in found["loops"]][0] == "fit"
+    assert found["fit_against_bare"] > 0
+    assert all(row["images_per_second"] > 0 for row in found["loops"])
 
 
 def test_help_imports_nothing_heavy():
@@ -520,7 +575,8 @@ def test_debug_shows_where(cvlab):
 def test_all_commands_have_help(cvlab):
     for command in ("train", "run", "eval", "resume", "runs", "show", "compare", "config", "experiments", "models"):
         code, out, _ = cvlab(command, "--help")
-        assert code == 0 and "--json" in out, command
+        assert code == 0, command
+        assert "--json" in out, command
     assert main.app.info.name == "cvlab"
 
 
@@ -530,7 +586,11 @@ def test_of_many_runs_the_newest_are_shown_and_all_are_told(cvlab, tmp_path):
         folder.mkdir()
         (folder / "config.yaml").write_text("experiment: classify\n")
     code, out, _ = cvlab("runs", "--last", 2, "--runs-dir", tmp_path)
-    assert code == 0 and "x-0004" in out and "x-0003" in out and "x-0002" not in out and "2 of 5 runs" in out
+    assert code == 0
+    assert "x-0004" in out
+    assert "x-0003" in out
+    assert "x-0002" not in out
+    assert "2 of 5 runs" in out
     assert len(json.loads(cvlab("runs", "--json", "--last", 2, "--runs-dir", tmp_path)[1])["runs"]) == 5
 
 
@@ -557,4 +617,6 @@ def test_a_name_longer_than_the_disk_allows_is_one_line(cvlab, tmp_path, line):
     takes_root = line.split()[0] not in ("data", "models", "gradcheck", "config")
     code, _, err = cvlab(*line.format(LONG).split(), *(root if takes_root else ()))
     errors = [text for text in err.splitlines() if text.startswith("error: ")]
-    assert code in (2, 4, 5) and errors and "Traceback" not in err, err
+    assert code in (2, 4, 5), err
+    assert errors, err
+    assert "Traceback" not in err, err

@@ -36,7 +36,8 @@ def refusal(tmp_path, text, *overrides):
 
 def test_defaults_file_and_overrides(tmp_path):
     chosen = load(tmp_path, GOOD, "optimizer.lr=1e-2", "seed=7", "model.batchnorm=true", "name=mine")
-    assert chosen.optimizer.lr == 0.01 and chosen.optimizer.betas == (0.9, 0.999)
+    assert chosen.optimizer.lr == 0.01
+    assert chosen.optimizer.betas == (0.9, 0.999)
     assert (chosen.seed, chosen.name, chosen.model.batchnorm, chosen.model.filters) == (7, "mine", True, (16, 32))
     assert load(tmp_path, GOOD).name == "f"
 
@@ -55,7 +56,8 @@ def test_an_override_of_the_duration_replaces_it(tmp_path):
 def test_the_resolved_configuration_repeats_itself(tmp_path):
     chosen = load(tmp_path, GOOD, "optimizer.eps=1e-9")
     again = load(tmp_path, chosen.to_yaml())
-    assert again.to_yaml() == chosen.to_yaml() and again.digest() == chosen.digest()
+    assert again.to_yaml() == chosen.to_yaml()
+    assert again.digest() == chosen.digest()
 
 
 def all_paths(value, path=()):
@@ -254,7 +256,8 @@ def test_a_users_own_model(tmp_path):
 def test_models_of_others_take_the_keys_of_their_builders(tmp_path):
     text = GOOD.replace("deep_convnet\n  filters: [16, 32]\n  pools: [0]", "timm:resnet10t\n  drop_rate: 0.1")
     chosen = load(tmp_path, text)
-    assert chosen.model.name == "timm:resnet10t" and chosen.model.arguments() == {"drop_rate": 0.1}
+    assert chosen.model.name == "timm:resnet10t"
+    assert chosen.model.arguments() == {"drop_rate": 0.1}
     assert load(tmp_path, chosen.to_yaml()).to_yaml() == chosen.to_yaml()
     assert load(tmp_path, text.replace("timm:resnet10t", "torchvision:resnet18")).model.drop_rate == 0.1
 

@@ -33,16 +33,21 @@ def file(tmp_path):
 
 def test_a_named_profile_lies_between_the_file_and_the_overrides(file):
     loaded = loading.load(file, ["profile=middle", "batch_size=10"])
-    assert loaded.config.model.filters == (8,) and loaded.config.batch_size == 10
-    assert loaded.config.profile == "middle" and not loaded.config.profiles and not loaded.profiles
+    assert loaded.config.model.filters == (8,)
+    assert loaded.config.batch_size == 10
+    assert loaded.config.profile == "middle"
+    assert not loaded.config.profiles
+    assert not loaded.profiles
     large = loading.load(file, ["profile=large", "duration.epochs=2"]).config
-    assert large.optimizer.name == "adam" and large.duration.epochs == 2
+    assert large.optimizer.name == "adam"
+    assert large.duration.epochs == 2
 
 
 def test_auto_keeps_all_of_them_valid(file, tmp_path):
     loaded = loading.load(file)
     assert list(loaded.profiles) == ["small", "middle", "large"]
-    assert loaded.profiles["large"].config.optimizer.name == "adam" and loaded.config.optimizer.name == "sgd"
+    assert loaded.profiles["large"].config.optimizer.name == "adam"
+    assert loaded.config.optimizer.name == "sgd"
     (tmp_path / "p.yaml").write_text(TEXT.replace("filters: [8]", "filters: [0]"))
     with pytest.raises(ConfigError, match=r"model.filters.0: expected a whole number >= 1, got 0"):
         loading.load(file)
@@ -76,16 +81,19 @@ def test_auto_takes_the_last_that_the_measured_rate_allows(file, cvlab, monkeypa
     monkeypatch.setattr(throughput, "images_per_second", lambda *_: next(measured))
     loaded = loading.load(file)
     found = throughput.choose_profile(loaded, loaded.config.data)
-    assert found.profile == chosen and list(measured) == []
+    assert found.profile == chosen
+    assert list(measured) == []
 
 
 def test_a_run_says_which_it_took_and_its_record_repeats_it(file, cvlab):
     code, out, err = cvlab("train", file, "--json")
     assert code == 0, err
-    assert "profile small: " in err and "is taken" in err
+    assert "profile small: " in err
+    assert "is taken" in err
     run = json.loads(out)["run"]
     recorded = loading.load(run)
-    assert recorded.config.profile in ("small", "middle") and recorded.config.duration.steps
+    assert recorded.config.profile in ("small", "middle")
+    assert recorded.config.duration.steps
     again = json.loads(cvlab("run", run, "--json", "-q")[1])
     summaries = [read_summary(run_dir.Path(path)) for path in (run, again["run"])]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
@@ -94,18 +102,23 @@ def test_a_run_says_which_it_took_and_its_record_repeats_it(file, cvlab):
 def test_a_dry_run_measures_nothing(file, cvlab, monkeypatch):
     monkeypatch.setattr(throughput, "images_per_second", None)
     code, out, _ = cvlab("train", file, "--dry-run")
-    assert code == 0 and "measured at the start: small, middle, large" in out
+    assert code == 0
+    assert "measured at the start: small, middle, large" in out
 
 
 def test_a_sweep_has_one_size_and_its_budgets_run_alone(file, cvlab):
     code, _, err = cvlab("sweep", file, "seeds=[0,1]")
-    assert code == 2 and "set base.profile to small or middle or large" in err
+    assert code == 2
+    assert "set base.profile to small or middle or large" in err
     code, _, err = cvlab("sweep", file, "seeds=[0,1]", "base.profile=middle", "--workers", 2)
-    assert code == 2 and "must run alone" in err
+    assert code == 2
+    assert "must run alone" in err
     chosen = loading.load_sweep(file, ["seeds=[0,1]", "base.profile=middle"]).config
-    assert chosen.base["model"]["filters"] == (8,) and "profiles" not in chosen.base
+    assert chosen.base["model"]["filters"] == (8,)
+    assert "profiles" not in chosen.base
 
 
 def test_a_budget_too_short(file, cvlab):
     code, _, err = cvlab("train", file, "profile=small", "duration.seconds=1e-6")
-    assert code == 2 and "too short for a step" in err
+    assert code == 2
+    assert "too short for a step" in err

@@ -69,7 +69,9 @@ def test_modes(tmp_path):
         assert photos.load(tmp_path / "a.png").getpixel((2, 2)) == wanted, name
     Image.new("CMYK", (5, 4), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
     red, green, blue = photos.load(tmp_path / "a.jpg").getpixel((2, 2))
-    assert red > 240 and green < 15 and blue < 15
+    assert red > 240
+    assert green < 15
+    assert blue < 15
 
 
 def damaged(kind):
@@ -155,6 +157,8 @@ def test_missing_and_not_a_file(tmp_path):
 
 def test_tensors_and_back(colours):
     tensor = photos.to_tensor(colours)
-    assert tensor.shape == (3, 40, 60) and tensor.dtype == torch.float32 and 0.98 < tensor.max() < 0.981
+    assert tensor.shape == (3, 40, 60)
+    assert tensor.dtype == torch.float32
+    assert 0.98 < tensor.max() < 0.981
     assert photos.to_image(tensor).tobytes() == colours.tobytes()
     assert photos.to_image(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).getpixel((0, 0)) == (0, 128, 255)

@@ -16,9 +16,11 @@ from cvlab.experiments.classification.models.convnet import deep_convnet
 
 def test_drawing_is_a_pure_function_of_the_seed():
     one, two, other = scenes10.draw(100, 1), scenes10.draw(100, 1), scenes10.draw(100, 2)
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
     assert not torch.equal(one[0], other[0])
-    assert one[0].shape == (100, 32, 32, 3) and torch.bincount(one[1]).tolist() == [10] * 10
+    assert one[0].shape == (100, 32, 32, 3)
+    assert torch.bincount(one[1]).tolist() == [10] * 10
 
 
 @pytest.mark.parametrize("shape", render.SHAPES)
@@ -26,10 +28,13 @@ def test_every_shape_is_seen_whole_and_by_itself(shape):
     x, y = render.grid(64)
     one = torch.tensor([0.5])
     coverage = render.cover(shape, x, y, torch.zeros(1, 2), one, torch.zeros(1), 64)[0]
-    assert coverage.min() == 0 and coverage.max() == 1
+    assert coverage.min() == 0
+    assert coverage.max() == 1
     rows, columns = (coverage > 0.5).any(1).nonzero(), (coverage > 0.5).any(0).nonzero()
-    assert rows.min() >= 14 and rows.max() <= 49, "inside a circle of the radius, more or less"
-    assert columns.min() >= 14 and columns.max() <= 49
+    assert rows.min() >= 14, "inside a circle of the radius, more or less"
+    assert rows.max() <= 49, "inside a circle of the radius, more or less"
+    assert columns.min() >= 14
+    assert columns.max() <= 49
     larger = render.cover(shape, x, y, torch.zeros(1, 2), 1.5 * one, torch.zeros(1), 64)[0]
     assert larger.sum() / coverage.sum() == pytest.approx(2.25, rel=0.08)
 
@@ -43,9 +48,11 @@ def test_shapes_differ():
 
 def test_the_set_is_kept_and_checked(tmp_path):
     images = scenes10.load(tmp_path)
-    assert scenes10.ready(tmp_path) and len(images.train_images) == scenes10.NUM_TRAIN
+    assert scenes10.ready(tmp_path)
+    assert len(images.train_images) == scenes10.NUM_TRAIN
     again = scenes10.load(tmp_path)
-    assert torch.equal(images.train_images, again.train_images) and torch.equal(images.test_labels, again.test_labels)
+    assert torch.equal(images.train_images, again.train_images)
+    assert torch.equal(images.test_labels, again.test_labels)
     assert scenes10.check(tmp_path) == "4 files equal to their checksums"
     path = tmp_path / scenes10.FOLDER / "train_images.npy"
     raw = bytearray(path.read_bytes())
@@ -100,4 +107,5 @@ def test_a_linear_model_stays_under_half_and_a_convnet_gets_over_nine_tenths():
                 optimizer.step()
         with torch.no_grad():
             found[name] = (model.eval()(y).argmax(1) == images.test_labels).float().mean().item()
-    assert 0.1 < found["linear"] < 0.5 and found["convnet"] > 0.9, found
+    assert 0.1 < found["linear"] < 0.5, found
+    assert found["convnet"] > 0.9, found

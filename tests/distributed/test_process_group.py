@@ -51,32 +51,39 @@ def test_the_shares_of_a_batch_are_the_batch(place, each, size):
     for rank in range(size):
         place(RANK=str(rank), WORLD_SIZE=str(size))
         shares.append(sharding.shard(batch))
-    assert torch.equal(torch.cat(shares), batch) and {len(part) for part in shares} == {each}
+    assert torch.equal(torch.cat(shares), batch)
+    assert {len(part) for part in shares} == {each}
 
 
 def test_one_process_is_alone(monkeypatch):
     process_group.world.cache_clear()
-    assert (
-        process_group.world() == process_group.World() and process_group.is_main() and process_group.launch_id() is None
-    )
+    assert process_group.world() == process_group.World()
+    assert process_group.is_main()
+    assert process_group.launch_id() is None
     batch = torch.arange(5)
-    assert sharding.shard(batch) is batch and collectives.all_gather_cat(batch) is batch
-    assert collectives.all_gather_object(3) == [3] and collectives.broadcast_from_rank0(lambda: 4) == 4
+    assert sharding.shard(batch) is batch
+    assert collectives.all_gather_cat(batch) is batch
+    assert collectives.all_gather_object(3) == [3]
+    assert collectives.broadcast_from_rank0(lambda: 4) == 4
     assert collectives.all_reduce_sums({"a": batch})["a"] is batch
-    assert process_group.pending_signal(None) is None and process_group.pending_signal(15) == 15
+    assert process_group.pending_signal(None) is None
+    assert process_group.pending_signal(15) == 15
     with process_group.init_process_group():
         pass
 
 
 def test_the_environment_says_which_process_this_is(place, monkeypatch):
     found = place()
-    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 4, 1, 2) and not process_group.is_main()
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 4, 1, 2)
+    assert not process_group.is_main()
     assert place(WORLD_SIZE="1", RANK="0") == process_group.World()
     with pytest.raises(ConfigError, match="start it by torchrun"):
         place(RANK="one")
     program = [sys.executable, "-m", "cvlab", "runs"]
     ended = subprocess.run(program, env={**os.environ}, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "start it by torchrun" in ended.stderr
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "start it by torchrun" in ended.stderr
 
 
 def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
@@ -105,7 +112,9 @@ def test_what_several_processes_cannot_train_is_refused_before_there_is_a_run(cv
     if "cuda" in str(words) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     found, _, err = cvlab("train", *words, "--nproc", "2", "--runs-dir", tmp_path / "runs")
-    assert found == code and text in err and not (tmp_path / "runs").exists()
+    assert found == code
+    assert text in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
@@ -115,7 +124,8 @@ def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
     process_group.world.cache_clear()
     with pytest.raises(ConfigError, match="batch_size 12: 5 processes cannot share it"):
         launch.require_processes(tmp_path, 5)
-    assert launch.require_processes(tmp_path, None) == 2 and launch.require_processes(tmp_path, 3) == 3
+    assert launch.require_processes(tmp_path, None) == 2
+    assert launch.require_processes(tmp_path, 3) == 3
     place(WORLD_SIZE="4")
     with pytest.raises(ConfigError, match="begun in 2 processes, torchrun has started 4; --nproc 4 goes on"):
         launch.require_processes(tmp_path, None)
@@ -128,7 +138,8 @@ def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
 def test_torchrun_starts_trainings_only(cvlab, place):
     place()
     code, _, err = cvlab("sweep", "bn_lr_sweep")
-    assert code == 2 and "sweep runs in one process; call it without torchrun" in err
+    assert code == 2
+    assert "sweep runs in one process; call it without torchrun" in err
 
 
 def test_processes_that_are_started_again_find_their_run(tmp_path, place, monkeypatch):

@@ -56,7 +56,8 @@ def test_the_mean_of_the_shares_is_the_gradient_of_the_batch(tmp_path, size):
 def test_evaluation_sees_each_item_once_whatever_their_number(tmp_path):
     for found in connected("evaluation", tmp_path, 3):
         for count, mean, times in found:
-            assert mean == pytest.approx((count - 1) / 2) and times == [1.0]
+            assert mean == pytest.approx((count - 1) / 2)
+            assert times == [1.0]
 
 
 def test_what_the_processes_agree_on(tmp_path):
@@ -95,7 +96,8 @@ def start(folder, root, *more, command=("train", "c.yaml", "--nproc", "2")):
 def wait_for_steps(process, run, count=20):
     deadline = time.monotonic() + 90
     while not (rows := list(read_metrics(run))) or rows[-1]["step"] < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
 
 
@@ -125,9 +127,11 @@ def same(run, summary):
 def test_two_processes_learn_as_one(trained, tmp_path):
     folder, summary = trained
     one = start(folder, "one", command=("train", "c.yaml"))
-    assert one.communicate(timeout=180) and one.returncode == 0
+    assert one.communicate(timeout=180)
+    assert one.returncode == 0
     alone = read_summary(folder / "one" / "latest")["metrics"]
-    assert summary["metrics"]["steps"] == alone["steps"] and summary["metrics"]["train_accuracy"] > 0.4
+    assert summary["metrics"]["steps"] == alone["steps"]
+    assert summary["metrics"]["train_accuracy"] > 0.4
     rows = [list(read_metrics(folder / root / "latest")) for root in ("whole", "one")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     assert rows[0][0]["train_loss"] == pytest.approx(rows[1][0]["train_loss"], rel=0.2)
@@ -141,7 +145,9 @@ def test_a_killed_process_is_started_again_to_the_same_bits(trained, rank):
     wait_for_steps(process, run)
     os.kill(ranks_of(run)[rank], signal.SIGKILL)
     _, err = process.communicate(timeout=180)
-    assert process.returncode == 0 and "all are started again" in err and "Traceback" not in err, err
+    assert process.returncode == 0, err
+    assert "all are started again" in err, err
+    assert "Traceback" not in err, err
     assert same(run, summary)
 
 
@@ -154,16 +160,19 @@ def test_a_signal_to_the_command_stops_all_at_one_step(trained, number, code):
     wait_for_steps(process, run)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err, err
+    assert process.returncode == code, err
+    assert "Traceback" not in err, err
     deadline = time.monotonic() + 30
     while ranks_of(run):
         assert time.monotonic() < deadline, "a process goes on without its command"
         time.sleep(0.05)
     saved, logged = checkpoint.steps(run / "checkpoints")[-1], list(read_metrics(run))[-1]["step"]
-    assert saved >= logged and read_status(run)["status"] == "interrupted"
+    assert saved >= logged
+    assert read_status(run)["status"] == "interrupted"
     again = start(folder, root, command=("resume", "latest"))  # in two processes, as it was begun
     _, err = again.communicate(timeout=180)
-    assert again.returncode == 0 and "not bitwise" not in err, err
+    assert again.returncode == 0, err
+    assert "not bitwise" not in err, err
     assert same(run, summary)
 
 
@@ -174,8 +183,10 @@ def test_a_signal_to_one_process_stops_all(trained):
     wait_for_steps(process, run)
     os.kill(ranks_of(run)[1], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in err, err
-    assert "stopped by SIGTERM after step" in err and read_status(run)["status"] == "interrupted"
+    assert process.returncode == 143, err
+    assert "Traceback" not in err, err
+    assert "stopped by SIGTERM after step" in err
+    assert read_status(run)["status"] == "interrupted"
 
 
 def test_another_number_of_processes_is_allowed_where_it_is_asked_for(trained):
@@ -204,7 +215,8 @@ def test_torchrun_with_the_same_command_line(trained, restarts):
         os.kill(json.loads((run / "run.lock").read_text())["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
-    assert out.count("run directory") == 1 and len(list_runs(folder / root)) == 1
+    assert out.count("run directory") == 1
+    assert len(list_runs(folder / root)) == 1
     assert same(run, summary)
     assert ("resumed step_" in (run / "log.txt").read_text()) == bool(restarts)
 
@@ -229,7 +241,8 @@ def test_exit_codes_of_several_processes_are_those_of_one(trained, changed, code
     (folder / "net.py").write_text(FAILS_IN_ONE)
     process = start(folder, f"code{code}", "duration={epochs: 1}", *changed, "--json")
     out, err = process.communicate(timeout=120)
-    assert process.returncode == code and "Traceback" not in err, err
+    assert process.returncode == code, err
+    assert "Traceback" not in err, err
     assert json.loads(out)["error"]["code"] == code
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == (1 if code == 3 else 2), err
 

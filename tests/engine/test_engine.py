@@ -100,7 +100,8 @@ def test_evaluation_covers_each_item_once_and_changes_nothing():
 
     batches = [(x[k : k + 10], y[k : k + 10]) for k in range(0, 25, 10)]
     found = loop.evaluate(model, batches, measure, CPU)
-    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
     expected = (make().eval()(x).argmax(1) == y).float().mean().item()
     assert found == {"accuracy": pytest.approx(expected)}
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -74,7 +74,8 @@ def test_muon_steps_are_orthogonal_and_the_rest_is_nesterov_sgd():
         scaled = before * 6**0.5 / before.norm()
         moved = ((scaled - mine[0].weight.detach()) / 0.1).reshape(6, -1)
         singular = torch.linalg.svdvals(moved)
-        assert singular.min() > 0.65 and singular.max() < 1.25
+        assert singular.min() > 0.65
+        assert singular.max() < 1.25
         assert (moved * (u @ v)).sum() / (moved.norm() * (u @ v).norm()) > 0.95
     for a, b in zip(mine[3].parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -115,14 +116,19 @@ def test_nesterov_without_momentum_is_the_users_error():
 def test_every_schedule_stays_between_0_and_1(name):
     schedule = registry.get("schedule", name, schedules.SCHEDULES.names)
     values = [schedule((k + 0.5) / 100) for k in range(100)]
-    assert all(0 <= value <= 1 for value in values) and max(values) > 0.97
+    assert all(0 <= value <= 1 for value in values)
+    assert max(values) > 0.97
 
 
 def test_values_of_schedules():
-    assert schedules.linear(0.25) == 0.75 and schedules.linear(0.5, final=0.5) == 0.75
-    assert schedules.cosine(0.5) == pytest.approx(0.5) and schedules.cosine(1.0, final=0.1) == pytest.approx(0.1)
-    assert schedules.triangle(0.1) == pytest.approx(0.5) and schedules.triangle(0.6) == pytest.approx(0.5)
+    assert schedules.linear(0.25) == 0.75
+    assert schedules.linear(0.5, final=0.5) == 0.75
+    assert schedules.cosine(0.5) == pytest.approx(0.5)
+    assert schedules.cosine(1.0, final=0.1) == pytest.approx(0.1)
+    assert schedules.triangle(0.1) == pytest.approx(0.5)
+    assert schedules.triangle(0.6) == pytest.approx(0.5)
     assert [schedules.bend(p) for p in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.55, 0.1, 0.05, 0.0])
     assert [schedules.multistep(p) for p in (0.5, 0.6, 0.9)] == pytest.approx([1, 0.1, 0.01])
-    assert schedules.warmed_up(1.0, 0.05, 0.1) == 0.5 and schedules.warmed_up(0.3, 0.5, 0.1) == 0.3
+    assert schedules.warmed_up(1.0, 0.05, 0.1) == 0.5
+    assert schedules.warmed_up(0.3, 0.5, 0.1) == 0.3
     assert math.isclose(schedules.warmed_up(0.7, 0.0, 0.0), 0.7)

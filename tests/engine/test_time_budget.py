@@ -13,18 +13,20 @@ from cvlab.errors import ConfigError
 
 def test_progress_without_corrections_is_the_share_of_steps():
     assert [Plan(4).progress(step + 0.5) for step in range(4)] == [0.125, 0.375, 0.625, 0.875]
-    assert Plan(4).progress(0) == 0 and Plan(4).progress(4) == 1
+    assert Plan(4).progress(0) == 0
+    assert Plan(4).progress(4) == 1
 
 
 def test_a_correction_bends_the_line_and_does_not_break_it():
     plan = Plan(100).corrected(50, 80).corrected(60, 70)
-    assert plan.total == 70 and plan.progress(50) == 0.5
-    assert plan.progress(60) == pytest.approx(0.5 + 0.5 / 3) and plan.progress(70) == 1
+    assert plan.total == 70
+    assert plan.progress(50) == 0.5
+    assert plan.progress(60) == pytest.approx(0.5 + 0.5 / 3)
+    assert plan.progress(70) == 1
     assert plan.progress(65) == pytest.approx((plan.progress(60) + 1) / 2)
     values = [plan.progress(step) for step in range(71)]
-    assert (
-        all(a < b for a, b in itertools.pairwise(values)) and max(b - a for a, b in itertools.pairwise(values)) < 0.05
-    )
+    assert all(a < b for a, b in itertools.pairwise(values))
+    assert max(b - a for a, b in itertools.pairwise(values)) < 0.05
     assert Plan(100).corrected(50, 20).total == 51, "what is done is done"
     for step in range(50):
         assert plan.progress(step + 0.5) == Plan(100).progress(step + 0.5), "to the last bit, what it was before"
@@ -34,7 +36,8 @@ def test_a_review_ends_with_the_budget():
     plan = Plan(1000)
     assert plan.reviewed(500, seconds_left=30.0, seconds_per_step=0.0598) is plan, "it fits"
     slower = plan.reviewed(500, seconds_left=30.0, seconds_per_step=0.1)
-    assert slower.total == 500 + 300 and slower.corrections == ((500, 1000),)
+    assert slower.total == 500 + 300
+    assert slower.corrections == ((500, 1000),)
     assert plan.reviewed(500, 30.0, 0.03).total == 500 + 1000, "faster: more steps"
     assert plan.reviewed(500, -1.0, 0.03).total == 501
     looked_at = [step for step in range(1, 1001) if plan.is_reviewed(step)]

@@ -42,7 +42,8 @@ def both(few, many):
 @both(30, 120)
 def test_kill_9_at_any_time_ends_with_the_same_bits(tmp_path, count):
     found = scenario("kills", tmp_path, count)
-    assert found["kills"] >= count and found["runs"] >= count // 10
+    assert found["kills"] >= count
+    assert found["runs"] >= count // 10
     assert (found["corrupt"], found["different"]) == (0, 0), found
 
 
@@ -72,15 +73,20 @@ def test_signals_leave_a_checkpoint(tmp_path, scenes):
     assert {name: entry["code"] for name, entry in found.items()} == CODES
     for name, entry in found.items():
         assert entry["status"] == "interrupted", name
-        assert entry["resume"] == 143 and entry["later"] > entry["saved"], found
+        assert entry["resume"] == 143, found
+        assert entry["later"] > entry["saved"], found
         if name not in ("SIGKILL", "SIGINT-SIGINT"):
             assert entry["saved"] >= entry["logged"], "the step in progress is saved"
 
 
 def test_a_full_disk_ends_with_5_and_whole_files(tmp_path, scenes):
     found = scenario("disk_full", tmp_path, 1)
-    assert found["code"] == 5 and found["corrupt"] == 0 and found["left"] == 0
-    assert found["saved"] and max(found["saved"]) <= 5 and found["status"] in ("failed", "interrupted")
+    assert found["code"] == 5
+    assert found["corrupt"] == 0
+    assert found["left"] == 0
+    assert found["saved"]
+    assert max(found["saved"]) <= 5
+    assert found["status"] in ("failed", "interrupted")
 
 
 @pytest.mark.faults
@@ -88,7 +94,8 @@ def test_doctor_kills_and_resumes_on_the_users_disk(cvlab, tmp_path, scenes):
     code, out, err = cvlab("doctor", "--faults", "--runs-dir", tmp_path / "runs", "--json")
     found = {check["name"]: check for check in json.loads(out)["checks"]}
     assert code == 0, found
-    assert "0 damaged" in found["kill -9"]["found"] and "bit for bit" in found["resumed"]["found"]
+    assert "0 damaged" in found["kill -9"]["found"]
+    assert "bit for bit" in found["resumed"]["found"]
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -98,7 +105,8 @@ def test_doctor_sees_other_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(fault_check, "_killed", lambda root, kills, draw: ("kill -9", True, "once"))
     monkeypatch.setattr(fault_check, "_finish", lambda process: next(digests))
     found = {name: ok for name, ok, _ in fault_check.run(tmp_path / "runs", kills=1)}
-    assert found["kill -9"] and not found["resumed"]
+    assert found["kill -9"]
+    assert not found["resumed"]
 
 
 @pytest.fixture
@@ -113,7 +121,9 @@ def test_every_kind_of_experiment_fills_the_disk_and_goes_on_when_there_is_space
     found = scenario("small_disks", tmp_path, 1, timeout=900, module="kinds", prefix=MOUNTING)
     assert len(found) >= 10
     for name, entry in found.items():
-        assert entry["code"] == 5 and len(entry["errors"]) == 1 and not entry["traceback"], (name, entry)
+        assert entry["code"] == 5, (name, entry)
+        assert len(entry["errors"]) == 1, (name, entry)
+        assert not entry["traceback"], (name, entry)
         assert "No space left on device; free space" in entry["errors"][0]
         assert (entry["corrupt"], entry["left"], entry["same"]) == (0, 0, True), (name, entry)
 
@@ -123,7 +133,8 @@ def test_runs_that_cannot_be_written_are_read_and_everything_else_ends_with_5(tm
     for line, entry in found.items():
         assert not entry["traceback"], (line, entry)
         if line in WRITERS:
-            assert entry["code"] == 5 and len(entry["said"]) == 1, (line, entry)
+            assert entry["code"] == 5, (line, entry)
+            assert len(entry["said"]) == 1, (line, entry)
             assert "Read-only file system" in entry["said"][0], (line, entry)
         else:
             assert entry["code"] in (0, 5), (line, entry)
@@ -132,13 +143,16 @@ def test_runs_that_cannot_be_written_are_read_and_everything_else_ends_with_5(tm
 @pytest.mark.faults
 def test_a_run_whose_folder_is_removed_ends_with_5(tmp_path, scenes):
     for entry in scenario("removed", tmp_path, 4, module="kinds").values():
-        assert entry["code"] == 5 and not entry["traceback"], entry
-        assert len(entry["said"]) == 1 and "No such file or directory; its folder was removed" in entry["said"][0]
+        assert entry["code"] == 5, entry
+        assert not entry["traceback"], entry
+        assert len(entry["said"]) == 1
+        assert "No such file or directory; its folder was removed" in entry["said"][0]
 
 
 @pytest.mark.faults
 def test_every_kind_of_experiment_is_killed_and_resumed(tmp_path, scenes):
     found = scenario("kinds", tmp_path, 2, timeout=900, module="kinds")
-    assert len(found) >= 10 and sum(entry["kills"] for entry in found.values()) >= 9, found
+    assert len(found) >= 10, found
+    assert sum(entry["kills"] for entry in found.values()) >= 9, found
     for name, entry in found.items():
         assert (entry["differ"], entry["left"], entry["corrupt"]) == ([], [], 0), (name, entry)

@@ -115,11 +115,14 @@ def saved_all(run):
 def test_ctrl_c_saves_says_so_and_leaves_the_terminal_as_it_was(training):
     terminal, run = training()
     terminal.type(CTRL_C)
-    assert terminal.wait() == 130 and saved_all(run)
-    assert b"checkpoint saved; cvlab resume" in terminal.shown and b"Traceback" not in terminal.shown
+    assert terminal.wait() == 130
+    assert saved_all(run)
+    assert b"checkpoint saved; cvlab resume" in terminal.shown
+    assert b"Traceback" not in terminal.shown
     hidden, shown = terminal.shown.rfind(b"\x1b[?25l"), terminal.shown.rfind(SHOW_CURSOR)
     assert hidden < shown, "the cursor is seen again"
-    assert read_status(run)["status"] == "interrupted" and terminal.group() == []
+    assert read_status(run)["status"] == "interrupted"
+    assert terminal.group() == []
 
 
 @pytest.mark.faults
@@ -127,7 +130,8 @@ def test_two_ctrl_c_end_at_once(training):
     terminal, run = training()
     terminal.type(CTRL_C)
     terminal.type(CTRL_C)
-    assert terminal.wait(10) == 130 and terminal.group() == []
+    assert terminal.wait(10) == 130
+    assert terminal.group() == []
     assert checkpoint.load_latest(run / "checkpoints", print)
 
 
@@ -135,9 +139,11 @@ def test_two_ctrl_c_end_at_once(training):
 def test_a_closed_terminal_is_a_request_to_save(training):
     terminal, run = training()
     terminal.hang_up()
-    assert terminal.wait() == 143 and saved_all(run)
+    assert terminal.wait() == 143
+    assert saved_all(run)
     state = read_status(run)
-    assert state["status"] == "interrupted" and "SIGHUP" in state["error"]
+    assert state["status"] == "interrupted"
+    assert "SIGHUP" in state["error"]
 
 
 @pytest.mark.faults
@@ -147,10 +153,12 @@ def test_with_nohup_it_outlives_its_terminal(training):
     before = steps_of(run)
     deadline = time.monotonic() + 60
     while steps_of(run) < before + 20:
-        assert terminal.process.poll() is None and time.monotonic() < deadline
+        assert terminal.process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     terminal.process.send_signal(signal.SIGTERM)
-    assert terminal.wait() == 143 and saved_all(run)
+    assert terminal.wait() == 143
+    assert saved_all(run)
 
 
 @pytest.mark.faults
@@ -158,7 +166,8 @@ def test_quit_is_a_kill(training, cvlab):
     terminal, run = training()
     terminal.type(CTRL_BACKSLASH)
     assert terminal.wait() == -signal.SIGQUIT
-    assert read_status(run)["status"] == "interrupted" and checkpoint.load_latest(run / "checkpoints", print)
+    assert read_status(run)["status"] == "interrupted"
+    assert checkpoint.load_latest(run / "checkpoints", print)
 
 
 @pytest.mark.faults
@@ -172,7 +181,8 @@ def test_stopped_and_continued_by_job_control(training):
     os.killpg(terminal.process.pid, signal.SIGCONT)
     terminal.until(lambda: steps_of(run) > before + 10)
     terminal.type(CTRL_C)
-    assert terminal.wait() == 130 and saved_all(run)
+    assert terminal.wait() == 130
+    assert saved_all(run)
 
 
 @pytest.mark.faults
@@ -199,6 +209,7 @@ def test_a_sweep_ends_with_all_its_arms_and_goes_on(tmp_path, data_root, cvlab, 
         assert time.monotonic() < deadline, "an arm goes on without its sweep"
         time.sleep(0.05)
     arms = sorted(run.glob("arms/*"))
-    assert len(arms) == 2 and all(saved_all(arm) for arm in arms)
+    assert len(arms) == 2
+    assert all(saved_all(arm) for arm in arms)
     assert {read_status(arm)["status"] for arm in arms} == {"interrupted"}
     assert read_status(run)["status"] == "interrupted"

@@ -49,7 +49,8 @@ def test_two_sweeps_at_once_do_not_mix(tmp_path, sweep):
         assert process.returncode == 0, err
         found.append(json.loads(out))
     runs = {entry["run"] for entry in found}
-    assert len(runs) == 2 and all(entry["metrics"]["arms"] == 2 for entry in found)
+    assert len(runs) == 2
+    assert all(entry["metrics"]["arms"] == 2 for entry in found)
     for k, entry in enumerate(found):
         assert [arm["metrics"]["epochs"] for arm in entry["arms"]] == [4 + k] * 2
 
@@ -59,7 +60,8 @@ def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
     first = start("sweep", *words, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
     while not any(list(read_metrics(arm)) for arm in root.glob("latest/arms/*")):
-        assert first.poll() is None and time.monotonic() < deadline
+        assert first.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
     assert end(first)[0] == 143
@@ -83,7 +85,8 @@ def test_everything_reads_while_a_run_writes(tmp_path, sweep):
     writing = start("train", tmp_path / "c.yaml", "save_seconds=0", "log_every=1", "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
     while not (root / "latest" / "metrics.jsonl").exists():
-        assert writing.poll() is None and time.monotonic() < deadline
+        assert writing.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     seen = 0
     while writing.poll() is None and seen < len(READERS):

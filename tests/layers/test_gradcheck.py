@@ -97,7 +97,8 @@ def test_a_wrong_update_rule_is_caught(name, rule, wrong, monkeypatch, cvlab):
     assert cvlab("gradcheck", name)[0] == 0
     monkeypatch.setattr(update_rules, rule, wrong)
     code, _, err = cvlab("gradcheck", name)
-    assert code == 3 and f"wrong: {name}" in err
+    assert code == 3
+    assert f"wrong: {name}" in err
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -115,9 +116,8 @@ def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
 
 def test_errors_are_relative_with_a_floor():
     one = torch.tensor([1.0, 2.0])
-    assert layers_gradcheck.relative_error(one, one) == 0 and layers_gradcheck.relative_error(
-        one, -one
-    ) == pytest.approx(1)
+    assert layers_gradcheck.relative_error(one, one) == 0
+    assert layers_gradcheck.relative_error(one, -one) == pytest.approx(1)
     assert layers_gradcheck.relative_error(torch.zeros(2), torch.full((2,), 1e-14)) < 1e-3
     assert layers_gradcheck.relative_error(one, torch.ones(3)) == float("inf")
     assert not layers_gradcheck.Verdict("x", float("nan"), 0.0, 1.0).ok
@@ -127,12 +127,18 @@ def test_the_command(cvlab):
     code, out, _ = cvlab("gradcheck", "--json")
     found = json.loads(out)
     names = [check["name"] for check in found["checks"]]
-    assert code == 0 and found["ok"] and len(names) == 34
+    assert code == 0
+    assert found["ok"]
+    assert len(names) == 34
     assert {"Conv2d", "SVM", "deep_convnet, BatchNorm, simplified", "fc_net"} <= set(names)
     code, out, _ = cvlab("gradcheck", "Conv2d", "fc_net")
-    assert code == 0 and "Conv2d" in out and "fc_net" in out and "Softmax" not in out
+    assert code == 0
+    assert "Conv2d" in out
+    assert "fc_net" in out
+    assert "Softmax" not in out
     code, _, err = cvlab("gradcheck", "Conv3d")
-    assert code == 2 and "did you mean 'Conv2d'" in err
+    assert code == 2
+    assert "did you mean 'Conv2d'" in err
 
 
 OWN = """import torch
@@ -167,7 +173,9 @@ def test_a_users_layer_of_another_form_is_one_line(cvlab, tmp_path, part):
     wrong, message = BROKEN[part]
     (tmp_path / "mine.py").write_text(OWN.replace(part.strip(), wrong).replace("FACTOR", "2"))
     code, _, err = cvlab("gradcheck", "./mine.py:Square")
-    assert code == 2 and message in err and len(err.splitlines()) == 1
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_users_layer_on_a_transposed_example_with_an_idle_input(cvlab, tmp_path):
@@ -181,8 +189,12 @@ def test_a_users_own_layer(cvlab, tmp_path):
     assert cvlab("gradcheck", "./mine.py:Square")[0] == 0
     (tmp_path / "mine.py").write_text(OWN.replace("FACTOR", "3"))
     code, out, err = cvlab("gradcheck", "./mine.py:Square")
-    assert code == 3 and "WRONG" in out and "wrong: ./mine.py:Square" in err
+    assert code == 3
+    assert "WRONG" in out
+    assert "wrong: ./mine.py:Square" in err
     code, out, _ = cvlab("gradcheck", "./mine.py:Square", "--json")
-    assert code == 3 and json.loads(out)["error"]["code"] == 3
+    assert code == 3
+    assert json.loads(out)["error"]["code"] == 3
     code, _, err = cvlab("gradcheck", "./mine.py:Nothing")
-    assert code == 2 and "has no forward, backward, example" in err
+    assert code == 2
+    assert "has no forward, backward, example" in err

@@ -28,12 +28,14 @@ def against_autograd(layer, reference, tensors, *options):
     leaves = [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
     expected = reference(*leaves)
     found, cache = layer.forward(*tensors, *options)
-    assert found.shape == expected.shape and relative_error(found, expected.detach()) < 1e-12
+    assert found.shape == expected.shape
+    assert relative_error(found, expected.detach()) < 1e-12
     dout = randn(*expected.shape)
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     gradients = [g for g in layer.backward(dout, cache) if g is not None]
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, wanted, dout), strict=True):
-        assert mine.shape == theirs.shape and relative_error(mine, theirs) < 1e-12
+        assert mine.shape == theirs.shape
+        assert relative_error(mine, theirs) < 1e-12
 
 
 @pytest.mark.parametrize(("n", "d", "m"), [(5, 4, 3), (1, 1, 1), (0, 4, 3), (7, 1, 9)])
@@ -89,7 +91,8 @@ def test_conv_takes_any_memory_format_and_an_empty_batch():
     x, w, b = randn(2, 3, 6, 6), randn(4, 3, 3, 3), randn(4)
     one, _ = conv.Conv2d.forward(x, w, b, 1, 1)
     two, _ = conv.Conv2d.forward(x.to(memory_format=torch.channels_last), w, b, 1, 1)
-    assert torch.equal(one, two) and one.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(one, two)
+    assert one.is_contiguous(memory_format=torch.channels_last)
     against_autograd(conv.Conv2d, lambda *t: F.conv2d(*t, padding=1), [randn(0, 3, 6, 6), w, b], 1, 1)
 
 
@@ -192,7 +195,8 @@ def test_a_module_stands_in_for_torchs(namespace, name, arguments, shape):
     dout = randn(*a.shape)
     a.backward(dout)
     b.backward(dout)
-    assert relative_error(a.detach(), b.detach()) < 1e-12 and relative_error(one.grad, two.grad) < 1e-12
+    assert relative_error(a.detach(), b.detach()) < 1e-12
+    assert relative_error(one.grad, two.grad) < 1e-12
     for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
         assert relative_error(p.grad, q.grad) < 1e-12
     for p, q in zip(theirs.buffers(), mine.buffers(), strict=True):
@@ -205,7 +209,8 @@ def test_dropout_as_a_module():
     x = torch.ones(1000, requires_grad=True)
     out = mine(x)
     out.sum().backward()
-    assert torch.equal(x.grad, out) and 350 < (out == 0).sum() < 650
+    assert torch.equal(x.grad, out)
+    assert 350 < (out == 0).sum() < 650
     assert mine.eval()(x) is x
 
 
@@ -282,4 +287,5 @@ def test_one_value_per_channel_is_refused_as_torch_does_it():
 
 def test_dropout_of_everything():
     out, cache = linear.Dropout.forward(torch.ones(5), 1.0)
-    assert not out.any() and not linear.Dropout.backward(torch.ones(5), cache)[0].any()
+    assert not out.any()
+    assert not linear.Dropout.backward(torch.ones(5), cache)[0].any()

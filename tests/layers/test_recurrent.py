@@ -25,7 +25,8 @@ def test_a_sequence_is_its_steps_one_after_the_other():
 def test_attention_weights_are_a_distribution_and_the_most_alike_cell_wins():
     a = torch.eye(4, dtype=torch.float64)[None] * 50
     looked, cache = attention.DotAttention.forward(torch.tensor([[0.0, 0, 50, 0]]).double(), a)
-    assert cache.weights.sum().item() == pytest.approx(1) and int(cache.weights.argmax()) == 2
+    assert cache.weights.sum().item() == pytest.approx(1)
+    assert int(cache.weights.argmax()) == 2
     torch.testing.assert_close(looked, a[:, 2])
 
 

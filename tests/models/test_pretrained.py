@@ -20,8 +20,10 @@ def test_the_net_that_comes_along_knows_a_photo():
     with torch.inference_mode():
         p = model.probabilities(view)[0]
     top = [model.classes[k] for k in p.topk(5).indices]
-    assert "academic gown" in top and "military uniform" in top
-    assert len(model.classes) == 1000 and p.sum().item() == pytest.approx(1, abs=1e-5)
+    assert "academic gown" in top
+    assert "military uniform" in top
+    assert len(model.classes) == 1000
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
     assert (model.frame.size_px, model.frame.resize_px, model.frame.filter) == (224, 256, "bicubic")
 
 
@@ -151,7 +153,8 @@ def test_weights_are_fetched_checked_and_found(monkeypatch, tmp_path):
 
 def test_where_weights_come_from():
     url, path = weights._source("torchvision:squeezenet1_1")
-    assert url.startswith("https://download.pytorch.org/") and path.name == "squeezenet1_1-b8a52dc0.pth"
+    assert url.startswith("https://download.pytorch.org/")
+    assert path.name == "squeezenet1_1-b8a52dc0.pth"
     url, path = weights._source("timm:resnet50.a1_in1k")
     assert url == "https://huggingface.co/timm/resnet50.a1_in1k/resolve/main/model.safetensors"
     assert path.name == "resnet50.a1_in1k.safetensors"

@@ -61,9 +61,11 @@ class TestWorkedExample:
 
     def test_the_anchor_that_answers(self):
         index, overlap = anchors.match_anchors_to_boxes(self.car, self.centres, SHAPES)
-        assert index.tolist() == [122] and overlap.item() == pytest.approx(0.7454, abs=1e-4)
+        assert index.tolist() == [122]
+        assert overlap.item() == pytest.approx(0.7454, abs=1e-4)
         every = anchors.anchors_on(self.centres, SHAPES)
-        assert every.shape == (9, 7, 7, 4) and every[..., 0].numel() == 441
+        assert every.shape == (9, 7, 7, 4)
+        assert every[..., 0].numel() == 441
         assert torch.equal(every.flatten(0, 2)[122], every[2, 3, 3])
 
 
@@ -97,7 +99,8 @@ def test_ties_take_the_first():
 
 def test_without_boxes():
     index, overlap = anchors.match_anchors_to_boxes(torch.empty(0, 4), anchors.grid_centres(7, 7), SHAPES)
-    assert index.shape == overlap.shape == (0,) and index.dtype == torch.int64
+    assert index.shape == overlap.shape == (0,)
+    assert index.dtype == torch.int64
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
@@ -146,4 +149,5 @@ def test_matches_are_the_loop(count, seed):
 def test_a_box_keeps_its_best_anchor_though_that_overlaps_another_box_more():
     overlap = torch.tensor([[0.4, 0.6], [0.0, 0.65], [0.1, 0.2], [0.0, 0.0]])
     labels, chosen = anchors.matches_by_iou(overlap, 0.7, 0.3)
-    assert labels.tolist() == [1, 1, 0, 0] and chosen.tolist()[:2] == [0, 1]
+    assert labels.tolist() == [1, 1, 0, 0]
+    assert chosen.tolist()[:2] == [0, 1]

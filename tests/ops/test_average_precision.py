@@ -104,7 +104,8 @@ def test_is_the_slow_twin(rule, seed, ties, difficult):
         assert float(judged.ap50[label]) == pytest.approx(first, abs=1e-6, nan_ok=True)
         assert float(both[label]) == pytest.approx(first + second, abs=1e-6, nan_ok=True)
     assert judged.map_rule == rule
-    assert math.isnan(float(judged.ap50[4])) and int(judged.num_truths[4]) == 0
+    assert math.isnan(float(judged.ap50[4]))
+    assert int(judged.num_truths[4]) == 0
     assert judged.map50 == pytest.approx(float(judged.ap50[:4].mean()))
 
 
@@ -169,7 +170,8 @@ def test_each_class_and_threshold_of_faster_coco_eval_with_difficult_ones(seed):
     judge.evaluate()
     judge.accumulate()
     precision = torch.from_numpy(np.asarray(judge.eval["precision"]))[..., 0, 0]  # (T, 101, C)
-    assert bool((precision >= 0).all()) and any(bool(t.difficult.any()) for t in there)
+    assert bool((precision >= 0).all())
+    assert any(bool(t.difficult.any()) for t in there)
     judged = ap.evaluate(found, there, 4, "coco")
     torch.testing.assert_close(judged.ap50, precision[0].mean(0), atol=1e-9, rtol=0)
     torch.testing.assert_close(judged.ap50_95, precision.mean((0, 1)), atol=1e-9, rtol=0)
@@ -221,7 +223,8 @@ class TestByHand:
         found, there = one([A, B], [0.9, 0.8]), one([A, B], difficult=[True, False])
         for rule in ap.RULES:
             judged = ap.evaluate([found], [there], 1, rule)
-            assert judged.map50 == pytest.approx(1) and int(judged.num_truths[0]) == 1
+            assert judged.map50 == pytest.approx(1)
+            assert int(judged.num_truths[0]) == 1
 
     def test_voc_does_not_look_for_a_second_best_box_but_coco_does(self):
         first, near = [0, 0, 10, 10], [2, 0, 12, 10]
@@ -239,7 +242,8 @@ class TestByHand:
     @pytest.mark.parametrize("rule", ap.RULES)
     def test_an_overlap_of_exactly_one_half_is_enough(self, rule):
         judged = ap.evaluate([one([[0, 0, 5, 10]], [0.9])], [one([[0, 0, 10, 10]])], 1, rule)
-        assert judged.map50 == pytest.approx(1) and judged.map50_95 == pytest.approx(0.1)
+        assert judged.map50 == pytest.approx(1)
+        assert judged.map50_95 == pytest.approx(0.1)
 
     def test_nothing_found_and_nothing_there(self):
         for rule in ap.RULES:
@@ -291,7 +295,8 @@ def test_confusion_is_the_loop(seed):
         for m in free:
             table[t.labels[m]][4] += not t.difficult[m]
     mine = ap.confusion_matrix(found, there, 4, score_floor=0.4, iou_threshold=0.45)
-    assert mine.tolist() == table and mine.dtype == torch.int64
+    assert mine.tolist() == table
+    assert mine.dtype == torch.int64
     assert int(mine[:4].sum()) == sum(int((~t.difficult).sum()) for t in there)
 
 
@@ -311,7 +316,9 @@ def test_recall_by_size():
     there = one([small, large])
     found = one([large], [0.9])
     result = ap.recall_by_size([found], [there], 0.5)
-    assert result["small"] == 0 and result["large"] == 1 and math.isnan(result["medium"])
+    assert result["small"] == 0
+    assert result["large"] == 1
+    assert math.isnan(result["medium"])
     assert all(math.isnan(share) for share in ap.recall_by_size([], [], 0.5).values())
 
 

@@ -44,14 +44,17 @@ class TestOverlap:
         one = torch.tensor([[0.0, 0, 10, 10]])
         far = torch.tensor([[1000.0, 0, 1010, 10]])
         assert float(boxes.iou(one, one)) == float(boxes.giou(one, one)) == 1
-        assert float(boxes.iou(one, far)) == 0 and -1 < float(boxes.giou(one, far)) < -0.9
+        assert float(boxes.iou(one, far)) == 0
+        assert -1 < float(boxes.giou(one, far)) < -0.9
 
     def test_without_area_and_without_boxes(self):
         point = torch.tensor([[3.0, 3, 3, 3]])
         turned = torch.tensor([[5.0, 5, 1, 1]])
-        assert float(boxes.iou(point, point)) == 0 and float(boxes.area(turned)) == 0
+        assert float(boxes.iou(point, point)) == 0
+        assert float(boxes.area(turned)) == 0
         none = torch.empty(0, 4)
-        assert boxes.iou(none, point).shape == (0, 1) and boxes.giou(point, none).shape == (1, 0)
+        assert boxes.iou(none, point).shape == (0, 1)
+        assert boxes.giou(point, none).shape == (1, 0)
         assert boxes.paired_giou(none, none).shape == (0,)
 
     def test_gradients(self):
@@ -211,7 +214,8 @@ class TestAnchors:
         wanted = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
         assert overlaps.tolist() == pytest.approx(wanted, abs=1e-4)
         index, overlap = anchors.match_anchors_to_boxes(car, CENTRES, SHAPES)
-        assert index.tolist() == [122] and 122 == 2 * 49 + 3 * 7 + 3
+        assert index.tolist() == [122]
+        assert 122 == 2 * 49 + 3 * 7 + 3
         assert float(overlap[0]) == pytest.approx(0.7454, abs=1e-4)
 
     @pytest.mark.parametrize("shape", [(7, 7), (3, 5), (1, 1)])
@@ -232,7 +236,8 @@ class TestAnchors:
         between = torch.tensor([[2.0, 2, 4, 4], [3.5, 3.5, 3.5, 3.5]])  # between four cells; a point
         assert anchors.match_anchors_to_boxes(between, CENTRES, SHAPES)[0].tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
         index, overlap = anchors.match_anchors_to_boxes(between[:0], CENTRES, SHAPES)
-        assert index.shape == overlap.shape == (0,) and index.dtype == torch.int64
+        assert index.shape == overlap.shape == (0,)
+        assert index.dtype == torch.int64
 
     @pytest.mark.parametrize("seed", range(5))
     def test_matches_are_the_loop(self, seed):
@@ -246,11 +251,13 @@ class TestAnchors:
 
     def test_each_box_keeps_its_best_anchor(self):
         labels, matched = anchors.matches_by_iou(torch.tensor([[0.9, 0.1], [0.5, 0.2], [0.4, 0.1]]), 0.7, 0.3)
-        assert labels.tolist() == [1, 1, -1] and matched.tolist() == [0, 1, 0]
+        assert labels.tolist() == [1, 1, -1]
+        assert matched.tolist() == [0, 1, 0]
 
     def test_matches_without_boxes_and_without_anchors(self):
         labels, matched = anchors.matches_by_iou(torch.empty(3, 0), 0.7, 0.3)
-        assert labels.tolist() == [0, 0, 0] and matched.tolist() == [0, 0, 0]
+        assert labels.tolist() == [0, 0, 0]
+        assert matched.tolist() == [0, 0, 0]
         assert anchors.matches_by_iou(torch.empty(0, 2), 0.7, 0.3)[0].shape == (0,)
 
 
@@ -282,7 +289,8 @@ def slow_assignment(scores, found, places, wanted, labels, most):
 class TestAssignment:
     def test_points(self):
         found = assignment.points([(2, 3), (1, 1)], (8, 16))
-        assert found.tolist()[:3] == [[4, 4, 8], [12, 4, 8], [20, 4, 8]] and found.tolist()[-1] == [8, 8, 16]
+        assert found.tolist()[:3] == [[4, 4, 8], [12, 4, 8], [20, 4, 8]]
+        assert found.tolist()[-1] == [8, 8, 16]
 
     @pytest.mark.parametrize("most", [1, 4, 10])
     def test_is_the_loop(self, most):
@@ -300,7 +308,8 @@ class TestAssignment:
         assert {key: m for key, (m, _) in mine.items()} == {key: m for key, (m, _) in slow.items()}
         for key, (_, quality) in slow.items():
             assert mine[key][1] == pytest.approx(quality, abs=1e-4)
-        assert all(0 <= q <= 1 for _, q in mine.values()) and not any(n == 1 for n, _ in mine)
+        assert all(0 <= q <= 1 for _, q in mine.values())
+        assert not any(n == 1 for n, _ in mine)
 
     def test_no_box_at_all(self):
         places = assignment.points([(4, 4)], (8,))
@@ -353,4 +362,5 @@ class TestViews:
     def test_a_box_of_which_too_little_is_seen_is_left_out(self):
         place = augment.Drawn(100, 1.0, 1.0, -50.0, 0.0)
         seen, which = place.visible(torch.tensor([[0.0, 0, 60, 40], [40.0, 0, 70, 40], [60.0, 10, 60.5, 11]]))
-        assert which.tolist() == [1] and seen.tolist() == [[0, 0, 20, 40]]
+        assert which.tolist() == [1]
+        assert seen.tolist() == [[0, 0, 20, 40]]

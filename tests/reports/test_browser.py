@@ -131,7 +131,8 @@ def test_values_are_read_by_keyboard(browser, root):
 
 def test_the_numbers_are_there_without_a_script(root):
     text = (next(root.glob("*quickstart*")) / "report.html").read_text()
-    assert "<td>20</td>" in text.partition("<script>")[0] and "train_loss" in text
+    assert "<td>20</td>" in text.partition("<script>")[0]
+    assert "train_loss" in text
 
 
 def test_runs_are_sorted_and_filtered(browser, root):
@@ -140,7 +141,8 @@ def test_runs_are_sorted_and_filtered(browser, root):
         "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.cells[0].innerText)"
     )
     newest_first = browser.run(names)
-    assert len(newest_first) == 3 and "<b>odd" in newest_first[0]
+    assert len(newest_first) == 3
+    assert "<b>odd" in newest_first[0]
     browser.run("document.querySelector('th button').click()")
     assert browser.run(names) == newest_first[::-1]
     filtering = "const i = document.querySelector('input'); i.value = arguments[0]; i.dispatchEvent(new Event('input'))"
@@ -166,7 +168,8 @@ def test_ui_shows_a_run_go_on(browser, root, monkeypatch):
         out.append({"step": 1, "train_loss": 0.5})
         browser.ask("POST", "/url", {"url": f"{server.address}{path.name}/"})
         measured = "return document.body.innerText.includes(arguments[0])"
-        assert browser.run(measured, "running") and not browser.run(measured, "0.125")
+        assert browser.run(measured, "running")
+        assert not browser.run(measured, "0.125")
         out.append({"step": 2, "train_loss": 0.125})
         deadline = time.monotonic() + 30
         while not browser.run(measured, "0.125") and time.monotonic() < deadline:

@@ -28,7 +28,9 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     rows = ({"step": k, "loss": float(k)} for k in range(1, 100_001))
     xs, ys = curves.thin(rows)["loss"]
     assert curves.MAX_POINTS <= len(xs) <= 2 * curves.MAX_POINTS
-    assert xs[0] == 1 and xs[-1] == 100_000 and xs == ys
+    assert xs[0] == 1
+    assert xs[-1] == 100_000
+    assert xs == ys
     gaps = {b - a for a, b in zip(xs[:-2], xs[1:-1], strict=True)}
     assert len(gaps) == 1
 
@@ -84,7 +86,8 @@ def test_numbers_of_tables():
 
 def test_names_are_not_markup(capsys):
     tables.table("[red]t[/red]", ("[b]a[/b]",), [["[link=x]y[/link]"]])
-    assert "[red]t[/red]" in (out := capsys.readouterr().out) and "[link=x]y[/link]" in out
+    assert "[red]t[/red]" in (out := capsys.readouterr().out)
+    assert "[link=x]y[/link]" in out
 
 
 def test_photos_in_a_table(capsys):
@@ -95,7 +98,10 @@ def test_photos_in_a_table(capsys):
     rows = [{"image": "/a/cat.jpg", **attacked}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
     tables.show_photos(rows)
     out = capsys.readouterr().out
-    assert "tabby 0.80" in out and "ostrich 0.99" in out and "not read" in out and "veryveryver..eryvery.jpg" in out
+    assert "tabby 0.80" in out
+    assert "ostrich 0.99" in out
+    assert "not read" in out
+    assert "veryveryver..eryvery.jpg" in out
     tables.show_photos(rows[:1])
     assert "true, false, false" in capsys.readouterr().out
     top = [{"label": "tabby", "score": 0.8}, {"label": "lynx", "score": 0.1}]

@@ -25,7 +25,8 @@ def test_a_state_comes_back_equal(tmp_path, state):
     found = checkpoint.load(path)
     assert found["plain"] == state["plain"]
     for name, tensor in state["model"].items():
-        assert torch.equal(found["model"][name], tensor) and found["model"][name].stride() == tensor.stride()
+        assert torch.equal(found["model"][name], tensor)
+        assert found["model"][name].stride() == tensor.stride()
 
 
 def test_the_mode_follows_the_umask(tmp_path, state):

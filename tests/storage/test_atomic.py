@@ -60,7 +60,8 @@ def test_the_content_is_replaced_whole(tmp_path):
     path = tmp_path / "f"
     atomic.write_text(path, "one")
     atomic.write_text(path, "two")
-    assert path.read_text() == "two" and os.listdir(tmp_path) == ["f"]
+    assert path.read_text() == "two"
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_a_failing_filler_leaves_the_old_content(tmp_path):
@@ -73,13 +74,15 @@ def test_a_failing_filler_leaves_the_old_content(tmp_path):
 
     with pytest.raises(ValueError, match="no"):
         atomic.write(path, fill)
-    assert path.read_text() == "one" and os.listdir(tmp_path) == ["f"]
+    assert path.read_text() == "one"
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_a_folder_that_is_gone_is_one_line(tmp_path):
     with pytest.raises(RunDirError, match="No such file") as refused:
         atomic.write_text(tmp_path / "gone" / "f", "x")
-    assert refused.value.code == 5 and "\n" not in str(refused.value)
+    assert refused.value.code == 5
+    assert "\n" not in str(refused.value)
 
 
 def test_sweeping_removes_only_temporaries(tmp_path):

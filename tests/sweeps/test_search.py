@@ -49,8 +49,10 @@ def walk(chosen, value, count):
 
 def test_proposals_lie_in_the_space():
     for trial in walk(wanted(), lambda changes: changes["x"], 25):
-        assert 0 <= trial.changes["x"] <= 1 and 1e-6 <= trial.changes["lr"] <= 1
-        assert trial.changes["n"] in range(2, 10) and isinstance(trial.changes["n"], int)
+        assert 0 <= trial.changes["x"] <= 1
+        assert 1e-6 <= trial.changes["lr"] <= 1
+        assert trial.changes["n"] in range(2, 10)
+        assert isinstance(trial.changes["n"], int)
         assert trial.changes["part"] in SPACE["part"]
 
 
@@ -86,8 +88,10 @@ def test_trials_that_run_failed_or_were_pruned_are_told_as_such():
 
 def test_the_corners_have_every_end_and_every_choice_once():
     corners = wanted().corners()
-    assert corners[0] == {"x": 0, "n": 2, "lr": 1e-6, "part": {"name": "sgd"}} and len(corners) == 1 + 3 + 2
-    assert [corner["n"] for corner in corners].count(9) == 1 and corners[-1]["part"] is None
+    assert corners[0] == {"x": 0, "n": 2, "lr": 1e-6, "part": {"name": "sgd"}}
+    assert len(corners) == 1 + 3 + 2
+    assert [corner["n"] for corner in corners].count(9) == 1
+    assert corners[-1]["part"] is None
 
 
 def test_what_is_hopeless():
@@ -146,7 +150,8 @@ def test_mistakes_have_their_place(tmp_path, change, message):
 def test_overrides_of_a_space(tmp_path):
     (tmp_path / "s.yaml").write_text(BASE + SEARCH)
     chosen = loading.load("s.yaml", ["search.space.optimizer.lr=[1e-3,1e-2]", "search.trials=7"]).config
-    assert chosen.search.space["optimizer.lr"] == (1e-3, 1e-2) and chosen.search.trials == 7
+    assert chosen.search.space["optimizer.lr"] == (1e-3, 1e-2)
+    assert chosen.search.trials == 7
     (tmp_path / "again.yaml").write_text(chosen.to_yaml())
     assert loading.load("again.yaml").config.to_yaml() == chosen.to_yaml()
 
@@ -172,7 +177,8 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     (run / "status.json").write_text(json.dumps(status))
     (run / "arms" / ".partial").mkdir()
     code, _, err = cvlab("sweep", "s.yaml")
-    assert code == 0 and "4 arms, 4 of them ended before" in err, err
+    assert code == 0, err
+    assert "4 arms, 4 of them ended before" in err, err
     pruned = trials.folders(run)[1]
     (pruned / PRUNE).write_text("too bad")
     (pruned / "status.json").write_text('{"status": "interrupted"}')
@@ -208,11 +214,15 @@ def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvla
     (arm / PRUNE).write_text("too bad\n")
     code, _, err = cvlab("resume", arm)
     status = read_status(arm)
-    assert code == 143 and "pruned after step 10: too bad; remove " in err
-    assert (status["status"], status["step"]) == ("interrupted", 10) and scheduler.has_ended(arm)
-    assert results.read_arm(arm)["status"] == "pruned" and results.outcome(arm) == "pruned: too bad"
+    assert code == 143
+    assert "pruned after step 10: too bad; remove " in err
+    assert (status["status"], status["step"]) == ("interrupted", 10)
+    assert scheduler.has_ended(arm)
+    assert results.read_arm(arm)["status"] == "pruned"
+    assert results.outcome(arm) == "pruned: too bad"
     (arm / PRUNE).unlink()
-    assert not scheduler.has_ended(arm) and cvlab("resume", arm)[0] == 0
+    assert not scheduler.has_ended(arm)
+    assert cvlab("resume", arm)[0] == 0
     assert read_summary(arm)["weights_sha256"] == whole
 
 
@@ -231,7 +241,8 @@ def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
     for chosen, expected in ((wanted(startup=2), None), (wanted(startup=2, prune="median"), True)):
         trials.Trials(out, chosen, {}, lambda number, changes: None).prune([arm])
         assert bool(read_prune(arm)) == bool(expected)
-    assert trials.read(arm, chosen, {}).state == "pruned" and trials.read(arm, chosen, {}).curve == {10: 0.3}
+    assert trials.read(arm, chosen, {}).state == "pruned"
+    assert trials.read(arm, chosen, {}).curve == {10: 0.3}
     best = trials.Trials(out, chosen, {}, lambda number, changes: None).best()
     assert (best["arm"], best["val_accuracy"]) == ("001-x", 0.7)
     (arm / "status.json").write_text(json.dumps({"status": "failed", "code": 6}))
@@ -259,5 +270,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tm
         process.wait()
     assert started_sweep().wait() == 0, (tmp_path / "said.txt").read_text()
     again = (tmp_path / "runs" / "latest").resolve()
-    assert again != whole and [trials.changes_of(arm) for arm in trials.folders(again)] == told
-    assert weights_of_arms(tmp_path) == weights and "already running" not in (tmp_path / "said.txt").read_text()
+    assert again != whole
+    assert [trials.changes_of(arm) for arm in trials.folders(again)] == told
+    assert weights_of_arms(tmp_path) == weights
+    assert "already running" not in (tmp_path / "said.txt").read_text()

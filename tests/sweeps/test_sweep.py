@@ -46,7 +46,8 @@ def refusals(tmp_path, text, *overrides):
 
 def test_combinations():
     found = grid.combinations({"a": (1, 2), "b.c": (True,)}, {"x": (5, 6), "y": (7, 8)}, (0, 1))
-    assert len(found) == 8 and found[0] == {"a": 1, "b.c": True, "x": 5, "y": 7, "seed": 0}
+    assert len(found) == 8
+    assert found[0] == {"a": 1, "b.c": True, "x": 5, "y": 7, "seed": 0}
     assert [arm["x"] + arm["y"] for arm in found[:4]] == [12, 12, 14, 14]
     assert grid.combinations({}, {}, ()) == [{}]
 
@@ -56,8 +57,11 @@ def test_arms_lay_changes_over_the_base_and_leave_it_alone():
     changes = [{"optimizer.lr": 0.5, "duration.steps": 7}, {"optimizer": {"name": "adam"}, "model.filters": (8, 8)}]
     conditions = [({"optimizer.name": "adam"}, {"batch_size": 9})]
     one, two = grid.expand(base, changes, conditions)
-    assert one.raw["optimizer"] == {"name": "sgd", "lr": 0.5} and one.raw["duration"] == {"steps": 7}
-    assert two.raw["optimizer"] == {"name": "adam"} and two.raw["batch_size"] == 9 and "batch_size" not in one.raw
+    assert one.raw["optimizer"] == {"name": "sgd", "lr": 0.5}
+    assert one.raw["duration"] == {"steps": 7}
+    assert two.raw["optimizer"] == {"name": "adam"}
+    assert two.raw["batch_size"] == 9
+    assert "batch_size" not in one.raw
     assert (one.name, two.name) == ("000-lr-0.5-steps-7", "001-optimizer-adam-filters-8-8")
     assert base == {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
 
@@ -66,8 +70,11 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
     text = "experiment: sweep\nbase:\n  from: cifar_bn\n  duration: {steps: 3}\n  optimizer: {lr: 5e-3}\n"
     loaded = loading.load(write(tmp_path, text + "grid: {model.batchnorm: [true, false]}\n"), ["base.batch_size=50"])
     base = loaded.config.base
-    assert base["duration"] == {"steps": 3} and base["optimizer"] == {"name": "adam", "lr": 5e-3}
-    assert base["batch_size"] == 50 and base["model"]["filters"] == (16, 32, 32, 64, 64) and "expect" not in base
+    assert base["duration"] == {"steps": 3}
+    assert base["optimizer"] == {"name": "adam", "lr": 5e-3}
+    assert base["batch_size"] == 50
+    assert base["model"]["filters"] == (16, 32, 32, 64, 64)
+    assert "expect" not in base
     again = loading.load(write(tmp_path, loaded.config.to_yaml(), "again.yaml")).config
     assert again.to_yaml() == loaded.config.to_yaml()
     replaced = overrides.merge({"optimizer": {"name": "adam", "betas": 1}}, {"optimizer": {"name": "sgd"}})
@@ -128,16 +135,19 @@ def test_a_sweep_from_start_to_end(cvlab, tmp_path):
     code, out, err = cvlab("sweep", "s.yaml", "--json")
     found = json.loads(out)
     assert code == 0, err
-    assert found["experiment"] == "sweep" and found["metrics"] == {"arms": 4, "diverged": 0}
+    assert found["experiment"] == "sweep"
+    assert found["metrics"] == {"arms": 4, "diverged": 0}
     assert [row["keys"] for row in found["settings"]] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}]
     run = (tmp_path / "runs" / "latest").resolve()
     arms = sorted((run / "arms").iterdir())
     assert [arm.name for arm in arms][:2] == ["000-lr-0.001-seed-0", "001-lr-0.001-seed-1"]
     accuracies = [read_summary(arm)["metrics"]["val_accuracy"] for arm in arms]
     mean = found["settings"][0]["metrics"]["val_accuracy"]
-    assert mean["n"] == 2 and mean["mean"] == pytest.approx(sum(accuracies[:2]) / 2)
+    assert mean["n"] == 2
+    assert mean["mean"] == pytest.approx(sum(accuracies[:2]) / 2)
     lines = (run / "table.csv").read_text().splitlines()
-    assert len(lines) == 5 and lines[0].startswith("arm,status,optimizer.lr,seed,")
+    assert len(lines) == 5
+    assert lines[0].startswith("arm,status,optimizer.lr,seed,")
     assert {path.name for path in (run / "plots").iterdir()} == {
         f"{name}.png" for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
     }
@@ -147,7 +157,9 @@ def test_a_sweep_from_start_to_end(cvlab, tmp_path):
     summaries = [read_summary(run_dir.Path(path)) for path in (alone["run"], arms[2])]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     code, out, _ = cvlab("show", run)
-    assert code == 0 and "val_accuracy" in out and "spread(val_accuracy) < 1" in out
+    assert code == 0
+    assert "val_accuracy" in out
+    assert "spread(val_accuracy) < 1" in out
     repeated = loading.load(str(run)).config
     assert repeated.to_yaml() == loading.load("s.yaml").config.to_yaml()
 
@@ -182,12 +194,14 @@ def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_p
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read().decode()
-    assert process.returncode == 143 and "cvlab resume" in said, said
+    assert process.returncode == 143, said
+    assert "cvlab resume" in said, said
     run = (tmp_path / "runs" / "latest").resolve()
     ended = {arm: (arm / "summary.json").stat().st_mtime_ns for arm in run.glob("arms/*") if _ended(arm)}
     assert 1 <= len(ended) < 4
     code, _, err = cvlab("sweep", name, "--workers", 2)
-    assert code == 0 and f"going on with runs/{run.name}" in err
+    assert code == 0
+    assert f"going on with runs/{run.name}" in err
     assert len([path for path in run.glob("arms/*") if _ended(path)]) == 4
     assert all((arm / "summary.json").stat().st_mtime_ns == before for arm, before in ended.items())
     assert cvlab("sweep", name, "--dry-run")[0] == 0
@@ -210,7 +224,8 @@ def test_arms_end_with_the_sweep_however_it_dies(tmp_path):
     arm = next(tmp_path.glob("runs/2*/arms/000*"))
     while time.monotonic() < deadline and read_json(arm / "status.json")["status"] == "running":
         time.sleep(0.05)
-    assert read_status(arm)["status"] == "interrupted" and list((arm / "checkpoints").glob("*.pt"))
+    assert read_status(arm)["status"] == "interrupted"
+    assert list((arm / "checkpoints").glob("*.pt"))
     assert read_status(arm.parent.parent)["status"] == "interrupted"
 
 
@@ -223,7 +238,8 @@ def test_an_arm_that_diverges_is_a_result(cvlab, tmp_path):
     code, out, err = cvlab("sweep", write(tmp_path, text), "--json")
     found = json.loads(out)
     assert code == 0, err
-    assert found["metrics"] == {"arms": 2, "diverged": 1} and found["settings"][1]["status"] == ["diverged"]
+    assert found["metrics"] == {"arms": 2, "diverged": 1}
+    assert found["settings"][1]["status"] == ["diverged"]
     wanted = ["diverged_counts_as={val_accuracy: 0.1}", "expect=['mean(val_accuracy, optimizer.lr=100) == 0.1']"]
     assert cvlab("sweep", "s.yaml", *wanted, "--fresh", "-q")[0] == 0
     assert cvlab("sweep", "s.yaml", "expect=[mean(val_accuracy) > 0]", "-q")[0] == 3
@@ -241,7 +257,9 @@ def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     text = SWEEP.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:Net'").replace("[0, 1]", "[0]")
     text = text.replace("optimizer.lr: [1e-3, 1e-2]", "model.width: [5, 6]")
     code, out, err = cvlab("sweep", write(tmp_path, text))
-    assert code == 1 and "1 arms failed" in err and "AssertionError: not five" in err, err
+    assert code == 1, err
+    assert "1 arms failed" in err, err
+    assert "AssertionError: not five" in err, err
     run = (tmp_path / "runs" / "latest").resolve()
     assert [results.read_arm(arm)["status"] for arm in sorted((run / "arms").iterdir())] == ["failed", "done"]
     for copied in (run / "net.py", *run.glob("arms/*/net.py")):
@@ -268,11 +286,14 @@ def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
     status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
     (run / "status.json").write_text(json.dumps(status))
     code, _, err = cvlab("sweep", name)
-    assert code == 0 and "going on with" in err and "2 of them ended before" in err
+    assert code == 0
+    assert "going on with" in err
+    assert "2 of them ended before" in err
     (run / "status.json").write_text(json.dumps(status))
     (tmp_path / "a" / "net.py").write_text((tmp_path / "a" / "net.py").read_text() + "# repaired\n")
     code, _, err = cvlab("sweep", name)
-    assert code == 0 and "going on with" not in err
+    assert code == 0
+    assert "going on with" not in err
 
 
 def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):
@@ -294,13 +315,17 @@ def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):
 def test_sets_on_an_axis_take_no_stand_in(cvlab, tmp_path):
     name = write(tmp_path, SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "data.name: [scenes10, cifar10]"))
     code, _, err = cvlab("sweep", name)
-    assert code == 4 and "`cvlab data fetch cifar10` gets it" in err and not (tmp_path / "runs").exists()
+    assert code == 4
+    assert "`cvlab data fetch cifar10` gets it" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_more_values_than_a_file_may_have_are_refused_at_once(cvlab, tmp_path):
     seeds = f"seeds=[{','.join(map(str, range(590)))}]"
     code, _, err = cvlab("sweep", write(tmp_path, SWEEP.replace("[1e-3, 1e-2]", "[1e-3]")), seeds)
-    assert code == 2 and "more than 600 values" in err and not (tmp_path / "runs").exists()
+    assert code == 2
+    assert "more than 600 values" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_budget_in_seconds_is_no_seed(tmp_path):
@@ -316,11 +341,13 @@ def test_missing_and_damaged_arms(cvlab, tmp_path):
     (run / "arms" / ".ipynb_checkpoints").mkdir()
     (run / "arms" / "000-lr-0.001-seed-0" / "summary.json").write_text("{")
     code, out, _ = cvlab("resume", run, "--json", "-q")
-    assert code == 0 and [row["status"] for row in json.loads(out)["settings"]] == [["damaged"], ["done"]]
+    assert code == 0
+    assert [row["status"] for row in json.loads(out)["settings"]] == [["damaged"], ["done"]]
     (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
     (run / "arms" / "001-lr-0.01-seed-0").rename(tmp_path / "away")
     code, _, err = cvlab("resume", run)
-    assert code == 5 and "the arm 001-lr-0.01-seed-0 is gone" in err
+    assert code == 5
+    assert "the arm 001-lr-0.01-seed-0 is gone" in err
 
 
 def test_any_configuration_with_axes(cvlab, tmp_path):
@@ -329,7 +356,8 @@ def test_any_configuration_with_axes(cvlab, tmp_path):
     assert code == 0, err
     assert [row["keys"] for row in json.loads(out)["settings"]] == [{"batch_size": 10}, {"batch_size": 20}]
     code, _, err = cvlab("sweep", name, "grid.batch_sze=[10,20]")
-    assert code == 2 and "did you mean 'batch_size'" in err
+    assert code == 2
+    assert "did you mean 'batch_size'" in err
 
 
 def test_verify(cvlab, tmp_path):
@@ -338,19 +366,22 @@ def test_verify(cvlab, tmp_path):
     bad = write(tmp_path, flat + "\nexpect: [train_accuracy > 1]\n", "bad.yaml")
     worse = write(tmp_path, flat.replace("scenes10", "cifar10") + "\nexpect: [steps == 4]\n", "worse.yaml")
     code, out, _ = cvlab("verify", good, "--json", "-q")
-    assert code == 0 and [row["met"] for row in json.loads(out)["verified"]] == [True, True]
+    assert code == 0
+    assert [row["met"] for row in json.loads(out)["verified"]] == [True, True]
     code, out, err = cvlab("verify", good, bad)
-    assert code == 3 and "NOT MET" in out and "not met: bad: train_accuracy > 1" in err
+    assert code == 3
+    assert "NOT MET" in out
+    assert "not met: bad: train_accuracy > 1" in err
     code, out, err = cvlab("verify", bad, worse, good, "--json")
     found = json.loads(out)
-    assert (
-        code == 4
-        and found["error"]["code"] == 4
-        and [row["met"] for row in found["verified"]] == [False] * 2 + [True] * 2
-    )
+    assert code == 4
+    assert found["error"]["code"] == 4
+    assert [row["met"] for row in found["verified"]] == [False] * 2 + [True] * 2
     (tmp_path / "net.py").write_text("def net():\n    return 1 / 0\n")
     own = write(tmp_path, flat.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:net'"), "own.yaml")
     code, out, _ = cvlab("verify", own, good, "--json")
-    assert code == 1 and [row["met"] for row in json.loads(out)["verified"]] == [False, True, True]
+    assert code == 1
+    assert [row["met"] for row in json.loads(out)["verified"]] == [False, True, True]
     before = len(list_runs(tmp_path / "runs"))
-    assert cvlab("verify", good, "nosuch")[0] == 2 and len(list_runs(tmp_path / "runs")) == before
+    assert cvlab("verify", good, "nosuch")[0] == 2
+    assert len(list_runs(tmp_path / "runs")) == before

@@ -28,7 +28,8 @@ def test_steps():
     torch.manual_seed(0)
     x, g = torch.full((3, 5, 5), 0.5), torch.randn(3, 5, 5)
     moved = attacks.l2_step(x, g, 0.1)
-    assert (moved - x).norm().item() == pytest.approx(0.1, rel=1e-4) and ((moved - x) * g).sum() < 0
+    assert (moved - x).norm().item() == pytest.approx(0.1, rel=1e-4)
+    assert ((moved - x) * g).sum() < 0
     assert attacks.l2_step(x, torch.zeros_like(g), 0.1).equal(x)
     far = x
     for _ in range(5):
@@ -49,7 +50,8 @@ def test_distances():
     a, b = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
     b[0, 1, 2] = 4 / 255
     found = attacks.distances(a, b)
-    assert found["linf_255"] == pytest.approx(4) and found["l2"] == pytest.approx(4 / 255)
+    assert found["linf_255"] == pytest.approx(4)
+    assert found["l2"] == pytest.approx(4 / 255)
     assert found["psnr_db"] == pytest.approx(10 * np.log10(48 * (255 / 4) ** 2))
     assert attacks.distances(a, a)["psnr_db"] == float("inf")
 
@@ -72,7 +74,9 @@ def test_the_written_file_is_taken_for_an_ostrich(two, cvlab, tmp_path, options)
     found = json.loads(out)
     for path, row in zip(two, found["results"], strict=True):
         made = tmp_path / found["run"] / row["attacked"]
-        assert row["fooled"] and row["label"] == "ostrich" and row["target_after"] > row["target_before"]
+        assert row["fooled"]
+        assert row["label"] == "ostrich"
+        assert row["target_after"] > row["target_before"]
         is_view = "model" in options
         assert judged(made, EvalTransform(224, 224) if is_view else None) == "ostrich"
         before = photos.load(path)
@@ -88,7 +92,10 @@ def test_the_written_file_is_taken_for_an_ostrich(two, cvlab, tmp_path, options)
 def test_away_from_what_it_sees(two, cvlab):
     code, out, _ = cvlab("attack", two[0], "--json", "--then", "saliency")
     row = json.loads(out)["results"][0]
-    assert code == 0 and row["label"] != row["before"]["label"] and "target" not in row and "saliency" in row
+    assert code == 0
+    assert row["label"] != row["before"]["label"]
+    assert "target" not in row
+    assert "saliency" in row
 
 
 def test_what_is_the_target_already_is_left_alone(two, cvlab, tmp_path):
@@ -97,21 +104,30 @@ def test_what_is_the_target_already_is_left_alone(two, cvlab, tmp_path):
     code, out, err = cvlab("attack", "--target", label, *two[:1], "--json")
     found = json.loads(out)
     row = found["results"][0]
-    assert code == 3 and row["already"] and row["steps"] == 0 and row["linf_255"] == 0
-    assert "fooled" not in found["metrics"] and found["metrics"]["num_attacked"] == 0
+    assert code == 3
+    assert row["already"]
+    assert row["steps"] == 0
+    assert row["linf_255"] == 0
+    assert "fooled" not in found["metrics"]
+    assert found["metrics"]["num_attacked"] == 0
 
 
 def test_one_bad_photo_and_the_others_go_on(two, cvlab, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no photo")
     code, out, err = cvlab("classify", two[0], "bad.jpg", "gone.jpg", two[1], "--json")
     found = json.loads(out)
-    assert code == 4 and not found["ok"] and found["error"]["code"] == 4
+    assert code == 4
+    assert not found["ok"]
+    assert found["error"]["code"] == 4
     assert ["error" in row for row in found["results"]] == [False, True, True, False]
-    assert "2 of 4 photos could not be read" in err and found["metrics"]["num_photos"] == 2
+    assert "2 of 4 photos could not be read" in err
+    assert found["metrics"]["num_photos"] == 2
     code, out, err = cvlab("classify", "bad.jpg")
-    assert code == 4 and "bad.jpg: not a photo" in err.splitlines()[-1]
+    assert code == 4
+    assert "bad.jpg: not a photo" in err.splitlines()[-1]
     code, out, err = cvlab("classify", "gone.jpg")
-    assert code == 4 and not (tmp_path / "runs" / "latest" / "x").exists()
+    assert code == 4
+    assert not (tmp_path / "runs" / "latest" / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +154,8 @@ def test_refusals_are_one_line_and_leave_nothing(cvlab, tmp_path, words, code, t
     if words[0] == "eval":
         cvlab("classify", "sample")
     found, out, err = cvlab(*words)
-    assert found == code and text in err.splitlines()[-1]
+    assert found == code
+    assert text in err.splitlines()[-1]
     assert words[0] == "eval" or not (tmp_path / "runs").exists()
 
 
@@ -149,7 +166,9 @@ def test_saliency_writes_what_it_says(two, cvlab, tmp_path, method):
     assert code in (0, 3), err
     for row in found["results"]:
         values = np.load(tmp_path / found["run"] / row["values"])
-        assert values.shape == (224, 224) and values.min() >= 0 and row["label"] == "ostrich"
+        assert values.shape == (224, 224)
+        assert values.min() >= 0
+        assert row["label"] == "ostrich"
         for key in ("map", "overlay", "panel"):
             assert photos.load(tmp_path / found["run"] / row[key]).size[0] >= 224
         assert photos.load(tmp_path / found["run"] / row["overlay"]).size == photos.load(Path(row["image"])).size
@@ -163,7 +182,9 @@ def test_folders_labels_and_dry_run(two, cvlab, tmp_path):
     assert maps == ["images/tall-map.png", "images/wide-map.png", "images/wide-2-map.png"]
     before = sorted((tmp_path / "runs").iterdir())
     code, out, _ = cvlab("classify", tmp_path, "--dry-run", "--json")
-    assert code == 0 and json.loads(out)["photos"] == 2 and sorted((tmp_path / "runs").iterdir()) == before
+    assert code == 0
+    assert json.loads(out)["photos"] == 2
+    assert sorted((tmp_path / "runs").iterdir()) == before
 
 
 def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeypatch):
@@ -186,8 +207,10 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
     monkeypatch.setattr(attack.Attack, "__call__", real)
     code, out, err = cvlab("resume", "latest", "--json")
     again = json.loads(out)
-    assert code == 0 and "1 of 2 photos were done before" in err
-    assert again["results"] == whole["results"] and again["metrics"] == whole["metrics"]
+    assert code == 0
+    assert "1 of 2 photos were done before" in err
+    assert again["results"] == whole["results"]
+    assert again["metrics"] == whole["metrics"]
     for row in whole["results"]:
         one, other = ((tmp_path / run["run"] / row["attacked"]).read_bytes() for run in (whole, again))
         assert one == other
@@ -204,7 +227,9 @@ def test_a_signal_stops_an_attack_between_two_steps(two, cvlab, monkeypatch):
 
     monkeypatch.setattr(image_optimizer, "optimization_steps", stopping)
     code, _, err = cvlab("attack", "--target", "ostrich", *two)
-    assert code == 130 and "stopped by SIGINT after photo 0" in err
+    assert code == 130
+    assert "stopped by SIGINT after photo 0" in err
     monkeypatch.setattr(image_optimizer, "optimization_steps", real)
     code, out, _ = cvlab("resume", "latest", "--json")
-    assert code == 0 and json.loads(out)["metrics"]["fooled"] == 1
+    assert code == 0
+    assert json.loads(out)["metrics"]["fooled"] == 1

@@ -45,9 +45,12 @@ class TestTraining:
         }
         assert wanted <= found["metrics"].keys()
         made = checkpoint.load(Path(found["run"]) / "captioner.safetensors", torch.device("cpu"))
-        assert made.about.size_px == 64 and made.about.trained_on == "scene_sentences" and "red" in made.about.words
+        assert made.about.size_px == 64
+        assert made.about.trained_on == "scene_sentences"
+        assert "red" in made.about.words
         summary = json.loads((Path(found["run"]) / "summary.json").read_text())
-        assert "closest reference length" in summary["bleu_rule"] and summary["beam"] == 2
+        assert "closest reference length" in summary["bleu_rule"]
+        assert summary["beam"] == 2
 
     def test_layers_by_hand_train_as_those_of_torch(self, cvlab):
         model = "model={name: captioner, cell: lstm, words: 8, hidden: 16, dropout: 0, feature_dropout: 0, layers: %s}"
@@ -58,14 +61,16 @@ class TestTraining:
 
     def test_stopped_and_resumed_it_ends_with_the_same_weights(self, stopped_and_resumed):
         whole, again = stopped_and_resumed("caption_scenes", *SHORT, "save_seconds=0", "mirror=true", "reward_epochs=1")
-        assert weights_digest(whole) == weights_digest(again) and whole["run"] != again["run"]
+        assert weights_digest(whole) == weights_digest(again)
+        assert whole["run"] != again["run"]
 
     def test_eval_gives_what_the_run_gave(self, cvlab):
         found = train(cvlab)
         code, out, err = cvlab("eval", found["run"], "--split", "val", "--json")
         assert code == 0, err
         metrics = json.loads(out)["metrics"]
-        assert metrics["val_bleu1"] == pytest.approx(found["metrics"]["bleu1"]) and metrics["val_loss"] > 0
+        assert metrics["val_bleu1"] == pytest.approx(found["metrics"]["bleu1"])
+        assert metrics["val_loss"] > 0
 
     def test_rewarded_at_the_end_it_draws_better_sentences(self, cvlab):
         model = "model={name: captioner, cell: lstm, words: 16, hidden: 32, dropout: 0, feature_dropout: 0}"
@@ -73,7 +78,8 @@ class TestTraining:
         found = train(cvlab, model, *words, "schedule={name: constant}", "ema=null", "reward_epochs=40")
         rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
         rewards = [row["reward"] for row in rows if "reward" in row]
-        assert len(rewards) == 40 and sum(rewards[-5:]) > sum(rewards[:5])
+        assert len(rewards) == 40
+        assert sum(rewards[-5:]) > sum(rewards[:5])
 
     def test_it_learns_a_few_sentences_by_heart(self, cvlab):
         words = ("duration={steps: 120}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
@@ -98,7 +104,8 @@ class TestTraining:
     )
     def test_refusals(self, cvlab, words, says):
         code, _, err = cvlab("train", "caption_scenes", *words, "--dry-run")
-        assert code in (2, 4) and says in err, err
+        assert code in (2, 4), err
+        assert says in err, err
 
 
 class TestCaption:
@@ -125,16 +132,23 @@ class TestCaption:
         weights = made["attention_lstm"]
         code, out, _ = cvlab("caption", *images, "--weights", weights, "--beam", 2, "--attention", "--json")
         found = json.loads(out)
-        assert code == 4 and found["metrics"]["num_photos"] == 2 and "error" in found["results"][2]
+        assert code == 4
+        assert found["metrics"]["num_photos"] == 2
+        assert "error" in found["results"][2]
         for result in found["results"][:2]:
             said = result["sentence"].split()
-            assert 1 <= len(said) <= 11 and set(said) <= set(WORDS) and result["score"] < 0
+            assert 1 <= len(said) <= 11
+            assert set(said) <= set(WORDS)
+            assert result["score"] < 0
             drawn = Image.open(Path(found["run"]) / result["picture"])
-            assert drawn.width > 200 and drawn.getbbox() is not None
+            assert drawn.width > 200
+            assert drawn.getbbox() is not None
 
     def test_the_table_says_the_sentence(self, cvlab, made):
         code, out, err = cvlab("caption", "sample", "--weights", made["rnn"])
-        assert code == 0 and "says" in out and "rnn" in err, err
+        assert code == 0, err
+        assert "says" in out, err
+        assert "rnn" in err, err
 
     def test_one_beam_is_greedy(self, cvlab, made):
         weights = made["attention_lstm"]
@@ -162,11 +176,14 @@ class TestCaption:
     def test_refusals(self, cvlab, made, tmp_path, words, code, says):
         given = [word.format(folder=tmp_path, **made) for word in words]
         found, _, err = cvlab("caption", "sample", *given)
-        assert found == code and says in err and err.count("\n") <= 3, err
+        assert found == code, err
+        assert says in err, err
+        assert err.count("\n") <= 3, err
 
     def test_no_photo(self, cvlab):
         code, _, err = cvlab("caption")
-        assert code == 2 and "no photo is named" in err
+        assert code == 2
+        assert "no photo is named" in err
 
 
 class TestMaps:
@@ -186,17 +203,21 @@ class TestMaps:
     def test_they_are_kept_checked_and_mapped(self, asked, capsys):
         load, folder, _ = asked
         first = load().clone()
-        assert first.shape == (2, 4, 1280) and first.dtype == torch.float16
+        assert first.shape == (2, 4, 1280)
+        assert first.dtype == torch.float16
         assert len(list(folder.glob("*.npy"))) == 1
         (path,) = folder.glob("*.npy")
         stamp = path.stat().st_mtime_ns
-        assert torch.equal(load(), first) and path.stat().st_mtime_ns == stamp
+        assert torch.equal(load(), first)
+        assert path.stat().st_mtime_ns == stamp
         torch.testing.assert_close(load(pool=True)[:, 0].float(), first.float().mean(1), rtol=1e-2, atol=1e-2)
-        assert not torch.equal(load(mirrored=True), first) and len(list(folder.glob("*.npy"))) == 3
+        assert not torch.equal(load(mirrored=True), first)
+        assert len(list(folder.glob("*.npy"))) == 3
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(raw)
-        assert torch.equal(load(), first) and "computed again" in capsys.readouterr().err
+        assert torch.equal(load(), first)
+        assert "computed again" in capsys.readouterr().err
 
     def test_another_photo_of_the_same_name_is_looked_at_anew(self, asked):
         load, folder, path = asked
@@ -208,7 +229,8 @@ class TestMaps:
     def test_a_disk_that_refuses_does_not_matter(self, asked, monkeypatch, tmp_path, capsys):
         load, _, _ = asked
         (tmp_path / "data").write_text("a file where the folder should be")
-        assert load().shape == (2, 4, 1280) and "not kept" in capsys.readouterr().err
+        assert load().shape == (2, 4, 1280)
+        assert "not kept" in capsys.readouterr().err
 
 
 def test_of_several_maps_the_first_says_which_cells_there_are():
@@ -234,7 +256,8 @@ def test_cells_know_their_places_and_are_looked_at_through_a_layer_of_their_own(
     net = Captioner(5, 9, "attention_lstm", 6, 8, layers=layers, positions=True, cells="mlp")
     features, words = torch.ones(2, 9, 5), torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0]])
     seen = net.eval().look(features)
-    assert seen.shape == (2, 9, 8) and not torch.allclose(seen[0, 0], seen[0, 8])  # alike but for their places
+    assert seen.shape == (2, 9, 8)
+    assert not torch.allclose(seen[0, 0], seen[0, 8])
     loss, _ = net.train().loss(features, words, torch.arange(2))
     loss.backward()
     assert all(parameter.grad is not None for parameter in net.parameters())

@@ -21,7 +21,8 @@ class TestVocabulary:
 
     def test_the_most_frequent_come_first_and_rare_ones_are_unknown(self):
         made = vocabulary.build_vocabulary([["b", "a", "b"], ["a", "c", "b"]], 2)
-        assert made.words == ("b", "a") and len(made) == 6
+        assert made.words == ("b", "a")
+        assert len(made) == 6
         rows = made.encode([["a", "c"], ["b"] * 9], 5)
         assert rows.tolist() == [[START, 5, UNKNOWN, END, PAD], [START, 4, 4, 4, END]]
         assert made.decode(rows[0].tolist()) == ["a", "<unk>"]
@@ -114,7 +115,8 @@ class TestScenes:
         assert said(star) == "a red star"
         assert said(star, ring) == said(ring, star) == "a blue ring left of a red star"
         assert said(star, thing("ring", "blue", 140, 20)) == "a blue ring above a red star"
-        assert said(star, thing("ring", "blue", 60, 20)) is None and said() is None
+        assert said(star, thing("ring", "blue", 60, 20)) is None
+        assert said() is None
 
     def test_parts(self):
         found = scene_captions.parts("a blue ring left of a red star")
@@ -128,6 +130,7 @@ class TestScenes:
         item = found.splits["val"][0]
         assert photos.load(item.path).size == (224, 224)
         words = item.sentences[0].split()
-        assert words[0] == "a" and len(words) in (3, 7, 8)
+        assert words[0] == "a"
+        assert len(words) in (3, 7, 8)
         pictures = {item.path.read_bytes() for items in found.splits.values() for item in items}
         assert len(pictures) == sum(COUNTS.values())

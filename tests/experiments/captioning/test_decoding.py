@@ -43,7 +43,8 @@ def test_a_beam_as_wide_as_everything_finds_the_best_of_all(net, alpha):
             for words in itertools.product(range(UNKNOWN + 1, WORDS), repeat=n)
         )
         (found,) = decoding.search(net, feature[None], width=100, length=LENGTH, alpha=alpha)
-        assert found.words == best[1] and found.score == pytest.approx(best[0], abs=1e-4)
+        assert found.words == best[1]
+        assert found.score == pytest.approx(best[0], abs=1e-4)
 
 
 def test_greedy_is_one_beam(net):
@@ -72,7 +73,8 @@ def test_photos_do_not_disturb_each_other_and_every_sentence_ends(net):
     alone = [decoding.search(net, feature[None], width=3, length=LENGTH)[0] for feature in features(net, 5)]
     assert [one.words for one in together] == [one.words for one in alone]
     for sentence in together:
-        assert sentence.words[-1] == END and len(sentence.words) <= LENGTH
+        assert sentence.words[-1] == END
+        assert len(sentence.words) <= LENGTH
         assert not set(sentence.words) & {PAD, START, UNKNOWN}
 
 
@@ -89,14 +91,16 @@ def test_sentences_are_drawn_as_likely_as_they_are(net):
     torch.manual_seed(0)
     feature = features(net, 1)
     drawn = decoding.draw(net, feature, 20_000, LENGTH)
-    assert drawn.shape == (20_000, LENGTH + 1) and bool((drawn[:, 0] == START).all())
+    assert drawn.shape == (20_000, LENGTH + 1)
+    assert bool((drawn[:, 0] == START).all())
     allowed = [END, *range(UNKNOWN + 1, WORDS)]
     with torch.no_grad():
         first = net(feature, torch.tensor([[START]]), torch.tensor([0]))[0, 0, allowed].softmax(0)
     share = torch.tensor([(drawn[:, 1] == word).float().mean() for word in allowed])
     torch.testing.assert_close(share, first, atol=0.015, rtol=0)
     ended = (drawn == END).int().cumsum(1)
-    assert bool((ended[:, -1] == 1).all()) and not bool(((drawn != PAD) & (drawn != END) & (ended > 0)).any())
+    assert bool((ended[:, -1] == 1).all())
+    assert not bool(((drawn != PAD) & (drawn != END) & (ended > 0)).any())
 
 
 def test_the_probability_of_a_sentence_is_the_product_over_its_words(net):

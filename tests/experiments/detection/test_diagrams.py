@@ -20,13 +20,15 @@ def grey(size=SIZE):
 def test_worked_example():
     (answer,) = diagrams.answers(SIZE, CAR)
     assert (answer.anchor, answer.row, answer.column, answer.index) == (2, 3, 3, 122)
-    assert answer.iou == pytest.approx(0.7454, abs=1e-4) and answer.told == "[2,3,3] 3x3 IoU 0.75"
+    assert answer.iou == pytest.approx(0.7454, abs=1e-4)
+    assert answer.told == "[2,3,3] 3x3 IoU 0.75"
 
 
 def test_negatives_overlap_no_box_and_are_different():
     found = torch.tensor([[10.0, 20, 200, 300], [300, 10, 360, 60], [250, 200, 490, 330]])
     places = diagrams.negatives(SIZE, found)
-    assert len(places) == len(set(places)) == 3 and places == diagrams.negatives(SIZE, found)
+    assert len(places) == len(set(places)) == 3
+    assert places == diagrams.negatives(SIZE, found)
     every = anchors.anchors_on(anchors.grid_centres(7, 7), torch.tensor(anchors.COURSE_SHAPES)).flatten(0, 2)
     in_pixels = every[places] * torch.tensor([500 / 7, 333 / 7] * 2)
     assert boxes.iou(in_pixels, found).max() < 0.2
@@ -37,7 +39,8 @@ def test_negatives_overlap_no_box_and_are_different():
 def test_any_size(kind, size):
     box = torch.tensor([[0.0, 0, size[0] * 0.6, size[1] * 0.5]])
     sheet = diagrams.draw(kind, grey(size), box, ["thing"])
-    assert sheet.mode == "RGB" and max(sheet.size) >= 700
+    assert sheet.mode == "RGB"
+    assert max(sheet.size) >= 700
     assert sheet.width / sheet.height == pytest.approx(size[0] / size[1], rel=0.05)
 
 
@@ -45,7 +48,8 @@ def test_lines_lie_between_the_cells():
     sheet = diagrams.draw("grid", grey((700, 700)))
     row = [sheet.getpixel((x, 25)) for x in range(700)]
     light = [x for x, pixel in enumerate(row) if min(pixel) > 200]
-    assert light and all(min(abs(x - 100 * k) for k in range(1, 7)) <= 2 for x in light)
+    assert light
+    assert all(min(abs(x - 100 * k) for k in range(1, 7)) <= 2 for x in light)
     assert min(sheet.getpixel((350, 350))) > 200, "the middle of the middle cell is marked"
 
 
@@ -60,14 +64,16 @@ def test_each_kind_is_another_picture_and_the_photo_stays():
 def test_targets_fill_the_cell_that_answers():
     sheet = diagrams.draw("targets", grey((700, 700)), torch.tensor([[210.0, 310, 295, 395]]))
     inside, outside = sheet.getpixel((220, 330)), sheet.getpixel((120, 330))
-    assert outside == (120, 120, 120) and inside[0] > inside[2] + 40
+    assert outside == (120, 120, 120)
+    assert inside[0] > inside[2] + 40
 
 
 @pytest.mark.parametrize("found", [None, torch.empty(0, 4)])
 def test_targets_without_boxes_are_the_cells(found):
     plain = diagrams.draw("targets", grey(), found)
     assert ImageChops.difference(plain, diagrams.draw("grid", grey())).getbbox() is not None
-    assert len(plain.getcolors(100_000)) > 1 and diagrams.negatives(SIZE, torch.empty(0, 4)) == []
+    assert len(plain.getcolors(100_000)) > 1
+    assert diagrams.negatives(SIZE, torch.empty(0, 4)) == []
 
 
 class TestAnnotated:
@@ -84,14 +90,16 @@ class TestAnnotated:
         assert diagrams.annotated(photo) is None
         self.write(tmp_path / place)
         found, names = diagrams.annotated(photo)
-        assert found.tolist() == CAR.tolist() and names == ("car",)
+        assert found.tolist() == CAR.tolist()
+        assert names == ("car",)
 
     def test_without_objects_and_broken(self, tmp_path):
         photo = tmp_path / "one.png"
         grey().save(photo)
         self.write(tmp_path, (), torch.empty(0, 4))
         found, names = diagrams.annotated(photo)
-        assert found.shape == (0, 4) and names == ()
+        assert found.shape == (0, 4)
+        assert names == ()
         (tmp_path / "one.xml").write_text("<annotation>")
         with pytest.raises(DataError, match="not valid XML"):
             diagrams.annotated(photo)

@@ -106,7 +106,8 @@ def test_pictures_strips_and_animations(cvlab, tmp_path):
     for row in found["results"]:
         for key, size in (("image", (224, 224)), ("frames", (3 * 224, 224)), ("animation", (224, 224))):
             with Image.open(run / row[key]) as image:
-                assert image.size == size and (key != "animation" or image.n_frames >= 2)
+                assert image.size == size
+                assert key != "animation" or image.n_frames >= 2
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -136,10 +137,12 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(cvlab, tmp_path, monkeyp
 
     monkeypatch.setattr(image_optimizer, "optimization_steps", stopping)
     code, out, _ = cvlab(*words)
-    assert code == 143 and "after step 4" in json.loads(out)["error"]["message"]
+    assert code == 143
+    assert "after step 4" in json.loads(out)["error"]["message"]
     monkeypatch.setattr(image_optimizer, "optimization_steps", real)
     code, out, err = cvlab("resume", "latest", "--json")
-    assert code == 0 and "4 of 8 steps are done" in err
+    assert code == 0
+    assert "4 of 8 steps are done" in err
     again = json.loads(out)
     for row in whole["results"]:
         one, other = ((tmp_path / run["run"] / row["image"]).read_bytes() for run in (whole, again))

@@ -145,9 +145,11 @@ class TestMemory:
     def test_a_picture_that_is_too_large_is_refused_with_the_size_that_fits(self, cvlab, monkeypatch):
         monkeypatch.setattr(memory, "free_bytes", lambda device: 300_000_000)
         code, _, err = cvlab("style", "sample", "whirls", "size=2048", "--dry-run")
-        assert code == 2 and "0.3 GB are free" in err
+        assert code == 2
+        assert "0.3 GB are free" in err
         fits = int(err.rsplit("size=", 1)[1].split()[0])
-        assert 200 < fits < 1024 and "Traceback" not in err
+        assert 200 < fits < 1024
+        assert "Traceback" not in err
         assert cvlab("style", "sample", "whirls", f"size={fits}", "--dry-run")[0] == 0
         assert cvlab("style", "sample", "whirls", f"size={fits + 16}", "--dry-run")[0] == 2
 
@@ -178,7 +180,8 @@ class TestFeatures:
         hook = net.net.net.blocks[4].register_forward_hook(lambda m, i, o: calls.append(1))
         features.FeatureExtractor(net, ["blocks.3"])(torch.rand(3, 64, 64))
         hook.remove()
-        assert not calls and not any(module._forward_hooks for module in net.net.modules())
+        assert not calls
+        assert not any(module._forward_hooks for module in net.net.modules())
 
     def test_a_layer_that_is_not_there(self):
         with pytest.raises(ConfigError, match="unknown layer 'blocks.9'.*blocks.6"):
@@ -202,7 +205,9 @@ class TestFeatures:
         layers = features.default_layers(net)
         maps = features.FeatureExtractor(net, [*layers.style, layers.content])(torch.rand(3, 128, 128))
         heights = [maps[key].shape[1] for key in layers.style]
-        assert len(heights) >= 3 and heights == sorted(heights, reverse=True) and len(set(heights)) >= 3
+        assert len(heights) >= 3
+        assert heights == sorted(heights, reverse=True)
+        assert len(set(heights)) >= 3
 
 
 def random_net(name, folder):
@@ -223,7 +228,8 @@ class TestScales:
     @pytest.mark.parametrize(("size", "count"), [(192, 1), (320, 1), (321, 2), (512, 2), (1024, 3), (2048, 4)])
     def test_as_many_as_the_picture_needs(self, size, count):
         found = style_transfer.scales(size, size * 3 // 4, None, 200)
-        assert len(found) == count and (found[-1].width, found[-1].end) == (size, 200)
+        assert len(found) == count
+        assert (found[-1].width, found[-1].end) == (size, 200)
         assert [scale.start for scale in found] == [0, *(scale.end for scale in found[:-1])]
         assert all(a.end - a.start >= b.end - b.start for a, b in zip(found, found[1:], strict=False))
 
@@ -236,7 +242,8 @@ def test_the_painting_that_comes_along_is_always_the_same():
     sample_painting.painting.cache_clear()
     first = np.asarray(sample_painting.painting())
     sample_painting.painting.cache_clear()
-    assert np.array_equal(first, np.asarray(sample_painting.painting())) and first.std() > 40
+    assert np.array_equal(first, np.asarray(sample_painting.painting()))
+    assert first.std() > 40
 
 
 def paint(cvlab, *words):
@@ -256,7 +263,8 @@ class TestCommand:
             assert animation.n_frames == 3
         assert photos.load(images / "style-panel.png").width > 400
         row = found["results"][0]
-        assert row["style_drop"] == found["metrics"]["style_drop"] > 1 and 0 < row["ssim"] < 1
+        assert row["style_drop"] == found["metrics"]["style_drop"] > 1
+        assert 0 < row["ssim"] < 1
         rows = [json.loads(line) for line in (images.parent / "metrics.jsonl").read_text().splitlines()]
         assert {"step", "loss", "content_loss", "style_loss", "tv_loss"} <= rows[-1].keys()
 
@@ -315,7 +323,8 @@ class TestCommand:
         code, out, err = cvlab("run", "style", *words, *SHORT, "--json")
         assert code == 0, err
         metrics = json.loads(out)["metrics"]
-        assert metrics["style_drop"] > 1 and ("ssim" in metrics) == (kind == "content")
+        assert metrics["style_drop"] > 1
+        assert ("ssim" in metrics) == (kind == "content")
 
     def test_lbfgs_and_normalised_pixels(self, cvlab):
         for words in (
@@ -344,7 +353,8 @@ class TestCommand:
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
         code, out, err = cvlab("resume", "latest", "--json")
-        assert code == 0 and "resumed" in err, err
+        assert code == 0, err
+        assert "resumed" in err, err
         again = json.loads(out)
         folders = [tmp_path / "runs" / found["run"].split("/")[-1] / "images" for found in (whole, again)]
         assert folders[0] != folders[1]
@@ -377,14 +387,17 @@ class TestRefusals:
         Image.new("L", (512, 600)).save("black.png")
         Image.new("L", (600, 200), 255).save("wide.png")
         got, out, err = cvlab("style", *words)
-        assert got == code and says in err, err
-        assert "Traceback" not in err and not out
+        assert got == code, err
+        assert says in err, err
+        assert "Traceback" not in err
+        assert not out
 
     def test_a_preset_whose_weights_are_not_there_says_how_to_get_them(self, cvlab, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         code, _, err = cvlab("style", "sample", "whirls", "--preset", "scream")
-        assert code == 4 and "models fetch" in err
+        assert code == 4
+        assert "models fetch" in err
 
 
 @pytest.mark.parametrize("preset", ["composition_vii", "scream", "starry_night"])
@@ -414,4 +427,5 @@ def test_inversion_writes_a_picture_for_each_layer(cvlab, tmp_path):
 
 def test_inversion_refuses_a_layer_twice(cvlab):
     code, _, err = cvlab("run", "feature_inversion", "layers=[blocks.0,blocks.0]")
-    assert code == 2 and "each once" in err
+    assert code == 2
+    assert "each once" in err

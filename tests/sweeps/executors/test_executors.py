@@ -69,7 +69,9 @@ def test_what_may_help_is_tried_again(sweep, monkeypatch, code):
         return finish(arm) if calls.count(arm.name[:3]) == 3 or arm.name[:3] != "001" else code
 
     found = drive(sweep, one_by_one(end), monkeypatch)
-    assert not found.failed and calls == ["000", "001", "002", "001", "001"] and found.done == 3
+    assert not found.failed
+    assert calls == ["000", "001", "002", "001", "001"]
+    assert found.done == 3
     assert "001-lr: said so; try 3 of 3" in (sweep.path / "log.txt").read_text()
 
 
@@ -77,13 +79,15 @@ def test_what_may_help_is_tried_again(sweep, monkeypatch, code):
 def test_what_would_end_the_same_is_not(sweep, monkeypatch, code):
     calls = []
     found = drive(sweep, one_by_one(lambda arm: calls.append(arm) or code), monkeypatch)
-    assert len(calls) == 3 and found.failed["000-lr"] == (code, "said so")
+    assert len(calls) == 3
+    assert found.failed["000-lr"] == (code, "said so")
 
 
 def test_so_many_tries_and_no_more(sweep, monkeypatch):
     calls = []
     found = drive(sweep, one_by_one(lambda arm: calls.append(arm) or 137), monkeypatch, retries=1)
-    assert len(calls) == 6 and len(found.failed) == 3
+    assert len(calls) == 6
+    assert len(found.failed) == 3
 
 
 @contextlib.contextmanager
@@ -133,7 +137,8 @@ def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch,
 
 def test_the_last_words_of_an_arm(tmp_path):
     (tmp_path / executors.ERRORS).write_text("Traceback\nerror: no more\n")
-    assert executors.read_last_error(tmp_path) == "no more" and executors.read_last_error(tmp_path) == ""
+    assert executors.read_last_error(tmp_path) == "no more"
+    assert executors.read_last_error(tmp_path) == ""
 
 
 def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
@@ -142,7 +147,8 @@ def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
     assert not node.sees(task)
     (sweep.path / executors.TOKEN).write_text("the word of a later driver")
     code, said = node.run(node.errand(task))
-    assert code is None and f"does not see what the driver has written to {sweep.path}" in said
+    assert code is None
+    assert f"does not see what the driver has written to {sweep.path}" in said
     (sweep.path / executors.TOKEN).write_text("word")
     assert node.sees(task)
 
@@ -156,7 +162,8 @@ def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
 def test_what_a_node_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("CVLAB_DATA", "/data")
     told = node.errand(Task(tmp_path, "word"))
-    assert told.environment["CVLAB_DATA"] == "/data" and not set(told.environment) & {"PATH", "HOME"}
+    assert told.environment["CVLAB_DATA"] == "/data"
+    assert not set(told.environment) & {"PATH", "HOME"}
 
 
 @pytest.mark.parametrize("variable", [interrupt.STOP_WITH_INPUT, "OTHER"])
@@ -179,7 +186,8 @@ def test_an_extra_that_is_not_there_is_one_line(cvlab, tmp_path, monkeypatch, pa
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP.partition("grid")[0] + space)
     where = [] if extra == "optuna" else ["--on", extra, *(["--address", "local"] if extra == "slurm" else [])]
     code, _, err = cvlab("sweep", "s.yaml", *where)
-    assert code == 2 and err.splitlines()[-1] == f"error: {package} is not installed; pip install 'cvlab[{extra}]'"
+    assert code == 2
+    assert err.splitlines()[-1] == f"error: {package} is not installed; pip install 'cvlab[{extra}]'"
     assert not (tmp_path / "runs").exists()
 
 
@@ -209,7 +217,8 @@ def test_where_it_runs_is_no_part_of_a_sweep(cvlab, tmp_path):
     run = (tmp_path / "runs" / "latest").resolve()
     (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
     assert cvlab(*words, "--workers", 2, "submit.retries=0")[0] == 0
-    assert len(list_runs(tmp_path / "runs")) == 1 and not (run / executors.TOKEN).exists()
+    assert len(list_runs(tmp_path / "runs")) == 1
+    assert not (run / executors.TOKEN).exists()
     again = loading.load(str(run)).config
     assert (again.workers, again.submit.retries) == (2, 0)
 
@@ -228,5 +237,7 @@ def test_a_driver_that_is_killed_costs_less_than_half_a_sweep(started_sweep, tmp
     assert started_sweep(*words).wait() == 0
     disturbed = time.monotonic() - began
     said = (tmp_path / "said.txt").read_text()
-    assert weights_of_arms(tmp_path) == wanted and "already running" not in said and "2 of them ended before" in said
+    assert weights_of_arms(tmp_path) == wanted
+    assert "already running" not in said
+    assert "2 of them ended before" in said
     assert disturbed <= 1.5 * undisturbed, (disturbed, undisturbed)

@@ -123,4 +123,5 @@ def test_json_of_a_plan(cvlab, tmp_path):
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, out, err = cvlab("sweep", "s.yaml", "--on", "ray", "--address", "auto", "--dry-run", "--json")
     plan = json.loads(out)
-    assert code == 0 and (plan["on"], plan["workers"]) == ("ray", None), err
+    assert code == 0, err
+    assert (plan["on"], plan["workers"]) == ("ray", None), err

@@ -40,7 +40,8 @@ def test_a_job_that_is_preempted_goes_on(started_sweep, tmp_path):
     assert weights_of_arms(tmp_path) == wanted
     first = min((run / "arms").iterdir())
     log = (first / "log.txt").read_text()
-    assert "resumed step_" in log and "try 2 of" not in (run / "log.txt").read_text(), log
+    assert "resumed step_" in log, log
+    assert "try 2 of" not in (run / "log.txt").read_text(), log
 
 
 @pytest.mark.slow
@@ -55,7 +56,8 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
     until(lambda: "resumed step_" in (min((run / "arms").iterdir()) / "log.txt").read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert not any(map(run_dir.is_held, run.glob("arms/*"))) and not list(run.glob("arms/*/stderr.txt"))
+    assert not any(map(run_dir.is_held, run.glob("arms/*")))
+    assert not list(run.glob("arms/*/stderr.txt"))
     assert read_status(min((run / "arms").iterdir()))["status"] == "interrupted"
 
 
@@ -69,7 +71,8 @@ def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, 
     process.wait()
     assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
     said = (tmp_path / "said.txt").read_text()
-    assert weights_of_arms(tmp_path) == wanted and "an earlier start of this sweep still runs" in said, said
+    assert weights_of_arms(tmp_path) == wanted, said
+    assert "an earlier start of this sweep still runs" in said, said
     logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("arms/*/log.txt")]
     assert not any("resumed step_" in log for log in logs), "nobody else has touched them"
 
@@ -81,7 +84,9 @@ def test_a_node_that_sees_another_disk_ends_the_sweep(cvlab, tmp_path, monkeypat
     monkeypatch.setattr(node, "errand", lambda task: real(task._replace(token="what another disk holds")))
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", *LOCAL)
-    assert code == 5 and "does not see what the driver has written to" in err and "--runs-dir" in err
+    assert code == 5
+    assert "does not see what the driver has written to" in err
+    assert "--runs-dir" in err
     assert not list(tmp_path.glob(BEGUN))
 
 
@@ -136,7 +141,8 @@ def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm")
-    assert code == 2 and "no sbatch; run it on a login node, or try --address local" in err
+    assert code == 2
+    assert "no sbatch; run it on a login node, or try --address local" in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -144,7 +150,9 @@ def test_a_job_that_slurm_refuses_is_one_line(cvlab, tmp_path, fake_slurm):
     (fake_slurm / "sbatch").write_text("#!/bin/sh\necho 'error: invalid partition specified: no' >&2; exit 1\n")
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm", "submit.partition=no")
-    assert code == 2 and "Slurm refuses the job: " in err and "invalid partition specified: no; change submit" in err
+    assert code == 2
+    assert "Slurm refuses the job: " in err
+    assert "invalid partition specified: no; change submit" in err
 
 
 def test_what_slurm_is_asked_for(tmp_path, monkeypatch):

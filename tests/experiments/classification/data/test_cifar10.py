@@ -26,7 +26,8 @@ def root(tmp_path, monkeypatch):
 
 def test_pixels_and_labels_are_where_they_belong(root):
     images = cifar10.load(root)
-    assert images.train_images.shape == (200, 32, 32, 3) and images.test_images.shape == (40, 32, 32, 3)
+    assert images.train_images.shape == (200, 32, 32, 3)
+    assert images.test_images.shape == (40, 32, 32, 3)
     third = fake_cifar.batch(40, 2)
     expected = np.stack([third[b"data"][7, plane * 1024 : (plane + 1) * 1024].reshape(32, 32) for plane in range(3)], 2)
     assert torch.equal(images.train_images[80 + 7], torch.from_numpy(expected))
@@ -59,8 +60,10 @@ def test_a_fetch_replaces_what_is_damaged(root, monkeypatch, tmp_path):
         cifar10._install_folder(good, root)
 
     monkeypatch.setattr(cifar10, "SOURCE", dataclasses.replace(cifar10.SOURCE, fetch=fetch))
-    assert catalog.fetch("cifar10", None)["ok"] and asked == [True]
-    assert catalog.fetch("cifar10", None)["ok"] and asked == [True], "what is whole is not fetched again"
+    assert catalog.fetch("cifar10", None)["ok"]
+    assert asked == [True]
+    assert catalog.fetch("cifar10", None)["ok"], "what is whole is not fetched again"
+    assert asked == [True], "what is whole is not fetched again"
 
 
 def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
@@ -68,7 +71,9 @@ def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
     elsewhere.mkdir()
     (elsewhere / cifar10.FOLDER).symlink_to(root / cifar10.FOLDER)
     cifar10.fetch(elsewhere, root, True)
-    assert not (elsewhere / cifar10.FOLDER).is_symlink() and cifar10.ready(elsewhere) and cifar10.ready(root)
+    assert not (elsewhere / cifar10.FOLDER).is_symlink()
+    assert cifar10.ready(elsewhere)
+    assert cifar10.ready(root)
 
 
 def test_a_data_folder_that_is_a_file(root, tmp_path):
@@ -134,9 +139,11 @@ def test_wrong_origins_install_nothing(root, tmp_path, monkeypatch):
 
 
 def test_sources_are_https_and_as_published():
-    assert all(url.startswith("https://") for url in cifar10.URLS) and len(cifar10.URLS) >= 2
+    assert all(url.startswith("https://") for url in cifar10.URLS)
+    assert len(cifar10.URLS) >= 2
     assert cifar10.URLS[0] == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    assert len(cifar10.ARCHIVE_SHA256) == 64 and download.LONGEST_SECONDS == 600
+    assert len(cifar10.ARCHIVE_SHA256) == 64
+    assert download.LONGEST_SECONDS == 600
 
 
 @pytest.mark.realdata

@@ -52,7 +52,8 @@ def test_hashes_equal_the_slow_twin():
 
 def test_uniform_numbers_are_uniform_and_independent():
     one, two = (rng.uniform(0, epoch, torch.arange(100_000), "flip") for epoch in (0, 1))
-    assert one.min() >= 0 and one.max() < 1
+    assert one.min() >= 0
+    assert one.max() < 1
     counts = torch.histc(one, 20, 0, 1)
     assert (counts - 5000).abs().max() < 350
     assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1]) < 0.015
@@ -76,7 +77,8 @@ def test_a_batch_is_a_pure_function_of_its_step():
     forwards = [in_order(step) for step in range(20)]
     for step in (19, 3, 11, 0):
         again = batches()(step)
-        assert torch.equal(again[0], forwards[step][0]) and torch.equal(again[1], forwards[step][1])
+        assert torch.equal(again[0], forwards[step][0])
+        assert torch.equal(again[1], forwards[step][1])
     epoch = torch.cat([in_order.indices(step) for step in range(6)])
     assert len(epoch.unique()) == 48
     assert forwards[0][0].is_contiguous(memory_format=torch.channels_last)
@@ -101,7 +103,8 @@ def test_hard_batches_leave_out_what_was_easy():
             taken += batches.indices(step).tolist()
             batches.record(losses[taken[-8:]] * (0.1 if taken[-1] % 2 else 1))
         hardest = sorted(range(50), key=lambda k: (-before[k].item(), k))[:24]
-        assert sorted(taken) == sorted(hardest) and taken != sorted(taken)
+        assert sorted(taken) == sorted(hardest)
+        assert taken != sorted(taken)
         passes.append(taken)
     assert passes[0] != passes[1]
 
@@ -124,7 +127,8 @@ def test_augmentation_equals_the_slow_twin():
     found = Augmentation(flip=True, translate_px=2)(images, indices, seed=3, epoch=2)
     flips = rng.uniform(3, 2, indices, "flip") < 0.5
     downs, rights = ((rng.uniform(3, 2, indices, s) * 5).long() - 2 for s in ("down", "right"))
-    assert 5 < flips.sum() < 35 and set(downs.tolist()) == {-2, -1, 0, 1, 2}
+    assert 5 < flips.sum() < 35
+    assert set(downs.tolist()) == {-2, -1, 0, 1, 2}
     for k in range(40):
         expected = slow_augment(images[k], bool(flips[k]), int(downs[k]), int(rights[k]))
         assert torch.equal(found[k], expected), k
@@ -151,7 +155,8 @@ def test_cutout_blanks_one_square_inside():
     rows, columns = (found[:, 0] == 0).any(2), (found[:, 0] == 0).any(1)
     assert torch.equal(found == 0, (rows[:, :, None] & columns[:, None])[:, None].expand(-1, 3, -1, -1))
     for sides in (rows, columns):
-        assert (sides.sum(1) == 3).all() and set(sides.int().argmax(1).tolist()) == set(range(6))
+        assert (sides.sum(1) == 3).all()
+        assert set(sides.int().argmax(1).tolist()) == set(range(6))
     assert Augmentation().cut(images, indices, 0, 0) is images
 
 
@@ -159,9 +164,11 @@ def test_cutout_blanks_one_square_inside():
 def test_views_of_test_time_augmentation(kind, count):
     images = torch.randn(4, 3, 6, 6)
     found = views(images, kind)
-    assert len(found) == count and sum(weight for weight, _ in found) == 1
+    assert len(found) == count
+    assert sum(weight for weight, _ in found) == 1
     assert all(view.shape == images.shape for _, view in found)
-    assert torch.equal(found[0][1], images) and torch.equal(found[1][1], images.flip(3))
+    assert torch.equal(found[0][1], images)
+    assert torch.equal(found[1][1], images.flip(3))
     if kind == "flip_shift":
         assert torch.equal(found[2][1][:, :, 1:, 1:], images[:, :, :-1, :-1])
         assert torch.equal(found[4][1][:, :, :-1, :-1], images[:, :, 1:, 1:])
@@ -214,7 +221,8 @@ def test_splits_are_the_first_and_the_last():
     assert len(split(images, 0.2, None)["train"][0]) == 80
     assert size_of(images).num_classes == 3
     everything = split(images, 0.0, None)
-    assert len(everything["train"][0]) == 100 and "val" not in everything
+    assert len(everything["train"][0]) == 100
+    assert "val" not in everything
 
 
 @pytest.mark.parametrize(("fraction", "num_train"), [(0.2, 81), (0.999, None), (0.001, 10)])
@@ -250,9 +258,12 @@ def test_sets_that_no_training_could_use_are_refused(changes, text):
 def test_epochs_take_every_item_once_in_another_order():
     epochs = rng.Epochs(3, 10, 4, torch.device("cpu"))
     taken = [epochs(step) for step in range(6)]
-    assert epochs.steps == 2 and [epoch for epoch, _ in taken] == [0, 0, 1, 1, 2, 2]
+    assert epochs.steps == 2
+    assert [epoch for epoch, _ in taken] == [0, 0, 1, 1, 2, 2]
     for first, second in zip(taken[::2], taken[1::2], strict=True):
         assert len(set(first[1].tolist() + second[1].tolist())) == 8
-    assert taken[0][1].tolist() != taken[2][1].tolist() and epochs(1)[1].tolist() == taken[1][1].tolist()
+    assert taken[0][1].tolist() != taken[2][1].tolist()
+    assert epochs(1)[1].tolist() == taken[1][1].tolist()
     few = rng.Epochs(3, 3, 4, torch.device("cpu"))
-    assert (few.steps, few.batch_size) == (1, 3) and sorted(few(5)[1].tolist()) == [0, 1, 2]
+    assert (few.steps, few.batch_size) == (1, 3)
+    assert sorted(few(5)[1].tolist()) == [0, 1, 2]

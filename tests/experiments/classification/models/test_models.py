@@ -47,7 +47,8 @@ def test_three_levels_of_pytorch_are_one_net():
         torch.manual_seed(4)
         supplied = {"in_channels": 3, "image_size": 8, "num_classes": 10, "layers": nn}
         scores.append(model_registry.build(name, {}, Path(), **supplied)(images))
-    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[0], scores[2])
 
 
 def weighted_layers(model):
@@ -67,7 +68,8 @@ def test_residual_nets():
     ours, torchs = kaiming[2].block[2].weight, preact_resnet(stages=((64, 1), (64, 1)))[2].block[2].weight
     assert (ours.var() / torchs.var()).item() == pytest.approx(6, rel=0.1)
     assert kaiming[3].shortcut.weight.var().item() == pytest.approx(1 / 64, rel=0.1)
-    assert kaiming[-1].weight.var().item() == pytest.approx(1 / 64, rel=0.2) and not kaiming[-1].bias.any()
+    assert kaiming[-1].weight.var().item() == pytest.approx(1 / 64, rel=0.2)
+    assert not kaiming[-1].bias.any()
     with pytest.raises(ConfigError, match="bottleneck needs at least 4"):
         preact_resnet(stages=((2, 1),), bottleneck=True)
     with pytest.raises(ConfigError, match="do not fit"):
@@ -166,7 +168,8 @@ def test_pooling_before_the_relu_changes_no_bit():
     fast, slow = (nn.Sequential(*order) for order in ((nn.MaxPool2d(2), nn.ReLU()), (nn.ReLU(), nn.MaxPool2d(2))))
     weight = torch.randn(4, 3, 4, 4)
     gradients = [torch.autograd.grad((net(x) * weight).sum(), x)[0] for net in (fast, slow)]
-    assert torch.equal(fast(x), slow(x)) and torch.equal(*gradients)
+    assert torch.equal(fast(x), slow(x))
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize(
@@ -223,4 +226,5 @@ def test_a_users_own_traceback_is_not_swallowed(tmp_path):
 
 
 def test_torchvision_and_timm_import_here():
-    assert _compat.torchvision().transforms and _compat.timm().list_models("resnet18")
+    assert _compat.torchvision().transforms
+    assert _compat.timm().list_models("resnet18")

@@ -85,11 +85,15 @@ def of(found, stem):
 
 def test_what_is_written_as_voc_is_read_back(tmp_path):
     found = load(voc_set(tmp_path))
-    assert found.classes == ("cat", "dog") and found.name == "boxes"
+    assert found.classes == ("cat", "dog")
+    assert found.name == "boxes"
     item = of(found, "c")
-    assert torch.equal(item.boxes_xyxy, BOXES) and item.boxes_xyxy.dtype == torch.float32
-    assert item.labels.tolist() == [0, 1, 0] and item.labels.dtype == torch.int64
-    assert item.difficult.tolist() == [False, True, False] and item.difficult.dtype == torch.bool
+    assert torch.equal(item.boxes_xyxy, BOXES)
+    assert item.boxes_xyxy.dtype == torch.float32
+    assert item.labels.tolist() == [0, 1, 0]
+    assert item.labels.dtype == torch.int64
+    assert item.difficult.tolist() == [False, True, False]
+    assert item.difficult.dtype == torch.bool
     assert found.load(item).size == SIZE
     assert {split: len(items) for split, items in found.splits.items()} == {"train": 1, "val": 1, "test": 1}
 
@@ -106,12 +110,15 @@ def test_pixels_of_voc_count_from_one_and_the_last_one_is_inside(tmp_path):
 
 def test_what_is_written_as_yolo_is_read_back(tmp_path):
     found = load(yolo_set(tmp_path))
-    assert found.classes == ("dog", "cat") and [len(items) for items in found.splits.values()] == [2, 1, 1]
+    assert found.classes == ("dog", "cat")
+    assert [len(items) for items in found.splits.values()] == [2, 1, 1]
     torch.testing.assert_close(of(found, "d").boxes_xyxy, BOXES, atol=1e-4, rtol=0)
     assert of(found, "d").labels.tolist() == [1, 0, 1]
     without = of(found, "b")
-    assert without.boxes_xyxy.shape == (0, 4) and without.labels.shape == without.difficult.shape == (0,)
-    assert without.labels.dtype == torch.int64 and without.difficult.dtype == torch.bool
+    assert without.boxes_xyxy.shape == (0, 4)
+    assert without.labels.shape == without.difficult.shape == (0,)
+    assert without.labels.dtype == torch.int64
+    assert without.difficult.dtype == torch.bool
 
 
 def test_other_forms_of_yolo(tmp_path):
@@ -128,14 +135,17 @@ def test_other_forms_of_yolo(tmp_path):
     write(tmp_path / "three/labels/b.txt", writers.write_yolo_txt(BOXES, torch.tensor([1, 0, 1]), SIZE, scores))
     one, two, three = (load(tmp_path / name) for name in ("one", "two", "three"))
     assert one.classes == two.classes == three.classes == ("dog", "cat")
-    assert torch.equal(of(one, "c").boxes_xyxy, of(two, "c").boxes_xyxy) and len(two.splits["val"]) == 1
-    assert of(three, "b").labels.tolist() == [1, 0, 1] and [len(i) for i in three.splits.values()] == [1, 1, 0]
+    assert torch.equal(of(one, "c").boxes_xyxy, of(two, "c").boxes_xyxy)
+    assert len(two.splits["val"]) == 1
+    assert of(three, "b").labels.tolist() == [1, 0, 1]
+    assert [len(i) for i in three.splits.values()] == [1, 1, 0]
 
 
 def test_what_is_written_as_coco_is_read_back(tmp_path):
     found = load(coco_set(tmp_path))
     assert found.classes == ("dog", "cat")
-    assert torch.equal(of(found, "a").boxes_xyxy, BOXES) and of(found, "a").labels.tolist() == [1, 0, 1]
+    assert torch.equal(of(found, "a").boxes_xyxy, BOXES)
+    assert of(found, "a").labels.tolist() == [1, 0, 1]
     assert len(of(found, "b").labels) == 0
 
 
@@ -147,7 +157,8 @@ def test_coco_json_is_what_an_independent_reader_takes(tmp_path, capfd):
     loaded = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
     boxes = torch.tensor([one["bbox"] for one in loaded], dtype=torch.float32)
     assert torch.equal(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), BOXES)
-    assert [one["category_id"] for one in loaded] == [2, 1, 2] and coco.getAnnIds(imgIds=[2]) == []
+    assert [one["category_id"] for one in loaded] == [2, 1, 2]
+    assert coco.getAnnIds(imgIds=[2]) == []
 
 
 def test_other_forms_of_coco(tmp_path):
@@ -194,7 +205,8 @@ def test_validation_is_split_off_by_a_fixed_shuffle(tmp_path):
     found, again = load(tmp_path, val_fraction=0.25), load(tmp_path, val_fraction=0.25)
     names = [item.path.stem for split in ("train", "val") for item in found.splits[split]]
     assert sorted(names) == [f"n{k:02d}" for k in range(20)] != names
-    assert len(found.splits["val"]) == 5 and [item.path.stem for item in found.splits["test"]] == ["n20"]
+    assert len(found.splits["val"]) == 5
+    assert [item.path.stem for item in found.splits["test"]] == ["n20"]
     assert names == [item.path.stem for split in ("train", "val") for item in again.splits[split]]
     shorter = load(tmp_path, val_fraction=0.1)
     assert [item.path.stem for item in shorter.splits["val"]] == names[-2:], "the last of the same order"
@@ -266,9 +278,8 @@ def test_a_box_that_reaches_out_is_clipped_and_counted(tmp_path, capsys):
     write(tmp_path / "Annotations/b.xml", edges(59, -1, 99, 1))
     console.set_level(quiet=False, verbose=True)
     found = load(tmp_path)
-    assert of(found, "a").boxes_xyxy.tolist() == [[0, 10, 20, 40]] and of(found, "b").boxes_xyxy.tolist() == [
-        [59, 0, 60, 1]
-    ]
+    assert of(found, "a").boxes_xyxy.tolist() == [[0, 10, 20, 40]]
+    assert of(found, "b").boxes_xyxy.tolist() == [[59, 0, 60, 1]]
     err = capsys.readouterr().err
     assert f"clipped at the edge of their photo: 2, the first in {tmp_path}/Annotations/a.xml" in err
     console.set_level(quiet=False, verbose=False)
@@ -285,7 +296,8 @@ def test_a_box_without_area_is_left_out_and_counted(tmp_path, capsys, box):
     for name in "bc":
         write(tmp_path / f"Annotations/{name}.xml", text)
     found = load(tmp_path)
-    assert len(of(found, "a").labels) == 3 and of(found, "b").boxes_xyxy.shape == (0, 4)
+    assert len(of(found, "a").labels) == 3
+    assert of(found, "b").boxes_xyxy.shape == (0, 4)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"warning: boxes: boxes without area left out: 2, the first in {tmp_path}/Annotations/b.xml"]
 
@@ -332,7 +344,8 @@ def test_boxes_turn_with_a_photo_where_they_were_drawn_unturned(tmp_path, ending
     item = of(found, "a")
     assert torch.equal(item.boxes_xyxy, dataset.turned(box, orientation, SIZE) if turns else box)
     width, height = found.load(item).size
-    assert (item.boxes_xyxy[:, 0::2] <= width).all() and (item.boxes_xyxy[:, 1::2] <= height).all()
+    assert (item.boxes_xyxy[:, 0::2] <= width).all()
+    assert (item.boxes_xyxy[:, 1::2] <= height).all()
 
 
 @pytest.mark.parametrize(
@@ -342,7 +355,8 @@ def test_grey_and_palette_photos(tmp_path, mode, ending):
     voc_set(tmp_path, ending=ending)
     photo(tmp_path / "JPEGImages" / f"a{ending}", mode=mode)
     found = load(tmp_path)
-    assert torch.equal(of(found, "a").boxes_xyxy, BOXES) and found.load(of(found, "a")).mode == "RGB"
+    assert torch.equal(of(found, "a").boxes_xyxy, BOXES)
+    assert found.load(of(found, "a")).mode == "RGB"
 
 
 def test_headers_agree_with_decoded_photos(tmp_path):
@@ -357,7 +371,8 @@ def test_headers_agree_with_decoded_photos(tmp_path):
     start = raw.index(b"eXIf") - 4
     end = start + 12 + int.from_bytes(raw[start : start + 4], "big")
     late.write_bytes(raw[:start] + raw[end:-12] + raw[start:end] + raw[-12:])
-    assert annotations.header(late).orientation == 6 and photos.load(late).size == (40, 60)
+    assert annotations.header(late).orientation == 6
+    assert photos.load(late).size == (40, 60)
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -546,7 +561,8 @@ def test_zip_files_cannot_write_outside_or_link(tmp_path):
     for limits, message in (((9_999, 2), "more than 9999 bytes"), ((20_000, 1), "more than 1 members")):
         with pytest.raises(DataError, match=message):
             zipfiles.extract(tmp_path / "big.zip", tmp_path / "to", max_bytes=limits[0], max_members=limits[1])
-    assert not (tmp_path / "out").exists() and not (tmp_path / "to" / "link").exists()
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "to" / "link").exists()
 
 
 def served(monkeypatch, content):
@@ -574,10 +590,12 @@ def test_bccd_comes_from_github_whole(tmp_path, monkeypatch):
     asked = served(monkeypatch, lambda target: archive)
     with pytest.raises(DataError, match="3 photos where bccd has 364"):
         downloads.BCCD.fetch(tmp_path / "root", None, True)
-    assert not downloads.BCCD.ready(tmp_path / "root") and not list((tmp_path / "root/downloads").iterdir())
+    assert not downloads.BCCD.ready(tmp_path / "root")
+    assert not list((tmp_path / "root/downloads").iterdir())
     monkeypatch.setattr(downloads, "BCCD_PHOTOS", 3)
     downloads.BCCD.fetch(tmp_path / "root", None, True)
-    assert downloads.BCCD.ready(tmp_path / "root") and asked[0].startswith("https://github.com/Shenggan/BCCD_Dataset/")
+    assert downloads.BCCD.ready(tmp_path / "root")
+    assert asked[0].startswith("https://github.com/Shenggan/BCCD_Dataset/")
     with pytest.raises(DataError, match=r"published nowhere that stays; `cvlab data fetch fruit --from"):
         downloads.FRUIT.fetch(tmp_path / "root", None, True)
 
@@ -614,7 +632,8 @@ def test_voc07_is_installed_from_every_form(tmp_path, monkeypatch, tars):
         downloads.VOC07.fetch(tmp_path / "single", tars / one.name, True)
     for name in ("net", "folder", "unpacked", "single"):
         found = downloads.VOC07.load(tmp_path / name)
-        assert found.classes == dataset.VOC_CLASSES and len(found.classes) == 20
+        assert found.classes == dataset.VOC_CLASSES
+        assert len(found.classes) == 20
         stems = {split: [item.path.stem for item in items] for split, items in found.splits.items()}
         assert stems == {"train": ["a", "b"], "val": ["c"], "test": ["y"]}, name
         assert found.classes[of(found, "a").labels[1]] == "dog"
@@ -645,21 +664,27 @@ def test_sources_are_as_published():
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtest_06-Nov-2007.tar",
     ]
     for one in downloads.ARCHIVES:
-        assert len(one.sha256) == 64 and all(url.startswith("https://") for url in one.urls[1:])
+        assert len(one.sha256) == 64
+        assert all(url.startswith("https://") for url in one.urls[1:])
 
 
 def test_every_set_is_listed_and_classify_takes_none_with_boxes(cvlab, tmp_path):
     rows = {row["name"]: row for row in catalog.data_lines()}
     assert set(rows) >= {"cifar10", "scenes10", "scenes", "fruit", "bccd", "voc07", "boxes"}
-    assert rows["boxes"]["state"] == "your own" and rows["fruit"]["state"] == "not on the disk"
+    assert rows["boxes"]["state"] == "your own"
+    assert rows["fruit"]["state"] == "not on the disk"
     assert datasets.names("images") == ["cifar10", "scenes10"]
     for name in datasets.names("boxes"):
         code, _, err = cvlab("train", "quickstart", f"data.name={name}", "-q")
-        assert code == 2 and f"data set '{name}' has photos with boxes" in err and "known: cifar10, scenes10" in err
+        assert code == 2
+        assert f"data set '{name}' has photos with boxes" in err
+        assert "known: cifar10, scenes10" in err
     code, _, err = cvlab("train", "quickstart", "data.name=cifar", "-q")
-    assert code == 2 and "did you mean 'cifar10'? known: cifar10, scenes10" in err
+    assert code == 2
+    assert "did you mean 'cifar10'? known: cifar10, scenes10" in err
     code, _, err = cvlab("data", "fetch", "boxes")
-    assert code == 2 and "path is missing" in err
+    assert code == 2
+    assert "path is missing" in err
 
 
 @pytest.mark.parametrize("orientation", [None, 6])
@@ -680,7 +705,8 @@ def test_the_real_sets(name, sizes, boxes, capsys):
         pytest.skip(f"CVLAB_DATA has no VOC/{name}")
     found = dataset.load(name, root)
     items = [item for split in found.splits.values() for item in split]
-    assert found.classes == downloads.CLASSES[name] and [len(split) for split in found.splits.values()] == sizes
+    assert found.classes == downloads.CLASSES[name]
+    assert [len(split) for split in found.splits.values()] == sizes
     assert sum(len(item.labels) for item in items) == boxes
     for item in items[::17]:
         expected = slow_twin(root / f"VOC/{name}/Annotations/{item.path.stem}.xml")
@@ -688,9 +714,8 @@ def test_the_real_sets(name, sizes, boxes, capsys):
             (found.classes[k], *box) for k, box in zip(item.labels, item.boxes_xyxy.tolist(), strict=True)
         ] == expected
     err = capsys.readouterr().err
-    assert ("boxes without area left out: 2, the first in" in err) == (name == "bccd") and err.count("\n") == (
-        name == "bccd"
-    )
+    assert ("boxes without area left out: 2, the first in" in err) == (name == "bccd")
+    assert err.count("\n") == (name == "bccd")
 
 
 def slow_twin(path):

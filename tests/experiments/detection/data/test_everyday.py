@@ -41,7 +41,8 @@ def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_
     found = everyday.load(root)
     dog, person, banana = (everyday.CLASSES.index(name) for name in ("dog", "person", "banana"))
     first = found.splits["train"][0]
-    assert first.labels.tolist() == [person, dog] and first.confidence.tolist() == pytest.approx([0.3, 0.6])
+    assert first.labels.tolist() == [person, dog]
+    assert first.confidence.tolist() == pytest.approx([0.3, 0.6])
     for split in ("val", "test"):
         assert found.splits[split][0].labels.tolist() == [dog]
     fruit = found.splits["test"][-1]
@@ -51,7 +52,8 @@ def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_
 
 def test_there_are_few_fruit_photos_so_they_stand_in_training_several_times(root):
     found = everyday.load(root)
-    assert len(found.splits["train"]) == 2 + everyday.FRUIT_TIMES and len(found.splits["val"]) == 3
+    assert len(found.splits["train"]) == 2 + everyday.FRUIT_TIMES
+    assert len(found.splits["val"]) == 3
 
 
 def test_a_photo_without_labels_is_named(root):
@@ -76,12 +78,14 @@ class TestConfirmed:
     def test_persons_are_certain_where_two_sentences_name_people(self):
         person, faint = ["person", 0.3, 0, 0, 9, 9], ["person", 0.2, 20, 0, 29, 9]
         found, is_whole = everyday.confirmed([person, faint], ["A man jumps .", "Two kids play", "Water ."], 0.05)
-        assert is_whole and found == [["person", 1.0, 0, 0, 9, 9], faint]
+        assert is_whole
+        assert found == [["person", 1.0, 0, 0, 9, 9], faint]
         assert everyday.confirmed([person, faint], ["A man jumps .", "Water ."], 0.05)[0] == [person, faint]
 
     def test_what_people_name_and_the_teacher_does_not_see_is_missing(self):
         found, is_whole = everyday.confirmed([self.PERSON], ["A dog .", "A dog"], 0.1)
-        assert found == [self.PERSON] and not is_whole
+        assert found == [self.PERSON]
+        assert not is_whole
 
     def test_where_nobody_names_an_animal_the_teacher_has_to_be_sure(self):
         rows = [["dog", 0.4, 0, 0, 9, 9], ["dog", 0.5, 0, 0, 9, 9]]
@@ -90,4 +94,5 @@ class TestConfirmed:
 
     def test_several_kinds_stay_as_the_teacher_has_them(self):
         found, is_whole = everyday.confirmed(list(self.BOXES), ["A dog and a cat"] * 2, 0.1)
-        assert found == list(self.BOXES[:2]) and not is_whole
+        assert found == list(self.BOXES[:2])
+        assert not is_whole

@@ -39,17 +39,22 @@ def iou(a, b):
 
 def test_drawing_is_a_pure_function_of_seed_and_number(drawn):
     again = generator.draw(9, 7)
-    assert torch.equal(again.picture, drawn[7].picture) and again.things == drawn[7].things
-    assert again.picture.shape == (224, 224, 3) and again.picture.dtype == torch.uint8
+    assert torch.equal(again.picture, drawn[7].picture)
+    assert again.things == drawn[7].things
+    assert again.picture.shape == (224, 224, 3)
+    assert again.picture.dtype == torch.uint8
     assert not torch.equal(generator.draw(10, 7).picture, again.picture)
 
 
 def test_what_is_in_the_pictures(drawn):
     things = [thing for scene in drawn for thing in scene.things]
-    assert {thing.shape for thing in things} == set(SHAPES) and {thing.color for thing in things} == set(COLORS)
-    assert {len(scene.things) for scene in drawn} >= {1, 2, 3, 4, 5} and max(len(s.things) for s in drawn) == 5
+    assert {thing.shape for thing in things} == set(SHAPES)
+    assert {thing.color for thing in things} == set(COLORS)
+    assert {len(scene.things) for scene in drawn} >= {1, 2, 3, 4, 5}
+    assert max(len(s.things) for s in drawn) == 5
     across = [max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (thing.box_xyxy for thing in things)]
-    assert 24 <= min(across) < 36 and 90 < max(across) <= 110
+    assert 24 <= min(across) < 36
+    assert 90 < max(across) <= 110
     assert all(0 <= edge <= generator.SIZE_PX for thing in things for edge in thing.box_xyxy)
     empty = sum(not generator.draw(3, number).things for number in range(0, 200))
     assert 4 <= empty <= 20
@@ -104,11 +109,14 @@ def test_words():
 def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
     assert scenes.SET.check(tmp_path) == "built in, generated at first use"
     found = dataset.load("scenes", tmp_path)
-    assert "generating scenes" in capsys.readouterr().err and scenes.SET.ready(tmp_path)
-    assert found.classes == tuple(SHAPES) and {s: len(items) for s, items in found.splits.items()} == COUNTS
+    assert "generating scenes" in capsys.readouterr().err
+    assert scenes.SET.ready(tmp_path)
+    assert found.classes == tuple(SHAPES)
+    assert {s: len(items) for s, items in found.splits.items()} == COUNTS
     assert [path.name for path in tmp_path.iterdir()] == [scenes.SET.folder_name]
     again = dataset.load("scenes", tmp_path)
-    assert capsys.readouterr().err == "" and scenes.SET.check(tmp_path) == "32 files equal to their checksums"
+    assert capsys.readouterr().err == ""
+    assert scenes.SET.check(tmp_path) == "32 files equal to their checksums"
     words = json.loads((tmp_path / scenes.SET.folder_name / "scenes.json").read_text())
     assert len(words) == 14
     for split, items in found.splits.items():
@@ -150,7 +158,9 @@ def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, few):
     (tmp_path / "file").touch()
     one, two = dataset.load("scenes", tmp_path / "file"), dataset.load("scenes", tmp_path / "file")
     path = one.splits["test"][0].path
-    assert len(one.splits["train"]) == 8 and path == two.splits["test"][0].path and path.is_file()
+    assert len(one.splits["train"]) == 8
+    assert path == two.splits["test"][0].path
+    assert path.is_file()
     scenes.SET.temporary.cleanup()
     scenes.SET.temporary = None
     assert not path.exists()
@@ -172,8 +182,11 @@ def test_two_that_generate_at_once(tmp_path, few, monkeypatch):
 
 def test_the_commands(cvlab, tmp_path, few, monkeypatch):
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
-    assert datasets.get("scenes").builtin and datasets.get("scenes").kind == "boxes"
+    assert datasets.get("scenes").builtin
+    assert datasets.get("scenes").kind == "boxes"
     code, out, _ = cvlab("data", "fetch", "scenes")
-    assert code == 0 and "32 files equal to their checksums" in out
+    assert code == 0
+    assert "32 files equal to their checksums" in out
     assert "32 files" in cvlab("data", "check", "scenes")[1]
-    assert scenes.SEEDS.keys() == COUNTS.keys() and len(set(scenes.SEEDS.values())) == 3
+    assert scenes.SEEDS.keys() == COUNTS.keys()
+    assert len(set(scenes.SEEDS.values())) == 3

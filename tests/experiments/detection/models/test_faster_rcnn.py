@@ -111,9 +111,11 @@ class TestParts:
         own = torch.tensor([[0.0, 0, 10, 10], [74, 70, 84, 80]])
         positive, negative, which = faster_rcnn._sides(anchors, own)
         assert positive.tolist() == [0, 1, 4], "over 0.7, over 0.7, and the best of the second box"
-        assert negative.tolist() == [3] and which[positive].tolist() == [0, 0, 1]
+        assert negative.tolist() == [3]
+        assert which[positive].tolist() == [0, 0, 1]
         positive, negative, _ = faster_rcnn._sides(anchors, own[:0])
-        assert len(positive) == 0 and len(negative) == 5
+        assert len(positive) == 0
+        assert len(negative) == 5
 
 
 def net_and_maps(n=2):
@@ -126,10 +128,12 @@ class TestFasterRcnn:
     def test_proposals_are_inside_and_sorted(self):
         net, maps = net_and_maps()
         found = net(maps)
-        assert found.scores.shape == (2, 3 * (256 + 64 + 16)) and found.size_px == 128
+        assert found.scores.shape == (2, 3 * (256 + 64 + 16))
+        assert found.size_px == 128
         for place in net.proposals(found):
             assert 0 < len(place) <= faster_rcnn.AFTER_NMS
-            assert bool((place >= 0).all()) and bool((place <= 128).all())
+            assert bool((place >= 0).all())
+            assert bool((place <= 128).all())
             assert float(boxes.iou(place, place).fill_diagonal_(0).max()) <= faster_rcnn.PROPOSAL_IOU
 
     def test_losses_by_part_and_no_object(self):
@@ -143,7 +147,8 @@ class TestFasterRcnn:
             [torch.tensor([[10.0, 10, 60, 50]]), torch.zeros(0, 4)], [torch.tensor([1]), torch.zeros(0).long()]
         )
         losses = net.losses(net(maps), something, 128)
-        assert losses["box_loss"].item() > 0 and losses["rpn_box_loss"].item() > 0
+        assert losses["box_loss"].item() > 0
+        assert losses["rpn_box_loss"].item() > 0
 
     def test_the_same_seed_draws_the_same_regions(self):
         net, maps = net_and_maps()
@@ -171,7 +176,8 @@ class TestFasterRcnn:
         overlap = boxes.iou(found.boxes_xyxy, wanted)
         for column, label in enumerate((2, 0)):
             best = int(overlap[:, column].argmax())
-            assert float(overlap[best, column]) > 0.6 and int(found.labels[best]) == label
+            assert float(overlap[best, column]) > 0.6
+            assert int(found.labels[best]) == label
 
     def test_it_becomes_as_sure_as_whoever_drew_the_box(self):
         net, maps = net_and_maps(1)
@@ -184,4 +190,5 @@ class TestFasterRcnn:
         net.eval()
         with torch.no_grad():
             found = net.detections(net(maps), 128, 0.05, 0.5, 100)[0]
-        assert int(found.labels[0]) == 2 and 0.25 < float(found.scores[0]) < 0.55
+        assert int(found.labels[0]) == 2
+        assert 0.25 < float(found.scores[0]) < 0.55

@@ -26,14 +26,17 @@ ONE = (torch.tensor([[32.0, 64, 96, 160]]), torch.tensor([2]))  # 2 x 3 cells, f
 def test_what_holds_something_is_what_overlaps_and_the_rest_is_far():
     net, maps = net_and_map()
     found = net(maps)
-    assert found.scores.shape == (2, 441, 2) and found.offsets.shape == (2, 441, 4)
+    assert found.scores.shape == (2, 441, 2)
+    assert found.offsets.shape == (2, 441, 4)
     positives, is_negative = net.matched(found, targets(ONE, NONE))
     overlap = boxes.iou(net.anchors(found), ONE[0] / 32)[:, 0]
     expected = set((overlap > 0.7).nonzero()[:, 0].tolist()) | {int(overlap.argmax())}
-    assert expected <= set(positives.anchor.tolist()) and bool((positives.image == 0).all())
+    assert expected <= set(positives.anchor.tolist())
+    assert bool((positives.image == 0).all())
     assert float(overlap[positives.anchor].min()) >= min(0.7, float(overlap.max()))
     assert positives.labels.tolist() == [2] * len(positives.anchor)
-    assert torch.equal(is_negative[0], overlap < 0.3) and bool(is_negative[1].all())
+    assert torch.equal(is_negative[0], overlap < 0.3)
+    assert bool(is_negative[1].all())
 
 
 def test_channels_are_scores_then_offsets_anchor_by_anchor():
@@ -86,9 +89,11 @@ def test_it_learns_a_picture_and_finds_it():
     with torch.no_grad():
         found = net.detections(net(maps), 224, 0.5, 0.3, 100)[0]
         before, after = net.regions_of(net(maps))[0]
-    assert len(before) >= len(after) >= 2 and bool((after <= 224).all())
+    assert len(before) >= len(after) >= 2
+    assert bool((after <= 224).all())
     assert float(boxes.iou(after, after).fill_diagonal_(0).max()) <= faster_rcnn_course.PROPOSAL_IOU
     overlap = boxes.iou(found.boxes_xyxy, wanted[0])
     for column, label in enumerate((2, 0)):
         best = int(overlap[:, column].argmax())
-        assert float(overlap[best, column]) > 0.6 and int(found.labels[best]) == label
+        assert float(overlap[best, column]) > 0.6
+        assert int(found.labels[best]) == label

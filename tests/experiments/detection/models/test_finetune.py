@@ -40,7 +40,8 @@ def test_pointwise_filters_learn_and_the_backbone_of_others_does_not(made):
     depthwise = {
         f"{name}.weight" for name, m in made.head.stages.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1
     }
-    assert depthwise and not depthwise & learning
+    assert depthwise
+    assert not depthwise & learning
     assert sum(p.numel() for p in made.head.stages.parameters() if p.requires_grad) > 2_000_000
     backbone = set(made.features.model.net.parameters())
     assert not backbone & set(made.head.parameters())
@@ -49,7 +50,8 @@ def test_pointwise_filters_learn_and_the_backbone_of_others_does_not(made):
 def test_its_normalisations_stay_in_evaluation():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1))
     tuned = Tuned(nn.BatchNorm2d(4), net, ["0", "1", "2"]).train()
-    assert tuned.head.training and not any(m.training for m in tuned.stages.modules())
+    assert tuned.head.training
+    assert not any(m.training for m in tuned.stages.modules())
     with torch.no_grad():
         x = torch.randn(2, 4, 6, 6)
         torch.testing.assert_close(tuned.maps(x)[2], net.eval()[2](net[1](x)))
@@ -75,7 +77,8 @@ class TestTraining:
             (mine - theirs.half().float()).abs().max().item()
             for mine, theirs in zip(own.head.stages.parameters(), before.head.stages.parameters(), strict=True)
         ]
-        assert max(change) > 0 and own.about.is_tuned
+        assert max(change) > 0
+        assert own.about.is_tuned
         assert found["metrics"]["parameters"] > untouched["metrics"]["parameters"] + 2_000_000
         losses = [
             [json.loads(line).get("train_loss") for line in (Path(f["run"]) / "metrics.jsonl").read_text().splitlines()]
@@ -91,4 +94,5 @@ class TestTraining:
             (("tune_epochs=1", "duration={epochs: 2}", "model={name: yolo_grid}"), "one map"),
         ):
             code, _, err = cvlab("train", "yolo_scenes", *words, "--dry-run")
-            assert code == 2 and says in err, err
+            assert code == 2, err
+            assert says in err, err

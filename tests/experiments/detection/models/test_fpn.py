@@ -28,4 +28,5 @@ def test_its_filters_are_shared_and_its_normalisations_are_not():
     tower = Tower(6, 3, levels=3, depth=2)
     convolutions = [m for m in tower.modules() if isinstance(m, torch.nn.Conv2d)]
     norms = [m for m in tower.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len(convolutions) == 5 and len(norms) == 6
+    assert len(convolutions) == 5
+    assert len(norms) == 6

@@ -85,9 +85,11 @@ class TestHead:
     @pytest.mark.parametrize(("n", "h", "w"), [(1, 7, 7), (2, 2, 3)])
     def test_shapes(self, n, h, w):
         found = raw_found(make(), n, h, w)
-        assert found.confidence.shape == (n, A * h * w) and found.offsets.shape == (n, A * h * w, 4)
+        assert found.confidence.shape == (n, A * h * w)
+        assert found.offsets.shape == (n, A * h * w, 4)
         assert found.scores.shape == (n, 3, h, w)
-        assert found.offsets[..., :2].abs().max() < 0.5 and bool((found.confidence > 0).all())
+        assert found.offsets[..., :2].abs().max() < 0.5
+        assert bool((found.confidence > 0).all())
 
     def test_order_of_the_channels(self):
         net = make()
@@ -102,7 +104,8 @@ class TestHead:
 
     def test_anchors_follow_the_module_and_are_no_weights(self):
         net = make()
-        assert "shapes" not in net.state_dict() and net.double().shapes.dtype == torch.float64
+        assert "shapes" not in net.state_dict()
+        assert net.double().shapes.dtype == torch.float64
 
     def test_decoding_is_the_loop_and_does_not_overflow(self):
         net = make()
@@ -137,7 +140,8 @@ class TestLosses:
         net, targets = make(), self.targets()
         found = raw_found(net, 3, 7, 7)
         positives, is_negative = net.matched(found, targets)
-        assert positives.image.tolist() == [0, 0, 0, 1] and positives.labels.tolist() == [2, 0, 1, 1]
+        assert positives.image.tolist() == [0, 0, 0, 1]
+        assert positives.labels.tolist() == [2, 0, 1, 1]
         assert bool(is_negative[2].all()), "a picture without objects has nothing but negatives"
         boxes = [(box / 32).tolist() for box in TRUE]
         answering = {slow_place(box, 7, 7) for box in boxes}
@@ -149,21 +153,25 @@ class TestLosses:
         net = make()
         found = raw_found(net, 1, 7, 7)
         positives, is_negative = net.matched(found, padded([torch.tensor([[40.0, 40, 43, 60]])], [torch.tensor([0])]))
-        assert len(positives.anchor) == 1 and not bool(is_negative[0, positives.anchor])
+        assert len(positives.anchor) == 1
+        assert not bool(is_negative[0, positives.anchor])
 
     def test_drawn_without_replacement_from_the_generator_of_checkpoints(self):
         torch.manual_seed(1)
         first = yolo_grid.draw(50, 40)
         torch.manual_seed(1)
-        assert torch.equal(first, yolo_grid.draw(50, 40)) and not torch.equal(first, yolo_grid.draw(50, 40))
-        assert len(first.unique()) == 40 and len(yolo_grid.draw(3, 9)) == 3
+        assert torch.equal(first, yolo_grid.draw(50, 40))
+        assert not torch.equal(first, yolo_grid.draw(50, 40))
+        assert len(first.unique()) == 40
+        assert len(yolo_grid.draw(3, 9)) == 3
 
     @pytest.mark.parametrize("faithful", [True, False])
     def test_gradients_reach_every_weight(self, faithful):
         net = make(faithful)
         net.losses(raw_found(net, 3, 7, 7), self.targets(), 224)["loss"].backward()
         for parameter in net.parameters():
-            assert bool(torch.isfinite(parameter.grad).all()) and parameter.grad.abs().sum() > 0
+            assert bool(torch.isfinite(parameter.grad).all())
+            assert parameter.grad.abs().sum() > 0
 
     def test_no_object_at_all(self):
         net = make()
@@ -207,7 +215,8 @@ class TestDetections:
         net = make()
         targets = padded([TRUE], [NAMES])
         losses = net.losses(self.perfect(net), targets, 224)
-        assert losses["offset_loss"].item() < 1e-9 and losses["class_loss"].item() < 1e-4
+        assert losses["offset_loss"].item() < 1e-9
+        assert losses["class_loss"].item() < 1e-4
         assert losses["confidence_loss"].item() == pytest.approx((0.09 + 0.01 + 0.04) / 6, rel=1e-5)
         own = make(faithful=False)
         assert own.losses(self.perfect(own), targets, 224)["confidence_loss"].item() == pytest.approx(
@@ -228,7 +237,8 @@ class TestDetections:
         for result in net.detections(raw_found(net, 2, 7, 7), 224, 0.2, 0.4, 30):
             assert 0 < len(result.scores) <= 30
             assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
-            assert result.boxes_xyxy.min() >= 0 and result.boxes_xyxy.max() <= 224
+            assert result.boxes_xyxy.min() >= 0
+            assert result.boxes_xyxy.max() <= 224
             listed = list(zip(result.boxes_xyxy.tolist(), result.labels.tolist(), strict=True))
             for k, (box, label) in enumerate(listed):
                 assert all(slow_iou(box, other) <= 0.4 + 1e-5 for other, name in listed[:k] if name == label)
@@ -236,7 +246,8 @@ class TestDetections:
     def test_nothing_is_sure_enough(self):
         net = make()
         (result,) = net.detections(raw_found(net, 1, 2, 2), 64, 1.0, 0.5, 10)
-        assert result.boxes_xyxy.shape == (0, 4) and result.labels.dtype == torch.int64
+        assert result.boxes_xyxy.shape == (0, 4)
+        assert result.labels.dtype == torch.int64
 
 
 @pytest.fixture
@@ -260,4 +271,5 @@ def test_stopped_and_resumed_it_ends_with_the_same_weights(stopped_and_resumed, 
     words = ("yolo_overfit", f"data={{name: boxes, path: {few}}}", "size=64", "batch_size=2", "duration={steps: 4}")
     words += ("expect=[]", "threads=1", "save_seconds=0", "log_every=1", "eval_every=1000")
     whole, again = stopped_and_resumed(*words)
-    assert weights_digest(whole) == weights_digest(again) and whole["run"] != again["run"]
+    assert weights_digest(whole) == weights_digest(again)
+    assert whole["run"] != again["run"]

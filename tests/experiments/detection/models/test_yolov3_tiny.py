@@ -122,8 +122,11 @@ class TestFile:
         with pytest.raises(DataError) as refused:
             yolov3_tiny.build(str(tmp_path / "w.weights"))
         message = str(refused.value)
-        assert f"{size:,} bytes" in message and f"{BYTES:,}" in message and "\n" not in message
-        assert "cvlab models fetch yolov3_tiny" in message and refused.value.code == 4
+        assert f"{size:,} bytes" in message
+        assert f"{BYTES:,}" in message
+        assert "\n" not in message
+        assert "cvlab models fetch yolov3_tiny" in message
+        assert refused.value.code == 4
 
     def test_what_is_not_there(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CVLAB_DATA", str(tmp_path))
@@ -152,7 +155,8 @@ class TestNet:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
     def test_is_frozen_and_laid_out_for_speed(self, net):
-        assert not net.training and not any(p.requires_grad for p in net.parameters())
+        assert not net.training
+        assert not any(p.requires_grad for p in net.parameters())
         assert net.conv12.weight.is_contiguous(memory_format=torch.channels_last)
         assert sum(p.numel() for p in net.parameters()) == 8_858_734 - 3 * 3_184  # three of four vectors go
 
@@ -196,7 +200,8 @@ class TestDetect:
             wanted = slow_detect([m[k] for m in maps], floor)
             assert (len(wanted) > 50) == (floor < 0.9)
             got = torch.cat([boxes, scores[:, None], labels[:, None].float()], 1)
-            assert boxes.shape == (len(wanted), 4) and labels.dtype == torch.int64
+            assert boxes.shape == (len(wanted), 4)
+            assert labels.dtype == torch.int64
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
 
     def test_one_box_may_have_several_labels(self):
@@ -206,13 +211,15 @@ class TestDetect:
         ((boxes, scores, labels),) = yolov3_tiny.detect(
             lambda images: (raw_map, silent), torch.zeros(1, 3, 32, 32), 0.5
         )
-        assert labels.tolist() == [15, 16] and torch.equal(boxes[0], boxes[1])
+        assert labels.tolist() == [15, 16]
+        assert torch.equal(boxes[0], boxes[1])
         assert scores.tolist() == pytest.approx([1, 1])
 
     def test_a_wild_size_stays_finite(self):
         raw_map = torch.full((1, 255, 1, 1), 1e4)
         boxes, objectness, _ = yolov3_tiny.decode(raw_map, 32, (3, 4, 5))
-        assert torch.isfinite(boxes).all() and objectness.tolist() == [[1.0] * 3]
+        assert torch.isfinite(boxes).all()
+        assert objectness.tolist() == [[1.0] * 3]
 
     def test_half_precision_finds_about_the_same(self, net):
         images = torch.rand(1, 3, 64, 64)
@@ -239,7 +246,8 @@ class TestLetterbox:
     @pytest.mark.parametrize("size", [416, 96])
     def test_round_trip(self, sides, size):
         picture, scale, left, top = yolov3_tiny.letterbox(Image.new("RGB", sides, "red"), size)
-        assert picture.shape == (3, size, size) and picture.dtype == torch.float32
+        assert picture.shape == (3, size, size)
+        assert picture.dtype == torch.float32
         assert scale == pytest.approx(size / max(sides))
         corners = torch.rand(20, 4, dtype=torch.float64) * max(sides)
         shifted = corners * scale + torch.tensor([left, top, left, top])
@@ -248,7 +256,9 @@ class TestLetterbox:
         rows, columns = red.any(1).nonzero(), red.any(0).nonzero()
         w, h = int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1
         assert (left, top) == (int(columns[0]), int(rows[0])) == ((size - w) // 2, (size - h) // 2)
-        assert red.sum() == w * h and max(w, h) == size and (picture[:, ~red] == 0.5).all()
+        assert red.sum() == w * h
+        assert max(w, h) == size
+        assert (picture[:, ~red] == 0.5).all()
         for side, length in zip((w, h), sides, strict=True):  # cut to a whole number, as in darknet, but one at least
             assert side == max(1, length * size // max(sides))
 
@@ -298,7 +308,8 @@ class TestFetch:
         with server(lambda handler: send(handler, content)) as (url, requests):
             at(url)
             assert weights.fetch("yolov3_tiny") == target == weights.locate("yolov3_tiny")
-            assert weights.fetch("yolov3_tiny") == target and len(requests) == 1
+            assert weights.fetch("yolov3_tiny") == target
+            assert len(requests) == 1
         assert target.read_bytes() == content
 
     def test_refuses_another_file(self, pinned, tmp_path):
@@ -323,12 +334,15 @@ class TestFetch:
         (tmp_path / "mine").write_bytes(content)
         code, out, err = cvlab("models", "fetch", "yolov3_tiny", "--from", tmp_path / "mine")
         assert code == 0, err
-        assert str(target) in out and target.read_bytes() == content
+        assert str(target) in out
+        assert target.read_bytes() == content
 
     def test_offline(self, monkeypatch, tmp_path, cvlab):
         monkeypatch.setenv("CVLAB_DATA", str(tmp_path))
         code, _, err = cvlab("models", "fetch", "yolov3_tiny")
-        assert code == 4 and "CVLAB_OFFLINE is set" in err and "--from FILE" in err
+        assert code == 4
+        assert "CVLAB_OFFLINE is set" in err
+        assert "--from FILE" in err
 
 
 def slow_nms(boxes, scores, labels, most=0.45):
@@ -377,7 +391,8 @@ class TestRealWeights:
     )
     def test_what_is_in_a_photo(self, real, photo, wanted, box):
         places = [place for name, place in self.found(real, photo) if name == wanted]
-        assert len(places) == 1 and overlap(places[0], box) > 0.7
+        assert len(places) == 1
+        assert overlap(places[0], box) > 0.7
 
     def test_the_names_are_those_of_darknet(self, real):
         names = (Path(REAL_DATA) / "weights" / "coco.names").read_text().split("\n")
