@@ -26,7 +26,7 @@ EXPERIMENTS = {
     "detector": "cvlab.experiments.detection.train",
     "feature_inversion": "cvlab.experiments.interpretability.feature_inversion",
     "saliency": "cvlab.experiments.interpretability.saliency",
-    "style": "cvlab.experiments.style.transfer",
+    "style": "cvlab.experiments.style.experiment",
     "sweep": "cvlab.sweeps.experiment",
 }
 

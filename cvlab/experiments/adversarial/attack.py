@@ -36,7 +36,9 @@ from cvlab.reports import images
 from cvlab.runs.records import Row
 from cvlab.runs.run_dir import RunDir
 
+JPEG_QUALITIES = (95, 85, 75)
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
+DIFFERENCE_TIMES = 10
 
 
 class Config(PhotoConfig):
@@ -64,47 +66,6 @@ class Config(PhotoConfig):
     )
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Attack all photos."""
-    ctx, model = config.build()
-    target = model.index(config.target) if config.target is not None else None
-    out.folder("images")
-
-    return summary(photo_batches.run(config, out, Attack(config, model, ctx, target, out), "attack"))
-
-
-def summary(rows: list[Row]) -> dict[str, float]:
-    """Return the shares and medians over the photos; those that were the target before count in none."""
-    tried = [row for row in rows if not row["already"]]
-    found: dict[str, float] = {"num_photos": len(rows), "num_attacked": len(tried)}
-    if tried:
-        found["fooled"] = statistics.fmean(row["fooled"] for row in tried)
-        found |= {name: statistics.median(row[name] for row in tried) for name in MEDIANS}
-        for quality in JPEG_QUALITIES:
-            found[f"fooled_jpeg{quality}"] = statistics.fmean(row[f"fooled_jpeg{quality}"] for row in tried)
-    return found
-
-
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    jpegs = {f"fooled_jpeg{quality}" for quality in JPEG_QUALITIES}
-    return {"num_photos", "num_attacked", "fooled", *MEDIANS, *jpegs}
-
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. ConfigError where there is no such class."""
-    ctx, model = config.build()
-    target = model.index(config.target) if config.target is not None else None
-    aim = "anything else" if target is None else model.classes[target]
-    return {"target": aim, "method": config.method, **photo_batches.plan(config, ctx, model)}
-
-
-JPEG_QUALITIES = (95, 85, 75)
-
-
-DIFFERENCE_TIMES = 10
-
-
 @dataclass(eq=False)
 class Victim:
     """A photo on its way: `image` is what is changed, the photo itself or what the net sees of it.
@@ -129,7 +90,7 @@ class Attack:
     """An attack on photos by one net; `config` is that of the experiment `attack`, `target` None: see anything else."""
 
     def __init__(
-        self, config: Any, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, out: RunDir
+        self, config: Config, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, out: RunDir
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.out = config, model, ctx, target, out
 
@@ -298,3 +259,38 @@ def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Attack all photos."""
+    ctx, model = config.build()
+    target = model.index(config.target) if config.target is not None else None
+    out.folder("images")
+
+    return summary(photo_batches.run(config, out, Attack(config, model, ctx, target, out), "attack"))
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """Return the shares and medians over the photos; those that were the target before count in none."""
+    tried = [row for row in rows if not row["already"]]
+    found: dict[str, float] = {"num_photos": len(rows), "num_attacked": len(tried)}
+    if tried:
+        found["fooled"] = statistics.fmean(row["fooled"] for row in tried)
+        found |= {name: statistics.median(row[name] for row in tried) for name in MEDIANS}
+        for quality in JPEG_QUALITIES:
+            found[f"fooled_jpeg{quality}"] = statistics.fmean(row[f"fooled_jpeg{quality}"] for row in tried)
+    return found
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    jpegs = {f"fooled_jpeg{quality}" for quality in JPEG_QUALITIES}
+    return {"num_photos", "num_attacked", "fooled", *MEDIANS, *jpegs}
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do. ConfigError where there is no such class."""
+    ctx, model = config.build()
+    target = model.index(config.target) if config.target is not None else None
+    aim = "anything else" if target is None else model.classes[target]
+    return {"target": aim, "method": config.method, **photo_batches.plan(config, ctx, model)}

@@ -35,6 +35,10 @@ from cvlab.reports import images
 from cvlab.runs.records import Row
 from cvlab.runs.run_dir import RunDir
 
+START_DEVIATION = 0.225  # of noise around mid-grey: that of ImageNet's colours
+START_FOURIER = 0.01
+BLURRED_SHARE = 0.7  # of the steps, where there is a blur
+
 
 class Config(PretrainedConfig):
     """Which classes, and how they are drawn."""
@@ -92,90 +96,11 @@ class Config(PretrainedConfig):
         return self
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Draw all targets together."""
-    ctx, model = config.build()
-    easel = Easel(config, model, ctx, [model.index(name) for name in config.targets], out)
-    job = image_optimizer.ImageOptimization(
-        pixels=image_optimizer.ImageState([easel.start()]),
-        objective=easel.objective,
-        update=easel.update,
-        steps=config.steps,
-        ctx=ctx,
-        digest=config.digest(),
-        frames=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
-        keep_frame=easel.keep_frame,
-    )
-    last = image_optimizer.optimize_image(job, out, "classvis")
-    rows = easel.finish(job.pixels)
-    second = second_judge(config, ctx.device)
-    if second is not None:
-        easel.ask(second, rows)
-    out.facts["results"] = rows
-    found = {"num_pictures": len(rows), "probability": min(row["score_target"] for row in rows), **last}
-    if second is not None:
-        found["second_top5"] = sum(row["second_rank"] <= 5 for row in rows) / len(rows)
-    return found
-
-
-def second_judge(config: Config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """Return what gives the second net's probabilities of photos (N, 3, S, S), None where none is named."""
-    if config.second_model is None:
-        return None
-    second = pretrained.build(config.second_model, config.second_weights, device)
-    size = second.frame.size_px
-
-    def probabilities(pictures: Tensor) -> Tensor:
-        resized = torch.nn.functional.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True)
-        return second.probabilities(resized.clamp(0, 1))
-
-    return probabilities
-
-
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    second = {"second_top5"} if config.second_model is not None else set()
-    return {"num_pictures", "probability", "steps", "seconds_of_steps", "loss", *second}
-
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. ConfigError where there is no such class, DataError where there is no such photo."""
-    ctx, model = config.build()
-    for name in config.targets:
-        model.index(name)
-    if config.init == "image":
-        photos.load(photos.find_images(config.images)[0])
-    second_judge(config, ctx.device)
-    shape = parameter_shape(config, model)
-    return {
-        "targets": ", ".join(model.classes[model.index(name)] for name in config.targets),
-        "parameters": math.prod(shape),
-        "steps": config.steps,
-        "model": config.model,
-        **ctx.told(),
-    }
-
-
-START_DEVIATION = 0.225  # of noise around mid-grey: that of ImageNet's colours
-
-
-START_FOURIER = 0.01
-
-
-BLURRED_SHARE = 0.7  # of the steps, where there is a blur
-
-
-def parameter_shape(config: Any, model: PretrainedClassifier) -> tuple[int, ...]:
-    """Return the shape of what is optimised."""
-    count, size = len(config.targets), model.frame.size_px
-    return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
-
-
 class Easel:
     """What is done to the pictures; `config` is that of the experiment `class_visualization`."""
 
     def __init__(
-        self, config: Any, model: PretrainedClassifier, ctx: ComputeContext, classes: list[int], out: RunDir
+        self, config: Config, model: PretrainedClassifier, ctx: ComputeContext, classes: list[int], out: RunDir
     ) -> None:
         self.config, self.model, self.ctx, self.out = config, model, ctx, out
         self.classes = torch.tensor(classes, device=ctx.device)
@@ -277,3 +202,73 @@ class Easel:
         for row, p, index in zip(rows, probabilities, self.classes.tolist(), strict=True):
             row["second_label"] = self.model.classes[int(p.argmax())]
             row["second_rank"] = int((p > p[index]).sum()) + 1
+
+
+def parameter_shape(config: Config, model: PretrainedClassifier) -> tuple[int, ...]:
+    """Return the shape of what is optimised."""
+    count, size = len(config.targets), model.frame.size_px
+    return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
+
+
+def second_judge(config: Config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Return what gives the second net's probabilities of photos (N, 3, S, S), None where none is named."""
+    if config.second_model is None:
+        return None
+    second = pretrained.build(config.second_model, config.second_weights, device)
+    size = second.frame.size_px
+
+    def probabilities(pictures: Tensor) -> Tensor:
+        resized = torch.nn.functional.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True)
+        return second.probabilities(resized.clamp(0, 1))
+
+    return probabilities
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Draw all targets together."""
+    ctx, model = config.build()
+    easel = Easel(config, model, ctx, [model.index(name) for name in config.targets], out)
+    job = image_optimizer.ImageOptimization(
+        pixels=image_optimizer.ImageState([easel.start()]),
+        objective=easel.objective,
+        update=easel.update,
+        steps=config.steps,
+        ctx=ctx,
+        digest=config.digest(),
+        frames=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
+        keep_frame=easel.keep_frame,
+    )
+    last = image_optimizer.optimize_image(job, out, "classvis")
+    rows = easel.finish(job.pixels)
+    second = second_judge(config, ctx.device)
+    if second is not None:
+        easel.ask(second, rows)
+    out.facts["results"] = rows
+    found = {"num_pictures": len(rows), "probability": min(row["score_target"] for row in rows), **last}
+    if second is not None:
+        found["second_top5"] = sum(row["second_rank"] <= 5 for row in rows) / len(rows)
+    return found
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    second = {"second_top5"} if config.second_model is not None else set()
+    return {"num_pictures", "probability", "steps", "seconds_of_steps", "loss", *second}
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do. ConfigError where there is no such class, DataError where there is no such photo."""
+    ctx, model = config.build()
+    for name in config.targets:
+        model.index(name)
+    if config.init == "image":
+        photos.load(photos.find_images(config.images)[0])
+    second_judge(config, ctx.device)
+    shape = parameter_shape(config, model)
+    return {
+        "targets": ", ".join(model.classes[model.index(name)] for name in config.targets),
+        "parameters": math.prod(shape),
+        "steps": config.steps,
+        "model": config.model,
+        **ctx.told(),
+    }

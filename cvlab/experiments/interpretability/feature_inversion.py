@@ -100,6 +100,20 @@ class Inverter:
         return self.config.lr * (0.2 if step >= LATE * self.config.steps else 1.0)
 
 
+def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[Row]:
+    """Write the pictures and a panel of them; return how near to the photo the files are."""
+    rows, tiles = [], [("photo", inverter.photo)]
+    for name, picture in zip(inverter.config.layers, pixels.tensors, strict=True):
+        file = f"images/{name.replace('/', '_')}.png"
+        out.write_bytes(file, images.png(photos.to_image(picture)))
+        image = photos.load(out.path / file)
+        found = style.psnr_db(photos.to_tensor(image), inverter.wanted.cpu())
+        tiles.append((f"{name}: {found:.1f} dB", image))
+        rows.append({"image": file, "layer": name, "psnr_db": found})
+    out.write_bytes("images/panel.png", images.png(images.panel(tiles)))
+    return [row | {"panel": "images/panel.png"} for row in rows]
+
+
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Invert all layers together."""
     ctx, model = config.build()
@@ -133,20 +147,6 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     by_layer = {f"psnr_db/{row['layer']}": row["psnr_db"] for row in rows}
     ends = {"psnr_db_first": found[0], "psnr_db_last": found[-1], "largest_rise_db": max(rises, default=0.0)}
     return {"num_pictures": len(rows), **by_layer, **ends, **last}
-
-
-def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[Row]:
-    """Write the pictures and a panel of them; return how near to the photo the files are."""
-    rows, tiles = [], [("photo", inverter.photo)]
-    for name, picture in zip(inverter.config.layers, pixels.tensors, strict=True):
-        file = f"images/{name.replace('/', '_')}.png"
-        out.write_bytes(file, images.png(photos.to_image(picture)))
-        image = photos.load(out.path / file)
-        found = style.psnr_db(photos.to_tensor(image), inverter.wanted.cpu())
-        tiles.append((f"{name}: {found:.1f} dB", image))
-        rows.append({"image": file, "layer": name, "psnr_db": found})
-    out.write_bytes("images/panel.png", images.png(images.panel(tiles)))
-    return [row | {"panel": "images/panel.png"} for row in rows]
 
 
 def metric_names(config: Config) -> set[str]:

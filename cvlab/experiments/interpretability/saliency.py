@@ -61,29 +61,6 @@ def maps(config: Config, model: PretrainedClassifier, images: Tensor, classes: T
     return saliency.smoothgrad(net, images, classes, config.of, noise=noise, samples=config.samples)
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Explain all photos."""
-    ctx, model = config.build()
-    target = model.index(config.target) if config.target is not None else None
-    out.folder("images")
-
-    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
-        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(ctx.device)
-        with torch.inference_mode():
-            probabilities = model.probabilities(views)
-        classes = probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=ctx.device)
-        images = views.contiguous(memory_format=torch.channels_last)
-        with ctx.autocast():
-            found = maps(config, model, images, classes.clone()).float().cpu()
-        rows = []
-        for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
-            rows.append(_row(model, values, p, k) | _write(out, config, model, photo, values, f"{model.classes[k]}"))
-        return rows
-
-    rows = photo_batches.run(config, out, work, "saliency")
-    return {"num_photos": len(rows), "inside": statistics.fmean(row["inside"] for row in rows)}
-
-
 def _row(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, index: int) -> Row:
     flat = values.flatten().sort(descending=True).values
     inside = flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30)
@@ -107,6 +84,29 @@ def _write(out: RunDir, config: Config, model: PretrainedClassifier, photo: Phot
         out.write_bytes(files[key], images.png(image))
     out.write_bytes(f"images/{photo.label}-map.npy", raw.getvalue())
     return {**files, "values": f"images/{photo.label}-map.npy"}
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Explain all photos."""
+    ctx, model = config.build()
+    target = model.index(config.target) if config.target is not None else None
+    out.folder("images")
+
+    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(ctx.device)
+        with torch.inference_mode():
+            probabilities = model.probabilities(views)
+        classes = probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=ctx.device)
+        images = views.contiguous(memory_format=torch.channels_last)
+        with ctx.autocast():
+            found = maps(config, model, images, classes.clone()).float().cpu()
+        rows = []
+        for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
+            rows.append(_row(model, values, p, k) | _write(out, config, model, photo, values, f"{model.classes[k]}"))
+        return rows
+
+    rows = photo_batches.run(config, out, work, "saliency")
+    return {"num_photos": len(rows), "inside": statistics.fmean(row["inside"] for row in rows)}
 
 
 def metric_names(config: Config) -> set[str]:

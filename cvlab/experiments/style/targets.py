@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +12,12 @@ from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.style import sample_painting
+from cvlab.experiments.style.config import STYLE_WEIGHT, Config
 from cvlab.models import features
 from cvlab.models.features import FeatureExtractor, Layers
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 
-STYLE_WEIGHT = 2000.0
 LEAST_SHARE = 0.01  # of the style's own Gram matrices, that the photo's differ from it where weights are relative
 Maps = dict[str, Tensor]  # features (C, H, W) by layer
 
@@ -72,7 +71,7 @@ def fitted(image: Image.Image, size_px: int, side: str) -> tuple[int, int]:
 class Targets:
     """The pictures of a configuration of the experiment `style`, and the targets that they give."""
 
-    def __init__(self, config: Any, model: PretrainedClassifier, ctx: ComputeContext) -> None:
+    def __init__(self, config: Config, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.ctx = config, ctx
         self.layers = _layers(config, model)
         self.content = open_picture(config.content) if config.content is not None else None
@@ -151,7 +150,7 @@ class Targets:
         return tuple(regions)
 
 
-def _layers(config: Any, model: PretrainedClassifier) -> Layers:
+def _layers(config: Config, model: PretrainedClassifier) -> Layers:
     """Return the layers that a configuration names, else those of the net's family; checked against the weights."""
     if config.style_layers is not None and config.content_layer is not None:
         layers = Layers(config.style_layers, config.content_layer)

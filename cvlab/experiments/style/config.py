@@ -1,0 +1,83 @@
+"""Configuration of style transfer and texture synthesis."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+from pydantic import Field, field_validator, model_validator
+
+from cvlab.config import schema
+from cvlab.data import photos
+from cvlab.experiments.common import photo_batches
+from cvlab.experiments.common.photo_batches import PretrainedConfig
+
+STYLE_WEIGHT = 2000.0
+
+Side = Annotated[int, Ge(32), Le(8192)]
+
+
+class Config(PretrainedConfig):
+    """Which pictures, and how one is made of them."""
+
+    content: str | None = Field(photos.SAMPLE, description="the photo; null: none, a texture is made")
+    styles: tuple[str, ...] = Field(
+        (photos.SAMPLE_PAINTING,), description=f"pictures whose style is taken; `{photos.SAMPLE_PAINTING}` comes along"
+    )
+    mix: tuple[schema.PositiveFloat, ...] | None = Field(
+        None, description="a weight for each of the styles; null: equal"
+    )
+    masks: tuple[str, ...] = Field((), description="a mask of the photo for each style: where it is white")
+    style_masks: tuple[str, ...] = Field((), description="for each mask, one of its style: where that is taken from")
+    size: Side = Field(512, description="the picture's longer side in pixels")
+    side: Literal["longer", "shorter"] = Field("longer", description="which side of a picture `size` speaks of")
+    style_size: Side | None = Field(
+        None, description="the same for the styles; null: as `size`. Larger: broader strokes"
+    )
+    scales: Annotated[int, Ge(1), Le(6)] | Literal["auto"] = Field(
+        "auto", description="sizes to paint at, from coarse to fine, each twice the one before"
+    )
+    strength: schema.PositiveFloat = Field(1.0, description="all style weights are multiplied by it")
+    keep_colors: bool = Field(False, description="paint in grey, then take over the photo's colours")
+    init: Literal["content", "noise"] = Field("content", description="what painting starts from")
+    style_layers: tuple[str, ...] | None = Field(None, description="names of modules; null: those of the net's family")
+    content_layer: str | None = Field(None, description="the same for the photo")
+    style_weights: tuple[schema.NonNegativeFloat, ...] | None = Field(
+        None, description=f"one for each style layer; null: {STYLE_WEIGHT:g} each"
+    )
+    content_weight: schema.NonNegativeFloat = Field(1000.0, description="weight of the content loss")
+    tv_weight: schema.NonNegativeFloat = Field(15_000.0, description="weight of the squared differences of neighbours")
+    scaling: Literal["relative", "absolute"] = Field("relative", description="what weights are multiplied by")
+    space: Literal["pixels", "normalized"] = Field(
+        "pixels", description="optimise pixels in [0, 1], or normalised as the net wants them"
+    )
+    optimizer: Literal["adam", "lbfgs"] = Field("adam", description="lbfgs keeps ten pictures and gradients")
+    lr: schema.PositiveFloat = Field(0.05, description="length of Adam's steps; 1 is right for lbfgs")
+    late_lr: schema.PositiveFloat = Field(0.01, description="adam: for the last tenth of a scale's steps")
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(200, description="of all scales together")
+    preview_every: schema.PositiveInt = Field(25, description="steps from one preview to the next")
+
+    @field_validator("content")
+    @classmethod
+    def _absolute_content(cls, name: str | None) -> str | None:
+        return photo_batches.absolute((name,))[0] if name is not None else None
+
+    @field_validator("styles", "masks", "style_masks")
+    @classmethod
+    def _absolute_pictures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return photo_batches.absolute(names) if names else names
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        several = len(self.styles) > 1
+        if not self.styles:
+            raise ValueError("give at least one style")
+        if self.masks and several and len(self.masks) != len(self.styles):
+            raise ValueError(f"{len(self.masks)} masks for {len(self.styles)} styles: give one mask for each")
+        if self.style_masks and len(self.style_masks) != len(self.masks):
+            raise ValueError(f"{len(self.style_masks)} style_masks for {len(self.masks)} masks: give one for each")
+        if self.mix is not None and len(self.mix) != max(len(self.styles), len(self.masks)):
+            raise ValueError(f"mix has {len(self.mix)} weights for {max(len(self.styles), len(self.masks))} styles")
+        if self.content is None and (self.init == "content" or self.masks or self.keep_colors):
+            raise ValueError("without a photo: init is noise, and there are neither masks nor keep_colors")
+        if self.keep_colors and self.space == "normalized":
+            raise ValueError("keep_colors goes with space: pixels")
+        return self

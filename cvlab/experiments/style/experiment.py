@@ -1,0 +1,100 @@
+"""Paint a photo in the manner of a picture: match the photo's features and the Gram matrices of the picture's.
+
+Paper: Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et al., 2017,
+"Controlling perceptual factors in neural style transfer" (regions, colours, coarse to fine). Without a photo it is
+texture synthesis (Gatys et al., 2015).
+Differs: weights are relative, so that they mean the same for every net: each style layer starts at its weight, the
+content loss is its weight where nothing is left of the photo but the mean. `scaling: absolute` is the papers' way.
+Expect: of the written file, read back: `content_loss`, `style_loss`, `tv_loss`; `style_drop`, how many times lower the
+style loss is than at the photo (or the noise); `ssim`, the structural similarity of its luminance with the photo's.
+Command: cvlab style tubingen.jpg starry_night.jpg
+"""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cvlab.data import photos
+from cvlab.engine import image_optimizer
+from cvlab.experiments.style.config import Config
+from cvlab.experiments.style.transfer import StyleTransfer, prepare
+from cvlab.reports import images
+from cvlab.runs.records import Row
+from cvlab.runs.run_dir import RunDir
+
+ANIMATION_PX = 384  # longer side
+LOSSES = ("content_loss", "style_loss", "tv_loss")
+
+
+def run(config: Config, out: RunDir) -> dict[str, float]:
+    """Paint the picture."""
+    transfer = prepare(config)
+    job = image_optimizer.ImageOptimization(
+        pixels=image_optimizer.ImageState([transfer.start()]),
+        objective=transfer.objective,
+        update=transfer.update,
+        steps=config.steps,
+        ctx=transfer.ctx,
+        digest=config.digest(),
+        frames=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
+        keep_frame=lambda step, pixels: keep_frame(out, transfer.image(pixels.tensors[0]), step),
+    )
+    last = image_optimizer.optimize_image(job, out, "style")
+    image = transfer.image(job.pixels.tensors[0])
+    out.write_bytes("images/style.png", images.png(image))
+    found = transfer.judge(out.path / "images" / "style.png")
+    made = show(config, transfer, out)
+    row = {"image": "images/style.png", "content": config.content, "styles": list(config.styles), **found, **made}
+    out.facts["results"] = [row]
+    times = {name: last[name] for name in ("steps", "seconds_of_steps")}
+    return {"width": image.width, "height": image.height, **found, **times}
+
+
+def show(config: Config, transfer: StyleTransfer, out: RunDir) -> Row:
+    """Write the panel, and the way to the picture as an animation; return their names."""
+    result = photos.load(out.path / "images" / "style.png")
+    names = (
+        ["style"]
+        if len(transfer.targets.styles) == 1
+        else [f"style {k + 1}" for k in range(len(transfer.targets.styles))]
+    )
+    tiles = [("content", transfer.content)] if transfer.content is not None else []
+    tiles += [*zip(names, transfer.targets.styles, strict=True), ("result", result)]
+    out.write_bytes("images/style-panel.png", images.png(images.panel(tiles)))
+    frames = [photos.load(path) for path in sorted((out.path / "images" / "frames").glob("*.png"))]
+    small = tuple(max(1, round(side * min(1, ANIMATION_PX / max(result.size)))) for side in result.size)
+    out.write_bytes("images/style.gif", images.gif([frame.resize(small) for frame in frames]))  # type: ignore[arg-type]
+    return {"panel": "images/style-panel.png", "animation": "images/style.gif"}
+
+
+def keep_frame(out: RunDir, image: Image.Image, step: int) -> None:
+    """Write a picture on the way, and as the preview that is always the newest."""
+    (out.folder("images") / "frames").mkdir(exist_ok=True)
+    data = images.png(image)
+    out.write_bytes(f"images/frames/{step:06d}.png", data)
+    out.write_bytes("images/preview.png", data)
+
+
+def metric_names(config: Config) -> set[str]:
+    """Return the names that an expectation can speak of."""
+    photo = {"ssim"} if config.content is not None else set()
+    return {"width", "height", "loss", *LOSSES, "style_drop", "steps", "seconds_of_steps", *photo}
+
+
+def plan(config: Config, base: Path) -> dict[str, Any]:
+    """Say what a run would do. DataError for a picture that is not there, ConfigError for one that is too large."""
+    transfer = prepare(config)
+    last = transfer.scales[-1]
+    return {
+        "content": config.content,
+        "styles": ", ".join(config.styles),
+        "scales": ", ".join(f"{s.width} x {s.height} for {s.end - s.start} steps" for s in transfer.scales),
+        "parameters": last.width * last.height * (1 if config.keep_colors else 3),
+        "steps": config.steps,
+        "memory_gb": round(transfer.bytes_needed() / 1e9, 2),
+        "model": config.model,
+        "style_layers": ", ".join(transfer.layers.style),
+        "content_layer": transfer.layers.content if transfer.content is not None else None,
+        **transfer.ctx.told(),
+    }
