@@ -18,7 +18,7 @@ level = NORMAL
 
 def set_level(quiet: bool, verbose: bool) -> None:
     """Choose how much is shown: warnings and errors only, the usual, or more."""
-    global level
+    global level  # noqa: PLW0603 - one terminal, one level
     level = QUIET if quiet else VERBOSE if verbose else NORMAL
 
 

@@ -44,7 +44,7 @@ def server(answer):
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             requests.append((self.path, self.headers.get("Range")))
             answer(self)
 

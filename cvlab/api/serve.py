@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     server_version = f"cvlab/{__version__}"
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class says so
+    def do_GET(self) -> None:
         """Answer with a page."""
         name = self.headers.get("Host", "")
         if name.rpartition(":")[0] not in LOCAL and name not in LOCAL:

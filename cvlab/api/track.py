@@ -51,7 +51,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def close(self, status: str) -> str:
+    def close(self, status: str) -> str:  # noqa: ARG002 - event files have no status
         """End the event file."""
         self.writer.close()
         return f"tensorboard --logdir {self.folder}"

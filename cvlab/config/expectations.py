@@ -8,6 +8,7 @@ mean of the arms that differ in the seed only), each narrowed by keys of the con
     increasing(train_accuracy, optimizer.lr)
 """
 
+import itertools
 import math
 import operator
 import re
@@ -95,7 +96,7 @@ class Term:
             return None  # no order among them
         ranked = [value for _, value in sorted(zip(places, values, strict=True))]
         before = ORDERS[self.function or ""]
-        return float(all(before(a, b) for a, b in zip(ranked, ranked[1:], strict=False)))
+        return float(all(before(a, b) for a, b in itertools.pairwise(ranked)))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Registry:
         """Return the builder called `name`; ConfigError with the nearest name otherwise."""
         if self.resolve is not None and name not in self.names:
             return self.resolve(name, base)
-        return typing.cast(Callable[..., Any], registry.get(self.kind, name, self.names))
+        return typing.cast("Callable[..., Any]", registry.get(self.kind, name, self.names))
 
 
 def component_type(table: Registry, name: str, builder: Callable[..., Any]) -> type[ComponentConfig]:

@@ -22,7 +22,7 @@ def check(raw: Mapping[str, Any], base: Path) -> tuple[ExperimentConfig | None, 
     config = None
     try:
         if config_type is not None:
-            config = typing.cast(ExperimentConfig, config_type.model_validate(raw))
+            config = typing.cast("ExperimentConfig", config_type.model_validate(raw))
     except ValidationError as error:
         named = {path[:1] for path, _ in wrong}
         found = messages.problems(error, config_type or FrozenModel, raw)

@@ -74,7 +74,7 @@ class DDPStep(SingleProcessStep):
         found: dict[str, Tensor] = self.outer(batch, self.inner.wishes.new_tensor([float(wish) for wish in wishes]))
         return found
 
-    def agreed(self, losses: "Mapping[str, Tensor]") -> tuple[list[bool], bool]:
+    def agreed(self, losses: "Mapping[str, Tensor]") -> tuple[list[bool], bool]:  # noqa: ARG002 - as the other
         """Return, after the backward pass, what any process wished for, and whether the loss is finite in all."""
         assert self.inner.wishes.grad is not None
         *wishes, diverged = (self.inner.wishes.grad > 0).tolist()

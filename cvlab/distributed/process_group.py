@@ -14,12 +14,9 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from cvlab.errors import ConfigError, CvlabError, StoppedError
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(seconds=60)  # of one exchange: a process that hangs for longer is given up

@@ -96,7 +96,7 @@ def fast_bfloat16(device: torch.device) -> bool:
 def seed_everything(seed: int) -> None:
     """Seed the generators of torch (all devices), numpy and Python."""
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - user models may draw from the global generator
+    np.random.seed(seed)
     random.seed(seed)
 
 

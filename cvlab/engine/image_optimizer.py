@@ -179,7 +179,7 @@ class _Session:
         self.out.set_status("running", step=step, total_steps=self.painting.steps)
 
 
-def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda step: 0) -> Update:
+def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda _: 0) -> Update:
     """Return Adam's update of pixels, its learning rate a function of the step, its moments in the pixels' memory.
 
     `since(step)` is the step at which the memory was empty last.

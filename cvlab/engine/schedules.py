@@ -18,7 +18,7 @@ SCHEDULES = Registry(
 )
 
 
-def constant(progress: float) -> float:
+def constant(progress: float) -> float:  # noqa: ARG001 - every schedule takes it
     """Return 1: the learning rate never changes."""
     return 1.0
 

@@ -81,11 +81,23 @@ def examples() -> list[tuple[str, Any, tuple[Tensor, ...], Callable[..., Tensor]
         ("LSTM step", recurrent.LSTMStep, (x, state, cell, *gated), both, 1e-8, ()),
         ("LSTM", recurrent.LSTM, (some(n, t, d), state, *gated), lstm, 1e-7, ()),
         ("Attention", attending.DotAttention, (state, some(n, cells, h)), attention, 1e-8, ()),
-        ("Attention LSTM", attending.AttentionLSTM, (some(n, t, d), some(n, cells, h), *looking), attention_lstm)
-        + (1e-7, ()),
+        (
+            "Attention LSTM",
+            attending.AttentionLSTM,
+            (some(n, t, d), some(n, cells, h), *looking),
+            attention_lstm,
+            1e-7,
+            (),
+        ),
         ("Attention, shared maps", attending.DotAttention, (some(2 * n, h), some(n, cells, h)), attention, 1e-8, ()),
-        ("Attention LSTM, shared maps", attending.AttentionLSTM)
-        + ((some(2 * n, t, d), some(n, cells, h), *looking), attention_lstm, 1e-7, ()),
+        (
+            "Attention LSTM, shared maps",
+            attending.AttentionLSTM,
+            (some(2 * n, t, d), some(n, cells, h), *looking),
+            attention_lstm,
+            1e-7,
+            (),
+        ),
         ("Embedding", sequence.Embedding, (some(5, d), labels), lambda w, k: F.embedding(k, w), 1e-8, ()),
         (
             "Temporal softmax",

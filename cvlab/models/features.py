@@ -62,7 +62,7 @@ class FeatureExtractor:
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 found[name] = output
                 if len(found) == len(self.names) and not to_end:
                     raise _Enough
@@ -118,7 +118,7 @@ def last_by_stride(model: PretrainedClassifier) -> dict[int, str]:
     handles = []
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim == 4 and output.shape[0] == 1 and output.shape[2] > 1:
                 last[side // output.shape[2]] = name
 

@@ -38,7 +38,7 @@ class EvalTransform:
         else:  # the longer side is cut to a whole number, as torchvision and timm do
             resized_w = self.resize_px if width <= height else int(self.resize_px * width / short)
             resized_h = self.resize_px if height <= width else int(self.resize_px * height / short)
-        left, top = (int(round((side - self.size_px) / 2.0)) for side in (resized_w, resized_h))
+        left, top = (round((side - self.size_px) / 2.0) for side in (resized_w, resized_h))
         x, y = width / resized_w, height / resized_h
         return left * x, top * y, (left + self.size_px) * x, (top + self.size_px) * y
 

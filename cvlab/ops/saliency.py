@@ -73,7 +73,7 @@ def gradcam(net: nn.Module, images: Tensor, classes: Tensor, of: str = "score", 
     for the class in both cases.
     """
     kept: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda module, args, out: kept.append(out))
+    hook = layer.register_forward_hook(lambda _module, _args, out: kept.append(out))
     try:
         x = images.detach().requires_grad_(True)
         value = KINDS[of](net(x), classes).sum()
@@ -93,7 +93,7 @@ def last_features(net: nn.Module, size_px: int) -> nn.Module:
     """
     found: list[nn.Module] = []
 
-    def note(module: nn.Module, args: object, out: object) -> None:
+    def note(module: nn.Module, _args: object, out: object) -> None:
         if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1 and out.shape[1] > 3:
             found.append(module)
 

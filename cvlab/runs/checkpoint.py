@@ -106,7 +106,7 @@ def link_best(path: Path) -> None:
     temporary = path.parent / f".{BEST}{atomic.TEMPORARY}"
     temporary.unlink(missing_ok=True)
     os.link(path, temporary)
-    os.replace(temporary, path.parent / BEST)
+    temporary.replace(path.parent / BEST)
     temporary.unlink(missing_ok=True)  # rename(2) does nothing where both names are links to one file already
     atomic.sync_directory(path.parent)
 

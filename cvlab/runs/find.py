@@ -41,7 +41,7 @@ def _point_latest(root: Path, path: Path) -> None:
     temporary = root / f".latest-{path.name}"
     with contextlib.suppress(OSError):  # a file system without links loses only the shortcut
         temporary.symlink_to(path.name)
-        os.replace(temporary, root / "latest")
+        temporary.replace(root / "latest")
 
 
 def config_path(path: Path) -> Path:

@@ -27,7 +27,7 @@ class StopRequest:
         self.received: int | None = None
         self._before: dict[int, object] = {}
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number

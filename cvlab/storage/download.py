@@ -108,7 +108,7 @@ def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> No
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Stops at a redirect: its headers say what the file behind it is."""
 
-    def redirect_request(self, *args: Any) -> None:
+    def redirect_request(self, *_args: Any) -> None:
         return None
 
 

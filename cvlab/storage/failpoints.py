@@ -18,7 +18,7 @@ def _reach(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _nothing(name: str) -> None:
+def _nothing(_name: str) -> None:
     return
 
 

@@ -1,6 +1,5 @@
 """A sweep's arms as configurations: validated with the sweep, written as run directories before the first one runs."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,7 +151,7 @@ def make(sweep: Any, base: Path, out: RunDir) -> None:
         (partial / name).mkdir(exist_ok=True)
         _write(partial / name, config, base, _threads(sweep))
     user_code.snapshot_user_code(sweep.model_dump(), base, out.path)
-    os.replace(partial, out.path / "arms")
+    partial.replace(out.path / "arms")
     atomic.sync_directory(out.path)
 
 
@@ -169,7 +168,7 @@ def add(sweep: Any, out: RunDir, number: int, changes: grid.Changes) -> Path:
     _write(partial, config, out.path, _threads(sweep))
     trials.write(partial, changes)
     made = Path(out.path, "arms", arm.name)
-    os.replace(partial, made)
+    partial.replace(made)
     atomic.sync_directory(made.parent)
     return made
 

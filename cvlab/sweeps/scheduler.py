@@ -46,7 +46,7 @@ class SweepScheduler:
         arms: Sequence[Path],
         total: int,
         more: Callable[[], Path | None] = lambda: None,
-        look: Callable[[Iterable[Path]], None] = lambda running: None,
+        look: Callable[[Iterable[Path]], None] = lambda _: None,
     ) -> None:
         self.out, self.limits, self.total, self.more, self.look = out, limits, total, more, look
         self.waiting = deque(arm.resolve() for arm in arms if not has_ended(arm))

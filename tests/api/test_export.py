@@ -112,7 +112,7 @@ class TestOnnx:
 def test_refusals(cvlab, trained):
     run = trained(CLASSIFIER)
     assert "did you mean 'onnx'" in cvlab("export", run, "--to", "onx")[2]
-    code, _, err = cvlab("export", run, "--to", "safetensors", "--out", run / "no" / "x")
+    code, _, _ = cvlab("export", run, "--to", "safetensors", "--out", run / "no" / "x")
     assert code == 5
     assert not (run / "no").exists()
     assert cvlab("export", "nothing", "--to", "onnx")[0] == 5

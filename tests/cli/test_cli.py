@@ -343,7 +343,7 @@ def test_a_metric_that_is_not_finite_is_a_divergence(cvlab, tiny, tmp_path):
     assert "val_loss is not finite at step 5" in err
 
 
-@pytest.mark.parametrize("width", (30, 58, 72, 93, 137))
+@pytest.mark.parametrize("width", [30, 58, 72, 93, 137])
 def test_no_word_of_a_table_is_torn_or_lost(cvlab, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     for command, kind in ((("models",), "models"), (("data", "list"), "data"), (("config",), "configs")):
@@ -550,7 +550,7 @@ def test_bench_engine(cvlab):
     code, out, _ = cvlab("bench", "engine", "--rounds", 1, "--steps", 1, "--json")
     found = json.loads(out)
     assert code == 0
-    assert [row["loop"] for row in found["loops"]][0] == "fit"
+    assert next(row["loop"] for row in found["loops"]) == "fit"
     assert found["fit_against_bare"] > 0
     assert all(row["images_per_second"] > 0 for row in found["loops"])
 

@@ -58,7 +58,7 @@ def test_the_set_is_kept_and_checked(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[5000] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(DataError, match="train_images.npy: damaged"):
+    with pytest.raises(DataError, match=r"train_images\.npy: damaged"):
         scenes10.load(tmp_path)
     path.write_bytes(raw[:100])
     with pytest.raises(DataError, match="cannot be read"):

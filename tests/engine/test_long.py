@@ -1,5 +1,6 @@
 """A long training leaves no trace but its files: no growth of memory, of open files, of threads."""
 
+import itertools
 import os
 import statistics
 import threading
@@ -34,6 +35,6 @@ def test_20000_steps_grow_nothing(tmp_path):
     assert memory[-1] - memory[0] < 4_000_000, f"{(memory[-1] - memory[0]) / 1e6:.1f} MB more"
     assert max(files) - min(files) <= 1
     assert max(threads) == min(threads)
-    spent = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    spent = [later - earlier for earlier, later in itertools.pairwise(times)]
     slope = statistics.linear_regression(range(len(spent)), spent).slope * len(spent) / statistics.median(spent)
     print(f"memory {(memory[-1] - memory[0]) / 1e6:.2f} MB more, step time {slope:+.1%} over the run")

@@ -147,7 +147,7 @@ def test_a_budget_is_kept_and_its_record_repeats_the_bits(tmp_path):
 def test_a_changed_configuration_is_not_resumed(tmp_path):
     with pytest.raises(StoppedError):
         tiny.train(tmp_path / "run", tiny.settings(), stop_at(5))
-    with pytest.raises(CheckpointError, match="config.yaml was changed"):
+    with pytest.raises(CheckpointError, match=r"config\.yaml was changed"):
         tiny.train(tmp_path / "run", tiny.settings(clip_norm=2.0))
 
 

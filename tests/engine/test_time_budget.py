@@ -64,7 +64,7 @@ def test_the_time_of_a_step_leaves_the_first_ones_out(monkeypatch):
 
 
 def test_a_budget_too_short_for_a_step():
-    with pytest.raises(ConfigError, match="0.5 s are too short for a step, which takes 2 s"):
+    with pytest.raises(ConfigError, match=r"0\.5 s are too short for a step, which takes 2 s"):
         time_budget.first_plan(0.5, 2.0)
 
 

@@ -33,8 +33,18 @@ CAPTIONER = (
     *("evaluate_test=false", "expect=[]"),
 )
 KINDS = {  # of experiment -> a short command line of it
-    "classify": ("train", "quickstart", "data.num_train=100", "batch_size=20", "duration={steps: 60}", "save_seconds=0")
-    + ("evaluate_test=false", "expect=[]", "eval_every=1000", "threads=1"),
+    "classify": (
+        "train",
+        "quickstart",
+        "data.num_train=100",
+        "batch_size=20",
+        "duration={steps: 60}",
+        "save_seconds=0",
+        "evaluate_test=false",
+        "expect=[]",
+        "eval_every=1000",
+        "threads=1",
+    ),
     "yolo": DETECTOR,
     "faster_rcnn": (*DETECTOR, "model={name: faster_rcnn}"),
     "captioner": CAPTIONER,
@@ -46,8 +56,8 @@ KINDS = {  # of experiment -> a short command line of it
         "steps=30",
         "frames=2",
         "threads=1",
-    )
-    + ("expect=[]",),
+        "expect=[]",
+    ),
     "style": ("run", "style", "size=64", "steps=40", "threads=1", "expect=[]"),
     "detect": ("detect", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
     "sweep": ("sweep", "{folder}/sweep.yaml"),

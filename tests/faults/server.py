@@ -20,13 +20,13 @@ import torch._dynamo  # the first optimiser imports it: a second and a half that
 
 os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: the failpoints are compiled in
 
-from cvlab.cli import main  # noqa: E402
+from cvlab.cli import main
 from cvlab.engine import trainer
-from cvlab.errors import CheckpointError  # noqa: E402
+from cvlab.errors import CheckpointError
 from cvlab.runs import checkpoint
 from cvlab.runs.records import read_metrics, read_status
-from tests import tiny  # noqa: E402
-from tests.faults.texts import CONFIG  # noqa: E402
+from tests import tiny
+from tests.faults.texts import CONFIG
 
 torch.set_num_threads(1)
 RANDOM = random.Random(int(os.environ.get("FAULT_SEED", "0")))

@@ -29,7 +29,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         command = [*prefix, sys.executable, "-m", "cvlab", *map(str, arguments)]
         started = {"stdin": slave, "stdout": slave, "stderr": slave, "env": {**os.environ, "TERM": "xterm"}}
-        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=self._control, **started)
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=self._control, **started)  # noqa: PLW1509
         os.close(slave)
         self.shown = b""
 

@@ -61,7 +61,7 @@ def test_dropout_keeps_the_expectation(p):
 
 def slow_conv(x, w, b, stride, padding):
     """Seven loops, as on the blackboard."""
-    n, c, h, width = x.shape
+    n, _, h, width = x.shape
     f, _, k, _ = w.shape
     padded = F.pad(x, (padding,) * 4)
     ho, wo = conv.out_size(h, k, stride, padding), conv.out_size(width, k, stride, padding)

@@ -103,7 +103,7 @@ def test_a_slow_source_is_left_for_the_next(tmp_path, monkeypatch):
 
 def test_where_all_are_slow_what_came_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
-    with server(slowly) as (url, _), pytest.raises(download.SlowError, match="minutes in all.*are kept"):
+    with server(slowly) as (url, _), pytest.raises(download.SlowError, match=r"minutes in all.*are kept"):
         fetch([f"{url}/slow"], tmp_path / "file")
     kept = (tmp_path / "file.partial").read_bytes()
     assert kept

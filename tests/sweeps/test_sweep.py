@@ -256,7 +256,7 @@ def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     )
     text = SWEEP.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:Net'").replace("[0, 1]", "[0]")
     text = text.replace("optimizer.lr: [1e-3, 1e-2]", "model.width: [5, 6]")
-    code, out, err = cvlab("sweep", write(tmp_path, text))
+    code, _, err = cvlab("sweep", write(tmp_path, text))
     assert code == 1, err
     assert "1 arms failed" in err, err
     assert "AssertionError: not five" in err, err

@@ -91,7 +91,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def draw(seed: int, number: int, rules: Rules = Rules()) -> Scene:  # noqa: B008 - it does not change
+def draw(seed: int, number: int, rules: Rules = Rules()) -> Scene:
     """Draw one scene."""
     numbers = iter(rng.uniform(seed, number, torch.arange(NUMBERS), "scenes").tolist())
     ground = tuple(0.3 * a + 0.7 * (0.1 + 0.8 * next(numbers)) for a in _pick(list(COLORS.values()), numbers))

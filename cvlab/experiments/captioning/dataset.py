@@ -184,9 +184,9 @@ CAPTIONS = Source(
     summary="your own photos with sentences: a CSV (image,caption) or COCO's JSON; data.path names it",
     licence="yours",
     size=Size(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
-    ready=lambda root: False,
+    ready=lambda _: False,
     load=lambda root: load(CUSTOM, root),
-    check=lambda root: "your own, read and checked by every run",
+    check=lambda _: "your own, read and checked by every run",
     kind="captions",
     own=True,
 )

@@ -72,4 +72,4 @@ def _files() -> Iterator[tuple[str, bytes]]:
     yield "captions.csv", table.getvalue().encode()
 
 
-SET = GeneratedDataset("scene_sentences", 2, sum(COUNTS.values()), lambda: _files())
+SET = GeneratedDataset("scene_sentences", 2, sum(COUNTS.values()), lambda: _files())  # noqa: PLW0108 - defined below

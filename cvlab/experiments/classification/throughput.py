@@ -46,7 +46,7 @@ def steps(
         loop.TrainState(parts.model, optimizer, config.ema),
         train.loss_function(config, parts.batches),
         batch_at or parts.batches,
-        lr_factor=lambda step: 1e-3,  # the weights do not matter and must stay finite
+        lr_factor=lambda _: 1e-3,  # the weights do not matter and must stay finite
         ctx=parts.ctx,
         clip_norm=config.clip_norm,
     )

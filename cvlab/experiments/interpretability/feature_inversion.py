@@ -9,6 +9,7 @@ layer, `largest_rise_db` from a layer to the next.
 Command: cvlab run configs/feature_inversion.yaml
 """
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,7 +144,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     rows = judge(inverter, job.pixels, out)
     out.facts["results"] = rows
     found = [row["psnr_db"] for row in rows]
-    rises = [later - earlier for earlier, later in zip(found, found[1:], strict=False)]
+    rises = [later - earlier for earlier, later in itertools.pairwise(found)]
     by_layer = {f"psnr_db/{row['layer']}": row["psnr_db"] for row in rows}
     ends = {"psnr_db_first": found[0], "psnr_db_last": found[-1], "largest_rise_db": max(rises, default=0.0)}
     return {"num_pictures": len(rows), **by_layer, **ends, **last}

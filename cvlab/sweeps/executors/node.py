@@ -66,7 +66,7 @@ class Child:
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
 
-def run(errand: RemoteTask, begun: Callable[[Child], None] = lambda child: None) -> RemoteResult:
+def run(errand: RemoteTask, begun: Callable[[Child], None] = lambda _: None) -> RemoteResult:
     """Run an arm to its end; interrupted, ask it to save, and wait for that."""
     arm = errand.task.arm
     if not sees(errand.task):

@@ -39,7 +39,7 @@ class ArmJob:
     def _keep(self, child: node.Child) -> None:
         self.child = child
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     def checkpoint(self) -> Any:

@@ -101,7 +101,7 @@ def test_away_from_what_it_sees(two, cvlab):
 def test_what_is_the_target_already_is_left_alone(two, cvlab, tmp_path):
     _, out, _ = cvlab("classify", two[0], "--json")
     label = json.loads(out)["results"][0]["label"]
-    code, out, err = cvlab("attack", "--target", label, *two[:1], "--json")
+    code, out, _ = cvlab("attack", "--target", label, *two[:1], "--json")
     found = json.loads(out)
     row = found["results"][0]
     assert code == 3
@@ -153,7 +153,7 @@ def test_one_bad_photo_and_the_others_go_on(two, cvlab, tmp_path):
 def test_refusals_are_one_line_and_leave_nothing(cvlab, tmp_path, words, code, text):
     if words[0] == "eval":
         cvlab("classify", "sample")
-    found, out, err = cvlab(*words)
+    found, _, err = cvlab(*words)
     assert found == code
     assert text in err.splitlines()[-1]
     assert words[0] == "eval" or not (tmp_path / "runs").exists()

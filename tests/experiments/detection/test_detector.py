@@ -54,7 +54,7 @@ class TestYoloFpn:
     def test_what_is_right_costs_little_and_is_found(self):
         net = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
-        _, boxes_xyxy, points = net(maps)
+        _, _, points = net(maps)
         wanted = torch.tensor([[8.0, 8, 40, 40]])
         scores = torch.full((1, 84, 3), -12.0)
         inside = (points[:, :2] > 8).all(1) & (points[:, :2] < 40).all(1)
@@ -235,7 +235,7 @@ class TestDetect:
         Path("text.safetensors").write_text("nothing of the kind")
         save_file({"a": torch.zeros(1)}, "other.safetensors")
         Path("folder").mkdir()
-        got, out, err = cvlab("detect", *words)
+        got, _, err = cvlab("detect", *words)
         assert got == code, err
         assert says in err, err
         assert "Traceback" not in err, err

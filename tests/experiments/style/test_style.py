@@ -1,5 +1,6 @@
 """Style transfer: losses against slow twins, memory, layers, regions, scales, the command, resuming."""
 
+import itertools
 import json
 import math
 
@@ -184,11 +185,11 @@ class TestFeatures:
         assert not any(module._forward_hooks for module in net.net.modules())
 
     def test_a_layer_that_is_not_there(self):
-        with pytest.raises(ConfigError, match="unknown layer 'blocks.9'.*blocks.6"):
+        with pytest.raises(ConfigError, match=r"unknown layer 'blocks\.9'.*blocks\.6"):
             features.FeatureExtractor(pretrained.build(), ["blocks.9"])
 
     def test_a_layer_that_gives_no_map(self):
-        with pytest.raises(ConfigError, match="'classifier'.*no map"):
+        with pytest.raises(ConfigError, match=r"'classifier'.*no map"):
             features.FeatureExtractor(pretrained.build(), ["classifier"])(torch.rand(3, 64, 64))
 
     def test_an_activation_in_place_does_not_change_what_was_kept(self, tmp_path):
@@ -231,7 +232,7 @@ class TestScales:
         assert len(found) == count
         assert (found[-1].width, found[-1].end) == (size, 200)
         assert [scale.start for scale in found] == [0, *(scale.end for scale in found[:-1])]
-        assert all(a.end - a.start >= b.end - b.start for a, b in zip(found, found[1:], strict=False))
+        assert all(a.end - a.start >= b.end - b.start for a, b in itertools.pairwise(found))
 
     def test_fewer_steps_than_scales(self):
         found = style_transfer.scales(512, 512, 5, 2)

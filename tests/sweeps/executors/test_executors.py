@@ -155,7 +155,7 @@ def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
     def engine(take, limits, stop):
         yield node.ended(take(), (None, said))
 
-    with pytest.raises(RunDirError, match="does not see .* storage that all nodes share, with --runs-dir"):
+    with pytest.raises(RunDirError, match=r"does not see .* storage that all nodes share, with --runs-dir"):
         drive(sweep, engine, monkeypatch)
 
 

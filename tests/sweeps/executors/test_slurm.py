@@ -124,7 +124,7 @@ def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
         with contextlib.suppress(OSError):
             if b"submitit.core._submit" in path.read_bytes() and os.getpgid(int(path.parent.name)) == int(job):
                 os.kill(int(path.parent.name), signal.SIGUSR2)
-    until(lambda: (fake_slurm / "requeued").exists())
+    until((fake_slurm / "requeued").exists)
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     assert weights_of_arms(tmp_path) == wanted
     run = (tmp_path / "runs" / "latest").resolve()

@@ -277,9 +277,9 @@ BOXES = Source(
     summary="your own photos with boxes, in VOC's, YOLO's or COCO's layout; data.path names them",
     licence="yours",
     size=Size(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
-    ready=lambda root: False,
+    ready=lambda _: False,
     load=_no_path,
-    check=lambda root: "your own, read and checked by every run",
+    check=lambda _: "your own, read and checked by every run",
     kind="boxes",
     own=True,
 )

@@ -38,4 +38,4 @@ def _xml(scene: generator.Scene, name: str) -> str:
     return writers.write_voc_xml(boxes_xyxy, names, (generator.SIZE_PX, generator.SIZE_PX), f"{name}.png")
 
 
-SET = GeneratedDataset("scenes", 1, sum(COUNTS.values()), lambda: _files())
+SET = GeneratedDataset("scenes", 1, sum(COUNTS.values()), lambda: _files())  # noqa: PLW0108 - defined below

@@ -6,6 +6,7 @@ of 672 x 20 x 20 on two cores).
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class Tuned(nn.Module):
         places = [order.index(end) + 1 for end in ends]
         self.stages = nn.ModuleList(
             nn.Sequential(*(copy.deepcopy(children[name]) for name in order[start:end]))
-            for start, end in zip(places, places[1:], strict=False)
+            for start, end in itertools.pairwise(places)
         )
         self.stages.requires_grad_(True)
         _fix_depthwise(self.stages)

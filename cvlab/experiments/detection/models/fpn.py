@@ -52,8 +52,8 @@ class Tower(nn.Module):
         made = []
         for level, x in enumerate(maps):
             for block in self.blocks:
-                x = cast(Tensor, block(x, level))
-            made.append(cast(Tensor, self.last(x)))
+                x = cast("Tensor", block(x, level))
+            made.append(cast("Tensor", self.last(x)))
         return made
 
 

@@ -424,7 +424,7 @@ def test_broken_yolo_folders(tmp_path):
     with pytest.raises(DataError, match=r"the class 'dog' is named twice"):
         load(tmp_path)
     (tmp_path / "data.yaml").unlink()
-    with pytest.raises(DataError, match="neither data.yaml nor classes.txt"):
+    with pytest.raises(DataError, match=r"neither data\.yaml nor classes\.txt"):
         load(tmp_path)
     write(tmp_path / "classes.txt", "dog\ncat\n")
     write(tmp_path / "labels/train/z.txt", "")
@@ -553,7 +553,7 @@ def test_zip_files_cannot_write_outside_or_link(tmp_path):
     for name in ("../out", "/out", "a/../../out", link):
         with zipfile.ZipFile(tmp_path / "bad.zip", "w") as file:
             file.writestr(name, "x")
-        with pytest.raises(DataError, match="would be written outside|not a plain file"):
+        with pytest.raises(DataError, match=r"would be written outside|not a plain file"):
             zipfiles.extract(tmp_path / "bad.zip", tmp_path / "to/here", max_bytes=10, max_members=1)
     with zipfile.ZipFile(tmp_path / "big.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a", "x" * 10_000)

@@ -55,7 +55,7 @@ def test_losses_equal_a_loop_and_are_finite_without_objects():
     some = targets(ONE, NONE)
     torch.manual_seed(3)
     losses = net.losses(found, some, 224)
-    positives, is_negative = net.matched(found, some)
+    positives, _ = net.matched(found, some)
     every, box_sum, class_sum = net.anchors(found), 0.0, 0.0
     for image, anchor, label, box in zip(*positives, strict=True):
         ax, ay, aw, ah = boxes.xyxy_to_cxcywh(every[anchor]).tolist()

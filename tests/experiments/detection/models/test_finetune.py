@@ -84,7 +84,7 @@ class TestTraining:
             [json.loads(line).get("train_loss") for line in (Path(f["run"]) / "metrics.jsonl").read_text().splitlines()]
             for f in (untouched, found)
         ]
-        first = [[value for value in values if value is not None][0] for values in losses]
+        first = [next(value for value in values if value is not None) for values in losses]
         assert first[0] == first[1]  # the first epoch is the same with and without
 
     def test_what_cannot_be_tuned_is_refused(self, cvlab):

@@ -61,10 +61,10 @@ def slow_losses(found, targets, drawn, faithful):
     confidence, offset, per_picture = [], [], []
     for n in range(len(targets)):
         entropies = []
-        for box, label in zip(targets.boxes_xyxy[n].tolist(), targets.labels[n].tolist(), strict=True):
+        for box_xyxy, label in zip(targets.boxes_xyxy[n].tolist(), targets.labels[n].tolist(), strict=True):
             if label < 0:
                 continue
-            box = [v / 32 for v in box]
+            box = [v / 32 for v in box_xyxy]
             place = slow_place(box, h, w)
             given = found.offsets[n, place].tolist()
             target = 1.0 if faithful else slow_iou(slow_box(given, place, h, w), box)
