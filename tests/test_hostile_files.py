@@ -189,8 +189,8 @@ KINDS = {  # name -> how it is made, how it is read, cases; a maker returns what
     "tar.xz": (tar_of("xz"), unpacked(archives.extract_tar), 60),
     "tar.bz2": (tar_of("bz2"), unpacked(archives.extract_tar), 60),
     "zip": (zip_of, unpacked(zipfiles.extract), 100),
-    "safetensors": (safetensors, weights.read, 100),
-    "pth": (pth, weights.read, 100),
+    "safetensors": (safetensors, weights.read_state_dict, 100),
+    "pth": (pth, weights.read_state_dict, 100),
     "checkpoint": (sealed, checkpoint.load, 100),
     "darknet": (darknet, lambda path: read_darknet(path, CONVS), 60),
 }

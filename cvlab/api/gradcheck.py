@@ -13,9 +13,9 @@ from cvlab.experiments.classification.models.convnet import deep_convnet, three_
 from cvlab.experiments.classification.models.mlp import fc_net
 from cvlab.experiments.classification.models.resnet import preact_resnet
 from cvlab.layers import gradcheck
-from cvlab.layers.gradcheck import Verdict
-from cvlab.layers.init import initialise
-from cvlab.layers.modules import MANUAL, MANUAL_ALT
+from cvlab.layers.gradcheck import GradCheckResult
+from cvlab.layers.init import init_weights
+from cvlab.layers.modules import MANUAL_ALT_LAYERS, MANUAL_LAYERS
 
 KAIMING = "Kaiming initialisation"
 UPDATES: dict[str, tuple[str, dict[str, float]]] = {
@@ -38,18 +38,18 @@ def _nets(layers: Any) -> dict[str, nn.Module]:
     }
 
 
-def _check_nets(wanted: Sequence[str] | None) -> list[Verdict]:
+def _check_nets(wanted: Sequence[str] | None) -> list[GradCheckResult]:
     images, labels = torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
     theirs, found = _nets(nn), []
-    for suffix, layers in (("", MANUAL), (", simplified", MANUAL_ALT)):
+    for suffix, layers in (("", MANUAL_LAYERS), (", simplified", MANUAL_ALT_LAYERS)):
         for name, mine in _nets(layers).items():
             simplified = suffix and "BatchNorm" not in name
             if not simplified and (wanted is None or name + suffix in wanted):
-                found.append(gradcheck.check_net(name + suffix, mine, theirs[name], images, labels))
+                found.append(gradcheck.check_model(name + suffix, mine, theirs[name], images, labels))
     return found
 
 
-def _check_update(name: str) -> Verdict:
+def _check_update(name: str) -> GradCheckResult:
     """Compare ten steps of a hand-written update rule with torch.optim's, on the same random gradients."""
     kind, settings = UPDATES[name]
     mine = nn.Parameter(torch.randn(20, dtype=torch.float64))
@@ -62,10 +62,10 @@ def _check_update(name: str) -> Verdict:
         by_hand.step()
         library.step()
     error = gradcheck.relative_error(mine.detach(), theirs.detach())
-    return Verdict(name, None, error, gradcheck.TORCH_TOLERANCE)
+    return GradCheckResult(name, None, error, gradcheck.TORCH_TOLERANCE)
 
 
-def _check_kaiming() -> Verdict:
+def _check_kaiming() -> GradCheckResult:
     """Send noise through 20 linear layers and ReLUs: each must keep its mean square, so that depth changes nothing.
 
     He et al., 2015, section 2.2. The error is that of the mean gain per layer; without the factor 2 it is 0.5.
@@ -74,9 +74,9 @@ def _check_kaiming() -> Verdict:
     x = torch.randn(64, width)
     start = x.square().mean()
     for _ in range(depth):
-        x = initialise(nn.Linear(width, width), "kaiming", before_relu=True)(x).relu()
+        x = init_weights(nn.Linear(width, width), "kaiming", before_relu=True)(x).relu()
     gain = (x.square().mean() / start).item() ** (1 / depth)
-    return Verdict(KAIMING, abs(gain - 1), None, 0.1)
+    return GradCheckResult(KAIMING, abs(gain - 1), None, 0.1)
 
 
 def run(names: Sequence[str], seed: int) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def run(names: Sequence[str], seed: int) -> dict[str, Any]:
     return {"ok": all(verdict.ok for verdict in verdicts), "checks": rows}
 
 
-def _check_named(names: Sequence[str]) -> list[Verdict]:
+def _check_named(names: Sequence[str]) -> list[GradCheckResult]:
     """Check everything but the nets."""
     cases = {case.name: case for case in gradcheck.cases()}
     nets = list(_nets(nn))

@@ -12,9 +12,9 @@ from cvlab.bench.training import REFERENCE
 from cvlab.config import loading as configs
 from cvlab.engine import device as engine_device
 from cvlab.engine.device import ComputeContext
-from cvlab.layers import modules, recurrent, recurrent_reference
+from cvlab.layers import modules, recurrent, reference
 from cvlab.layers.attention import AttentionLSTM
-from cvlab.layers.modules import MANUAL, MANUAL_ALT
+from cvlab.layers.modules import MANUAL_ALT_LAYERS, MANUAL_LAYERS
 
 SENTENCES = (250, 12, 256, 512, 49, 50)  # of 50 photos: sentences, words, sizes of word and state, cells, maps
 
@@ -40,7 +40,7 @@ def layers(rounds: int, device: str) -> dict[str, Any]:
     """Time forward plus backward of each hand-written layer against torch's, on the reference's shapes, in float32."""
     ctx = engine_device.select_device(device, "float32")
     batch: int = getattr(configs.load(REFERENCE).config, "batch_size", 0)
-    spaces = {"torch": nn, "manual": MANUAL, "manual_alt": MANUAL_ALT}
+    spaces = {"torch": nn, "manual": MANUAL_LAYERS, "manual_alt": MANUAL_ALT_LAYERS}
     rows = []
     for name, arguments, shape in _layer_shapes():
         x = torch.randn(batch, *shape, device=ctx.device)
@@ -74,13 +74,13 @@ def _recurrent(ctx: ComputeContext, rounds: int) -> list[dict[str, Any]]:
         inputs = [x, start, *weights(gates, d, h), torch.zeros(gates * h, device=ctx.device)]
         cases.append((name, layer, inputs, lambda made=made: made(x.requires_grad_(True))[0]))  # type: ignore[misc]
     inputs = [x, seen, *weights(4, d, h, h), torch.zeros(4 * h, device=ctx.device)]
-    cases.append(("AttentionLSTM", AttentionLSTM, inputs, lambda: recurrent_reference.attention_lstm(*inputs)))
+    cases.append(("AttentionLSTM", AttentionLSTM, inputs, lambda: reference.attention_lstm(*inputs)))
     rows = []
     for name, layer, given, theirs in cases:
         leaves = [tensor.requires_grad_(True) for tensor in given]
         loops = {
             "torch": lambda theirs=theirs: theirs().sum().backward(),
-            "manual": lambda layer=layer, leaves=leaves: modules.apply(layer, *leaves).sum().backward(),  # type: ignore[misc]
+            "manual": lambda layer=layer, leaves=leaves: modules.apply_layer(layer, *leaves).sum().backward(),  # type: ignore[misc]
         }
         seconds = alternate(loops, rounds)
         rows.append(_layer_row(name, [n, t, d], seconds))

@@ -29,8 +29,8 @@ SMALL = 1e-9  # a step so short that no photo is fooled before all steps are mea
 
 def bare_net(device: torch.device) -> nn.Module:
     """Build the net that comes along as it is: float32, contiguous, batch normalisation as layers of its own."""
-    net, about = pretrained.lite0()
-    return pretrained.Normalized(net.eval().requires_grad_(False), about["mean"], about["std"]).to(device)
+    net, about = pretrained.build_lite0()
+    return pretrained.NormalizedModel(net.eval().requires_grad_(False), about["mean"], about["std"]).to(device)
 
 
 def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
@@ -41,14 +41,14 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
     batch = [
         Photo(Path(f"{k}.png"), str(k), whole.crop((4 * k, 4 * k, 300 + 4 * k, 280 + 4 * k))) for k in range(batch_size)
     ]
-    x = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(ctx.device)
+    x = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
     own = [photos.to_tensor(photo.image).to(ctx.device) for photo in batch]
     y = torch.full((batch_size,), TARGET, device=ctx.device)
     with tempfile.TemporaryDirectory() as folder:
         out = RunDir(Path(folder))
         loops = {
             "bare gradient": harness.synchronized(ctx, lambda: _gradient(bare, x, y)),
-            "saliency": harness.synchronized(ctx, lambda: saliency.vanilla(model.net, _last(x), y)),
+            "saliency": harness.synchronized(ctx, lambda: saliency.vanilla_gradient(model.module, _last(x), y)),
             **_captum(ctx, bare, x, y),
             "bare attack, model size": harness.synchronized(ctx, lambda: _bare_attack(bare, list(x), y)),
             "bare attack, original size": harness.synchronized(ctx, lambda: _bare_attack(bare, own, y)),

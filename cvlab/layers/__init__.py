@@ -6,6 +6,6 @@ derivation of BatchNorm's backward. All three read and write the same checkpoint
 
 LAYERS = {
     "torch": "torch:nn",
-    "manual": "cvlab.layers.modules:MANUAL",
-    "manual_alt": "cvlab.layers.modules:MANUAL_ALT",
+    "manual": "cvlab.layers.modules:MANUAL_LAYERS",
+    "manual_alt": "cvlab.layers.modules:MANUAL_ALT_LAYERS",
 }

@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.errors import ConfigError
-from cvlab.layers import batchnorm, conv, linear, losses, recurrent_reference
+from cvlab.layers import batchnorm, conv, linear, losses
+from cvlab.layers import reference as layers_reference
 
 STEPS = (1e-5, 1e-7)  # the second where the first misses: a kink (ReLU at 0, a tie in pooling) may lie within it
 FLOOR = 1e-10
-NET_FLOOR = 1e-3  # the bias of a convolution before BatchNorm has gradient 0: there differences show rounding only
-NET_TOLERANCE = 1e-5
+MODEL_FLOOR = 1e-3  # the bias of a convolution before BatchNorm has gradient 0: there differences show rounding only
+MODEL_TOLERANCE = 1e-5
 TORCH_TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
-class Case:
+class GradCheckCase:
     """One layer on one set of inputs.
 
     `forward(*inputs) -> (out, cache)` and `backward(dout, cache) -> gradients`, one for each input that is a floating
@@ -39,7 +40,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GradCheckResult:
     """The largest errors over all inputs of a case, against differences and against torch; None: not compared."""
 
     name: str
@@ -96,7 +97,7 @@ def numeric_error(
     return found
 
 
-def check(case: Case) -> Verdict:
+def check(case: GradCheckCase) -> GradCheckResult:
     """Compare a case's gradients with both oracles. ConfigError where a user's layer does not have their form."""
     found = case.forward(*case.inputs)
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Tensor):
@@ -121,10 +122,10 @@ def check(case: Case) -> Verdict:
 
         numeric = _worse(numeric, numeric_error(mine[place], vary, case.inputs[k], dout, case.tolerance))
         against_torch = _worse(against_torch, relative_error(mine[place], theirs[place]))
-    return Verdict(case.name, numeric, against_torch, case.tolerance)
+    return GradCheckResult(case.name, numeric, against_torch, case.tolerance)
 
 
-def _autograd(case: Case, inputs: Sequence[Tensor], wanted: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+def _autograd(case: GradCheckCase, inputs: Sequence[Tensor], wanted: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
     """Return autograd's gradients; zero for an input that the output does not depend on."""
     out = case.reference(*inputs)
     if not out.requires_grad:
@@ -147,8 +148,12 @@ def _away_from_zero(*shape: int) -> Tensor:
     return x + 0.01 * x.sign()
 
 
-def _layer(name: str, layer: Any, inputs: Sequence[Tensor], reference: Any, tolerance: float, *options: Any) -> Case:
-    return Case(name, lambda *x: layer.forward(*x, *options), layer.backward, tuple(inputs), reference, tolerance)
+def _layer(
+    name: str, layer: Any, inputs: Sequence[Tensor], reference: Any, tolerance: float, *options: Any
+) -> GradCheckCase:
+    return GradCheckCase(
+        name, lambda *x: layer.forward(*x, *options), layer.backward, tuple(inputs), reference, tolerance
+    )
 
 
 class _LinearReLU:
@@ -189,7 +194,7 @@ def _multi_margin(scores: Tensor, labels: Tensor) -> Tensor:
     return F.multi_margin_loss(scores, labels) * scores.shape[1]
 
 
-def cases() -> list[Case]:
+def cases() -> list[GradCheckCase]:
     """Return every hand-written layer and loss, on random inputs."""
     labels = torch.tensor([1, 0, 4, 2])
     picture, statistics = _randn(2, 3, 6, 5), (1 + 0.3 * _randn(3), _randn(3))
@@ -228,12 +233,12 @@ def cases() -> list[Case]:
         ("SpatialBatchNorm, simplified", 1e-6, batchnorm.SpatialBatchNormAlt, picture),
     ):
         found.append(_layer(name, layer, [x, *statistics], normalised, tolerance))
-    for name, layer, inputs, reference, tolerance, options in recurrent_reference.examples():
+    for name, layer, inputs, reference, tolerance, options in layers_reference.examples():
         found.append(_layer(name, layer, inputs, reference, tolerance, *options))
     return found
 
 
-def check_net(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, labels: Tensor) -> Verdict:
+def check_model(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, labels: Tensor) -> GradCheckResult:
     """Compare the gradients of all weights of a net of hand-written layers, through the softmax loss.
 
     `theirs` is the same net of torch's layers; both are put to float64 and get the same weights.
@@ -262,12 +267,12 @@ def check_net(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, lab
             own.data = before
             return found
 
-        numeric = _worse(numeric, numeric_error(own.grad, loss, own.data, one, NET_TOLERANCE, NET_FLOOR))
-        against_torch = _worse(against_torch, relative_error(own.grad, other.grad, NET_FLOOR))
-    return Verdict(name, numeric, against_torch, NET_TOLERANCE)
+        numeric = _worse(numeric, numeric_error(own.grad, loss, own.data, one, MODEL_TOLERANCE, MODEL_FLOOR))
+        against_torch = _worse(against_torch, relative_error(own.grad, other.grad, MODEL_FLOOR))
+    return GradCheckResult(name, numeric, against_torch, MODEL_TOLERANCE)
 
 
-def user_case(name: str, layer: Any) -> Case:
+def user_case(name: str, layer: Any) -> GradCheckCase:
     """Make a case of a user's layer: static `forward`, `backward` and `example() -> inputs` (float64 tensors).
 
     Autograd goes through its own forward. ConfigError where one of the three is missing.
@@ -279,4 +284,4 @@ def user_case(name: str, layer: Any) -> Case:
     if not isinstance(example, (tuple, list)) or not example or not all(isinstance(x, Tensor) for x in example):
         raise ConfigError(f"{name}: example must return a tuple of tensors")
     inputs = tuple(x.double() if x.is_floating_point() else x for x in example)
-    return Case(name, layer.forward, layer.backward, inputs, lambda *x: layer.forward(*x)[0], 1e-6)
+    return GradCheckCase(name, layer.forward, layer.backward, inputs, lambda *x: layer.forward(*x)[0], 1e-6)

@@ -8,7 +8,7 @@ from torch import nn
 WeightScale = Literal["kaiming"] | Annotated[float, Gt(0), Le(10)]
 
 
-def initialise(layer: nn.Module, weight_scale: float | str, before_relu: bool) -> nn.Module:
+def init_weights(layer: nn.Module, weight_scale: float | str, before_relu: bool) -> nn.Module:
     """Draw the weight of a linear or convolutional layer from N(0, std^2), its bias set to 0, and return the layer.
 
     Kaiming (He et al., 2015, equation 10): std = sqrt(gain / fan_in), gain 2 before a ReLU, else 1; fan_in = D_in, or

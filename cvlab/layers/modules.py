@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from cvlab.errors import ConfigError
 from cvlab.layers import batchnorm, conv, linear
 
-See = Callable[[Any], None]
+CacheCallback = Callable[[Any], None]
 
 
-class _Apply(torch.autograd.Function):
+class _ManualFunction(torch.autograd.Function):
     """Calls a layer's own forward and backward, and nothing of autograd in between."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Any, options: tuple[Any, ...], see: See | None, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, layer: Any, options: tuple[Any, ...], see: CacheCallback | None, *tensors: Tensor | None
+    ) -> Tensor:
         out, cache = layer.forward(*tensors, *options)
         if see is not None:
             see(cache)
@@ -36,7 +38,9 @@ class _Apply(torch.autograd.Function):
         return (None, None, None, *grads, *([None] * (ctx.num_tensors - len(grads))))
 
 
-def apply(layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), see: See | None = None) -> Tensor:
+def apply_layer(
+    layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), see: CacheCallback | None = None
+) -> Tensor:
     """Run a layer on tensors so that autograd calls its own backward.
 
     `options` follow the tensors in the layer's `forward`; `see` is shown the cache, for what a module wants to know.
@@ -49,11 +53,11 @@ def apply(layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), se
             assert weight is not None
             if weight.is_floating_point():
                 tensors = (tensors[0].to(weight.dtype), *tensors[1:])
-        found: Tensor = _Apply.apply(layer, options, see, *tensors)  # type: ignore[no-untyped-call]
+        found: Tensor = _ManualFunction.apply(layer, options, see, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
-def _square(layer: nn.Module, name: str) -> int:
+def _single_value(layer: nn.Module, name: str) -> int:
     """Return the one number that an option of a layer is in both directions; ConfigError where it is not one."""
     value: Any = getattr(layer, name)
     first, second = value if isinstance(value, tuple) else (value, value)
@@ -62,7 +66,7 @@ def _square(layer: nn.Module, name: str) -> int:
     return first
 
 
-def _require(layer: nn.Module, **expected: Any) -> None:
+def _require_options(layer: nn.Module, **expected: Any) -> None:
     """Raise ConfigError where a layer has an option that is not written out here."""
     for name, value in expected.items():
         if (found := getattr(layer, name)) != value:
@@ -77,7 +81,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D) to (N, M)."""
-        return apply(linear.Linear, x, self.weight, self.bias)
+        return apply_layer(linear.Linear, x, self.weight, self.bias)
 
 
 class ReLU(nn.ReLU):
@@ -85,7 +89,7 @@ class ReLU(nn.ReLU):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape elementwise."""
-        return apply(linear.ReLU, x)
+        return apply_layer(linear.ReLU, x)
 
 
 class Dropout(nn.Dropout):
@@ -93,7 +97,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape elementwise."""
-        return apply(linear.Dropout, x, options=(self.p,)) if self.training else x
+        return apply_layer(linear.Dropout, x, options=(self.p,)) if self.training else x
 
 
 class Conv2d(nn.Conv2d):
@@ -101,13 +105,13 @@ class Conv2d(nn.Conv2d):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        _require(self, groups=1, dilation=(1, 1), padding_mode="zeros")
-        _square(self, "kernel_size")
-        self.chosen = (_square(self, "stride"), _square(self, "padding"))
+        _require_options(self, groups=1, dilation=(1, 1), padding_mode="zeros")
+        _single_value(self, "kernel_size")
+        self.chosen = (_single_value(self, "stride"), _single_value(self, "padding"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, F, Ho, Wo)."""
-        return apply(conv.Conv2d, x, self.weight, self.bias, options=self.chosen)
+        return apply_layer(conv.Conv2d, x, self.weight, self.bias, options=self.chosen)
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -115,12 +119,12 @@ class MaxPool2d(nn.MaxPool2d):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        _require(self, padding=0, dilation=1, ceil_mode=False, return_indices=False)
-        self.chosen = (_square(self, "kernel_size"), _square(self, "stride"))
+        _require_options(self, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+        self.chosen = (_single_value(self, "kernel_size"), _single_value(self, "stride"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, Ho, Wo)."""
-        return apply(conv.MaxPool2d, x, options=self.chosen)
+        return apply_layer(conv.MaxPool2d, x, options=self.chosen)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -131,7 +135,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        _require(self, affine=True, track_running_stats=True)
+        _require_options(self, affine=True, track_running_stats=True)
         if self.momentum is None:
             raise ConfigError(f"hand-written {type(self).__name__}: momentum=None is not there", "use layers: torch")
 
@@ -142,7 +146,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise each channel of (N, C) or (N, C, H, W)."""
         self._check_input_dim(x)
         if self.training:
-            return apply(self.layer, x, self.weight, self.bias, options=(self.eps,), see=self._follow)
+            return apply_layer(self.layer, x, self.weight, self.bias, options=(self.eps,), see=self._follow)
         assert self.running_mean is not None
         assert self.running_var is not None
         shape = (1, -1, *([1] * (x.ndim - 2)))
@@ -188,5 +192,5 @@ class BatchNorm2dAlt(_BatchNorm):
 
 
 _SHARED = {"Linear": Linear, "ReLU": ReLU, "Dropout": Dropout, "Conv2d": Conv2d, "MaxPool2d": MaxPool2d}
-MANUAL = SimpleNamespace(**_SHARED, BatchNorm1d=BatchNorm1d, BatchNorm2d=BatchNorm2d)
-MANUAL_ALT = SimpleNamespace(**_SHARED, BatchNorm1d=BatchNorm1dAlt, BatchNorm2d=BatchNorm2dAlt)
+MANUAL_LAYERS = SimpleNamespace(**_SHARED, BatchNorm1d=BatchNorm1d, BatchNorm2d=BatchNorm2d)
+MANUAL_ALT_LAYERS = SimpleNamespace(**_SHARED, BatchNorm1d=BatchNorm1dAlt, BatchNorm2d=BatchNorm2dAlt)

@@ -11,23 +11,23 @@ from cvlab import registry
 from cvlab.errors import ConfigError
 from cvlab.models.pretrained import PretrainedClassifier
 
-STRIDES = (2, 4, 8, 16)  # of the layers that stand for a net which has no row in DEFAULTS
+FALLBACK_STRIDES = (2, 4, 8, 16)  # of the layers that stand for a net which has no row in DEFAULTS
 
 
 @dataclass(frozen=True)
-class Layers:
+class StyleLayers:
     """Layers by name: those whose Gram matrices are the style, and the one that holds the content."""
 
     style: tuple[str, ...]
     content: str
 
 
-DEFAULTS = {  # VGG's are the paper's: relu1_1 to relu5_1, relu4_2; SqueezeNet 1.1's are those of EECS 498
-    "efficientnet_lite0": Layers(("blocks.0", "blocks.1", "blocks.3", "blocks.5"), "blocks.4"),
-    "torchvision:vgg16": Layers(tuple(f"features.{k}" for k in (1, 6, 11, 18, 25)), "features.20"),
-    "torchvision:vgg19": Layers(tuple(f"features.{k}" for k in (1, 6, 11, 20, 29)), "features.22"),
-    "torchvision:squeezenet1_0": Layers(tuple(f"features.{k}" for k in (1, 4, 7, 9)), "features.5"),
-    "torchvision:squeezenet1_1": Layers(tuple(f"features.{k}" for k in (1, 4, 6, 7)), "features.3"),
+STYLE_LAYERS = {  # VGG's are the paper's: relu1_1 to relu5_1, relu4_2; SqueezeNet 1.1's are those of EECS 498
+    "efficientnet_lite0": StyleLayers(("blocks.0", "blocks.1", "blocks.3", "blocks.5"), "blocks.4"),
+    "torchvision:vgg16": StyleLayers(tuple(f"features.{k}" for k in (1, 6, 11, 18, 25)), "features.20"),
+    "torchvision:vgg19": StyleLayers(tuple(f"features.{k}" for k in (1, 6, 11, 20, 29)), "features.22"),
+    "torchvision:squeezenet1_0": StyleLayers(tuple(f"features.{k}" for k in (1, 4, 7, 9)), "features.5"),
+    "torchvision:squeezenet1_1": StyleLayers(tuple(f"features.{k}" for k in (1, 4, 6, 7)), "features.3"),
 }
 
 
@@ -40,12 +40,12 @@ class FeatureExtractor:
 
     def __init__(self, model: PretrainedClassifier, names: Sequence[str]) -> None:
         self.model, self.names = model, tuple(dict.fromkeys(names))
-        known = dict(model.net.net.named_modules())
+        known = dict(model.module.model.named_modules())
         for name in self.names:
             if name not in known or not name:
                 raise registry.unknown_name_error("layer", name, [key for key in known if key and key.count(".") < 2])
         self.modules = [known[name] for name in self.names]
-        for module in model.net.modules():
+        for module in model.module.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]  # it would change an output that is kept
 
@@ -71,7 +71,7 @@ class FeatureExtractor:
 
         handles = [m.register_forward_hook(keep(name)) for name, m in zip(self.names, self.modules, strict=True)]
         try:
-            self.model.net(pictures.contiguous(memory_format=torch.channels_last))
+            self.model.module(pictures.contiguous(memory_format=torch.channels_last))
         except _Enough:
             pass
         except RuntimeError as error:  # a picture too small to be pooled so often
@@ -101,17 +101,17 @@ class FeatureExtractor:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        device = self.model.net.scale.device
+        device = self.model.module.scale.device
         picture = torch.rand(3, side, side, device=device).requires_grad_(True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             held = self(picture)
-        weights = {p.untyped_storage().data_ptr() for p in self.model.net.parameters()}
+        weights = {p.untyped_storage().data_ptr() for p in self.model.module.parameters()}
         sizes = [size for place, size in kept.items() if place not in weights]
         del held
         return (sum(sizes) + 3 * max(sizes)) * height * width / side**2
 
 
-def last_by_stride(model: PretrainedClassifier) -> dict[int, str]:
+def last_layer_by_stride(model: PretrainedClassifier) -> dict[int, str]:
     """Return the last layer, of those near the top of the net, for each of its resolutions, by stride."""
     side = 224
     last: dict[int, str] = {}
@@ -124,23 +124,23 @@ def last_by_stride(model: PretrainedClassifier) -> dict[int, str]:
 
         return hook
 
-    inner = [(name, module) for name, module in model.net.net.named_modules() if name and name.count(".") < 2]
+    inner = [(name, module) for name, module in model.module.model.named_modules() if name and name.count(".") < 2]
     try:
         handles = [module.register_forward_hook(note(name)) for name, module in inner]
         with torch.inference_mode():
-            model.net(torch.full((1, 3, side, side), 0.5, device=model.net.scale.device))
+            model.module(torch.full((1, 3, side, side), 0.5, device=model.module.scale.device))
     finally:
         for handle in handles:
             handle.remove()
     return last
 
 
-def default_layers(model: PretrainedClassifier) -> Layers:
+def default_style_layers(model: PretrainedClassifier) -> StyleLayers:
     """Return the layers that a net's family is known to paint well with, else the last ones of each resolution."""
-    if model.name in DEFAULTS:
-        return DEFAULTS[model.name]
-    last = last_by_stride(model)
-    chosen = tuple(last[stride] for stride in STRIDES if stride in last)
+    if model.name in STYLE_LAYERS:
+        return STYLE_LAYERS[model.name]
+    last = last_layer_by_stride(model)
+    chosen = tuple(last[stride] for stride in FALLBACK_STRIDES if stride in last)
     if len(chosen) < 2:
         raise ConfigError(f"{model.name} has no maps of several resolutions", "name style_layers and content_layer")
-    return Layers(chosen, chosen[-1])
+    return StyleLayers(chosen, chosen[-1])

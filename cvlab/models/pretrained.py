@@ -23,18 +23,18 @@ from cvlab.errors import ConfigError, DataError
 from cvlab.models import weights, zoo
 from cvlab.ops.resample import EvalTransform
 
-DEFAULT = "efficientnet_lite0"
+DEFAULT_MODEL = "efficientnet_lite0"
 PREFIXES = ("timm", "torchvision")
 FILTERS = ("bilinear", "bicubic")
 FOLDED_TOLERANCE = 1e-3  # of the largest score; rounding gives 1e-5, another order of the parts much more
 
 
-class Normalized(nn.Module):
+class NormalizedModel(nn.Module):
     """A net with its normalisation inside: takes photos (N, 3, H, W) in [0, 1]."""
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.net = net
+        self.model = model
         self.scale: Tensor
         self.shift: Tensor
         self.register_buffer("scale", 1 / torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -42,7 +42,7 @@ class Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the scores (N, classes) of photos (N, 3, H, W) in [0, 1]."""
-        scores: Tensor = self.net(images * self.scale + self.shift)
+        scores: Tensor = self.model(images * self.scale + self.shift)
         return scores
 
 
@@ -51,20 +51,20 @@ class PretrainedClassifier:
     """A net that is only used: frozen, in evaluation mode, batch normalisation folded into the convolutions."""
 
     name: str
-    net: Normalized
-    frame: EvalTransform
+    module: NormalizedModel
+    transform: EvalTransform
     classes: tuple[str, ...]
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Return the softmax over the classes (N, classes) of photos (N, 3, S, S) in [0, 1], in float32."""
-        scores: Tensor = self.net(images.contiguous(memory_format=torch.channels_last))
+        scores: Tensor = self.module(images.contiguous(memory_format=torch.channels_last))
         return scores.float().softmax(1)
 
-    def found(self, index: int, probability: float) -> dict[str, Any]:
+    def class_score(self, index: int, probability: float) -> dict[str, Any]:
         """Return what a result says of a class."""
         return {"label": self.classes[index], "class_index": index, "score": probability}
 
-    def index(self, name: str) -> int:
+    def class_index(self, name: str) -> int:
         """Return a class by its name or number; ConfigError where there is none such."""
         if self.classes == imagenet.labels():
             return imagenet.resolve(name)
@@ -73,34 +73,34 @@ class PretrainedClassifier:
         raise ConfigError(f"no class {name!r}", f"{self.name} has classes 0 to {len(self.classes) - 1}, by number")
 
 
-def require_known(name: str) -> None:
+def check_name(name: str) -> None:
     """Raise ConfigError unless a name has one of the forms that `build` takes."""
     prefix, colon, rest = name.partition(":")
-    if name != DEFAULT and not (colon and prefix in PREFIXES and rest):
-        raise registry.unknown_name_error("model", name, [DEFAULT, *(f"{prefix}:NAME" for prefix in PREFIXES)])
+    if name != DEFAULT_MODEL and not (colon and prefix in PREFIXES and rest):
+        raise registry.unknown_name_error("model", name, [DEFAULT_MODEL, *(f"{prefix}:NAME" for prefix in PREFIXES)])
 
 
 @functools.lru_cache(maxsize=1)
 def build(
-    name: str = DEFAULT, weights_file: str | None = None, device: torch.device | str = "cpu"
+    name: str = DEFAULT_MODEL, weights_file: str | None = None, device: torch.device | str = "cpu"
 ) -> PretrainedClassifier:
     """Build a net with its weights. ConfigError for a name that is not known, DataError for weights that are not there.
 
     It is laid out channels_last, which convolutions compute fastest. The global generator is left as it was: what is
     drawn after it must not depend on whether this net had been built before.
     """
-    require_known(name)
+    check_name(name)
     prefix, _, rest = name.partition(":")
     with torch.random.fork_rng(devices=[]):
-        if name == DEFAULT:
-            net, about = lite0(weights_file)
+        if name == DEFAULT_MODEL:
+            net, about = build_lite0(weights_file)
         elif prefix == "timm":
             net, about = _timm(rest, weights_file)
         else:
             net, about = _torchvision(rest, weights_file)
     frame: EvalTransform = about["frame"]
-    net = folded(net.eval().requires_grad_(False), frame.size_px)
-    wrapped = Normalized(net, about["mean"], about["std"]).eval()
+    net = fold_batchnorm(net.eval().requires_grad_(False), frame.size_px)
+    wrapped = NormalizedModel(net, about["mean"], about["std"]).eval()
     wrapped = wrapped.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return PretrainedClassifier(name, wrapped, frame, _classes(net, frame.size_px))
 
@@ -113,28 +113,28 @@ def _classes(net: nn.Module, size_px: int) -> tuple[str, ...]:
     return imagenet.labels() if count == imagenet.NUM_CLASSES else tuple(f"class {k}" for k in range(count))
 
 
-def lite0(weights_file: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def build_lite0(weights_file: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Build the net that comes along, as it comes, and what its photos are prepared by.
 
     Its weights lie in the order of timm's, under other names.
     """
     net = _compat.timm().create_model("tf_efficientnet_lite0")
-    path = Path(weights_file) if weights_file else weights.lite0_file()
-    given = weights.read(path)
+    path = Path(weights_file) if weights_file else weights.lite0_path()
+    given = weights.read_state_dict(path)
     own = net.state_dict()
     if given.keys() != own.keys():
         shapes = [tensor.shape for tensor in own.values()]
         if [tensor.shape for tensor in given.values()] != shapes:
-            raise DataError(f"{path}: not the weights of {DEFAULT}", "leave --weights out, or name --model")
+            raise DataError(f"{path}: not the weights of {DEFAULT_MODEL}", "leave --weights out, or name --model")
         given = dict(zip(own, given.values(), strict=True))
     net.load_state_dict(given)
     return net, _about_timm({**net.default_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3})
 
 
 def _timm(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    net = zoo.timm_model(name, num_classes=None)
+    net = zoo.build_timm(name, num_classes=None)
     about: Mapping[str, Any] = getattr(net, "pretrained_cfg", {})
-    _load(net, weights.locate_timm(name, about, weights_file))
+    _load(net, weights.find_timm(name, about, weights_file))
     return net, _about_timm(about)
 
 
@@ -147,11 +147,11 @@ def _about_timm(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
     extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    net = zoo.torchvision_model(name, num_classes=imagenet.NUM_CLASSES, **extra)
+    net = zoo.build_torchvision(name, num_classes=imagenet.NUM_CLASSES, **extra)
     published = _compat.torchvision().models.get_model_weights(name).DEFAULT
     if "categories" not in published.meta or len(published.meta["categories"]) != imagenet.NUM_CLASSES:
         raise ConfigError(f"torchvision:{name}: not a classifier of ImageNet's classes", "name another model")
-    _load(net, weights.locate_torchvision(name, published.url, weights_file))
+    _load(net, weights.find_torchvision(name, published.url, weights_file))
     transform = published.transforms()
     frame = EvalTransform(transform.crop_size[0], transform.resize_size[0], transform.interpolation.value)
     return net, {"mean": tuple(transform.mean), "std": tuple(transform.std), "frame": frame}
@@ -159,7 +159,7 @@ def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[s
 
 def _load(net: nn.Module, path: Path) -> None:
     """Load weights by name; those of parts that only training has, such as auxiliary heads, are left out."""
-    given = weights.read(path)
+    given = weights.read_state_dict(path)
     own = net.state_dict()
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     wrong = [key for key in own if key in given and given[key].shape != own[key].shape]
@@ -173,7 +173,7 @@ def _load(net: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def folded(net: nn.Module, size_px: int) -> nn.Module:
+def fold_batchnorm(net: nn.Module, size_px: int) -> nn.Module:
     """Return a net in evaluation mode with its batch normalisations folded into the convolutions before them.
 
     Both are linear, so the scores stay what they were up to rounding, while neither pass has to go over the feature

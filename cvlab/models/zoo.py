@@ -8,7 +8,7 @@ from cvlab import _compat, registry
 from cvlab.errors import ConfigError
 
 
-def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int | None = 10, **options: Any) -> nn.Module:
+def build_timm(model_name: str, *, in_channels: int = 3, num_classes: int | None = 10, **options: Any) -> nn.Module:
     """Build a model of timm (Wightman, 2019); other keys go to `timm.create_model`."""
     timm = _compat.timm()
     known = timm.list_models()
@@ -19,7 +19,7 @@ def timm_model(model_name: str, *, in_channels: int = 3, num_classes: int | None
     )
 
 
-def torchvision_model(model_name: str, *, num_classes: int = 10, **options: Any) -> nn.Module:
+def build_torchvision(model_name: str, *, num_classes: int = 10, **options: Any) -> nn.Module:
     """Build a model of torchvision; other keys go to its builder."""
     models = _compat.torchvision().models
     known = models.list_models(module=models)

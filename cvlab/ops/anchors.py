@@ -13,13 +13,13 @@ from cvlab.ops import boxes
 COURSE_SHAPES = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 3), (3, 2), (3, 5), (5, 3))  # width, height in cells
 
 
-def grid_centres(height: int, width: int) -> Tensor:
+def grid_centers(height: int, width: int) -> Tensor:
     """Return the middles of the cells of a map: (H, W, 2), x and y in cells, at 0.5, 1.5, ..."""
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     return torch.stack([x, y], -1)  # (H, W, 2)
 
 
-def anchors_on(centres: Tensor, shapes: Tensor) -> Tensor:
+def generate_anchors(centres: Tensor, shapes: Tensor) -> Tensor:
     """Return anchors_xyxy (A, H, W, 4) in cells: boxes of shapes (A, 2), width and height, around centres (H, W, 2)."""
     half = shapes.to(centres)[:, None, None] / 2  # (A, 1, 1, 2)
     return torch.cat([centres - half, centres + half], -1)  # (A, H, W, 4)
@@ -35,12 +35,12 @@ def match_anchors_to_boxes(boxes_xyxy: Tensor, centres: Tensor, shapes: Tensor) 
     height, width, _ = centres.shape
     middle = (boxes_xyxy[:, None, :2] + boxes_xyxy[:, None, 2:]) / 2  # (M, 1, 2)
     cell = (middle - centres.reshape(1, -1, 2)).abs().sum(-1).argmin(1)  # (M,)
-    anchors = anchors_on(centres, shapes).flatten(1, 2)[:, cell]  # (A, M, 4)
+    anchors = generate_anchors(centres, shapes).flatten(1, 2)[:, cell]  # (A, M, 4)
     overlap, anchor = boxes.paired_iou(anchors, boxes_xyxy).max(0)  # (M,)
     return anchor * height * width + cell, overlap
 
 
-def matches_by_iou(iou: Tensor, high: float, low: float) -> tuple[Tensor, Tensor]:
+def match_by_iou(iou: Tensor, high: float, low: float) -> tuple[Tensor, Tensor]:
     """Return what each of N anchors is, int64 (N,): 1 positive, 0 negative, -1 neither; and its box, int64 (N,).
 
     iou: (N, M) in [0, 1] of anchors and boxes. Positive: IoU > high, or the highest IoU of a box, if it is not 0 (all
@@ -62,7 +62,7 @@ def matches_by_iou(iou: Tensor, high: float, low: float) -> tuple[Tensor, Tensor
     return labels.masked_fill(is_high | forced, 1), box
 
 
-def sample_negatives(iou: Tensor, low: float = 0.2) -> Tensor:
+def negative_mask(iou: Tensor, low: float = 0.2) -> Tensor:
     """Return which anchors stand for no object: bool (..., P), where the IoU (..., P, M) with every box is below `low`.
 
     Without boxes all of them.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cvlab.ops import boxes
 
-ALPHA, BETA, MOST = 0.5, 6.0, 10
-SMALL = 1e-38
+ALPHA, BETA, TOP_K = 0.5, 6.0, 10
+EPS = 1e-38
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Assignment:
     quality: Tensor
 
 
-def points(shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+def grid_points(shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
     """Return the middles of all cells of maps of shapes (H, W): (P, 3) with x, y and stride in pixels, row by row."""
     made = []
     for (height, width), stride in zip(shapes, strides, strict=True):
@@ -35,8 +35,8 @@ def points(shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
     return torch.cat(made)
 
 
-def task_aligned(
-    scores: Tensor, boxes_xyxy: Tensor, places: Tensor, wanted_xyxy: Tensor, labels: Tensor, most: int = MOST
+def assign_task_aligned(
+    scores: Tensor, boxes_xyxy: Tensor, places: Tensor, wanted_xyxy: Tensor, labels: Tensor, most: int = TOP_K
 ) -> Assignment:
     """Choose for each box up to `most` of the points inside of it; a point that several want goes to the best fit.
 
@@ -71,7 +71,7 @@ def task_aligned(
     pair = image * m + box
     most_fit = torch.zeros(n * m, device=fit.device).scatter_reduce(0, pair, fit, "amax")
     most_overlap = torch.zeros(n * m, device=fit.device).scatter_reduce(0, pair, overlap, "amax")
-    quality = fit / most_fit[pair].clamp(min=SMALL) * most_overlap[pair]
+    quality = fit / most_fit[pair].clamp(min=EPS) * most_overlap[pair]
     return Assignment(image, point, box, quality)
 
 

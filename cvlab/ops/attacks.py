@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-LEVELS = 255
-ROWS = 256
+MAX_UINT8 = 255
+ROWS_PER_CHUNK = 256
 
 
-def objective(scores: Tensor, classes: Tensor, targeted: bool) -> Tensor:
+def attack_loss(scores: Tensor, classes: Tensor, targeted: bool) -> Tensor:
     """Return what is to fall, (N,): minus the score of the target, or the score of the class to get away from."""
     picked: Tensor = scores.float().gather(1, classes[:, None])[:, 0]
     toward: Tensor = -picked if targeted else picked
@@ -39,12 +39,14 @@ def distances(before: Tensor, after: Tensor) -> dict[str, float]:
     `l2` over all pixels, `linf_255` the largest change in steps of 1/255, `psnr_db` (inf for equal photos).
     """
     squares = largest = 0.0
-    for a, b in zip(before.split(ROWS, 1), after.split(ROWS, 1), strict=True):  # a photo may have 50 megapixels
+    for a, b in zip(
+        before.split(ROWS_PER_CHUNK, 1), after.split(ROWS_PER_CHUNK, 1), strict=True
+    ):  # a photo may have 50 megapixels
         difference = (b - a).double()
         squares += difference.square().sum().item()
         largest = max(largest, difference.abs().max().item())
     psnr_db = -10 * math.log10(squares / before.numel()) if squares else math.inf
-    return {"l2": math.sqrt(squares), "linf_255": largest * LEVELS, "psnr_db": psnr_db}
+    return {"l2": math.sqrt(squares), "linf_255": largest * MAX_UINT8, "psnr_db": psnr_db}
 
 
 def random_start(photo: Tensor, noise: Tensor, eps: float) -> Tensor:
@@ -52,6 +54,6 @@ def random_start(photo: Tensor, noise: Tensor, eps: float) -> Tensor:
     return (photo + (2 * noise - 1) * eps).clamp_(0, 1)
 
 
-def is_fooled(scores: Tensor, classes: Tensor, targeted: bool) -> Tensor:
+def attack_succeeded(scores: Tensor, classes: Tensor, targeted: bool) -> Tensor:
     """Say of each photo, (N,) bool, whether its top class is the target, or is not the one to get away from."""
     return scores.argmax(1).eq(classes).eq(targeted)

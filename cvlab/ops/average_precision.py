@@ -14,10 +14,16 @@ from torch import Tensor
 from cvlab.ops import boxes
 
 RULES = ("voc07", "voc", "coco")
-THRESHOLDS = tuple(0.5 + k * ((0.95 - 0.5) / 9) for k in range(10))  # of IoU, to the last bit as pycocotools has them
-COCO_MOST = 100
-SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}  # areas, of COCO
-CHUNK = 500_000  # numbers in a tensor of overlaps
+IOU_THRESHOLDS = tuple(
+    0.5 + k * ((0.95 - 0.5) / 9) for k in range(10)
+)  # of IoU, to the last bit as pycocotools has them
+COCO_MAX_DETECTIONS = 100
+AREA_RANGES = {
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, float("inf")),
+}  # areas, of COCO
+MAX_CHUNK_ELEMENTS = 500_000  # numbers in a tensor of overlaps
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def evaluate(
     truths: Sequence[GroundTruth],
     num_classes: int,
     rule: str = "voc",
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> DetectionMetrics:
     """Judge the detections of pictures, in the order of their truths, by one of `RULES`.
 
@@ -113,7 +119,7 @@ def evaluate(
     is_difficult = torch.cat([t.difficult for t in truths]) if truths else torch.empty(0, dtype=torch.bool)
     state = _match(found, true, is_difficult[true.order], torch.tensor(thresholds).double(), rule == "coco")
     rank = torch.arange(len(found.keys)) - torch.repeat_interleave(found.starts, found.counts)
-    counted = rank < COCO_MOST if rule == "coco" else torch.ones_like(rank, dtype=torch.bool)
+    counted = rank < COCO_MAX_DETECTIONS if rule == "coco" else torch.ones_like(rank, dtype=torch.bool)
     true_labels = true.keys % num_classes if num_classes else true.keys
     num_truths = torch.bincount(true_labels[~is_difficult[true.order]], minlength=num_classes)
     return _judge(found, scores, state, counted, num_truths, rule)
@@ -133,7 +139,7 @@ def _match(found: _Flat, true: _Flat, is_difficult: Tensor, thresholds: Tensor, 
     order = torch.argsort(alike)
     for bucket in order.split(torch.unique_consecutive(alike[order], return_counts=True)[1].tolist()):
         most = sizes[bucket].amax(0).tolist()
-        for part in bucket.split(max(1, CHUNK // (most[0] * most[1]))):
+        for part in bucket.split(max(1, MAX_CHUNK_ELEMENTS // (most[0] * most[1]))):
             _match_groups(state, found, true, is_difficult, pairs[part], most, thresholds, is_coco)
     return state
 
@@ -252,20 +258,20 @@ def confusion_matrix(
     detections: Sequence[Detections],
     truths: Sequence[GroundTruth],
     num_classes: int,
-    score_floor: float,
+    score_threshold: float,
     iou_threshold: float = 0.5,
 ) -> Tensor:
     """Count what is taken for what: int64 (C + 1, C + 1), truths down, detections across, nothing at the end of both.
 
-    Detections of at least `score_floor`, the surest first, take the box still free that they overlap most, whatever its
-    class. A difficult box, and the detection that takes it, are not counted.
+    Detections of at least `score_threshold`, in order of score, take the free box that they overlap most, whatever
+    its class. A difficult box, and the detection that takes it, are not counted.
     """
     table = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for found, true in zip(detections, truths, strict=True):
         free = torch.ones(len(true.labels), dtype=torch.bool)
         order = torch.argsort(found.scores, descending=True, stable=True)
         overlap = boxes.iou(found.boxes_xyxy.double(), true.boxes_xyxy.double())
-        for k in order[found.scores[order] >= score_floor].tolist():
+        for k in order[found.scores[order] >= score_threshold].tolist():
             row = torch.where(free, overlap[k], -1.0)
             best = int(row.argmax()) if len(row) else -1
             if best >= 0 and row[best] >= iou_threshold:
@@ -280,7 +286,7 @@ def confusion_matrix(
 
 
 def recall_by_size(
-    detections: Sequence[Detections], truths: Sequence[GroundTruth], score_floor: float, iou_threshold: float = 0.5
+    detections: Sequence[Detections], truths: Sequence[GroundTruth], score_threshold: float, iou_threshold: float = 0.5
 ) -> dict[str, float]:
     """Return the share, in [0, 1], of truths of each of `SIZES` that a detection of their class finds; nan without any.
 
@@ -288,7 +294,7 @@ def recall_by_size(
     """
     areas, hits = [], []
     for found, true in zip(detections, truths, strict=True):
-        sure = found.scores >= score_floor
+        sure = found.scores >= score_threshold
         overlap = boxes.iou(true.boxes_xyxy.double(), found.boxes_xyxy[sure].double())
         same = true.labels[:, None] == found.labels[sure][None]
         hit = ((overlap >= iou_threshold) & same).any(1)
@@ -296,5 +302,5 @@ def recall_by_size(
         hits.append(hit[~true.difficult])
     area = torch.cat(areas) if areas else torch.empty(0)
     hit = torch.cat(hits).double() if hits else torch.empty(0).double()
-    inside = {name: (area >= low) & (area < high) for name, (low, high) in SIZES.items()}
+    inside = {name: (area >= low) & (area < high) for name, (low, high) in AREA_RANGES.items()}
     return {name: float(hit[which].mean()) for name, which in inside.items()}

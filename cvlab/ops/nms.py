@@ -9,20 +9,23 @@ from torch import Tensor
 
 from cvlab.ops import boxes
 
-BLOCK, TILE = 256, 512  # boxes that are settled at a time, and with how many others they are compared at a time
+BLOCK_SIZE, TILE_SIZE = (
+    256,
+    512,
+)  # boxes that are settled at a time, and with how many others they are compared at a time
 
 
-def nms(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, most: int | None = None) -> Tensor:
-    """Return which boxes (N, 4) stay: int64 indices, by falling score, of equal ones the first; at most `most`.
+def nms(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, max_detections: int | None = None) -> Tensor:
+    """Return which boxes (N, 4) stay: int64 indices, by falling score, of equal ones the first.
 
     A box goes where it overlaps a surer one that stays with an IoU of more than the threshold.
     """
     order = torch.argsort(scores, descending=True, stable=True)
-    return order[_greedy(boxes_xyxy[order].detach(), iou_threshold, most)]
+    return order[_greedy(boxes_xyxy[order].detach(), iou_threshold, max_detections)]
 
 
-def nms_by_class(
-    boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, most: int | None = None
+def batched_nms(
+    boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int | None = None
 ) -> Tensor:
     """Do the same for each class by itself: a box (label of (N,)) goes only for one of its own class."""
     order = torch.argsort(scores, descending=True, stable=True)
@@ -30,29 +33,29 @@ def nms_by_class(
     sorted_labels = labels[order]
     for label in sorted_labels.unique():
         places = (sorted_labels == label).nonzero()[:, 0]
-        stays[places[_greedy(boxes_xyxy[order[places]].detach(), iou_threshold, most)]] = True
-    return order[stays][:most]
+        stays[places[_greedy(boxes_xyxy[order[places]].detach(), iou_threshold, max_detections)]] = True
+    return order[stays][:max_detections]
 
 
 @torch.no_grad()
-def _greedy(boxes_xyxy: Tensor, threshold: float, most: int | None) -> Tensor:
-    """Return the places, in order, of the first `most` boxes (N, 4) that stay; the surest come first."""
+def _greedy(boxes_xyxy: Tensor, threshold: float, max_detections: int | None) -> Tensor:
+    """Return the places, in order, of the first `max_detections` boxes (N, 4) that stay; the surest come first."""
     boxes_xyxy = boxes_xyxy.to(torch.promote_types(boxes_xyxy.dtype, torch.float32))  # areas overflow float16
     columns = torch.cat([boxes_xyxy, boxes.area(boxes_xyxy)[:, None]], 1).T.contiguous()  # (5, N)
     alive = torch.arange(columns.shape[1], device=columns.device)
-    scratch = columns.new_empty(3, BLOCK * TILE)
+    scratch = columns.new_empty(3, BLOCK_SIZE * TILE_SIZE)
     kept = [alive[:0]]
-    while len(alive) and (most is None or sum(map(len, kept)) < most):
-        block = columns[:, :BLOCK]
+    while len(alive) and (max_detections is None or sum(map(len, kept)) < max_detections):
+        block = columns[:, :BLOCK_SIZE]
         stays = _chain(_doubles(block, block, threshold, scratch))
-        kept.append(alive[:BLOCK][stays])
-        rows, columns, alive = block[:, stays], columns[:, BLOCK:], alive[BLOCK:]
-        tiles = columns.split(TILE, 1) if len(alive) else ()
+        kept.append(alive[:BLOCK_SIZE][stays])
+        rows, columns, alive = block[:, stays], columns[:, BLOCK_SIZE:], alive[BLOCK_SIZE:]
+        tiles = columns.split(TILE_SIZE, 1) if len(alive) else ()
         gone = [_doubles(rows, tile, threshold, scratch).any(0) for tile in tiles]
         if gone:
             left = (~torch.cat(gone)).nonzero()[:, 0]
             columns, alive = columns[:, left], alive[left]
-    return torch.cat(kept)[:most]
+    return torch.cat(kept)[:max_detections]
 
 
 def _doubles(rows: Tensor, columns: Tensor, threshold: float, scratch: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the photo
+CropBox = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the photo
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
@@ -30,7 +30,7 @@ class EvalTransform:
     filter: str = "bicubic"
     squash: bool = False
 
-    def box(self, width: int, height: int) -> Box:
+    def crop_box(self, width: int, height: int) -> CropBox:
         """Return the part of a photo of `width` x `height` pixels that becomes the picture for the model."""
         short = min(width, height)
         if self.squash:
@@ -42,10 +42,10 @@ class EvalTransform:
         x, y = width / resized_w, height / resized_h
         return left * x, top * y, (left + self.size_px) * x, (top + self.size_px) * y
 
-    def view(self, photo: Image.Image) -> Image.Image:
+    def __call__(self, photo: Image.Image) -> Image.Image:
         """Return what the model sees of an RGB photo, 8 bits, `size_px` square: resized and cut by Pillow."""
         kind: Any = getattr(Image.Resampling, self.filter.upper())
-        return photo.resize((self.size_px, self.size_px), kind, box=self.box(*photo.size))
+        return photo.resize((self.size_px, self.size_px), kind, box=self.crop_box(*photo.size))
 
 
 class _Product(torch.autograd.Function):
@@ -72,17 +72,17 @@ class DifferentiableResize:
         self.region, self.size_px = region, len(rows)
         self.scale = math.sqrt(rows.shape[1] * columns.shape[1]) / self.size_px
         same = torch.eye(self.size_px)
-        self.is_plain = all(matrix.shape == same.shape and matrix.equal(same) for matrix in (rows, columns))
+        self.is_identity = all(matrix.shape == same.shape and matrix.equal(same) for matrix in (rows, columns))
         self.rows, self.columns = (_pair(matrix, device) for matrix in (rows, columns))
 
-    def cut(self, photo: Tensor) -> Tensor:
+    def crop(self, photo: Tensor) -> Tensor:
         """Return the region of a photo (C, H, W)."""
         left, top, right, bottom = self.region
         return photo[:, top:bottom, left:right]
 
-    def view(self, region: Tensor) -> Tensor:
+    def __call__(self, region: Tensor) -> Tensor:
         """Resize a region (C, h, w) to (C, S, S); differentiable, not clamped."""
-        if self.is_plain:
+        if self.is_identity:
             return region
         c, h, w = region.shape
         s = self.size_px
@@ -103,17 +103,17 @@ def _pair(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         return both[0].to_sparse_csr(), both[1].to_sparse_csr()
 
 
-def make_resize(
+def build_resize(
     frame: EvalTransform, width: int, height: int, device: torch.device | str = "cpu"
 ) -> DifferentiableResize:
     """Build the matrices that resize a photo of `width` x `height` pixels as `frame.view` does."""
-    left, top, right, bottom = frame.box(width, height)
-    columns, x0, x1 = matrix(width, left, right, frame.size_px, frame.filter)
-    rows, y0, y1 = matrix(height, top, bottom, frame.size_px, frame.filter)
+    left, top, right, bottom = frame.crop_box(width, height)
+    columns, x0, x1 = resize_matrix(width, left, right, frame.size_px, frame.filter)
+    rows, y0, y1 = resize_matrix(height, top, bottom, frame.size_px, frame.filter)
     return DifferentiableResize((x0, y0, x1, y1), rows, columns, torch.device(device))
 
 
-def matrix(count: int, start: float, end: float, size: int, filter_name: str) -> tuple[Tensor, int, int]:
+def resize_matrix(count: int, start: float, end: float, size: int, filter_name: str) -> tuple[Tensor, int, int]:
     """Return the matrix that resizes [start, end) of `count` pixels to `size` of them, and which pixels it reads.
 
     The matrix is float32 (size, last - first), for the pixels from `first` up to `last`.

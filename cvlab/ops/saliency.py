@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cvlab.errors import ConfigError
 
-Scores = Callable[[Tensor], Tensor]
+Classifier = Callable[[Tensor], Tensor]
 
 
 def class_score(scores: Tensor, classes: Tensor) -> Tensor:
@@ -25,22 +25,22 @@ def class_loss(scores: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(scores, classes, reduction="none")
 
 
-KINDS = {"score": class_score, "loss": class_loss}
+OBJECTIVES = {"score": class_score, "loss": class_loss}
 
 
-def gradient(net: Scores, images: Tensor, classes: Tensor, of: str = "score") -> Tensor:
+def input_gradient(net: Classifier, images: Tensor, classes: Tensor, of: str = "score") -> Tensor:
     """Return d f / d x with its sign, (N, 3, H, W), f the class's score or its loss; one backward pass for all."""
     x = images.detach().requires_grad_(True)
-    return torch.autograd.grad(KINDS[of](net(x), classes).sum(), x)[0]
+    return torch.autograd.grad(OBJECTIVES[of](net(x), classes).sum(), x)[0]
 
 
-def vanilla(net: Scores, images: Tensor, classes: Tensor, of: str = "score") -> Tensor:
+def vanilla_gradient(net: Classifier, images: Tensor, classes: Tensor, of: str = "score") -> Tensor:
     """Return the largest |d f / d x| over the channels. Paper: Simonyan et al., 2014, section 3.1."""
-    return gradient(net, images, classes, of).abs().amax(1)
+    return input_gradient(net, images, classes, of).abs().amax(1)
 
 
 def smoothgrad(
-    net: Scores, images: Tensor, classes: Tensor, of: str = "score", *, noise: Callable[[int], Tensor], samples: int
+    net: Classifier, images: Tensor, classes: Tensor, of: str = "score", *, noise: Callable[[int], Tensor], samples: int
 ) -> Tensor:
     """Return the gradient's mean over noisy copies, then as `vanilla`. Paper: Smilkov et al., 2017, section 3.1.
 
@@ -48,12 +48,12 @@ def smoothgrad(
     """
     total = torch.zeros_like(images)
     for k in range(samples):
-        total += gradient(net, images + noise(k), classes, of)
+        total += input_gradient(net, images + noise(k), classes, of)
     return (total / samples).abs().amax(1)
 
 
 def integrated_gradients(
-    net: Scores, images: Tensor, classes: Tensor, of: str = "score", *, steps: int, baseline: Tensor | float = 0.0
+    net: Classifier, images: Tensor, classes: Tensor, of: str = "score", *, steps: int, baseline: Tensor | float = 0.0
 ) -> Tensor:
     """Return what each value (N, 3, H, W) adds to f on the way from a baseline. Paper: Sundararajan et al., 2017, 3.
 
@@ -62,7 +62,7 @@ def integrated_gradients(
     points, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros_like(images)
     for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-        total += float(weight) * gradient(net, baseline + float(point) * (images - baseline), classes, of)
+        total += float(weight) * input_gradient(net, baseline + float(point) * (images - baseline), classes, of)
     return total * (images - baseline)
 
 
@@ -76,7 +76,7 @@ def gradcam(net: nn.Module, images: Tensor, classes: Tensor, of: str = "score", 
     hook = layer.register_forward_hook(lambda _module, _args, out: kept.append(out))
     try:
         x = images.detach().requires_grad_(True)
-        value = KINDS[of](net(x), classes).sum()
+        value = OBJECTIVES[of](net(x), classes).sum()
     finally:
         hook.remove()
     (slope,) = torch.autograd.grad(value, kept[0])
@@ -86,7 +86,7 @@ def gradcam(net: nn.Module, images: Tensor, classes: Tensor, of: str = "score", 
     return sized[:, 0].detach()
 
 
-def last_features(net: nn.Module, size_px: int) -> nn.Module:
+def find_last_feature_layer(net: nn.Module, size_px: int) -> nn.Module:
     """Return the last part of a net whose output still has places: (N, C, h, w) with h * w > 1.
 
     ConfigError where no part has, as in a transformer.

@@ -17,7 +17,7 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 
-def gram(features: Tensor, mask: Tensor | None = None) -> Tensor:
+def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return how channels go together, (C, C), of features (C, H, W): F F^T / (C * H * W).
 
     `mask` (H, W) in [0, 1] weighs the cells: F diag(mask) F^T / (C * sum of the mask), which must not be 0.
@@ -36,7 +36,7 @@ def content_loss(features: Tensor, wanted: Tensor) -> Tensor:
 
 def style_loss(features: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the squared distance of the Gram matrix of features (C, H, W) from the one wanted, (C, C)."""
-    return (gram(features, mask) - wanted).square().sum()
+    return (gram_matrix(features, mask) - wanted).square().sum()
 
 
 def tv_loss(picture: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def luminance(picture: Tensor) -> Tensor:
     return torch.einsum("chw,c->hw", picture, weights)[None]
 
 
-def recolored(brightness: Tensor, colours: Tensor) -> Tensor:
+def transfer_color(brightness: Tensor, colours: Tensor) -> Tensor:
     """Give a picture's brightness (1, H, W) the colours of another one (3, H, W): its differences from grey."""
     return (brightness + colours - luminance(colours)).clamp(0, 1)
 
 
-def matched(values: Tensor, to: Tensor) -> Tensor:
+def match_mean_std(values: Tensor, to: Tensor) -> Tensor:
     """Shift and scale values to the mean and deviation of others (Gatys et al., 2017, section 5.2)."""
     return (values - values.mean()) * (to.std() / values.std().clamp(min=1e-6)) + to.mean()
 

@@ -94,7 +94,7 @@ class TestOnnx:
         for k, found in enumerate(mine):
             point, label = (scores[k] >= FLOOR).nonzero(as_tuple=True)
             place = boxes[k][point].clamp(0, 64)
-            kept = nms.nms_by_class(place, scores[k][point, label], label, 0.6, 100)
+            kept = nms.batched_nms(place, scores[k][point, label], label, 0.6, 100)
             apart = (place[kept][:, None] - found.boxes_xyxy[None]).abs().amax(2)
             apart += 1e3 * (label[kept][:, None] != found.labels[None])
             # of two boxes as sure but for the last bits either may go first

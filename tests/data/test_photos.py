@@ -118,9 +118,9 @@ def test_the_smallest_photo_and_the_longest(tmp_path):
     from cvlab.ops.resample import EvalTransform
 
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "dot.png")
-    assert EvalTransform(224, 256).view(photos.load(tmp_path / "dot.png")).getpixel((100, 100)) == (1, 2, 3)
+    assert EvalTransform(224, 256)(photos.load(tmp_path / "dot.png")).getpixel((100, 100)) == (1, 2, 3)
     Image.new("RGB", (40_000, 1), (1, 2, 3)).save(tmp_path / "line.png")
-    assert EvalTransform(224, 256).view(photos.load(tmp_path / "line.png")).size == (224, 224)
+    assert EvalTransform(224, 256)(photos.load(tmp_path / "line.png")).size == (224, 224)
 
 
 def test_other_formats_are_refused(tmp_path):

@@ -105,12 +105,12 @@ def test_a_wrong_update_rule_is_caught(name, rule, wrong, monkeypatch, cvlab):
 def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
     assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 0
 
-    def initialise(layer, weight_scale, before_relu):
+    def init_weights(layer, weight_scale, before_relu):
         nn.init.normal_(layer.weight, 0.0, layer.weight[0].numel() ** -0.5)
         nn.init.zeros_(layer.bias)
         return layer
 
-    monkeypatch.setattr(gradcheck, "initialise", initialise)
+    monkeypatch.setattr(gradcheck, "init_weights", init_weights)
     assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 3
 
 
@@ -120,7 +120,7 @@ def test_errors_are_relative_with_a_floor():
     assert layers_gradcheck.relative_error(one, -one) == pytest.approx(1)
     assert layers_gradcheck.relative_error(torch.zeros(2), torch.full((2,), 1e-14)) < 1e-3
     assert layers_gradcheck.relative_error(one, torch.ones(3)) == float("inf")
-    assert not layers_gradcheck.Verdict("x", float("nan"), 0.0, 1.0).ok
+    assert not layers_gradcheck.GradCheckResult("x", float("nan"), 0.0, 1.0).ok
 
 
 def test_the_command(cvlab):

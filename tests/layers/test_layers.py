@@ -182,7 +182,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("namespace", [modules.MANUAL, modules.MANUAL_ALT])
+@pytest.mark.parametrize("namespace", [modules.MANUAL_LAYERS, modules.MANUAL_ALT_LAYERS])
 @pytest.mark.parametrize(("name", "arguments", "shape"), MODULES)
 def test_a_module_stands_in_for_torchs(namespace, name, arguments, shape):
     torch.manual_seed(0)
@@ -205,7 +205,7 @@ def test_a_module_stands_in_for_torchs(namespace, name, arguments, shape):
 
 
 def test_dropout_as_a_module():
-    mine = modules.MANUAL.Dropout(0.5)
+    mine = modules.MANUAL_LAYERS.Dropout(0.5)
     x = torch.ones(1000, requires_grad=True)
     out = mine(x)
     out.sum().backward()
@@ -254,21 +254,21 @@ def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tm
 )
 def test_what_is_not_written_out_is_refused(build, message):
     with pytest.raises(ConfigError, match=message):
-        build(modules.MANUAL)
+        build(modules.MANUAL_LAYERS)
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": (1, 1)}, {"bias": False}, {"stride": (2, 2)}])
 def test_conv_modules_with_options(options):
-    mine, theirs = modules.MANUAL.Conv2d(3, 5, 3, **options).double(), nn.Conv2d(3, 5, 3, **options).double()
+    mine, theirs = modules.MANUAL_LAYERS.Conv2d(3, 5, 3, **options).double(), nn.Conv2d(3, 5, 3, **options).double()
     theirs.load_state_dict(mine.state_dict())
     x = randn(2, 3, 9, 9)
     torch.testing.assert_close(mine(x), theirs(x))
-    torch.testing.assert_close(modules.MANUAL.MaxPool2d(3, stride=1)(x), nn.MaxPool2d(3, stride=1)(x))
+    torch.testing.assert_close(modules.MANUAL_LAYERS.MaxPool2d(3, stride=1)(x), nn.MaxPool2d(3, stride=1)(x))
 
 
 def test_under_autocast_a_layer_computes_in_the_dtype_of_its_weights():
     nets = []
-    for layers in (nn, modules.MANUAL, modules.MANUAL_ALT):
+    for layers in (nn, modules.MANUAL_LAYERS, modules.MANUAL_ALT_LAYERS):
         torch.manual_seed(0)
         nets.append(deep_convnet(filters=(4, 8), pools=(0,), batchnorm=True, image_size=8, layers=layers))
     x = torch.randn(6, 3, 8, 8)
@@ -282,7 +282,7 @@ def test_under_autocast_a_layer_computes_in_the_dtype_of_its_weights():
 
 def test_one_value_per_channel_is_refused_as_torch_does_it():
     with pytest.raises(ConfigError, match="more than one value per channel"):
-        modules.MANUAL.BatchNorm1d(3)(torch.randn(1, 3))
+        modules.MANUAL_LAYERS.BatchNorm1d(3)(torch.randn(1, 3))
 
 
 def test_dropout_of_everything():

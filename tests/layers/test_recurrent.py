@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cvlab.experiments.captioning.model import Captioner
-from cvlab.layers import attention, recurrent, recurrent_reference
+from cvlab.layers import attention, recurrent, reference
 
 
 def some(*shape):
@@ -85,4 +85,4 @@ class TestCaptioner:
 def test_the_reference_attends_as_the_layer_does():
     torch.manual_seed(0)
     h, a = some(2, 3), some(2, 5, 3)
-    torch.testing.assert_close(attention.DotAttention.forward(h, a)[0], recurrent_reference.attention(h, a))
+    torch.testing.assert_close(attention.DotAttention.forward(h, a)[0], reference.attention(h, a))

@@ -16,7 +16,7 @@ from tests.fake_cifar import send, server
 
 def test_the_net_that_comes_along_knows_a_photo():
     model = pretrained.build()
-    view = photos.to_tensor(model.frame.view(photos.load(photos.find_images(["sample"])[0])))[None]
+    view = photos.to_tensor(model.transform(photos.load(photos.find_images(["sample"])[0])))[None]
     with torch.inference_mode():
         p = model.probabilities(view)[0]
     top = [model.classes[k] for k in p.topk(5).indices]
@@ -24,7 +24,7 @@ def test_the_net_that_comes_along_knows_a_photo():
     assert "military uniform" in top
     assert len(model.classes) == 1000
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    assert (model.frame.size_px, model.frame.resize_px, model.frame.filter) == (224, 256, "bicubic")
+    assert (model.transform.size_px, model.transform.resize_px, model.transform.filter) == (224, 256, "bicubic")
 
 
 def test_what_is_drawn_afterwards_does_not_depend_on_whether_the_net_is_there():
@@ -39,9 +39,9 @@ def test_what_is_drawn_afterwards_does_not_depend_on_whether_the_net_is_there():
 
 def test_folded_batchnorm_changes_no_score():
     whole = _compat.timm().create_model("tf_efficientnet_lite0").eval()
-    given = weights.read(weights.lite0_file())
+    given = weights.read_state_dict(weights.lite0_path())
     whole.load_state_dict(dict(zip(whole.state_dict(), given.values(), strict=True)))
-    small = pretrained.folded(whole.requires_grad_(False), 224)
+    small = pretrained.fold_batchnorm(whole.requires_grad_(False), 224)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in small.modules())
     x = torch.rand(2, 3, 224, 224)
     torch.testing.assert_close(small(x), whole(x), rtol=1e-4, atol=1e-4)
@@ -58,7 +58,7 @@ def test_where_folding_would_be_wrong_the_net_stays_as_it_was():
             return self.last(self.first(self.norm(x))).mean((2, 3))
 
     net = Odd().eval().requires_grad_(False)
-    assert pretrained.folded(net, 8) is net
+    assert pretrained.fold_batchnorm(net, 8) is net
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_nets_of_others_take_a_file(name, tmp_path):
     made = _compat.timm().create_model(rest) if prefix == "timm" else _compat.torchvision().models.get_model(rest)
     torch.save({"state_dict": {f"module.{key}": value for key, value in made.state_dict().items()}}, tmp_path / "w.pth")
     model = pretrained.build(name, str(tmp_path / "w.pth"))
-    x = torch.rand(2, 3, model.frame.size_px, model.frame.size_px)
+    x = torch.rand(2, 3, model.transform.size_px, model.transform.size_px)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in _normalization(prefix, rest))
-    torch.testing.assert_close(model.net(x), made.eval()((x - mean) / std), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.module(x), made.eval()((x - mean) / std), rtol=1e-3, atol=1e-3)
     assert model.classes == imagenet.labels()
 
 
@@ -122,12 +122,12 @@ def test_files_that_are_no_weights(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     for name in [*cases, "evil.pth", "list.pth", "gone.pth"]:
         with pytest.raises(DataError, match=name) as refused:
-            weights.read(tmp_path / name)
+            weights.read_state_dict(tmp_path / name)
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "canary").exists()
     for name in (None, "torchvision:resnet18"):
         with pytest.raises(DataError, match=r"other\.pth: not the weights"):
-            pretrained.build(*([name] if name else [pretrained.DEFAULT]), str(tmp_path / "other.pth"))
+            pretrained.build(*([name] if name else [pretrained.DEFAULT_MODEL]), str(tmp_path / "other.pth"))
 
 
 def test_weights_are_fetched_checked_and_found(monkeypatch, tmp_path):
@@ -183,8 +183,8 @@ def test_what_a_server_says_of_a_file():
 
 def test_classes_of_a_net_by_name_and_by_number():
     model = pretrained.build()
-    assert model.index("ostrich") == 9
-    few = pretrained.PretrainedClassifier("mine", model.net, model.frame, ("class 0", "class 1"))
-    assert few.index("1") == 1
+    assert model.class_index("ostrich") == 9
+    few = pretrained.PretrainedClassifier("mine", model.module, model.transform, ("class 0", "class 1"))
+    assert few.class_index("1") == 1
     with pytest.raises(ConfigError, match="classes 0 to 1, by number"):
-        few.index("2")
+        few.class_index("2")

@@ -46,7 +46,7 @@ class TestWorkedExample:
     """A car at 156, 97, 351, 270 in a photo of 500 x 333 pixels under 7 x 7 cells."""
 
     car = torch.tensor([[156.0, 97, 351, 270]]) * 7 / torch.tensor([500.0, 333, 500, 333])
-    centres = anchors.grid_centres(7, 7)
+    centres = anchors.grid_centers(7, 7)
 
     def test_nearest_cell(self):
         in_pixels = self.centres * torch.tensor([500.0, 333]) / 7
@@ -56,14 +56,14 @@ class TestWorkedExample:
         assert distances.indices[0] == 3 * 7 + 3
 
     def test_nine_overlaps(self):
-        at_cell = anchors.anchors_on(self.centres, SHAPES)[:, 3, 3]
+        at_cell = anchors.generate_anchors(self.centres, SHAPES)[:, 3, 3]
         assert boxes.iou(at_cell, self.car)[:, 0].tolist() == pytest.approx(PRINTED, abs=1e-4)
 
     def test_the_anchor_that_answers(self):
         index, overlap = anchors.match_anchors_to_boxes(self.car, self.centres, SHAPES)
         assert index.tolist() == [122]
         assert overlap.item() == pytest.approx(0.7454, abs=1e-4)
-        every = anchors.anchors_on(self.centres, SHAPES)
+        every = anchors.generate_anchors(self.centres, SHAPES)
         assert every.shape == (9, 7, 7, 4)
         assert every[..., 0].numel() == 441
         assert torch.equal(every.flatten(0, 2)[122], every[2, 3, 3])
@@ -72,22 +72,22 @@ class TestWorkedExample:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (3, 5)])
 class TestEachMap:
     def test_centres_and_anchors(self, height, width):
-        centres = anchors.grid_centres(height, width)
+        centres = anchors.grid_centers(height, width)
         assert centres.tolist() == [[[c + 0.5, r + 0.5] for c in range(width)] for r in range(height)]
-        made = anchors.anchors_on(centres, SHAPES)
+        made = anchors.generate_anchors(centres, SHAPES)
         wanted = torch.tensor(slow_anchors(height, width, anchors.COURSE_SHAPES))
         torch.testing.assert_close(made.flatten(0, 2), wanted)
 
     def test_activated_is_the_loop(self, height, width):
         found = random_boxes(60, max(height, width))
-        index, overlap = anchors.match_anchors_to_boxes(found, anchors.grid_centres(height, width), SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(found, anchors.grid_centers(height, width), SHAPES)
         wanted = [slow_activated(box, height, width, anchors.COURSE_SHAPES) for box in found.tolist()]
         assert index.tolist() == [pair[0] for pair in wanted]
         torch.testing.assert_close(overlap, torch.tensor([pair[1] for pair in wanted]))
 
 
 def test_ties_take_the_first():
-    centres = anchors.grid_centres(2, 2)
+    centres = anchors.grid_centers(2, 2)
     corner = torch.tensor([[0.0, 0, 2, 2]])  # its middle is as far from all four cells
     assert anchors.match_anchors_to_boxes(corner, centres, SHAPES)[0].item() % 4 == 0
     twins = torch.tensor([[1.0, 1], [2, 2], [2, 2]])
@@ -98,25 +98,25 @@ def test_ties_take_the_first():
 
 
 def test_without_boxes():
-    index, overlap = anchors.match_anchors_to_boxes(torch.empty(0, 4), anchors.grid_centres(7, 7), SHAPES)
+    index, overlap = anchors.match_anchors_to_boxes(torch.empty(0, 4), anchors.grid_centers(7, 7), SHAPES)
     assert index.shape == overlap.shape == (0,)
     assert index.dtype == torch.int64
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
 def test_negatives_are_the_loop(count):
-    every = anchors.anchors_on(anchors.grid_centres(7, 7), SHAPES).flatten(0, 2)
+    every = anchors.generate_anchors(anchors.grid_centers(7, 7), SHAPES).flatten(0, 2)
     found = random_boxes(count, 7, seed=3)
     wanted = [all(slow_iou(a, b) < 0.2 for b in found.tolist()) for a in every.tolist()]
-    assert anchors.sample_negatives(boxes.iou(every, found)).tolist() == wanted
+    assert anchors.negative_mask(boxes.iou(every, found)).tolist() == wanted
     assert (count == 0) == all(wanted)
 
 
 def test_negatives_at_the_threshold():
     overlap = torch.tensor([[0.2, 0.0], [0.1999, 0.1999], [0.0, 0.3]])
-    assert anchors.sample_negatives(overlap).tolist() == [False, True, False]
-    assert anchors.sample_negatives(overlap, low=0.1).tolist() == [False, False, False]
-    assert anchors.sample_negatives(overlap[None], low=1.0).tolist() == [[True, True, True]]
+    assert anchors.negative_mask(overlap).tolist() == [False, True, False]
+    assert anchors.negative_mask(overlap, low=0.1).tolist() == [False, False, False]
+    assert anchors.negative_mask(overlap[None], low=1.0).tolist() == [[True, True, True]]
 
 
 def slow_matches(overlap, high, low):
@@ -139,15 +139,15 @@ def slow_matches(overlap, high, low):
 @pytest.mark.parametrize("count", [0, 1, 2, 9])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_matches_are_the_loop(count, seed):
-    every = anchors.anchors_on(anchors.grid_centres(7, 7), SHAPES).flatten(0, 2)
+    every = anchors.generate_anchors(anchors.grid_centers(7, 7), SHAPES).flatten(0, 2)
     found = random_boxes(count, 7, seed)
     overlap = (boxes.iou(every, found) * 20).round() / 20  # ties
-    labels, chosen = anchors.matches_by_iou(overlap, 0.7, 0.3)
+    labels, chosen = anchors.match_by_iou(overlap, 0.7, 0.3)
     assert (labels.tolist(), chosen.tolist()) == slow_matches(overlap.tolist(), 0.7, 0.3)
 
 
 def test_a_box_keeps_its_best_anchor_though_that_overlaps_another_box_more():
     overlap = torch.tensor([[0.4, 0.6], [0.0, 0.65], [0.1, 0.2], [0.0, 0.0]])
-    labels, chosen = anchors.matches_by_iou(overlap, 0.7, 0.3)
+    labels, chosen = anchors.match_by_iou(overlap, 0.7, 0.3)
     assert labels.tolist() == [1, 1, 0, 0]
     assert chosen.tolist()[:2] == [0, 1]

@@ -178,7 +178,7 @@ def test_each_class_and_threshold_of_faster_coco_eval_with_difficult_ones(seed):
 
 
 def test_thresholds_are_those_of_pycocotools():
-    assert np.linspace(0.5, 0.95, 10).tolist() == list(ap.THRESHOLDS)
+    assert np.linspace(0.5, 0.95, 10).tolist() == list(ap.IOU_THRESHOLDS)
 
 
 @pytest.mark.parametrize("rule", ap.RULES)
@@ -192,7 +192,7 @@ def test_pictures_of_very_different_sizes(rule, monkeypatch):
     there[5] = GroundTruth(many + 3, torch.zeros(len(many)).long(), torch.arange(len(many)) % 5 == 0)
     judged = ap.evaluate(found, there, 1, rule)
     assert judged.map50 == pytest.approx(slow_ap(found, there, 0, 0.5, rule), abs=1e-6)
-    monkeypatch.setattr(ap, "CHUNK", 1)
+    monkeypatch.setattr(ap, "MAX_CHUNK_ELEMENTS", 1)
     assert ap.evaluate(found, there, 1, rule).map50_95 == judged.map50_95
 
 
@@ -294,7 +294,7 @@ def test_confusion_is_the_loop(seed):
                 table[t.labels[best]][f.labels[k]] += 1
         for m in free:
             table[t.labels[m]][4] += not t.difficult[m]
-    mine = ap.confusion_matrix(found, there, 4, score_floor=0.4, iou_threshold=0.45)
+    mine = ap.confusion_matrix(found, there, 4, score_threshold=0.4, iou_threshold=0.45)
     assert mine.tolist() == table
     assert mine.dtype == torch.int64
     assert int(mine[:4].sum()) == sum(int((~t.difficult).sum()) for t in there)

@@ -117,7 +117,7 @@ class TestNms:
         found, scores = random_boxes(count, 1), torch.rand(count, generator=torch.Generator().manual_seed(2))
         scores = (scores * 20).round() / 20  # ties
         assert nms.nms(found, scores, threshold).tolist() == slow_nms(found, scores, threshold)
-        assert nms.nms(found, scores, threshold, most=3).tolist() == slow_nms(found, scores, threshold)[:3]
+        assert nms.nms(found, scores, threshold, max_detections=3).tolist() == slow_nms(found, scores, threshold)[:3]
 
     def test_a_chain_within_a_block(self):
         """A overlaps B, B overlaps C, C overlaps D: A takes B away, so that C stays and takes D."""
@@ -132,10 +132,10 @@ class TestNms:
         for label in range(3):
             own = (labels == label).nonzero()[:, 0]
             wanted |= {int(own[k]) for k in slow_nms(found[own], scores[own], 0.3)}
-        kept = nms.nms_by_class(found, scores, labels, 0.3)
+        kept = nms.batched_nms(found, scores, labels, 0.3)
         assert set(kept.tolist()) == wanted
         assert scores[kept].tolist() == sorted(scores[kept].tolist(), reverse=True)
-        assert len(nms.nms_by_class(found[:0], scores[:0], labels[:0], 0.3)) == 0
+        assert len(nms.batched_nms(found[:0], scores[:0], labels[:0], 0.3)) == 0
 
     @pytest.mark.parametrize(("span", "threshold"), [(200.0, 0.6), (1500.0, 0.3)])
     def test_over_many_blocks(self, span, threshold):
@@ -146,11 +146,11 @@ class TestNms:
             if not is_gone[k]:
                 wanted.append(k)
                 is_gone |= boxes.iou(found[k : k + 1], found)[0] > threshold
-        assert len(wanted) > 3 * nms.BLOCK or span < 1000
+        assert len(wanted) > 3 * nms.BLOCK_SIZE or span < 1000
         assert nms.nms(found, scores, threshold).tolist() == wanted
         for most in (300, 600):
-            assert nms.nms(found, scores, threshold, most=most).tolist() == wanted[:most]
-        assert nms.nms(found, scores, threshold, most=0).tolist() == []
+            assert nms.nms(found, scores, threshold, max_detections=most).tolist() == wanted[:most]
+        assert nms.nms(found, scores, threshold, max_detections=0).tolist() == []
 
     def test_an_overlap_at_the_threshold_stays(self):
         halves = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 2]])
@@ -165,22 +165,22 @@ class TestNms:
         """Moving each class to a place of its own would cost the coordinates the bit that decides here."""
         found = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0.5 + 2**-20, 1], [0, 0, 0.5, 1]])
         scores = torch.tensor([0.9, 0.8, 0.7])
-        assert nms.nms_by_class(found, scores, torch.tensor([50_000, 50_000, 50_000]), 0.5).tolist() == [0, 2]
-        assert nms.nms_by_class(found, scores, torch.tensor([50_000, 2, 50_000]), 0.5).tolist() == [0, 1, 2]
+        assert nms.batched_nms(found, scores, torch.tensor([50_000, 50_000, 50_000]), 0.5).tolist() == [0, 2]
+        assert nms.batched_nms(found, scores, torch.tensor([50_000, 2, 50_000]), 0.5).tolist() == [0, 1, 2]
 
     def test_by_class_ties_and_most(self):
         found = torch.tensor([[k * 20.0, 0, k * 20 + 10, 10] for k in range(6)])
         labels = torch.tensor([1, 0, 1, 0, 2, 0])
-        assert nms.nms_by_class(found, torch.ones(6), labels, 0.5).tolist() == [0, 1, 2, 3, 4, 5]
+        assert nms.batched_nms(found, torch.ones(6), labels, 0.5).tolist() == [0, 1, 2, 3, 4, 5]
         scores = torch.tensor([0.1, 0.9, 0.2, 0.9, 0.5, 0.7])
-        assert nms.nms_by_class(found, scores, labels, 0.5, most=4).tolist() == [1, 3, 5, 4]
+        assert nms.batched_nms(found, scores, labels, 0.5, max_detections=4).tolist() == [1, 3, 5, 4]
 
     def test_boxes_without_area_do_not_take_each_other_away(self):
         points = torch.zeros(3, 4)
         assert nms.nms(points, torch.ones(3), 0.5).tolist() == [0, 1, 2]
 
 
-CENTRES = anchors.grid_centres(7, 7)
+CENTRES = anchors.grid_centers(7, 7)
 SHAPES = torch.tensor(anchors.COURSE_SHAPES, dtype=torch.float32)
 
 
@@ -198,19 +198,19 @@ def slow_matches(iou, high, low):
 
 class TestAnchors:
     def test_centres(self):
-        found = anchors.grid_centres(2, 3)
+        found = anchors.grid_centers(2, 3)
         assert found.tolist() == [[[0.5, 0.5], [1.5, 0.5], [2.5, 0.5]], [[0.5, 1.5], [1.5, 1.5], [2.5, 1.5]]]
 
     def test_anchors(self):
-        found = anchors.anchors_on(CENTRES, SHAPES)
+        found = anchors.generate_anchors(CENTRES, SHAPES)
         assert found.shape == (9, 7, 7, 4)
         assert found[5, 3, 1].tolist() == [0.5, 2, 2.5, 5]  # 2 wide, 3 high, around (1.5, 3.5)
-        assert anchors.anchors_on(CENTRES, SHAPES[:0]).shape == (0, 7, 7, 4)
+        assert anchors.generate_anchors(CENTRES, SHAPES[:0]).shape == (0, 7, 7, 4)
 
     def test_the_courses_example(self):
         """A photo of 500 x 333, a car at 156, 97, 351, 270."""
         car = torch.tensor([[156.0, 97, 351, 270]]) * 7 / torch.tensor([500.0, 333, 500, 333])
-        overlaps = boxes.iou(anchors.anchors_on(CENTRES, SHAPES)[:, 3, 3], car)[:, 0]
+        overlaps = boxes.iou(anchors.generate_anchors(CENTRES, SHAPES)[:, 3, 3], car)[:, 0]
         wanted = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
         assert overlaps.tolist() == pytest.approx(wanted, abs=1e-4)
         index, overlap = anchors.match_anchors_to_boxes(car, CENTRES, SHAPES)
@@ -220,8 +220,8 @@ class TestAnchors:
 
     @pytest.mark.parametrize("shape", [(7, 7), (3, 5), (1, 1)])
     def test_activated_is_the_loop(self, shape):
-        centres, wanted = anchors.grid_centres(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
-        all_anchors = anchors.anchors_on(centres, SHAPES)
+        centres, wanted = anchors.grid_centers(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
+        all_anchors = anchors.generate_anchors(centres, SHAPES)
         index, overlap = anchors.match_anchors_to_boxes(wanted, centres, SHAPES)
         for box, mine, most in zip(wanted.tolist(), index.tolist(), overlap.tolist(), strict=True):
             x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -245,20 +245,20 @@ class TestAnchors:
         iou = (iou * 10).round() / 10  # ties
         iou[:20] *= 0.5  # anchors that overlap little
         iou[:, 2] = 0  # a box that nothing overlaps
-        labels, matched = anchors.matches_by_iou(iou, 0.5, 0.25)
+        labels, matched = anchors.match_by_iou(iou, 0.5, 0.25)
         assert set(labels.tolist()) == {1, 0, -1}
         assert (labels.tolist(), matched.tolist()) == slow_matches(iou.tolist(), 0.5, 0.25)
 
     def test_each_box_keeps_its_best_anchor(self):
-        labels, matched = anchors.matches_by_iou(torch.tensor([[0.9, 0.1], [0.5, 0.2], [0.4, 0.1]]), 0.7, 0.3)
+        labels, matched = anchors.match_by_iou(torch.tensor([[0.9, 0.1], [0.5, 0.2], [0.4, 0.1]]), 0.7, 0.3)
         assert labels.tolist() == [1, 1, -1]
         assert matched.tolist() == [0, 1, 0]
 
     def test_matches_without_boxes_and_without_anchors(self):
-        labels, matched = anchors.matches_by_iou(torch.empty(3, 0), 0.7, 0.3)
+        labels, matched = anchors.match_by_iou(torch.empty(3, 0), 0.7, 0.3)
         assert labels.tolist() == [0, 0, 0]
         assert matched.tolist() == [0, 0, 0]
-        assert anchors.matches_by_iou(torch.empty(0, 2), 0.7, 0.3)[0].shape == (0,)
+        assert anchors.match_by_iou(torch.empty(0, 2), 0.7, 0.3)[0].shape == (0,)
 
 
 def slow_assignment(scores, found, places, wanted, labels, most):
@@ -288,20 +288,20 @@ def slow_assignment(scores, found, places, wanted, labels, most):
 
 class TestAssignment:
     def test_points(self):
-        found = assignment.points([(2, 3), (1, 1)], (8, 16))
+        found = assignment.grid_points([(2, 3), (1, 1)], (8, 16))
         assert found.tolist()[:3] == [[4, 4, 8], [12, 4, 8], [20, 4, 8]]
         assert found.tolist()[-1] == [8, 8, 16]
 
     @pytest.mark.parametrize("most", [1, 4, 10])
     def test_is_the_loop(self, most):
         torch.manual_seed(0)
-        places = assignment.points([(8, 8), (4, 4)], (8, 16))
+        places = assignment.grid_points([(8, 8), (4, 4)], (8, 16))
         found = torch.cat([places[:, :2] - 12, places[:, :2] + 12], 1) + torch.randn(3, len(places), 4) * 3
         scores = torch.rand(3, len(places), 2)
         wanted = random_boxes(12, 4, 30).float().view(3, 4, 4)
         labels = torch.tensor([[0, 1, 0, -1], [-1, -1, -1, -1], [1, 1, 0, 1]])
         wanted[2, 3] = torch.tensor([9.0, 9, 10, 10])  # no point lies in it
-        chosen = assignment.task_aligned(scores, found, places, wanted, labels, most)
+        chosen = assignment.assign_task_aligned(scores, found, places, wanted, labels, most)
         triples = zip(chosen.image.tolist(), chosen.point.tolist(), chosen.box.tolist(), strict=True)
         mine = {(n, p): (m, q) for (n, p, m), q in zip(triples, chosen.quality.tolist(), strict=True)}
         slow = slow_assignment(scores, found, places, wanted, labels, most)
@@ -312,8 +312,8 @@ class TestAssignment:
         assert not any(n == 1 for n, _ in mine)
 
     def test_no_box_at_all(self):
-        places = assignment.points([(4, 4)], (8,))
-        chosen = assignment.task_aligned(
+        places = assignment.grid_points([(4, 4)], (8,))
+        chosen = assignment.assign_task_aligned(
             torch.rand(2, 16, 3), torch.rand(2, 16, 4), places, torch.zeros(2, 1, 4), torch.full((2, 1), -1)
         )
         assert len(chosen.quality) == 0

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cvlab import _compat
 from cvlab.data import photos
-from cvlab.ops.resample import EvalTransform, make_resize, matrix
+from cvlab.ops.resample import EvalTransform, build_resize, resize_matrix
 
 
 def smooth(width, height, seed=0):
@@ -27,7 +27,7 @@ def test_a_view_is_that_of_timm(size, name):
     transform = _compat.timm().data.create_transform(
         (3, 224, 224), interpolation=name, crop_pct=0.875, mean=(0, 0, 0), std=(1, 1, 1)
     )
-    mine = photos.to_tensor(EvalTransform(224, 256, name).view(photo))
+    mine = photos.to_tensor(EvalTransform(224, 256, name)(photo))
     assert (mine - transform(photo)).abs().max() <= 2.01 / 255  # Pillow chooses which side to resize first
 
 
@@ -37,15 +37,15 @@ def test_a_view_is_that_of_timm(size, name):
 )
 def test_the_matrices_do_what_pillow_does(size, frame):
     photo = smooth(*size)
-    glass = make_resize(frame, *size)
-    mine = glass.view(glass.cut(photos.to_tensor(photo)))
-    assert (mine - photos.to_tensor(frame.view(photo))).abs().max() <= 1.2 / 255  # rounded twice
+    glass = build_resize(frame, *size)
+    mine = glass(glass.crop(photos.to_tensor(photo)))
+    assert (mine - photos.to_tensor(frame(photo))).abs().max() <= 1.2 / 255  # rounded twice
 
 
 @pytest.mark.parametrize(("count", "size"), [(37, 11), (11, 37), (20, 20)])
 @pytest.mark.parametrize("name", ["bicubic", "bilinear"])
 def test_a_matrix_is_that_of_torch(count, size, name):
-    rows, first, last = matrix(count, 0, count, size, name)
+    rows, first, last = resize_matrix(count, 0, count, size, name)
     x = torch.randn(1, 1, count, 8)
     wanted = F.interpolate(x, size=(size, 8), mode=name, antialias=True, align_corners=False)[0, 0]
     assert (first, last) == (0, count)
@@ -54,8 +54,8 @@ def test_a_matrix_is_that_of_torch(count, size, name):
 
 def test_a_picture_of_the_right_size_stays_as_it_is():
     photo = smooth(224, 224)
-    assert EvalTransform(224, 224).view(photo).tobytes() == photo.tobytes()
-    glass = make_resize(EvalTransform(224, 224), 224, 224)
+    assert EvalTransform(224, 224)(photo).tobytes() == photo.tobytes()
+    glass = build_resize(EvalTransform(224, 224), 224, 224)
     x = photos.to_tensor(photo)
-    assert torch.equal(glass.view(glass.cut(x)), x)
+    assert torch.equal(glass(glass.crop(x)), x)
     assert glass.scale == 1

@@ -31,7 +31,7 @@ from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import attacks, saliency
-from cvlab.ops.resample import DifferentiableResize, EvalTransform, make_resize
+from cvlab.ops.resample import DifferentiableResize, EvalTransform, build_resize
 from cvlab.reports import images
 from cvlab.runs.records import Row
 from cvlab.runs.run_dir import RunDir
@@ -114,17 +114,17 @@ class Attack:
 
     def victims(self, batch: list[Photo]) -> list[Victim]:
         """Look at photos as the net does, and make ready what is changed of each."""
-        views = [self.model.frame.view(photo.image) for photo in batch]
+        views = [self.model.transform(photo.image) for photo in batch]
         with torch.inference_mode():
             stacked = torch.stack([photos.to_tensor(view) for view in views]).to(self.ctx.device)
             probabilities = self.model.probabilities(stacked).cpu()
         victims = []
         for photo, view, p in zip(batch, views, probabilities, strict=True):
-            image, frame = photo.image, self.model.frame
+            image, frame = photo.image, self.model.transform
             if self.config.size == "model":
                 image, frame = view, EvalTransform(frame.size_px, frame.size_px, frame.filter)
-            glass = make_resize(frame, *image.size, self.ctx.device)
-            start = glass.cut(photos.to_tensor(image)).contiguous().to(self.ctx.device)
+            glass = build_resize(frame, *image.size, self.ctx.device)
+            start = glass.crop(photos.to_tensor(image)).contiguous().to(self.ctx.device)
             aim = int(p.argmax()) if self.target is None else self.target
             begin = self._begin(photo, start)
             victims.append(Victim(photo, image, frame, glass, start, begin, p, aim))
@@ -135,7 +135,7 @@ class Attack:
             return start.clone()
         numbers = torch.arange(start.numel()).view(start.shape)
         noise = rng.uniform(self.config.seed, 0, numbers, f"pgd {photo.label}").float().to(start.device)
-        return attacks.random_start(start, noise, self.config.eps / attacks.LEVELS)
+        return attacks.random_start(start, noise, self.config.eps / attacks.MAX_UINT8)
 
     def optimise(self, active: list[Victim], check_interrupt: Callable[[], None]) -> None:
         """Take steps until each photo is fooled and `extra_steps` further, or its steps are used up."""
@@ -159,17 +159,17 @@ class Attack:
 
         def objective(pixels: ImageState) -> Losses:
             pairs = zip(active, pixels.tensors, strict=True)
-            views = torch.stack([victim.lens.view(tensor) for victim, tensor in pairs])
+            views = torch.stack([victim.lens(tensor) for victim, tensor in pairs])
             with self.ctx.autocast():
-                scores = self.model.net(views.contiguous(memory_format=torch.channels_last))
-            fooled = attacks.is_fooled(scores, aims, targeted)
-            return {"loss": attacks.objective(scores, aims, targeted).sum(), "fooled": fooled}
+                scores = self.model.module(views.contiguous(memory_format=torch.channels_last))
+            fooled = attacks.attack_succeeded(scores, aims, targeted)
+            return {"loss": attacks.attack_loss(scores, aims, targeted).sum(), "fooled": fooled}
 
         return objective
 
     def _update(self, active: list[Victim]) -> image_optimizer.Update:
-        config, eps = self.config, self.config.eps / attacks.LEVELS
-        alpha = eps if config.method == "fgsm" else config.alpha / attacks.LEVELS
+        config, eps = self.config, self.config.eps / attacks.MAX_UINT8
+        alpha = eps if config.method == "fgsm" else config.alpha / attacks.MAX_UINT8
 
         def update(pixels: ImageState, gradients: list[Tensor]) -> None:
             for k, (victim, gradient) in enumerate(zip(active, gradients, strict=True)):
@@ -190,12 +190,12 @@ class Attack:
         self.out.write_bytes(name, images.png(changed))
         read = photos.load(self.out.path / name)
         variants = [read, *(_as_jpeg(read, quality) for quality in JPEG_QUALITIES)]
-        views = torch.stack([photos.to_tensor(victim.frame.view(image)) for image in variants])
+        views = torch.stack([photos.to_tensor(victim.frame(image)) for image in variants])
         with torch.inference_mode():
             probabilities = self.model.probabilities(views.to(self.ctx.device)).cpu()
         aims = torch.full((len(views),), victim.aim)
-        fooled = attacks.is_fooled(probabilities, aims, self.target is not None).tolist()
-        small = attacks.distances(photos.to_tensor(victim.frame.view(victim.image)), views[0])
+        fooled = attacks.attack_succeeded(probabilities, aims, self.target is not None).tolist()
+        small = attacks.distances(photos.to_tensor(victim.frame(victim.image)), views[0])
         large = attacks.distances(photos.to_tensor(victim.image), photos.to_tensor(read))
         return {
             **self._told(victim, probabilities[0]),
@@ -213,8 +213,8 @@ class Attack:
     def _told(self, victim: Victim, after: Tensor) -> Row:
         """Say what the net saw before and sees now, and how sure it was of the target."""
         row = {
-            **self.model.found(int(after.argmax()), float(after.max())),
-            "before": self.model.found(int(victim.before.argmax()), float(victim.before.max())),
+            **self.model.class_score(int(after.argmax()), float(after.max())),
+            "before": self.model.class_score(int(victim.before.argmax()), float(victim.before.max())),
         }
         if self.target is None:
             return row
@@ -236,10 +236,10 @@ class Attack:
 
     def _explained(self, victim: Victim, before: Image.Image, after: Image.Image) -> Row:
         """Show what the net's answer depends on, for the photo and for the attacked picture."""
-        views = torch.stack([photos.to_tensor(victim.frame.view(image)) for image in (before, after)])
+        views = torch.stack([photos.to_tensor(victim.frame(image)) for image in (before, after)])
         views = views.to(self.ctx.device).contiguous(memory_format=torch.channels_last)
-        classes = self.model.net(views).argmax(1)
-        maps = saliency.vanilla(self.model.net, views, classes)
+        classes = self.model.module(views).argmax(1)
+        maps = saliency.vanilla_gradient(self.model.module, views, classes)
         tiles = []
         for when, image, values, index in zip(
             ("before", "after"), (before, after), maps, classes.tolist(), strict=True
@@ -248,7 +248,7 @@ class Attack:
             label = f"{when}: {self.model.classes[index]}"
             tiles += [
                 (label, images.heat(shown)),
-                ("", images.overlay(image, shown, victim.frame.box(*image.size))),
+                ("", images.overlay(image, shown, victim.frame.crop_box(*image.size))),
             ]
         name = f"images/{victim.photo.label}-saliency.png"
         self.out.write_bytes(name, images.png(images.panel(tiles, victim.photo.path.name)))
@@ -264,7 +264,7 @@ def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Attack all photos."""
     ctx, model = config.build()
-    target = model.index(config.target) if config.target is not None else None
+    target = model.class_index(config.target) if config.target is not None else None
     out.folder("images")
 
     return summary(photo_batches.run(config, out, Attack(config, model, ctx, target, out), "attack"))
@@ -291,6 +291,6 @@ def metric_names(config: Config) -> set[str]:
 def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class."""
     ctx, model = config.build()
-    target = model.index(config.target) if config.target is not None else None
+    target = model.class_index(config.target) if config.target is not None else None
     aim = "anything else" if target is None else model.classes[target]
     return {"target": aim, "method": config.method, **photo_batches.plan(config, ctx, model)}

@@ -32,7 +32,7 @@ class About:
     size_px: int
     length: int
     strides: tuple[int, ...] = (32,)
-    backbone: str = pretrained.DEFAULT
+    backbone: str = pretrained.DEFAULT_MODEL
     backbone_weights: str | None = None
     trained_on: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Made:
 def maps_of(strides: Sequence[int], backbone: str, weights: str | None, device: torch.device) -> FeatureExtractor:
     """Return a backbone's maps of some strides, for 32 alone the last one. ConfigError where it has none such."""
     net = pretrained.build(backbone, weights, device)
-    return FeatureExtractor(net, models_backbone.levels(net, strides, is_last=tuple(strides) == (32,)))
+    return FeatureExtractor(net, models_backbone.feature_layers(net, strides, is_last=tuple(strides) == (32,)))
 
 
 def build(about: About, features: FeatureExtractor, device: torch.device) -> Made:

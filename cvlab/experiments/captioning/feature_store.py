@@ -118,7 +118,7 @@ def _key(
 ) -> tuple[str, dict[str, Any]]:
     about = {
         "backbone": features.model.name,
-        "weights": checkpoint.weights_digest(features.model.net.state_dict()),
+        "weights": checkpoint.weights_digest(features.model.module.state_dict()),
         "layers": features.names,
         "size_px": request.size_px,
         "pool": request.pool,

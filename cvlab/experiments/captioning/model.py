@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
 from cvlab.data.vocabulary import PAD
-from cvlab.layers import attention, modules, recurrent, recurrent_reference
+from cvlab.layers import attention, modules, recurrent, reference
 from cvlab.layers import sequence as by_hand
 
 FORGET_BIAS = 1.0  # so that a cell remembers at first (Jozefowicz et al., 2015)
@@ -111,16 +111,16 @@ class Captioner(nn.Module):
         """
         kind = _computed_in(self.wx)
         is_by_hand = self.layers == "manual"
-        x = modules.apply(by_hand.Embedding, self.embed.weight, words) if is_by_hand else self.embed(words)
+        x = modules.apply_layer(by_hand.Embedding, self.embed.weight, words) if is_by_hand else self.embed(words)
         x, wx, wh, b, seen = (tensor.to(kind) for tensor in (x, self.wx, self.wh, self.b, seen))
         if self.wa is not None:
             wa = self.wa.to(kind)
             if is_by_hand:
-                return modules.apply(attention.AttentionLSTM, x, seen, wx, wh, wa, b)
-            return recurrent_reference.attention_lstm(x, seen, wx, wh, wa, b)
+                return modules.apply_layer(attention.AttentionLSTM, x, seen, wx, wh, wa, b)
+            return reference.attention_lstm(x, seen, wx, wh, wa, b)
         start = seen.mean(1).repeat_interleave(len(words) // len(seen), 0)
         if is_by_hand:
-            return modules.apply(recurrent.RNN if self.cell == "rnn" else recurrent.LSTM, x, start, wx, wh, b)
+            return modules.apply_layer(recurrent.RNN if self.cell == "rnn" else recurrent.LSTM, x, start, wx, wh, b)
         return _library(self.cell, x, start, wx, wh, b)
 
     def scores(self, states: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Captioner(nn.Module):
         """
         if self.layers == "manual":
             scores, wanted, _ = self._foreseen(features, words, image)
-            loss = modules.apply(by_hand.TemporalSoftmax, scores[None], wanted[None], options=(PAD,)) / len(words)
+            loss = modules.apply_layer(by_hand.TemporalSoftmax, scores[None], wanted[None], options=(PAD,)) / len(words)
         else:
             loss = -self.log_probability(features, words, image).mean()
         return loss, loss.detach() * len(words) / (words[:, 1:] != PAD).sum()
@@ -173,7 +173,7 @@ class Captioner(nn.Module):
         if self.wa is not None:
             looked, cache = attention.DotAttention.forward(state.h, state.seen)
             a, weights = a + F.linear(looked, self.wa), cache.weights
-        h, c = (torch.tanh(a), state.c) if self.cell == "rnn" else recurrent_reference.lstm_step(a, state.c)
+        h, c = (torch.tanh(a), state.c) if self.cell == "rnn" else reference.lstm_step(a, state.c)
         return _precise(self.scores(h)), State(h, c, state.seen), weights
 
 

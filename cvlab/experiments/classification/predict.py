@@ -34,13 +34,13 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     ctx, model = config.build()
 
     def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
-        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch])
+        views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
         with torch.inference_mode():
             probabilities = model.probabilities(views.to(ctx.device))
         values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
         rows = []
         for p, k in zip(values.tolist(), indices.tolist(), strict=True):
-            named = [model.found(index, score) for index, score in zip(k, p, strict=True)]
+            named = [model.class_score(index, score) for index, score in zip(k, p, strict=True)]
             rows.append({**named[0], "top": named})
         return rows
 

@@ -38,7 +38,7 @@ from cvlab.experiments.classification.data.images import (
     steps_in_epoch,
 )
 from cvlab.experiments.classification.models import registry as model_registry
-from cvlab.models.pretrained import Normalized
+from cvlab.models.pretrained import NormalizedModel
 from cvlab.runs import checkpoint
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
@@ -251,7 +251,7 @@ def exported(config: Config, base: Path, state: dict[str, Any]) -> ExportSpec:
     size = size_of(parts.images)
     normalize = parts.batches.normalize
     mean, std = normalize.mean_and_std()
-    net = Normalized(parts.model, mean, std)
+    net = NormalizedModel(parts.model, mean, std)
     about = {
         "takes": f"images, float32 (N, {size.channels}, {size.image_px}, {size.image_px}) in [0, 1]",
         "gives": f"scores (N, {size.num_classes}), before the softmax",

@@ -55,7 +55,9 @@ class PhotoDatasetConfig(DataConfig):
 class BackboneTrainConfig(TrainConfig):
     """The keys of every training on the maps of a backbone."""
 
-    backbone: str = Field(pretrained.DEFAULT, description="a net that knows ImageNet, as in `cvlab classify --model`")
+    backbone: str = Field(
+        pretrained.DEFAULT_MODEL, description="a net that knows ImageNet, as in `cvlab classify --model`"
+    )
     backbone_weights: str | None = Field(None, description="a file with its weights")
     evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
 
@@ -74,5 +76,5 @@ class BackboneTrainConfig(TrainConfig):
     @field_validator("backbone")
     @classmethod
     def _known_backbone(cls, name: str) -> str:
-        pretrained.require_known(name)
+        pretrained.check_name(name)
         return name

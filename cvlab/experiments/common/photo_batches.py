@@ -31,7 +31,9 @@ from cvlab.runs.run_dir import RunDir
 class PretrainedConfig(RunConfig):
     """The keys of every experiment that asks a net which knows ImageNet."""
 
-    model: str = Field(pretrained.DEFAULT, description=f"{pretrained.DEFAULT}, timm:NAME or torchvision:NAME")
+    model: str = Field(
+        pretrained.DEFAULT_MODEL, description=f"{pretrained.DEFAULT_MODEL}, timm:NAME or torchvision:NAME"
+    )
     weights: str | None = Field(None, description="a file with the model's weights; null: those on this machine")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32", description="of what is optimised; results are always judged in float32"
@@ -40,7 +42,7 @@ class PretrainedConfig(RunConfig):
     @field_validator("model")
     @classmethod
     def _known(cls, name: str) -> str:
-        pretrained.require_known(name)
+        pretrained.check_name(name)
         return name
 
     @field_validator("weights")
@@ -109,7 +111,7 @@ def plan(config: PhotoConfig, ctx: ComputeContext, net: PretrainedClassifier) ->
         "photos": len(some),
         "photos_missing": len(found) - len(some),
         "model": config.model,
-        "parameters": sum(p.numel() for p in net.net.parameters()),
+        "parameters": sum(p.numel() for p in net.module.parameters()),
         **ctx.told(),
     }
 

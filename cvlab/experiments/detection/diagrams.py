@@ -68,7 +68,7 @@ def annotated(path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
 
 def answers(size: tuple[int, int], boxes_xyxy: Tensor, cells: int = CELLS) -> list[Answer]:
     """Return what answers for each box (N, 4), in pixels of a photo of `size` (width, height)."""
-    centres, shapes = anchors.grid_centres(cells, cells), torch.tensor(anchors.COURSE_SHAPES)
+    centres, shapes = anchors.grid_centers(cells, cells), torch.tensor(anchors.COURSE_SHAPES)
     index, overlap = anchors.match_anchors_to_boxes(boxes_xyxy / _scale(size, cells), centres, shapes)
     return [
         Answer(place // cells**2, place // cells % cells, place % cells, place, iou)
@@ -79,7 +79,7 @@ def answers(size: tuple[int, int], boxes_xyxy: Tensor, cells: int = CELLS) -> li
 def negatives(size: tuple[int, int], boxes_xyxy: Tensor, cells: int = CELLS) -> list[int]:
     """Return the flat indices of as many anchors as there are boxes, drawn from those that overlap none by 0.2."""
     every = _every(cells)
-    is_negative = anchors.sample_negatives(boxes.iou(every, boxes_xyxy / _scale(size, cells)), NEGATIVE_IOU)
+    is_negative = anchors.negative_mask(boxes.iou(every, boxes_xyxy / _scale(size, cells)), NEGATIVE_IOU)
     is_negative[[answer.index for answer in answers(size, boxes_xyxy, cells)]] = False
     places = is_negative.nonzero()[:, 0]
     order = rng.permutation(SEED, 0, len(places), places.device)
@@ -147,7 +147,7 @@ def _scale(size: tuple[int, int], cells: int) -> Tensor:
 def _every(cells: int) -> Tensor:
     """Return all anchors (A * H * W, 4) in cells."""
     shapes = torch.tensor(anchors.COURSE_SHAPES)
-    return anchors.anchors_on(anchors.grid_centres(cells, cells), shapes).flatten(0, 2)
+    return anchors.generate_anchors(anchors.grid_centers(cells, cells), shapes).flatten(0, 2)
 
 
 def _line(photo: Image.Image) -> int:
@@ -170,7 +170,7 @@ def _cells(photo: Image.Image, cells: int, light: tuple[int, int, int, int]) -> 
             pen.line((k * width, 0, k * width, photo.height), fill=fill, width=thick)
             pen.line((0, k * height, photo.width, k * height), fill=fill, width=thick)
         radius = line + thick
-        for x, y in anchors.grid_centres(cells, cells).flatten(0, 1).tolist():
+        for x, y in anchors.grid_centers(cells, cells).flatten(0, 1).tolist():
             x, y = x * width, y * height
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     return _blend(photo, layer)

@@ -93,7 +93,7 @@ def open_finder(model: str, weights_name: str | None, ctx: ComputeContext, evalu
 
 def _has_tiny() -> bool:
     try:
-        weights.locate(yolov3_tiny.NAME, None)
+        weights.find_pinned(yolov3_tiny.NAME, None)
     except CvlabError:
         return False
     return True
@@ -153,7 +153,7 @@ def _open_tiny(weights_file: str | None, ctx: ComputeContext) -> Finder:
             found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]).to(ctx.device), floor)
         results = []
         for (box, score, label), (_, scale, left, top), image in zip(found, boxed, images, strict=True):
-            kept = nms.nms_by_class(box, score, label, iou, evaluation.MOST)
+            kept = nms.batched_nms(box, score, label, iou, evaluation.MOST)
             moved = yolov3_tiny.unletterbox(box[kept].cpu(), scale, left, top)
             most = moved.new_tensor([image.width, image.height] * 2)
             results.append(Detections(moved.clamp(min=0).minimum(most), score[kept].cpu(), label[kept].cpu()))

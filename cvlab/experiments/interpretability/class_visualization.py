@@ -110,12 +110,12 @@ class Easel:
 
     def start(self) -> Tensor:
         """Return what the optimisation starts from: coefficients or pixels."""
-        config, size = self.config, self.model.frame.size_px
+        config, size = self.config, self.model.transform.size_px
         noise = rng.normal(config.seed, 0, parameter_shape(config, self.model), "classvis").to(self.ctx.device)
         if config.init == "image":
-            view = self.model.frame.view(photos.load(photos.find_images(config.images)[0]))
+            view = self.model.transform(photos.load(photos.find_images(config.images)[0]))
             pixels = photos.to_tensor(view).to(self.ctx.device).expand(len(self.classes), 3, size, size)
-            return visualize.encode(pixels) if self.is_fourier else pixels.clone()
+            return visualize.images_to_spectrum(pixels) if self.is_fourier else pixels.clone()
         return noise * START_FOURIER if self.is_fourier else (0.5 + START_DEVIATION * noise).clamp(0, 1)
 
     def _uniform(self, step: int, use: str) -> Callable[[int], Tensor]:
@@ -126,7 +126,7 @@ class Easel:
             return pixels.tensors[0]
         octave = min(self.config.octaves - 1, pixels.step * self.config.octaves // self.config.steps)
         band = 2.0 ** (octave - self.config.octaves + 1)
-        return visualize.decode(pixels.tensors[0], self.model.frame.size_px, band)
+        return visualize.spectrum_to_images(pixels.tensors[0], self.model.transform.size_px, band)
 
     def objective(self, pixels: ImageState) -> Losses:
         """Return the loss: minus the classes' scores, of the pictures as they are seen through random movements."""
@@ -134,18 +134,18 @@ class Easel:
         drawn = self._decoded(pixels)
         seen = drawn
         if config.jitter_px:
-            seen = visualize.rolled(seen, self._uniform(step, "jitter"), config.jitter_px)
+            seen = visualize.random_roll(seen, self._uniform(step, "jitter"), config.jitter_px)
         if config.turn_degrees or config.zoom or config.shift:
             most = {"turn_degrees": config.turn_degrees, "zoom": config.zoom, "shift": config.shift}
-            seen = visualize.moved(seen, self._uniform(step, "move"), **most)
+            seen = visualize.random_affine(seen, self._uniform(step, "move"), **most)
         blurs, by = self._uniform(step, "blur")(2).tolist()
         if config.blur and blurs < BLURRED_SHARE:
-            seen = visualize.blurred(seen, 0.3 + by * config.blur)
+            seen = visualize.gaussian_blur(seen, 0.3 + by * config.blur)
         if config.grey or config.contrast:
             colour = self._uniform(step, "colour")
-            seen = visualize.recoloured(seen, colour, grey=config.grey, contrast=config.contrast)
+            seen = visualize.color_jitter(seen, colour, grey=config.grey, contrast=config.contrast)
         with self.ctx.autocast():
-            scores = self.model.net(seen.contiguous(memory_format=torch.channels_last)).float()
+            scores = self.model.module(seen.contiguous(memory_format=torch.channels_last)).float()
         picked = scores.gather(1, self.classes[:, None])[:, 0]
         loss = -picked.sum()
         if config.l2:
@@ -163,7 +163,7 @@ class Easel:
         norms = gradients[0].flatten(1).norm(dim=1).clamp(min=1e-20).view(-1, 1, 1, 1)
         moved = (pixels.tensors[0] - self.config.lr * gradients[0] / norms).clamp_(0, 1)
         if self.config.blur_every and (pixels.step + 1) % self.config.blur_every == 0:
-            moved = visualize.blurred(moved, self.config.blur_sigma)
+            moved = visualize.gaussian_blur(moved, self.config.blur_sigma)
         pixels.tensors[0] = moved
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class Easel:
             self.out.write_bytes(f"images/{name}.gif", images.gif(frames))
             told = {"target": self.model.classes[index], "score_target": float(p[index])}
             made = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
-            rows.append({"image": file, **self.model.found(int(p.argmax()), float(p.max())), **told, **made})
+            rows.append({"image": file, **self.model.class_score(int(p.argmax()), float(p.max())), **told, **made})
         return rows
 
     def _read(self, files: list[str]) -> Tensor:
@@ -206,7 +206,7 @@ class Easel:
 
 def parameter_shape(config: Config, model: PretrainedClassifier) -> tuple[int, ...]:
     """Return the shape of what is optimised."""
-    count, size = len(config.targets), model.frame.size_px
+    count, size = len(config.targets), model.transform.size_px
     return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
 
 
@@ -215,7 +215,7 @@ def second_judge(config: Config, device: torch.device) -> Callable[[Tensor], Ten
     if config.second_model is None:
         return None
     second = pretrained.build(config.second_model, config.second_weights, device)
-    size = second.frame.size_px
+    size = second.transform.size_px
 
     def probabilities(pictures: Tensor) -> Tensor:
         resized = torch.nn.functional.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True)
@@ -227,7 +227,7 @@ def second_judge(config: Config, device: torch.device) -> Callable[[Tensor], Ten
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Draw all targets together."""
     ctx, model = config.build()
-    easel = Easel(config, model, ctx, [model.index(name) for name in config.targets], out)
+    easel = Easel(config, model, ctx, [model.class_index(name) for name in config.targets], out)
     job = image_optimizer.ImageOptimization(
         pixels=image_optimizer.ImageState([easel.start()]),
         objective=easel.objective,
@@ -260,13 +260,13 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class, DataError where there is no such photo."""
     ctx, model = config.build()
     for name in config.targets:
-        model.index(name)
+        model.class_index(name)
     if config.init == "image":
         photos.load(photos.find_images(config.images)[0])
     second_judge(config, ctx.device)
     shape = parameter_shape(config, model)
     return {
-        "targets": ", ".join(model.classes[model.index(name)] for name in config.targets),
+        "targets": ", ".join(model.classes[model.class_index(name)] for name in config.targets),
         "parameters": math.prod(shape),
         "steps": config.steps,
         "model": config.model,

@@ -69,7 +69,7 @@ class Inverter:
 
     def __init__(self, config: Config, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.ctx = config, ctx
-        self.photo = model.frame.view(photos.load(photos.find_images([config.image])[0]))
+        self.photo = model.transform(photos.load(photos.find_images([config.image])[0]))
         self.wanted = photos.to_tensor(self.photo).to(ctx.device)
         self.features = [FeatureExtractor(model, [name]) for name in config.layers]
         with torch.no_grad():

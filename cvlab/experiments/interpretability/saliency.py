@@ -44,11 +44,11 @@ class Config(PhotoConfig):
 
 def maps(config: Config, model: PretrainedClassifier, images: Tensor, classes: Tensor) -> Tensor:
     """Return the maps (N, S, S) of photos (N, 3, S, S) by the method of a configuration."""
-    net: nn.Module = model.net
+    net: nn.Module = model.module
     if config.method == "gradient":
-        return saliency.vanilla(net, images, classes, config.of)
+        return saliency.vanilla_gradient(net, images, classes, config.of)
     if config.method == "gradcam":
-        layer = saliency.last_features(net, model.frame.size_px)
+        layer = saliency.find_last_feature_layer(net, model.transform.size_px)
         return saliency.gradcam(net, images, classes, config.of, layer=layer)
     if config.method == "integrated_gradients":
         values = saliency.integrated_gradients(net, images, classes, config.of, steps=config.samples)
@@ -65,8 +65,8 @@ def _row(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, ind
     flat = values.flatten().sort(descending=True).values
     inside = flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30)
     return {
-        **model.found(index, float(probabilities[index])),
-        "predicted": model.found(int(probabilities.argmax()), float(probabilities.max())),
+        **model.class_score(index, float(probabilities[index])),
+        "predicted": model.class_score(int(probabilities.argmax()), float(probabilities.max())),
         "inside": float(inside),
     }
 
@@ -74,8 +74,8 @@ def _row(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, ind
 def _write(out: RunDir, config: Config, model: PretrainedClassifier, photo: Photo, values: Tensor, name: str) -> Row:
     shown = images.scaled(values)
     heat = images.heat(shown)
-    over = images.overlay(photo.image, shown, model.frame.box(*photo.image.size))
-    view = model.frame.view(photo.image)
+    over = images.overlay(photo.image, shown, model.transform.crop_box(*photo.image.size))
+    view = model.transform(photo.image)
     tiles = [("what the net sees", view), (f"{config.method} of {config.of}: {name}", heat), ("on the photo", over)]
     raw = io.BytesIO()
     np.save(raw, values.numpy())
@@ -89,11 +89,11 @@ def _write(out: RunDir, config: Config, model: PretrainedClassifier, photo: Phot
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Explain all photos."""
     ctx, model = config.build()
-    target = model.index(config.target) if config.target is not None else None
+    target = model.class_index(config.target) if config.target is not None else None
     out.folder("images")
 
     def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
-        views = torch.stack([photos.to_tensor(model.frame.view(photo.image)) for photo in batch]).to(ctx.device)
+        views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
         with torch.inference_mode():
             probabilities = model.probabilities(views)
         classes = probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=ctx.device)
@@ -118,7 +118,7 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
     """Say what a run would do. ConfigError where there is no such class, or no map of this kind."""
     ctx, model = config.build()
     if config.target is not None:
-        model.index(config.target)
+        model.class_index(config.target)
     if config.method == "gradcam":
-        saliency.last_features(model.net, model.frame.size_px)
+        saliency.find_last_feature_layer(model.module, model.transform.size_px)
     return photo_batches.plan(config, ctx, model)

@@ -14,7 +14,7 @@ from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.style import sample_painting
 from cvlab.experiments.style.config import STYLE_WEIGHT, Config
 from cvlab.models import features
-from cvlab.models.features import FeatureExtractor, Layers
+from cvlab.models.features import FeatureExtractor, StyleLayers
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 
@@ -130,13 +130,13 @@ class Targets:
         for image in self.styles:
             picture = resized(image, fitted(image, size_px, config.side), self.ctx.device)
             if config.keep_colors and photo is not None:
-                picture = style.matched(style.luminance(picture), style.luminance(photo))
+                picture = style.match_mean_std(style.luminance(picture), style.luminance(photo))
             found.append(self.maps(picture))
         if not self.masks:
             shares = [weight / sum(mix) for weight in mix]
             mean = {}
             for name in names:
-                grams = [part * style.gram(maps[name]) for part, maps in zip(shares, found, strict=True)]
+                grams = [part * style.gram_matrix(maps[name]) for part, maps in zip(shares, found, strict=True)]
                 mean[name] = torch.stack(grams).sum(0)
             return (Region(mean, dict.fromkeys(names), 1.0),)
         blank = torch.zeros(3, height, width, device=self.ctx.device)
@@ -145,18 +145,18 @@ class Targets:
         for k, (mask, weight) in enumerate(zip(self.masks, mix, strict=True)):
             maps = found[min(k, len(found) - 1)]
             theirs = self.style_masks[k] if self.style_masks else None
-            wanted = {name: style.gram(maps[name], _fitted_mask(theirs, maps[name])) for name in names}
+            wanted = {name: style.gram_matrix(maps[name], _fitted_mask(theirs, maps[name])) for name in names}
             regions.append(Region(wanted, {name: _fitted_mask(mask, sizes[name]) for name in names}, weight))
         return tuple(regions)
 
 
-def _layers(config: Config, model: PretrainedClassifier) -> Layers:
+def _layers(config: Config, model: PretrainedClassifier) -> StyleLayers:
     """Return the layers that a configuration names, else those of the net's family; checked against the weights."""
     if config.style_layers is not None and config.content_layer is not None:
-        layers = Layers(config.style_layers, config.content_layer)
+        layers = StyleLayers(config.style_layers, config.content_layer)
     else:
-        usual = features.default_layers(model)
-        layers = Layers(config.style_layers or usual.style, config.content_layer or usual.content)
+        usual = features.default_style_layers(model)
+        layers = StyleLayers(config.style_layers or usual.style, config.content_layer or usual.content)
     if config.style_weights is not None and len(config.style_weights) != len(layers.style):
         raise ConfigError(
             f"{len(config.style_weights)} style_weights for {len(layers.style)} style layers",

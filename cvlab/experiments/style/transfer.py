@@ -108,11 +108,11 @@ class StyleTransfer:
         return noise.view(3, scale.height, scale.width).to(self.ctx.device)
 
     def _encoded(self, picture: Tensor) -> Tensor:
-        net = self.model.net
+        net = self.model.module
         return picture * net.scale[0] + net.shift[0] if self.config.space == "normalized" else picture
 
     def _decoded(self, values: Tensor) -> Tensor:
-        net = self.model.net
+        net = self.model.module
         return (values - net.shift[0]) / net.scale[0] if self.config.space == "normalized" else values
 
     def losses(self, values: Tensor, target: Target) -> Losses:
@@ -158,7 +158,7 @@ class StyleTransfer:
         picture = self._decoded(values)
         photo = self.targets.photo(picture.shape[2], picture.shape[1])
         if self.config.keep_colors and photo is not None:
-            picture = style.recolored(picture.clamp(0, 1), photo)
+            picture = style.transfer_color(picture.clamp(0, 1), photo)
         return photos.to_image(picture)
 
     @torch.no_grad()

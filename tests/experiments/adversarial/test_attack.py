@@ -40,10 +40,10 @@ def test_steps():
 
 def test_objective_and_verdict():
     scores, classes = torch.tensor([[1.0, 2.0, 0.0], [5.0, 1.0, 1.0]]), torch.tensor([1, 1])
-    assert attacks.objective(scores, classes, targeted=True).tolist() == [-2, -1]
-    assert attacks.objective(scores, classes, targeted=False).tolist() == [2, 1]
-    assert attacks.is_fooled(scores, classes, targeted=True).tolist() == [True, False]
-    assert attacks.is_fooled(scores, classes, targeted=False).tolist() == [False, True]
+    assert attacks.attack_loss(scores, classes, targeted=True).tolist() == [-2, -1]
+    assert attacks.attack_loss(scores, classes, targeted=False).tolist() == [2, 1]
+    assert attacks.attack_succeeded(scores, classes, targeted=True).tolist() == [True, False]
+    assert attacks.attack_succeeded(scores, classes, targeted=False).tolist() == [False, True]
 
 
 def test_distances():
@@ -60,9 +60,9 @@ def judged(path, frame=None):
     """Classify a file by the long way, without any of the attack's own code."""
     model = pretrained.build()
     with Image.open(path) as image:
-        view = (frame or model.frame).view(image.convert("RGB"))
+        view = (frame or model.transform)(image.convert("RGB"))
     with torch.inference_mode():
-        return model.classes[int(model.net(photos.to_tensor(view)[None]).argmax())]
+        return model.classes[int(model.module(photos.to_tensor(view)[None]).argmax())]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_written_file_is_taken_for_an_ostrich(two, cvlab, tmp_path, options)
         is_view = "model" in options
         assert judged(made, EvalTransform(224, 224) if is_view else None) == "ostrich"
         before = photos.load(path)
-        before = pretrained.build().frame.view(before) if is_view else before
+        before = pretrained.build().transform(before) if is_view else before
         change = np.asarray(photos.load(made), int) - np.asarray(before, int)
         assert np.abs(change).max() == round(row["linf_255"]) > 0
         assert row["l2_photo"] == pytest.approx(np.sqrt((change**2).sum()) / 255, rel=1e-4)

@@ -29,7 +29,7 @@ def test_negatives_overlap_no_box_and_are_different():
     places = diagrams.negatives(SIZE, found)
     assert len(places) == len(set(places)) == 3
     assert places == diagrams.negatives(SIZE, found)
-    every = anchors.anchors_on(anchors.grid_centres(7, 7), torch.tensor(anchors.COURSE_SHAPES)).flatten(0, 2)
+    every = anchors.generate_anchors(anchors.grid_centers(7, 7), torch.tensor(anchors.COURSE_SHAPES)).flatten(0, 2)
     in_pixels = every[places] * torch.tensor([500 / 7, 333 / 7] * 2)
     assert boxes.iou(in_pixels, found).max() < 0.2
 

@@ -21,35 +21,37 @@ def half(count):
 def test_coefficients_and_pictures_are_the_same_thing():
     torch.manual_seed(0)
     pictures = torch.rand(2, 3, 16, 16) * 0.8 + 0.1
-    spectrum = visualize.encode(pictures)
+    spectrum = visualize.images_to_spectrum(pictures)
     assert spectrum.shape == visualize.spectrum_shape(2, 16)
-    torch.testing.assert_close(visualize.decode(spectrum, 16), pictures, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(visualize.spectrum_to_images(spectrum, 16), pictures, rtol=1e-4, atol=1e-4)
 
 
 def test_a_band_leaves_the_fine_detail_out():
     torch.manual_seed(0)
     spectrum = torch.randn(visualize.spectrum_shape(1, 32))
-    values = [visualize.decode(spectrum, 32, band).diff(dim=3).abs().mean().item() for band in (0.1, 0.4, 1.0)]
+    values = [
+        visualize.spectrum_to_images(spectrum, 32, band).diff(dim=3).abs().mean().item() for band in (0.1, 0.4, 1.0)
+    ]
     assert values[0] < 0.5 * values[1] < values[2]
 
 
 def test_movements_of_nothing_change_nothing():
     x = torch.rand(2, 3, 12, 12)
     none = {"turn_degrees": 0.0, "zoom": 0.0, "shift": 0.0}
-    torch.testing.assert_close(visualize.moved(x, torch.rand, **none), x)
-    torch.testing.assert_close(visualize.moved(x, half, turn_degrees=90, zoom=0.5, shift=0.5), x)
-    assert visualize.rolled(x, half, 3).equal(x)
-    torch.testing.assert_close(visualize.recoloured(x, half, grey=0.0, contrast=0.0), x)
+    torch.testing.assert_close(visualize.random_affine(x, torch.rand, **none), x)
+    torch.testing.assert_close(visualize.random_affine(x, half, turn_degrees=90, zoom=0.5, shift=0.5), x)
+    assert visualize.random_roll(x, half, 3).equal(x)
+    torch.testing.assert_close(visualize.color_jitter(x, half, grey=0.0, contrast=0.0), x)
 
 
 def test_movements_move():
     x = torch.rand(1, 3, 12, 12)
-    turned = visualize.moved(x, lambda n: torch.tensor([1.0, 0.5, 0.5, 0.5]), turn_degrees=90, zoom=0, shift=0)
+    turned = visualize.random_affine(x, lambda n: torch.tensor([1.0, 0.5, 0.5, 0.5]), turn_degrees=90, zoom=0, shift=0)
     options = (x.rot90(1, (2, 3)), x.rot90(-1, (2, 3)))
     assert any(torch.allclose(turned, option, atol=1e-4) for option in options)
-    low = visualize.rolled(x, torch.zeros, 2)
+    low = visualize.random_roll(x, torch.zeros, 2)
     assert low.equal(torch.roll(x, (-2, -2), (2, 3)))
-    grey = visualize.recoloured(x, torch.ones, grey=1.0, contrast=0.0)
+    grey = visualize.color_jitter(x, torch.ones, grey=1.0, contrast=0.0)
     torch.testing.assert_close(grey, x.mean(1, keepdim=True).expand_as(x))
 
 
@@ -59,10 +61,10 @@ def test_a_blur_is_torchvisions():
     x = torch.rand(1, 3, 30, 30)
     wanted = _compat.torchvision().transforms.functional.gaussian_blur(x, 17, 2.0)
     torch.testing.assert_close(
-        visualize.blurred(x, 2.0)[..., 10:20, 10:20], wanted[..., 10:20, 10:20], atol=1e-4, rtol=1e-3
+        visualize.gaussian_blur(x, 2.0)[..., 10:20, 10:20], wanted[..., 10:20, 10:20], atol=1e-4, rtol=1e-3
     )
     flat = torch.full((1, 3, 9, 9), 0.3)
-    torch.testing.assert_close(visualize.blurred(flat, 1.0), flat)
+    torch.testing.assert_close(visualize.gaussian_blur(flat, 1.0), flat)
 
 
 def test_adam_is_torchs():
@@ -118,7 +120,7 @@ def test_from_a_photo(cvlab, tmp_path):
         assert code == 0, err
         found = json.loads(out)
         made = photos.load(tmp_path / found["run"] / found["results"][0]["image"])
-        view = pretrained.build().frame.view(photos.load(photos.find_images(["sample"])[0]))
+        view = pretrained.build().transform(photos.load(photos.find_images(["sample"])[0]))
         difference = (photos.to_tensor(made) - photos.to_tensor(view)).abs().max()
         assert difference <= 6 / 255
 

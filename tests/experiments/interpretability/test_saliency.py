@@ -25,7 +25,7 @@ def small():
 def test_gradient_is_captums(small):
     net, x, y = small
     wanted = attr.Saliency(net).attribute(x.clone().requires_grad_(), target=y).amax(1)
-    torch.testing.assert_close(saliency.vanilla(net, x, y), wanted, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(saliency.vanilla_gradient(net, x, y), wanted, rtol=1e-9, atol=1e-15)
 
 
 def test_integrated_gradients_are_captums_and_complete(small):
@@ -49,15 +49,15 @@ def test_smoothgrad_is_the_mean_over_noise(small):
     net, x, y = small
     noises = torch.randn(3, *x.shape, dtype=torch.float64) * 0.1
     found = saliency.smoothgrad(net, x, y, noise=lambda k: noises[k], samples=3)
-    mean = torch.stack([saliency.gradient(net, x + n, y) for n in noises]).mean(0)
+    mean = torch.stack([saliency.input_gradient(net, x + n, y) for n in noises]).mean(0)
     torch.testing.assert_close(found, mean.abs().amax(1))
     still = saliency.smoothgrad(net, x, y, noise=lambda k: torch.zeros_like(x), samples=2)
-    torch.testing.assert_close(still, saliency.vanilla(net, x, y))
+    torch.testing.assert_close(still, saliency.vanilla_gradient(net, x, y))
 
 
 def test_a_gradient_is_the_slope(small):
     net, x, y = small
-    slope = saliency.gradient(net, x, y, "loss")
+    slope = saliency.input_gradient(net, x, y, "loss")
     step = torch.zeros_like(x)
     step[:, 1, 7, 8] = 1e-6
     with torch.no_grad():
@@ -67,16 +67,16 @@ def test_a_gradient_is_the_slope(small):
 
 def test_the_net_that_comes_along_agrees_with_captum():
     model = pretrained.build()
-    view = photos.to_tensor(model.frame.view(photos.load(photos.find_images(["sample"])[0])))[None]
+    view = photos.to_tensor(model.transform(photos.load(photos.find_images(["sample"])[0])))[None]
     y = torch.tensor([652])
-    wanted = attr.Saliency(model.net).attribute(view.clone().requires_grad_(), target=y).amax(1)
-    found = saliency.vanilla(model.net, view, y)
+    wanted = attr.Saliency(model.module).attribute(view.clone().requires_grad_(), target=y).amax(1)
+    found = saliency.vanilla_gradient(model.module, view, y)
     assert (found - wanted).abs().max() <= 1e-5 * wanted.max()
-    both = [saliency.integrated_gradients(model.net, view, y, steps=8)]
-    both.append(attr.IntegratedGradients(model.net).attribute(view, target=y, n_steps=8).float())
+    both = [saliency.integrated_gradients(model.module, view, y, steps=8)]
+    both.append(attr.IntegratedGradients(model.module).attribute(view, target=y, n_steps=8).float())
     assert (both[0] - both[1]).abs().max() <= 1e-5 * both[1].abs().max()
-    layer = saliency.last_features(model.net, 224)
-    assert saliency.gradcam(model.net, view, y, layer=layer).shape == (1, 224, 224)
+    layer = saliency.find_last_feature_layer(model.module, 224)
+    assert saliency.gradcam(model.module, view, y, layer=layer).shape == (1, 224, 224)
 
 
 def test_a_net_without_places_has_no_gradcam():
@@ -89,7 +89,7 @@ def test_a_net_without_places_has_no_gradcam():
             return self.last(x.flatten(1))
 
     with pytest.raises(ConfigError, match="no feature maps"):
-        saliency.last_features(Flat(), 8)
+        saliency.find_last_feature_layer(Flat(), 8)
 
 
 def test_heat_and_scaling():

@@ -34,16 +34,16 @@ class TestLosses:
     def test_gram_is_the_mean_of_outer_products(self, shape):
         torch.manual_seed(0)
         x = torch.randn(shape, dtype=torch.float64)
-        torch.testing.assert_close(style.gram(x), slow_gram(x, torch.ones(shape[1:]).double()))
+        torch.testing.assert_close(style.gram_matrix(x), slow_gram(x, torch.ones(shape[1:]).double()))
         mask = torch.rand(shape[1:], dtype=torch.float64)
-        torch.testing.assert_close(style.gram(x, mask), slow_gram(x, mask))
+        torch.testing.assert_close(style.gram_matrix(x, mask), slow_gram(x, mask))
 
     def test_gradients(self, shape):
         torch.manual_seed(0)
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         wanted = torch.randn(shape, dtype=torch.float64)
         mask = torch.rand(shape[1:], dtype=torch.float64)
-        theirs = style.gram(wanted)
+        theirs = style.gram_matrix(wanted)
         assert torch.autograd.gradcheck(lambda t: style.content_loss(t, wanted), x)
         assert torch.autograd.gradcheck(lambda t: style.style_loss(t, theirs), x)
         assert torch.autograd.gradcheck(lambda t: style.style_loss(t, theirs, mask), x)
@@ -63,8 +63,8 @@ class TestLosses:
 def test_a_gram_matrix_does_not_see_the_order_of_cells():
     x = torch.randn(4, 6, 6)
     shuffled = x.flatten(1)[:, torch.randperm(36)].view(4, 6, 6)
-    torch.testing.assert_close(style.gram(x), style.gram(shuffled))
-    assert not torch.allclose(style.gram(x), style.gram(x.flip(0)))
+    torch.testing.assert_close(style.gram_matrix(x), style.gram_matrix(shuffled))
+    assert not torch.allclose(style.gram_matrix(x), style.gram_matrix(x.flip(0)))
 
 
 def test_ssim_by_hand():
@@ -88,8 +88,8 @@ def test_psnr():
 def test_brightness_with_other_colours_keeps_the_brightness():
     torch.manual_seed(0)
     brightness, colours = 0.4 + 0.2 * torch.rand(1, 5, 5), 0.4 + 0.2 * torch.rand(3, 5, 5)
-    torch.testing.assert_close(style.luminance(style.recolored(brightness, colours)), brightness)
-    own = style.recolored(style.luminance(colours), colours)
+    torch.testing.assert_close(style.luminance(style.transfer_color(brightness, colours)), brightness)
+    own = style.transfer_color(style.luminance(colours), colours)
     torch.testing.assert_close(own, colours)
 
 
@@ -166,10 +166,10 @@ class TestFeatures:
     def test_are_those_of_the_whole_net(self):
         net = pretrained.build()
         found = {}
-        hook = net.net.net.blocks[3].register_forward_hook(lambda m, i, o: found.update(whole=o))
+        hook = net.module.model.blocks[3].register_forward_hook(lambda m, i, o: found.update(whole=o))
         picture = torch.rand(3, 64, 96)
         with torch.no_grad():
-            net.net(picture[None].contiguous(memory_format=torch.channels_last))
+            net.module(picture[None].contiguous(memory_format=torch.channels_last))
         hook.remove()
         mine = features.FeatureExtractor(net, ["blocks.3", "blocks.1"])(picture)
         assert list(mine) == ["blocks.1", "blocks.3"] or list(mine) == ["blocks.3", "blocks.1"]
@@ -178,11 +178,11 @@ class TestFeatures:
     def test_nothing_below_the_deepest_layer_is_computed(self):
         net = pretrained.build()
         calls = []
-        hook = net.net.net.blocks[4].register_forward_hook(lambda m, i, o: calls.append(1))
+        hook = net.module.model.blocks[4].register_forward_hook(lambda m, i, o: calls.append(1))
         features.FeatureExtractor(net, ["blocks.3"])(torch.rand(3, 64, 64))
         hook.remove()
         assert not calls
-        assert not any(module._forward_hooks for module in net.net.modules())
+        assert not any(module._forward_hooks for module in net.module.modules())
 
     def test_a_layer_that_is_not_there(self):
         with pytest.raises(ConfigError, match=r"unknown layer 'blocks\.9'.*blocks\.6"):
@@ -203,7 +203,7 @@ class TestFeatures:
     @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_0"])
     def test_default_layers_of_any_family(self, name, tmp_path):
         net = random_net(name, tmp_path)
-        layers = features.default_layers(net)
+        layers = features.default_style_layers(net)
         maps = features.FeatureExtractor(net, [*layers.style, layers.content])(torch.rand(3, 128, 128))
         heights = [maps[key].shape[1] for key in layers.style]
         assert len(heights) >= 3
@@ -216,7 +216,7 @@ def random_net(name, folder):
 
     prefix, _, rest = name.partition(":")
     torch.manual_seed(0)
-    net = zoo.timm_model(rest, num_classes=None) if prefix == "timm" else zoo.torchvision_model(rest, num_classes=1000)
+    net = zoo.build_timm(rest, num_classes=None) if prefix == "timm" else zoo.build_torchvision(rest, num_classes=1000)
     torch.save(net.state_dict(), folder / "weights.pth")
     return pretrained.build(name, str(folder / "weights.pth"))
 

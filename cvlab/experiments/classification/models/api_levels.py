@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.config.schema import PositiveInt
-from cvlab.layers.init import initialise
+from cvlab.layers.init import init_weights
 
 
 def _layers(
@@ -19,9 +19,9 @@ def _layers(
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     one, two = channels
     return (
-        initialise(layers.Conv2d(in_channels, one, 5, padding=2), "kaiming", before_relu=True),
-        initialise(layers.Conv2d(one, two, 3, padding=1), "kaiming", before_relu=True),
-        initialise(layers.Linear(two * image_size * image_size, num_classes), "kaiming", before_relu=False),
+        init_weights(layers.Conv2d(in_channels, one, 5, padding=2), "kaiming", before_relu=True),
+        init_weights(layers.Conv2d(one, two, 3, padding=1), "kaiming", before_relu=True),
+        init_weights(layers.Linear(two * image_size * image_size, num_classes), "kaiming", before_relu=False),
     )
 
 

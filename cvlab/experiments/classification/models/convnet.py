@@ -10,7 +10,7 @@ from torch import nn
 
 from cvlab.config.schema import NonNegativeInt, PositiveInt
 from cvlab.errors import ConfigError
-from cvlab.layers.init import WeightScale, initialise
+from cvlab.layers.init import WeightScale, init_weights
 
 
 def deep_convnet(
@@ -33,7 +33,7 @@ def deep_convnet(
     blocks: list[nn.Module] = []
     channels, size = in_channels, image_size
     for index, width in enumerate(filters):
-        blocks.append(initialise(layers.Conv2d(channels, width, 3, padding=1), weight_scale, before_relu=True))
+        blocks.append(init_weights(layers.Conv2d(channels, width, 3, padding=1), weight_scale, before_relu=True))
         if batchnorm:
             blocks.append(layers.BatchNorm2d(width))
         if index in pools:
@@ -41,7 +41,7 @@ def deep_convnet(
             size //= 2
         blocks.append(layers.ReLU())
         channels = width
-    head = initialise(layers.Linear(channels * size * size, num_classes), weight_scale, before_relu=False)
+    head = init_weights(layers.Linear(channels * size * size, num_classes), weight_scale, before_relu=False)
     return nn.Sequential(*blocks, nn.Flatten(), head)
 
 
@@ -73,7 +73,7 @@ def three_layer_convnet(
         raise ConfigError(f"model.filter_size {filter_size}: must be odd, so that the size is kept")
     pooled = image_size // 2
     return nn.Sequential(
-        initialise(
+        init_weights(
             layers.Conv2d(in_channels, num_filters, filter_size, padding=filter_size // 2),
             weight_scale,
             before_relu=True,
@@ -81,7 +81,7 @@ def three_layer_convnet(
         layers.MaxPool2d(2),
         layers.ReLU(),
         nn.Flatten(),
-        initialise(layers.Linear(num_filters * pooled * pooled, hidden), weight_scale, before_relu=True),
+        init_weights(layers.Linear(num_filters * pooled * pooled, hidden), weight_scale, before_relu=True),
         layers.ReLU(),
-        initialise(layers.Linear(hidden, num_classes), weight_scale, before_relu=False),
+        init_weights(layers.Linear(hidden, num_classes), weight_scale, before_relu=False),
     )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
-from cvlab.layers.init import WeightScale, initialise
+from cvlab.layers.init import WeightScale, init_weights
 
 
 def fc_net(
@@ -26,8 +26,8 @@ def fc_net(
     blocks: list[nn.Module] = [nn.Flatten()]
     width_in = in_channels * image_size * image_size
     for width in hidden:
-        blocks += [initialise(layers.Linear(width_in, width), weight_scale, before_relu=True), layers.ReLU()]
+        blocks += [init_weights(layers.Linear(width_in, width), weight_scale, before_relu=True), layers.ReLU()]
         if dropout > 0:
             blocks.append(layers.Dropout(dropout))
         width_in = width
-    return nn.Sequential(*blocks, initialise(layers.Linear(width_in, num_classes), weight_scale, before_relu=False))
+    return nn.Sequential(*blocks, init_weights(layers.Linear(width_in, num_classes), weight_scale, before_relu=False))

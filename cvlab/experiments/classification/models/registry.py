@@ -28,8 +28,8 @@ MODELS = {
     "whiten_net": "cvlab.experiments.classification.models.whiten_net:whiten_net",
 }
 PREFIXES = {
-    "timm": "cvlab.models.zoo:timm_model",
-    "torchvision": "cvlab.models.zoo:torchvision_model",
+    "timm": "cvlab.models.zoo:build_timm",
+    "torchvision": "cvlab.models.zoo:build_torchvision",
 }
 SUPPLIED = frozenset({"in_channels", "image_size", "num_classes", "layers", "model_name"})
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cvlab.config.schema import PositiveInt
 from cvlab.errors import ConfigError
-from cvlab.layers.init import initialise
+from cvlab.layers.init import init_weights
 
 
 def _unit(layers: Any, width_in: int, width: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -96,7 +96,7 @@ def _kaiming(net: nn.Module) -> None:
     """Draw all weights anew; all but those of the shortcuts and of the last layer stand before a ReLU."""
     for name, layer in net.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            initialise(layer, "kaiming", before_relu=isinstance(layer, nn.Conv2d) and "shortcut" not in name)
+            init_weights(layer, "kaiming", before_relu=isinstance(layer, nn.Conv2d) and "shortcut" not in name)
 
 
 def _shortcut(layers: Any, width_in: int, width: int, stride: int) -> nn.Module:

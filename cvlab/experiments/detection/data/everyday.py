@@ -98,7 +98,7 @@ def make(root: Path, origin: Path | None, patient: bool) -> None:
             boxed = [yolov3_tiny.letterbox(photos.load(path)) for path in some]
             found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]), LEAST)
             for path, (box, score, label), (_, scale, left, top) in zip(some, found, boxed, strict=True):
-                kept = nms.nms_by_class(box, score, label, DOUBLE_IOU)
+                kept = nms.batched_nms(box, score, label, DOUBLE_IOU)
                 places = yolov3_tiny.unletterbox(box[kept], scale, left, top).clamp(min=0)
                 triples = zip(places.tolist(), score[kept].tolist(), label[kept].tolist(), strict=True)
                 labelled[str(path.relative_to(root))] = [

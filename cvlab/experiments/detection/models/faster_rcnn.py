@@ -17,7 +17,7 @@ from cvlab.config.schema import PositiveInt
 from cvlab.experiments.detection.models.base import Targets
 from cvlab.experiments.detection.models.fpn import LevelSeparable, Pyramid, separable
 from cvlab.ops import assignment, boxes, nms
-from cvlab.ops.anchors import matches_by_iou
+from cvlab.ops.anchors import match_by_iou
 from cvlab.ops.average_precision import Detections
 from cvlab.ops.roi_align import roi_align
 
@@ -95,7 +95,7 @@ class FasterRcnn(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Regions:
         """Return the first stage's verdict on maps (N, C_k, S / stride_k, S / stride_k), fine ones first."""
         mixed = self.pyramid(maps)
-        places = assignment.points([m.shape[2:] for m in mixed], self.strides).to(maps[0].device)
+        places = assignment.grid_points([m.shape[2:] for m in mixed], self.strides).to(maps[0].device)
         hidden = [self.regions(m, level) for level, m in enumerate(mixed)]
         n = len(maps[0])
         scores = torch.cat([self.objectness(h).permute(0, 2, 3, 1).reshape(n, -1) for h in hidden], 1).float()
@@ -213,7 +213,7 @@ class FasterRcnn(nn.Module):
             score = probabilities[region, label]
             box = decode(offsets[region, label] / places.new_tensor(HEAD_SCALES), places[region])
             box = boxes.clip(box, size_px, size_px)
-            kept = nms.nms_by_class(box, score, label, iou, most)
+            kept = nms.batched_nms(box, score, label, iou, most)
             results.append(Detections(box[kept], score[kept], label[kept]))
         return results
 
@@ -226,7 +226,7 @@ def _own(targets: Targets) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def _sides(anchors_xyxy: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return which anchors hold something, which do not, and whose box each is nearest to."""
-    sides, which = matches_by_iou(boxes.iou(anchors_xyxy, own), RPN_HIGH, RPN_LOW)
+    sides, which = match_by_iou(boxes.iou(anchors_xyxy, own), RPN_HIGH, RPN_LOW)
     return (sides == 1).nonzero()[:, 0], (sides == 0).nonzero()[:, 0], which
 
 

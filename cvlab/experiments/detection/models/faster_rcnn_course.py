@@ -79,8 +79,8 @@ class FasterRcnnCourse(nn.Module):
 
     def anchors(self, found: Found) -> Tensor:
         """Return the anchors_xyxy (P, 4) in cells."""
-        centres = anchors.grid_centres(*found.maps.shape[2:]).to(self.shapes)
-        return anchors.anchors_on(centres, self.shapes).flatten(0, 2)
+        centres = anchors.grid_centers(*found.maps.shape[2:]).to(self.shapes)
+        return anchors.generate_anchors(centres, self.shapes).flatten(0, 2)
 
     def losses(self, found: Found, targets: Targets, size_px: int) -> dict[str, Tensor]:
         """Return `loss` and its parts, sums over a picture's anchors and means over pictures.
@@ -114,7 +114,7 @@ class FasterRcnnCourse(nn.Module):
         chosen = []
         for k, (places, marks) in enumerate(zip(targets.boxes_xyxy, targets.labels, strict=True)):
             own, labels = places[marks >= 0].to(every) / self.strides[0], marks[marks >= 0]
-            sides, which = anchors.matches_by_iou(boxes.iou(every, own), HIGH, LOW)
+            sides, which = anchors.match_by_iou(boxes.iou(every, own), HIGH, LOW)
             is_negative[k] = sides == 0
             anchor = (sides == 1).nonzero()[:, 0]
             box = which[anchor]
@@ -157,7 +157,7 @@ class FasterRcnnCourse(nn.Module):
             image = torch.full((len(regions),), k, dtype=torch.int64, device=regions.device)
             label = self.second(found, regions, image).argmax(1)
             places = regions * self.strides[0]
-            kept = nms.nms_by_class(places, score, label, iou, most)
+            kept = nms.batched_nms(places, score, label, iou, most)
             results.append(Detections(places[kept], score[kept], label[kept]))
         return results
 

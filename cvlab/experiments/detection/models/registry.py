@@ -12,7 +12,7 @@ from cvlab.config.schema import Registry
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.models.finetune import HINT, Tuned
 from cvlab.models import pretrained
-from cvlab.models.backbone import PROBE_PX, levels
+from cvlab.models.backbone import PROBE_PX, feature_layers
 from cvlab.models.features import FeatureExtractor
 from cvlab.runs import weights_file
 
@@ -36,7 +36,7 @@ class About:
     arguments: dict[str, Any]
     classes: tuple[str, ...]
     size_px: int
-    backbone: str = pretrained.DEFAULT
+    backbone: str = pretrained.DEFAULT_MODEL
     backbone_weights: str | None = None
     trained_on: str = ""
     is_tuned: bool = False
@@ -62,7 +62,7 @@ class WithBackbone(nn.Module):
 
     def __init__(self, made: Detector) -> None:
         super().__init__()
-        self.features, self.head, self.backbone = made.features, made.head, made.features.model.net
+        self.features, self.head, self.backbone = made.features, made.head, made.features.model.module
         plain = self.head.head if isinstance(self.head, Tuned) else self.head
         self.outputs: tuple[str, ...] = getattr(plain, "outputs", ())
         self.plain = plain
@@ -78,7 +78,7 @@ def build(about: About, device: torch.device) -> Detector:
     """Build a detector, its head's weights drawn at random. ConfigError for a backbone that can't be tuned."""
     kind = registry.get("detector", about.model, DETECTORS)
     net = pretrained.build(about.backbone, about.backbone_weights, device)
-    found = FeatureExtractor(net, levels(net, kind.strides, getattr(kind, "is_last", False)))
+    found = FeatureExtractor(net, feature_layers(net, kind.strides, getattr(kind, "is_last", False)))
     probe = torch.rand((1, 3, PROBE_PX, PROBE_PX), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         seen = found.batch(probe)
@@ -86,7 +86,7 @@ def build(about: About, device: torch.device) -> Detector:
     head = kind(channels=[m.shape[1] for m in maps], num_classes=len(about.classes), **about.arguments)
     given = found
     if about.is_tuned:
-        head = Tuned(head, net.net.net, found.names).to(device)
+        head = Tuned(head, net.module.model, found.names).to(device)
         _require_same(head, maps, about.backbone)
         given = FeatureExtractor(net, found.names[:1])
     return Detector(about, found, given, head.to(device, memory_format=torch.channels_last))

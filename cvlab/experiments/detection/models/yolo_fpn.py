@@ -47,7 +47,7 @@ class YoloFpn(nn.Module):
         `maps` are (N, C_k, S / stride_k, S / stride_k), fine ones first.
         """
         mixed = self.pyramid(maps)
-        points = assignment.points([m.shape[2:] for m in mixed], self.strides).to(maps[0].device)
+        points = assignment.grid_points([m.shape[2:] for m in mixed], self.strides).to(maps[0].device)
         scores = torch.cat([m.flatten(2) for m in self.classes(mixed)], 2).mT.float()  # (N, P, C)
         raw = [
             F.softplus(m.flatten(2).float() * scale) for m, scale in zip(self.boxes(mixed), self.scales, strict=True)
@@ -68,7 +68,9 @@ class YoloFpn(nn.Module):
         """
         scores, boxes_xyxy, points = found
         with torch.no_grad():
-            chosen = assignment.task_aligned(scores.sigmoid(), boxes_xyxy, points, targets.boxes_xyxy, targets.labels)
+            chosen = assignment.assign_task_aligned(
+                scores.sigmoid(), boxes_xyxy, points, targets.boxes_xyxy, targets.labels
+            )
         image, point = chosen.image, chosen.point
         quality = chosen.quality * targets.confidence[image, chosen.box]
         total = quality.sum().clamp(min=1.0)
@@ -92,6 +94,6 @@ class YoloFpn(nn.Module):
                 score, best = score.topk(CANDIDATES)
                 box, label = box[best], label[best]
             box = boxes.clip(box, size_px, size_px)
-            kept = nms.nms_by_class(box, score, label, iou, most)
+            kept = nms.batched_nms(box, score, label, iou, most)
             results.append(Detections(box[kept], score[kept], label[kept]))
         return results

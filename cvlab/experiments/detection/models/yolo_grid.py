@@ -80,12 +80,12 @@ class YoloGrid(nn.Module):
 
     def anchors(self, found: Found) -> Tensor:
         """Return the anchors (P, 4) in cells: middle x, middle y, width, height."""
-        made = anchors.anchors_on(self._centres(found), self.shapes)
+        made = anchors.generate_anchors(self._centres(found), self.shapes)
         return boxes.xyxy_to_cxcywh(made.flatten(0, 2))
 
     def _centres(self, found: Found) -> Tensor:
         height, width = found.scores.shape[2:]
-        return anchors.grid_centres(height, width).to(self.shapes)
+        return anchors.grid_centers(height, width).to(self.shapes)
 
     def losses(self, found: Found, targets: Targets, size_px: int) -> dict[str, Tensor]:
         """Return `loss`, the sum of its three parts; all are 0 where no picture has an object."""
@@ -119,9 +119,9 @@ class YoloGrid(nn.Module):
         image, box = (targets.labels >= 0).nonzero(as_tuple=True)
         chosen = place.view_as(targets.labels)[image, box]
         positives = Positives(image, chosen, boxes_xyxy[image, box], targets.labels[image, box])
-        every = anchors.anchors_on(centres, self.shapes).flatten(0, 2)[None, :, None]  # (1, P, 1, 4)
+        every = anchors.generate_anchors(centres, self.shapes).flatten(0, 2)[None, :, None]  # (1, P, 1, 4)
         overlap = boxes.paired_iou(every, boxes_xyxy[:, None])  # (N, P, M), 0 with the boxes that only pad
-        is_negative = anchors.sample_negatives(overlap, NEGATIVE_IOU)
+        is_negative = anchors.negative_mask(overlap, NEGATIVE_IOU)
         is_negative[positives.image, positives.anchor] = False  # a thin box may overlap even its own anchor by less
         return positives, is_negative
 
@@ -146,7 +146,7 @@ class YoloGrid(nn.Module):
         for score, box, name in zip(scores, decoded, label, strict=True):
             sure = score >= floor
             places = boxes.clip(box[sure], size_px, size_px)
-            kept = nms.nms_by_class(places, score[sure], name[sure], iou, most)
+            kept = nms.batched_nms(places, score[sure], name[sure], iou, most)
             results.append(Detections(places[kept], score[sure][kept], name[sure][kept]))
         return results
 

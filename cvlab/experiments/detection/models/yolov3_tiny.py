@@ -80,7 +80,7 @@ def _leaky(x: Tensor) -> Tensor:
 
 def build(weights_file: str | None = None, device: torch.device | str = "cpu") -> YoloV3Tiny:
     """Build the net with its weights, frozen and in evaluation mode; DataError where they are not there or damaged."""
-    path = weights.locate(NAME, weights_file)
+    path = weights.find_pinned(NAME, weights_file)
     raw = darknet.read_darknet(path, CONVS, HINT)
     net = YoloV3Tiny().eval().requires_grad_(False)
     state = darknet.folded(raw, CONVS)

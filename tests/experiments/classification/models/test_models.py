@@ -12,8 +12,8 @@ from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.models.convnet import deep_convnet, three_layer_convnet
 from cvlab.experiments.classification.models.resnet import Residual, preact_resnet
 from cvlab.experiments.classification.models.whiten_net import Block, whiten_net
-from cvlab.layers.init import initialise
-from cvlab.layers.modules import MANUAL, MANUAL_ALT
+from cvlab.layers.init import init_weights
+from cvlab.layers.modules import MANUAL_ALT_LAYERS, MANUAL_LAYERS
 
 ARGUMENTS = {
     "deep_convnet": {"filters": (4, 8), "pools": (0, 1), "batchnorm": True},
@@ -116,7 +116,7 @@ def test_depths_shortcuts_and_sizes_of_whiten_nets():
 @pytest.mark.parametrize("name", model_registry.MODELS)
 def test_every_model_of_hand_written_layers_trains_as_torchs(name):
     made = []
-    for layers in (nn, MANUAL, MANUAL_ALT):
+    for layers in (nn, MANUAL_LAYERS, MANUAL_ALT_LAYERS):
         torch.manual_seed(2)
         supplied = {"in_channels": 3, "image_size": 8, "num_classes": 4, "layers": layers}
         if name == "api_barebones" and layers is not nn:
@@ -156,7 +156,7 @@ def test_kaiming_and_fixed_scales(layer, fan_in):
         ("kaiming", False, (1 / fan_in) ** 0.5),
         (0.03, True, 0.03),
     ):
-        weight = initialise(layer, scale, before_relu).weight
+        weight = init_weights(layer, scale, before_relu).weight
         assert weight.std().item() == pytest.approx(expected, rel=0.02)
         assert weight.mean().item() == pytest.approx(0, abs=0.02 * expected)
         assert not layer.bias.any()

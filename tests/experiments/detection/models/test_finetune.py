@@ -43,7 +43,7 @@ def test_pointwise_filters_learn_and_the_backbone_of_others_does_not(made):
     assert depthwise
     assert not depthwise & learning
     assert sum(p.numel() for p in made.head.stages.parameters() if p.requires_grad) > 2_000_000
-    backbone = set(made.features.model.net.parameters())
+    backbone = set(made.features.model.module.parameters())
     assert not backbone & set(made.head.parameters())
 
 

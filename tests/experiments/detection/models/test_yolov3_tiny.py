@@ -101,7 +101,7 @@ def twin(arrays, x):
 
 class TestFile:
     def test_has_the_size_of_the_real_one(self, file):
-        assert file.stat().st_size == BYTES == weights.PINNED["yolov3_tiny"].size
+        assert file.stat().st_size == BYTES == weights.PINNED_FILES["yolov3_tiny"].size
 
     def test_every_number_comes_to_its_place(self, arrays, file):
         found = darknet.read_darknet(file, yolov3_tiny.CONVS)
@@ -298,7 +298,7 @@ class TestFetch:
 
         def at(url):
             known = weights.PinnedFile(f"{url}/yolov3-tiny.weights", len(content), hashlib.sha256(content).hexdigest())
-            monkeypatch.setitem(weights.PINNED, "yolov3_tiny", known)
+            monkeypatch.setitem(weights.PINNED_FILES, "yolov3_tiny", known)
 
         at("https://localhost:1")
         return content, at, tmp_path / "data" / "weights" / "yolov3-tiny.weights"
@@ -307,7 +307,7 @@ class TestFetch:
         content, at, target = pinned
         with server(lambda handler: send(handler, content)) as (url, requests):
             at(url)
-            assert weights.fetch("yolov3_tiny") == target == weights.locate("yolov3_tiny")
+            assert weights.fetch("yolov3_tiny") == target == weights.find_pinned("yolov3_tiny")
             assert weights.fetch("yolov3_tiny") == target
             assert len(requests) == 1
         assert target.read_bytes() == content
@@ -400,5 +400,5 @@ class TestRealWeights:
         assert tuple(names[:80]) == COCO_CLASSES
 
     def test_the_file_is_the_published_one(self, real):
-        known = weights.PINNED["yolov3_tiny"]
+        known = weights.PINNED_FILES["yolov3_tiny"]
         download.verify(Path(REAL_DATA) / "weights" / "yolov3-tiny.weights", known.sha256)
