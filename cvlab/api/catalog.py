@@ -60,7 +60,7 @@ def data_lines() -> list[Row]:
     for name in datasets.DATASETS:
         source = datasets.get(name)
         state = source.state(data_root())
-        rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.licence})
+        rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.license})
     return rows
 
 
@@ -73,12 +73,12 @@ def fetch(name: str, origin: Path | None) -> Row:
         if origin is None and not download.allowed():
             raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
         source.fetch(root, origin, True)
-    elif source.builtin:
+    elif source.is_builtin:
         source.load(root)
     return {"ok": True, "name": name, "root": str(root), "found": source.check(root)}
 
 
-def _is_whole(source: datasets.Source, root: Path) -> bool:
+def _is_whole(source: datasets.AnySource, root: Path) -> bool:
     if not source.ready(root):
         return False
     try:

@@ -73,7 +73,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
 
 def _data_plan(block: Any) -> Result:
     source = None if registry.is_user_file(block.name) else datasets.get(block.name)
-    ready = source is None or source.builtin or source.ready(data_root())
+    ready = source is None or source.is_builtin or source.ready(data_root())
     missing = {} if ready else {"standin": block.standin, "to get it": f"cvlab data fetch {block.name}"}
     return {"data": describe_data(block), "data_root": str(data_root()), "data_ready": ready, **missing}
 

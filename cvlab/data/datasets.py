@@ -1,14 +1,20 @@
-"""Data sets by name, where they lie, and what to do where one is not on the disk."""
+"""The table of data sets: by name, how each is found, loaded, checked and fetched.
 
+Every task has a subclass of `DatasetSource` whose `load` says which options it takes and what it returns:
+`ImageDatasetSource`, `DetectionDatasetSource` and `CaptionDatasetSource`, each beside the data set that it loads.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from cvlab import registry
 from cvlab.errors import ConfigError
 
-KINDS = {"images": "images with a class each", "boxes": "photos with boxes", "captions": "photos with sentences"}
+Dataset = TypeVar("Dataset", covariant=True)
+
 DATASETS = {
     "cifar10": "cvlab.experiments.classification.data.cifar10:SOURCE",
     "scenes10": "cvlab.experiments.classification.data.scenes10:SOURCE",
@@ -25,8 +31,8 @@ DATASETS = {
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much a set of images has, known without loading it."""
+class DatasetSize:
+    """The size of a data set, known without loading it."""
 
     train_images: int
     test_images: int
@@ -35,56 +41,78 @@ class Size:
     num_classes: int
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set: how to find, load, check and get it.
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource(ABC, Generic[Dataset]):
+    """One row of the table: where a data set comes from and how to load it.
 
-    `ready(root)` is quick and says whether it is there; `load(root)` reads and verifies it; `check(root)` verifies and
-    returns a line; `fetch(root, origin, patient)` gets it from the network, or from `origin` if that is given. A
-    built-in set needs no fetching: it is generated. `kind` says what `load` returns: `images` with a class each, or
-    photos with `boxes`. A set that is the user's `own` lies where the configuration says.
+    Attributes:
+        kind: What the data set contains, in one word; also the name of the user's own data set of this kind.
+        contents: The same in a few words, for messages.
+        ready: Whether the data set lies below a root folder; quick.
+        check: Verifies the files below a root folder and returns one line about them; raises DataError.
+        fetch: Called with the root folder, an origin (a local copy, or None for the network) and whether to wait as
+            long as the download takes. None for a built-in data set, which is generated when it is loaded.
+        is_custom: Whether the files are the user's own and lie where the configuration says.
+
     """
+
+    kind: ClassVar[str]
+    contents: ClassVar[str]
 
     name: str
     summary: str
-    licence: str
-    size: Size
+    license: str
+    size: DatasetSize
     ready: Callable[[Path], bool]
-    load: Callable[[Path], Any]
     check: Callable[[Path], str]
     fetch: Callable[[Path, Path | None, bool], None] | None = None
-    kind: str = "images"
-    own: bool = False
+    is_custom: bool = False
+
+    @abstractmethod
+    def load(self, root: Path, *args: Any, **options: Any) -> Dataset:
+        """Read and verify the data set below `root`; subclasses declare their options. Raises DataError."""
 
     @property
-    def builtin(self) -> bool:
-        """Whether nothing has to be fetched: cvlab makes the set itself, or the user has it."""
+    def is_builtin(self) -> bool:
+        """Whether nothing has to be fetched: cvlab generates the data set, or it is the user's own."""
         return self.fetch is None
 
     def state(self, root: Path) -> str:
-        """Say whether the set is there."""
+        """Describe whether the data set can be used."""
         if self.ready(root):
             return "ready"
-        return "your own" if self.own else "built in" if self.builtin else "not on the disk"
+        return "your own" if self.is_custom else "built in" if self.is_builtin else "not on the disk"
 
 
-def names(kind: str) -> list[str]:
-    """Return the names of the sets of a kind."""
-    return [name for name in DATASETS if get(name).kind == kind]
+AnySource = DatasetSource[Any]
+Source = TypeVar("Source", bound=AnySource)
 
 
-def kind_error(name: str, kind: str) -> ConfigError | None:
-    """Return what is wrong with a name where a set of `kind` is needed, or None."""
-    if name not in DATASETS:
-        return registry.unknown_name_error("data set", name, names(kind))
-    found = get(name).kind
-    if found == kind:
-        return None
-    hint = registry.unknown_name_error("data set", name, names(kind)).hint
-    return ConfigError(f"data set {name!r} has {KINDS[found]}, {KINDS[kind]} are needed here", hint)
-
-
-def get(name: str) -> Source:
-    """Return the data set called `name`; ConfigError with the nearest name otherwise."""
-    source: Source = registry.get("data set", name, DATASETS)
+def get(name: str) -> AnySource:
+    """Return the data set called `name`. Raises ConfigError with the closest name."""
+    source: AnySource = registry.get("data set", name, DATASETS)
     return source
+
+
+def get_of_kind(name: str, kind: type[Source]) -> Source:
+    """Return the data set called `name`, which must be of `kind`. Raises ConfigError otherwise."""
+    if name not in DATASETS:
+        raise registry.unknown_name_error("data set", name, names(kind))
+    source = get(name)
+    if not isinstance(source, kind):
+        hint = registry.unknown_name_error("data set", name, names(kind)).hint
+        raise ConfigError(f"data set {name!r} has {source.contents}, {kind.contents} are needed here", hint)
+    return source
+
+
+def check_kind(name: str, kind: type[AnySource]) -> None:
+    """Check that `name` is a data set of `kind`. Raises ValueError, for the validators of configurations."""
+    try:
+        get_of_kind(name, kind)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def names(kind: type[AnySource]) -> list[str]:
+    """Return the names of the data sets of a kind."""
+    return [name for name in DATASETS if isinstance(get(name), kind)]

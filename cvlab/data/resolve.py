@@ -32,7 +32,7 @@ def resolve_dataset(block: Any, policy: DownloadPolicy) -> Any:
     if block.standin_for is not None or "." in block.name:
         return block
     source = datasets.get(block.name)
-    if source.builtin or source.ready(data_root()):
+    if source.is_builtin or source.ready(data_root()):
         return block
     reason = _try_to_fetch(source, policy)
     if reason is None:
@@ -44,7 +44,7 @@ def resolve_dataset(block: Any, policy: DownloadPolicy) -> Any:
     return block.model_copy(update={"name": block.standin, "standin": None, "standin_for": block.name})
 
 
-def _try_to_fetch(source: datasets.Source, policy: DownloadPolicy) -> str | None:
+def _try_to_fetch(source: datasets.AnySource, policy: DownloadPolicy) -> str | None:
     """Fetch a set if that is allowed and quick; return why it is not there, or None."""
     if policy.offline or not download.allowed():
         return "offline"

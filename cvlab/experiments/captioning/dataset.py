@@ -15,7 +15,7 @@ import torch
 from cvlab import registry
 from cvlab.data import rng
 from cvlab.data.captions import read_coco, read_csv
-from cvlab.data.datasets import Size, Source
+from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import scene_captions
 from cvlab.storage.cache import install_folder, temporary_folder
@@ -148,24 +148,34 @@ def _fetch_flickr8k(root: Path, origin: Path | None, patient: bool) -> None:
         install_folder(scratch / "flickr8k", root / "flickr8k")
 
 
-FLICKR8K = Source(
+@dataclass(frozen=True, kw_only=True)
+class CaptionDatasetSource(DatasetSource[CaptionDataset]):
+    """A data set for captioning."""
+
+    kind = CUSTOM
+    contents = "photos with sentences"
+
+    def load(self, root: Path, path: str | None = None, val_fraction: float = 0.1) -> CaptionDataset:
+        """Read the data set below `root`, or the user's own from `path`; see the function `load`."""
+        return load(self.name, root, path, val_fraction)
+
+
+FLICKR8K = CaptionDatasetSource(
     name="flickr8k",
     summary="8,000 everyday photos with five sentences each, official splits",
-    licence="research and education only",
-    size=Size(train_images=6000, test_images=1000, image_px=224, channels=3, num_classes=1),
+    license="research and education only",
+    size=DatasetSize(train_images=6000, test_images=1000, image_px=224, channels=3, num_classes=1),
     ready=lambda root: (root / "flickr8k" / "captions.txt").is_file(),
-    load=functools.partial(load, "flickr8k"),
     check=functools.partial(_summary, "flickr8k"),
     fetch=_fetch_flickr8k,
-    kind="captions",
 )
 
 
-SCENE_SENTENCES = Source(
+SCENE_SENTENCES = CaptionDatasetSource(
     name="scene_sentences",
     summary="3,500 generated pictures of 224x224 px with a sentence each; built in",
-    licence="MIT, as cvlab",
-    size=Size(
+    license="MIT, as cvlab",
+    size=DatasetSize(
         train_images=scene_captions.COUNTS["train"],
         test_images=scene_captions.COUNTS["test"],
         image_px=224,
@@ -173,20 +183,16 @@ SCENE_SENTENCES = Source(
         num_classes=1,
     ),
     ready=scene_captions.SET.ready,
-    load=functools.partial(load, "scene_sentences"),
     check=scene_captions.SET.check,
-    kind="captions",
 )
 
 
-CAPTIONS = Source(
+CAPTIONS = CaptionDatasetSource(
     name=CUSTOM,
     summary="your own photos with sentences: a CSV (image,caption) or COCO's JSON; data.path names it",
-    licence="yours",
-    size=Size(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
+    license="yours",
+    size=DatasetSize(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
     ready=lambda _: False,
-    load=lambda root: load(CUSTOM, root),
     check=lambda _: "your own, read and checked by every run",
-    kind="captions",
-    own=True,
+    is_custom=True,
 )

@@ -40,7 +40,7 @@ from cvlab.storage.cache import data_root
 class Data(backbone_config.PhotoDatasetConfig):
     """Which photos with sentences."""
 
-    kind = dataset.CUSTOM
+    source_type = dataset.CaptionDatasetSource
     val_fraction: schema.FractionBelowOne = Field(0.1, description="of the photos of your own set")
     sentences: schema.PositiveInt | None = Field(None, description="take so many sentences of a photo; null: all")
 

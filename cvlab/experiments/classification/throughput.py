@@ -10,7 +10,7 @@ from cvlab import console, registry
 from cvlab.config.loading import Loaded
 from cvlab.config.schema import DataConfig, ExperimentConfig
 from cvlab.data import datasets
-from cvlab.data.datasets import Size
+from cvlab.data.datasets import DatasetSize
 from cvlab.engine import loop, optimizers, time_budget
 from cvlab.experiments.classification import train
 from cvlab.experiments.classification.data.images import ImageDataset, split_sizes
@@ -19,7 +19,7 @@ MEASURED_SECONDS = 40.0  # a budget of which a measurement takes its small share
 BATCHES = 4  # so many batches of images are made up
 
 
-def made_up(size: Size, count: int) -> ImageDataset:
+def made_up(size: DatasetSize, count: int) -> ImageDataset:
     """Return `count` images of noise to train on, with labels, always the same."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, size.image_px, size.image_px, size.channels)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cvlab import layers, registry
 from cvlab.config import schema
 from cvlab.data import datasets
-from cvlab.data.datasets import Size
+from cvlab.data.datasets import DatasetSize
 from cvlab.engine import device, loop, optimizers, trainer
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.task import ExportSpec, TrainTask
@@ -29,6 +29,7 @@ from cvlab.experiments.classification.data.augment import Augmentation, views
 from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import (
     ImageDataset,
+    ImageDatasetSource,
     TrainLoader,
     eval_batches,
     normalization,
@@ -61,8 +62,8 @@ class Data(schema.DataConfig):
     @field_validator("name", "standin")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        if name is not None and not registry.is_user_file(name) and (error := datasets.kind_error(name, "images")):
-            raise ValueError(str(error))
+        if name is not None and not registry.is_user_file(name):
+            datasets.check_kind(name, ImageDatasetSource)
         return name
 
 
@@ -117,7 +118,11 @@ class Parts:
 def build(config: Config, base: Path, images: ImageDataset | None = None) -> Parts:
     """Load the data, unless `images` are given, and build the model, seeded; user files are relative to `base`."""
     ctx = device.select_device(config.device, config.precision, config.threads)
-    images = images or _user_images(config, base) or datasets.get(config.data.name).load(data_root())
+    images = (
+        images
+        or _user_images(config, base)
+        or datasets.get_of_kind(config.data.name, ImageDatasetSource).load(data_root())
+    )
     splits = split(images, config.data.val_fraction, config.data.num_train)
     splits = {name: (x.to(ctx.device), y.to(ctx.device)) for name, (x, y) in splits.items()}
     normalize = normalization(images.train_images, config.data.normalize, ctx.dtype, ctx.device)
@@ -141,7 +146,7 @@ def _user_images(config: Config, base: Path) -> ImageDataset | None:
     return images
 
 
-def build_model(config: Config, base: Path, size: Size) -> nn.Module:
+def build_model(config: Config, base: Path, size: DatasetSize) -> nn.Module:
     """Build the model of a configuration for images of a size, on the CPU, its weights drawn from the seed."""
     for key in ("translate_px", "cutout_px"):
         if (given := getattr(config.augment, key)) >= size.image_px:

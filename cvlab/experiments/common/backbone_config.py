@@ -16,9 +16,9 @@ Item = TypeVar("Item")
 
 
 class PhotoDatasetConfig(DataConfig):
-    """Which photos: a set of `kind`; the user's own one has the name of its kind and goes with a path."""
+    """Which photos: a set of the task's kind; the user's own one has the name of its kind and goes with a path."""
 
-    kind: ClassVar[str]
+    source_type: ClassVar[type[datasets.AnySource]]
     path: str | None = Field(None, description="with the name of your own set, its folder or file")
     val_fraction: FractionBelowOne = Field(
         0.2, description="of the training photos, where the set has no validation list"
@@ -28,8 +28,8 @@ class PhotoDatasetConfig(DataConfig):
     @field_validator("name", "standin")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        if name is not None and (error := datasets.kind_error(name, cls.kind)):
-            raise ValueError(str(error))
+        if name is not None:
+            datasets.check_kind(name, cls.source_type)
         return name
 
     @field_validator("path")
@@ -39,8 +39,9 @@ class PhotoDatasetConfig(DataConfig):
 
     @model_validator(mode="after")
     def _own_path(self) -> "PhotoDatasetConfig":
-        if (self.name == self.kind) != (self.path is not None):
-            raise ValueError(f"name: {self.kind} goes with a path, and no other set does")
+        custom = self.source_type.kind
+        if (self.name == custom) != (self.path is not None):
+            raise ValueError(f"name: {custom} goes with a path, and no other set does")
         return self
 
     def items(self, name: str, splits: dict[str, tuple[Item, ...]], split: str) -> Sequence[Item]:

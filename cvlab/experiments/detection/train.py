@@ -51,7 +51,7 @@ SHOWN_FLOOR = 0.25  # of what is drawn and counted, as in `cvlab detect`
 class Data(backbone_config.PhotoDatasetConfig):
     """Which photos with boxes."""
 
-    kind = dataset.CUSTOM
+    source_type = dataset.DetectionDatasetSource
 
 
 class Augment(schema.FrozenModel):

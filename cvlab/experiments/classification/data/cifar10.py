@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvlab.data.datasets import Size, Source
+from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
-from cvlab.experiments.classification.data.images import ImageDataset
+from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
 from cvlab.storage import archives, download
 from cvlab.storage.cache import install_folder, temporary_folder
 
@@ -151,13 +151,13 @@ def _install_folder(folder: Path, root: Path) -> None:
         install_folder(made, root / FOLDER)
 
 
-SOURCE = Source(
+SOURCE = ImageDatasetSource(
     name="cifar10",
     summary="60,000 photos of 32x32 px in 10 classes; 50,000 to train on",
-    licence="none stated (Krizhevsky, 2009)",
-    size=Size(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=10),
+    license="none stated (Krizhevsky, 2009)",
+    size=DatasetSize(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=10),
     ready=ready,
-    load=load,
+    read=load,
     check=check,
     fetch=fetch,
 )

@@ -4,13 +4,14 @@ Images lie as (N, H, W, C), so that a batch permuted to (N, C, H, W) is channels
 fastest. There are no worker processes: a batch is one gather.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cvlab.data.datasets import Size
+from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.data.rng import permutation
 from cvlab.distributed import sharding
 from cvlab.errors import ConfigError, DataError
@@ -49,6 +50,20 @@ class ImageDataset:
                 raise DataError(f"{self.name}: a {split} label lies outside 0..{len(self.classes) - 1}")
         if len(self.classes) < 2:
             raise DataError(f"{self.name}: one class only", "a classifier needs at least two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDatasetSource(DatasetSource[ImageDataset]):
+    """A data set for classification; `read` reads and verifies it below a root folder."""
+
+    kind = "images"
+    contents = "images with a class each"
+
+    read: Callable[[Path], ImageDataset]
+
+    def load(self, root: Path) -> ImageDataset:
+        """Read and verify the data set below `root`. Raises DataError."""
+        return self.read(root)
 
 
 @dataclass(frozen=True)
@@ -143,10 +158,10 @@ def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> It
         yield normalize(images[start:stop].permute(0, 3, 1, 2)), labels[start:stop]
 
 
-def size_of(images: ImageDataset) -> Size:
+def size_of(images: ImageDataset) -> DatasetSize:
     """Return how much a set has."""
     count, height, _, channels = images.train_images.shape
-    return Size(count, len(images.test_images), height, channels, len(images.classes))
+    return DatasetSize(count, len(images.test_images), height, channels, len(images.classes))
 
 
 def split_sizes(count: int, val_fraction: float, num_train: int | None) -> tuple[int, int]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from cvlab import console
-from cvlab.data.datasets import Size, Source
+from cvlab.data.datasets import DatasetSize
 from cvlab.data.scenes.render import COLORS, SHAPES, cover, grid, paint, stripes
 from cvlab.errors import CvlabError, DataError
-from cvlab.experiments.classification.data.images import ImageDataset
+from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
 from cvlab.storage import atomic
 
 VERSION = 1
@@ -126,12 +126,14 @@ def check(root: Path) -> str:
     return f"{len(_read(root))} files equal to their checksums"
 
 
-SOURCE = Source(
+SOURCE = ImageDatasetSource(
     name="scenes10",
     summary="15,000 generated pictures of 32x32 px in 10 classes of shapes; built in",
-    licence="MIT, as cvlab",
-    size=Size(train_images=NUM_TRAIN, test_images=NUM_TEST, image_px=SIZE_PX, channels=3, num_classes=len(SHAPES)),
+    license="MIT, as cvlab",
+    size=DatasetSize(
+        train_images=NUM_TRAIN, test_images=NUM_TEST, image_px=SIZE_PX, channels=3, num_classes=len(SHAPES)
+    ),
     ready=ready,
-    load=load,
+    read=load,
     check=check,
 )

@@ -6,7 +6,6 @@ A box that reaches beyond its photo is clipped, one wholly outside is refused, o
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from cvlab import console, registry
 from cvlab.data import photos, rng
-from cvlab.data.datasets import Size, Source
+from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.data.scenes import generator
 from cvlab.data.scenes.render import SHAPES
 from cvlab.errors import ConfigError, DataError
@@ -252,15 +251,25 @@ def summary(name: str, root: Path) -> str:
     return f"{len(items)} photos, {boxes} boxes, {len(found.classes)} classes, every annotation can be read"
 
 
-def _no_path(root: Path) -> Any:
-    raise ConfigError("data boxes: path is missing", f"with name: boxes, name your own {LAYOUTS}")
+@dataclass(frozen=True, kw_only=True)
+class DetectionDatasetSource(DatasetSource[DetectionDataset]):
+    """A data set for detection."""
+
+    kind = CUSTOM
+    contents = "photos with boxes"
+
+    def load(self, root: Path, path: str | None = None, val_fraction: float = 0.2) -> DetectionDataset:
+        """Read the data set below `root`, or the user's own from `path`; see the function `load`."""
+        if self.is_custom and path is None:
+            raise ConfigError("data boxes: path is missing", f"with name: boxes, name your own {LAYOUTS}")
+        return load(self.name, root, path, val_fraction)
 
 
-SCENES = Source(
+SCENES = DetectionDatasetSource(
     name="scenes",
     summary="800 generated pictures of 224x224 px with boxes, 10 classes of shapes; built in",
-    licence="MIT, as cvlab",
-    size=Size(
+    license="MIT, as cvlab",
+    size=DatasetSize(
         train_images=scenes.COUNTS["train"],
         test_images=scenes.COUNTS["test"],
         image_px=generator.SIZE_PX,
@@ -268,18 +277,14 @@ SCENES = Source(
         num_classes=len(SHAPES),
     ),
     ready=scenes.SET.ready,
-    load=functools.partial(load, "scenes"),
     check=scenes.SET.check,
-    kind="boxes",
 )
-BOXES = Source(
+BOXES = DetectionDatasetSource(
     name=CUSTOM,
     summary="your own photos with boxes, in VOC's, YOLO's or COCO's layout; data.path names them",
-    licence="yours",
-    size=Size(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
+    license="yours",
+    size=DatasetSize(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
     ready=lambda _: False,
-    load=_no_path,
     check=lambda _: "your own, read and checked by every run",
-    kind="boxes",
-    own=True,
+    is_custom=True,
 )

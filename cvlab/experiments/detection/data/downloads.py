@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvlab.data import photos
-from cvlab.data.datasets import Size, Source
+from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, voc
+from cvlab.experiments.detection.data.dataset import DetectionDatasetSource
 from cvlab.storage import archives, download, zipfiles
 from cvlab.storage.cache import install_folder, temporary_folder
 
@@ -153,36 +154,30 @@ def _copy(folder: Path, made: Path) -> None:
                 shutil.copyfile(path, made / part / path.name)
 
 
-FRUIT = Source(
+FRUIT = DetectionDatasetSource(
     name="fruit",
     summary="300 photos with 582 boxes: apple, banana, orange; 240 to train on",
-    licence="none stated (duhee01/fruit_object_detection)",
-    size=Size(train_images=240, test_images=60, image_px=500, channels=3, num_classes=3),
+    license="none stated (duhee01/fruit_object_detection)",
+    size=DatasetSize(train_images=240, test_images=60, image_px=500, channels=3, num_classes=3),
     ready=functools.partial(ready, "fruit"),
-    load=functools.partial(dataset.load, "fruit"),
     check=functools.partial(dataset.summary, "fruit"),
     fetch=functools.partial(fetch_small, "fruit"),
-    kind="boxes",
 )
-BCCD = Source(
+BCCD = DetectionDatasetSource(
     name="bccd",
     summary="364 microscope photos of blood with 4,888 boxes: red and white cells, platelets; 205 to train on",
-    licence="MIT (Shenggan/BCCD_Dataset)",
-    size=Size(train_images=205, test_images=72, image_px=640, channels=3, num_classes=3),
+    license="MIT (Shenggan/BCCD_Dataset)",
+    size=DatasetSize(train_images=205, test_images=72, image_px=640, channels=3, num_classes=3),
     ready=functools.partial(ready, "bccd"),
-    load=functools.partial(dataset.load, "bccd"),
     check=functools.partial(dataset.summary, "bccd"),
     fetch=functools.partial(fetch_small, "bccd"),
-    kind="boxes",
 )
-VOC07 = Source(
+VOC07 = DetectionDatasetSource(
     name="voc07",
     summary="PASCAL VOC 2007: 9,963 photos with 30,638 boxes in 20 classes; 2,501 to train on; 900 MB",
-    licence="Flickr's terms (Everingham et al., 2007)",
-    size=Size(train_images=2501, test_images=4952, image_px=500, channels=3, num_classes=20),
+    license="Flickr's terms (Everingham et al., 2007)",
+    size=DatasetSize(train_images=2501, test_images=4952, image_px=500, channels=3, num_classes=20),
     ready=functools.partial(ready, "voc07"),
-    load=functools.partial(dataset.load, "voc07"),
     check=functools.partial(dataset.summary, "voc07"),
     fetch=fetch_voc07,
-    kind="boxes",
 )

@@ -16,11 +16,11 @@ import torch
 
 from cvlab.console import Progress
 from cvlab.data import captions, photos, vocabulary
-from cvlab.data.datasets import Size, Source
+from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset
 from cvlab.experiments.detection.data.coco_classes import COCO_CLASSES
-from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
+from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionDatasetSource, DetectionSample
 from cvlab.ops import boxes, nms
 from cvlab.storage import atomic
 
@@ -193,14 +193,12 @@ def check(root: Path) -> str:
     return f"{sum(len(items) for items in found.splits.values())} photos, {count} boxes"
 
 
-SOURCE = Source(
+SOURCE = DetectionDatasetSource(
     name=NAME,
     summary="8,000 everyday photos of Flickr8k with boxes by YOLOv3-tiny, and the fruit set",
-    licence="of Flickr8k: research and education only",
-    size=Size(train_images=6200, test_images=1060, image_px=224, channels=3, num_classes=len(CLASSES)),
+    license="of Flickr8k: research and education only",
+    size=DatasetSize(train_images=6200, test_images=1060, image_px=224, channels=3, num_classes=len(CLASSES)),
     ready=ready,
-    load=load,
     check=check,
     fetch=make,
-    kind="boxes",
 )

@@ -20,6 +20,7 @@ from cvlab import console
 from cvlab.api import catalog
 from cvlab.data import datasets, photos
 from cvlab.errors import ConfigError, DataError
+from cvlab.experiments.classification.data.images import ImageDatasetSource
 from cvlab.experiments.detection.data import annotations, dataset, downloads, writers
 from cvlab.storage import download, zipfiles
 from tests.conftest import REAL_DATA
@@ -673,8 +674,8 @@ def test_every_set_is_listed_and_classify_takes_none_with_boxes(cvlab, tmp_path)
     assert set(rows) >= {"cifar10", "scenes10", "scenes", "fruit", "bccd", "voc07", "boxes"}
     assert rows["boxes"]["state"] == "your own"
     assert rows["fruit"]["state"] == "not on the disk"
-    assert datasets.names("images") == ["cifar10", "scenes10"]
-    for name in datasets.names("boxes"):
+    assert datasets.names(ImageDatasetSource) == ["cifar10", "scenes10"]
+    for name in datasets.names(dataset.DetectionDatasetSource):
         code, _, err = cvlab("train", "quickstart", f"data.name={name}", "-q")
         assert code == 2
         assert f"data set '{name}' has photos with boxes" in err

@@ -182,7 +182,7 @@ def test_two_that_generate_at_once(tmp_path, few, monkeypatch):
 
 def test_the_commands(cvlab, tmp_path, few, monkeypatch):
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
-    assert datasets.get("scenes").builtin
+    assert datasets.get("scenes").is_builtin
     assert datasets.get("scenes").kind == "boxes"
     code, out, _ = cvlab("data", "fetch", "scenes")
     assert code == 0
