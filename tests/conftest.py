@@ -59,7 +59,7 @@ def stopped_and_resumed(cvlab, monkeypatch):
     def both(*words):
         code, whole, err = cvlab("train", *words, "--json")
         assert code == 0, err
-        real = trainer.Trainer._pause
+        real = trainer.Trainer._between_steps
 
         def stopping(session, step, save_due):
             real(session, step, save_due)
@@ -67,7 +67,7 @@ def stopped_and_resumed(cvlab, monkeypatch):
                 raise StoppedError("stopped for a test", "", 130)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer.Trainer, "_pause", stopping)
+            patch.setattr(trainer.Trainer, "_between_steps", stopping)
             assert cvlab("train", *words)[0] == 130
         code, again, err = cvlab("resume", "latest", "--json")
         assert code == 0, err

@@ -79,20 +79,20 @@ def job(config, on_step=lambda step: None):
         found = loop.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, ctx)
         return {f"val_{name}": value for name, value in found.items()}
 
-    def batch_at(step):
+    def get_batch(step):
         on_step(step)
         return batches(step)
 
     return TrainTask(
         model=model,
         loss_fn=loss_fn,
-        batch_at=batch_at,
+        get_batch=get_batch,
         steps_per_epoch=batches.steps_per_epoch,
         items_per_step=config.batch_size,
         evaluate=evaluate,
         monitor="val_loss",
         ctx=ctx,
-        memory=batches.memory,
+        extra_state=batches.memory,
     )
 
 

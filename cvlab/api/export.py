@@ -45,9 +45,9 @@ def export(path: Path, kind: str, which: str, file: Path | None) -> dict[str, An
     if not hasattr(experiment, "exported"):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no net to export")
     made: ExportSpec = experiment.exported(chosen, path, evaluate.state_of(path, which))
-    about = {"run": path.name, "checkpoint": which, "experiment": chosen.experiment, **made.about}
+    about = {"run": path.name, "checkpoint": which, "experiment": chosen.experiment, **made.metadata}
     file = file or path / f"export.{kind}"
-    net = made.net.eval().requires_grad_(False)
+    net = made.model.eval().requires_grad_(False)
     content = _safetensors(made, about) if kind == "safetensors" else _onnx(made, net, about)
     largest = _compare_safetensors(content, made) if kind == "safetensors" else _compare_onnx(content, made, net)
     atomic.write(file, lambda out: out.write(content))

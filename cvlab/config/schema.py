@@ -97,8 +97,8 @@ class Duration(FrozenModel):
     seconds: PositiveFloat | None = Field(
         None, description="wall-clock seconds of training, planned as steps on the way"
     )
-    corrections: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
-        (), description="set by cvlab in the record of a run of seconds: until which step how many were planned"
+    plan_history: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        (), description="recorded by cvlab for a run of `seconds`: until which step how many steps were planned"
     )
 
     @model_validator(mode="after")
@@ -106,10 +106,10 @@ class Duration(FrozenModel):
         given = [key for key in ("steps", "epochs", "seconds") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, epochs, seconds; given: {', '.join(given) or 'none'}")
-        until = [0, *(step for step, _ in self.corrections), self.steps or 0]
-        possible = all(step < total for step, total in self.corrections) and until == sorted(set(until))
-        if self.corrections and not possible:
-            raise ValueError("corrections go with steps, rise, and lie below what was planned")
+        until = [0, *(step for step, _ in self.plan_history), self.steps or 0]
+        possible = all(step < total for step, total in self.plan_history) and until == sorted(set(until))
+        if self.plan_history and not possible:
+            raise ValueError("plan_history goes with steps, rises, and lies below what was planned")
         return self
 
 

@@ -1,87 +1,100 @@
 """One training step in a single process, or averaged over ranks by DistributedDataParallel."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cvlab.distributed.process_group import world
+from cvlab.distributed.step_flags import StepFlags
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+LossFn = Callable[[nn.Module, Any], dict[str, Tensor]]
+LocalFlags = Callable[[], StepFlags]
 
-    LossFn = Callable[[nn.Module, Any], dict[str, Tensor]]
-
-BUCKET_MB = 100  # of gradients that go together; on a CPU the exchange takes the core from the backward pass
+BUCKET_MB = 100  # of gradients that are reduced together; on a CPU the exchange takes the core from the backward pass
 
 
 class SingleProcessStep:
-    """The losses of a step in one process; `Averaged` is the same for several."""
+    """Compute the losses of a step in one process."""
 
-    def __init__(self, model: "nn.Module", loss_fn: "LossFn") -> None:
-        self.model, self.loss_fn = model, loss_fn
-        self.wishes: Sequence[bool] = ()
+    def __init__(self, model: nn.Module, loss_fn: LossFn, local_flags: LocalFlags) -> None:
+        self.model, self.loss_fn, self.local_flags = model, loss_fn, local_flags
 
-    def losses(self, batch: Any, wishes: Sequence[bool]) -> "dict[str, Tensor]":
-        """Return the losses of a batch."""
-        self.wishes = wishes
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Return the losses of a batch, or of this rank's shard of it."""
         return self.loss_fn(self.model, batch)
 
-    def agreed(self, losses: "Mapping[str, Tensor]") -> tuple[list[bool], bool]:
-        """Return, after the backward pass, what any process wished for, and whether the loss is finite in all."""
-        return list(self.wishes), math.isfinite(losses["loss"].item())
+    def reduce(self, losses: Mapping[str, Tensor]) -> tuple[StepFlags, bool]:
+        """Return, after the backward pass, the flags of all ranks and whether the loss is finite on all of them."""
+        return self.local_flags(), math.isfinite(losses["loss"].item())
+
+
+class _LossModule(nn.Module):
+    """The loss as a module that owns the model, for DDP, and a parameter whose gradient carries the flags.
+
+    `flags` is always 0, so it does not change the loss; its gradient is what is passed in, averaged by DDP.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+        count = len(StepFlags().encode()) + 1  # the last one: whether the loss is not finite
+        self.flags = nn.Parameter(torch.zeros(count, dtype=next(model.parameters()).dtype, device=device))
+
+    def forward(self, batch: Any, local_flags: Tensor) -> dict[str, Tensor]:
+        losses = self.loss_fn(self.model, batch)
+        diverged = ~torch.isfinite(losses["loss"].detach()).view(1)
+        gradient = torch.cat([local_flags, diverged.to(local_flags)])
+        return losses | {"loss": losses["loss"] + (self.flags * gradient).sum().to(losses["loss"])}
 
 
 class DDPStep(SingleProcessStep):
-    """The losses of a step in one of several processes: their gradients are means over all, by torch's DDP.
+    """Compute the losses of a step on one of several ranks; DDP averages their gradients.
 
-    What each process wishes for, and whether its loss is finite, is the gradient of a parameter that is always 0: it
-    goes with the other gradients in one exchange, where one of its own costs a small net a tenth of its step. The
-    buckets stay as they are made (`find_unused_parameters` brings that about), so that a training that goes on adds in
-    the order of one that was never stopped. Statistics of BatchNorm are not exchanged: those of process 0 count.
+    The flags, and whether the loss is finite, travel as the gradient of a parameter that is always 0, in the same
+    reduction as the other gradients: a reduction of their own costs a small model a tenth of its step. The buckets stay
+    as they are created (a consequence of `find_unused_parameters`), so that a resumed run adds in the same order as an
+    uninterrupted one. BatchNorm statistics are not synchronized: those of rank 0 are saved.
     """
 
-    def __init__(self, model: "nn.Module", loss_fn: "LossFn", device: "torch.device", num_wishes: int) -> None:
-        super().__init__(model, loss_fn)
-        import torch
-        from torch import nn
-        from torch.nn.parallel import DistributedDataParallel
-
-        dtype = next(model.parameters()).dtype
-
-        class Losses(nn.Module):
-            """The losses as a module, whose parameters are the model's: a model's other methods may be called too."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-                self.wishes = nn.Parameter(torch.zeros(num_wishes + 1, dtype=dtype, device=device))
-
-            def forward(self, batch: Any, wishes: "Tensor") -> "dict[str, Tensor]":
-                losses = loss_fn(self.model, batch)
-                diverged = ~torch.isfinite(losses["loss"].detach()).view(1)
-                given = torch.cat([wishes, diverged.to(wishes)])
-                return losses | {"loss": losses["loss"] + (self.wishes * given).sum().to(losses["loss"])}
-
-        ids = [device.index] if device.type == "cuda" else None
-        self.inner = Losses()
-        self.outer = DistributedDataParallel(
-            self.inner, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB
+    def __init__(self, model: nn.Module, loss_fn: LossFn, local_flags: LocalFlags, device: torch.device) -> None:
+        super().__init__(model, loss_fn, local_flags)
+        self.module = _LossModule(model, loss_fn, device)
+        self.ddp = DistributedDataParallel(
+            self.module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=True,
+            broadcast_buffers=False,
+            bucket_cap_mb=BUCKET_MB,
         )
 
-    def losses(self, batch: Any, wishes: Sequence[bool]) -> "dict[str, Tensor]":
-        """Return the losses of this process's share of a batch."""
-        found: dict[str, Tensor] = self.outer(batch, self.inner.wishes.new_tensor([float(wish) for wish in wishes]))
-        return found
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Return the losses of this rank's shard of a batch."""
+        losses: dict[str, Tensor] = self.ddp(batch, self.module.flags.new_tensor(self.local_flags().encode()))
+        return losses
 
-    def agreed(self, losses: "Mapping[str, Tensor]") -> tuple[list[bool], bool]:  # noqa: ARG002 - as the other
-        """Return, after the backward pass, what any process wished for, and whether the loss is finite in all."""
-        assert self.inner.wishes.grad is not None
-        *wishes, diverged = (self.inner.wishes.grad > 0).tolist()
-        self.inner.wishes.grad = None
-        return wishes, not diverged
+    def reduce(self, losses: Mapping[str, Tensor]) -> tuple[StepFlags, bool]:  # noqa: ARG002 - as in the base class
+        """Return, after the backward pass, the flags of all ranks and whether the loss is finite on all of them."""
+        assert self.module.flags.grad is not None
+        *requested, diverged = (self.module.flags.grad > 0).tolist()
+        self.module.flags.grad = None
+        return StepFlags.decode(requested), not diverged
 
 
-def make_step(model: "nn.Module", loss_fn: "LossFn", device: "torch.device", num_wishes: int) -> SingleProcessStep:
-    """Return the losses of a step for as many processes as there are."""
-    return SingleProcessStep(model, loss_fn) if world().size == 1 else DDPStep(model, loss_fn, device, num_wishes)
+def make_step(
+    model: nn.Module, loss_fn: LossFn, device: torch.device, local_flags: LocalFlags = StepFlags
+) -> SingleProcessStep:
+    """Return what computes the losses of a step: alone, or with the other ranks of the process group.
+
+    Args:
+        model: The model to train.
+        loss_fn: Called as `loss_fn(model, batch)`; returns scalars by name, of which `loss` is minimized.
+        device: The device of the model.
+        local_flags: Returns what this rank requests at the moment.
+    """
+    if world().size == 1:
+        return SingleProcessStep(model, loss_fn, local_flags)
+    return DDPStep(model, loss_fn, local_flags, device)

@@ -35,13 +35,13 @@ class ComputeContext:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def told(self) -> dict[str, Any]:
-        """Return device, precision and threads as plans and records say them."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return device, precision and threads for plans and records."""
         return {"device": str(self.device), "precision": self.precision, "threads": self.threads}
 
-    def circumstances(self) -> dict[str, Any]:
-        """Return what must be equal for a result to be equal bit for bit."""
-        return self.told() | {"torch": str(torch.__version__)}
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must be equal for two results to be bit-for-bit identical."""
+        return self.as_dict() | {"torch": str(torch.__version__)}
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, before a clock is read."""

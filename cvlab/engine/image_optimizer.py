@@ -1,236 +1,238 @@
-"""One optimisation of pictures in a run directory: start or resume, step, log, keep frames, save, stop.
+"""Optimize images in a run directory: start or resume, step, log, save frames and checkpoints, stop.
 
-What a resume needs is in the checkpoint: the tensors that the pictures are made from, the update's memory, the step.
-Randomness is a function of seed and step, so nothing of it needs saving.
+A resume needs the tensors that are optimized, the state of the optimizer and the step; randomness is a function of the
+seed and the step.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cvlab import __version__
 from cvlab.console import Progress
 from cvlab.engine import update_rules
+from cvlab.engine.checkpointer import Checkpointer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.loop import Losses
-from cvlab.engine.task import SAVE_SHARE
 from cvlab.errors import DivergedError
-from cvlab.runs import checkpoint
+from cvlab.runs.checkpoint import State
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
 
 
 class ImageState:
-    """What changes while pictures are optimised: the tensors they are made from, an update's memory, steps done.
+    """What changes while images are optimized.
 
-    `tensors` are pixels, or what pictures are decoded from; their sizes may differ.
+    Attributes:
+        tensors: Pixels, or what images are decoded from, for example Fourier coefficients; sizes may differ.
+        optimizer_state: For each name, one tensor for each of `tensors`; empty before the first step.
+        step: Number of steps done.
     """
 
-    def __init__(self, tensors: list[Tensor], memory: dict[str, list[Tensor]] | None = None, step: int = 0) -> None:
+    def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        self.memory = memory if memory is not None else {}
-        self.step = step
-
-    def keep(self, wanted: list[int]) -> "ImageState":
-        """Return the same with some of the tensors only, by position."""
-        memory = {name: [values[k] for k in wanted] for name, values in self.memory.items()}
-        return ImageState([self.tensors[k] for k in wanted], memory, self.step)
+        self.optimizer_state: dict[str, list[Tensor]] = {}
+        self.step = 0
 
 
 Update = Callable[[ImageState, list[Tensor]], None]
 
-FORMAT = 1
-
 
 @dataclass(frozen=True)
 class ImageOptimization:
-    """What an experiment wants optimised: see `engine.optimise_pixels`.
+    """Images to optimize, and how; see `optimization_steps`.
 
-    `keep_frame(step, pixels)` is called after the steps in `frames`; `digest` is that of the configuration.
+    Attributes:
+        state: The images at the start; changed in place.
+        objective: Returns the losses of the images; the sum `loss` is minimized.
+        update: Called as `update(state, gradients)`; changes `state.tensors` and `state.optimizer_state`.
+        steps: Number of steps.
+        ctx: Device and precision.
+        config_digest: Digest of the configuration.
+        frame_steps: Steps after which `save_frame` is called, 0 for the start.
+        save_frame: Called as `save_frame(step, state)`.
+        log_every: Steps between two rows of metrics.jsonl.
+        save_seconds: Minimum seconds between two checkpoints.
     """
 
-    pixels: ImageState
+    state: ImageState
     objective: Callable[[ImageState], Losses]
     update: Update
     steps: int
     ctx: ComputeContext
-    digest: str
-    frames: frozenset[int]
-    keep_frame: Callable[[int, ImageState], None]
+    config_digest: str
+    frame_steps: frozenset[int]
+    save_frame: Callable[[int, ImageState], None]
     log_every: int = 10
     save_seconds: float = 60.0
 
 
-def optimize_image(painting: ImageOptimization, out: RunDir, name: str) -> dict[str, float]:
-    """Optimise to the end, from the newest checkpoint of `out` if there is one; return the last losses and the time.
+def optimize_image(task: ImageOptimization, run_dir: RunDir, label: str) -> dict[str, float]:
+    """Optimize to the end, from the latest checkpoint of the run directory if it has one.
 
-    StoppedError, after a checkpoint, if a signal asked to stop.
+    Args:
+        task: The images and their objective; `task.state` holds the result.
+        run_dir: Where metrics, log and checkpoints go; its lock is held.
+        label: Name on the progress bar.
+
+    Returns:
+        The last losses, the number of steps and their seconds, by name.
+
+    Raises:
+        StoppedError: A signal was received; a checkpoint has been written.
+        DivergedError: The loss is not finite.
     """
-    session = _Session(painting, out)
-    session.begin()
-    with StopRequest() as stop, Progress(name, painting.steps, painting.pixels.step) as progress:
-        session.stop_if_asked(stop)
-        for losses in session.steps():
-            if progress.due():
-                progress.update(painting.pixels.step, format_losses(losses))
-            session.stop_if_asked(stop)
-    session.save()
-    return session.metrics | {"steps": painting.pixels.step, "seconds_of_steps": session.seconds}
+    optimizer = _ImageOptimizer(task, run_dir)
+    with StopRequest() as stop:
+        optimizer.begin()
+        optimizer.run(stop, label)
+    return optimizer.metrics | {"steps": task.state.step, "seconds_of_steps": optimizer.seconds}
 
 
 def format_losses(losses: Losses) -> str:
-    """Return the losses as the bar shows them: the parts where there are several, else the whole."""
+    """Return the losses for the progress bar: the parts if there are several, else the whole."""
     parts = {name: value for name, value in losses.items() if value.ndim == 0 and name.endswith("_loss")}
     return ", ".join(f"{name.replace('_', ' ')} {value.item():.4g}" for name, value in (parts or losses).items())
 
 
-class _Session:
-    """An optimisation on its way."""
+class _ImageOptimizer:
+    """An optimization in progress."""
 
-    def __init__(self, painting: ImageOptimization, out: RunDir) -> None:
-        self.painting, self.out = painting, out
+    best_step = None
+
+    def __init__(self, task: ImageOptimization, run_dir: RunDir) -> None:
+        self.task, self.run_dir = task, run_dir
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
-        self.saved_at, self.save_cost, self.saved_step = time.monotonic(), 0.0, -1
+        self.checkpointer = Checkpointer(self, run_dir, task.ctx, task.save_seconds)
+
+    @property
+    def step(self) -> int:
+        return self.task.state.step
+
+    @property
+    def total_steps(self) -> int:
+        return self.task.steps
 
     def begin(self) -> None:
-        """Take over the newest checkpoint, or start."""
-        pixels = self.painting.pixels
-        if any(self.out.checkpoints.glob("*.pt")):
-            path, state = checkpoint.load_latest(self.out.checkpoints, self.out.log)
-            self._restore(state, str(path))
-            self.out.log(f"resumed {path.name}: {pixels.step} of {self.painting.steps} steps are done")
-        else:
-            self.out.truncate_metrics(0)
-            self._keep_frame()
-            self.save()
-        period = max(self.painting.save_seconds, SAVE_SHARE * self.save_cost)
-        self.out.log(f"{self.painting.steps} steps; kill -9 loses at most {period:.0f} s of work")
+        """Restore the latest checkpoint, or save the images as they are."""
+        self.checkpointer.begin(self._save_frame)
 
-    def _restore(self, state: dict[str, Any], path: str) -> None:
-        checkpoint.check_complete(sorted(self.state().keys() - state.keys()), path)
-        checkpoint.check_same_config(state, self.painting.digest, self._circumstances(), path, self.out.log)
-        pixels, device = self.painting.pixels, self.painting.ctx.device
-        pixels.tensors = [tensor.to(device) for tensor in state["model"].values()]
-        pixels.memory = {key: [tensor.to(device) for tensor in kept] for key, kept in state["memory"].items()}
-        pixels.step = self.saved_step = state["step"]
-        self.metrics, self.seconds = state["metrics"], state["seconds"]
-        self.out.truncate_metrics(state["metrics_bytes"])
-
-    def _circumstances(self) -> dict[str, Any]:
-        return self.painting.ctx.circumstances() | {"cvlab": __version__}
-
-    def steps(self) -> Iterator[Losses]:
-        """Do the steps that are left: log, keep frames and save between them, whichever is due."""
-        painting, pixels = self.painting, self.painting.pixels
-        going = optimization_steps(pixels, painting.objective, painting.update)
-        while pixels.step < painting.steps:
-            began = time.perf_counter()
-            losses = next(going)
-            painting.ctx.synchronize()
-            self.seconds += time.perf_counter() - began
-            if pixels.step % painting.log_every == 0 or pixels.step == painting.steps:
-                self.metrics = {name: value.item() for name, value in losses.items() if value.ndim == 0}
-                self.out.append({"step": pixels.step, "seconds": round(self.seconds, 4), **self.metrics})
-            self._keep_frame()
-            if time.monotonic() - self.saved_at >= max(painting.save_seconds, SAVE_SHARE * self.save_cost):
-                self.save()
-            yield losses
-
-    def _keep_frame(self) -> None:
-        if self.painting.pixels.step in self.painting.frames:
-            self.painting.keep_frame(self.painting.pixels.step, self.painting.pixels)
-
-    def stop_if_asked(self, stop: StopRequest) -> None:
-        """Save and raise StoppedError where a signal has come."""
-        if stop.received is not None:
-            self.save()
-            raise stop.error(self.painting.pixels.step, self.out.path.name)
-
-    def state(self) -> dict[str, Any]:
-        """Return everything a resume needs; the pictures take the model's place."""
-        pixels = self.painting.pixels
+    def state_dict(self) -> State:
+        """Return everything that the remaining steps depend on; the images are saved as a model's weights are."""
+        state = self.task.state
         return {
-            "format": FORMAT,
-            "step": pixels.step,
-            "model": {f"pixels.{k}": tensor.detach() for k, tensor in enumerate(pixels.tensors)},
-            "memory": pixels.memory,
+            "step": state.step,
+            "model": {f"images.{k}": tensor.detach() for k, tensor in enumerate(state.tensors)},
+            "optimizer_state": state.optimizer_state,
             "metrics": self.metrics,
             "seconds": self.seconds,
-            "metrics_bytes": self.out.sync_metrics(),
-            "config_sha256": self.painting.digest,
-            "circumstances": self._circumstances(),
         }
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
-        step = self.painting.pixels.step
-        if self.saved_step == step:
-            return
-        began = time.monotonic()
-        checkpoint.save(self.out.checkpoints, step, self.state())
-        self.saved_at = time.monotonic()
-        self.save_cost, self.saved_step = self.saved_at - began, step
-        self.out.set_status("running", step=step, total_steps=self.painting.steps)
+    def load_state_dict(self, state: State, path: Path) -> None:  # noqa: ARG002 - as Resumable has it
+        """Restore what `state_dict` returned."""
+        images, device = self.task.state, self.task.ctx.device
+        images.tensors = [tensor.to(device) for tensor in state["model"].values()]
+        images.optimizer_state = {
+            name: [tensor.to(device) for tensor in tensors] for name, tensors in state["optimizer_state"].items()
+        }
+        images.step = state["step"]
+        self.metrics, self.seconds = state["metrics"], state["seconds"]
+
+    def config_digest(self, state: State) -> str:  # noqa: ARG002 - as Resumable has it
+        return self.task.config_digest
+
+    def run(self, stop: StopRequest, label: str) -> None:
+        """Take the remaining steps; log, save frames and checkpoints between them."""
+        task, state = self.task, self.task.state
+        with Progress(label, task.steps, state.step) as bar:
+            self._stop_if_set(stop)
+            steps = optimization_steps(state, task.objective, task.update)
+            while state.step < task.steps:
+                start = time.perf_counter()
+                losses = next(steps)
+                task.ctx.synchronize()
+                self.seconds += time.perf_counter() - start
+                self._between_steps(losses)
+                if bar.due():
+                    bar.update(state.step, format_losses(losses))
+                self._stop_if_set(stop)
+        self.checkpointer.save()
+
+    def _between_steps(self, losses: Losses) -> None:
+        step = self.step
+        if step % self.task.log_every == 0 or step == self.task.steps:
+            self.metrics = {name: value.item() for name, value in losses.items() if value.ndim == 0}
+            self.run_dir.append({"step": step, "seconds": round(self.seconds, 4), **self.metrics})
+        self._save_frame()
+        if self.checkpointer.schedule.is_due():
+            self.checkpointer.save()
+
+    def _save_frame(self) -> None:
+        if self.step in self.task.frame_steps:
+            self.task.save_frame(self.step, self.task.state)
+
+    def _stop_if_set(self, stop: StopRequest) -> None:
+        """Save and raise StoppedError if a signal was received."""
+        if stop.received is not None:
+            self.checkpointer.save_and_stop(stop)
 
 
-def adam(lr_at: Callable[[int], float], since: Callable[[int], int] = lambda _: 0) -> Update:
-    """Return Adam's update of pixels, its learning rate a function of the step, its moments in the pixels' memory.
+def adam(get_lr: Callable[[int], float], last_reset: Callable[[int], int] = lambda _: 0) -> Update:
+    """Return Adam's update of images; its moments are in the optimizer state.
 
-    `since(step)` is the step at which the memory was empty last.
+    Args:
+        get_lr: Returns the learning rate of a step.
+        last_reset: Returns the step at which the optimizer state was emptied last, as seen from a step.
     """
 
-    def update(pixels: ImageState, gradients: list[torch.Tensor]) -> None:
-        if not pixels.memory:
-            pixels.memory = {key: [torch.zeros_like(t) for t in pixels.tensors] for key in ("mean", "square")}
-        done = pixels.step - since(pixels.step)
+    def update(images: ImageState, gradients: list[Tensor]) -> None:
+        moments = images.optimizer_state or {
+            name: [torch.zeros_like(tensor) for tensor in images.tensors] for name in ("mean", "square")
+        }
+        images.optimizer_state = moments
+        num_updates = images.step - last_reset(images.step)
         for k, gradient in enumerate(gradients):
-            state: dict[str, Any] = {key: kept[k] for key, kept in pixels.memory.items()}
-            moved, state = update_rules.adam(pixels.tensors[k], gradient, state | {"step": done}, lr_at(pixels.step))
-            pixels.tensors[k] = moved
-            for key, kept in pixels.memory.items():
-                kept[k] = state[key]
-
-    return update
-
-
-def lbfgs(lr: float) -> Update:
-    """Return L-BFGS's update of a single picture, its history in the pixels' memory."""
-
-    def update(pixels: ImageState, gradients: list[torch.Tensor]) -> None:
-        state: dict[str, Any] = dict(pixels.memory)
-        if state:
-            state |= {key: state[key][0] for key in ("gradient", "move")}
-        pixels.tensors[0], state = update_rules.lbfgs(pixels.tensors[0], gradients[0], state, lr)
-        pixels.memory = {key: kept if isinstance(kept, list) else [kept] for key, kept in state.items()}
+            state: dict[str, Any] = {name: tensors[k] for name, tensors in moments.items()} | {"step": num_updates}
+            images.tensors[k], state = update_rules.adam(images.tensors[k], gradient, state, get_lr(images.step))
+            for name, tensors in moments.items():
+                tensors[k] = state[name]
 
     return update
 
 
 def optimization_steps(
-    pixels: ImageState, objective: Callable[[ImageState], Losses], update: Update
+    state: ImageState, objective: Callable[[ImageState], Losses], update: Update
 ) -> Iterator[Losses]:
-    """Optimise pictures by the gradient of a loss; yields the losses of every step, detached, after its update.
+    """Optimize images by the gradient of a loss, one step for each item that the caller takes, without end.
 
-    `objective(pixels)` gives `loss`, the sum over all pictures, and whatever else the caller wants to see of the
-    pictures as they were; `update(pixels, gradients)` changes `pixels.tensors` in place, downhill. It takes a step when
-    the caller asks for one, and knows no end. Raises DivergedError before the update if the loss is not finite.
+    Args:
+        state: The images; changed in place.
+        objective: Returns `loss`, the sum over all images, and further values to report about the images before the
+            update.
+        update: Called as `update(state, gradients)`; changes `state.tensors` to lower the loss.
+
+    Yields:
+        The losses of the step, detached, after the update.
+
+    Raises:
+        DivergedError: The loss is not finite; the images are those before the update.
     """
     while True:
-        for tensor in pixels.tensors:
+        for tensor in state.tensors:
             tensor.requires_grad_(True)
-        losses = objective(pixels)
+        losses = objective(state)
         if not math.isfinite(losses["loss"].item()):
-            raise DivergedError(f"the loss of the pictures is not finite at step {pixels.step}", "lower lr")
-        gradients = list(torch.autograd.grad(losses["loss"], pixels.tensors))
+            raise DivergedError(f"the loss of the images is not finite at step {state.step}", "lower lr")
+        gradients = list(torch.autograd.grad(losses["loss"], state.tensors))
         with torch.no_grad():
-            for tensor in pixels.tensors:
+            for tensor in state.tensors:
                 tensor.requires_grad_(False)
-            update(pixels, gradients)
-        pixels.step += 1
+            update(state, gradients)
+        state.step += 1
         yield {name: value.detach() for name, value in losses.items()}

@@ -1,20 +1,21 @@
-"""Fit, evaluate, optimise pixels: forward, losses, finite check, backward, step. No YAML, no paths, no Typer.
+"""The training loop: forward, losses, finite check, backward, step. It knows no YAML, no files and no command line.
 
-    for losses in fit(training, loss_fn, batch_at, lr_factor=lambda step: 1.0, where=compute()):
+    for losses in fit(state, loss_fn, get_batch, lr_factor=lambda step: 1.0, ctx=select_device()):
         ...  # the caller logs, evaluates, saves and stops when it wants to
 
-A batch is a pure function of the step, a learning rate too, so that a run which continues from `Training.state()`
-ends with the same bits as one that was never stopped.
+Batches and learning rates are pure functions of the step, so a run that resumes from `TrainState.state_dict()` ends
+bit-for-bit identical to one that was never stopped.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cvlab.distributed import collectives, ddp
+from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
 from cvlab.errors import CheckpointError, DivergedError
 
@@ -24,103 +25,124 @@ LossFn = Callable[[nn.Module, Batch], Losses]
 
 
 class TrainState:
-    """What changes during training: weights, optimizer, average of the weights, number of steps done."""
+    """What changes during training: weights, optimizer, moving average of the weights, number of steps done.
+
+    Args:
+        model: The model to train.
+        optimizer: Its optimizer; the learning rates it has now are those that `fit` scales.
+        ema_decay: Decay of the exponential moving average of the weights; None for no average.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float | None = None) -> None:
         self.model = model
         self.optimizer = optimizer
         self.ema_decay = ema_decay
-        self.average = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
+        self.ema_model = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.step = 0
-        self.agreed: list[bool] = []  # what any process has wished for in the last step
+        self.any_rank_flags = StepFlags()  # of the last step
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The model whose accuracy counts: the average of the weights if there is one."""
-        return self.model if self.average is None else self.average
+    def eval_model(self) -> nn.Module:
+        """The model to evaluate: the moving average of the weights if there is one, else the model itself."""
+        return self.model if self.ema_model is None else self.ema_model
 
-    def update_average(self) -> None:
-        """Move the average towards the weights; buffers (BatchNorm's statistics) are taken over."""
-        if self.average is None or self.ema_decay is None:
+    def update_ema(self) -> None:
+        """Move the average towards the weights; buffers (BatchNorm's statistics) are copied."""
+        if self.ema_model is None or self.ema_decay is None:
             return
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.model.parameters()), weight=1 - self.ema_decay
+                list(self.ema_model.parameters()), list(self.model.parameters()), weight=1 - self.ema_decay
             )
-            for mine, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                mine.copy_(theirs)
+            for ema_buffer, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+                ema_buffer.copy_(buffer)
 
-    def state(self) -> dict[str, Any]:
-        """Return all of it, with the generators; the tensors are the live ones, not copies."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state with that of the random generators; the tensors are the live ones, not copies."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "ema_model": None if self.ema_model is None else self.ema_model.state_dict(),
             "rng": get_rng_state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a state of `state()`; CheckpointError if a piece is missing."""
-        missing = [key for key in ("step", "model", "optimizer", "average", "rng") if key not in state]
-        if missing or (state["average"] is None) != (self.average is None):
-            raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or 'the average of the weights'}")
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            CheckpointError: A part of the state is missing.
+        """
+        missing = [key for key in ("step", "model", "optimizer", "ema_model", "rng") if key not in state]
+        if missing or (state["ema_model"] is None) != (self.ema_model is None):
+            raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or 'the moving average of the weights'}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(state["ema_model"])
         self.step = state["step"]
         set_rng_state(state["rng"])
 
 
 def fit(
-    training: TrainState,
+    state: TrainState,
     loss_fn: LossFn[Batch],
-    batch_at: Callable[[int], Batch],
+    get_batch: Callable[[int], Batch],
     *,
     lr_factor: Callable[[int], float],
     ctx: ComputeContext,
     clip_norm: float | None = None,
-    wishes: Callable[[], Sequence[bool]] = tuple,
+    local_flags: Callable[[], StepFlags] = StepFlags,
 ) -> Iterator[Losses]:
-    """Train from `training.step` on; yields the losses of every step, detached, after its update.
+    """Train from `state.step` on, one step for each item that the caller takes, without end.
 
-    It takes a step when the caller asks for one, and knows no end. `lr_factor(step)` scales each group's learning rate.
-    `wishes()` says what this process wishes for; after the step `training.agreed` says which any process has had.
-    Raises DivergedError before the update if the loss is not finite.
+    Args:
+        state: Model, optimizer and step; changed in place.
+        loss_fn: Called as `loss_fn(model, batch)`; returns scalars by name, of which `loss` is minimized.
+        get_batch: Returns the batch of a step; of a distributed run, this rank's shard of it.
+        lr_factor: Returns what the learning rate of every parameter group is multiplied by at a step.
+        ctx: Device and precision.
+        clip_norm: Largest L2 norm of the gradient; None for no limit.
+        local_flags: Returns what this rank requests; `state.any_rank_flags` is what all ranks together requested.
+
+    Yields:
+        The losses of the step, detached, after the update.
+
+    Raises:
+        DivergedError: The loss is not finite; the weights are those before the update.
     """
-    model, optimizer = training.model, training.optimizer
+    model, optimizer = state.model, state.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
-    together = ddp.make_step(model, loss_fn, ctx.device, len(wishes()))
+    train_step = ddp.make_step(model, loss_fn, ctx.device, local_flags)
     while True:
         model.train()
-        factor = lr_factor(training.step)
-        for group, base_lr in zip(optimizer.param_groups, training.base_lrs, strict=True):
+        factor = lr_factor(state.step)
+        for group, base_lr in zip(optimizer.param_groups, state.base_lrs, strict=True):
             group["lr"] = base_lr * factor
-        batch = batch_at(training.step)
+        batch = get_batch(state.step)
         with ctx.autocast():
-            losses = together.losses(batch, wishes())
+            losses = train_step.losses(batch)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        training.agreed, is_finite = together.agreed(losses)
+        state.any_rank_flags, is_finite = train_step.reduce(losses)
         if not is_finite:
-            raise _diverged(losses, training)
+            raise _diverged_error(losses, state)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
-        training.update_average()
-        training.step += 1
+        state.update_ema()
+        state.step += 1
         yield {name: value.detach() for name, value in losses.items()}
 
 
-def _diverged(losses: Losses, training: TrainState) -> DivergedError:
-    """Word that the loss is not finite, naming step, learning rate and part."""
+def _diverged_error(losses: Losses, state: TrainState) -> DivergedError:
+    """Return the error about a loss that is not finite, with its step, learning rate and parts."""
     parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-    lr = training.optimizer.param_groups[0]["lr"]
+    lr = state.optimizer.param_groups[0]["lr"]
     return DivergedError(
-        f"the loss is not finite at step {training.step} (batch {training.step}, lr {lr:g}): {parts}",
-        "lower optimizer.lr; the last checkpoint is whole",
+        f"the loss is not finite at step {state.step} (batch {state.step}, lr {lr:g}): {parts}",
+        "lower optimizer.lr; the last checkpoint is valid",
     )
 
 
@@ -131,9 +153,13 @@ def evaluate(
     measure: Callable[[nn.Module, Batch], dict[str, Tensor]],
     ctx: ComputeContext,
 ) -> dict[str, float]:
-    """Return the means of what `measure(model, batch)` sums up; it gives sums and, as `count`, of how many.
+    """Return the means over a data set of what `measure` sums up over a batch; ranks are added.
 
-    The sums of several processes are added.
+    Args:
+        model: Evaluated in eval mode; its mode is restored.
+        batches: This rank's batches.
+        measure: Called as `measure(model, batch)`; returns sums by name and, as `count`, the number of items.
+        ctx: Device and precision.
     """
     was_training = model.training
     model.eval()

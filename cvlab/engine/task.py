@@ -1,4 +1,4 @@
-"""What every training is told: its configuration's common keys, and the `Job` that an experiment hands over."""
+"""What an experiment gives to the engine: a task to train, or a trained model to export."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,39 +9,48 @@ from torch import Tensor, nn
 from cvlab.engine import loop
 from cvlab.engine.device import ComputeContext
 
-SAVE_SHARE = 50  # a save may cost 1/50 of the time between two saves
-
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What an experiment wants trained.
+    """Model, loss, data and evaluation of a training run.
 
-    `batch_at(step)` gives the batch of a step; `evaluate(model)` the metrics of an evaluation, one of which,
-    `monitor`, says which weights are best (higher is better). `memory` are tensors which the batches or the loss change
-    from step to step, in place; they are part of every checkpoint.
+    Attributes:
+        model: The model to train, on the device of `ctx`.
+        loss_fn: Called as `loss_fn(model, batch)`; returns scalars by name, of which `loss` is minimized.
+        get_batch: Returns the batch of a step, a pure function of it.
+        steps_per_epoch: Number of steps in one pass over the training data.
+        items_per_step: Number of training items of a step, over all ranks.
+        evaluate: Returns the metrics of a model by name.
+        monitor: The metric by which the best weights are chosen; higher is better.
+        ctx: Device and precision.
+        extra_state: Tensors that the batches or the loss change in place from step to step; saved in every checkpoint.
     """
 
     model: nn.Module
     loss_fn: loop.LossFn[Any]
-    batch_at: Callable[[int], Any]
+    get_batch: Callable[[int], Any]
     steps_per_epoch: int
     items_per_step: int
     evaluate: Callable[[nn.Module], dict[str, float]]
     monitor: str
     ctx: ComputeContext
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    extra_state: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """A trained net for other programs.
+    """A trained model for other programs.
 
-    `net` takes images in [0, 1] like `example` (1, C, H, W) and gives `outputs`, by name; without any it has no graph
-    of its own, and only its `weights` can be taken. `about` says what it takes and gives, and its classes.
+    Attributes:
+        model: Takes images in [0, 1] like `example` and returns the tensors that `outputs` names.
+        weights: The module whose weights are exported.
+        example: An input, (1, C, H, W).
+        outputs: Names of the model's outputs; empty if the model has no graph to export, only weights.
+        metadata: What the model takes and returns, and its classes.
     """
 
-    net: nn.Module
+    model: nn.Module
     weights: nn.Module
     example: Tensor
     outputs: tuple[str, ...]
-    about: dict[str, Any]
+    metadata: dict[str, Any]

@@ -1,8 +1,8 @@
-"""A budget of training time as a number of steps, and how far along a step is.
+"""Turn a budget of training time into a number of steps, and steps into progress between 0 and 1.
 
-The steps are planned from the measured time of a few, and planned again on the way from the time of all so far, so that
-the schedule ends with the budget although the machine becomes slower or faster. The corrections are part of the record:
-a run of the same steps and corrections has the same bits.
+The number of steps is planned from the measured time of a few, and planned again during training from the time of all
+so far, so that the learning-rate schedule ends with the budget even if the machine becomes slower or faster. The
+history of the plan is recorded: a run of the same steps with the same history is bit-for-bit identical.
 """
 
 import time
@@ -11,70 +11,79 @@ from dataclasses import dataclass
 
 from cvlab.errors import ConfigError
 
-Correction = tuple[int, int]
-# How far along a plan is looked at again.
-REVIEWS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-RESERVE = 0.003  # the share of a budget that is kept back: a plan is to end before its budget, not after
-WORTH = 0.002  # a plan that could have only so small a share of steps more stays as it is
-MEASURED_SHARE = 0.03  # of a budget, spent beforehand on measuring the time of a step ...
-MEASURED_SECONDS = 5.0  # ... but no longer than this
+PlanHistory = tuple[tuple[int, int], ...]  # until which step how many steps were planned
+REPLAN_AT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # progress
+RESERVED_SHARE = 0.003  # of the budget: a plan should end before its budget, not after
+MIN_GAIN = 0.002  # a plan to which replanning would add a smaller share of steps stays as it is
+PROBE_SHARE = 0.03  # of the budget, spent beforehand on measuring the time of a step ...
+MAX_PROBE_SECONDS = 5.0  # ... but no longer than this
 WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps there are, and what was planned before: `corrections` are (until this step, so many in all).
+    """Number of steps of a run, and how many were planned before.
 
-    From each correction on, what is left is shared out evenly among the steps that are left.
+    At each change of the plan the progress that is left is divided evenly among the steps that are left.
+
+    Attributes:
+        total_steps: Number of steps of the whole run.
+        history: For each change, the step at which it was made and the number of steps planned until then.
     """
 
-    total: int
-    corrections: tuple[Correction, ...] = ()
+    total_steps: int
+    history: PlanHistory = ()
 
     def progress(self, step: float) -> float:
-        """Return how far the run is at a step, or between two: 0 at its start, 1 at its end."""
+        """Return the progress at a step or between two steps: 0 at the start of the run, 1 at its end."""
         start, done = 0, 0.0
-        for until, total in self.corrections:
+        for until, total in self.history:
             if step <= until:
                 return done + (1 - done) * ((step - start) / (total - start))
             start, done = until, done + (1 - done) * ((until - start) / (total - start))
-        return done + (1 - done) * min(1.0, (step - start) / (self.total - start))
+        return done + (1 - done) * min(1.0, (step - start) / (self.total_steps - start))
 
-    def corrected(self, step: int, total: int) -> "Plan":
-        """Return the plan that goes on from `step` without a jump to another end, at least one step further."""
-        return Plan(max(total, step + 1), (*self.corrections, (step, self.total)))
+    def changed(self, step: int, total_steps: int) -> "Plan":
+        """Return the plan that has another end from `step` on, at least one step later; progress has no jump."""
+        return Plan(max(total_steps, step + 1), (*self.history, (step, self.total_steps)))
 
-    def is_reviewed(self, step: int) -> bool:
-        """Whether it is looked at again after this step."""
+    def is_replanned_after(self, step: int) -> bool:
+        """Return whether the plan is reconsidered after a step."""
         before, now = self.progress(step - 1), self.progress(step)
-        return step < self.total and any(before < share <= now for share in REVIEWS)
+        return step < self.total_steps and any(before < share <= now for share in REPLAN_AT)
 
-    def reviewed(self, step: int, seconds_left: float, seconds_per_step: float) -> "Plan":
+    def replan(self, step: int, seconds_left: float, seconds_per_step: float) -> "Plan":
         """Return the plan that ends when no seconds are left; this one if it does."""
-        planned = self.total - step
+        planned = self.total_steps - step
         possible = steps_within(seconds_left, seconds_per_step)
-        fits = planned <= possible <= planned * (1 + WORTH)
-        return self if fits else self.corrected(step, step + possible)
+        fits = planned <= possible <= planned * (1 + MIN_GAIN)
+        return self if fits else self.changed(step, step + possible)
 
 
 def usable_seconds(budget_seconds: float) -> float:
-    """Return how many seconds of a budget are planned with."""
-    return budget_seconds * (1 - RESERVE)
+    """Return how many seconds of a budget to plan with."""
+    return budget_seconds * (1 - RESERVED_SHARE)
 
 
 def steps_within(seconds: float, seconds_per_step: float) -> int:
-    """Return how many steps end within so many seconds."""
+    """Return the number of steps that end within a time."""
     return max(0, int(seconds / seconds_per_step))
 
 
-def seconds_per_step(steps: Iterator[object], budget_seconds: float, settle: Callable[[], None]) -> float:
-    """Return the median time of the steps that are taken, few compared with a budget; `settle` waits for the device."""
-    limit = min(MEASURED_SHARE * budget_seconds, MEASURED_SECONDS)
+def seconds_per_step(steps: Iterator[object], budget_seconds: float, synchronize: Callable[[], None]) -> float:
+    """Return the median time of a few steps.
+
+    Args:
+        steps: Takes a step for each item.
+        budget_seconds: Budget of the run, of which a small share is spent here.
+        synchronize: Waits until the device has finished.
+    """
+    limit = min(PROBE_SHARE * budget_seconds, MAX_PROBE_SECONDS)
     times: list[float] = []
-    began = last = time.perf_counter()
-    while len(times) <= WARM_UP_STEPS + 1 or last - began < limit:
+    start = last = time.perf_counter()
+    while len(times) <= WARM_UP_STEPS + 1 or last - start < limit:
         next(steps)
-        settle()
+        synchronize()
         now = time.perf_counter()
         times.append(now - last)
         last = now
@@ -83,7 +92,11 @@ def seconds_per_step(steps: Iterator[object], budget_seconds: float, settle: Cal
 
 
 def first_plan(seconds: float, seconds_per_step: float) -> Plan:
-    """Return the plan of a budget; ConfigError where not one step fits."""
+    """Return the plan for a budget.
+
+    Raises:
+        ConfigError: The budget is too short for a single step.
+    """
     possible = steps_within(usable_seconds(seconds), seconds_per_step)
     if possible < 1:
         raise ConfigError(

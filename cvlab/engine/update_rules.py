@@ -1,7 +1,7 @@
-"""Update rules of optimizers written out: SGD with momentum, RMSProp, Adam (EECS 498, assignment 3), L-BFGS.
+"""Hand-written update rules of optimizers: SGD with momentum, RMSProp, Adam (EECS 498, assignment 3).
 
-Each rule is a pure function of one weight, its gradient and its state; `ByHand` puts a rule where torch.optim's
-optimizers go. The weights after any number of steps are those of torch.optim up to rounding.
+Each rule is a pure function of one weight, its gradient and its state; `ManualOptimizer` makes a torch optimizer of it.
+The weights after any number of steps are those of torch.optim up to rounding.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,6 @@ from torch import Tensor
 
 State = dict[str, Any]
 Rule = Callable[..., tuple[Tensor, State]]
-CURVED = 1e-10  # the least y.s that L-BFGS takes into its history
 
 
 def momentum(w: Tensor, dw: Tensor, state: State, lr: float, momentum: float = 0.0) -> tuple[Tensor, State]:
@@ -44,32 +43,6 @@ def adam(
     mean_hat = mean / (1 - betas[0] ** step)
     square_hat = square / (1 - betas[1] ** step)
     return w - lr * mean_hat / (square_hat.sqrt() + eps), {"step": step, "mean": mean, "square": square}
-
-
-def lbfgs(w: Tensor, dw: Tensor, state: State, lr: float = 1.0, history: int = 10) -> tuple[Tensor, State]:
-    """Step along the quasi-Newton direction that the last `history` steps give; no line search.
-
-    Liu and Nocedal, 1989; Nocedal and Wright, "Numerical optimization", algorithm 7.4. `w` and `dw` are of any shape.
-    The first step is a gradient step of at most `lr` in the L1 norm.
-    """
-    if not state:
-        move = -dw * (lr * (1 / dw.abs().sum()).clamp(max=1.0))
-        return w + move, {"gradient": dw.clone(), "move": move, "moves": [], "turns": []}
-    moves, turns = list(state["moves"]), list(state["turns"])
-    turn = dw - state["gradient"]
-    if float((turn * state["move"]).sum()) > CURVED:  # else the curvature is not positive
-        moves, turns = [*moves, state["move"]][-history:], [*turns, turn][-history:]
-    direction = -dw
-    shares = []
-    for s, y in zip(reversed(moves), reversed(turns), strict=True):
-        shares.append((s * direction).sum() / (y * s).sum())
-        direction = direction - shares[-1] * y
-    if moves:
-        direction = direction * ((turns[-1] * moves[-1]).sum() / turns[-1].square().sum())
-    for s, y, share in zip(moves, turns, reversed(shares), strict=True):
-        direction = direction + s * (share - (y * direction).sum() / (y * s).sum())
-    move = lr * direction
-    return w + move, {"gradient": dw.clone(), "move": move, "moves": moves, "turns": turns}
 
 
 class ManualOptimizer(torch.optim.Optimizer):

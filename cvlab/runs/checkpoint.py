@@ -188,25 +188,24 @@ def load_latest(folder: Path, report: Callable[[str], None]) -> tuple[Path, Stat
     raise CheckpointError(f"{folder}: {reason}", "start the run again with `cvlab run` on its config.yaml")
 
 
-def check_complete(missing: list[str], path: str) -> None:
+def check_complete(missing: list[str], path: Path) -> None:
     """Raise CheckpointError where pieces of a state are missing."""
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
 
 
-def check_same_config(
-    state: State, digest: str, circumstances: State, path: str, report: Callable[[str], None]
-) -> None:
-    """Raise CheckpointError unless a state is of the configuration with this digest.
+def check_same_config(state: State, digest: str, fingerprint: State, path: Path, report: Callable[[str], None]) -> None:
+    """Raise CheckpointError unless a state belongs to the configuration with this digest.
 
-    `report` is told of each circumstance that has changed since: the result will not be equal bit for bit.
+    `report` is called for each part of the fingerprint that has changed since: the result will not be bit-for-bit
+    identical to that of an uninterrupted run.
     """
     if state["config_sha256"] != digest:
         raise CheckpointError(f"{path}: config.yaml was changed since", "start the changed one with `cvlab run`")
-    for key, now in circumstances.items():
-        if state["circumstances"].get(key) != now:
-            was = state["circumstances"].get(key)
-            report(f"warning: {key} was {was}, is {now}: the result is not bitwise that of an unbroken run")
+    for key, now in fingerprint.items():
+        before = state["fingerprint"].get(key)
+        if before != now:
+            report(f"warning: {key} was {before}, is {now}: the result is not bitwise that of an uninterrupted run")
 
 
 def weights_digest(weights: State) -> str:
@@ -241,7 +240,11 @@ def match_model(model: torch.nn.Module, weights: State, path: Path | str) -> Non
 
 
 def load_eval_weights(model: torch.nn.Module, state: State, path: Path | str) -> None:
-    """Put the weights that count into a model: their average where there is one. CheckpointError if they do not fit."""
-    weights = state["model"] if state["average"] is None else state["average"]
+    """Load the weights to evaluate into a model: their moving average if present, else those that were trained.
+
+    Raises:
+        CheckpointError: They do not fit the model.
+    """
+    weights = state["model"] if state["ema_model"] is None else state["ema_model"]
     match_model(model, weights, path)
     model.load_state_dict(weights)

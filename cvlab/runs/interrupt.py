@@ -8,6 +8,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from cvlab.distributed.step_flags import STOP_SIGNALS
 from cvlab.errors import StoppedError
 
 EXIT_INTERRUPT = 130
@@ -21,7 +22,7 @@ class StopRequest:
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    SIGNALS = STOP_SIGNALS
 
     def __init__(self) -> None:
         self.received: int | None = None

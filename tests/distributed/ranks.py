@@ -4,6 +4,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cvlab.distributed import collectives, ddp, process_group, sharding
+from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine import device, loop
 from cvlab.experiments.classification.data.images import eval_batches, normalization
 
@@ -42,11 +44,12 @@ def gradients():
     torch.manual_seed(1)
     images, labels = torch.rand(BATCH, 3, 8, 8).double(), torch.randint(0, 5, (BATCH,))
     loss_fn(alone, (images, labels))["loss"].backward()
-    step = ddp.make_step(model, loss_fn, torch.device("cpu"), 2)
+    flags = StepFlags(signal.SIGTERM, save=True) if process_group.world().rank == 1 else StepFlags()
+    step = ddp.make_step(model, loss_fn, torch.device("cpu"), lambda: flags)
     mine = sharding.shard(torch.arange(BATCH))
-    losses = step.losses((images[mine], labels[mine]), [process_group.world().rank == 1, False])
+    losses = step.losses((images[mine], labels[mine]))
     losses["loss"].backward()
-    assert step.agreed(losses) == ([True, False], True)
+    assert step.reduce(losses) == (StepFlags(signal.SIGTERM, save=True), True)
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     return max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
 

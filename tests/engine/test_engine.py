@@ -22,7 +22,7 @@ def make(seed=0):
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
 
 
-def batch_at(step):
+def get_batch(step):
     generator = torch.Generator().manual_seed(step)
     return torch.randn(6, 4, generator=generator), torch.randint(0, 3, (6,), generator=generator)
 
@@ -44,7 +44,7 @@ def test_fit_equals_the_loop_written_out():
     for step in range(10):
         for group in optimizer.param_groups:
             group["lr"] = 0.1 * factor(step)
-        x, y = batch_at(step)
+        x, y = get_batch(step)
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -62,12 +62,12 @@ def test_fit_equals_the_loop_written_out():
     torch.manual_seed(1)
     losses = [
         step["loss"].item()
-        for step in itertools.islice(fit(training, loss_fn, batch_at, lr_factor=factor, ctx=CPU, clip_norm=0.5), 10)
+        for step in itertools.islice(fit(training, loss_fn, get_batch, lr_factor=factor, ctx=CPU, clip_norm=0.5), 10)
     ]
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value)
-        torch.testing.assert_close(training.evaluated.state_dict()[name], average[name])
+        torch.testing.assert_close(training.eval_model.state_dict()[name], average[name])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step():
@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         losses = loss_fn(model, batch)
         return {"loss": losses["loss"] * (math.nan if training.step == 3 else 1), "part": losses["loss"]}
 
-    steps = fit(training, broken, batch_at, lr_factor=lambda step: 1.0, ctx=CPU)
+    steps = fit(training, broken, get_batch, lr_factor=lambda step: 1.0, ctx=CPU)
     for _ in range(3):
         next(steps)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -122,13 +122,13 @@ def test_all_generators_come_back():
 def test_a_state_lacks_nothing_silently():
     model = make()
     training = TrainState(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
-    for key in ("step", "model", "optimizer", "average", "rng"):
-        state = training.state()
+    for key in ("step", "model", "optimizer", "ema_model", "rng"):
+        state = training.state_dict()
         del state[key]
         with pytest.raises(CheckpointError, match=key):
-            training.load(state)
-    with pytest.raises(CheckpointError, match="average"):
-        training.load(training.state() | {"average": None})
+            training.load_state_dict(state)
+    with pytest.raises(CheckpointError, match="moving average"):
+        training.load_state_dict(training.state_dict() | {"ema_model": None})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed ends with the same bits, the same rows and the same metrics as one that is not."""
 
+import math
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from cvlab.config import strict_yaml
-from cvlab.engine import trainer
+from cvlab.engine import checkpointer
 from cvlab.errors import CheckpointError, StoppedError
 from cvlab.runs import checkpoint
 from tests import tiny
@@ -55,36 +56,36 @@ STATE_KEYS = [
     "step",
     "model",
     "optimizer",
-    "average",
+    "ema_model",
     "rng",
     "format",
-    "gathered",
-    "memory",
-    "memory.losses",
-    "memory.losses_before_pass",
+    "progress",
+    "extra_state",
+    "extra_state.losses",
+    "extra_state.losses_before_pass",
     "metrics_bytes",
     "config_sha256",
-    "circumstances",
-    "circumstances.processes",
-    "rng_of_others",
+    "fingerprint",
+    "fingerprint.processes",
+    "rng_other_ranks",
     "rng.torch",
     "rng.numpy",
     "rng.python",
     "rng.cuda",
-    "gathered.total_steps",
-    "gathered.corrections",
-    "gathered.budget_seconds",
-    "gathered.train_seconds",
-    "gathered.loss_sums",
-    "gathered.loss_steps",
-    "gathered.best_value",
-    "gathered.best_step",
-    "gathered.metrics",
-    "circumstances.device",
-    "circumstances.precision",
-    "circumstances.threads",
-    "circumstances.torch",
-    "circumstances.cvlab",
+    "progress.total_steps",
+    "progress.plan_history",
+    "progress.budget_seconds",
+    "progress.train_seconds",
+    "progress.loss_sums",
+    "progress.loss_steps",
+    "progress.best_value",
+    "progress.best_step",
+    "progress.metrics",
+    "fingerprint.device",
+    "fingerprint.precision",
+    "fingerprint.threads",
+    "fingerprint.torch",
+    "fingerprint.cvlab",
 ]
 
 
@@ -116,7 +117,7 @@ def test_a_state_without_a_key_is_refused(key, stopped, tmp_path):
 def test_every_key_of_the_state_is_tried_above(stopped):
     _, state = checkpoint.load_latest(stopped / "checkpoints", print)
     assert set(state) <= set(STATE_KEYS)
-    nested = {f"{block}.{key}" for block in ("rng", "gathered", "circumstances", "memory") for key in state[block]}
+    nested = {f"{block}.{key}" for block in ("rng", "progress", "fingerprint", "extra_state") for key in state[block]}
     assert nested <= set(STATE_KEYS)
 
 
@@ -133,7 +134,7 @@ def test_a_budget_is_kept_and_its_record_repeats_the_bits(tmp_path):
         tiny.train(tmp_path / "run", config, stop_slower)
     metrics, facts = tiny.train(tmp_path / "run", config, slower)
     recorded = strict_yaml.read(tmp_path / "run" / "config.yaml").value["duration"]
-    assert recorded["corrections"]
+    assert recorded["plan_history"]
     assert recorded["steps"] == metrics["steps"]
     assert recorded["seconds"] is None
     repeated = tiny.settings(duration={key: value for key, value in recorded.items() if value})
@@ -176,7 +177,7 @@ def test_the_best_is_linked_again_after_a_kill_before_its_link(tmp_path):
         tiny.train(path, tiny.settings(eval_every=1), stop_at(5))
     folder = path / "checkpoints"
     state = checkpoint.load(checkpoint.load_latest(folder, print)[0])
-    state["gathered"]["best_step"], state["gathered"]["best_value"] = state["step"], 0.0
+    state["progress"]["best_step"], state["progress"]["best_value"] = state["step"], 0.0
     checkpoint.write(checkpoint.path_of(folder, state["step"]), state)
     tiny.train(path, tiny.settings(eval_every=1), lambda step: None)
     assert checkpoint.load(folder / checkpoint.BEST)["step"] >= state["step"]
@@ -208,7 +209,7 @@ def test_no_valid_checkpoint_is_never_a_fresh_start(tmp_path):
 
 
 def test_saves_are_spread_by_what_they_cost(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SAVE_SHARE", 0)
+    monkeypatch.setattr(checkpointer, "MAX_CHECKPOINT_OVERHEAD", math.inf)
     tiny.train(tmp_path / "often", tiny.settings(save_seconds=0.0))
     assert checkpoint.steps(tmp_path / "often" / "checkpoints") == [31, 32]
     tiny.train(tmp_path / "seldom", tiny.settings())

@@ -11,15 +11,15 @@ from cvlab.engine.time_budget import Plan
 from cvlab.errors import ConfigError
 
 
-def test_progress_without_corrections_is_the_share_of_steps():
+def test_progress_without_a_history_is_the_share_of_steps():
     assert [Plan(4).progress(step + 0.5) for step in range(4)] == [0.125, 0.375, 0.625, 0.875]
     assert Plan(4).progress(0) == 0
     assert Plan(4).progress(4) == 1
 
 
 def test_a_correction_bends_the_line_and_does_not_break_it():
-    plan = Plan(100).corrected(50, 80).corrected(60, 70)
-    assert plan.total == 70
+    plan = Plan(100).changed(50, 80).changed(60, 70)
+    assert plan.total_steps == 70
     assert plan.progress(50) == 0.5
     assert plan.progress(60) == pytest.approx(0.5 + 0.5 / 3)
     assert plan.progress(70) == 1
@@ -27,33 +27,33 @@ def test_a_correction_bends_the_line_and_does_not_break_it():
     values = [plan.progress(step) for step in range(71)]
     assert all(a < b for a, b in itertools.pairwise(values))
     assert max(b - a for a, b in itertools.pairwise(values)) < 0.05
-    assert Plan(100).corrected(50, 20).total == 51, "what is done is done"
+    assert Plan(100).changed(50, 20).total_steps == 51, "what is done is done"
     for step in range(50):
         assert plan.progress(step + 0.5) == Plan(100).progress(step + 0.5), "to the last bit, what it was before"
 
 
 def test_a_review_ends_with_the_budget():
     plan = Plan(1000)
-    assert plan.reviewed(500, seconds_left=30.0, seconds_per_step=0.0598) is plan, "it fits"
-    slower = plan.reviewed(500, seconds_left=30.0, seconds_per_step=0.1)
-    assert slower.total == 500 + 300
-    assert slower.corrections == ((500, 1000),)
-    assert plan.reviewed(500, 30.0, 0.03).total == 500 + 1000, "faster: more steps"
-    assert plan.reviewed(500, -1.0, 0.03).total == 501
-    looked_at = [step for step in range(1, 1001) if plan.is_reviewed(step)]
-    assert looked_at == [round(1000 * share) for share in time_budget.REVIEWS]
+    assert plan.replan(500, seconds_left=30.0, seconds_per_step=0.0598) is plan, "it fits"
+    slower = plan.replan(500, seconds_left=30.0, seconds_per_step=0.1)
+    assert slower.total_steps == 500 + 300
+    assert slower.history == ((500, 1000),)
+    assert plan.replan(500, 30.0, 0.03).total_steps == 500 + 1000, "faster: more steps"
+    assert plan.replan(500, -1.0, 0.03).total_steps == 501
+    looked_at = [step for step in range(1, 1001) if plan.is_replanned_after(step)]
+    assert looked_at == [round(1000 * share) for share in time_budget.REPLAN_AT]
 
 
 @pytest.mark.parametrize("pace", [[0.01] * 5000, [0.01] * 300 + [0.02] * 5000, [0.02] * 200 + [0.008] * 8000])
 def test_whatever_the_machine_does_the_budget_is_nearly_used_up(pace):
     plan, used, step, seen = time_budget.first_plan(10.0, pace[0]), 0.0, 0, (0, 0.0)
-    while step < plan.total:
+    while step < plan.total_steps:
         used += pace[step]
         step += 1
-        if plan.is_reviewed(step):
+        if plan.is_replanned_after(step):
             recent = (used - seen[1]) / (step - seen[0])
             seen = (step, used)
-            plan = plan.reviewed(step, time_budget.usable_seconds(10.0) - used, max(recent, used / step))
+            plan = plan.replan(step, time_budget.usable_seconds(10.0) - used, max(recent, used / step))
     assert 9.7 < used <= 10.0
 
 
@@ -68,9 +68,9 @@ def test_a_budget_too_short_for_a_step():
         time_budget.first_plan(0.5, 2.0)
 
 
-@pytest.mark.parametrize("corrections", [((5, 12), (4, 11)), ((5, 5),), ((11, 20),), ((5, 9), (5, 8))])
-def test_corrections_that_no_run_can_have_made(corrections):
-    with pytest.raises(ValidationError, match="corrections go with steps"):
-        Duration(steps=10, corrections=corrections)
-    with pytest.raises(ValidationError, match="corrections go with steps"):
-        Duration(epochs=10, corrections=((5, 9),))
+@pytest.mark.parametrize("plan_history", [((5, 12), (4, 11)), ((5, 5),), ((11, 20),), ((5, 9), (5, 8))])
+def test_histories_that_no_run_can_have_made(plan_history):
+    with pytest.raises(ValidationError, match="plan_history goes with steps"):
+        Duration(steps=10, plan_history=plan_history)
+    with pytest.raises(ValidationError, match="plan_history goes with steps"):
+        Duration(epochs=10, plan_history=((5, 9),))

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from tests.faults.server import corrupt_files  # isort: skip - first torch
 from PIL import Image
 
 from cvlab.cli import main
-from cvlab.engine import image_optimizer, trainer
+from cvlab.engine import checkpointer, image_optimizer
 from cvlab.experiments.captioning import scene_captions
 from cvlab.runs import checkpoint
 from cvlab.runs.records import read_summary
@@ -103,7 +104,7 @@ def command_lines(folder):
         Image.effect_noise((90 + 10 * k, 80), 60 + 20 * k).convert("RGB").save(photos / f"{k}.png")
     (folder / "sweep.yaml").write_text(SWEEP)
     scene_captions.COUNTS = {"train": 12, "val": 4, "test": 4}
-    trainer.SAVE_SHARE = image_optimizer.SAVE_SHARE = 0
+    checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
     initial = image_optimizer.ImageOptimization.__init__
     initial.__defaults__ = tuple(0.0 if value == 60.0 else value for value in initial.__defaults__)
     return {name: [word.replace("{folder}", str(folder)) for word in words] for name, words in KINDS.items()}

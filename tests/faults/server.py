@@ -5,6 +5,7 @@ process itself computes nothing and has one thread, so that a fork of it is safe
 """
 
 import json
+import math
 import os
 import random
 import resource
@@ -21,7 +22,7 @@ import torch._dynamo  # the first optimiser imports it: a second and a half that
 os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: the failpoints are compiled in
 
 from cvlab.cli import main
-from cvlab.engine import trainer
+from cvlab.engine import checkpointer
 from cvlab.errors import CheckpointError
 from cvlab.runs import checkpoint
 from cvlab.runs.records import read_metrics, read_status
@@ -70,7 +71,7 @@ def train(path):
     """Train the tiny net, saving after every step, and leave its digest in a file."""
 
     def work():
-        trainer.SAVE_SHARE = 0
+        checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
         metrics, facts = tiny.train(path, tiny.settings(save_seconds=0.0))
         (path / "digest").write_text(json.dumps([facts, tiny.untimed(metrics), tiny.rows(path)]))
 
@@ -217,7 +218,7 @@ def disk_full(folder, count):
             return save(place, step, state, is_best)
 
         checkpoint.save = filling
-        trainer.SAVE_SHARE = 0
+        checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         main.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
 

@@ -109,5 +109,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "photos": len(photo_batches.resolve_images(config.images)[1]),
         "captioner": _told(config, made),
         "parameters": sum(p.numel() for p in made.net.parameters()),
-        **ctx.told(),
+        **ctx.as_dict(),
     }

@@ -157,7 +157,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     job = TrainTask(
         model=parts.made.net,
         loss_fn=loss_function(config, reward),
-        batch_at=batches,
+        get_batch=batches,
         steps_per_epoch=batches.epochs.steps,
         items_per_step=batches.epochs.batch_size,
         evaluate=evaluation,
@@ -230,5 +230,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "words": len(parts.made.vocabulary),
         "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.captionset.splits.items()),
         "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
-        **parts.ctx.told(),
+        **parts.ctx.as_dict(),
     }

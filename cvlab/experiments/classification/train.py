@@ -237,11 +237,11 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     job = TrainTask(
         model=parts.model,
         loss_fn=loss_function(config, parts.batches),
-        batch_at=parts.batches,
+        get_batch=parts.batches,
         steps_per_epoch=parts.batches.steps_per_epoch,
         items_per_step=config.batch_size,
         evaluate=evaluation,
-        memory=getattr(parts.batches, "memory", {}),
+        extra_state=getattr(parts.batches, "memory", {}),
         monitor=monitor(config),
         ctx=parts.ctx,
     )
@@ -283,7 +283,7 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "val_images": num_val,
         "steps_per_epoch": steps_per_epoch,
         "steps": steps or f"as many as fit in {config.duration.seconds:g} s",
-        **ctx.told(),
+        **ctx.as_dict(),
     }
 
 

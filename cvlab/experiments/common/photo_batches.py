@@ -112,7 +112,7 @@ def plan(config: PhotoConfig, ctx: ComputeContext, net: PretrainedClassifier) ->
         "photos_missing": len(found) - len(some),
         "model": config.model,
         "parameters": sum(p.numel() for p in net.module.parameters()),
-        **ctx.told(),
+        **ctx.as_dict(),
     }
 
 

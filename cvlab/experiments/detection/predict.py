@@ -86,5 +86,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "detector": finder.told,
         "classes": len(finder.classes),
         "parameters": finder.num_parameters,
-        **ctx.told(),
+        **ctx.as_dict(),
     }

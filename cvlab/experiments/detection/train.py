@@ -160,7 +160,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     job = TrainTask(
         model=parts.detector.head,
         loss_fn=loss_function(config.size),
-        batch_at=batches,
+        get_batch=batches,
         steps_per_epoch=batches.epochs.steps,
         items_per_step=batches.epochs.batch_size,
         evaluate=evaluation,
@@ -260,5 +260,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.boxset.splits.items()),
         "views": views_in_all,
         "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
-        **parts.ctx.told(),
+        **parts.ctx.as_dict(),
     }

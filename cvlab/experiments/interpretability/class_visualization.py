@@ -229,17 +229,17 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     ctx, model = config.build()
     easel = Easel(config, model, ctx, [model.class_index(name) for name in config.targets], out)
     job = image_optimizer.ImageOptimization(
-        pixels=image_optimizer.ImageState([easel.start()]),
+        state=image_optimizer.ImageState([easel.start()]),
         objective=easel.objective,
         update=easel.update,
         steps=config.steps,
         ctx=ctx,
-        digest=config.digest(),
-        frames=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
-        keep_frame=easel.keep_frame,
+        config_digest=config.digest(),
+        frame_steps=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
+        save_frame=easel.keep_frame,
     )
     last = image_optimizer.optimize_image(job, out, "classvis")
-    rows = easel.finish(job.pixels)
+    rows = easel.finish(job.state)
     second = second_judge(config, ctx.device)
     if second is not None:
         easel.ask(second, rows)
@@ -270,5 +270,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "parameters": math.prod(shape),
         "steps": config.steps,
         "model": config.model,
-        **ctx.told(),
+        **ctx.as_dict(),
     }

@@ -131,17 +131,17 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         out.write_bytes("images/preview.png", images.png(shown))
 
     job = image_optimizer.ImageOptimization(
-        pixels=image_optimizer.ImageState(inverter.start()),
+        state=image_optimizer.ImageState(inverter.start()),
         objective=inverter.objective,
         update=update,
         steps=config.steps,
         ctx=ctx,
-        digest=config.digest(),
-        frames=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
-        keep_frame=keep_frame,
+        config_digest=config.digest(),
+        frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
+        save_frame=keep_frame,
     )
     last = image_optimizer.optimize_image(job, out, "inversion")
-    rows = judge(inverter, job.pixels, out)
+    rows = judge(inverter, job.state, out)
     out.facts["results"] = rows
     found = [row["psnr_db"] for row in rows]
     rises = [later - earlier for earlier, later in itertools.pairwise(found)]
@@ -167,5 +167,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "parameters": inverter.wanted.numel() * len(config.layers),
         "steps": config.steps,
         "model": config.model,
-        **ctx.told(),
+        **ctx.as_dict(),
     }

@@ -49,9 +49,8 @@ class Config(PretrainedConfig):
     space: Literal["pixels", "normalized"] = Field(
         "pixels", description="optimise pixels in [0, 1], or normalised as the net wants them"
     )
-    optimizer: Literal["adam", "lbfgs"] = Field("adam", description="lbfgs keeps ten pictures and gradients")
-    lr: schema.PositiveFloat = Field(0.05, description="length of Adam's steps; 1 is right for lbfgs")
-    late_lr: schema.PositiveFloat = Field(0.01, description="adam: for the last tenth of a scale's steps")
+    lr: schema.PositiveFloat = Field(0.05, description="learning rate of Adam")
+    late_lr: schema.PositiveFloat = Field(0.01, description="for the last tenth of a scale's steps")
     steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(200, description="of all scales together")
     preview_every: schema.PositiveInt = Field(25, description="steps from one preview to the next")
 

@@ -31,17 +31,17 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     """Paint the picture."""
     transfer = prepare(config)
     job = image_optimizer.ImageOptimization(
-        pixels=image_optimizer.ImageState([transfer.start()]),
+        state=image_optimizer.ImageState([transfer.start()]),
         objective=transfer.objective,
         update=transfer.update,
         steps=config.steps,
         ctx=transfer.ctx,
-        digest=config.digest(),
-        frames=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
-        keep_frame=lambda step, pixels: keep_frame(out, transfer.image(pixels.tensors[0]), step),
+        config_digest=config.digest(),
+        frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
+        save_frame=lambda step, pixels: keep_frame(out, transfer.image(pixels.tensors[0]), step),
     )
     last = image_optimizer.optimize_image(job, out, "style")
-    image = transfer.image(job.pixels.tensors[0])
+    image = transfer.image(job.state.tensors[0])
     out.write_bytes("images/style.png", images.png(image))
     found = transfer.judge(out.path / "images" / "style.png")
     made = show(config, transfer, out)
@@ -96,5 +96,5 @@ def plan(config: Config, base: Path) -> dict[str, Any]:
         "model": config.model,
         "style_layers": ", ".join(transfer.layers.style),
         "content_layer": transfer.layers.content if transfer.content is not None else None,
-        **transfer.ctx.told(),
+        **transfer.ctx.as_dict(),
     }

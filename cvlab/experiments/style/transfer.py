@@ -65,8 +65,7 @@ class StyleTransfer:
         if self.content is not None:
             width, height = fitted(self.content, config.size, config.side)
         self.scales = scales(width, height, None if config.scales == "auto" else config.scales, config.steps)
-        adam = image_optimizer.adam(self._lr, lambda step: self.scale_at(step).start)
-        self.move = adam if config.optimizer == "adam" else image_optimizer.lbfgs(config.lr)
+        self.move = image_optimizer.adam(self._lr, lambda step: self.scale_at(step).start)
         self.target = functools.lru_cache(maxsize=1)(self._target)
 
     def scale_at(self, step: int) -> Scale:
@@ -144,12 +143,12 @@ class StyleTransfer:
         if self.config.space == "normalized":
             if pixels.step < FREE_FROM * self.config.steps:
                 picture = picture.clamp(-NORMALIZED_MOST, NORMALIZED_MOST)
-        elif self.config.optimizer == "adam":  # L-BFGS would lose its curvature
+        else:
             picture = picture.clamp(0, 1)
         size = (following.height, following.width)
         if picture.shape[1:] != size:
             picture = F.interpolate(picture[None], size=size, mode="bicubic", antialias=True)[0]
-            pixels.memory = {}
+            pixels.optimizer_state = {}
         pixels.tensors[0] = picture
 
     @torch.no_grad()

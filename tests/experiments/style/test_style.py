@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cvlab.data import photos
-from cvlab.engine import image_optimizer, memory, update_rules
+from cvlab.engine import image_optimizer, memory
 from cvlab.errors import ConfigError
 from cvlab.experiments.style import sample_painting
 from cvlab.experiments.style import transfer as style_transfer
@@ -91,44 +91,6 @@ def test_brightness_with_other_colours_keeps_the_brightness():
     torch.testing.assert_close(style.luminance(style.transfer_color(brightness, colours)), brightness)
     own = style.transfer_color(style.luminance(colours), colours)
     torch.testing.assert_close(own, colours)
-
-
-def test_lbfgs_is_torchs():
-    torch.manual_seed(0)
-    matrix = torch.randn(6, 6, dtype=torch.float64)
-    matrix = matrix @ matrix.T + torch.eye(6, dtype=torch.float64)
-    start = torch.randn(2, 3, dtype=torch.float64)
-
-    def loss(w):
-        return w.flatten() @ matrix @ w.flatten() / 2 + w.pow(4).sum()
-
-    theirs = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([theirs], lr=0.5, max_iter=1, history_size=3)
-    pixels = image_optimizer.ImageState([start.clone()])
-    steps = image_optimizer.optimization_steps(pixels, lambda p: {"loss": loss(p.tensors[0])}, lbfgs_of_three)
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss(theirs)
-        value.backward()
-        return value
-
-    for _ in range(12):
-        optimizer.step(closure)
-        next(steps)
-        torch.testing.assert_close(pixels.tensors[0], theirs.detach())
-    assert len(pixels.memory["moves"]) == 3
-
-
-def lbfgs_of_three(pixels, gradients):
-    state = dict(pixels.memory)
-    pixels.tensors[0], pixels.memory = update_rules.lbfgs(pixels.tensors[0], gradients[0], state, 0.5, history=3)
-
-
-def test_lbfgs_does_not_take_a_turn_without_curvature():
-    w, state = update_rules.lbfgs(torch.ones(2), torch.ones(2), {})
-    _, state = update_rules.lbfgs(w, torch.ones(2), state)  # the gradient did not change
-    assert not state["moves"]
 
 
 class TestMemory:
@@ -327,29 +289,26 @@ class TestCommand:
         assert metrics["style_drop"] > 1
         assert ("ssim" in metrics) == (kind == "content")
 
-    def test_lbfgs_and_normalised_pixels(self, cvlab):
-        for words in (
-            ("optimizer=lbfgs", "lr=1.0"),
-            ("space=normalized", "lr=0.2", "scaling=absolute", "tv_weight=0.01"),
-        ):
-            code, out, err = cvlab("run", "style", *SHORT, *words, "--json")
-            assert code == 0, err
-            assert json.loads(out)["metrics"]["style_drop"] > 1.1
+    def test_normalised_pixels(self, cvlab):
+        words = ("space=normalized", "lr=0.2", "scaling=absolute", "tv_weight=0.01")
+        code, out, err = cvlab("run", "style", *SHORT, *words, "--json")
+        assert code == 0, err
+        assert json.loads(out)["metrics"]["style_drop"] > 1.1
 
-    @pytest.mark.parametrize("kind", ["adam", "lbfgs", "scales"])
+    @pytest.mark.parametrize("kind", ["adam", "scales"])
     def test_stopped_and_resumed_it_ends_with_the_same_bits(self, cvlab, tmp_path, monkeypatch, kind):
-        words = {"lbfgs": ("optimizer=lbfgs", "lr=1.0"), "scales": ("scales=2",), "adam": ()}[kind]
+        words = {"scales": ("scales=2",), "adam": ()}[kind]
         arguments = ("run", "style", *SHORT, *words, "seed=1", "--json")
         whole = json.loads(cvlab(*arguments)[1])
-        real = image_optimizer._Session.stop_if_asked
+        real = image_optimizer._ImageOptimizer._stop_if_set
 
-        def stopping(session, stop):
-            if session.painting.pixels.step == 4:
-                session.save()
+        def stopping(optimizer, stop):
+            if optimizer.step == 4:
+                optimizer.checkpointer.save()
                 raise KeyboardInterrupt
-            real(session, stop)
+            real(optimizer, stop)
 
-        monkeypatch.setattr(image_optimizer._Session, "stop_if_asked", stopping)
+        monkeypatch.setattr(image_optimizer._ImageOptimizer, "_stop_if_set", stopping)
         cvlab(*arguments)
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
