@@ -50,8 +50,8 @@ def test_experiments_have_their_three_things():
 
     for name in registry.experiment_names():
         module = registry.get_experiment(name)
-        for word in ("Paper:", "Expect:", "Command:"):
-            assert word in module.__doc__
+        for headings in (("References:", "Paper:"), ("Metrics:", "Expect:"), ("Command:",)):
+            assert any(heading in module.__doc__ for heading in headings)
         assert module.Config.model_config["extra"] == "forbid"
         assert module.Config.model_config["frozen"]
         assert callable(module.run)

@@ -23,7 +23,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
 SAMPLE = "sample"
-SAMPLE_PAINTING = "whirls"  # drawn by data/brushwork.py; a style to begin with
+SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_painting.py
 ANOTHER = "give a JPEG, PNG, BMP or WEBP file"
 
 

@@ -1,11 +1,20 @@
-"""Change photos so little that nobody sees it, until a net takes them for something else; judged on the written file.
+"""Adversarial attacks on photos: optimize, save as PNG, evaluate the saved file, continue until it fools the model.
 
-Paper: Szegedy et al., 2014, "Intriguing properties of neural networks"; Goodfellow et al., 2015 (fgsm); Madry et al.,
-2018 (pgd). Differs: the photo keeps its own size, for the resize is differentiated too; the result is rounded to 8
-bits, written, read back and classified as any photo is, and only that counts.
-Expect: `fooled` (share of the photos that were not the target before), medians `steps`, `l2` (of what the net sees),
-`linf_255`, `psnr_db`, and `fooled_jpeg95`, `fooled_jpeg85`, `fooled_jpeg75`.
-Command: cvlab attack --target ostrich img.jpg
+References:
+    Szegedy et al., 2014, "Intriguing properties of neural networks" (l2); Goodfellow et al., 2015 (fgsm); Madry et
+    al., 2018 (pgd).
+
+Differences from the papers:
+    The resize to the model's input is part of the computation graph, so attacks work at the photo's own resolution.
+    Success is measured on the saved 8-bit PNG after reading it back.
+
+Metrics:
+    `fooled`: success rate over the photos that were not classified as the target before.
+    `steps`, `l2` (of the model's input), `l2_photo`, `linf_255`, `psnr_db`: medians over those photos.
+    `fooled_jpeg95`, `fooled_jpeg85`, `fooled_jpeg75`: success rates after JPEG compression of that quality.
+
+Command:
+    cvlab attack --target ostrich img.jpg
 """
 
 import io
@@ -42,27 +51,26 @@ DIFFERENCE_TIMES = 10
 
 
 class Config(PhotoConfig):
-    """Which photos, what they are to be taken for, and how."""
+    """Configuration of an attack: the photos, the target class, the method."""
 
-    target: str | None = Field(None, description="what the net is to see; null: anything but what it sees now")
+    target: str | None = Field(None, description="target class; null: any class but the predicted one")
     method: Literal["l2", "fgsm", "pgd"] = Field(
-        "l2", description="small steps of a fixed length, one step to the bound, or many steps within the bound"
+        "l2",
+        description="gradient steps of a fixed L2 norm, or one step (fgsm) or many (pgd) within an L-infinity bound",
     )
     size: Literal["original", "model"] = Field(
-        "original", description="change the photo at its own size, or the square picture that the net sees"
+        "original", description="attack the photo at its own resolution, or the square crop that is the model's input"
     )
-    steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(100, description="at most so many (pgd, l2)")
-    extra_steps: schema.NonNegativeInt = Field(
-        3, description="go on so many steps after the net is fooled, for stability"
-    )
-    lr: schema.PositiveFloat = Field(0.5, description="l2: length of a step, in [0, 1] over what the net sees")
+    steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(100, description="l2, pgd: maximum number of steps")
+    extra_steps: schema.NonNegativeInt = Field(3, description="further steps after the first success, for robustness")
+    lr: schema.PositiveFloat = Field(0.5, description="l2: L2 norm of a step, of the model's input in [0, 1]")
     eps: Annotated[float, Ge(0.5), Le(255)] = Field(
-        8.0, description="fgsm, pgd: largest change of a pixel, in 1/255; less than 0.5 is lost in a file of 8 bits"
+        8.0, description="fgsm, pgd: maximum change of a pixel, in 1/255; less than 0.5 would be lost in an 8-bit file"
     )
-    alpha: Annotated[float, Gt(0), Le(255)] = Field(1.0, description="pgd: length of a step, in 1/255")
-    random_start: bool = Field(True, description="pgd: start at a random point within eps")
+    alpha: Annotated[float, Gt(0), Le(255)] = Field(1.0, description="pgd: step size, in 1/255")
+    random_start: bool = Field(True, description="pgd: start from a random point within eps")
     then: Literal["saliency"] | None = Field(
-        None, description="saliency: also show what the attacked photo is judged by"
+        None, description="saliency: also compute saliency maps before and after the attack"
     )
 
 

@@ -1,4 +1,4 @@
-"""What several tasks share: batches of photos, frozen backbones, weights by name.
+"""Shared by several tasks: batch inference over photos, frozen backbones, weights by name.
 
 May import `engine`, `models`, `reports` and below.
 """

@@ -1,4 +1,4 @@
-"""What trainings on the maps of a backbone share: which photos, of which set, and which backbone."""
+"""Base configurations of training on the features of a frozen backbone: the photos and the backbone."""
 
 import os
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ Item = TypeVar("Item")
 
 
 class PhotoDatasetConfig(DataConfig):
-    """Which photos: a set of the task's kind; the user's own one has the name of its kind and goes with a path."""
+    """A data set of the task's kind; a custom one is called like its kind and needs a path."""
 
     source_type: ClassVar[type[datasets.AnySource]]
-    path: str | None = Field(None, description="with the name of your own set, its folder or file")
+    path: str | None = Field(None, description="folder or file of a custom data set")
     val_fraction: FractionBelowOne = Field(
-        0.2, description="of the training photos, where the set has no validation list"
+        0.2, description="fraction of the training photos for validation, if the data set has no validation split"
     )
-    num_train: PositiveInt | None = Field(None, description="train on the first so many photos; null: on all")
+    num_train: PositiveInt | None = Field(None, description="train on the first N photos; null: all")
 
     @field_validator("name", "standin")
     @classmethod
@@ -54,13 +54,13 @@ class PhotoDatasetConfig(DataConfig):
 
 
 class BackboneTrainConfig(TrainConfig):
-    """The keys of every training on the maps of a backbone."""
+    """The keys of every training run on the features of a backbone."""
 
     backbone: str = Field(
-        pretrained.DEFAULT_MODEL, description="a net that knows ImageNet, as in `cvlab classify --model`"
+        pretrained.DEFAULT_MODEL, description="ImageNet-pretrained model, as in `cvlab classify --model`"
     )
-    backbone_weights: str | None = Field(None, description="a file with its weights")
-    evaluate_test: bool = Field(False, description="evaluate on test at the end; choose on validation")
+    backbone_weights: str | None = Field(None, description="file with its weights")
+    evaluate_test: bool = Field(False, description="evaluate on the test split at the end; choose on validation")
 
     def require_last(self, name: str, epochs: int) -> None:
         """Require that so many epochs at the end are known and there. ValueError says which key is wrong."""

@@ -29,14 +29,14 @@ from cvlab.runs.run_dir import RunDir
 
 
 class PretrainedConfig(RunConfig):
-    """The keys of every experiment that asks a net which knows ImageNet."""
+    """The keys of every experiment that uses an ImageNet-pretrained model."""
 
     model: str = Field(
         pretrained.DEFAULT_MODEL, description=f"{pretrained.DEFAULT_MODEL}, timm:NAME or torchvision:NAME"
     )
-    weights: str | None = Field(None, description="a file with the model's weights; null: those on this machine")
+    weights: str | None = Field(None, description="file with the model's weights; null: those found on this machine")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "float32", description="of what is optimised; results are always judged in float32"
+        "float32", description="of the optimization; results are always evaluated in float32"
     )
 
     @field_validator("model")
@@ -58,12 +58,12 @@ class PretrainedConfig(RunConfig):
 
 
 class ImagesConfig(RunConfig):
-    """The keys of every experiment that goes through photos."""
+    """The keys of every experiment that processes photos."""
 
     images: tuple[str, ...] = Field(
-        (photos.SAMPLE,), description="files, folders, patterns; `sample` is a photo that comes along"
+        (photos.SAMPLE,), description="files, folders or patterns; `sample` is a bundled photo"
     )
-    batch_size: PositiveInt = Field(8, description="photos that go through together")
+    batch_size: PositiveInt = Field(8, description="photos per batch")
 
     @field_validator("images")
     @classmethod
@@ -72,7 +72,7 @@ class ImagesConfig(RunConfig):
 
 
 class PhotoConfig(ImagesConfig, PretrainedConfig):
-    """The keys of every experiment that asks a net which knows ImageNet about photos."""
+    """The keys of every experiment that applies an ImageNet-pretrained model to photos."""
 
 
 def absolute(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Weights that a training of ours has left in its run directory, or that come along, by what a user calls them."""
+"""Resolve the weights of a trained model: a file, a run directory, a run's name, or the bundled weights."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ BUNDLED_WEIGHTS = Path(__file__).parent.parent.parent / "assets" / "weights"
 
 
 def absolute(name: str | None) -> str | None:
-    """Return the path that is meant by weights: a file, a run's folder, or a run's name."""
+    """Return the absolute path of weights that are given as a file, a run directory or the name of a run."""
     if name is None or os.path.lexists(name):
         return os.path.abspath(name) if name else name
     try:
@@ -19,11 +19,14 @@ def absolute(name: str | None) -> str | None:
         return os.path.abspath(name)
 
 
-def resolve_weights_path(name: str, file: str, kind: str) -> Path:
-    """Return the weights file that is meant: itself, or the one called `file` of a run that trained a `kind`."""
+def resolve_weights_path(name: str, file_name: str, model_kind: str) -> Path:
+    """Return the path of a weights file: `name` itself, or `file_name` in the run directory `name`.
+
+    Raises DataError if `name` is a run directory without such a file.
+    """
     path = Path(name)
     if not path.is_dir():
         return path
-    if not (path / file).is_file():
-        raise DataError(f"{path}: this run has no {file}", f"name a run of `cvlab train` that ended, of a {kind}")
-    return path / file
+    if not (path / file_name).is_file():
+        raise DataError(f"{path}: this run has no {file_name}", f"name a completed `cvlab train` run of a {model_kind}")
+    return path / file_name

@@ -1,11 +1,18 @@
-"""Draw what a net has learned of a class: climb the class's score, starting from noise or from a photo.
+"""Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo.
 
-Paper: Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier
-coefficients, robustness to movements).
-Differs: the picture is judged as an 8-bit file that is read back, and, where `second_model` names one, by a second net.
-Expect: `probability`: the smallest, over the targets, that the file is classified as its target; `second_top5`: the
-share of the pictures that have their target in the second net's top 5.
-Command: cvlab classvis --target gorilla
+References:
+    Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier coefficients,
+    transformation robustness).
+
+Differences from the papers:
+    The saved 8-bit image is read back and evaluated, by a second model too if `second_model` names one.
+
+Metrics:
+    `probability`: lowest probability of a target class in its saved image.
+    `second_top5`: fraction of the images that have their target in the top 5 of the second model.
+
+Command:
+    cvlab classvis --target gorilla
 """
 
 import math
@@ -41,37 +48,37 @@ BLURRED_SHARE = 0.7  # of the steps, where there is a blur
 
 
 class Config(PretrainedConfig):
-    """Which classes, and how they are drawn."""
+    """Configuration of class visualization: the classes, the parametrization, the regularization."""
 
-    targets: tuple[str, ...] = Field(("gorilla",), description="classes to draw, a picture for each")
-    init: Literal["noise", "image"] = Field("noise", description="start from noise, or from the photo in `images`")
+    targets: tuple[str, ...] = Field(("gorilla",), description="classes to visualize, one image each")
+    init: Literal["noise", "image"] = Field("noise", description="start from noise or from the photo in `images`")
     images: tuple[str, ...] = Field((photos.SAMPLE,), description="with init: image, the photo to start from")
     parametrization: Literal["fourier", "pixels"] = Field(
-        "fourier", description="what is optimised: decorrelated Fourier coefficients, or the pixels themselves"
+        "fourier", description="what is optimized: decorrelated Fourier coefficients, or the pixels"
     )
-    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(384, description="steps of the optimisation")
-    lr: schema.PositiveFloat = Field(
-        0.02, description="fourier: Adam's; pixels: length of a step over the whole picture"
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(384, description="optimization steps")
+    lr: schema.PositiveFloat = Field(0.02, description="fourier: learning rate of Adam; pixels: L2 norm of a step")
+    octaves: Annotated[schema.PositiveInt, Le(8)] = Field(
+        1, description="fourier: number of frequency bands, added from coarse to fine"
     )
-    octaves: Annotated[schema.PositiveInt, Le(8)] = Field(1, description="fourier: scales, coarse ones first")
-    l2: schema.NonNegativeFloat = Field(1e-4, description="weight of the squared distance from mid-grey")
-    tv: schema.NonNegativeFloat = Field(0.3, description="weight of the squared differences of neighbours")
-    jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to so many pixels before each step")
-    turn_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="turn by up to so much")
-    zoom: schema.FractionBelowOne = Field(0.4, description="zoom by a factor of up to 1 plus or minus this")
-    shift: schema.FractionBelowOne = Field(0.2, description="shift by up to this share of the side")
+    l2: schema.NonNegativeFloat = Field(1e-4, description="weight of the squared distance from mid-gray")
+    tv: schema.NonNegativeFloat = Field(
+        0.3, description="weight of the total variation (squared differences of neighboring pixels)"
+    )
+    jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to N pixels before each step")
+    turn_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
+    zoom: schema.FractionBelowOne = Field(0.4, description="scale by a factor of 1 - zoom to 1 + zoom")
+    shift: schema.FractionBelowOne = Field(0.2, description="translate by up to this fraction of the side")
     blur: schema.NonNegativeFloat = Field(
-        3.0, description="see it through a blur of up to so many pixels more than 0.3"
+        3.0, description="random Gaussian blur, its standard deviation from 0.3 to 0.3 + this, in pixels"
     )
-    grey: schema.Fraction = Field(1.0, description="mix it with its grey by up to so much")
-    contrast: schema.Fraction = Field(0.6, description="weaken its contrast by up to so much")
-    blur_every: schema.NonNegativeInt = Field(
-        0, description="pixels: blur the picture itself every so many steps; 0: never"
-    )
-    blur_sigma: schema.PositiveFloat = Field(0.5, description="pixels: that blur's standard deviation in pixels")
-    frames: Annotated[schema.PositiveInt, Le(200)] = Field(12, description="pictures along the way")
-    second_model: str | None = Field(None, description="a second net that judges the pictures")
-    second_weights: str | None = Field(None, description="a file with its weights")
+    grey: schema.Fraction = Field(1.0, description="desaturate by up to this fraction")
+    contrast: schema.Fraction = Field(0.6, description="reduce the contrast by up to this fraction")
+    blur_every: schema.NonNegativeInt = Field(0, description="pixels: blur the image every N steps; 0: never")
+    blur_sigma: schema.PositiveFloat = Field(0.5, description="pixels: standard deviation of that blur, in pixels")
+    frames: Annotated[schema.PositiveInt, Le(200)] = Field(12, description="number of intermediate images to save")
+    second_model: str | None = Field(None, description="a second model to evaluate the images with")
+    second_weights: str | None = Field(None, description="file with its weights")
 
     @field_validator("targets")
     @classmethod

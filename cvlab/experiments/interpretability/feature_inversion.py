@@ -1,12 +1,19 @@
-"""Find a picture that a net sees as a photo is seen by one of its layers: what of a photo is left so deep in a net.
+"""Feature inversion: reconstruct a photo from the features of each of several layers.
 
-Paper: Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498, assignment
-5 (style transfer without a style, from uniform noise).
-Differs: a picture for each of several layers, all in one run; losses are relative to what a layer holds of the photo
-besides its means.
-Expect: of the written files, read back: `psnr_db/LAYER`; `psnr_db_first` and `psnr_db_last` of the first and the last
-layer, `largest_rise_db` from a layer to the next.
-Command: cvlab run configs/feature_inversion.yaml
+References:
+    Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498, assignment 5
+    (style transfer without a style, from uniform noise).
+
+Differences from the papers:
+    All layers are inverted in one run. The loss of a layer is relative to the variance of its features.
+
+Metrics:
+    `psnr_db/LAYER`: PSNR of the saved reconstruction from a layer; `psnr_db_first` and `psnr_db_last` of the first and
+    the last layer.
+    `largest_rise_db`: largest increase from a layer to the next.
+
+Command:
+    cvlab run configs/feature_inversion.yaml
 """
 
 import itertools
@@ -37,19 +44,21 @@ LATE = 0.9  # of the steps, from which on the learning rate is a fifth
 
 
 class Config(PretrainedConfig):
-    """Which photo, which layers, and how."""
+    """Configuration of feature inversion."""
 
-    image: str = Field(photos.SAMPLE, description="the photo")
+    image: str = Field(photos.SAMPLE, description="the photo to reconstruct")
     layers: tuple[str, ...] = Field(
         tuple(f"blocks.{k}" for k in range(7)), description="names of modules, from shallow to deep"
     )
-    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(400, description="steps of each picture")
-    lr: schema.PositiveFloat = Field(0.05, description="Adam's")
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(400, description="optimization steps")
+    lr: schema.PositiveFloat = Field(0.05, description="learning rate of Adam")
     content_weight: schema.NonNegativeFloat = Field(
-        1000.0, description="of the loss where only a layer's means are right"
+        1000.0, description="loss of an image that matches only the channel means of a layer"
     )
-    tv_weight: schema.NonNegativeFloat = Field(300.0, description="weight of the mean squared difference of neighbours")
-    preview_every: schema.PositiveInt = Field(50, description="steps from one preview to the next")
+    tv_weight: schema.NonNegativeFloat = Field(
+        300.0, description="weight of the total variation (mean squared difference of neighboring pixels)"
+    )
+    preview_every: schema.PositiveInt = Field(50, description="steps between previews")
 
     @field_validator("image")
     @classmethod

@@ -1,9 +1,15 @@
-"""Show which pixels of a photo a net's answer depends on: gradient, SmoothGrad, integrated gradients or Grad-CAM.
+"""Saliency maps: which pixels the prediction depends on, by gradient, SmoothGrad, integrated gradients or Grad-CAM.
 
-Paper: Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan et
-al., 2017; Selvaraju et al., 2017.
-Expect: `num_photos`, `inside`: the share of the map on the tenth of the pixels where it is strongest (0.1 for noise).
-Command: cvlab saliency photo.jpg
+References:
+    Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan et
+    al., 2017; Selvaraju et al., 2017.
+
+Metrics:
+    `num_photos`: number of photos.
+    `inside`: fraction of the map's sum that its strongest 10 % of pixels have (0.1 for a uniform map).
+
+Command:
+    cvlab saliency photo.jpg
 """
 
 import io
@@ -29,16 +35,20 @@ from cvlab.runs.run_dir import RunDir
 
 
 class Config(PhotoConfig):
-    """Which photos, whose answer, which map."""
+    """Configuration of saliency maps: the photos, the method, the class to explain."""
 
     method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
-        "gradient", description="how the map is made"
+        "gradient", description="how the map is computed"
     )
-    target: str | None = Field(None, description="the class to explain; null: the one the net answers with")
-    of: Literal["score", "loss"] = Field("score", description="explain the class's score or its cross-entropy")
-    samples: schema.PositiveInt = Field(25, description="noisy copies of smoothgrad, or steps of integrated_gradients")
+    target: str | None = Field(None, description="class to explain; null: the predicted class")
+    of: Literal["score", "loss"] = Field(
+        "score", description="explain the logit of the class or its cross-entropy loss"
+    )
+    samples: schema.PositiveInt = Field(
+        25, description="smoothgrad: number of noisy copies; integrated_gradients: number of steps"
+    )
     noise: schema.PositiveFloat = Field(
-        0.15, description="standard deviation of smoothgrad's noise, of a photo's range"
+        0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
     )
 
 

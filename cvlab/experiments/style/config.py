@@ -16,43 +16,56 @@ Side = Annotated[int, Ge(32), Le(8192)]
 
 
 class Config(PretrainedConfig):
-    """Which pictures, and how one is made of them."""
+    """Configuration of style transfer; of texture synthesis if `content` is null."""
 
-    content: str | None = Field(photos.SAMPLE, description="the photo; null: none, a texture is made")
+    content: str | None = Field(photos.SAMPLE, description="content photo; null: none (texture synthesis)")
     styles: tuple[str, ...] = Field(
-        (photos.SAMPLE_PAINTING,), description=f"pictures whose style is taken; `{photos.SAMPLE_PAINTING}` comes along"
+        (photos.SAMPLE_PAINTING,), description=f"style images; `{photos.SAMPLE_PAINTING}` is a bundled painting"
     )
-    mix: tuple[schema.PositiveFloat, ...] | None = Field(
-        None, description="a weight for each of the styles; null: equal"
+    mix: tuple[schema.PositiveFloat, ...] | None = Field(None, description="weight of each style; null: equal")
+    masks: tuple[str, ...] = Field(
+        (), description="for each style, a mask of the content photo: white where it applies"
     )
-    masks: tuple[str, ...] = Field((), description="a mask of the photo for each style: where it is white")
-    style_masks: tuple[str, ...] = Field((), description="for each mask, one of its style: where that is taken from")
-    size: Side = Field(512, description="the picture's longer side in pixels")
-    side: Literal["longer", "shorter"] = Field("longer", description="which side of a picture `size` speaks of")
+    style_masks: tuple[str, ...] = Field(
+        (), description="for each mask, a mask of its style image: white where the style is taken from"
+    )
+    size: Side = Field(512, description="longer side of the output in pixels")
+    side: Literal["longer", "shorter"] = Field("longer", description="which side `size` and `style_size` refer to")
     style_size: Side | None = Field(
-        None, description="the same for the styles; null: as `size`. Larger: broader strokes"
+        None, description="the same for style images; null: as `size`. Larger: broader strokes"
     )
     scales: Annotated[int, Ge(1), Le(6)] | Literal["auto"] = Field(
-        "auto", description="sizes to paint at, from coarse to fine, each twice the one before"
+        "auto", description="number of scales, coarse to fine, each twice the size of the previous one"
     )
-    strength: schema.PositiveFloat = Field(1.0, description="all style weights are multiplied by it")
-    keep_colors: bool = Field(False, description="paint in grey, then take over the photo's colours")
-    init: Literal["content", "noise"] = Field("content", description="what painting starts from")
-    style_layers: tuple[str, ...] | None = Field(None, description="names of modules; null: those of the net's family")
-    content_layer: str | None = Field(None, description="the same for the photo")
+    strength: schema.PositiveFloat = Field(1.0, description="factor on all style weights")
+    keep_colors: bool = Field(False, description="transfer luminance only, keep the colors of the photo")
+    init: Literal["content", "noise"] = Field("content", description="initial image")
+    style_layers: tuple[str, ...] | None = Field(
+        None, description="names of modules; null: the defaults of the model family"
+    )
+    content_layer: str | None = Field(
+        None, description="name of the module for the content loss; null: the default of the model family"
+    )
     style_weights: tuple[schema.NonNegativeFloat, ...] | None = Field(
-        None, description=f"one for each style layer; null: {STYLE_WEIGHT:g} each"
+        None, description=f"weight of each style layer; null: {STYLE_WEIGHT:g} each"
     )
     content_weight: schema.NonNegativeFloat = Field(1000.0, description="weight of the content loss")
-    tv_weight: schema.NonNegativeFloat = Field(15_000.0, description="weight of the squared differences of neighbours")
-    scaling: Literal["relative", "absolute"] = Field("relative", description="what weights are multiplied by")
+    tv_weight: schema.NonNegativeFloat = Field(
+        15_000.0, description="weight of the total variation (squared differences of neighboring pixels)"
+    )
+    scaling: Literal["relative", "absolute"] = Field(
+        "relative",
+        description="relative: normalize the losses, so that weights suit every model; absolute: as in the papers",
+    )
     space: Literal["pixels", "normalized"] = Field(
-        "pixels", description="optimise pixels in [0, 1], or normalised as the net wants them"
+        "pixels", description="optimize pixels in [0, 1], or normalized as the model's input"
     )
     lr: schema.PositiveFloat = Field(0.05, description="learning rate of Adam")
     late_lr: schema.PositiveFloat = Field(0.01, description="for the last tenth of a scale's steps")
-    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(200, description="of all scales together")
-    preview_every: schema.PositiveInt = Field(25, description="steps from one preview to the next")
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(
+        200, description="optimization steps, of all scales together"
+    )
+    preview_every: schema.PositiveInt = Field(25, description="steps between previews")
 
     @field_validator("content")
     @classmethod

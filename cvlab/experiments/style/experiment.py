@@ -1,13 +1,22 @@
-"""Paint a photo in the manner of a picture: match the photo's features and the Gram matrices of the picture's.
+"""Neural style transfer: match the features of a photo and the Gram matrices of one or more style images.
 
-Paper: Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et al., 2017,
-"Controlling perceptual factors in neural style transfer" (regions, colours, coarse to fine). Without a photo it is
-texture synthesis (Gatys et al., 2015).
-Differs: weights are relative, so that they mean the same for every net: each style layer starts at its weight, the
-content loss is its weight where nothing is left of the photo but the mean. `scaling: absolute` is the papers' way.
-Expect: of the written file, read back: `content_loss`, `style_loss`, `tv_loss`; `style_drop`, how many times lower the
-style loss is than at the photo (or the noise); `ssim`, the structural similarity of its luminance with the photo's.
-Command: cvlab style tubingen.jpg starry_night.jpg
+References:
+    Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et al., 2017,
+    "Controlling perceptual factors in neural style transfer" (regions, colors, coarse to fine). Without a photo it is
+    texture synthesis (Gatys et al., 2015).
+
+Differences from the papers:
+    Losses are normalized, so that weights mean the same for every model: the loss of each style layer starts at its
+    weight; the content loss is its weight if only the channel means match. `scaling: absolute` uses the weights as the
+    papers do.
+
+Metrics:
+    `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.
+    `style_drop`: style loss of the initial image divided by that of the result.
+    `ssim`: structural similarity of its luminance to that of the photo.
+
+Command:
+    cvlab style tubingen.jpg starry_night.jpg
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A painting that comes along: brush strokes in blues and yellows that follow a field of whirls, drawn by a formula."""
+"""A procedurally generated painting, bundled as a sample style image: blue and yellow brush strokes around swirls."""
 
 import colorsys
 import functools
@@ -9,57 +9,57 @@ from PIL import Image, ImageDraw
 
 from cvlab.data import rng
 
-Whirls = list[tuple[float, float, float, int]]  # place, radius, direction
+Swirls = list[tuple[float, float, float, int]]  # x, y, radius, direction of rotation (1 or -1)
 SIZE_PX = (640, 512)
 NUM_STROKES = 5200
-NUM_WHIRLS = 9
+NUM_SWIRLS = 9
 
 
 @functools.lru_cache(maxsize=1)
-def painting() -> Image.Image:
-    """Draw it: 640 x 512 pixels, always the same."""
+def sample_painting() -> Image.Image:
+    """Draw the painting: 640 x 512 pixels, always the same."""
     width, height = SIZE_PX
-    drawn = rng.uniform(0, 0, torch.arange(NUM_WHIRLS * 4), "whirls").view(-1, 4).tolist()
-    whirls = [(x * width, y * height, 40 + 90 * r, 1 if turn < 0.6 else -1) for x, y, r, turn in drawn]
-    sheet = Image.new("RGB", SIZE_PX, (24, 40, 96))
-    draw = ImageDraw.Draw(sheet)
+    numbers = rng.uniform(0, 0, torch.arange(NUM_SWIRLS * 4), "whirls").view(-1, 4).tolist()
+    swirls = [(x * width, y * height, 40 + 90 * r, 1 if side < 0.6 else -1) for x, y, r, side in numbers]
+    canvas = Image.new("RGB", SIZE_PX, (24, 40, 96))
+    draw = ImageDraw.Draw(canvas)
     strokes = rng.uniform(0, 1, torch.arange(NUM_STROKES * 6), "strokes").view(-1, 6).tolist()
-    for k, (x, y, tint, shade, length, wide) in enumerate(strokes):
-        fine = k / NUM_STROKES  # broad strokes first
+    for k, (x, y, tint, shade, length, breadth) in enumerate(strokes):
+        fineness = k / NUM_STROKES  # broad strokes first
         draw.line(
-            _stroke(x * width, y * height, 14 + 22 * length * (1.4 - fine), whirls),
-            fill=_colour(x * width, y * height, tint, shade, whirls),
-            width=round(2 + (7 - 5 * fine) * (0.5 + wide / 2)),
+            _stroke_points(x * width, y * height, 14 + 22 * length * (1.4 - fineness), swirls),
+            fill=_stroke_color(x * width, y * height, tint, shade, swirls),
+            width=round(2 + (7 - 5 * fineness) * (0.5 + breadth / 2)),
             joint="curve",
         )
-    return sheet
+    return canvas
 
 
-def _flow(x: float, y: float, whirls: Whirls) -> float:
-    """Return the direction of the brush at a place, in radians: along the whirls near by, else gently across."""
-    across, down = 1.0, 0.35 * math.sin(x / 60) + 0.2 * math.cos(y / 45)
-    for cx, cy, radius, turn in whirls:
-        dx, dy = x - cx, y - cy
-        pull = 6 * math.exp(-(dx * dx + dy * dy) / (2 * radius * radius))
-        distance = math.hypot(dx, dy) + 1e-6
-        across -= turn * pull * dy / distance
-        down += turn * pull * dx / distance
-    return math.atan2(down, across)
+def _flow_angle(x: float, y: float, swirls: Swirls) -> float:
+    """Return the direction of a stroke in radians: around nearby swirls, else roughly horizontal."""
+    dx, dy = 1.0, 0.35 * math.sin(x / 60) + 0.2 * math.cos(y / 45)
+    for center_x, center_y, radius, direction in swirls:
+        offset_x, offset_y = x - center_x, y - center_y
+        strength = 6 * math.exp(-(offset_x * offset_x + offset_y * offset_y) / (2 * radius * radius))
+        distance = math.hypot(offset_x, offset_y) + 1e-6
+        dx -= direction * strength * offset_y / distance
+        dy += direction * strength * offset_x / distance
+    return math.atan2(dy, dx)
 
 
-def _stroke(x: float, y: float, length: float, whirls: Whirls) -> list[tuple[float, float]]:
+def _stroke_points(x: float, y: float, length: float, swirls: Swirls) -> list[tuple[float, float]]:
     points = [(x, y)]
     for _ in range(6):
-        angle = _flow(x, y, whirls)
+        angle = _flow_angle(x, y, swirls)
         x, y = x + length / 6 * math.cos(angle), y + length / 6 * math.sin(angle)
         points.append((x, y))
     return points
 
 
-def _colour(x: float, y: float, tint: float, shade: float, whirls: Whirls) -> tuple[int, int, int]:
-    """Return the colour of a stroke: yellow in the middle of a whirl, rings of light blue around it."""
-    glow = max(math.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (0.18 * r * r)) for cx, cy, r, _ in whirls)
-    ring = max(0.5 + 0.5 * math.cos(math.hypot(x - cx, y - cy) / r * 7) for cx, cy, r, _ in whirls)
+def _stroke_color(x: float, y: float, tint: float, shade: float, swirls: Swirls) -> tuple[int, int, int]:
+    """Return the color of a stroke: yellow at the center of a swirl, light blue rings around it."""
+    glow = max(math.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (0.18 * r * r)) for cx, cy, r, _ in swirls)
+    ring = max(0.5 + 0.5 * math.cos(math.hypot(x - cx, y - cy) / r * 7) for cx, cy, r, _ in swirls)
     if tint < 0.06 + 0.9 * glow:
         hue, saturation, value = 0.13 + 0.03 * shade, 0.55 + 0.35 * shade, 0.85 + 0.15 * shade
     elif tint > 0.94:

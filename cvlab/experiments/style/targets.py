@@ -11,8 +11,8 @@ from torch import Tensor
 from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, DataError
-from cvlab.experiments.style import sample_painting
 from cvlab.experiments.style.config import STYLE_WEIGHT, Config
+from cvlab.experiments.style.sample_painting import sample_painting
 from cvlab.models import features
 from cvlab.models.features import FeatureExtractor, StyleLayers
 from cvlab.models.pretrained import PretrainedClassifier
@@ -54,7 +54,7 @@ def region_loss(regions: tuple[Region, ...], maps: Maps, name: str) -> Tensor:
 
 def open_picture(name: str) -> Image.Image:
     """Read a picture by its name: a file, `sample`, or the painting that comes along. DataError says what is wrong."""
-    return sample_painting.painting() if name == photos.SAMPLE_PAINTING else photos.load(photos.find_images([name])[0])
+    return sample_painting() if name == photos.SAMPLE_PAINTING else photos.load(photos.find_images([name])[0])
 
 
 def resized(image: Image.Image, size: tuple[int, int], device: torch.device) -> Tensor:
