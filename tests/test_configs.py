@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from cvlab.config import loading
+from cvlab.errors import ConfigError
 
 NAMES = loading.shipped_names()
 COURSE_STYLES = ("style_composition_vii", "style_scream", "style_starry_night")  # need weights that have to be fetched
-STYLES = ("style", "style_sketch", "style_texture", "texture_synthesis", *COURSE_STYLES)
+STYLES = ("style", "style_sketch", "style_texture", "style_texture_synthesis", *COURSE_STYLES)
 PHOTOS = (
     *("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course"),
     *("feature_inversion", *STYLES, "detect", "caption"),
@@ -110,7 +111,7 @@ def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
 def test_each_on_photos_does_what_it_expects(name, cvlab):
     short = ["targets=[tick]", "frames=2"] if "visualization" in name else []
     short += ["steps=60"] if name in ("class_visualization", "feature_inversion") else []
-    short += [f"size={192 if name == 'texture_synthesis' else 128}"] if name in STYLES else []
+    short += [f"size={192 if name == 'style_texture_synthesis' else 128}"] if name in STYLES else []
     short += ["layers=[blocks.0,blocks.3]"] if name == "feature_inversion" else []
     code, out, err = cvlab("run", name, "--json", *short)
     assert code == 0, err
@@ -120,15 +121,23 @@ def test_each_on_photos_does_what_it_expects(name, cvlab):
 
 def test_there_are_the_promised_ones():
     promised = (
-        "quickstart cifar_bn cifar_no_bn overfit_small three_layer_epoch fc_overfit_3 fc_overfit_5 overfit_small_grid "
-        "optimizers dropout kaiming_depth bn_lr_sweep bn_lr_sweep_fair api_barebones api_module api_sequential "
-        "plain32 resnet32 vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack class_visualization "
-        "yolo_scenes yolo_fruit yolo_bccd yolo_voc07 detect "
+        "quickstart cifar_bn cifar_no_bn cifar_overfit_small cifar_three_layer_epoch cifar_fc_overfit_3 "
+        "cifar_fc_overfit_5 cifar_overfit_small_grid cifar_optimizers cifar_dropout cifar_kaiming_depth "
+        "cifar_bn_lr_sweep cifar_bn_lr_sweep_fair cifar_api_barebones cifar_api_module cifar_api_sequential "
+        "cifar_plain32 cifar_resnet32 cifar_vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack "
+        "class_visualization yolo_scenes yolo_fruit yolo_bccd yolo_voc07 detect "
         "faster_rcnn_scenes faster_rcnn_fruit faster_rcnn_bccd faster_rcnn_voc07 "
         "caption caption_overfit caption_scenes caption_flickr8k_rnn caption_flickr8k_lstm caption_flickr8k_attention "
-        "style texture_synthesis feature_inversion style_composition_vii style_scream style_starry_night"
+        "style style_texture_synthesis feature_inversion style_composition_vii style_scream style_starry_night"
     )
     assert set(promised.split()) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("cifar_", "style_"))])
+def test_a_name_without_its_family_is_suggested_with_it(name):
+    short = name.partition("_")[2]
+    with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
+        loading.find(short)
 
 
 @pytest.mark.slow
@@ -143,7 +152,7 @@ def test_expectations_hold_on_the_stand_in(name, cvlab):
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("name", ["cifar_bn", "cifar_no_bn", "overfit_small"])
+@pytest.mark.parametrize("name", ["cifar_bn", "cifar_no_bn", "cifar_overfit_small"])
 def test_expectations_hold_on_real_data(name, cvlab, real_cifar10):
     code, out, err = cvlab("train", name, "--json", "-q")
     assert code == 0, err + out

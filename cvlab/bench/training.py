@@ -18,7 +18,7 @@ from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification import throughput, train
 
-REFERENCE = "vgg_half_60s"
+REFERENCE = "cifar_vgg_half_60s"
 
 
 def every_config(found: Mapping[str, Any], device: str, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def bench(
 
 @app.command("engine")
 def bench_engine(
-    config: Training = "vgg_half_60s",
+    config: Training = "cifar_vgg_half_60s",
     rounds: Rounds = 5,
     steps: Annotated[int, typer.Option(min=1, help="steps per measurement")] = 10,
     device: Device = None,
@@ -61,7 +61,7 @@ def bench_engine(
 
 @app.command("profile")
 def bench_profile(
-    config: Training = "vgg_half_60s",
+    config: Training = "cifar_vgg_half_60s",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="how many are profiled")] = 10,
     device: Device = None,
     as_json: Json = False,
@@ -139,7 +139,7 @@ def bench_boxes(
 
 @app.command("processes")
 def bench_processes(
-    config: Training = "vgg_half_60s",
+    config: Training = "cifar_vgg_half_60s",
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=2, max=64, help="processes, a thread each")] = 2,
     rounds: Rounds = 3,

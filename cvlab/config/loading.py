@@ -63,7 +63,8 @@ def find(reference: str) -> Path:
     name = path.name.removesuffix(".yaml")
     if name in shipped_names() and str(path.parent) in (".", "configs"):
         return shipped_folder() / f"{name}.yaml"
-    close = registry.closest_match(name, shipped_names())
+    with_family = (known for known in shipped_names() if known.endswith(f"_{name}"))
+    close = next(with_family, None) or registry.closest_match(name, shipped_names())
     hint = f"did you mean {close!r}? " if close else ""
     raise ConfigError(f"no configuration {reference!r}", f"{hint}shipped: {', '.join(shipped_names())}")
 

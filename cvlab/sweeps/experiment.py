@@ -2,7 +2,7 @@
 
 Paper: Bergstra and Bengio, 2012, on grids and their limits.
 Expect: rules over the arms, as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
-Command: cvlab sweep configs/bn_lr_sweep.yaml --workers 2
+Command: cvlab sweep configs/cifar_bn_lr_sweep.yaml --workers 2
 """
 
 import functools

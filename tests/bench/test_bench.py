@@ -63,7 +63,7 @@ def test_layers_and_what_cannot_be_measured(cvlab, monkeypatch):
         "LSTM",
         "AttentionLSTM",
     }
-    code, _, err = cvlab("bench", "engine", "optimizers")
+    code, _, err = cvlab("bench", "engine", "cifar_optimizers")
     assert code == 2
     assert "not a training of a classifier" in err
     assert cvlab("bench", "engine", "nosuch")[0] == 2
@@ -73,7 +73,7 @@ def test_the_whole(cvlab, monkeypatch):
     monkeypatch.setattr(machine, "MATRIX", 64)
     monkeypatch.setattr(machine, "COPIED_FLOATS", 1000)
     monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.01)
-    monkeypatch.setattr(loading, "shipped_names", lambda: ["quickstart", "optimizers", "cifar_bn"])
+    monkeypatch.setattr(loading, "shipped_names", lambda: ["quickstart", "cifar_optimizers", "cifar_bn"])
     code, out, err = cvlab("bench", "--rounds", 1, "--json")
     found = json.loads(out)
     assert code == 0, err

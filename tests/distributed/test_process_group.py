@@ -103,7 +103,7 @@ def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
         ),
         (("quickstart", "duration={seconds: 5}"), 2, "several processes need a number of steps"),
         (("attack",), 2, "attack runs in one process; leave --nproc out"),
-        (("bn_lr_sweep",), 2, "sweep runs in one process"),
+        (("cifar_bn_lr_sweep",), 2, "sweep runs in one process"),
         (("quickstart", "device=cuda"), 8, "device cuda is not there"),
         (("quickstart", "lr=1"), 2, "unknown key 'lr'"),
     ],
@@ -137,7 +137,7 @@ def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
 
 def test_torchrun_starts_trainings_only(cvlab, place):
     place()
-    code, _, err = cvlab("sweep", "bn_lr_sweep")
+    code, _, err = cvlab("sweep", "cifar_bn_lr_sweep")
     assert code == 2
     assert "sweep runs in one process; call it without torchrun" in err
 
