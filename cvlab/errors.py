@@ -47,7 +47,7 @@ class ConfigError(CvlabError):
         return super().document() | ({"others": [str(other) for other in self.others]} if self.others else {})
 
 
-class UnmetError(CvlabError):
+class ExpectationError(CvlabError):
     """The run ended, but an expectation of its configuration was not met."""
 
     code = 3

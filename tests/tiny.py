@@ -103,7 +103,7 @@ def train(path: Path, config=None, on_step=lambda step: None):
     out = RunDir(path)
     with out.locked():
         _, metrics = trainer.train(config, job(config, on_step), out)
-    return metrics, out.facts
+    return metrics, out.extra_summary
 
 
 def rows(path: Path):

@@ -16,7 +16,6 @@ from cvlab.errors import ConfigError, CvlabError, StoppedError
 from cvlab.runs import user_code
 from cvlab.runs.environment import environment
 from cvlab.runs.find import config_path, create_run
-from cvlab.runs.follower import Follower
 from cvlab.runs.records import ENDED, is_run, read_json, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
@@ -151,7 +150,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
 
     `changed` are keys that may differ from when it was started, because the result does not depend on them.
     """
-    out = RunDir(path, console.info) if process_group.is_main() else Follower(path)
+    out = RunDir(path, console.info, writable=process_group.is_main())
     source = config_path(path)
     with out.locked():
         status = collectives.broadcast_from_rank0(lambda: read_json(path / "status.json").get("status"))
@@ -195,11 +194,11 @@ def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
         if isinstance(error, CvlabError):
             error.run = str(out.path)
         raise
-    if not process_group.is_main():
+    if not out.writable:
         return {}
     settings = module.settings(chosen, out) if chosen.experiment == SWEEP else ()
     verdicts = expectations.check_expectations(rules(chosen), metrics, settings)
-    status = "done" if all(verdict["met"] for verdict in verdicts) else "unmet"
+    status = "done" if all(verdict["met"] for verdict in verdicts) else "expectations_failed"
     summary = {
         "experiment": chosen.experiment,
         "name": chosen.name,
@@ -208,7 +207,7 @@ def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
         "metrics": metrics,
         "expect": verdicts,
         "seconds": round(time.monotonic() - began, 3),
-        **out.facts,
+        **out.extra_summary,
     }
     out.write_json("summary.json", summary)
     from cvlab.reports import plots
@@ -239,12 +238,11 @@ def rules(chosen: ExperimentConfig) -> tuple[str, ...]:
 
 def _record_failure(out: RunDir, error: BaseException) -> None:
     stopped = isinstance(error, (StoppedError, KeyboardInterrupt))
-    if not process_group.is_main() or not out.path.is_dir():
+    if not out.path.is_dir():
         return  # removed meanwhile, which the error says
     try:
         if not isinstance(error, (CvlabError, KeyboardInterrupt)):
-            with (out.path / "log.txt").open("a") as file:
-                traceback.print_exception(error, file=file)
+            out.append_text("log.txt", "".join(traceback.format_exception(error)))
         code = getattr(error, "code", 130 if stopped else 1)
         out.set_status("interrupted" if stopped else "failed", error=str(error) or type(error).__name__, code=code)
     except (CvlabError, OSError) as second:

@@ -10,7 +10,7 @@ from cvlab.api import run
 from cvlab.api.sweep import Result
 from cvlab.config import loading
 from cvlab.data.resolve import DownloadPolicy
-from cvlab.errors import CvlabError, UnmetError
+from cvlab.errors import CvlabError, ExpectationError
 
 
 def verify(loaded: Sequence[loading.Loaded], policy: DownloadPolicy, root: Path) -> Result:
@@ -53,4 +53,4 @@ def verdict_code(rows: Sequence[Result]) -> int:
     """Return the exit code of a verification: that of the first run that failed, else 3 for a miss, else 0."""
     failed = [row["code"] for row in rows if "code" in row]
     missed = any(not row["met"] for row in rows)
-    return int(failed[0]) if failed else UnmetError.code if missed else 0
+    return int(failed[0]) if failed else ExpectationError.code if missed else 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cvlab import console
-from cvlab.errors import DataError, UnmetError
+from cvlab.errors import DataError, ExpectationError
 from cvlab.runs.records import plain
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def show_verdict(
     render: Callable[[], None],
     wrong: str,
     hint: str = "",
-    code: int = UnmetError.code,
+    code: int = ExpectationError.code,
 ) -> None:
     """Print a result; exit code 3, or `code`, with the line `wrong`, where its `ok` is false."""
-    error = UnmetError(wrong, hint)
+    error = ExpectationError(wrong, hint)
     error.code = code
     show(document if document["ok"] else document | {"error": error.document()}, as_json, render)
     if not document["ok"]:
@@ -116,5 +116,5 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
     wrong = f"{len(unread)} of {len(result.get('results', []))} photos could not be read: {unread[0]}" if unread else ""
     wrong = wrong or f"not met: {'; '.join(missed)}"
     document = result | {"ok": result["ok"] and not unread}
-    code = DataError.code if unread else UnmetError.code
+    code = DataError.code if unread else ExpectationError.code
     show_verdict(document, as_json, lambda: tables.show_result(result), wrong, f"see {result['run']}", code)

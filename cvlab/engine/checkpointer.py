@@ -104,8 +104,7 @@ class Checkpointer:
             return
         with self.schedule.writing(step):
             state = self._state()
-            if process_group.is_main():
-                checkpoint.save(self.run_dir.checkpoints, step, state, is_best)
+            self.run_dir.write("checkpoints", lambda folder: checkpoint.save(folder, step, state, is_best))
         self.run_dir.set_status("running", step=step, total_steps=self.job.total_steps)
 
     def save_and_stop(self, stop: StopRequest) -> NoReturn:
@@ -140,8 +139,9 @@ class Checkpointer:
         self.run_dir.truncate_metrics(state["metrics_bytes"])
         self.schedule.saved_step = self.job.step
         own = checkpoint.path_of(self.run_dir.checkpoints, self.job.step)
-        if process_group.is_main() and self.job.best_step == self.job.step and own.is_file():
-            checkpoint.link_best(own)  # the run may have been killed between writing the checkpoint and linking it
+        if self.job.best_step == self.job.step and own.is_file():
+            # the run may have been killed between writing the checkpoint and linking it
+            self.run_dir.write(checkpoint.BEST, lambda _: checkpoint.link_best(own))
         self.run_dir.log(f"resumed {path.name}: {self.job.step} of {self.job.total_steps} steps are done")
         return True
 

@@ -56,7 +56,7 @@ def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Mod
         trainer.run()
     trainer.record_duration()
     model = trainer.state.eval_model
-    run_dir.facts["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
+    run_dir.extra_summary["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
     return model, trainer.progress.final_metrics(trainer.step, task)
 
 

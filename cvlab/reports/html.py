@@ -20,7 +20,14 @@ from cvlab.runs.records import Row, read_json, read_status, read_summary
 from cvlab.storage import atomic
 
 FILE, INDEX, COMPARISON = "report.html", "index.html", "comparison.html"
-MOODS = {"done": "good", "unmet": "bad", "failed": "bad", "damaged": "bad", "running": "wait", "interrupted": "wait"}
+MOODS = {
+    "done": "good",
+    "expectations_failed": "bad",
+    "failed": "bad",
+    "damaged": "bad",
+    "running": "wait",
+    "interrupted": "wait",
+}
 MOST_PICTURES, MOST_PX = 48, 1000  # of a page; the files in the run directory are whole
 MOST_GIF_BYTES = 2_000_000
 QUALITY = 85

@@ -84,7 +84,9 @@ def steps(folder: Path) -> list[int]:
 def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
     """Write a checkpoint durably, link it as the best if it is, then remove all but the newest two and the best.
 
-    Raises RunDirError where the disk refuses, DivergedError rather than write weights that are not finite.
+    Raises:
+        RunDirError: The disk refuses.
+        DivergedError: Weights are not finite; nothing is written.
     """
     require_finite(state)
     path = path_of(folder, step)

@@ -19,7 +19,7 @@ def runs_root(chosen: str | None = None) -> Path:
     return Path(chosen or os.environ.get("CVLAB_RUNS") or "runs")
 
 
-def create_run(root: Path, name: str, echo: Callable[[str], None] | None = None) -> RunDir:
+def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = None) -> RunDir:
     """Make a new run directory below `root` and point `latest` to it. RunDirError if the disk refuses."""
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def create_run(root: Path, name: str, echo: Callable[[str], None] | None = None)
             except FileExistsError:
                 continue
             _point_latest(root, path)
-            return RunDir(path, echo)
+            return RunDir(path, on_log)
     except OSError as error:
         raise atomic.disk_error(root, error) from error
     raise RunDirError(f"{root}: no free name for a run", "try again")

@@ -11,10 +11,10 @@ from typing import Any
 from cvlab.errors import RunDirError
 from cvlab.storage.lock import is_held
 
-STATES = ("running", "done", "failed", "interrupted", "unmet")
+STATES = ("running", "done", "failed", "interrupted", "expectations_failed")
 
 
-ENDED = ("done", "unmet")  # those of a run that has its result
+ENDED = ("done", "expectations_failed")  # those of a run that has its result
 
 
 PRUNE = "prune.txt"  # written by another program: why this run is to end before its time

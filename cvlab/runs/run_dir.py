@@ -19,12 +19,23 @@ from cvlab.storage.lock import RunLock
 
 
 class RunDir:
-    """One run's directory. `echo` is shown what goes into the log."""
+    """The directory of one run.
 
-    def __init__(self, path: Path, echo: Callable[[str], None] | None = None) -> None:
+    Args:
+        path: The directory.
+        on_log: Called with each line that goes into the log.
+        writable: False in the ranks of a distributed run other than rank 0: they call the same methods, which then
+            write nothing and take no lock.
+
+    Attributes:
+        extra_summary: What an experiment adds to summary.json beside its metrics.
+    """
+
+    def __init__(self, path: Path, on_log: Callable[[str], None] | None = None, writable: bool = True) -> None:
         self.path = path
-        self.echo = echo
-        self.facts: dict[str, Any] = {}  # what an experiment wants in summary.json beside its metrics
+        self.on_log = on_log
+        self.writable = writable
+        self.extra_summary: dict[str, Any] = {}
         self._lock = RunLock(path)
         self._status: Row = {}
         self._metrics_descriptor: int | None = None
@@ -34,12 +45,35 @@ class RunDir:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    def write(self, name: str, action: Callable[[Path], object]) -> None:
+        """Call `action(path)` with the path of a file or folder of the run, if the run directory is writable.
+
+        Everything that is written into a run directory goes through here.
+
+        Raises:
+            RunDirError: The disk refuses.
+        """
+        if not self.writable:
+            return
+        path = self.path / name
+        try:
+            action(path)
+        except OSError as error:
+            raise atomic.disk_error(path, error) from error
+
     @contextlib.contextmanager
     def locked(self) -> Iterator["RunDir"]:
-        """Hold the run's lock; sweep what a kill has left, and repair a torn last line of the metrics."""
+        """Hold the run's lock; remove temporary files that a kill has left, and repair the last line of the metrics.
+
+        Raises:
+            RunDirError: Another process holds the lock.
+        """
+        if not self.writable:
+            yield self
+            return
         self._lock.acquire()
         try:
-            self._sweep()
+            self._remove_stale_temporaries()
             self._repair_metrics()
             self._status = read_json(self.path / "status.json")
             yield self
@@ -49,83 +83,93 @@ class RunDir:
                 self._metrics_descriptor = None
             self._lock.release()
 
-    def _sweep(self) -> None:
-        """Remove the temporary files of a kill from all folders but those of arms, which have locks of their own."""
-        for folder, below, _ in os.walk(self.path):
+    def _remove_stale_temporaries(self) -> None:
+        """Clean all folders but those of a sweep's arms, which have locks of their own."""
+        for folder, subfolders, _ in os.walk(self.path):
             atomic.remove_stale_temporaries(Path(folder))
-            below[:] = [name for name in below if not is_run(Path(folder, name))]
+            subfolders[:] = [name for name in subfolders if not is_run(Path(folder, name))]
 
     def folder(self, name: str) -> Path:
-        """Return a folder below the run directory, made if it is not there."""
-        made = self.path / name
-        try:
-            made.mkdir(exist_ok=True)
-        except OSError as error:
-            raise atomic.disk_error(made, error) from error
-        return made
+        """Return a folder below the run directory; it is created if missing."""
+        self.write(name, lambda path: path.mkdir(exist_ok=True))
+        return self.path / name
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file durably."""
-        atomic.write_text(self.path / name, text)
+        self.write(name, lambda path: atomic.write_text(path, text))
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file durably, for example a picture."""
-        atomic.write(self.path / name, lambda file: file.write(content))
+        """Write a file durably, for example an image."""
+        self.write(name, lambda path: atomic.write(path, lambda file: file.write(content)))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file durably; numbers that are not finite become null."""
         self.write_text(name, json.dumps(plain(value), indent=2) + "\n")
 
-    def set_status(self, state: str, **more: Any) -> None:
-        """Write status.json: one of STATES and what else is known, which stays there until it changes."""
+    def set_status(self, state: str, **fields: Any) -> None:
+        """Write status.json: one of STATES, and fields that stay there until they change."""
         assert state in STATES, state
-        self._status |= {"status": state, "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"), **more}
+        self._status |= {"status": state, "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
         self.write_json("status.json", self._status)
 
     def log(self, line: str) -> None:
         """Append a line to log.txt and show it."""
-        if self.echo is not None:
-            self.echo(line)
+        if self.writable and self.on_log is not None:
+            self.on_log(line)
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        try:
-            with (self.path / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{stamp} {line}\n")
-        except OSError as error:
-            raise atomic.disk_error(self.path / "log.txt", error) from error
+        self.append_text("log.txt", f"{stamp} {line}\n")
+
+    def append_text(self, name: str, text: str) -> None:
+        """Append to a text file."""
+
+        def append(path: Path) -> None:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+
+        self.write(name, append)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Append one object to metrics.jsonl, in one write, so that readers see whole lines."""
-        path = self.path / "metrics.jsonl"
-        try:
+        """Append one object to metrics.jsonl, in one write, so that readers see complete lines."""
+        line = (json.dumps(plain(row)) + "\n").encode()
+
+        def append(path: Path) -> None:
             if self._metrics_descriptor is None:
                 self._metrics_descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            os.write(self._metrics_descriptor, (json.dumps(plain(row)) + "\n").encode())
-        except OSError as error:
-            raise atomic.disk_error(path, error) from error
+            os.write(self._metrics_descriptor, line)
+
+        self.write("metrics.jsonl", append)
 
     def sync_metrics(self) -> int:
-        """Make the metrics durable and return their length in bytes: a checkpoint records it."""
-        if self._metrics_descriptor is None:
-            path = self.path / "metrics.jsonl"
+        """Make the metrics durable and return their length in bytes, for a checkpoint to record."""
+        path, descriptor = self.path / "metrics.jsonl", self._metrics_descriptor
+        if descriptor is None:
             return path.stat().st_size if path.exists() else 0
-        try:
-            os.fsync(self._metrics_descriptor)
-            return os.fstat(self._metrics_descriptor).st_size
-        except OSError as error:
-            raise atomic.disk_error(self.path / "metrics.jsonl", error) from error
+        self.write("metrics.jsonl", lambda _: os.fsync(descriptor))
+        return os.fstat(descriptor).st_size
 
     def truncate_metrics(self, length: int) -> None:
-        """Cut the metrics back to what a checkpoint knew of, so that a resume leaves no gap and no duplicate."""
-        path = self.path / "metrics.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if size < length:
-            raise RunDirError(f"{path}: {size} bytes, but the checkpoint knows of {length}", "the file was changed")
-        if size > length:
-            os.truncate(path, length)
+        """Cut the metrics back to the length that a checkpoint recorded, so that a resume leaves no duplicates.
+
+        Raises:
+            RunDirError: They are shorter than that.
+        """
+
+        def truncate(path: Path) -> None:
+            size = path.stat().st_size if path.exists() else 0
+            if size < length:
+                raise RunDirError(f"{path}: {size} bytes, but the checkpoint knows of {length}", "the file was changed")
+            if size > length:
+                os.truncate(path, length)
+
+        self.write("metrics.jsonl", truncate)
 
     def _repair_metrics(self) -> None:
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            whole = whole_lines(path)
-            if whole < path.stat().st_size:
-                os.truncate(path, whole)
+        """Remove a last line that is not complete."""
+
+        def repair(path: Path) -> None:
+            if path.exists():
+                complete = whole_lines(path)
+                if complete < path.stat().st_size:
+                    os.truncate(path, complete)
+
+        self.write("metrics.jsonl", repair)

@@ -205,7 +205,7 @@ def _searched(found: trials.Trials, rows: list[dict[str, Any]], out: RunDir) -> 
     best = found.best()
     if best is None:
         return metrics
-    out.facts["best"] = best
+    out.extra_summary["best"] = best
     value = best[found.wanted.metric]
     out.log(f"the best: {best['arm']}, {found.wanted.metric} {value:.4g}")
     return metrics | {"best": value}

@@ -110,16 +110,16 @@ def to_csv(found: Sequence[Row], keys: Sequence[str]) -> str:
 
 def write(out: RunDir, found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> None:
     """Write table.csv and a plot per metric into the sweep's directory, and its tables into summary.json."""
-    out.facts["settings"] = summary(found, keys, diverged_counts_as)
-    out.facts["arms"] = [
+    out.extra_summary["settings"] = summary(found, keys, diverged_counts_as)
+    out.extra_summary["arms"] = [
         {key: row[key] for key in ("arm", "status", "diverged", "metrics")} | {"seed": row["config"].get(SEED)}
         for row in found
     ]
     out.write_text("table.csv", to_csv(found, keys))
     out.folder("plots")
     for name in SHOWN:
-        if any(name in setting["metrics"] for setting in out.facts["settings"]):
-            out.write_bytes(f"plots/{name}.png", draw(out.facts["settings"], name, out.path.name))
+        if any(name in setting["metrics"] for setting in out.extra_summary["settings"]):
+            out.write_bytes(f"plots/{name}.png", draw(out.extra_summary["settings"], name, out.path.name))
 
 
 def _is_number(value: Any) -> bool:

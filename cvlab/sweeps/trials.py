@@ -57,7 +57,9 @@ def read(folder: Path, wanted: Search, diverged_counts_as: Mapping[str, float]) 
         return Trial(changes, "pruned")
     if row["status"] == results.PRUNED:
         return Trial(changes, "pruned", curve=curve_of(folder, wanted.metric))
-    return Trial(changes, "failed" if row["status"] in ("failed", "done", "unmet", "damaged") else "running")
+    return Trial(
+        changes, "failed" if row["status"] in ("failed", "done", "expectations_failed", "damaged") else "running"
+    )
 
 
 def curve_of(folder: Path, metric: str) -> Curve:

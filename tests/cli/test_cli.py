@@ -87,7 +87,7 @@ def test_an_expectation_that_is_not_met(cvlab, tiny):
     assert code == 3
     assert document["ok"] is False
     assert document["error"]["code"] == 3
-    assert document["status"] == "unmet"
+    assert document["status"] == "expectations_failed"
     assert [v["met"] for v in document["expect"]] == [False, False]
 
 

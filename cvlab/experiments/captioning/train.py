@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from cvlab.config import schema
 from cvlab.data import vocabulary
-from cvlab.distributed import process_group
 from cvlab.engine import device, loop, trainer
 from cvlab.engine.task import TrainTask
 from cvlab.experiments.captioning import checkpoint as captioning_checkpoint
@@ -165,11 +164,10 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         ctx=parts.ctx,
     )
     net, metrics = trainer.train(config, job, out)
-    if process_group.is_main():
-        captioning_checkpoint.save(parts.made.about, net, out.path / captioning_checkpoint.FILE)  # type: ignore[arg-type]
+    out.write(captioning_checkpoint.FILE, lambda path: captioning_checkpoint.save(parts.made.about, net, path))  # type: ignore[arg-type]
     split = "test" if config.evaluate_test else "val"
     last = val if split == "val" else maps_of(config, parts, "test")
-    out.facts |= {
+    out.extra_summary |= {
         "bleu_rule": captioning_evaluation.RULE,
         "beam": config.beam,
         "alpha": config.alpha,

@@ -144,7 +144,7 @@ def run(config: ImagesConfig, out: RunDir, work: BatchFn, verb: str) -> list[Row
     good = [row for row in rows if "error" not in row]
     if not good:
         raise DataError(str(rows[0]["error"]), f"none of {len(rows)} photos could be read" if len(rows) > 1 else "")
-    out.facts["results"] = rows
+    out.extra_summary["results"] = rows
     return good
 
 

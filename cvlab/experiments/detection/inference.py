@@ -266,6 +266,6 @@ def evaluate(finder: Finder, config: Any, out: RunDir) -> dict[str, float]:
     out.write_bytes("images/sheet.png", reports_images.png(drawing.contact_sheet(sheet)))
     measured = measure(found, items, len(finder.classes), rules)
     plots.write(out, measured, confused(found, items, len(finder.classes), config.conf), finder.classes)
-    out.facts |= {"map_rule": rules.map_rule, "confidence_floor": rules.floor, "data": f"{boxset.name}, val"}
-    out.facts["results"] = [{"image": "images/sheet.png", "picture": "images/sheet.png"}]
+    out.extra_summary |= {"map_rule": rules.map_rule, "confidence_floor": rules.floor, "data": f"{boxset.name}, val"}
+    out.extra_summary["results"] = [{"image": "images/sheet.png", "picture": "images/sheet.png"}]
     return {"num_photos": len(items), **metrics(measured, finder.classes)}

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from cvlab.config import schema
 from cvlab.data import photos
-from cvlab.distributed import process_group
 from cvlab.engine import device, loop, trainer
 from cvlab.engine.task import ExportSpec, TrainTask
 from cvlab.experiments.common import backbone_config
@@ -168,11 +167,14 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         ctx=parts.ctx,
     )
     model, metrics = trainer.train(config, job, out)
-    if process_group.is_main():
-        detector_registry.save(parts.detector.about, model, out.path / detector_registry.FILE)
+    out.write(detector_registry.FILE, lambda path: detector_registry.save(parts.detector.about, model, path))
     split = "test" if config.evaluate_test else "val"
     last = val if split == "val" else maps_of(config, parts, "test", 0, check_interrupt)
-    out.facts |= {"map_rule": config.map_rule, "confidence_floor": config.confidence_floor, "evaluated_split": split}
+    out.extra_summary |= {
+        "map_rule": config.map_rule,
+        "confidence_floor": config.confidence_floor,
+        "evaluated_split": split,
+    }
     metrics["seconds_per_photo"] = seconds_per_photo(config, parts, model, split)
     return metrics | detection_evaluation.metrics(_measure(config, parts, model, last, split), parts.boxset.classes)
 

@@ -250,7 +250,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     second = second_judge(config, ctx.device)
     if second is not None:
         easel.ask(second, rows)
-    out.facts["results"] = rows
+    out.extra_summary["results"] = rows
     found = {"num_pictures": len(rows), "probability": min(row["score_target"] for row in rows), **last}
     if second is not None:
         found["second_top5"] = sum(row["second_rank"] <= 5 for row in rows) / len(rows)

@@ -151,7 +151,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     )
     last = image_optimizer.optimize_image(job, out, "inversion")
     rows = judge(inverter, job.state, out)
-    out.facts["results"] = rows
+    out.extra_summary["results"] = rows
     found = [row["psnr_db"] for row in rows]
     rises = [later - earlier for earlier, later in itertools.pairwise(found)]
     by_layer = {f"psnr_db/{row['layer']}": row["psnr_db"] for row in rows}

@@ -55,7 +55,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     found = transfer.judge(out.path / "images" / "style.png")
     made = show(config, transfer, out)
     row = {"image": "images/style.png", "content": config.content, "styles": list(config.styles), **found, **made}
-    out.facts["results"] = [row]
+    out.extra_summary["results"] = [row]
     times = {name: last[name] for name in ("steps", "seconds_of_steps")}
     return {"width": image.width, "height": image.height, **found, **times}
 
