@@ -19,7 +19,7 @@ PHOTOS = (
 DETECTORS = [name for name in NAMES if loading.load(name).config.experiment == "detector"]
 CAPTIONERS = [name for name in NAMES if loading.load(name).config.experiment == "captioner"]
 TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS)]
-STANDIN_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
+FALLBACK_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
 
 def verb(name):
@@ -53,15 +53,15 @@ class TestEach:
         assert re.search(r"# Result: .+", joined), "the header gives device, seconds and result"
         assert 10 <= len(text.splitlines()) <= 40
 
-    def test_expectations_for_the_real_set_and_for_its_stand_in(self, name):
+    def test_expectations_for_the_real_set_and_for_its_fallback(self, name):
         chosen = loading.load(name).config
         assert chosen.expect
-        assert bool(chosen.expect_standin) == bool(getattr(chosen, "data", None) and chosen.data.standin)
+        assert bool(chosen.expect_fallback) == bool(getattr(chosen, "data", None) and chosen.data.fallback)
 
     def test_plan(self, name, cvlab):
-        named = ["data={name: scenes}", "expect=[]", "expect_standin=[]"] if name in DETECTORS else []
+        named = ["data={name: scenes}", "expect=[]", "expect_fallback=[]"] if name in DETECTORS else []
         if name in CAPTIONERS:
-            named = ["data={name: scene_sentences}", "threshold=1", "expect=[]", "expect_standin=[]"]
+            named = ["data={name: scene_sentences}", "threshold=1", "expect=[]", "expect_fallback=[]"]
         code, out, _ = cvlab("train", name, *named, "--dry-run", "--json")
         if name in COURSE_STYLES and code == 4:
             assert "cvlab models fetch torchvision:squeezenet1_1" in out
@@ -73,12 +73,12 @@ class TestEach:
 
 @pytest.mark.parametrize("name", TRAININGS)
 class TestEachTraining:
-    def test_two_steps_on_the_stand_in(self, name, cvlab, tmp_path):
+    def test_two_steps_on_the_fallback(self, name, cvlab, tmp_path):
         for chosen in runs_of(name, tmp_path):
-            short = [f"{key}={value}" for key, value in STANDIN_BUDGET.items()]
+            short = [f"{key}={value}" for key, value in FALLBACK_BUDGET.items()]
             short += ["evaluate_test=false"]  # the largest nets take half a minute for it
             code, out, err = cvlab(
-                "train", *chosen, *short, "data.val_fraction=0.02", "expect=[]", "expect_standin=[]", "--json"
+                "train", *chosen, *short, "data.val_fraction=0.02", "expect=[]", "expect_fallback=[]", "--json"
             )
             assert code == 0, err
             found = json.loads(out)
@@ -89,7 +89,7 @@ class TestEachTraining:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_two_steps_of_each_detector_on_the_built_in_scenes(name, cvlab):
     short = ["data={name: scenes, num_train: 4}", "size=64", "views=1", "batch_size=2", "duration={steps: 2}"]
-    code, out, err = cvlab("train", name, *short, "evaluate_test=false", "expect=[]", "expect_standin=[]", "--json")
+    code, out, err = cvlab("train", name, *short, "evaluate_test=false", "expect=[]", "expect_fallback=[]", "--json")
     assert code == 0, err
     found = json.loads(out)["metrics"]
     assert found["steps"] == 2
@@ -99,7 +99,7 @@ def test_two_steps_of_each_detector_on_the_built_in_scenes(name, cvlab):
 @pytest.mark.parametrize("name", CAPTIONERS)
 def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
     short = ["data={name: scene_sentences, num_train: 4}", "size=64", "threshold=1", "batch_size=2", "beam=2"]
-    short += ["duration={steps: 2}", "evaluate_test=false", "expect=[]", "expect_standin=[]"]
+    short += ["duration={steps: 2}", "evaluate_test=false", "expect=[]", "expect_fallback=[]"]
     code, out, err = cvlab("train", name, *short, "--json")
     assert code == 0, err
     found = json.loads(out)["metrics"]
@@ -142,7 +142,7 @@ def test_a_name_without_its_family_is_suggested_with_it(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_expectations_hold_on_the_stand_in(name, cvlab):
+def test_expectations_hold_on_the_fallback(name, cvlab):
     if name in COURSE_STYLES:
         pytest.skip("needs weights that have to be fetched")
     if name == "cifar_96" and not torch.cuda.is_available():

@@ -25,7 +25,7 @@ Result = dict[str, Any]
 
 
 def prepare(loaded: loading.Loaded, policy: DownloadPolicy) -> ExperimentConfig:
-    """Settle which data and which size the run uses; of a sweep also the sets that it varies, without stand-ins."""
+    """Resolve the data and the profile of a run; for a sweep also the data sets that it varies, without fallbacks."""
     chosen = loaded.config
     block = data_of(chosen)
     settled = resolve_dataset(block, policy) if block is not None else None
@@ -73,7 +73,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
 def _data_plan(block: Any) -> Result:
     source = None if registry.is_user_file(block.name) else datasets.get(block.name)
     ready = source is None or source.is_builtin or source.ready(data_root())
-    missing = {} if ready else {"standin": block.standin, "to get it": f"cvlab data fetch {block.name}"}
+    missing = {} if ready else {"fallback": block.fallback, "to get it": f"cvlab data fetch {block.name}"}
     return {"data": describe_data(block), "data_root": str(data_root()), "data_ready": ready, **missing}
 
 
@@ -231,9 +231,9 @@ def _publish(out: RunDir) -> None:
 
 
 def rules(chosen: ExperimentConfig) -> tuple[str, ...]:
-    """Return the expectations that apply: those of the stand-in where it was used."""
+    """Return the expectations that apply: those of the fallback where it was used."""
     block = data_of(chosen)
-    return chosen.expect_standin if block is not None and block.standin_for else chosen.expect
+    return chosen.expect_fallback if block is not None and block.fallback_for else chosen.expect
 
 
 def _record_failure(out: RunDir, error: BaseException) -> None:

@@ -59,7 +59,7 @@ def speedup(processes: int, step_seconds: float, gradient_bytes: int, latency: f
 
 
 def _trained(words: list[str], processes: int, steps: int, folder: Path) -> dict[str, Any]:
-    changed = [f"duration={{steps: {steps}}}", "eval_every=1000000", "expect=[]", "expect_standin=[]", "threads=1"]
+    changed = [f"duration={{steps: {steps}}}", "eval_every=1000000", "expect=[]", "expect_fallback=[]", "threads=1"]
     changed += ["evaluate_test=false", "save_seconds=1000000"]
     root = folder / f"{processes}"
     command = [sys.executable, "-m", "cvlab", "train", *words, *changed, "--runs-dir", str(root), "--json", "-q"]

@@ -21,7 +21,7 @@ from cvlab.cli.options import (
     Download,
     DryRun,
     Json,
-    NoStandin,
+    NoFallback,
     Offline,
     Overrides,
     Processes,
@@ -77,7 +77,7 @@ def run(
     nproc: Processes = None,
     max_restarts: Restarts = 0,
     dry_run: DryRun = False,
-    no_standin: NoStandin = False,
+    no_fallback: NoFallback = False,
     offline: Offline = False,
     download: Download = False,
     as_json: Json = False,
@@ -94,7 +94,7 @@ def run(
     from cvlab.distributed import launcher, process_group
     from cvlab.runs.find import runs_root
 
-    policy = DownloadPolicy(offline, download, no_standin)
+    policy = DownloadPolicy(offline, download, no_fallback)
     root = runs_root(runs_dir)
 
     def load() -> configs.Loaded:

@@ -50,7 +50,9 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="show warnings and er
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show more")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done; write nothing")]
-NoStandin = Annotated[bool, typer.Option("--no-standin", help="refuse the built-in data in place of the real set")]
+NoFallback = Annotated[
+    bool, typer.Option("--no-fallback", help="exit with an error instead of using the fallback data set")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="open no socket; $CVLAB_OFFLINE=1 does the same")]
 Download = Annotated[bool, typer.Option("--download", help="wait for a download, however long it takes")]
 

@@ -12,7 +12,7 @@ from cvlab.cli.options import (
     Download,
     DryRun,
     Json,
-    NoStandin,
+    NoFallback,
     Offline,
     Overrides,
     Quiet,
@@ -40,7 +40,7 @@ def sweep(
     runs_dir: RunsDir = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start anew although one like it has not ended")] = False,
     dry_run: DryRun = False,
-    no_standin: NoStandin = False,
+    no_fallback: NoFallback = False,
     offline: Offline = False,
     download: Download = False,
     as_json: Json = False,
@@ -67,7 +67,7 @@ def sweep(
     if dry_run:
         show_plan(loaded, root, as_json)
         return
-    finish(api_sweep.start(loaded, DownloadPolicy(offline, download, no_standin), root, fresh), as_json)
+    finish(api_sweep.start(loaded, DownloadPolicy(offline, download, no_fallback), root, fresh), as_json)
 
 
 @app.command()
@@ -77,7 +77,7 @@ def verify(
     device: Device = None,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="arms of a sweep at a time")] = None,
     runs_dir: RunsDir = None,
-    no_standin: NoStandin = False,
+    no_fallback: NoFallback = False,
     offline: Offline = False,
     download: Download = False,
     as_json: Json = False,
@@ -100,7 +100,7 @@ def verify(
         flags = [f"{'base.' if is_sweep else ''}device={device}"] if device is not None else []
         flags += [f"workers={workers}"] if is_sweep and workers is not None else []
         loaded.append(loading.load(name, [*(set_ or []), *flags]))
-    found = api_verify.verify(loaded, DownloadPolicy(offline, download, no_standin), runs_root(runs_dir))
+    found = api_verify.verify(loaded, DownloadPolicy(offline, download, no_fallback), runs_root(runs_dir))
     rows = found["verified"]
     missed = [f"{row['config']}: {row['rule']}" for row in rows if not row["met"]]
     code = api_verify.verdict_code(rows)

@@ -9,7 +9,7 @@ EXCLUSIVE = "duration"  # a block of which exactly one key is given: a new one r
 
 Raw = dict[str, Any]
 
-NOT_INHERITED = ("expect", "expect_standin", "name")  # what a sweep says of itself, and no run of it
+NOT_INHERITED = ("expect", "expect_fallback", "name")  # what a sweep says of itself, and no run of it
 
 
 def put(raw: Raw, key: str, value: Any) -> None:

@@ -135,8 +135,8 @@ class DataConfig(FrozenModel):
     """Which data: the keys of every experiment's `data` block."""
 
     name: str = Field(description="a data set of `cvlab data list`, or ./file.py:function that returns it")
-    standin: str | None = Field(None, description="the built-in set to use where this one is not on the disk")
-    standin_for: str | None = Field(None, description="set by cvlab in a run that used a stand-in")
+    fallback: str | None = Field(None, description="the built-in data set to use if this one cannot be fetched quickly")
+    fallback_for: str | None = Field(None, description="set by cvlab: the data set that the fallback replaces")
 
 
 class ExperimentConfig(FrozenModel):
@@ -145,7 +145,7 @@ class ExperimentConfig(FrozenModel):
     experiment: str = Field(description="the kind of job; `cvlab experiments` lists them")
     name: Annotated[str, AfterValidator(_check_name)] = Field("run", description="becomes part of the run directory")
     expect: tuple[Expectation, ...] = Field((), description="what must hold at the end, else exit code 3")
-    expect_standin: tuple[Expectation, ...] = Field((), description="the same where the stand-in data was used")
+    expect_fallback: tuple[Expectation, ...] = Field((), description="the same for a run on the fallback data set")
 
     def with_data(self, data: DataConfig) -> "ExperimentConfig":
         """Return the configuration with other data."""

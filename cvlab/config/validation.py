@@ -51,7 +51,7 @@ SWEEP = "sweep"
 
 def rules_of(config: ExperimentConfig) -> list[tuple[Path_, expectations.Rule]]:
     """Return all expectations with their places."""
-    keys = ("expect", "expect_standin")
+    keys = ("expect", "expect_fallback")
     return [((key, k), expectations.parse(text)) for key in keys for k, text in enumerate(getattr(config, key))]
 
 

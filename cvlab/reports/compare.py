@@ -12,7 +12,7 @@ from cvlab.runs.find import config_path
 from cvlab.runs.records import read_metrics, read_status, read_summary
 
 STAMP = re.compile(r"^\d{8}-\d{6}-")
-UNTOLD = ("expect", "expect_standin", "name")  # keys that say nothing about what was run
+UNTOLD = ("expect", "expect_fallback", "name")  # keys that say nothing about what was run
 
 
 def labels(paths: Sequence[Path]) -> dict[str, Path]:

@@ -23,7 +23,7 @@ def copy_user_code(chosen: Config, base: Path, folder: Path) -> Config:
     return chosen.model_copy(update=changed) if changed else chosen
 
 
-UNTOLD = ("expect", "expect_standin")  # rules may speak of files, but name none to be copied
+UNTOLD = ("expect", "expect_fallback")  # rules may speak of files, but name none to be copied
 
 
 def named(value: Any) -> Iterator[Path]:

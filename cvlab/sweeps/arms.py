@@ -133,7 +133,7 @@ def _told(term: expectations.Term) -> str:
 def settle_data(sweep: Any, base: Path, policy: DownloadPolicy) -> None:
     """Fetch the data sets that the arms name, if that is quick; DataError where one of them is not to be had.
 
-    The base's own set has been settled before. One that the sweep varies takes no stand-in: with another set in some
+    The base's own set has been settled before. One that the sweep varies takes no fallback: with another set in some
     arms only, what is not alike would be compared.
     """
     blocks = [getattr(config, "data", None) for _, config in configs(sweep, base)]

@@ -28,7 +28,7 @@ FLOOR = 1e-5  # of a net that has hardly begun
 @pytest.fixture
 def trained(cvlab):
     def train(words, *more):
-        code, out, err = cvlab("train", *words, *more, "expect=[]", "expect_standin=[]", "--json")
+        code, out, err = cvlab("train", *words, *more, "expect=[]", "expect_fallback=[]", "--json")
         assert code == 0, err
         return Path(json.loads(out)["run"])
 

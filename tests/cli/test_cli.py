@@ -158,18 +158,18 @@ def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
 
 
 def test_the_stand_in_is_said_everywhere(cvlab, tiny, tmp_path, monkeypatch):
-    arguments = ("data={name: cifar10, standin: scenes10, num_train: 100, val_fraction: 0.02}",)
-    code, out, err = cvlab("train", tiny, *arguments, "expect_standin=[train_accuracy <= 1]")
+    arguments = ("data={name: cifar10, fallback: scenes10, num_train: 100, val_fraction: 0.02}",)
+    code, out, err = cvlab("train", tiny, *arguments, "expect_fallback=[train_accuracy <= 1]")
     assert code == 0
-    assert err.splitlines()[0].startswith("cifar10 is not on the disk (offline); using scenes10 in its place")
+    assert err.splitlines()[0].startswith("cifar10 is not on the disk (offline); falling back to scenes10")
     assert "`cvlab data fetch cifar10` gets it" in err
-    assert "scenes10 (stand-in for cifar10)" in out
+    assert "scenes10 (fallback for cifar10)" in out
     run = tmp_path / "runs" / "latest"
     for name in ("summary.json", "status.json"):
-        assert read_json(run / name)["data"] == "scenes10 (stand-in for cifar10)"
+        assert read_json(run / name)["data"] == "scenes10 (fallback for cifar10)"
     assert read_json(run / "summary.json")["expect"][0]["rule"] == "train_accuracy <= 1"
-    assert "standin_for: cifar10" in (run / "config.yaml").read_text()
-    code, _, err = cvlab("train", tiny, *arguments, "--no-standin")
+    assert "fallback_for: cifar10" in (run / "config.yaml").read_text()
+    code, _, err = cvlab("train", tiny, *arguments, "--no-fallback")
     assert code == 4
     assert "`cvlab data fetch cifar10` gets it" in err
     assert cvlab("train", tiny, "data.name=cifar10", "-q")[0] == 4

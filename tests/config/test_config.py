@@ -7,7 +7,7 @@ from cvlab.config import loading, strict_yaml
 from cvlab.errors import ConfigError
 
 GOOD = """experiment: classify
-data: {name: cifar10, standin: scenes10, num_train: 500}
+data: {name: cifar10, fallback: scenes10, num_train: 500}
 model:
   name: deep_convnet
   filters: [16, 32]
@@ -85,7 +85,7 @@ def test_every_one_edit_typo_of_every_key_is_refused_with_the_right_key(tmp_path
     top = train.Config.model_json_schema()
     asked = right = 0
     for path in all_paths(full):
-        if path[0] in ("expect", "expect_standin"):
+        if path[0] in ("expect", "expect_fallback"):
             continue
         block = full
         for part in path[:-1]:
@@ -167,7 +167,7 @@ model.name=deep_convent|did you mean 'deep_convnet'
 model.name=os.system|unknown model
 model.name=torch.nn:Linear|unknown model
 data.name=cifar|did you mean 'cifar10'
-data.standin=scenes|did you mean 'scenes10'
+data.fallback=scenes|did you mean 'scenes10'
 data.num_train=0|a whole number >= 1
 data.val_fraction=1|a number >= 0 and < 1
 data.val_fraction=-0.1|a number >= 0 and < 1

@@ -225,7 +225,7 @@ def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tm
     curves, runs = {}, {}
     for name in ("torch", "manual", "manual_alt"):
         options = CURVE.split()
-        code, out, err = cvlab("train", "cifar_bn", f"layers={name}", *options, "expect_standin=[]", "--json", "-q")
+        code, out, err = cvlab("train", "cifar_bn", f"layers={name}", *options, "expect_fallback=[]", "--json", "-q")
         assert code == 0, err
         runs[name] = run_dir.Path(json.loads(out)["run"])
         curves[name] = [row["train_loss"] for row in read_metrics(runs[name]) if "train_loss" in row]

@@ -312,7 +312,7 @@ def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):
     assert cvlab("run", run)[0] == 0, "repeated from its own directory"
 
 
-def test_sets_on_an_axis_take_no_stand_in(cvlab, tmp_path):
+def test_sets_on_an_axis_take_no_fallback(cvlab, tmp_path):
     name = write(tmp_path, SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "data.name: [scenes10, cifar10]"))
     code, _, err = cvlab("sweep", name)
     assert code == 4

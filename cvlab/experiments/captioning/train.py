@@ -212,7 +212,7 @@ def metric_names(config: Config) -> set[str]:
     """Return the names that an expectation can speak of."""
     names = {"val_loss", "val_bleu4", "best_val_bleu4", "word_loss", "cider", "exact", *trainer.METRICS}
     names |= {f"bleu{n}" for n in range(1, 5)}
-    if scene_captions.SET.name in (config.data.name, config.data.standin):
+    if scene_captions.SET.name in (config.data.name, config.data.fallback):
         names |= {"shapes_right", "colours_right", "relations_right"}
     return names
 

@@ -59,7 +59,7 @@ class Data(schema.DataConfig):
         "mean", description="subtract the mean, or divide by the deviation too"
     )
 
-    @field_validator("name", "standin")
+    @field_validator("name", "fallback")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
         if name is not None and not registry.is_user_file(name):

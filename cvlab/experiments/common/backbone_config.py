@@ -25,7 +25,7 @@ class PhotoDatasetConfig(DataConfig):
     )
     num_train: PositiveInt | None = Field(None, description="train on the first N photos; null: all")
 
-    @field_validator("name", "standin")
+    @field_validator("name", "fallback")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
         if name is not None:
