@@ -39,6 +39,10 @@ SUMMARY = {
     "metrics": {"val_accuracy": 0.5, "steps": 10},
     "expect": [{"rule": "val_accuracy > 0", "measured": 0.5, "met": True, "values": [0.5, 0]}],
     "results": [RESULT],
+    "columns": [
+        {"name": "objects", "title": "objects", "keys": ["objects", "steps"], "has_lines": True},
+        {"name": "picture", "title": "picture", "unit": "px", "is_file": True},
+    ],
     "settings": [
         {"keys": {"lr": 0.1}, "arms": 1, "status": ["done"], "metrics": {"val_loss": {"mean": 1, "sd": None, "n": 1}}}
     ],

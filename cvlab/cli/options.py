@@ -10,6 +10,7 @@ import typer
 from cvlab import console
 from cvlab.errors import DataError, ExpectationError
 from cvlab.runs.records import plain
+from cvlab.runs.results import read_errors
 
 if TYPE_CHECKING:
     from cvlab.config.loading import Loaded
@@ -114,8 +115,9 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
     from cvlab.reports import tables
 
     missed = [verdict["rule"] for verdict in result["expect"] if not verdict["met"]]
-    unread = [row["error"] for row in result.get("results", []) if "error" in row]
-    wrong = f"{len(unread)} of {len(result.get('results', []))} photos could not be read: {unread[0]}" if unread else ""
+    rows = result.get("results", [])
+    unread = read_errors(rows)
+    wrong = f"{len(unread)} of {len(rows)} photos could not be read: {unread[0]}" if unread else ""
     wrong = wrong or f"not met: {'; '.join(missed)}"
     document = result | {"ok": result["ok"] and not unread}
     code = DataError.code if unread else ExpectationError.code

@@ -7,7 +7,7 @@ import base64
 import functools
 import io
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cvlab.reports import compare, curves, plots, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
 from cvlab.runs.records import Row, read_json, read_status, read_summary
+from cvlab.runs.results import Column, read_columns
 from cvlab.storage import atomic
 
 FILE, INDEX, COMPARISON = "report.html", "index.html", "comparison.html"
@@ -54,10 +55,10 @@ class Picture:
 
 @dataclass
 class Group:
-    """Pictures that belong together, with what is told about them."""
+    """Pictures that belong together, with a description."""
 
     title: str = ""
-    told: str = ""
+    description: str = ""
     pictures: list[Picture] = field(default_factory=list)
 
 
@@ -102,7 +103,7 @@ def _chart_data(chart: Chart) -> Row:
 def run_page(path: Path, home: str | None = None, refresh: int | None = None) -> str:
     """Return the page of one run, whatever state it is in. RunDirError where its files are damaged."""
     summary, status, env = read_summary(path), read_status(path), read_json(path / "env.json")
-    groups, left_out = _pictures(path, summary.get("results"))
+    groups, left_out = _pictures(path, summary.get("results", []), read_columns(summary))
     config, lines = compare.read_config(path), curves.read(path)
     measured = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
     told = env.get("provenance")  # runs of before have none
@@ -160,16 +161,17 @@ def _log(path: Path) -> str:
         return ""
 
 
-def _pictures(path: Path, results: Any) -> tuple[list[Group], int]:
-    """Return the pictures of a run, those of a photo together, and how many there are besides."""
+def _pictures(path: Path, rows: Sequence[Row], columns: Sequence[Column]) -> tuple[list[Group], int]:
+    """Return the pictures of a run, those of an image together, and how many there are besides."""
     groups: list[Group] = []
     used: set[str] = set()
     budget = MOST_PICTURES
-    for row in results if isinstance(results, list) else []:
-        names = [(key, value) for key, value in _leaves(row) if value.endswith(SUFFIXES) and value not in used]
-        group = Group(Path(str(row.get("image", ""))).name, _told(row))
-        for key, name in names[:budget]:
-            group.pictures += _embedded(path, name, key)
+    for row in rows:
+        files = {str(row[column.name]): column.title for column in columns if column.is_file and column.name in row}
+        names = [name for name in files if name.endswith(SUFFIXES) and name not in used]
+        group = Group(Path(row["image"]).name, _description(row, columns))
+        for name in names[:budget]:
+            group.pictures += _embedded(path, name, files[name])
             used.add(name)
         budget -= len(group.pictures)
         if group.pictures or budget > 0:
@@ -183,29 +185,14 @@ def _pictures(path: Path, results: Any) -> tuple[list[Group], int]:
     return groups, max(0, len(rest) - max(budget, 0))
 
 
-def _leaves(row: Any, key: str = "") -> Iterable[tuple[str, str]]:
-    """Yield the texts in a result with their keys."""
-    if isinstance(row, Mapping):
-        for name, value in row.items():
-            yield from _leaves(value, str(name))
-    elif isinstance(row, list):
-        for value in row:
-            yield from _leaves(value, key)
-    elif isinstance(row, str) and key != "image":
-        yield key, row
-
-
-def _told(row: Row) -> str:
-    """Say in words what was found in a photo."""
-    parts = [str(row[key]) for key in ("error", "sentence") if key in row]
-    if "objects" in row:
-        parts.append(", ".join(tables.seen(thing) for thing in row["objects"]) or "nothing found")
-    parts += [f"{key} {tables.seen(row[key])}" for key in ("before", "predicted") if isinstance(row.get(key), dict)]
-    if "label" in row and "score" in row:
-        parts.append(f"seen as {tables.seen(row)}")
-    known = tables.PHOTO_COLUMNS | tables.ONE_PHOTO
-    numbers = [(known[key], value) for key, value in row.items() if key in known and isinstance(value, (int, float))]
-    return ", ".join([*parts, *(f"{title} {tables.number(value)}" for title, value in numbers)])
+def _description(row: Row, columns: Sequence[Column]) -> str:
+    """Return the values of a result as text."""
+    parts = [row["error"]] if "error" in row else []
+    for column in columns:
+        values = [tables.format_result(value) for value in column.values_of(row)]
+        if values and not column.is_file:
+            parts.append(" ".join([column.title, ", ".join(values), *([column.unit] if column.unit else [])]))
+    return "; ".join(parts)
 
 
 def _files(path: Path) -> list[str]:

@@ -4,7 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cvlab.runs.results import Column, read_columns
+
 GAP = 3  # between columns, at most
+LONGEST_NAME = 24  # characters of an image's name
+MAX_PREDICTIONS = 8  # of one cell
 COUNTS = ("steps", "epochs", "parameters", "best_step")
 
 
@@ -114,7 +118,7 @@ def show_result(result: Mapping[str, Any]) -> None:
     if "settings" in result:
         show_settings(result["settings"])
     if "results" in result:
-        show_photos(result["results"])
+        show_photos(result["results"], read_columns(result))
     metrics = [(name, number(value, name)) for name, value in result["metrics"].items()]
     table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value"), metrics)
     if result["expect"]:
@@ -123,61 +127,45 @@ def show_result(result: Mapping[str, Any]) -> None:
     print(f"run directory {result['run']}")
 
 
-PHOTO_COLUMNS = {  # of a result -> the title of its column, in this order
-    "before": "before",
-    "seen": "seen as",
-    "found": "found",
-    "sentence": "says",
-    "fooled": "fooled",
-    "steps": "steps",
-    "l2": "L2",
-    "explained": "explained",
-    "second_label": "second net",
-    "inside": "inside",
-    "layer": "layer",
-    "style_drop": "style loss fell by",
-    "ssim": "SSIM with the photo",
-}
-ONE_PHOTO = {
-    "linf_255": "largest change /255",
-    "psnr_db": "PSNR dB",
-    "jpeg": "fooled as JPEG 95, 85, 75",
-    "panel": "panel",
-    "picture": "picture",
-}
-LONGEST_NAME = 24
-MOST_OBJECTS = 8
+def show_photos(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    """Print a line for each image; of a single one all values, one below the other."""
+    details = len(rows) == 1
+    used = [column for column in columns if details or not (column.is_detail or column.is_file)]
+    used = [column for column in used if any(column.values_of(row) for row in rows)]
+    lines: list[list[str]] = []
+    for row in rows:
+        cells = [_cell_lines(column, row) for column in used]
+        if "error" in row:
+            cells = [["not read"], *cells[1:]]
+        name = _shortened(Path(row["image"]).name)
+        for k in range(max(map(len, cells), default=1)):
+            lines.append([name if k == 0 else "", *(cell[k] if k < len(cell) else "" for cell in cells)])
+    headings = [column.heading for column in used]
+    if len(lines) == 1:
+        table("", ("photo", lines[0][0]), list(zip(headings, lines[0][1:], strict=True)))
+    else:
+        table("", ("photo", *headings), lines)
 
 
-def show_photos(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line for each photo, or for each of its most likely classes; of a single one all that is known."""
-    rows: list[dict[str, Any]] = []
-    for result in results:
-        name = _shortened(Path(result["image"]).name)
-        for k, found in enumerate(result.get("top", [result])):
-            what = found.get("predicted", found)
-            row = {**found, "image": name if k == 0 else ""}
-            if "label" in what or "error" in result:
-                row["seen"] = seen(what) if "label" in what else "not read"
-            if "objects" in result:
-                row["found"] = ", ".join(seen(thing) for thing in result["objects"][:MOST_OBJECTS]) or "nothing"
-            rows.append(row | ({"explained": seen(found)} if "predicted" in found else {}))
-        if "before" in result:
-            rows[-1]["before"] = seen(result["before"])
-        if "fooled_jpeg95" in result:
-            rows[-1]["jpeg"] = ", ".join(number(result[f"fooled_jpeg{q}"]) for q in (95, 85, 75))
-    known = PHOTO_COLUMNS | (ONE_PHOTO if len(rows) == 1 else {})
-    columns = {key: title for key, title in known.items() if any(key in row for row in rows)}
-    cells = [[row["image"], *(number(row.get(key), key) for key in columns)] for row in rows]
-    if len(rows) == 1:
-        table("", ("photo", cells[0][0]), list(zip(columns.values(), cells[0][1:], strict=True)))
-        return
-    table("", ("photo", *columns.values()), cells)
+def _cell_lines(column: Column, row: Mapping[str, Any]) -> list[str]:
+    values = column.values_of(row)
+    if column.has_lines and values and isinstance(values[0], list) and values[0]:
+        return [format_result(item) for item in values[0]]
+    return [", ".join(map(format_result, values)) or "-"]
 
 
-def seen(found: Mapping[str, Any]) -> str:
-    """Name what was found, and how surely."""
-    return f"{found['label']} {found['score']:.2f}"
+def format_result(value: Any) -> str:
+    """Format a value of a result: a prediction as `tabby 0.80`, several joined by commas, others as `number` does."""
+    if isinstance(value, list) and all(map(_is_prediction, value)):
+        return ", ".join(map(format_result, value[:MAX_PREDICTIONS])) or "nothing"
+    return f"{value['label']} {value['score']:.2f}" if _is_prediction(value) else number(value)
+
+
+def _is_prediction(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("label"), str):
+        return False
+    score = value.get("score")
+    return isinstance(score, float) or (isinstance(score, int) and abs(score) < 2**63)
 
 
 def _shortened(name: str) -> str:

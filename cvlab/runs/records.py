@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.errors import RunDirError
+from cvlab.runs.results import is_column, is_row
 from cvlab.storage.lock import is_held
 
 STATES = ("running", "done", "failed", "interrupted", "expectations_failed")
@@ -162,26 +163,11 @@ def _real(value: Any) -> bool:
     return value is not None and _number(value)
 
 
-def _found(value: Any) -> bool:
-    return _both(_with("label", "score"), _block(label=_word, score=_real))(value)
-
-
-def _word(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _result(value: Any) -> bool:
-    top = _all(lambda one: isinstance(one, dict) and ("label" not in one or _found(one)))
-    fits = _block(
-        image=_word, error=_word, sentence=_word, objects=_all(_found), before=_found, predicted=_found, top=top
-    )
-    return _with("image")(value) and fits(value) and ("label" not in value or _found(value))
-
-
 CHECKS: dict[str, Check] = {
     "metrics": lambda value: isinstance(value, dict) and all(map(_plain, value.values())),
     "expect": _all(_verdict),
-    "results": _all(_result),
+    "results": _all(is_row),
+    "columns": _all(is_column),
     "settings": _all(_setting),
     "seconds": _number,
     "experiment": _text,

@@ -14,6 +14,10 @@ from cvlab.api import serve
 from cvlab.reports import html, svg
 from cvlab.runs.run_dir import RunDir
 
+COLUMNS = [
+    {"name": "objects", "title": "objects"},
+    {"name": "picture", "title": "picture", "is_file": True},
+]
 WICKED = "<script>alert(1)</script>"
 
 
@@ -69,7 +73,7 @@ class TestRun:
             "picture": "images/cat-boxes.png",
             "objects": [{"label": "cat", "score": 0.9}],
         }
-        path = made(root, metrics=rows, expect=[verdict], results=[result])
+        path = made(root, metrics=rows, expect=[verdict], results=[result], columns=COLUMNS)
         Image.new("RGB", (2000, 500), "red").save(path / "images" / "cat-boxes.png")
         Image.new("RGB", (20, 20), "blue").save(path / "images" / "other.png")
         found = read(html.run_page(path))
@@ -101,9 +105,8 @@ class TestRun:
 
     def test_a_picture_outside_of_the_run_is_left_out(self, root):
         secret = root / "secret.png"
-        path = made(
-            root, results=[{"image": "a", "picture": "../secret.png"}, {"image": "b", "picture": "images/broken.png"}]
-        )
+        results = [{"image": "a", "picture": "../secret.png"}, {"image": "b", "picture": "images/broken.png"}]
+        path = made(root, results=results, columns=COLUMNS)
         Image.new("RGB", (5, 5)).save(secret)
         (path / "images" / "broken.png").write_bytes(b"no picture")
         assert "img" not in read(html.run_page(path)).tags

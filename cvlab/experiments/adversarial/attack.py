@@ -43,11 +43,30 @@ from cvlab.ops import attacks, saliency
 from cvlab.ops.resample import DifferentiableResize, EvalTransform, build_resize
 from cvlab.reports import images
 from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 JPEG_QUALITIES = (95, 85, 75)
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
 DIFFERENCE_TIMES = 10
+COLUMNS = (
+    Column("before", "before"),
+    Column("label", "after"),
+    Column("fooled", "success"),
+    Column("steps", "steps"),
+    Column("l2", "L2"),
+    Column("linf_255", "largest change", "1/255", is_detail=True),
+    Column("psnr_db", "PSNR", "dB", is_detail=True),
+    Column(
+        "jpeg",
+        f"success as JPEG {', '.join(map(str, JPEG_QUALITIES))}",
+        keys=tuple(f"fooled_jpeg{quality}" for quality in JPEG_QUALITIES),
+        is_detail=True,
+    ),
+    Column("attacked", "attacked photo", is_file=True),
+    Column("panel", "panel", is_file=True),
+    Column("saliency", "saliency", is_file=True),
+)
 
 
 class Config(PhotoConfig):
@@ -102,7 +121,7 @@ class Attack:
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.out = config, model, ctx, target, out
 
-    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
         """Attack photos together, write their pictures, return a result for each, checking for interrupts."""
         victims = self.victims(batch)
         rows = {victim: self._judge(victim) for victim in victims if self._already(victim)}
@@ -110,8 +129,10 @@ class Attack:
         while todo:
             self.optimise(todo, check_interrupt)
             rows |= {victim: self._judge(victim) for victim in todo}
-            todo = [victim for victim in todo if not rows[victim]["fooled"] and victim.steps < self._most_steps]
-        return [rows[victim] | self._panel(victim, rows[victim]) for victim in victims]
+            todo = [victim for victim in todo if not rows[victim].values["fooled"] and victim.steps < self._most_steps]
+        for victim in victims:
+            rows[victim].files |= self._panel(victim, rows[victim])
+        return [rows[victim] for victim in victims]
 
     @property
     def _most_steps(self) -> int:
@@ -189,7 +210,7 @@ class Attack:
 
         return update
 
-    def _judge(self, victim: Victim) -> Row:
+    def _judge(self, victim: Victim) -> PhotoResult:
         """Write the picture, read the file and classify it as any photo is; then as JPEG of several qualities."""
         changed = victim.image.copy()
         if not self._already(victim):
@@ -205,7 +226,7 @@ class Attack:
         fooled = attacks.attack_succeeded(probabilities, aims, self.target is not None).tolist()
         small = attacks.distances(photos.to_tensor(victim.frame(victim.image)), views[0])
         large = attacks.distances(photos.to_tensor(victim.image), photos.to_tensor(read))
-        return {
+        values = {
             **self._told(victim, probabilities[0]),
             "fooled": fooled[0],
             "already": self._already(victim),
@@ -215,8 +236,8 @@ class Attack:
             "linf_255": large["linf_255"],
             "psnr_db": large["psnr_db"],
             **{f"fooled_jpeg{quality}": held for quality, held in zip(JPEG_QUALITIES, fooled[1:], strict=True)},
-            "attacked": name,
         }
+        return PhotoResult(str(victim.photo.path), values, {"attacked": name})
 
     def _told(self, victim: Victim, after: Tensor) -> Row:
         """Say what the net saw before and sees now, and how sure it was of the target."""
@@ -229,8 +250,9 @@ class Attack:
         name, k = self.model.classes[self.target], self.target
         return row | {"target": name, "target_before": float(victim.before[k]), "target_after": float(after[k])}
 
-    def _panel(self, victim: Victim, row: Row) -> Row:
-        before, after = victim.image, photos.load(self.out.path / row["attacked"])
+    def _panel(self, victim: Victim, result: PhotoResult) -> dict[str, str]:
+        row = result.values
+        before, after = victim.image, photos.load(self.out.path / result.files["attacked"])
         told = f"L2 {row['l2']:.2f}, at most {row['linf_255']:.0f}/255, {row['steps']} steps"
         tiles = [
             (f"before: {row['before']['label']} {row['before']['score']:.2f}", before),
@@ -242,7 +264,7 @@ class Attack:
         self.out.write_bytes(name, images.png(images.panel(tiles, victim.photo.path.name)))
         return {"panel": name} | (self._explained(victim, before, after) if self.config.then else {})
 
-    def _explained(self, victim: Victim, before: Image.Image, after: Image.Image) -> Row:
+    def _explained(self, victim: Victim, before: Image.Image, after: Image.Image) -> dict[str, str]:
         """Show what the net's answer depends on, for the photo and for the attacked picture."""
         views = torch.stack([photos.to_tensor(victim.frame(image)) for image in (before, after)])
         views = views.to(self.ctx.device).contiguous(memory_format=torch.channels_last)
@@ -275,13 +297,13 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     target = model.class_index(config.target) if config.target is not None else None
     out.folder("images")
 
-    return summary(photo_batches.run(config, out, Attack(config, model, ctx, target, out), "attack"))
+    return summary(photo_batches.run(config, out, Attack(config, model, ctx, target, out), "attack", COLUMNS))
 
 
-def summary(rows: list[Row]) -> dict[str, float]:
+def summary(results: list[PhotoResult]) -> dict[str, float]:
     """Return the shares and medians over the photos; those that were the target before count in none."""
-    tried = [row for row in rows if not row["already"]]
-    found: dict[str, float] = {"num_photos": len(rows), "num_attacked": len(tried)}
+    tried = [result.values for result in results if not result.values["already"]]
+    found: dict[str, float] = {"num_photos": len(results), "num_attacked": len(tried)}
     if tried:
         found["fooled"] = statistics.fmean(row["fooled"] for row in tried)
         found |= {name: statistics.median(row[name] for row in tried) for name in MEDIANS}

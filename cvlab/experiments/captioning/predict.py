@@ -21,7 +21,7 @@ from cvlab.experiments.captioning.checkpoint import Made
 from cvlab.experiments.common import photo_batches, weights
 from cvlab.experiments.common.photo_batches import ImagesConfig, Photo
 from cvlab.reports import images
-from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 
@@ -39,13 +39,16 @@ class Config(ImagesConfig):
         return weights.absolute(name)
 
 
+COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
+
+
 class Caption:
     """The work of a command on photos: a sentence for each, and where its words were seen."""
 
     def __init__(self, config: Config, made: Made, ctx: device.ComputeContext, out: RunDir) -> None:
         self.config, self.made, self.ctx, self.out = config, made, ctx, out
 
-    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
         """Return for each photo its `sentence`, and the mean log-probability of its words as `score`."""
         check_interrupt()
         made, about = self.made, self.made.about
@@ -57,9 +60,9 @@ class Caption:
         rows = []
         for k, (photo, said) in enumerate(zip(batch, found, strict=True)):
             words = made.vocabulary.decode(said.words)
-            row: Row = {"sentence": " ".join(words), "score": said.score}
+            row = PhotoResult(str(photo.path), {"sentence": " ".join(words), "score": said.score})
             if self.config.attention:
-                row["picture"] = self._looks(photo, seen[k : k + 1], said.words, words)
+                row.files["picture"] = self._looks(photo, seen[k : k + 1], said.words, words)
             rows.append(row)
         return rows
 
@@ -93,8 +96,9 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     out.log(f"looking with {_told(config, made)}")
     if config.attention:
         out.folder("images")
-    rows = photo_batches.run(config, out, Caption(config, made, ctx, out), "caption")
-    return {"num_photos": len(rows), "mean_words": sum(len(row["sentence"].split()) for row in rows) / len(rows)}
+    results = photo_batches.run(config, out, Caption(config, made, ctx, out), "caption", COLUMNS)
+    num_words = sum(len(result.values["sentence"].split()) for result in results)
+    return {"num_photos": len(results), "mean_words": num_words / len(results)}
 
 
 def metric_names(config: Config) -> set[str]:

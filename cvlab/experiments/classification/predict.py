@@ -18,7 +18,7 @@ from cvlab.config import schema
 from cvlab.data import photos
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
-from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 
@@ -29,23 +29,27 @@ class Config(PhotoConfig):
     batch_size: schema.PositiveInt = Field(32, description="photos that go through together")
 
 
+COLUMNS = (Column("top", "prediction", has_lines=True),)
+
+
 def run(config: Config, out: RunDir) -> dict[str, float]:
     """Classify all photos."""
     ctx, model = config.build()
 
-    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
         views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
         with torch.inference_mode():
             probabilities = model.probabilities(views.to(ctx.device))
         values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
-        rows = []
-        for p, k in zip(values.tolist(), indices.tolist(), strict=True):
-            named = [model.class_score(index, score) for index, score in zip(k, p, strict=True)]
-            rows.append({**named[0], "top": named})
-        return rows
+        results = []
+        for photo, p, k in zip(batch, values.tolist(), indices.tolist(), strict=True):
+            predictions = [model.class_score(index, score) for index, score in zip(k, p, strict=True)]
+            results.append(PhotoResult(str(photo.path), {**predictions[0], "top": predictions}))
+        return results
 
-    rows = photo_batches.run(config, out, work, "classify")
-    return {"num_photos": len(rows), "mean_probability": statistics.fmean(row["score"] for row in rows)}
+    results = photo_batches.run(config, out, work, "classify", COLUMNS)
+    mean = statistics.fmean(result.values["score"] for result in results)
+    return {"num_photos": len(results), "mean_probability": mean}
 
 
 def metric_names(config: Config) -> set[str]:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from cvlab.models import pretrained
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
 
@@ -92,7 +93,7 @@ class Photo:
     image: Image.Image
 
 
-BatchFn = Callable[[list[Photo], Callable[[], None]], list[Row]]  # the second is to be called now and then
+BatchFn = Callable[[list[Photo], Callable[[], None]], list[PhotoResult]]  # the second is to be called now and then
 
 
 def resolve_images(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
@@ -116,18 +117,19 @@ def plan(config: PhotoConfig, ctx: ComputeContext, net: PretrainedClassifier) ->
     }
 
 
-def run(config: ImagesConfig, out: RunDir, work: BatchFn, verb: str) -> list[Row]:
-    """Go through the photos; return a result for each, `error` in it where it could not be read.
+def run(config: ImagesConfig, out: RunDir, work: BatchFn, verb: str, columns: Sequence[Column]) -> list[PhotoResult]:
+    """Go through the photos; return the results of those that could be read.
 
-    They also become the run's `results`. DataError where no photo could be read; StoppedError where a signal asked to
-    stop, as soon as the work calls what it is given: the batch in progress is done again by a resume.
+    All results become the run's `results`, which tables and pages show by `columns`. DataError where no photo could be
+    read; StoppedError where a signal asked to stop, as soon as the work calls what it is given: the batch in progress
+    is done again by a resume.
     """
     if photos.SAMPLE in config.images:
         out.log(f"{photos.SAMPLE} is the photo that comes along: {photos.find_images([photos.SAMPLE])[0].name}")
     found = photos.find_images(config.images)
     labels = _labels(found)
     batches = [range(k, min(k + config.batch_size, len(found))) for k in range(0, len(found), config.batch_size)]
-    rows = _done(out, found, batches)
+    rows = _done(out, found, batches, columns)
     if rows:
         out.log(f"{len(rows)} of {len(found)} photos were done before")
     with StopRequest() as stop, Progress(verb, len(found), len(rows)) as progress:
@@ -141,16 +143,16 @@ def run(config: ImagesConfig, out: RunDir, work: BatchFn, verb: str) -> list[Row
             if batch.start >= len(rows):
                 check_interrupt()
                 rows += _one_batch(out, [found[k] for k in batch], [labels[k] for k in batch], work, check_interrupt)
-    good = [row for row in rows if "error" not in row]
+    good = [row for row in rows if row.error is None]
     if not good:
-        raise DataError(str(rows[0]["error"]), f"none of {len(rows)} photos could be read" if len(rows) > 1 else "")
-    out.extra_summary["results"] = rows
+        raise DataError(str(rows[0].error), f"none of {len(rows)} photos could be read" if len(rows) > 1 else "")
+    out.extra_summary |= summarize(rows, columns)
     return good
 
 
 def _one_batch(
     out: RunDir, paths: list[Path], labels: list[str], work: BatchFn, check_interrupt: Callable[[], None]
-) -> list[Row]:
+) -> list[PhotoResult]:
     good, errors = [], {}
     for path, label in zip(paths, labels, strict=True):
         try:
@@ -159,19 +161,19 @@ def _one_batch(
             errors[path] = str(error)
             out.log(f"warning: {error}")
     made = dict(zip((photo.path for photo in good), work(good, check_interrupt) if good else [], strict=True))
-    rows = [{"image": str(path), **(made[path] if path in made else {"error": errors[path]})} for path in paths]
+    rows = [made[path] if path in made else PhotoResult(str(path), error=errors[path]) for path in paths]
     for row in rows:
-        out.append(row)
+        out.append(row.as_row())
     out.sync_metrics()
     out.set_status("running")
     return rows
 
 
-def _done(out: RunDir, found: list[Path], batches: list[range]) -> list[Row]:
+def _done(out: RunDir, found: list[Path], batches: list[range], columns: Sequence[Column]) -> list[PhotoResult]:
     """Return the results of whole batches that an earlier start has left; what comes after them is cut off."""
     path = out.path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    rows: list[Row] = []
+    rows: list[PhotoResult] = []
     for line, photo in zip(lines, found, strict=False):
         try:
             row = json.loads(line)
@@ -179,7 +181,7 @@ def _done(out: RunDir, found: list[Path], batches: list[range]) -> list[Row]:
             break
         if not isinstance(row, dict) or row.get("image") != str(photo):
             break
-        rows.append(row)
+        rows.append(PhotoResult.from_row(row, columns))
     whole = max((batch.stop for batch in batches if batch.stop <= len(rows)), default=0)
     out.truncate_metrics(sum(map(len, lines[:whole])))
     return rows[:whole]

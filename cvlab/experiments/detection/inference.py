@@ -26,7 +26,7 @@ from cvlab.models import weights
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
 from cvlab.reports import images as reports_images
-from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
 
@@ -35,6 +35,13 @@ COMING_ALONG = {  # by --model: what looks at photos, what is judged without any
     "faster_rcnn": ("faster_rcnn_everyday", "faster_rcnn_scenes"),
 }
 SHEET_PHOTOS = 12
+COLUMNS = (
+    Column("objects", "objects"),
+    Column("picture", "picture", is_file=True),
+    Column("explained", "diagram", is_file=True),
+    Column("txt", "YOLO txt", is_file=True),
+    Column("xml", "VOC XML", is_file=True),
+)
 Look = Callable[[Sequence[Image.Image], float, float], list[Detections]]
 Propose = Callable[[Image.Image], tuple[Tensor, Tensor]]
 
@@ -169,13 +176,13 @@ class Detect:
     def __init__(self, config: Any, finder: Finder, out: RunDir) -> None:
         self.config, self.finder, self.out = config, finder, out
 
-    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
         """Return a result for each photo: `objects`, the surest first, and the picture with their boxes."""
         check_interrupt()
         found = self.finder.look([photo.image for photo in batch], self.config.conf, self.config.iou)
         return [self._one(photo, result) for photo, result in zip(batch, found, strict=True)]
 
-    def _one(self, photo: Photo, found: Detections) -> Row:
+    def _one(self, photo: Photo, found: Detections) -> PhotoResult:
         name = f"images/{photo.label}-boxes.png"
         self.out.write_bytes(name, reports_images.png(drawing.draw(photo.image, labelled(found, self.finder.classes))))
         size = photo.image.size
@@ -200,7 +207,8 @@ class Detect:
             {"label": label, "score": score, "box_xyxy": [round(v, 2) for v in box]} for label, score, box in triples
         ]
         width, height = size
-        return {"objects": objects, "width": width, "height": height, "picture": name, **saved}
+        values = {"objects": objects, "width": width, "height": height}
+        return PhotoResult(str(photo.path), values, {"picture": name, **saved})
 
     def _explained(self, photo: Photo, found: Detections, names: Sequence[str]) -> Image.Image:
         kind = self.config.explain
@@ -217,18 +225,18 @@ def labelled(found: Detections, classes: Sequence[str]) -> list[Labelled]:
     return [Labelled(tuple(box), f"{classes[label]} {score:.2f}", label) for box, score, label in triples]
 
 
-def save_coco(config: Any, finder: Finder, rows: Sequence[Row], out: RunDir) -> None:
+def save_coco(config: Any, finder: Finder, rows: Sequence[PhotoResult], out: RunDir) -> None:
     """Write one JSON for all photos, where it is asked for."""
     if "json" not in config.save:
         return
     index = {name: k for k, name in enumerate(finder.classes)}
     boxed = [
         writers.Boxed(
-            Path(row["image"]).name,
-            (row["width"], row["height"]),
-            torch.tensor([thing["box_xyxy"] for thing in row["objects"]]).view(-1, 4),
-            torch.tensor([index[thing["label"]] for thing in row["objects"]], dtype=torch.int64),
-            torch.tensor([thing["score"] for thing in row["objects"]]),
+            Path(row.image).name,
+            (row.values["width"], row.values["height"]),
+            torch.tensor([thing["box_xyxy"] for thing in row.values["objects"]]).view(-1, 4),
+            torch.tensor([index[thing["label"]] for thing in row.values["objects"]], dtype=torch.int64),
+            torch.tensor([thing["score"] for thing in row.values["objects"]]),
         )
         for row in rows
     ]
@@ -267,5 +275,5 @@ def evaluate(finder: Finder, config: Any, out: RunDir) -> dict[str, float]:
     measured = measure(found, items, len(finder.classes), rules)
     plots.write(out, measured, confused(found, items, len(finder.classes), config.conf), finder.classes)
     out.extra_summary |= {"map_rule": rules.map_rule, "confidence_floor": rules.floor, "data": f"{boxset.name}, val"}
-    out.extra_summary["results"] = [{"image": "images/sheet.png", "picture": "images/sheet.png"}]
+    out.extra_summary |= summarize([PhotoResult("images/sheet.png", files={"picture": "images/sheet.png"})], COLUMNS)
     return {"num_photos": len(items), **metrics(measured, finder.classes)}

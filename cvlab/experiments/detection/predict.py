@@ -67,9 +67,9 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     out.folder("images")
     if not config.images:
         return inference.evaluate(finder, config, out)
-    rows = photo_batches.run(config, out, inference.Detect(config, finder, out), "detect")
+    rows = photo_batches.run(config, out, inference.Detect(config, finder, out), "detect", inference.COLUMNS)
     inference.save_coco(config, finder, rows, out)
-    return {"num_photos": len(rows), "num_objects": sum(len(row["objects"]) for row in rows)}
+    return {"num_photos": len(rows), "num_objects": sum(len(row.values["objects"]) for row in rows)}
 
 
 def metric_names(config: Config) -> set[str]:

@@ -39,12 +39,20 @@ from cvlab.models import pretrained
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import visualize
 from cvlab.reports import images
-from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
 START_DEVIATION = 0.225  # of noise around mid-grey: that of ImageNet's colours
 START_FOURIER = 0.01
 BLURRED_SHARE = 0.7  # of the steps, where there is a blur
+
+
+COLUMNS = (
+    Column("label", "prediction"),
+    Column("second_label", "second model"),
+    Column("frames", "frames", is_file=True),
+    Column("animation", "animation", is_file=True),
+)
 
 
 class Config(PretrainedConfig):
@@ -184,7 +192,7 @@ class Easel:
         for name, image in zip(self.names, self._images(pixels), strict=True):
             self.out.write_bytes(f"images/frames/{name}-{step:06d}.png", images.png(image))
 
-    def finish(self, pixels: ImageState) -> list[Row]:
+    def finish(self, pixels: ImageState) -> list[PhotoResult]:
         """Write the pictures, their strips and animations; return how the files are classified."""
         files = [f"images/{name}.png" for name in self.names]
         for file, image in zip(files, self._images(pixels), strict=True):
@@ -195,20 +203,21 @@ class Easel:
             frames = [photos.load(path) for path in sorted((self.out.path / "images" / "frames").glob(f"{name}-*.png"))]
             self.out.write_bytes(f"images/{name}-frames.png", images.png(images.strip(frames)))
             self.out.write_bytes(f"images/{name}.gif", images.gif(frames))
-            told = {"target": self.model.classes[index], "score_target": float(p[index])}
-            made = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
-            rows.append({"image": file, **self.model.class_score(int(p.argmax()), float(p.max())), **told, **made})
+            values = self.model.class_score(int(p.argmax()), float(p.max()))
+            values |= {"target": self.model.classes[index], "score_target": float(p[index])}
+            strips = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
+            rows.append(PhotoResult(file, values, strips))
         return rows
 
     def _read(self, files: list[str]) -> Tensor:
         return torch.stack([photos.to_tensor(photos.load(self.out.path / file)) for file in files]).to(self.ctx.device)
 
-    def ask(self, second: Callable[[Tensor], Tensor], rows: list[Row]) -> None:
+    def ask(self, second: Callable[[Tensor], Tensor], rows: list[PhotoResult]) -> None:
         """Add to the results what a second net sees in the files: its top class, and the target's rank from 1."""
-        probabilities = second(self._read([row["image"] for row in rows])).cpu()
+        probabilities = second(self._read([row.image for row in rows])).cpu()
         for row, p, index in zip(rows, probabilities, self.classes.tolist(), strict=True):
-            row["second_label"] = self.model.classes[int(p.argmax())]
-            row["second_rank"] = int((p > p[index]).sum()) + 1
+            row.values["second_label"] = self.model.classes[int(p.argmax())]
+            row.values["second_rank"] = int((p > p[index]).sum()) + 1
 
 
 def parameter_shape(config: Config, model: PretrainedClassifier) -> tuple[int, ...]:
@@ -250,10 +259,10 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     second = second_judge(config, ctx.device)
     if second is not None:
         easel.ask(second, rows)
-    out.extra_summary["results"] = rows
-    found = {"num_pictures": len(rows), "probability": min(row["score_target"] for row in rows), **last}
+    out.extra_summary |= summarize(rows, COLUMNS)
+    found = {"num_pictures": len(rows), "probability": min(row.values["score_target"] for row in rows), **last}
     if second is not None:
-        found["second_top5"] = sum(row["second_rank"] <= 5 for row in rows) / len(rows)
+        found["second_top5"] = sum(row.values["second_rank"] <= 5 for row in rows) / len(rows)
     return found
 
 

@@ -37,10 +37,17 @@ from cvlab.models.features import FeatureExtractor
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 from cvlab.reports import images
-from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
 LATE = 0.9  # of the steps, from which on the learning rate is a fifth
+
+
+COLUMNS = (
+    Column("layer", "layer"),
+    Column("psnr_db", "PSNR", "dB", is_detail=True),
+    Column("panel", "panel", is_file=True),
+)
 
 
 class Config(PretrainedConfig):
@@ -110,7 +117,7 @@ class Inverter:
         return self.config.lr * (0.2 if step >= LATE * self.config.steps else 1.0)
 
 
-def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[Row]:
+def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[PhotoResult]:
     """Write the pictures and a panel of them; return how near to the photo the files are."""
     rows, tiles = [], [("photo", inverter.photo)]
     for name, picture in zip(inverter.config.layers, pixels.tensors, strict=True):
@@ -119,9 +126,9 @@ def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[Row]:
         image = photos.load(out.path / file)
         found = style.psnr_db(photos.to_tensor(image), inverter.wanted.cpu())
         tiles.append((f"{name}: {found:.1f} dB", image))
-        rows.append({"image": file, "layer": name, "psnr_db": found})
+        rows.append(PhotoResult(file, {"layer": name, "psnr_db": found}, {"panel": "images/panel.png"}))
     out.write_bytes("images/panel.png", images.png(images.panel(tiles)))
-    return [row | {"panel": "images/panel.png"} for row in rows]
+    return rows
 
 
 def run(config: Config, out: RunDir) -> dict[str, float]:
@@ -151,10 +158,10 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     )
     last = image_optimizer.optimize_image(job, out, "inversion")
     rows = judge(inverter, job.state, out)
-    out.extra_summary["results"] = rows
-    found = [row["psnr_db"] for row in rows]
+    out.extra_summary |= summarize(rows, COLUMNS)
+    found = [row.values["psnr_db"] for row in rows]
     rises = [later - earlier for earlier, later in itertools.pairwise(found)]
-    by_layer = {f"psnr_db/{row['layer']}": row["psnr_db"] for row in rows}
+    by_layer = {f"psnr_db/{row.values['layer']}": row.values["psnr_db"] for row in rows}
     ends = {"psnr_db_first": found[0], "psnr_db_last": found[-1], "largest_rise_db": max(rises, default=0.0)}
     return {"num_pictures": len(rows), **by_layer, **ends, **last}
 

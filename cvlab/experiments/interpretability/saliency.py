@@ -31,7 +31,18 @@ from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import saliency
 from cvlab.reports import images
 from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
+
+COLUMNS = (
+    Column("predicted", "prediction"),
+    Column("label", "explained class"),
+    Column("inside", "inside"),
+    Column("panel", "panel", is_file=True),
+    Column("map", "map", is_file=True),
+    Column("overlay", "overlay", is_file=True),
+    Column("values", "values", is_file=True),
+)
 
 
 class Config(PhotoConfig):
@@ -71,7 +82,7 @@ def maps(config: Config, model: PretrainedClassifier, images: Tensor, classes: T
     return saliency.smoothgrad(net, images, classes, config.of, noise=noise, samples=config.samples)
 
 
-def _row(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, index: int) -> Row:
+def _values(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, index: int) -> Row:
     flat = values.flatten().sort(descending=True).values
     inside = flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30)
     return {
@@ -81,7 +92,9 @@ def _row(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, ind
     }
 
 
-def _write(out: RunDir, config: Config, model: PretrainedClassifier, photo: Photo, values: Tensor, name: str) -> Row:
+def _write(
+    out: RunDir, config: Config, model: PretrainedClassifier, photo: Photo, values: Tensor, name: str
+) -> dict[str, str]:
     shown = images.scaled(values)
     heat = images.heat(shown)
     over = images.overlay(photo.image, shown, model.transform.crop_box(*photo.image.size))
@@ -102,7 +115,7 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     target = model.class_index(config.target) if config.target is not None else None
     out.folder("images")
 
-    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[Row]:
+    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
         views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
         with torch.inference_mode():
             probabilities = model.probabilities(views)
@@ -110,13 +123,15 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
         images = views.contiguous(memory_format=torch.channels_last)
         with ctx.autocast():
             found = maps(config, model, images, classes.clone()).float().cpu()
-        rows = []
+        results = []
         for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
-            rows.append(_row(model, values, p, k) | _write(out, config, model, photo, values, f"{model.classes[k]}"))
-        return rows
+            files = _write(out, config, model, photo, values, f"{model.classes[k]}")
+            results.append(PhotoResult(str(photo.path), _values(model, values, p, k), files))
+        return results
 
-    rows = photo_batches.run(config, out, work, "saliency")
-    return {"num_photos": len(rows), "inside": statistics.fmean(row["inside"] for row in rows)}
+    results = photo_batches.run(config, out, work, "saliency", COLUMNS)
+    inside = statistics.fmean(result.values["inside"] for result in results)
+    return {"num_photos": len(results), "inside": inside}
 
 
 def metric_names(config: Config) -> set[str]:

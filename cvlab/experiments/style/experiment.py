@@ -29,10 +29,16 @@ from cvlab.engine import image_optimizer
 from cvlab.experiments.style.config import Config
 from cvlab.experiments.style.transfer import StyleTransfer, prepare
 from cvlab.reports import images
-from cvlab.runs.records import Row
+from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
 ANIMATION_PX = 384  # longer side
+COLUMNS = (
+    Column("style_drop", "style loss reduction"),
+    Column("ssim", "SSIM with the photo"),
+    Column("panel", "panel", is_file=True),
+    Column("animation", "animation", is_file=True),
+)
 LOSSES = ("content_loss", "style_loss", "tv_loss")
 
 
@@ -54,13 +60,13 @@ def run(config: Config, out: RunDir) -> dict[str, float]:
     out.write_bytes("images/style.png", images.png(image))
     found = transfer.judge(out.path / "images" / "style.png")
     made = show(config, transfer, out)
-    row = {"image": "images/style.png", "content": config.content, "styles": list(config.styles), **found, **made}
-    out.extra_summary["results"] = [row]
+    values = {"content": config.content, "styles": list(config.styles), **found}
+    out.extra_summary |= summarize([PhotoResult("images/style.png", values, made)], COLUMNS)
     times = {name: last[name] for name in ("steps", "seconds_of_steps")}
     return {"width": image.width, "height": image.height, **found, **times}
 
 
-def show(config: Config, transfer: StyleTransfer, out: RunDir) -> Row:
+def show(config: Config, transfer: StyleTransfer, out: RunDir) -> dict[str, str]:
     """Write the panel, and the way to the picture as an animation; return their names."""
     result = photos.load(out.path / "images" / "style.png")
     names = (
