@@ -1,1 +1,1 @@
-"""Pure functions of tensors: no models by name, no files, no state."""
+"""Pure functions of tensors: no names of models, no files, no state. May import `errors`."""

@@ -1,7 +1,11 @@
-"""Which points of a detector's maps are responsible for which box.
+"""Task-aligned label assignment: which feature-map locations are positive for which ground-truth box.
 
-Paper: Feng et al., 2021, "TOOD: task-aligned one-stage object detection", section 3.2: a point is the better for a box,
-the surer it is of the class and the better its box fits: score^alpha * IoU^beta. Differs: alpha 0.5, as in YOLOv8.
+References:
+    Feng et al., 2021, "TOOD: task-aligned one-stage object detection", section 3.2: a location is ranked for a box by
+    score^alpha * IoU^beta, its classification score and the IoU of the box that it predicts.
+
+Differences from the paper:
+    alpha is 0.5, as in YOLOv8.
 """
 
 from collections.abc import Sequence
@@ -12,13 +16,18 @@ from torch import Tensor
 
 from cvlab.ops import boxes
 
-ALPHA, BETA, TOP_K = 0.5, 6.0, 10
+ALPHA, BETA = 0.5, 6.0
+TOP_K = 10  # locations for each box
 EPS = 1e-38
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The responsible points: image, point and box of each, int64 (K,), and how sure it is to be, (K,) in [0, 1]."""
+    """The positive locations of a batch.
+
+    `image`, `point` and `box` are int64 (K,): the image, the location of `grid_points` and the ground-truth box that
+    it is assigned to. `quality` (K,) in [0, 1] is the classification target: the normalized alignment metric.
+    """
 
     image: Tensor
     point: Tensor
@@ -27,61 +36,83 @@ class Assignment:
 
 
 def grid_points(shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
-    """Return the middles of all cells of maps of shapes (H, W): (P, 3) with x, y and stride in pixels, row by row."""
-    made = []
+    """Return the centers of the cells of feature maps of several levels.
+
+    Args:
+        shapes: height and width of each level's feature map.
+        strides: stride of each level in pixels.
+
+    Returns:
+        points (P, 3): x, y and stride in pixels, level by level, row by row.
+    """
+    levels = []
     for (height, width), stride in zip(shapes, strides, strict=True):
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        made.append(torch.stack([x * stride, y * stride, torch.full_like(x, stride)], -1).view(-1, 3))
-    return torch.cat(made)
+        levels.append(torch.stack([x * stride, y * stride, torch.full_like(x, stride)], -1).view(-1, 3))
+    return torch.cat(levels)
 
 
 def assign_task_aligned(
-    scores: Tensor, boxes_xyxy: Tensor, places: Tensor, wanted_xyxy: Tensor, labels: Tensor, most: int = TOP_K
+    scores: Tensor, boxes_xyxy: Tensor, points: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor, top_k: int = TOP_K
 ) -> Assignment:
-    """Choose for each box up to `most` of the points inside of it; a point that several want goes to the best fit.
+    """Assign to each ground-truth box up to `top_k` of the locations inside of it, by the alignment metric.
 
-    scores: (N, P, C) in [0, 1]; boxes_xyxy: (N, P, 4), what is predicted; places: (P, 3) of `points`; wanted_xyxy:
-    (N, M, 4); labels (N, M), -1 where there is none. A box so small that no point lies inside takes the nearest one.
+    A location that is among the best of several boxes goes to the one that its prediction overlaps most. A box so
+    small that no location lies inside of it gets the nearest one.
+
+    Args:
+        scores: (N, P, C) in [0, 1], predicted scores of the classes.
+        boxes_xyxy: (N, P, 4) in pixels, predicted boxes.
+        points: (P, 3) of `grid_points`.
+        gt_boxes_xyxy: (N, M, 4) in pixels, padded.
+        gt_labels: int64 (N, M), -1 for padding.
+        top_k: the largest number of locations for a box.
+
+    Returns:
+        The positive locations.
     """
-    n, m = labels.shape
-    is_box = labels >= 0
-    x, y = places[:, 0], places[:, 1]
-    left, top, right, bottom = wanted_xyxy[..., None].unbind(2)  # (N, M, 1)
-    inside = (x > left) & (x < right) & (y > top) & (y < bottom) & is_box[..., None]  # (N, M, P)
-    alone = is_box & ~inside.any(2)
-    if bool(alone.any()):
-        image, box = alone.nonzero(as_tuple=True)
-        middle = (wanted_xyxy[image, box, :2] + wanted_xyxy[image, box, 2:]) / 2
-        nearest = torch.cdist(middle, places[:, :2]) + places[:, 2]  # of equally near ones the finest
-        inside[image, box, nearest.argmin(1)] = True
-    # Only these pairs can be chosen, a small share of all of them.
+    n, num_gt = gt_labels.shape
+    num_points = points.shape[0]
+    # Only pairs of a box and a location inside of it can be chosen, a small share of all pairs.
+    inside = _inside(points, gt_boxes_xyxy, gt_labels >= 0)  # (N, M, P)
     image, box, point = inside.nonzero(as_tuple=True)
-    overlap = boxes.paired_iou(boxes_xyxy[image, point], wanted_xyxy[image, box])
-    fit = scores[image, point, labels[image, box]].pow(ALPHA) * overlap.pow(BETA)
-    dense = torch.full(inside.shape, -1.0, device=fit.device)
-    dense[image, box, point] = fit
-    lowest = dense.topk(min(most, dense.shape[2]), 2).values[..., -1]  # (N, M)
-    taken = fit >= lowest[image, box]
-    image, box, point, overlap, fit = (values[taken] for values in (image, box, point, overlap, fit))
-    best = torch.full((n, places.shape[0]), -1.0, device=fit.device)
-    best = best.view(-1).scatter_reduce(0, image * places.shape[0] + point, overlap, "amax").view(best.shape)
-    wins = overlap >= best[image, point]
-    image, box, point, overlap, fit = (values[wins] for values in (image, box, point, overlap, fit))
-    image, box, point, overlap, fit = _first_of_each(image, box, point, overlap, fit, places.shape[0])
-    pair = image * m + box
-    most_fit = torch.zeros(n * m, device=fit.device).scatter_reduce(0, pair, fit, "amax")
-    most_overlap = torch.zeros(n * m, device=fit.device).scatter_reduce(0, pair, overlap, "amax")
-    quality = fit / most_fit[pair].clamp(min=EPS) * most_overlap[pair]
+    iou = boxes.paired_iou(boxes_xyxy[image, point], gt_boxes_xyxy[image, box])
+    alignment = scores[image, point, gt_labels[image, box]].pow(ALPHA) * iou.pow(BETA)
+    dense = torch.full(inside.shape, -1.0, device=alignment.device)
+    dense[image, box, point] = alignment
+    kth_best = dense.topk(min(top_k, dense.shape[2]), 2).values[..., -1]  # (N, M)
+    keep = alignment >= kth_best[image, box]
+    image, box, point, iou, alignment = (values[keep] for values in (image, box, point, iou, alignment))
+    best_iou = torch.full((n, num_points), -1.0, device=alignment.device)
+    best_iou = best_iou.view(-1).scatter_reduce(0, image * num_points + point, iou, "amax").view(best_iou.shape)
+    keep = iou >= best_iou[image, point]
+    image, box, point, iou, alignment = (values[keep] for values in (image, box, point, iou, alignment))
+    keep = _is_first(image * num_points + point)  # of boxes that a location overlaps equally
+    image, box, point, iou, alignment = (values[keep] for values in (image, box, point, iou, alignment))
+    pair = image * num_gt + box
+    max_alignment = torch.zeros(n * num_gt, device=alignment.device).scatter_reduce(0, pair, alignment, "amax")
+    max_iou = torch.zeros(n * num_gt, device=alignment.device).scatter_reduce(0, pair, iou, "amax")
+    quality = alignment / max_alignment[pair].clamp(min=EPS) * max_iou[pair]
     return Assignment(image, point, box, quality)
 
 
-def _first_of_each(
-    image: Tensor, box: Tensor, point: Tensor, overlap: Tensor, fit: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Leave each point to one box only, where two fit it equally well."""
-    flat = image * count + point
-    order = torch.arange(len(flat), device=flat.device)
-    first = torch.full((int(flat.max()) + 1 if len(flat) else 0,), len(flat), device=flat.device)
-    first = first.scatter_reduce(0, flat, order, "amin")
-    keep = first[flat] == order
-    return image[keep], box[keep], point[keep], overlap[keep], fit[keep]
+def _inside(points: Tensor, gt_boxes_xyxy: Tensor, is_box: Tensor) -> Tensor:
+    """Return which points lie inside of which boxes, bool (N, M, P); the nearest one where none does."""
+    x, y = points[:, 0], points[:, 1]
+    left, top, right, bottom = gt_boxes_xyxy[..., None].unbind(2)  # (N, M, 1)
+    inside = (x > left) & (x < right) & (y > top) & (y < bottom) & is_box[..., None]  # (N, M, P)
+    has_none = is_box & ~inside.any(2)
+    if bool(has_none.any()):
+        image, box = has_none.nonzero(as_tuple=True)
+        center = (gt_boxes_xyxy[image, box, :2] + gt_boxes_xyxy[image, box, 2:]) / 2
+        distance = torch.cdist(center, points[:, :2]) + points[:, 2]  # of equally near ones the finest level
+        inside[image, box, distance.argmin(1)] = True
+    return inside
+
+
+def _is_first(keys: Tensor) -> Tensor:
+    """Return which elements of int64 keys (K,) are the first of their value."""
+    order = torch.arange(len(keys), device=keys.device)
+    first = torch.full((int(keys.max()) + 1 if len(keys) else 0,), len(keys), device=keys.device)
+    first = first.scatter_reduce(0, keys, order, "amin")
+    return first[keys] == order

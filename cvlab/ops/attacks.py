@@ -1,8 +1,12 @@
-"""Steps that change photos so that a net sees something else.
+"""Steps of gradient-based adversarial attacks on single images.
 
-Papers: Szegedy et al., 2014, "Intriguing properties of neural networks" (l2: the course's normalised gradient);
-Goodfellow et al., 2015, section 4 (fgsm); Madry et al., 2018, section 2.1 (pgd).
-Differs: everything stays in [0, 1]; each photo has a step size of its own, so that photos of any size change alike.
+References:
+    Szegedy et al., 2014, "Intriguing properties of neural networks" (`l2_step`: the course's normalized gradient).
+    Goodfellow et al., 2015, "Explaining and harnessing adversarial examples", section 4 (FGSM).
+    Madry et al., 2018, "Towards deep learning models resistant to adversarial attacks", section 2.1 (PGD).
+
+Differences from the paper:
+    Images stay in [0, 1]. Each image has a step size of its own, so that images of any size change alike.
 """
 
 import math
@@ -14,46 +18,98 @@ MAX_UINT8 = 255
 ROWS_PER_CHUNK = 256
 
 
-def attack_loss(scores: Tensor, classes: Tensor, targeted: bool) -> Tensor:
-    """Return what is to fall, (N,): minus the score of the target, or the score of the class to get away from."""
-    picked: Tensor = scores.float().gather(1, classes[:, None])[:, 0]
-    toward: Tensor = -picked if targeted else picked
-    return toward
+def attack_loss(logits: Tensor, classes: Tensor, targeted: bool) -> Tensor:
+    """Return what an attack minimizes.
+
+    Args:
+        logits: (N, C).
+        classes: int64 (N,), the target class if `targeted`, else the class to move away from.
+        targeted: whether the attack aims at a class.
+
+    Returns:
+        loss (N,): minus the target's logit, or the logit of the class to move away from.
+    """
+    class_logits: Tensor = logits.float().gather(1, classes[:, None])[:, 0]
+    loss: Tensor = -class_logits if targeted else class_logits
+    return loss
 
 
-def l2_step(photo: Tensor, gradient: Tensor, length: float) -> Tensor:
-    """Go `length` (L2 norm over all pixels) down the gradient, then back into [0, 1]."""
-    moved: Tensor = photo - gradient * (length / gradient.norm().clamp(min=1e-20))
-    return moved.clamp_(0, 1)
+def l2_step(image: Tensor, gradient: Tensor, length: float) -> Tensor:
+    """Take a step of L2 norm `length` down the gradient, then clamp to [0, 1].
+
+    Args:
+        image: (C, H, W) in [0, 1].
+        gradient: (C, H, W), of the loss.
+        length: norm of the step over all pixels.
+
+    Returns:
+        The changed image (C, H, W) in [0, 1].
+    """
+    stepped: Tensor = image - gradient * (length / gradient.norm().clamp(min=1e-20))
+    return stepped.clamp_(0, 1)
 
 
-def linf_step(photo: Tensor, gradient: Tensor, original: Tensor, alpha: float, eps: float) -> Tensor:
-    """Change every pixel by `alpha` down the gradient's sign, stay within `eps` of the original and in [0, 1]."""
-    moved = photo - alpha * gradient.sign()
-    return torch.minimum(torch.maximum(moved, original - eps), original + eps).clamp_(0, 1)
+def linf_step(image: Tensor, gradient: Tensor, original: Tensor, alpha: float, eps: float) -> Tensor:
+    """Change every pixel by `alpha` down the gradient's sign, then project onto the L-infinity ball and [0, 1].
+
+    Args:
+        image: (C, H, W) in [0, 1].
+        gradient: (C, H, W), of the loss.
+        original: (C, H, W) in [0, 1], the center of the ball.
+        alpha: step size in [0, 1].
+        eps: radius of the ball in [0, 1].
+
+    Returns:
+        The changed image (C, H, W) in [0, 1], at most `eps` from the original in every pixel.
+    """
+    stepped = image - alpha * gradient.sign()
+    return torch.minimum(torch.maximum(stepped, original - eps), original + eps).clamp_(0, 1)
 
 
 def distances(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Return how far two photos in [0, 1] of one shape are apart.
+    """Return how far apart two images are.
 
-    `l2` over all pixels, `linf_255` the largest change in steps of 1/255, `psnr_db` (inf for equal photos).
+    Args:
+        before: (C, H, W) in [0, 1].
+        after: (C, H, W) in [0, 1].
+
+    Returns:
+        `l2`, the norm of the difference over all pixels; `linf_255`, its largest absolute value in steps of 1/255;
+        `psnr_db`, the peak signal-to-noise ratio (inf for equal images).
     """
-    squares = largest = 0.0
-    for a, b in zip(
-        before.split(ROWS_PER_CHUNK, 1), after.split(ROWS_PER_CHUNK, 1), strict=True
-    ):  # a photo may have 50 megapixels
+    squared_sum = largest = 0.0
+    # Row by row in chunks: an image may have 50 megapixels.
+    for a, b in zip(before.split(ROWS_PER_CHUNK, 1), after.split(ROWS_PER_CHUNK, 1), strict=True):
         difference = (b - a).double()
-        squares += difference.square().sum().item()
+        squared_sum += difference.square().sum().item()
         largest = max(largest, difference.abs().max().item())
-    psnr_db = -10 * math.log10(squares / before.numel()) if squares else math.inf
-    return {"l2": math.sqrt(squares), "linf_255": largest * MAX_UINT8, "psnr_db": psnr_db}
+    psnr_db = -10 * math.log10(squared_sum / before.numel()) if squared_sum else math.inf
+    return {"l2": math.sqrt(squared_sum), "linf_255": largest * MAX_UINT8, "psnr_db": psnr_db}
 
 
-def random_start(photo: Tensor, noise: Tensor, eps: float) -> Tensor:
-    """Return a photo changed at random by up to `eps`, for noise uniform in [0, 1)."""
-    return (photo + (2 * noise - 1) * eps).clamp_(0, 1)
+def random_start(image: Tensor, noise: Tensor, eps: float) -> Tensor:
+    """Return a random point of the L-infinity ball around an image.
+
+    Args:
+        image: (C, H, W) in [0, 1].
+        noise: (C, H, W), uniform in [0, 1).
+        eps: radius of the ball.
+
+    Returns:
+        The changed image (C, H, W) in [0, 1].
+    """
+    return (image + (2 * noise - 1) * eps).clamp_(0, 1)
 
 
-def attack_succeeded(scores: Tensor, classes: Tensor, targeted: bool) -> Tensor:
-    """Say of each photo, (N,) bool, whether its top class is the target, or is not the one to get away from."""
-    return scores.argmax(1).eq(classes).eq(targeted)
+def attack_succeeded(logits: Tensor, classes: Tensor, targeted: bool) -> Tensor:
+    """Return whether each image's top class is the target, or is no longer the class to move away from.
+
+    Args:
+        logits: (N, C).
+        classes: int64 (N,), as in `attack_loss`.
+        targeted: whether the attack aims at a class.
+
+    Returns:
+        bool (N,).
+    """
+    return logits.argmax(1).eq(classes).eq(targeted)

@@ -1,8 +1,14 @@
-"""How good the detections of a data set are: average precision by the rules of PASCAL VOC and of COCO.
+"""Average precision of detections by the rules of PASCAL VOC and COCO, confusion matrix, and recall by object size.
 
-Papers: Everingham et al., 2010, "The PASCAL VOC challenge", section 4.2 (voc07: mean precision at 11 recalls; voc: area
-under the curve, since 2010); Lin et al., 2014, "Microsoft COCO" (coco: 101 recalls, at most 100 detections of a class
-in a picture). Differs from the usual loops: all pictures and classes are matched at once, detection rank by rank.
+References:
+    Everingham et al., 2010, "The PASCAL VOC challenge", section 4.2 (`voc07`: mean precision at 11 recalls; `voc`:
+    area under the curve, as of 2010).
+    Lin et al., 2014, "Microsoft COCO" (`coco`: mean precision at 101 recalls, at most 100 detections of a class in an
+    image).
+
+Differences from the paper:
+    None in the results; instead of looping over images and classes, all of them are matched at once, detection rank by
+    detection rank.
 """
 
 from collections.abc import Sequence
@@ -14,21 +20,19 @@ from torch import Tensor
 from cvlab.ops import boxes
 
 RULES = ("voc07", "voc", "coco")
-IOU_THRESHOLDS = tuple(
-    0.5 + k * ((0.95 - 0.5) / 9) for k in range(10)
-)  # of IoU, to the last bit as pycocotools has them
+IOU_THRESHOLDS = tuple(0.5 + k * ((0.95 - 0.5) / 9) for k in range(10))  # to the last bit as pycocotools has them
 COCO_MAX_DETECTIONS = 100
-AREA_RANGES = {
+AREA_RANGES = {  # in square pixels, of COCO
     "small": (0.0, 32.0**2),
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, float("inf")),
-}  # areas, of COCO
-MAX_CHUNK_ELEMENTS = 500_000  # numbers in a tensor of overlaps
+}
+MAX_CHUNK_ELEMENTS = 500_000  # in a tensor of IoUs
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What is found in a picture: boxes_xyxy (N, 4), scores (N,) in [0, 1], labels int64 (N,)."""
+    """The detections of one image: boxes_xyxy (N, 4) in pixels, scores (N,) in [0, 1], labels int64 (N,)."""
 
     boxes_xyxy: Tensor
     scores: Tensor
@@ -37,7 +41,10 @@ class Detections:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What is there: boxes_xyxy (M, 4), labels int64 (M,), difficult bool (M,): those count neither way."""
+    """The ground truth of one image: boxes_xyxy (M, 4) in pixels, labels int64 (M,), difficult bool (M,).
+
+    Difficult boxes are ignored: finding one is neither right nor wrong, missing one neither.
+    """
 
     boxes_xyxy: Tensor
     labels: Tensor
@@ -46,11 +53,12 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class DetectionMetrics:
-    """The verdict over a set by one of `RULES`.
+    """Average precision over a data set by one of `RULES`.
 
-    By class: average precision (C,) float64 at IoU 0.5, and its mean over all thresholds, in [0, 1], nan without any
-    truth; the means over classes leave those out. `recalls` and `precisions` are the curves at IoU 0.5, a point for
-    each detection by falling score; `num_truths`, int64 (C,), counts those not difficult.
+    `ap50` and `ap50_95`, float64 (C,) in [0, 1], are the average precision of each class at an IoU of 0.5 and its mean
+    over all thresholds, nan for a class without ground truth; `map50` and `map50_95` are the means over the other
+    classes. `recalls` and `precisions` hold the curve of each class at an IoU of 0.5, a point for each detection by
+    descending score. `num_truths`, int64 (C,), counts the ground-truth boxes that are not difficult.
     """
 
     map_rule: str
@@ -64,28 +72,30 @@ class DetectionMetrics:
 
 
 @dataclass(frozen=True)
-class _Flat:
-    """The boxes of all pictures one after the other, sorted by picture and class, and where each such group starts."""
+class _GroupedBoxes:
+    """The boxes of all images in one tensor, sorted by group: a group is one class in one image."""
 
-    boxes_xyxy: Tensor
-    keys: Tensor  # picture * num_classes + class, of each box
-    order: Tensor  # where each box was before it was sorted
-    groups: Tensor  # the keys that there are
-    starts: Tensor
-    counts: Tensor
+    boxes_xyxy: Tensor  # float64 (N, 4)
+    keys: Tensor  # int64 (N,), image * num_classes + class of each box
+    order: Tensor  # int64 (N,), the index of each box before sorting
+    groups: Tensor  # int64 (G,), the distinct keys
+    starts: Tensor  # int64 (G,), the first box of each group
+    counts: Tensor  # int64 (G,)
 
 
-def _flat(boxes_xyxy: Tensor, keys: Tensor, order: Tensor) -> _Flat:
+def _group(boxes_xyxy: Sequence[Tensor], keys: Tensor, order: Tensor) -> _GroupedBoxes:
+    """Return the boxes of images in an order that sorts their keys."""
+    flat = torch.cat(list(boxes_xyxy)).double() if boxes_xyxy else torch.empty(0, 4).double()
     groups, counts = torch.unique_consecutive(keys[order], return_counts=True)
-    return _Flat(boxes_xyxy[order], keys[order], order, groups, counts.cumsum(0) - counts, counts)
+    return _GroupedBoxes(flat[order], keys[order], order, groups, counts.cumsum(0) - counts, counts)
 
 
-def _keys(parts: Sequence[Tensor], num_classes: int) -> Tensor:
-    """Return the key of each label of all pictures."""
-    pictures = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part) for part in parts]).long())
-    labels = torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.int64)
-    assert bool(((labels >= 0) & (labels < num_classes)).all()), "a label that is no class"
-    return pictures * num_classes + labels
+def _group_keys(labels: Sequence[Tensor], num_classes: int) -> Tensor:
+    """Return image * num_classes + class of each box, from the labels of each image."""
+    images = torch.repeat_interleave(torch.arange(len(labels)), torch.tensor([len(x) for x in labels]).long())
+    flat = torch.cat(list(labels)) if labels else torch.empty(0, dtype=torch.int64)
+    assert bool(((flat >= 0) & (flat < num_classes)).all()), "a label that is no class"
+    return images * num_classes + flat
 
 
 def evaluate(
@@ -95,133 +105,149 @@ def evaluate(
     rule: str = "voc",
     thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> DetectionMetrics:
-    """Judge the detections of pictures, in the order of their truths, by one of `RULES`.
+    """Compute the average precision of detections. Of detections with equal scores the first one ranks first.
 
-    The first threshold of IoU must be 0.5. Of equally sure detections the first one counts first.
+    Args:
+        detections: one for each image.
+        truths: the ground truth of the same images.
+        num_classes: C; labels are in [0, C).
+        rule: one of `RULES`.
+        thresholds: T values of IoU in [0, 1], the first of them 0.5.
+
+    Returns:
+        Average precision by class and its means.
     """
-    assert rule in RULES
+    assert rule in RULES, rule
     assert len(detections) == len(truths)
     assert thresholds[0] == 0.5
-    found_keys = _keys([d.labels for d in detections], num_classes)
+    keys = _group_keys([d.labels for d in detections], num_classes)
     scores = torch.cat([d.scores for d in detections]).double() if detections else torch.empty(0).double()
     by_score = torch.argsort(scores, descending=True, stable=True)
-    found = _flat(
-        torch.cat([d.boxes_xyxy for d in detections]).double() if detections else torch.empty(0, 4).double(),
-        found_keys,
-        by_score[torch.argsort(found_keys[by_score], stable=True)],
-    )
-    true_keys = _keys([t.labels for t in truths], num_classes)
-    true = _flat(
-        torch.cat([t.boxes_xyxy for t in truths]).double() if truths else torch.empty(0, 4).double(),
-        true_keys,
-        torch.argsort(true_keys, stable=True),
-    )
-    is_difficult = torch.cat([t.difficult for t in truths]) if truths else torch.empty(0, dtype=torch.bool)
-    state = _match(found, true, is_difficult[true.order], torch.tensor(thresholds).double(), rule == "coco")
-    rank = torch.arange(len(found.keys)) - torch.repeat_interleave(found.starts, found.counts)
-    counted = rank < COCO_MAX_DETECTIONS if rule == "coco" else torch.ones_like(rank, dtype=torch.bool)
+    order = by_score[torch.argsort(keys[by_score], stable=True)]
+    detected = _group([d.boxes_xyxy for d in detections], keys, order)
+    keys = _group_keys([t.labels for t in truths], num_classes)
+    true = _group([t.boxes_xyxy for t in truths], keys, torch.argsort(keys, stable=True))
+    difficult = torch.cat([t.difficult for t in truths]) if truths else torch.empty(0, dtype=torch.bool)
+    difficult = difficult[true.order]
+    outcomes = _Matcher(detected, true, difficult, torch.tensor(thresholds).double(), rule == "coco").match()
+    rank = torch.arange(len(detected.keys)) - torch.repeat_interleave(detected.starts, detected.counts)
+    is_counted = rank < COCO_MAX_DETECTIONS if rule == "coco" else torch.ones_like(rank, dtype=torch.bool)
     true_labels = true.keys % num_classes if num_classes else true.keys
-    num_truths = torch.bincount(true_labels[~is_difficult[true.order]], minlength=num_classes)
-    return _judge(found, scores, state, counted, num_truths, rule)
+    num_truths = torch.bincount(true_labels[~difficult], minlength=num_classes)
+    return _summarize(detected, scores, outcomes, is_counted, num_truths, rule)
 
 
-def _match(found: _Flat, true: _Flat, is_difficult: Tensor, thresholds: Tensor, is_coco: bool) -> Tensor:
-    """Return for each detection and threshold (N, T): 1 right, 0 wrong, -1 counts neither way; in the sorted order."""
-    state = torch.zeros(len(found.keys), len(thresholds), dtype=torch.int8)
-    place = torch.searchsorted(true.groups, found.groups)
-    shared = place < len(true.groups)
-    shared[shared.clone()] = true.groups[place[shared]] == found.groups[shared]
-    first = shared.nonzero()[:, 0]
-    pairs = torch.stack([first, place[first]], 1)  # a group of detections and its group of truths
-    sizes = torch.stack([found.counts[pairs[:, 0]], true.counts[pairs[:, 1]]], 1)
-    # Groups that are alike in both sizes, to a factor of two, go together: padding makes them at most 4 times larger.
-    alike = sizes.double().log2().ceil() @ torch.tensor([64.0, 1.0]).double()
-    order = torch.argsort(alike)
-    for bucket in order.split(torch.unique_consecutive(alike[order], return_counts=True)[1].tolist()):
-        most = sizes[bucket].amax(0).tolist()
-        for part in bucket.split(max(1, MAX_CHUNK_ELEMENTS // (most[0] * most[1]))):
-            _match_groups(state, found, true, is_difficult, pairs[part], most, thresholds, is_coco)
-    return state
+@dataclass(frozen=True)
+class _Matcher:
+    """Matches detections with the ground truth of their image and class, at T thresholds of IoU."""
+
+    detected: _GroupedBoxes
+    true: _GroupedBoxes
+    difficult: Tensor  # bool (M,), of the sorted ground truth
+    thresholds: Tensor  # float64 (T,)
+    is_coco: bool
+
+    def match(self) -> Tensor:
+        """Return the outcome of each sorted detection, int8 (N, T): 1 right, 0 wrong, -1 ignored."""
+        detected, true = self.detected, self.true
+        outcomes = torch.zeros(len(detected.keys), len(self.thresholds), dtype=torch.int8)
+        true_group = torch.searchsorted(true.groups, detected.groups)
+        has_truth = true_group < len(true.groups)
+        has_truth[has_truth.clone()] = true.groups[true_group[has_truth]] == detected.groups[has_truth]
+        group = has_truth.nonzero()[:, 0]
+        pairs = torch.stack([group, true_group[group]], 1)  # of a group of detections and one of ground truth
+        sizes = torch.stack([detected.counts[pairs[:, 0]], true.counts[pairs[:, 1]]], 1)
+        # Groups whose sizes are alike to a factor of two go together: padding makes them at most 4 times larger.
+        size_class = sizes.double().log2().ceil() @ torch.tensor([64.0, 1.0]).double()
+        order = torch.argsort(size_class)
+        for bucket in order.split(torch.unique_consecutive(size_class[order], return_counts=True)[1].tolist()):
+            max_detections, max_truths = sizes[bucket].amax(0).tolist()
+            for chunk in bucket.split(max(1, MAX_CHUNK_ELEMENTS // (max_detections * max_truths))):
+                rows, matched = self._match_groups(pairs[chunk], max_detections, max_truths)
+                outcomes[rows] = matched
+        return outcomes
+
+    def _match_groups(self, pairs: Tensor, max_detections: int, max_truths: int) -> tuple[Tensor, Tensor]:
+        """Return the detections (K,) of some pairs of groups (G, 2) and their outcomes (K, T)."""
+        rows, is_detection = _padded_indices(self.detected, pairs[:, 0], max_detections)  # (G, D)
+        columns, is_truth = _padded_indices(self.true, pairs[:, 1], max_truths)  # (G, M)
+        detected_xyxy, true_xyxy = self.detected.boxes_xyxy[rows], self.true.boxes_xyxy[columns]
+        iou = boxes.paired_iou(detected_xyxy[:, :, None], true_xyxy[:, None])  # (G, D, M)
+        iou[~is_truth[:, None].expand_as(iou)] = -1
+        difficult = self.difficult[columns] & is_truth  # (G, M)
+        match = _match_coco if self.is_coco else _match_voc
+        return rows[is_detection], match(iou, difficult, self.thresholds)[is_detection]
 
 
-def _match_groups(
-    state: Tensor,
-    found: _Flat,
-    true: _Flat,
-    is_difficult: Tensor,
-    pairs: Tensor,
-    most: list[int],
-    thresholds: Tensor,
-    is_coco: bool,
-) -> None:
-    """Match some groups, padded to `most` detections and truths, and write the result into `state`."""
-    d, m = most
-    rows = found.starts[pairs[:, 0], None] + torch.arange(d)
-    is_found = torch.arange(d) < found.counts[pairs[:, 0], None]
-    columns = true.starts[pairs[:, 1], None] + torch.arange(m)
-    is_true = torch.arange(m) < true.counts[pairs[:, 1], None]
-    rows, columns = rows.clamp(max=len(found.keys) - 1), columns.clamp(max=len(true.keys) - 1)
-    overlap = boxes.paired_iou(found.boxes_xyxy[rows][:, :, None], true.boxes_xyxy[columns][:, None])  # (G, D, M)
-    overlap[~is_true[:, None].expand_as(overlap)] = -1
-    hard = is_difficult[columns] & is_true  # (G, M)
-    judge = _coco if is_coco else _voc
-    verdict = judge(overlap, hard, thresholds)  # (G, D, T)
-    state[rows[is_found]] = verdict[is_found]
+def _padded_indices(grouped: _GroupedBoxes, groups: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of the boxes of groups (G,), padded to (G, length), and which of them are not padding."""
+    offsets = torch.arange(length)
+    is_box = offsets < grouped.counts[groups, None]
+    return (grouped.starts[groups, None] + offsets).clamp(max=len(grouped.keys) - 1), is_box
 
 
-def _voc(overlap: Tensor, hard: Tensor, thresholds: Tensor) -> Tensor:
-    """Judge each detection by the truth that it overlaps most; of several only the surest is right."""
-    best, which = overlap.max(2)  # (G, D)
-    enough = best[..., None] >= thresholds  # (G, D, T)
-    neither = enough & hard.gather(1, which)[..., None]
-    groups, d, t = enough.shape
-    box, rank = which[..., None].expand_as(enough), torch.arange(d)[:, None].expand_as(enough)
-    first = torch.full((groups, overlap.shape[2], t), d)  # the surest detection that claims a box
-    first = first.scatter_reduce(1, box, torch.where(enough, rank, d), "amin")  # (G, M, T)
-    right = enough & (first.gather(1, box) == rank)
-    return torch.where(neither, -1, right.to(torch.int8)).to(torch.int8)
+def _match_voc(iou: Tensor, difficult: Tensor, thresholds: Tensor) -> Tensor:
+    """Match each detection to the box that it overlaps most; of several for one box the highest-scoring is right.
+
+    iou: (G, D, M), detections by descending score; difficult: bool (G, M); returns outcomes int8 (G, D, T).
+    """
+    max_iou, box = iou.max(2)  # (G, D)
+    is_match = max_iou[..., None] >= thresholds  # (G, D, T)
+    is_ignored = is_match & difficult.gather(1, box)[..., None]
+    num_groups, num_detections, num_thresholds = is_match.shape
+    box = box[..., None].expand_as(is_match)
+    rank = torch.arange(num_detections)[:, None].expand_as(is_match)
+    first = torch.full((num_groups, iou.shape[2], num_thresholds), num_detections)  # rank of a box's first match
+    first = first.scatter_reduce(1, box, torch.where(is_match, rank, num_detections), "amin")  # (G, M, T)
+    is_right = is_match & (first.gather(1, box) == rank)
+    return torch.where(is_ignored, -1, is_right.to(torch.int8)).to(torch.int8)
 
 
-def _coco(overlap: Tensor, hard: Tensor, thresholds: Tensor) -> Tensor:
-    """Let each detection, the surest first, take the best truth that is still free; difficult ones last, and again."""
-    groups, d, m = overlap.shape
-    free = torch.ones(groups, len(thresholds), m, dtype=torch.bool)
-    bound = thresholds.clamp(max=1 - 1e-10)[None, :, None]
-    verdicts = torch.zeros(groups, d, len(thresholds), dtype=torch.int8)
-    easy = ~hard[:, None]
+def _match_coco(iou: Tensor, difficult: Tensor, thresholds: Tensor) -> Tensor:
+    """Match detections, the highest-scoring first, each to the free box that it overlaps most.
+
+    A detection that gets none is ignored if it overlaps a difficult box enough; such a box may be matched repeatedly.
+    Shapes as in `_match_voc`.
+    """
+    num_groups, num_detections, num_boxes = iou.shape
+    is_free = torch.ones(num_groups, len(thresholds), num_boxes, dtype=torch.bool)
+    min_iou = thresholds.clamp(max=1 - 1e-10)[None, :, None]
+    outcomes = torch.zeros(num_groups, num_detections, len(thresholds), dtype=torch.int8)
+    is_counted = ~difficult[:, None]
     # Of equal overlaps the last one wins, as in pycocotools.
-    bonus = torch.arange(m, dtype=overlap.dtype) * 1e-13
-    for k in range(d):
-        here = overlap[:, k, None]  # (G, 1, M)
-        fits = here >= bound
-        can = fits & free & easy  # (G, T, M)
-        value, which = torch.where(can, here + bonus, -1.0).max(2)
-        takes = value >= 0
-        free.scatter_(2, which[..., None], free.gather(2, which[..., None]) & ~takes[..., None])
-        neither = (fits & hard[:, None]).any(2) & ~takes
-        verdicts[:, k] = torch.where(takes, 1, torch.where(neither, -1, 0)).to(torch.int8)
-    return verdicts
+    tie_break = torch.arange(num_boxes, dtype=iou.dtype) * 1e-13
+    for k in range(num_detections):
+        iou_k = iou[:, k, None]  # (G, 1, M)
+        is_enough = iou_k >= min_iou
+        is_candidate = is_enough & is_free & is_counted  # (G, T, M)
+        value, box = torch.where(is_candidate, iou_k + tie_break, -1.0).max(2)
+        is_right = value >= 0
+        is_free.scatter_(2, box[..., None], is_free.gather(2, box[..., None]) & ~is_right[..., None])
+        is_ignored = (is_enough & difficult[:, None]).any(2) & ~is_right
+        outcomes[:, k] = torch.where(is_right, 1, torch.where(is_ignored, -1, 0)).to(torch.int8)
+    return outcomes
 
 
-def _judge(
-    found: _Flat, scores: Tensor, state: Tensor, counted: Tensor, num_truths: Tensor, rule: str
+def _summarize(
+    detected: _GroupedBoxes, scores: Tensor, outcomes: Tensor, is_counted: Tensor, num_truths: Tensor, rule: str
 ) -> DetectionMetrics:
+    """Return precision, recall and average precision of each class, from the outcomes of sorted detections (N, T)."""
     num_classes = len(num_truths)
-    labels = found.keys % max(num_classes, 1)
-    # By falling score over all pictures; of equal scores the earlier picture, then the earlier detection, comes first.
-    by_score = torch.argsort(scores[found.order], descending=True, stable=True)
+    labels = detected.keys % max(num_classes, 1)
+    # By descending score over all images; of equal scores the earlier image, then the earlier detection, comes first.
+    by_score = torch.argsort(scores[detected.order], descending=True, stable=True)
     by_class = by_score[torch.argsort(labels[by_score], stable=True)]
-    by_class = by_class[counted[by_class]]
+    by_class = by_class[is_counted[by_class]]
     ends = torch.bincount(labels[by_class], minlength=num_classes).cumsum(0).tolist()
-    ap = torch.full((num_classes, state.shape[1]), torch.nan, dtype=torch.float64)
+    ap = torch.full((num_classes, outcomes.shape[1]), torch.nan, dtype=torch.float64)
     recalls, precisions = [], []
     for label, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        own = state[by_class[start:end]]  # (K, T)
-        right = (own == 1).cumsum(0).double()
-        wrong = (own == 0).cumsum(0).double()
+        class_outcomes = outcomes[by_class[start:end]]  # (K, T)
+        num_right = (class_outcomes == 1).cumsum(0).double()
+        num_wrong = (class_outcomes == 0).cumsum(0).double()
         total = int(num_truths[label])
-        recall = right / max(total, 1)
-        precision = right / (right + wrong).clamp(min=1)
+        recall = num_right / max(total, 1)
+        precision = num_right / (num_right + num_wrong).clamp(min=1)
         recalls.append(recall[:, 0].float())
         precisions.append(precision[:, 0].float())
         if total:
@@ -240,7 +266,16 @@ def _judge(
 
 
 def average_precision(recall: Tensor, precision: Tensor, rule: str) -> Tensor:
-    """Return the average precision (T,) of curves (K, T): recalls that never fall, and the precisions at them."""
+    """Return the average precision of precision-recall curves.
+
+    Args:
+        recall: (K, T) in [0, 1], not decreasing along the first dimension.
+        precision: (K, T) in [0, 1], at those recalls.
+        rule: one of `RULES`.
+
+    Returns:
+        average precision (T,) in [0, 1].
+    """
     if not len(recall):
         return torch.zeros(recall.shape[1], dtype=recall.dtype)
     envelope = precision.flip(0).cummax(0).values.flip(0)  # the best precision at this recall or a larger one
@@ -248,10 +283,10 @@ def average_precision(recall: Tensor, precision: Tensor, rule: str) -> Tensor:
         steps = torch.diff(recall, dim=0, prepend=torch.zeros_like(recall[:1]))
         return (steps * envelope).sum(0)
     count = 11 if rule == "voc07" else 101
-    at = torch.arange(count, dtype=recall.dtype) * (1 / (count - 1))  # the very numbers of the public tools
-    places = torch.searchsorted(recall.T.contiguous(), at.expand(recall.shape[1], -1).contiguous())  # (T, count)
+    samples = torch.arange(count, dtype=recall.dtype) * (1 / (count - 1))  # the very numbers of the public tools
+    index = torch.searchsorted(recall.T.contiguous(), samples.expand(recall.shape[1], -1).contiguous())  # (T, count)
     padded = torch.cat([envelope, torch.zeros_like(envelope[:1])])
-    return padded.T.gather(1, places).mean(1)
+    return padded.T.gather(1, index).mean(1)
 
 
 def confusion_matrix(
@@ -261,26 +296,36 @@ def confusion_matrix(
     score_threshold: float,
     iou_threshold: float = 0.5,
 ) -> Tensor:
-    """Count what is taken for what: int64 (C + 1, C + 1), truths down, detections across, nothing at the end of both.
+    """Count which class is detected as which, with one more row and column for background.
 
-    Detections of at least `score_threshold`, in order of score, take the free box that they overlap most, whatever
-    its class. A difficult box, and the detection that takes it, are not counted.
+    Detections, the highest-scoring first, each take the free box that they overlap most, whatever its class. A
+    difficult box and the detection that takes it are not counted.
+
+    Args:
+        detections: one for each image.
+        truths: the ground truth of the same images.
+        num_classes: C.
+        score_threshold: detections with a lower score are left out, in [0, 1].
+        iou_threshold: the smallest IoU of a detection with its box, in [0, 1].
+
+    Returns:
+        counts int64 (C + 1, C + 1): ground truth by row, detections by column, background last.
     """
     table = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
-    for found, true in zip(detections, truths, strict=True):
-        free = torch.ones(len(true.labels), dtype=torch.bool)
-        order = torch.argsort(found.scores, descending=True, stable=True)
-        overlap = boxes.iou(found.boxes_xyxy.double(), true.boxes_xyxy.double())
-        for k in order[found.scores[order] >= score_threshold].tolist():
-            row = torch.where(free, overlap[k], -1.0)
+    for detected, true in zip(detections, truths, strict=True):
+        is_free = torch.ones(len(true.labels), dtype=torch.bool)
+        order = torch.argsort(detected.scores, descending=True, stable=True)
+        iou = boxes.iou(detected.boxes_xyxy.double(), true.boxes_xyxy.double())
+        for k in order[detected.scores[order] >= score_threshold].tolist():
+            row = torch.where(is_free, iou[k], -1.0)
             best = int(row.argmax()) if len(row) else -1
             if best >= 0 and row[best] >= iou_threshold:
-                free[best] = False
+                is_free[best] = False
                 if not true.difficult[best]:
-                    table[true.labels[best], found.labels[k]] += 1
+                    table[true.labels[best], detected.labels[k]] += 1
             else:
-                table[num_classes, found.labels[k]] += 1
-        for label in true.labels[free & ~true.difficult].tolist():
+                table[num_classes, detected.labels[k]] += 1
+        for label in true.labels[is_free & ~true.difficult].tolist():
             table[label, num_classes] += 1
     return table
 
@@ -288,19 +333,26 @@ def confusion_matrix(
 def recall_by_size(
     detections: Sequence[Detections], truths: Sequence[GroundTruth], score_threshold: float, iou_threshold: float = 0.5
 ) -> dict[str, float]:
-    """Return the share, in [0, 1], of truths of each of `SIZES` that a detection of their class finds; nan without any.
+    """Return the recall of small, medium and large objects. One detection may find several objects.
 
-    One detection may find several; difficult truths are left out.
+    Args:
+        detections: one for each image.
+        truths: the ground truth of the same images; difficult boxes are left out.
+        score_threshold: detections with a lower score are left out, in [0, 1].
+        iou_threshold: the smallest IoU of a detection of the same class, in [0, 1].
+
+    Returns:
+        recall in [0, 1] for each of `AREA_RANGES`, nan where there is no such object.
     """
     areas, hits = [], []
-    for found, true in zip(detections, truths, strict=True):
-        sure = found.scores >= score_threshold
-        overlap = boxes.iou(true.boxes_xyxy.double(), found.boxes_xyxy[sure].double())
-        same = true.labels[:, None] == found.labels[sure][None]
-        hit = ((overlap >= iou_threshold) & same).any(1)
+    for detected, true in zip(detections, truths, strict=True):
+        keep = detected.scores >= score_threshold
+        iou = boxes.iou(true.boxes_xyxy.double(), detected.boxes_xyxy[keep].double())
+        same_class = true.labels[:, None] == detected.labels[keep][None]
+        is_hit = ((iou >= iou_threshold) & same_class).any(1)
         areas.append(boxes.area(true.boxes_xyxy)[~true.difficult])
-        hits.append(hit[~true.difficult])
+        hits.append(is_hit[~true.difficult])
     area = torch.cat(areas) if areas else torch.empty(0)
-    hit = torch.cat(hits).double() if hits else torch.empty(0).double()
-    inside = {name: (area >= low) & (area < high) for name, (low, high) in AREA_RANGES.items()}
-    return {name: float(hit[which].mean()) for name, which in inside.items()}
+    is_hit = torch.cat(hits).double() if hits else torch.empty(0).double()
+    in_range = {name: (area >= low) & (area < high) for name, (low, high) in AREA_RANGES.items()}
+    return {name: float(is_hit[mask].mean()) for name, mask in in_range.items()}

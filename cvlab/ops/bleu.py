@@ -1,7 +1,11 @@
-"""How near sentences are to reference sentences, over a whole set: BLEU.
+"""BLEU of a corpus of sentences.
 
-Paper: Papineni et al., 2002, "BLEU" (clipped n-gram precisions, brevity penalty; corpus level, no smoothing, the
-closest reference length, of two as close the shorter one, as sacrebleu has it).
+References:
+    Papineni et al., 2002, "BLEU: a method for automatic evaluation of machine translation".
+
+Differences from the paper:
+    None: corpus level, clipped n-gram precisions, brevity penalty, no smoothing. The reference length is the closest
+    one, of two equally close ones the shorter, as in sacrebleu.
 """
 
 import math
@@ -9,36 +13,44 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 Tokens = Sequence[Hashable]
-MAX_N = 4  # words of an n-gram
+MAX_N = 4  # tokens of an n-gram
 
 
-def bleu(found: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Return BLEU-1 to BLEU-4, in [0, 1], of sentences, each with one or more references.
+def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
+    """Return BLEU-1 to BLEU-4 of a corpus.
 
-    BLEU-n is the geometric mean of the precisions of 1 to n words, times the brevity penalty; 0 where one of them is 0.
+    BLEU-n is the geometric mean of the precisions of 1- to n-grams, times the brevity penalty; 0 if one of them is 0.
+
+    Args:
+        candidates: a tokenized sentence for each image.
+        references: one or more tokenized sentences for each image.
+
+    Returns:
+        four numbers in [0, 1].
     """
-    right, total = [0] * MAX_N, [0] * MAX_N
-    length = wanted_length = 0
-    for words, others in zip(found, references, strict=True):
-        length += len(words)
-        wanted_length += min((len(other) for other in others), key=lambda n: (abs(n - len(words)), n))
+    num_matches, num_ngrams = [0] * MAX_N, [0] * MAX_N
+    length = reference_length = 0
+    for candidate, image_references in zip(candidates, references, strict=True):
+        length += len(candidate)
+        lengths = (len(reference) for reference in image_references)
+        reference_length += min(lengths, key=lambda n: (abs(n - len(candidate)), n))
         for n in range(1, MAX_N + 1):
-            mine = ngrams(words, n)
-            most: Counter[tuple[Hashable, ...]] = Counter()
-            for other in others:
-                most |= ngrams(other, n)
-            right[n - 1] += (mine & most).total()
-            total[n - 1] += max(0, len(words) - n + 1)
+            counts = ngrams(candidate, n)
+            max_counts: Counter[tuple[Hashable, ...]] = Counter()
+            for reference in image_references:
+                max_counts |= ngrams(reference, n)
+            num_matches[n - 1] += (counts & max_counts).total()
+            num_ngrams[n - 1] += max(0, len(candidate) - n + 1)
     if not length:
         return [0.0] * MAX_N
-    brevity = min(1.0, math.exp(1 - wanted_length / length))
-    scores, logs = [], 0.0
+    brevity_penalty = min(1.0, math.exp(1 - reference_length / length))
+    scores, log_sum = [], 0.0
     for n in range(MAX_N):
-        logs = logs + math.log(right[n] / total[n]) if right[n] else -math.inf
-        scores.append(brevity * math.exp(logs / (n + 1)))
+        log_sum = log_sum + math.log(num_matches[n] / num_ngrams[n]) if num_matches[n] else -math.inf
+        scores.append(brevity_penalty * math.exp(log_sum / (n + 1)))
     return scores
 
 
-def ngrams(words: Tokens, n: int) -> Counter[tuple[Hashable, ...]]:
-    """Count the runs of n words."""
-    return Counter(tuple(words[k : k + n]) for k in range(len(words) - n + 1))
+def ngrams(tokens: Tokens, n: int) -> Counter[tuple[Hashable, ...]]:
+    """Count the n-grams of a tokenized sentence."""
+    return Counter(tuple(tokens[k : k + n]) for k in range(len(tokens) - n + 1))

@@ -1,6 +1,10 @@
-"""Boxes: conversions, areas, overlaps. A box is four numbers; names say which: xyxy are left, top, right, bottom.
+"""Box formats, areas and overlaps.
 
-Paper: Rezatofighi et al., 2019, "Generalized intersection over union" (giou).
+A box is four numbers whose meaning is in the variable's name: `xyxy` are left, top, right, bottom; `cxcywh` are
+center x, center y, width, height.
+
+References:
+    Rezatofighi et al., 2019, "Generalized intersection over union", section 3 (GIoU).
 """
 
 import torch
@@ -8,7 +12,7 @@ from torch import Tensor
 
 
 def area(boxes_xyxy: Tensor) -> Tensor:
-    """Return the areas (N,) of boxes (N, 4); 0 for one turned inside out."""
+    """Return the areas (...) of boxes (..., 4); 0 for a box whose right is left of its left."""
     return _extent(boxes_xyxy[..., :2], boxes_xyxy[..., 2:])
 
 
@@ -18,66 +22,103 @@ def _extent(low: Tensor, high: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]  # the gradient of prod(-1) would wait for the GPU
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
+def _safe_divide(part: Tensor, whole: Tensor) -> Tensor:
     """Return part / whole, 0 where the whole has no area; gradients stay finite there."""
     return part / whole.masked_fill(whole <= 0, 1)
 
 
-def _overlap(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what two boxes share and what they cover together; the arguments are broadcast."""
-    low = torch.maximum(boxes_xyxy[..., :2], others_xyxy[..., :2])
-    high = torch.minimum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
-    shared = _extent(low, high)
-    return shared, area(boxes_xyxy) + area(others_xyxy) - shared
+def _intersection_and_union(boxes_xyxy: Tensor, other_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the areas of intersection and union of boxes (..., 4); the arguments are broadcast."""
+    low = torch.maximum(boxes_xyxy[..., :2], other_xyxy[..., :2])
+    high = torch.minimum(boxes_xyxy[..., 2:], other_xyxy[..., 2:])
+    intersection = _extent(low, high)
+    return intersection, area(boxes_xyxy) + area(other_xyxy) - intersection
 
 
-def _giou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
-    shared, together = _overlap(boxes_xyxy, others_xyxy)
-    low = torch.minimum(boxes_xyxy[..., :2], others_xyxy[..., :2])
-    high = torch.maximum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
-    around = _extent(low, high)
-    return _share(shared, together) - _share(around - together, around)
+def _giou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
+    """Return the GIoU of boxes (..., 4); the arguments are broadcast."""
+    intersection, union = _intersection_and_union(boxes_xyxy, other_xyxy)
+    low = torch.minimum(boxes_xyxy[..., :2], other_xyxy[..., :2])
+    high = torch.maximum(boxes_xyxy[..., 2:], other_xyxy[..., 2:])
+    enclosing = _extent(low, high)
+    return _safe_divide(intersection, union) - _safe_divide(enclosing - union, enclosing)
 
 
-def paired_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
-    """Return the intersection over union (N,), in [0, 1], of boxes (N, 4) with others, one by one; 0 without area."""
-    shared, together = _overlap(boxes_xyxy, others_xyxy)
-    return _share(shared, together)
+def paired_iou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
+    """Return the intersection over union of boxes, element by element.
+
+    Args:
+        boxes_xyxy: (..., 4).
+        other_xyxy: (..., 4); the arguments are broadcast.
+
+    Returns:
+        IoU (...) in [0, 1]; 0 where the union has no area.
+    """
+    intersection, union = _intersection_and_union(boxes_xyxy, other_xyxy)
+    return _safe_divide(intersection, union)
 
 
-def paired_giou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
-    """Return the generalised intersection over union (N,), in [-1, 1], of boxes (N, 4) with others, one by one."""
-    return _giou(boxes_xyxy, others_xyxy)
+def paired_giou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
+    """Return the generalized intersection over union of boxes, element by element.
+
+    Args:
+        boxes_xyxy: (..., 4).
+        other_xyxy: (..., 4); the arguments are broadcast.
+
+    Returns:
+        GIoU (...) in [-1, 1].
+    """
+    return _giou(boxes_xyxy, other_xyxy)
 
 
-def iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
-    """Return the intersection over union (N, M), in [0, 1], of boxes (N, 4) and others (M, 4); 0 without area."""
-    return paired_iou(boxes_xyxy[:, None], others_xyxy[None])
+def iou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
+    """Return the intersection over union of every pair of boxes.
+
+    Args:
+        boxes_xyxy: (N, 4).
+        other_xyxy: (M, 4).
+
+    Returns:
+        IoU (N, M) in [0, 1]; 0 where the union has no area.
+    """
+    return paired_iou(boxes_xyxy[:, None], other_xyxy[None])
 
 
-def giou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
-    """Return the generalised intersection over union (N, M), in [-1, 1], of boxes (N, 4) and others (M, 4)."""
-    return _giou(boxes_xyxy[:, None], others_xyxy[None])
+def giou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
+    """Return the generalized intersection over union of every pair of boxes.
+
+    Args:
+        boxes_xyxy: (N, 4).
+        other_xyxy: (M, 4).
+
+    Returns:
+        GIoU (N, M) in [-1, 1].
+    """
+    return _giou(boxes_xyxy[:, None], other_xyxy[None])
 
 
 def clip(boxes_xyxy: Tensor, width: float, height: float) -> Tensor:
-    """Return boxes (N, 4) cut at the edges of a picture: x in [0, width], y in [0, height]."""
-    most = boxes_xyxy.new_tensor([width, height, width, height])
-    return boxes_xyxy.clamp(min=0).minimum(most)
+    """Clip boxes to an image.
+
+    Args:
+        boxes_xyxy: (..., 4) in pixels.
+        width: of the image in pixels.
+        height: of the image in pixels.
+
+    Returns:
+        boxes_xyxy (..., 4): x in [0, width], y in [0, height].
+    """
+    limits = boxes_xyxy.new_tensor([width, height, width, height])
+    return boxes_xyxy.clamp(min=0).minimum(limits)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """Convert to middle x, middle y, width, height."""
+    """Convert boxes (..., 4) from left, top, right, bottom to center x, center y, width, height."""
     low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
     return torch.cat([(low + high) / 2, high - low], -1)
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """Convert from middle x, middle y, width, height."""
-    middle, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
-    return torch.cat([middle - half, middle + half], -1)
-
-
-def xywh_to_xyxy(boxes_xywh: Tensor) -> Tensor:
-    """Convert from left, top, width, height, as COCO has them."""
-    return torch.cat([boxes_xywh[..., :2], boxes_xywh[..., :2] + boxes_xywh[..., 2:]], -1)
+    """Convert boxes (..., 4) from center x, center y, width, height to left, top, right, bottom."""
+    center, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return torch.cat([center - half, center + half], -1)

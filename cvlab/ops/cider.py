@@ -1,7 +1,11 @@
-"""How near a sentence is to reference sentences, rare runs of words counting most: CIDEr-D.
+"""CIDEr-D of sentences about images.
 
-Paper: Vedantam et al., 2015, "CIDEr". As in the COCO caption evaluation's code, words are not stemmed, and what it
-takes for a sentence's length is its number of pairs of neighbours.
+References:
+    Vedantam et al., 2015, "CIDEr: consensus-based image description evaluation", section 4.
+
+Differences from the paper:
+    As in the code of the COCO caption evaluation, words are not stemmed, and the length of a sentence is its number of
+    bigrams.
 """
 
 import math
@@ -11,63 +15,85 @@ from dataclasses import dataclass
 
 from cvlab.ops.bleu import MAX_N, Tokens, ngrams
 
-SIGMA = 6.0  # pairs of words: how fast the score falls with a difference in length
+SIGMA = 6.0  # bigrams: how fast the score falls with a difference in length
 SCALE = 10.0
-Vector = dict[tuple[Hashable, ...], float]
+TfIdf = dict[tuple[Hashable, ...], float]  # by n-gram
 
 
 @dataclass(frozen=True)
 class _Sentence:
-    """A vector and its norm for runs of 1 to 4 words, and the number of pairs."""
+    """TF-IDF vectors of 1- to 4-grams with their norms, and the number of bigrams."""
 
-    vectors: list[Vector]
+    vectors: list[TfIdf]
     norms: list[float]
-    pairs: int
+    num_bigrams: int
 
 
 class Cider:
-    """The score, 0 to 10, of a sentence about one of several pictures, each with its references.
+    """CIDEr-D scores, 0 to 10, of sentences about images with known reference sentences.
 
-    It is the mean cosine of n-gram counts, weighted by how rare they are among the references of all pictures. Counts
-    are clipped to the reference's, and a difference in length is penalised.
+    The score is the mean cosine similarity of TF-IDF vectors of n-grams with those of the references. Counts are
+    clipped to the reference's, and a difference in length is penalized.
     """
 
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
-        document: Counter[tuple[Hashable, ...]] = Counter()
-        for others in references:
-            document.update({gram for other in others for n in range(1, MAX_N + 1) for gram in ngrams(other, n)})
-        self._most_rare = math.log(max(len(references), 1))
-        self._rarity = {gram: self._most_rare - math.log(count) for gram, count in document.items()}
-        self._references = [[self._sentence(other) for other in others] for others in references]
+        """Count in how many images each n-gram occurs.
 
-    def _sentence(self, words: Tokens) -> _Sentence:
+        Args:
+            references: one or more tokenized sentences for each image.
+        """
+        document_counts: Counter[tuple[Hashable, ...]] = Counter()
+        for sentences in references:
+            document_counts.update({gram for s in sentences for n in range(1, MAX_N + 1) for gram in ngrams(s, n)})
+        self._max_idf = math.log(max(len(references), 1))
+        self._idf = {gram: self._max_idf - math.log(count) for gram, count in document_counts.items()}
+        self._references = [[self._sentence(tokens) for tokens in sentences] for sentences in references]
+
+    def _sentence(self, tokens: Tokens) -> _Sentence:
         vectors = [
-            {gram: count * self._rarity.get(gram, self._most_rare) for gram, count in ngrams(words, n).items()}
+            {gram: count * self._idf.get(gram, self._max_idf) for gram, count in ngrams(tokens, n).items()}
             for n in range(1, MAX_N + 1)
         ]
         norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
-        return _Sentence(vectors, norms, max(0, len(words) - 1))
+        return _Sentence(vectors, norms, max(0, len(tokens) - 1))
 
-    def score(self, words: Tokens, picture: int) -> float:
-        """Return the score of a sentence about the picture at a position among the references."""
-        mine = self._sentence(words)
+    def score(self, tokens: Tokens, image: int) -> float:
+        """Return the score of a sentence about an image.
+
+        Args:
+            tokens: the tokenized sentence.
+            image: index of the image among the references.
+
+        Returns:
+            a number in [0, 10].
+        """
+        candidate = self._sentence(tokens)
         total = 0.0
-        for theirs in self._references[picture]:
-            shared = 0.0
-            for vector, norm, other, other_norm in zip(
-                mine.vectors, mine.norms, theirs.vectors, theirs.norms, strict=True
+        for reference in self._references[image]:
+            similarity = 0.0
+            for vector, norm, reference_vector, reference_norm in zip(
+                candidate.vectors, candidate.norms, reference.vectors, reference.norms, strict=True
             ):
-                both = norm * other_norm
-                if both:
-                    common = [(value, other[gram]) for gram, value in vector.items() if gram in other]
-                    shared += sum(min(value, wanted) * wanted for value, wanted in common) / both
-            total += shared * math.exp(-((mine.pairs - theirs.pairs) ** 2) / (2 * SIGMA**2))
-        return SCALE * total / MAX_N / len(self._references[picture])
+                norm_product = norm * reference_norm
+                if norm_product:
+                    common = [(value, reference_vector[g]) for g, value in vector.items() if g in reference_vector]
+                    similarity += sum(min(value, other) * other for value, other in common) / norm_product
+            length_difference = candidate.num_bigrams - reference.num_bigrams
+            total += similarity * math.exp(-(length_difference**2) / (2 * SIGMA**2))
+        return SCALE * total / MAX_N / len(self._references[image])
 
 
-def cider(found: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """Return the mean score of sentences, each about the picture of its references."""
-    if not found:
+def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
+    """Return the mean CIDEr-D score of a corpus.
+
+    Args:
+        candidates: a tokenized sentence for each image.
+        references: one or more tokenized sentences for each image.
+
+    Returns:
+        a number in [0, 10]; 0 without images.
+    """
+    if not candidates:
         return 0.0
-    judge = Cider(references)
-    return sum(judge.score(words, k) for k, words in enumerate(found)) / len(found)
+    scorer = Cider(references)
+    return sum(scorer.score(tokens, k) for k, tokens in enumerate(candidates)) / len(candidates)

@@ -1,8 +1,10 @@
-"""Which part of a photo a model sees, and the same resize twice: by Pillow on 8 bits, and as two matrices.
+"""The evaluation transform of a classifier, and the same resize as a differentiable product of matrices.
 
-Resizing by a separable filter is linear: out = rows @ photo @ columns.T for each channel. With the two matrices it can
-be differentiated at the cost of two products, for a part of the photo only, whatever the photo's size.
-Source: the coefficients of Pillow's Resample.c (bicubic with a = -0.5, antialiased where it makes smaller).
+Resizing by a separable filter is linear: out = rows @ image @ columns.T for each channel. With the two matrices it can
+be differentiated at the cost of two products, for a part of the image only, whatever the image's size.
+
+References:
+    Pillow, Resample.c (coefficients; bicubic with a = -0.5, antialiased where it makes smaller).
 """
 
 import math
@@ -14,15 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-CropBox = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the photo
-SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
+CropBox = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}  # in pixels
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """What a model sees: the shorter side resized to `resize_px`, then the middle `size_px` square.
+    """Resize the shorter side to `resize_px`, then crop the central square of `size_px`.
 
-    With `squash` the whole photo is resized to `resize_px` square first, whatever its shape.
+    With `squash` the whole image is resized to a square of `resize_px` first, whatever its aspect ratio. `filter` is
+    bilinear or bicubic.
     """
 
     size_px: int
@@ -31,7 +34,15 @@ class EvalTransform:
     squash: bool = False
 
     def crop_box(self, width: int, height: int) -> CropBox:
-        """Return the part of a photo of `width` x `height` pixels that becomes the picture for the model."""
+        """Return the part of an image that becomes the model's input.
+
+        Args:
+            width: of the image in pixels.
+            height: of the image in pixels.
+
+        Returns:
+            left, top, right, bottom in pixels of the image.
+        """
         short = min(width, height)
         if self.squash:
             resized_w = resized_h = self.resize_px
@@ -42,14 +53,14 @@ class EvalTransform:
         x, y = width / resized_w, height / resized_h
         return left * x, top * y, (left + self.size_px) * x, (top + self.size_px) * y
 
-    def __call__(self, photo: Image.Image) -> Image.Image:
-        """Return what the model sees of an RGB photo, 8 bits, `size_px` square: resized and cut by Pillow."""
-        kind: Any = getattr(Image.Resampling, self.filter.upper())
-        return photo.resize((self.size_px, self.size_px), kind, box=self.crop_box(*photo.size))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the model's input for an RGB image of 8 bits: resized and cropped by Pillow, `size_px` square."""
+        resampling: Any = getattr(Image.Resampling, self.filter.upper())
+        return image.resize((self.size_px, self.size_px), resampling, box=self.crop_box(*image.size))
 
 
-class _Product(torch.autograd.Function):
-    """matrix @ x for a constant sparse matrix whose transpose is at hand: autograd has none for CSR."""
+class _SparseProduct(torch.autograd.Function):
+    """matrix @ x for a constant sparse matrix whose transpose is given: autograd has none for CSR."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
@@ -62,76 +73,108 @@ class _Product(torch.autograd.Function):
 
 
 class DifferentiableResize:
-    """The same as matrices: a photo's `region` (left, top, right, bottom in whole pixels) and how it is resized.
+    """An `EvalTransform` for images of one size, as matrices.
 
-    `rows`: (S, bottom - top), `columns`: (S, right - left); both are sparse, for each pixel is made from a few. `scale`
-    is how many pixels of the photo make one of the model's picture along a side (geometric mean of both).
+    Attributes:
+        region: left, top, right, bottom, in whole pixels, of the part of the image that the result depends on.
+        size_px: S, height and width of the result.
+        scale: pixels of the image per pixel of the result along a side, the geometric mean of both directions.
+        is_identity: whether the result is the region itself.
     """
 
     def __init__(self, region: tuple[int, int, int, int], rows: Tensor, columns: Tensor, device: torch.device) -> None:
+        """Take the matrices to a device.
+
+        Args:
+            region: left, top, right, bottom in whole pixels.
+            rows: (S, bottom - top), mostly zeros.
+            columns: (S, right - left), mostly zeros.
+            device: where images will be.
+        """
         self.region, self.size_px = region, len(rows)
         self.scale = math.sqrt(rows.shape[1] * columns.shape[1]) / self.size_px
-        same = torch.eye(self.size_px)
-        self.is_identity = all(matrix.shape == same.shape and matrix.equal(same) for matrix in (rows, columns))
-        self.rows, self.columns = (_pair(matrix, device) for matrix in (rows, columns))
+        identity = torch.eye(self.size_px)
+        self.is_identity = all(m.shape == identity.shape and m.equal(identity) for m in (rows, columns))
+        self.rows, self.columns = (_with_transpose(matrix, device) for matrix in (rows, columns))
 
-    def crop(self, photo: Tensor) -> Tensor:
-        """Return the region of a photo (C, H, W)."""
+    def crop(self, image: Tensor) -> Tensor:
+        """Return the region (C, h, w) of an image (C, H, W)."""
         left, top, right, bottom = self.region
-        return photo[:, top:bottom, left:right]
+        return image[:, top:bottom, left:right]
 
     def __call__(self, region: Tensor) -> Tensor:
-        """Resize a region (C, h, w) to (C, S, S); differentiable, not clamped."""
+        """Resize a region (C, h, w) to (C, S, S); differentiable, not clamped to [0, 1]."""
         if self.is_identity:
             return region
         c, h, w = region.shape
         s = self.size_px
         flat = region.permute(1, 0, 2).reshape(h, c * w)
-        down: Tensor = _Product.apply(flat, *self.rows)  # type: ignore[no-untyped-call]  # (S, C*w)
+        down: Tensor = _SparseProduct.apply(flat, *self.rows)  # type: ignore[no-untyped-call]  # (S, C*w)
         turned = down.view(s, c, w).permute(2, 1, 0).reshape(w, c * s)  # (w, C*S)
-        across: Tensor = _Product.apply(turned, *self.columns)  # type: ignore[no-untyped-call]  # (S, C*S)
+        across: Tensor = _SparseProduct.apply(turned, *self.columns)  # type: ignore[no-untyped-call]  # (S, C*S)
         return across.view(s, c, s).permute(1, 2, 0)  # (C, S, S)
 
 
-def _pair(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a matrix and its transpose on a device, sparse where it has sparse products."""
-    both = matrix.to(device), matrix.T.contiguous().to(device)
+def _with_transpose(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a matrix and its transpose on a device, sparse where the device has sparse products."""
+    pair = matrix.to(device), matrix.T.contiguous().to(device)
     if device.type == "mps":
-        return both
+        return pair
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls CSR beta
-        return both[0].to_sparse_csr(), both[1].to_sparse_csr()
+        return pair[0].to_sparse_csr(), pair[1].to_sparse_csr()
 
 
 def build_resize(
-    frame: EvalTransform, width: int, height: int, device: torch.device | str = "cpu"
+    transform: EvalTransform, width: int, height: int, device: torch.device | str = "cpu"
 ) -> DifferentiableResize:
-    """Build the matrices that resize a photo of `width` x `height` pixels as `frame.view` does."""
-    left, top, right, bottom = frame.crop_box(width, height)
-    columns, x0, x1 = resize_matrix(width, left, right, frame.size_px, frame.filter)
-    rows, y0, y1 = resize_matrix(height, top, bottom, frame.size_px, frame.filter)
+    """Build the matrices that resize an image as a transform does.
+
+    Args:
+        transform: what to imitate.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        device: where images will be.
+
+    Returns:
+        The resize; it differs from Pillow's by the rounding to 8 bits.
+    """
+    left, top, right, bottom = transform.crop_box(width, height)
+    columns, x0, x1 = resize_matrix(width, left, right, transform.size_px, transform.filter)
+    rows, y0, y1 = resize_matrix(height, top, bottom, transform.size_px, transform.filter)
     return DifferentiableResize((x0, y0, x1, y1), rows, columns, torch.device(device))
 
 
 def resize_matrix(count: int, start: float, end: float, size: int, filter_name: str) -> tuple[Tensor, int, int]:
-    """Return the matrix that resizes [start, end) of `count` pixels to `size` of them, and which pixels it reads.
+    """Return the matrix that resizes the interval [start, end) of a line of pixels.
 
-    The matrix is float32 (size, last - first), for the pixels from `first` up to `last`.
+    Args:
+        count: pixels of the line.
+        start: of the interval, in pixels.
+        end: of the interval, in pixels.
+        size: S, pixels of the result.
+        filter_name: bilinear or bicubic.
+
+    Returns:
+        matrix: float32 (S, last - first), whose rows sum to 1.
+        first: the first pixel that it reads.
+        last: the one behind the last pixel that it reads.
     """
     scale = (end - start) / size
     stretch = max(1.0, scale)  # wider than one pixel where it makes smaller: antialiased
-    support = SUPPORT[filter_name] * stretch
+    radius = FILTER_RADIUS[filter_name] * stretch
     centers = start + (torch.arange(size, dtype=torch.float64) + 0.5) * scale
-    lows = (centers - support + 0.5).trunc().clamp(min=0)
-    highs = (centers + support + 0.5).trunc().clamp(max=count)
+    lows = (centers - radius + 0.5).trunc().clamp(min=0)
+    highs = (centers + radius + 0.5).trunc().clamp(max=count)
     first, last = int(lows.min()), int(highs.max())
     pixels = torch.arange(first, last, dtype=torch.float64)
-    weights = _kernel((pixels + 0.5 - centers[:, None]) / stretch, filter_name)
+    weights = _filter((pixels + 0.5 - centers[:, None]) / stretch, filter_name)
     weights[(pixels < lows[:, None]) | (pixels >= highs[:, None])] = 0
     return (weights / weights.sum(1, keepdim=True)).float(), first, last
 
 
-def _kernel(x: Tensor, filter_name: str) -> Tensor:
+def _filter(x: Tensor, filter_name: str) -> Tensor:
+    """Return a filter's value at distances x in pixels."""
     x = x.abs()
     if filter_name == "bilinear":
         return (1 - x).clamp(min=0)

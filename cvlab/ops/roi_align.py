@@ -1,7 +1,11 @@
-"""Cut boxes out of maps and resize them to one size, differentiably: RoIAlign.
+"""RoIAlign: crop boxes out of feature maps and resample them to one size, differentiably.
 
-Paper: He et al., 2017, "Mask R-CNN", section 3. Differs: bilinear samples and their means are separable, so that a box
-is rows @ map @ columns^T with two small matrices of weights; nothing loops over boxes.
+References:
+    He et al., 2017, "Mask R-CNN", section 3.
+
+Differences from the paper:
+    None in the results. Bilinear sampling and averaging are separable, so that a box is rows @ features @ columns^T
+    with two small matrices of weights; nothing loops over boxes.
 """
 
 import torch
@@ -9,48 +13,63 @@ from torch import Tensor
 
 
 def roi_align(
-    maps: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int, scale: float = 1.0, samples: int = 2
+    features: Tensor,
+    boxes_xyxy: Tensor,
+    image_index: Tensor,
+    output_size: int,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 2,
 ) -> Tensor:
-    """Return the boxes' parts of maps (N, C, H, W): (R, C, size, size).
+    """Return the features of boxes, as torchvision's `roi_align` with `aligned=True`.
 
-    boxes_xyxy: (R, 4), in units of which one is `scale` cells; `image`: int64 (R,), whose map each box is cut from.
-    Each of the size x size bins is the mean of samples x samples points, or, where `samples` is 0, of as many as there
-    are cells in it. Cells are where their middles are (torchvision's `aligned=True`). Gradients go to the maps only.
+    Gradients flow to the features only, not to the boxes.
+
+    Args:
+        features: (N, C, H, W).
+        boxes_xyxy: (R, 4) in pixels of the image, or another unit of which one is `spatial_scale` cells.
+        image_index: int64 (R,) in [0, N), whose features each box is cropped from.
+        output_size: height and width of the result.
+        spatial_scale: cells of the feature map per unit of the boxes.
+        sampling_ratio: each bin is the mean of `sampling_ratio`^2 points; 0: of as many as there are cells in it.
+
+    Returns:
+        (R, C, output_size, output_size).
     """
-    n, c, h, w = maps.shape
-    boxes_xyxy = boxes_xyxy.detach().to(maps.dtype)
-    start = boxes_xyxy[:, :2] * scale - 0.5
-    sides = boxes_xyxy[:, 2:] * scale - 0.5 - start
-    rows = _weights(start[:, 1], sides[:, 1], size, h, samples)  # (R, size, H)
-    columns = _weights(start[:, 0], sides[:, 0], size, w, samples)  # (R, size, W)
-    pieces = []
+    n, c, h, w = features.shape
+    boxes_xyxy = boxes_xyxy.detach().to(features.dtype)
+    start = boxes_xyxy[:, :2] * spatial_scale - 0.5
+    sides = boxes_xyxy[:, 2:] * spatial_scale - 0.5 - start
+    rows = _weights(start[:, 1], sides[:, 1], output_size, h, sampling_ratio)  # (R, output_size, H)
+    columns = _weights(start[:, 0], sides[:, 0], output_size, w, sampling_ratio)  # (R, output_size, W)
+    pooled = []
     order = []
-    lines = maps.permute(0, 2, 3, 1).reshape(n, h, w * c)  # no copy where the maps are channels_last
-    for k in image.unique().tolist():
-        own = (image == k).nonzero()[:, 0]
-        down = (rows[own].reshape(-1, h) @ lines[k]).view(len(own) * size, w, c)
-        across = columns[own].repeat_interleave(size, 0)  # (R_k*size, size, W)
-        pieces.append(torch.bmm(across, down).view(len(own), size, size, c))
-        order.append(own)
-    if not pieces:
-        return maps.new_empty(0, c, size, size) + 0 * maps.sum()
-    back = torch.argsort(torch.cat(order))
-    return torch.cat(pieces)[back].permute(0, 3, 1, 2)
+    flat = features.permute(0, 2, 3, 1).reshape(n, h, w * c)  # no copy where the features are channels_last
+    for k in image_index.unique().tolist():
+        of_image = (image_index == k).nonzero()[:, 0]
+        down = (rows[of_image].reshape(-1, h) @ flat[k]).view(len(of_image) * output_size, w, c)
+        across = columns[of_image].repeat_interleave(output_size, 0)  # (R_k*output_size, output_size, W)
+        pooled.append(torch.bmm(across, down).view(len(of_image), output_size, output_size, c))
+        order.append(of_image)
+    if not pooled:
+        return features.new_empty(0, c, output_size, output_size) + 0 * features.sum()
+    inverse = torch.argsort(torch.cat(order))
+    return torch.cat(pooled)[inverse].permute(0, 3, 1, 2)
 
 
-def _weights(start: Tensor, side: Tensor, size: int, length: int, samples: int) -> Tensor:
-    """Return how much of each of `length` cells goes into each bin along one direction: (R, size, length)."""
-    count = torch.full_like(side, samples) if samples else (side / size).ceil().clamp(min=1)
-    most = samples or (int(count.max()) if len(count) else 1)
-    step = torch.arange(most, dtype=side.dtype, device=side.device)
-    inside = (step + 0.5) / count[:, None]  # (R, most): places in a bin, as a share of it
-    bins = torch.arange(size, dtype=side.dtype, device=side.device)
-    place = start[:, None, None] + (bins[:, None] + inside[:, None]) * (side / size)[:, None, None]  # (R, size, most)
-    counts = (step < count[:, None])[:, None] & (place >= -1) & (place <= length)
-    place = place.clamp(0, length - 1)
-    low = place.floor().long().clamp(max=max(length - 2, 0))
-    share = place - low
-    made = side.new_zeros(len(side), size, length)
-    made.scatter_add_(2, low, (1 - share) * counts)
-    made.scatter_add_(2, (low + 1).clamp(max=length - 1), share * counts)
-    return made / count[:, None, None]
+def _weights(start: Tensor, side: Tensor, output_size: int, length: int, sampling_ratio: int) -> Tensor:
+    """Return the weight of each of `length` cells in each bin along one direction: (R, output_size, length)."""
+    count = torch.full_like(side, sampling_ratio) if sampling_ratio else (side / output_size).ceil().clamp(min=1)
+    max_count = sampling_ratio or (int(count.max()) if len(count) else 1)
+    sample = torch.arange(max_count, dtype=side.dtype, device=side.device)
+    offset = (sample + 0.5) / count[:, None]  # (R, max_count): position within a bin, as a share of it
+    bins = torch.arange(output_size, dtype=side.dtype, device=side.device)
+    bin_side = (side / output_size)[:, None, None]
+    position = start[:, None, None] + (bins[:, None] + offset[:, None]) * bin_side  # (R, output_size, max_count)
+    is_counted = (sample < count[:, None])[:, None] & (position >= -1) & (position <= length)
+    position = position.clamp(0, length - 1)
+    low = position.floor().long().clamp(max=max(length - 2, 0))
+    fraction = position - low
+    weights = side.new_zeros(len(side), output_size, length)
+    weights.scatter_add_(2, low, (1 - fraction) * is_counted)
+    weights.scatter_add_(2, (low + 1).clamp(max=length - 1), fraction * is_counted)
+    return weights / count[:, None, None]

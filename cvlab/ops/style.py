@@ -1,9 +1,14 @@
-"""Losses of pictures that are painted: content, style by Gram matrices, smoothness; and how alike two pictures are.
+"""Losses of neural style transfer, and similarity measures of images.
 
-Papers: Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks", section 2; Gatys et
-al., 2017, "Controlling perceptual factors in neural style transfer", section 4 (regions); Wang et al., 2004, section
-III-B (structural similarity). Differs: Gram matrices are means over the cells, divided by C, as in EECS 498: their size
-does not depend on that of the picture.
+References:
+    Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks", section 2 (content and
+    style losses).
+    Gatys et al., 2017, "Controlling perceptual factors in neural style transfer", sections 4 (regions) and 5 (color).
+    Wang et al., 2004, "Image quality assessment: from error visibility to structural similarity", section III-B (SSIM).
+
+Differences from the paper:
+    Gram matrices are means over the spatial positions, divided by C, as in EECS 498, so that their size does not
+    depend on that of the image.
 """
 
 import math
@@ -18,9 +23,15 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 
 def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return how channels go together, (C, C), of features (C, H, W): F F^T / (C * H * W).
+    """Return the correlations of channels, F F^T / (C * H * W).
 
-    `mask` (H, W) in [0, 1] weighs the cells: F diag(mask) F^T / (C * sum of the mask), which must not be 0.
+    Args:
+        features: F, (C, H, W).
+        mask: (H, W) in [0, 1], weights of the spatial positions: F diag(mask) F^T / (C * sum of the mask). Its sum
+            must not be 0.
+
+    Returns:
+        gram (C, C).
     """
     c, h, w = features.shape
     flat = features.flatten(1)  # (C, H*W)
@@ -29,58 +40,92 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
     return (flat * mask.flatten()) @ flat.T / (c * mask.sum())
 
 
-def content_loss(features: Tensor, wanted: Tensor) -> Tensor:
-    """Return the sum of squared differences of features (C, H, W)."""
-    return (features - wanted).square().sum()
+def content_loss(features: Tensor, target: Tensor) -> Tensor:
+    """Return the sum of squared differences of features (C, H, W) and their target (C, H, W), a scalar."""
+    return (features - target).square().sum()
 
 
-def style_loss(features: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared distance of the Gram matrix of features (C, H, W) from the one wanted, (C, C)."""
-    return (gram_matrix(features, mask) - wanted).square().sum()
+def style_loss(features: Tensor, target_gram: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the squared distance of a Gram matrix from its target.
 
+    Args:
+        features: (C, H, W).
+        target_gram: (C, C).
+        mask: (H, W) in [0, 1], as in `gram_matrix`.
 
-def tv_loss(picture: Tensor) -> Tensor:
-    """Return the sum of squared differences of neighbours, across and down, of a picture (C, H, W)."""
-    return picture.diff(dim=2).square().sum() + picture.diff(dim=1).square().sum()
-
-
-def luminance(picture: Tensor) -> Tensor:
-    """Return the brightness (1, H, W) of a picture (3, H, W)."""
-    weights = torch.tensor(LUMINANCE, dtype=picture.dtype, device=picture.device)
-    return torch.einsum("chw,c->hw", picture, weights)[None]
-
-
-def transfer_color(brightness: Tensor, colours: Tensor) -> Tensor:
-    """Give a picture's brightness (1, H, W) the colours of another one (3, H, W): its differences from grey."""
-    return (brightness + colours - luminance(colours)).clamp(0, 1)
-
-
-def match_mean_std(values: Tensor, to: Tensor) -> Tensor:
-    """Shift and scale values to the mean and deviation of others (Gatys et al., 2017, section 5.2)."""
-    return (values - values.mean()) * (to.std() / values.std().clamp(min=1e-6)) + to.mean()
-
-
-def ssim(picture: Tensor, other: Tensor) -> float:
-    """Return the structural similarity of two pictures (C, H, W) in [0, 1], at least 11 pixels wide: 1 for the same.
-
-    Gaussian window of 11 pixels, sigma 1.5, mean over all places where it fits, and over the channels.
+    Returns:
+        loss, a scalar.
     """
-    places = torch.arange(SSIM_WINDOW, dtype=picture.dtype, device=picture.device) - SSIM_WINDOW // 2
-    line = torch.exp(-0.5 * (places / SSIM_SIGMA) ** 2)
+    return (gram_matrix(features, mask) - target_gram).square().sum()
+
+
+def tv_loss(image: Tensor) -> Tensor:
+    """Return the total variation of an image (C, H, W): the sum of squared differences of neighbors, a scalar."""
+    return image.diff(dim=2).square().sum() + image.diff(dim=1).square().sum()
+
+
+def luminance(image: Tensor) -> Tensor:
+    """Return the luminance (1, H, W) of an RGB image (3, H, W)."""
+    weights = torch.tensor(LUMINANCE, dtype=image.dtype, device=image.device)
+    return torch.einsum("chw,c->hw", image, weights)[None]
+
+
+def transfer_color(luminance_map: Tensor, color_image: Tensor) -> Tensor:
+    """Return an image with one image's luminance and the chrominance of another.
+
+    Args:
+        luminance_map: (1, H, W) in [0, 1].
+        color_image: (3, H, W) in [0, 1].
+
+    Returns:
+        image (3, H, W) in [0, 1].
+    """
+    return (luminance_map + color_image - luminance(color_image)).clamp(0, 1)
+
+
+def match_mean_std(values: Tensor, reference: Tensor) -> Tensor:
+    """Shift and scale values to the mean and standard deviation of others (Gatys et al., 2017, section 5.2).
+
+    Args:
+        values: any shape.
+        reference: any shape.
+
+    Returns:
+        The values, of their own shape.
+    """
+    scale = reference.std() / values.std().clamp(min=1e-6)
+    return (values - values.mean()) * scale + reference.mean()
+
+
+def ssim(image: Tensor, other: Tensor) -> float:
+    """Return the structural similarity of two images: 1 for equal ones.
+
+    The window is a Gaussian of 11 pixels with sigma 1.5; the result is the mean over all of its positions within the
+    image, and over the channels.
+
+    Args:
+        image: (C, H, W) in [0, 1], at least 11 pixels wide and high.
+        other: (C, H, W) in [0, 1].
+
+    Returns:
+        a number in [-1, 1].
+    """
+    offsets = torch.arange(SSIM_WINDOW, dtype=image.dtype, device=image.device) - SSIM_WINDOW // 2
+    line = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
     window = (torch.outer(line, line) / line.sum() ** 2)[None, None]
 
     def mean(values: Tensor) -> Tensor:
         return F.conv2d(values[:, None], window)  # (C, 1, H-10, W-10)
 
-    mean_a, mean_b = mean(picture), mean(other)
-    var_a, var_b = mean(picture**2) - mean_a**2, mean(other**2) - mean_b**2
-    covariance = mean(picture * other) - mean_a * mean_b
-    alike = (2 * mean_a * mean_b + SSIM_C1) * (2 * covariance + SSIM_C2)
-    largest = (mean_a**2 + mean_b**2 + SSIM_C1) * (var_a + var_b + SSIM_C2)
-    return float((alike / largest).mean())
+    mean_a, mean_b = mean(image), mean(other)
+    var_a, var_b = mean(image**2) - mean_a**2, mean(other**2) - mean_b**2
+    covariance = mean(image * other) - mean_a * mean_b
+    numerator = (2 * mean_a * mean_b + SSIM_C1) * (2 * covariance + SSIM_C2)
+    denominator = (mean_a**2 + mean_b**2 + SSIM_C1) * (var_a + var_b + SSIM_C2)
+    return float((numerator / denominator).mean())
 
 
-def psnr_db(picture: Tensor, other: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of two pictures in [0, 1]; inf where they are the same."""
-    error = float((picture.double() - other.double()).square().mean())
-    return -10 * math.log10(error) if error else math.inf
+def psnr_db(image: Tensor, other: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB of two images in [0, 1] of one shape; inf for equal ones."""
+    mean_squared_error = float((image.double() - other.double()).square().mean())
+    return -10 * math.log10(mean_squared_error) if mean_squared_error else math.inf

@@ -86,13 +86,12 @@ class TestOverlap:
     def test_conversions_come_back(self):
         a = random_boxes(9)
         torch.testing.assert_close(boxes.cxcywh_to_xyxy(boxes.xyxy_to_cxcywh(a)), a)
-        torch.testing.assert_close(boxes.xywh_to_xyxy(torch.tensor([[1.0, 2, 3, 4]])), torch.tensor([[1.0, 2, 4, 6]]))
 
     def test_conversions_by_hand(self):
         one = torch.tensor([[1.0, 2, 4, 8]])
         assert boxes.xyxy_to_cxcywh(one).tolist() == [[2.5, 5, 3, 6]]
         assert boxes.cxcywh_to_xyxy(torch.tensor([[2.5, 5, 3, 6]])).equal(one)
-        for convert in (boxes.xyxy_to_cxcywh, boxes.cxcywh_to_xyxy, boxes.xywh_to_xyxy):
+        for convert in (boxes.xyxy_to_cxcywh, boxes.cxcywh_to_xyxy):
             assert convert(one[:0]).shape == (0, 4)
 
     def test_clip(self):

@@ -151,14 +151,14 @@ class Easel:
         if config.jitter_px:
             seen = visualize.random_roll(seen, self._uniform(step, "jitter"), config.jitter_px)
         if config.turn_degrees or config.zoom or config.shift:
-            most = {"turn_degrees": config.turn_degrees, "zoom": config.zoom, "shift": config.shift}
-            seen = visualize.random_affine(seen, self._uniform(step, "move"), **most)
+            limits = {"rotate_degrees": config.turn_degrees, "zoom": config.zoom, "shift": config.shift}
+            seen = visualize.random_affine(seen, self._uniform(step, "move"), **limits)
         blurs, by = self._uniform(step, "blur")(2).tolist()
         if config.blur and blurs < BLURRED_SHARE:
             seen = visualize.gaussian_blur(seen, 0.3 + by * config.blur)
         if config.grey or config.contrast:
             colour = self._uniform(step, "colour")
-            seen = visualize.color_jitter(seen, colour, grey=config.grey, contrast=config.contrast)
+            seen = visualize.color_jitter(seen, colour, gray=config.grey, contrast=config.contrast)
         with self.ctx.autocast():
             scores = self.model.module(seen.contiguous(memory_format=torch.channels_last)).float()
         picked = scores.gather(1, self.classes[:, None])[:, 0]

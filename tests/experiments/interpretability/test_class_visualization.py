@@ -37,21 +37,23 @@ def test_a_band_leaves_the_fine_detail_out():
 
 def test_movements_of_nothing_change_nothing():
     x = torch.rand(2, 3, 12, 12)
-    none = {"turn_degrees": 0.0, "zoom": 0.0, "shift": 0.0}
+    none = {"rotate_degrees": 0.0, "zoom": 0.0, "shift": 0.0}
     torch.testing.assert_close(visualize.random_affine(x, torch.rand, **none), x)
-    torch.testing.assert_close(visualize.random_affine(x, half, turn_degrees=90, zoom=0.5, shift=0.5), x)
+    torch.testing.assert_close(visualize.random_affine(x, half, rotate_degrees=90, zoom=0.5, shift=0.5), x)
     assert visualize.random_roll(x, half, 3).equal(x)
-    torch.testing.assert_close(visualize.color_jitter(x, half, grey=0.0, contrast=0.0), x)
+    torch.testing.assert_close(visualize.color_jitter(x, half, gray=0.0, contrast=0.0), x)
 
 
 def test_movements_move():
     x = torch.rand(1, 3, 12, 12)
-    turned = visualize.random_affine(x, lambda n: torch.tensor([1.0, 0.5, 0.5, 0.5]), turn_degrees=90, zoom=0, shift=0)
+    turned = visualize.random_affine(
+        x, lambda n: torch.tensor([1.0, 0.5, 0.5, 0.5]), rotate_degrees=90, zoom=0, shift=0
+    )
     options = (x.rot90(1, (2, 3)), x.rot90(-1, (2, 3)))
     assert any(torch.allclose(turned, option, atol=1e-4) for option in options)
     low = visualize.random_roll(x, torch.zeros, 2)
     assert low.equal(torch.roll(x, (-2, -2), (2, 3)))
-    grey = visualize.color_jitter(x, torch.ones, grey=1.0, contrast=0.0)
+    grey = visualize.color_jitter(x, torch.ones, gray=1.0, contrast=0.0)
     torch.testing.assert_close(grey, x.mean(1, keepdim=True).expand_as(x))
 
 
