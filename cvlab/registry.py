@@ -10,24 +10,26 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cvlab.errors import ConfigError
 
+if TYPE_CHECKING:
+    from cvlab.experiments.base import Experiment
+
 EXPERIMENTS = {
-    "attack": "cvlab.experiments.adversarial.attack",
-    "caption": "cvlab.experiments.captioning.predict",
-    "captioner": "cvlab.experiments.captioning.train",
-    "class_visualization": "cvlab.experiments.interpretability.class_visualization",
-    "classify": "cvlab.experiments.classification.train",
-    "classify_photos": "cvlab.experiments.classification.predict",
-    "detect": "cvlab.experiments.detection.predict",
-    "detector": "cvlab.experiments.detection.train",
-    "feature_inversion": "cvlab.experiments.interpretability.feature_inversion",
-    "saliency": "cvlab.experiments.interpretability.saliency",
-    "style": "cvlab.experiments.style.experiment",
-    "sweep": "cvlab.sweeps.experiment",
+    "attack": "cvlab.experiments.adversarial.attack:AttackExperiment",
+    "caption": "cvlab.experiments.captioning.predict:CaptionExperiment",
+    "captioner": "cvlab.experiments.captioning.train:CaptionerExperiment",
+    "class_visualization": "cvlab.experiments.interpretability.class_visualization:ClassVisualizationExperiment",
+    "classify": "cvlab.experiments.classification.train:ClassifyExperiment",
+    "classify_photos": "cvlab.experiments.classification.predict:ClassifyPhotosExperiment",
+    "detect": "cvlab.experiments.detection.predict:DetectExperiment",
+    "detector": "cvlab.experiments.detection.train:DetectorExperiment",
+    "feature_inversion": "cvlab.experiments.interpretability.feature_inversion:FeatureInversionExperiment",
+    "saliency": "cvlab.experiments.interpretability.saliency:SaliencyExperiment",
+    "style": "cvlab.experiments.style.experiment:StyleExperiment",
+    "sweep": "cvlab.sweeps.experiment:SweepExperiment",
 }
 
 
@@ -101,8 +103,7 @@ def experiment_names() -> list[str]:
     return sorted(EXPERIMENTS)
 
 
-def get_experiment(name: str) -> ModuleType:
+def get_experiment(name: str) -> "Experiment[Any]":
     """Import the experiment called `name`; ConfigError with the nearest name otherwise."""
-    if name not in EXPERIMENTS:
-        raise unknown_name_error("experiment", name, EXPERIMENTS)
-    return importlib.import_module(EXPERIMENTS[name])
+    experiment: Experiment[Any] = get("experiment", name, EXPERIMENTS)()
+    return experiment

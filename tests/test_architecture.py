@@ -3,6 +3,7 @@
 import ast
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,16 +46,21 @@ class TestEachFile:
                 assert not re.search(pattern, line), line
 
 
-def test_experiments_have_their_three_things():
+def test_every_experiment_is_complete():
     from cvlab import registry
+    from cvlab.experiments.base import Experiment
 
     for name in registry.experiment_names():
-        module = registry.get_experiment(name)
-        for headings in (("References:", "Paper:"), ("Metrics:", "Expect:"), ("Command:",)):
-            assert any(heading in module.__doc__ for heading in headings)
-        assert module.Config.model_config["extra"] == "forbid"
-        assert module.Config.model_config["frozen"]
-        assert callable(module.run)
+        experiment = registry.get_experiment(name)
+        assert isinstance(experiment, Experiment)
+        assert experiment.name == name
+        assert experiment.metrics
+        assert experiment.Config.model_config["extra"] == "forbid"
+        assert experiment.Config.model_config["frozen"]
+        for method in ("plan", "run"):
+            assert getattr(type(experiment), method) is not getattr(Experiment, method)
+        for word in ("References:", "Metrics:", "Command:"):
+            assert word in sys.modules[type(experiment).__module__].__doc__
 
 
 def test_functions_are_small():

@@ -32,7 +32,7 @@ def runs_of(name, folder):
     """Return what `cvlab train` takes: the configuration in each of its sizes, or the first and last arm of a sweep."""
     loaded = loading.load(name)
     if verb(name) == "train":
-        return [[name, f"profile={profile}"] for profile in loaded.profiles] or [[name]]
+        return [[name, variant] for variant in loaded.variants] or [[name]]
     arms = loaded.config.arms()
     files = []
     for arm in (arms[0], arms[-1]):

@@ -10,6 +10,7 @@ import yaml
 from cvlab import errors
 from cvlab.config import loading
 from cvlab.runs.records import STATES
+from cvlab.sweeps.experiment import load_sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +38,7 @@ def test_every_command_is_understood(command, cvlab):
         flags = [
             f"submit.{word[2:]}={arguments[k + 1]}" for k, word in enumerate(arguments) if word in ("--on", "--address")
         ]
-        assert loading.load_sweep(arguments[1], [*flags, *(word for word in arguments[2:] if "=" in word)])
+        assert load_sweep(arguments[1], [*flags, *(word for word in arguments[2:] if "=" in word)])
     if arguments[0] in ("train", "run"):
         overrides = [word for word in arguments[2:] if "=" in word]
         assert loading.load(str(ROOT / arguments[1]) if "/" in arguments[1] else arguments[1], overrides)
@@ -79,7 +80,7 @@ def test_the_example_of_profiles_is_valid(tmp_path):
     whole = loading.load("cifar_60s", ["profile=small"]).config.to_yaml()
     kept = [line for line in yaml.safe_load(whole).items() if line[0] not in ("duration", "profile", "profiles")]
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(dict(kept)) + block)
-    assert loading.load(str(tmp_path / "p.yaml")).profiles["large"].config.augment.cutout_px == 12
+    assert loading.load(str(tmp_path / "p.yaml")).variants["profile=large"].config.augment.cutout_px == 12
 
 
 def test_the_exit_codes_are_those_of_the_errors():

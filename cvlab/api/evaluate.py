@@ -6,6 +6,7 @@ from typing import Any
 from cvlab import console, registry
 from cvlab.config import loading
 from cvlab.errors import CheckpointError, ConfigError, RunDirError
+from cvlab.experiments.base import Evaluable
 from cvlab.runs import checkpoint
 from cvlab.runs.find import config_path
 from cvlab.runs.records import read_json
@@ -21,7 +22,7 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
     """
     chosen = loading.load(str(config_path(path)), [f"device={device}"] if device else []).config
     experiment = registry.get_experiment(chosen.experiment)
-    if not hasattr(experiment, "evaluate_run"):
+    if not isinstance(experiment, Evaluable):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no weights to evaluate")
     state = state_of(path, which)
     found = {
@@ -31,7 +32,7 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
         "checkpoint": which,
         "step": state.get("step"),
         "data": read_json(path / "summary.json").get("data"),
-        "metrics": experiment.evaluate_run(chosen, path, state, splits),
+        "metrics": experiment.evaluate(chosen, path, state, splits),
     }
     try:
         RunDir(path).write_json("eval.json", {key: value for key, value in found.items() if key != "ok"})

@@ -18,6 +18,7 @@ from cvlab.api import evaluate
 from cvlab.config import loading
 from cvlab.engine.task import ExportSpec
 from cvlab.errors import CheckpointError, ConfigError
+from cvlab.experiments.base import Exportable
 from cvlab.runs import checkpoint
 from cvlab.runs.find import config_path
 from cvlab.storage import atomic
@@ -42,9 +43,9 @@ def export(path: Path, kind: str, which: str, file: Path | None) -> dict[str, An
             raise ConfigError(f"{package} is not installed", "pip install 'cvlab[onnx]'")
     chosen = loading.load(str(config_path(path)), ["device=cpu", "precision=float32"]).config
     experiment = registry.get_experiment(chosen.experiment)
-    if not hasattr(experiment, "exported"):
+    if not isinstance(experiment, Exportable):
         raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no net to export")
-    made: ExportSpec = experiment.exported(chosen, path, evaluate.state_of(path, which))
+    made = experiment.export_spec(chosen, path, evaluate.state_of(path, which))
     about = {"run": path.name, "checkpoint": which, "experiment": chosen.experiment, **made.metadata}
     file = file or path / f"export.{kind}"
     net = made.model.eval().requires_grad_(False)

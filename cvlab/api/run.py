@@ -6,57 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import console, registry
-from cvlab.config import expectations, loading, strict_yaml
-from cvlab.config.schema import DataConfig, ExperimentConfig
-from cvlab.config.validation import SWEEP
+from cvlab.config import expectations, loading
+from cvlab.config.metrics import metric_info
+from cvlab.config.schema import ExperimentConfig
 from cvlab.data import datasets
-from cvlab.data.resolve import DownloadPolicy, describe_data, resolve_dataset
+from cvlab.data.resolve import DownloadPolicy, describe_data
 from cvlab.distributed import collectives, process_group
 from cvlab.errors import ConfigError, CvlabError, StoppedError
-from cvlab.runs import user_code
 from cvlab.runs.environment import environment
 from cvlab.runs.find import config_path, create_run
 from cvlab.runs.records import ENDED, is_run, read_json, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
-from cvlab.sweeps import arms
 
 Result = dict[str, Any]
 
 
-def prepare(loaded: loading.Loaded, policy: DownloadPolicy) -> ExperimentConfig:
-    """Resolve the data and the profile of a run; for a sweep also the data sets that it varies, without fallbacks."""
-    chosen = loaded.config
-    block = data_of(chosen)
-    settled = resolve_dataset(block, policy) if block is not None else None
-    if loaded.profiles and settled is not None:
-        from cvlab.experiments.classification import throughput
-
-        chosen = throughput.choose_profile(loaded, settled)
-    elif settled is not None and settled is not block:
-        chosen = chosen.with_data(settled)
-    if chosen.experiment == SWEEP:
-        strict_yaml.parse(chosen.to_yaml(), f"{loaded.source}, with all that is given,")  # or no resume could read it
-        arms.settle_data(chosen, loaded.base, policy)
-    return chosen
-
-
-def data_of(chosen: ExperimentConfig) -> DataConfig | None:
-    """Return a configuration's data block, where it has one."""
-    return getattr(chosen, "data", None)
-
-
 def used_data(chosen: ExperimentConfig) -> str | None:
     """Say which data a run uses."""
-    block = data_of(chosen)
-    return describe_data(block) if block is not None else None
+    data = chosen.data_config()
+    return describe_data(data) if data is not None else None
 
 
 def plan(loaded: loading.Loaded, root: Path) -> Result:
     """Say what a run would do, with the data it names; nothing is written and no socket opened."""
     chosen = loaded.config
     experiment = registry.get_experiment(chosen.experiment)
-    block = data_of(chosen)
+    block = chosen.data_config()
     used = _data_plan(block) if block is not None else {}
     return {
         "ok": True,
@@ -64,7 +40,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
         "config": str(loaded.source),
         **used,
         **experiment.plan(chosen, loaded.base),
-        **({"profile": f"measured at the start: {', '.join(loaded.profiles)}"} if loaded.profiles else {}),
+        **({"chosen at the start": ", ".join(loaded.variants)} if loaded.variants else {}),
         "run": str(root / f"<time>-{chosen.name}-<id>"),
         "expect": list(rules(chosen)),
     }
@@ -79,7 +55,7 @@ def _data_plan(block: Any) -> Result:
 
 def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
     """Run a configuration in a new run directory and return its result; of a sweep, all arms."""
-    chosen = prepare(loaded, policy)
+    chosen = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
     out = _created(chosen, loaded, root)
     with out.locked():
         chosen = _written(chosen, loaded, out)
@@ -92,7 +68,7 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
     ConfigError for an experiment that does not train, or a batch that they cannot share.
     """
     require_processes(loaded, processes)
-    chosen = prepare(loaded, policy)
+    chosen = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
     if getattr(chosen, "threads", None) is None:
         here = process_group.world().local_size if process_group.world().size > 1 else processes
         chosen = chosen.model_copy(update={"threads": process_group.threads_per_process(here)})
@@ -103,7 +79,7 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
 
 
 def _created(chosen: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
-    block = data_of(chosen)
+    block = chosen.data_config()
     if block is None or not registry.is_user_file(block.name):
         registry.get_experiment(chosen.experiment).plan(
             chosen, loaded.base
@@ -113,12 +89,8 @@ def _created(chosen: ExperimentConfig, loaded: loading.Loaded, root: Path) -> Ru
 
 def _written(chosen: ExperimentConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1) -> ExperimentConfig:
     """Write what a run begins with, and return its configuration, which names nothing outside its folder."""
-    if chosen.experiment == SWEEP:
-        arms.make(chosen, loaded.base, out)
-        chosen = user_code.rewrite_paths(chosen)
-    else:
-        chosen = user_code.copy_user_code(chosen, loaded.base, out.path)
-        _pin_threads(getattr(chosen, "threads", None))
+    chosen = registry.get_experiment(chosen.experiment).write_inputs(chosen, loaded.base, out)
+    _pin_threads(getattr(chosen, "threads", None))
     out.write_text("config.yaml", chosen.to_yaml())
     launched = {"processes": processes, "launch": process_group.launch_id()}
     out.write_json("env.json", environment() | launched | {"provenance": dict(loaded.provenance)})
@@ -163,7 +135,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
             chosen = chosen.model_copy(update=changed)
             out.write_text("config.yaml", chosen.to_yaml())
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
-        if has_begun and not saved and chosen.experiment != SWEEP:
+        if has_begun and not saved and registry.get_experiment(chosen.experiment).saves_checkpoints:
             out.log("nothing was saved before it stopped: it starts from the beginning")
         env = collectives.broadcast_from_rank0(lambda: read_json(path / "env.json"))
         _pin_threads(env.get("threads"))
@@ -186,9 +158,9 @@ def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
     used = used_data(chosen)
     out.set_status("running", experiment=chosen.experiment, data=used)
     began = time.monotonic()
-    module = registry.get_experiment(chosen.experiment)
+    experiment = registry.get_experiment(chosen.experiment)
     try:
-        metrics = module.run(chosen, out)
+        metrics = experiment.run(chosen, out)
     except BaseException as error:
         _record_failure(out, error)
         if isinstance(error, CvlabError):
@@ -196,8 +168,7 @@ def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
         raise
     if not out.writable:
         return {}
-    settings = module.settings(chosen, out) if chosen.experiment == SWEEP else ()
-    verdicts = expectations.check_expectations(rules(chosen), metrics, settings)
+    verdicts = expectations.check_expectations(rules(chosen), metrics, experiment.grouped_results(chosen, out))
     status = "done" if all(verdict["met"] for verdict in verdicts) else "expectations_failed"
     summary = {
         "experiment": chosen.experiment,
@@ -205,6 +176,7 @@ def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
         "status": status,
         "data": used,
         "metrics": metrics,
+        "metric_info": metric_info(experiment.reported_metrics(chosen), metrics),
         "expect": verdicts,
         "seconds": round(time.monotonic() - began, 3),
         **out.extra_summary,
@@ -232,7 +204,7 @@ def _publish(out: RunDir) -> None:
 
 def rules(chosen: ExperimentConfig) -> tuple[str, ...]:
     """Return the expectations that apply: those of the fallback where it was used."""
-    block = data_of(chosen)
+    block = chosen.data_config()
     return chosen.expect_fallback if block is not None and block.fallback_for else chosen.expect
 
 

@@ -8,11 +8,11 @@ from cvlab import console, registry
 from cvlab.api import run
 from cvlab.config import loading
 from cvlab.config.schema import ExperimentConfig
-from cvlab.config.validation import SWEEP
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.runs import user_code
 from cvlab.runs.find import config_path, list_runs
 from cvlab.runs.records import read_status
+from cvlab.sweeps.experiment import SweepExperiment
 
 Result = dict[str, Any]
 WHERE = ("workers", "submit")  # keys of a sweep on which its results do not depend
@@ -20,10 +20,9 @@ WHERE = ("workers", "submit")  # keys of a sweep on which its results do not dep
 
 def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, fresh: bool) -> Result:
     """Run a sweep: go on with the newest one of the same configuration that has not ended, unless `fresh`."""
-    registry.get_experiment(SWEEP).plan(
-        loaded.config, loaded.base
-    )  # what is not installed is said before anything is touched
-    loaded = dataclasses.replace(loaded, config=run.prepare(loaded, policy))
+    experiment = registry.get_experiment(SweepExperiment.name)
+    experiment.plan(loaded.config, loaded.base)  # what is not installed is said before anything is touched
+    loaded = dataclasses.replace(loaded, config=experiment.prepare(loaded, policy))
     unfinished = None if fresh else find_unfinished(loaded, root)
     if unfinished is None:
         return run.start(loaded, policy, root)
@@ -36,7 +35,7 @@ def find_unfinished(loaded: loading.Loaded, root: Path) -> Path | None:
     chosen = loaded.config
     for path in reversed(list_runs(root)):
         status = read_status(path)
-        if status.get("experiment") != SWEEP or status.get("status") not in ("interrupted", "failed"):
+        if status.get("experiment") != SweepExperiment.name or status.get("status") not in ("interrupted", "failed"):
             continue
         try:
             other = loading.load(str(config_path(path))).config

@@ -113,7 +113,7 @@ def _resized(image: Tensor) -> Tensor:
 def _attack(
     size: str, precision: str, device: str, model: pretrained.PretrainedClassifier, batch: list[Photo], out: RunDir
 ) -> Callable[[], None]:
-    config = attack.Config(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
+    config = attack.AttackConfig(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
     ctx = engine_device.select_device(device, precision)
     made = Attack(config, model, ctx, TARGET, out)
     victims = made.victims(batch)

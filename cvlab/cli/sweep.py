@@ -55,14 +55,14 @@ def sweep(
     if not dry_run and on in (None, "local"):
         local.start_server()  # it loads torch on another core while this process does the same
     from cvlab.api import sweep as api_sweep
-    from cvlab.config import loading as configs
     from cvlab.data.resolve import DownloadPolicy
     from cvlab.runs.find import runs_root
+    from cvlab.sweeps.experiment import load_sweep
 
     given = {"workers": workers, "submit.on": on, "submit.address": address}
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
     flags += [f"base.device={device}"] if device is not None else []
-    loaded = configs.load_sweep(config, [*(overrides or []), *(set_ or []), *flags])
+    loaded = load_sweep(config, [*(overrides or []), *(set_ or []), *flags])
     root = runs_root(runs_dir)
     if dry_run:
         show_plan(loaded, root, as_json)
@@ -88,15 +88,15 @@ def verify(
     """Run configurations, expected against measured. Exit code 3 where one misses."""
     console.set_level(quiet, verbose)
     from cvlab.api import verify as api_verify
-    from cvlab.config import loading as loading
-    from cvlab.config.validation import SWEEP
+    from cvlab.config import loading
     from cvlab.data.resolve import DownloadPolicy
     from cvlab.reports import tables
     from cvlab.runs.find import runs_root
+    from cvlab.sweeps.config import SweepConfig
 
     loaded = []
     for name in configs:
-        is_sweep = loading.load(name).config.experiment == SWEEP
+        is_sweep = isinstance(loading.load(name).config, SweepConfig)
         flags = [f"{'base.' if is_sweep else ''}device={device}"] if device is not None else []
         flags += [f"workers={workers}"] if is_sweep and workers is not None else []
         loaded.append(loading.load(name, [*(set_ or []), *flags]))

@@ -7,22 +7,21 @@ loaded.config.optimizer.lr
 import contextlib
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from cvlab import registry
-from cvlab.config import overrides as overrides_
-from cvlab.config import profiles, strict_yaml, validation
+from cvlab.config import overrides as config_overrides
+from cvlab.config import strict_yaml, validation
 from cvlab.config.overrides import EXCLUSIVE
-from cvlab.config.profiles import AUTO
 from cvlab.config.schema import ExperimentConfig
 from cvlab.config.strict_yaml import Document, Path_
-from cvlab.config.validation import SWEEP
 from cvlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cvlab.experiments.base import Experiment
 
 DOTTED = (("grid",), ("zip",), ("search", "space"))  # blocks of a sweep whose keys are dotted themselves
 
@@ -34,7 +33,7 @@ class Loaded:
     config: ExperimentConfig
     base: Path
     source: Path
-    profiles: Mapping[str, "Loaded"] = field(default_factory=dict)  # by name, where one is still to be chosen
+    variants: Mapping[str, "Loaded"] = field(default_factory=dict)  # by override, if one is chosen at the start
     provenance: Mapping[str, str] = field(default_factory=dict)  # of each dotted key that is no default: file, command
 
 
@@ -75,20 +74,42 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
     document = strict_yaml.read(source)
     if not isinstance(document.value, dict):
         raise ConfigError(f"{source}: expected keys and values at the top", "see `cvlab config cifar_bn` for one")
-    return _load(document, source, list(overrides))
+    return load_document(document, source, list(overrides))
 
 
-def _load(document: Document, source: Path, overrides: list[str]) -> Loaded:
-    whole = copy.deepcopy(document)
-    to_choose = _take_profile(document, overrides)
+def load_document(document: Document, source: Path, overrides: Sequence[str]) -> Loaded:
+    """Apply overrides to a document that was read from `source`, resolve `from:`, and validate.
+
+    Raises:
+        ConfigError: with all problems, each with its file and line.
+    """
+    original = copy.deepcopy(document)
+    experiment = _experiment(document)
+    variants = experiment.expand(document.value, overrides, _place_of(document)) if experiment else ()
     given = _apply(document, overrides)
-    document.value.setdefault("name", re.sub(r"[^\w.-]+", "-", source.stem).strip("-.")[:60] or "run")
-    base = document.value.get("base")
-    if document.value.get("experiment") == SWEEP and isinstance(base, dict) and "from" in base:
-        document.value["base"] = _inherit(base, source.parent, document.place(("base", "from")))
+    document.value.setdefault("name", run_name(source, 60) or "run")
+    for key in experiment.nested_configs if experiment else ():
+        block = document.value.get(key)
+        if isinstance(block, dict) and "from" in block:
+            document.value[key] = _inherit(block, source.parent, document.place((key, "from")), key)
     config = validate(document, source.parent, given)
-    each = {name: _load(copy.deepcopy(whole), source, [*overrides, f"profile={name}"]) for name in to_choose}
+    each = {text: load_document(copy.deepcopy(original), source, [*overrides, text]) for text in variants}
     return Loaded(config, source.parent, source, each, provenance(document.value, given))
+
+
+def run_name(source: Path, longest: int) -> str:
+    """Return a file's name as the name of a run, of at most `longest` characters."""
+    return re.sub(r"[^\w.-]+", "-", source.stem).strip("-.")[:longest]
+
+
+def _experiment(document: Document) -> "Experiment[Any] | None":
+    """Return the experiment that a document names; None if there is no such experiment, which validation reports."""
+    name = document.value.get("experiment")
+    return registry.get_experiment(name) if name in registry.EXPERIMENTS else None
+
+
+def _place_of(document: Document) -> Callable[[str], str]:
+    return lambda key: document.place((key,))
 
 
 def provenance(value: Mapping[str, Any], given: Mapping[Path_, str], above: Path_ = ()) -> dict[str, str]:
@@ -104,50 +125,23 @@ def provenance(value: Mapping[str, Any], given: Mapping[Path_, str], above: Path
     return found
 
 
-def _take_profile(document: Document, overrides: list[str]) -> list[str]:
-    """Lay the named profile over a document; return the names of those to choose from where none is named."""
-    known, name = document.value.get("profiles"), profiles.named(document.value, overrides)
-    if not isinstance(known, dict) or not known:
-        if name not in (AUTO, document.value.get("profile")):
-            raise ConfigError(f"override profile={name}: {document.source} has no profiles", "leave it out")
-        return []
-    if name == AUTO:
-        return list(known)
-    in_file = name == document.value.get("profile")
-    profiles.take(document.value, name, document.place(("profile",)) if in_file else f"override profile={name}")
-    return []
-
-
-def load_sweep(reference: str, overrides: Iterable[str] = ()) -> Loaded:
-    """Read a sweep; any other configuration becomes the base of one, whose axes the overrides give."""
-    source = find(reference)
-    value = strict_yaml.read(source).value
-    if not isinstance(value, dict) or value.get("experiment") == SWEEP:
-        return load(reference, overrides)
-    name = re.sub(r"[^\w.-]+", "-", source.stem).strip("-.")[:50]
-    text = yaml.safe_dump({"experiment": SWEEP, "name": f"{name}-sweep", "base": {"from": str(source.resolve())}})
-    document = strict_yaml.parse(text, str(source))
-    given = _apply(document, overrides)
-    document.value["base"] = _inherit(document.value["base"], source.parent, str(source))
-    config = validate(document, source.parent, given)
-    return Loaded(config, source.parent, source, {}, provenance(document.value, given))
-
-
-def _inherit(base: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:
-    named = base["from"]
-    if not isinstance(named, str):
-        raise ConfigError(f"{place}: base.from: expected the name of a configuration")
-    path = folder / named
-    other = strict_yaml.read(path if path.is_file() else find(named)).value
-    if not isinstance(other, dict):
-        raise ConfigError(f"{place}: {named} has no keys and values at its top")
-    if other.get("profiles"):
-        name = str(base.get("profile", profiles.named(other)))
-        if name == AUTO:
-            known = " or ".join(other["profiles"])
-            raise ConfigError(f"{place}: comes in several sizes, and a sweep has one", f"set base.profile to {known}")
-        profiles.take(other, name, f"{place}: base.profile")
-    return overrides_.inherit(base, other)
+def _inherit(block: dict[str, Any], folder: Path, place: str, key: str) -> dict[str, Any]:
+    """Return a nested configuration, merged over the configuration that its `from` names."""
+    reference = block["from"]
+    if not isinstance(reference, str):
+        raise ConfigError(f"{place}: {key}.from: expected the name of a configuration")
+    path = folder / reference
+    document = strict_yaml.read(path if path.is_file() else find(reference))
+    if not isinstance(document.value, dict):
+        raise ConfigError(f"{place}: {reference} has no keys and values at its top")
+    experiment = _experiment(document)
+    if experiment is not None:
+        chosen = [f"{name}={value}" for name, value in block.items() if isinstance(value, str) and name != "from"]
+        variants = experiment.expand(document.value, chosen, lambda name: f"{place}: {key}.{name}")
+        if variants:
+            options = " or ".join(f"{key}.{text}" for text in variants)
+            raise ConfigError(f"{place}: {reference} comes in several variants, of which a sweep takes one", options)
+    return config_overrides.inherit(block, document.value)
 
 
 def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:

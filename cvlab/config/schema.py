@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from typing_extensions import Self
 
 from cvlab import registry
 from cvlab.config import expectations
@@ -147,7 +148,11 @@ class ExperimentConfig(FrozenModel):
     expect: tuple[Expectation, ...] = Field((), description="what must hold at the end, else exit code 3")
     expect_fallback: tuple[Expectation, ...] = Field((), description="the same for a run on the fallback data set")
 
-    def with_data(self, data: DataConfig) -> "ExperimentConfig":
+    def data_config(self) -> DataConfig | None:
+        """Return the block that names the data set, or None."""
+        return getattr(self, "data", None)
+
+    def with_data(self, data: DataConfig) -> Self:
         """Return the configuration with other data."""
         return self.model_copy(update={"data": data})
 

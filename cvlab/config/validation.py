@@ -1,7 +1,7 @@
 """From what a file says to its experiment's frozen configuration, and what is wrong with it; no places, no files."""
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from pydantic import ValidationError, create_model
 
 from cvlab import registry
 from cvlab.config import expectations, messages
+from cvlab.config.metrics import Metric
 from cvlab.config.schema import ComponentConfig, ExperimentConfig, FrozenModel, component_type, registries_of
 from cvlab.config.strict_yaml import Path_
 from cvlab.errors import ConfigError, CvlabError
@@ -28,25 +29,25 @@ def check(raw: Mapping[str, Any], base: Path) -> tuple[ExperimentConfig | None, 
         found = messages.problems(error, config_type or FrozenModel, raw)
         wrong += [(path, message) for path, message in found if path[:1] not in named]
     if config is not None and not wrong:
-        experiment = registry.get_experiment(config.experiment)
-        wrong = experiment.problems(config, base) if hasattr(experiment, "problems") else _unknown_metrics(config)
+        wrong = registry.get_experiment(config.experiment).problems(config, base)
     return (None if wrong else config), wrong
 
 
-def _unknown_metrics(config: ExperimentConfig) -> Problems:
-    """Find expectations that speak of what the experiment does not measure."""
-    known = registry.get_experiment(config.experiment).metric_names(config)
+def unknown_metrics(config: ExperimentConfig, known: Sequence[Metric]) -> Problems:
+    """Return the expectations of a run on metrics that are not among those that are known."""
     wrong: Problems = []
     for path, rule in rules_of(config):
         for term in rule.terms:
             if term.function:
                 wrong.append((path, f"{term.text!r} speaks of a sweep's arms; a run has metrics only"))
-            elif term.metric and term.metric not in known:
+            elif term.metric and not is_known(term.metric, known):
                 wrong.append((path, unknown_metric(term.text, term.metric, known)))
     return wrong
 
 
-SWEEP = "sweep"
+def is_known(name: str, metrics: Iterable[Metric]) -> bool:
+    """Return whether one of `metrics` has this name."""
+    return any(metric.matches(name) for metric in metrics)
 
 
 def rules_of(config: ExperimentConfig) -> list[tuple[Path_, expectations.Rule]]:
@@ -55,10 +56,11 @@ def rules_of(config: ExperimentConfig) -> list[tuple[Path_, expectations.Rule]]:
     return [((key, k), expectations.parse(text)) for key in keys for k, text in enumerate(getattr(config, key))]
 
 
-def unknown_metric(text: str, metric: str, known: typing.Collection[str]) -> str:
-    """Say that there is no such metric, and which there are."""
-    close = registry.closest_match(metric, known)
-    hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
+def unknown_metric(text: str, metric: str, known: Iterable[Metric]) -> str:
+    """Return the message for a metric that is not known: the closest name, or all names."""
+    names = sorted({other.name for other in known})
+    close = registry.closest_match(metric, names)
+    hint = f"did you mean {close!r}?" if close else f"known: {', '.join(names)}"
     return f"{text!r}: no metric {metric!r}; {hint}"
 
 

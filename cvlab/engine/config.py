@@ -1,16 +1,14 @@
 """The configuration keys that all training experiments share."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvlab.config.profiles import AUTO
 from cvlab.config.schema import (
     ComponentConfig,
     Duration,
     Fraction,
     FractionBelowOne,
-    FrozenModel,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -21,18 +19,8 @@ from cvlab.engine import optimizers, schedules
 from cvlab.errors import ConfigError
 
 
-class Profile(FrozenModel):
-    """One size of an experiment that comes in several."""
-
-    epochs: NonNegativeFloat = Field(description="chosen where the budget is enough for so many passes over the images")
-    set: dict[str, Any] = Field({}, description="dotted keys and their values, laid over the file")
-
-
 class TrainConfig(RunConfig):
     """The keys of every experiment that trains."""
-
-    profile: str = Field(AUTO, description="one of `profiles`; auto: measure, and take the last that the budget allows")
-    profiles: dict[str, Profile] = Field({}, description="sizes of the experiment by name, the smallest first")
 
     optimizer: Annotated[ComponentConfig, optimizers.OPTIMIZERS] = Field(description="name and its parameters")
     schedule: Annotated[ComponentConfig, schedules.SCHEDULES] = Field(
@@ -48,12 +36,6 @@ class TrainConfig(RunConfig):
     eval_every: PositiveInt = Field(1, description="epochs between two evaluations")
     log_every: PositiveInt = Field(10, description="steps between two rows of metrics.jsonl")
     save_seconds: NonNegativeFloat = Field(60.0, description="at least so long between two checkpoints")
-
-    @model_validator(mode="after")
-    def _can_choose(self) -> "TrainConfig":
-        if self.profiles and self.profile == AUTO and self.duration.seconds is None:
-            raise ValueError(f"auto needs a budget in duration.seconds; else name one of {', '.join(self.profiles)}")
-        return self
 
     def require_shares(self, processes: int) -> None:
         """Raise ConfigError unless so many processes can train it."""

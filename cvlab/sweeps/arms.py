@@ -9,7 +9,7 @@ from cvlab import registry
 from cvlab.config import expectations, overrides, validation
 from cvlab.config.schema import DataConfig, Duration, ExperimentConfig, RunConfig
 from cvlab.config.strict_yaml import Path_
-from cvlab.config.validation import SWEEP, Problems, unknown_metric
+from cvlab.config.validation import Problems, is_known, unknown_metric
 from cvlab.data.resolve import DownloadPolicy, resolve_dataset
 from cvlab.distributed import process_group
 from cvlab.errors import ConfigError
@@ -18,9 +18,10 @@ from cvlab.runs import user_code
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, trials
+from cvlab.sweeps.config import SweepConfig
 
 
-def configs(sweep: Any, base: Path) -> list[tuple[str, RunConfig]]:
+def configs(sweep: SweepConfig, base: Path) -> list[tuple[str, RunConfig]]:
     """Return the name and the configuration of every arm; ConfigError where one is not valid."""
     found = []
     for arm in sweep.arms():
@@ -32,14 +33,14 @@ def configs(sweep: Any, base: Path) -> list[tuple[str, RunConfig]]:
     return found
 
 
-def problems(sweep: Any, base: Path) -> Problems:
+def problems(sweep: SweepConfig, base: Path) -> Problems:
     """Return what is wrong with the arms and with the expectations over them, each with its place in the sweep."""
     own = [key for key in overrides.NOT_INHERITED if key in sweep.base]
     if own:
         return [(("base", own[0]), f"base.{own[0]}: an arm has none; put it beside `base`")]
     if sweep.base.get("profiles"):
         return [(("base", "profiles"), "base.profiles: an arm has one size; name it by base.profile beside base.from")]
-    if sweep.base.get("experiment") == SWEEP:
+    if sweep.base.get("experiment") == sweep.experiment:
         return [(("base", "experiment"), "a sweep of sweeps is not possible")]
     found: dict[tuple[Path_, str], None] = {}
     valid = []
@@ -51,7 +52,7 @@ def problems(sweep: Any, base: Path) -> Problems:
     return list(found) or _shared_clock(sweep, whole) or _wrong_names(sweep, whole) or _wrong_rules(sweep, whole)
 
 
-def _shared_clock(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
+def _shared_clock(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
     """Refuse a budget of seconds for arms that would take the machine from each other."""
     together = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
     if together and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
@@ -60,7 +61,7 @@ def _shared_clock(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
     return []
 
 
-def _in_sweep(sweep: Any, path: Path_, message: str) -> tuple[Path_, str]:
+def _in_sweep(sweep: SweepConfig, path: Path_, message: str) -> tuple[Path_, str]:
     """Return the place in the sweep of what is wrong with an arm, and the message, with a hint for ranges."""
     place = _place(sweep, path)
     if place[:2] == ("search", "space") and "a whole number" in message:
@@ -68,7 +69,7 @@ def _in_sweep(sweep: Any, path: Path_, message: str) -> tuple[Path_, str]:
     return place, message
 
 
-def _place(sweep: Any, path: Path_) -> Path_:
+def _place(sweep: SweepConfig, path: Path_) -> Path_:
     """Turn a place in an arm into one in the sweep: the axis that gave the value, else the base."""
     dotted = ".".join(map(str, path))
     space = sweep.search.space if sweep.search else {}
@@ -83,7 +84,7 @@ def _place(sweep: Any, path: Path_) -> Path_:
     return ("base", *path)
 
 
-def _wrong_names(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
+def _wrong_names(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
     """Find conditions on keys that no arm gives, which would never hold, and metrics that are not measured."""
     arms = sweep.arms()
     wrong: Problems = []
@@ -91,27 +92,26 @@ def _wrong_names(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
         for key in condition.when:
             if all(overrides.get(arm.raw, key) is None for arm in arms):
                 wrong.append((("conditions", index, "when", key), f"no arm gives {key!r}; write it into base"))
-    known = registry.get_experiment(valid[0].experiment).metric_names(valid[0])
+    known = registry.get_experiment(valid[0].experiment).reported_metrics(valid[0])
     for key in sweep.diverged_counts_as:
-        if key not in known:
+        if not is_known(key, known):
             wrong.append((("diverged_counts_as", key), unknown_metric("diverged_counts_as", key, known)))
-    if sweep.search and sweep.search.metric not in known:
+    if sweep.search and not is_known(sweep.search.metric, known):
         wrong.append((("search", "metric"), unknown_metric("search.metric", sweep.search.metric, known)))
     return wrong
 
 
-def _wrong_rules(sweep: Any, valid: list[ExperimentConfig]) -> Problems:
+def _wrong_rules(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
     """Find expectations that speak of what no arm measures, or of keys that no arm has."""
-    module = registry.get_experiment(valid[0].experiment)
-    metrics = module.metric_names(valid[0])
+    metrics = registry.get_experiment(valid[0].experiment).reported_metrics(valid[0])
     flat = [{k: v for k, v in flatten(config.model_dump()).items() if k != "seed"} for config in valid]
-    own = registry.get_experiment(SWEEP).metric_names(sweep)
+    own = registry.get_experiment(sweep.experiment).reported_metrics(sweep)
     wrong: Problems = []
     for path, rule in validation.rules_of(sweep):
         for term in rule.terms:
             known = metrics if term.function else own
-            if term.metric and term.metric not in known:
-                functions = "; over arms write for example `mean(METRIC)`" if term.metric in metrics else ""
+            if term.metric and not is_known(term.metric, known):
+                functions = "; over arms write for example `mean(METRIC)`" if is_known(term.metric, metrics) else ""
                 wrong.append((path, unknown_metric(term.text, term.metric, known) + functions))
             elif not any(fits(term, keys) for keys in flat):
                 seeds = "; settings are means over seeds" if "seed" in dict(term.where) else ""
@@ -130,7 +130,7 @@ def _told(term: expectations.Term) -> str:
     return ", ".join([*parts, *([f"the key {term.by}"] if term.by else [])])
 
 
-def settle_data(sweep: Any, base: Path, policy: DownloadPolicy) -> None:
+def settle_data(sweep: SweepConfig, base: Path, policy: DownloadPolicy) -> None:
     """Fetch the data sets that the arms name, if that is quick; DataError where one of them is not to be had.
 
     The base's own set has been settled before. One that the sweep varies takes no fallback: with another set in some
@@ -141,7 +141,7 @@ def settle_data(sweep: Any, base: Path, policy: DownloadPolicy) -> None:
         resolve_dataset(DataConfig(name=name), policy)
 
 
-def make(sweep: Any, base: Path, out: RunDir) -> None:
+def make(sweep: SweepConfig, base: Path, out: RunDir) -> None:
     """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep.
 
     The arms of a search come later, one by one.
@@ -155,7 +155,7 @@ def make(sweep: Any, base: Path, out: RunDir) -> None:
     atomic.sync_directory(out.path)
 
 
-def add(sweep: Any, out: RunDir, number: int, changes: grid.Changes) -> Path:
+def add(sweep: SweepConfig, out: RunDir, number: int, changes: grid.Changes) -> Path:
     """Write the run directory of one more trial, whole or not at all. ConfigError where it is not valid."""
     arm = sweep.laid_over([changes], number)[0]
     config, wrong = validation.check(arm.raw, out.path)
@@ -180,7 +180,7 @@ def _write(folder: Path, config: ExperimentConfig, base: Path, threads: int) -> 
     atomic.write_text(folder / "config.yaml", brought.to_yaml())
 
 
-def _threads(sweep: Any) -> int:
+def _threads(sweep: SweepConfig) -> int:
     """Return the threads of an arm where its configuration does not say: its share of this machine, or of its node."""
     if sweep.submit.on != "local":
         return int(sweep.submit.cpus)

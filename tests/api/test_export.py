@@ -37,7 +37,7 @@ def trained(cvlab):
 
 def net_of(run):
     chosen = loading.load(str(run), ["device=cpu", "precision=float32"]).config
-    made = registry.get_experiment(chosen.experiment).exported(chosen, run, evaluate.state_of(run, "last"))
+    made = registry.get_experiment(chosen.experiment).export_spec(chosen, run, evaluate.state_of(run, "last"))
     return made, made.net.eval()
 
 

@@ -82,7 +82,7 @@ def test_every_one_edit_typo_of_every_key_is_refused_with_the_right_key(tmp_path
     from cvlab.experiments.classification import train
 
     full = yaml.safe_load(load(tmp_path, GOOD).to_yaml())
-    top = train.Config.model_json_schema()
+    top = train.ClassifyConfig.model_json_schema()
     asked = right = 0
     for path in all_paths(full):
         if path[0] in ("expect", "expect_fallback"):

@@ -9,6 +9,7 @@ from cvlab.errors import ConfigError
 from cvlab.experiments.classification import throughput
 from cvlab.runs import run_dir
 from cvlab.runs.records import read_summary
+from cvlab.sweeps.experiment import load_sweep
 
 TEXT = """experiment: classify
 data: {name: scenes10, num_train: 200, val_fraction: 0.02}
@@ -37,7 +38,7 @@ def test_a_named_profile_lies_between_the_file_and_the_overrides(file):
     assert loaded.config.batch_size == 10
     assert loaded.config.profile == "middle"
     assert not loaded.config.profiles
-    assert not loaded.profiles
+    assert not loaded.variants
     large = loading.load(file, ["profile=large", "duration.epochs=2"]).config
     assert large.optimizer.name == "adam"
     assert large.duration.epochs == 2
@@ -45,8 +46,8 @@ def test_a_named_profile_lies_between_the_file_and_the_overrides(file):
 
 def test_auto_keeps_all_of_them_valid(file, tmp_path):
     loaded = loading.load(file)
-    assert list(loaded.profiles) == ["small", "middle", "large"]
-    assert loaded.profiles["large"].config.optimizer.name == "adam"
+    assert list(loaded.variants) == ["profile=small", "profile=middle", "profile=large"]
+    assert loaded.variants["profile=large"].config.optimizer.name == "adam"
     assert loaded.config.optimizer.name == "sgd"
     (tmp_path / "p.yaml").write_text(TEXT.replace("filters: [8]", "filters: [0]"))
     with pytest.raises(ConfigError, match=r"model.filters.0: expected a whole number >= 1, got 0"):
@@ -68,7 +69,7 @@ def test_mistakes(file, overrides, message):
 
 def test_a_profile_where_there_are_none(file, tmp_path):
     (tmp_path / "plain.yaml").write_text(TEXT.partition("profiles")[0])
-    with pytest.raises(ConfigError, match=r"profile=small: plain.yaml has no profiles"):
+    with pytest.raises(ConfigError, match=r"profile=small: no profiles are defined"):
         loading.load("plain.yaml", ["profile=small"])
 
 
@@ -103,17 +104,17 @@ def test_a_dry_run_measures_nothing(file, cvlab, monkeypatch):
     monkeypatch.setattr(throughput, "images_per_second", None)
     code, out, _ = cvlab("train", file, "--dry-run")
     assert code == 0
-    assert "measured at the start: small, middle, large" in out
+    assert "profile=small, profile=middle, profile=large" in out
 
 
 def test_a_sweep_has_one_size_and_its_budgets_run_alone(file, cvlab):
     code, _, err = cvlab("sweep", file, "seeds=[0,1]")
     assert code == 2
-    assert "set base.profile to small or middle or large" in err
+    assert "base.profile=small or base.profile=middle or base.profile=large" in err
     code, _, err = cvlab("sweep", file, "seeds=[0,1]", "base.profile=middle", "--workers", 2)
     assert code == 2
     assert "must run alone" in err
-    chosen = loading.load_sweep(file, ["seeds=[0,1]", "base.profile=middle"]).config
+    chosen = load_sweep(file, ["seeds=[0,1]", "base.profile=middle"]).config
     assert chosen.base["model"]["filters"] == (8,)
     assert "profiles" not in chosen.base
 

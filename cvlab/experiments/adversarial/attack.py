@@ -31,11 +31,13 @@ from pydantic import Field
 from torch import Tensor
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
+from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
@@ -69,7 +71,7 @@ COLUMNS = (
 )
 
 
-class Config(PhotoConfig):
+class AttackConfig(PhotoConfig):
     """Configuration of an attack: the photos, the target class, the method."""
 
     target: str | None = Field(None, description="target class; null: any class but the predicted one")
@@ -117,7 +119,7 @@ class Attack:
     """An attack on photos by one net; `config` is that of the experiment `attack`, `target` None: see anything else."""
 
     def __init__(
-        self, config: Config, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, out: RunDir
+        self, config: AttackConfig, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, out: RunDir
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.out = config, model, ctx, target, out
 
@@ -291,15 +293,6 @@ def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Attack all photos."""
-    ctx, model = config.build()
-    target = model.class_index(config.target) if config.target is not None else None
-    out.folder("images")
-
-    return summary(photo_batches.run(config, out, Attack(config, model, ctx, target, out), "attack", COLUMNS))
-
-
 def summary(results: list[PhotoResult]) -> dict[str, float]:
     """Return the shares and medians over the photos; those that were the target before count in none."""
     tried = [result.values for result in results if not result.values["already"]]
@@ -312,15 +305,34 @@ def summary(results: list[PhotoResult]) -> dict[str, float]:
     return found
 
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    jpegs = {f"fooled_jpeg{quality}" for quality in JPEG_QUALITIES}
-    return {"num_photos", "num_attacked", "fooled", *MEDIANS, *jpegs}
+class AttackExperiment(Experiment[AttackConfig]):
+    """Adversarial attacks on photos, evaluated on the saved file."""
 
+    name = "attack"
+    Config = AttackConfig
+    metrics = (
+        Metric("num_photos"),
+        Metric("num_attacked"),
+        Metric("fooled", "fraction", "higher"),
+        Metric("steps", better="lower"),
+        Metric("l2", better="lower"),
+        Metric("l2_photo", better="lower"),
+        Metric("linf_255", better="lower"),
+        Metric("psnr_db", "dB", "higher"),
+        *(Metric(f"fooled_jpeg{quality}", "fraction", "higher") for quality in JPEG_QUALITIES),
+    )
 
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. ConfigError where there is no such class."""
-    ctx, model = config.build()
-    target = model.class_index(config.target) if config.target is not None else None
-    aim = "anything else" if target is None else model.classes[target]
-    return {"target": aim, "method": config.method, **photo_batches.plan(config, ctx, model)}
+    def run(self, config: AttackConfig, run: RunDir) -> dict[str, float]:
+        """Attack all photos."""
+        ctx, model = config.build()
+        target = model.class_index(config.target) if config.target is not None else None
+        run.folder("images")
+
+        return summary(photo_batches.run(config, run, Attack(config, model, ctx, target, run), "attack", COLUMNS))
+
+    def plan(self, config: AttackConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do. ConfigError where there is no such class."""
+        ctx, model = config.build()
+        target = model.class_index(config.target) if config.target is not None else None
+        aim = "anything else" if target is None else model.classes[target]
+        return {"target": aim, "method": config.method, **photo_batches.plan(config, ctx, model)}

@@ -1,7 +1,8 @@
 """A net that says what is in a photo, word by word, from the maps of a frozen backbone.
 
-Papers: Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend and tell"; source: EECS 498, assignment 6.
-Differs: a layer normalisation (Ba et al., 2016) stands before the words' scores, attention is by scaled dot products.
+Papers: Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend and tell"; source: EECS 498, assignment
+6. Differs: a layer normalisation (Ba et al., 2016) stands before the words' scores, attention is by scaled dot
+products.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Say in a sentence what photos show.
 
-Paper: Xu et al., 2015, "Show, attend and tell". Differs: the weights say by themselves what they are and know.
-Expect: `num_photos`, `mean_words`.
+References: Xu et al., 2015, "Show, attend and tell".
+Differences from the paper: the weights say by themselves what they are and know.
+Metrics: `num_photos`, `mean_words`.
 Command: cvlab caption photo.jpg
 """
 
@@ -14,8 +15,10 @@ from annotated_types import Ge, Le
 from pydantic import Field, field_validator
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.engine import device
 from cvlab.errors import ConfigError
+from cvlab.experiments.base import Experiment
 from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_store
 from cvlab.experiments.captioning.checkpoint import Made
 from cvlab.experiments.common import photo_batches, weights
@@ -25,7 +28,7 @@ from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 
-class Config(ImagesConfig):
+class CaptionConfig(ImagesConfig):
     """Which photos, which captioner, and how its sentences are found."""
 
     weights: str | None = Field(None, description="a run that trained a captioner, or its file; null: what comes along")
@@ -45,7 +48,7 @@ COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file
 class Caption:
     """The work of a command on photos: a sentence for each, and where its words were seen."""
 
-    def __init__(self, config: Config, made: Made, ctx: device.ComputeContext, out: RunDir) -> None:
+    def __init__(self, config: CaptionConfig, made: Made, ctx: device.ComputeContext, out: RunDir) -> None:
         self.config, self.made, self.ctx, self.out = config, made, ctx, out
 
     def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
@@ -75,7 +78,7 @@ class Caption:
         return name
 
 
-def _open(config: Config) -> tuple[device.ComputeContext, Made]:
+def _open(config: CaptionConfig) -> tuple[device.ComputeContext, Made]:
     """Choose the device and read the captioner. ConfigError where it cannot show what is asked for."""
     ctx = device.select_device(config.device, config.precision, config.threads)
     name = config.weights or str(weights.BUNDLED_WEIGHTS / checkpoint.FILE)
@@ -85,33 +88,34 @@ def _open(config: Config) -> tuple[device.ComputeContext, Made]:
     return ctx, made
 
 
-def _told(config: Config, made: Made) -> str:
+def _told(config: CaptionConfig, made: Made) -> str:
     which = config.weights or "the weights that come along"
     return f"{made.net.cell} ({which}): {len(made.vocabulary)} words, trained on {made.about.trained_on}"
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Say a sentence about every photo."""
-    ctx, made = _open(config)
-    out.log(f"looking with {_told(config, made)}")
-    if config.attention:
-        out.folder("images")
-    results = photo_batches.run(config, out, Caption(config, made, ctx, out), "caption", COLUMNS)
-    num_words = sum(len(result.values["sentence"].split()) for result in results)
-    return {"num_photos": len(results), "mean_words": num_words / len(results)}
+class CaptionExperiment(Experiment[CaptionConfig]):
+    """Say in a sentence what photos show."""
 
+    name = "caption"
+    Config = CaptionConfig
+    metrics = (Metric("num_photos"), Metric("mean_words"))
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    return {"num_photos", "mean_words"}
+    def run(self, config: CaptionConfig, run: RunDir) -> dict[str, float]:
+        """Say a sentence about every photo."""
+        ctx, made = _open(config)
+        run.log(f"looking with {_told(config, made)}")
+        if config.attention:
+            run.folder("images")
+        results = photo_batches.run(config, run, Caption(config, made, ctx, run), "caption", COLUMNS)
+        num_words = sum(len(result.values["sentence"].split()) for result in results)
+        return {"num_photos": len(results), "mean_words": num_words / len(results)}
 
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. DataError where the weights or all of the photos are not there."""
-    ctx, made = _open(config)
-    return {
-        "photos": len(photo_batches.resolve_images(config.images)[1]),
-        "captioner": _told(config, made),
-        "parameters": sum(p.numel() for p in made.net.parameters()),
-        **ctx.as_dict(),
-    }
+    def plan(self, config: CaptionConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do. DataError where the weights or all of the photos are not there."""
+        ctx, made = _open(config)
+        return {
+            "photos": len(photo_batches.resolve_images(config.images)[1]),
+            "captioner": _told(config, made),
+            "parameters": sum(p.numel() for p in made.net.parameters()),
+            **ctx.as_dict(),
+        }

@@ -1,8 +1,10 @@
-"""Train a net that says what is in a photo: RNN, LSTM or LSTM with attention on the last map of a frozen backbone.
+"""Train an image captioner: an RNN, an LSTM or an LSTM with attention on the features of a frozen backbone.
 
-Paper: Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend and tell"; source: EECS 498, assignment 6.
-Differs: the map is computed once and kept on the disk; a layer normalisation stands before the words' scores.
-Expect: `val_loss`, `val_bleu4` (greedy) while training; at the end, by beam search on the split that is evaluated
+References: Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend and tell"; source: EECS 498,
+assignment 6.
+Differences from the paper: the map is computed once and kept on the disk; a layer normalisation stands before the
+words' scores.
+Metrics: `val_loss`, `val_bleu4` (greedy) while training; at the end, by beam search on the split that is evaluated
 (`test` with evaluate_test, else `val`), `bleu1` to `bleu4`, `cider`, `exact`; of scene_sentences `shapes_right`,
 `colours_right`, `relations_right`.
 Command: cvlab train configs/caption_scenes.yaml
@@ -19,9 +21,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import vocabulary
 from cvlab.engine import device, loop, trainer
 from cvlab.engine.task import TrainTask
+from cvlab.experiments.base import Evaluable, Experiment, State
 from cvlab.experiments.captioning import checkpoint as captioning_checkpoint
 from cvlab.experiments.captioning import dataset, feature_store, scene_captions
 from cvlab.experiments.captioning import evaluation as captioning_evaluation
@@ -44,7 +48,7 @@ class Data(backbone_config.PhotoDatasetConfig):
     sentences: schema.PositiveInt | None = Field(None, description="take so many sentences of a photo; null: all")
 
 
-class Config(backbone_config.BackboneTrainConfig):
+class CaptionerConfig(backbone_config.BackboneTrainConfig):
     """A captioner, its data and how it is trained. `batch_size` counts photos, each with all of its sentences."""
 
     data: Data
@@ -66,7 +70,7 @@ class Config(backbone_config.BackboneTrainConfig):
     alpha: schema.Fraction = Field(0.7, description="a sentence's score is divided by its length to this power")
 
     @model_validator(mode="after")
-    def _rewards_within(self) -> "Config":
+    def _rewards_within(self) -> "CaptionerConfig":
         self.require_last("reward_epochs", self.reward_epochs)
         return self
 
@@ -80,7 +84,7 @@ class Parts:
     made: Made
 
 
-def build(config: Config) -> Parts:
+def build(config: CaptionerConfig) -> Parts:
     """Read the sentences and build the captioner, seeded."""
     ctx = device.select_device(config.device, config.precision, config.threads)
     captionset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
@@ -104,13 +108,17 @@ def build(config: Config) -> Parts:
     return Parts(ctx, captionset, made)
 
 
-def items_of(config: Config, captionset: CaptionDataset, split: str) -> Sequence[CaptionSample]:
+def items_of(config: CaptionerConfig, captionset: CaptionDataset, split: str) -> Sequence[CaptionSample]:
     """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
     return config.data.items(captionset.name, captionset.splits, split)
 
 
 def maps_of(
-    config: Config, parts: Parts, split: str, check_interrupt: Callable[[], None] = lambda: None, mirrored: bool = False
+    config: CaptionerConfig,
+    parts: Parts,
+    split: str,
+    check_interrupt: Callable[[], None] = lambda: None,
+    mirrored: bool = False,
 ) -> Tensor:
     """Return what the backbone sees in the photos of a split, (N, L, C)."""
     paths = [item.path for item in items_of(config, parts.captionset, split)]
@@ -118,7 +126,7 @@ def maps_of(
     return feature_store.load(parts.made.features, paths, parts.ctx, request, check_interrupt)
 
 
-def loss_function(config: Config, reward: Reward | None) -> loop.LossFn[Batch]:
+def loss_function(config: CaptionerConfig, reward: Reward | None) -> loop.LossFn[Batch]:
     """Return the loss of a sentence, and of a word; in the last epochs, if they are wanted, of the reward."""
 
     def loss_fn(net: nn.Module, batch: Batch) -> loop.Losses:
@@ -130,59 +138,13 @@ def loss_function(config: Config, reward: Reward | None) -> loop.LossFn[Batch]:
     return loss_fn
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Look at all photos, train, say a sentence about each photo that is judged; keep the weights in their own file."""
-    parts = build(config)
-    with StopRequest() as stop:
-        check_interrupt = functools.partial(stop.raise_if_set, 0, out.path.name)
-        features = maps_of(config, parts, "train", check_interrupt)
-        mirrored = maps_of(config, parts, "train", check_interrupt, mirrored=True) if config.mirror else None
-        val = maps_of(config, parts, "val", check_interrupt)
-    train = items_of(config, parts.captionset, "train")
-    sentences = Sentences(train, parts.made.vocabulary, config.length, config.data.sentences)
-    batches = Batches(features, sentences, config.batch_size, config.seed, mirrored, parts.ctx.device)
-    reward = None
-    if config.reward_epochs:
-        batches.late_from = config.last_from(config.reward_epochs, batches.epochs.steps)
-        reward = Reward(train, parts.made.vocabulary)
-    items = items_of(config, parts.captionset, "val")
-    judged = Sentences(items, parts.made.vocabulary, config.length, None)
-
-    def evaluation(net: nn.Module) -> dict[str, float]:
-        found = _say(config, parts, net, val, width=1)
-        value = captioning_evaluation.loss(net, val, judged, parts.ctx)  # type: ignore[arg-type]
-        return {"val_loss": value, "val_bleu4": captioning_evaluation.measure(found, items)["bleu4"]}
-
-    job = TrainTask(
-        model=parts.made.net,
-        loss_fn=loss_function(config, reward),
-        get_batch=batches,
-        steps_per_epoch=batches.epochs.steps,
-        items_per_step=batches.epochs.batch_size,
-        evaluate=evaluation,
-        monitor="val_bleu4",
-        ctx=parts.ctx,
-    )
-    net, metrics = trainer.train(config, job, out)
-    out.write(captioning_checkpoint.FILE, lambda path: captioning_checkpoint.save(parts.made.about, net, path))  # type: ignore[arg-type]
-    split = "test" if config.evaluate_test else "val"
-    last = val if split == "val" else maps_of(config, parts, "test")
-    out.extra_summary |= {
-        "bleu_rule": captioning_evaluation.RULE,
-        "beam": config.beam,
-        "alpha": config.alpha,
-        "evaluated_split": split,
-    }
-    return metrics | judge(config, parts, net, last, split)
-
-
-def _say(config: Config, parts: Parts, net: Any, features: Tensor, width: int) -> list[list[str]]:
+def _say(config: CaptionerConfig, parts: Parts, net: Any, features: Tensor, width: int) -> list[list[str]]:
     return captioning_evaluation.say(
         net, features, parts.made.vocabulary, parts.ctx, width, config.length, config.alpha
     )
 
 
-def judge(config: Config, parts: Parts, net: Any, features: Tensor, split: str) -> dict[str, float]:
+def judge(config: CaptionerConfig, parts: Parts, net: Any, features: Tensor, split: str) -> dict[str, float]:
     """Return how good the sentences are that beam search finds for a split."""
     items = items_of(config, parts.captionset, split)
     found = _say(config, parts, net, features, config.beam)
@@ -192,41 +154,97 @@ def judge(config: Config, parts: Parts, net: Any, features: Tensor, split: str) 
     return values
 
 
-def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
-    """Evaluate the weights of a checkpoint by beam search; names of splits stand before the metrics."""
-    parts = build(config)
-    net = parts.made.net
-    checkpoint.load_eval_weights(net, state, str(base))
-    chosen = splits or tuple(name for name in ("val", "test") if parts.captionset.splits.get(name))
-    found: dict[str, float] = {}
-    for split in chosen:
-        features = maps_of(config, parts, split)
-        sentences = Sentences(items_of(config, parts.captionset, split), parts.made.vocabulary, config.length, None)
-        values = judge(config, parts, net, features, split)
-        values["loss"] = captioning_evaluation.loss(net, features, sentences, parts.ctx)
-        found |= {f"{split}_{name}": value for name, value in values.items()}
-    return found
+def _has_scenes(config: CaptionerConfig) -> bool:
+    return scene_captions.SET.name in (config.data.name, config.data.fallback)
 
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    names = {"val_loss", "val_bleu4", "best_val_bleu4", "word_loss", "cider", "exact", *trainer.METRICS}
-    names |= {f"bleu{n}" for n in range(1, 5)}
-    if scene_captions.SET.name in (config.data.name, config.data.fallback):
-        names |= {"shapes_right", "colours_right", "relations_right"}
-    return names
+class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig]):
+    """Train an image captioner: an RNN, an LSTM or an LSTM with attention on the features of a frozen backbone."""
 
+    name = "captioner"
+    Config = CaptionerConfig
+    metrics = (
+        *trainer.METRICS,
+        Metric("val_loss", better="lower"),
+        Metric("val_bleu4", "fraction", "higher"),
+        Metric("best_val_bleu4", "fraction", "higher"),
+        Metric("word_loss", better="lower"),
+        Metric("cider", better="higher"),
+        Metric("exact", "fraction", "higher"),
+        *(Metric(f"bleu{n}", "fraction", "higher") for n in range(1, 5)),
+        *(Metric(f"{part}_right", "fraction", "higher", _has_scenes) for part in ("shapes", "colours", "relations")),
+    )
 
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do; sentences are read, no photo is opened."""
-    parts = build(config)
-    train = items_of(config, parts.captionset, "train")
-    steps_per_epoch = max(1, len(train) // config.batch_size)
-    return {
-        "model": f"{parts.made.net.cell}, layers {parts.made.net.layers}",
-        "parameters": sum(p.numel() for p in parts.made.net.parameters()),
-        "words": len(parts.made.vocabulary),
-        "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.captionset.splits.items()),
-        "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
-        **parts.ctx.as_dict(),
-    }
+    def run(self, config: CaptionerConfig, run: RunDir) -> dict[str, float]:
+        """Compute features, train, and evaluate generated captions; save the weights in a file of their own."""
+        parts = build(config)
+        with StopRequest() as stop:
+            check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
+            features = maps_of(config, parts, "train", check_interrupt)
+            mirrored = maps_of(config, parts, "train", check_interrupt, mirrored=True) if config.mirror else None
+            val = maps_of(config, parts, "val", check_interrupt)
+        train = items_of(config, parts.captionset, "train")
+        sentences = Sentences(train, parts.made.vocabulary, config.length, config.data.sentences)
+        batches = Batches(features, sentences, config.batch_size, config.seed, mirrored, parts.ctx.device)
+        reward = None
+        if config.reward_epochs:
+            batches.late_from = config.last_from(config.reward_epochs, batches.epochs.steps)
+            reward = Reward(train, parts.made.vocabulary)
+        items = items_of(config, parts.captionset, "val")
+        judged = Sentences(items, parts.made.vocabulary, config.length, None)
+
+        def evaluation(net: nn.Module) -> dict[str, float]:
+            found = _say(config, parts, net, val, width=1)
+            value = captioning_evaluation.loss(net, val, judged, parts.ctx)  # type: ignore[arg-type]
+            return {"val_loss": value, "val_bleu4": captioning_evaluation.measure(found, items)["bleu4"]}
+
+        job = TrainTask(
+            model=parts.made.net,
+            loss_fn=loss_function(config, reward),
+            get_batch=batches,
+            steps_per_epoch=batches.epochs.steps,
+            items_per_step=batches.epochs.batch_size,
+            evaluate=evaluation,
+            monitor="val_bleu4",
+            ctx=parts.ctx,
+        )
+        net, metrics = trainer.train(config, job, run)
+        run.write(captioning_checkpoint.FILE, lambda path: captioning_checkpoint.save(parts.made.about, net, path))  # type: ignore[arg-type]
+        split = "test" if config.evaluate_test else "val"
+        last = val if split == "val" else maps_of(config, parts, "test")
+        run.extra_summary |= {
+            "bleu_rule": captioning_evaluation.RULE,
+            "beam": config.beam,
+            "alpha": config.alpha,
+            "evaluated_split": split,
+        }
+        return metrics | judge(config, parts, net, last, split)
+
+    def evaluate(self, config: CaptionerConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
+        """Evaluate the weights of a checkpoint by beam search; names of splits stand before the metrics."""
+        parts = build(config)
+        net = parts.made.net
+        checkpoint.load_eval_weights(net, state, str(base))
+        chosen = splits or tuple(name for name in ("val", "test") if parts.captionset.splits.get(name))
+        found: dict[str, float] = {}
+        for split in chosen:
+            features = maps_of(config, parts, split)
+            sentences = Sentences(items_of(config, parts.captionset, split), parts.made.vocabulary, config.length, None)
+            values = judge(config, parts, net, features, split)
+            values["loss"] = captioning_evaluation.loss(net, features, sentences, parts.ctx)
+            found |= {f"{split}_{name}": value for name, value in values.items()}
+        return found
+
+    def plan(self, config: CaptionerConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do; sentences are read, no photo is opened."""
+        parts = build(config)
+        train = items_of(config, parts.captionset, "train")
+        steps_per_epoch = max(1, len(train) // config.batch_size)
+        return {
+            "model": f"{parts.made.net.cell}, layers {parts.made.net.layers}",
+            "parameters": sum(p.numel() for p in parts.made.net.parameters()),
+            "words": len(parts.made.vocabulary),
+            "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.captionset.splits.items()),
+            "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
+            **parts.ctx.as_dict(),
+        }

@@ -1,7 +1,8 @@
 """Say what photos show, with a net that knows ImageNet: the most likely classes and their probabilities.
 
-Paper: Russakovsky et al., 2015, "ImageNet Large Scale Visual Recognition Challenge"; Tan and Le, 2019 (EfficientNet).
-Expect: `num_photos`, `mean_probability` of the best class.
+References: Russakovsky et al., 2015, "ImageNet Large Scale Visual Recognition Challenge"; Tan and Le, 2019
+(EfficientNet).
+Metrics: `num_photos`, `mean_probability` of the best class.
 Command: cvlab classify photo.jpg
 """
 
@@ -15,14 +16,16 @@ from annotated_types import Le
 from pydantic import Field
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import photos
+from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
 from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 
-class Config(PhotoConfig):
+class ClassifyPhotosConfig(PhotoConfig):
     """Which photos, which net."""
 
     top: Annotated[schema.PositiveInt, Le(1000)] = Field(5, description="classes to name for each photo")
@@ -32,32 +35,33 @@ class Config(PhotoConfig):
 COLUMNS = (Column("top", "prediction", has_lines=True),)
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Classify all photos."""
-    ctx, model = config.build()
+class ClassifyPhotosExperiment(Experiment[ClassifyPhotosConfig]):
+    """Say what photos show, with a net that knows ImageNet: the most likely classes and their probabilities."""
 
-    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
-        views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
-        with torch.inference_mode():
-            probabilities = model.probabilities(views.to(ctx.device))
-        values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
-        results = []
-        for photo, p, k in zip(batch, values.tolist(), indices.tolist(), strict=True):
-            predictions = [model.class_score(index, score) for index, score in zip(k, p, strict=True)]
-            results.append(PhotoResult(str(photo.path), {**predictions[0], "top": predictions}))
-        return results
+    name = "classify_photos"
+    Config = ClassifyPhotosConfig
+    metrics = (Metric("num_photos"), Metric("mean_probability", "fraction"))
 
-    results = photo_batches.run(config, out, work, "classify", COLUMNS)
-    mean = statistics.fmean(result.values["score"] for result in results)
-    return {"num_photos": len(results), "mean_probability": mean}
+    def run(self, config: ClassifyPhotosConfig, run: RunDir) -> dict[str, float]:
+        """Classify all photos."""
+        ctx, model = config.build()
 
+        def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+            views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
+            with torch.inference_mode():
+                probabilities = model.probabilities(views.to(ctx.device))
+            values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
+            results = []
+            for photo, p, k in zip(batch, values.tolist(), indices.tolist(), strict=True):
+                predictions = [model.class_score(index, score) for index, score in zip(k, p, strict=True)]
+                results.append(PhotoResult(str(photo.path), {**predictions[0], "top": predictions}))
+            return results
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    return {"num_photos", "mean_probability"}
+        results = photo_batches.run(config, run, work, "classify", COLUMNS)
+        mean = statistics.fmean(result.values["score"] for result in results)
+        return {"num_photos": len(results), "mean_probability": mean}
 
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do."""
-    ctx, model = config.build()
-    return photo_batches.plan(config, ctx, model)
+    def plan(self, config: ClassifyPhotosConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do."""
+        ctx, model = config.build()
+        return photo_batches.plan(config, ctx, model)

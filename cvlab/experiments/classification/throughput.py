@@ -8,7 +8,7 @@ import torch
 
 from cvlab import console, registry
 from cvlab.config.loading import Loaded
-from cvlab.config.schema import DataConfig, ExperimentConfig
+from cvlab.config.schema import DataConfig
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
 from cvlab.engine import loop, optimizers, time_budget
@@ -28,7 +28,7 @@ def made_up(size: DatasetSize, count: int) -> ImageDataset:
     return ImageDataset("noise", images, labels, images[:1], labels[:1], tuple(map(str, range(size.num_classes))))
 
 
-def build(config: train.Config, base: Path) -> train.Parts:
+def build(config: train.ClassifyConfig, base: Path) -> train.Parts:
     """Build a configuration with noise in place of its data; the user's own data is loaded."""
     if registry.is_user_file(config.data.name):
         return train.build(config, base)
@@ -38,7 +38,7 @@ def build(config: train.Config, base: Path) -> train.Parts:
 
 
 def steps(
-    config: train.Config, parts: train.Parts, batch_at: Callable[[int], Any] | None = None
+    config: train.ClassifyConfig, parts: train.Parts, batch_at: Callable[[int], Any] | None = None
 ) -> Iterator[loop.Losses]:
     """Train step after step, as a run of the configuration does, on its batches or on those of `batch_at`."""
     optimizer = optimizers.build_optimizer(config.optimizer.name, parts.model, config.optimizer.arguments())
@@ -52,16 +52,22 @@ def steps(
     )
 
 
-def images_per_second(config: train.Config, parts: train.Parts) -> float:
+def images_per_second(config: train.ClassifyConfig, parts: train.Parts) -> float:
     """Return how many images a second a configuration trains on, from the median of about a second's steps."""
     seconds = time_budget.seconds_per_step(steps(config, parts), MEASURED_SECONDS, parts.ctx.synchronize)
     return config.batch_size / seconds
 
 
-def choose_profile(loaded: Loaded, block: DataConfig) -> ExperimentConfig:
-    """Return the last profile whose passes over `block`'s images fit into the budget; measures until one does not."""
-    config: Any = loaded.config
-    profiles: dict[str, Any] = {name: one.config.with_data(block) for name, one in loaded.profiles.items()}
+def choose_profile(loaded: Loaded, data: DataConfig) -> train.ClassifyConfig:
+    """Return the last profile whose epochs over `data`'s images fit into the budget; measures until one does not."""
+    config = loaded.config
+    assert isinstance(config, train.ClassifyConfig)
+    assert config.duration.seconds is not None
+    profiles: dict[str, train.ClassifyConfig] = {}
+    for name in config.profiles:
+        variant = loaded.variants[f"profile={name}"].config.with_data(data)
+        assert isinstance(variant, train.ClassifyConfig)
+        profiles[name] = variant
     chosen, *_ = profiles
     for name, profile in config.profiles.items():
         possible = _epochs_within(profiles[name], loaded.base)
@@ -71,13 +77,12 @@ def choose_profile(loaded: Loaded, block: DataConfig) -> ExperimentConfig:
             break
         chosen = name
     console.info(f"profile {chosen} is taken; profile=NAME takes another")
-    found: ExperimentConfig = profiles[chosen]
-    return found
+    return profiles[chosen]
 
 
-def _epochs_within(config: Any, base: Path) -> float:
+def _epochs_within(config: train.ClassifyConfig, base: Path) -> float:
     num_train: float = BATCHES * config.batch_size
     if not registry.is_user_file(config.data.name):
         size = datasets.get(config.data.name).size
         num_train, _ = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
-    return images_per_second(config, build(config, base)) * float(config.duration.seconds) / num_train
+    return images_per_second(config, build(config, base)) * (config.duration.seconds or 0) / num_train

@@ -1,12 +1,12 @@
-"""Train a classifier of small images: any model, optimiser, schedule and data set.
+"""Train an image classifier: any model, optimizer, schedule and data set.
 
-Paper: EECS 498/598 (Johnson, University of Michigan, 2019), assignments 3 and 4.
-Expect: `train_accuracy`, `val_accuracy`, and `test_accuracy` where `evaluate_test` is set.
+References: EECS 498/598 (Johnson, University of Michigan, 2019), assignments 3 and 4.
+Metrics: `train_accuracy`, `val_accuracy`, and `test_accuracy` where `evaluate_test` is set.
 Command: cvlab train configs/cifar_bn.yaml
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,17 +14,21 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from annotated_types import Le
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from cvlab import layers, registry
 from cvlab.config import schema
+from cvlab.config.loading import Loaded
+from cvlab.config.metrics import Metric
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
+from cvlab.data.resolve import DownloadPolicy
 from cvlab.engine import device, loop, optimizers, trainer
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.task import ExportSpec, TrainTask
 from cvlab.errors import ConfigError
+from cvlab.experiments.base import Evaluable, Experiment, Exportable, State
 from cvlab.experiments.classification.data.augment import Augmentation, views
 from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import (
@@ -39,6 +43,7 @@ from cvlab.experiments.classification.data.images import (
     steps_in_epoch,
 )
 from cvlab.experiments.classification.models import registry as model_registry
+from cvlab.experiments.classification.profiles import AUTO, Profile, expand_profiles
 from cvlab.models.pretrained import NormalizedModel
 from cvlab.runs import checkpoint
 from cvlab.runs.run_dir import RunDir
@@ -77,8 +82,11 @@ class Augment(schema.FrozenModel):
     cutout_px: schema.NonNegativeInt = Field(0, description="blank out a square with sides of so many pixels")
 
 
-class Config(TrainConfig):
+class ClassifyConfig(TrainConfig):
     """One classifier on one data set."""
+
+    profile: str = Field(AUTO, description="one of `profiles`; auto: measure, and take the last that fits the budget")
+    profiles: dict[str, Profile] = Field({}, description="sizes of the experiment by name, the smallest first")
 
     data: Data
     model: Annotated[schema.ComponentConfig, model_registry.TABLE]
@@ -95,6 +103,12 @@ class Config(TrainConfig):
     tta: Literal["none", "flip", "flip_shift"] = Field(
         "none", description="test-time augmentation: report *_accuracy_tta too, the scores averaged over several views"
     )
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> "ClassifyConfig":
+        if self.profiles and self.profile == AUTO and self.duration.seconds is None:
+            raise ValueError(f"auto needs a budget in duration.seconds; else name one of {', '.join(self.profiles)}")
+        return self
 
     @field_validator("layers")
     @classmethod
@@ -115,7 +129,7 @@ class Parts:
     splits: dict[str, tuple[Tensor, Tensor]]
 
 
-def build(config: Config, base: Path, images: ImageDataset | None = None) -> Parts:
+def build(config: ClassifyConfig, base: Path, images: ImageDataset | None = None) -> Parts:
     """Load the data, unless `images` are given, and build the model, seeded; user files are relative to `base`."""
     ctx = device.select_device(config.device, config.precision, config.threads)
     images = (
@@ -136,7 +150,7 @@ def build(config: Config, base: Path, images: ImageDataset | None = None) -> Par
     return Parts(ctx, images, model, batches, splits)
 
 
-def _user_images(config: Config, base: Path) -> ImageDataset | None:
+def _user_images(config: ClassifyConfig, base: Path) -> ImageDataset | None:
     """Return what the user's own function gives, where the configuration names one."""
     if not registry.is_user_file(config.data.name):
         return None
@@ -146,7 +160,7 @@ def _user_images(config: Config, base: Path) -> ImageDataset | None:
     return images
 
 
-def build_model(config: Config, base: Path, size: DatasetSize) -> nn.Module:
+def build_model(config: ClassifyConfig, base: Path, size: DatasetSize) -> nn.Module:
     """Build the model of a configuration for images of a size, on the CPU, its weights drawn from the seed."""
     for key in ("translate_px", "cutout_px"):
         if (given := getattr(config.augment, key)) >= size.image_px:
@@ -159,20 +173,12 @@ def build_model(config: Config, base: Path, size: DatasetSize) -> nn.Module:
     return model
 
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    splits = [*(["val"] if config.data.val_fraction else []), *(["test"] if config.evaluate_test else [])]
-    kinds = ("loss", "accuracy", *(["accuracy_tta"] if config.tta != "none" else []))
-    evaluated = {f"{split}_{key}" for split in splits for key in kinds}
-    return {"train_accuracy", f"best_{monitor(config)}", *evaluated, *trainer.METRICS}
-
-
-def monitor(config: Config) -> str:
+def monitor(config: ClassifyConfig) -> str:
     """Return the metric that says which weights are best."""
     return "val_accuracy" if config.data.val_fraction else "train_accuracy"
 
 
-def loss_function(config: Config, batches: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:
+def loss_function(config: ClassifyConfig, batches: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:
     """Return the training loss: cross-entropy plus reg * sum(W^2), with the accuracy on the batch beside it.
 
     Batches that choose by loss are told the cross-entropy of each image.
@@ -224,79 +230,115 @@ def _evaluator(parts: Parts, tta: str) -> Callable[[nn.Module, str], dict[str, f
     return evaluate
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Train, or go on training; return the metrics."""
-    parts = build(config, out.path)
-    evaluate = _evaluator(parts, config.tta)
+def _has_val(config: ClassifyConfig) -> bool:
+    return config.data.val_fraction > 0
 
-    def evaluation(model: nn.Module) -> dict[str, float]:
-        train = evaluate(model, "train")
-        val = evaluate(model, "val") if "val" in parts.splits else {}
-        return {"train_accuracy": train["train_accuracy"], **val}
 
-    job = TrainTask(
-        model=parts.model,
-        loss_fn=loss_function(config, parts.batches),
-        get_batch=parts.batches,
-        steps_per_epoch=parts.batches.steps_per_epoch,
-        items_per_step=config.batch_size,
-        evaluate=evaluation,
-        extra_state=getattr(parts.batches, "memory", {}),
-        monitor=monitor(config),
-        ctx=parts.ctx,
+def _has_test(config: ClassifyConfig) -> bool:
+    return config.evaluate_test
+
+
+class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], Exportable[ClassifyConfig]):
+    """Train an image classifier: any model, optimizer, schedule and data set."""
+
+    name = "classify"
+    Config = ClassifyConfig
+    metrics = (
+        *trainer.METRICS,
+        Metric("train_accuracy", "fraction", "higher"),
+        Metric("best_train_accuracy", "fraction", "higher", lambda config: not config.data.val_fraction),
+        Metric("best_val_accuracy", "fraction", "higher", _has_val),
+        Metric("val_loss", better="lower", when=_has_val),
+        Metric("val_accuracy", "fraction", "higher", _has_val),
+        Metric("val_accuracy_tta", "fraction", "higher", lambda config: _has_val(config) and config.tta != "none"),
+        Metric("test_loss", better="lower", when=_has_test),
+        Metric("test_accuracy", "fraction", "higher", _has_test),
+        Metric("test_accuracy_tta", "fraction", "higher", lambda config: _has_test(config) and config.tta != "none"),
     )
-    model, metrics = trainer.train(config, job, out)
-    return metrics | (evaluate(model, "test") if config.evaluate_test else {})
 
+    def expand(self, raw: dict[str, Any], overrides: Sequence[str], place: Callable[[str], str]) -> Sequence[str]:
+        """Apply the profile that is named; return one override for each profile if none is."""
+        return expand_profiles(raw, overrides, place)
 
-def exported(config: Config, base: Path, state: dict[str, Any]) -> ExportSpec:
-    """Return the net of a checkpoint, which takes images in [0, 1]: the normalisation is inside."""
-    parts = build(config, base)
-    checkpoint.load_eval_weights(parts.model, state, str(base))
-    size = size_of(parts.images)
-    normalize = parts.batches.normalize
-    mean, std = normalize.mean_and_std()
-    net = NormalizedModel(parts.model, mean, std)
-    about = {
-        "takes": f"images, float32 (N, {size.channels}, {size.image_px}, {size.image_px}) in [0, 1]",
-        "gives": f"scores (N, {size.num_classes}), before the softmax",
-        "normalised_inside": {"mean": mean, "std": std},
-        "classes": parts.images.classes,
-    }
-    example = torch.rand(1, size.channels, size.image_px, size.image_px)
-    return ExportSpec(net, parts.model, example, ("scores",), about)
+    def prepare(self, loaded: Loaded, policy: DownloadPolicy) -> ClassifyConfig:
+        """Return the configuration to run: its data set resolved, its profile chosen by measuring."""
+        config = super().prepare(loaded, policy)
+        if not loaded.variants:
+            return config
+        from cvlab.experiments.classification import throughput
 
+        return throughput.choose_profile(loaded, config.data)
 
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do, without loading or writing anything; a user's own data has to be loaded."""
-    ctx = device.select_device(config.device, config.precision, config.threads)
-    own = _user_images(config, base)
-    size = size_of(own) if own else datasets.get(config.data.name).size
-    model = build_model(config, base, size)
-    optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
-    num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
-    steps_per_epoch = steps_in_epoch(num_train, config.batch_size)
-    steps = config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_images": num_train,
-        "val_images": num_val,
-        "steps_per_epoch": steps_per_epoch,
-        "steps": steps or f"as many as fit in {config.duration.seconds:g} s",
-        **ctx.as_dict(),
-    }
+    def run(self, config: ClassifyConfig, run: RunDir) -> dict[str, float]:
+        """Train, or go on training; return the metrics."""
+        parts = build(config, run.path)
+        evaluate = _evaluator(parts, config.tta)
 
+        def evaluation(model: nn.Module) -> dict[str, float]:
+            train = evaluate(model, "train")
+            val = evaluate(model, "val") if "val" in parts.splits else {}
+            return {"train_accuracy": train["train_accuracy"], **val}
 
-def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
-    """Evaluate the weights of a checkpoint on the splits called `train`, `val`, `test`; on the last two without any."""
-    parts = build(config, base)
-    checkpoint.load_eval_weights(parts.model, state, str(base))
-    evaluate = _evaluator(parts, config.tta)
-    splits = splits or tuple(name for name in ("val", "test") if name in parts.splits)
-    unknown = [name for name in splits if name not in parts.splits]
-    if unknown:
-        raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(parts.splits)}")
-    found: dict[str, float] = {}
-    for name in splits:
-        found |= evaluate(parts.model, name)
-    return found
+        job = TrainTask(
+            model=parts.model,
+            loss_fn=loss_function(config, parts.batches),
+            get_batch=parts.batches,
+            steps_per_epoch=parts.batches.steps_per_epoch,
+            items_per_step=config.batch_size,
+            evaluate=evaluation,
+            extra_state=getattr(parts.batches, "memory", {}),
+            monitor=monitor(config),
+            ctx=parts.ctx,
+        )
+        model, metrics = trainer.train(config, job, run)
+        return metrics | (evaluate(model, "test") if config.evaluate_test else {})
+
+    def export_spec(self, config: ClassifyConfig, base: Path, state: State) -> ExportSpec:
+        """Return the net of a checkpoint, which takes images in [0, 1]: the normalisation is inside."""
+        parts = build(config, base)
+        checkpoint.load_eval_weights(parts.model, state, str(base))
+        size = size_of(parts.images)
+        normalize = parts.batches.normalize
+        mean, std = normalize.mean_and_std()
+        net = NormalizedModel(parts.model, mean, std)
+        about = {
+            "takes": f"images, float32 (N, {size.channels}, {size.image_px}, {size.image_px}) in [0, 1]",
+            "gives": f"scores (N, {size.num_classes}), before the softmax",
+            "normalised_inside": {"mean": mean, "std": std},
+            "classes": parts.images.classes,
+        }
+        example = torch.rand(1, size.channels, size.image_px, size.image_px)
+        return ExportSpec(net, parts.model, example, ("scores",), about)
+
+    def plan(self, config: ClassifyConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do, without loading or writing anything; a user's own data has to be loaded."""
+        ctx = device.select_device(config.device, config.precision, config.threads)
+        own = _user_images(config, base)
+        size = size_of(own) if own else datasets.get(config.data.name).size
+        model = build_model(config, base, size)
+        optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
+        num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
+        steps_per_epoch = steps_in_epoch(num_train, config.batch_size)
+        steps = config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_images": num_train,
+            "val_images": num_val,
+            "steps_per_epoch": steps_per_epoch,
+            "steps": steps or f"as many as fit in {config.duration.seconds:g} s",
+            **ctx.as_dict(),
+        }
+
+    def evaluate(self, config: ClassifyConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
+        """Evaluate the weights of a checkpoint on splits; on validation and test if none is given."""
+        parts = build(config, base)
+        checkpoint.load_eval_weights(parts.model, state, str(base))
+        evaluate = _evaluator(parts, config.tta)
+        splits = splits or tuple(name for name in ("val", "test") if name in parts.splits)
+        unknown = [name for name in splits if name not in parts.splits]
+        if unknown:
+            raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(parts.splits)}")
+        found: dict[str, float] = {}
+        for name in splits:
+            found |= evaluate(parts.model, name)
+        return found

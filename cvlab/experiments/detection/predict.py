@@ -1,8 +1,9 @@
 """Find things in photos, and draw boxes around them; without photos, see how good a detector is on its own set.
 
-Paper: Redmon et al., 2016, "You only look once"; Redmon and Farhadi, 2018, "YOLOv3" (yolov3_tiny).
-Differs: the weights say by themselves what they are, which classes they know and what they were trained on.
-Expect: `num_photos`, `num_objects`; without photos `map50`, `map50_95` and `ap50/CLASS` on the validation photos.
+References: Redmon et al., 2016, "You only look once"; Redmon and Farhadi, 2018, "YOLOv3" (yolov3_tiny).
+Differences from the paper: the weights say by themselves what they are, which classes they know and what they were
+trained on.
+Metrics: `num_photos`, `num_objects`; without photos `map50`, `map50_95` and `ap50/CLASS` on the validation photos.
 Command: cvlab detect photo.jpg
 """
 
@@ -12,16 +13,18 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import photos
 from cvlab.engine import device
 from cvlab.errors import ConfigError
+from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches, weights
 from cvlab.experiments.common.photo_batches import ImagesConfig
 from cvlab.experiments.detection import inference
 from cvlab.runs.run_dir import RunDir
 
 
-class Config(ImagesConfig):
+class DetectConfig(ImagesConfig):
     """Which photos, which detector, and what is taken for a find."""
 
     images: tuple[str, ...] = Field(
@@ -52,39 +55,45 @@ class Config(ImagesConfig):
         return weights.absolute(name)
 
 
-def _finder(config: Config, ctx: device.ComputeContext) -> inference.Finder:
+def _finder(config: DetectConfig, ctx: device.ComputeContext) -> inference.Finder:
     finder = inference.open_finder(config.model, config.weights, ctx, evaluates=not config.images)
     if config.explain == "proposals" and finder.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
     return finder
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Look at all photos; or evaluate."""
-    ctx = device.select_device(config.device, config.precision, config.threads)
-    finder = _finder(config, ctx)
-    out.log(f"looking with {finder.told}")
-    out.folder("images")
-    if not config.images:
-        return inference.evaluate(finder, config, out)
-    rows = photo_batches.run(config, out, inference.Detect(config, finder, out), "detect", inference.COLUMNS)
-    inference.save_coco(config, finder, rows, out)
-    return {"num_photos": len(rows), "num_objects": sum(len(row.values["objects"]) for row in rows)}
+class DetectExperiment(Experiment[DetectConfig]):
+    """Find things in photos, and draw boxes around them; without photos, see how good a detector is on its own set."""
 
+    name = "detect"
+    Config = DetectConfig
+    metrics = (
+        Metric("num_photos"),
+        Metric("num_objects", when=lambda config: bool(config.images)),
+        Metric("map50", "fraction", "higher", lambda config: not config.images),
+        Metric("map50_95", "fraction", "higher", lambda config: not config.images),
+    )
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    return {"num_photos", "num_objects"} if config.images else {"num_photos", "map50", "map50_95"}
+    def run(self, config: DetectConfig, run: RunDir) -> dict[str, float]:
+        """Look at all photos; or evaluate."""
+        ctx = device.select_device(config.device, config.precision, config.threads)
+        finder = _finder(config, ctx)
+        run.log(f"looking with {finder.told}")
+        run.folder("images")
+        if not config.images:
+            return inference.evaluate(finder, config, run)
+        rows = photo_batches.run(config, run, inference.Detect(config, finder, run), "detect", inference.COLUMNS)
+        inference.save_coco(config, finder, rows, run)
+        return {"num_photos": len(rows), "num_objects": sum(len(row.values["objects"]) for row in rows)}
 
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. DataError where the weights or all of the photos are not there."""
-    ctx = device.select_device(config.device, config.precision, config.threads)
-    finder = _finder(config, ctx)
-    return {
-        "photos": len(photo_batches.resolve_images(config.images)[1]) if config.images else "its validation photos",
-        "detector": finder.told,
-        "classes": len(finder.classes),
-        "parameters": finder.num_parameters,
-        **ctx.as_dict(),
-    }
+    def plan(self, config: DetectConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do. DataError where the weights or all of the photos are not there."""
+        ctx = device.select_device(config.device, config.precision, config.threads)
+        finder = _finder(config, ctx)
+        return {
+            "photos": len(photo_batches.resolve_images(config.images)[1]) if config.images else "its validation photos",
+            "detector": finder.told,
+            "classes": len(finder.classes),
+            "parameters": finder.num_parameters,
+            **ctx.as_dict(),
+        }

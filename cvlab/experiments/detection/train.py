@@ -1,9 +1,9 @@
-"""Train a detector: a head on the maps of a backbone that knows ImageNet, from photos with boxes.
+"""Train an object detector: a head on the feature maps of an ImageNet-pretrained backbone.
 
-Paper: Redmon et al., 2016, "You only look once"; Lin et al., 2017 (feature pyramid); Feng et al., 2021, "TOOD" (which
-points are responsible). The backbone is frozen: its maps of augmented views of every photo are computed once.
-Differs: from EECS 498, assignment 5, as `yolo_fpn` does; `yolo_grid` is the course's detector.
-Expect: `val_map50` while training; at the end of the split that is evaluated (`test` with evaluate_test, else `val`)
+References: Redmon et al., 2016, "You only look once"; Lin et al., 2017 (feature pyramid); Feng et al., 2021, "TOOD"
+(which points are responsible). The backbone is frozen: its maps of augmented views of every photo are computed once.
+Differences from the paper: from EECS 498, assignment 5, as `yolo_fpn` does; `yolo_grid` is the course's detector.
+Metrics: `val_map50` while training; at the end of the split that is evaluated (`test` with evaluate_test, else `val`)
 `map50`, `map50_95` and `ap50/CLASS`, by `map_rule` and above `confidence_floor`.
 Command: cvlab train configs/yolo_scenes.yaml
 """
@@ -23,9 +23,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import photos
 from cvlab.engine import device, loop, trainer
 from cvlab.engine.task import ExportSpec, TrainTask
+from cvlab.experiments.base import Evaluable, Experiment, Exportable, State
 from cvlab.experiments.common import backbone_config
 from cvlab.experiments.detection import evaluation as detection_evaluation
 from cvlab.experiments.detection import feature_cache, inference, plots
@@ -64,7 +66,7 @@ class Augment(schema.FrozenModel):
     saturation: schema.Fraction = Field(0.4, description="more or less colour by up to this share")
 
 
-class Config(backbone_config.BackboneTrainConfig):
+class DetectorConfig(backbone_config.BackboneTrainConfig):
     """A detector, its data and how it is trained."""
 
     data: Data
@@ -80,7 +82,7 @@ class Config(backbone_config.BackboneTrainConfig):
     nms_iou: schema.Fraction = Field(0.6, description="of two boxes of a class that overlap more, the better stays")
 
     @model_validator(mode="after")
-    def _tunes_within(self) -> "Config":
+    def _tunes_within(self) -> "DetectorConfig":
         self.require_last("tune_epochs", self.tune_epochs)
         return self
 
@@ -95,7 +97,7 @@ class Parts:
     rules: Rules
 
 
-def build(config: Config) -> Parts:
+def build(config: DetectorConfig) -> Parts:
     """Read the set's annotations and build the detector, seeded."""
     ctx = device.select_device(config.device, config.precision, config.threads)
     boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
@@ -115,12 +117,14 @@ def build(config: Config) -> Parts:
     return Parts(ctx, boxset, detector, Rules(config.map_rule, config.confidence_floor, config.nms_iou))
 
 
-def items_of(config: Config, boxset: DetectionDataset, split: str) -> Sequence[DetectionSample]:
+def items_of(config: DetectorConfig, boxset: DetectionDataset, split: str) -> Sequence[DetectionSample]:
     """Return the photos of a split. ConfigError where it has none, or fewer than are asked for."""
     return config.data.items(boxset.name, boxset.splits, split)
 
 
-def maps_of(config: Config, parts: Parts, split: str, num_views: int, check_interrupt: Callable[[], None]) -> Cached:
+def maps_of(
+    config: DetectorConfig, parts: Parts, split: str, num_views: int, check_interrupt: Callable[[], None]
+) -> Cached:
     """Compute the maps of a split: of random views, or, where `num_views` is 0, of each photo whole."""
     changes = augment.Changes(**config.augment.model_dump()) if num_views else None
     is_all = num_views > 0 and config.tune_epochs != config.duration.epochs
@@ -142,44 +146,7 @@ def loss_function(size_px: int) -> loop.LossFn[Batch]:
     return loss_fn
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Compute the maps, train the head, evaluate it; keep its weights in a file of their own."""
-    parts = build(config)
-    with StopRequest() as stop:
-        check_interrupt = functools.partial(stop.raise_if_set, 0, out.path.name)
-        train = maps_of(config, parts, "train", config.views, check_interrupt)
-        val = maps_of(config, parts, "val", 0, check_interrupt)
-    batches = CachedBatches(train, config.batch_size, config.seed, parts.ctx.device)
-    if config.tune_epochs:
-        batches.finest_from = config.last_from(config.tune_epochs, batches.epochs.steps)
-
-    def evaluation(model: nn.Module) -> dict[str, float]:
-        return {"val_map50": _measure(config, parts, model, val, "val").map50}
-
-    job = TrainTask(
-        model=parts.detector.head,
-        loss_fn=loss_function(config.size),
-        get_batch=batches,
-        steps_per_epoch=batches.epochs.steps,
-        items_per_step=batches.epochs.batch_size,
-        evaluate=evaluation,
-        monitor="val_map50",
-        ctx=parts.ctx,
-    )
-    model, metrics = trainer.train(config, job, out)
-    out.write(detector_registry.FILE, lambda path: detector_registry.save(parts.detector.about, model, path))
-    split = "test" if config.evaluate_test else "val"
-    last = val if split == "val" else maps_of(config, parts, "test", 0, check_interrupt)
-    out.extra_summary |= {
-        "map_rule": config.map_rule,
-        "confidence_floor": config.confidence_floor,
-        "evaluated_split": split,
-    }
-    metrics["seconds_per_photo"] = seconds_per_photo(config, parts, model, split)
-    return metrics | detection_evaluation.metrics(_measure(config, parts, model, last, split), parts.boxset.classes)
-
-
-def seconds_per_photo(config: Config, parts: Parts, model: nn.Module, split: str) -> float:
+def seconds_per_photo(config: DetectorConfig, parts: Parts, model: nn.Module, split: str) -> float:
     """Return the median time of a photo from its pixels to its boxes, the backbone with it, one photo at a time."""
     look = inference.looks(dataclasses.replace(parts.detector, head=model.eval()), parts.ctx)
     spent = []
@@ -192,75 +159,113 @@ def seconds_per_photo(config: Config, parts: Parts, model: nn.Module, split: str
     return statistics.median(spent)
 
 
-def _measure(config: Config, parts: Parts, model: nn.Module, cached: Cached, split: str) -> DetectionMetrics:
+def _measure(config: DetectorConfig, parts: Parts, model: nn.Module, cached: Cached, split: str) -> DetectionMetrics:
     found = detection_evaluation.find(model, cached, config.size, parts.rules, parts.ctx)
     return detection_evaluation.measure(
         found, items_of(config, parts.boxset, split), len(parts.boxset.classes), parts.rules
     )
 
 
-def evaluate_run(config: Config, base: Path, state: dict[str, Any], splits: tuple[str, ...]) -> dict[str, float]:
-    """Evaluate the weights of a checkpoint and draw curves and confusions; names of splits stand before the metrics.
+class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig]):
+    """Train an object detector: a head on the feature maps of an ImageNet-pretrained backbone."""
 
-    Recall by size of the boxes and the table of confusions count what is at least `SHOWN_FLOOR` sure.
-    """
-    parts = build(config)
-    model = parts.detector.head
-    checkpoint.load_eval_weights(model, state, str(base))
-    chosen = splits or tuple(name for name in ("val", "test") if parts.boxset.splits.get(name))
-    found: dict[str, float] = {}
-    for split in chosen:
-        cached = maps_of(config, parts, split, 0, lambda: None)
-        items, classes = items_of(config, parts.boxset, split), parts.boxset.classes
-        result = detection_evaluation.find(model, cached, config.size, parts.rules, parts.ctx)
-        measured = detection_evaluation.measure(result, items, len(classes), parts.rules)
-        confusion = detection_evaluation.confused(result, items, len(classes), SHOWN_FLOOR)
-        plots.write(RunDir(base), measured, confusion, classes, f"{split}_")
-        values = detection_evaluation.metrics(measured, classes) | detection_evaluation.recalls(
-            result, items, SHOWN_FLOOR
+    name = "detector"
+    Config = DetectorConfig
+    metrics = (
+        *trainer.METRICS,
+        Metric("val_map50", "fraction", "higher"),
+        Metric("best_val_map50", "fraction", "higher"),
+        Metric("map50", "fraction", "higher"),
+        Metric("map50_95", "fraction", "higher"),
+        Metric("ap50/*", "fraction", "higher"),
+        Metric("seconds_per_photo", "s", "lower"),
+        Metric("*_loss", better="lower"),
+    )
+
+    def run(self, config: DetectorConfig, run: RunDir) -> dict[str, float]:
+        """Compute the maps, train the head, evaluate it; keep its weights in a file of their own."""
+        parts = build(config)
+        with StopRequest() as stop:
+            check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
+            train = maps_of(config, parts, "train", config.views, check_interrupt)
+            val = maps_of(config, parts, "val", 0, check_interrupt)
+        batches = CachedBatches(train, config.batch_size, config.seed, parts.ctx.device)
+        if config.tune_epochs:
+            batches.finest_from = config.last_from(config.tune_epochs, batches.epochs.steps)
+
+        def evaluation(model: nn.Module) -> dict[str, float]:
+            return {"val_map50": _measure(config, parts, model, val, "val").map50}
+
+        job = TrainTask(
+            model=parts.detector.head,
+            loss_fn=loss_function(config.size),
+            get_batch=batches,
+            steps_per_epoch=batches.epochs.steps,
+            items_per_step=batches.epochs.batch_size,
+            evaluate=evaluation,
+            monitor="val_map50",
+            ctx=parts.ctx,
         )
-        found |= {f"{split}_{name}": value for name, value in values.items()}
-    return found
+        model, metrics = trainer.train(config, job, run)
+        run.write(detector_registry.FILE, lambda path: detector_registry.save(parts.detector.about, model, path))
+        split = "test" if config.evaluate_test else "val"
+        last = val if split == "val" else maps_of(config, parts, "test", 0, check_interrupt)
+        run.extra_summary |= {
+            "map_rule": config.map_rule,
+            "confidence_floor": config.confidence_floor,
+            "evaluated_split": split,
+        }
+        metrics["seconds_per_photo"] = seconds_per_photo(config, parts, model, split)
+        return metrics | detection_evaluation.metrics(_measure(config, parts, model, last, split), parts.boxset.classes)
 
+    def evaluate(self, config: DetectorConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
+        """Evaluate the weights of a checkpoint; draw precision-recall curves and confusion matrices.
 
-def exported(config: Config, base: Path, state: dict[str, Any]) -> ExportSpec:
-    """Return the detector of a checkpoint with its backbone; only the one-stage detector has a graph."""
-    parts = build(config)
-    checkpoint.load_eval_weights(parts.detector.head, state, str(base))
-    about = {
-        "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1]: photos made to fit, grey below",
-        "classes": parts.boxset.classes,
-    }
-    net = WithBackbone(parts.detector)
-    if net.outputs:
-        about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, with doubles"
-    return ExportSpec(net, parts.detector.head, torch.rand(1, 3, config.size, config.size), net.outputs, about)
+        Recall by size of the boxes and the table of confusions count what is at least `SHOWN_FLOOR` sure.
+        """
+        parts = build(config)
+        model = parts.detector.head
+        checkpoint.load_eval_weights(model, state, str(base))
+        chosen = splits or tuple(name for name in ("val", "test") if parts.boxset.splits.get(name))
+        found: dict[str, float] = {}
+        for split in chosen:
+            cached = maps_of(config, parts, split, 0, lambda: None)
+            items, classes = items_of(config, parts.boxset, split), parts.boxset.classes
+            result = detection_evaluation.find(model, cached, config.size, parts.rules, parts.ctx)
+            measured = detection_evaluation.measure(result, items, len(classes), parts.rules)
+            confusion = detection_evaluation.confused(result, items, len(classes), SHOWN_FLOOR)
+            plots.write(RunDir(base), measured, confusion, classes, f"{split}_")
+            values = detection_evaluation.metrics(measured, classes) | detection_evaluation.recalls(
+                result, items, SHOWN_FLOOR
+            )
+            found |= {f"{split}_{name}": value for name, value in values.items()}
+        return found
 
+    def export_spec(self, config: DetectorConfig, base: Path, state: State) -> ExportSpec:
+        """Return the detector of a checkpoint with its backbone; only the one-stage detector has a graph."""
+        parts = build(config)
+        checkpoint.load_eval_weights(parts.detector.head, state, str(base))
+        about = {
+            "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1]: photos made to fit, grey below",
+            "classes": parts.boxset.classes,
+        }
+        net = WithBackbone(parts.detector)
+        if net.outputs:
+            about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, with doubles"
+        return ExportSpec(net, parts.detector.head, torch.rand(1, 3, config.size, config.size), net.outputs, about)
 
-class _Names(set[str]):
-    """Names of metrics, `ap50/CLASS` of any class (the set says which there are), parts of a detector's loss."""
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith("ap50/") or str(name).endswith("_loss")
-
-
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    return _Names({"val_map50", "best_val_map50", "map50", "map50_95", "seconds_per_photo", *trainer.METRICS})
-
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do; annotations are read, no photo is opened."""
-    parts = build(config)
-    train = items_of(config, parts.boxset, "train")
-    views_in_all = len(train) * config.views
-    steps_per_epoch = max(1, views_in_all // config.batch_size)
-    return {
-        "model": config.model.name,
-        "parameters": sum(p.numel() for p in parts.detector.head.parameters()),
-        "classes": ", ".join(parts.boxset.classes),
-        "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.boxset.splits.items()),
-        "views": views_in_all,
-        "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
-        **parts.ctx.as_dict(),
-    }
+    def plan(self, config: DetectorConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do; annotations are read, no photo is opened."""
+        parts = build(config)
+        train = items_of(config, parts.boxset, "train")
+        views_in_all = len(train) * config.views
+        steps_per_epoch = max(1, views_in_all // config.batch_size)
+        return {
+            "model": config.model.name,
+            "parameters": sum(p.numel() for p in parts.detector.head.parameters()),
+            "classes": ", ".join(parts.boxset.classes),
+            "photos": ", ".join(f"{len(items)} {split}" for split, items in parts.boxset.splits.items()),
+            "views": views_in_all,
+            "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
+            **parts.ctx.as_dict(),
+        }

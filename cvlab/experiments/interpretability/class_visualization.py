@@ -1,18 +1,15 @@
 """Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo.
 
-References:
-    Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier coefficients,
-    transformation robustness).
+References:     Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier
+coefficients,     transformation robustness).
 
-Differences from the papers:
-    The saved 8-bit image is read back and evaluated, by a second model too if `second_model` names one.
+Differences from the papers:     The saved 8-bit image is read back and evaluated, by a second model too if
+`second_model` names one.
 
-Metrics:
-    `probability`: lowest probability of a target class in its saved image.
-    `second_top5`: fraction of the images that have their target in the top 5 of the second model.
+Metrics:     `probability`: lowest probability of a target class in its saved image.     `second_top5`: fraction of
+the images that have their target in the top 5 of the second model.
 
-Command:
-    cvlab classvis --target gorilla
+Command:     cvlab classvis --target gorilla
 """
 
 import math
@@ -28,11 +25,13 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
+from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import PretrainedConfig
 from cvlab.models import pretrained
@@ -55,7 +54,7 @@ COLUMNS = (
 )
 
 
-class Config(PretrainedConfig):
+class ClassVisualizationConfig(PretrainedConfig):
     """Configuration of class visualization: the classes, the parametrization, the regularization."""
 
     targets: tuple[str, ...] = Field(("gorilla",), description="classes to visualize, one image each")
@@ -101,7 +100,7 @@ class Config(PretrainedConfig):
         return photo_batches.absolute(names)
 
     @model_validator(mode="after")
-    def _fits(self) -> "Config":
+    def _fits(self) -> "ClassVisualizationConfig":
         if self.octaves > 1 and self.parametrization == "pixels":
             raise ValueError("octaves go with parametrization: fourier")
         if self.blur_every and self.parametrization == "fourier":
@@ -115,7 +114,12 @@ class Easel:
     """What is done to the pictures; `config` is that of the experiment `class_visualization`."""
 
     def __init__(
-        self, config: Config, model: PretrainedClassifier, ctx: ComputeContext, classes: list[int], out: RunDir
+        self,
+        config: ClassVisualizationConfig,
+        model: PretrainedClassifier,
+        ctx: ComputeContext,
+        classes: list[int],
+        out: RunDir,
     ) -> None:
         self.config, self.model, self.ctx, self.out = config, model, ctx, out
         self.classes = torch.tensor(classes, device=ctx.device)
@@ -220,13 +224,13 @@ class Easel:
             row.values["second_rank"] = int((p > p[index]).sum()) + 1
 
 
-def parameter_shape(config: Config, model: PretrainedClassifier) -> tuple[int, ...]:
+def parameter_shape(config: ClassVisualizationConfig, model: PretrainedClassifier) -> tuple[int, ...]:
     """Return the shape of what is optimised."""
     count, size = len(config.targets), model.transform.size_px
     return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
 
 
-def second_judge(config: Config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+def second_judge(config: ClassVisualizationConfig, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """Return what gives the second net's probabilities of photos (N, 3, S, S), None where none is named."""
     if config.second_model is None:
         return None
@@ -240,51 +244,58 @@ def second_judge(config: Config, device: torch.device) -> Callable[[Tensor], Ten
     return probabilities
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Draw all targets together."""
-    ctx, model = config.build()
-    easel = Easel(config, model, ctx, [model.class_index(name) for name in config.targets], out)
-    job = image_optimizer.ImageOptimization(
-        state=image_optimizer.ImageState([easel.start()]),
-        objective=easel.objective,
-        update=easel.update,
-        steps=config.steps,
-        ctx=ctx,
-        config_digest=config.digest(),
-        frame_steps=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
-        save_frame=easel.keep_frame,
+class ClassVisualizationExperiment(Experiment[ClassVisualizationConfig]):
+    """Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo."""
+
+    name = "class_visualization"
+    Config = ClassVisualizationConfig
+    metrics = (
+        Metric("num_pictures"),
+        Metric("probability", "fraction", "higher"),
+        Metric("steps"),
+        Metric("seconds_of_steps", "s", "lower"),
+        Metric("loss", better="lower"),
+        Metric("second_top5", "fraction", "higher", lambda config: config.second_model is not None),
     )
-    last = image_optimizer.optimize_image(job, out, "classvis")
-    rows = easel.finish(job.state)
-    second = second_judge(config, ctx.device)
-    if second is not None:
-        easel.ask(second, rows)
-    out.extra_summary |= summarize(rows, COLUMNS)
-    found = {"num_pictures": len(rows), "probability": min(row.values["score_target"] for row in rows), **last}
-    if second is not None:
-        found["second_top5"] = sum(row.values["second_rank"] <= 5 for row in rows) / len(rows)
-    return found
 
+    def run(self, config: ClassVisualizationConfig, run: RunDir) -> dict[str, float]:
+        """Draw all targets together."""
+        ctx, model = config.build()
+        easel = Easel(config, model, ctx, [model.class_index(name) for name in config.targets], run)
+        job = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState([easel.start()]),
+            objective=easel.objective,
+            update=easel.update,
+            steps=config.steps,
+            ctx=ctx,
+            config_digest=config.digest(),
+            frame_steps=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
+            save_frame=easel.keep_frame,
+        )
+        last = image_optimizer.optimize_image(job, run, "classvis")
+        rows = easel.finish(job.state)
+        second = second_judge(config, ctx.device)
+        if second is not None:
+            easel.ask(second, rows)
+        run.extra_summary |= summarize(rows, COLUMNS)
+        found = {"num_pictures": len(rows), "probability": min(row.values["score_target"] for row in rows), **last}
+        if second is not None:
+            found["second_top5"] = sum(row.values["second_rank"] <= 5 for row in rows) / len(rows)
+        return found
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    second = {"second_top5"} if config.second_model is not None else set()
-    return {"num_pictures", "probability", "steps", "seconds_of_steps", "loss", *second}
-
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. ConfigError where there is no such class, DataError where there is no such photo."""
-    ctx, model = config.build()
-    for name in config.targets:
-        model.class_index(name)
-    if config.init == "image":
-        photos.load(photos.find_images(config.images)[0])
-    second_judge(config, ctx.device)
-    shape = parameter_shape(config, model)
-    return {
-        "targets": ", ".join(model.classes[model.class_index(name)] for name in config.targets),
-        "parameters": math.prod(shape),
-        "steps": config.steps,
-        "model": config.model,
-        **ctx.as_dict(),
-    }
+    def plan(self, config: ClassVisualizationConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do. ConfigError where there is no such class, DataError where there is no such photo."""
+        ctx, model = config.build()
+        for name in config.targets:
+            model.class_index(name)
+        if config.init == "image":
+            photos.load(photos.find_images(config.images)[0])
+        second_judge(config, ctx.device)
+        shape = parameter_shape(config, model)
+        return {
+            "targets": ", ".join(model.classes[model.class_index(name)] for name in config.targets),
+            "parameters": math.prod(shape),
+            "steps": config.steps,
+            "model": config.model,
+            **ctx.as_dict(),
+        }

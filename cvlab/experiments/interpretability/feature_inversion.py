@@ -1,19 +1,15 @@
 """Feature inversion: reconstruct a photo from the features of each of several layers.
 
-References:
-    Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498, assignment 5
-    (style transfer without a style, from uniform noise).
+References:     Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498,
+assignment 5     (style transfer without a style, from uniform noise).
 
-Differences from the papers:
-    All layers are inverted in one run. The loss of a layer is relative to the variance of its features.
+Differences from the papers:     All layers are inverted in one run. The loss of a layer is relative to the variance
+of its features.
 
-Metrics:
-    `psnr_db/LAYER`: PSNR of the saved reconstruction from a layer; `psnr_db_first` and `psnr_db_last` of the first and
-    the last layer.
-    `largest_rise_db`: largest increase from a layer to the next.
+Metrics:     `psnr_db/LAYER`: PSNR of the saved reconstruction from a layer; `psnr_db_first` and `psnr_db_last` of the
+first and     the last layer.     `largest_rise_db`: largest increase from a layer to the next.
 
-Command:
-    cvlab run configs/feature_inversion.yaml
+Command:     cvlab run configs/feature_inversion.yaml
 """
 
 import itertools
@@ -26,11 +22,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
+from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import PretrainedConfig
 from cvlab.models.features import FeatureExtractor
@@ -50,7 +48,7 @@ COLUMNS = (
 )
 
 
-class Config(PretrainedConfig):
+class FeatureInversionConfig(PretrainedConfig):
     """Configuration of feature inversion."""
 
     image: str = Field(photos.SAMPLE, description="the photo to reconstruct")
@@ -83,7 +81,7 @@ class Config(PretrainedConfig):
 class Inverter:
     """The photo as each of the layers sees it, and the losses of the pictures that are to be seen alike."""
 
-    def __init__(self, config: Config, model: PretrainedClassifier, ctx: ComputeContext) -> None:
+    def __init__(self, config: FeatureInversionConfig, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.ctx = config, ctx
         self.photo = model.transform(photos.load(photos.find_images([config.image])[0]))
         self.wanted = photos.to_tensor(self.photo).to(ctx.device)
@@ -131,57 +129,65 @@ def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[PhotoResu
     return rows
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Invert all layers together."""
-    ctx, model = config.build()
-    inverter = Inverter(config, model, ctx)
-    adam = image_optimizer.adam(inverter.lr)
+class FeatureInversionExperiment(Experiment[FeatureInversionConfig]):
+    """Feature inversion: reconstruct a photo from the features of each of several layers."""
 
-    def update(pixels: ImageState, gradients: list[Tensor]) -> None:
-        adam(pixels, gradients)
-        pixels.tensors = [picture.clamp(0, 1) for picture in pixels.tensors]
-
-    def keep_frame(step: int, pixels: ImageState) -> None:
-        out.folder("images")
-        shown = images.strip([photos.to_image(picture) for picture in pixels.tensors])
-        out.write_bytes("images/preview.png", images.png(shown))
-
-    job = image_optimizer.ImageOptimization(
-        state=image_optimizer.ImageState(inverter.start()),
-        objective=inverter.objective,
-        update=update,
-        steps=config.steps,
-        ctx=ctx,
-        config_digest=config.digest(),
-        frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
-        save_frame=keep_frame,
+    name = "feature_inversion"
+    Config = FeatureInversionConfig
+    metrics = (
+        Metric("num_pictures"),
+        Metric("steps"),
+        Metric("seconds_of_steps", "s", "lower"),
+        *(Metric(name, better="lower") for name in ("loss", "content_loss", "tv_loss")),
+        Metric("psnr_db_first", "dB", "higher"),
+        Metric("psnr_db_last", "dB", "higher"),
+        Metric("largest_rise_db", "dB", "lower"),
+        Metric("psnr_db/*", "dB", "higher"),
     )
-    last = image_optimizer.optimize_image(job, out, "inversion")
-    rows = judge(inverter, job.state, out)
-    out.extra_summary |= summarize(rows, COLUMNS)
-    found = [row.values["psnr_db"] for row in rows]
-    rises = [later - earlier for earlier, later in itertools.pairwise(found)]
-    by_layer = {f"psnr_db/{row.values['layer']}": row.values["psnr_db"] for row in rows}
-    ends = {"psnr_db_first": found[0], "psnr_db_last": found[-1], "largest_rise_db": max(rises, default=0.0)}
-    return {"num_pictures": len(rows), **by_layer, **ends, **last}
 
+    def run(self, config: FeatureInversionConfig, run: RunDir) -> dict[str, float]:
+        """Invert all layers together."""
+        ctx, model = config.build()
+        inverter = Inverter(config, model, ctx)
+        adam = image_optimizer.adam(inverter.lr)
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    by_layer = {f"psnr_db/{name}" for name in config.layers}
-    ends = {"psnr_db_first", "psnr_db_last", "largest_rise_db"}
-    return {"num_pictures", "steps", "seconds_of_steps", "loss", "content_loss", "tv_loss", *ends, *by_layer}
+        def update(pixels: ImageState, gradients: list[Tensor]) -> None:
+            adam(pixels, gradients)
+            pixels.tensors = [picture.clamp(0, 1) for picture in pixels.tensors]
 
+        def keep_frame(step: int, pixels: ImageState) -> None:
+            run.folder("images")
+            shown = images.strip([photos.to_image(picture) for picture in pixels.tensors])
+            run.write_bytes("images/preview.png", images.png(shown))
 
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. ConfigError for a layer that is not there, DataError for such a photo."""
-    ctx, model = config.build()
-    inverter = Inverter(config, model, ctx)
-    return {
-        "image": config.image,
-        "layers": ", ".join(config.layers),
-        "parameters": inverter.wanted.numel() * len(config.layers),
-        "steps": config.steps,
-        "model": config.model,
-        **ctx.as_dict(),
-    }
+        job = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState(inverter.start()),
+            objective=inverter.objective,
+            update=update,
+            steps=config.steps,
+            ctx=ctx,
+            config_digest=config.digest(),
+            frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
+            save_frame=keep_frame,
+        )
+        last = image_optimizer.optimize_image(job, run, "inversion")
+        rows = judge(inverter, job.state, run)
+        run.extra_summary |= summarize(rows, COLUMNS)
+        found = [row.values["psnr_db"] for row in rows]
+        rises = [later - earlier for earlier, later in itertools.pairwise(found)]
+        by_layer = {f"psnr_db/{row.values['layer']}": row.values["psnr_db"] for row in rows}
+        ends = {"psnr_db_first": found[0], "psnr_db_last": found[-1], "largest_rise_db": max(rises, default=0.0)}
+        return {"num_pictures": len(rows), **by_layer, **ends, **last}
+
+    def plan(self, config: FeatureInversionConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do. ConfigError for a layer that is not there, DataError for such a photo."""
+        ctx, model = config.build()
+        inverter = Inverter(config, model, ctx)
+        return {
+            "image": config.image,
+            "layers": ", ".join(config.layers),
+            "parameters": inverter.wanted.numel() * len(config.layers),
+            "steps": config.steps,
+            "model": config.model,
+            **ctx.as_dict(),
+        }

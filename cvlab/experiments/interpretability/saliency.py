@@ -24,7 +24,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cvlab.config import schema
+from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
+from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
@@ -45,7 +47,7 @@ COLUMNS = (
 )
 
 
-class Config(PhotoConfig):
+class SaliencyConfig(PhotoConfig):
     """Configuration of saliency maps: the photos, the method, the class to explain."""
 
     method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
@@ -63,7 +65,7 @@ class Config(PhotoConfig):
     )
 
 
-def maps(config: Config, model: PretrainedClassifier, images: Tensor, classes: Tensor) -> Tensor:
+def maps(config: SaliencyConfig, model: PretrainedClassifier, images: Tensor, classes: Tensor) -> Tensor:
     """Return the maps (N, S, S) of photos (N, 3, S, S) by the method of a configuration."""
     net: nn.Module = model.module
     if config.method == "gradient":
@@ -93,7 +95,7 @@ def _values(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, 
 
 
 def _write(
-    out: RunDir, config: Config, model: PretrainedClassifier, photo: Photo, values: Tensor, name: str
+    out: RunDir, config: SaliencyConfig, model: PretrainedClassifier, photo: Photo, values: Tensor, name: str
 ) -> dict[str, str]:
     shown = images.scaled(values)
     heat = images.heat(shown)
@@ -109,41 +111,44 @@ def _write(
     return {**files, "values": f"images/{photo.label}-map.npy"}
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Explain all photos."""
-    ctx, model = config.build()
-    target = model.class_index(config.target) if config.target is not None else None
-    out.folder("images")
+class SaliencyExperiment(Experiment[SaliencyConfig]):
+    """Saliency maps: which pixels of a photo the prediction depends on."""
 
-    def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
-        views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
-        with torch.inference_mode():
-            probabilities = model.probabilities(views)
-        classes = probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=ctx.device)
-        images = views.contiguous(memory_format=torch.channels_last)
-        with ctx.autocast():
-            found = maps(config, model, images, classes.clone()).float().cpu()
-        results = []
-        for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
-            files = _write(out, config, model, photo, values, f"{model.classes[k]}")
-            results.append(PhotoResult(str(photo.path), _values(model, values, p, k), files))
-        return results
+    name = "saliency"
+    Config = SaliencyConfig
+    metrics = (Metric("num_photos"), Metric("inside", "fraction", "higher"))
 
-    results = photo_batches.run(config, out, work, "saliency", COLUMNS)
-    inside = statistics.fmean(result.values["inside"] for result in results)
-    return {"num_photos": len(results), "inside": inside}
+    def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:
+        """Explain all photos."""
+        ctx, model = config.build()
+        target = model.class_index(config.target) if config.target is not None else None
+        run.folder("images")
 
+        def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+            views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
+            with torch.inference_mode():
+                probabilities = model.probabilities(views)
+            classes = (
+                probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=ctx.device)
+            )
+            images = views.contiguous(memory_format=torch.channels_last)
+            with ctx.autocast():
+                found = maps(config, model, images, classes.clone()).float().cpu()
+            results = []
+            for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
+                files = _write(run, config, model, photo, values, f"{model.classes[k]}")
+                results.append(PhotoResult(str(photo.path), _values(model, values, p, k), files))
+            return results
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    return {"num_photos", "inside"}
+        results = photo_batches.run(config, run, work, "saliency", COLUMNS)
+        inside = statistics.fmean(result.values["inside"] for result in results)
+        return {"num_photos": len(results), "inside": inside}
 
-
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. ConfigError where there is no such class, or no map of this kind."""
-    ctx, model = config.build()
-    if config.target is not None:
-        model.class_index(config.target)
-    if config.method == "gradcam":
-        saliency.find_last_feature_layer(model.module, model.transform.size_px)
-    return photo_batches.plan(config, ctx, model)
+    def plan(self, config: SaliencyConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do. ConfigError where there is no such class, or no map of this kind."""
+        ctx, model = config.build()
+        if config.target is not None:
+            model.class_index(config.target)
+        if config.method == "gradcam":
+            saliency.find_last_feature_layer(model.module, model.transform.size_px)
+        return photo_batches.plan(config, ctx, model)

@@ -15,7 +15,7 @@ STYLE_WEIGHT = 2000.0
 Side = Annotated[int, Ge(32), Le(8192)]
 
 
-class Config(PretrainedConfig):
+class StyleConfig(PretrainedConfig):
     """Configuration of style transfer; of texture synthesis if `content` is null."""
 
     content: str | None = Field(photos.SAMPLE, description="content photo; null: none (texture synthesis)")
@@ -78,7 +78,7 @@ class Config(PretrainedConfig):
         return photo_batches.absolute(names) if names else names
 
     @model_validator(mode="after")
-    def _fits(self) -> "Config":
+    def _fits(self) -> "StyleConfig":
         several = len(self.styles) > 1
         if not self.styles:
             raise ValueError("give at least one style")

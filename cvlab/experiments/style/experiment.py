@@ -1,22 +1,18 @@
 """Neural style transfer: match the features of a photo and the Gram matrices of one or more style images.
 
-References:
-    Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et al., 2017,
-    "Controlling perceptual factors in neural style transfer" (regions, colors, coarse to fine). Without a photo it is
-    texture synthesis (Gatys et al., 2015).
+References:     Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et
+al., 2017,     "Controlling perceptual factors in neural style transfer" (regions, colors, coarse to fine). Without a
+photo it is     texture synthesis (Gatys et al., 2015).
 
-Differences from the papers:
-    Losses are normalized, so that weights mean the same for every model: the loss of each style layer starts at its
-    weight; the content loss is its weight if only the channel means match. `scaling: absolute` uses the weights as the
-    papers do.
+Differences from the papers:     Losses are normalized, so that weights mean the same for every model: the loss of
+each style layer starts at its     weight; the content loss is its weight if only the channel means match. `scaling:
+absolute` uses the weights as the     papers do.
 
-Metrics:
-    `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.
-    `style_drop`: style loss of the initial image divided by that of the result.
-    `ssim`: structural similarity of its luminance to that of the photo.
+Metrics:     `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.     `style_drop`: style
+loss of the initial image divided by that of the result.     `ssim`: structural similarity of its luminance to that of
+the photo.
 
-Command:
-    cvlab style tubingen.jpg starry_night.jpg
+Command:     cvlab style tubingen.jpg starry_night.jpg
 """
 
 from pathlib import Path
@@ -24,9 +20,11 @@ from typing import Any
 
 from PIL import Image
 
+from cvlab.config.metrics import Metric
 from cvlab.data import photos
 from cvlab.engine import image_optimizer
-from cvlab.experiments.style.config import Config
+from cvlab.experiments.base import Experiment
+from cvlab.experiments.style.config import StyleConfig
 from cvlab.experiments.style.transfer import StyleTransfer, prepare
 from cvlab.reports import images
 from cvlab.runs.results import Column, PhotoResult, summarize
@@ -42,31 +40,7 @@ COLUMNS = (
 LOSSES = ("content_loss", "style_loss", "tv_loss")
 
 
-def run(config: Config, out: RunDir) -> dict[str, float]:
-    """Paint the picture."""
-    transfer = prepare(config)
-    job = image_optimizer.ImageOptimization(
-        state=image_optimizer.ImageState([transfer.start()]),
-        objective=transfer.objective,
-        update=transfer.update,
-        steps=config.steps,
-        ctx=transfer.ctx,
-        config_digest=config.digest(),
-        frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
-        save_frame=lambda step, pixels: keep_frame(out, transfer.image(pixels.tensors[0]), step),
-    )
-    last = image_optimizer.optimize_image(job, out, "style")
-    image = transfer.image(job.state.tensors[0])
-    out.write_bytes("images/style.png", images.png(image))
-    found = transfer.judge(out.path / "images" / "style.png")
-    made = show(config, transfer, out)
-    values = {"content": config.content, "styles": list(config.styles), **found}
-    out.extra_summary |= summarize([PhotoResult("images/style.png", values, made)], COLUMNS)
-    times = {name: last[name] for name in ("steps", "seconds_of_steps")}
-    return {"width": image.width, "height": image.height, **found, **times}
-
-
-def show(config: Config, transfer: StyleTransfer, out: RunDir) -> dict[str, str]:
+def show(config: StyleConfig, transfer: StyleTransfer, out: RunDir) -> dict[str, str]:
     """Write the panel, and the way to the picture as an animation; return their names."""
     result = photos.load(out.path / "images" / "style.png")
     names = (
@@ -91,25 +65,57 @@ def keep_frame(out: RunDir, image: Image.Image, step: int) -> None:
     out.write_bytes("images/preview.png", data)
 
 
-def metric_names(config: Config) -> set[str]:
-    """Return the names that an expectation can speak of."""
-    photo = {"ssim"} if config.content is not None else set()
-    return {"width", "height", "loss", *LOSSES, "style_drop", "steps", "seconds_of_steps", *photo}
+class StyleExperiment(Experiment[StyleConfig]):
+    """Neural style transfer: match the features of a photo and the Gram matrices of one or more style images."""
 
+    name = "style"
+    Config = StyleConfig
+    metrics = (
+        Metric("width", "px"),
+        Metric("height", "px"),
+        *(Metric(name, better="lower") for name in ("loss", *LOSSES)),
+        Metric("style_drop", better="higher"),
+        Metric("steps"),
+        Metric("seconds_of_steps", "s", "lower"),
+        Metric("ssim", better="higher", when=lambda config: config.content is not None),
+    )
 
-def plan(config: Config, base: Path) -> dict[str, Any]:
-    """Say what a run would do. DataError for a picture that is not there, ConfigError for one that is too large."""
-    transfer = prepare(config)
-    last = transfer.scales[-1]
-    return {
-        "content": config.content,
-        "styles": ", ".join(config.styles),
-        "scales": ", ".join(f"{s.width} x {s.height} for {s.end - s.start} steps" for s in transfer.scales),
-        "parameters": last.width * last.height * (1 if config.keep_colors else 3),
-        "steps": config.steps,
-        "memory_gb": round(transfer.bytes_needed() / 1e9, 2),
-        "model": config.model,
-        "style_layers": ", ".join(transfer.layers.style),
-        "content_layer": transfer.layers.content if transfer.content is not None else None,
-        **transfer.ctx.as_dict(),
-    }
+    def run(self, config: StyleConfig, run: RunDir) -> dict[str, float]:
+        """Paint the picture."""
+        transfer = prepare(config)
+        job = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState([transfer.start()]),
+            objective=transfer.objective,
+            update=transfer.update,
+            steps=config.steps,
+            ctx=transfer.ctx,
+            config_digest=config.digest(),
+            frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
+            save_frame=lambda step, pixels: keep_frame(run, transfer.image(pixels.tensors[0]), step),
+        )
+        last = image_optimizer.optimize_image(job, run, "style")
+        image = transfer.image(job.state.tensors[0])
+        run.write_bytes("images/style.png", images.png(image))
+        found = transfer.judge(run.path / "images" / "style.png")
+        made = show(config, transfer, run)
+        values = {"content": config.content, "styles": list(config.styles), **found}
+        run.extra_summary |= summarize([PhotoResult("images/style.png", values, made)], COLUMNS)
+        times = {name: last[name] for name in ("steps", "seconds_of_steps")}
+        return {"width": image.width, "height": image.height, **found, **times}
+
+    def plan(self, config: StyleConfig, base: Path) -> dict[str, Any]:
+        """Say what a run would do. DataError for a picture that is not there, ConfigError for one that is too large."""
+        transfer = prepare(config)
+        last = transfer.scales[-1]
+        return {
+            "content": config.content,
+            "styles": ", ".join(config.styles),
+            "scales": ", ".join(f"{s.width} x {s.height} for {s.end - s.start} steps" for s in transfer.scales),
+            "parameters": last.width * last.height * (1 if config.keep_colors else 3),
+            "steps": config.steps,
+            "memory_gb": round(transfer.bytes_needed() / 1e9, 2),
+            "model": config.model,
+            "style_layers": ", ".join(transfer.layers.style),
+            "content_layer": transfer.layers.content if transfer.content is not None else None,
+            **transfer.ctx.as_dict(),
+        }

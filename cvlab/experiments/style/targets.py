@@ -11,7 +11,7 @@ from torch import Tensor
 from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, DataError
-from cvlab.experiments.style.config import STYLE_WEIGHT, Config
+from cvlab.experiments.style.config import STYLE_WEIGHT, StyleConfig
 from cvlab.experiments.style.sample_painting import sample_painting
 from cvlab.models import features
 from cvlab.models.features import FeatureExtractor, StyleLayers
@@ -71,7 +71,7 @@ def fitted(image: Image.Image, size_px: int, side: str) -> tuple[int, int]:
 class Targets:
     """The pictures of a configuration of the experiment `style`, and the targets that they give."""
 
-    def __init__(self, config: Config, model: PretrainedClassifier, ctx: ComputeContext) -> None:
+    def __init__(self, config: StyleConfig, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.ctx = config, ctx
         self.layers = _layers(config, model)
         self.content = open_picture(config.content) if config.content is not None else None
@@ -150,7 +150,7 @@ class Targets:
         return tuple(regions)
 
 
-def _layers(config: Config, model: PretrainedClassifier) -> StyleLayers:
+def _layers(config: StyleConfig, model: PretrainedClassifier) -> StyleLayers:
     """Return the layers that a configuration names, else those of the net's family; checked against the weights."""
     if config.style_layers is not None and config.content_layer is not None:
         layers = StyleLayers(config.style_layers, config.content_layer)

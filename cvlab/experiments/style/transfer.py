@@ -16,7 +16,7 @@ from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.errors import ConfigError
-from cvlab.experiments.style.config import Config
+from cvlab.experiments.style.config import StyleConfig
 from cvlab.experiments.style.targets import Target, Targets, fitted
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
@@ -57,7 +57,7 @@ def scales(width: int, height: int, count: int | None, steps: int) -> list[Scale
 class StyleTransfer:
     """What is done to the picture; `config` is that of the experiment `style`."""
 
-    def __init__(self, config: Config, model: PretrainedClassifier, ctx: ComputeContext) -> None:
+    def __init__(self, config: StyleConfig, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.model, self.ctx = config, model, ctx
         self.targets = Targets(config, model, ctx)
         self.content, self.layers = self.targets.content, self.targets.layers
@@ -175,7 +175,7 @@ class StyleTransfer:
         return found
 
 
-def prepare(config: Config) -> StyleTransfer:
+def prepare(config: StyleConfig) -> StyleTransfer:
     """Build what paints. ConfigError where the picture would not fit into the memory."""
     ctx, model = config.build()
     transfer = StyleTransfer(config, model, ctx)

@@ -1,0 +1,38 @@
+"""Metrics that experiments declare: name, unit, and which direction is better."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that an experiment reports.
+
+    Attributes:
+        name: its name in metrics.jsonl and summary.json, or a pattern such as `ap50/*`.
+        unit: `fraction` for a value in [0, 1], `s`, `dB`, `px` and the like; empty for counts and losses.
+        better: whether higher or lower is better; None if neither is.
+        when: whether a run of a configuration reports it; None if every run does.
+    """
+
+    name: str
+    unit: str = ""
+    better: Literal["higher", "lower"] | None = None
+    when: Callable[[Any], bool] | None = None
+
+    def matches(self, name: str) -> bool:
+        """Whether `name` is this metric."""
+        return fnmatchcase(name, self.name)
+
+
+def metric_info(metrics: Iterable[Metric], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return unit and direction of each name in `names` that is declared in `metrics`."""
+    declared = tuple(metrics)
+    info = {}
+    for name in names:
+        metric = next((metric for metric in declared if metric.matches(name)), None)
+        if metric is not None and (metric.unit or metric.better):
+            info[name] = {"unit": metric.unit, "better": metric.better}
+    return info

@@ -1,0 +1,116 @@
+"""The interface of experiments: what `experiment: NAME` in a configuration asks for, and what some can do besides.
+
+May import `config`, `data`, `runs` and below; the types of `engine` only for annotations. A task's module defines a
+configuration and a subclass of `Experiment`; `cvlab.registry.EXPERIMENTS` names it.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from cvlab.config import validation
+from cvlab.config.expectations import GroupedResult
+from cvlab.config.loading import Loaded
+from cvlab.config.metrics import Metric
+from cvlab.config.schema import ExperimentConfig
+from cvlab.config.validation import Problems
+from cvlab.data.resolve import DownloadPolicy, resolve_dataset
+from cvlab.runs import user_code
+from cvlab.runs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from cvlab.engine.task import ExportSpec
+
+C = TypeVar("C", bound=ExperimentConfig)
+State = dict[str, Any]
+Metrics = dict[str, float]
+
+
+class Experiment(Generic[C]):
+    """One kind of job that `experiment: NAME` asks for.
+
+    A subclass sets `name`, `Config` and `metrics`, and implements `plan` and `run`. The first line of its docstring is
+    what `cvlab experiments` prints.
+    """
+
+    name: ClassVar[str]
+    Config: type[C]
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    saves_checkpoints: ClassVar[bool] = True
+    nested_configs: ClassVar[tuple[str, ...]] = ()  # keys that hold a configuration, which may say `from:`
+
+    def expand(self, raw: dict[str, Any], overrides: Sequence[str], place: Callable[[str], str]) -> Sequence[str]:
+        """Change a raw configuration in place before the overrides are applied.
+
+        Args:
+            raw: the configuration as it was read.
+            overrides: the `key=value` texts of the command line.
+            place: returns the file and line of a top-level key, for error messages.
+
+        Returns:
+            Overrides between which the experiment chooses when it starts, each of which makes a valid configuration.
+        """
+        return ()
+
+    def reported_metrics(self, config: C) -> tuple[Metric, ...]:
+        """Return the metrics that a run of `config` reports."""
+        return tuple(metric for metric in self.metrics if metric.when is None or metric.when(config))
+
+    def problems(self, config: C, base: Path) -> Problems:
+        """Return what is wrong with a configuration that its schema cannot see; user files are relative to `base`."""
+        return validation.unknown_metrics(config, self.reported_metrics(config))
+
+    def prepare(self, loaded: Loaded, policy: DownloadPolicy) -> C:
+        """Return the configuration to run, with its data set downloaded or replaced by its fallback.
+
+        Raises:
+            DataError: if neither the data set nor its fallback can be used.
+        """
+        config: C = loaded.config  # type: ignore[assignment]
+        data = config.data_config()
+        if data is None:
+            return config
+        resolved = resolve_dataset(data, policy)
+        return config if resolved is data else config.with_data(resolved)
+
+    def write_inputs(self, config: C, base: Path, run: RunDir) -> C:
+        """Copy what the configuration refers to into a new run directory; return the configuration that names it."""
+        return user_code.copy_user_code(config, base, run.path)
+
+    def plan(self, config: C, base: Path) -> dict[str, Any]:
+        """Return what a run would do, by name; nothing is written. Raise a CvlabError if it could not start."""
+        raise NotImplementedError
+
+    def run(self, config: C, run: RunDir) -> Metrics:
+        """Run in a run directory, from its latest checkpoint if it has one, and return the metrics."""
+        raise NotImplementedError
+
+    def grouped_results(self, config: C, run: RunDir) -> Sequence[GroupedResult]:
+        """Return the results that expectations with functions such as `mean(...)` are evaluated on."""
+        return ()
+
+
+class Evaluable(Generic[C]):
+    """An experiment whose weights can be evaluated again: `cvlab eval`."""
+
+    def evaluate(self, config: C, base: Path, state: State, splits: Sequence[str]) -> Metrics:
+        """Evaluate the weights of a checkpoint.
+
+        Args:
+            config: the run's configuration.
+            base: the run directory, which the paths of `config` are relative to.
+            state: the checkpoint.
+            splits: `train`, `val`, `test`; empty for validation and test, if present.
+
+        Returns:
+            The metrics, each name preceded by its split.
+        """
+        raise NotImplementedError
+
+
+class Exportable(Generic[C]):
+    """An experiment whose model can be exported: `cvlab export`."""
+
+    def export_spec(self, config: C, base: Path, state: State) -> "ExportSpec":
+        """Return the model of a checkpoint and what it takes and returns."""
+        raise NotImplementedError
