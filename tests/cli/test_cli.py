@@ -122,7 +122,7 @@ def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
     first = json.loads(out)
     steps = first["metrics"]["steps"]
     assert code == 0
-    assert "the plan is corrected on the way" in err
+    assert "the plan is updated during training" in err
     assert f"{steps} steps in " in err
     assert loading.load(first["run"]).config.duration.steps == steps
     second = json.loads(cvlab("run", first["run"], "--json", "-q")[1])
