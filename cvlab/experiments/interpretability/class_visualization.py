@@ -1,15 +1,18 @@
 """Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo.
 
-References:     Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier
-coefficients,     transformation robustness).
+References:
+    Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier coefficients,
+    transformation robustness).
 
-Differences from the papers:     The saved 8-bit image is read back and evaluated, by a second model too if
-`second_model` names one.
+Differences from the papers:
+    The saved 8-bit image is read back and evaluated, by a second model too if `second_model` names one.
 
-Metrics:     `probability`: lowest probability of a target class in its saved image.     `second_top5`: fraction of
-the images that have their target in the top 5 of the second model.
+Metrics:
+    `probability`: lowest probability of a target class in its saved image.
+    `second_top5`: fraction of the images that have their target in the top 5 of the second model.
 
-Command:     cvlab classvis --target gorilla
+Command:
+    cvlab classvis --target gorilla
 """
 
 import math

@@ -1,15 +1,19 @@
 """Feature inversion: reconstruct a photo from the features of each of several layers.
 
-References:     Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498,
-assignment 5     (style transfer without a style, from uniform noise).
+References:
+    Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498, assignment 5
+    (style transfer without a style, from uniform noise).
 
-Differences from the papers:     All layers are inverted in one run. The loss of a layer is relative to the variance
-of its features.
+Differences from the papers:
+    All layers are inverted in one run. The loss of a layer is relative to the variance of its features.
 
-Metrics:     `psnr_db/LAYER`: PSNR of the saved reconstruction from a layer; `psnr_db_first` and `psnr_db_last` of the
-first and     the last layer.     `largest_rise_db`: largest increase from a layer to the next.
+Metrics:
+    `psnr_db/LAYER`: PSNR of the saved reconstruction from a layer; `psnr_db_first` and `psnr_db_last` of the first and
+    the last layer.
+    `largest_rise_db`: largest increase from a layer to the next.
 
-Command:     cvlab run configs/feature_inversion.yaml
+Command:
+    cvlab run configs/feature_inversion.yaml
 """
 
 import itertools

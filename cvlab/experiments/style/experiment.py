@@ -1,18 +1,22 @@
 """Neural style transfer: match the features of a photo and the Gram matrices of one or more style images.
 
-References:     Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et
-al., 2017,     "Controlling perceptual factors in neural style transfer" (regions, colors, coarse to fine). Without a
-photo it is     texture synthesis (Gatys et al., 2015).
+References:
+    Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et al., 2017,
+    "Controlling perceptual factors in neural style transfer" (regions, colors, coarse to fine). Without a photo it is
+    texture synthesis (Gatys et al., 2015).
 
-Differences from the papers:     Losses are normalized, so that weights mean the same for every model: the loss of
-each style layer starts at its     weight; the content loss is its weight if only the channel means match. `scaling:
-absolute` uses the weights as the     papers do.
+Differences from the papers:
+    Losses are normalized, so that weights mean the same for every model: the loss of each style layer starts at its
+    weight; the content loss is its weight if only the channel means match. `scaling: absolute` uses the weights as the
+    papers do.
 
-Metrics:     `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.     `style_drop`: style
-loss of the initial image divided by that of the result.     `ssim`: structural similarity of its luminance to that of
-the photo.
+Metrics:
+    `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.
+    `style_drop`: style loss of the initial image divided by that of the result.
+    `ssim`: structural similarity of its luminance to that of the photo.
 
-Command:     cvlab style tubingen.jpg starry_night.jpg
+Command:
+    cvlab style tubingen.jpg starry_night.jpg
 """
 
 from pathlib import Path
@@ -30,7 +34,7 @@ from cvlab.reports import images
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
-ANIMATION_PX = 384  # longer side
+ANIMATION_PX = 384  # maximum of the longer side
 COLUMNS = (
     Column("style_drop", "style loss reduction"),
     Column("ssim", "SSIM with the photo"),
@@ -40,29 +44,26 @@ COLUMNS = (
 LOSSES = ("content_loss", "style_loss", "tv_loss")
 
 
-def show(config: StyleConfig, transfer: StyleTransfer, out: RunDir) -> dict[str, str]:
-    """Write the panel, and the way to the picture as an animation; return their names."""
-    result = photos.load(out.path / "images" / "style.png")
-    names = (
-        ["style"]
-        if len(transfer.targets.styles) == 1
-        else [f"style {k + 1}" for k in range(len(transfer.targets.styles))]
-    )
+def write_panel_and_animation(transfer: StyleTransfer, run: RunDir) -> dict[str, str]:
+    """Write a panel of all images and an animation of the intermediate ones; return their paths."""
+    result = photos.load(run.path / "images" / "style.png")
+    styles = transfer.targets.styles
+    captions = ["style"] if len(styles) == 1 else [f"style {k + 1}" for k in range(len(styles))]
     tiles = [("content", transfer.content)] if transfer.content is not None else []
-    tiles += [*zip(names, transfer.targets.styles, strict=True), ("result", result)]
-    out.write_bytes("images/style-panel.png", images.png(images.panel(tiles)))
-    frames = [photos.load(path) for path in sorted((out.path / "images" / "frames").glob("*.png"))]
-    small = tuple(max(1, round(side * min(1, ANIMATION_PX / max(result.size)))) for side in result.size)
-    out.write_bytes("images/style.gif", images.gif([frame.resize(small) for frame in frames]))  # type: ignore[arg-type]
+    tiles += [*zip(captions, styles, strict=True), ("result", result)]
+    run.write_bytes("images/style-panel.png", images.png(images.panel(tiles)))
+    frames = [photos.load(path) for path in sorted((run.path / "images" / "frames").glob("*.png"))]
+    size = tuple(max(1, round(side * min(1, ANIMATION_PX / max(result.size)))) for side in result.size)
+    run.write_bytes("images/style.gif", images.gif([frame.resize(size) for frame in frames]))  # type: ignore[arg-type]
     return {"panel": "images/style-panel.png", "animation": "images/style.gif"}
 
 
-def keep_frame(out: RunDir, image: Image.Image, step: int) -> None:
-    """Write a picture on the way, and as the preview that is always the newest."""
-    (out.folder("images") / "frames").mkdir(exist_ok=True)
+def save_frame(run: RunDir, image: Image.Image, step: int) -> None:
+    """Save an intermediate image as a frame, and as the latest preview."""
+    (run.folder("images") / "frames").mkdir(exist_ok=True)
     data = images.png(image)
-    out.write_bytes(f"images/frames/{step:06d}.png", data)
-    out.write_bytes("images/preview.png", data)
+    run.write_bytes(f"images/frames/{step:06d}.png", data)
+    run.write_bytes("images/preview.png", data)
 
 
 class StyleExperiment(Experiment[StyleConfig]):
@@ -81,30 +82,30 @@ class StyleExperiment(Experiment[StyleConfig]):
     )
 
     def run(self, config: StyleConfig, run: RunDir) -> dict[str, float]:
-        """Paint the picture."""
+        """Optimize the image, save and evaluate it."""
         transfer = prepare(config)
-        job = image_optimizer.ImageOptimization(
-            state=image_optimizer.ImageState([transfer.start()]),
+        task = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState([transfer.initial_values()]),
             objective=transfer.objective,
             update=transfer.update,
             steps=config.steps,
             ctx=transfer.ctx,
             config_digest=config.digest(),
             frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
-            save_frame=lambda step, pixels: keep_frame(run, transfer.image(pixels.tensors[0]), step),
+            save_frame=lambda step, state: save_frame(run, transfer.to_image(state.tensors[0]), step),
         )
-        last = image_optimizer.optimize_image(job, run, "style")
-        image = transfer.image(job.state.tensors[0])
+        last = image_optimizer.optimize_image(task, run, "style")
+        image = transfer.to_image(task.state.tensors[0])
         run.write_bytes("images/style.png", images.png(image))
-        found = transfer.judge(run.path / "images" / "style.png")
-        made = show(config, transfer, run)
-        values = {"content": config.content, "styles": list(config.styles), **found}
-        run.extra_summary |= summarize([PhotoResult("images/style.png", values, made)], COLUMNS)
+        metrics = transfer.evaluate(run.path / "images" / "style.png")
+        files = write_panel_and_animation(transfer, run)
+        values = {"content": config.content, "styles": list(config.styles), **metrics}
+        run.extra_summary |= summarize([PhotoResult("images/style.png", values, files)], COLUMNS)
         times = {name: last[name] for name in ("steps", "seconds_of_steps")}
-        return {"width": image.width, "height": image.height, **found, **times}
+        return {"width": image.width, "height": image.height, **metrics, **times}
 
     def plan(self, config: StyleConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do. DataError for a picture that is not there, ConfigError for one that is too large."""
+        """Return what a run would do. Raises DataError if an image is missing, ConfigError if it does not fit."""
         transfer = prepare(config)
         last = transfer.scales[-1]
         return {
@@ -113,7 +114,7 @@ class StyleExperiment(Experiment[StyleConfig]):
             "scales": ", ".join(f"{s.width} x {s.height} for {s.end - s.start} steps" for s in transfer.scales),
             "parameters": last.width * last.height * (1 if config.keep_colors else 3),
             "steps": config.steps,
-            "memory_gb": round(transfer.bytes_needed() / 1e9, 2),
+            "memory_gb": round(transfer.estimate_bytes() / 1e9, 2),
             "model": config.model,
             "style_layers": ", ".join(transfer.layers.style),
             "content_layer": transfer.layers.content if transfer.content is not None else None,

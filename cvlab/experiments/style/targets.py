@@ -1,4 +1,4 @@
-"""What a painted picture is to come near to: a photo's features, the styles' Gram matrices, for regions and scales."""
+"""Targets of style transfer: the features of the content photo and the Gram matrices of the style images."""
 
 import math
 from dataclasses import dataclass
@@ -18,145 +18,175 @@ from cvlab.models.features import FeatureExtractor, StyleLayers
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 
-LEAST_SHARE = 0.01  # of the style's own Gram matrices, that the photo's differ from it where weights are relative
-Maps = dict[str, Tensor]  # features (C, H, W) by layer
+MIN_INITIAL_DISTANCE = 0.01  # of a layer, relative to the Gram matrices of the style; limits relative weights
+MAX_ASPECT_DIFFERENCE = 0.02  # between a mask and its image, as the logarithm of the ratio of their aspect ratios
+FeatureMaps = dict[str, Tensor]  # (C, H, W) by layer
 
 
 @dataclass(frozen=True)
-class Region:
-    """A part of the picture with a style of its own: Gram matrices and masks (h, w) or None, by layer; its weight."""
+class StyleRegion:
+    """A region of the image and its style.
 
-    grams: Maps
+    Attributes:
+        gram_matrices: Target Gram matrices (C, C) by layer.
+        masks: Masks (h, w) in [0, 1] of the region by layer; None: the whole image.
+        weight: Weight of the region in the style loss.
+    """
+
+    gram_matrices: FeatureMaps
     masks: dict[str, Tensor | None]
     weight: float
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a picture of one size is to come near to, and what each of the losses is multiplied by."""
+class LossTargets:
+    """Targets and weights of the losses for an image of one size.
 
-    content: Tensor | None
-    content_factor: float
-    regions: tuple[Region, ...]
-    style_factors: dict[str, float]
-    tv_factor: float
+    Attributes:
+        content_features: Features of the content photo (C, H, W) at the content layer; None without a photo.
+        content_weight: Factor of the content loss.
+        regions: Target Gram matrices; a single region if there are no masks.
+        style_weights: Factors of the style loss by layer.
+        tv_weight: Factor of the total variation.
+    """
 
-    def style_loss(self, maps: Maps, name: str) -> Tensor:
-        """Return the distance of a layer's Gram matrices from those of all regions."""
-        return region_loss(self.regions, maps, name)
+    content_features: Tensor | None
+    content_weight: float
+    regions: tuple[StyleRegion, ...]
+    style_weights: dict[str, float]
+    tv_weight: float
+
+    def style_loss(self, feature_maps: FeatureMaps, layer: str) -> Tensor:
+        """Return the unweighted style loss of a layer, summed over all regions."""
+        return regional_style_loss(self.regions, feature_maps, layer)
 
 
-def region_loss(regions: tuple[Region, ...], maps: Maps, name: str) -> Tensor:
-    """Return the weighted sum over regions of a layer's squared distance from the style."""
-    parts = [region.weight * style.style_loss(maps[name], region.grams[name], region.masks[name]) for region in regions]
-    return torch.stack(parts).sum()
+def regional_style_loss(regions: tuple[StyleRegion, ...], feature_maps: FeatureMaps, layer: str) -> Tensor:
+    """Return the weighted sum over regions of the squared distance of a layer's Gram matrix from the target."""
+    losses = [
+        region.weight * style.style_loss(feature_maps[layer], region.gram_matrices[layer], region.masks[layer])
+        for region in regions
+    ]
+    return torch.stack(losses).sum()
 
 
-def open_picture(name: str) -> Image.Image:
-    """Read a picture by its name: a file, `sample`, or the painting that comes along. DataError says what is wrong."""
+def load_image(name: str) -> Image.Image:
+    """Read an image by name: a file, or a bundled image. Raises DataError if it cannot be read."""
     return sample_painting() if name == photos.SAMPLE_PAINTING else photos.load(photos.find_images([name])[0])
 
 
-def resized(image: Image.Image, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return a photo of a size (width, height) as (3, H, W) in [0, 1]."""
+def resize_to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Return an image resized to (width, height) as a tensor (3, H, W) in [0, 1]."""
     return photos.to_tensor(image.resize(size, Image.Resampling.BICUBIC)).to(device)
 
 
-def fitted(image: Image.Image, size_px: int, side: str) -> tuple[int, int]:
-    """Return the width and height of a picture whose longer (or shorter) side is `size_px`."""
+def scaled_size(image: Image.Image, size_px: int, side: str) -> tuple[int, int]:
+    """Return the width and height at which the longer (or shorter) side of an image is `size_px`."""
     factor = size_px / (max(image.size) if side == "longer" else min(image.size))
     return max(1, round(image.width * factor)), max(1, round(image.height * factor))
 
 
-class Targets:
-    """The pictures of a configuration of the experiment `style`, and the targets that they give."""
+class TargetBuilder:
+    """The images of a configuration, and the targets built from them."""
 
     def __init__(self, config: StyleConfig, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.ctx = config, ctx
-        self.layers = _layers(config, model)
-        self.content = open_picture(config.content) if config.content is not None else None
-        self.styles = [open_picture(name) for name in config.styles]
-        of_styles = [self.styles[min(k, len(self.styles) - 1)] for k in range(len(config.style_masks))]
-        self.masks = [_mask(name, self.content) for name in config.masks]
-        self.style_masks = [_mask(name, image) for name, image in zip(config.style_masks, of_styles, strict=True)]
+        self.layers = _resolve_layers(config, model)
+        self.content = load_image(config.content) if config.content is not None else None
+        self.styles = [load_image(name) for name in config.styles]
+        masked_styles = [self.styles[min(k, len(self.styles) - 1)] for k in range(len(config.style_masks))]
+        self.masks = [_load_mask(name, self.content) for name in config.masks]
+        self.style_masks = [
+            _load_mask(name, image) for name, image in zip(config.style_masks, masked_styles, strict=True)
+        ]
         self.features = FeatureExtractor(
             model, [*self.layers.style, *([self.layers.content] if self.content is not None else [])]
         )
 
-    def photo(self, width: int, height: int) -> Tensor | None:
-        """Return the photo at a size, None where there is none."""
-        return resized(self.content, (width, height), self.ctx.device) if self.content is not None else None
+    def content_image(self, width: int, height: int) -> Tensor | None:
+        """Return the content photo (3, H, W) at a size, or None if there is none."""
+        return resize_to_tensor(self.content, (width, height), self.ctx.device) if self.content is not None else None
 
-    def seen(self, picture: Tensor) -> Tensor:
-        """Return a picture as the net sees it: grey where colours are kept."""
+    def _model_input(self, image: Tensor) -> Tensor:
+        """Return the image itself, or its luminance in three channels if `keep_colors` is set."""
         if not self.config.keep_colors:
-            return picture
-        return (picture if len(picture) == 1 else style.luminance(picture)).expand(3, -1, -1)
+            return image
+        return (image if len(image) == 1 else style.luminance(image)).expand(3, -1, -1)
 
-    def maps(self, picture: Tensor) -> Maps:
-        """Return the features of a picture (3, H, W), or (1, H, W) in grey."""
+    def extract_features(self, image: Tensor) -> FeatureMaps:
+        """Return the features of an image (3, H, W) or, with `keep_colors`, of a luminance (1, H, W)."""
         with self.ctx.autocast():
-            found = self.features(self.seen(picture))
-        return {name: values.float() for name, values in found.items()}
+            feature_maps = self.features(self._model_input(image))
+        return {name: values.float() for name, values in feature_maps.items()}
 
     @torch.no_grad()
-    def at(self, width: int, height: int, share: float) -> Target:
-        """Return the target for a picture of a size, `share` of the largest one."""
+    def build(self, width: int, height: int, scale: float) -> LossTargets:
+        """Return the targets for an image of a size; `scale` is that size relative to the final one."""
         config, names = self.config, self.layers.style
-        photo = self.photo(width, height)
-        found = self.maps(photo) if photo is not None else {}
-        regions = self._regions(width, height, share, photo)
-        content = found[self.layers.content] if found else None
-        style_factors = dict(zip(names, config.style_weights or (STYLE_WEIGHT,) * len(names), strict=True))
-        content_factor, tv_factor = config.content_weight, config.tv_weight
+        content_image = self.content_image(width, height)
+        content_maps = self.extract_features(content_image) if content_image is not None else {}
+        regions = self._build_regions(width, height, scale, content_image)
+        content_features = content_maps[self.layers.content] if content_maps else None
+        style_weights = dict(zip(names, config.style_weights or (STYLE_WEIGHT,) * len(names), strict=True))
+        content_weight, tv_weight = config.content_weight, config.tv_weight
         if config.scaling == "relative":
             for name in names:
-                own = sum(region.weight * float(region.grams[name].square().sum()) for region in regions)
-                apart = float(region_loss(regions, found, name)) if found else own
-                style_factors[name] /= max(apart, LEAST_SHARE * own, 1e-30)
-            if content is not None:
-                varied = (content - content.mean((1, 2), keepdim=True)).square().sum()
-                content_factor /= max(float(varied), 1e-30)
-            tv_factor /= width * height
-        style_factors = {name: config.strength * factor for name, factor in style_factors.items()}
-        return Target(content, content_factor, regions, style_factors, tv_factor)
+                norm = sum(region.weight * float(region.gram_matrices[name].square().sum()) for region in regions)
+                distance = float(regional_style_loss(regions, content_maps, name)) if content_maps else norm
+                style_weights[name] /= max(distance, MIN_INITIAL_DISTANCE * norm, 1e-30)
+            if content_features is not None:
+                variation = (content_features - content_features.mean((1, 2), keepdim=True)).square().sum()
+                content_weight /= max(float(variation), 1e-30)
+            tv_weight /= width * height
+        style_weights = {name: config.strength * weight for name, weight in style_weights.items()}
+        return LossTargets(content_features, content_weight, regions, style_weights, tv_weight)
 
-    def _regions(self, width: int, height: int, share: float, photo: Tensor | None) -> tuple[Region, ...]:
-        """Return the regions; without masks one, of the weighted mean of the styles' Gram matrices."""
+    def _build_regions(
+        self, width: int, height: int, scale: float, content_image: Tensor | None
+    ) -> tuple[StyleRegion, ...]:
+        """Return the regions; without masks a single one, with the weighted mean of the styles' Gram matrices."""
         config, names = self.config, self.layers.style
-        size_px = max(1, round((config.style_size or config.size) * share))
-        mix = config.mix or (1.0,) * max(len(self.styles), len(self.masks))
-        found = []
-        for image in self.styles:
-            picture = resized(image, fitted(image, size_px, config.side), self.ctx.device)
-            if config.keep_colors and photo is not None:
-                picture = style.match_mean_std(style.luminance(picture), style.luminance(photo))
-            found.append(self.maps(picture))
+        weights = config.mix or (1.0,) * max(len(self.styles), len(self.masks))
+        style_maps = self._style_features(scale, content_image)
         if not self.masks:
-            shares = [weight / sum(mix) for weight in mix]
+            shares = [weight / sum(weights) for weight in weights]
             mean = {}
             for name in names:
-                grams = [part * style.gram_matrix(maps[name]) for part, maps in zip(shares, found, strict=True)]
-                mean[name] = torch.stack(grams).sum(0)
-            return (Region(mean, dict.fromkeys(names), 1.0),)
-        blank = torch.zeros(3, height, width, device=self.ctx.device)
-        sizes = self.features(blank)
+                gram_matrices = [
+                    share * style.gram_matrix(maps[name]) for share, maps in zip(shares, style_maps, strict=True)
+                ]
+                mean[name] = torch.stack(gram_matrices).sum(0)
+            return (StyleRegion(mean, dict.fromkeys(names), 1.0),)
+        image_maps = self.features(torch.zeros(3, height, width, device=self.ctx.device))  # for their sizes
         regions = []
-        for k, (mask, weight) in enumerate(zip(self.masks, mix, strict=True)):
-            maps = found[min(k, len(found) - 1)]
-            theirs = self.style_masks[k] if self.style_masks else None
-            wanted = {name: style.gram_matrix(maps[name], _fitted_mask(theirs, maps[name])) for name in names}
-            regions.append(Region(wanted, {name: _fitted_mask(mask, sizes[name]) for name in names}, weight))
+        for k, (mask, weight) in enumerate(zip(self.masks, weights, strict=True)):
+            maps = style_maps[min(k, len(style_maps) - 1)]
+            style_mask = self.style_masks[k] if self.style_masks else None
+            targets = {name: style.gram_matrix(maps[name], _resize_mask(style_mask, maps[name])) for name in names}
+            masks = {name: _resize_mask(mask, image_maps[name]) for name in names}
+            regions.append(StyleRegion(targets, masks, weight))
         return tuple(regions)
 
+    def _style_features(self, scale: float, content_image: Tensor | None) -> list[FeatureMaps]:
+        """Return the features of each style image; with `keep_colors` its luminance is matched to the content's."""
+        config = self.config
+        size_px = max(1, round((config.style_size or config.size) * scale))
+        style_maps = []
+        for image in self.styles:
+            pixels = resize_to_tensor(image, scaled_size(image, size_px, config.side), self.ctx.device)
+            if config.keep_colors and content_image is not None:
+                pixels = style.match_mean_std(style.luminance(pixels), style.luminance(content_image))
+            style_maps.append(self.extract_features(pixels))
+        return style_maps
 
-def _layers(config: StyleConfig, model: PretrainedClassifier) -> StyleLayers:
-    """Return the layers that a configuration names, else those of the net's family; checked against the weights."""
+
+def _resolve_layers(config: StyleConfig, model: PretrainedClassifier) -> StyleLayers:
+    """Return the configured layers, else the defaults of the model; check the number of their weights."""
     if config.style_layers is not None and config.content_layer is not None:
         layers = StyleLayers(config.style_layers, config.content_layer)
     else:
-        usual = features.default_style_layers(model)
-        layers = StyleLayers(config.style_layers or usual.style, config.content_layer or usual.content)
+        defaults = features.default_style_layers(model)
+        layers = StyleLayers(config.style_layers or defaults.style, config.content_layer or defaults.content)
     if config.style_weights is not None and len(config.style_weights) != len(layers.style):
         raise ConfigError(
             f"{len(config.style_weights)} style_weights for {len(layers.style)} style layers",
@@ -165,21 +195,25 @@ def _layers(config: StyleConfig, model: PretrainedClassifier) -> StyleLayers:
     return layers
 
 
-def _mask(name: str, image: Image.Image | None) -> Tensor:
-    """Read a mask (1, 1, H, W) in [0, 1] that belongs to a picture: white is inside."""
-    drawn = photos.load(photos.find_images([name])[0])
-    mask = style.luminance(photos.to_tensor(drawn))[None]
+def _load_mask(name: str, image: Image.Image | None) -> Tensor:
+    """Read the mask (1, 1, H, W) in [0, 1] of an image: 1 is inside the region."""
+    mask_image = photos.load(photos.find_images([name])[0])
+    mask = style.luminance(photos.to_tensor(mask_image))[None]
     if float(mask.max()) == 0:
-        raise DataError(f"{name}: the mask is empty", "paint its region white")
-    if image is not None and abs(math.log(image.width * drawn.height / (image.height * drawn.width))) > 0.02:
-        raise DataError(
-            f"{name}: a mask of {drawn.width} x {drawn.height} for a picture of {image.width} x {image.height}",
-            "give it the shape of its picture",
-        )
+        raise DataError(f"{name}: the mask is empty", "draw its region in white")
+    if image is not None:
+        ratio = image.width * mask_image.height / (image.height * mask_image.width)
+        if abs(math.log(ratio)) > MAX_ASPECT_DIFFERENCE:
+            raise DataError(
+                f"{name}: a mask of {mask_image.width} x {mask_image.height} for an image of "
+                f"{image.width} x {image.height}",
+                "give it the shape of its image",
+            )
     return mask
 
 
-def _fitted_mask(mask: Tensor | None, maps: Tensor) -> Tensor | None:
+def _resize_mask(mask: Tensor | None, feature_map: Tensor) -> Tensor | None:
+    """Return a mask at the resolution of a feature map, by averaging."""
     if mask is None:
         return None
-    return F.adaptive_avg_pool2d(mask.to(maps.device), (maps.shape[1], maps.shape[2]))[0, 0]
+    return F.adaptive_avg_pool2d(mask.to(feature_map.device), (feature_map.shape[1], feature_map.shape[2]))[0, 0]

@@ -1,4 +1,4 @@
-"""Style transfer from coarse to fine: the losses of a picture, the update of its pixels, the sizes in between."""
+"""Style transfer from coarse to fine: the losses of an image, the update of its pixels, the schedule of its sizes."""
 
 import functools
 import math
@@ -17,22 +17,22 @@ from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.errors import ConfigError
 from cvlab.experiments.style.config import StyleConfig
-from cvlab.experiments.style.targets import Target, Targets, fitted
+from cvlab.experiments.style.targets import LossTargets, TargetBuilder, scaled_size
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
-from cvlab.runs.records import Row
 
-COARSEST_PX = 320  # pictures up to this size need no coarser one
-COARSE_SHARE = 1.5  # a scale has so many times the steps of the next finer one
-LATE = 0.9  # of a scale's steps, from which on the learning rate is the late one: 180 of 200 in EECS 498
-NORMALIZED_MOST, FREE_FROM = 1.5, 0.95  # EECS 498: clamped to so many deviations, until step 190 of 200
-FREE_SHARE = 0.9  # of the free memory, that a picture may take
-STATE_BYTES = 200  # for each pixel: three colours, their gradient, Adam's memory and what is computed on the way
+MAX_COARSEST_PX = 320  # longer side of the coarsest scale
+COARSE_STEPS_RATIO = 1.5  # steps of a scale, relative to the next finer one
+LATE_FRACTION = 0.9  # of a scale's steps, after which `late_lr` is used; 180 of 200 in EECS 498
+CLAMP_NORMALIZED = 1.5  # standard deviations; EECS 498
+CLAMP_FRACTION = 0.95  # of the steps, in which normalized pixels are clamped; 190 of 200 in EECS 498
+MAX_MEMORY_FRACTION = 0.9  # of the free memory
+STATE_BYTES_PER_PIXEL = 200  # three channels, their gradient, Adam's moments and temporary tensors
 
 
 @dataclass(frozen=True)
 class Scale:
-    """One of the sizes that a picture is painted at, for the steps from `start` up to `end`."""
+    """A size of the image, optimized for the steps from `start` up to, and not including, `end`."""
 
     width: int
     height: int
@@ -40,144 +40,157 @@ class Scale:
     end: int
 
 
-def scales(width: int, height: int, count: int | None, steps: int) -> list[Scale]:
-    """Return the sizes to paint at, each half of the next; `count` None: until the coarsest is small."""
-    if count is None:
-        count = 1 + max(0, math.ceil(math.log2(max(width, height) / COARSEST_PX)))
-    count = min(count, steps)
-    weights = [COARSE_SHARE ** (count - 1 - k) for k in range(count)]
-    ends = [max(k + 1, round(steps * sum(weights[: k + 1]) / sum(weights))) for k in range(count)]
-    halvings = [2 ** (count - 1 - k) for k in range(count)]
+def make_scales(width: int, height: int, num_scales: int | None, steps: int) -> list[Scale]:
+    """Return the scales from coarse to fine, each half the size of the next.
+
+    Args:
+        width: Width of the finest scale in pixels.
+        height: Height of the finest scale in pixels.
+        num_scales: Number of scales; None: as many as it takes for the coarsest to have at most MAX_COARSEST_PX pixels
+            on its longer side.
+        steps: Number of steps of all scales together.
+    """
+    if num_scales is None:
+        num_scales = 1 + max(0, math.ceil(math.log2(max(width, height) / MAX_COARSEST_PX)))
+    num_scales = min(num_scales, steps)
+    weights = [COARSE_STEPS_RATIO ** (num_scales - 1 - k) for k in range(num_scales)]
+    ends = [max(k + 1, round(steps * sum(weights[: k + 1]) / sum(weights))) for k in range(num_scales)]
+    divisors = [2 ** (num_scales - 1 - k) for k in range(num_scales)]
     return [
-        Scale(max(1, round(width / by)), max(1, round(height / by)), start, end)
-        for by, start, end in zip(halvings, [0, *ends], ends, strict=False)
+        Scale(max(1, round(width / divisor)), max(1, round(height / divisor)), start, end)
+        for divisor, start, end in zip(divisors, [0, *ends], ends, strict=False)
     ]
 
 
 class StyleTransfer:
-    """What is done to the picture; `config` is that of the experiment `style`."""
+    """The optimization of one image: its initial values, losses and update, and its evaluation.
+
+    What is optimized are the image's "values": pixels (3, H, W) in [0, 1], or normalized as the model's input if
+    `space` is normalized, or the luminance (1, H, W) if `keep_colors` is set.
+    """
 
     def __init__(self, config: StyleConfig, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.model, self.ctx = config, model, ctx
-        self.targets = Targets(config, model, ctx)
+        self.targets = TargetBuilder(config, model, ctx)
         self.content, self.layers = self.targets.content, self.targets.layers
         width, height = (config.size, config.size)
         if self.content is not None:
-            width, height = fitted(self.content, config.size, config.side)
-        self.scales = scales(width, height, None if config.scales == "auto" else config.scales, config.steps)
-        self.move = image_optimizer.adam(self._lr, lambda step: self.scale_at(step).start)
-        self.target = functools.lru_cache(maxsize=1)(self._target)
+            width, height = scaled_size(self.content, config.size, config.side)
+        self.scales = make_scales(width, height, None if config.scales == "auto" else config.scales, config.steps)
+        self._adam = image_optimizer.adam(self._lr, lambda step: self.scale_at(step).start)
+        self.target = functools.lru_cache(maxsize=1)(self._build_target)
 
     def scale_at(self, step: int) -> Scale:
-        """Return the scale that a step belongs to."""
+        """Return the scale of a step."""
         return next((scale for scale in self.scales if step < scale.end), self.scales[-1])
 
-    def _target(self, scale: Scale) -> Target:
-        return self.targets.at(scale.width, scale.height, scale.width / self.scales[-1].width)
+    def _build_target(self, scale: Scale) -> LossTargets:
+        return self.targets.build(scale.width, scale.height, scale.width / self.scales[-1].width)
 
-    def bytes_needed(self) -> float:
-        """Estimate the memory of a step at the largest size."""
-        last = self.scales[-1]
+    def estimate_bytes(self) -> float:
+        """Estimate the memory of a step at the finest scale, in bytes."""
+        finest = self.scales[-1]
         features = self.targets.features
-        return features.bytes_for_gradient(last.height, last.width) + STATE_BYTES * last.width * last.height
+        activations = features.bytes_for_gradient(finest.height, finest.width)
+        return activations + STATE_BYTES_PER_PIXEL * finest.width * finest.height
 
-    def require_memory(self) -> None:
-        """Raise ConfigError, with the size that fits, where a step would take more memory than is free."""
-        needed, free = self.bytes_needed(), memory.free_bytes(self.ctx.device)
-        if free is not None and needed > FREE_SHARE * free:
-            fits = int(self.config.size * math.sqrt(FREE_SHARE * free / needed)) // 8 * 8
+    def check_memory(self) -> None:
+        """Raise ConfigError, with the size that fits, if a step needs more memory than is free."""
+        needed, free = self.estimate_bytes(), memory.free_bytes(self.ctx.device)
+        if free is not None and needed > MAX_MEMORY_FRACTION * free:
+            size = int(self.config.size * math.sqrt(MAX_MEMORY_FRACTION * free / needed)) // 8 * 8
             raise ConfigError(
                 f"size {self.config.size} needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
-                f"size={fits} fits",
+                f"size={size} fits",
             )
 
-    def start(self) -> Tensor:
-        """Return what is optimised, as it starts: (3, H, W), or (1, H, W) where the photo's colours are kept."""
-        picture = self.beginning(self.scales[0])
-        picture = style.luminance(picture) if self.config.keep_colors else picture
-        return self._encoded(picture)
+    def initial_values(self) -> Tensor:
+        """Return the values that the optimization starts from, at the coarsest scale."""
+        image = self.initial_image(self.scales[0])
+        image = style.luminance(image) if self.config.keep_colors else image
+        return self._image_to_values(image)
 
-    def beginning(self, scale: Scale) -> Tensor:
-        """Return the picture that painting starts from, at the size of a scale."""
-        photo = self.targets.photo(scale.width, scale.height)
-        if self.config.init == "content" and photo is not None:
-            return photo
+    def initial_image(self, scale: Scale) -> Tensor:
+        """Return the content photo or uniform noise (3, H, W) at a scale, by `init`."""
+        content = self.targets.content_image(scale.width, scale.height)
+        if self.config.init == "content" and content is not None:
+            return content
         count = 3 * scale.height * scale.width
         noise = rng.uniform(self.config.seed, 0, torch.arange(count), "style").float()
         return noise.view(3, scale.height, scale.width).to(self.ctx.device)
 
-    def _encoded(self, picture: Tensor) -> Tensor:
+    def _image_to_values(self, image: Tensor) -> Tensor:
         net = self.model.module
-        return picture * net.scale[0] + net.shift[0] if self.config.space == "normalized" else picture
+        return image * net.scale[0] + net.shift[0] if self.config.space == "normalized" else image
 
-    def _decoded(self, values: Tensor) -> Tensor:
+    def _values_to_image(self, values: Tensor) -> Tensor:
         net = self.model.module
         return (values - net.shift[0]) / net.scale[0] if self.config.space == "normalized" else values
 
-    def losses(self, values: Tensor, target: Target) -> Losses:
-        """Return the losses of the picture that values stand for; smoothness is that of the values."""
-        maps = self.targets.maps(self._decoded(values))
-        parts = [factor * target.style_loss(maps, name) for name, factor in target.style_factors.items()]
-        style_loss = torch.stack(parts).sum()
-        tv_loss = target.tv_factor * style.tv_loss(values)
+    def losses(self, values: Tensor, target: LossTargets) -> Losses:
+        """Return the weighted losses; the total variation is that of the values, the other losses of their image."""
+        features = self.targets.extract_features(self._values_to_image(values))
+        layer_losses = [weight * target.style_loss(features, name) for name, weight in target.style_weights.items()]
+        style_loss = torch.stack(layer_losses).sum()
+        tv_loss = target.tv_weight * style.tv_loss(values)
         content_loss = torch.zeros_like(tv_loss)
-        if target.content is not None and target.content_factor:
-            content_loss = target.content_factor * style.content_loss(maps[self.layers.content], target.content)
+        if target.content_features is not None and target.content_weight:
+            distance = style.content_loss(features[self.layers.content], target.content_features)
+            content_loss = target.content_weight * distance
         total = content_loss + style_loss + tv_loss
         return {"loss": total, "content_loss": content_loss, "style_loss": style_loss, "tv_loss": tv_loss}
 
-    def objective(self, pixels: ImageState) -> Losses:
-        """Return the losses at the scale of the step."""
-        return self.losses(pixels.tensors[0], self.target(self.scale_at(pixels.step)))
+    def objective(self, state: ImageState) -> Losses:
+        """Return the losses at the scale of the current step."""
+        return self.losses(state.tensors[0], self.target(self.scale_at(state.step)))
 
     def _lr(self, step: int) -> float:
         scale = self.scale_at(step)
-        is_late = step >= scale.start + LATE * (scale.end - scale.start)
+        is_late = step >= scale.start + LATE_FRACTION * (scale.end - scale.start)
         return float(self.config.late_lr if is_late else self.config.lr)
 
-    def update(self, pixels: ImageState, gradients: list[Tensor]) -> None:
-        """Step, back to colours that exist; after the last step of a scale on to the next, with an empty memory."""
-        self.move(pixels, gradients)
-        following = self.scale_at(pixels.step + 1)
-        picture = pixels.tensors[0]
-        if self.config.space == "normalized":
-            if pixels.step < FREE_FROM * self.config.steps:
-                picture = picture.clamp(-NORMALIZED_MOST, NORMALIZED_MOST)
-        else:
-            picture = picture.clamp(0, 1)
-        size = (following.height, following.width)
-        if picture.shape[1:] != size:
-            picture = F.interpolate(picture[None], size=size, mode="bicubic", antialias=True)[0]
-            pixels.optimizer_state = {}
-        pixels.tensors[0] = picture
+    def update(self, state: ImageState, gradients: list[Tensor]) -> None:
+        """Take a step of Adam and clamp; after the last step of a scale, upsample and reset Adam's moments."""
+        self._adam(state, gradients)
+        next_scale = self.scale_at(state.step + 1)
+        values = state.tensors[0]
+        if self.config.space == "pixels":
+            values = values.clamp(0, 1)
+        elif state.step < CLAMP_FRACTION * self.config.steps:
+            values = values.clamp(-CLAMP_NORMALIZED, CLAMP_NORMALIZED)
+        size = (next_scale.height, next_scale.width)
+        if values.shape[1:] != size:
+            values = F.interpolate(values[None], size=size, mode="bicubic", antialias=True)[0]
+            state.optimizer_state = {}
+        state.tensors[0] = values
 
     @torch.no_grad()
-    def image(self, values: Tensor) -> Image.Image:
-        """Return the picture that values stand for, with the photo's colours where they are kept."""
-        picture = self._decoded(values)
-        photo = self.targets.photo(picture.shape[2], picture.shape[1])
-        if self.config.keep_colors and photo is not None:
-            picture = style.transfer_color(picture.clamp(0, 1), photo)
-        return photos.to_image(picture)
+    def to_image(self, values: Tensor) -> Image.Image:
+        """Return the values as an 8-bit image, with the colors of the photo if `keep_colors` is set."""
+        image = self._values_to_image(values)
+        content = self.targets.content_image(image.shape[2], image.shape[1])
+        if self.config.keep_colors and content is not None:
+            image = style.transfer_color(image.clamp(0, 1), content)
+        return photos.to_image(image)
 
     @torch.no_grad()
-    def judge(self, path: Path) -> Row:
-        """Return the losses of a written file, how far the style's fell, and how like the photo it is."""
-        read = photos.to_tensor(photos.load(path)).to(self.ctx.device)
-        last = self.scales[-1]
-        target = self.target(last)
-        found = {name: value.item() for name, value in self.losses(self._encoded(read), target).items()}
-        before = float(self.losses(self._encoded(self.beginning(last)), target)["style_loss"])
-        found["style_drop"] = before / max(found["style_loss"], 1e-30)
-        photo = self.targets.photo(last.width, last.height)
-        if photo is not None and min(read.shape[1:]) >= style.SSIM_WINDOW:
-            found["ssim"] = style.ssim(style.luminance(read), style.luminance(photo))
-        return found
+    def evaluate(self, path: Path) -> dict[str, float]:
+        """Return the losses of a saved image, the reduction of the style loss, and the SSIM with the photo."""
+        image = photos.to_tensor(photos.load(path)).to(self.ctx.device)
+        finest = self.scales[-1]
+        target = self.target(finest)
+        metrics = {name: value.item() for name, value in self.losses(self._image_to_values(image), target).items()}
+        initial = self.losses(self._image_to_values(self.initial_image(finest)), target)
+        metrics["style_drop"] = float(initial["style_loss"]) / max(metrics["style_loss"], 1e-30)
+        content = self.targets.content_image(finest.width, finest.height)
+        if content is not None and min(image.shape[1:]) >= style.SSIM_WINDOW:
+            metrics["ssim"] = style.ssim(style.luminance(image), style.luminance(content))
+        return metrics
 
 
 def prepare(config: StyleConfig) -> StyleTransfer:
-    """Build what paints. ConfigError where the picture would not fit into the memory."""
+    """Build the style transfer of a configuration. Raises ConfigError if it does not fit into memory."""
     ctx, model = config.build()
     transfer = StyleTransfer(config, model, ctx)
-    transfer.require_memory()
+    transfer.check_memory()
     return transfer

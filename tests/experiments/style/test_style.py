@@ -190,14 +190,14 @@ def squeezenet(version, folder):
 class TestScales:
     @pytest.mark.parametrize(("size", "count"), [(192, 1), (320, 1), (321, 2), (512, 2), (1024, 3), (2048, 4)])
     def test_as_many_as_the_picture_needs(self, size, count):
-        found = style_transfer.scales(size, size * 3 // 4, None, 200)
+        found = style_transfer.make_scales(size, size * 3 // 4, None, 200)
         assert len(found) == count
         assert (found[-1].width, found[-1].end) == (size, 200)
         assert [scale.start for scale in found] == [0, *(scale.end for scale in found[:-1])]
         assert all(a.end - a.start >= b.end - b.start for a, b in itertools.pairwise(found))
 
     def test_fewer_steps_than_scales(self):
-        found = style_transfer.scales(512, 512, 5, 2)
+        found = style_transfer.make_scales(512, 512, 5, 2)
         assert [(scale.width, scale.start, scale.end) for scale in found] == [(256, 0, 1), (512, 1, 2)]
 
 
@@ -241,8 +241,8 @@ class TestCommand:
         from cvlab.config import loading
         from cvlab.experiments.style import transfer as style_transfer
 
-        stylist = style_transfer.prepare(loading.load("style", ["size=96", "scales=1"]).config)
-        losses = stylist.objective(image_optimizer.ImageState([stylist.start()]))
+        transfer = style_transfer.prepare(loading.load("style", ["size=96", "scales=1"]).config)
+        losses = transfer.objective(image_optimizer.ImageState([transfer.initial_values()]))
         assert float(losses["style_loss"]) == pytest.approx(4 * 2000, rel=1e-3)
         assert float(losses["content_loss"]) == pytest.approx(0, abs=1e-3)
 
@@ -335,7 +335,7 @@ class TestRefusals:
             (("sample", "whirls", "--mix", "1,2"), 2, "mix has 2 weights for 1 styles"),
             (("sample", "whirls", "--style-mask", "black.png"), 2, "1 style_masks for 0 masks"),
             (("sample", "whirls", "--mask", "black.png"), 4, "black.png: the mask is empty"),
-            (("sample", "whirls", "--mask", "wide.png"), 4, "give it the shape of its picture"),
+            (("sample", "whirls", "--mask", "wide.png"), 4, "give it the shape of its image"),
             (("sample", "whirls", "whirls", "--mask", "wide.png"), 2, "1 masks for 2 styles"),
             (("sample", "whirls", "content_layer=blocks.77"), 2, "unknown layer 'blocks.77'"),
             (("sample", "whirls", "style_weights=[1,2]"), 2, "2 style_weights for 4 style layers"),
