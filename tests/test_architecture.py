@@ -46,6 +46,28 @@ class TestEachFile:
                 assert not re.search(pattern, line), line
 
 
+def packages(folder):
+    return sorted(path.parent.name for path in folder.glob("*/__init__.py"))
+
+
+def test_every_package_and_root_module_has_its_layer():
+    """import-linter (`make imports`) ignores what its contract does not name."""
+    contract = (PACKAGE.parent / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
+    named = set(re.findall(r"cvlab\.([\w.]+)", contract))
+    roots = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    modules = [path.stem for path in (PACKAGE / "experiments").glob("*.py") if path.stem != "__init__"]
+    tasks = {f"experiments.{name}" for name in (*packages(PACKAGE / "experiments"), *modules)}
+    assert named == roots | tasks | set(packages(PACKAGE)) - {"experiments"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda p: p.parent.name)
+def test_a_package_says_what_it_is_and_what_it_may_import(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert re.match(r"(cvlab|[A-Z])[^\n]*[.:]", text)
+    if path.parent.parent == PACKAGE or path.parent.name == "common":
+        assert "May import " in text
+
+
 def test_every_experiment_is_complete():
     from cvlab import registry
     from cvlab.experiments.base import Experiment

@@ -2,6 +2,7 @@
 
 `torch` is torch.nn; `manual` is ours, with forward and backward written out; `manual_alt` differs from it in the
 derivation of BatchNorm's backward. All three read and write the same checkpoints.
+May import the root modules only.
 """
 
 LAYERS = {

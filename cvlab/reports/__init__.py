@@ -1,1 +1,1 @@
-"""Tables, plots and comparisons, read from run directories; no experiment is imported here."""
+"""Tables, plots, pages and comparisons, read from run directories. May import `runs`, `config` and the root modules."""
