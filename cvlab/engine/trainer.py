@@ -29,7 +29,7 @@ from cvlab.errors import DivergedError, StoppedError
 from cvlab.runs import checkpoint
 from cvlab.runs.checkpoint import State
 from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
-from cvlab.runs.records import PRUNE, read_prune
+from cvlab.runs.records import PRUNE_FILE, pruning_reason
 from cvlab.runs.run_dir import RunDir
 
 METRICS = (  # of every training run
@@ -291,8 +291,8 @@ class Trainer:
             self.checkpointer.save_and_stop(self.stop)
 
     def _stop_if_pruned(self, step: int) -> None:
-        reason = collectives.broadcast_from_rank0(lambda: read_prune(self.run_dir.path))
+        reason = collectives.broadcast_from_rank0(lambda: pruning_reason(self.run_dir.path))
         if reason is not None:
             self.checkpointer.save()
-            hint = f"remove {self.run_dir.path / PRUNE} to continue with `cvlab resume`"
+            hint = f"remove {self.run_dir.path / PRUNE_FILE} to continue with `cvlab resume`"
             raise StoppedError(f"pruned after step {step}: {reason}", hint, EXIT_TERMINATED)

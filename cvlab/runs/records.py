@@ -4,24 +4,99 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Lt
+from pydantic import BaseModel, ConfigDict, InstanceOf, ValidationError
 
 from cvlab.errors import RunDirError
-from cvlab.runs.results import is_column, is_row
+from cvlab.storage import atomic
 from cvlab.storage.lock import is_held
 
-STATES = ("running", "done", "failed", "interrupted", "expectations_failed")
-
-
+State = Literal["running", "done", "failed", "interrupted", "expectations_failed"]
+STATES: tuple[State, ...] = ("running", "done", "failed", "interrupted", "expectations_failed")
 ENDED = ("done", "expectations_failed")  # those of a run that has its result
-
-
-PRUNE = "prune.txt"  # written by another program: why this run is to end before its time
-
+PRUNE_FILE = "prune.txt"  # in a run directory: why the run is to end early
 
 Row = dict[str, Any]
+Real = InstanceOf[float] | Annotated[int, Gt(-(2**63)), Lt(2**63)]  # JSON has integers of any length
+Number = Real | None  # null: it was not finite
+Value = Number | str | bool
+
+
+class _Record(BaseModel):
+    """A part of a JSON file: what is read from it is validated, further keys are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class ResultRow(_Record):
+    """The result of one image; further values are the experiment's own."""
+
+    image: str
+    error: str = ""
+
+
+class ColumnRecord(_Record, extra="forbid"):
+    """A column of the results, see `runs.results.Column`."""
+
+    name: str
+    title: str
+    unit: str = ""
+    keys: list[str] = []
+    is_file: bool = False
+    is_detail: bool = False
+    has_lines: bool = False
+
+
+class Verdict(_Record):
+    """An expectation and whether it was met."""
+
+    rule: str | None
+    met: bool
+    measured: Value
+    values: list[Value] = []
+
+
+class Spread(_Record):
+    """A metric over the seeds of a setting."""
+
+    mean: Real
+    sd: Number
+    n: Number = None
+
+
+class Setting(_Record):
+    """The arms of a sweep that differ only in their seed."""
+
+    keys: Row
+    arms: Number
+    status: list[str]
+    metrics: dict[str, Spread]
+
+
+class Summary(_Record):
+    """summary.json."""
+
+    experiment: str | None = None
+    data: str | None = None
+    seconds: Number = None
+    metrics: dict[str, Value] = {}
+    expect: list[Verdict] = []
+    results: list[ResultRow] = []
+    columns: list[ColumnRecord] = []
+    settings: list[Setting] = []
+
+
+class Status(_Record):
+    """status.json."""
+
+    status: State = "running"
+    experiment: str | None = None
+    data: str | None = None
+    error: str | None = None
 
 
 def whole_lines(path: Path, chunk: int = 65536) -> int:
@@ -63,32 +138,50 @@ def read_json(path: Path) -> Row:
 
 
 def read_summary(path: Path) -> Row:
-    """Return summary.json, empty where there is none; RunDirError where its metrics or verdicts are not what they are.
+    """Return summary.json, empty if missing.
 
-    `metrics` are by name, `expect` is a list.
+    Raises:
+        RunDirError: The file is damaged or does not fit `Summary`.
     """
     summary = read_json(path / "summary.json")
-    wrong = invalid_field(summary)
-    if wrong:
-        raise RunDirError(f"{path / 'summary.json'}: {wrong} is not what it should be", "the file was changed")
+    invalid = _invalid_key(Summary, summary)
+    if invalid is not None:
+        raise RunDirError(f"{path / 'summary.json'}: {invalid} is not what it should be", "the file was changed")
     return summary
 
 
 def read_status(path: Path) -> Row:
-    """Return status.json; a run that says it is running but holds no lock was killed, and is `interrupted`."""
+    """Return status.json, empty if missing; a run that is said to be running but holds no lock is `interrupted`.
+
+    Raises:
+        RunDirError: The file is damaged or does not fit `Status`.
+    """
     status = read_json(path / "status.json")
-    texts = [status.get(key) for key in ("experiment", "data", "error")]
-    if status.get("status", STATES[0]) not in STATES or not all(isinstance(text, str | None) for text in texts):
+    if _invalid_key(Status, status) is not None:
         raise RunDirError(f"{path / 'status.json'}: not the status of a run", "the file was changed")
     if status.get("status") == "running" and not is_held(path):
         status["status"] = "interrupted"
     return status
 
 
-def read_prune(path: Path) -> str | None:
-    """Return why a run is to end before its time, None where nobody has asked for that."""
+def _invalid_key(kind: type[_Record], value: Row) -> str | None:
+    """Return the key of a record that does not fit, None if all do."""
     try:
-        return (path / PRUNE).read_text(errors="replace").strip()
+        kind.model_validate(value)
+    except ValidationError as error:
+        return str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
+    return None
+
+
+def request_pruning(path: Path, reason: str) -> None:
+    """Ask a run to stop after its next evaluation, because a search has no use for its result."""
+    atomic.write_text(path / PRUNE_FILE, reason + "\n")
+
+
+def pruning_reason(path: Path) -> str | None:
+    """Return why a run is to end early, None if nobody has asked for that."""
+    try:
+        return (path / PRUNE_FILE).read_text(errors="replace").strip()
     except OSError:
         return None
 
@@ -105,74 +198,6 @@ def read_metrics(path: Path) -> Iterator[Row]:
                     row = json.loads(line)
                     if isinstance(row, dict):
                         yield row
-
-
-Check = Callable[[Any], bool]
-
-
-def invalid_field(summary: dict[str, Any]) -> str | None:
-    """Return the key of a summary that is not what it should be; None where all are, or are not there."""
-    return next((key for key, fits in CHECKS.items() if key in summary and not fits(summary[key])), None)
-
-
-def _number(value: Any) -> bool:
-    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-def _text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _all(fits: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
-
-
-def _block(**keys: Check) -> Check:
-    """Accept a block whose `keys` fit where they are there."""
-    return lambda value: isinstance(value, dict) and all(fits(value[key]) for key, fits in keys.items() if key in value)
-
-
-def _with(*keys: str) -> Check:
-    return lambda value: isinstance(value, dict) and all(key in value for key in keys)
-
-
-def _both(*checks: Check) -> Check:
-    return lambda value: all(check(value) for check in checks)
-
-
-def _verdict(value: Any) -> bool:
-    fits = _block(rule=_text, measured=_plain, values=_all(_plain))
-    return _with("rule", "met", "measured")(value) and fits(value) and isinstance(value["met"], bool)
-
-
-def _plain(value: Any) -> bool:
-    return _number(value) or isinstance(value, (str, bool))
-
-
-def _setting(value: Any) -> bool:
-    spread = _both(_with("mean", "sd"), _block(mean=_real, sd=_number, n=_number))
-    fits = _block(
-        arms=_number, status=_all(lambda word: isinstance(word, str)), keys=lambda keys: isinstance(keys, dict)
-    )
-    if not (_with("keys", "arms", "status", "metrics")(value) and fits(value)):
-        return False
-    return isinstance(value["metrics"], dict) and all(map(spread, value["metrics"].values()))
-
-
-def _real(value: Any) -> bool:
-    return value is not None and _number(value)
-
-
-CHECKS: dict[str, Check] = {
-    "metrics": lambda value: isinstance(value, dict) and all(map(_plain, value.values())),
-    "expect": _all(_verdict),
-    "results": _all(is_row),
-    "columns": _all(is_column),
-    "settings": _all(_setting),
-    "seconds": _number,
-    "experiment": _text,
-    "data": _text,
-}
 
 
 def is_run(path: Path) -> bool:

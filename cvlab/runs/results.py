@@ -91,23 +91,3 @@ def read_columns(summary: Mapping[str, Any]) -> list[Column]:
 def read_errors(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the error of each image that could not be read."""
     return [str(row["error"]) for row in rows if "error" in row]
-
-
-def is_row(value: object) -> bool:
-    """Whether a value read from JSON is the row of a result."""
-    if not isinstance(value, dict) or not isinstance(value.get("image"), str):
-        return False
-    return isinstance(value.get("error", ""), str)
-
-
-def is_column(value: object) -> bool:
-    """Whether a value read from JSON is a column."""
-    if not isinstance(value, dict) or not {"name", "title"} <= value.keys() <= set(Column.__dataclass_fields__):
-        return False
-    texts = [value["name"], value["title"], value.get("unit", ""), *_items(value.get("keys", ()))]
-    flags = [value.get(key, False) for key in ("is_file", "is_detail", "has_lines")]
-    return all(isinstance(text, str) for text in texts) and all(isinstance(flag, bool) for flag in flags)
-
-
-def _items(value: object) -> Sequence[object]:
-    return value if isinstance(value, (list, tuple)) else [None]

@@ -12,7 +12,7 @@ from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import plots
 from cvlab.reports.compare import read_config
 from cvlab.reports.tables import number
-from cvlab.runs.records import read_prune, read_status, read_summary
+from cvlab.runs.records import pruning_reason, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 
 Row = dict[str, Any]
@@ -35,7 +35,7 @@ def read_arm(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
         return row
     diverged = status.get("code") == DivergedError.code
     state = status.get("status", "not begun")
-    state = PRUNED if state == "interrupted" and read_prune(arm) is not None else state
+    state = PRUNED if state == "interrupted" and pruning_reason(arm) is not None else state
     return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
 
 
@@ -45,7 +45,7 @@ def outcome(arm: Path) -> str:
     if row["diverged"]:
         return "diverged"
     if row["status"] == PRUNED:
-        return f"{PRUNED}: {read_prune(arm)}"
+        return f"{PRUNED}: {pruning_reason(arm)}"
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
 

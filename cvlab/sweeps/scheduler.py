@@ -10,7 +10,7 @@ from pathlib import Path
 from cvlab.console import Progress
 from cvlab.errors import CvlabError, DivergedError
 from cvlab.runs.interrupt import StopRequest
-from cvlab.runs.records import ENDED, read_prune, read_status
+from cvlab.runs.records import ENDED, pruning_reason, read_status
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.lock import is_held
 from cvlab.sweeps import executors, results
@@ -27,7 +27,7 @@ def has_ended(arm: Path) -> bool:
         status = read_status(arm)
     except CvlabError:
         return False
-    pruned = status.get("status") == "interrupted" and read_prune(arm) is not None
+    pruned = status.get("status") == "interrupted" and pruning_reason(arm) is not None
     return status.get("status") in ENDED or pruned or status.get("code") == DivergedError.code
 
 

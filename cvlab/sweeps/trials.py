@@ -12,7 +12,7 @@ from typing import Any
 
 from cvlab.config import strict_yaml
 from cvlab.errors import RunDirError
-from cvlab.runs.records import PRUNE, plain, read_metrics, read_prune
+from cvlab.runs.records import plain, pruning_reason, read_metrics, request_pruning
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, results, search
@@ -113,10 +113,10 @@ class Trials:
             return
         ended = [trial.curve for trial in self.all().values() if trial.state == "done"]
         for folder in running:
-            if read_prune(folder) is None:
-                why = search.hopeless(self.wanted, curve_of(folder, self.wanted.metric), ended)
-                if why is not None:
-                    atomic.write_text(folder / PRUNE, why + "\n")
+            if pruning_reason(folder) is None:
+                reason = search.hopeless(self.wanted, curve_of(folder, self.wanted.metric), ended)
+                if reason is not None:
+                    request_pruning(folder, reason)
 
     def best(self) -> dict[str, Any] | None:
         """Return the best arm's name, value and changes; None where none is done."""

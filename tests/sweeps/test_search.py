@@ -9,7 +9,7 @@ from cvlab.config import loading
 from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs import run_dir
 from cvlab.runs.find import create_run
-from cvlab.runs.records import PRUNE, read_prune, read_status, read_summary
+from cvlab.runs.records import PRUNE_FILE, pruning_reason, read_status, read_summary
 from cvlab.sweeps import arms, experiment, results, scheduler, search, trials
 from cvlab.sweeps.search import Range, Search, Trial
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
@@ -180,7 +180,7 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     assert code == 0, err
     assert "4 arms, 4 of them ended before" in err, err
     pruned = trials.folders(run)[1]
-    (pruned / PRUNE).write_text("too bad")
+    (pruned / PRUNE_FILE).write_text("too bad")
     (pruned / "status.json").write_text('{"status": "interrupted"}')
     out, chosen = run_dir.RunDir(run), loading.load(str(run)).config
     assert [row["status"] for row in experiment.rows_of(chosen, out)] == ["done", "pruned", "done", "done"]
@@ -211,7 +211,7 @@ def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvla
     arm = tmp_path / "arm"
     arm.mkdir()
     (arm / "config.yaml").write_text(loading.load("s.yaml").config.to_yaml())
-    (arm / PRUNE).write_text("too bad\n")
+    (arm / PRUNE_FILE).write_text("too bad\n")
     code, _, err = cvlab("resume", arm)
     status = read_status(arm)
     assert code == 143
@@ -220,7 +220,7 @@ def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvla
     assert scheduler.has_ended(arm)
     assert results.read_arm(arm)["status"] == "pruned"
     assert results.outcome(arm) == "pruned: too bad"
-    (arm / PRUNE).unlink()
+    (arm / PRUNE_FILE).unlink()
     assert not scheduler.has_ended(arm)
     assert cvlab("resume", arm)[0] == 0
     assert read_summary(arm)["weights_sha256"] == whole
@@ -240,7 +240,7 @@ def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
             (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": accuracies[-1]}}))
     for chosen, expected in ((wanted(startup=2), None), (wanted(startup=2, prune="median"), True)):
         trials.Trials(out, chosen, {}, lambda number, changes: None).prune([arm])
-        assert bool(read_prune(arm)) == bool(expected)
+        assert bool(pruning_reason(arm)) == bool(expected)
     assert trials.read(arm, chosen, {}).state == "pruned"
     assert trials.read(arm, chosen, {}).curve == {10: 0.3}
     best = trials.Trials(out, chosen, {}, lambda number, changes: None).best()
