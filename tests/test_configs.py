@@ -65,7 +65,7 @@ class TestEach:
         code, out, _ = cvlab("train", name, *named, "--dry-run", "--json")
         if name in COURSE_STYLES and code == 4:
             assert "cvlab models fetch torchvision:squeezenet1_1" in out
-            return  # tests/test_style.py runs them with weights from a file
+            return  # tests/experiments/style/test_style.py runs them with weights from a file
         plan = json.loads(out)
         assert code == 0
         assert plan["arms" if verb(name) == "sweep" else "parameters"] > 1
