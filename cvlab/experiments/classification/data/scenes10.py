@@ -1,7 +1,7 @@
 """scenes10, the built-in data set: 32 px pictures of one shape each, 10 classes, generated once, cached, checksummed.
 
 Class is the shape; its colour, size, place, tilt and texture, the background and a distracting spot are not. A linear
-model stays under 50 %, a small convolutional net gets over 90 % (tests/experiments/classification/data/test_scenes10.py).
+model stays under 50 %, a small convolutional net gets over 90 % (test_scenes10.py).
 """
 
 import hashlib
