@@ -61,7 +61,7 @@ class TestEach:
     def test_plan(self, name, cvlab):
         named = ["data={name: scenes}", "expect=[]", "expect_fallback=[]"] if name in DETECTORS else []
         if name in CAPTIONERS:
-            named = ["data={name: scene_sentences}", "threshold=1", "expect=[]", "expect_fallback=[]"]
+            named = ["data={name: scene_captions}", "min_word_count=1", "expect=[]", "expect_fallback=[]"]
         code, out, _ = cvlab("train", name, *named, "--dry-run", "--json")
         if name in COURSE_STYLES and code == 4:
             assert "cvlab models fetch torchvision:squeezenet1_1" in out
@@ -98,7 +98,7 @@ def test_two_steps_of_each_detector_on_the_built_in_scenes(name, cvlab):
 
 @pytest.mark.parametrize("name", CAPTIONERS)
 def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
-    short = ["data={name: scene_sentences, num_train: 4}", "size=64", "threshold=1", "batch_size=2", "beam=2"]
+    short = ["data={name: scene_captions, num_train: 4}", "size=64", "min_word_count=1", "batch_size=2", "beam=2"]
     short += ["duration={steps: 2}", "evaluate_test=false", "expect=[]", "expect_fallback=[]"]
     code, out, err = cvlab("train", name, *short, "--json")
     assert code == 0, err

@@ -153,8 +153,8 @@ def boxes(path):
 
 
 def said(path):
-    for items in dataset.read_custom(path, 0.25).splits.values():
-        assert all(item.path.is_file() and item.sentences for item in items)
+    for items in dataset.load_custom(path, 0.25).splits.values():
+        assert all(item.path.is_file() and item.captions for item in items)
 
 
 def photo(path):

@@ -1,6 +1,6 @@
-"""Sets of photos with sentences: Flickr8k, COCO's captions, a CSV of one's own, and sentences about generated scenes.
+"""Readers of caption files: a CSV, and COCO's JSON.
 
-Sources: Hodosh et al., 2013 (Flickr8k, official splits); Chen et al., 2015, "Microsoft COCO captions".
+Reference: Chen et al., 2015, "Microsoft COCO captions: data collection and evaluation server".
 """
 
 import csv
@@ -11,11 +11,18 @@ from cvlab.errors import DataError
 
 
 def read_csv(path: Path) -> dict[str, list[str]]:
-    """Read a CSV with the columns image and caption: the sentences of each image, in order.
+    """Read a CSV with the columns image and caption.
 
-    DataError names file and line where a row has not both.
+    Args:
+        path: The file; its first line is `image,caption`.
+
+    Returns:
+        The captions of each image by its name, in the file's order.
+
+    Raises:
+        DataError: The file cannot be read, or a row has no image or no caption; names file and line.
     """
-    found: dict[str, list[str]] = {}
+    captions: dict[str, list[str]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
@@ -27,27 +34,37 @@ def read_csv(path: Path) -> dict[str, list[str]]:
                     continue
                 if len(row) < 2 or not row[0].strip() or not row[1].strip():
                     raise DataError(f"{path}:{rows.line_num}: needs an image and a caption", "fill or remove this line")
-                found.setdefault(row[0].strip(), []).append(row[1].strip())
+                captions.setdefault(row[0].strip(), []).append(row[1].strip())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not found:
+    if not captions:
         raise DataError(f"{path}: no caption in it")
-    return found
+    return captions
 
 
 def read_coco(path: Path) -> dict[str, list[str]]:
-    """Read COCO's captions: the sentences of each image by its file name. DataError says what is wrong with it."""
+    """Read captions in COCO's JSON format.
+
+    Args:
+        path: The file, with `images` and `annotations`.
+
+    Returns:
+        The captions of each image by its file name, in the file's order.
+
+    Raises:
+        DataError: The file cannot be read, or is no such file.
+    """
+    captions: dict[str, list[str]] = {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        names = {image["id"]: str(image["file_name"]) for image in told["images"]}
-        found: dict[str, list[str]] = {}
-        for row in told["annotations"]:
-            found.setdefault(names[row["image_id"]], []).append(str(row["caption"]).strip())
+        content = json.loads(path.read_text(encoding="utf-8"))
+        file_names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions.setdefault(file_names[annotation["image_id"]], []).append(str(annotation["caption"]).strip())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
         raise DataError(
-            f"{path}: not COCO's captions: {what}", "it needs images and annotations with captions"
+            f"{path}: not COCO's captions: {reason}", "it needs images and annotations with captions"
         ) from error
-    if not found:
+    if not captions:
         raise DataError(f"{path}: no caption in it")
-    return found
+    return captions

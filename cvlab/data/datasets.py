@@ -25,7 +25,7 @@ DATASETS = {
     "everyday": "cvlab.experiments.detection.data.everyday:SOURCE",
     "boxes": "cvlab.experiments.detection.data.dataset:BOXES",
     "flickr8k": "cvlab.experiments.captioning.dataset:FLICKR8K",
-    "scene_sentences": "cvlab.experiments.captioning.dataset:SCENE_SENTENCES",
+    "scene_captions": "cvlab.experiments.captioning.dataset:SCENE_CAPTIONS",
     "captions": "cvlab.experiments.captioning.dataset:CAPTIONS",
 }
 

@@ -262,8 +262,8 @@ def test_every_kind_of_training_takes_several_processes(tmp_path, data_root, kin
         words = (
             "caption_overfit",
             own_captions(tmp_path),
-            "model={name: captioner, words: 8, hidden: 16}",
-            "threshold=1",
+            "model={name: captioner, embed_dim: 8, hidden_dim: 16}",
+            "min_word_count=1",
         )
         shared = (*shared, "strides=[32]", "beam=2")
     else:

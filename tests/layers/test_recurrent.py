@@ -47,7 +47,9 @@ class TestCaptioner:
         torch.manual_seed(0)
         nets = []
         for layers in ("torch", "manual"):
-            net = Captioner(6, 9, cell, words=4, hidden=3, dropout=0.0, feature_dropout=0.0, layers=layers).double()
+            net = Captioner(
+                6, 9, cell, embed_dim=4, hidden_dim=3, dropout=0.0, feature_dropout=0.0, layers=layers
+            ).double()
             nets.append(net)
         nets[1].load_state_dict(nets[0].state_dict())
         cells = 5 if cell == "attention_lstm" else 1
@@ -74,7 +76,7 @@ class TestCaptioner:
     def test_steps_say_what_the_whole_sequence_says(self, cell):
         net, _, features, words, image = self.nets(cell)
         whole = net(features, words[:, :-1], image).log_softmax(-1)
-        state = net.start(features[image])
+        state = net.initial_state(features[image])
         for t in range(4):
             found, state, weights = net.step(state, words[:, t])
             log_p = found.log_softmax(1)

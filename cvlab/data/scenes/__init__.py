@@ -1,1 +1,1 @@
-"""Generated scenes: what is in them and how they are drawn."""
+"""Generated scenes: textured shapes on textured backgrounds, and how they are rendered."""

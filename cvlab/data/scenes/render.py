@@ -1,7 +1,7 @@
-"""Small scenes drawn from numbers: textured shapes on textured backgrounds, antialiased, in batches.
+"""Render batches of textured, antialiased shapes from parameters.
 
-A shape is a signed distance function (negative inside) on coordinates in which it reaches from about -1 to 1; see
-Quilez, "2D distance functions". Everything is vectorised over the batch, so that thousands take seconds.
+A shape is a signed distance function (negative inside) on coordinates in which it extends from about -1 to 1; see
+Quilez, "2D distance functions". Everything is vectorized over the batch, so that thousands take seconds.
 """
 
 import math
@@ -56,7 +56,7 @@ def _plus(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: fold the angle into one tenth of the turn, then the distance from one edge."""
+    """Return the distance from a star of five points: fold the angle into a tenth of the circle, use one edge."""
     angle = torch.atan2(x, -y)
     sector = 2 * math.pi / 5
     folded = (torch.remainder(angle + sector / 2, sector) - sector / 2).abs()
@@ -69,7 +69,7 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    """Two discs above, a corner below."""
+    """Return the distance from two discs above a corner."""
     ax, v = x.abs(), -y
     lobes = torch.hypot(ax - 0.42, v - 0.35) - 0.5
     corner = torch.maximum(0.74 * ax - 0.67 * v - 0.576, v - 0.1)
@@ -94,25 +94,48 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def grid(size_px: int) -> tuple[Tensor, Tensor]:
-    """Return x and y of the pixel centres, (1, size, size) each, in [-1, 1], y downwards."""
-    centres = (torch.arange(size_px, dtype=torch.float32) + 0.5) * 2 / size_px - 1
-    return centres.view(1, 1, -1).expand(1, size_px, -1), centres.view(1, -1, 1).expand(1, -1, size_px)
+def pixel_grid(size_px: int) -> tuple[Tensor, Tensor]:
+    """Return x and y of the pixel centers of a square image, (1, size_px, size_px) each, in [-1, 1], y downwards."""
+    centers = (torch.arange(size_px, dtype=torch.float32) + 0.5) * 2 / size_px - 1
+    return centers.view(1, 1, -1).expand(1, size_px, -1), centers.view(1, -1, 1).expand(1, -1, size_px)
 
 
 def stripes(x: Tensor, y: Tensor, angle: Tensor, cycles: Tensor, phase: Tensor) -> Tensor:
-    """Return waves in [0, 1] across the picture; the parameters are (N,), the result is (N, H, W)."""
-    n = angle.view(-1, 1, 1)
-    along = x * torch.cos(n) + y * torch.sin(n)
+    """Return sinusoidal stripes.
+
+    Args:
+        x: Coordinates of the pixels (1, H, W).
+        y: The same.
+        angle: Direction of the wave (N,), in radians.
+        cycles: Periods across the image (N,).
+        phase: In radians (N,).
+
+    Returns:
+        (N, H, W) in [0, 1].
+    """
+    angle = angle.view(-1, 1, 1)
+    along = x * torch.cos(angle) + y * torch.sin(angle)
     return 0.5 + 0.5 * torch.sin(math.pi * cycles.view(-1, 1, 1) * along + phase.view(-1, 1, 1))
 
 
-def cover(shape: str, x: Tensor, y: Tensor, centre: Tensor, radius: Tensor, angle: Tensor, size_px: int) -> Tensor:
-    """Return how much of each pixel a shape covers, in [0, 1].
+def shape_coverage(
+    shape: str, x: Tensor, y: Tensor, center: Tensor, radius: Tensor, angle: Tensor, size_px: int
+) -> Tensor:
+    """Return how much of each pixel a shape covers (antialiasing).
 
-    `centre` (N, 2) and `radius` (N,) are in the coordinates of `grid`, `angle` (N,) in radians; result (N, H, W).
+    Args:
+        shape: A key of `SHAPES`.
+        x: Coordinates of the pixel centers (1, H, W), as `pixel_grid` returns them.
+        y: The same.
+        center: (N, 2) in the same coordinates.
+        radius: (N,) in the same coordinates.
+        angle: Rotation (N,), in radians.
+        size_px: Width of the whole image, which gives the size of a pixel.
+
+    Returns:
+        (N, H, W) in [0, 1].
     """
-    cx, cy = centre[:, 0].view(-1, 1, 1), centre[:, 1].view(-1, 1, 1)
+    cx, cy = center[:, 0].view(-1, 1, 1), center[:, 1].view(-1, 1, 1)
     cos, sin = torch.cos(angle).view(-1, 1, 1), torch.sin(angle).view(-1, 1, 1)
     r = radius.view(-1, 1, 1)
     dx, dy = (x - cx) / r, (y - cy) / r
@@ -120,11 +143,19 @@ def cover(shape: str, x: Tensor, y: Tensor, centre: Tensor, radius: Tensor, angl
     return (0.5 - distance * size_px / 2).clamp(0, 1)
 
 
-def paint(canvas: Tensor, coverage: Tensor, color: Tensor, wave: Tensor, contrast: Tensor) -> Tensor:
-    """Lay a coloured, striped layer over a canvas.
+def blend(canvas: Tensor, coverage: Tensor, color: Tensor, texture: Tensor, contrast: Tensor) -> Tensor:
+    """Alpha-blend a textured layer over a canvas.
 
-    `canvas` (N, 3, H, W) in [0, 1], `coverage` and `wave` (N, H, W), `color` (N, 3), `contrast` (N,).
+    Args:
+        canvas: (N, 3, H, W) in [0, 1].
+        coverage: Opacity of the layer (N, H, W) in [0, 1].
+        color: (N, 3) in [0, 1].
+        texture: (N, H, W) in [0, 1], which darkens the color.
+        contrast: How much it darkens it, (N,).
+
+    Returns:
+        The blended canvas (N, 3, H, W).
     """
-    shade = 1 - contrast.view(-1, 1, 1, 1) * wave.unsqueeze(1)
+    shade = 1 - contrast.view(-1, 1, 1, 1) * texture.unsqueeze(1)
     layer = color.view(-1, 3, 1, 1) * shade
     return canvas + coverage.unsqueeze(1) * (layer - canvas)

@@ -1,4 +1,4 @@
-"""Captioners with the backbone that they stand on and their vocabulary, and their weights in a file."""
+"""Build, save and load captioners: the model, the backbone whose features it takes, and its vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,22 +15,34 @@ from cvlab.models import pretrained
 from cvlab.models.features import FeatureExtractor
 from cvlab.runs import weights_file
 
-TABLE = Registry(
-    "captioner", {"captioner": "cvlab.experiments.captioning.model:Captioner"}, frozenset({"channels", "num_words"})
+CAPTIONERS = Registry(
+    "captioner", {"captioner": "cvlab.experiments.captioning.model:Captioner"}, frozenset({"in_channels", "vocab_size"})
 )
-FILE = "captioner.safetensors"  # of a training, in its run directory
-KEY = "cvlab_captioner"
+WEIGHTS_FILE = "captioner.safetensors"  # in the run directory of a training run
+METADATA_KEY = "cvlab_captioner"
 LOAD_HINT = "give a run of `cvlab train` that trained a captioner, or its captioner.safetensors"
 
 
 @dataclass(frozen=True)
-class About:
-    """What a captioner is: enough to build it again."""
+class CaptionerMetadata:
+    """What is needed to rebuild a captioner; stored as JSON in the header of its weights file.
+
+    Attributes:
+        arguments: Keyword arguments of `Captioner`, without `in_channels` and `vocab_size`.
+        vocabulary: The words of the vocabulary, special tokens excluded.
+        size_px: Photos are resized to squares of this size.
+        max_length: Maximum number of tokens of a caption, START and END included.
+        strides: Strides of the backbone's feature maps; the first one defines the spatial positions.
+        backbone: Name of the pretrained classifier.
+        backbone_weights: File of the backbone's weights; None for the default ones.
+        trained_on: Name of the data set.
+        notes: Anything else worth recording.
+    """
 
     arguments: dict[str, Any]
-    words: tuple[str, ...]
+    vocabulary: tuple[str, ...]
     size_px: int
-    length: int
+    max_length: int
     strides: tuple[int, ...] = (32,)
     backbone: str = pretrained.DEFAULT_MODEL
     backbone_weights: str | None = None
@@ -39,39 +51,61 @@ class About:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A captioner, the layer of the backbone that it reads, and its vocabulary."""
+class LoadedCaptioner:
+    """A captioner with the feature extractor and the vocabulary that it needs."""
 
-    about: About
-    features: FeatureExtractor
+    metadata: CaptionerMetadata
+    feature_extractor: FeatureExtractor
     vocabulary: Vocabulary
-    net: Captioner
+    model: Captioner
 
 
-def maps_of(strides: Sequence[int], backbone: str, weights: str | None, device: torch.device) -> FeatureExtractor:
-    """Return a backbone's maps of some strides, for 32 alone the last one. ConfigError where it has none such."""
-    net = pretrained.build(backbone, weights, device)
-    return FeatureExtractor(net, models_backbone.feature_layers(net, strides, is_last=tuple(strides) == (32,)))
+def build_feature_extractor(
+    strides: Sequence[int], backbone: str, weights: str | None, device: torch.device
+) -> FeatureExtractor:
+    """Build the extractor of a backbone's feature maps.
+
+    Args:
+        strides: Strides of the maps; for 32 alone, the output of the backbone's last layer.
+        backbone: Name of the pretrained classifier.
+        weights: File of its weights; None for the default ones.
+        device: Where it runs.
+
+    Raises:
+        ConfigError: The backbone has no feature map of one of the strides.
+    """
+    classifier = pretrained.build(backbone, weights, device)
+    layers = models_backbone.feature_layers(classifier, strides, is_last=tuple(strides) == (32,))
+    return FeatureExtractor(classifier, layers)
 
 
-def build(about: About, features: FeatureExtractor, device: torch.device) -> Made:
-    """Build a captioner on a backbone's map, its weights drawn at random."""
-    vocabulary = Vocabulary(about.words)
+def build(metadata: CaptionerMetadata, feature_extractor: FeatureExtractor, device: torch.device) -> LoadedCaptioner:
+    """Build a captioner with random weights on top of a feature extractor."""
+    vocabulary = Vocabulary(metadata.vocabulary)
     with torch.inference_mode():
         probe = torch.full((1, 3, models_backbone.PROBE_PX, models_backbone.PROBE_PX), 0.5, device=device)
-        channels = sum(found.shape[1] for found in features.batch(probe).values())
-    net = Captioner(channels=channels, num_words=len(vocabulary), **about.arguments)
-    return Made(about, features, vocabulary, net.to(device))
+        in_channels = sum(features.shape[1] for features in feature_extractor.batch(probe).values())
+    model = Captioner(in_channels=in_channels, vocab_size=len(vocabulary), **metadata.arguments)
+    return LoadedCaptioner(metadata, feature_extractor, vocabulary, model.to(device))
 
 
-def save(about: About, net: Captioner, path: Path) -> None:
-    """Write a captioner's weights, in float16, and what they are. RunDirError where the disk refuses."""
-    weights_file.save(path, KEY, asdict(about), net)
+def save(metadata: CaptionerMetadata, model: Captioner, path: Path) -> None:
+    """Write a captioner's weights, as float16, and its metadata.
+
+    Raises:
+        RunDirError: The file cannot be written.
+    """
+    weights_file.save(path, METADATA_KEY, asdict(metadata), model)
 
 
-def load(path: Path, device: torch.device) -> Made:
-    """Read a captioner from a file of `save`. DataError says what is wrong with it."""
-    about, tensors = weights_file.read(path, KEY, About, "a captioner", LOAD_HINT)
-    made = build(about, maps_of(about.strides, about.backbone, about.backbone_weights, device), device)
-    weights_file.fill(made.net, tensors, path, LOAD_HINT)
-    return made
+def load(path: Path, device: torch.device) -> LoadedCaptioner:
+    """Load a captioner, in evaluation mode, from a file written by `save`.
+
+    Raises:
+        DataError: The file is missing, damaged or not a captioner.
+    """
+    metadata, tensors = weights_file.read(path, METADATA_KEY, CaptionerMetadata, "a captioner", LOAD_HINT)
+    feature_extractor = build_feature_extractor(metadata.strides, metadata.backbone, metadata.backbone_weights, device)
+    captioner = build(metadata, feature_extractor, device)
+    weights_file.fill(captioner.model, tensors, path, LOAD_HINT)
+    return captioner

@@ -1,145 +1,175 @@
-"""Photos with captions: Flickr8k, COCO, a CSV file, and generated scenes.
+"""Captioned photos: Flickr8k, your own (a CSV or COCO's JSON), and generated scenes.
 
-Sources: Hodosh et al., 2013 (Flickr8k, official splits); Chen et al., 2015, "Microsoft COCO captions".
+References:
+    Hodosh et al., 2013, "Framing image description as a ranking task" (Flickr8k and its splits).
+    Chen et al., 2015, "Microsoft COCO captions: data collection and evaluation server".
 """
 
-import functools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cvlab import registry
-from cvlab.data import rng
+from cvlab.data import datasets, rng
 from cvlab.data.captions import read_coco, read_csv
 from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import scene_captions
 from cvlab.storage.cache import install_folder, temporary_folder
 
-CUSTOM = "captions"
-
-
 SPLITS = ("train", "val", "test")
-
-
-SEED = 0  # of the photos that become `val` and `test`
-
-
-FLICKR_SPLITS = {"train": "train", "val": "dev", "test": "test"}  # ours -> Flickr8k's
-
-
-FORMS = "a CSV with the columns image and caption, or COCO's captions as JSON, beside a folder of images"
+SPLIT_SEED = 0  # of the random split of custom photos
+FLICKR8K_SPLITS = {"train": "train", "val": "dev", "test": "test"}  # our name -> Flickr8k's
+FORMATS = "a CSV with the columns image and caption, or COCO's captions as JSON, beside a folder of images"
 
 
 @dataclass(frozen=True)
 class CaptionSample:
-    """A photo and what people say of it, as they wrote it."""
+    """A photo and its reference captions, as they were written."""
 
     path: Path
-    sentences: tuple[str, ...]
+    captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class CaptionDataset:
-    """A set of photos with sentences; `splits` has `train`, `val` and `test`."""
+    """A data set of captioned photos; `splits` has the keys `train`, `val` and `test`."""
 
     name: str
     splits: dict[str, tuple[CaptionSample, ...]]
 
 
-def flickr8k(root: Path) -> CaptionDataset:
-    """Return Flickr8k in its official splits. DataError where it is not there or a photo has no sentence."""
+def load_flickr8k(root: Path) -> CaptionDataset:
+    """Load Flickr8k in its official splits.
+
+    Args:
+        root: The folder of all data sets.
+
+    Raises:
+        DataError: It is not there, or a photo has no caption.
+    """
     folder = root / "flickr8k"
-    hint = "`cvlab data fetch flickr8k --from FOLDER` takes a copy that you have"
+    hint = "`cvlab data fetch flickr8k --from FOLDER` copies yours"
     if not folder.is_dir():
         raise DataError(f"flickr8k is not in {root}", hint)
-    sentences = read_csv(folder / "captions.txt")
-    by_stem = {Path(name).stem: values for name, values in sentences.items()}
+    captions = read_csv(folder / "captions.txt")
+    by_stem = {Path(name).stem: values for name, values in captions.items()}
     splits = {}
-    for split, theirs in FLICKR_SPLITS.items():
-        path = folder / f"Flickr_8k.{theirs}Images.txt"
+    for split, official_name in FLICKR8K_SPLITS.items():
+        path = folder / f"Flickr_8k.{official_name}Images.txt"
         try:
             names = path.read_text(encoding="utf-8").split()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}", hint) from error
-        items = []
+        samples = []
         for name in names:
             if Path(name).stem not in by_stem:
                 raise DataError(f"{folder / 'captions.txt'}: no caption of {name}, which is in {path.name}")
-            items.append(CaptionSample(folder / "Images" / name, tuple(by_stem[Path(name).stem])))
-        splits[split] = tuple(items)
+            samples.append(CaptionSample(folder / "Images" / name, tuple(by_stem[Path(name).stem])))
+        splits[split] = tuple(samples)
     return CaptionDataset("flickr8k", splits)
 
 
-def read_custom(path: Path, val_fraction: float) -> CaptionDataset:
-    """Read a user's own set: a file of captions whose images lie beside it, below it or in `images`.
+def load_custom(path: Path, val_fraction: float) -> CaptionDataset:
+    """Load a user's own captions and split them at random into `train` and `val`; `test` is empty.
 
-    The last photos in a fixed random order are `val`; there is no `test`.
+    Args:
+        path: A CSV or COCO's JSON; the images lie beside it, or in `images` or `Images` beside it or its folder.
+        val_fraction: The share of photos that become `val`, at least one photo unless it is 0.
+
+    Raises:
+        DataError: The file is missing or damaged, or an image of it is missing.
+        ConfigError: There are too few photos to split.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file", f"name {FORMS}")
-    sentences = read_coco(path) if path.suffix == ".json" else read_csv(path)
+        raise DataError(f"{path}: no such file", f"name {FORMATS}")
+    captions = read_coco(path) if path.suffix == ".json" else read_csv(path)
     folders = [path.parent, path.parent / "images", path.parent / "Images", path.parent.parent / "images"]
-    items = [CaptionSample(_place(name, folders, path), tuple(values)) for name, values in sentences.items()]
-    order = rng.permutation(SEED, 0, len(items), torch.device("cpu")).tolist()
-    num_val = max(int(bool(val_fraction)), round(len(items) * val_fraction))
-    if num_val >= len(items):
-        raise ConfigError(f"{path}: {len(items)} photos are too few to split", "a smaller val_fraction")
-    shuffled = tuple(items[k] for k in order)
-    cut = len(items) - num_val
-    parts: tuple[tuple[CaptionSample, ...], ...] = (shuffled[:cut], shuffled[cut:], ())
+    samples = [CaptionSample(_find_image(name, folders, path), tuple(values)) for name, values in captions.items()]
+    order = rng.permutation(SPLIT_SEED, 0, len(samples), torch.device("cpu")).tolist()
+    num_val = max(int(bool(val_fraction)), round(len(samples) * val_fraction))
+    if num_val >= len(samples):
+        raise ConfigError(f"{path}: {len(samples)} photos are too few to split", "lower val_fraction")
+    shuffled = tuple(samples[k] for k in order)
+    num_train = len(samples) - num_val
+    parts: tuple[tuple[CaptionSample, ...], ...] = (shuffled[:num_train], shuffled[num_train:], ())
     return CaptionDataset(path.stem, dict(zip(SPLITS, parts, strict=True)))
 
 
-def _place(name: str, folders: Iterable[Path], listed: Path) -> Path:
+def _find_image(name: str, folders: Iterable[Path], captions_path: Path) -> Path:
     for folder in folders:
-        if os.path.isfile(folder / name):  # False also for a name longer than the disk allows
+        if os.path.isfile(folder / name):  # False also for a name that is too long for the file system
             return folder / name
     raise DataError(
-        f"{listed}: {name[:200]!r} is not beside it", "put the images into a folder `images` beside the file"
+        f"{captions_path}: {name[:200]!r} is not beside it", "put the images into a folder `images` beside the file"
     )
 
 
-def scenes(root: Path) -> CaptionDataset:
-    """Return the built-in scenes with their sentences, generated at first use."""
-    folder = scene_captions.SET.folder(root)
+def load_scene_captions(root: Path) -> CaptionDataset:
+    """Load the generated scenes with one caption each; they are generated at first use."""
+    folder = scene_captions.GENERATED.folder(root)
     splits: dict[str, list[CaptionSample]] = {split: [] for split in SPLITS}
-    for name, sentences in read_csv(folder / "captions.csv").items():
-        splits[name.partition("_")[0]].append(CaptionSample(folder / "images" / name, tuple(sentences)))
-    return CaptionDataset("scene_sentences", {split: tuple(items) for split, items in splits.items()})
+    for name, captions in read_csv(folder / "captions.csv").items():
+        splits[name.partition("_")[0]].append(CaptionSample(folder / "images" / name, tuple(captions)))
+    return CaptionDataset("scene_captions", {split: tuple(samples) for split, samples in splits.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionDatasetSource(DatasetSource[CaptionDataset]):
+    """A data set of captioned photos.
+
+    Attributes:
+        read: Reads the data set below a root folder; None for the custom one, which is read from a path.
+    """
+
+    kind = "captions"
+    contents = "captioned photos"
+
+    read: Callable[[Path], CaptionDataset] | None = None
+
+    def load(self, root: Path, path: str | None = None, val_fraction: float = 0.1) -> CaptionDataset:
+        """Read and verify the data set.
+
+        Args:
+            root: The folder of all data sets.
+            path: The file of the custom data set; None for all others.
+            val_fraction: The share of custom photos that become `val`.
+
+        Raises:
+            ConfigError: `path` does not go with this data set.
+            DataError: The data set is missing or damaged.
+        """
+        if self.read is not None:
+            if path is not None:
+                raise ConfigError(f"data {self.name}: path goes with name: captions")
+            return self.read(root)
+        if path is None:
+            raise ConfigError(f"data {self.name}: path is missing")
+        return load_custom(Path(path), val_fraction)
 
 
 def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0.1) -> CaptionDataset:
-    """Return a set by name, or the user's own (`captions`) from `path`."""
-    if (name == CUSTOM) != (path is not None):
-        raise ConfigError(f"data {name}: " + ("path is missing" if path is None else "path goes with name: captions"))
-    if path is not None:
-        return read_custom(Path(path), val_fraction)
-    if name == "flickr8k":
-        return flickr8k(root)
-    if name == "scene_sentences":
-        return scenes(root)
-    raise registry.unknown_name_error("set of photos with sentences", name, ("flickr8k", "scene_sentences", CUSTOM))
+    """Load a captioned data set by name; arguments and errors are those of `CaptionDatasetSource.load`."""
+    return datasets.get_of_kind(name, CaptionDatasetSource).load(root, path, val_fraction)
 
 
-def _summary(name: str, root: Path) -> str:
-    found = load(name, root)
-    items = [item for split in found.splits.values() for item in split]
-    missing = [item.path for item in items if not item.path.is_file()]
+def _check(load_dataset: Callable[[Path], CaptionDataset], root: Path) -> str:
+    """Return the number of photos and captions. DataError if a photo is missing."""
+    samples = [sample for split in load_dataset(root).splits.values() for sample in split]
+    missing = [sample.path for sample in samples if not sample.path.is_file()]
     if missing:
-        raise DataError(f"{missing[0]}: no such photo, as of {len(missing)} others", "restore the set's photos")
-    return f"{len(items)} photos, {sum(len(item.sentences) for item in items)} sentences"
+        raise DataError(f"{missing[0]}: no such photo ({len(missing)} are missing)", "restore the photos")
+    return f"{len(samples)} photos, {sum(len(sample.captions) for sample in samples)} captions"
 
 
 def _fetch_flickr8k(root: Path, origin: Path | None, patient: bool) -> None:
-    """Copy a Flickr8k that the user has; it is given out on request only."""
+    """Copy a Flickr8k that the user has; it is distributed on request only."""
     if origin is None:
         raise DataError(
-            "flickr8k is given out on request only", "`cvlab data fetch flickr8k --from FOLDER` copies yours"
+            "flickr8k is distributed on request only", "`cvlab data fetch flickr8k --from FOLDER` copies yours"
         )
     if not (origin / "captions.txt").is_file() or not (origin / "Images").is_dir():
         raise DataError(f"{origin}: not Flickr8k", "it needs captions.txt, Images and Flickr_8k.*Images.txt")
@@ -148,32 +178,21 @@ def _fetch_flickr8k(root: Path, origin: Path | None, patient: bool) -> None:
         install_folder(scratch / "flickr8k", root / "flickr8k")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptionDatasetSource(DatasetSource[CaptionDataset]):
-    """A data set for captioning."""
-
-    kind = CUSTOM
-    contents = "photos with sentences"
-
-    def load(self, root: Path, path: str | None = None, val_fraction: float = 0.1) -> CaptionDataset:
-        """Read the data set below `root`, or the user's own from `path`; see the function `load`."""
-        return load(self.name, root, path, val_fraction)
-
-
 FLICKR8K = CaptionDatasetSource(
     name="flickr8k",
-    summary="8,000 everyday photos with five sentences each, official splits",
+    summary="8,000 everyday photos with five captions each, official splits",
     license="research and education only",
     size=DatasetSize(train_images=6000, test_images=1000, image_px=224, channels=3, num_classes=1),
     ready=lambda root: (root / "flickr8k" / "captions.txt").is_file(),
-    check=functools.partial(_summary, "flickr8k"),
+    read=load_flickr8k,
+    check=lambda root: _check(load_flickr8k, root),
     fetch=_fetch_flickr8k,
 )
 
 
-SCENE_SENTENCES = CaptionDatasetSource(
-    name="scene_sentences",
-    summary="3,500 generated pictures of 224x224 px with a sentence each; built in",
+SCENE_CAPTIONS = CaptionDatasetSource(
+    name="scene_captions",
+    summary="8,500 generated images of 224x224 px with one caption each; built in",
     license="MIT, as cvlab",
     size=DatasetSize(
         train_images=scene_captions.COUNTS["train"],
@@ -182,14 +201,15 @@ SCENE_SENTENCES = CaptionDatasetSource(
         channels=3,
         num_classes=1,
     ),
-    ready=scene_captions.SET.ready,
-    check=scene_captions.SET.check,
+    ready=scene_captions.GENERATED.ready,
+    read=load_scene_captions,
+    check=scene_captions.GENERATED.check,
 )
 
 
 CAPTIONS = CaptionDatasetSource(
-    name=CUSTOM,
-    summary="your own photos with sentences: a CSV (image,caption) or COCO's JSON; data.path names it",
+    name="captions",
+    summary="your own captioned photos: a CSV (image,caption) or COCO's JSON; data.path names it",
     license="yours",
     size=DatasetSize(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
     ready=lambda _: False,

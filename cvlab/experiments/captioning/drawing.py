@@ -1,4 +1,4 @@
-"""Where a captioner looks: the photo once for each word of its sentence."""
+"""Attention maps of a caption: the photo, and the photo again for each word with its attention weights overlaid."""
 
 from collections.abc import Sequence
 
@@ -7,28 +7,34 @@ from torch import Tensor
 
 from cvlab.reports import images
 
-TILE_PX = 224  # the longer side of the photo for a word
+TILE_PX = 224  # longer side of each tile
 COLUMNS = 6
 
 
-def strip(photo: Image.Image, words: Sequence[str], weights: Tensor) -> Image.Image:
-    """Draw a photo, and again for each word with the map of where it was looked; `weights` (words, h, w).
+def attention_sheet(photo: Image.Image, words: Sequence[str], weights: Tensor) -> Image.Image:
+    """Draw a photo and, for each word, the photo with the attention map of that word.
 
-    Each map is as bright at its brightest cell. The maps belong to the whole photo.
+    Args:
+        photo: The photo.
+        words: The T words of the caption.
+        weights: Attention weights (T, h, w) over the whole photo; each map is scaled by its own maximum.
+
+    Returns:
+        The tiles in rows of `COLUMNS`.
     """
     factor = TILE_PX / max(photo.size)
-    small = photo.resize((max(1, round(photo.width * factor)), max(1, round(photo.height * factor))))
-    frames = [_frame(small, "")]
-    for word, looked in zip(words, weights, strict=True):
-        seen = images.overlay(small, images.scaled(looked, 1.0), (0, 0, *small.size))
-        frames.append(_frame(seen, word))
-    return images.strip(frames, COLUMNS)
+    tile = photo.resize((max(1, round(photo.width * factor)), max(1, round(photo.height * factor))))
+    tiles = [_labeled(tile, "")]
+    for word, attention_map in zip(words, weights, strict=True):
+        overlay = images.overlay(tile, images.scaled(attention_map, 1.0), (0, 0, *tile.size))
+        tiles.append(_labeled(overlay, word))
+    return images.strip(tiles, COLUMNS)
 
 
-def _frame(image: Image.Image, word: str) -> Image.Image:
+def _labeled(tile: Image.Image, word: str) -> Image.Image:
     font = ImageFont.load_default(images.TEXT_PX)
-    head = images.TEXT_PX + images.MARGIN
-    frame = Image.new("RGB", (image.width + images.MARGIN, image.height + head), "white")
+    header_px = images.TEXT_PX + images.MARGIN
+    frame = Image.new("RGB", (tile.width + images.MARGIN, tile.height + header_px), "white")
     ImageDraw.Draw(frame).text((0, 2), word, fill="black", font=font)
-    frame.paste(image, (0, head))
+    frame.paste(tile, (0, header_px))
     return frame

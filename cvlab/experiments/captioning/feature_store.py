@@ -1,7 +1,7 @@
-"""What a frozen backbone sees in whole photos, computed once and kept on the disk, checksummed and mapped into memory.
+"""Backbone features of whole photos, computed once and kept on the disk, checksummed and memory-mapped.
 
-`<data>/features-v1/<key>.npy` holds float16 (N, L, C); the key says from what it was made: backbone, layer, size and
-the photos' names, sizes and times. Beside it lies `<key>.json` with a checksum.
+`<data>/features-v1/<key>.npy` holds float16 (N, L, C). The key is a hash of what the features depend on: backbone,
+weights, layers, size, and the photos' names, sizes and modification times. `<key>.json` holds a checksum.
 """
 
 import hashlib
@@ -28,132 +28,168 @@ from cvlab.storage import atomic
 from cvlab.storage.cache import data_root
 
 FOLDER = "features-v1"
-BATCH = 32
-CHUNK = 2**24
+BATCH_SIZE = 32
+CHUNK_BYTES = 2**24
 
 
 @dataclass(frozen=True)
-class Request:
-    """Which maps: photos squeezed to `size_px` squares, mirrored or not; with `pool` the mean over a map."""
+class FeatureSpec:
+    """How features are computed.
+
+    Attributes:
+        size_px: Photos are resized to squares of this size.
+        pool: Average over the spatial positions, L = 1.
+        mirrored: Flip the photos horizontally.
+    """
 
     size_px: int
     pool: bool
     mirrored: bool = False
 
 
-def squeezed(photo: Image.Image, size_px: int, mirrored: bool = False) -> Tensor:
-    """Return a photo as (3, S, S) in [0, 1], both sides made `size_px`: nothing is cut off."""
-    found = photos.to_tensor(photo.resize((size_px, size_px), Image.Resampling.BILINEAR, reducing_gap=2.0))
-    return found.flip(2) if mirrored else found
+def resize_square(photo: Image.Image, size_px: int, mirrored: bool = False) -> Tensor:
+    """Return a photo as (3, size_px, size_px) in [0, 1], resized without keeping the aspect ratio: nothing is cropped.
+
+    Args:
+        photo: The photo.
+        size_px: Width and height of the result.
+        mirrored: Flip it horizontally.
+    """
+    image = photos.to_tensor(photo.resize((size_px, size_px), Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return image.flip(2) if mirrored else image
 
 
 @torch.inference_mode()
-def look(features: FeatureExtractor, batch: Tensor, ctx: ComputeContext, pool: bool) -> Tensor:
-    """Return the maps of a batch (N, 3, S, S) cell by cell: (N, L, C), or (N, 1, C) pooled, float32 on the CPU.
+def extract_features(extractor: FeatureExtractor, images: Tensor, ctx: ComputeContext, pool: bool) -> Tensor:
+    """Compute the features of a batch of images.
 
-    The cells are those of the first map; finer maps are averaged over them, coarser ones repeated.
+    Args:
+        extractor: Its first layer defines the spatial positions; finer feature maps are averaged to this resolution,
+            coarser ones are repeated, and all are concatenated.
+        images: (N, 3, S, S) in [0, 1].
+        ctx: Device and precision.
+        pool: Average over the spatial positions.
+
+    Returns:
+        float32 (N, L, C) on the CPU, or (N, 1, C) if pooled.
     """
     with ctx.autocast():
-        maps = features.batch(batch.to(ctx.device))
-    height, width = maps[features.names[0]].shape[2:]
-    found = torch.cat([F.adaptive_avg_pool2d(maps[name].float(), (height, width)) for name in features.names], 1)
-    cells = found.flatten(2).mT
-    return (cells.mean(1, keepdim=True) if pool else cells).cpu()
+        maps = extractor.batch(images.to(ctx.device))
+    height, width = maps[extractor.names[0]].shape[2:]
+    features = torch.cat([F.adaptive_avg_pool2d(maps[name].float(), (height, width)) for name in extractor.names], 1)
+    features = features.flatten(2).mT
+    return (features.mean(1, keepdim=True) if pool else features).cpu()
 
 
-def load(
-    features: FeatureExtractor,
+def load_features(
+    extractor: FeatureExtractor,
     paths: Sequence[Path],
     ctx: ComputeContext,
-    request: Request,
+    spec: FeatureSpec,
     check_interrupt: Callable[[], None],
 ) -> Tensor:
-    """Return the maps of photos, float16 (N, L, C), from the disk if they are there, else computed and kept.
+    """Return the features of photos from the disk if present, else compute and keep them.
 
-    Where the disk refuses they are held in memory. DataError for a photo that cannot be read.
+    If they cannot be kept, a warning is logged and they stay in memory.
+
+    Args:
+        extractor: The backbone's layers.
+        paths: N photos.
+        ctx: Device and precision.
+        spec: How the features are computed.
+        check_interrupt: Called after each batch; may raise to stop.
+
+    Returns:
+        float16 (N, L, C) on the CPU.
+
+    Raises:
+        DataError: A photo cannot be read.
     """
-    digest, about = _key(features, paths, ctx, request)
-    path = data_root() / FOLDER / f"{digest}.npy"
+    key, description = _key(extractor, paths, ctx, spec)
+    path = data_root() / FOLDER / f"{key}.npy"
     try:
         return _read(path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError) as error:
         console.info(f"warning: {path}: {error}; computed again")
-    made = _compute(features, paths, ctx, request, check_interrupt)
+    features = _compute(extractor, paths, ctx, spec, check_interrupt)
     try:
-        _keep(path, made, about)
+        _write(path, features, description)
         return _read(path)
     except (CvlabError, OSError) as error:
-        console.info(f"warning: the maps are not kept: {error}")
-        return made
+        console.info(f"warning: the features are not kept: {error}")
+        return features
 
 
 def _compute(
-    features: FeatureExtractor,
+    extractor: FeatureExtractor,
     paths: Sequence[Path],
     ctx: ComputeContext,
-    request: Request,
+    spec: FeatureSpec,
     check_interrupt: Callable[[], None],
 ) -> Tensor:
-    made: Tensor | None = None
-    with Progress("maps of photos", len(paths), 0) as progress:
-        for start in range(0, len(paths), BATCH):
-            some = paths[start : start + BATCH]
-            views = [squeezed(photos.load(path), request.size_px, request.mirrored) for path in some]
-            found = look(features, torch.stack(views), ctx, request.pool).half()
-            if made is None:
-                made = torch.empty(len(paths), *found.shape[1:], dtype=torch.float16)
-            made[start : start + len(some)] = found
+    features: Tensor | None = None
+    with Progress("features of photos", len(paths), 0) as progress:
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch = paths[start : start + BATCH_SIZE]
+            images = [resize_square(photos.load(path), spec.size_px, spec.mirrored) for path in batch]
+            batch_features = extract_features(extractor, torch.stack(images), ctx, spec.pool).half()
+            if features is None:
+                features = torch.empty(len(paths), *batch_features.shape[1:], dtype=torch.float16)
+            features[start : start + len(batch)] = batch_features
             check_interrupt()
             if progress.due():
-                progress.update(start + len(some), some[-1].name)
-    if made is None:
-        raise DataError("no photo to look at")
-    return made
+                progress.update(start + len(batch), batch[-1].name)
+    if features is None:
+        raise DataError("there are no photos to compute features of")
+    return features
 
 
 def _key(
-    features: FeatureExtractor, paths: Sequence[Path], ctx: ComputeContext, request: Request
+    extractor: FeatureExtractor, paths: Sequence[Path], ctx: ComputeContext, spec: FeatureSpec
 ) -> tuple[str, dict[str, Any]]:
-    about = {
-        "backbone": features.model.name,
-        "weights": checkpoint.weights_digest(features.model.module.state_dict()),
-        "layers": features.names,
-        "size_px": request.size_px,
-        "pool": request.pool,
-        "mirrored": request.mirrored,
+    """Return the key of features, and in words what they depend on besides the photos."""
+    description = {
+        "backbone": extractor.model.name,
+        "weights": checkpoint.weights_digest(extractor.model.module.state_dict()),
+        "layers": extractor.names,
+        "size_px": spec.size_px,
+        "pool": spec.pool,
+        "mirrored": spec.mirrored,
         "precision": ctx.precision,
         "photos": len(paths),
     }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for path in paths:
         try:
-            state = path.stat()
+            status = path.stat()
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}", "put the photo back, or leave it out") from error
-        digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:24], about
+            raise DataError(
+                f"{path}: {error.strerror or error}", "restore the photo, or remove it from the list"
+            ) from error
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24], description
 
 
-def _keep(path: Path, made: Tensor, about: dict[str, Any]) -> None:
+def _write(path: Path, features: Tensor, description: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, lambda file: np.save(file, made.numpy(), allow_pickle=False))
-    atomic.write_text(path.with_suffix(".json"), json.dumps(about | {"sha256": _sha256(path)}, indent=1))
+    atomic.write(path, lambda file: np.save(file, features.numpy(), allow_pickle=False))
+    atomic.write_text(path.with_suffix(".json"), json.dumps(description | {"sha256": _sha256(path)}, indent=1))
 
 
 def _read(path: Path) -> Tensor:
-    """Map a file into memory, once its checksum is right."""
-    told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    if _sha256(path) != told["sha256"]:
-        raise ValueError("not what was written")
-    # copy-on-write: torch wants memory that it may write to
+    """Verify the checksum of a file and map it into memory."""
+    description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if _sha256(path) != description["sha256"]:
+        raise ValueError("its checksum differs")
+    # copy-on-write: torch needs writable memory
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

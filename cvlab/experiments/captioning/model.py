@@ -1,8 +1,15 @@
-"""A net that says what is in a photo, word by word, from the maps of a frozen backbone.
+"""Image captioning: an RNN, an LSTM or an LSTM with soft attention that decodes the features of a frozen backbone.
 
-Papers: Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend and tell"; source: EECS 498, assignment
-6. Differs: a layer normalisation (Ba et al., 2016) stands before the words' scores, attention is by scaled dot
-products.
+Shapes: N photos with L spatial positions of C channels each; M captions of T tokens; V tokens in the vocabulary;
+H is `hidden_dim`, D is `embed_dim`. Where M > N, each photo has several captions.
+
+References:
+    Vinyals et al., 2015, "Show and tell: a neural image caption generator".
+    Xu et al., 2015, "Show, attend and tell: neural image caption generation with visual attention".
+    EECS 498, assignment 6.
+
+Differences from the paper:
+    Layer normalization (Ba et al., 2016) before the output projection; attention is scaled dot-product attention.
 """
 
 import math
@@ -15,197 +22,255 @@ from torch import Tensor, nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
 from cvlab.data.vocabulary import PAD
-from cvlab.layers import attention, modules, recurrent, reference
-from cvlab.layers import sequence as by_hand
+from cvlab.layers import attention, modules, recurrent, reference, sequence
 
-FORGET_BIAS = 1.0  # so that a cell remembers at first (Jozefowicz et al., 2015)
-GATES = {"rnn": 1, "lstm": 4, "attention_lstm": 4}
+FORGET_BIAS = 1.0  # initially the cell state is kept (Jozefowicz et al., 2015)
+NUM_GATES = {"rnn": 1, "lstm": 4, "attention_lstm": 4}
 Cell = Literal["rnn", "lstm", "attention_lstm"]
 
 
 @dataclass(frozen=True)
-class State:
-    """Where M sentences are: state h and cell c (M, H), and the maps (N, L, H), each for M / N sentences in turn."""
+class DecoderState:
+    """The recurrent state of M captions that are being decoded.
+
+    Attributes:
+        h: Hidden states (M, H).
+        c: Cell states (M, H).
+        context: Projected features (N, L, H); captions i * M / N to (i + 1) * M / N - 1 are about photo i.
+    """
 
     h: Tensor
     c: Tensor
-    seen: Tensor
+    context: Tensor
 
-    def at(self, rows: Tensor) -> "State":
-        """Return some of the sentences by position, as many of each map; one may stand there more than once."""
-        return State(self.h[rows], self.c[rows], self.seen)
+    def select(self, indices: Tensor) -> "DecoderState":
+        """Return the state of some of the captions, by index, the same number for each photo; indices may repeat."""
+        return DecoderState(self.h[indices], self.c[indices], self.context)
 
 
 class Captioner(nn.Module):
-    """Scores of words from features (N, L, C) of photos; L is 1 where they are pooled.
+    """Next-token logits from photo features and the tokens so far.
 
-    The layers of torch and those by hand have the same weights: a file of one is a file of the other.
+    The gates of the LSTM are ordered input, forget, output, candidate (torch.nn.LSTM: input, forget, candidate,
+    output). `layers` selects torch's kernels or the hand-written ones; both have the same state_dict.
+
+    Args:
+        in_channels: Channels C of the features.
+        vocab_size: Number of tokens V, special tokens included.
+        cell: The recurrent cell; `attention_lstm` needs features of L > 1 positions, the others take the mean.
+        embed_dim: Size D of a token's embedding.
+        hidden_dim: Size H of the recurrent state and of the projected features.
+        dropout: Dropout before the output projection.
+        feature_dropout: Dropout on the features.
+        layers: `torch` or `manual` (hand-written forward and backward passes).
+        positional: Append the x and y coordinates of each spatial position to its features.
+        projection: How features become (N, L, H): a linear layer, or a normalized two-layer MLP.
     """
 
     def __init__(
         self,
-        channels: int,
-        num_words: int,
+        in_channels: int,
+        vocab_size: int,
         cell: Cell = "attention_lstm",
-        words: PositiveInt = 256,
-        hidden: PositiveInt = 512,
+        embed_dim: PositiveInt = 256,
+        hidden_dim: PositiveInt = 512,
         dropout: FractionBelowOne = 0.5,
         feature_dropout: FractionBelowOne = 0.3,
         layers: Literal["torch", "manual"] = "torch",
-        positions: bool = False,
-        cells: Literal["linear", "mlp"] = "linear",
+        positional: bool = False,
+        projection: Literal["linear", "mlp"] = "linear",
     ) -> None:
         super().__init__()
-        self.cell, self.layers, self.positions = cell, layers, positions
-        gates = GATES[cell] * hidden
-        self.embed = nn.Embedding(num_words, words)
-        channels += 2 * positions
-        self.project: nn.Module = nn.Linear(channels, hidden)
-        if cells == "mlp":
-            layers_of_cells = (
-                nn.LayerNorm(channels),
-                nn.Linear(channels, hidden),
+        self.cell, self.layers, self.positional = cell, layers, positional
+        num_gates = NUM_GATES[cell] * hidden_dim
+        self.embedding = nn.Embedding(vocab_size, embed_dim)
+        in_channels += 2 * positional
+        self.projection: nn.Module = nn.Linear(in_channels, hidden_dim)
+        if projection == "mlp":
+            self.projection = nn.Sequential(
+                nn.LayerNorm(in_channels),
+                nn.Linear(in_channels, hidden_dim),
                 nn.ReLU(),
-                nn.Linear(hidden, hidden),
+                nn.Linear(hidden_dim, hidden_dim),
             )
-            self.project = nn.Sequential(*layers_of_cells)
-        self.wx = nn.Parameter(torch.empty(gates, words))
-        self.wh = nn.Parameter(torch.empty(gates, hidden))
-        self.b = nn.Parameter(torch.zeros(gates))
-        self.wa = nn.Parameter(torch.empty(gates, hidden)) if cell == "attention_lstm" else None
-        self.norm = nn.LayerNorm(hidden)
-        self.out = nn.Linear(hidden, num_words)
+        self.weight_ih = nn.Parameter(torch.empty(num_gates, embed_dim))
+        self.weight_hh = nn.Parameter(torch.empty(num_gates, hidden_dim))
+        self.bias = nn.Parameter(torch.zeros(num_gates))
+        # context (what attention returns) to hidden
+        self.weight_ch = nn.Parameter(torch.empty(num_gates, hidden_dim)) if cell == "attention_lstm" else None
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.output_projection = nn.Linear(hidden_dim, vocab_size)
         self.dropout, self.feature_dropout = nn.Dropout(dropout), nn.Dropout(feature_dropout)
-        for weight in (self.wx, self.wh, self.wa):
+        for weight in (self.weight_ih, self.weight_hh, self.weight_ch):
             if weight is not None:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         if cell != "rnn":
-            nn.init.constant_(self.b[hidden : 2 * hidden].detach(), FORGET_BIAS)
+            nn.init.constant_(self.bias[hidden_dim : 2 * hidden_dim].detach(), FORGET_BIAS)
 
     @property
-    def is_attending(self) -> bool:
-        """Whether it looks at the cells of a map; else the features are pooled."""
-        return self.wa is not None
+    def has_attention(self) -> bool:
+        """Whether the model attends to spatial positions; if not, it takes pooled features."""
+        return self.weight_ch is not None
 
-    def look(self, features: Tensor) -> Tensor:
-        """Return features (N, L, C) in the size of the states: (N, L, H)."""
-        found = self.feature_dropout(features)
-        if self.positions:
-            found = torch.cat([found, _places(features.shape[1], found).expand(len(found), -1, -1)], 2)
-        seen: Tensor = self.project(found)
-        return seen
+    def project(self, features: Tensor) -> Tensor:
+        """Project features (N, L, C) to the size of the recurrent state, (N, L, H)."""
+        features = self.feature_dropout(features)
+        if self.positional:
+            coordinates = _grid_coordinates(features.shape[1], features)
+            features = torch.cat([features, coordinates.expand(len(features), -1, -1)], 2)
+        context: Tensor = self.projection(features)
+        return context
 
-    def _seen(self, features: Tensor, image: Tensor) -> Tensor:
-        """Return what is seen for sentences about the photos `image` (M,): a map for each photo, or for each sentence.
+    def _project_for(self, features: Tensor, photo_indices: Tensor) -> Tensor:
+        """Return the projected features for captions of the photos `photo_indices` (M,): (N, L, H) or (M, L, H).
 
-        Where all photos have as many sentences, one after the other, they share a map: that is a third of the time.
+        If all photos have the same number of captions, in order, each photo's features are shared by its captions:
+        that takes a third of the time.
         """
-        seen = self.look(features)
-        count = len(image) // len(features)
-        in_turn = torch.arange(len(features), device=image.device).repeat_interleave(count)
-        return seen if torch.equal(image, in_turn) else seen[image]
+        context = self.project(features)
+        captions_per_photo = len(photo_indices) // len(features)
+        in_order = torch.arange(len(features), device=photo_indices.device).repeat_interleave(captions_per_photo)
+        return context if torch.equal(photo_indices, in_order) else context[photo_indices]
 
-    def states(self, seen: Tensor, words: Tensor) -> Tensor:
-        """Return the states (M, T, H) after each of the words (M, T), for what is seen (N, L, H).
+    def hidden_states(self, context: Tensor, token_ids: Tensor) -> Tensor:
+        """Run the recurrent layer over whole captions.
 
-        M / N sentences after another are about the same map.
+        Args:
+            context: Projected features (N, L, H); M / N consecutive captions share a photo.
+            token_ids: int64 (M, T).
+
+        Returns:
+            The hidden state after each token, (M, T, H).
         """
-        kind = _computed_in(self.wx)
-        is_by_hand = self.layers == "manual"
-        x = modules.apply_layer(by_hand.Embedding, self.embed.weight, words) if is_by_hand else self.embed(words)
-        x, wx, wh, b, seen = (tensor.to(kind) for tensor in (x, self.wx, self.wh, self.b, seen))
-        if self.wa is not None:
-            wa = self.wa.to(kind)
-            if is_by_hand:
-                return modules.apply_layer(attention.AttentionLSTM, x, seen, wx, wh, wa, b)
-            return reference.attention_lstm(x, seen, wx, wh, wa, b)
-        start = seen.mean(1).repeat_interleave(len(words) // len(seen), 0)
-        if is_by_hand:
-            return modules.apply_layer(recurrent.RNN if self.cell == "rnn" else recurrent.LSTM, x, start, wx, wh, b)
-        return _library(self.cell, x, start, wx, wh, b)
+        dtype = _compute_dtype(self.weight_ih)
+        is_manual = self.layers == "manual"
+        if is_manual:
+            x = modules.apply_layer(sequence.Embedding, self.embedding.weight, token_ids)
+        else:
+            x = self.embedding(token_ids)
+        x, weight_ih, weight_hh, bias, context = (
+            tensor.to(dtype) for tensor in (x, self.weight_ih, self.weight_hh, self.bias, context)
+        )
+        if self.weight_ch is not None:
+            weights = (weight_ih, weight_hh, self.weight_ch.to(dtype), bias)
+            if is_manual:
+                return modules.apply_layer(attention.AttentionLSTM, x, context, *weights)
+            return reference.attention_lstm(x, context, *weights)
+        h0 = context.mean(1).repeat_interleave(len(token_ids) // len(context), 0)
+        if is_manual:
+            layer = recurrent.RNN if self.cell == "rnn" else recurrent.LSTM
+            return modules.apply_layer(layer, x, h0, weight_ih, weight_hh, bias)
+        return _torch_rnn(self.cell, x, h0, weight_ih, weight_hh, bias)
 
-    def scores(self, states: Tensor) -> Tensor:
-        """Return the scores (..., V) of the next word for states (..., H)."""
-        found: Tensor = self.out(self.dropout(self.norm(states)))
-        return found
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Return next-token logits (..., V) for hidden states (..., H)."""
+        logits: Tensor = self.output_projection(self.dropout(self.norm(hidden_states)))
+        return logits
 
-    def forward(self, features: Tensor, words: Tensor, image: Tensor) -> Tensor:
-        """Return scores (M, T, V) of the word after each of `words` (M, T), whose photos are `features[image]`."""
-        return self.scores(self.states(self._seen(features, image), words))
+    def forward(self, features: Tensor, token_ids: Tensor, photo_indices: Tensor) -> Tensor:
+        """Return next-token logits after every token (teacher forcing).
 
-    def loss(self, features: Tensor, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of sentences (M, T), summed over the words, a mean over sentences, and the one of a word.
+        Args:
+            features: Photo features (N, L, C).
+            token_ids: int64 (M, T).
+            photo_indices: int64 (M,): caption m is about the photo `features[photo_indices[m]]`.
 
-        Each word but the first is to be foreseen; NULL counts nothing.
+        Returns:
+            Logits (M, T, V).
+        """
+        return self.logits(self.hidden_states(self._project_for(features, photo_indices), token_ids))
+
+    def loss(self, features: Tensor, token_ids: Tensor, photo_indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of captions; arguments as for `forward`.
+
+        The targets are all tokens but the first of each caption; PAD is ignored.
+
+        Returns:
+            The loss (summed over the tokens of a caption, averaged over captions) and, detached, the mean per token.
         """
         if self.layers == "manual":
-            scores, wanted, _ = self._foreseen(features, words, image)
-            loss = modules.apply_layer(by_hand.TemporalSoftmax, scores[None], wanted[None], options=(PAD,)) / len(words)
+            logits, targets, _ = self._next_token_logits_and_targets(features, token_ids, photo_indices)
+            total = modules.apply_layer(sequence.TemporalSoftmax, logits[None], targets[None], options=(PAD,))
+            loss = total / len(token_ids)
         else:
-            loss = -self.log_probability(features, words, image).mean()
-        return loss, loss.detach() * len(words) / (words[:, 1:] != PAD).sum()
+            loss = -self.log_prob(features, token_ids, photo_indices).mean()
+        return loss, loss.detach() * len(token_ids) / (token_ids[:, 1:] != PAD).sum()
 
-    def log_probability(self, features: Tensor, words: Tensor, image: Tensor) -> Tensor:
-        """Return the logarithm of the probability of each sentence (M, T) whole: (M,). NULL counts nothing."""
-        scores, wanted, sentence = self._foreseen(features, words, image)
-        values = -F.cross_entropy(scores, wanted, reduction="none")
-        return values.new_zeros(len(words)).index_add(0, sentence, values)
+    def log_prob(self, features: Tensor, token_ids: Tensor, photo_indices: Tensor) -> Tensor:
+        """Return the log-probability of each whole caption, (M,); arguments as for `forward`. PAD is ignored."""
+        logits, targets, caption_indices = self._next_token_logits_and_targets(features, token_ids, photo_indices)
+        token_log_probs = -F.cross_entropy(logits, targets, reduction="none")
+        return token_log_probs.new_zeros(len(token_ids)).index_add(0, caption_indices, token_log_probs)
 
-    def _foreseen(self, features: Tensor, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for each word but the first of each sentence its scores (K, V), itself (K,), and its sentence (K,).
+    def _next_token_logits_and_targets(
+        self, features: Tensor, token_ids: Tensor, photo_indices: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for the K target tokens that are not PAD: logits (K, V), targets (K,) and caption indices (K,).
 
-        NULL is left out: scores are most of the work.
+        PAD is left out before the output projection, which is most of the work.
         """
-        wanted = words[:, 1:]
-        states = self.states(self._seen(features, image), words[:, :-1])
-        is_word = wanted != PAD
-        return _precise(self.scores(states[is_word])), wanted[is_word], is_word.nonzero()[:, 0]
+        targets = token_ids[:, 1:]
+        hidden_states = self.hidden_states(self._project_for(features, photo_indices), token_ids[:, :-1])
+        is_token = targets != PAD
+        return _upcast(self.logits(hidden_states[is_token])), targets[is_token], is_token.nonzero()[:, 0]
 
-    def start(self, features: Tensor) -> State:
-        """Return where sentences about photos (N, L, C) begin."""
-        seen = self.look(features)
-        middle = seen.mean(1)
-        return State(middle, middle if self.is_attending else torch.zeros_like(middle), seen)
+    def initial_state(self, features: Tensor) -> DecoderState:
+        """Return the state before the first token, for one caption of each photo (N, L, C)."""
+        context = self.project(features)
+        mean = context.mean(1)
+        return DecoderState(mean, mean if self.has_attention else torch.zeros_like(mean), context)
 
-    def step(self, state: State, words: Tensor) -> tuple[Tensor, State, Tensor | None]:
-        """Take a step with words (M,): scores (M, V) of the next ones, the new state, and where it looked (M, L)."""
-        a = F.linear(self.embed(words), self.wx, self.b) + F.linear(state.h, self.wh)
+    def step(self, state: DecoderState, token_ids: Tensor) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """Decode one token of M captions.
+
+        Args:
+            state: The state before the token.
+            token_ids: int64 (M,).
+
+        Returns:
+            Next-token logits (M, V), the new state, and the attention weights (M, L), None without attention.
+        """
+        gates = F.linear(self.embedding(token_ids), self.weight_ih, self.bias) + F.linear(state.h, self.weight_hh)
         weights = None
-        if self.wa is not None:
-            looked, cache = attention.DotAttention.forward(state.h, state.seen)
-            a, weights = a + F.linear(looked, self.wa), cache.weights
-        h, c = (torch.tanh(a), state.c) if self.cell == "rnn" else reference.lstm_step(a, state.c)
-        return _precise(self.scores(h)), State(h, c, state.seen), weights
+        if self.weight_ch is not None:
+            attended, cache = attention.DotAttention.forward(state.h, state.context)
+            gates, weights = gates + F.linear(attended, self.weight_ch), cache.weights
+        if self.cell == "rnn":
+            h, c = torch.tanh(gates), state.c
+        else:
+            h, c = reference.lstm_step(gates, state.c)
+        return _upcast(self.logits(h)), DecoderState(h, c, state.context), weights
 
 
-def _places(count: int, like: Tensor) -> Tensor:
-    """Return where the cells of a square map of `count` cells are: (count, 2), x and y from -1 to 1."""
+def _grid_coordinates(count: int, like: Tensor) -> Tensor:
+    """Return x and y in [-1, 1] of the `count` positions of a square feature map, row by row: (count, 2)."""
     side = math.isqrt(count)
-    along = torch.linspace(-1, 1, side, dtype=like.dtype, device=like.device) if side > 1 else like.new_zeros(1)
-    down, across = torch.meshgrid(along, along, indexing="ij")
-    return torch.stack([across, down], 2).view(-1, 2)
+    axis = torch.linspace(-1, 1, side, dtype=like.dtype, device=like.device) if side > 1 else like.new_zeros(1)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y], 2).view(-1, 2)
 
 
-def _computed_in(weight: Tensor) -> torch.dtype:
-    """Return the dtype of what is computed with a weight: autocast's, where that is on."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return autocast's dtype if autocast is enabled, else the dtype of the weight."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
-def _precise(scores: Tensor) -> Tensor:
-    """Return scores with enough digits for a softmax."""
-    return scores.float() if scores.dtype == torch.bfloat16 else scores
+def _upcast(logits: Tensor) -> Tensor:
+    """Return bfloat16 logits as float32, precise enough for a softmax."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
-def _library(cell: Cell, x: Tensor, start: Tensor, wx: Tensor, wh: Tensor, b: Tensor) -> Tensor:
-    """Run torch's own kernels, whose LSTM has its gates in the order input, forget, candidate, output."""
-    nothing = torch.zeros_like(b)
-    first = start[None].contiguous()
+def _torch_rnn(cell: Cell, x: Tensor, h0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> Tensor:
+    """Return the hidden states (M, T, H) by torch's fused kernels, with the gates in torch's order."""
+    zero_bias = torch.zeros_like(bias)
+    h0 = h0[None].contiguous()
     if cell == "rnn":
-        states, _ = torch.rnn_tanh(x, first, [wx, wh, b, nothing], True, 1, 0.0, False, False, True)
-        return states
-    hidden = start.shape[1]
-    order = torch.arange(4 * hidden, device=b.device).view(4, hidden)[[0, 1, 3, 2]].flatten()
-    weights = [wx[order], wh[order], b[order], nothing]
-    states, _, _ = torch.lstm(x, (first, torch.zeros_like(first)), weights, True, 1, 0.0, False, False, True)
-    return states
+        weights = [weight_ih, weight_hh, bias, zero_bias]
+        hidden_states, _ = torch.rnn_tanh(x, h0, weights, True, 1, 0.0, False, False, True)
+        return hidden_states
+    hidden_dim = h0.shape[2]
+    order = torch.arange(4 * hidden_dim, device=bias.device).view(4, hidden_dim)[[0, 1, 3, 2]].flatten()
+    weights = [weight_ih[order], weight_hh[order], bias[order], zero_bias]
+    hidden_states, _, _ = torch.lstm(x, (h0, torch.zeros_like(h0)), weights, True, 1, 0.0, False, False, True)
+    return hidden_states

@@ -1,7 +1,7 @@
-"""Say in a sentence what photos show.
+"""Caption photos with a trained captioner.
 
 References: Xu et al., 2015, "Show, attend and tell".
-Differences from the paper: the weights say by themselves what they are and know.
+Differences from the paper: the weights file names its backbone and holds its vocabulary.
 Metrics: `num_photos`, `mean_words`.
 Command: cvlab caption photo.jpg
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge, Le
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from cvlab.config import schema
 from cvlab.config.metrics import Metric
@@ -20,7 +21,8 @@ from cvlab.engine import device
 from cvlab.errors import ConfigError
 from cvlab.experiments.base import Experiment
 from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_store
-from cvlab.experiments.captioning.checkpoint import Made
+from cvlab.experiments.captioning.checkpoint import LoadedCaptioner
+from cvlab.experiments.captioning.decoding import Hypothesis
 from cvlab.experiments.common import photo_batches, weights
 from cvlab.experiments.common.photo_batches import ImagesConfig, Photo
 from cvlab.reports import images
@@ -29,12 +31,16 @@ from cvlab.runs.run_dir import RunDir
 
 
 class CaptionConfig(ImagesConfig):
-    """Which photos, which captioner, and how its sentences are found."""
+    """Which photos, which captioner, and how captions are decoded."""
 
-    weights: str | None = Field(None, description="a run that trained a captioner, or its file; null: what comes along")
-    beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="sentences that are followed at once; 1 is greedy")
-    alpha: schema.Fraction = Field(0.7, description="a sentence's score is divided by its length to this power")
-    attention: bool = Field(False, description="also draw where it looks for each word")
+    weights: str | None = Field(
+        None, description="a training run of a captioner, or its weights file; null: the bundled weights"
+    )
+    beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="beam width; 1 is greedy decoding")
+    alpha: schema.Fraction = Field(
+        0.7, description="length normalization of beam search: scores are divided by length ** alpha"
+    )
+    attention: bool = Field(False, description="also draw the attention map of each word")
 
     @field_validator("weights")
     @classmethod
@@ -45,77 +51,89 @@ class CaptionConfig(ImagesConfig):
 COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
 
 
-class Caption:
-    """The work of a command on photos: a sentence for each, and where its words were seen."""
+class CaptionPhotos:
+    """Captions batches of photos and, if asked for, draws their attention maps into the run directory."""
 
-    def __init__(self, config: CaptionConfig, made: Made, ctx: device.ComputeContext, out: RunDir) -> None:
-        self.config, self.made, self.ctx, self.out = config, made, ctx, out
+    def __init__(
+        self, config: CaptionConfig, captioner: LoadedCaptioner, ctx: device.ComputeContext, run: RunDir
+    ) -> None:
+        self.config, self.captioner, self.ctx, self.run = config, captioner, ctx, run
 
     def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
-        """Return for each photo its `sentence`, and the mean log-probability of its words as `score`."""
+        """Return the `sentence` of each photo, and its length-normalized log-probability as `score`."""
         check_interrupt()
-        made, about = self.made, self.made.about
-        squeezed = torch.stack([feature_store.squeezed(photo.image, about.size_px) for photo in batch])
-        seen = feature_store.look(made.features, squeezed, self.ctx, not made.net.is_attending)
-        seen = seen.to(self.ctx.device)
+        captioner, metadata = self.captioner, self.captioner.metadata
+        squares = torch.stack([feature_store.resize_square(photo.image, metadata.size_px) for photo in batch])
+        features = feature_store.extract_features(
+            captioner.feature_extractor, squares, self.ctx, not captioner.model.has_attention
+        ).to(self.ctx.device)
         with self.ctx.autocast():
-            found = decoding.search(made.net, seen, self.config.beam, about.length - 1, self.config.alpha)
-        rows = []
-        for k, (photo, said) in enumerate(zip(batch, found, strict=True)):
-            words = made.vocabulary.decode(said.words)
-            row = PhotoResult(str(photo.path), {"sentence": " ".join(words), "score": said.score})
+            hypotheses = decoding.beam_search(
+                captioner.model, features, self.config.beam, metadata.max_length - 1, self.config.alpha
+            )
+        results = []
+        for k, (photo, hypothesis) in enumerate(zip(batch, hypotheses, strict=True)):
+            words = captioner.vocabulary.decode(hypothesis.token_ids)
+            result = PhotoResult(str(photo.path), {"sentence": " ".join(words), "score": hypothesis.score})
             if self.config.attention:
-                row.files["picture"] = self._looks(photo, seen[k : k + 1], said.words, words)
-            rows.append(row)
-        return rows
+                result.files["picture"] = self._draw_attention(photo, features[k : k + 1], hypothesis, words)
+            results.append(result)
+        return results
 
-    def _looks(self, photo: Photo, seen: torch.Tensor, numbers: tuple[int, ...], words: list[str]) -> str:
-        looked = decoding.looks(self.made.net, seen, numbers)[: len(words)].float().cpu()
-        side = round(looked.shape[1] ** 0.5)
+    def _draw_attention(self, photo: Photo, features: Tensor, hypothesis: Hypothesis, words: list[str]) -> str:
+        """Draw the attention maps of a caption; return the name of the file in the run directory."""
+        maps = decoding.attention_weights(self.captioner.model, features, hypothesis.token_ids)
+        maps = maps[: len(words)].float().cpu()
+        side = round(maps.shape[1] ** 0.5)
         name = f"images/{photo.label}-attention.png"
-        drawn = drawing.strip(photo.image, words, looked.view(-1, side, side))
-        self.out.write_bytes(name, images.png(drawn))
+        sheet = drawing.attention_sheet(photo.image, words, maps.view(-1, side, side))
+        self.run.write_bytes(name, images.png(sheet))
         return name
 
 
-def _open(config: CaptionConfig) -> tuple[device.ComputeContext, Made]:
-    """Choose the device and read the captioner. ConfigError where it cannot show what is asked for."""
+def _load_captioner(config: CaptionConfig) -> tuple[device.ComputeContext, LoadedCaptioner]:
+    """Select the device and load the captioner. Raises ConfigError if attention is asked for and it has none."""
     ctx = device.select_device(config.device, config.precision, config.threads)
-    name = config.weights or str(weights.BUNDLED_WEIGHTS / checkpoint.FILE)
-    made = checkpoint.load(weights.resolve_weights_path(name, checkpoint.FILE, "captioner"), ctx.device)
-    if config.attention and not made.net.is_attending:
-        raise ConfigError(f"attention: a captioner with a cell {made.net.cell} looks nowhere in particular")
-    return ctx, made
+    name = config.weights or str(weights.BUNDLED_WEIGHTS / checkpoint.WEIGHTS_FILE)
+    path = weights.resolve_weights_path(name, checkpoint.WEIGHTS_FILE, "captioner")
+    captioner = checkpoint.load(path, ctx.device)
+    if config.attention and not captioner.model.has_attention:
+        raise ConfigError(
+            f"attention: a captioner with cell {captioner.model.cell} has no attention weights",
+            "leave attention out, or use a captioner with cell attention_lstm",
+        )
+    return ctx, captioner
 
 
-def _told(config: CaptionConfig, made: Made) -> str:
-    which = config.weights or "the weights that come along"
-    return f"{made.net.cell} ({which}): {len(made.vocabulary)} words, trained on {made.about.trained_on}"
+def _describe(config: CaptionConfig, captioner: LoadedCaptioner) -> str:
+    source = config.weights or "bundled weights"
+    trained_on = captioner.metadata.trained_on
+    return f"{captioner.model.cell} ({source}): {len(captioner.vocabulary)} words, trained on {trained_on}"
 
 
 class CaptionExperiment(Experiment[CaptionConfig]):
-    """Say in a sentence what photos show."""
+    """Caption photos with a trained captioner."""
 
     name = "caption"
     Config = CaptionConfig
     metrics = (Metric("num_photos"), Metric("mean_words"))
 
     def run(self, config: CaptionConfig, run: RunDir) -> dict[str, float]:
-        """Say a sentence about every photo."""
-        ctx, made = _open(config)
-        run.log(f"looking with {_told(config, made)}")
+        """Caption every photo."""
+        ctx, captioner = _load_captioner(config)
+        run.log(f"captioning with {_describe(config, captioner)}")
         if config.attention:
             run.folder("images")
-        results = photo_batches.run(config, run, Caption(config, made, ctx, run), "caption", COLUMNS)
+        results = photo_batches.run(config, run, CaptionPhotos(config, captioner, ctx, run), "caption", COLUMNS)
         num_words = sum(len(result.values["sentence"].split()) for result in results)
         return {"num_photos": len(results), "mean_words": num_words / len(results)}
 
     def plan(self, config: CaptionConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do. DataError where the weights or all of the photos are not there."""
-        ctx, made = _open(config)
+        """Describe what a run would do. Raises DataError if the weights or all photos are missing."""
+        ctx, captioner = _load_captioner(config)
         return {
             "photos": len(photo_batches.resolve_images(config.images)[1]),
-            "captioner": _told(config, made),
-            "parameters": sum(p.numel() for p in made.net.parameters()),
+            "captioner": _describe(config, captioner),
+            "parameters": sum(p.numel() for p in captioner.model.parameters()),
             **ctx.as_dict(),
         }

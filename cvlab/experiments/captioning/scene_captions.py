@@ -1,8 +1,8 @@
-"""scene_sentences, the built-in set with captions: 224 px pictures of one or two shapes, each with the one sentence.
+"""scene_captions, the built-in captioned data set: generated 224 px images of one or two objects, one caption each.
 
-"a red star" or "a red star left of a blue ring": of two things the left one comes first, or the upper one where they
-stand more above than beside each other; where neither is plain a picture is left out. `<root>/scene_sentences-v2/`
-holds images/*.png and captions.csv; the split is the first part of a file's name.
+"a red star" or "a red star left of a blue ring". Of two objects the left one comes first; the upper one, if they are
+further apart vertically than horizontally. Scenes where neither relation is clear are skipped.
+`<root>/scene_captions-v2/` holds images/*.png and captions.csv; a file's name begins with its split.
 """
 
 import csv
@@ -11,65 +11,65 @@ from collections.abc import Iterator
 
 from cvlab.data.generated import GeneratedDataset
 from cvlab.data.scenes import generator
-from cvlab.data.scenes.generator import Rules, Scene, Thing
+from cvlab.data.scenes.generator import Scene, SceneConfig, SceneObject
 
 COUNTS = {"train": 8000, "val": 250, "test": 250}
 SEEDS = {"train": 11, "val": 12, "test": 13}
-RULES = Rules(without=0.0, most=2, least_across=64, most_across=112)
-PLAIN = 1.5  # times as far apart in one direction as in the other
+SCENE_CONFIG = SceneConfig(empty_probability=0.0, max_objects=2, min_size_px=64, max_size_px=112)
+MIN_AXIS_RATIO = 1.5  # the distance along one axis is at least this times the other, else the relation is unclear
 RELATIONS = ("left of", "above")
 
 
-def sentence(scene: Scene) -> str | None:
-    """Return the sentence about a scene; None where it has no plain one."""
-    if len(scene.things) == 1:
-        return f"a {_named(scene.things[0])}"
-    if len(scene.things) != 2:
+def describe(scene: Scene) -> str | None:
+    """Return the caption of a scene; None if it has no object, more than two, or an unclear relation."""
+    if len(scene.objects) == 1:
+        return f"a {_noun_phrase(scene.objects[0])}"
+    if len(scene.objects) != 2:
         return None
-    first, second = scene.things
-    across, down = (abs(a - b) for a, b in zip(_middle(first), _middle(second), strict=True))
-    if max(across, down) < PLAIN * min(across, down):
+    first, second = scene.objects
+    dx, dy = (abs(a - b) for a, b in zip(_box_center(first), _box_center(second), strict=True))
+    if max(dx, dy) < MIN_AXIS_RATIO * min(dx, dy):
         return None
-    axis = 0 if across > down else 1
-    first, second = sorted(scene.things, key=lambda thing: _middle(thing)[axis])
-    return f"a {_named(first)} {RELATIONS[axis]} a {_named(second)}"
+    axis = 0 if dx > dy else 1
+    first, second = sorted(scene.objects, key=lambda scene_object: _box_center(scene_object)[axis])
+    return f"a {_noun_phrase(first)} {RELATIONS[axis]} a {_noun_phrase(second)}"
 
 
-def parts(text: str) -> dict[str, tuple[str, ...]]:
-    """Return what a sentence says, to be compared part by part: shapes, colours, relation."""
-    found = [relation for relation in RELATIONS if f" {relation} " in text]
-    words = text.replace(f" {found[0]} ", " ").split() if found else text.split()
-    named = [word for word in words if word != "a"]
-    return {"colours": tuple(named[::2]), "shapes": tuple(named[1::2]), "relations": tuple(found)}
+def parse_caption(caption: str) -> dict[str, tuple[str, ...]]:
+    """Split a caption into its `shapes`, `colours` and `relations`, which are scored separately."""
+    relations = [relation for relation in RELATIONS if f" {relation} " in caption]
+    words = caption.replace(f" {relations[0]} ", " ").split() if relations else caption.split()
+    words = [word for word in words if word != "a"]
+    return {"colours": tuple(words[::2]), "shapes": tuple(words[1::2]), "relations": tuple(relations)}
 
 
-def _named(thing: Thing) -> str:
-    return f"{thing.color} {thing.shape}"
+def _noun_phrase(scene_object: SceneObject) -> str:
+    return f"{scene_object.color} {scene_object.shape}"
 
 
-def _middle(thing: Thing) -> tuple[float, float]:
-    x1, y1, x2, y2 = thing.box_xyxy
+def _box_center(scene_object: SceneObject) -> tuple[float, float]:
+    x1, y1, x2, y2 = scene_object.box_xyxy
     return (x1 + x2) / 2, (y1 + y2) / 2
 
 
 def _files() -> Iterator[tuple[str, bytes]]:
-    """Yield every file of the set: its path in the folder, and its content."""
+    """Yield the path inside the folder and the content of every file of the data set."""
     rows = [("image", "caption")]
     for split, count in COUNTS.items():
-        number = made = 0
-        while made < count:
-            scene = generator.draw(SEEDS[split], number, RULES)
+        number = num_captioned = 0
+        while num_captioned < count:
+            scene = generator.generate_scene(SEEDS[split], number, SCENE_CONFIG)
             number += 1
-            text = sentence(scene)
-            if text is None:
+            caption = describe(scene)
+            if caption is None:
                 continue
-            name = f"{split}_{made:04d}.png"
-            made += 1
+            name = f"{split}_{num_captioned:04d}.png"
+            num_captioned += 1
             yield f"images/{name}", scene.png()
-            rows.append((name, text))
+            rows.append((name, caption))
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     yield "captions.csv", table.getvalue().encode()
 
 
-SET = GeneratedDataset("scene_sentences", 2, sum(COUNTS.values()), lambda: _files())  # noqa: PLW0108 - defined below
+GENERATED = GeneratedDataset("scene_captions", 2, sum(COUNTS.values()), _files)

@@ -16,7 +16,7 @@ from cvlab.models.pretrained import build
 from tests.conftest import weights_digest
 
 SHORT = (
-    *("model={name: captioner, cell: attention_lstm, words: 8, hidden: 16}", "size=64", "batch_size=4"),
+    *("model={name: captioner, cell: attention_lstm, embed_dim: 8, hidden_dim: 16}", "size=64", "batch_size=4"),
     *("duration={steps: 4}", "expect=[]", "log_every=1", "evaluate_test=false", "threads=1", "beam=2"),
 )
 
@@ -38,22 +38,23 @@ class TestTraining:
             "bleu1",
             "bleu4",
             "cider",
-            "exact",
+            "exact_match",
             "shapes_right",
             "word_loss",
             "train_loss",
         }
         assert wanted <= found["metrics"].keys()
         made = checkpoint.load(Path(found["run"]) / "captioner.safetensors", torch.device("cpu"))
-        assert made.about.size_px == 64
-        assert made.about.trained_on == "scene_sentences"
-        assert "red" in made.about.words
+        assert made.metadata.size_px == 64
+        assert made.metadata.trained_on == "scene_captions"
+        assert "red" in made.metadata.vocabulary
         summary = json.loads((Path(found["run"]) / "summary.json").read_text())
         assert "closest reference length" in summary["bleu_rule"]
         assert summary["beam"] == 2
 
     def test_layers_by_hand_train_as_those_of_torch(self, cvlab):
-        model = "model={name: captioner, cell: lstm, words: 8, hidden: 16, dropout: 0, feature_dropout: 0, layers: %s}"
+        sizes = "embed_dim: 8, hidden_dim: 16, dropout: 0, feature_dropout: 0"
+        model = f"model={{name: captioner, cell: lstm, {sizes}, layers: %s}}"
         losses = [
             train(cvlab, model % layers, "precision=float32")["metrics"]["train_loss"] for layers in ("torch", "manual")
         ]
@@ -73,7 +74,7 @@ class TestTraining:
         assert metrics["val_loss"] > 0
 
     def test_rewarded_at_the_end_it_draws_better_sentences(self, cvlab):
-        model = "model={name: captioner, cell: lstm, words: 16, hidden: 32, dropout: 0, feature_dropout: 0}"
+        model = "model={name: captioner, cell: lstm, embed_dim: 16, hidden_dim: 32, dropout: 0, feature_dropout: 0}"
         words = ("duration={steps: 60}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
         found = train(cvlab, model, *words, "schedule={name: constant}", "ema=null", "reward_epochs=40")
         rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
@@ -83,7 +84,8 @@ class TestTraining:
 
     def test_it_learns_a_few_sentences_by_heart(self, cvlab):
         words = ("duration={steps: 120}", "data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}")
-        model = "model={name: captioner, cell: attention_lstm, words: 16, hidden: 32, dropout: 0, feature_dropout: 0}"
+        sizes = "embed_dim: 16, hidden_dim: 32, dropout: 0, feature_dropout: 0"
+        model = f"model={{name: captioner, cell: attention_lstm, {sizes}}}"
         found = train(cvlab, model, *words, "schedule={name: constant}", "ema=null")
         rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
         losses = [row["train_loss"] for row in rows if "train_loss" in row]
@@ -92,13 +94,13 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("words", "says"),
         [
-            (("data.name=scenes",), "photos with sentences are needed"),
+            (("data.name=scenes",), "captioned photos are needed"),
             (("data.num_train=9999",), "has 12 photos"),
             (("data.name=captions",), "goes with a path"),
             (("model.cell=gru",), "cell"),
             (("duration={epochs: 2}", "reward_epochs=3"), "reward_epochs 3 are the last"),
             (("duration={seconds: 5}", "reward_epochs=1"), "reward_epochs are counted from the end"),
-            (("threshold=99999",), "no word stands 99999 times"),
+            (("min_word_count=99999",), "no word occurs 99999 times"),
             (("expect=[bleu5>0]",), "no metric"),
         ],
     )
@@ -114,14 +116,15 @@ class TestCaption:
         """Captioners as they start, but for the end of a sentence, in files as a training leaves them."""
         files = {}
         for cell in ("attention_lstm", "rnn"):
-            about = checkpoint.About({"cell": cell, "words": 8, "hidden": 16}, WORDS, 64, 12, trained_on="nothing")
+            arguments = {"cell": cell, "embed_dim": 8, "hidden_dim": 16}
+            metadata = checkpoint.CaptionerMetadata(arguments, WORDS, 64, 12, trained_on="nothing")
             device = torch.device("cpu")
-            features = checkpoint.maps_of(about.strides, about.backbone, None, device)
+            features = checkpoint.build_feature_extractor(metadata.strides, metadata.backbone, None, device)
             files[cell] = tmp_path / f"{cell}.safetensors"
             torch.manual_seed(0)  # what comes before draws random numbers only the first time
-            net = checkpoint.build(about, features, device).net
-            net.out.bias.detach()[vocabulary.END] = -4.0  # not the first word
-            checkpoint.save(about, net, files[cell])
+            net = checkpoint.build(metadata, features, device).model
+            net.output_projection.bias.detach()[vocabulary.END] = -4.0  # not the first word
+            checkpoint.save(metadata, net, files[cell])
         return files
 
     def test_a_sentence_for_each_photo_and_where_it_looked(self, cvlab, made, tmp_path):
@@ -153,11 +156,13 @@ class TestCaption:
     def test_one_beam_is_greedy(self, cvlab, made):
         weights = made["attention_lstm"]
         one = checkpoint.load(weights, torch.device("cpu"))
-        photo = feature_store.squeezed(photos.load(photos.find_images(("sample",))[0]), one.about.size_px)
-        seen = feature_store.look(one.features, photo[None], device.select_device("cpu", "float32", 1), False)
-        state, said = one.net.start(seen), [vocabulary.START]
-        while len(said) < one.about.length and said[-1] != vocabulary.END:
-            scores, state, _ = one.net.step(state, torch.tensor([said[-1]]))
+        photo = feature_store.resize_square(photos.load(photos.find_images(("sample",))[0]), one.metadata.size_px)
+        seen = feature_store.extract_features(
+            one.feature_extractor, photo[None], device.select_device("cpu", "float32", 1), False
+        )
+        state, said = one.model.initial_state(seen), [vocabulary.START]
+        while len(said) < one.metadata.max_length and said[-1] != vocabulary.END:
+            scores, state, _ = one.model.step(state, torch.tensor([said[-1]]))
             scores[:, [vocabulary.PAD, vocabulary.START, vocabulary.UNKNOWN]] = -torch.inf
             said.append(int(scores.argmax()))
         out = cvlab("caption", "sample", "--weights", weights, "--beam", 1, "precision=float32", "--json")[1]
@@ -169,7 +174,7 @@ class TestCaption:
         [
             (("--weights", "nowhere.safetensors"), 4, "no such file"),
             (("--weights", "{folder}"), 4, "this run has no captioner.safetensors"),
-            (("--weights", "{rnn}", "--attention"), 2, "looks nowhere in particular"),
+            (("--weights", "{rnn}", "--attention"), 2, "has no attention weights"),
             (("--beam", "0"), 2, "beam"),
         ],
     )
@@ -195,8 +200,8 @@ class TestMaps:
         features, ctx = FeatureExtractor(build(), ["bn2"]), device.select_device("cpu", "float32", 1)
 
         def load(**changes):
-            request = feature_store.Request(64, changes.pop("pool", False), **changes)
-            return feature_store.load(features, [path, path], ctx, request, lambda: None)
+            request = feature_store.FeatureSpec(64, changes.pop("pool", False), **changes)
+            return feature_store.load_features(features, [path, path], ctx, request, lambda: None)
 
         return load, tmp_path / "data" / feature_store.FOLDER, path
 
@@ -234,10 +239,10 @@ class TestMaps:
 
 
 def test_of_several_maps_the_first_says_which_cells_there_are():
-    features = checkpoint.maps_of((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
+    features = checkpoint.build_feature_extractor((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     ctx = device.select_device("cpu", "float32", 1)
-    cells = feature_store.look(features, pictures, ctx, False)
+    cells = feature_store.extract_features(features, pictures, ctx, False)
     maps = features.batch(pictures)
     medium, fine, coarse = (maps[name].detach() for name in features.names)
     sizes = [m.shape[1] for m in (medium, fine, coarse)]
@@ -246,16 +251,16 @@ def test_of_several_maps_the_first_says_which_cells_there_are():
     torch.testing.assert_close(found[0], medium)
     torch.testing.assert_close(found[1][..., 1, 2], fine[..., 2:4, 4:6].mean((2, 3)))
     torch.testing.assert_close(found[2], coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    pooled = feature_store.look(features, pictures, ctx, True)
+    pooled = feature_store.extract_features(features, pictures, ctx, True)
     torch.testing.assert_close(pooled, cells.mean(1, keepdim=True))
 
 
 @pytest.mark.parametrize("layers", ["torch", "manual"])
 def test_cells_know_their_places_and_are_looked_at_through_a_layer_of_their_own(layers):
     torch.manual_seed(0)
-    net = Captioner(5, 9, "attention_lstm", 6, 8, layers=layers, positions=True, cells="mlp")
+    net = Captioner(5, 9, "attention_lstm", 6, 8, layers=layers, positional=True, projection="mlp")
     features, words = torch.ones(2, 9, 5), torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0]])
-    seen = net.eval().look(features)
+    seen = net.eval().project(features)
     assert seen.shape == (2, 9, 8)
     assert not torch.allclose(seen[0, 0], seen[0, 8])
     loss, _ = net.train().loss(features, words, torch.arange(2))

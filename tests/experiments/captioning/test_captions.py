@@ -29,7 +29,7 @@ class TestVocabulary:
         assert made.encode([], 5).shape == (0, 5)
 
     def test_none_is_frequent_enough(self):
-        with pytest.raises(DataError, match="no word stands 3 times"):
+        with pytest.raises(DataError, match="no word occurs 3 times"):
             vocabulary.build_vocabulary([["a", "b"]], 3)
 
     @pytest.mark.parametrize("words", [("a", "a"), ("",), ("<end>",)])
@@ -94,7 +94,7 @@ class TestReaders:
         for split, name in (("train", "a.webp"), ("dev", "b.jpg"), ("test", "a.webp")):
             (folder / f"Flickr_8k.{split}Images.txt").write_text(f"{name}\n")
         found = dataset.load("flickr8k", tmp_path)
-        assert found.splits["train"][0].sentences == ("One .", "Two .")
+        assert found.splits["train"][0].captions == ("One .", "Two .")
         assert found.splits["train"][0].path == folder / "Images" / "a.webp"
         (folder / "Flickr_8k.devImages.txt").write_text("c.jpg\n")
         with pytest.raises(DataError, match=r"no caption of c\.jpg"):
@@ -106,10 +106,10 @@ class TestReaders:
 class TestScenes:
     def test_the_left_or_the_upper_thing_comes_first(self):
         def thing(shape, color, x, y):
-            return generator.Thing(shape, color, (x - 10.0, y - 10.0, x + 10.0, y + 10.0), (0.0, 0.0), 1.0, 0.0)
+            return generator.SceneObject(shape, color, (x - 10.0, y - 10.0, x + 10.0, y + 10.0), (0.0, 0.0), 1.0, 0.0)
 
         def said(*things):
-            return scene_captions.sentence(generator.Scene(torch.zeros(1), things))
+            return scene_captions.describe(generator.Scene(torch.zeros(1), things))
 
         star, ring = thing("star", "red", 150, 100), thing("ring", "blue", 60, 110)
         assert said(star) == "a red star"
@@ -119,17 +119,17 @@ class TestScenes:
         assert said() is None
 
     def test_parts(self):
-        found = scene_captions.parts("a blue ring left of a red star")
+        found = scene_captions.parse_caption("a blue ring left of a red star")
         assert found == {"colours": ("blue", "red"), "shapes": ("ring", "star"), "relations": ("left of",)}
-        assert scene_captions.parts("a red star")["relations"] == ()
+        assert scene_captions.parse_caption("a red star")["relations"] == ()
 
     def test_the_set(self, tmp_path, monkeypatch):
         monkeypatch.setattr(scene_captions, "COUNTS", COUNTS)
-        found = dataset.load("scene_sentences", tmp_path)
+        found = dataset.load("scene_captions", tmp_path)
         assert {split: len(items) for split, items in found.splits.items()} == COUNTS
         item = found.splits["val"][0]
         assert photos.load(item.path).size == (224, 224)
-        words = item.sentences[0].split()
+        words = item.captions[0].split()
         assert words[0] == "a"
         assert len(words) in (3, 7, 8)
         pictures = {item.path.read_bytes() for items in found.splits.values() for item in items}

@@ -16,14 +16,14 @@ LENGTH = 4
 @pytest.fixture(params=["rnn", "lstm", "attention_lstm"])
 def net(request):
     torch.manual_seed(3)
-    made = Captioner(5, WORDS, request.param, words=6, hidden=8).eval()
+    made = Captioner(5, WORDS, request.param, embed_dim=6, hidden_dim=8).eval()
     with torch.no_grad():
-        made.out.weight.mul_(3)
+        made.output_projection.weight.mul_(3)
     return made
 
 
 def features(net, n=3):
-    return torch.randn(n, 4 if net.is_attending else 1, 5, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, 4 if net.has_attention else 1, 5, generator=torch.Generator().manual_seed(1))
 
 
 def score(net, feature, words):
@@ -42,15 +42,15 @@ def test_a_beam_as_wide_as_everything_finds_the_best_of_all(net, alpha):
             for n in range(LENGTH)
             for words in itertools.product(range(UNKNOWN + 1, WORDS), repeat=n)
         )
-        (found,) = decoding.search(net, feature[None], width=100, length=LENGTH, alpha=alpha)
-        assert found.words == best[1]
+        (found,) = decoding.beam_search(net, feature[None], beam_width=100, max_length=LENGTH, length_penalty=alpha)
+        assert found.token_ids == best[1]
         assert found.score == pytest.approx(best[0], abs=1e-4)
 
 
 def test_greedy_is_one_beam(net):
     for feature in features(net):
         words, alpha = [], 0.0
-        state, word = net.start(feature[None]), torch.tensor([START])
+        state, word = net.initial_state(feature[None]), torch.tensor([START])
         ended = []
         with torch.no_grad():
             total = 0.0
@@ -64,25 +64,27 @@ def test_greedy_is_one_beam(net):
                 total += log_p.max().item()
                 word = log_p.argmax(1)
                 words.append(int(word))
-        (found,) = decoding.search(net, feature[None], width=1, length=LENGTH, alpha=alpha)
-        assert found.words == max(ended)[1]
+        (found,) = decoding.beam_search(net, feature[None], beam_width=1, max_length=LENGTH, length_penalty=alpha)
+        assert found.token_ids == max(ended)[1]
 
 
 def test_photos_do_not_disturb_each_other_and_every_sentence_ends(net):
-    together = decoding.search(net, features(net, 5), width=3, length=LENGTH)
-    alone = [decoding.search(net, feature[None], width=3, length=LENGTH)[0] for feature in features(net, 5)]
-    assert [one.words for one in together] == [one.words for one in alone]
+    together = decoding.beam_search(net, features(net, 5), beam_width=3, max_length=LENGTH)
+    alone = [
+        decoding.beam_search(net, feature[None], beam_width=3, max_length=LENGTH)[0] for feature in features(net, 5)
+    ]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
     for sentence in together:
-        assert sentence.words[-1] == END
-        assert len(sentence.words) <= LENGTH
-        assert not set(sentence.words) & {PAD, START, UNKNOWN}
+        assert sentence.token_ids[-1] == END
+        assert len(sentence.token_ids) <= LENGTH
+        assert not set(sentence.token_ids) & {PAD, START, UNKNOWN}
 
 
 def test_where_it_looks(net):
-    if not net.is_attending:
+    if not net.has_attention:
         return
     feature = features(net, 1)
-    found = decoding.looks(net, feature, (4, 5, END))
+    found = decoding.attention_weights(net, feature, (4, 5, END))
     assert found.shape == (3, 4)
     torch.testing.assert_close(found.sum(1), torch.ones(3))
 
@@ -90,7 +92,7 @@ def test_where_it_looks(net):
 def test_sentences_are_drawn_as_likely_as_they_are(net):
     torch.manual_seed(0)
     feature = features(net, 1)
-    drawn = decoding.draw(net, feature, 20_000, LENGTH)
+    drawn = decoding.sample(net, feature, 20_000, LENGTH)
     assert drawn.shape == (20_000, LENGTH + 1)
     assert bool((drawn[:, 0] == START).all())
     allowed = [END, *range(UNKNOWN + 1, WORDS)]
@@ -105,6 +107,6 @@ def test_sentences_are_drawn_as_likely_as_they_are(net):
 
 def test_the_probability_of_a_sentence_is_the_product_over_its_words(net):
     rows = torch.tensor([[START, 4, 5, END, PAD], [START, 6, END, PAD, PAD]])
-    found = net.log_probability(features(net, 2), rows, torch.tensor([1, 0]))
+    found = net.log_prob(features(net, 2), rows, torch.tensor([1, 0]))
     wanted = [score(net, features(net, 2)[1], (4, 5, END)), score(net, features(net, 2)[0], (6, END))]
     torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-4, rtol=0)

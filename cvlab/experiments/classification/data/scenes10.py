@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cvlab import console
 from cvlab.data.datasets import DatasetSize
-from cvlab.data.scenes.render import COLORS, SHAPES, cover, grid, paint, stripes
+from cvlab.data.scenes.render import COLORS, SHAPES, blend, pixel_grid, shape_coverage, stripes
 from cvlab.errors import CvlabError, DataError
 from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
 from cvlab.storage import atomic
@@ -35,7 +35,7 @@ def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
     def numbers(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    x, y = grid(SIZE_PX)
+    x, y = pixel_grid(SIZE_PX)
     palette = torch.tensor(list(COLORS.values()))
     color_index = torch.randint(len(palette), (count,), generator=generator)
     other_index = (color_index + torch.randint(1, len(palette), (count,), generator=generator)) % len(palette)
@@ -44,15 +44,15 @@ def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
     alike = (color - back).abs().sum(1, keepdim=True) < 0.6
     back = torch.where(alike, (color + 0.5) % 1, back)
     wave = stripes(x, y, numbers(0, 3.14), numbers(1, 6), numbers(0, 6.28))
-    canvas = paint(torch.zeros(count, 3, SIZE_PX, SIZE_PX), torch.ones(1, 1, 1), back, wave, numbers(0, 0.4))
-    spot = cover("circle", x, y, numbers(-1, 1, 2), numbers(0.05, 0.25), torch.zeros(count), SIZE_PX)
-    canvas = paint(canvas, spot, numbers(0, 1, 3), wave, torch.zeros(count))
+    canvas = blend(torch.zeros(count, 3, SIZE_PX, SIZE_PX), torch.ones(1, 1, 1), back, wave, numbers(0, 0.4))
+    spot = shape_coverage("circle", x, y, numbers(-1, 1, 2), numbers(0.05, 0.25), torch.zeros(count), SIZE_PX)
+    canvas = blend(canvas, spot, numbers(0, 1, 3), wave, torch.zeros(count))
     texture = stripes(x, y, numbers(0, 3.14), numbers(2, 8), numbers(0, 6.28))
     centre, radius, tilt, contrast = numbers(-0.25, 0.25, 2), numbers(0.42, 0.75), numbers(-0.3, 0.3), numbers(0, 0.4)
     for label, shape in enumerate(SHAPES):
         at = labels == label
-        coverage = cover(shape, x, y, centre[at], radius[at], tilt[at], SIZE_PX)
-        canvas[at] = paint(canvas[at], coverage, color[at], texture[at], contrast[at])
+        coverage = shape_coverage(shape, x, y, centre[at], radius[at], tilt[at], SIZE_PX)
+        canvas[at] = blend(canvas[at], coverage, color[at], texture[at], contrast[at])
     noisy = canvas + 0.03 * torch.randn(canvas.shape, generator=generator)
     return (noisy.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous(), labels
 

@@ -24,8 +24,8 @@ def _files() -> Iterator[tuple[str, bytes]]:
     for split, count in COUNTS.items():
         names = [f"{split}_{number:04d}" for number in range(count)]
         for number, name in enumerate(names):
-            scene = generator.draw(SEEDS[split], number)
-            words[name] = [thing.words for thing in scene.things]
+            scene = generator.generate_scene(SEEDS[split], number)
+            words[name] = [thing.attributes for thing in scene.objects]
             yield f"JPEGImages/{name}.png", scene.png()
             yield f"Annotations/{name}.xml", _xml(scene, name).encode()
         yield f"ImageSets/Main/{split}.txt", "".join(f"{name}\n" for name in names).encode()
@@ -33,8 +33,8 @@ def _files() -> Iterator[tuple[str, bytes]]:
 
 
 def _xml(scene: generator.Scene, name: str) -> str:
-    boxes_xyxy = torch.tensor([thing.box_xyxy for thing in scene.things]).view(-1, 4)
-    names = [thing.shape for thing in scene.things]
+    boxes_xyxy = torch.tensor([thing.box_xyxy for thing in scene.objects]).view(-1, 4)
+    names = [thing.shape for thing in scene.objects]
     return writers.write_voc_xml(boxes_xyxy, names, (generator.SIZE_PX, generator.SIZE_PX), f"{name}.png")
 
 

@@ -25,9 +25,9 @@ def test_drawing_is_a_pure_function_of_the_seed():
 
 @pytest.mark.parametrize("shape", render.SHAPES)
 def test_every_shape_is_seen_whole_and_by_itself(shape):
-    x, y = render.grid(64)
+    x, y = render.pixel_grid(64)
     one = torch.tensor([0.5])
-    coverage = render.cover(shape, x, y, torch.zeros(1, 2), one, torch.zeros(1), 64)[0]
+    coverage = render.shape_coverage(shape, x, y, torch.zeros(1, 2), one, torch.zeros(1), 64)[0]
     assert coverage.min() == 0
     assert coverage.max() == 1
     rows, columns = (coverage > 0.5).any(1).nonzero(), (coverage > 0.5).any(0).nonzero()
@@ -35,13 +35,16 @@ def test_every_shape_is_seen_whole_and_by_itself(shape):
     assert rows.max() <= 49, "inside a circle of the radius, more or less"
     assert columns.min() >= 14
     assert columns.max() <= 49
-    larger = render.cover(shape, x, y, torch.zeros(1, 2), 1.5 * one, torch.zeros(1), 64)[0]
+    larger = render.shape_coverage(shape, x, y, torch.zeros(1, 2), 1.5 * one, torch.zeros(1), 64)[0]
     assert larger.sum() / coverage.sum() == pytest.approx(2.25, rel=0.08)
 
 
 def test_shapes_differ():
-    x, y = render.grid(32)
-    drawn = [render.cover(s, x, y, torch.zeros(1, 2), torch.tensor([0.7]), torch.zeros(1), 32) for s in render.SHAPES]
+    x, y = render.pixel_grid(32)
+    drawn = [
+        render.shape_coverage(s, x, y, torch.zeros(1, 2), torch.tensor([0.7]), torch.zeros(1), 32)
+        for s in render.SHAPES
+    ]
     for k, one in enumerate(drawn):
         assert all((one - other).abs().sum() > 30 for other in drawn[:k])
 

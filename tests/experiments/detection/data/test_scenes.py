@@ -23,7 +23,7 @@ def one_thread(clean_environment):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return [generator.draw(9, number) for number in range(60)]
+    return [generator.generate_scene(9, number) for number in range(60)]
 
 
 @pytest.fixture
@@ -38,31 +38,31 @@ def iou(a, b):
 
 
 def test_drawing_is_a_pure_function_of_seed_and_number(drawn):
-    again = generator.draw(9, 7)
-    assert torch.equal(again.picture, drawn[7].picture)
-    assert again.things == drawn[7].things
-    assert again.picture.shape == (224, 224, 3)
-    assert again.picture.dtype == torch.uint8
-    assert not torch.equal(generator.draw(10, 7).picture, again.picture)
+    again = generator.generate_scene(9, 7)
+    assert torch.equal(again.image, drawn[7].image)
+    assert again.objects == drawn[7].objects
+    assert again.image.shape == (224, 224, 3)
+    assert again.image.dtype == torch.uint8
+    assert not torch.equal(generator.generate_scene(10, 7).image, again.image)
 
 
 def test_what_is_in_the_pictures(drawn):
-    things = [thing for scene in drawn for thing in scene.things]
+    things = [thing for scene in drawn for thing in scene.objects]
     assert {thing.shape for thing in things} == set(SHAPES)
     assert {thing.color for thing in things} == set(COLORS)
-    assert {len(scene.things) for scene in drawn} >= {1, 2, 3, 4, 5}
-    assert max(len(s.things) for s in drawn) == 5
+    assert {len(scene.objects) for scene in drawn} >= {1, 2, 3, 4, 5}
+    assert max(len(s.objects) for s in drawn) == 5
     across = [max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (thing.box_xyxy for thing in things)]
     assert 24 <= min(across) < 36
     assert 90 < max(across) <= 110
     assert all(0 <= edge <= generator.SIZE_PX for thing in things for edge in thing.box_xyxy)
-    empty = sum(not generator.draw(3, number).things for number in range(0, 200))
+    empty = sum(not generator.generate_scene(3, number).objects for number in range(0, 200))
     assert 4 <= empty <= 20
 
 
 def test_boxes_overlap_little_and_nothing_is_hidden(drawn):
     for scene in drawn:
-        boxes = [thing.box_xyxy for thing in scene.things]
+        boxes = [thing.box_xyxy for thing in scene.objects]
         for k, box in enumerate(boxes):
             assert all(iou(box, other)[0] < 0.2 for other in boxes[:k])
             assert sum(iou(box, other)[1] for other in boxes[k + 1 :]) < 0.4
@@ -70,11 +70,11 @@ def test_boxes_overlap_little_and_nothing_is_hidden(drawn):
 
 def test_boxes_are_tight(drawn):
     """Painted alone on two grounds, what does not depend on the ground is what the shape covers."""
-    for thing in [thing for scene in drawn[:20] for thing in scene.things]:
+    for thing in [thing for scene in drawn[:20] for thing in scene.objects]:
         seen = []
         for ground in (0.0, 1.0):
             canvas = torch.full((1, 3, generator.SIZE_PX, generator.SIZE_PX), ground)
-            seen.append(generator._lay(canvas, thing, iter([0.5] * 20))[0, 0])
+            seen.append(generator._draw_object(canvas, thing, iter([0.5] * 20))[0, 0])
         covered = (seen[0] - seen[1]).abs() < 0.5
         rows, columns = covered.any(1).nonzero(), covered.any(0).nonzero()
         expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
@@ -84,8 +84,8 @@ def test_boxes_are_tight(drawn):
 def test_things_are_seen(drawn):
     """Inside each box many pixels have about the colour that the words say, and differ from the ground."""
     for scene in drawn:
-        picture = scene.picture.float() / 255
-        for thing in scene.things:
+        picture = scene.image.float() / 255
+        for thing in scene.objects:
             x1, y1, x2, y2 = map(int, thing.box_xyxy)
             inside = picture[y1:y2, x1:x2].reshape(-1, 3)
             color = torch.tensor(COLORS[thing.color])
@@ -97,7 +97,7 @@ def test_things_are_seen(drawn):
 
 def test_words():
     def words(*box):
-        return generator.Thing("star", "red", box, (0, 0), 0.1, 0.0).words
+        return generator.SceneObject("star", "red", box, (0, 0), 0.1, 0.0).attributes
 
     assert words(0, 0, 30, 30) == ("star", "red", "small", "top left")
     assert words(80, 80, 140, 140) == ("star", "red", "medium", "centre")
@@ -121,13 +121,11 @@ def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
     assert len(words) == 14
     for split, items in found.splits.items():
         for number, item in enumerate(items):
-            scene = generator.draw(scenes.SEEDS[split], number)
-            assert item.boxes_xyxy.tolist() == [list(thing.box_xyxy) for thing in scene.things]
-            assert [found.classes[k] for k in item.labels] == [thing.shape for thing in scene.things]
-            assert [tuple(one) for one in words[item.path.stem]] == [thing.words for thing in scene.things]
-            assert torch.equal(
-                (photos.to_tensor(found.load(item)) * 255).round().byte().permute(1, 2, 0), scene.picture
-            )
+            scene = generator.generate_scene(scenes.SEEDS[split], number)
+            assert item.boxes_xyxy.tolist() == [list(thing.box_xyxy) for thing in scene.objects]
+            assert [found.classes[k] for k in item.labels] == [thing.shape for thing in scene.objects]
+            assert [tuple(one) for one in words[item.path.stem]] == [thing.attributes for thing in scene.objects]
+            assert torch.equal((photos.to_tensor(found.load(item)) * 255).round().byte().permute(1, 2, 0), scene.image)
             assert torch.equal(item.boxes_xyxy, again.splits[split][number].boxes_xyxy)
 
 

@@ -257,10 +257,10 @@ def few(tmp_path):
     for name in ("Annotations", "JPEGImages"):
         (folder / name).mkdir(parents=True)
     for number in range(6):
-        scene = generator.draw(1, number)
-        Image.fromarray(scene.picture.numpy()).save(folder / "JPEGImages" / f"{number}.png")
-        boxes_xyxy = torch.tensor([thing.box_xyxy for thing in scene.things]).view(-1, 4)
-        names = [thing.shape for thing in scene.things]
+        scene = generator.generate_scene(1, number)
+        Image.fromarray(scene.image.numpy()).save(folder / "JPEGImages" / f"{number}.png")
+        boxes_xyxy = torch.tensor([thing.box_xyxy for thing in scene.objects]).view(-1, 4)
+        names = [thing.shape for thing in scene.objects]
         text = writers.write_voc_xml(boxes_xyxy, names, (generator.SIZE_PX, generator.SIZE_PX), f"{number}.png")
         (folder / "Annotations" / f"{number}.xml").write_text(text)
     return folder
