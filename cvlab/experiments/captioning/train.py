@@ -107,7 +107,7 @@ def build_setup(config: CaptionerConfig) -> CaptioningSetup:
         config.strides, config.backbone, config.backbone_weights, ctx.device
     )
     metadata = CaptionerMetadata(
-        arguments=config.model.arguments() | {"layers": "torch"},  # after training, torch's layers do
+        arguments=config.model.arguments() | {"layers": "torch"},  # a loaded captioner runs on torch's layers
         vocabulary=words,
         size_px=config.size,
         max_length=config.length,
@@ -143,7 +143,7 @@ def make_loss_fn(config: CaptionerConfig, reward: CiderReward | None) -> loop.Lo
     """Return the loss of a batch: cross-entropy, or the policy gradient in self-critical training."""
 
     def loss_fn(model: nn.Module, batch: CaptionBatch) -> loop.Losses:
-        captioner = cast(Captioner, model)
+        captioner = cast("Captioner", model)
         if batch.is_self_critical and reward is not None:
             return self_critical.self_critical_loss(captioner, batch, reward, config.reward_samples, config.length)
         loss, word_loss = captioner.loss(batch.features, batch.token_ids, batch.photo_indices)
@@ -215,7 +215,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
             reward = CiderReward(train, captioner.vocabulary)
 
         def validate(model: nn.Module) -> dict[str, float]:
-            model = cast(Captioner, model)
+            model = cast("Captioner", model)
             captions = _generate(config, setup, model, val_features, beam_width=1)
             loss = evaluation.mean_loss(model, val_features, val_captions, setup.ctx)
             return {"val_loss": loss, "val_bleu4": evaluation.compute_metrics(captions, val)["bleu4"]}
@@ -231,7 +231,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
             ctx=setup.ctx,
         )
         trained, metrics = trainer.train(config, task, run)
-        model = cast(Captioner, trained)
+        model = cast("Captioner", trained)
         run.write(
             captioner_checkpoint.WEIGHTS_FILE, lambda path: captioner_checkpoint.save(captioner.metadata, model, path)
         )
