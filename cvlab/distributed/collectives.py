@@ -1,4 +1,4 @@
-"""Collectives between the ranks of one training run; the identity in a single process."""
+"""Collectives between the ranks of a training run; the identity in a single process."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,30 +10,37 @@ if TYPE_CHECKING:
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """Return what `make` gives in process 0, in all of them."""
+    """Return on every rank what `make` returns on rank 0; it is called there only."""
     if world().size == 1:
         return make()
     import torch
     import torch.distributed as dist
 
-    found = [make() if is_main() else None]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    return found[0]  # type: ignore[return-value]
+    values = [make() if is_main() else None]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]  # type: ignore[return-value]
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Return the values of all processes, in their order."""
+    """Return the values of all ranks, in the order of the ranks."""
     if world().size == 1:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * world().size
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world().size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sums(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Return the sums over all processes, float64 on the CPU; a process that has nothing to add has no values."""
+    """Return sums over all ranks by name.
+
+    Args:
+        values: Scalars by name; empty on a rank that has nothing to add. The names of rank 0 count.
+
+    Returns:
+        The sums, float64 on the CPU; in a single process the values themselves.
+    """
     if world().size == 1:
         return dict(values)
     import torch
@@ -46,19 +53,19 @@ def all_reduce_sums(values: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def all_gather_cat(values: "Tensor") -> "Tensor":
-    """Return the values of all processes one after the other: their shares of a batch, (B / processes,) -> (B,)."""
+    """Concatenate the shards of all ranks, in the order of the ranks: (B / ranks, ...) -> (B, ...)."""
     if world().size == 1:
         return values
     import torch
     import torch.distributed as dist
 
-    parts = [torch.empty_like(values) for _ in range(world().size)]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
+    shards = [torch.empty_like(values) for _ in range(world().size)]
+    dist.all_gather(shards, values.contiguous())
+    return torch.cat(shards)
 
 
 def broadcast_buffers(model: "nn.Module") -> None:
-    """Give all processes the buffers of process 0: the statistics of BatchNorm are each process's own."""
+    """Copy the buffers of rank 0 to all ranks: BatchNorm's statistics differ between them."""
     if world().size > 1:
         import torch.distributed as dist
 

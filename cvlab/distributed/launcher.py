@@ -1,7 +1,7 @@
-"""A training in several processes on this machine, started by torch's elastic agent, which torchrun is too.
+"""Start a run in several processes on this machine with torch's elastic agent, as torchrun does.
 
-The run directory is made first; each process then resumes it, so that a process that was killed, or the whole
-training, can be started again with nothing but its name. Across machines the user calls torchrun, with the same words.
+The run directory is created first; each process then resumes it, so that a process that was killed, or the whole run,
+can be started again from its name alone. Across machines users call torchrun with the same arguments.
 """
 
 import logging
@@ -14,34 +14,47 @@ from pathlib import Path
 
 from cvlab import console
 
-RETRIED = (1, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)  # what may end otherwise the next time
-SHUTDOWN_SECONDS = 60  # that the processes have to save when all are asked to stop
+RETRIED_CODES = (1, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)  # failures that may not happen again
+SHUTDOWN_SECONDS = 60  # for the processes to save when all are asked to stop
 
 
 def run(path: Path, processes: int, restarts: int, flags: tuple[str, ...]) -> int:
-    """Resume a run in so many processes; return the exit code of process 0, or of the one that has failed.
+    """Resume a run in several processes; if one of them is killed, all are started again.
 
-    Where one is killed all are started again, up to `restarts` times.
+    Args:
+        path: The run directory.
+        processes: Number of processes.
+        restarts: How often they may be started again.
+        flags: Options of `cvlab resume`.
+
+    Returns:
+        The exit code of rank 0, or of the process that has failed.
     """
     command = ("-m", "cvlab", "resume", str(path.resolve()), f"--nproc={processes}", *flags)
-    for left in range(restarts, -1, -1):
+    for restarts_left in range(restarts, -1, -1):
         code = start(command, processes)
-        if code not in RETRIED or left == 0:
+        if code not in RETRIED_CODES or restarts_left == 0:
             break
-        console.info(f"warning: a process ended with {code}; all are started again ({left} times left)")
+        console.info(f"warning: a process ended with {code}; all are started again ({restarts_left} times left)")
     return code if code >= 0 else 128 - code
 
 
 def start(command: tuple[str, ...], processes: int) -> int:
-    """Start Python with this command line in so many processes; return 0, or the exit code of the first that failed.
+    """Start Python with a command line in several processes and wait for them.
 
-    It is negative where a signal has ended it; that of process 0 counts where it has said what is wrong.
+    Args:
+        command: Arguments of the Python interpreter.
+        processes: Number of processes.
+
+    Returns:
+        0, or the exit code of the first process that failed, negative if a signal has ended it; that of rank 0 takes
+        precedence if it has reported an error.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP would warn of what it was asked to do
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP would warn of find_unused_parameters
     if "lo" in [name for _, name in socket.if_nameindex()]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing leaves the machine, whatever its name resolves to
     agent = LaunchConfig(
@@ -56,15 +69,15 @@ def start(command: tuple[str, ...], processes: int) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
-    logging.disable(logging.ERROR)  # the agent's own; the processes speak for themselves
+    logging.disable(logging.ERROR)  # messages of the agent; the processes report their own errors
     try:
         elastic_launch(agent, sys.executable)(*command)
     except SignalException as error:
         return 130 if error.sigval == signal.SIGINT else 143
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-        spoken = [failure.exitcode for failure in failures if failure.local_rank == 0 and failure.exitcode > 1]
-        return int(spoken[0] if spoken else failures[0].exitcode)
+        reported = [failure.exitcode for failure in failures if failure.local_rank == 0 and failure.exitcode > 1]
+        return int(reported[0] if reported else failures[0].exitcode)
     finally:
         logging.disable(logging.NOTSET)
     return 0

@@ -1,10 +1,12 @@
-"""One training in several processes: which one this is, its share of the work, and what all of them agree on.
+"""The process group of a training run: which rank this process is, and how the ranks connect.
 
-torchrun starts the processes (`cvlab train CONFIG --nproc 2` does it too) and tells each its place by the environment.
-In a training of one process everything here is the identity. The batch of a step and the order of the data are those of
-one process: each takes its share. Process 0 alone writes; what depends on a clock, a signal or the disk it decides for
-all, so that no process waits in vain. Paper: Li et al., 2020, "PyTorch Distributed: experiences on accelerating data
-parallel training".
+torchrun starts the processes (`cvlab train CONFIG --nproc 2` does it too) and describes each by its environment. In a
+run of a single process everything in this package is the identity. The batch of a step and the order of the data are
+those of a single process; each rank takes its shard. Only rank 0 writes, and it decides for all ranks whatever depends
+on a clock, a signal or the disk, so that no rank waits in vain.
+
+References:
+    Li et al., 2020, "PyTorch Distributed: experiences on accelerating data parallel training".
 """
 
 import contextlib
@@ -12,24 +14,25 @@ import datetime
 import functools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from cvlab.errors import ConfigError, CvlabError, StoppedError
 
 T = TypeVar("T")
-TIMEOUT = datetime.timedelta(seconds=60)  # of one exchange: a process that hangs for longer is given up
+TIMEOUT = datetime.timedelta(seconds=60)  # of a collective: a rank that hangs for longer is given up
 REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 class PeerLostError(CvlabError):
-    """Another process of the training has ended or hangs."""
+    """Another rank of the run has ended or hangs."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is of how many, in all and on this machine."""
+    """Which rank this process is, of how many, in all and on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -37,46 +40,57 @@ class World:
     local_size: int = 1
     launcher: int = 0  # the process that has started this one
 
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "World":
+        """Read the variables that torchrun sets; a single process if they are missing.
+
+        Raises:
+            ConfigError: One of them is not a number.
+        """
+        if not all(environment.get(name) for name in REQUIRED_VARIABLES):
+            return cls()
+        try:
+            rank, size, local_rank, local_size = (int(environment.get(name, value)) for name, value in DEFAULTS.items())
+        except ValueError as error:
+            raise ConfigError(
+                f"one of the variables {', '.join(DEFAULTS)} is no number", "start it with torchrun"
+            ) from error
+        return cls(rank, size, local_rank, local_size, os.getppid()) if size > 1 else cls()
+
 
 @functools.cache
 def world() -> World:
-    """Return this process's place, as torchrun tells it. ConfigError where what it tells makes no sense."""
-    if not all(os.environ.get(name) for name in REQUIRED_VARIABLES):
-        return World()
-    places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    try:
-        rank, size, local_rank, local_size = (int(os.environ.get(name, alone)) for name, alone in places.items())
-    except ValueError as error:
-        raise ConfigError(f"of the variables {', '.join(places)} one is no number", "start it by torchrun") from error
-    return World(rank, size, local_rank, local_size, os.getppid()) if size > 1 else World()
+    """Return the world of this process's environment, as it was at the first call."""
+    return World.from_environment(os.environ)
 
 
 def is_main() -> bool:
-    """Whether this process writes, speaks and decides."""
+    """Return whether this is rank 0, which writes, logs and decides."""
     return world().rank == 0
 
 
 def launch_id() -> str | None:
-    """Return what torchrun calls this start of several processes; restarts of them bear the same name."""
+    """Return torchrun's name of this launch, the same after a restart; None in a single process."""
     return os.environ.get("TORCHELASTIC_RUN_ID") if world().size > 1 else None
 
 
 def is_restarted() -> bool:
-    """Whether torchrun has started these processes again, because one of them had failed."""
+    """Return whether torchrun has started the processes again because one of them had failed."""
     return world().size > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def threads_per_process(processes: int) -> int:
-    """Return this machine's cores for each of so many processes on it, at least one."""
+    """Return how many cores of this machine each of its processes gets, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes)
 
 
 @contextlib.contextmanager
 def init_process_group() -> Iterator[None]:
-    """Connect the processes; at the end wait for all of them, unless one of them has failed.
+    """Connect the ranks; at the end wait for all of them, unless one of them has failed.
 
-    LostError where another process has gone.
+    Raises:
+        PeerLostError: Another rank has ended or hangs.
     """
     if world().size == 1:
         yield
@@ -87,19 +101,19 @@ def init_process_group() -> Iterator[None]:
         _connect()
         try:
             yield
-        except StoppedError:  # all stop at the same step
+        except StoppedError:  # all ranks stop after the same step
             dist.barrier()
             raise
-        dist.barrier()  # without it a process that is ready earlier takes the connections of the others with it
+        dist.barrier()  # without it a rank that finishes earlier closes the connections of the others
         dist.destroy_process_group()
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise PeerLostError("another process of this training has ended") from error
+        raise PeerLostError("another process of this run has ended") from error
 
 
 def _connect() -> None:
-    """Make the process group: gloo for the CPU, nccl beside it for GPUs."""
+    """Create the process group: gloo for the CPU, nccl in addition for GPUs."""
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -107,15 +121,14 @@ def _connect() -> None:
     backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and torch.cuda.is_available() else "gloo"
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps its store when it starts the processes of a machine again, and torch 2.13 would find the
-        # addresses of those that have died.
+        # torchrun keeps its store when it restarts the processes of a machine, and torch 2.13 would find the addresses
+        # of those that have died.
         number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {number}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def pending_signal(received: int | None) -> int | None:
-    """Return the signal that any process has received; SIGTERM where what has started this one is gone."""
-    place = world()
-    orphaned = place.size > 1 and os.getppid() != place.launcher
-    return received or (int(signal.SIGTERM) if orphaned else None)
+    """Return the signal that this process has received, or SIGTERM if the process that started it is gone."""
+    is_orphaned = world().size > 1 and os.getppid() != world().launcher
+    return received or (int(signal.SIGTERM) if is_orphaned else None)

@@ -1,4 +1,4 @@
-"""Which part of a batch or data set belongs to this rank."""
+"""Which part of a batch or a data set belongs to this rank."""
 
 from typing import TYPE_CHECKING
 
@@ -10,26 +10,35 @@ if TYPE_CHECKING:
 
 
 def rank_seed(seed: int) -> int:
-    """Return a seed of this process alone, below 2^32 (numpy takes no larger one)."""
+    """Return a seed that differs between ranks, below 2^32, which is numpy's limit."""
     return (seed + 2_654_435_761 * world().rank) % 2**32  # 2^32 divided by the golden ratio
 
 
 def shard(indices: "Tensor") -> "Tensor":
-    """Return this process's part of what a step takes in all, (B,) -> (B / processes,)."""
-    place = world()
-    size = len(indices) // place.size
-    return indices if place.size == 1 else indices[place.rank * size : (place.rank + 1) * size]
+    """Return this rank's shard of the indices of a batch: (B,) -> (B / ranks,)."""
+    rank, size = world().rank, world().size
+    count = len(indices) // size
+    return indices if size == 1 else indices[rank * count : (rank + 1) * count]
 
 
 def require_divisible(count: int, size: int) -> None:
-    """Raise ConfigError unless so many processes can share a batch equally."""
+    """Raise ConfigError unless a batch of `count` items can be divided equally among `size` ranks."""
     if count % size:
         raise ConfigError(f"batch_size {count}: {size} processes cannot share it equally", f"give a multiple of {size}")
 
 
 def shard_range(count: int, rank: int | None = None, size: int | None = None) -> tuple[int, int]:
-    """Return from where to where a process evaluates `count` items, so that each is seen once."""
+    """Return the range of items that a rank evaluates, so that each item is evaluated once.
+
+    Args:
+        count: Number of items.
+        rank: The rank, by default this one.
+        size: Number of ranks, by default that of the process group.
+
+    Returns:
+        First item and end of the range. Ranges differ in length by at most 1.
+    """
     rank = world().rank if rank is None else rank
-    base, more = divmod(count, size or world().size)
-    start = rank * base + min(rank, more)
-    return start, start + base + (rank < more)
+    base, remainder = divmod(count, size or world().size)
+    start = rank * base + min(rank, remainder)
+    return start, start + base + (rank < remainder)

@@ -1,4 +1,4 @@
-"""The configuration keys that all training experiments share."""
+"""Configuration keys that all training experiments share."""
 
 from typing import Annotated
 
@@ -20,25 +20,25 @@ from cvlab.errors import ConfigError
 
 
 class TrainConfig(RunConfig):
-    """The keys of every experiment that trains."""
+    """Configuration of an experiment that trains."""
 
     optimizer: Annotated[ComponentConfig, optimizers.OPTIMIZERS] = Field(description="name and its parameters")
     schedule: Annotated[ComponentConfig, schedules.SCHEDULES] = Field(
-        ComponentConfig(name="constant"), description="of the learning rate"
+        ComponentConfig(name="constant"), description="schedule of the learning rate"
     )
     warmup: Fraction = Field(0.0, description="share of the run over which the learning rate rises from 0")
-    batch_size: PositiveInt = Field(description="images per step")
+    batch_size: PositiveInt = Field(description="items per step, over all processes")
     duration: Duration = Field(description="exactly one of steps, epochs, seconds")
-    clip_norm: PositiveFloat | None = Field(None, description="largest norm of the gradient")
+    clip_norm: PositiveFloat | None = Field(None, description="largest L2 norm of the gradient; null: no limit")
     ema: FractionBelowOne | None = Field(
-        None, description="decay of a running average of the weights, which is evaluated"
+        None, description="decay of the moving average of the weights, which is evaluated; null: none"
     )
     eval_every: PositiveInt = Field(1, description="epochs between two evaluations")
     log_every: PositiveInt = Field(10, description="steps between two rows of metrics.jsonl")
-    save_seconds: NonNegativeFloat = Field(60.0, description="at least so long between two checkpoints")
+    save_seconds: NonNegativeFloat = Field(60.0, description="minimum seconds between two checkpoints")
 
     def require_shares(self, processes: int) -> None:
-        """Raise ConfigError unless so many processes can train it."""
+        """Raise ConfigError unless the configuration can be trained in a number of processes."""
         sharding.require_divisible(self.batch_size, processes)
         if processes > 1 and self.duration.seconds is not None:
             raise ConfigError("duration.seconds: several processes need a number of steps", "give steps or epochs")

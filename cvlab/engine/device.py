@@ -1,4 +1,4 @@
-"""Device, precision and threads, and the state of the random generators."""
+"""Device, precision and number of threads, and the state of the random number generators."""
 
 import contextlib
 import ctypes
@@ -18,19 +18,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass(frozen=True)
 class ComputeContext:
-    """Where and how to compute: a device, a precision, a number of CPU threads."""
+    """Where and how to compute.
+
+    Attributes:
+        device: The device.
+        precision: float32, bfloat16 (autocast; weights stay float32) or float64.
+        threads: Number of CPU threads.
+    """
 
     device: torch.device
-    precision: str  # float32 | bfloat16 (autocast, weights stay float32) | float64
+    precision: str
     threads: int
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of inputs and weights: float64 if asked for, else float32."""
+        """The dtype of inputs and weights: float64 for precision float64, else float32."""
         return torch.float64 if self.precision == "float64" else torch.float32
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which a forward pass runs."""
+        """Return the context manager for a forward pass."""
         if self.precision != "bfloat16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -44,37 +50,46 @@ class ComputeContext:
         return self.as_dict() | {"torch": str(torch.__version__)}
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given, before a clock is read."""
+        """Wait until the device has finished, before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def select_device(device: str = "auto", precision: str = "auto", threads: int | None = None) -> ComputeContext:
-    """Choose device, precision and threads; DeviceError where what was asked for is not there."""
+    """Choose device, precision and number of threads.
+
+    Args:
+        device: cpu, cuda, cuda:N, mps or auto; in a distributed run, cuda and auto are the GPU of this rank.
+        precision: float32, bfloat16, float64, or auto: bfloat16 if the device has hardware for it.
+        threads: Number of CPU threads; None for torch's default.
+
+    Raises:
+        DeviceError: The device does not exist.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     keep_freed_memory()
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    hint = "use --device cpu, or --device auto to take what is there"
-    if chosen.type == "cuda":
+    selected = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    hint = "use --device cpu, or --device auto for the best available one"
+    if selected.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device in ("auto", "cuda") and process_group.world().size > 1:
-            chosen = torch.device("cuda", process_group.world().local_rank)
-        if (chosen.index or 0) >= count:
-            raise DeviceError(f"device {device} is not there: {count} CUDA devices", hint)
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device mps is not there", hint)
+            selected = torch.device("cuda", process_group.world().local_rank)
+        if (selected.index or 0) >= count:
+            raise DeviceError(f"device {device} is not available: {count} CUDA devices", hint)
+    if selected.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps is not available", hint)
     if precision == "auto":
-        precision = "bfloat16" if fast_bfloat16(chosen) else "float32"
-    return ComputeContext(chosen, precision, torch.get_num_threads())
+        precision = "bfloat16" if fast_bfloat16(selected) else "float32"
+    return ComputeContext(selected, precision, torch.get_num_threads())
 
 
 @functools.cache
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks for the next step.
 
-    By default it gives each back to the kernel and has every page of the next one zeroed again: a quarter of the time
-    of a small convolutional net on two cores. Elsewhere than on glibc nothing changes.
+    By default it returns each to the kernel, which zeroes every page of the next one again: a quarter of the time of a
+    small convolutional network on two cores. Without glibc nothing changes.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -84,7 +99,7 @@ def keep_freed_memory() -> None:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware; without it bfloat16 is many times slower than float32."""
+    """Return whether a device multiplies bfloat16 in hardware; else bfloat16 is many times slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
@@ -101,7 +116,7 @@ def seed_everything(seed: int) -> None:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the states of all global generators, as tensors and plain numbers."""
+    """Return the states of all global generators as tensors and plain numbers."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -112,7 +127,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the global generators back to a state of `rng_state`."""
+    """Restore the global generators to a state that `get_rng_state` returned."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,8 +1,11 @@
-"""Muon: momentum whose matrices are made orthogonal before each step; filters and hidden weights take it.
+"""Muon: momentum whose matrices are orthogonalized before each step, for filters and hidden weights.
 
-Paper: Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks". Differs: a weight's Frobenius
-norm is held at the root of its number of rows, as in the 94 % record run of CIFAR-10, so that the learning rate is the
-angle of a step.
+References:
+    Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks".
+
+Differences from the paper:
+    A weight's Frobenius norm is kept at the square root of its number of rows, as in the 94 % record run of CIFAR-10,
+    so that the learning rate is the angle of a step.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: steepest at 0, singular values end between 0.7 and 1.2
+COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of the quintic that is steepest at 0; singular values end between 0.7 and 1.2
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a matrix (R, C) with the same singular vectors and all singular values near 1, by Newton and Schulz.
+    """Return a matrix with the same singular vectors and singular values near 1, by Newton-Schulz iteration.
 
-    It is computed in `dtype`, if that is given, and returned in the matrix's own.
+    Args:
+        matrix: (R, C).
+        iterations: Number of iterations.
+        dtype: What to compute in, by default the matrix's own dtype; the result has that in any case.
     """
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype or matrix.dtype)
@@ -30,16 +40,21 @@ def orthogonalize(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `orthogonal` take Muon, the others Nesterov SGD; both keep one momentum buffer for each weight."""
+    """Muon for parameter groups with `orthogonal`, Nesterov SGD for the others.
+
+    Args:
+        groups: Parameter groups with lr, momentum, weight_decay and orthogonal.
+        iterations: See `orthogonalize`.
+        dtype: See `orthogonalize`.
+    """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, iterations: int, dtype: torch.dtype | None = None) -> None:
-        """Take groups of parameters; `iterations` and `dtype` are those of `orthogonalize`."""
         self.iterations, self.dtype = iterations, dtype
         super().__init__(groups, {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0, "orthogonal": False})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every weight that has a gradient."""
+        """Update every weight that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -60,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         return None
 
     def _orthogonal(self, weights: Iterable[Tensor], updates: Iterable[Tensor]) -> list[Tensor]:
-        """Scale each weight to its norm, and make its update, as a matrix with a row for each output, orthogonal."""
+        """Normalize the weights in place and return their updates orthogonalized, each as a matrix (outputs, ...)."""
         for weight in weights:
             weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=1e-12))
         return [orthogonalize(u.reshape(len(u), -1), self.iterations, self.dtype).view_as(u) for u in updates]

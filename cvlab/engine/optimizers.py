@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name, with the parameters that a YAML may set."""
+"""Optimizers by name, with the arguments that a configuration may set."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -26,8 +26,8 @@ OPTIMIZERS = Registry(
 )
 
 
-def _fused(parameters: list[Any]) -> bool:
-    """One kernel per step instead of one per tensor and operation, where torch has it."""
+def _has_fused_kernel(parameters: list[Any]) -> bool:
+    """Return whether torch has a fused kernel: one for the whole step instead of one per tensor and operation."""
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
     return first.device.type in ("cpu", "cuda")
 
@@ -35,15 +35,17 @@ def _fused(parameters: list[Any]) -> bool:
 def sgd(
     parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0, nesterov: bool = False, weight_decay: Small = 0.0
 ) -> optim.Optimizer:
-    """Stochastic gradient descent, with (Nesterov) momentum if it is above 0."""
-    given: Any = list(parameters)
-    return optim.SGD(given, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=_fused(given))
+    """Build stochastic gradient descent with (Nesterov) momentum."""
+    params: Any = list(parameters)
+    return optim.SGD(
+        params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=_has_fused_kernel(params)
+    )
 
 
 def rmsprop(
     parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8, weight_decay: Small = 0.0
 ) -> optim.Optimizer:
-    """RMSProp (Tieleman and Hinton, 2012, lecture 6e): the gradient over its running root mean square."""
+    """Build RMSProp (Tieleman and Hinton, 2012, lecture 6e)."""
     return optim.RMSprop(parameters, lr=lr, alpha=decay, eps=eps, weight_decay=weight_decay)
 
 
@@ -54,9 +56,9 @@ def adam(
     eps: Small = 1e-8,
     weight_decay: Small = 0.0,
 ) -> optim.Optimizer:
-    """Adam (Kingma and Ba, 2015, algorithm 1), with bias correction."""
-    given: Any = list(parameters)
-    return optim.Adam(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
+    """Build Adam (Kingma and Ba, 2015, algorithm 1)."""
+    params: Any = list(parameters)
+    return optim.Adam(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_has_fused_kernel(params))
 
 
 def adamw(
@@ -66,9 +68,9 @@ def adamw(
     eps: Small = 1e-8,
     weight_decay: Small = 1e-2,
 ) -> optim.Optimizer:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2)."""
-    given: Any = list(parameters)
-    return optim.AdamW(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fused(given))
+    """Build Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2)."""
+    params: Any = list(parameters)
+    return optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_has_fused_kernel(params))
 
 
 def muon(
@@ -81,44 +83,61 @@ def muon(
     weight_decay: Small = 0.0,
     iterations: Annotated[int, Ge(1), Le(20)] = 3,
 ) -> optim.Optimizer:
-    """Muon (Jordan et al., 2024) for filters and hidden weights; Nesterov SGD for biases and the last weight.
+    """Build Muon (Jordan et al., 2024) for filters and hidden weights, Nesterov SGD for biases and the last weight.
 
-    `lr` and `momentum` are Muon's; biases take `bias_lr`, the last weight `head_lr`, both `sgd_momentum`.
+    Args:
+        parameters: Parameters of a model in order.
+        lr: Learning rate of Muon.
+        momentum: Momentum of Muon.
+        bias_lr: Learning rate of biases and other vectors.
+        head_lr: Learning rate of the last weight.
+        sgd_momentum: Momentum of biases and the last weight.
+        weight_decay: Weight decay of biases and the last weight.
+        iterations: Newton-Schulz iterations.
     """
-    given: list[Any] = list(parameters)
-    weights = [parameter for parameter in given if parameter.ndim > 1]
+    params: list[Any] = list(parameters)
+    weights = [parameter for parameter in params if parameter.ndim > 1]
     shared = {"momentum": sgd_momentum, "weight_decay": weight_decay}
     groups: list[dict[str, Any]] = [
         {"params": weights[:-1], "lr": lr, "momentum": momentum, "orthogonal": True},
-        {"params": [parameter for parameter in given if parameter.ndim < 2], "lr": bias_lr, **shared},
+        {"params": [parameter for parameter in params if parameter.ndim < 2], "lr": bias_lr, **shared},
         {"params": weights[-1:], "lr": head_lr, **shared},
     ]
-    dtype = torch.bfloat16 if device.fast_bfloat16(given[0].device) and given[0].dtype == torch.float32 else None
+    dtype = torch.bfloat16 if device.fast_bfloat16(params[0].device) and params[0].dtype == torch.float32 else None
     return Muon(groups, iterations=iterations, dtype=dtype)
 
 
 def manual_sgd(parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0) -> optim.Optimizer:
-    """Apply the hand-written rule of SGD with momentum."""
+    """Build SGD with momentum from the hand-written update rule."""
     return update_rules.ManualOptimizer(parameters, update_rules.momentum, lr=lr, momentum=momentum)
 
 
 def manual_rmsprop(parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8) -> optim.Optimizer:
-    """Apply the hand-written rule of RMSProp."""
+    """Build RMSProp from the hand-written update rule."""
     return update_rules.ManualOptimizer(parameters, update_rules.rmsprop, lr=lr, decay=decay, eps=eps)
 
 
 def manual_adam(
     parameters: Parameters, lr: Rate = 1e-3, betas: tuple[Decay, Decay] = (0.9, 0.999), eps: Small = 1e-8
 ) -> optim.Optimizer:
-    """Apply the hand-written rule of Adam."""
+    """Build Adam from the hand-written update rule."""
     return update_rules.ManualOptimizer(parameters, update_rules.adam, lr=lr, betas=betas, eps=eps)
 
 
 def build_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any]) -> optim.Optimizer:
-    """Return the optimizer called `name` over the parameters of `model` that are trained."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return an optimizer of the parameters of a model that require gradients.
+
+    Args:
+        name: One of `OPTIMIZERS`.
+        model: The model.
+        arguments: Arguments of the builder.
+
+    Raises:
+        ConfigError: The optimizer rejects an argument.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        made: optim.Optimizer = registry.get("optimizer", name, OPTIMIZERS.names)(trained, **arguments)
+        optimizer: optim.Optimizer = registry.get("optimizer", name, OPTIMIZERS.names)(trainable, **arguments)
     except ValueError as error:
         raise ConfigError(f"optimizer {name}: {error}") from error
-    return made
+    return optimizer

@@ -15,7 +15,7 @@ Rule = Callable[..., tuple[Tensor, State]]
 
 
 def momentum(w: Tensor, dw: Tensor, state: State, lr: float, momentum: float = 0.0) -> tuple[Tensor, State]:
-    """Step along the velocity v = momentum * v + dw (Sutskever et al., 2013); plain SGD where momentum is 0."""
+    """Step along the velocity v = momentum * v + dw (Sutskever et al., 2013); plain SGD if momentum is 0."""
     velocity = momentum * state["velocity"] + dw if state else dw.clone()
     return w - lr * velocity, {"velocity": velocity}
 
@@ -32,7 +32,7 @@ def rmsprop(
 def adam(
     w: Tensor, dw: Tensor, state: State, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> tuple[Tensor, State]:
-    """Divide the gradient's running mean by the root of its running mean square, both corrected for starting at 0.
+    """Divide the gradient's running mean by the root of its running mean square, both bias-corrected.
 
     Kingma and Ba, 2015, algorithm 1. Without the correction the first steps are (1 - beta1) / sqrt(1 - beta2) = 3.2
     times too long.
@@ -46,7 +46,13 @@ def adam(
 
 
 class ManualOptimizer(torch.optim.Optimizer):
-    """A rule as an optimizer: parameter groups, learning-rate schedules and checkpoints work as with torch.optim."""
+    """An update rule as a torch optimizer, with parameter groups, schedules and checkpoints.
+
+    Args:
+        parameters: Parameters or parameter groups.
+        rule: Called as `rule(weight, gradient, state, **settings)`; returns the new weight and state.
+        settings: Default settings of the groups.
+    """
 
     def __init__(self, parameters: Iterable[Any], rule: Rule, **settings: Any) -> None:
         self.rule = rule
@@ -54,7 +60,7 @@ class ManualOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every weight that has a gradient."""
+        """Update every weight that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -63,6 +69,6 @@ class ManualOptimizer(torch.optim.Optimizer):
             settings = {key: value for key, value in group.items() if key in self.defaults}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    moved, self.state[weight] = self.rule(weight, weight.grad, self.state[weight], **settings)
-                    weight.copy_(moved)
+                    updated, self.state[weight] = self.rule(weight, weight.grad, self.state[weight], **settings)
+                    weight.copy_(updated)
         return loss

@@ -222,7 +222,7 @@ def test_a_users_own_error_shows_its_traceback(cvlab, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("device=cuda:99", "device cuda:99 is not there"),
+        ("device=cuda:99", "device cuda:99 is not available"),
         ("batch_size=1000", "batch_size 1000 is larger"),
         ("optimizer={name: sgd, nesterov: true}", "optimizer sgd"),
         ("augment.translate_px=16", None),
@@ -442,7 +442,7 @@ def test_runs_show_and_compare(cvlab, tiny, tmp_path):
         (["train", "quickstart", "optimizer.rl=3"], 2, "did you mean 'lr'"),
         (["train", "quickstart", "batch_size=20000", "-q"], 2, "larger than the training set of 10000"),
         (["train", "quickstart", "data.num_train=20000", "-q"], 2, "at most num_train=10000"),
-        (["train", "quickstart", "--device", "cuda:7"], 8, "device cuda:7 is not there"),
+        (["train", "quickstart", "--device", "cuda:7"], 8, "device cuda:7 is not available"),
         (["train", "quickstart", "--device", "tpu"], 2, "device"),
         (["train", "quickstart", "--offline", "--download"], 2, "exclude each other"),
         (["train"], 2, "Missing argument"),

@@ -77,13 +77,13 @@ def test_the_environment_says_which_process_this_is(place, monkeypatch):
     assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 4, 1, 2)
     assert not process_group.is_main()
     assert place(WORLD_SIZE="1", RANK="0") == process_group.World()
-    with pytest.raises(ConfigError, match="start it by torchrun"):
+    with pytest.raises(ConfigError, match="start it with torchrun"):
         place(RANK="one")
     program = [sys.executable, "-m", "cvlab", "runs"]
     ended = subprocess.run(program, env={**os.environ}, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
-    assert "start it by torchrun" in ended.stderr
+    assert "start it with torchrun" in ended.stderr
 
 
 def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
         (("quickstart", "duration={seconds: 5}"), 2, "several processes need a number of steps"),
         (("attack",), 2, "attack runs in one process; leave --nproc out"),
         (("cifar_bn_lr_sweep",), 2, "sweep runs in one process"),
-        (("quickstart", "device=cuda"), 8, "device cuda is not there"),
+        (("quickstart", "device=cuda"), 8, "device cuda is not available"),
         (("quickstart", "lr=1"), 2, "unknown key 'lr'"),
     ],
 )
