@@ -83,7 +83,7 @@ def _configs() -> str:
     return f"{len(loading.shipped_names())} shipped configurations, all valid"
 
 
-def examine(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
+def run_checks(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
     """Run every check; return `{"ok", "checks": [{"name", "ok", "found"}]}`. With `faults` kill a training, too."""
     checks: dict[str, Callable[[], str]] = {
         "cvlab": lambda: f"cvlab {__version__} in {Path(__file__).parent.parent}",

@@ -194,10 +194,10 @@ def _publish(out: RunDir) -> None:
     """Write the run's page and, unless it is an arm of a sweep, the list of all runs; a run can do without either."""
     from cvlab.reports import html, index
 
-    wrong = html.quietly(html.write_run, out.path)
+    wrong = html.suppress_errors(html.write_run, out.path)
     root = out.path.parent
     if not wrong and not is_run(root.parent):
-        wrong = html.quietly(lambda: html.write_index(root, index.runs(root)))
+        wrong = html.suppress_errors(lambda: html.write_index(root, index.runs(root)))
     if wrong:
         out.log(f"warning: the page about this run could not be written: {wrong}")
 

@@ -118,7 +118,7 @@ class Wandb:
 TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": Wandb}
 
 
-def tell(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] = time.sleep) -> str:
+def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] = time.sleep) -> str:
     """Tell a tracker about a run, with `follow` until the run ends; return how to look at it.
 
     ConfigError for a tracker that is not known, or not installed.

@@ -1,4 +1,4 @@
-"""What this machine can do: matrix products, convolutions, copies."""
+"""Measure the rates of this machine: matrix products, convolutions, copies."""
 
 import statistics
 from collections.abc import Callable
@@ -7,17 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvlab.bench.harness import FORWARD_AND_BACKWARD, about, alternate, forward_backward_loop
+from cvlab.bench.harness import FORWARD_AND_BACKWARD, alternate, describe, forward_backward_loop
 from cvlab.engine import device as engine_device
 from cvlab.engine.device import ComputeContext
 
 MATRIX = 2048
-
-
 COPIED_FLOATS = 2**25  # 128 MiB, larger than any cache
-
-
-CONVOLUTION = (128, 64, 128, 16)  # batch, channels in and out, pixels: the middle of the nets of a minute
+CONVOLUTION = (128, 64, 128, 16)  # batch, channels in and out, pixels: a middle layer of the cifar_60s models
 
 
 def matmul_loop(ctx: ComputeContext, dtype: torch.dtype) -> Callable[[], None]:
@@ -52,7 +48,7 @@ def copy_loop(ctx: ComputeContext) -> Callable[[], None]:
 
 
 def machine(rounds: int, device: str) -> dict[str, Any]:
-    """Measure the rates that bound every training here: GFLOP/s of products and convolutions, GB/s of copies."""
+    """Measure the rates that bound training: GFLOP/s of matrix products and convolutions, GB/s of copies."""
     ctx = engine_device.select_device(device)
     names = dict.fromkeys(("float32", ctx.precision))
     loops = {f"product/{name}": matmul_loop(ctx, engine_device.DTYPES[name]) for name in names}
@@ -62,7 +58,7 @@ def machine(rounds: int, device: str) -> dict[str, Any]:
     n, channels_in, channels_out, size = CONVOLUTION
     convolution = FORWARD_AND_BACKWARD * 2 * n * channels_in * channels_out * 9 * size**2
     return {
-        "about": about(ctx, ctx.precision, rounds),
+        "about": describe(ctx, ctx.precision, rounds),
         "product_gflops": {name: 2 * MATRIX**3 / medians[f"product/{name}"] / 1e9 for name in names},
         "convolution_gflops": {name: convolution / medians[f"convolution/{name}"] / 1e9 for name in names},
         "copy_gb_per_second": 2 * 4 * COPIED_FLOATS / medians["copy"] / 1e9,

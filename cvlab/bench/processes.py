@@ -1,7 +1,8 @@
-"""How much faster a training is in several processes, and what the exchange of its gradients costs.
+"""`cvlab bench processes`: the speedup of training in several processes, and the cost of exchanging gradients.
 
 Model: a step of N processes takes t / N + 2 (N - 1) / N * gradient bytes / rate + (N - 1) * latency; t is the step
-of one process and the rest a ring's (Patarasuk and Yuan, 2009, "Bandwidth optimal all-reduce algorithms").
+of one process, the rest is the cost of a ring all-reduce (Patarasuk and Yuan, 2009, "Bandwidth optimal all-reduce
+algorithms").
 """
 
 import json
@@ -21,26 +22,26 @@ from cvlab.errors import CvlabError
 from cvlab.runs.records import read_summary
 
 SIZES_PREDICTED = (2, 4, 8, 16, 32)
-EXCHANGED_BYTES = (4_000, 40_000_000)  # of float32: the one shows the latency, the other the rate
+EXCHANGED_BYTES = (4_000, 40_000_000)  # of float32: a small one for the latency, a large one for the rate
 REPEATED = 30
 
 
 def run(config: str, overrides: list[str], processes: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Train in one and in several processes, alternating, a thread each; return images/s and the model's constants."""
+    """Train in one and in several processes in turns, one thread each; return images/s and the model's constants."""
     with tempfile.TemporaryDirectory(prefix="cvlab-bench-") as folder:
-        found: dict[int, list[dict[str, Any]]] = {1: [], processes: []}
+        measured: dict[int, list[dict[str, Any]]] = {1: [], processes: []}
         for number in range(rounds):
-            for size, metrics in found.items():
-                metrics.append(_trained([config, *overrides], size, steps, Path(folder)))
+            for size, metrics in measured.items():
+                metrics.append(_train([config, *overrides], size, steps, Path(folder)))
                 rate = metrics[-1]["images_per_second"]
                 console.info(f"round {number + 1}, {size} processes: {rate:,.0f} images/s")
-        latency, rate = _exchanged(processes, Path(folder))
-    one, several = ([row["images_per_second"] for row in rows] for rows in found.values())
-    first = found[1][0]
-    step_seconds = statistics.median(row["train_seconds"] / row["steps"] for row in found[1])
+        latency, rate = _exchange_costs(processes, Path(folder))
+    one, several = ([row["images_per_second"] for row in rows] for rows in measured.values())
+    first = measured[1][0]
+    step_seconds = statistics.median(row["train_seconds"] / row["steps"] for row in measured[1])
     gradient_bytes = 4 * int(first["parameters"])
     return {
-        "what": f"{' '.join([config, *overrides])}, {steps} steps, a thread each, median of {rounds}",
+        "what": f"{' '.join([config, *overrides])}, {steps} steps, one thread each, median of {rounds}",
         "processes": processes,
         "images_per_second": {1: statistics.median(one), processes: statistics.median(several)},
         "speedup": statistics.median(b / a for a, b in zip(one, several, strict=True)),
@@ -53,32 +54,32 @@ def run(config: str, overrides: list[str], processes: int, rounds: int, steps: i
 
 
 def speedup(processes: int, step_seconds: float, gradient_bytes: int, latency: float, rate: float) -> float:
-    """Return how many times as fast a step of a fixed batch is by the model above, with a core for each process."""
+    """Return the speedup of a step with a fixed batch by the model above, with one core per process."""
     exchange = 2 * (processes - 1) / processes * gradient_bytes / rate + (processes - 1) * latency
     return step_seconds / (step_seconds / processes + exchange)
 
 
-def _trained(words: list[str], processes: int, steps: int, folder: Path) -> dict[str, Any]:
+def _train(arguments: list[str], processes: int, steps: int, folder: Path) -> dict[str, Any]:
     changed = [f"duration={{steps: {steps}}}", "eval_every=1000000", "expect=[]", "expect_fallback=[]", "threads=1"]
     changed += ["evaluate_test=false", "save_seconds=1000000"]
     root = folder / f"{processes}"
-    command = [sys.executable, "-m", "cvlab", "train", *words, *changed, "--runs-dir", str(root), "--json", "-q"]
-    _said([*command, f"--nproc={processes}"])
+    command = [sys.executable, "-m", "cvlab", "train", *arguments, *changed, "--runs-dir", str(root), "--json", "-q"]
+    _run_command([*command, f"--nproc={processes}"])
     metrics: dict[str, Any] = read_summary(root / "latest")["metrics"]
     return metrics
 
 
-def _said(command: list[str]) -> str:
+def _run_command(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        error = CvlabError((done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("error: "))
+        error = CvlabError((done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: "))
         error.code = done.returncode
         raise error
     return done.stdout
 
 
-def _exchanged(processes: int, folder: Path) -> tuple[float, float]:
-    """Return the seconds of the smallest exchange between processes of this machine, and bytes/s of a large one."""
+def _exchange_costs(processes: int, folder: Path) -> tuple[float, float]:
+    """Return the latency in seconds and the rate in bytes/s of an exchange between processes of this machine."""
     from cvlab.distributed import launcher
 
     file = folder / "exchanged.json"
@@ -89,7 +90,7 @@ def _exchanged(processes: int, folder: Path) -> tuple[float, float]:
 
 
 def _measure_exchange(file: Path) -> None:
-    """Be one of the processes: add up tensors, and let process 0 write the median seconds of each size."""
+    """Run as one of the processes: all-reduce tensors; process 0 writes the median seconds of each size."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -97,13 +98,13 @@ def _measure_exchange(file: Path) -> None:
         seconds = []
         for count in EXCHANGED_BYTES:
             tensor = torch.zeros(count // 4)
-            spent = []
+            times = []
             for _ in range(REPEATED):
                 dist.barrier()
-                began = time.perf_counter()
+                start = time.perf_counter()
                 dist.all_reduce(tensor)
-                spent.append(time.perf_counter() - began)
-            seconds.append(statistics.median(spent))
+                times.append(time.perf_counter() - start)
+            seconds.append(statistics.median(times))
         if process_group.is_main():
             file.write_text(json.dumps(seconds))
 

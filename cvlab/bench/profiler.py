@@ -1,4 +1,4 @@
-"""`cvlab bench profile`: where the time of a training goes."""
+"""`cvlab bench profile`: where training spends its time."""
 
 import itertools
 from typing import Any
@@ -11,9 +11,9 @@ from cvlab.experiments.classification import throughput
 
 WARM_UP_STEPS = 3
 DATA = "cvlab: data"
-KINDS = {  # a part of an operator's name -> what it is; the first that fits
+KINDS = {  # substring of an operator's name -> its kind; the first match counts
     "conv": "convolution",
-    "batch_norm": "normalisation",
+    "batch_norm": "normalization",
     "pool": "pooling",
     "amax": "pooling",
     "relu": "activation",
@@ -26,35 +26,35 @@ KINDS = {  # a part of an operator's name -> what it is; the first that fits
 
 
 def kind_of(event: FunctionEvent) -> str:
-    """Say what an operator's time was spent on: data and optimizer as a whole, all else by its own name."""
-    above: Any = event
-    while above is not None:
-        if above.name == DATA:
+    """Return the kind of an operator: everything inside data loading or the optimizer counts as that."""
+    parent: Any = event
+    while parent is not None:
+        if parent.name == DATA:
             return "data"
-        if above.name.startswith("Optimizer.step"):
+        if parent.name.startswith("Optimizer.step"):
             return "optimizer"
-        above = above.cpu_parent
+        parent = parent.cpu_parent
     return next((kind for part, kind in KINDS.items() if part in event.name), "everything else")
 
 
 def shares(name: str, steps: int, device: str) -> dict[str, Any]:
-    """Profile some steps of a configuration's training, on noise; return each kind's share of the time, largest first.
+    """Profile training steps of a configuration on noise; return each kind's share of the time, largest first.
 
-    On a GPU it is the time of the kernels that counts, elsewhere that of the processor.
+    The time of the kernels counts on a GPU, that of the processor elsewhere.
     """
-    chosen, parts = training.training(name, device)
+    config, parts = training.training(name, device)
 
     def batch_at(step: int) -> Any:
         with record_function(DATA):
             return parts.batches(step)
 
-    taken = throughput.steps(chosen, parts, batch_at)
-    for _ in itertools.islice(taken, WARM_UP_STEPS):
+    training_steps = throughput.steps(config, parts, batch_at)
+    for _ in itertools.islice(training_steps, WARM_UP_STEPS):
         pass
     on_gpu = parts.ctx.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
-        for _ in itertools.islice(taken, steps):
+        for _ in itertools.islice(training_steps, steps):
             pass
         parts.ctx.synchronize()
     totals: dict[str, float] = {}
@@ -63,5 +63,5 @@ def shares(name: str, steps: int, device: str) -> dict[str, Any]:
         totals[kind_of(event)] = totals.get(kind_of(event), 0.0) + spent
     whole = sum(totals.values())
     ranked = sorted(totals.items(), key=lambda item: -item[1])
-    what = f"{name}, batch {chosen.batch_size}, {harness.about(parts.ctx, parts.ctx.precision, steps)} steps"
+    what = f"{name}, batch {config.batch_size}, {harness.describe(parts.ctx, parts.ctx.precision, steps)} steps"
     return {"ok": True, "what": what, "shares": {kind: spent / whole for kind, spent in ranked}}

@@ -1,4 +1,4 @@
-"""The engine against a bare training loop."""
+"""Training speed: of every shipped configuration, and of the engine relative to a bare training loop."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvlab.bench.harness import about, alternate, median_ratio
+from cvlab.bench.harness import alternate, describe, median_ratio
 from cvlab.bench.machine import machine
 from cvlab.config import loading as configs
 from cvlab.engine import optimizers
@@ -21,41 +21,41 @@ from cvlab.experiments.classification import throughput, train
 REFERENCE = "cifar_vgg_half_60s"
 
 
-def every_config(found: Mapping[str, Any], device: str, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Measure images/s of the shipped trainings, on noise, and their share of the machine's rate of convolutions."""
+def every_config(rates: Mapping[str, Any], device: str, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Measure images/s of the shipped training runs on noise, and their share of the machine's convolution rate."""
     rows = []
     for name in names or configs.shipped_names():
         if configs.load(name).config.experiment != "classify":
             continue
-        chosen, parts = training(name, device)
+        config, parts = training(name, device)
         with FlopCounterMode(display=False) as counter:
-            next(throughput.steps(chosen, parts))
-        speed = throughput.images_per_second(chosen, parts)
-        gflops = counter.get_total_flops() / chosen.batch_size * speed / 1e9
-        rate = found["convolution_gflops"][parts.ctx.precision]
+            next(throughput.steps(config, parts))
+        speed = throughput.images_per_second(config, parts)
+        gflops = counter.get_total_flops() / config.batch_size * speed / 1e9
+        rate = rates["convolution_gflops"][parts.ctx.precision]
         row = {"config": name, "images_per_second": speed, "gflop_per_second": gflops, "share": gflops / rate}
-        rows.append(row | {"mflop_per_image": counter.get_total_flops() / chosen.batch_size / 1e6})
+        rows.append(row | {"mflop_per_image": counter.get_total_flops() / config.batch_size / 1e6})
     return rows
 
 
 def everything(rounds: int, device: str) -> dict[str, Any]:
-    """Measure the machine, then every shipped training against it."""
-    found = machine(rounds, device)
-    return {"ok": True, "machine": found, "configs": every_config(found, device)}
+    """Measure the machine, then every shipped training run relative to it."""
+    rates = machine(rounds, device)
+    return {"ok": True, "machine": rates, "configs": every_config(rates, device)}
 
 
 def training(name: str, device: str) -> tuple[Any, train.Parts]:
-    """Build a shipped or own configuration of a training, on noise."""
+    """Build the training run of a configuration, on noise."""
     if configs.load(name).config.experiment != "classify":
-        raise ConfigError(f"{name}: not a training of a classifier")
+        raise ConfigError(f"{name}: not a training run of a classifier")
     loaded = configs.load(name, [f"device={device}"])
-    chosen: Any = loaded.config
-    return chosen, throughput.build(chosen, loaded.base)
+    config: Any = loaded.config
+    return config, throughput.build(config, loaded.base)
 
 
-def _fit_loop(chosen: Any, parts: train.Parts, count: int) -> Callable[[], None]:
-    """Make the engine's loop: shuffled uint8 batches, augmented, the losses checked."""
-    steps = throughput.steps(chosen, parts)
+def _fit_loop(config: Any, parts: train.Parts, count: int) -> Callable[[], None]:
+    """Return the engine's loop: shuffled uint8 batches, augmented, the losses checked."""
+    steps = throughput.steps(config, parts)
 
     def loop() -> None:
         for _ in itertools.islice(steps, count):
@@ -65,10 +65,10 @@ def _fit_loop(chosen: Any, parts: train.Parts, count: int) -> Callable[[], None]
     return loop
 
 
-def _bare_loop(chosen: Any, parts: train.Parts, count: int, ctx: ComputeContext, layout: Any) -> Callable[[], None]:
-    """Make the few lines of PyTorch that one writes by hand: images ready as floats, drawn at random, not augmented."""
+def _bare_loop(config: Any, parts: train.Parts, count: int, ctx: ComputeContext, layout: Any) -> Callable[[], None]:
+    """Return a loop of plain PyTorch: images already converted to floats, drawn at random, not augmented."""
     model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
-    optimizer = optimizers.build_optimizer(chosen.optimizer.name, model, chosen.optimizer.arguments())
+    optimizer = optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
     images, labels = parts.splits["train"]
     floats = parts.batches.normalize(images.permute(0, 3, 1, 2)).contiguous(memory_format=layout)
     for group in optimizer.param_groups:
@@ -76,10 +76,10 @@ def _bare_loop(chosen: Any, parts: train.Parts, count: int, ctx: ComputeContext,
 
     def loop() -> None:
         for _ in range(count):
-            indices = torch.randint(0, len(floats), (chosen.batch_size,), device=ctx.device)
+            indices = torch.randint(0, len(floats), (config.batch_size,), device=ctx.device)
             with ctx.autocast():
-                scores = model(floats[indices]).float()
-                loss = F.cross_entropy(scores, labels[indices], label_smoothing=chosen.label_smoothing)
+                logits = model(floats[indices]).float()
+                loss = F.cross_entropy(logits, labels[indices], label_smoothing=config.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -89,24 +89,24 @@ def _bare_loop(chosen: Any, parts: train.Parts, count: int, ctx: ComputeContext,
 
 
 def engine(rounds: int, steps: int, device: str, name: str = REFERENCE) -> dict[str, Any]:
-    """Compare `fit` with bare loops of the same net, data and optimiser.
+    """Compare `fit` with bare loops of the same model, data and optimizer.
 
-    One has the precision and memory format of `fit`, one is in float32 and contiguous.
+    One loop has the precision and memory format of `fit`, the other is in float32 and contiguous.
     """
-    chosen, parts = training(name, device)
+    config, parts = training(name, device)
     ctx = parts.ctx
     plain = ComputeContext(ctx.device, "float32", ctx.threads)
-    same, slow = f"bare loop, {ctx.precision}, channels_last", "bare loop, float32, contiguous"
+    same, contiguous = f"bare loop, {ctx.precision}, channels_last", "bare loop, float32, contiguous"
     loops = {
-        "fit": _fit_loop(chosen, parts, steps),
-        same: _bare_loop(chosen, parts, steps, ctx, torch.channels_last),
-        slow: _bare_loop(chosen, parts, steps, plain, torch.contiguous_format),
+        "fit": _fit_loop(config, parts, steps),
+        same: _bare_loop(config, parts, steps, ctx, torch.channels_last),
+        contiguous: _bare_loop(config, parts, steps, plain, torch.contiguous_format),
     }
     seconds = alternate(loops, rounds)
     rows = [
         {
             "loop": loop,
-            "images_per_second": chosen.batch_size * steps / statistics.median(seconds[loop]),
+            "images_per_second": config.batch_size * steps / statistics.median(seconds[loop]),
             "against_bare": median_ratio(seconds[loop], seconds[same]),
             "seconds": seconds[loop],
         }
@@ -114,8 +114,8 @@ def engine(rounds: int, steps: int, device: str, name: str = REFERENCE) -> dict[
     ]
     return {
         "ok": True,
-        "what": f"{name}, batch {chosen.batch_size}, {about(ctx, ctx.precision, rounds)}",
+        "what": f"{name}, batch {config.batch_size}, {describe(ctx, ctx.precision, rounds)}",
         "loops": rows,
         "fit_against_bare": rows[0]["against_bare"],
-        "fit_speedup_over_float32_contiguous": median_ratio(seconds[slow], seconds["fit"]),
+        "fit_speedup_over_float32_contiguous": median_ratio(seconds[contiguous], seconds["fit"]),
     }

@@ -1,19 +1,31 @@
-"""What the commands share: their options and how a result is printed."""
+"""What the commands share: arguments, groups of options, and how results are printed.
 
+A parameter of a command that is annotated with an `OptionGroup` stands for one option per field of the group:
+
+    @app.command()
+    @expand_options
+    def show_run(run: RunArgument, *, output: Output) -> None: ...
+
+The options of `Output` are also kept in the context of the command line, where an error finds them.
+"""
+
+import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from cvlab import console
 from cvlab.errors import DataError, ExpectationError
-from cvlab.runs.records import plain
 from cvlab.runs.results import read_errors
 
 if TYPE_CHECKING:
     from cvlab.config.loading import Loaded
+    from cvlab.data.resolve import DownloadPolicy
 
 
 def complete_config(incomplete: str) -> list[str]:
@@ -38,87 +50,178 @@ RunArgument = Annotated[
     str, typer.Argument(help="a run directory, `latest`, or part of a run's name", autocompletion=complete_run)
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optimizer.lr=1e-2")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="the same as key=value")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="same as the argument key=value")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
-Seed = Annotated[int | None, typer.Option(help="of initialisation, data order and augmentation")]
-Processes = Annotated[
-    int | None, typer.Option("--nproc", min=1, max=1024, help="train in so many processes, which share each batch")
-]
-Restarts = Annotated[int, typer.Option(min=0, help="with --nproc: start again so often where a process is killed")]
-RunsDir = Annotated[str | None, typer.Option(help="where runs go; else $CVLAB_RUNS, else ./runs")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="show warnings and errors only")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show more")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done; write nothing")]
-NoFallback = Annotated[
-    bool, typer.Option("--no-fallback", help="exit with an error instead of using the fallback data set")
-]
-Offline = Annotated[bool, typer.Option("--offline", help="open no socket; $CVLAB_OFFLINE=1 does the same")]
-Download = Annotated[bool, typer.Option("--download", help="wait for a download, however long it takes")]
+Seed = Annotated[int | None, typer.Option(help="seed of initialization, data order and augmentation")]
+RunsDir = Annotated[str | None, typer.Option(help="folder of the runs; default: $CVLAB_RUNS or ./runs")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan without writing anything")]
 
 
-def show(result: Mapping[str, Any], as_json: bool, render: Callable[[], None]) -> None:
-    """Print one JSON document, or what `render` prints for people."""
-    if as_json:
-        print(json.dumps(plain(result), indent=2))
-    else:
-        render()
+def _keep(context: typer.Context, parameter: typer.CallbackParam, value: bool) -> bool:
+    """Keep an option of `Output` in the context, also if another option turns out to be wrong."""
+    if value and isinstance(context.obj, Output) and parameter.name:
+        setattr(context.obj, parameter.name, value)
+    return value
 
 
-def overrides_of(texts: list[str] | None, more: list[str] | None, device: str | None, seed: int | None) -> list[str]:
-    """Gather the overrides of a command line, the last one wins."""
-    flags = {"device": device, "seed": seed}
-    return [*(texts or []), *(more or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+def _output_flag(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, is_eager=True, callback=_keep)
+
+
+class OptionGroup:
+    """Options that several commands have, as the fields of a dataclass."""
+
+
+@dataclass
+class Output(OptionGroup):
+    """How a command prints its result and its errors."""
+
+    as_json: Annotated[bool, _output_flag("--json", help="print one JSON document on stdout")] = False
+    quiet: Annotated[bool, _output_flag("-q", "--quiet", help="print only warnings and errors")] = False
+    verbose: Annotated[bool, _output_flag("-v", "--verbose", help="print more")] = False
+    debug: Annotated[bool, _output_flag("--debug", help="print the traceback of an error")] = False
+
+    def show(self, document: Mapping[str, Any], render: Callable[[], None]) -> None:
+        """Print one JSON document, or what `render` prints for people."""
+        if self.as_json:
+            from cvlab.runs.records import plain
+
+            print(json.dumps(plain(document), indent=2))
+        else:
+            render()
+
+    def flags(self) -> tuple[str, ...]:
+        """Return the flags as another cvlab process takes them."""
+        return tuple(f"--{field.name.removeprefix('as_')}" for field in fields(self) if getattr(self, field.name))
+
+
+@dataclass
+class RunOptions(OptionGroup):
+    """Options of the commands that run a configuration."""
+
+    set_: SetOption = None
+    device: Device = None
+    runs_dir: RunsDir = None
+
+
+@dataclass
+class DataOptions(OptionGroup):
+    """What may be done about a data set that is not on the disk."""
+
+    no_fallback: Annotated[
+        bool, typer.Option("--no-fallback", help="exit with an error instead of using the fallback data set")
+    ] = False
+    offline: Annotated[bool, typer.Option("--offline", help="open no socket, as with $CVLAB_OFFLINE=1")] = False
+    download: Annotated[bool, typer.Option("--download", help="wait for a download however long it takes")] = False
+
+    def policy(self) -> "DownloadPolicy":
+        """Return the options as the download policy of a run."""
+        from cvlab.data.resolve import DownloadPolicy
+
+        return DownloadPolicy(self.offline, self.download, self.no_fallback)
+
+
+@dataclass
+class ProcessOptions(OptionGroup):
+    """How many processes train, and how often they are restarted."""
+
+    nproc: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="number of processes; each takes its share of every batch")
+    ] = None
+    max_restarts: Annotated[int, typer.Option(min=0, help="with --nproc: restarts after a process was killed")] = 0
+
+
+@dataclass
+class ModelOptions(OptionGroup):
+    """Which pretrained classifier is used."""
+
+    model: Annotated[str | None, typer.Option(help="efficientnet_lite0 (bundled), timm:NAME or torchvision:NAME")] = (
+        None
+    )
+    weights: Annotated[str | None, typer.Option(help="file with the model's weights")] = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the options as values of the configuration keys with the same names."""
+        return asdict(self)
+
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter of a command that is annotated with an `OptionGroup` by the options of the group."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, OptionGroup)}
+    parameters, annotations = [], {name: hint for name, hint in hints.items() if name not in groups}
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+            continue
+        group = groups[parameter.name]
+        options = get_type_hints(group, include_extras=True)
+        for field in fields(group):  # type: ignore[arg-type]
+            annotations[field.name] = options[field.name]
+            parameters.append(parameter.replace(name=field.name, default=field.default, annotation=options[field.name]))
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})  # type: ignore[arg-type]
+            if isinstance(values[name], Output):
+                console.set_level(values[name].quiet, values[name].verbose)
+        command(**values)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = annotations
+    return wrapper
+
+
+def gather_overrides(
+    texts: list[str] | None, run: RunOptions, prefix: str = "", **flags: int | str | None
+) -> list[str]:
+    """Gather the overrides of a command line; the last one of a key wins."""
+    given = {f"{prefix}device": run.device, **flags}
+    texts = [*(texts or []), *(run.set_ or [])]
+    return [*texts, *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 
 def show_verdict(
     document: dict[str, Any],
-    as_json: bool,
+    output: Output,
     render: Callable[[], None],
-    wrong: str,
+    message: str,
     hint: str = "",
     code: int = ExpectationError.code,
 ) -> None:
-    """Print a result; exit code 3, or `code`, with the line `wrong`, where its `ok` is false."""
-    error = ExpectationError(wrong, hint)
+    """Print a result; if its `ok` is false, also print the error `message` and exit with `code`."""
+    error = ExpectationError(message, hint)
     error.code = code
-    show(document if document["ok"] else document | {"error": error.document()}, as_json, render)
+    output.show(document if document["ok"] else document | {"error": error.document()}, render)
     if not document["ok"]:
         console.info(f"error: {error}")
         raise typer.Exit(error.code)
 
 
-def show_plan(loaded: "Loaded", root: Path, as_json: bool) -> None:
+def show_plan(loaded: "Loaded", root: Path, output: Output) -> None:
     """Print what a run would do."""
     from cvlab.api import run
     from cvlab.reports import tables
 
     plan = run.plan(loaded, root)
-    show(plan, as_json, lambda: tables.show_block("plan; nothing was written", plan))
+    output.show(plan, lambda: tables.show_block("plan; nothing was written", plan))
 
 
-def flags_of(as_json: bool, quiet: bool, verbose: bool, debug: bool) -> tuple[str, ...]:
-    """Return the flags that say how a command speaks, for a command that is called in its place."""
-    given = {"--json": as_json, "--quiet": quiet, "--verbose": verbose, "--debug": debug}
-    return tuple(flag for flag, is_given in given.items() if is_given)
+def finish(result: dict[str, Any], output: Output) -> None:
+    """Print the result of a run; exit with code 4 for images that could not be read, 3 for a failed expectation.
 
-
-def finish_main(result: dict[str, Any], as_json: bool) -> None:
-    """Print a run's result in the one of several processes that has it."""
-    if result:
-        finish(result, as_json)
-
-
-def finish(result: dict[str, Any], as_json: bool) -> None:
-    """Print a run's result; exit code 4 for photos that could not be read, 3 for an expectation that was not met."""
+    The result is empty in all processes of a training run but the first.
+    """
+    if not result:
+        return
     from cvlab.reports import tables
 
-    missed = [verdict["rule"] for verdict in result["expect"] if not verdict["met"]]
+    failed = [verdict["rule"] for verdict in result["expect"] if not verdict["met"]]
     rows = result.get("results", [])
     unread = read_errors(rows)
-    wrong = f"{len(unread)} of {len(rows)} photos could not be read: {unread[0]}" if unread else ""
-    wrong = wrong or f"not met: {'; '.join(missed)}"
+    message = f"{len(unread)} of {len(rows)} photos could not be read: {unread[0]}" if unread else ""
+    message = message or f"not met: {'; '.join(failed)}"
     document = result | {"ok": result["ok"] and not unread}
     code = DataError.code if unread else ExpectationError.code
-    show_verdict(document, as_json, lambda: tables.show_result(result), wrong, f"see {result['run']}", code)
+    show_verdict(document, output, lambda: tables.show_result(result), message, f"see {result['run']}", code)

@@ -1,4 +1,4 @@
-"""The commands that show runs elsewhere: as pages, in trackers."""
+"""The commands that show runs elsewhere: report, ui, track, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,43 +6,46 @@ from typing import Annotated
 import typer
 
 from cvlab import console
-from cvlab.cli.options import Debug, Json, RunArgument, RunsDir, complete_run, show
+from cvlab.cli.options import Output, RunArgument, RunsDir, complete_run, expand_options
 
 app = typer.Typer()
 
 
 @app.command()
+@expand_options
 def report(
-    runs: Annotated[list[str], typer.Argument(help="runs; several are compared", autocompletion=complete_run)],
-    out: Annotated[Path | None, typer.Option(help="the page to write; else report.html of the run")] = None,
+    runs: Annotated[list[str], typer.Argument(help="one run, or several to compare", autocompletion=complete_run)],
+    out: Annotated[Path | None, typer.Option(help="file to write; default: report.html of the run")] = None,
     runs_dir: RunsDir = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    *,
+    output: Output,
 ) -> None:
-    """Write a page about a run, or one that compares several."""
+    """Write an HTML page about a run, or one that compares several."""
     from cvlab.reports import compare, html
     from cvlab.runs.find import find_run, runs_root
     from cvlab.storage import atomic
 
     root = runs_root(runs_dir)
-    found = [find_run(run, root) for run in runs]
-    if len(found) == 1:
-        path = out or found[0] / html.FILE
-        text = html.run_page(found[0], home=f"../{html.INDEX}" if out is None else None)
+    paths = [find_run(run, root) for run in runs]
+    if len(paths) == 1:
+        file = out or paths[0] / html.FILE
+        text = html.run_page(paths[0], home=f"../{html.INDEX}" if out is None else None)
     else:
-        path = out or root / html.COMPARISON
-        text = html.comparison_page(compare.labels(found))
-    atomic.write_text(path, text)
-    show({"ok": True, "files": [str(path)]}, as_json, lambda: print(path))
+        file = out or root / html.COMPARISON
+        text = html.comparison_page(compare.labels(paths))
+    atomic.write_text(file, text)
+    output.show({"ok": True, "files": [str(file)]}, lambda: print(file))
 
 
 @app.command()
+@expand_options
 def ui(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8123,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8123,
     runs_dir: RunsDir = None,
-    debug: Debug = False,
+    *,
+    output: Output,
 ) -> None:
-    """Show all runs in a browser. On this machine only, also while they go on, until Ctrl-C."""
+    """Show all runs in a browser. Serves this machine only, live, until Ctrl-C."""
     from cvlab.api import serve
     from cvlab.runs.find import runs_root
 
@@ -51,36 +54,38 @@ def ui(
 
 
 @app.command()
+@expand_options
 def track(
     run: RunArgument,
     to: Annotated[str, typer.Option(help="tensorboard, mlflow or wandb (offline)")],
-    follow: Annotated[bool, typer.Option("--follow", help="go on until the run ends")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="continue until the run ends")] = False,
     runs_dir: RunsDir = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    *,
+    output: Output,
 ) -> None:
-    """Tell a tracker about a run. Configuration and metrics; afterwards, or while it goes on."""
+    """Log a run to TensorBoard, MLflow or Weights & Biases."""
     from cvlab.api import track as api_track
     from cvlab.runs.find import find_run, runs_root
 
-    look = api_track.tell(find_run(run, runs_root(runs_dir)), to, follow)
-    show({"ok": True, "tracker": to, "look": look}, as_json, lambda: print(look))
+    look = api_track.log_run(find_run(run, runs_root(runs_dir)), to, follow)
+    output.show({"ok": True, "tracker": to, "look": look}, lambda: print(look))
 
 
 @app.command()
+@expand_options
 def export(
     run: RunArgument,
     to: Annotated[str, typer.Option(help="safetensors or onnx")],
-    out: Annotated[Path | None, typer.Option(help="the file to write; else export.FORMAT of the run")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: export.FORMAT of the run")] = None,
     checkpoint: Annotated[str, typer.Option(help="last or best weights")] = "last",
     runs_dir: RunsDir = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    *,
+    output: Output,
 ) -> None:
-    """Write a run's net for other programs. The file is read again and compared before it counts."""
+    """Export a run's model, and compare the file with the model."""
     from cvlab.api import export as api_export
     from cvlab.reports import tables
     from cvlab.runs.find import find_run, runs_root
 
-    found = api_export.export(find_run(run, runs_root(runs_dir)), to, checkpoint, out)
-    show(found, as_json, lambda: tables.show_block("", {key: value for key, value in found.items() if key != "ok"}))
+    result = api_export.export(find_run(run, runs_root(runs_dir)), to, checkpoint, out)
+    output.show(result, lambda: tables.show_block("", {key: value for key, value in result.items() if key != "ok"}))

@@ -4,92 +4,71 @@ from typing import Annotated
 
 import typer
 
-from cvlab import console
 from cvlab.cli.options import (
     ConfigArgument,
-    Debug,
-    Device,
-    Download,
+    DataOptions,
     DryRun,
-    Json,
-    NoFallback,
-    Offline,
+    Output,
     Overrides,
-    Quiet,
-    RunsDir,
-    SetOption,
-    Verbose,
+    RunOptions,
     complete_config,
+    expand_options,
     finish,
+    gather_overrides,
     show_plan,
     show_verdict,
 )
 
 app = typer.Typer()
+Workers = Annotated[int | None, typer.Option(min=1, max=64, help="number of runs of a sweep at a time")]
 
 
 @app.command()
+@expand_options
 def sweep(
     config: ConfigArgument,
     overrides: Overrides = None,
-    set_: SetOption = None,
-    workers: Annotated[int | None, typer.Option(min=1, max=64, help="arms at a time")] = None,
-    on: Annotated[str | None, typer.Option(help="where arms run: local, ray or slurm")] = None,
-    address: Annotated[str | None, typer.Option(help="of a Ray cluster: auto or host:port")] = None,
-    device: Device = None,
-    runs_dir: RunsDir = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start anew although one like it has not ended")] = False,
+    workers: Workers = None,
+    on: Annotated[str | None, typer.Option(help="where to run: local, ray or slurm")] = None,
+    address: Annotated[str | None, typer.Option(help="address of a Ray cluster: auto or host:port")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start anew even if the same sweep was interrupted")] = False,
     dry_run: DryRun = False,
-    no_fallback: NoFallback = False,
-    offline: Offline = False,
-    download: Download = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    *,
+    options: RunOptions,
+    data: DataOptions,
+    output: Output,
 ) -> None:
-    """Run a sweep, or a configuration with axes. `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
-    console.set_level(quiet, verbose)
+    """Run a grid of configurations. `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
     from cvlab.sweeps.executors import local
 
     if not dry_run and on in (None, "local"):
         local.start_server()  # it loads torch on another core while this process does the same
     from cvlab.api import sweep as api_sweep
-    from cvlab.data.resolve import DownloadPolicy
     from cvlab.runs.find import runs_root
     from cvlab.sweeps.experiment import load_sweep
 
-    given = {"workers": workers, "submit.on": on, "submit.address": address}
-    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
-    flags += [f"base.device={device}"] if device is not None else []
-    loaded = load_sweep(config, [*(overrides or []), *(set_ or []), *flags])
-    root = runs_root(runs_dir)
+    flags = {"workers": workers, "submit.on": on, "submit.address": address}
+    loaded = load_sweep(config, gather_overrides(overrides, options, "base.", **flags))
+    root = runs_root(options.runs_dir)
     if dry_run:
-        show_plan(loaded, root, as_json)
-        return
-    finish(api_sweep.start(loaded, DownloadPolicy(offline, download, no_fallback), root, fresh), as_json)
+        show_plan(loaded, root, output)
+    else:
+        finish(api_sweep.start(loaded, data.policy(), root, fresh), output)
 
 
 @app.command()
+@expand_options
 def verify(
     configs: Annotated[list[str], typer.Argument(help="configurations to run", autocompletion=complete_config)],
-    set_: SetOption = None,
-    device: Device = None,
-    workers: Annotated[int | None, typer.Option(min=1, max=64, help="arms of a sweep at a time")] = None,
-    runs_dir: RunsDir = None,
-    no_fallback: NoFallback = False,
-    offline: Offline = False,
-    download: Download = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    workers: Workers = None,
+    *,
+    options: RunOptions,
+    data: DataOptions,
+    output: Output,
 ) -> None:
-    """Run configurations, expected against measured. Exit code 3 where one misses."""
-    console.set_level(quiet, verbose)
+    """Run configurations and check their expectations. Exits with code 3 if one fails."""
     from cvlab.api import verify as api_verify
     from cvlab.config import loading
-    from cvlab.data.resolve import DownloadPolicy
     from cvlab.reports import tables
     from cvlab.runs.find import runs_root
     from cvlab.sweeps.config import SweepConfig
@@ -97,11 +76,10 @@ def verify(
     loaded = []
     for name in configs:
         is_sweep = isinstance(loading.load(name).config, SweepConfig)
-        flags = [f"{'base.' if is_sweep else ''}device={device}"] if device is not None else []
-        flags += [f"workers={workers}"] if is_sweep and workers is not None else []
-        loaded.append(loading.load(name, [*(set_ or []), *flags]))
-    found = api_verify.verify(loaded, DownloadPolicy(offline, download, no_fallback), runs_root(runs_dir))
-    rows = found["verified"]
-    missed = [f"{row['config']}: {row['rule']}" for row in rows if not row["met"]]
+        flags = {"workers": workers} if is_sweep else {}
+        loaded.append(loading.load(name, gather_overrides(None, options, "base." if is_sweep else "", **flags)))
+    result = api_verify.verify(loaded, data.policy(), runs_root(options.runs_dir))
+    rows = result["verified"]
+    failed = [f"{row['config']}: {row['rule']}" for row in rows if not row["met"]]
     code = api_verify.verdict_code(rows)
-    show_verdict(found, as_json, lambda: tables.show_verification(rows), f"not met: {'; '.join(missed)}", code=code)
+    show_verdict(result, output, lambda: tables.show_verification(rows), f"not met: {'; '.join(failed)}", code=code)

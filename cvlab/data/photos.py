@@ -7,7 +7,7 @@ anything is decoded, and only four well-known decoders are used.
 import glob
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,26 @@ MAX_PIXELS = 50_000_000
 SAMPLE = "sample"
 SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_painting.py
 ANOTHER = "give a JPEG, PNG, BMP or WEBP file"
+
+
+def _is_missing(name: str) -> bool:
+    """Whether a name means a file, and there is none."""
+    is_file = name not in (SAMPLE, SAMPLE_PAINTING) and "://" not in name and not glob.has_magic(name)
+    return is_file and not os.path.lexists(name)
+
+
+def require_any(names: Sequence[str]) -> None:
+    """Raise DataError if photos are named, and all of them are files that do not exist."""
+    if names and all(map(_is_missing, names)):
+        raise DataError(f"{names[0]}: no such file", f"`{SAMPLE}` is a bundled photo")
+
+
+def require_all(names: Sequence[str]) -> None:
+    """Raise DataError if one of the names is a file that does not exist."""
+    for name in filter(_is_missing, names):
+        raise DataError(
+            f"{name}: no such file", f"`{SAMPLE}` is a bundled photo, `{SAMPLE_PAINTING}` a bundled painting"
+        )
 
 
 def find_images(named: Iterable[str]) -> list[Path]:

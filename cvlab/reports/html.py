@@ -271,7 +271,7 @@ def write_index(root: Path, rows: Sequence[Row]) -> None:
     atomic.write_text(root / INDEX, index_page(rows))
 
 
-def quietly(work: Any, *arguments: Any) -> str | None:
+def suppress_errors(work: Any, *arguments: Any) -> str | None:
     """Do what a run can do without: return what was wrong, instead of raising it."""
     try:
         work(*arguments)

@@ -45,7 +45,7 @@ def test_tensorboard(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for _ in range(2):  # told twice, it is there once
-        assert "tensorboard --logdir" in track.tell(run, "tensorboard", follow=False)
+        assert "tensorboard --logdir" in track.log_run(run, "tensorboard", follow=False)
     read = EventAccumulator(str(run / "trackers" / "tensorboard"))
     read.Reload()
     found = {tag: [(e.step, pytest.approx(e.value)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
@@ -61,7 +61,7 @@ def test_mlflow(run):
     import mlflow
 
     for _ in range(2):
-        track.tell(run, "mlflow", follow=False)
+        track.log_run(run, "mlflow", follow=False)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent}/mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
     assert found.info.run_name == run.name
@@ -92,7 +92,7 @@ def records(content, block=32768, head=7):
 def test_wandb_offline(run):
     from wandb.proto import wandb_internal_pb2
 
-    look = track.tell(run, "wandb", follow=False)
+    look = track.log_run(run, "wandb", follow=False)
     (file,) = (run / "trackers").rglob("*.wandb")
     assert look == f"wandb sync {file.parent}"
     found = {}
@@ -126,7 +126,7 @@ def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     states = iter(["running", "running", "done", "done"])
     monkeypatch.setitem(track.TRACKERS, "fake", Fake)
     monkeypatch.setattr(track, "read_status", lambda path: {"status": next(states)})
-    found = track.tell(run, "fake", True, sleep=lambda _: out.append({"step": len(heard), "x": 1.0}))
+    found = track.log_run(run, "fake", True, sleep=lambda _: out.append({"step": len(heard), "x": 1.0}))
     assert found == "done"
     assert heard[0] == 3
     assert [entry[0] for entry in heard[1:]] == [1, 2, 3, 4, 5, 5]

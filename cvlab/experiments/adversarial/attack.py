@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt, Le
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from cvlab.config import schema
@@ -51,6 +51,7 @@ from cvlab.runs.run_dir import RunDir
 JPEG_QUALITIES = (95, 85, 75)
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
 DIFFERENCE_TIMES = 10
+DEFAULT_EPS = 8.0
 COLUMNS = (
     Column("before", "before"),
     Column("label", "after"),
@@ -85,14 +86,27 @@ class AttackConfig(PhotoConfig):
     steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(100, description="l2, pgd: maximum number of steps")
     extra_steps: schema.NonNegativeInt = Field(3, description="further steps after the first success, for robustness")
     lr: schema.PositiveFloat = Field(0.5, description="l2: L2 norm of a step, of the model's input in [0, 1]")
-    eps: Annotated[float, Ge(0.5), Le(255)] = Field(
-        8.0, description="fgsm, pgd: maximum change of a pixel, in 1/255; less than 0.5 would be lost in an 8-bit file"
+    eps: Annotated[float, Ge(0.5), Le(255)] | None = Field(
+        None,
+        description="fgsm, pgd: maximum change of a pixel, in 1/255; less than 0.5 would be lost in an 8-bit file; "
+        f"null: {DEFAULT_EPS:g}",
     )
     alpha: Annotated[float, Gt(0), Le(255)] = Field(1.0, description="pgd: step size, in 1/255")
     random_start: bool = Field(True, description="pgd: start from a random point within eps")
     then: Literal["saliency"] | None = Field(
         None, description="saliency: also compute saliency maps before and after the attack"
     )
+
+    @model_validator(mode="after")
+    def _eps_has_a_use(self) -> "AttackConfig":
+        if self.eps is not None and self.method == "l2":
+            raise ValueError("eps: the method l2 has no such bound; use method fgsm or pgd")
+        return self
+
+    @property
+    def bound(self) -> float:
+        """The largest change of a pixel, in [0, 1]."""
+        return (self.eps if self.eps is not None else DEFAULT_EPS) / attacks.MAX_UINT8
 
 
 @dataclass(eq=False)
@@ -166,7 +180,7 @@ class Attack:
             return start.clone()
         numbers = torch.arange(start.numel()).view(start.shape)
         noise = rng.uniform(self.config.seed, 0, numbers, f"pgd {photo.label}").float().to(start.device)
-        return attacks.random_start(start, noise, self.config.eps / attacks.MAX_UINT8)
+        return attacks.random_start(start, noise, self.config.bound)
 
     def optimise(self, active: list[Victim], check_interrupt: Callable[[], None]) -> None:
         """Take steps until each photo is fooled and `extra_steps` further, or its steps are used up."""
@@ -199,7 +213,7 @@ class Attack:
         return objective
 
     def _update(self, active: list[Victim]) -> image_optimizer.Update:
-        config, eps = self.config, self.config.eps / attacks.MAX_UINT8
+        config, eps = self.config, self.config.bound
         alpha = eps if config.method == "fgsm" else config.alpha / attacks.MAX_UINT8
 
         def update(pixels: ImageState, gradients: list[Tensor]) -> None:

@@ -62,7 +62,7 @@ class ClassVisualizationConfig(PretrainedConfig):
 
     targets: tuple[str, ...] = Field(("gorilla",), description="classes to visualize, one image each")
     init: Literal["noise", "image"] = Field("noise", description="start from noise or from the photo in `images`")
-    images: tuple[str, ...] = Field((photos.SAMPLE,), description="with init: image, the photo to start from")
+    images: tuple[str, ...] = Field((), description="with init: image, the photo to start from")
     parametrization: Literal["fourier", "pixels"] = Field(
         "fourier", description="what is optimized: decorrelated Fourier coefficients, or the pixels"
     )
@@ -100,7 +100,7 @@ class ClassVisualizationConfig(PretrainedConfig):
     @field_validator("images")
     @classmethod
     def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return photo_batches.absolute(names)
+        return photo_batches.absolute(names) if names else names
 
     @model_validator(mode="after")
     def _fits(self) -> "ClassVisualizationConfig":
@@ -109,7 +109,7 @@ class ClassVisualizationConfig(PretrainedConfig):
         if self.blur_every and self.parametrization == "fourier":
             raise ValueError("blur_every goes with parametrization: pixels")
         if self.init == "image" and len(self.images) != 1:
-            raise ValueError("init: image starts from exactly one photo")
+            raise ValueError(f"init: image starts from exactly one photo, {len(self.images)} are named")
         return self
 
 

@@ -1,9 +1,12 @@
-"""`cvlab bench boxes`: what detectors are made of against plain loops and, where they load, other libraries."""
+"""Compare the operations of detectors with plain loops, torchvision and torchmetrics; time the bundled detectors.
+
+Command: python benchmarks/detection.py --rounds 3
+"""
 
 import importlib
 import importlib.util
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,22 +31,22 @@ Loops = dict[str, Callable[[], object]]
 
 
 def run(rounds: int, device: str) -> dict[str, Any]:
-    """Measure; returns `{"what", "loops": [{"loop", "seconds", "against_ours"}]}`, rivals after ours."""
+    """Return `{"ok", "what", "loops": [{"loop", "seconds", "against_ours"}]}`, other implementations after cvlab's."""
     ctx = engine_device.select_device(device)
     rows = []
-    for pair in _pairs(ctx):
-        taken = harness.alternate({name: harness.synchronized(ctx, loop) for name, loop in pair.items()}, rounds)
-        own = next(iter(taken.values()))
-        for name, seconds in taken.items():
-            times = statistics.median(b / a for a, b in zip(own, seconds, strict=True))
+    for group in _groups(ctx):
+        measured = harness.alternate({name: harness.synchronized(ctx, loop) for name, loop in group.items()}, rounds)
+        reference = next(iter(measured.values()))
+        for name, seconds in measured.items():
+            times = statistics.median(b / a for a, b in zip(reference, seconds, strict=True))
             rows.append({"loop": name, "seconds": statistics.median(seconds), "against_ours": times})
-    return {"ok": True, "what": harness.about(ctx, ctx.precision, rounds), "loops": rows}
+    return {"ok": True, "what": harness.describe(ctx, ctx.precision, rounds), "loops": rows}
 
 
-def _pairs(ctx: engine_device.ComputeContext) -> list[Loops]:
-    """Return what is measured, each before its rivals."""
-    made = [_nms(count, ctx) for count in NMS_COUNTS]
-    return [*made, _roi_align(ctx), _precision(), *(_detector(name, ctx) for name in inference.COMING_ALONG)]
+def _groups(ctx: engine_device.ComputeContext) -> list[Loops]:
+    """Return the loops to compare with each other, cvlab's own first."""
+    suppression = [_nms(count, ctx) for count in NMS_COUNTS]
+    return [*suppression, _roi_align(ctx), _precision(), *(_detector(name, ctx) for name in inference.COMING_ALONG)]
 
 
 def _nms(count: int, ctx: engine_device.ComputeContext) -> Loops:
@@ -52,14 +55,14 @@ def _nms(count: int, ctx: engine_device.ComputeContext) -> Loops:
     boxes_xyxy = torch.cat([corner, corner + 0.1 * sides + 0.01], 1).to(ctx.device) * 1000
     scores = torch.rand(count, generator=generator).to(ctx.device)
     loops: Loops = {f"nms of {count} boxes": lambda: nms.nms(boxes_xyxy, scores, NMS_IOU)}
-    theirs = _library("nms")
-    if theirs is not None:
-        loops[f"torchvision's, {count} boxes"] = lambda: theirs(boxes_xyxy, scores, NMS_IOU)
+    torchvision_nms = _torchvision_op("nms")
+    if torchvision_nms is not None:
+        loops[f"torchvision's, {count} boxes"] = lambda: torchvision_nms(boxes_xyxy, scores, NMS_IOU)
     return loops
 
 
-def _library(name: str) -> Callable[..., Any] | None:
-    """Return one of torchvision's compiled operators, where its library loads."""
+def _torchvision_op(name: str) -> Callable[..., Any] | None:
+    """Return one of torchvision's compiled operators; None if its library cannot be loaded."""
     _compat.torchvision()
     has_it = importlib.import_module("torchvision.extension")._has_ops()
     return getattr(importlib.import_module("torchvision.ops"), name) if has_it else None
@@ -78,17 +81,17 @@ def _roi_align(ctx: engine_device.ComputeContext) -> Loops:
 
     loops: Loops = {
         f"RoIAlign of {REGIONS} boxes, there and back": through(lambda: roi_align(maps, cut, image, REGION)),
-        "a loop over the boxes": through(lambda: by_box(maps, cut, image, REGION)),
+        "a loop over the boxes": through(lambda: roi_align_loop(maps, cut, image, REGION)),
     }
-    theirs = _library("roi_align")
-    if theirs is not None:
+    torchvision_roi_align = _torchvision_op("roi_align")
+    if torchvision_roi_align is not None:
         rois = torch.cat([image[:, None].to(cut), cut], 1)
-        loops["torchvision's RoIAlign"] = through(lambda: theirs(maps, rois, REGION, 1.0, 2, True))
+        loops["torchvision's RoIAlign"] = through(lambda: torchvision_roi_align(maps, rois, REGION, 1.0, 2, True))
     return loops
 
 
-def by_box(maps: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
-    """Do what `roi_align` does with two samples a bin, box by box: four points of each bin, then their mean."""
+def roi_align_loop(maps: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
+    """Compute `roi_align` with two samples per bin and axis box by box: four points of each bin, then their mean."""
     h, w = maps.shape[2:]
     along = (torch.arange(2 * size, dtype=maps.dtype, device=maps.device) + 0.5) / (2 * size)
     made = []
@@ -113,7 +116,7 @@ def _precision() -> Loops:
 
 
 def scattered(pictures: int) -> tuple[list[Detections], list[GroundTruth]]:
-    """Return detections near truths, and others, drawn at random."""
+    """Return random detections near the boxes of random ground truths."""
     generator = torch.Generator().manual_seed(0)
     found, truths = [], []
     for _ in range(pictures):
@@ -142,3 +145,15 @@ def _detector(model: str, ctx: engine_device.ComputeContext) -> Loops:
     photo = photos.load(photos.find_images([photos.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
     width, height = PHOTO_PX
     return {f"{model} on a photo of {width} x {height}": lambda: finder.look([photo], 0.25, 0.5)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options = harness.argument_parser(__doc__ or "", rounds=9).parse_args(arguments)
+    result = run(options.rounds, options.device)
+    rows = [(row["loop"], 1000 * row["seconds"], row["against_ours"]) for row in result["loops"]]
+    harness.print_result(result, options.json, ("", "ms (median)", "time relative to cvlab"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,12 @@
-"""`cvlab bench photos`: saliency and attack against bare loops of the same net, in the same process."""
+"""Compare saliency and attack with bare loops of the same model and with captum, in the same process.
+
+Command: python benchmarks/photos.py --rounds 9
+"""
 
 import importlib.util
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +26,20 @@ from cvlab.runs.run_dir import RunDir
 
 STEPS = 4
 TARGET = 9
-SIZE_PX, RESIZE_PX = 224, 256  # of the net that comes along
-SMALL = 1e-9  # a step so short that no photo is fooled before all steps are measured
+SIZE_PX, RESIZE_PX = 224, 256  # of the bundled model
+SMALL = 1e-9  # a step so short that no attack succeeds before all steps are measured
 
 
-def bare_net(device: torch.device) -> nn.Module:
-    """Build the net that comes along as it is: float32, contiguous, batch normalisation as layers of its own."""
+def bare_model(device: torch.device) -> nn.Module:
+    """Build the bundled model unchanged: float32, contiguous, batch normalization not folded."""
     net, about = pretrained.build_lite0()
     return pretrained.NormalizedModel(net.eval().requires_grad_(False), about["mean"], about["std"]).to(device)
 
 
 def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
-    """Measure both; returns `{"what", "loops": [{"loop", "seconds", "times_as_fast"}]}`, seconds for one step each."""
+    """Return `{"ok", "what", "loops": [{"loop", "seconds", "times_as_fast"}]}`, with the seconds of one step."""
     ctx = engine_device.select_device(device, "float32")
-    model, bare = pretrained.build(device=ctx.device), bare_net(ctx.device)
+    model, bare = pretrained.build(device=ctx.device), bare_model(ctx.device)
     whole = photos.load(photos.find_images([photos.SAMPLE])[0])
     batch = [
         Photo(Path(f"{k}.png"), str(k), whole.crop((4 * k, 4 * k, 300 + 4 * k, 280 + 4 * k))) for k in range(batch_size)
@@ -60,15 +63,15 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
         }
         seconds = harness.alternate(loops, rounds)
     rows = []
-    for name, taken in seconds.items():
+    for name, measured in seconds.items():
         is_attack = "attack" in name
         size = "original" if "original" in name else "model"
         base = seconds[f"bare attack, {size} size" if is_attack else "bare gradient"]
-        times = statistics.median(b / a for a, b in zip(taken, base, strict=True))
+        times = statistics.median(b / a for a, b in zip(measured, base, strict=True))
         rows.append(
-            {"loop": name, "seconds": statistics.median(taken) / (STEPS if is_attack else 1), "times_as_fast": times}
+            {"loop": name, "seconds": statistics.median(measured) / (STEPS if is_attack else 1), "times_as_fast": times}
         )
-    return {"ok": True, "what": f"{harness.about(ctx, 'float32', rounds)}, batch {batch_size}", "loops": rows}
+    return {"ok": True, "what": f"{harness.describe(ctx, 'float32', rounds)}, batch {batch_size}", "loops": rows}
 
 
 def _last(x: Tensor) -> Tensor:
@@ -83,19 +86,19 @@ def _gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _captum(ctx: engine_device.ComputeContext, net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
     if importlib.util.find_spec("captum") is None:
         return {}
-    made = importlib.import_module("captum.attr").Saliency(net)
+    method = importlib.import_module("captum.attr").Saliency(net)
     leaf = x.detach().requires_grad_(True)
-    return {"captum's saliency": harness.synchronized(ctx, lambda: made.attribute(leaf, target=y).amax(1))}
+    return {"captum's saliency": harness.synchronized(ctx, lambda: method.attribute(leaf, target=y).amax(1))}
 
 
-def _bare_attack(net: nn.Module, images: list[Tensor], y: Tensor) -> None:
-    """Attack photos (3, h, w) the usual way; those that are not of the net's size are resized by torch."""
+def _bare_attack(model: nn.Module, images: list[Tensor], y: Tensor) -> None:
+    """Attack photos (3, h, w) the usual way; those that do not have the model's size are resized by torch."""
     moved = images
     for _ in range(STEPS):
         leaves = [image.detach().requires_grad_(True) for image in moved]
-        scores = net(torch.stack([_resized(leaf) for leaf in leaves]))
-        slopes = torch.autograd.grad(scores.gather(1, y[:, None]).sum(), leaves)
-        scores.argmax(1).tolist()
+        logits = model(torch.stack([_resized(leaf) for leaf in leaves]))
+        slopes = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), leaves)
+        logits.argmax(1).tolist()
         pairs = zip(leaves, slopes, strict=True)
         moved = [(leaf.detach() + SMALL * slope / slope.norm()).clamp(0, 1) for leaf, slope in pairs]
 
@@ -125,3 +128,18 @@ def _attack(
         ctx.synchronize()
 
     return loop
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = harness.argument_parser(__doc__ or "", rounds=9)
+    parser.add_argument("--batch-size", type=int, default=8, help="photos per batch")
+    options = parser.parse_args(arguments)
+    result = run(options.rounds, options.device, options.batch_size)
+    rows = [(row["loop"], row["seconds"], row["times_as_fast"]) for row in result["loops"]]
+    columns = ("loop", "seconds per step (median)", "speedup over bare")
+    harness.print_result(result, options.json, columns, rows)
+
+
+if __name__ == "__main__":
+    main()

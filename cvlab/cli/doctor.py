@@ -1,0 +1,30 @@
+"""The command doctor."""
+
+from typing import Annotated
+
+import typer
+
+from cvlab.cli.options import Output, RunsDir, expand_options
+
+app = typer.Typer()
+
+
+@app.command()
+@expand_options
+def doctor(
+    faults: Annotated[
+        bool, typer.Option("--faults", help="also kill and resume a short training run on this disk")
+    ] = False,
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Show what this machine has, and check that everything works."""
+    from cvlab.api import doctor as api_doctor
+    from cvlab.reports import tables
+
+    result = api_doctor.run_checks(runs_dir, faults)
+    rows = [(check["name"], "ok" if check["ok"] else "FAILS", check["found"]) for check in result["checks"]]
+    output.show(result, lambda: tables.table("", ("check", "", "result"), rows))
+    if not result["ok"]:
+        raise typer.Exit(1)

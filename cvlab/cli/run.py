@@ -1,0 +1,121 @@
+"""The commands about one configuration: train (also called run), resume, eval, gradcheck."""
+
+from typing import Annotated
+
+import typer
+
+from cvlab.cli.options import (
+    ConfigArgument,
+    DataOptions,
+    Device,
+    DryRun,
+    Output,
+    Overrides,
+    ProcessOptions,
+    RunArgument,
+    RunOptions,
+    RunsDir,
+    Seed,
+    expand_options,
+    finish,
+    gather_overrides,
+    show_plan,
+    show_verdict,
+)
+
+app = typer.Typer()
+
+
+@app.command("train")
+@app.command("run")
+@expand_options
+def run(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    *,
+    options: RunOptions,
+    processes: ProcessOptions,
+    data: DataOptions,
+    output: Output,
+) -> None:
+    """Run a configuration in a new run directory."""
+    from cvlab.api import launch
+    from cvlab.api import run as api_run
+    from cvlab.config import loading
+    from cvlab.distributed import launcher, process_group
+    from cvlab.runs.find import runs_root
+
+    root, policy = runs_root(options.runs_dir), data.policy()
+
+    def load() -> loading.Loaded:
+        return loading.load(config, gather_overrides(overrides, options, seed=seed))
+
+    if dry_run:
+        show_plan(load(), root, output)
+    elif process_group.world().size > 1:
+        finish(launch.train(lambda: launch.run_dir_of_launch(load, policy, root)), output)
+    elif processes.nproc is not None and processes.nproc > 1:
+        path = api_run.make(load(), policy, root, processes.nproc)
+        raise typer.Exit(launcher.run(path, processes.nproc, processes.max_restarts, output.flags()))
+    else:
+        finish(api_run.start(load(), policy, root), output)
+
+
+@app.command()
+@expand_options
+def resume(run: RunArgument, runs_dir: RunsDir = None, *, processes: ProcessOptions, output: Output) -> None:
+    """Resume an interrupted run bit-for-bit. Continues from its newest checkpoint."""
+    from cvlab.api import launch
+    from cvlab.api import run as api_run
+    from cvlab.distributed import launcher, process_group
+    from cvlab.runs.find import find_run, runs_root
+
+    path = find_run(run, runs_root(runs_dir))
+    count = launch.require_processes(path, processes.nproc)
+    if process_group.world().size > 1:
+        finish(launch.train(lambda: path), output)
+    elif count > 1 and not api_run.has_ended(path):
+        raise typer.Exit(launcher.run(path, count, processes.max_restarts, output.flags()))
+    else:
+        finish(api_run.resume(path), output)
+
+
+@app.command("eval")
+@expand_options
+def evaluate(
+    run: RunArgument,
+    split: Annotated[list[str] | None, typer.Option(help="train, val or test; may be repeated")] = None,
+    checkpoint: Annotated[str, typer.Option(help="last or best weights")] = "last",
+    device: Device = None,
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Evaluate a run's weights on the validation and test splits."""
+    from cvlab.api import evaluate as api_evaluate
+    from cvlab.reports import tables
+    from cvlab.runs.find import find_run, runs_root
+
+    path = find_run(run, runs_root(runs_dir))
+    result = api_evaluate.evaluate(path, tuple(split or ()), checkpoint, device)
+    title = f"{path.name}, {checkpoint} weights, step {result['step']}"
+    output.show(result, lambda: tables.show_block(title, result["metrics"]))
+
+
+@app.command()
+@expand_options
+def gradcheck(
+    layers: Annotated[list[str] | None, typer.Argument(help="names of layers or models, or ./file.py:Name")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of the random inputs")] = 0,
+    *,
+    output: Output,
+) -> None:
+    """Check hand-written gradients. Compares them with finite differences and autograd in float64."""
+    from cvlab.api import gradcheck as api_gradcheck
+    from cvlab.reports import tables
+
+    result = api_gradcheck.run(layers or [], seed)
+    wrong = [check["name"] for check in result["checks"] if not check["ok"]]
+    show_verdict(result, output, lambda: tables.show_gradients(result["checks"]), f"wrong: {', '.join(wrong)}")
