@@ -119,12 +119,12 @@ def _attack(
     config = attack.AttackConfig(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
     ctx = engine_device.select_device(device, precision)
     made = Attack(config, model, ctx, TARGET, out)
-    victims = made.victims(batch)
+    examples = made.make_examples(batch)
 
     def loop() -> None:
-        for victim in victims:
-            victim.steps = 0
-        made.optimise(victims, lambda: None)
+        for example in examples:
+            example.steps = 0
+        made.optimize(examples, lambda: None)
         ctx.synchronize()
 
     return loop

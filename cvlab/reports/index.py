@@ -7,7 +7,7 @@ from cvlab.runs.find import list_runs
 from cvlab.runs.records import Row, read_status, read_summary
 
 SHOWN_FIRST = (  # of a run's metrics, the first two that it has
-    *("test_accuracy", "val_accuracy", "train_accuracy", "map50", "map50_95", "bleu4", "bleu1", "fooled"),
+    *("test_accuracy", "val_accuracy", "train_accuracy", "map50", "map50_95", "bleu4", "bleu1", "success_rate"),
     *("arms", "diverged", "num_photos", "num_objects", "train_loss"),
 )
 

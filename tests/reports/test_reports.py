@@ -95,8 +95,8 @@ def test_photos_in_a_table(capsys):
     from cvlab.experiments.adversarial import attack
     from cvlab.experiments.classification import predict
 
-    attacked = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "fooled": True}
-    attacked |= {"steps": 6, "l2": 1.5, "fooled_jpeg95": True, "fooled_jpeg85": False, "fooled_jpeg75": False}
+    attacked = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "success": True}
+    attacked |= {"steps": 6, "l2": 1.5, "success_jpeg95": True, "success_jpeg85": False, "success_jpeg75": False}
     rows = [{"image": "/a/cat.jpg", **attacked}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
     tables.show_photos(rows, attack.COLUMNS)
     out = capsys.readouterr().out

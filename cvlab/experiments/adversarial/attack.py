@@ -9,9 +9,9 @@ Differences from the papers:
     Success is measured on the saved 8-bit PNG after reading it back.
 
 Metrics:
-    `fooled`: success rate over the photos that were not classified as the target before.
+    `success_rate`: success rate over the photos that were not classified as the target before.
     `steps`, `l2` (of the model's input), `l2_photo`, `linf_255`, `psnr_db`: medians over those photos.
-    `fooled_jpeg95`, `fooled_jpeg85`, `fooled_jpeg75`: success rates after JPEG compression of that quality.
+    `success_rate_jpeg95`, `success_rate_jpeg85`, `success_rate_jpeg75`: success rates after JPEG compression.
 
 Command:
     cvlab attack --target ostrich img.jpg
@@ -50,12 +50,12 @@ from cvlab.runs.run_dir import RunDir
 
 JPEG_QUALITIES = (95, 85, 75)
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
-DIFFERENCE_TIMES = 10
-DEFAULT_EPS = 8.0
+DIFFERENCE_SCALE = 10  # of the second difference image in the panel
+DEFAULT_EPS = 8.0  # in 1/255
 COLUMNS = (
     Column("before", "before"),
     Column("label", "after"),
-    Column("fooled", "success"),
+    Column("success", "success"),
     Column("steps", "steps"),
     Column("l2", "L2"),
     Column("linf_255", "largest change", "1/255", is_detail=True),
@@ -63,7 +63,7 @@ COLUMNS = (
     Column(
         "jpeg",
         f"success as JPEG {', '.join(map(str, JPEG_QUALITIES))}",
-        keys=tuple(f"fooled_jpeg{quality}" for quality in JPEG_QUALITIES),
+        keys=tuple(f"success_jpeg{quality}" for quality in JPEG_QUALITIES),
         is_detail=True,
     ),
     Column("attacked", "attacked photo", is_file=True),
@@ -110,27 +110,36 @@ class AttackConfig(PhotoConfig):
 
 
 @dataclass(eq=False)
-class Victim:
-    """A photo on its way: `image` is what is changed, the photo itself or what the net sees of it.
+class AdversarialExample:
+    """A photo under attack.
 
-    `start` is the part (3, h, w) in [0, 1] of it that the net sees, `lens` how that is resized; `region` what it has
-    become. `aim` is the class to be seen, or the one to get away from.
+    Attributes:
+        photo: The photo.
+        image: The image that is changed: the photo, or the model's input for `size: model`.
+        transform: How the image becomes the model's input.
+        resize: The differentiable resize of the cropped region to the model's input.
+        original: Original pixels (3, h, w) in [0, 1] of the region of the image that the model sees.
+        adversarial: Attacked pixels of that region.
+        clean_probabilities: Probabilities (classes,) of the original photo.
+        attacked_class: Class whose logit is maximized if the attack is targeted, and minimized if not.
+        steps: Number of steps done.
+        steps_left: Remaining steps after the first success; None before it.
     """
 
     photo: Photo
     image: Image.Image
-    frame: EvalTransform
-    lens: DifferentiableResize
-    start: Tensor
-    region: Tensor
-    before: torch.Tensor  # probabilities (classes,) of the photo as it was
-    aim: int
+    transform: EvalTransform
+    resize: DifferentiableResize
+    original: Tensor
+    adversarial: Tensor
+    clean_probabilities: Tensor
+    attacked_class: int
     steps: int = 0
-    left: int | None = None  # steps to go on, once the net is fooled
+    steps_left: int | None = None
 
 
 class Attack:
-    """An attack on photos by one net; `config` is that of the experiment `attack`, `target` None: see anything else."""
+    """An attack on batches of photos; `target` is the index of the target class, None for an untargeted attack."""
 
     def __init__(
         self, config: AttackConfig, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, out: RunDir
@@ -138,185 +147,191 @@ class Attack:
         self.config, self.model, self.ctx, self.target, self.out = config, model, ctx, target, out
 
     def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
-        """Attack photos together, write their pictures, return a result for each, checking for interrupts."""
-        victims = self.victims(batch)
-        rows = {victim: self._judge(victim) for victim in victims if self._already(victim)}
-        todo = [victim for victim in victims if victim not in rows]
-        while todo:
-            self.optimise(todo, check_interrupt)
-            rows |= {victim: self._judge(victim) for victim in todo}
-            todo = [victim for victim in todo if not rows[victim].values["fooled"] and victim.steps < self._most_steps]
-        for victim in victims:
-            rows[victim].files |= self._panel(victim, rows[victim])
-        return [rows[victim] for victim in victims]
+        """Attack a batch of photos, save the images, return one result for each photo."""
+        examples = self.make_examples(batch)
+        results = {example: self._save_and_evaluate(example) for example in examples if self._is_target(example)}
+        active = [example for example in examples if example not in results]
+        while active:  # until the saved files succeed
+            self.optimize(active, check_interrupt)
+            results |= {example: self._save_and_evaluate(example) for example in active}
+            active = [
+                example
+                for example in active
+                if not results[example].values["success"] and example.steps < self._max_steps
+            ]
+        for example in examples:
+            results[example].files |= self._save_panels(example, results[example])
+        return [results[example] for example in examples]
 
     @property
-    def _most_steps(self) -> int:
+    def _max_steps(self) -> int:
         return 1 if self.config.method == "fgsm" else int(self.config.steps)
 
-    def _already(self, victim: Victim) -> bool:
-        return self.target is not None and int(victim.before.argmax()) == self.target
+    def _is_target(self, example: AdversarialExample) -> bool:
+        """Whether the photo is classified as the target without an attack."""
+        return self.target is not None and int(example.clean_probabilities.argmax()) == self.target
 
-    def victims(self, batch: list[Photo]) -> list[Victim]:
-        """Look at photos as the net does, and make ready what is changed of each."""
-        views = [self.model.transform(photo.image) for photo in batch]
+    def make_examples(self, batch: list[Photo]) -> list[AdversarialExample]:
+        """Classify the photos and initialize their adversarial examples."""
+        inputs = [self.model.transform(photo.image) for photo in batch]
         with torch.inference_mode():
-            stacked = torch.stack([photos.to_tensor(view) for view in views]).to(self.ctx.device)
+            stacked = torch.stack([photos.to_tensor(model_input) for model_input in inputs]).to(self.ctx.device)
             probabilities = self.model.probabilities(stacked).cpu()
-        victims = []
-        for photo, view, p in zip(batch, views, probabilities, strict=True):
-            image, frame = photo.image, self.model.transform
+        examples = []
+        for photo, model_input, p in zip(batch, inputs, probabilities, strict=True):
+            image, transform = photo.image, self.model.transform
             if self.config.size == "model":
-                image, frame = view, EvalTransform(frame.size_px, frame.size_px, frame.filter)
-            glass = build_resize(frame, *image.size, self.ctx.device)
-            start = glass.crop(photos.to_tensor(image)).contiguous().to(self.ctx.device)
-            aim = int(p.argmax()) if self.target is None else self.target
-            begin = self._begin(photo, start)
-            victims.append(Victim(photo, image, frame, glass, start, begin, p, aim))
-        return victims
+                image, transform = model_input, EvalTransform(transform.size_px, transform.size_px, transform.filter)
+            resize = build_resize(transform, *image.size, self.ctx.device)
+            original = resize.crop(photos.to_tensor(image)).contiguous().to(self.ctx.device)
+            attacked_class = int(p.argmax()) if self.target is None else self.target
+            start = self._initial_pixels(photo, original)
+            examples.append(AdversarialExample(photo, image, transform, resize, original, start, p, attacked_class))
+        return examples
 
-    def _begin(self, photo: Photo, start: Tensor) -> Tensor:
+    def _initial_pixels(self, photo: Photo, original: Tensor) -> Tensor:
         if self.config.method != "pgd" or not self.config.random_start:
-            return start.clone()
-        numbers = torch.arange(start.numel()).view(start.shape)
-        noise = rng.uniform(self.config.seed, 0, numbers, f"pgd {photo.label}").float().to(start.device)
-        return attacks.random_start(start, noise, self.config.bound)
+            return original.clone()
+        counters = torch.arange(original.numel()).view(original.shape)
+        noise = rng.uniform(self.config.seed, 0, counters, f"pgd {photo.label}").float().to(original.device)
+        return attacks.random_start(original, noise, self.config.bound)
 
-    def optimise(self, active: list[Victim], check_interrupt: Callable[[], None]) -> None:
-        """Take steps until each photo is fooled and `extra_steps` further, or its steps are used up."""
-        for victim in active:
-            victim.left = None
+    def optimize(self, active: list[AdversarialExample], check_interrupt: Callable[[], None]) -> None:
+        """Take steps until each example has succeeded and done its extra steps, or has used up its steps."""
+        for example in active:
+            example.steps_left = None
         while active:
             check_interrupt()
-            pixels = ImageState([victim.region for victim in active])
-            losses = next(image_optimizer.optimization_steps(pixels, self._objective(active), self._update(active)))
-            for victim, region, fooled in zip(active, pixels.tensors, losses["fooled"].tolist(), strict=True):
-                victim.region = region
-                victim.steps += 1
-                if fooled and victim.left is None:  # as it was before this step, which is the first of the extra ones
-                    victim.left = self.config.extra_steps
-                victim.left = victim.left - 1 if victim.left is not None else None
-            active = [v for v in active if v.steps < self._most_steps and (v.left is None or v.left > 0)]
+            state = ImageState([example.adversarial for example in active])
+            losses = next(image_optimizer.optimization_steps(state, self._objective(active), self._update(active)))
+            for example, pixels, success in zip(active, state.tensors, losses["success"].tolist(), strict=True):
+                example.adversarial = pixels
+                example.steps += 1
+                if success and example.steps_left is None:  # before this step, which is the first of the extra ones
+                    example.steps_left = self.config.extra_steps
+                example.steps_left = example.steps_left - 1 if example.steps_left is not None else None
+            active = [e for e in active if e.steps < self._max_steps and (e.steps_left is None or e.steps_left > 0)]
 
-    def _objective(self, active: list[Victim]) -> Callable[[ImageState], Losses]:
+    def _objective(self, active: list[AdversarialExample]) -> Callable[[ImageState], Losses]:
         targeted = self.target is not None
-        aims = torch.tensor([victim.aim for victim in active], device=self.ctx.device)
+        classes = torch.tensor([example.attacked_class for example in active], device=self.ctx.device)
 
-        def objective(pixels: ImageState) -> Losses:
-            pairs = zip(active, pixels.tensors, strict=True)
-            views = torch.stack([victim.lens(tensor) for victim, tensor in pairs])
+        def objective(state: ImageState) -> Losses:
+            inputs = torch.stack([e.resize(pixels) for e, pixels in zip(active, state.tensors, strict=True)])
             with self.ctx.autocast():
-                scores = self.model.module(views.contiguous(memory_format=torch.channels_last))
-            fooled = attacks.attack_succeeded(scores, aims, targeted)
-            return {"loss": attacks.attack_loss(scores, aims, targeted).sum(), "fooled": fooled}
+                logits = self.model.module(inputs.contiguous(memory_format=torch.channels_last))
+            success = attacks.attack_succeeded(logits, classes, targeted)
+            return {"loss": attacks.attack_loss(logits, classes, targeted).sum(), "success": success}
 
         return objective
 
-    def _update(self, active: list[Victim]) -> image_optimizer.Update:
+    def _update(self, active: list[AdversarialExample]) -> image_optimizer.Update:
         config, eps = self.config, self.config.bound
         alpha = eps if config.method == "fgsm" else config.alpha / attacks.MAX_UINT8
 
-        def update(pixels: ImageState, gradients: list[Tensor]) -> None:
-            for k, (victim, gradient) in enumerate(zip(active, gradients, strict=True)):
-                region = pixels.tensors[k]
-                if config.method == "l2":  # the same mean change of a pixel at any size
-                    pixels.tensors[k] = attacks.l2_step(region, gradient, config.lr * victim.lens.scale)
+        def update(state: ImageState, gradients: list[Tensor]) -> None:
+            for k, (example, gradient) in enumerate(zip(active, gradients, strict=True)):
+                pixels = state.tensors[k]
+                if config.method == "l2":  # the same mean change of a pixel at any resolution
+                    state.tensors[k] = attacks.l2_step(pixels, gradient, config.lr * example.resize.scale)
                 else:
-                    pixels.tensors[k] = attacks.linf_step(region, gradient, victim.start, alpha, eps)
+                    state.tensors[k] = attacks.linf_step(pixels, gradient, example.original, alpha, eps)
 
         return update
 
-    def _judge(self, victim: Victim) -> PhotoResult:
-        """Write the picture, read the file and classify it as any photo is; then as JPEG of several qualities."""
-        changed = victim.image.copy()
-        if not self._already(victim):
-            changed.paste(photos.to_image(victim.region), victim.lens.region[:2])
-        name = f"images/{victim.photo.label}-attacked.png"
-        self.out.write_bytes(name, images.png(changed))
-        read = photos.load(self.out.path / name)
-        variants = [read, *(_as_jpeg(read, quality) for quality in JPEG_QUALITIES)]
-        views = torch.stack([photos.to_tensor(victim.frame(image)) for image in variants])
+    def _save_and_evaluate(self, example: AdversarialExample) -> PhotoResult:
+        """Save the attacked image, read it back and classify it, also after JPEG compression."""
+        image = example.image.copy()
+        if not self._is_target(example):
+            image.paste(photos.to_image(example.adversarial), example.resize.region[:2])
+        name = f"images/{example.photo.label}-attacked.png"
+        self.out.write_bytes(name, images.png(image))
+        saved = photos.load(self.out.path / name)
+        variants = [saved, *(_compress_jpeg(saved, quality) for quality in JPEG_QUALITIES)]
+        inputs = torch.stack([photos.to_tensor(example.transform(variant)) for variant in variants])
         with torch.inference_mode():
-            probabilities = self.model.probabilities(views.to(self.ctx.device)).cpu()
-        aims = torch.full((len(views),), victim.aim)
-        fooled = attacks.attack_succeeded(probabilities, aims, self.target is not None).tolist()
-        small = attacks.distances(photos.to_tensor(victim.frame(victim.image)), views[0])
-        large = attacks.distances(photos.to_tensor(victim.image), photos.to_tensor(read))
+            probabilities = self.model.probabilities(inputs.to(self.ctx.device)).cpu()
+        classes = torch.full((len(inputs),), example.attacked_class)
+        success, *jpeg_success = attacks.attack_succeeded(probabilities, classes, self.target is not None).tolist()
+        input_distances = attacks.distances(photos.to_tensor(example.transform(example.image)), inputs[0])
+        photo_distances = attacks.distances(photos.to_tensor(example.image), photos.to_tensor(saved))
         values = {
-            **self._told(victim, probabilities[0]),
-            "fooled": fooled[0],
-            "already": self._already(victim),
-            "steps": victim.steps,
-            "l2": small["l2"],
-            "l2_photo": large["l2"],
-            "linf_255": large["linf_255"],
-            "psnr_db": large["psnr_db"],
-            **{f"fooled_jpeg{quality}": held for quality, held in zip(JPEG_QUALITIES, fooled[1:], strict=True)},
+            **self._predictions(example, probabilities[0]),
+            "success": success,
+            "already": self._is_target(example),
+            "steps": example.steps,
+            "l2": input_distances["l2"],
+            "l2_photo": photo_distances["l2"],
+            "linf_255": photo_distances["linf_255"],
+            "psnr_db": photo_distances["psnr_db"],
+            **{f"success_jpeg{quality}": s for quality, s in zip(JPEG_QUALITIES, jpeg_success, strict=True)},
         }
-        return PhotoResult(str(victim.photo.path), values, {"attacked": name})
+        return PhotoResult(str(example.photo.path), values, {"attacked": name})
 
-    def _told(self, victim: Victim, after: Tensor) -> Row:
-        """Say what the net saw before and sees now, and how sure it was of the target."""
+    def _predictions(self, example: AdversarialExample, probabilities: Tensor) -> Row:
+        """Return the predicted class after and before the attack, and the probabilities of the target."""
+        clean = example.clean_probabilities
         row = {
-            **self.model.class_score(int(after.argmax()), float(after.max())),
-            "before": self.model.class_score(int(victim.before.argmax()), float(victim.before.max())),
+            **self.model.class_score(int(probabilities.argmax()), float(probabilities.max())),
+            "before": self.model.class_score(int(clean.argmax()), float(clean.max())),
         }
         if self.target is None:
             return row
         name, k = self.model.classes[self.target], self.target
-        return row | {"target": name, "target_before": float(victim.before[k]), "target_after": float(after[k])}
+        return row | {"target": name, "target_before": float(clean[k]), "target_after": float(probabilities[k])}
 
-    def _panel(self, victim: Victim, result: PhotoResult) -> dict[str, str]:
-        row = result.values
-        before, after = victim.image, photos.load(self.out.path / result.files["attacked"])
-        told = f"L2 {row['l2']:.2f}, at most {row['linf_255']:.0f}/255, {row['steps']} steps"
+    def _save_panels(self, example: AdversarialExample, result: PhotoResult) -> dict[str, str]:
+        """Save the panel of the attack, and the saliency maps if they are configured; return their paths."""
+        values = result.values
+        before, after = example.image, photos.load(self.out.path / result.files["attacked"])
+        change = f"L2 {values['l2']:.2f}, at most {values['linf_255']:.0f}/255, {values['steps']} steps"
         tiles = [
-            (f"before: {row['before']['label']} {row['before']['score']:.2f}", before),
-            (f"after: {row['label']} {row['score']:.2f}", after),
-            (f"difference: {told}", images.difference(before, after, 1)),
-            (f"difference x{DIFFERENCE_TIMES}", images.difference(before, after, DIFFERENCE_TIMES)),
+            (f"before: {values['before']['label']} {values['before']['score']:.2f}", before),
+            (f"after: {values['label']} {values['score']:.2f}", after),
+            (f"difference: {change}", images.difference(before, after, 1)),
+            (f"difference x{DIFFERENCE_SCALE}", images.difference(before, after, DIFFERENCE_SCALE)),
         ]
-        name = f"images/{victim.photo.label}-panel.png"
-        self.out.write_bytes(name, images.png(images.panel(tiles, victim.photo.path.name)))
-        return {"panel": name} | (self._explained(victim, before, after) if self.config.then else {})
+        name = f"images/{example.photo.label}-panel.png"
+        self.out.write_bytes(name, images.png(images.panel(tiles, example.photo.path.name)))
+        return {"panel": name} | (self._save_saliency(example, before, after) if self.config.then else {})
 
-    def _explained(self, victim: Victim, before: Image.Image, after: Image.Image) -> dict[str, str]:
-        """Show what the net's answer depends on, for the photo and for the attacked picture."""
-        views = torch.stack([photos.to_tensor(victim.frame(image)) for image in (before, after)])
-        views = views.to(self.ctx.device).contiguous(memory_format=torch.channels_last)
-        classes = self.model.module(views).argmax(1)
-        maps = saliency.vanilla_gradient(self.model.module, views, classes)
+    def _save_saliency(self, example: AdversarialExample, before: Image.Image, after: Image.Image) -> dict[str, str]:
+        """Save a panel of the saliency maps of the predictions before and after the attack; return its path."""
+        inputs = torch.stack([photos.to_tensor(example.transform(image)) for image in (before, after)])
+        inputs = inputs.to(self.ctx.device).contiguous(memory_format=torch.channels_last)
+        classes = self.model.module(inputs).argmax(1)
+        maps = saliency.vanilla_gradient(self.model.module, inputs, classes)
         tiles = []
         for when, image, values, index in zip(
             ("before", "after"), (before, after), maps, classes.tolist(), strict=True
         ):
-            shown = images.scaled(values)
-            label = f"{when}: {self.model.classes[index]}"
+            scaled = images.scaled(values)
             tiles += [
-                (label, images.heat(shown)),
-                ("", images.overlay(image, shown, victim.frame.crop_box(*image.size))),
+                (f"{when}: {self.model.classes[index]}", images.heat(scaled)),
+                ("", images.overlay(image, scaled, example.transform.crop_box(*image.size))),
             ]
-        name = f"images/{victim.photo.label}-saliency.png"
-        self.out.write_bytes(name, images.png(images.panel(tiles, victim.photo.path.name)))
+        name = f"images/{example.photo.label}-saliency.png"
+        self.out.write_bytes(name, images.png(images.panel(tiles, example.photo.path.name)))
         return {"saliency": name}
 
 
-def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+def _compress_jpeg(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
-def summary(results: list[PhotoResult]) -> dict[str, float]:
-    """Return the shares and medians over the photos; those that were the target before count in none."""
-    tried = [result.values for result in results if not result.values["already"]]
-    found: dict[str, float] = {"num_photos": len(results), "num_attacked": len(tried)}
-    if tried:
-        found["fooled"] = statistics.fmean(row["fooled"] for row in tried)
-        found |= {name: statistics.median(row[name] for row in tried) for name in MEDIANS}
+def compute_metrics(results: list[PhotoResult]) -> dict[str, float]:
+    """Return the success rates and medians over the photos that were not classified as the target before."""
+    attacked = [result.values for result in results if not result.values["already"]]
+    metrics: dict[str, float] = {"num_photos": len(results), "num_attacked": len(attacked)}
+    if attacked:
+        metrics["success_rate"] = statistics.fmean(row["success"] for row in attacked)
+        metrics |= {name: statistics.median(row[name] for row in attacked) for name in MEDIANS}
         for quality in JPEG_QUALITIES:
-            found[f"fooled_jpeg{quality}"] = statistics.fmean(row[f"fooled_jpeg{quality}"] for row in tried)
-    return found
+            successes = [row[f"success_jpeg{quality}"] for row in attacked]
+            metrics[f"success_rate_jpeg{quality}"] = statistics.fmean(successes)
+    return metrics
 
 
 class AttackExperiment(Experiment[AttackConfig]):
@@ -327,13 +342,13 @@ class AttackExperiment(Experiment[AttackConfig]):
     metrics = (
         Metric("num_photos"),
         Metric("num_attacked"),
-        Metric("fooled", "fraction", "higher"),
+        Metric("success_rate", "fraction", "higher"),
         Metric("steps", better="lower"),
         Metric("l2", better="lower"),
         Metric("l2_photo", better="lower"),
         Metric("linf_255", better="lower"),
         Metric("psnr_db", "dB", "higher"),
-        *(Metric(f"fooled_jpeg{quality}", "fraction", "higher") for quality in JPEG_QUALITIES),
+        *(Metric(f"success_rate_jpeg{quality}", "fraction", "higher") for quality in JPEG_QUALITIES),
     )
 
     def run(self, config: AttackConfig, run: RunDir) -> dict[str, float]:
@@ -341,12 +356,12 @@ class AttackExperiment(Experiment[AttackConfig]):
         ctx, model = config.build()
         target = model.class_index(config.target) if config.target is not None else None
         run.folder("images")
-
-        return summary(photo_batches.run(config, run, Attack(config, model, ctx, target, run), "attack", COLUMNS))
+        attack = Attack(config, model, ctx, target, run)
+        return compute_metrics(photo_batches.run(config, run, attack, "attack", COLUMNS))
 
     def plan(self, config: AttackConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do. ConfigError where there is no such class."""
+        """Return what a run would do. Raises ConfigError for an unknown class."""
         ctx, model = config.build()
         target = model.class_index(config.target) if config.target is not None else None
-        aim = "anything else" if target is None else model.classes[target]
-        return {"target": aim, "method": config.method, **photo_batches.plan(config, ctx, model)}
+        target_name = "anything else" if target is None else model.classes[target]
+        return {"target": target_name, "method": config.method, **photo_batches.plan(config, ctx, model)}

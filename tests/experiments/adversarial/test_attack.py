@@ -74,7 +74,7 @@ def test_the_written_file_is_taken_for_an_ostrich(two, cvlab, tmp_path, options)
     found = json.loads(out)
     for path, row in zip(two, found["results"], strict=True):
         made = tmp_path / found["run"] / row["attacked"]
-        assert row["fooled"]
+        assert row["success"]
         assert row["label"] == "ostrich"
         assert row["target_after"] > row["target_before"]
         is_view = "model" in options
@@ -108,7 +108,7 @@ def test_what_is_the_target_already_is_left_alone(two, cvlab, tmp_path):
     assert row["already"]
     assert row["steps"] == 0
     assert row["linf_255"] == 0
-    assert "fooled" not in found["metrics"]
+    assert "success_rate" not in found["metrics"]
     assert found["metrics"]["num_attacked"] == 0
 
 
@@ -232,4 +232,4 @@ def test_a_signal_stops_an_attack_between_two_steps(two, cvlab, monkeypatch):
     monkeypatch.setattr(image_optimizer, "optimization_steps", real)
     code, out, _ = cvlab("resume", "latest", "--json")
     assert code == 0
-    assert json.loads(out)["metrics"]["fooled"] == 1
+    assert json.loads(out)["metrics"]["success_rate"] == 1
