@@ -12,7 +12,7 @@ from cvlab.engine.config import TrainConfig
 from cvlab.engine.task import TrainTask
 from cvlab.experiments.classification.data.augment import Augmentation
 from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
-from cvlab.experiments.classification.data.images import eval_batches, normalization
+from cvlab.experiments.classification.data.images import build_normalization, eval_batches
 from cvlab.runs.run_dir import RunDir
 
 STEPS = 32
@@ -56,7 +56,7 @@ def job(config, on_step=lambda step: None):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
-    normalize = normalization(images, "mean", ctx.dtype, ctx.device)
+    normalize = build_normalization(images, "mean", ctx.dtype, ctx.device)
     arguments = (images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation("alternating", 1, 2))
     batches = HardExampleLoader(*arguments, skip_easy=0.4)
     device.seed_everything(config.seed)
@@ -81,7 +81,7 @@ def job(config, on_step=lambda step: None):
 
     def get_batch(step):
         on_step(step)
-        return batches(step)
+        return batches.get_batch(step)
 
     return TrainTask(
         model=model,
@@ -92,7 +92,7 @@ def job(config, on_step=lambda step: None):
         evaluate=evaluate,
         monitor="val_loss",
         ctx=ctx,
-        extra_state=batches.memory,
+        extra_state=batches.extra_state,
     )
 
 

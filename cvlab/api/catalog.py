@@ -44,7 +44,7 @@ def model_lines() -> list[Row]:
 
     rows = []
     for name in model_registry.MODELS:
-        made = component_type(model_registry.TABLE, name, model_registry.find(name, Path()))
+        made = component_type(model_registry.TABLE, name, model_registry.get_builder(name, Path()))
         keys = [key if info.is_required() else f"{key}={info.default}" for key, info in made.model_fields.items()]
         rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": made.__doc__})
     rows += [

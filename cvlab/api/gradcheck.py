@@ -10,7 +10,7 @@ from torch import nn
 from cvlab import registry
 from cvlab.engine import optimizers
 from cvlab.experiments.classification.models.convnet import deep_convnet, three_layer_convnet
-from cvlab.experiments.classification.models.mlp import fc_net
+from cvlab.experiments.classification.models.mlp import mlp
 from cvlab.experiments.classification.models.resnet import preact_resnet
 from cvlab.layers import gradcheck
 from cvlab.layers.gradcheck import GradCheckResult
@@ -30,7 +30,7 @@ def _nets(layers: Any) -> dict[str, nn.Module]:
     """Build small nets of each family from a namespace of layers, for 2-channel pictures of 6 px."""
     shape: dict[str, Any] = {"in_channels": 2, "image_size": 6, "num_classes": 3, "layers": layers}
     return {
-        "fc_net": fc_net(hidden=(7, 6), weight_scale=0.5, **shape),
+        "fc_net": mlp(hidden=(7, 6), weight_scale=0.5, **shape),
         "three_layer_convnet": three_layer_convnet(3, 3, 5, weight_scale=0.5, **shape),
         "deep_convnet": deep_convnet(filters=(3, 4), pools=(0,), **shape),
         "deep_convnet, BatchNorm": deep_convnet(filters=(3, 4), pools=(1,), batchnorm=True, **shape),

@@ -44,11 +44,11 @@ def shares(name: str, steps: int, device: str) -> dict[str, Any]:
     """
     config, parts = training.training(name, device)
 
-    def batch_at(step: int) -> Any:
+    def get_batch(step: int) -> Any:
         with record_function(DATA):
-            return parts.batches(step)
+            return parts.train_loader.get_batch(step)
 
-    training_steps = throughput.steps(config, parts, batch_at)
+    training_steps = throughput.train_steps(config, parts, get_batch)
     for _ in itertools.islice(training_steps, WARM_UP_STEPS):
         pass
     on_gpu = parts.ctx.device.type == "cuda"

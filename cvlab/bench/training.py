@@ -16,7 +16,8 @@ from cvlab.config import loading as configs
 from cvlab.engine import optimizers
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
-from cvlab.experiments.classification import throughput, train
+from cvlab.experiments.classification import throughput
+from cvlab.experiments.classification.setup import ClassificationSetup
 
 REFERENCE = "cifar_vgg_half_60s"
 
@@ -29,7 +30,7 @@ def every_config(rates: Mapping[str, Any], device: str, names: tuple[str, ...] =
             continue
         config, parts = training(name, device)
         with FlopCounterMode(display=False) as counter:
-            next(throughput.steps(config, parts))
+            next(throughput.train_steps(config, parts))
         speed = throughput.images_per_second(config, parts)
         gflops = counter.get_total_flops() / config.batch_size * speed / 1e9
         rate = rates["convolution_gflops"][parts.ctx.precision]
@@ -44,18 +45,18 @@ def everything(rounds: int, device: str) -> dict[str, Any]:
     return {"ok": True, "machine": rates, "configs": every_config(rates, device)}
 
 
-def training(name: str, device: str) -> tuple[Any, train.Parts]:
+def training(name: str, device: str) -> tuple[Any, ClassificationSetup]:
     """Build the training run of a configuration, on noise."""
     if configs.load(name).config.experiment != "classify":
         raise ConfigError(f"{name}: not a training run of a classifier")
     loaded = configs.load(name, [f"device={device}"])
     config: Any = loaded.config
-    return config, throughput.build(config, loaded.base)
+    return config, throughput.build_on_synthetic_images(config, loaded.base)
 
 
-def _fit_loop(config: Any, parts: train.Parts, count: int) -> Callable[[], None]:
+def _fit_loop(config: Any, parts: ClassificationSetup, count: int) -> Callable[[], None]:
     """Return the engine's loop: shuffled uint8 batches, augmented, the losses checked."""
-    steps = throughput.steps(config, parts)
+    steps = throughput.train_steps(config, parts)
 
     def loop() -> None:
         for _ in itertools.islice(steps, count):
@@ -65,12 +66,12 @@ def _fit_loop(config: Any, parts: train.Parts, count: int) -> Callable[[], None]
     return loop
 
 
-def _bare_loop(config: Any, parts: train.Parts, count: int, ctx: ComputeContext, layout: Any) -> Callable[[], None]:
+def _bare_loop(config: Any, parts: ClassificationSetup, count: int, ctx: ComputeContext, layout: Any) -> Callable[[], None]:
     """Return a loop of plain PyTorch: images already converted to floats, drawn at random, not augmented."""
     model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
     images, labels = parts.splits["train"]
-    floats = parts.batches.normalize(images.permute(0, 3, 1, 2)).contiguous(memory_format=layout)
+    floats = parts.train_loader.normalize(images.permute(0, 3, 1, 2)).contiguous(memory_format=layout)
     for group in optimizer.param_groups:
         group["lr"] *= 1e-3
 

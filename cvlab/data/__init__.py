@@ -1,4 +1,4 @@
-"""What several tasks read: photos, captions, generated scenes, random numbers.
+"""What several tasks read: the table of data sets, photos, captions, generated scenes, counter-based random numbers.
 
 May import `storage`, `config`, `ops` and the root modules.
 """

@@ -53,7 +53,6 @@ class DatasetSource(ABC, Generic[Dataset]):
         fetch: Called with the root folder, an origin (a local copy, or None for the network) and whether to wait as
             long as the download takes. None for a built-in data set, which is generated when it is loaded.
         is_custom: Whether the files are the user's own and lie where the configuration says.
-
     """
 
     kind: ClassVar[str]

@@ -1,4 +1,4 @@
-"""Sets that cvlab makes itself: generated once, kept, checksummed; in a temporary folder where nothing can be kept."""
+"""Built-in data sets: generated at first use and cached with checksums, or in a temporary folder if that fails."""
 
 import hashlib
 import json
@@ -14,49 +14,57 @@ from cvlab.errors import CvlabError, DataError
 from cvlab.storage import atomic
 from cvlab.storage.cache import temporary_folder
 
-SUMS = "sha256.json"
+CHECKSUM_FILE = "sha256.json"
 HINT = "remove that folder; the next run generates it again"
 
 
 @dataclass
 class GeneratedDataset:
-    """A set in `<root>/<name>-v<version>/`, made of what `files()` yields: paths in the folder, and their contents."""
+    """A data set in `<root>/<name>-v<version>/`.
+
+    Attributes:
+        name: The name of the data set.
+        version: Part of the folder's name; raise it when the files change.
+        num_images: For the message while it is generated.
+        files: Yields every file: its path relative to the folder, and its content.
+        temporary: The folder used if nothing can be cached; it lives as long as the process.
+    """
 
     name: str
     version: int
-    pictures: int
+    num_images: int
     files: Callable[[], Iterator[tuple[str, bytes]]]
-    temporary: "tempfile.TemporaryDirectory[str] | None" = field(default=None, repr=False)  # until the process ends
+    temporary: "tempfile.TemporaryDirectory[str] | None" = field(default=None, repr=False)
 
     @property
     def folder_name(self) -> str:
-        """The name of its folder."""
+        """The name of the folder."""
         return f"{self.name}-v{self.version}"
 
     def folder(self, root: Path) -> Path:
-        """Return the folder of the set: kept and verified, else generated; a temporary one where it can't be kept."""
+        """Return the folder: cached and verified, or generated now; a temporary one if it cannot be cached."""
         if self.ready(root):
             self.verify(root / self.folder_name)
             return root / self.folder_name
-        console.info(f"generating {self.name}, {self.pictures} pictures, once")
+        console.info(f"generating {self.name}, {self.num_images} images, once")
         try:
-            return self._keep(root)
+            return self._generate(root)
         except (OSError, CvlabError) as error:
-            console.debug(f"{self.name} is not kept: {error}")
-            return self._temporary()
+            console.debug(f"{self.name} is not cached: {error}")
+            return self._generate_temporary()
 
     def ready(self, root: Path) -> bool:
-        """Whether the set was generated before."""
-        return (root / self.folder_name / SUMS).is_file()
+        """Return whether the data set is cached."""
+        return (root / self.folder_name / CHECKSUM_FILE).is_file()
 
     def check(self, root: Path) -> str:
-        """Compare what is kept with its checksums."""
+        """Compare the cached files with their checksums."""
         if not self.ready(root):
             return "built in, generated at first use"
         return f"{self.verify(root / self.folder_name)} files equal to their checksums"
 
     def write(self, target: Path) -> None:
-        """Generate all files and write them into a folder, the checksums last."""
+        """Generate all files into a folder, the checksums last."""
         digests: dict[str, str] = {}
         for name, content in self.files():
             path = target / name
@@ -66,37 +74,37 @@ class GeneratedDataset:
                 file.flush()
                 os.fsync(file.fileno())
             digests[name] = hashlib.sha256(content).hexdigest()
-        atomic.write_text(target / SUMS, json.dumps(digests))
+        atomic.write_text(target / CHECKSUM_FILE, json.dumps(digests))
 
-    def verify(self, kept: Path) -> int:
-        """Compare every file of a folder with its checksum; return how many there are."""
+    def verify(self, folder: Path) -> int:
+        """Compare every file of a folder with its checksum; return the number of files. Raises DataError."""
         try:
-            digests = json.loads((kept / SUMS).read_bytes())
+            digests = json.loads((folder / CHECKSUM_FILE).read_bytes())
             for name, digest in digests.items():
-                if hashlib.sha256((kept / name).read_bytes()).hexdigest() != digest:
-                    raise DataError(f"{kept / name}: damaged, its checksum differs", HINT)
+                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+                    raise DataError(f"{folder / name}: damaged, its checksum differs", HINT)
         except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"{kept}: cannot be read: {error}", HINT) from error
+            raise DataError(f"{folder}: cannot be read: {error}", HINT) from error
         return len(digests)
 
-    def _keep(self, root: Path) -> Path:
-        """Generate the set beside its place, then move it there in one step."""
+    def _generate(self, root: Path) -> Path:
+        """Generate into a temporary folder, then rename it in one step."""
         with temporary_folder(root) as scratch:
-            made = scratch / self.folder_name
-            self.write(made)
+            new = scratch / self.folder_name
+            self.write(new)
             target = root / self.folder_name
             if target.exists() and not self.ready(root):
                 shutil.rmtree(target)
             try:
-                made.replace(target)
+                new.replace(target)
             except OSError:
-                if not self.ready(root):  # else another process was quicker, with the same pictures
+                if not self.ready(root):  # otherwise another process was faster, with the same files
                     raise
             atomic.sync_directory(root)
             return target
 
-    def _temporary(self) -> Path:
-        """Generate the set for this process only."""
+    def _generate_temporary(self) -> Path:
+        """Generate a copy that lives as long as this process."""
         if self.temporary is None:
             self.temporary = tempfile.TemporaryDirectory(prefix=f"cvlab-{self.name}-")
             self.write(Path(self.temporary.name))

@@ -1,7 +1,7 @@
-"""Photos as people have them: files, folders and patterns; turned, coloured and cut as they come from cameras.
+"""Find and read the user's photos: files, folders and patterns; any color mode, bit depth and EXIF orientation.
 
-Every photo becomes RGB with 8 bits. Nothing that is read can take unbounded memory: the size is looked at before
-anything is decoded, and only four well-known decoders are used.
+Every photo becomes 8-bit RGB. Reading cannot take unbounded memory: the size is checked before anything is decoded, and
+only four well-known decoders are enabled.
 """
 
 import glob
@@ -24,7 +24,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
 SAMPLE = "sample"
 SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_painting.py
-ANOTHER = "give a JPEG, PNG, BMP or WEBP file"
+FORMAT_HINT = "give a JPEG, PNG, BMP or WEBP file"
 
 
 def _is_missing(name: str) -> bool:
@@ -47,50 +47,57 @@ def require_all(names: Sequence[str]) -> None:
         )
 
 
-def find_images(named: Iterable[str]) -> list[Path]:
-    """Return the photos meant by files, folders (their photos, sorted), patterns (`photos/*.jpg`) and `sample`.
+def find_images(names: Iterable[str]) -> list[Path]:
+    """Return the paths of all photos meant by `names`, without duplicates.
 
-    A file that is named is returned whether it is there or not. DataError where a folder or a pattern gives none.
+    Args:
+        names: Files, folders (their photos, sorted), patterns (`photos/*.jpg`) and `sample`, a bundled photo.
+
+    Returns:
+        The paths; a file that is named is returned whether it exists or not.
+
+    Raises:
+        DataError: If a folder or a pattern matches no photo.
     """
-    found: list[Path] = []
-    for name in named:
+    paths: list[Path] = []
+    for name in names:
         path = Path(name)
         if name == SAMPLE:
-            found.append(_compat.sample_photo())
+            paths.append(_compat.sample_photo())
         elif "://" in name:
-            raise DataError(f"{name}: addresses are not fetched", "save the photo and name its file")
+            raise DataError(f"{name}: URLs are not downloaded", "save the photo and give its file")
         elif os.path.isdir(name):
-            found += _of_folder(path)
+            paths += _list_folder(path)
         elif glob.has_magic(name) and not os.path.lexists(name):
             matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
             if not matches:
-                raise DataError(f"{name}: fits no file", ANOTHER)
-            found += matches
+                raise DataError(f"{name}: matches no file", FORMAT_HINT)
+            paths += matches
         else:
-            found.append(path)
-    return list(dict.fromkeys(found))
+            paths.append(path)
+    return list(dict.fromkeys(paths))
 
 
-def _of_folder(folder: Path) -> list[Path]:
+def _list_folder(folder: Path) -> list[Path]:
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}", "name a folder that can be read") from error
-    if not found:
-        raise DataError(f"{folder}: no photos in this folder", ANOTHER)
-    return found
+        raise DataError(f"{folder}: {error.strerror}", "give a folder that can be read") from error
+    if not paths:
+        raise DataError(f"{folder}: no photos in this folder", FORMAT_HINT)
+    return paths
 
 
 def load(path: Path) -> Image.Image:
-    """Read a photo as 8-bit RGB, turned as its EXIF says, transparency over white. DataError says what is wrong."""
+    """Read a photo as 8-bit RGB, rotated as its EXIF orientation says, transparency over white. Raises DataError."""
     if not path.is_file():
-        hint = "no photo at hand? `sample` names one that comes along" if not os.path.lexists(path) else ANOTHER
+        hint = "no photo at hand? `sample` is a bundled one" if not os.path.lexists(path) else FORMAT_HINT
         raise DataError(f"{path}: no such file" if not os.path.lexists(path) else f"{path}: not a file", hint)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow about sizes, which are looked at here, and about EXIF
+            warnings.simplefilter("ignore")  # Pillow's, about sizes, which are checked below, and about EXIF
             with Image.open(path, formats=FORMATS) as image:
-                _require_size(path, image.size)
+                _check_size(path, image.size)
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
@@ -98,22 +105,22 @@ def load(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels", "make it smaller") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not a photo that can be read", ANOTHER) from error
+        raise DataError(f"{path}: not a photo that can be read", FORMAT_HINT) from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}", "the file is damaged, or cannot be read") from error
-    except Exception as error:  # decoders of damaged files fail in many ways
+    except Exception as error:  # decoders raise many types of errors for damaged files
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(f"{path}: cannot be decoded: {reason}", "the file is damaged") from error
 
 
-def _require_size(path: Path, size: tuple[int, int]) -> None:
+def _check_size(path: Path, size: tuple[int, int]) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         raise DataError(f"{path}: {width} x {height} is more than {MAX_PIXELS // 10**6} megapixels", "make it smaller")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any of Pillow's modes to RGB: 16 bits are scaled to 8, transparency is laid over white."""
+    """Convert any of Pillow's modes to RGB: 16 bits are scaled to 8, transparency is composited over white."""
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.int64)
         image = Image.fromarray(((np.clip(values, 0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
@@ -131,6 +138,6 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Round (3, H, W) in [0, 1] to an 8-bit RGB photo; what lies outside is clamped."""
+    """Round pixels (3, H, W) in [0, 1] to an 8-bit RGB image; values outside are clamped."""
     rounded = pixels.detach().float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
     return Image.fromarray(rounded.permute(1, 2, 0).cpu().numpy())

@@ -21,7 +21,6 @@ class DownloadPolicy:
         offline: Open no socket.
         wait: Wait for a download as long as it takes.
         no_fallback: Raise DataError instead of using the fallback.
-
     """
 
     offline: bool = False

@@ -1,7 +1,8 @@
-"""Randomness as a pure function of (seed, epoch, index): nothing of it needs saving, on any device, in any order.
+"""Counter-based random numbers: pure functions of (seed, epoch, index), so that no generator state needs saving.
 
-SplitMix64 (Steele, Lea and Flood, 2014, figure 16) over a counter, in int64 arithmetic that wraps around, so that CPU
-and GPU give the same numbers.
+SplitMix64 (Steele, Lea and Flood, 2014, figure 16) over a counter, in int64 arithmetic that wraps around, so that the
+numbers are the same on CPU and GPU and in any order of evaluation. A `stream` names the use: two streams of the same
+(seed, epoch, index) are independent.
 """
 
 import math
@@ -10,13 +11,13 @@ import zlib
 import torch
 from torch import Tensor
 
-GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number, and so on
+GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer; so are the other two
 MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros; int64's own shift fills with the sign."""
+    """Shift right and fill with zeros; torch's shift of int64 fills with the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -27,10 +28,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def hashes(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
-    """Return int64 hashes of (seed, stream, epoch, index), one per index; `stream` names the use.
-
-    `indices` is an int64 tensor of any shape.
-    """
+    """Return int64 hashes of (seed, stream, epoch, index), one per index, of the shape of `indices` (int64)."""
     start = torch.tensor([seed, zlib.crc32(stream.encode()), epoch], dtype=torch.int64)
     key = torch.zeros((), dtype=torch.int64)
     for part in start:
@@ -39,35 +37,35 @@ def hashes(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
-    """Return float64 numbers in [0, 1), one per index."""
+    """Return float64 numbers uniform in [0, 1), one per index, of the shape of `indices` (int64)."""
     return _shift(hashes(seed, epoch, indices, stream), 11).double() * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, count: int, device: torch.device) -> Tensor:
-    """Return the order in which an epoch goes through `count` items: int64 (count,)."""
+    """Return a random permutation of 0 .. count - 1: int64 (count,)."""
     indices = torch.arange(count, device=device)
     return torch.argsort(hashes(seed, epoch, indices, "order"), stable=True)
 
 
-class Epochs:
-    """Which items a step takes, as a pure function of (seed, step): shuffled epochs, a last partial batch left out."""
+class BatchSampler:
+    """The indices of a batch as a pure function of (seed, step): shuffled epochs without the last partial batch."""
 
     def __init__(self, seed: int, count: int, batch_size: int, device: torch.device) -> None:
         self.seed, self.count, self.device = seed, count, device
         self.batch_size = min(batch_size, count)
-        self.steps = max(1, count // batch_size)
+        self.steps_per_epoch = max(1, count // batch_size)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __call__(self, step: int) -> tuple[int, Tensor]:
-        """Return in which epoch a step is, and the indices (batch_size,) of its items."""
-        epoch, position = divmod(step, self.steps)
+        """Return the epoch of a step and the indices of its batch, int64 (batch_size,)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, permutation(self.seed, epoch, self.count, self.device))
         return epoch, self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
 
 
 def normal(seed: int, epoch: int, shape: tuple[int, ...], stream: str) -> Tensor:
-    """Return float32 numbers of the standard normal distribution, of a shape. Method: Box and Muller, 1958."""
+    """Return float32 standard normal numbers of a shape, by the Box-Muller transform."""
     count = math.prod(shape)
     indices = torch.arange(2 * count).view(2, count)
     u = uniform(seed, epoch, indices, stream)

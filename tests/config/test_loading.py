@@ -79,10 +79,10 @@ def one_edits(word):
 
 def test_every_one_edit_typo_of_every_key_is_refused_with_the_right_key(tmp_path):
     from cvlab.config import messages
-    from cvlab.experiments.classification import train
+    from cvlab.experiments.classification.config import ClassifyConfig
 
     full = yaml.safe_load(load(tmp_path, GOOD).to_yaml())
-    top = train.ClassifyConfig.model_json_schema()
+    top = ClassifyConfig.model_json_schema()
     asked = right = 0
     for path in all_paths(full):
         if path[0] in ("expect", "expect_fallback"):

@@ -30,7 +30,7 @@ def test_the_courses_classes():
         ("crane", r"ambiguous; choose one: 134 crane \(n02012849\), 517 crane \(n03126707\)"),
         ("terrier", r"with this word: .* and 18 more"),
         ("1000", "0 to 999"),
-        ("qqqqqq", "a number 0 to 999 or a WordNet id"),
+        ("qqqqqq", "an index 0 to 999 or a WordNet id"),
         ("", "no class ''"),
     ],
 )

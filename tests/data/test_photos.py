@@ -141,10 +141,10 @@ def test_which_files_are_meant(tmp_path, colours):
         "gone.jpg",
     ]
     assert photos.load(photos.find_images(["sample"])[0]).size == (512, 600)
-    for wrong, text in (("empty", "no photos in this folder"), ("*.bmp", "fits no file")):
+    for wrong, text in (("empty", "no photos in this folder"), ("*.bmp", "matches no file")):
         with pytest.raises(DataError, match=text):
             photos.find_images([f"{tmp_path}/{wrong}"])
-    with pytest.raises(DataError, match="addresses are not fetched"):
+    with pytest.raises(DataError, match="URLs are not downloaded"):
         photos.find_images(["https://example.org/a.jpg"])
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from cvlab.distributed import collectives, ddp, process_group, sharding
 from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine import device, loop
-from cvlab.experiments.classification.data.images import eval_batches, normalization
+from cvlab.experiments.classification.data.images import build_normalization, eval_batches
 
 BATCH = 12
 
@@ -66,7 +66,9 @@ def evaluation():
             seen[batch[1]] += 1
             return {"sum": batch[1].sum(), "count": torch.tensor(len(batch[1]))}
 
-        batches = eval_batches(images, torch.arange(count), normalization(images, "mean", torch.float32, ctx.device))
+        batches = eval_batches(
+            images, torch.arange(count), build_normalization(images, "mean", torch.float32, ctx.device)
+        )
         mean = loop.evaluate(nn.Identity(), batches, measure, ctx)["sum"]
         times = collectives.all_reduce_sums({str(k): value for k, value in enumerate(seen)})
         found.append([count, mean, sorted({float(value) for value in times.values()})])

@@ -62,7 +62,7 @@ STATE_KEYS = [
     "progress",
     "extra_state",
     "extra_state.losses",
-    "extra_state.losses_before_pass",
+    "extra_state.losses_at_epoch_start",
     "metrics_bytes",
     "config_sha256",
     "fingerprint",

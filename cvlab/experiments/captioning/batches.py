@@ -93,7 +93,7 @@ class CaptionLoader:
         self.features, self.mirrored, self.captions, self.device = features, mirrored, captions, device
         self.seed = seed
         self.self_critical_from: int | None = None  # first step of self-critical training
-        self.epochs = rng.Epochs(seed, len(features), batch_size, torch.device("cpu"))
+        self.epochs = rng.BatchSampler(seed, len(features), batch_size, torch.device("cpu"))
 
     def get_batch(self, step: int) -> CaptionBatch:
         """Return this process's shard of the batch of a step."""

@@ -1,10 +1,10 @@
-"""How fast a classifier's configuration trains on this machine, on noise; and the profile that this allows."""
+"""Measure how fast a configuration trains on this machine, and choose the profile that fits the time budget."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from cvlab import console, registry
 from cvlab.config.loading import Loaded
@@ -12,15 +12,17 @@ from cvlab.config.schema import DataConfig
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
 from cvlab.engine import loop, optimizers, time_budget
-from cvlab.experiments.classification import train
+from cvlab.experiments.classification import setup
+from cvlab.experiments.classification.config import ClassifyConfig
 from cvlab.experiments.classification.data.images import ImageDataset, split_sizes
+from cvlab.experiments.classification.setup import ClassificationSetup
 
-MEASURED_SECONDS = 40.0  # a budget of which a measurement takes its small share, about a second
-BATCHES = 4  # so many batches of images are made up
+MEASURED_SECONDS = 40.0  # the time budget whose calibration is measured: about a second
+NUM_SYNTHETIC_BATCHES = 4
 
 
-def made_up(size: DatasetSize, count: int) -> ImageDataset:
-    """Return `count` images of noise to train on, with labels, always the same."""
+def synthetic_images(size: DatasetSize, count: int) -> ImageDataset:
+    """Return a data set of `count` images of noise with random labels, always the same."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, size.image_px, size.image_px, size.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -28,61 +30,64 @@ def made_up(size: DatasetSize, count: int) -> ImageDataset:
     return ImageDataset("noise", images, labels, images[:1], labels[:1], tuple(map(str, range(size.num_classes))))
 
 
-def build(config: train.ClassifyConfig, base: Path) -> train.Parts:
-    """Build a configuration with noise in place of its data; the user's own data is loaded."""
+def build_on_synthetic_images(config: ClassifyConfig, base: Path) -> ClassificationSetup:
+    """Build a configuration on noise instead of its data set; the user's own data set is loaded."""
     if registry.is_user_file(config.data.name):
-        return train.build(config, base)
-    images = made_up(datasets.get(config.data.name).size, BATCHES * config.batch_size)
-    everything = config.data.model_copy(update={"num_train": None, "val_fraction": 0.0})
-    return train.build(config.model_copy(update={"data": everything}), base, images)
+        return setup.build(config, base)
+    dataset = synthetic_images(datasets.get(config.data.name).size, NUM_SYNTHETIC_BATCHES * config.batch_size)
+    data = config.data.model_copy(update={"num_train": None, "val_fraction": 0.0})
+    return setup.build(config.model_copy(update={"data": data}), base, dataset)
 
 
-def steps(
-    config: train.ClassifyConfig, parts: train.Parts, batch_at: Callable[[int], Any] | None = None
+def train_steps(
+    config: ClassifyConfig,
+    built: ClassificationSetup,
+    get_batch: Callable[[int], tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[loop.Losses]:
-    """Train step after step, as a run of the configuration does, on its batches or on those of `batch_at`."""
-    optimizer = optimizers.build_optimizer(config.optimizer.name, parts.model, config.optimizer.arguments())
+    """Train step by step as a run of the configuration does, on its batches or on those of `get_batch`."""
+    optimizer = optimizers.build_optimizer(config.optimizer.name, built.model, config.optimizer.arguments())
     return loop.fit(
-        loop.TrainState(parts.model, optimizer, config.ema),
-        train.loss_function(config, parts.batches),
-        batch_at or parts.batches,
-        lr_factor=lambda _: 1e-3,  # the weights do not matter and must stay finite
-        ctx=parts.ctx,
+        loop.TrainState(built.model, optimizer, config.ema),
+        setup.build_loss_fn(config, built.train_loader),
+        get_batch or built.train_loader.get_batch,
+        lr_factor=lambda _: 1e-3,  # the weights do not matter but must stay finite
+        ctx=built.ctx,
         clip_norm=config.clip_norm,
     )
 
 
-def images_per_second(config: train.ClassifyConfig, parts: train.Parts) -> float:
-    """Return how many images a second a configuration trains on, from the median of about a second's steps."""
-    seconds = time_budget.seconds_per_step(steps(config, parts), MEASURED_SECONDS, parts.ctx.synchronize)
+def images_per_second(config: ClassifyConfig, built: ClassificationSetup) -> float:
+    """Return the training throughput in images/s, from the median step time over about a second."""
+    seconds = time_budget.seconds_per_step(train_steps(config, built), MEASURED_SECONDS, built.ctx.synchronize)
     return config.batch_size / seconds
 
 
-def choose_profile(loaded: Loaded, data: DataConfig) -> train.ClassifyConfig:
-    """Return the last profile whose epochs over `data`'s images fit into the budget; measures until one does not."""
+def choose_profile(loaded: Loaded, data: DataConfig) -> ClassifyConfig:
+    """Return the largest profile that completes its epochs on `data` within the budget; measure until one does not."""
     config = loaded.config
-    assert isinstance(config, train.ClassifyConfig)
+    assert isinstance(config, ClassifyConfig)
     assert config.duration.seconds is not None
-    profiles: dict[str, train.ClassifyConfig] = {}
+    variants: dict[str, ClassifyConfig] = {}
     for name in config.profiles:
         variant = loaded.variants[f"profile={name}"].config.with_data(data)
-        assert isinstance(variant, train.ClassifyConfig)
-        profiles[name] = variant
-    chosen, *_ = profiles
+        assert isinstance(variant, ClassifyConfig)
+        variants[name] = variant
+    chosen, *_ = variants
     for name, profile in config.profiles.items():
-        possible = _epochs_within(profiles[name], loaded.base)
-        wanted = f"{profile.epochs:g} are wanted" if profile.epochs else "any number will do"
-        console.info(f"profile {name}: {possible:.1f} epochs fit into {config.duration.seconds:g} s, {wanted}")
-        if possible < profile.epochs:
+        epochs = _epochs_within_budget(variants[name], loaded.base)
+        required = f"{profile.epochs:g} required" if profile.epochs else "any number is enough"
+        console.info(f"profile {name}: {epochs:.1f} epochs fit into {config.duration.seconds:g} s, {required}")
+        if epochs < profile.epochs:
             break
         chosen = name
-    console.info(f"profile {chosen} is taken; profile=NAME takes another")
-    return profiles[chosen]
+    console.info(f"using profile {chosen}; profile=NAME selects another")
+    return variants[chosen]
 
 
-def _epochs_within(config: train.ClassifyConfig, base: Path) -> float:
-    num_train: float = BATCHES * config.batch_size
+def _epochs_within_budget(config: ClassifyConfig, base: Path) -> float:
+    num_train: float = NUM_SYNTHETIC_BATCHES * config.batch_size
     if not registry.is_user_file(config.data.name):
         size = datasets.get(config.data.name).size
         num_train, _ = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
-    return images_per_second(config, build(config, base)) * (config.duration.seconds or 0) / num_train
+    speed = images_per_second(config, build_on_synthetic_images(config, base))
+    return speed * (config.duration.seconds or 0) / num_train

@@ -153,7 +153,7 @@ class CachedBatches:
 
     def __init__(self, cached: Cached, batch_size: int, seed: int, device: torch.device) -> None:
         self.cached, self.device = cached, device
-        self.epochs = rng.Epochs(seed, len(cached), batch_size, device)
+        self.epochs = rng.BatchSampler(seed, len(cached), batch_size, device)
         self.finest_from: int | None = None
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:

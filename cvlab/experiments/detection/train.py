@@ -191,7 +191,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             val = maps_of(config, parts, "val", 0, check_interrupt)
         batches = CachedBatches(train, config.batch_size, config.seed, parts.ctx.device)
         if config.tune_epochs:
-            batches.finest_from = config.last_from(config.tune_epochs, batches.epochs.steps)
+            batches.finest_from = config.last_from(config.tune_epochs, batches.epochs.steps_per_epoch)
 
         def evaluation(model: nn.Module) -> dict[str, float]:
             return {"val_map50": _measure(config, parts, model, val, "val").map50}
@@ -200,7 +200,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             model=parts.detector.head,
             loss_fn=loss_function(config.size),
             get_batch=batches,
-            steps_per_epoch=batches.epochs.steps,
+            steps_per_epoch=batches.epochs.steps_per_epoch,
             items_per_step=batches.epochs.batch_size,
             evaluate=evaluation,
             monitor="val_map50",

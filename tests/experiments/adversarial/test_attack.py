@@ -140,7 +140,7 @@ def test_one_bad_photo_and_the_others_go_on(two, cvlab, tmp_path):
         (["saliency", "sample", "--class", "xyz"], 2, "no class 'xyz'"),
         (["classify", "--model", "timm:resnet5O", "sample"], 2, "did you mean 'resnet50'"),
         (["classify", "https://example.org/a.jpg"], 4, "not fetched"),
-        (["classify", "nothing*.jpg"], 4, "fits no file"),
+        (["classify", "nothing*.jpg"], 4, "matches no file"),
         (["classify"], 2, "no photo is named"),
         (["classify", "gone.jpg", "gone too.jpg"], 4, "gone.jpg: no such file"),
         (["classvis", "--init", "image"], 2, "init: image starts from exactly one photo, 0 are named"),

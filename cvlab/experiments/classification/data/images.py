@@ -1,7 +1,7 @@
-"""Sets of small labelled images, held whole on the device as uint8, and batches of them.
+"""Data sets of small labeled images, held entirely on the device as uint8, and their batches.
 
-Images lie as (N, H, W, C), so that a batch permuted to (N, C, H, W) is channels_last, which convolutions compute
-fastest. There are no worker processes: a batch is one gather.
+Images are stored as (N, H, W, C), so that a batch permuted to (N, C, H, W) is channels_last, the fastest memory format
+for convolutions. There are no worker processes: a batch is one gather.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,20 @@ from cvlab.distributed import sharding
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.classification.data.augment import Augmentation
 
-EVAL_BATCH = 500
+EVAL_BATCH_SIZE = 500
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images and labels of one data set.
+    """Images and labels for classification.
 
-    `train_images`, `test_images`: uint8 (N, H, W, C); `train_labels`, `test_labels`: int64 (N,), from 0.
+    Attributes:
+        name: Name of the data set, for messages.
+        train_images: uint8 (N, H, H, C).
+        train_labels: int64 (N,), from 0.
+        test_images: uint8 (M, H, H, C).
+        test_labels: int64 (M,), from 0.
+        classes: Names of the classes.
     """
 
     name: str
@@ -35,7 +41,7 @@ class ImageDataset:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what no training could use. DataError says what is wrong."""
+        """Check shapes, dtypes and ranges. Raises DataError."""
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
@@ -74,20 +80,27 @@ class Normalization:
     shift: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Map uint8 (N, C, H, W) to the scale's dtype, keeping the memory format."""
+        """Normalize uint8 (N, C, H, W) into the dtype of the scale, keeping the memory format."""
         return images.to(self.scale.dtype).mul_(self.scale).add_(self.shift)
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return both per channel, of images in [0, 1]."""
+        """Return mean and standard deviation per channel, of images in [0, 1]."""
         std = 1 / (255 * self.scale.double())
         mean = -self.shift.double() * std
         return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
 
 
-def normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.device) -> Normalization:
-    """Build the normalisation of `images` (N, H, W, C) uint8: `mean` subtracts it, `mean_std` divides by the deviation.
+def build_normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.device) -> Normalization:
+    """Compute the normalization of uint8 images (N, H, W, C).
 
-    The sums are of whole numbers and exact, whatever the order.
+    Args:
+        images: The images whose statistics are taken; the sums of integers are exact, in any order.
+        kind: `mean`: subtract the mean of each channel. `mean_std`: also divide by its standard deviation.
+        dtype: Type of the normalized images.
+        device: Device of the images to normalize.
+
+    Returns:
+        The normalization.
     """
     channels = images.shape[-1]
     count = images.numel() // channels
@@ -95,7 +108,7 @@ def normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.d
     std = torch.ones_like(mean)
     if kind == "mean_std":
         std = (_channel_sums(images, 2) / count / 255**2 - mean.square()).clamp(min=0).sqrt()
-        std[std < 1e-4] = 1.0  # a channel that never changes, as full opacity: only its mean is subtracted
+        std[std < 1e-4] = 1.0  # a constant channel, such as alpha: only subtract its mean
     scale, shift = 1 / (255 * std), -mean / std
     return Normalization(scale.to(device, dtype).view(1, -1, 1, 1), shift.to(device, dtype).view(1, -1, 1, 1))
 
@@ -109,7 +122,7 @@ def _channel_sums(images: Tensor, power: int) -> Tensor:
 
 
 class TrainLoader:
-    """The batch of every step, as a pure function of (seed, step): shuffled epochs, the last partial batch left out."""
+    """The batch of every step as a pure function of (seed, step): shuffled epochs without the last partial batch."""
 
     def __init__(
         self,
@@ -120,80 +133,90 @@ class TrainLoader:
         normalize: Normalization,
         augment: Augmentation | None = None,
     ) -> None:
-        """Take uint8 images (N, H, W, C) and labels (N,) on one device. ConfigError if a batch is larger than N."""
+        """Take uint8 images (N, H, W, C) and labels (N,) on one device. Raises ConfigError if batch_size > N."""
         self.images, self.labels = images, labels
         self.batch_size, self.seed = batch_size, seed
         self.normalize, self.augment = normalize, augment or Augmentation()
-        self.steps_per_epoch = steps_in_epoch(len(images), batch_size)
-        self._order: tuple[int, Tensor] = (-1, labels)
+        self.steps_per_epoch = count_steps_per_epoch(len(images), batch_size)
+        self.extra_state: dict[str, Tensor] = {}
+        self._order: tuple[int, Tensor] = (-1, labels)  # epoch, indices
 
-    def place(self, step: int) -> tuple[int, int]:
-        """Return in which epoch a step is, and the how manieth of it."""
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return the epoch of a step and its index within the epoch."""
         return divmod(step, self.steps_per_epoch)
 
-    def order(self, number: int) -> Tensor:
-        """Return the order in which an epoch goes through the images."""
-        return permutation(self.seed, number, len(self.images), self.images.device)
+    def epoch_order(self, epoch: int) -> Tensor:
+        """Return the indices of the images of an epoch, in the order in which they are seen."""
+        return permutation(self.seed, epoch, len(self.images), self.images.device)
 
-    def indices(self, step: int) -> Tensor:
+    def batch_indices(self, step: int) -> Tensor:
         """Return the indices of the images of a step: int64 (batch_size,)."""
-        epoch, position = self.place(step)
+        epoch, index = self.locate(step)
         if self._order[0] != epoch:
-            self._order = (epoch, self.order(epoch))
-        return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+            self._order = (epoch, self.epoch_order(epoch))
+        return self._order[1][index * self.batch_size : (index + 1) * self.batch_size]
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the images (N, C, H, W), normalised, and the labels (N,) of a step: this process's share."""
-        indices = sharding.shard(self.indices(step))
-        epoch, _ = self.place(step)
+    def get_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return this rank's shard of the batch of a step: normalized images (N, C, H, W) and labels (N,)."""
+        indices = sharding.shard(self.batch_indices(step))
+        epoch, _ = self.locate(step)
         images = self.normalize(self.augment(self.images[indices], indices, self.seed, epoch).permute(0, 3, 1, 2))
-        return self.augment.cut(images, indices, self.seed, epoch), self.labels[indices]
+        return self.augment.cutout(images, indices, self.seed, epoch), self.labels[indices]
 
 
 def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this process's share of all images once, in order, normalised, (N, C, H, W) with labels (N,)."""
+    """Yield this rank's shard of all images once, in order: normalized images (N, C, H, W) and labels (N,)."""
     first, end = sharding.shard_range(len(images))
-    for start in range(first, end, EVAL_BATCH):
-        stop = min(start + EVAL_BATCH, end)
+    for start in range(first, end, EVAL_BATCH_SIZE):
+        stop = min(start + EVAL_BATCH_SIZE, end)
         yield normalize(images[start:stop].permute(0, 3, 1, 2)), labels[start:stop]
 
 
-def size_of(images: ImageDataset) -> DatasetSize:
-    """Return how much a set has."""
-    count, height, _, channels = images.train_images.shape
-    return DatasetSize(count, len(images.test_images), height, channels, len(images.classes))
+def dataset_size(dataset: ImageDataset) -> DatasetSize:
+    """Return the size of a data set."""
+    count, height, _, channels = dataset.train_images.shape
+    return DatasetSize(count, len(dataset.test_images), height, channels, len(dataset.classes))
 
 
 def split_sizes(count: int, val_fraction: float, num_train: int | None) -> tuple[int, int]:
-    """Return how many of `count` images are trained on and how many validate; ConfigError where one is none.
+    """Return the numbers of training and validation images of a data set with `count` training images.
 
-    With a `val_fraction` of 0 all can be trained on and nothing validates.
+    Args:
+        count: Number of images in the data set's training split.
+        val_fraction: Fraction of them that becomes the validation split; 0 for no validation split.
+        num_train: Number of images to train on; None for all that remain.
+
+    Returns:
+        Number of training images, number of validation images.
+
+    Raises:
+        ConfigError: If one of the two splits would be empty, or fewer than `num_train` remain.
     """
     num_val = round(count * val_fraction)
-    rest = count - num_val
-    wanted = rest if num_train is None else num_train
-    if wanted > rest or rest == 0 or (num_val == 0 and val_fraction > 0):
+    available = count - num_val
+    num_train = available if num_train is None else num_train
+    if num_train > available or available == 0 or (num_val == 0 and val_fraction > 0):
         raise ConfigError(
-            f"data.num_train {wanted}, data.val_fraction {val_fraction:g}: {count} training images leave {rest} to "
-            f"train on and {num_val} to validate",
-            f"at most num_train={rest}" if wanted > rest else "raise data.val_fraction",
+            f"data.num_train {num_train}, data.val_fraction {val_fraction:g}: {count} training images leave "
+            f"{available} to train on and {num_val} to validate",
+            f"at most num_train={available}" if num_train > available else "raise data.val_fraction",
         )
-    return wanted, num_val
+    return num_train, num_val
 
 
-def split(images: ImageDataset, val_fraction: float, num_train: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Split a set: the last `val_fraction` is validation, the first `num_train` of the rest are trained on.
+def split(dataset: ImageDataset, val_fraction: float, num_train: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Split a data set into `train`, `val` (unless `val_fraction` is 0) and `test`: images and labels.
 
-    There is no `val` where `val_fraction` is 0.
+    The last `val_fraction` of the training images is `val`, the first `num_train` of the rest are `train`.
     """
-    wanted, num_val = split_sizes(len(images.train_images), val_fraction, num_train)
-    x, y = images.train_images, images.train_labels
+    num_train, num_val = split_sizes(len(dataset.train_images), val_fraction, num_train)
+    x, y = dataset.train_images, dataset.train_labels
     val = {"val": (x[-num_val:], y[-num_val:])} if num_val else {}
-    return {"train": (x[:wanted], y[:wanted]), **val, "test": (images.test_images, images.test_labels)}
+    return {"train": (x[:num_train], y[:num_train]), **val, "test": (dataset.test_images, dataset.test_labels)}
 
 
-def steps_in_epoch(num_images: int, batch_size: int) -> int:
-    """Return the number of full batches; ConfigError where there is none."""
+def count_steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Return the number of full batches. Raises ConfigError if there is none."""
     if batch_size > num_images:
         raise ConfigError(
             f"batch_size {batch_size} is larger than the training set of {num_images} images",

@@ -25,7 +25,7 @@ def _layers(
     )
 
 
-def scores_of(images: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def functional_forward(images: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Return scores (N, classes) of images (N, C, H, W) by plain functions of six tensors: three weights and biases."""
     conv1_w, conv1_b, conv2_w, conv2_b, fc_w, fc_b = weights
     x = F.relu(F.conv2d(images, conv1_w, conv1_b, padding=2))
@@ -50,7 +50,7 @@ class ApiBarebones(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, in_channels, image_size, image_size) to scores (N, num_classes)."""
-        return scores_of(images, list(self.weights))
+        return functional_forward(images, list(self.weights))
 
 
 class ApiModule(nn.Module):

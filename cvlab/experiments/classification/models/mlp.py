@@ -8,7 +8,7 @@ from cvlab.config.schema import FractionBelowOne, PositiveInt
 from cvlab.layers.init import WeightScale, init_weights
 
 
-def fc_net(
+def mlp(
     hidden: tuple[PositiveInt, ...],
     dropout: FractionBelowOne = 0.0,
     weight_scale: WeightScale = "kaiming",

@@ -20,7 +20,7 @@ from cvlab.errors import ConfigError
 MODELS = {
     "deep_convnet": "cvlab.experiments.classification.models.convnet:deep_convnet",
     "three_layer_convnet": "cvlab.experiments.classification.models.convnet:three_layer_convnet",
-    "fc_net": "cvlab.experiments.classification.models.mlp:fc_net",
+    "fc_net": "cvlab.experiments.classification.models.mlp:mlp",
     "api_barebones": "cvlab.experiments.classification.models.api_levels:ApiBarebones",
     "api_module": "cvlab.experiments.classification.models.api_levels:ApiModule",
     "api_sequential": "cvlab.experiments.classification.models.api_levels:api_sequential",
@@ -34,7 +34,7 @@ PREFIXES = {
 SUPPLIED = frozenset({"in_channels", "image_size", "num_classes", "layers", "model_name"})
 
 
-def find(name: str, base: Path) -> Callable[..., Any]:
+def get_builder(name: str, base: Path) -> Callable[..., Any]:
     """Return the builder of a model by its name, a user's file relative to `base`."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in PREFIXES:
@@ -51,7 +51,7 @@ def find(name: str, base: Path) -> Callable[..., Any]:
     return own
 
 
-def require_scores(model: nn.Module, name: str, in_channels: int, image_size: int, num_classes: int) -> None:
+def check_logits(model: nn.Module, name: str, in_channels: int, image_size: int, num_classes: int) -> None:
     """Raise ConfigError unless a model can be trained and maps two blank images to scores (2, num_classes) or more."""
     model.eval()
     with torch.no_grad():
@@ -64,12 +64,12 @@ def require_scores(model: nn.Module, name: str, in_channels: int, image_size: in
         raise ConfigError(f"model {name}: has no weights to train")
 
 
-TABLE = Registry("model", MODELS, SUPPLIED, find)
+TABLE = Registry("model", MODELS, SUPPLIED, get_builder)
 
 
 def build(name: str, arguments: dict[str, Any], base: Path, **supplied: Any) -> nn.Module:
     """Build a model; of `supplied` (in_channels, image_size, num_classes, layers) it gets what its builder takes."""
-    builder = find(name, base)
+    builder = get_builder(name, base)
     parameters = inspect.signature(builder).parameters
     chosen = {key: value for key, value in supplied.items() if key in parameters}
     if supplied.get("layers", nn) is not nn and "layers" not in parameters:

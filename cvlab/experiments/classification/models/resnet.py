@@ -45,7 +45,7 @@ class Residual(nn.Module):
         return out
 
 
-class GlobalAverage(nn.Module):
+class GlobalAveragePool(nn.Module):
     """The mean over all places."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def preact_resnet(
             block = make(layers, width_in, width, stride)
             blocks.append(Residual(block, _shortcut(layers, width_in, width, stride)) if residual else block)
             width_in = width
-    net = nn.Sequential(*blocks, GlobalAverage(), layers.Linear(width_in, num_classes))
+    net = nn.Sequential(*blocks, GlobalAveragePool(), layers.Linear(width_in, num_classes))
     if init == "kaiming":
         _kaiming(net)
     return net

@@ -41,7 +41,7 @@ def whitening_filters(images: Tensor, kernel: int, eps: float = EPS) -> Tensor:
     return shaped
 
 
-class Block(nn.Module):
+class ConvBlock(nn.Module):
     """Conv - max pool 2x2 - norm - act, then `depth - 1` times conv - norm - act, the last act after the shortcut."""
 
     def __init__(
@@ -83,7 +83,7 @@ class WhitenNet(nn.Sequential):
     """The net; `fit_to` sets its first layer from images before the training."""
 
     @torch.no_grad()
-    def fit_to(self, images: Tensor) -> None:
+    def init_from_images(self, images: Tensor) -> None:
         """Set the first layer to the whitening filters of normalised images (N, C, H, W), each with both signs."""
         whiten: Any = self[0]
         filters = whitening_filters(images[:WHITENED_IMAGES], whiten.kernel_size[0])
@@ -131,7 +131,7 @@ def whiten_net(
     whiten.weight.requires_grad_(False)
     whiten.bias.requires_grad_(train_whitening_bias)
     blocks = [
-        Block(width_in, width, depth, residual, act, layers)
+        ConvBlock(width_in, width, depth, residual, act, layers)
         for width_in, width in zip((2 * 4 * in_channels, *widths), widths, strict=False)
     ]
     head = Head(layers.Linear(widths[-1], num_classes, bias=False), head_scale)

@@ -77,7 +77,7 @@ def header(path: Path) -> Header:
                 valid = isinstance(orientation, int) and 1 <= orientation <= 8
                 return Header(image.width, image.height, orientation if valid else 1)
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not a photo that can be read", photos.ANOTHER) from error
+        raise DataError(f"{path}: not a photo that can be read", photos.FORMAT_HINT) from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}", "the annotations name this photo") from error
     except Exception as error:  # decoders of damaged files fail in many ways

@@ -6,16 +6,16 @@ from torch import Tensor
 
 from cvlab.data import rng
 from cvlab.errors import ConfigError, DataError
-from cvlab.experiments.classification.data.augment import Augmentation, views
+from cvlab.experiments.classification.data.augment import Augmentation, tta_views
 from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import (
     ImageDataset,
     TrainLoader,
+    build_normalization,
+    count_steps_per_epoch,
+    dataset_size,
     eval_batches,
-    normalization,
-    size_of,
     split,
-    steps_in_epoch,
 )
 
 CPU = torch.device("cpu")
@@ -68,39 +68,39 @@ def test_every_epoch_goes_through_everything_once_in_another_order():
 
 def test_a_batch_is_a_pure_function_of_its_step():
     images, labels = images_of(50), torch.randint(0, 3, (50,))
-    normalize = normalization(images, "mean_std", torch.float32, CPU)
+    normalize = build_normalization(images, "mean_std", torch.float32, CPU)
 
     def batches():
         return TrainLoader(images, labels, 8, 5, normalize, Augmentation(flip=True, translate_px=2))
 
     in_order = batches()
-    forwards = [in_order(step) for step in range(20)]
+    forwards = [in_order.get_batch(step) for step in range(20)]
     for step in (19, 3, 11, 0):
-        again = batches()(step)
+        again = batches().get_batch(step)
         assert torch.equal(again[0], forwards[step][0])
         assert torch.equal(again[1], forwards[step][1])
-    epoch = torch.cat([in_order.indices(step) for step in range(6)])
+    epoch = torch.cat([in_order.batch_indices(step) for step in range(6)])
     assert len(epoch.unique()) == 48
     assert forwards[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_hard_batches_leave_out_what_was_easy():
     images, labels = images_of(50), torch.arange(50) % 3
-    normalize = normalization(images, "mean", torch.float32, CPU)
+    normalize = build_normalization(images, "mean", torch.float32, CPU)
     batches = HardExampleLoader(images, labels, 8, 5, normalize, skip_easy=0.5)
     plain = TrainLoader(images, labels, 8, 5, normalize)
     losses = torch.rand(50)
     for step in range(6):
-        assert torch.equal(batches(step)[0], plain(step)[0]), "the first pass takes all"
-        batches.record(losses[batches.indices(step)])
-    known = [batches.memory["losses"].isfinite().nonzero().flatten().tolist()]
+        assert torch.equal(batches.get_batch(step)[0], plain.get_batch(step)[0]), "the first pass takes all"
+        batches.record(losses[batches.batch_indices(step)])
+    known = [batches.extra_state["losses"].isfinite().nonzero().flatten().tolist()]
     assert len(known[0]) == 48
     passes = []
     for _ in range(2):
-        before = batches.memory["losses"].clone()
+        before = batches.extra_state["losses"].clone()
         taken = []
         for step in range(6 + 3 * len(passes), 9 + 3 * len(passes)):
-            taken += batches.indices(step).tolist()
+            taken += batches.batch_indices(step).tolist()
             batches.record(losses[taken[-8:]] * (0.1 if taken[-1] % 2 else 1))
         hardest = sorted(range(50), key=lambda k: (-before[k].item(), k))[:24]
         assert sorted(taken) == sorted(hardest)
@@ -150,20 +150,20 @@ def test_a_flip_alone_mirrors_whole_images(flip):
 
 def test_cutout_blanks_one_square_inside():
     images, indices = torch.ones(200, 3, 8, 8), torch.arange(200)
-    found = Augmentation(cutout_px=3).cut(images.clone(), indices, seed=0, epoch=4)
-    assert torch.equal(found, Augmentation(cutout_px=3).cut(images.clone(), indices, 0, 4))
+    found = Augmentation(cutout_px=3).cutout(images.clone(), indices, seed=0, epoch=4)
+    assert torch.equal(found, Augmentation(cutout_px=3).cutout(images.clone(), indices, 0, 4))
     rows, columns = (found[:, 0] == 0).any(2), (found[:, 0] == 0).any(1)
     assert torch.equal(found == 0, (rows[:, :, None] & columns[:, None])[:, None].expand(-1, 3, -1, -1))
     for sides in (rows, columns):
         assert (sides.sum(1) == 3).all()
         assert set(sides.int().argmax(1).tolist()) == set(range(6))
-    assert Augmentation().cut(images, indices, 0, 0) is images
+    assert Augmentation().cutout(images, indices, 0, 0) is images
 
 
 @pytest.mark.parametrize(("kind", "count"), [("flip", 2), ("flip_shift", 6)])
 def test_views_of_test_time_augmentation(kind, count):
     images = torch.randn(4, 3, 6, 6)
-    found = views(images, kind)
+    found = tta_views(images, kind)
     assert len(found) == count
     assert sum(weight for weight, _ in found) == 1
     assert all(view.shape == images.shape for _, view in found)
@@ -184,7 +184,7 @@ def test_no_augmentation_is_no_work():
 def test_normalization_against_its_definition(kind):
     images = images_of(300)
     x = images.double().div(255).reshape(-1, 3)
-    normalize = normalization(images, kind, torch.float64, CPU)
+    normalize = build_normalization(images, kind, torch.float64, CPU)
     found = normalize(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(-1, 3)
     expected = x - x.mean(0)
     if kind == "mean_std":
@@ -194,7 +194,7 @@ def test_normalization_against_its_definition(kind):
 
 def test_evaluation_sees_all_images_in_order():
     images, labels = images_of(1203), torch.arange(1203)
-    normalize = normalization(images, "mean", torch.float32, CPU)
+    normalize = build_normalization(images, "mean", torch.float32, CPU)
     pieces = list(eval_batches(images, labels, normalize))
     assert torch.equal(torch.cat([y for _, y in pieces]), labels)
     assert torch.equal(torch.cat([x for x, _ in pieces]), normalize(images.permute(0, 3, 1, 2)))
@@ -219,7 +219,7 @@ def test_splits_are_the_first_and_the_last():
     assert torch.equal(pieces["val"][0], images.train_images[80:])
     assert torch.equal(pieces["test"][1], images.test_labels)
     assert len(split(images, 0.2, None)["train"][0]) == 80
-    assert size_of(images).num_classes == 3
+    assert dataset_size(images).num_classes == 3
     everything = split(images, 0.0, None)
     assert len(everything["train"][0]) == 100
     assert "val" not in everything
@@ -232,9 +232,9 @@ def test_splits_that_leave_nothing_are_refused(fraction, num_train):
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    assert steps_in_epoch(100, 100) == 1
+    assert count_steps_per_epoch(100, 100) == 1
     with pytest.raises(ConfigError, match="batch_size 101 is larger than the training set of 100"):
-        steps_in_epoch(100, 101)
+        count_steps_per_epoch(100, 101)
 
 
 @pytest.mark.parametrize(
@@ -256,14 +256,14 @@ def test_sets_that_no_training_could_use_are_refused(changes, text):
 
 
 def test_epochs_take_every_item_once_in_another_order():
-    epochs = rng.Epochs(3, 10, 4, torch.device("cpu"))
+    epochs = rng.BatchSampler(3, 10, 4, torch.device("cpu"))
     taken = [epochs(step) for step in range(6)]
-    assert epochs.steps == 2
+    assert epochs.steps_per_epoch == 2
     assert [epoch for epoch, _ in taken] == [0, 0, 1, 1, 2, 2]
     for first, second in zip(taken[::2], taken[1::2], strict=True):
         assert len(set(first[1].tolist() + second[1].tolist())) == 8
     assert taken[0][1].tolist() != taken[2][1].tolist()
     assert epochs(1)[1].tolist() == taken[1][1].tolist()
-    few = rng.Epochs(3, 3, 4, torch.device("cpu"))
-    assert (few.steps, few.batch_size) == (1, 3)
+    few = rng.BatchSampler(3, 3, 4, torch.device("cpu"))
+    assert (few.steps_per_epoch, few.batch_size) == (1, 3)
     assert sorted(few(5)[1].tolist()) == [0, 1, 2]

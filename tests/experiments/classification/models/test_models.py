@@ -11,7 +11,7 @@ from cvlab.errors import ConfigError
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.models.convnet import deep_convnet, three_layer_convnet
 from cvlab.experiments.classification.models.resnet import Residual, preact_resnet
-from cvlab.experiments.classification.models.whiten_net import Block, whiten_net
+from cvlab.experiments.classification.models.whiten_net import ConvBlock, whiten_net
 from cvlab.layers.init import init_weights
 from cvlab.layers.modules import MANUAL_ALT_LAYERS, MANUAL_LAYERS
 
@@ -83,7 +83,7 @@ def test_the_first_layer_whitens_what_it_is_fitted_to():
     smooth = nn.functional.avg_pool2d(torch.randn(300, 3, 14, 14), 3, stride=1, padding=1)
     images = smooth @ torch.randn(14, 14) * 0.2
     net = whiten_net((8,), image_size=14)
-    net.fit_to(images)
+    net.init_from_images(images)
     out = nn.functional.conv2d(images, net[0].weight)[:, :12]  # the other twelve are these with their signs turned
     torch.testing.assert_close(out, -nn.functional.conv2d(images, net[0].weight)[:, 12:])
     rows = out.permute(1, 0, 2, 3).reshape(12, -1)
@@ -104,7 +104,7 @@ def test_depths_shortcuts_and_sizes_of_whiten_nets():
         assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
         assert len([layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]) == 1 + 2 * depth
         assert not net[0].bias.requires_grad
-    block = next(layer for layer in net.modules() if isinstance(layer, Block))
+    block = next(layer for layer in net.modules() if isinstance(layer, ConvBlock))
     x = torch.randn(2, 24, 8, 8)
     block.eval()
     first = block.first(x)
@@ -222,7 +222,7 @@ def test_a_users_own_traceback_is_not_swallowed(tmp_path):
         model_registry.build("./net.py:make", {}, tmp_path)
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
     with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
-        model_registry.find("./broken.py:make", tmp_path)
+        model_registry.get_builder("./broken.py:make", tmp_path)
 
 
 def test_torchvision_and_timm_import_here():
