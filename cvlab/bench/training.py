@@ -66,7 +66,9 @@ def _fit_loop(config: Any, parts: ClassificationSetup, count: int) -> Callable[[
     return loop
 
 
-def _bare_loop(config: Any, parts: ClassificationSetup, count: int, ctx: ComputeContext, layout: Any) -> Callable[[], None]:
+def _bare_loop(
+    config: Any, parts: ClassificationSetup, count: int, ctx: ComputeContext, layout: Any
+) -> Callable[[], None]:
     """Return a loop of plain PyTorch: images already converted to floats, drawn at random, not augmented."""
     model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())

@@ -226,9 +226,9 @@ def test_a_users_own_error_shows_its_traceback(cvlab, tiny, tmp_path):
         ("batch_size=1000", "batch_size 1000 is larger"),
         ("optimizer={name: sgd, nesterov: true}", "optimizer sgd"),
         ("augment.translate_px=16", None),
-        ("model={name: './net.py:pair'}", "give tuple, not scores (2, 10)"),
-        ("model={name: './net.py:few'}", "give (2, 3), not scores (2, 10)"),
-        ("model={name: './net.py:weightless'}", "has no weights to train"),
+        ("model={name: './net.py:pair'}", "returns tuple for two images, expected logits (2, 10)"),
+        ("model={name: './net.py:few'}", "returns (2, 3) for two images, expected logits (2, 10)"),
+        ("model={name: './net.py:weightless'}", "has no trainable weights"),
     ],
 )
 def test_what_cannot_work_is_refused_before_there_is_a_run(cvlab, tiny, tmp_path, override, expected):

@@ -20,7 +20,7 @@ from cvlab.experiments.classification.data.images import Normalization, TrainLoa
 class HardExampleLoader(TrainLoader):
     """The batch of every step as a pure function of (seed, step, extra_state).
 
-    `extra_state` holds the loss of every image when it was last seen, and the same at the start of the epoch: two float32
+    `extra_state` holds the loss of every image when it was last seen, now and at the start of the epoch: two float32
     tensors (N,), which must be saved in every checkpoint. After every step `record` must be called with the losses.
     """
 

@@ -1,4 +1,4 @@
-"""scenes10, the built-in data set: 32 px images of one shape each, 10 classes, generated once and cached with checksums.
+"""scenes10, the built-in data set: 32 px images of one shape each, 10 classes, generated once, cached and checksummed.
 
 The class is the shape; its color, size, position, tilt and texture, the background and a distractor spot are random. A
 linear model stays below 50 % accuracy, a small convolutional network exceeds 90 % (test_scenes10.py).

@@ -1,1 +1,1 @@
-"""Classifiers built from a namespace of layers."""
+"""Image classifiers; their layers come from a namespace such as torch.nn or cvlab.layers."""

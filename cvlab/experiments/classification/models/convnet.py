@@ -1,7 +1,7 @@
-"""The plain convolutional nets of EECS 498, assignment 3.
+"""The plain convolutional networks of EECS 498, assignment 3.
 
-Differs: max pooling comes before the ReLU. Both only pick or cut, so values and gradients are the same bits, and the
-ReLU has a quarter of the work.
+Differences from the course: max pooling precedes the ReLU. The two commute, so values and gradients are bit-for-bit
+identical, and the ReLU has a quarter of the elements.
 """
 
 from typing import Any
@@ -24,10 +24,20 @@ def deep_convnet(
     num_classes: int = 10,
     layers: Any = nn,
 ) -> nn.Module:
-    """[conv 3x3 - (BatchNorm) - ReLU - (max pool 2x2)] x L, then one linear layer.
+    """Build [conv 3x3 - (BatchNorm) - ReLU - (max pool 2x2)] x L - linear.
 
-    `filters` are the channels of each block, `pools` the indices of the blocks that pool. Takes (N, in_channels,
-    image_size, image_size), gives scores (N, num_classes).
+    Args:
+        filters: Channels of each block.
+        pools: Indices of the blocks that pool.
+        batchnorm: Whether a BatchNorm follows each convolution.
+        weight_scale: Standard deviation of the initial weights, or the name of an initialization.
+        in_channels: C of the images.
+        image_size: H and W of the images.
+        num_classes: Number of classes.
+        layers: Namespace of the layers.
+
+    Returns:
+        A model that maps images (N, C, H, W) to logits (N, num_classes).
     """
     _check_pools(filters, pools, image_size)
     blocks: list[nn.Module] = []
@@ -51,7 +61,7 @@ def _check_pools(filters: tuple[int, ...], pools: tuple[int, ...], image_size: i
     if len(set(pools)) != len(pools) or any(index >= len(filters) for index in pools):
         raise ConfigError(f"model.pools {list(pools)}: each must be a different block, 0 to {len(filters) - 1}")
     if image_size >> len(pools) < 1:
-        raise ConfigError(f"model.pools: {len(pools)} halvings leave nothing of {image_size} px", "pool less often")
+        raise ConfigError(f"model.pools: {len(pools)} halvings leave no pixel of {image_size} px", "use fewer pools")
 
 
 def three_layer_convnet(
@@ -65,12 +75,23 @@ def three_layer_convnet(
     num_classes: int = 10,
     layers: Any = nn,
 ) -> nn.Module:
-    """Conv - ReLU - max pool 2x2 - linear - ReLU - linear; the convolution keeps the size.
+    """Build conv - ReLU - max pool 2x2 - linear - ReLU - linear; the convolution preserves the spatial size.
 
-    Takes (N, in_channels, image_size, image_size), gives scores (N, num_classes).
+    Args:
+        num_filters: Channels of the convolution.
+        filter_size: Kernel size of the convolution; odd.
+        hidden: Width of the hidden linear layer.
+        weight_scale: Standard deviation of the initial weights, or the name of an initialization.
+        in_channels: C of the images.
+        image_size: H and W of the images.
+        num_classes: Number of classes.
+        layers: Namespace of the layers.
+
+    Returns:
+        A model that maps images (N, C, H, W) to logits (N, num_classes).
     """
     if filter_size % 2 == 0:
-        raise ConfigError(f"model.filter_size {filter_size}: must be odd, so that the size is kept")
+        raise ConfigError(f"model.filter_size {filter_size}: must be odd, to preserve the spatial size")
     pooled = image_size // 2
     return nn.Sequential(
         init_weights(

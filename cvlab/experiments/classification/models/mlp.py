@@ -1,4 +1,4 @@
-"""The fully connected net of EECS 498, assignment 3: any number of hidden layers, optional dropout."""
+"""A multilayer perceptron with any number of hidden layers and optional dropout (EECS 498, assignment 3)."""
 
 from typing import Any
 
@@ -18,16 +18,25 @@ def mlp(
     num_classes: int = 10,
     layers: Any = nn,
 ) -> nn.Module:
-    """[linear - ReLU - (dropout)] x L, then one linear layer.
+    """Build [linear - ReLU - (dropout)] x L - linear.
 
-    `hidden` are the widths, `dropout` the probability that a unit is set to 0. Takes (N, in_channels, image_size,
-    image_size), gives scores (N, num_classes).
+    Args:
+        hidden: Widths of the hidden layers.
+        dropout: Probability that a hidden unit is set to 0.
+        weight_scale: Standard deviation of the initial weights, or the name of an initialization.
+        in_channels: C of the images.
+        image_size: H and W of the images.
+        num_classes: Number of classes.
+        layers: Namespace of the layers.
+
+    Returns:
+        A model that maps images (N, C, H, W) to logits (N, num_classes).
     """
     blocks: list[nn.Module] = [nn.Flatten()]
-    width_in = in_channels * image_size * image_size
+    fan_in = in_channels * image_size * image_size
     for width in hidden:
-        blocks += [init_weights(layers.Linear(width_in, width), weight_scale, before_relu=True), layers.ReLU()]
+        blocks += [init_weights(layers.Linear(fan_in, width), weight_scale, before_relu=True), layers.ReLU()]
         if dropout > 0:
             blocks.append(layers.Dropout(dropout))
-        width_in = width
-    return nn.Sequential(*blocks, init_weights(layers.Linear(width_in, num_classes), weight_scale, before_relu=False))
+        fan_in = width
+    return nn.Sequential(*blocks, init_weights(layers.Linear(fan_in, num_classes), weight_scale, before_relu=False))

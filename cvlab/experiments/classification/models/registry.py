@@ -1,7 +1,7 @@
-"""Models by name: our own, `timm:NAME`, `torchvision:NAME`, and the user's `./file.py:Name`.
+"""Image classifiers by name: cvlab's own, `timm:NAME`, `torchvision:NAME`, and the user's `./file.py:Name`.
 
-A builder's parameters `in_channels`, `image_size`, `num_classes` and `layers` come from the program, all others from
-the YAML.
+A builder's parameters `in_channels`, `image_size`, `num_classes` and `layers` are filled in by cvlab; all others are
+keys of the `model` block.
 """
 
 import functools
@@ -31,49 +31,62 @@ PREFIXES = {
     "timm": "cvlab.models.zoo:build_timm",
     "torchvision": "cvlab.models.zoo:build_torchvision",
 }
-SUPPLIED = frozenset({"in_channels", "image_size", "num_classes", "layers", "model_name"})
+INJECTED = frozenset({"in_channels", "image_size", "num_classes", "layers", "model_name"})
 
 
 def get_builder(name: str, base: Path) -> Callable[..., Any]:
-    """Return the builder of a model by its name, a user's file relative to `base`."""
+    """Return the builder of the model called `name`; a user's file is relative to `base`. Raises ConfigError."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in PREFIXES:
         zoo: Callable[..., Any] = registry.import_name(PREFIXES[prefix])
         return functools.partial(zoo, model_name=rest)
     if registry.is_user_file(name):
-        user: Callable[..., Any] = registry.import_user_object(name, base)
-        return user
+        user_builder: Callable[..., Any] = registry.import_user_object(name, base)
+        return user_builder
     if name not in MODELS:
         raise registry.unknown_name_error(
             "model", name, [*MODELS, *(f"{prefix}:NAME" for prefix in PREFIXES), "./file.py:Name"]
         )
-    own: Callable[..., Any] = registry.import_name(MODELS[name])
-    return own
+    builder: Callable[..., Any] = registry.import_name(MODELS[name])
+    return builder
 
 
 def check_logits(model: nn.Module, name: str, in_channels: int, image_size: int, num_classes: int) -> None:
-    """Raise ConfigError unless a model can be trained and maps two blank images to scores (2, num_classes) or more."""
+    """Check that a model is trainable and maps two blank images to logits (2, >= num_classes). Raises ConfigError."""
     model.eval()
     with torch.no_grad():
-        scores = model(torch.zeros(2, in_channels, image_size, image_size))
+        logits = model(torch.zeros(2, in_channels, image_size, image_size))
     model.train()
-    found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != 2 or scores.shape[1] < num_classes:
-        raise ConfigError(f"model {name}: two images give {found}, not scores (2, {num_classes})")
+    output = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < num_classes:
+        raise ConfigError(f"model {name}: returns {output} for two images, expected logits (2, {num_classes})")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"model {name}: has no weights to train")
+        raise ConfigError(f"model {name}: has no trainable weights")
 
 
-TABLE = Registry("model", MODELS, SUPPLIED, get_builder)
+TABLE = Registry("model", MODELS, INJECTED, get_builder)
 
 
-def build(name: str, arguments: dict[str, Any], base: Path, **supplied: Any) -> nn.Module:
-    """Build a model; of `supplied` (in_channels, image_size, num_classes, layers) it gets what its builder takes."""
+def build(name: str, arguments: dict[str, Any], base: Path, **injected: Any) -> nn.Module:
+    """Build a model.
+
+    Args:
+        name: The name of the model.
+        arguments: Keys of the `model` block.
+        base: The folder that paths to user files are relative to.
+        **injected: in_channels, image_size, num_classes and layers; those that the builder does not take are left out.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: If the name is unknown, or the builder does not return a module.
+    """
     builder = get_builder(name, base)
     parameters = inspect.signature(builder).parameters
-    chosen = {key: value for key, value in supplied.items() if key in parameters}
-    if supplied.get("layers", nn) is not nn and "layers" not in parameters:
-        raise ConfigError(f"model {name}: is not built from layers that are passed in", "use layers: torch")
+    chosen = {key: value for key, value in injected.items() if key in parameters}
+    if injected.get("layers", nn) is not nn and "layers" not in parameters:
+        raise ConfigError(f"model {name}: does not take `layers`", "use layers: torch")
     model = builder(**chosen, **arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name}: expected a torch.nn.Module, got {type(model).__name__}")

@@ -1,8 +1,11 @@
-"""A small residual-free net that starts from whitened patches, for trainings of seconds to minutes.
+"""A small convolutional network with a whitening first layer, for training runs of seconds to minutes.
 
-Paper: Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", sections 3.1 to 3.4; whitening after Coates and
-Ng, 2012, and the first layer of Page, 2019; partial identity ("dirac") initialisation after Zagoruyko and Komodakis,
-2017. Differs: any widths and depth, a choice of activation, shortcuts as in the paper's 96 % net by `residual`.
+References:
+    Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", sections 3.1 to 3.4; Coates and Ng, 2012, and the
+    first layer of Page, 2019 (whitening); Zagoruyko and Komodakis, 2017 (partial identity, "dirac" initialization).
+
+Differences from the paper:
+    Any widths and depth, a choice of activation; `residual` adds the shortcuts of the paper's 96 % network.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,18 +17,25 @@ from torch import Tensor, nn
 from cvlab.config.schema import PositiveInt
 from cvlab.errors import ConfigError
 
-WHITENED_IMAGES = 5_000  # the covariance of 12 numbers needs no more
-EPS = 5e-4  # the paper's: keeps the directions of least variance from being blown up
+MAX_WHITENING_IMAGES = 5_000  # enough for the covariance of 12 values
+EPS = 5e-4  # as in the paper: limits the gain in the directions of least variance
 NORM_EPS = 1e-12
-NORM_MOMENTUM = 0.4  # a run has hundreds of steps: running statistics must follow quickly
+NORM_MOMENTUM = 0.4  # a run has only hundreds of steps, which the running statistics must follow
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU}
 
 
 def whitening_filters(images: Tensor, kernel: int, eps: float = EPS) -> Tensor:
-    """Return the filters that turn patches of images (N, C, H, W) into numbers with variance 1 and no correlation.
+    """Compute the filters that whiten the patches of images: unit variance, no correlation.
 
-    They are the eigenvectors of the patches' covariance over the roots of its eigenvalues, the largest first:
-    (C * K * K, C, K, K), float32.
+    They are the eigenvectors of the patches' covariance, divided by the square roots of the eigenvalues.
+
+    Args:
+        images: Normalized images (N, C, H, W).
+        kernel: Side K of the patches in pixels.
+        eps: Added to the eigenvalues.
+
+    Returns:
+        Filters (C * K * K, C, K, K), float32, by descending eigenvalue.
     """
     channels = images.shape[1]
     total = torch.zeros(channels * kernel**2, channels * kernel**2, dtype=torch.float64)
@@ -36,13 +46,13 @@ def whitening_filters(images: Tensor, kernel: int, eps: float = EPS) -> Tensor:
         total += (rows.T @ rows).double()
         count += len(rows)
     values, vectors = torch.linalg.eigh(total / count)
-    filters = (vectors / (values.clamp(min=0) + eps).sqrt()).T.flip(0)  # a row for each direction
-    shaped: Tensor = filters.reshape(-1, channels, kernel, kernel).float()
-    return shaped
+    filters = (vectors / (values.clamp(min=0) + eps).sqrt()).T.flip(0)  # a row for each eigenvector
+    kernels: Tensor = filters.reshape(-1, channels, kernel, kernel).float()
+    return kernels
 
 
 class ConvBlock(nn.Module):
-    """Conv - max pool 2x2 - norm - act, then `depth - 1` times conv - norm - act, the last act after the shortcut."""
+    """Conv - max pool 2x2 - norm - act, then (conv - norm - act) x (depth - 1), the last act after the shortcut."""
 
     def __init__(
         self, width_in: int, width: int, depth: int, residual: bool, act: type[nn.Module], layers: Any
@@ -57,7 +67,7 @@ class ConvBlock(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, width, H // 2, W // 2)."""
+        """Return (N, width, H // 2, W // 2) for x (N, C, H, W)."""
         x = self.first(x)
         if len(self.inner) == 0:
             return x
@@ -67,38 +77,38 @@ class ConvBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """The largest value of each channel, then a linear layer without bias, scaled down."""
+    """Global max pooling, then a linear layer without bias whose output is scaled."""
 
     def __init__(self, linear: nn.Module, scale: float) -> None:
         super().__init__()
         self.linear, self.scale = linear, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to scores (N, num_classes)."""
-        scores: Tensor = self.linear(x.amax((2, 3))) * self.scale
-        return scores
+        """Return logits (N, num_classes) for x (N, C, H, W)."""
+        logits: Tensor = self.linear(x.amax((2, 3))) * self.scale
+        return logits
 
 
 class WhitenNet(nn.Sequential):
-    """The net; `fit_to` sets its first layer from images before the training."""
+    """The network; `init_from_images` initializes its first layer before training."""
 
     @torch.no_grad()
     def init_from_images(self, images: Tensor) -> None:
-        """Set the first layer to the whitening filters of normalised images (N, C, H, W), each with both signs."""
+        """Initialize the first layer with whitening filters of normalized images (N, C, H, W), and their negatives."""
         whiten: Any = self[0]
-        filters = whitening_filters(images[:WHITENED_IMAGES], whiten.kernel_size[0])
+        filters = whitening_filters(images[:MAX_WHITENING_IMAGES], whiten.kernel_size[0])
         whiten.weight.copy_(torch.cat([filters, -filters]))
 
 
 def _conv(width_in: int, width: int, layers: Any) -> nn.Module:
-    """Build a 3x3 convolution without bias that at first passes its inputs on, as far as it has outputs for them."""
+    """Build a 3x3 convolution without bias, initialized to pass on as many input channels as it has outputs."""
     conv: nn.Module = layers.Conv2d(width_in, width, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight[:width_in])  # type: ignore[index]
     return conv
 
 
 def _norm(width: int, layers: Any) -> nn.Module:
-    """Build a BatchNorm that learns a shift and no scale."""
+    """Build a BatchNorm with a learned shift and a fixed scale of 1."""
     norm: nn.Module = layers.BatchNorm2d(width, eps=NORM_EPS, momentum=NORM_MOMENTUM)
     norm.weight.requires_grad_(False)
     return norm
@@ -117,14 +127,27 @@ def whiten_net(
     num_classes: int = 10,
     layers: Any = nn,
 ) -> nn.Module:
-    """Whitening conv 2x2 - act, a block of `depth` convolutions for each of `widths`, each halving the size, a head.
+    """Build whitening conv 2x2 - act - blocks that each halve the spatial size - global max pooling - linear.
 
-    The whitening filters come from the training images and are not trained; their bias is, unless
-    `train_whitening_bias` is false, which saves the gradient of the largest layer's input. Takes (N, in_channels,
-    image_size, image_size), gives scores (N, num_classes).
+    The whitening filters are computed from the training images and frozen.
+
+    Args:
+        widths: Channels of each block.
+        depth: Convolutions of each block.
+        residual: Whether blocks have a shortcut around all but their first convolution.
+        activation: The activation function.
+        train_whitening_bias: False saves the gradient with respect to the input of the largest layer.
+        head_scale: Factor of the logits.
+        in_channels: C of the images.
+        image_size: H and W of the images.
+        num_classes: Number of classes.
+        layers: Namespace of the layers.
+
+    Returns:
+        A model that maps images (N, C, H, W) to logits (N, num_classes).
     """
     if not widths or (image_size - 1) >> len(widths) < 1:
-        raise ConfigError(f"model.widths: {len(widths)} halvings leave nothing of {image_size - 1} px")
+        raise ConfigError(f"model.widths: {len(widths)} halvings leave no pixel of {image_size - 1} px")
     act = layers.ReLU if activation == "relu" else ACTIVATIONS[activation]
     whiten = layers.Conv2d(in_channels, 2 * 4 * in_channels, 2)
     nn.init.zeros_(whiten.bias)

@@ -109,7 +109,7 @@ def test_depths_shortcuts_and_sizes_of_whiten_nets():
     block.eval()
     first = block.first(x)
     torch.testing.assert_close(block(x), nn.functional.silu(first + block.inner(first)))
-    with pytest.raises(ConfigError, match="halvings leave nothing of 7 px"):
+    with pytest.raises(ConfigError, match="halvings leave no pixel of 7 px"):
         whiten_net((4, 4, 4), image_size=8)
 
 
@@ -120,7 +120,7 @@ def test_every_model_of_hand_written_layers_trains_as_torchs(name):
         torch.manual_seed(2)
         supplied = {"in_channels": 3, "image_size": 8, "num_classes": 4, "layers": layers}
         if name == "api_barebones" and layers is not nn:
-            with pytest.raises(ConfigError, match="not built from layers"):
+            with pytest.raises(ConfigError, match="does not take `layers`"):
                 model_registry.build(name, {}, Path(), **supplied)
             return
         arguments = {key: value for key, value in ARGUMENTS[name].items() if key != "dropout"}
@@ -178,7 +178,7 @@ def test_pooling_before_the_relu_changes_no_bit():
         (lambda: deep_convnet(filters=()), "at least one block"),
         (lambda: deep_convnet(filters=(4,), pools=(1,)), r"model\.pools \[1\]"),
         (lambda: deep_convnet(filters=(4, 4), pools=(0, 0)), "different block"),
-        (lambda: deep_convnet(filters=(4,) * 7, pools=tuple(range(7))), "nothing of 32 px"),
+        (lambda: deep_convnet(filters=(4,) * 7, pools=tuple(range(7))), "no pixel of 32 px"),
         (lambda: three_layer_convnet(filter_size=4), "must be odd"),
     ],
 )
