@@ -46,7 +46,8 @@ def run(rounds: int, device: str) -> dict[str, Any]:
 def _groups(ctx: engine_device.ComputeContext) -> list[Loops]:
     """Return the loops to compare with each other, cvlab's own first."""
     suppression = [_nms(count, ctx) for count in NMS_COUNTS]
-    return [*suppression, _roi_align(ctx), _precision(), *(_detector(name, ctx) for name in inference.COMING_ALONG)]
+    detectors = [_detector(name, ctx) for name in inference.BUNDLED_DETECTORS]
+    return [*suppression, _roi_align(ctx), _precision(), *detectors]
 
 
 def _nms(count: int, ctx: engine_device.ComputeContext) -> Loops:
@@ -141,10 +142,10 @@ def _torchmetrics(found: list[Detections], truths: list[GroundTruth]) -> object:
 
 
 def _detector(model: str, ctx: engine_device.ComputeContext) -> Loops:
-    finder = inference.open_finder(model, None, ctx)
+    detector = inference.load_detector(model, None, ctx)
     photo = photos.load(photos.find_images([photos.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
     width, height = PHOTO_PX
-    return {f"{model} on a photo of {width} x {height}": lambda: finder.look([photo], 0.25, 0.5)}
+    return {f"{model} on a photo of {width} x {height}": lambda: detector.predict([photo], 0.25, 0.5)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,11 +23,11 @@ from cvlab.errors import CvlabError, DataError
 from cvlab.experiments.captioning import dataset
 from cvlab.experiments.detection.data import annotations
 from cvlab.experiments.detection.data import dataset as data_dataset
-from cvlab.experiments.detection.models.darknet import Conv, read_darknet
+from cvlab.experiments.detection.models.darknet import ConvSpec, read_darknet
 from cvlab.models import weights
 from cvlab.runs import checkpoint
 from cvlab.storage import archives, zipfiles
-from tests.experiments.detection.data.test_dataset import coco_set, voc_set, yolo_set
+from tests.experiments.detection.data.box_files import coco_set, voc_set, yolo_set
 
 ODD = (
     *("", "-1", "0", "1e308", "-1e308", "nan", "Infinity", "9" * 400, "true", "null", "\0", "../../x", "/etc/passwd"),
@@ -115,7 +115,7 @@ def zip_of(folder):
 
 
 STATE = {"conv.weight": torch.arange(54.0).view(2, 3, 3, 3), "conv.bias": torch.zeros(2)}
-CONVS = (Conv("conv", 3, 2, 3),)
+CONVS = (ConvSpec("conv", 3, 2, 3),)
 
 
 def safetensors(folder):
@@ -243,7 +243,7 @@ def test_brackets_without_end(tmp_path):
     for path, read in ((captions_json(tmp_path), said), (coco_set(tmp_path / "coco"), boxes)):
         file = path if path.is_file() else next(path.rglob("*.json"))
         file.write_text("[" * 100_000)
-        assert "not valid JSON" in refusal(read, path) or "not COCO" in refusal(read, path)
+        assert "not valid JSON" in refusal(read, path) or "not a COCO file" in refusal(read, path)
 
 
 @pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])

@@ -4,9 +4,9 @@ Reference: Chen et al., 2015, "Microsoft COCO captions: data collection and eval
 """
 
 import csv
-import json
 from pathlib import Path
 
+from cvlab.data import coco
 from cvlab.errors import DataError
 
 
@@ -54,17 +54,15 @@ def read_coco(path: Path) -> dict[str, list[str]]:
     Raises:
         DataError: The file cannot be read, or is no such file.
     """
+    file = coco.read(path)
+    images = file.by_id("images")
+    names = {key: file.text(f"image {key}", record, "file_name") for key, record in images.items()}
     captions: dict[str, list[str]] = {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        file_names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        for annotation in content["annotations"]:
-            captions.setdefault(file_names[annotation["image_id"]], []).append(str(annotation["caption"]).strip())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{path}: not COCO's captions: {reason}", "it needs images and annotations with captions"
-        ) from error
+    for location, record in file.annotations(images):
+        caption = record.get("caption")
+        if not isinstance(caption, str):
+            raise DataError(f"{location}: has no caption", coco.HINT)
+        captions.setdefault(names[record["image_id"]], []).append(caption.strip())
     if not captions:
         raise DataError(f"{path}: no caption in it")
     return captions

@@ -77,7 +77,7 @@ class TestOnnx:
         assert about["normalised_inside"]["std"]
         assert len(about["classes"]) == 10
 
-    @pytest.mark.parametrize("more", [(), ("tune_epochs=1", "duration={epochs: 1}")])
+    @pytest.mark.parametrize("more", [(), ("finetune_epochs=1", "duration={epochs: 1}")])
     def test_a_detector_finds_the_same_boxes(self, cvlab, trained, more):
         import onnxruntime
 
@@ -89,7 +89,7 @@ class TestOnnx:
         images = torch.rand(2, 3, 64, 64)
         with torch.no_grad():
             maps = net.features.batch(images)
-            mine = made.weights.detections(made.weights([maps[n] for n in net.features.names]), 64, FLOOR, 0.6, 100)
+            mine = made.weights.postprocess(made.weights([maps[n] for n in net.features.names]), 64, FLOOR, 0.6, 100)
         scores, boxes = (torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()}))
         for k, found in enumerate(mine):
             point, label = (scores[k] >= FLOOR).nonzero(as_tuple=True)

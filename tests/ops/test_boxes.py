@@ -321,9 +321,9 @@ class TestAssignment:
 class TestViews:
     @pytest.mark.parametrize("number", range(6))
     def test_boxes_come_back(self, number):
-        place = augment.drawn(300, 200, 128, augment.Changes(), 0, 5, number)
+        transform = augment.random_view(300, 200, 128, augment.AugmentConfig(), 0, 5, number)
         found = random_boxes(9)
-        torch.testing.assert_close(place.back(place.boxes(found)), found)
+        torch.testing.assert_close(transform.inverse_transform_boxes(transform.transform_boxes(found)), found)
 
     @pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (500, 90)])
     @pytest.mark.parametrize("number", range(5))
@@ -334,32 +334,32 @@ class TestViews:
         box = (width * 0.3, height * 0.35, width * 0.6, height * 0.7)
         photo.paste((255, 255, 255), tuple(round(v) for v in box))
         box = torch.tensor([[float(round(v)) for v in box]])
-        place = augment.drawn(width, height, 160, augment.Changes(), 1, 2, number)
-        seen, which = place.visible(box)
-        shown = (torch.tensor(list(place.view(photo).convert("L").tobytes())).view(160, 160) > 200).nonzero()
+        transform = augment.random_view(width, height, 160, augment.AugmentConfig(), 1, 2, number)
+        seen, which = transform.visible_boxes(box)
+        shown = (torch.tensor(list(transform.render(photo).convert("L").tobytes())).view(160, 160) > 200).nonzero()
         if not len(which):
-            assert len(shown) < 0.4 * float(boxes.area(place.boxes(box)))
+            assert len(shown) < 0.4 * float(boxes.area(transform.transform_boxes(box)))
             return
         corners = torch.cat([shown.amin(0).flip(0), shown.amax(0).flip(0) + 1]).float()
         assert float((corners - seen[0]).abs().max()) < 2.0
 
     def test_the_whole_photo_keeps_its_shape(self):
-        place = augment.whole(400, 100, 200)
-        assert place.boxes(torch.tensor([[0.0, 0, 400, 100]])).tolist() == [[0, 75, 200, 125]]
-        assert place.view(Image.new("RGB", (400, 100), "red")).getpixel((0, 0)) == augment.GREY
+        transform = augment.whole_photo(400, 100, 200)
+        assert transform.transform_boxes(torch.tensor([[0.0, 0, 400, 100]])).tolist() == [[0, 75, 200, 125]]
+        assert transform.render(Image.new("RGB", (400, 100), "red")).getpixel((0, 0)) == augment.GRAY
 
     def test_a_pure_function_of_seed_photo_and_number(self):
-        changes = augment.Changes()
-        one = augment.drawn(300, 200, 128, changes, 0, 5, 1)
-        assert one == augment.drawn(300, 200, 128, changes, 0, 5, 1)
-        others = [augment.drawn(300, 200, 128, changes, *key) for key in ((1, 5, 1), (0, 6, 1), (0, 5, 2))]
+        changes = augment.AugmentConfig()
+        one = augment.random_view(300, 200, 128, changes, 0, 5, 1)
+        assert one == augment.random_view(300, 200, 128, changes, 0, 5, 1)
+        others = [augment.random_view(300, 200, 128, changes, *key) for key in ((1, 5, 1), (0, 6, 1), (0, 5, 2))]
         assert all(one != other for other in others)
         view = torch.rand(3, 8, 8)
-        assert augment.recoloured(view, changes, 0, 1, 2).equal(augment.recoloured(view, changes, 0, 1, 2))
-        assert not augment.recoloured(view, changes, 0, 1, 2).equal(augment.recoloured(view, changes, 0, 1, 3))
+        assert augment.color_jitter(view, changes, 0, 1, 2).equal(augment.color_jitter(view, changes, 0, 1, 2))
+        assert not augment.color_jitter(view, changes, 0, 1, 2).equal(augment.color_jitter(view, changes, 0, 1, 3))
 
     def test_a_box_of_which_too_little_is_seen_is_left_out(self):
-        place = augment.Drawn(100, 1.0, 1.0, -50.0, 0.0)
-        seen, which = place.visible(torch.tensor([[0.0, 0, 60, 40], [40.0, 0, 70, 40], [60.0, 10, 60.5, 11]]))
+        transform = augment.ViewTransform(100, 1.0, 1.0, -50.0, 0.0)
+        seen, which = transform.visible_boxes(torch.tensor([[0.0, 0, 60, 40], [40.0, 0, 70, 40], [60.0, 10, 60.5, 11]]))
         assert which.tolist() == [1]
         assert seen.tolist() == [[0, 0, 20, 40]]

@@ -1,82 +1,137 @@
-"""What a detector finds in the photos of a set, and how good that is."""
+"""Detections of a whole data set, and how good they are: average precision, confusion matrix, recall by size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
-from cvlab.experiments.detection.data import augment
+from cvlab.errors import DataError
+from cvlab.experiments.detection import drawing, inference, plots
+from cvlab.experiments.detection.data import dataset
 from cvlab.experiments.detection.data.dataset import DetectionSample
-from cvlab.experiments.detection.feature_cache import Cached
+from cvlab.experiments.detection.feature_cache import FeatureCache
+from cvlab.experiments.detection.inference import LoadedDetector
+from cvlab.experiments.detection.models.base import DetectionHead
 from cvlab.ops import average_precision
 from cvlab.ops.average_precision import DetectionMetrics, Detections, GroundTruth
+from cvlab.reports import images as reports_images
+from cvlab.runs.results import PhotoResult, summarize
+from cvlab.runs.run_dir import RunDir
+from cvlab.storage.cache import data_root
 
-MOST = 100  # detections of a photo, as COCO counts them
-BATCH = 16
+if TYPE_CHECKING:
+    from PIL import Image
+
+BATCH_SIZE = 16
+SHEET_PHOTOS = 12
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How detections are made and counted."""
+class EvaluationRules:
+    """How detections are postprocessed and evaluated.
 
-    map_rule: str
-    floor: float
-    nms_iou: float
+    `map_rule` is one of `average_precision.RULES`; the others are arguments of `DetectionHead.postprocess`.
+    """
+
+    map_rule: str = "voc"
+    score_threshold: float = 0.001
+    nms_iou: float = 0.6
 
 
 @torch.inference_mode()
-def find(head: nn.Module, cached: Cached, size_px: int, rules: Rules, ctx: ComputeContext) -> list[Detections]:
-    """Return what a detector finds in photos whose maps are at hand, in pixels of the photos, on the CPU."""
+def predict_cached(
+    head: DetectionHead[Any], cache: FeatureCache, size_px: int, rules: EvaluationRules, ctx: ComputeContext
+) -> list[Detections]:
+    """Return the detections in photos whose feature maps are cached, in pixels of the photos, on the CPU."""
     was_training = head.training
     head.eval()
     results: list[Detections] = []
-    for start in range(0, len(cached), BATCH):
-        indices = torch.arange(start, min(start + BATCH, len(cached)))
-        maps, _ = cached.batch(indices)
+    for start in range(0, len(cache), BATCH_SIZE):
+        indices = torch.arange(start, min(start + BATCH_SIZE, len(cache)))
+        maps, _ = cache.batch(indices)
         with ctx.autocast():
-            views_found = head.detections(head(maps), size_px, rules.floor, rules.nms_iou, MOST)  # type: ignore[operator]
-        results += [
-            in_photo(view, cached.places[k], cached.sizes[k])
-            for k, view in zip(indices.tolist(), views_found, strict=True)
-        ]
+            in_views = head.postprocess(
+                head(maps), size_px, rules.score_threshold, rules.nms_iou, inference.MAX_DETECTIONS
+            )
+        for k, detections in zip(indices.tolist(), in_views, strict=True):
+            view = cache.views[k]
+            results.append(inference.to_photo_coordinates(detections, view.transform, view.photo_size))
     head.train(was_training)
     return results
 
 
-def in_photo(found: Detections, place: augment.Drawn, size: tuple[int, int]) -> Detections:
-    """Move what is found in a view to the photo it was drawn from, (width, height) pixels large; on the CPU."""
-    moved = place.back(found.boxes_xyxy.float().cpu())
-    width, height = size
-    moved = moved.clamp(min=0).minimum(moved.new_tensor([width, height, width, height]))
-    return Detections(moved, found.scores.float().cpu(), found.labels.cpu())
+def ground_truths(samples: Sequence[DetectionSample]) -> list[GroundTruth]:
+    """Return the ground truth of each sample."""
+    return [GroundTruth(sample.boxes_xyxy, sample.labels, sample.difficult) for sample in samples]
 
 
-def truths(items: Sequence[DetectionSample]) -> list[GroundTruth]:
-    """Return the boxes that photos have."""
-    return [GroundTruth(item.boxes_xyxy, item.labels, item.difficult) for item in items]
-
-
-def measure(
-    found: Sequence[Detections], items: Sequence[DetectionSample], num_classes: int, rules: Rules
+def compute_metrics(
+    detections: Sequence[Detections], samples: Sequence[DetectionSample], num_classes: int, rules: EvaluationRules
 ) -> DetectionMetrics:
-    """Return the average precision over a set by the rule."""
-    return average_precision.evaluate(found, truths(items), num_classes, rules.map_rule)
+    """Compute the average precision over a data set."""
+    return average_precision.evaluate(detections, ground_truths(samples), num_classes, rules.map_rule)
 
 
-def metrics(found: DetectionMetrics, classes: Sequence[str]) -> dict[str, float]:
-    """Return what a run reports of a set; classes that the set has none of are left out."""
-    by_class = {f"ap50/{name}": value for name, value in zip(classes, found.ap50.tolist(), strict=True)}
-    return {"map50": found.map50, "map50_95": found.map50_95} | {k: v for k, v in by_class.items() if v == v}
+def reported_metrics(metrics: DetectionMetrics, classes: Sequence[str]) -> dict[str, float]:
+    """Return the metrics that a run reports; classes without ground truth are left out."""
+    by_class = {f"ap50/{name}": value for name, value in zip(classes, metrics.ap50.tolist(), strict=True)}
+    return {"map50": metrics.map50, "map50_95": metrics.map50_95} | {k: v for k, v in by_class.items() if v == v}
 
 
-def confused(found: Sequence[Detections], items: Sequence[DetectionSample], num_classes: int, floor: float) -> Tensor:
-    """Count what is taken for what among detections of at least `floor`: int64 (C + 1, C + 1)."""
-    return average_precision.confusion_matrix(found, truths(items), num_classes, floor)
+def confusion_matrix(
+    detections: Sequence[Detections], samples: Sequence[DetectionSample], num_classes: int, score_threshold: float
+) -> Tensor:
+    """Count ground truth against detections of at least `score_threshold`: int64 (C + 1, C + 1), background last."""
+    return average_precision.confusion_matrix(detections, ground_truths(samples), num_classes, score_threshold)
 
 
-def recalls(found: Sequence[Detections], items: Sequence[DetectionSample], floor: float) -> dict[str, float]:
-    """Return the share of boxes that are found, by their size, where there are some of a size."""
-    shares = average_precision.recall_by_size(found, truths(items), floor)
-    return {f"recall_{size}": share for size, share in shares.items() if share == share}
+def recall_by_size(
+    detections: Sequence[Detections], samples: Sequence[DetectionSample], score_threshold: float
+) -> dict[str, float]:
+    """Return the recall for each size of box that occurs, as metrics `recall_SIZE`."""
+    recalls = average_precision.recall_by_size(detections, ground_truths(samples), score_threshold)
+    return {f"recall_{size}": recall for size, recall in recalls.items() if recall == recall}
+
+
+def evaluate_on_validation(
+    detector: LoadedDetector, out: RunDir, batch_size: int, score_threshold: float
+) -> dict[str, float]:
+    """Evaluate a detector on the validation photos of its data set; draw the first of them on a contact sheet.
+
+    Only detections of at least `score_threshold` are drawn, and counted in the confusion matrix.
+    """
+    if not detector.trained_on:
+        raise DataError("this detector has no validation photos", "name photos to detect objects in")
+    boxset = dataset.load(detector.trained_on, data_root(), detector.path)
+    if tuple(boxset.classes) != tuple(detector.classes):
+        raise DataError(f"{detector.trained_on}: its classes are not those that the detector was trained on")
+    samples = boxset.splits["val"]
+    rules = EvaluationRules()
+    predictions: list[Detections] = []
+    sheet: list[Image.Image] = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        images = [photos.load(sample.path) for sample in batch]
+        results = detector.predict(images, rules.score_threshold, rules.nms_iou)
+        predictions += results
+        for sample, image, result in list(zip(batch, images, results, strict=True))[: SHEET_PHOTOS - len(sheet)]:
+            above = result.scores >= score_threshold
+            shown = Detections(result.boxes_xyxy[above], result.scores[above], result.labels[above])
+            gt_boxes = [tuple(box) for box in sample.boxes_xyxy.tolist()]
+            sheet.append(drawing.draw(image, inference.labeled_boxes(shown, detector.classes), gt_boxes))
+    out.write_bytes("images/sheet.png", reports_images.png(drawing.contact_sheet(sheet)))
+    metrics = compute_metrics(predictions, samples, len(detector.classes), rules)
+    confusion = confusion_matrix(predictions, samples, len(detector.classes), score_threshold)
+    plots.write(out, metrics, confusion, detector.classes)
+    out.extra_summary |= {
+        "map_rule": rules.map_rule,
+        "score_threshold": rules.score_threshold,
+        "data": f"{boxset.name}, val",
+    }
+    sheet_result = PhotoResult("images/sheet.png", files={"picture": "images/sheet.png"})
+    out.extra_summary |= summarize([sheet_result], inference.COLUMNS)
+    return {"num_photos": len(samples), **reported_metrics(metrics, detector.classes)}

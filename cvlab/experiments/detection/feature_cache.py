@@ -1,7 +1,7 @@
-"""The maps that a frozen backbone makes of many views of photos, computed once and kept in memory.
+"""The feature maps that a frozen backbone computes for many views of photos, computed once and kept in memory.
 
-A head on a frozen backbone sees nothing but these maps, so that a training of it costs a hundredth of one through the
-whole net.
+A head on a frozen backbone reads nothing but these maps, so training it costs a hundredth of training through the
+whole network.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,127 +18,157 @@ from cvlab.engine import memory
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.data import augment
+from cvlab.experiments.detection.data.augment import AugmentConfig, ViewTransform
 from cvlab.experiments.detection.data.dataset import DetectionSample
-from cvlab.experiments.detection.models.base import Targets, padded
+from cvlab.experiments.detection.models.base import Targets, collate_targets
 from cvlab.models.features import FeatureExtractor
 
-BATCH = 16
-FREE_SHARE = 0.6  # of the free memory, that the maps may take
+BATCH_SIZE = 16
+MAX_FREE_FRACTION = 0.6  # of the free memory, that the maps may take
 
 
 @dataclass(frozen=True)
-class Cached:
-    """Maps of views, one tensor (V, H, W, C) for each level; the boxes of each view, where it lies in its photo.
+class CachedView:
+    """The ground truth of one view, in its pixels, and where it lies in its photo.
 
-    `sizes` are the photos' widths and heights.
+    boxes_xyxy: (K, 4). labels: int64 (K,). confidence: (K,), in [0, 1]. photo_size: width and height.
     """
 
-    maps: list[Tensor]
-    boxes: list[Tensor]
-    labels: list[Tensor]
-    confidence: list[Tensor]
-    places: list[augment.Drawn]
-    sizes: list[tuple[int, int]]
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def batch(self, indices: Tensor, levels: int | None = None) -> tuple[list[Tensor], Targets]:
-        """Return the maps (N, C, H, W), channels_last, of all levels or the finest, and the boxes of views."""
-        found = indices.tolist()
-        parts = ([values[k] for k in found] for values in (self.boxes, self.labels, self.confidence))
-        targets = padded(*parts)
-        return [level[indices].permute(0, 3, 1, 2) for level in self.maps[:levels]], targets
+    boxes_xyxy: Tensor
+    labels: Tensor
+    confidence: Tensor
+    transform: ViewTransform
+    photo_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Request:
-    """Which views: `num_views` random ones of each photo, or, without `changes`, each photo whole."""
+class FeatureCache:
+    """The maps of V views, one tensor (V, H, W, C) per level, highest resolution first, and the views themselves."""
+
+    maps: list[Tensor]
+    views: list[CachedView]
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def batch(self, indices: Tensor, num_levels: int | None = None) -> tuple[list[Tensor], Targets]:
+        """Return maps (N, C, H, W), channels_last, of all or the first `num_levels` levels, and targets of views."""
+        views = [self.views[k] for k in indices.tolist()]
+        targets = collate_targets(
+            [view.boxes_xyxy for view in views], [view.labels for view in views], [view.confidence for view in views]
+        )
+        return [level[indices].permute(0, 3, 1, 2) for level in self.maps[:num_levels]], targets
+
+
+@dataclass(frozen=True)
+class FeatureCacheConfig:
+    """Which views: `num_views` random ones of each photo, or, without `augment`, each photo whole.
+
+    `title` names the progress bar.
+    """
 
     size_px: int
     num_views: int
-    changes: augment.Changes | None
+    augment: AugmentConfig | None
     seed: int
     title: str
 
 
 def build(
     features: FeatureExtractor,
-    items: Sequence[DetectionSample],
+    samples: Sequence[DetectionSample],
     ctx: ComputeContext,
-    request: Request,
+    config: FeatureCacheConfig,
     check_interrupt: Callable[[], None],
-) -> Cached:
-    """Compute the maps of the views that are asked for; difficult boxes are no targets.
+) -> FeatureCache:
+    """Compute the maps of all views; difficult boxes are left out of their targets.
 
-    `check_interrupt` is called now and then. ConfigError where the maps would not fit into the memory.
+    `check_interrupt` is called after every photo. ConfigError if the maps would not fit into memory.
     """
-    num_views = request.num_views
-    count = len(items) * num_views
-    kept: list[Tensor] = []
-    boxes: list[Tensor] = []
-    labels: list[Tensor] = []
-    confidence: list[Tensor] = []
-    places: list[augment.Drawn] = []
-    sizes: list[tuple[int, int]] = []
-    queue: list[Tensor] = []
-
-    def flush() -> None:
-        if not queue:
-            return
-        found = _look(features, torch.stack(queue), ctx)
-        if not kept:
-            _require_memory(found, count, ctx, num_views)
-            kept.extend(level.new_empty(count, *level.shape[1:]) for level in found)
-        for store, level in zip(kept, found, strict=True):
-            store[len(boxes) - len(queue) : len(boxes)] = level
-        queue.clear()
-
-    with Progress(request.title, count, 0) as progress:
-        for k, item in enumerate(items):
-            photo = photos.load(item.path)
-            for number in range(num_views):
-                view, place = _view(photo, request, k, number)
-                seen, which = place.visible(item.boxes_xyxy)
-                queue.append(view)
-                easy = ~item.difficult[which]
-                boxes.append(seen[easy])
-                labels.append(item.labels[which][easy])
-                sure = torch.ones(len(item.labels)) if item.confidence is None else item.confidence
-                confidence.append(sure[which][easy])
-                places.append(place)
-                sizes.append(photo.size)
-                if len(queue) == BATCH:
-                    flush()
+    writer = _MapWriter(features, ctx, len(samples), config.num_views)
+    views: list[CachedView] = []
+    with Progress(config.title, len(samples) * config.num_views, 0) as progress:
+        for index, sample in enumerate(samples):
+            photo = photos.load(sample.path)
+            for number in range(config.num_views):
+                image, transform = _render_view(photo, config, index, number)
+                writer.add(image)
+                views.append(_cached_view(sample, transform, photo.size))
             check_interrupt()
             if progress.due():
-                progress.update(len(boxes), f"{item.path.name}")
-        flush()
-    return Cached(kept, boxes, labels, confidence, places, sizes)
+                progress.update(len(views), f"{sample.path.name}")
+        writer.flush()
+    return FeatureCache(writer.maps, views)
 
 
-def _view(photo: Image.Image, request: Request, k: int, number: int) -> tuple[Tensor, augment.Drawn]:
-    size_px, changes, seed = request.size_px, request.changes, request.seed
-    if changes is None:
-        place = augment.whole(photo.width, photo.height, size_px)
-        return photos.to_tensor(place.view(photo)), place
-    place = augment.drawn(photo.width, photo.height, size_px, changes, seed, k, number)
-    return augment.recoloured(photos.to_tensor(place.view(photo)), changes, seed, k, number), place
+class _MapWriter:
+    """Runs the backbone on batches of views and writes their maps into tensors allocated at the first batch."""
+
+    def __init__(self, features: FeatureExtractor, ctx: ComputeContext, num_photos: int, num_views: int) -> None:
+        self.features, self.ctx, self.num_photos, self.num_views = features, ctx, num_photos, num_views
+        self.maps: list[Tensor] = []
+        self.pending: list[Tensor] = []
+        self.num_written = 0
+
+    def add(self, image: Tensor) -> None:
+        """Add a view (3, S, S) in [0, 1]."""
+        self.pending.append(image)
+        if len(self.pending) == BATCH_SIZE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Compute and write the maps of the pending views."""
+        if not self.pending:
+            return
+        batch_maps = _compute_maps(self.features, torch.stack(self.pending), self.ctx)
+        if not self.maps:
+            count = self.num_photos * self.num_views
+            _check_memory(batch_maps, count, self.ctx, self.num_views)
+            self.maps = [level.new_empty(count, *level.shape[1:]) for level in batch_maps]
+        end = self.num_written + len(self.pending)
+        for stored, level in zip(self.maps, batch_maps, strict=True):
+            stored[self.num_written : end] = level
+        self.num_written = end
+        self.pending.clear()
+
+
+def _render_view(
+    photo: Image.Image, config: FeatureCacheConfig, index: int, number: int
+) -> tuple[Tensor, ViewTransform]:
+    """Return view `number` of photo `index`, (3, S, S) in [0, 1], and its transform."""
+    if config.augment is None:
+        transform = augment.whole_photo(photo.width, photo.height, config.size_px)
+        return photos.to_tensor(transform.render(photo)), transform
+    transform = augment.random_view(
+        photo.width, photo.height, config.size_px, config.augment, config.seed, index, number
+    )
+    image = photos.to_tensor(transform.render(photo))
+    return augment.color_jitter(image, config.augment, config.seed, index, number), transform
+
+
+def _cached_view(sample: DetectionSample, transform: ViewTransform, photo_size: tuple[int, int]) -> CachedView:
+    """Return the ground truth of a view: the boxes visible in it that are not difficult."""
+    boxes_xyxy, index = transform.visible_boxes(sample.boxes_xyxy)
+    easy = ~sample.difficult[index]
+    confidence = torch.ones(len(sample.labels)) if sample.confidence is None else sample.confidence
+    return CachedView(boxes_xyxy[easy], sample.labels[index][easy], confidence[index][easy], transform, photo_size)
 
 
 @torch.inference_mode()
-def _look(features: FeatureExtractor, batch: Tensor, ctx: ComputeContext) -> list[Tensor]:
+def _compute_maps(features: FeatureExtractor, batch: Tensor, ctx: ComputeContext) -> list[Tensor]:
+    """Return each level's maps (N, H, W, C) of views (N, 3, S, S), in the training precision."""
     with ctx.autocast():
-        found = features.batch(batch.to(ctx.device))
+        maps = features.batch(batch.to(ctx.device))
     dtype = torch.bfloat16 if ctx.precision == "bfloat16" else torch.float32
-    return [found[name].permute(0, 2, 3, 1).to(dtype).contiguous() for name in features.names]
+    return [maps[name].permute(0, 2, 3, 1).to(dtype).contiguous() for name in features.names]
 
 
-def _require_memory(found: list[Tensor], count: int, ctx: ComputeContext, num_views: int) -> None:
-    needed = sum(level[0].numel() * level.element_size() for level in found) * count
+def _check_memory(maps: list[Tensor], count: int, ctx: ComputeContext, num_views: int) -> None:
+    """Raise ConfigError if the maps of `count` views would not fit into the free memory."""
+    needed = sum(level[0].numel() * level.element_size() for level in maps) * count
     free = memory.free_bytes(ctx.device)
-    if free is not None and needed > FREE_SHARE * free:
-        fits = int(num_views * FREE_SHARE * free / needed)
+    if free is not None and needed > MAX_FREE_FRACTION * free:
+        fits = int(num_views * MAX_FREE_FRACTION * free / needed)
         raise ConfigError(
             f"views {num_views} of each photo need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             f"views={fits} fits" if fits else "a smaller size",
@@ -146,19 +176,19 @@ def _require_memory(found: list[Tensor], count: int, ctx: ComputeContext, num_vi
 
 
 class CachedBatches:
-    """The batch of every step, as a pure function of (seed, step): shuffled epochs over all views.
+    """The batch of every step as a pure function of (seed, step): shuffled epochs over all views.
 
-    From step `finest_from` on only the finest map of each view is given.
+    From step `finest_from` on, only the highest-resolution map of each view is returned.
     """
 
-    def __init__(self, cached: Cached, batch_size: int, seed: int, device: torch.device) -> None:
-        self.cached, self.device = cached, device
-        self.epochs = rng.BatchSampler(seed, len(cached), batch_size, device)
+    def __init__(self, cache: FeatureCache, batch_size: int, seed: int, device: torch.device) -> None:
+        self.cache, self.device = cache, device
+        self.sampler = rng.BatchSampler(seed, len(cache), batch_size, device)
         self.finest_from: int | None = None
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
-        """Return maps and boxes of a step: this process's share."""
-        chosen = sharding.shard(self.epochs(step)[1])
-        is_finest = self.finest_from is not None and step >= self.finest_from
-        maps, targets = self.cached.batch(chosen, 1 if is_finest else None)
+        """Return this rank's shard of a step's maps and targets."""
+        indices = sharding.shard(self.sampler(step)[1])
+        is_finest_only = self.finest_from is not None and step >= self.finest_from
+        maps, targets = self.cache.batch(indices, 1 if is_finest_only else None)
         return maps, targets.to(self.device)

@@ -1,9 +1,9 @@
-"""Detectors that look at photos: which there are, what they find, how it is drawn and saved, how good they are."""
+"""Inference with trained detectors: loading them, prediction on photos, drawings and annotation files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -11,30 +11,38 @@ from torch import Tensor
 
 from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
-from cvlab.errors import ConfigError, CvlabError, DataError
+from cvlab.errors import ConfigError, CvlabError
 from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.common.photo_batches import Photo
-from cvlab.experiments.detection import diagrams, evaluation, plots
-from cvlab.experiments.detection import drawing as drawing
-from cvlab.experiments.detection.data import augment, dataset, writers
-from cvlab.experiments.detection.data.coco_classes import COCO_CLASSES
-from cvlab.experiments.detection.drawing import Labelled
-from cvlab.experiments.detection.evaluation import Rules, confused, measure, metrics
+from cvlab.experiments.detection import diagrams, drawing
+from cvlab.experiments.detection.data import augment, writers
+from cvlab.experiments.detection.data.augment import ViewTransform
+from cvlab.experiments.detection.drawing import LabeledBox
 from cvlab.experiments.detection.models import registry as detector_registry
 from cvlab.experiments.detection.models import yolov3_tiny
+from cvlab.experiments.detection.models.base import TwoStageHead
+from cvlab.experiments.detection.models.registry import Detector
+from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
 from cvlab.models import weights
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
 from cvlab.reports import images as reports_images
-from cvlab.runs.results import Column, PhotoResult, summarize
+from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
-from cvlab.storage.cache import data_root
 
-COMING_ALONG = {  # by --model: what looks at photos, what is judged without any
-    "yolo": ("everyday", "scenes"),
-    "faster_rcnn": ("faster_rcnn_everyday", "faster_rcnn_scenes"),
+
+class BundledWeights(NamedTuple):
+    """Names of bundled weights: for photos, and for the evaluation of a command without photos."""
+
+    photos: str
+    evaluation: str
+
+
+BUNDLED_DETECTORS = {  # by the name that `--model` takes
+    "yolo": BundledWeights("everyday", "scenes"),
+    "faster_rcnn": BundledWeights("faster_rcnn_everyday", "faster_rcnn_scenes"),
 }
-SHEET_PHOTOS = 12
+MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
 COLUMNS = (
     Column("objects", "objects"),
     Column("picture", "picture", is_file=True),
@@ -42,63 +50,82 @@ COLUMNS = (
     Column("txt", "YOLO txt", is_file=True),
     Column("xml", "VOC XML", is_file=True),
 )
-Look = Callable[[Sequence[Image.Image], float, float], list[Detections]]
-Propose = Callable[[Image.Image], tuple[Tensor, Tensor]]
+
+PredictFn = Callable[[Sequence[Image.Image], float, float], list[Detections]]  # photos, score_threshold, nms_iou
+ProposeFn = Callable[[Image.Image], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Finder:
-    """A detector ready to look: `look(photos, floor, iou)` gives what it finds, in pixels of each photo.
+class LoadedDetector:
+    """A detector that is ready to predict.
 
-    `told` says which it is; `trained_on` names the set whose validation photos it is judged by. One of two stages has
-    `propose(photo)`: the regions (K, 4) of the first, before and after suppression.
+    Attributes:
+        description: Which detector with which weights, for people.
+        classes: Names of the classes, by label.
+        num_parameters: Without those of a frozen backbone.
+        predict: `predict(photos, score_threshold, nms_iou)` returns each photo's detections, in its pixels.
+        trained_on: Name of the data set, on whose validation split the detector is evaluated.
+        path: Where that data set lies if it is the user's own.
+        propose: `propose(photo)` returns the first stage's proposals (K, 4), in the photo's pixels, before and after
+            non-maximum suppression; None for a one-stage detector.
     """
 
-    told: str
+    description: str
     classes: tuple[str, ...]
     num_parameters: int
-    look: Look
+    predict: PredictFn
     trained_on: str = ""
     path: str | None = None
-    propose: Propose | None = None
+    propose: ProposeFn | None = None
 
 
-def open_finder(model: str, weights_name: str | None, ctx: ComputeContext, evaluates: bool = False) -> Finder:
-    """Open a detector. DataError where its weights are not there.
+def load_detector(
+    model: str, weights_name: str | None, ctx: ComputeContext, for_evaluation: bool = False
+) -> LoadedDetector:
+    """Load a detector.
 
-    `auto` is yolov3_tiny where its weights are on the disk, else what comes along.
+    Args:
+        model: `yolo`, `faster_rcnn` or `yolov3_tiny`; `auto` is yolov3_tiny if its weights are on the disk, else yolo.
+        weights_name: A weights file, a run or its name; None for the bundled weights.
+        ctx: Where to run it.
+        for_evaluation: Prefer the bundled weights that belong to a built-in validation set.
+
+    Raises:
+        DataError: if the weights are missing or damaged.
+        ConfigError: if the weights are those of another model.
     """
     if model == "auto":
         is_darknet = weights_name is not None and weights_name.endswith(".weights")
-        on_disk = weights_name is None and not evaluates and _has_tiny()
+        on_disk = weights_name is None and not for_evaluation and _has_yolov3_tiny()
         model = yolov3_tiny.NAME if is_darknet or on_disk else "yolo"
     if model == yolov3_tiny.NAME:
-        return _open_tiny(weights_name, ctx)
+        return _load_yolov3_tiny(weights_name, ctx)
     if weights_name is None:
-        name = COMING_ALONG[model][evaluates]
-        path, told = common_weights.BUNDLED_WEIGHTS / f"{name}.safetensors", f"{name}, the weights that come along"
+        bundled = BUNDLED_DETECTORS[model]
+        name = bundled.evaluation if for_evaluation else bundled.photos
+        path, source = common_weights.BUNDLED_WEIGHTS / f"{name}.safetensors", f"{name}, bundled weights"
     else:
-        path = common_weights.resolve_weights_path(weights_name, detector_registry.FILE, "detector")
-        told = str(path)
-    made = detector_registry.load(path, ctx.device)
-    about = made.about
-    is_two = detector_registry.has_two_stages(about.model)
-    if model == "faster_rcnn" and not is_two:
-        raise ConfigError(f"{path}: {about.model} is no faster_rcnn", "--model yolo takes it")
-    text = f"{about.model} ({told}): {len(about.classes)} classes, {about.size_px} px, trained on {about.trained_on}"
-    size = sum(p.numel() for p in made.head.parameters())
-    return Finder(
-        text,
-        about.classes,
-        size,
-        looks(made, ctx),
-        about.trained_on,
-        about.notes.get("path"),
-        _proposes(made, ctx) if is_two else None,
+        path = common_weights.resolve_weights_path(weights_name, detector_registry.WEIGHTS_FILE, "detector")
+        source = str(path)
+    detector = detector_registry.load(path, ctx.device)
+    metadata = detector.metadata
+    is_two_stage = detector_registry.is_two_stage(metadata.model)
+    if model == "faster_rcnn" and not is_two_stage:
+        raise ConfigError(f"{path}: {metadata.model} is no faster_rcnn", "--model yolo loads it")
+    properties = f"{len(metadata.classes)} classes, {metadata.size_px} px, trained on {metadata.trained_on}"
+    return LoadedDetector(
+        description=f"{metadata.model} ({source}): {properties}",
+        classes=metadata.classes,
+        num_parameters=sum(p.numel() for p in detector.head.parameters()),
+        predict=make_predictor(detector, ctx),
+        trained_on=metadata.trained_on,
+        path=metadata.notes.get("path"),
+        propose=_make_proposer(detector, ctx) if is_two_stage else None,
     )
 
 
-def _has_tiny() -> bool:
+def _has_yolov3_tiny() -> bool:
+    """Whether the weights of YOLOv3-tiny are on the disk."""
     try:
         weights.find_pinned(yolov3_tiny.NAME, None)
     except CvlabError:
@@ -106,174 +133,176 @@ def _has_tiny() -> bool:
     return True
 
 
-def _head(
-    made: detector_registry.Detector,
-    images: Sequence[Image.Image],
-    places: Sequence[augment.Drawn],
-    ctx: ComputeContext,
+def _head_outputs(
+    detector: Detector, images: Sequence[Image.Image], transforms: Sequence[ViewTransform], ctx: ComputeContext
 ) -> Any:
-    """Return what a detector's head says of photos, drawn as `places` tell."""
-    batch = torch.stack([photos.to_tensor(place.view(image)) for place, image in zip(places, images, strict=True)])
-    maps = made.features.batch(batch.to(ctx.device))
-    return made.head([maps[name] for name in made.features.names])
+    """Return the head's outputs for views of photos."""
+    views = [photos.to_tensor(transform.render(image)) for transform, image in zip(transforms, images, strict=True)]
+    maps = detector.features.batch(torch.stack(views).to(ctx.device))
+    return detector.head([maps[name] for name in detector.features.names])
 
 
-def looks(made: detector_registry.Detector, ctx: ComputeContext) -> Look:
-    """Return how a detector looks at photos: above a floor of score, without doubles above an IoU, in their pixels."""
-    size_px = made.about.size_px
+def make_predictor(detector: Detector, ctx: ComputeContext) -> PredictFn:
+    """Return the function that predicts with a detector; see `LoadedDetector.predict`."""
+    size_px = detector.metadata.size_px
 
     @torch.inference_mode()
-    def look(images: Sequence[Image.Image], floor: float, iou: float) -> list[Detections]:
-        places = [augment.whole(image.width, image.height, size_px) for image in images]
+    def predict(images: Sequence[Image.Image], score_threshold: float, nms_iou: float) -> list[Detections]:
+        transforms = [augment.whole_photo(image.width, image.height, size_px) for image in images]
         with ctx.autocast():
-            found = _head(made, images, places, ctx)
-            results: list[Detections] = made.head.detections(  # type: ignore[operator]
-                found, size_px, floor, iou, evaluation.MOST
-            )
-        triples = zip(results, places, images, strict=True)
-        return [evaluation.in_photo(result, place, image.size) for result, place, image in triples]
+            outputs = _head_outputs(detector, images, transforms, ctx)
+            in_views = detector.head.postprocess(outputs, size_px, score_threshold, nms_iou, MAX_DETECTIONS)
+        return [
+            to_photo_coordinates(detections, transform, image.size)
+            for detections, transform, image in zip(in_views, transforms, images, strict=True)
+        ]
 
-    return look
+    return predict
 
 
-def _proposes(made: detector_registry.Detector, ctx: ComputeContext) -> Propose:
-    size_px = made.about.size_px
+def _make_proposer(detector: Detector, ctx: ComputeContext) -> ProposeFn:
+    """Return the function that runs the first stage of a detector; see `LoadedDetector.propose`."""
+    head, size_px = detector.head, detector.metadata.size_px
+    assert isinstance(head, TwoStageHead)
 
     @torch.inference_mode()
     def propose(image: Image.Image) -> tuple[Tensor, Tensor]:
-        place = augment.whole(image.width, image.height, size_px)
+        transform = augment.whole_photo(image.width, image.height, size_px)
         with ctx.autocast():
-            found = _head(made, [image], [place], ctx)
-            before, after = made.head.regions_of(found)[0]  # type: ignore[operator]
-        return place.back(before.float().cpu()), place.back(after.float().cpu())
+            outputs = _head_outputs(detector, [image], [transform], ctx)
+            before, after = head.generate_proposals(outputs)[0]
+        return (
+            transform.inverse_transform_boxes(before.float().cpu()),
+            transform.inverse_transform_boxes(after.float().cpu()),
+        )
 
     return propose
 
 
-def _open_tiny(weights_file: str | None, ctx: ComputeContext) -> Finder:
-    net = yolov3_tiny.build(weights_file, ctx.device)
+def _load_yolov3_tiny(weights_file: str | None, ctx: ComputeContext) -> LoadedDetector:
+    model = yolov3_tiny.build(weights_file, ctx.device)
 
     @torch.inference_mode()
-    def look(images: Sequence[Image.Image], floor: float, iou: float) -> list[Detections]:
-        boxed = [yolov3_tiny.letterbox(image) for image in images]
+    def predict(images: Sequence[Image.Image], score_threshold: float, nms_iou: float) -> list[Detections]:
+        letterboxed = [yolov3_tiny.letterbox(image) for image in images]
+        squares = torch.stack([square for square, *_ in letterboxed]).to(ctx.device)
         with ctx.autocast():
-            found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]).to(ctx.device), floor)
+            candidates = yolov3_tiny.detect(model, squares, score_threshold)
         results = []
-        for (box, score, label), (_, scale, left, top), image in zip(found, boxed, images, strict=True):
-            kept = nms.batched_nms(box, score, label, iou, evaluation.MOST)
-            moved = yolov3_tiny.unletterbox(box[kept].cpu(), scale, left, top)
-            most = moved.new_tensor([image.width, image.height] * 2)
-            results.append(Detections(moved.clamp(min=0).minimum(most), score[kept].cpu(), label[kept].cpu()))
+        for (box, score, label), (_, scale, left, top), image in zip(candidates, letterboxed, images, strict=True):
+            keep = nms.batched_nms(box, score, label, nms_iou, MAX_DETECTIONS)
+            in_photo = yolov3_tiny.unletterbox(box[keep].cpu(), scale, left, top)
+            limits = in_photo.new_tensor([image.width, image.height] * 2)
+            results.append(Detections(in_photo.clamp(min=0).minimum(limits), score[keep].cpu(), label[keep].cpu()))
         return results
 
-    told = f"{yolov3_tiny.NAME}: {len(COCO_CLASSES)} classes, {yolov3_tiny.SIZE_PX} px, trained on COCO"
-    return Finder(told, COCO_CLASSES, sum(p.numel() for p in net.parameters()), look)
+    description = f"{yolov3_tiny.NAME}: {len(COCO_CLASSES)} classes, {yolov3_tiny.SIZE_PX} px, trained on COCO"
+    return LoadedDetector(description, COCO_CLASSES, sum(p.numel() for p in model.parameters()), predict)
 
 
-class Detect:
-    """The work of a command on photos: find, draw, save."""
+def to_photo_coordinates(detections: Detections, transform: ViewTransform, photo_size: tuple[int, int]) -> Detections:
+    """Map the detections in a view to its photo, of `photo_size` (width, height), clipped; on the CPU."""
+    boxes_xyxy = transform.inverse_transform_boxes(detections.boxes_xyxy.float().cpu())
+    width, height = photo_size
+    boxes_xyxy = boxes_xyxy.clamp(min=0).minimum(boxes_xyxy.new_tensor([width, height, width, height]))
+    return Detections(boxes_xyxy, detections.scores.float().cpu(), detections.labels.cpu())
 
-    def __init__(self, config: Any, finder: Finder, out: RunDir) -> None:
-        self.config, self.finder, self.out = config, finder, out
+
+class PhotoDetector:
+    """The work of `cvlab detect` on a batch of photos: predict, draw, save.
+
+    Args:
+        detector: The detector.
+        out: The run directory to write into.
+        score_threshold: Detections of lower scores are dropped.
+        nms_iou: Of detections of one class that overlap by more, the highest-scoring one stays.
+        save: Annotation files to write for each photo, `txt` or `xml`; other kinds are ignored.
+        diagram: One of `diagrams.KINDS` or `diagrams.PROPOSALS`, to be drawn for each photo; None for none.
+    """
+
+    def __init__(
+        self,
+        detector: LoadedDetector,
+        out: RunDir,
+        score_threshold: float,
+        nms_iou: float,
+        save: Sequence[str] = (),
+        diagram: str | None = None,
+    ) -> None:
+        self.detector, self.out, self.save, self.diagram = detector, out, save, diagram
+        self.score_threshold, self.nms_iou = score_threshold, nms_iou
 
     def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
-        """Return a result for each photo: `objects`, the surest first, and the picture with their boxes."""
+        """Return a result for each photo: `objects`, highest score first, and the picture with their boxes."""
         check_interrupt()
-        found = self.finder.look([photo.image for photo in batch], self.config.conf, self.config.iou)
-        return [self._one(photo, result) for photo, result in zip(batch, found, strict=True)]
+        images = [photo.image for photo in batch]
+        predictions = self.detector.predict(images, self.score_threshold, self.nms_iou)
+        return [self._result(photo, detections) for photo, detections in zip(batch, predictions, strict=True)]
 
-    def _one(self, photo: Photo, found: Detections) -> PhotoResult:
-        name = f"images/{photo.label}-boxes.png"
-        self.out.write_bytes(name, reports_images.png(drawing.draw(photo.image, labelled(found, self.finder.classes))))
-        size = photo.image.size
-        names = [self.finder.classes[label] for label in found.labels.tolist()]
-        texts = {
-            "txt": lambda: writers.write_yolo_txt(found.boxes_xyxy, found.labels, size, found.scores),
+    def _result(self, photo: Photo, detections: Detections) -> PhotoResult:
+        names = [self.detector.classes[label] for label in detections.labels.tolist()]
+        picture = f"images/{photo.label}-boxes.png"
+        boxes = labeled_boxes(detections, self.detector.classes)
+        self.out.write_bytes(picture, reports_images.png(drawing.draw(photo.image, boxes)))
+        files = {"picture": picture, **self._save_annotations(photo, detections, names)}
+        if self.diagram:
+            files["explained"] = f"images/{photo.label}-{self.diagram}.png"
+            image = self._draw_diagram(self.diagram, photo, detections, names)
+            self.out.write_bytes(files["explained"], reports_images.png(image))
+        triples = zip(names, detections.scores.tolist(), detections.boxes_xyxy.tolist(), strict=True)
+        objects = [
+            {"label": name, "score": score, "box_xyxy": [round(edge, 2) for edge in box]}
+            for name, score, box in triples
+        ]
+        width, height = photo.image.size
+        return PhotoResult(str(photo.path), {"objects": objects, "width": width, "height": height}, files)
+
+    def _save_annotations(self, photo: Photo, detections: Detections, names: Sequence[str]) -> dict[str, str]:
+        """Write a photo's annotation files; return their names by kind."""
+        boxes_xyxy, size = detections.boxes_xyxy, photo.image.size
+        writer_of = {
+            "txt": lambda: writers.write_yolo_txt(boxes_xyxy, detections.labels, size, detections.scores),
             "xml": lambda: writers.write_voc_xml(
-                found.boxes_xyxy, names, size, photo.path.name, scores=found.scores.tolist()
+                boxes_xyxy, names, size, photo.path.name, scores=detections.scores.tolist()
             ),
         }
-        saved = {}
-        for kind in self.config.save:
-            if kind in texts:
+        files = {}
+        for kind in self.save:
+            if kind in writer_of:
                 self.out.folder("boxes")
-                saved[kind] = f"boxes/{photo.label}.{kind}"
-                self.out.write_text(saved[kind], texts[kind]())
-        if self.config.explain:
-            saved["explained"] = f"images/{photo.label}-{self.config.explain}.png"
-            self.out.write_bytes(saved["explained"], reports_images.png(self._explained(photo, found, names)))
-        triples = zip(names, found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
-        objects = [
-            {"label": label, "score": score, "box_xyxy": [round(v, 2) for v in box]} for label, score, box in triples
-        ]
-        width, height = size
-        values = {"objects": objects, "width": width, "height": height}
-        return PhotoResult(str(photo.path), values, {"picture": name, **saved})
+                files[kind] = f"boxes/{photo.label}.{kind}"
+                self.out.write_text(files[kind], writer_of[kind]())
+        return files
 
-    def _explained(self, photo: Photo, found: Detections, names: Sequence[str]) -> Image.Image:
-        kind = self.config.explain
+    def _draw_diagram(self, kind: str, photo: Photo, detections: Detections, names: Sequence[str]) -> Image.Image:
+        """Draw a diagram of a photo; of targets with the boxes of its annotation, else with the detections."""
         if kind == diagrams.PROPOSALS:
-            assert self.finder.propose is not None
-            return diagrams.proposals(photo.image, *self.finder.propose(photo.image))
-        boxes_xyxy, words = diagrams.annotated(photo.path) or (found.boxes_xyxy, names)
-        return diagrams.draw(kind, photo.image, boxes_xyxy, words)
+            assert self.detector.propose is not None
+            return diagrams.draw_proposals(photo.image, *self.detector.propose(photo.image))
+        boxes_xyxy, labels = diagrams.read_annotation(photo.path) or (detections.boxes_xyxy, names)
+        return diagrams.draw(kind, photo.image, boxes_xyxy, labels)
 
 
-def labelled(found: Detections, classes: Sequence[str]) -> list[Labelled]:
-    """Return what is drawn of detections."""
-    triples = zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-    return [Labelled(tuple(box), f"{classes[label]} {score:.2f}", label) for box, score, label in triples]
+def labeled_boxes(detections: Detections, classes: Sequence[str]) -> list[LabeledBox]:
+    """Return the boxes to draw for detections, with class and score."""
+    triples = zip(detections.boxes_xyxy.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
+    return [LabeledBox(tuple(box), f"{classes[label]} {score:.2f}", label) for box, score, label in triples]
 
 
-def save_coco(config: Any, finder: Finder, rows: Sequence[PhotoResult], out: RunDir) -> None:
-    """Write one JSON for all photos, where it is asked for."""
-    if "json" not in config.save:
-        return
-    index = {name: k for k, name in enumerate(finder.classes)}
-    boxed = [
-        writers.Boxed(
-            Path(row.image).name,
-            (row.values["width"], row.values["height"]),
-            torch.tensor([thing["box_xyxy"] for thing in row.values["objects"]]).view(-1, 4),
-            torch.tensor([index[thing["label"]] for thing in row.values["objects"]], dtype=torch.int64),
-            torch.tensor([thing["score"] for thing in row.values["objects"]]),
+def save_coco(detector: LoadedDetector, results: Sequence[PhotoResult], out: RunDir) -> None:
+    """Write one COCO JSON of all photos."""
+    index = {name: k for k, name in enumerate(detector.classes)}
+    images = []
+    for result in results:
+        objects = result.values["objects"]
+        images.append(
+            writers.ImageBoxes(
+                Path(result.image).name,
+                (result.values["width"], result.values["height"]),
+                torch.tensor([thing["box_xyxy"] for thing in objects]).view(-1, 4),
+                torch.tensor([index[thing["label"]] for thing in objects], dtype=torch.int64),
+                torch.tensor([thing["score"] for thing in objects]),
+            )
         )
-        for row in rows
-    ]
     out.folder("boxes")
-    out.write_text("boxes/detections.json", writers.write_coco_json(boxed, finder.classes))
-
-
-pass  # REMOVED IMPORT
-
-
-EVALUATION_FLOOR, EVALUATION_IOU = 0.001, 0.6
-
-
-def evaluate(finder: Finder, config: Any, out: RunDir) -> dict[str, float]:
-    """Judge a detector by the validation photos of its own set; draw the first of them on a sheet."""
-    if not finder.trained_on:
-        raise DataError("this detector has no validation photos here", "name photos to look at")
-    boxset = dataset.load(finder.trained_on, data_root(), finder.path)
-    if tuple(boxset.classes) != tuple(finder.classes):
-        raise DataError(f"{finder.trained_on}: its classes are not those that the detector was trained on")
-    items = boxset.splits["val"]
-    rules = Rules("voc", EVALUATION_FLOOR, EVALUATION_IOU)
-    found: list[Detections] = []
-    sheet: list[Image.Image] = []
-    for start in range(0, len(items), config.batch_size):
-        some = items[start : start + config.batch_size]
-        images = [photos.load(item.path) for item in some]
-        results = finder.look(images, rules.floor, rules.nms_iou)
-        found += results
-        for item, image, result in list(zip(some, images, results, strict=True))[: SHEET_PHOTOS - len(sheet)]:
-            sure = result.scores >= config.conf
-            shown = Detections(result.boxes_xyxy[sure], result.scores[sure], result.labels[sure])
-            wanted = [tuple(box) for box in item.boxes_xyxy.tolist()]
-            sheet.append(drawing.draw(image, labelled(shown, finder.classes), wanted))
-    out.write_bytes("images/sheet.png", reports_images.png(drawing.contact_sheet(sheet)))
-    measured = measure(found, items, len(finder.classes), rules)
-    plots.write(out, measured, confused(found, items, len(finder.classes), config.conf), finder.classes)
-    out.extra_summary |= {"map_rule": rules.map_rule, "confidence_floor": rules.floor, "data": f"{boxset.name}, val"}
-    out.extra_summary |= summarize([PhotoResult("images/sheet.png", files={"picture": "images/sheet.png"})], COLUMNS)
-    return {"num_photos": len(items), **metrics(measured, finder.classes)}
+    out.write_text("boxes/detections.json", writers.write_coco_json(images, detector.classes))

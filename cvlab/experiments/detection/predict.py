@@ -1,8 +1,7 @@
-"""Find things in photos, and draw boxes around them; without photos, see how good a detector is on its own set.
+"""Detect objects in photos and draw their boxes; without photos, evaluate the detector on its validation split.
 
 References: Redmon et al., 2016, "You only look once"; Redmon and Farhadi, 2018, "YOLOv3" (yolov3_tiny).
-Differences from the paper: the weights say by themselves what they are, which classes they know and what they were
-trained on.
+Differences from the paper: a weights file says which detector it belongs to, its classes and what it was trained on.
 Metrics: `num_photos`, `num_objects`; without photos `map50`, `map50_95` and `ap50/CLASS` on the validation photos.
 Command: cvlab detect photo.jpg
 """
@@ -20,28 +19,33 @@ from cvlab.errors import ConfigError
 from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches, weights
 from cvlab.experiments.common.photo_batches import ImagesConfig
-from cvlab.experiments.detection import inference
+from cvlab.experiments.detection import diagrams, evaluation, inference
+from cvlab.experiments.detection.inference import LoadedDetector, PhotoDetector
 from cvlab.runs.run_dir import RunDir
 
 
 class DetectConfig(ImagesConfig):
-    """Which photos, which detector, and what is taken for a find."""
+    """The photos, the detector, and which of its detections count."""
 
     images: tuple[str, ...] = Field(
-        (photos.SAMPLE,), description="files, folders, patterns; none: its validation photos"
+        (photos.SAMPLE,), description="files, folders, patterns; none: the detector's validation photos"
     )
     model: Literal["auto", "yolo", "faster_rcnn", "yolov3_tiny"] = Field(
-        "auto", description="auto: yolov3_tiny where its weights are on the disk, else yolo"
+        "auto", description="auto: yolov3_tiny if its weights are on the disk, else yolo"
     )
-    weights: str | None = Field(None, description="a run that trained a detector, or its file; null: what comes along")
-    conf: schema.Fraction = Field(0.25, description="leave out what is less sure")
-    iou: schema.Fraction = Field(0.5, description="of two boxes of a class that overlap more, the surer stays")
+    weights: str | None = Field(
+        None, description="a run that trained a detector, or its weights file; null: bundled weights"
+    )
+    conf: schema.Fraction = Field(0.25, description="detections of lower scores are dropped")
+    iou: schema.Fraction = Field(
+        0.5, description="of detections of one class that overlap by more, the highest-scoring one stays"
+    )
     save: tuple[Literal["json", "txt", "xml"], ...] = Field(
         (), description="also write the boxes: COCO's JSON, YOLO's txt, PASCAL VOC's XML"
     )
-
     explain: Literal["grid", "anchors", "targets", "proposals"] | None = Field(
-        None, description="also draw how the course's grid of 7 x 7 cells sees the photo; or a first stage's regions"
+        None,
+        description="also draw a diagram: the 7 x 7 grid of EECS 498, its anchors or targets, or proposals",
     )
 
     @field_validator("images")
@@ -55,15 +59,15 @@ class DetectConfig(ImagesConfig):
         return weights.absolute(name)
 
 
-def _finder(config: DetectConfig, ctx: device.ComputeContext) -> inference.Finder:
-    finder = inference.open_finder(config.model, config.weights, ctx, evaluates=not config.images)
-    if config.explain == "proposals" and finder.propose is None:
+def _load_detector(config: DetectConfig, ctx: device.ComputeContext) -> LoadedDetector:
+    detector = inference.load_detector(config.model, config.weights, ctx, for_evaluation=not config.images)
+    if config.explain == diagrams.PROPOSALS and detector.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
-    return finder
+    return detector
 
 
 class DetectExperiment(Experiment[DetectConfig]):
-    """Find things in photos, and draw boxes around them; without photos, see how good a detector is on its own set."""
+    """Detect objects in photos and draw their boxes; without photos, evaluate the detector on its validation split."""
 
     name = "detect"
     Config = DetectConfig
@@ -75,25 +79,28 @@ class DetectExperiment(Experiment[DetectConfig]):
     )
 
     def run(self, config: DetectConfig, run: RunDir) -> dict[str, float]:
-        """Look at all photos; or evaluate."""
+        """Detect objects in all photos, or evaluate the detector."""
         ctx = device.select_device(config.device, config.precision, config.threads)
-        finder = _finder(config, ctx)
-        run.log(f"looking with {finder.told}")
+        detector = _load_detector(config, ctx)
+        run.log(f"detecting with {detector.description}")
         run.folder("images")
         if not config.images:
-            return inference.evaluate(finder, config, run)
-        rows = photo_batches.run(config, run, inference.Detect(config, finder, run), "detect", inference.COLUMNS)
-        inference.save_coco(config, finder, rows, run)
-        return {"num_photos": len(rows), "num_objects": sum(len(row.values["objects"]) for row in rows)}
+            return evaluation.evaluate_on_validation(detector, run, config.batch_size, config.conf)
+        work = PhotoDetector(detector, run, config.conf, config.iou, config.save, config.explain)
+        results = photo_batches.run(config, run, work, "detect", inference.COLUMNS)
+        if "json" in config.save:
+            inference.save_coco(detector, results, run)
+        num_objects = sum(len(result.values["objects"]) for result in results)
+        return {"num_photos": len(results), "num_objects": num_objects}
 
     def plan(self, config: DetectConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do. DataError where the weights or all of the photos are not there."""
+        """Return what a run would do. DataError if the weights or all of the photos are missing."""
         ctx = device.select_device(config.device, config.precision, config.threads)
-        finder = _finder(config, ctx)
+        detector = _load_detector(config, ctx)
         return {
             "photos": len(photo_batches.resolve_images(config.images)[1]) if config.images else "its validation photos",
-            "detector": finder.told,
-            "classes": len(finder.classes),
-            "parameters": finder.num_parameters,
+            "detector": detector.description,
+            "classes": len(detector.classes),
+            "parameters": detector.num_parameters,
             **ctx.as_dict(),
         }

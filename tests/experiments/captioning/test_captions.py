@@ -67,9 +67,13 @@ class TestReaders:
         }
         path.write_text(json.dumps(told))
         assert captions.read_coco(path) == {"x.jpg": ["A cat.", "One cat"]}
-        for broken in ({}, {"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}, []):
+        for broken, message in (
+            ({}, "has no list of images"),
+            ({"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}, "is not the id of an image"),
+            ([], "not a COCO file"),
+        ):
             path.write_text(json.dumps(broken))
-            with pytest.raises(DataError, match="not COCO's captions"):
+            with pytest.raises(DataError, match=message):
                 captions.read_coco(path)
 
     def test_ones_own_is_split_and_its_images_are_found(self, tmp_path):

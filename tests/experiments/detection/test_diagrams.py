@@ -18,17 +18,17 @@ def grey(size=SIZE):
 
 
 def test_worked_example():
-    (answer,) = diagrams.answers(SIZE, CAR)
+    (answer,) = diagrams.match_anchors(SIZE, CAR)
     assert (answer.anchor, answer.row, answer.column, answer.index) == (2, 3, 3, 122)
     assert answer.iou == pytest.approx(0.7454, abs=1e-4)
-    assert answer.told == "[2,3,3] 3x3 IoU 0.75"
+    assert answer.description == "[2,3,3] 3x3 IoU 0.75"
 
 
 def test_negatives_overlap_no_box_and_are_different():
     found = torch.tensor([[10.0, 20, 200, 300], [300, 10, 360, 60], [250, 200, 490, 330]])
-    places = diagrams.negatives(SIZE, found)
+    places = diagrams.sample_negatives(SIZE, found)
     assert len(places) == len(set(places)) == 3
-    assert places == diagrams.negatives(SIZE, found)
+    assert places == diagrams.sample_negatives(SIZE, found)
     every = anchors.generate_anchors(anchors.grid_centers(7, 7), torch.tensor(anchors.COURSE_SHAPES)).flatten(0, 2)
     in_pixels = every[places] * torch.tensor([500 / 7, 333 / 7] * 2)
     assert boxes.iou(in_pixels, found).max() < 0.2
@@ -73,7 +73,7 @@ def test_targets_without_boxes_are_the_cells(found):
     plain = diagrams.draw("targets", grey(), found)
     assert ImageChops.difference(plain, diagrams.draw("grid", grey())).getbbox() is not None
     assert len(plain.getcolors(100_000)) > 1
-    assert diagrams.negatives(SIZE, torch.empty(0, 4)) == []
+    assert diagrams.sample_negatives(SIZE, torch.empty(0, 4)) == []
 
 
 class TestAnnotated:
@@ -87,9 +87,9 @@ class TestAnnotated:
         (tmp_path / "JPEGImages").mkdir()
         photo = tmp_path / "JPEGImages" / "one.png"
         grey().save(photo)
-        assert diagrams.annotated(photo) is None
+        assert diagrams.read_annotation(photo) is None
         self.write(tmp_path / place)
-        found, names = diagrams.annotated(photo)
+        found, names = diagrams.read_annotation(photo)
         assert found.tolist() == CAR.tolist()
         assert names == ("car",)
 
@@ -97,17 +97,17 @@ class TestAnnotated:
         photo = tmp_path / "one.png"
         grey().save(photo)
         self.write(tmp_path, (), torch.empty(0, 4))
-        found, names = diagrams.annotated(photo)
+        found, names = diagrams.read_annotation(photo)
         assert found.shape == (0, 4)
         assert names == ()
         (tmp_path / "one.xml").write_text("<annotation>")
         with pytest.raises(DataError, match="not valid XML"):
-            diagrams.annotated(photo)
+            diagrams.read_annotation(photo)
 
 
 def test_proposals_before_and_after_stand_side_by_side():
     before = torch.tensor([[5.0, 5, 60, 60], [40, 40, 90, 90]]).repeat(200, 1)
-    sheet = diagrams.proposals(grey((100, 100)), before, before[:1])
+    sheet = diagrams.draw_proposals(grey((100, 100)), before, before[:1])
     assert sheet.size == (1406, 700)
     left, right = sheet.crop((0, 60, 700, 700)), sheet.crop((706, 60, 1406, 700))
     assert left.getpixel((629, 400)) != right.getpixel((629, 400))  # the second box's right edge is only before

@@ -1,6 +1,6 @@
-"""What the readers of annotations have in common: what they give, numbers, lists of files, headers of photos.
+"""What the readers of annotation files return, and the helpers that they share.
 
-boxfiles_voc.py, boxfiles_coco.py and boxfiles_yolo.py read; boxsets.py makes tensors of what they give.
+voc.py, coco.py and yolo.py read one format each; dataset.py makes tensors of what they return.
 """
 
 import math
@@ -15,67 +15,78 @@ from PIL.ExifTags import Base
 from cvlab.data import photos
 from cvlab.errors import DataError
 
-MAX_BYTES = 5_000_000  # of a text about one photo, or of a list
 SPLITS = ("train", "val", "test")
-ALSO_CALLED = {"val": ("val", "valid", "validation"), "train": ("train",), "test": ("test",)}
-PNG_START, PNG_LATE = 8, (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks in which a PNG may say how to turn it
+SPLIT_ALIASES = {"val": ("val", "valid", "validation"), "train": ("train",), "test": ("test",)}
+PNG_SIGNATURE_BYTES = 8
+PNG_ORIENTATION_CHUNKS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Marked:
-    """One object as a file describes it: `place` says where in the file; a point for a box without area."""
+class ObjectAnnotation:
+    """One object as a file describes it.
 
-    place: str
+    Attributes:
+        location: Where in the file it is, for messages.
+        name: Its class.
+        box_xyxy: A box of zero width and height if the file gives one without area.
+        difficult: Ignored in evaluation: VOC's `difficult`, COCO's `iscrowd`.
+    """
+
+    location: str
     name: str
     box_xyxy: Box
     difficult: bool = False
 
 
 @dataclass(frozen=True)
-class Annotated:
-    """One photo as a file describes it.
+class ImageAnnotation:
+    """One image as a file describes it.
 
-    `size` is its width and height as the file claims them, where it does; boxes are in pixels from 0, right and bottom
-    edges exclusive, or, where `relative` is set, in fractions of the width and height.
+    Attributes:
+        image: The image's file.
+        file: The annotation's file.
+        objects: Their boxes are in pixels from 0, right and bottom edges exclusive.
+        size: Width and height as the annotation claims them, if it does.
+        relative: Boxes are in fractions of width and height instead.
     """
 
     image: Path
     file: Path
-    objects: tuple[Marked, ...]
+    objects: tuple[ObjectAnnotation, ...]
     size: tuple[int, int] | None = None
     relative: bool = False
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A folder as read: `kind` of files, the classes where the files list them, and the photos of each split."""
+class AnnotationSet:
+    """A folder as read: the name of its format, the images of each split, and the classes if its files list them."""
 
-    kind: str
-    splits: dict[str, list[Annotated]]
+    format: str
+    splits: dict[str, list[ImageAnnotation]]
     classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
-class Header:
-    """Width and height of a photo as its pixels are stored, and how EXIF wants it turned: 1 to 8."""
+class ImageHeader:
+    """Width and height of the stored pixels, and the EXIF orientation, 1 to 8, in which to show them."""
 
     width: int
     height: int
     orientation: int
 
 
-def header(path: Path) -> Header:
-    """Read the size of a photo without decoding it. DataError where it is none."""
+def read_header(path: Path) -> ImageHeader:
+    """Read an image's size and orientation without decoding its pixels. DataError if it is not an image."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow about sizes, which photos.load looks at, and about EXIF
+            warnings.simplefilter("ignore")  # Pillow's, about sizes, which photos.load checks, and about EXIF
             with Image.open(path, formats=photos.FORMATS) as image:
-                known = image.format != "PNG" or "exif" in image.info or _says_more(path)
-                orientation = image.getexif().get(Base.Orientation, 1) if known else 1
+                has_exif = image.format != "PNG" or "exif" in image.info or _has_orientation_chunk(path)
+                orientation = image.getexif().get(Base.Orientation, 1) if has_exif else 1
                 valid = isinstance(orientation, int) and 1 <= orientation <= 8
-                return Header(image.width, image.height, orientation if valid else 1)
+                return ImageHeader(image.width, image.height, orientation if valid else 1)
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not a photo that can be read", photos.FORMAT_HINT) from error
     except OSError as error:
@@ -85,26 +96,26 @@ def header(path: Path) -> Header:
         raise DataError(f"{path}: cannot be decoded: {reason}", "the file is damaged") from error
 
 
-def _says_more(path: Path) -> bool:
-    """Whether a PNG has a chunk that could say how to turn it. Pillow would decode every PNG to find out."""
+def _has_orientation_chunk(path: Path) -> bool:
+    """Whether a PNG has a chunk that may hold an orientation. Pillow would decode every PNG to find out."""
     with path.open("rb") as file:
-        file.seek(PNG_START)
+        file.seek(PNG_SIGNATURE_BYTES)
         while len(head := file.read(8)) == 8:
-            if head[4:] in PNG_LATE:
+            if head[4:] in PNG_ORIENTATION_CHUNKS:
                 return True
             file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
     return False
 
 
-def photos_in(folder: Path) -> dict[str, Path]:
-    """Return the photos of a folder by their names without ending; of several of a name the first in ENDINGS."""
-    found: dict[str, Path] = {}
-    for entry in sorted(_listed(folder), key=lambda path: photos.SUFFIXES[::-1].index(path.suffix.lower())):
-        found[entry.stem] = entry
-    return found
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """Return the images of a folder by file stem; of several with one stem, the one whose suffix comes first."""
+    images: dict[str, Path] = {}
+    for path in sorted(_list_images(folder), key=lambda path: photos.SUFFIXES[::-1].index(path.suffix.lower())):
+        images[path.stem] = path
+    return images
 
 
-def _listed(folder: Path) -> list[Path]:
+def _list_images(folder: Path) -> list[Path]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -112,39 +123,17 @@ def _listed(folder: Path) -> list[Path]:
     return [folder / name for name in names if name.lower().endswith(photos.SUFFIXES) and name[0] != "."]
 
 
-def read_bytes(path: Path, most: int = MAX_BYTES, missing: str = "name a file that can be read") -> bytes:
-    """Read a file of at most `most` bytes; DataError otherwise."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(most + 1)
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}", missing) from error
-    if len(raw) > most:
-        raise DataError(f"{path}: larger than {most // 10**6} MB", "this is no annotation")
-    return raw
-
-
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a text file that are not empty, with their numbers, from 1."""
-    raw = read_bytes(path)
-    try:
-        lines = raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{raw[: error.start].count(10) + 1}: not UTF-8 text", "save it as UTF-8") from error
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def number(text: str | None, place: str, key: str) -> float:
-    """Return the finite number that a text says; DataError with the place and the key otherwise."""
+def parse_number(text: str | None, location: str, key: str) -> float:
+    """Parse a finite number. DataError with the location and the key otherwise."""
     try:
         value = float(text or "")
         if math.isfinite(value):
             return value
     except ValueError:
         pass
-    raise DataError(f"{place}: {key} is {(text or '')[:40]!r}, not a number", "correct it")
+    raise DataError(f"{location}: {key} is {(text or '')[:40]!r}, not a number", "correct it")
 
 
-def split_of(word: str) -> str | None:
-    """Return the split that a folder or a file called `word` holds."""
-    return next((split for split in SPLITS if word.lower() in ALSO_CALLED[split]), None)
+def split_named(name: str) -> str | None:
+    """Return the split that a folder or file called `name` holds, or None."""
+    return next((split for split in SPLITS if name.lower() in SPLIT_ALIASES[split]), None)

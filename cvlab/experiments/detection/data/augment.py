@@ -1,121 +1,127 @@
-"""Square views of photos with boxes: whole, or zoomed, stretched, mirrored and recoloured at random; and back again.
+"""Square views of photos with boxes: the whole photo, or a random crop, stretch, flip and color jitter of it.
 
-A random view is a pure function of (seed, photo, number), so that nothing of it needs saving.
+A random view is a pure function of (seed, photo, number), so nothing about it has to be saved.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from PIL import Image, ImageOps
+from pydantic import Field
 from torch import Tensor
 
+from cvlab.config import schema
 from cvlab.data import rng
 from cvlab.ops import style
 
-GREY = (114, 114, 114)  # around a photo that does not fill the square
-VISIBLE = 0.3  # of a box's area: with less of it in the view it is left out
-LEAST_PX = 2.0  # sides of a box in a view
+GRAY = (114, 114, 114)  # around a photo that does not fill the square
+MIN_VISIBLE_FRACTION = 0.3  # of a box's area: boxes of which less is inside the view are dropped
+MIN_SIDE_PX = 2.0  # of a box in a view
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """How a photo is drawn into a square: x' = scale_x * x + left, y' = scale_y * y + top, then mirrored or not."""
+class ViewTransform:
+    """An affine map from a photo to a square view: x' = scale_x * x + left, y' = scale_y * y + top, then a flip."""
 
     size_px: int
     scale_x: float
     scale_y: float
     left: float
     top: float
-    mirrored: bool = False
+    is_flipped: bool = False
 
-    def view(self, photo: Image.Image) -> Image.Image:
-        """Draw it: an RGB square, grey where the photo does not reach."""
+    def render(self, photo: Image.Image) -> Image.Image:
+        """Return the view: an RGB square, gray where the photo does not reach."""
         size = self.size_px
-        first_x, last_x = _clamped(self.left, size), _clamped(self.left + self.scale_x * photo.width, size)
-        first_y, last_y = _clamped(self.top, size), _clamped(self.top + self.scale_y * photo.height, size)
+        first_x, last_x = _clamp(self.left, size), _clamp(self.left + self.scale_x * photo.width, size)
+        first_y, last_y = _clamp(self.top, size), _clamp(self.top + self.scale_y * photo.height, size)
         width, height = max(1, last_x - first_x), max(1, last_y - first_y)
         first_x, first_y = min(first_x, size - 1), min(first_y, size - 1)
-        box = (
+        source_box = (
             max(0.0, (first_x - self.left) / self.scale_x),
             max(0.0, (first_y - self.top) / self.scale_y),
             min(float(photo.width), (first_x + width - self.left) / self.scale_x),
             min(float(photo.height), (first_y + height - self.top) / self.scale_y),
         )
-        part = photo.resize((width, height), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+        resized = photo.resize((width, height), Image.Resampling.BILINEAR, box=source_box, reducing_gap=2.0)
         if (width, height) == (size, size):
-            sheet = part
+            view = resized
         else:
-            sheet = Image.new("RGB", (size, size), GREY)
-            sheet.paste(part, (first_x, first_y))
-        return ImageOps.mirror(sheet) if self.mirrored else sheet
+            view = Image.new("RGB", (size, size), GRAY)
+            view.paste(resized, (first_x, first_y))
+        return ImageOps.mirror(view) if self.is_flipped else view
 
-    def boxes(self, boxes_xyxy: Tensor) -> Tensor:
-        """Return where boxes (N, 4) of the photo lie in the view; not clipped."""
+    def transform_boxes(self, boxes_xyxy: Tensor) -> Tensor:
+        """Map boxes (N, 4) of the photo to the view, without clipping."""
         scale = boxes_xyxy.new_tensor([self.scale_x, self.scale_y] * 2)
         shift = boxes_xyxy.new_tensor([self.left, self.top] * 2)
-        return self._flipped(boxes_xyxy * scale + shift)
+        return self._flip(boxes_xyxy * scale + shift)
 
-    def back(self, boxes_xyxy: Tensor) -> Tensor:
-        """Return where boxes (N, 4) of the view lie in the photo; not clipped."""
+    def inverse_transform_boxes(self, boxes_xyxy: Tensor) -> Tensor:
+        """Map boxes (N, 4) of the view back to the photo, without clipping."""
         scale = boxes_xyxy.new_tensor([self.scale_x, self.scale_y] * 2)
         shift = boxes_xyxy.new_tensor([self.left, self.top] * 2)
-        return (self._flipped(boxes_xyxy) - shift) / scale
+        return (self._flip(boxes_xyxy) - shift) / scale
 
-    def _flipped(self, boxes_xyxy: Tensor) -> Tensor:
-        if not self.mirrored:
+    def _flip(self, boxes_xyxy: Tensor) -> Tensor:
+        """Mirror boxes of the view if it is flipped."""
+        if not self.is_flipped:
             return boxes_xyxy
         x1, y1, x2, y2 = boxes_xyxy.unbind(1)
         return torch.stack([self.size_px - x2, y1, self.size_px - x1, y2], 1)
 
-    def visible(self, boxes_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the boxes (K, 4) that can be seen in the view, clipped, and which of the photo's they are, (K,)."""
-        placed = self.boxes(boxes_xyxy)
-        clipped = placed.clamp(0, self.size_px)
+    def visible_boxes(self, boxes_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the boxes (K, 4) of those (N, 4) of the photo that are visible, clipped, and their indices (K,)."""
+        transformed = self.transform_boxes(boxes_xyxy)
+        clipped = transformed.clamp(0, self.size_px)
         sides = clipped[:, 2:] - clipped[:, :2]
-        whole = (placed[:, 2:] - placed[:, :2]).prod(1)
-        seen = (sides.prod(1) >= VISIBLE * whole) & (sides.amin(1) >= LEAST_PX)
-        return clipped[seen], seen.nonzero()[:, 0]
+        full_area = (transformed[:, 2:] - transformed[:, :2]).prod(1)
+        is_visible = (sides.prod(1) >= MIN_VISIBLE_FRACTION * full_area) & (sides.amin(1) >= MIN_SIDE_PX)
+        return clipped[is_visible], is_visible.nonzero()[:, 0]
 
 
-def _clamped(value: float, most: int) -> int:
-    return min(max(round(value), 0), most)
+def _clamp(value: float, maximum: int) -> int:
+    return min(max(round(value), 0), maximum)
 
 
-def whole(width: int, height: int, size_px: int) -> Drawn:
-    """Return the view of a whole photo: its longer side fills the square, in the middle, aspect ratio kept."""
+def whole_photo(width: int, height: int, size_px: int) -> ViewTransform:
+    """Return the view of a whole photo: its longer side fills the square, centered, aspect ratio kept."""
     scale = size_px / max(width, height)
-    return Drawn(size_px, scale, scale, (size_px - scale * width) / 2, (size_px - scale * height) / 2)
+    return ViewTransform(size_px, scale, scale, (size_px - scale * width) / 2, (size_px - scale * height) / 2)
 
 
-@dataclass(frozen=True)
-class Changes:
-    """How much random views differ: factors of size and of aspect ratio, shares of the colours' ranges."""
+class AugmentConfig(schema.FrozenModel):
+    """How much random views of a photo differ."""
 
-    zoom: float = 1.6
-    aspect: float = 1.25
-    flip: bool = True
-    brightness: float = 0.25
-    contrast: float = 0.25
-    saturation: float = 0.4
+    zoom: Annotated[float, Ge(1), Le(8)] = Field(1.6, description="scale up or down by up to this factor")
+    aspect: Annotated[float, Ge(1), Le(4)] = Field(1.25, description="change the aspect ratio by up to this factor")
+    flip: bool = Field(True, description="flip horizontally at random")
+    brightness: schema.Fraction = Field(0.25, description="change the brightness by up to this fraction")
+    contrast: schema.Fraction = Field(0.25, description="change the contrast by up to this fraction")
+    saturation: schema.Fraction = Field(0.4, description="change the saturation by up to this fraction")
 
 
-def drawn(width: int, height: int, size_px: int, changes: Changes, seed: int, photo: int, number: int) -> Drawn:
-    """Draw a random view of a photo of `width` x `height` pixels."""
+def random_view(
+    width: int, height: int, size_px: int, config: AugmentConfig, seed: int, photo: int, number: int
+) -> ViewTransform:
+    """Draw random view `number` of photo number `photo`, of `width` x `height` pixels."""
     u = rng.uniform(seed, number, photo * 16 + torch.arange(5), "views").tolist()
-    zoom = math.exp((2 * u[0] - 1) * math.log(changes.zoom))
-    aspect = math.exp((2 * u[1] - 1) * math.log(changes.aspect))
+    zoom = math.exp((2 * u[0] - 1) * math.log(config.zoom))
+    aspect = math.exp((2 * u[1] - 1) * math.log(config.aspect))
     scale = zoom * size_px / max(width, height)
     scale_x, scale_y = scale * math.sqrt(aspect), scale / math.sqrt(aspect)
-    # Where the photo is larger than the view, anywhere in it; where it is smaller, anywhere in the view.
+    # A photo larger than the view is cropped at random; a smaller one is placed at random.
     left, top = (size_px - scale_x * width) * u[2], (size_px - scale_y * height) * u[3]
-    return Drawn(size_px, scale_x, scale_y, left, top, changes.flip and u[4] < 0.5)
+    return ViewTransform(size_px, scale_x, scale_y, left, top, config.flip and u[4] < 0.5)
 
 
-def recoloured(view: Tensor, changes: Changes, seed: int, photo: int, number: int) -> Tensor:
-    """Change brightness, contrast and saturation of a view (3, S, S) in [0, 1] at random."""
+def color_jitter(view: Tensor, config: AugmentConfig, seed: int, photo: int, number: int) -> Tensor:
+    """Change saturation, contrast and brightness of a view (3, S, S) in [0, 1] at random."""
     u = (rng.uniform(seed, number, photo * 16 + 8 + torch.arange(3), "views") * 2 - 1).tolist()
-    grey = style.luminance(view)
-    view = torch.lerp(grey.expand_as(view), view, 1 + changes.saturation * u[0])
-    view = (view - grey.mean()) * (1 + changes.contrast * u[1]) + grey.mean() * (1 + changes.brightness * u[2])
+    gray = style.luminance(view)
+    view = torch.lerp(gray.expand_as(view), view, 1 + config.saturation * u[0])
+    view = (view - gray.mean()) * (1 + config.contrast * u[1]) + gray.mean() * (1 + config.brightness * u[2])
     return view.clamp(0, 1)

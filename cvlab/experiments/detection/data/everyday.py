@@ -1,16 +1,19 @@
-"""Everyday photos with boxes: Flickr8k, labelled by YOLOv3-tiny and by its captions; the fruit set's real boxes.
+"""Everyday photos: Flickr8k with YOLOv3-tiny's pseudo-labels, filtered by the captions, and the fruit set.
 
-Source: Hodosh et al., 2013 (Flickr8k; its official splits). What the teacher is at least half sure of counts as a box
-in val and test; to learn from, what it half suspects is there too, with its confidence. The teacher finds few of the
-dogs, and takes many for other animals: where two sentences about a photo name dogs, and no other animal, its animals
-are dogs, certain ones; where none names an animal, what it suspects is left out. Where two name people, persons that it
-half suspects are certain. A student learns its mistakes as well.
+References: Hodosh et al., 2013 (Flickr8k, with its official splits).
+
+In val and test a pseudo-label counts as a box if the teacher's confidence is at least 0.5; in train also those of lower
+confidence do, with their confidence. The teacher finds few of the dogs and mistakes many for other animals, so the
+captions correct it: if two captions of a photo name dogs and no other animal, the photo's animals are dogs, with
+confidence 1; if no caption names an animal, only confident animals stay. If two captions name people, persons of lower
+confidence get confidence 1. A student learns the teacher's mistakes too.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -19,18 +22,20 @@ from cvlab.data import captions, photos, vocabulary
 from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset
-from cvlab.experiments.detection.data.coco_classes import COCO_CLASSES
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionDatasetSource, DetectionSample
+from cvlab.experiments.detection.models import yolov3_tiny
+from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
 from cvlab.ops import boxes, nms
 from cvlab.storage import atomic
 
 NAME = "everyday"
 FOLDER = "everyday-v2"
+LABELS_FILE = "boxes.json"
 FLICKR = "flickr8k"
-SPLITS = {"train": "train", "val": "dev", "test": "test"}  # ours -> Flickr8k's
+FLICKR_SPLITS = {"train": "train", "val": "dev", "test": "test"}  # our names -> Flickr8k's
 FRUIT = ("apple", "banana", "orange")
 CLASSES = ("person", "dog", *FRUIT)
-ANIMALS = {  # of COCO's classes, and the words for them; the teacher takes one for another
+ANIMALS = {  # COCO's animals, which the teacher confuses, and the words that name them in captions
     "dog": ("dog", "dogs", "puppy", "puppies", "greyhound", "greyhounds"),
     "cat": ("cat", "cats", "kitten"),
     "horse": ("horse", "horses", "pony"),
@@ -43,162 +48,210 @@ ANIMALS = {  # of COCO's classes, and the words for them; the teacher takes one 
     "giraffe": ("giraffe", "giraffes"),
     "teddy bear": (),
 }
+# fmt: off
 PEOPLE = {
-    *(
-        "person",
-        "persons",
-        "people",
-        "man",
-        "men",
-        "woman",
-        "women",
-        "boy",
-        "boys",
-        "girl",
-        "girls",
-        "child",
-        "children",
-    ),
-    *("kid", "kids", "baby", "toddler", "lady", "ladies", "guy", "guys", "couple", "crowd", "player", "players"),
+    "person", "persons", "people", "man", "men", "woman", "women", "boy", "boys", "girl", "girls", "child", "children",
+    "kid", "kids", "baby", "toddler", "lady", "ladies", "guy", "guys", "couple", "crowd", "player", "players",
 }
-CONFIRMED, WITNESSES = 0.1, 2  # the teacher's confidence where sentences say the same; how many of the five
-PERSON_CONFIRMED = 0.25  # of persons: it finds more of them, and more that is none
-LEAST, SURE, DOUBLE_IOU = 0.05, 0.5, 0.45  # the teacher's confidence in train, in val and test; of two boxes
-FRUIT_TIMES = 6  # so often a fruit photo stands in train, each time in other views: there are few
-BATCH = 16
+# fmt: on
+MIN_CAPTIONS = 2  # of the five, that must agree
+MIN_CONFIDENCE_ANIMAL = 0.1  # of the teacher, where captions name the animal
+MIN_CONFIDENCE_PERSON = 0.25  # where captions name people: the teacher finds more of them, and more false ones
+MIN_CONFIDENCE_TRAIN, MIN_CONFIDENCE_EVAL = 0.05, 0.5
+NMS_IOU = 0.45
+FRUIT_REPEATS = 6  # how often each fruit photo is in train, each time in other random views: there are few
+BATCH_SIZE = 16
 HINT = f"`cvlab data fetch {NAME}` labels flickr8k; it needs the photos, the fruit set and yolov3_tiny's weights"
 
 
-def ready(root: Path) -> bool:
-    """Whether the photos are labelled."""
-    return (root / FOLDER / "boxes.json").is_file()
+class PseudoLabel(NamedTuple):
+    """A box that the teacher predicts: a class of COCO, a confidence in [0, 1], edges in pixels. A row of the file."""
+
+    name: str
+    confidence: float
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @property
+    def box_xyxy(self) -> tuple[float, float, float, float]:
+        """The edges."""
+        return self.x1, self.y1, self.x2, self.y2
 
 
-def names_of(root: Path, split: str) -> list[str]:
-    """Return the file names of one of Flickr8k's splits. DataError where they are not there."""
-    path = root / FLICKR / f"Flickr_8k.{split}Images.txt"
+def is_ready(root: Path) -> bool:
+    """Whether the photos are labeled."""
+    return (root / FOLDER / LABELS_FILE).is_file()
+
+
+def _file_names(root: Path, flickr_split: str) -> list[str]:
+    """Return the file names of one of Flickr8k's splits. DataError if they are missing."""
+    path = root / FLICKR / f"Flickr_8k.{flickr_split}Images.txt"
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}", HINT) from error
 
 
-def make(root: Path, origin: Path | None, patient: bool) -> None:
-    """Label all photos: a few minutes. `origin` is the teacher's weights file, else where they were fetched to."""
-    from cvlab.experiments.detection.models import yolov3_tiny
-
-    files = [root / FLICKR / "Images" / name for split in SPLITS.values() for name in names_of(root, split)]
+def create(root: Path, origin: Path | None, wait: bool) -> None:
+    """Label all photos, which takes a few minutes. `origin` is the teacher's weights file, else the downloaded one."""
+    paths = [root / FLICKR / "Images" / name for split in FLICKR_SPLITS.values() for name in _file_names(root, split)]
     fruit = dataset.load("fruit", root)
-    files += [item.path for items in fruit.splits.values() for item in items]
-    net = yolov3_tiny.build(str(origin) if origin else None)
-    labelled: dict[str, Any] = {}
-    with Progress(f"labels of {NAME}", len(files), 0) as progress:
-        for start in range(0, len(files), BATCH):
-            some = files[start : start + BATCH]
-            boxed = [yolov3_tiny.letterbox(photos.load(path)) for path in some]
-            found = yolov3_tiny.detect(net, torch.stack([box[0] for box in boxed]), LEAST)
-            for path, (box, score, label), (_, scale, left, top) in zip(some, found, boxed, strict=True):
-                kept = nms.batched_nms(box, score, label, DOUBLE_IOU)
-                places = yolov3_tiny.unletterbox(box[kept], scale, left, top).clamp(min=0)
-                triples = zip(places.tolist(), score[kept].tolist(), label[kept].tolist(), strict=True)
-                labelled[str(path.relative_to(root))] = [
-                    [COCO_CLASSES[k], round(sure, 3), *(round(v, 1) for v in place)] for place, sure, k in triples
-                ]
+    paths += [sample.path for samples in fruit.splits.values() for sample in samples]
+    teacher = yolov3_tiny.build(str(origin) if origin else None)
+    labels: dict[str, list[PseudoLabel]] = {}
+    with Progress(f"labels of {NAME}", len(paths), 0) as progress:
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch = paths[start : start + BATCH_SIZE]
+            for path, predicted in zip(batch, _predict(teacher, batch), strict=True):
+                labels[str(path.relative_to(root))] = predicted
             if progress.due():
-                progress.update(start + len(some), some[-1].name)
+                progress.update(start + len(batch), batch[-1].name)
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    atomic.write_text(root / FOLDER / "boxes.json", json.dumps(labelled))
+    atomic.write_text(root / FOLDER / LABELS_FILE, json.dumps(labels))
+
+
+def _predict(teacher: yolov3_tiny.YoloV3Tiny, paths: Sequence[Path]) -> list[list[PseudoLabel]]:
+    """Return the teacher's boxes in each photo."""
+    letterboxed = [yolov3_tiny.letterbox(photos.load(path)) for path in paths]
+    squares = torch.stack([square for square, *_ in letterboxed])
+    candidates = yolov3_tiny.detect(teacher, squares, MIN_CONFIDENCE_TRAIN)
+    results = []
+    for (box, score, label), (_, scale, left, top) in zip(candidates, letterboxed, strict=True):
+        keep = nms.batched_nms(box, score, label, NMS_IOU)
+        in_photo = yolov3_tiny.unletterbox(box[keep], scale, left, top).clamp(min=0)
+        triples = zip(in_photo.tolist(), score[keep].tolist(), label[keep].tolist(), strict=True)
+        results.append(
+            [
+                PseudoLabel(COCO_CLASSES[k], round(confidence, 3), *(round(edge, 1) for edge in edges))
+                for edges, confidence, k in triples
+            ]
+        )
+    return results
 
 
 def load(root: Path, classes: tuple[str, ...] = CLASSES) -> DetectionDataset:
-    """Return the photos with the boxes of some classes; of the fruit set those that people drew."""
-    path = root / FOLDER / "boxes.json"
-    try:
-        labelled = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}", HINT) from error
+    """Read the photos with their boxes of `classes`; the fruits of the fruit set are those that people drew."""
+    labels = _read_labels(root)
     fruit = dataset.load("fruit", root)
-    told = captions.read_csv(root / FLICKR / "captions.txt")
-    sentences = {Path(name).stem: values for name, values in told.items()}
+    by_file = captions.read_csv(root / FLICKR / "captions.txt")
+    by_stem = {Path(name).stem: sentences for name, sentences in by_file.items()}
     splits: dict[str, tuple[DetectionSample, ...]] = {}
-    for split, theirs in SPLITS.items():
-        floor = LEAST if split == "train" else SURE
-        items = []
-        for file in names_of(root, theirs):
+    for split, flickr_split in FLICKR_SPLITS.items():
+        min_confidence = MIN_CONFIDENCE_TRAIN if split == "train" else MIN_CONFIDENCE_EVAL
+        samples = []
+        for file in _file_names(root, flickr_split):
             name = f"{FLICKR}/Images/{file}"
-            rows, is_whole = confirmed(_rows(root, name, labelled), sentences.get(Path(file).stem, []), floor)
-            if is_whole or split != "train":
-                items.append(_item(root, name, rows, classes, None))
-        real = fruit.splits[split] * (FRUIT_TIMES if split == "train" else 1)
-        for item in real:
-            name = str(item.path.relative_to(root))
-            rows = [row for row in _rows(root, name, labelled) if row[1] >= floor]
-            items.append(_item(root, name, rows, classes, item))
-        splits[split] = tuple(items)
+            photo_captions = by_stem.get(Path(file).stem, [])
+            kept, is_complete = filter_pseudo_labels(_labels_of(root, name, labels), photo_captions, min_confidence)
+            if is_complete or split != "train":
+                samples.append(_sample(root / name, kept, classes))
+        for real in fruit.splits[split] * (FRUIT_REPEATS if split == "train" else 1):
+            name = str(real.path.relative_to(root))
+            kept = [label for label in _labels_of(root, name, labels) if label.confidence >= min_confidence]
+            others = _sample(root / name, [label for label in kept if label.name not in FRUIT], classes)
+            samples.append(_merge(real, others, classes))
+        splits[split] = tuple(samples)
     return DetectionDataset(NAME, classes, splits)
 
 
-def _rows(root: Path, name: str, labelled: dict[str, Any]) -> list[Any]:
-    if name not in labelled:
+def _read_labels(root: Path) -> dict[str, list[PseudoLabel]]:
+    """Return the labels of each photo by its path below the root folder."""
+    path = root / FOLDER / LABELS_FILE
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}", HINT) from error
+    return {name: [PseudoLabel(*row) for row in photo_rows] for name, photo_rows in rows.items()}
+
+
+def _labels_of(root: Path, name: str, labels: dict[str, list[PseudoLabel]]) -> list[PseudoLabel]:
+    """Return the labels of a photo. DataError if it has not been labeled."""
+    if name not in labels:
         raise DataError(f"{root / FOLDER}: has no labels for {name}", HINT)
-    rows: list[Any] = labelled[name]
-    return rows
+    return labels[name]
 
 
-def confirmed(rows: Sequence[Any], sentences: Sequence[str], floor: float) -> tuple[list[Any], bool]:
-    """Return the teacher's boxes [class, confidence, x1, y1, x2, y2] that stand, in the light of what people say.
+def filter_pseudo_labels(
+    labels: Sequence[PseudoLabel], photo_captions: Sequence[str], min_confidence: float
+) -> tuple[list[PseudoLabel], bool]:
+    """Filter and correct a photo's pseudo-labels by its captions.
 
-    The second is whether nothing is plainly missing: False where people name an animal and the teacher has none.
+    Returns:
+        The labels, and whether they are complete: not if captions name an animal that the teacher does not find.
     """
-    words = [set(vocabulary.tokenize(sentence)) for sentence in sentences]
-    named = {kind: sum(bool(some & set(names)) for some in words) for kind, names in ANIMALS.items()}
-    plain = [kind for kind, count in named.items() if count >= WITNESSES]
-    are_people_named = sum(bool(some & PEOPLE) for some in words) >= WITNESSES
+    words = [set(vocabulary.tokenize(caption)) for caption in photo_captions]
+    mentions = {animal: sum(bool(caption & set(names)) for caption in words) for animal, names in ANIMALS.items()}
+    agreed = [animal for animal, count in mentions.items() if count >= MIN_CAPTIONS]
+    people_agreed = sum(bool(caption & PEOPLE) for caption in words) >= MIN_CAPTIONS
     others = [
-        [row[0], 1.0, *row[2:]] if are_people_named and row[0] == "person" and row[1] >= PERSON_CONFIRMED else row
-        for row in rows
-        if row[0] not in ANIMALS and row[1] >= floor
+        label._replace(confidence=1.0)
+        if people_agreed and label.name == "person" and label.confidence >= MIN_CONFIDENCE_PERSON
+        else label
+        for label in labels
+        if label.name not in ANIMALS and label.confidence >= min_confidence
     ]
-    animals = [row for row in rows if row[0] in ANIMALS]
-    if len(plain) != 1:
-        kept = floor if any(named.values()) else SURE
-        return others + [row for row in animals if row[1] >= kept], not plain
-    animals = [row for row in animals if row[1] >= CONFIRMED]
-    places = torch.tensor([row[2:] for row in animals], dtype=torch.float32).view(-1, 4)
-    best = nms.nms(places, torch.tensor([row[1] for row in animals]), DOUBLE_IOU)
-    return others + [[plain[0], 1.0, *animals[k][2:]] for k in best.tolist()], bool(animals)
+    animals = [label for label in labels if label.name in ANIMALS]
+    if len(agreed) != 1:
+        threshold = min_confidence if any(mentions.values()) else MIN_CONFIDENCE_EVAL
+        return others + [label for label in animals if label.confidence >= threshold], not agreed
+    animals = [label for label in animals if label.confidence >= MIN_CONFIDENCE_ANIMAL]
+    boxes_xyxy = torch.tensor([label.box_xyxy for label in animals], dtype=torch.float32).view(-1, 4)
+    keep = nms.nms(boxes_xyxy, torch.tensor([label.confidence for label in animals]), NMS_IOU)
+    corrected = [animals[k]._replace(name=agreed[0], confidence=1.0) for k in keep.tolist()]
+    return others + corrected, bool(animals)
 
 
-def _item(
-    root: Path, name: str, rows: list[Any], classes: tuple[str, ...], real: DetectionSample | None
-) -> DetectionSample:
+def _sample(path: Path, labels: Sequence[PseudoLabel], classes: tuple[str, ...]) -> DetectionSample:
+    """Make a sample of the pseudo-labels of `classes`, without those that have no area."""
     index = {known: k for k, known in enumerate(classes)}
-    wanted = [row for row in rows if row[0] in index and (real is None or row[0] not in FRUIT)]
-    found = torch.tensor([row[2:] for row in wanted], dtype=torch.float32).view(-1, 4)
-    labels = torch.tensor([index[row[0]] for row in wanted]).long()
-    confidence = torch.tensor([row[1] for row in wanted])
-    keep = boxes.area(found) > 0
-    found, labels, confidence = found[keep], labels[keep], confidence[keep]
-    if real is not None:
-        found = torch.cat([real.boxes_xyxy, found])
-        labels = torch.cat([torch.tensor([index[FRUIT[k]] for k in real.labels.tolist()]).long(), labels])
-        confidence = torch.cat([torch.ones(len(real.labels)), confidence])
-    return DetectionSample(root / name, found, labels, torch.zeros(len(labels), dtype=torch.bool), confidence)
+    known_labels = [label for label in labels if label.name in index]
+    boxes_xyxy = torch.tensor([label.box_xyxy for label in known_labels], dtype=torch.float32).view(-1, 4)
+    class_labels = torch.tensor([index[label.name] for label in known_labels]).long()
+    confidence = torch.tensor([label.confidence for label in known_labels])
+    keep = boxes.area(boxes_xyxy) > 0
+    difficult = torch.zeros(int(keep.sum()), dtype=torch.bool)
+    return DetectionSample(path, boxes_xyxy[keep], class_labels[keep], difficult, confidence[keep])
+
+
+def _merge(real: DetectionSample, pseudo: DetectionSample, classes: tuple[str, ...]) -> DetectionSample:
+    """Return a fruit photo with the boxes that people drew, of confidence 1, before the pseudo-labels."""
+    index = {known: k for k, known in enumerate(classes)}
+    real_labels = torch.tensor([index[FRUIT[k]] for k in real.labels.tolist()]).long()
+    labels = torch.cat([real_labels, pseudo.labels])
+    assert pseudo.confidence is not None
+    return DetectionSample(
+        pseudo.path,
+        torch.cat([real.boxes_xyxy, pseudo.boxes_xyxy]),
+        labels,
+        torch.zeros(len(labels), dtype=torch.bool),
+        torch.cat([torch.ones(len(real_labels)), pseudo.confidence]),
+    )
 
 
 def check(root: Path) -> str:
-    """Read all labels."""
-    found = load(root)
-    count = sum(len(item.labels) for items in found.splits.values() for item in items)
-    return f"{sum(len(items) for items in found.splits.values())} photos, {count} boxes"
+    """Read all labels and return a line about them."""
+    samples = [sample for split in load(root).splits.values() for sample in split]
+    return f"{len(samples)} photos, {sum(len(sample.labels) for sample in samples)} boxes"
 
 
-SOURCE = DetectionDatasetSource(
+@dataclass(frozen=True, kw_only=True)
+class EverydaySource(DetectionDatasetSource):
+    """The pseudo-labeled photos, with Flickr8k's splits."""
+
+    def load(self, root: Path, path: str | None = None, val_fraction: float = 0.2) -> DetectionDataset:
+        """Read the data set; `val_fraction` is not used, for it has a validation split."""
+        self.reject_path(path)
+        return load(root)
+
+
+SOURCE = EverydaySource(
     name=NAME,
     summary="8,000 everyday photos of Flickr8k with boxes by YOLOv3-tiny, and the fruit set",
     license="of Flickr8k: research and education only",
     size=DatasetSize(train_images=6200, test_images=1060, image_px=224, channels=3, num_classes=len(CLASSES)),
-    ready=ready,
+    ready=is_ready,
     check=check,
-    fetch=make,
+    fetch=create,
 )

@@ -1,6 +1,6 @@
-"""Boxes as files of three kinds, VOC's XML, YOLO's text and COCO's JSON: the inverse of the readers.
+"""Write boxes as VOC's XML, YOLO's text and COCO's JSON: the inverse of the readers.
 
-Every box tensor is (N, 4), x1 y1 x2 y2 in pixels, from 0, right and bottom edges exclusive.
+Every boxes_xyxy is (N, 4), in pixels from 0, right and bottom edges exclusive.
 """
 
 import json
@@ -11,12 +11,12 @@ from xml.sax.saxutils import escape
 
 from torch import Tensor
 
-DECIMALS = 3  # of pixels
+DECIMALS = 3  # of coordinates in pixels
 
 
 @dataclass(frozen=True)
-class Boxed:
-    """A photo's name, its size (width, height) and its boxes: labels are indices into the classes, (N,)."""
+class ImageBoxes:
+    """An image's file name, its size (width, height) and its boxes; labels (N,) are indices into the classes."""
 
     filename: str
     size: tuple[int, int]
@@ -33,9 +33,9 @@ def write_voc_xml(
     difficult: Sequence[bool] | None = None,
     scores: Sequence[float] | None = None,
 ) -> str:
-    """Return VOC's XML of one photo of `size` (width, height): pixels from 1, the last ones inclusive.
+    """Return VOC's XML of one image of `size` (width, height): pixels count from 1, right and bottom edges inclusive.
 
-    VOC cannot tell a box of one pixel or less from a point: readers leave it out.
+    VOC cannot distinguish a box of one pixel or less from a point: readers drop it.
     """
     width, height = size
     lines = ["<annotation>", f"  <filename>{escape(filename)}</filename>"]
@@ -51,7 +51,7 @@ def write_voc_xml(
 
 
 def write_yolo_txt(boxes_xyxy: Tensor, labels: Tensor, size: tuple[int, int], scores: Tensor | None = None) -> str:
-    """Return YOLO's lines of one photo of `size` (width, height): class, centre, sides as fractions; then the score."""
+    """Return YOLO's lines of one image of `size` (width, height): class, center, sides in fractions, the score."""
     width, height = size
     lines = []
     for k, (x1, y1, x2, y2) in enumerate(boxes_xyxy.tolist()):
@@ -61,15 +61,15 @@ def write_yolo_txt(boxes_xyxy: Tensor, labels: Tensor, size: tuple[int, int], sc
     return "".join(lines)
 
 
-def write_coco_json(images: Sequence[Boxed], classes: Sequence[str]) -> str:
-    """Return COCO's JSON of many photos; ids count from 1, in the order of `images` and `classes`."""
+def write_coco_json(images: Sequence[ImageBoxes], classes: Sequence[str]) -> str:
+    """Return COCO's JSON of many images; ids count from 1, in the order of `images` and `classes`."""
     annotations: list[dict[str, Any]] = []
     for image_id, image in enumerate(images, 1):
         for k, (x1, y1, x2, y2) in enumerate(image.boxes_xyxy.tolist()):
             box = [round(value, DECIMALS) for value in (x1, y1, x2 - x1, y2 - y1)]
-            about = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(image.labels[k]) + 1}
+            record = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(image.labels[k]) + 1}
             score = {"score": round(float(image.scores[k]), 6)} if image.scores is not None else {}
-            annotations.append({**about, "bbox": box, "area": round(box[2] * box[3], DECIMALS), "iscrowd": 0, **score})
+            annotations.append({**record, "bbox": box, "area": round(box[2] * box[3], DECIMALS), "iscrowd": 0, **score})
     files = [
         {"id": image_id, "file_name": image.filename, "width": image.size[0], "height": image.size[1]}
         for image_id, image in enumerate(images, 1)
@@ -79,5 +79,6 @@ def write_coco_json(images: Sequence[Boxed], classes: Sequence[str]) -> str:
 
 
 def _number(value: float, decimals: int = DECIMALS) -> str:
+    """Format a number without trailing zeros."""
     text = f"{value:.{decimals}f}"
     return text.rstrip("0").rstrip(".")

@@ -1,22 +1,23 @@
-"""What all detectors take and give: padded boxes of a batch of pictures, and what is found in one picture.
-
-A detector is a module on the maps of a backbone with three methods: `forward(maps)`, `losses(found, targets, size_px)`
-with `loss` among them, and `detections(found, size_px, floor, iou, most)`, best first. One of two stages also has
-`regions_of(found)`, what its first stage proposes. `strides` are those of the maps it reads.
-"""
+"""The interface of a detection head, and the ground-truth boxes that it is trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cvlab.ops.average_precision import Detections
+
+Outputs = TypeVar("Outputs")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The boxes of N pictures, padded to M: boxes_xyxy (N, M, 4) in pixels, labels (N, M), -1: none.
+    """The ground truth of N images, padded to M boxes each.
 
-    `confidence` (N, M) in [0, 1] is how sure whoever drew a box was of it; a person is always sure.
+    boxes_xyxy: (N, M, 4), in pixels. labels: int64 (N, M), -1 for padding. confidence: (N, M), in [0, 1]; 1 for boxes
+    drawn by people, the teacher's confidence for pseudo-labels.
     """
 
     boxes_xyxy: Tensor
@@ -24,25 +25,71 @@ class Targets:
     confidence: Tensor
 
     def to(self, device: torch.device) -> "Targets":
-        """Return the same on a device."""
+        """Return a copy on a device."""
         return Targets(self.boxes_xyxy.to(device), self.labels.to(device), self.confidence.to(device))
+
+    def unpad(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the boxes (K, 4), labels (K,) and confidences (K,) of each image, without the padding."""
+        images = zip(self.boxes_xyxy, self.labels, self.confidence, strict=True)
+        return [(boxes[labels >= 0], labels[labels >= 0], conf[labels >= 0]) for boxes, labels, conf in images]
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def padded(boxes: Sequence[Tensor], labels: Sequence[Tensor], confidence: Sequence[Tensor] | None = None) -> Targets:
-    """Put boxes (K_i, 4), labels (K_i,) and confidences (K_i,) of several pictures together, at least one place each.
+def collate_targets(
+    boxes: Sequence[Tensor], labels: Sequence[Tensor], confidence: Sequence[Tensor] | None = None
+) -> Targets:
+    """Pad the boxes (K_i, 4), labels (K_i,) and confidences (K_i,) of several images to a common length of at least 1.
 
     Without confidences all are 1.
     """
-    most = max(1, *(len(part) for part in labels), 0) if labels else 1
-    made = torch.zeros(len(labels), most, 4)
-    marks = torch.full((len(labels), most), -1, dtype=torch.int64)
-    for k, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        made[k, : len(label)] = box
-        marks[k, : len(label)] = label
-    sure = torch.ones(len(labels), most)
-    for k, some in enumerate(confidence or ()):
-        sure[k, : len(some)] = some
-    return Targets(made, marks, sure)
+    max_boxes = max(1, *(len(image_labels) for image_labels in labels), 0) if labels else 1
+    padded_boxes = torch.zeros(len(labels), max_boxes, 4)
+    padded_labels = torch.full((len(labels), max_boxes), -1, dtype=torch.int64)
+    for k, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
+        padded_boxes[k, : len(image_labels)] = image_boxes
+        padded_labels[k, : len(image_labels)] = image_labels
+    padded_confidence = torch.ones(len(labels), max_boxes)
+    for k, image_confidence in enumerate(confidence or ()):
+        padded_confidence[k, : len(image_confidence)] = image_confidence
+    return Targets(padded_boxes, padded_labels, padded_confidence)
+
+
+class DetectionHead(nn.Module, Generic[Outputs]):
+    """A detector on top of a backbone: `forward(features)` returns raw `Outputs`, of which losses or boxes are made.
+
+    `features` are the backbone's feature maps (N, C_k, S / stride_k, S / stride_k) at `strides`, highest resolution
+    first. A head is built with the keyword arguments `channels` (the C_k) and `num_classes`; its other arguments are
+    the keys of the configuration's `model` block.
+    """
+
+    strides: ClassVar[tuple[int, ...]]
+    uses_last_layer: ClassVar[bool] = False  # stride 32 from the backbone's last, widest layer
+    output_names: ClassVar[tuple[str, ...]] = ()  # of `export_outputs`; empty: cannot be exported as a graph
+
+    def losses(self, outputs: Outputs, targets: Targets, size_px: int) -> dict[str, Tensor]:
+        """Return `loss`, which is minimized, and its parts, for square images of `size_px` pixels."""
+        raise NotImplementedError
+
+    def postprocess(
+        self, outputs: Outputs, size_px: int, score_threshold: float, nms_iou: float, max_detections: int
+    ) -> list[Detections]:
+        """Return each image's detections, in pixels, highest score first.
+
+        Detections below `score_threshold` are dropped, and of those of one class that overlap by more than `nms_iou`
+        all but the highest-scoring; at most `max_detections` are returned.
+        """
+        raise NotImplementedError
+
+    def export_outputs(self, outputs: Outputs) -> tuple[Tensor, ...]:
+        """Return the outputs as plain tensors, named by `output_names`."""
+        raise NotImplementedError
+
+
+class TwoStageHead(DetectionHead[Outputs]):
+    """A head whose first stage, a region proposal network, proposes boxes that the second stage classifies."""
+
+    def generate_proposals(self, outputs: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """Return each image's proposals (K, 4), in pixels, before and after non-maximum suppression."""
+        raise NotImplementedError

@@ -1,8 +1,8 @@
-"""A detector together with the last layers of its backbone, so that they learn with it.
+"""A detection head together with the backbone's last stages, so that both are trained.
 
-The layers after the finest map make the coarser ones. Normalisations and depthwise filters stay as they were trained:
-the latter hold few of the weights, and their gradient takes most of the time (5x5, bfloat16: 117 of 124 ms for 32 maps
-of 672 x 20 x 20 on two cores).
+Only the layers after the highest-resolution feature map are trained. Their batch normalizations and depthwise filters
+stay frozen: the latter hold few of the weights, and their gradient takes most of the time (5x5, bfloat16: 117 of 124 ms
+for 32 maps of 672 x 20 x 20 on two cores).
 """
 
 import copy
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from cvlab.errors import ConfigError
-from cvlab.experiments.detection.models.base import Targets
+from cvlab.experiments.detection.models.base import DetectionHead, Targets, TwoStageHead
 from cvlab.ops.average_precision import Detections
 
-HINT = "tune_epochs=0 leaves the backbone alone"
+HINT = "finetune_epochs=0 leaves the backbone frozen"
 
 
 class _InFloat32(nn.Module):
-    """A layer outside of autocast."""
+    """A layer that runs outside of autocast."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class _InFloat32(nn.Module):
             return self.inner(x.float()).to(x.dtype)  # type: ignore[no-any-return]
 
 
-def _fix_depthwise(layers: nn.Module) -> None:
-    """Take depthwise filters out of what learns; strided ones run in float32, where their gradient is 30 times as fast.
+def _freeze_depthwise(stages: nn.Module) -> None:
+    """Freeze the depthwise filters and run strided ones in float32, where their gradient is 30 times as fast.
 
-    That holds for oneDNN's kernels on a CPU with bfloat16: 143 ms and 2.5 ms for 32 maps of 672 x 20 x 20.
+    Measured with oneDNN's bfloat16 kernels on a CPU: 143 ms and 2.5 ms for 32 maps of 672 x 20 x 20.
     """
-    for module in list(layers.modules()):
+    for module in list(stages.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d) and child.groups == child.in_channels > 1:
                 child.requires_grad_(False)
@@ -45,57 +45,68 @@ def _fix_depthwise(layers: nn.Module) -> None:
                     setattr(module, name, _InFloat32(child))
 
 
-class Tuned(nn.Module):
-    """A detector's head and the layers of `net` from the one after `names[0]` to `names[-1]`, copied."""
+class FineTunedDetector(TwoStageHead[Any]):
+    """A head and trainable copies of the backbone's stages between its feature maps.
 
-    def __init__(self, head: nn.Module, net: nn.Module, names: Sequence[str]) -> None:
+    Args:
+        head: The detection head.
+        backbone: The network whose layers are copied.
+        layers: Names of the layers that give the feature maps, highest resolution first; those after `layers[0]` up to
+            `layers[-1]` are copied. They must be siblings in one sequence.
+
+    It is a two-stage detector if its head is one.
+    """
+
+    def __init__(self, head: DetectionHead[Any], backbone: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        if len(names) < 2:
-            raise ConfigError("this detector stands on one map of the backbone: no layer comes after it", HINT)
+        if len(layers) < 2:
+            raise ConfigError("this detector reads one map of the backbone: there is no later layer to train", HINT)
         self.head = head
-        parent = names[0].rpartition(".")[0]
-        children = dict(net.get_submodule(parent).named_children())
-        order = list(children)
-        ends = [name.rpartition(".")[2] for name in names]
-        if any(name.rpartition(".")[0] != parent or end not in children for name, end in zip(names, ends, strict=True)):
-            raise ConfigError(f"the layers {', '.join(names)} of the backbone do not follow each other", HINT)
-        places = [order.index(end) + 1 for end in ends]
+        parent = layers[0].rpartition(".")[0]
+        siblings = dict(backbone.get_submodule(parent).named_children())
+        order = list(siblings)
+        ends = [name.rpartition(".")[2] for name in layers]
+        if any(
+            name.rpartition(".")[0] != parent or end not in siblings for name, end in zip(layers, ends, strict=True)
+        ):
+            raise ConfigError(f"the layers {', '.join(layers)} of the backbone are not in one sequence", HINT)
+        stops = [order.index(end) + 1 for end in ends]
         self.stages = nn.ModuleList(
-            nn.Sequential(*(copy.deepcopy(children[name]) for name in order[start:end]))
-            for start, end in itertools.pairwise(places)
+            nn.Sequential(*(copy.deepcopy(siblings[name]) for name in order[start:stop]))
+            for start, stop in itertools.pairwise(stops)
         )
         self.stages.requires_grad_(True)
-        _fix_depthwise(self.stages)
+        _freeze_depthwise(self.stages)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> "Tuned":
-        """Train the head; the backbone's normalisations and dropouts always are as in evaluation."""
+    def train(self, mode: bool = True) -> "FineTunedDetector":
+        """Set the head's mode; the backbone's normalizations and dropouts always stay in evaluation mode."""
         super().train(mode)
         self.stages.eval()
         return self
 
-    def maps(self, finest: Tensor) -> list[Tensor]:
-        """Return all maps, of which the finest (N, C, H, W) is given."""
-        made = [finest]
+    def feature_maps(self, finest: Tensor) -> list[Tensor]:
+        """Compute all feature maps from the one of highest resolution (N, C, H, W)."""
+        maps = [finest]
         for stage in self.stages:
-            made.append(stage(made[-1]))
-        return made
+            maps.append(stage(maps[-1]))
+        return maps
 
-    def forward(self, maps: Sequence[Tensor]) -> Any:
-        """Return what the head finds in the finest map alone, or in all of them, made elsewhere."""
-        return self.head(self.maps(maps[0]) if len(maps) == 1 else maps)
+    def forward(self, features: Sequence[Tensor]) -> Any:
+        """Return the head's outputs for the highest-resolution map alone, or for all maps if they are given."""
+        return self.head(self.feature_maps(features[0]) if len(features) == 1 else features)
 
-    def losses(self, found: Any, targets: Targets, size_px: int) -> dict[str, Tensor]:
+    def losses(self, outputs: Any, targets: Targets, size_px: int) -> dict[str, Tensor]:
         """Return the head's losses."""
-        losses: dict[str, Tensor] = self.head.losses(found, targets, size_px)  # type: ignore[operator]
-        return losses
+        return self.head.losses(outputs, targets, size_px)
 
-    def detections(self, found: Any, size_px: int, floor: float, iou: float, most: int) -> list[Detections]:
-        """Return what the head finds in each picture."""
-        results: list[Detections] = self.head.detections(found, size_px, floor, iou, most)  # type: ignore[operator]
-        return results
+    def postprocess(
+        self, outputs: Any, size_px: int, score_threshold: float, nms_iou: float, max_detections: int
+    ) -> list[Detections]:
+        """Return the head's detections."""
+        return self.head.postprocess(outputs, size_px, score_threshold, nms_iou, max_detections)
 
-    def regions_of(self, found: Any) -> list[tuple[Tensor, Tensor]]:
-        """Return what the first stage of a head with two proposes, before and after suppression."""
-        regions: list[tuple[Tensor, Tensor]] = self.head.regions_of(found)  # type: ignore[operator]
-        return regions
+    def generate_proposals(self, outputs: Any) -> list[tuple[Tensor, Tensor]]:
+        """Return the proposals of a two-stage head."""
+        assert isinstance(self.head, TwoStageHead)
+        return self.head.generate_proposals(outputs)

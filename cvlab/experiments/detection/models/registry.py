@@ -1,4 +1,4 @@
-"""Detectors by name, on which maps of a backbone they stand, and their weights in a file that says what they are."""
+"""Detectors by name: build one on a backbone, and save and load its weights with the metadata that rebuild it."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +10,8 @@ from torch import nn
 from cvlab import registry
 from cvlab.config.schema import Registry
 from cvlab.errors import ConfigError
-from cvlab.experiments.detection.models.finetune import HINT, Tuned
+from cvlab.experiments.detection.models.base import DetectionHead, TwoStageHead
+from cvlab.experiments.detection.models.finetune import HINT, FineTunedDetector
 from cvlab.models import pretrained
 from cvlab.models.backbone import PROBE_PX, feature_layers
 from cvlab.models.features import FeatureExtractor
@@ -23,14 +24,14 @@ DETECTORS = {
     "yolo_grid": "cvlab.experiments.detection.models.yolo_grid:YoloGrid",
 }
 TABLE = Registry("detector", DETECTORS, frozenset({"channels", "num_classes"}))
-FILE = "detector.safetensors"  # of a training, in its run directory
-KEY = "cvlab_detector"
+WEIGHTS_FILE = "detector.safetensors"  # in the run directory of a training run
+METADATA_KEY = "cvlab_detector"
 LOAD_HINT = "give a run of `cvlab train` that trained a detector, or its detector.safetensors"
 
 
 @dataclass(frozen=True)
-class About:
-    """What a detector is: enough to build it again."""
+class DetectorMetadata:
+    """What a weights file says about its detector: enough to build it again."""
 
     model: str
     arguments: dict[str, Any]
@@ -39,84 +40,95 @@ class About:
     backbone: str = pretrained.DEFAULT_MODEL
     backbone_weights: str | None = None
     trained_on: str = ""
-    is_tuned: bool = False
+    is_finetuned: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A detector with the backbone that it stands on.
+    """A detection head and the backbone that computes its features.
 
-    `all_features` are the maps that the head reads; `features` are those that `head` has to be given, which is the
-    finest alone where it brings its own last layers of the backbone.
+    `all_features` extracts every feature map that the head reads. `features` extracts those that `head` has to be
+    given: only the highest-resolution one if the head is fine-tuned with copies of the backbone's later stages.
     """
 
-    about: About
+    metadata: DetectorMetadata
     all_features: FeatureExtractor
     features: FeatureExtractor
-    head: nn.Module
+    head: DetectionHead[Any]
+
+    @property
+    def base_head(self) -> DetectionHead[Any]:
+        """The head itself, without fine-tuned backbone stages around it."""
+        return self.head.head if isinstance(self.head, FineTunedDetector) else self.head
 
 
-class WithBackbone(nn.Module):
-    """A detector with the backbone before it: takes pictures (N, 3, S, S) in [0, 1], gives its `outputs` by name."""
+class DetectorGraph(nn.Module):
+    """Backbone and head as one module: images (N, 3, S, S) in [0, 1] to `output_names`, as exports need it."""
 
-    def __init__(self, made: Detector) -> None:
+    def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.features, self.head, self.backbone = made.features, made.head, made.features.model.module
-        plain = self.head.head if isinstance(self.head, Tuned) else self.head
-        self.outputs: tuple[str, ...] = getattr(plain, "outputs", ())
-        self.plain = plain
+        self.features, self.head, self.backbone = detector.features, detector.head, detector.features.model.module
+        self.base_head = detector.base_head
+        self.output_names = self.base_head.output_names
 
     def forward(self, images: torch.Tensor) -> Any:
-        """Return what the head finds; in plain tensors, where it has them."""
+        """Return the head's outputs, as plain tensors if it has such."""
         maps = self.features.batch(images, to_end=True)
-        found = self.head([maps[name] for name in self.features.names])
-        return self.plain.plain(found) if self.outputs else found  # type: ignore[operator]
+        outputs = self.head([maps[name] for name in self.features.names])
+        return self.base_head.export_outputs(outputs) if self.output_names else outputs
 
 
-def build(about: About, device: torch.device) -> Detector:
-    """Build a detector, its head's weights drawn at random. ConfigError for a backbone that can't be tuned."""
-    kind = registry.get("detector", about.model, DETECTORS)
-    net = pretrained.build(about.backbone, about.backbone_weights, device)
-    found = FeatureExtractor(net, feature_layers(net, kind.strides, getattr(kind, "is_last", False)))
+def head_class(model: str) -> type[DetectionHead[Any]]:
+    """Return the class of the detector called `model`. ConfigError for an unknown name."""
+    cls: type[DetectionHead[Any]] = registry.get("detector", model, DETECTORS)
+    return cls
+
+
+def is_two_stage(model: str) -> bool:
+    """Whether a detector's first stage proposes regions that its second stage classifies."""
+    return issubclass(head_class(model), TwoStageHead)
+
+
+def build(metadata: DetectorMetadata, device: torch.device) -> Detector:
+    """Build a detector with a randomly initialized head. ConfigError for a backbone that cannot be fine-tuned."""
+    cls = head_class(metadata.model)
+    backbone = pretrained.build(metadata.backbone, metadata.backbone_weights, device)
+    all_features = FeatureExtractor(backbone, feature_layers(backbone, cls.strides, cls.uses_last_layer))
     probe = torch.rand((1, 3, PROBE_PX, PROBE_PX), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
-        seen = found.batch(probe)
-    maps = [seen[name] for name in found.names]
-    head = kind(channels=[m.shape[1] for m in maps], num_classes=len(about.classes), **about.arguments)
-    given = found
-    if about.is_tuned:
-        head = Tuned(head, net.module.model, found.names).to(device)
-        _require_same(head, maps, about.backbone)
-        given = FeatureExtractor(net, found.names[:1])
-    return Detector(about, found, given, head.to(device, memory_format=torch.channels_last))
+        by_name = all_features.batch(probe)
+    maps = [by_name[name] for name in all_features.names]
+    head = cls(channels=[m.shape[1] for m in maps], num_classes=len(metadata.classes), **metadata.arguments)
+    features = all_features
+    if metadata.is_finetuned:
+        head = FineTunedDetector(head, backbone.module.model, all_features.names).to(device)
+        _check_stages(head, maps, metadata.backbone)
+        features = FeatureExtractor(backbone, all_features.names[:1])
+    head = head.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Detector(metadata, all_features, features, head)
 
 
 @torch.inference_mode()
-def _require_same(tuned: Tuned, maps: list[torch.Tensor], backbone: str) -> None:
-    """Require that the copied layers make of the finest map what the backbone makes."""
+def _check_stages(detector: FineTunedDetector, maps: list[torch.Tensor], backbone: str) -> None:
+    """Check that the copied stages compute the same feature maps as the backbone."""
     try:
-        made = tuned.maps(maps[0])
-        is_same = all(torch.allclose(mine, theirs, 1e-3, 1e-3) for mine, theirs in zip(made, maps, strict=True))
+        copied = detector.feature_maps(maps[0])
+        is_same = all(torch.allclose(mine, expected, 1e-3, 1e-3) for mine, expected in zip(copied, maps, strict=True))
     except (RuntimeError, TypeError, NotImplementedError):
         is_same = False
     if not is_same:
-        raise ConfigError(f"{backbone}: its last layers can't be run on their own", HINT)
+        raise ConfigError(f"{backbone}: its last layers cannot be run on their own", HINT)
 
 
-def has_two_stages(model: str) -> bool:
-    """Whether a detector proposes regions before it looks at them."""
-    return hasattr(registry.get("detector", model, DETECTORS), "regions_of")
-
-
-def save(about: About, head: nn.Module, path: Path) -> None:
-    """Write a head's weights, in float16, and what they are. RunDirError where the disk refuses."""
-    weights_file.save(path, KEY, asdict(about), head)
+def save(metadata: DetectorMetadata, head: nn.Module, path: Path) -> None:
+    """Write a head's weights, in float16, with their metadata. RunDirError if the disk refuses."""
+    weights_file.save(path, METADATA_KEY, asdict(metadata), head)
 
 
 def load(path: Path, device: torch.device) -> Detector:
-    """Read a detector from a file of `save`. DataError says what is wrong with it."""
-    about, tensors = weights_file.read(path, KEY, About, "a detector", LOAD_HINT)
-    made = build(about, device)
-    weights_file.fill(made.head, tensors, path, LOAD_HINT)
-    return made
+    """Load a detector from a file written by `save`. DataError says what is wrong with it."""
+    metadata, tensors = weights_file.read(path, METADATA_KEY, DetectorMetadata, "a detector", LOAD_HINT)
+    detector = build(metadata, device)
+    weights_file.fill(detector.head, tensors, path, LOAD_HINT)
+    return detector

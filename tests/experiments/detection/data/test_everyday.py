@@ -9,6 +9,7 @@ from PIL import Image
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, everyday
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
+from cvlab.experiments.detection.data.everyday import PseudoLabel
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_
 
 def test_there_are_few_fruit_photos_so_they_stand_in_training_several_times(root):
     found = everyday.load(root)
-    assert len(found.splits["train"]) == 2 + everyday.FRUIT_TIMES
+    assert len(found.splits["train"]) == 2 + everyday.FRUIT_REPEATS
     assert len(found.splits["val"]) == 3
 
 
@@ -65,34 +66,40 @@ def test_a_photo_without_labels_is_named(root):
         everyday.load(root)
 
 
-class TestConfirmed:
-    BOXES = (["sheep", 0.3, 0, 0, 10, 10], ["dog", 0.15, 1, 0, 11, 10], ["cat", 0.05, 30, 0, 40, 10])
-    PERSON = ["person", 0.2, 0, 0, 9, 9]
+class TestFilterPseudoLabels:
+    BOXES = (
+        PseudoLabel("sheep", 0.3, 0, 0, 10, 10),
+        PseudoLabel("dog", 0.15, 1, 0, 11, 10),
+        PseudoLabel("cat", 0.05, 30, 0, 40, 10),
+    )
+    PERSON = PseudoLabel("person", 0.2, 0, 0, 9, 9)
 
     def test_two_sentences_make_an_animal_certain_and_what_it_is(self):
-        rows = [*self.BOXES, ["bird", 0.12, 20, 20, 30, 30], self.PERSON]
-        found, is_whole = everyday.confirmed(rows, ["Two dogs run .", "A puppy", "Grass"], 0.1)
+        rows = [*self.BOXES, PseudoLabel("bird", 0.12, 20, 20, 30, 30), self.PERSON]
+        found, is_whole = everyday.filter_pseudo_labels(rows, ["Two dogs run .", "A puppy", "Grass"], 0.1)
         assert is_whole
-        assert found == [self.PERSON, ["dog", 1.0, 0, 0, 10, 10], ["dog", 1.0, 20, 20, 30, 30]]
+        assert found == [self.PERSON, PseudoLabel("dog", 1.0, 0, 0, 10, 10), PseudoLabel("dog", 1.0, 20, 20, 30, 30)]
 
     def test_persons_are_certain_where_two_sentences_name_people(self):
-        person, faint = ["person", 0.3, 0, 0, 9, 9], ["person", 0.2, 20, 0, 29, 9]
-        found, is_whole = everyday.confirmed([person, faint], ["A man jumps .", "Two kids play", "Water ."], 0.05)
+        person, faint = PseudoLabel("person", 0.3, 0, 0, 9, 9), PseudoLabel("person", 0.2, 20, 0, 29, 9)
+        found, is_whole = everyday.filter_pseudo_labels(
+            [person, faint], ["A man jumps .", "Two kids play", "Water ."], 0.05
+        )
         assert is_whole
-        assert found == [["person", 1.0, 0, 0, 9, 9], faint]
-        assert everyday.confirmed([person, faint], ["A man jumps .", "Water ."], 0.05)[0] == [person, faint]
+        assert found == [PseudoLabel("person", 1.0, 0, 0, 9, 9), faint]
+        assert everyday.filter_pseudo_labels([person, faint], ["A man jumps .", "Water ."], 0.05)[0] == [person, faint]
 
     def test_what_people_name_and_the_teacher_does_not_see_is_missing(self):
-        found, is_whole = everyday.confirmed([self.PERSON], ["A dog .", "A dog"], 0.1)
+        found, is_whole = everyday.filter_pseudo_labels([self.PERSON], ["A dog .", "A dog"], 0.1)
         assert found == [self.PERSON]
         assert not is_whole
 
     def test_where_nobody_names_an_animal_the_teacher_has_to_be_sure(self):
-        rows = [["dog", 0.4, 0, 0, 9, 9], ["dog", 0.5, 0, 0, 9, 9]]
-        assert everyday.confirmed(rows, ["A man ."] * 5, 0.1) == (rows[1:], True)
-        assert everyday.confirmed(rows, ["A man .", "A dog ."], 0.1) == (rows, True)
+        rows = [PseudoLabel("dog", 0.4, 0, 0, 9, 9), PseudoLabel("dog", 0.5, 0, 0, 9, 9)]
+        assert everyday.filter_pseudo_labels(rows, ["A man ."] * 5, 0.1) == (rows[1:], True)
+        assert everyday.filter_pseudo_labels(rows, ["A man .", "A dog ."], 0.1) == (rows, True)
 
     def test_several_kinds_stay_as_the_teacher_has_them(self):
-        found, is_whole = everyday.confirmed(list(self.BOXES), ["A dog and a cat"] * 2, 0.1)
+        found, is_whole = everyday.filter_pseudo_labels(list(self.BOXES), ["A dog and a cat"] * 2, 0.1)
         assert found == list(self.BOXES[:2])
         assert not is_whole

@@ -131,7 +131,7 @@ def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
 
 def test_it_is_in_vocs_layout(tmp_path, few):
     scenes.SET.write(tmp_path)
-    assert voc.fits(tmp_path)
+    assert voc.matches(tmp_path)
     found = dataset.load("boxes", tmp_path, str(tmp_path))
     assert {split: len(items) for split, items in found.splits.items()} == COUNTS
 

@@ -8,7 +8,7 @@ import torch
 
 from cvlab import _compat
 from cvlab.experiments.detection.models import faster_rcnn
-from cvlab.experiments.detection.models.base import padded
+from cvlab.experiments.detection.models.base import collate_targets
 from cvlab.experiments.detection.models.faster_rcnn import FasterRcnn
 from cvlab.ops import boxes
 from cvlab.ops.roi_align import roi_align
@@ -99,21 +99,21 @@ class TestParts:
         assert bool(torch.isfinite(grown).all())
 
     def test_anchors(self):
-        made = faster_rcnn.anchors(torch.tensor([[8.0, 24, 16]]))[0]
+        made = faster_rcnn.anchors_at(torch.tensor([[8.0, 24, 16]]))[0]
         middle = (made[:, :2] + made[:, 2:]) / 2
         torch.testing.assert_close(middle, torch.tensor([[8.0, 24]]).expand(3, 2))
         torch.testing.assert_close(boxes.area(made), torch.full((3,), (6.0 * 16) ** 2))
         sides = made[:, 2:] - made[:, :2]
-        torch.testing.assert_close(sides[:, 1] / sides[:, 0], torch.tensor(faster_rcnn.RATIOS))
+        torch.testing.assert_close(sides[:, 1] / sides[:, 0], torch.tensor(faster_rcnn.ASPECT_RATIOS))
 
     def test_sides_of_anchors(self):
         anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [4, 0, 14, 10], [50, 50, 60, 60], [70, 70, 80, 80]])
         own = torch.tensor([[0.0, 0, 10, 10], [74, 70, 84, 80]])
-        positive, negative, which = faster_rcnn._sides(anchors, own)
+        positive, negative, which = faster_rcnn.match_anchors(anchors, own)
         assert positive.tolist() == [0, 1, 4], "over 0.7, over 0.7, and the best of the second box"
         assert negative.tolist() == [3]
         assert which[positive].tolist() == [0, 0, 1]
-        positive, negative, _ = faster_rcnn._sides(anchors, own[:0])
+        positive, negative, _ = faster_rcnn.match_anchors(anchors, own[:0])
         assert len(positive) == 0
         assert len(negative) == 5
 
@@ -128,22 +128,22 @@ class TestFasterRcnn:
     def test_proposals_are_inside_and_sorted(self):
         net, maps = net_and_maps()
         found = net(maps)
-        assert found.scores.shape == (2, 3 * (256 + 64 + 16))
+        assert found.objectness_logits.shape == (2, 3 * (256 + 64 + 16))
         assert found.size_px == 128
-        for place in net.proposals(found):
-            assert 0 < len(place) <= faster_rcnn.AFTER_NMS
+        for _, place in net.generate_proposals(found):
+            assert 0 < len(place) <= faster_rcnn.POST_NMS_TOP_K
             assert bool((place >= 0).all())
             assert bool((place <= 128).all())
-            assert float(boxes.iou(place, place).fill_diagonal_(0).max()) <= faster_rcnn.PROPOSAL_IOU
+            assert float(boxes.iou(place, place).fill_diagonal_(0).max()) <= faster_rcnn.PROPOSAL_NMS_IOU
 
     def test_losses_by_part_and_no_object(self):
         net, maps = net_and_maps()
-        nothing = padded([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2)
+        nothing = collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2)
         losses = net.losses(net(maps), nothing, 128)
         losses["loss"].backward()
         assert all(bool(torch.isfinite(value)) for value in losses.values())
         assert losses["rpn_box_loss"].item() == losses["box_loss"].item() == 0
-        something = padded(
+        something = collate_targets(
             [torch.tensor([[10.0, 10, 60, 50]]), torch.zeros(0, 4)], [torch.tensor([1]), torch.zeros(0).long()]
         )
         losses = net.losses(net(maps), something, 128)
@@ -153,7 +153,7 @@ class TestFasterRcnn:
     def test_the_same_seed_draws_the_same_regions(self):
         net, maps = net_and_maps()
         net.eval()
-        some = padded([torch.tensor([[10.0, 10, 60, 50]])] * 2, [torch.tensor([1])] * 2)
+        some = collate_targets([torch.tensor([[10.0, 10, 60, 50]])] * 2, [torch.tensor([1])] * 2)
         values = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
@@ -163,7 +163,7 @@ class TestFasterRcnn:
     def test_it_learns_a_picture_and_finds_it(self):
         net, maps = net_and_maps(1)
         wanted = torch.tensor([[20.0, 30, 70, 90], [80, 10, 120, 40]])
-        targets = padded([wanted], [torch.tensor([2, 0])])
+        targets = collate_targets([wanted], [torch.tensor([2, 0])])
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
         for _ in range(60):
             optimizer.zero_grad()
@@ -171,7 +171,7 @@ class TestFasterRcnn:
             optimizer.step()
         net.eval()
         with torch.no_grad():
-            found = net.detections(net(maps), 128, 0.3, 0.5, 100)[0]
+            found = net.postprocess(net(maps), 128, 0.3, 0.5, 100)[0]
         assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
         overlap = boxes.iou(found.boxes_xyxy, wanted)
         for column, label in enumerate((2, 0)):
@@ -181,7 +181,7 @@ class TestFasterRcnn:
 
     def test_it_becomes_as_sure_as_whoever_drew_the_box(self):
         net, maps = net_and_maps(1)
-        targets = padded([torch.tensor([[20.0, 30, 70, 90]])], [torch.tensor([2])], [torch.tensor([0.4])])
+        targets = collate_targets([torch.tensor([[20.0, 30, 70, 90]])], [torch.tensor([2])], [torch.tensor([0.4])])
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
         for _ in range(80):
             optimizer.zero_grad()
@@ -189,6 +189,6 @@ class TestFasterRcnn:
             optimizer.step()
         net.eval()
         with torch.no_grad():
-            found = net.detections(net(maps), 128, 0.05, 0.5, 100)[0]
+            found = net.postprocess(net(maps), 128, 0.05, 0.5, 100)[0]
         assert int(found.labels[0]) == 2
         assert 0.25 < float(found.scores[0]) < 0.55

@@ -3,7 +3,7 @@
 import torch
 
 from cvlab.experiments.detection.models import faster_rcnn_course
-from cvlab.experiments.detection.models.base import padded
+from cvlab.experiments.detection.models.base import collate_targets
 from cvlab.experiments.detection.models.faster_rcnn import decode
 from cvlab.experiments.detection.models.faster_rcnn_course import FasterRcnnCourse
 from cvlab.ops import boxes
@@ -17,7 +17,7 @@ def net_and_map(n=2):
 
 
 def targets(*pictures):
-    return padded([box for box, _ in pictures], [label for _, label in pictures])
+    return collate_targets([box for box, _ in pictures], [label for _, label in pictures])
 
 
 ONE = (torch.tensor([[32.0, 64, 96, 160]]), torch.tensor([2]))  # 2 x 3 cells, from (1, 2): an anchor fits it nearly
@@ -26,9 +26,9 @@ ONE = (torch.tensor([[32.0, 64, 96, 160]]), torch.tensor([2]))  # 2 x 3 cells, f
 def test_what_holds_something_is_what_overlaps_and_the_rest_is_far():
     net, maps = net_and_map()
     found = net(maps)
-    assert found.scores.shape == (2, 441, 2)
-    assert found.offsets.shape == (2, 441, 4)
-    positives, is_negative = net.matched(found, targets(ONE, NONE))
+    assert found.objectness_logits.shape == (2, 441, 2)
+    assert found.deltas.shape == (2, 441, 4)
+    positives, is_negative = net.match_anchors(found, targets(ONE, NONE))
     overlap = boxes.iou(net.anchors(found), ONE[0] / 32)[:, 0]
     expected = set((overlap > 0.7).nonzero()[:, 0].tolist()) | {int(overlap.argmax())}
     assert expected <= set(positives.anchor.tolist())
@@ -41,12 +41,12 @@ def test_what_holds_something_is_what_overlaps_and_the_rest_is_far():
 
 def test_channels_are_scores_then_offsets_anchor_by_anchor():
     net, maps = net_and_map(1)
-    raw = net.propose(net.regions(maps[0]))[0]  # (54, 7, 7)
+    raw = net.rpn_predictor(net.rpn_conv(maps[0]))[0]  # (54, 7, 7)
     found = net(maps)
     anchor, row, column = 4, 3, 5
     place = (anchor * 7 + row) * 7 + column
-    torch.testing.assert_close(found.scores[0, place], raw[2 * anchor : 2 * anchor + 2, row, column])
-    torch.testing.assert_close(found.offsets[0, place], raw[18 + 4 * anchor : 22 + 4 * anchor, row, column])
+    torch.testing.assert_close(found.objectness_logits[0, place], raw[2 * anchor : 2 * anchor + 2, row, column])
+    torch.testing.assert_close(found.deltas[0, place], raw[18 + 4 * anchor : 22 + 4 * anchor, row, column])
 
 
 def test_losses_equal_a_loop_and_are_finite_without_objects():
@@ -55,17 +55,17 @@ def test_losses_equal_a_loop_and_are_finite_without_objects():
     some = targets(ONE, NONE)
     torch.manual_seed(3)
     losses = net.losses(found, some, 224)
-    positives, _ = net.matched(found, some)
+    positives, _ = net.match_anchors(found, some)
     every, box_sum, class_sum = net.anchors(found), 0.0, 0.0
     for image, anchor, label, box in zip(*positives, strict=True):
         ax, ay, aw, ah = boxes.xyxy_to_cxcywh(every[anchor]).tolist()
         bx, by, bw, bh = boxes.xyxy_to_cxcywh(box).tolist()
         wanted = torch.tensor([(bx - ax) / aw, (by - ay) / ah, bw / aw, bh / ah])
         wanted[2:] = wanted[2:].log()
-        gap = (found.offsets[image, anchor] - wanted).abs()
+        gap = (found.deltas[image, anchor] - wanted).abs()
         box_sum += torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).sum().item()
-        region = decode(found.offsets[image, anchor][None], every[anchor][None])
-        scores = net.second(found, net.clipped(region, found), image[None])[0]
+        region = decode(found.deltas[image, anchor][None], every[anchor][None])
+        scores = net.box_head(found, net.clip(region, found), image[None])[0]
         class_sum -= scores.log_softmax(0)[label].item()
     torch.testing.assert_close(losses["rpn_box_loss"].item(), box_sum / 2, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses["class_loss"].item(), class_sum / 2, rtol=1e-5, atol=1e-5)
@@ -87,11 +87,11 @@ def test_it_learns_a_picture_and_finds_it():
         optimizer.step()
     net.eval()
     with torch.no_grad():
-        found = net.detections(net(maps), 224, 0.5, 0.3, 100)[0]
-        before, after = net.regions_of(net(maps))[0]
+        found = net.postprocess(net(maps), 224, 0.5, 0.3, 100)[0]
+        before, after = net.generate_proposals(net(maps))[0]
     assert len(before) >= len(after) >= 2
     assert bool((after <= 224).all())
-    assert float(boxes.iou(after, after).fill_diagonal_(0).max()) <= faster_rcnn_course.PROPOSAL_IOU
+    assert float(boxes.iou(after, after).fill_diagonal_(0).max()) <= faster_rcnn_course.PROPOSAL_NMS_IOU
     overlap = boxes.iou(found.boxes_xyxy, wanted[0])
     for column, label in enumerate((2, 0)):
         best = int(overlap[:, column].argmax())

@@ -9,12 +9,12 @@ from torch import nn
 
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.models import registry as detector_registry
-from cvlab.experiments.detection.models.finetune import Tuned
-from cvlab.experiments.detection.models.registry import About
-from tests.experiments.detection.test_detector import train
+from cvlab.experiments.detection.models.finetune import FineTunedDetector
+from cvlab.experiments.detection.models.registry import DetectorMetadata
+from tests.experiments.detection.short_run import train
 
 CPU = torch.device("cpu")
-ABOUT = About("yolo_fpn", {"width": 8}, ("a", "b"), 64, is_tuned=True)
+ABOUT = DetectorMetadata("yolo_fpn", {"width": 8}, ("a", "b"), 64, is_finetuned=True)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_it_makes_of_the_finest_map_what_the_backbone_makes(made):
         everything = [made.all_features.batch(photos)[name] for name in made.all_features.names]
         finest = made.features.batch(photos)
         assert list(finest) == ["blocks.2"]
-        mine = made.head.maps(finest["blocks.2"])
+        mine = made.head.feature_maps(finest["blocks.2"])
         for ours, theirs in zip(mine, everything, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         made.head.eval()
@@ -49,28 +49,30 @@ def test_pointwise_filters_learn_and_the_backbone_of_others_does_not(made):
 
 def test_its_normalisations_stay_in_evaluation():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1))
-    tuned = Tuned(nn.BatchNorm2d(4), net, ["0", "1", "2"]).train()
+    tuned = FineTunedDetector(nn.BatchNorm2d(4), net, ["0", "1", "2"]).train()
     assert tuned.head.training
     assert not any(m.training for m in tuned.stages.modules())
     with torch.no_grad():
         x = torch.randn(2, 4, 6, 6)
-        torch.testing.assert_close(tuned.maps(x)[2], net.eval()[2](net[1](x)))
+        torch.testing.assert_close(tuned.feature_maps(x)[2], net.eval()[2](net[1](x)))
 
 
 @pytest.mark.parametrize("names", [["0"], ["0", "1.0"]])
 def test_layers_that_cannot_be_run_on_their_own_are_refused(names):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1)))
     with pytest.raises(ConfigError) as error:
-        Tuned(nn.Identity(), net, names)
-    assert "tune_epochs=0" in error.value.hint
+        FineTunedDetector(nn.Identity(), net, names)
+    assert "finetune_epochs=0" in error.value.hint
 
 
 class TestTraining:
-    WORDS = ("duration={epochs: 2}", "tune_epochs=1", "model.width=8")
+    WORDS = ("duration={epochs: 2}", "finetune_epochs=1", "model.width=8")
 
     def test_only_the_last_epochs_change_the_backbone_and_the_file_holds_it(self, cvlab):
-        before = detector_registry.build(About("yolo_fpn", {"width": 8}, tuple("abcdefghij"), 64, is_tuned=True), CPU)
-        untouched = train(cvlab, "duration={epochs: 2}", "tune_epochs=0", "model.width=8")
+        before = detector_registry.build(
+            DetectorMetadata("yolo_fpn", {"width": 8}, tuple("abcdefghij"), 64, is_finetuned=True), CPU
+        )
+        untouched = train(cvlab, "duration={epochs: 2}", "finetune_epochs=0", "model.width=8")
         found = train(cvlab, *self.WORDS)
         own = detector_registry.load(Path(found["run"]) / "detector.safetensors", CPU)
         change = [
@@ -78,7 +80,7 @@ class TestTraining:
             for mine, theirs in zip(own.head.stages.parameters(), before.head.stages.parameters(), strict=True)
         ]
         assert max(change) > 0
-        assert own.about.is_tuned
+        assert own.metadata.is_finetuned
         assert found["metrics"]["parameters"] > untouched["metrics"]["parameters"] + 2_000_000
         losses = [
             [json.loads(line).get("train_loss") for line in (Path(f["run"]) / "metrics.jsonl").read_text().splitlines()]
@@ -89,9 +91,9 @@ class TestTraining:
 
     def test_what_cannot_be_tuned_is_refused(self, cvlab):
         for words, says in (
-            (("tune_epochs=3", "duration={epochs: 2}"), "tune_epochs 3"),
-            (("tune_epochs=1", "duration={seconds: 9}"), "in seconds"),
-            (("tune_epochs=1", "duration={epochs: 2}", "model={name: yolo_grid}"), "one map"),
+            (("finetune_epochs=3", "duration={epochs: 2}"), "finetune_epochs 3"),
+            (("finetune_epochs=1", "duration={seconds: 9}"), "in seconds"),
+            (("finetune_epochs=1", "duration={epochs: 2}", "model={name: yolo_grid}"), "one map"),
         ):
             code, _, err = cvlab("train", "yolo_scenes", *words, "--dry-run")
             assert code == 2, err

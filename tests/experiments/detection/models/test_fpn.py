@@ -2,11 +2,11 @@
 
 import torch
 
-from cvlab.experiments.detection.models.fpn import Pyramid, Tower
+from cvlab.experiments.detection.models.fpn import FeaturePyramid, Tower
 
 
 def test_shapes():
-    pyramid = Pyramid([4, 6, 8], 5)
+    pyramid = FeaturePyramid([4, 6, 8], 5)
     mixed = pyramid([torch.randn(2, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))])
     assert [tuple(m.shape) for m in mixed] == [(2, 5, 8, 8), (2, 5, 4, 4), (2, 5, 2, 2)]
 
@@ -14,7 +14,7 @@ def test_shapes():
 def test_a_tower_gives_in_evaluation_what_it_gives_in_training():
     """Maps of several resolutions differ in their statistics: one normalisation for all of them would fit none."""
     torch.manual_seed(0)
-    tower = Tower(6, 3, levels=3, depth=2)
+    tower = Tower(6, 3, num_levels=3, depth=2)
     maps = [torch.randn(8, 6, 12, 12) * scale + shift for scale, shift in ((1, 0), (5, 2), (0.2, -1))]
     with torch.no_grad():
         for _ in range(250):
@@ -25,7 +25,7 @@ def test_a_tower_gives_in_evaluation_what_it_gives_in_training():
 
 
 def test_its_filters_are_shared_and_its_normalisations_are_not():
-    tower = Tower(6, 3, levels=3, depth=2)
+    tower = Tower(6, 3, num_levels=3, depth=2)
     convolutions = [m for m in tower.modules() if isinstance(m, torch.nn.Conv2d)]
     norms = [m for m in tower.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(convolutions) == 5

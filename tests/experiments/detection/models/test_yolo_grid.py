@@ -9,8 +9,8 @@ from PIL import Image
 from cvlab.data.scenes import generator
 from cvlab.experiments.detection.data import writers
 from cvlab.experiments.detection.models import yolo_grid
-from cvlab.experiments.detection.models.base import padded
-from cvlab.experiments.detection.models.yolo_grid import Found, YoloGrid
+from cvlab.experiments.detection.models.base import collate_targets
+from cvlab.experiments.detection.models.yolo_grid import YoloGrid, YoloGridOutputs
 from cvlab.ops.anchors import COURSE_SHAPES
 from tests.conftest import weights_digest
 
@@ -57,7 +57,7 @@ def slow_place(box, h, w):
 
 def slow_losses(found, targets, drawn, faithful):
     """The losses object by object; `drawn` are the pairs of picture and anchor that were drawn as negatives."""
-    h, w = found.scores.shape[2:]
+    h, w = found.class_logits.shape[2:]
     confidence, offset, per_picture = [], [], []
     for n in range(len(targets)):
         entropies = []
@@ -73,7 +73,7 @@ def slow_losses(found, targets, drawn, faithful):
             wanted = [(box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y]
             wanted += [math.log((box[2] - box[0]) / wide), math.log((box[3] - box[1]) / high)]
             offset.append(sum((p - q) ** 2 for p, q in zip(given, wanted, strict=True)))
-            logits = found.scores[n, :, place // w % h, place % w].tolist()
+            logits = found.class_logits[n, :, place // w % h, place % w].tolist()
             entropies.append(math.log(sum(math.exp(v) for v in logits)) - logits[label])
         if entropies:
             per_picture.append(sum(entropies) / len(entropies))
@@ -87,7 +87,7 @@ class TestHead:
         found = raw_found(make(), n, h, w)
         assert found.confidence.shape == (n, A * h * w)
         assert found.offsets.shape == (n, A * h * w, 4)
-        assert found.scores.shape == (n, 3, h, w)
+        assert found.class_logits.shape == (n, 3, h, w)
         assert found.offsets[..., :2].abs().max() < 0.5
         assert bool((found.confidence > 0).all())
 
@@ -100,7 +100,7 @@ class TestHead:
             torch.testing.assert_close(found.confidence[1, place], raw[1, anchor, row, column].sigmoid())
             four = raw[1, A + 4 * anchor : A + 4 * anchor + 4, row, column]
             torch.testing.assert_close(found.offsets[1, place], torch.cat([four[:2].sigmoid() - 0.5, four[2:]]))
-        torch.testing.assert_close(found.scores, raw[:, 5 * A :])
+        torch.testing.assert_close(found.class_logits, raw[:, 5 * A :])
 
     def test_anchors_follow_the_module_and_are_no_weights(self):
         net = make()
@@ -120,13 +120,13 @@ class TestHead:
 class TestLosses:
     def targets(self):
         few = torch.tensor([[5.0, 5, 40, 60]])
-        return padded([TRUE, few, torch.zeros(0, 4)], [NAMES, torch.tensor([1]), torch.zeros(0).long()])
+        return collate_targets([TRUE, few, torch.zeros(0, 4)], [NAMES, torch.tensor([1]), torch.zeros(0).long()])
 
     @pytest.mark.parametrize("faithful", [True, False])
     def test_are_the_loop(self, faithful):
         net, targets = make(faithful), self.targets()
         found = raw_found(net, 3, 7, 7)
-        positives, is_negative = net.matched(found, targets)
+        positives, is_negative = net.match_anchors(found, targets)
         torch.manual_seed(5)
         places = is_negative.nonzero()[torch.randperm(int(is_negative.sum()))[: len(positives.labels)]].tolist()
         torch.manual_seed(5)
@@ -139,7 +139,7 @@ class TestLosses:
     def test_negatives(self):
         net, targets = make(), self.targets()
         found = raw_found(net, 3, 7, 7)
-        positives, is_negative = net.matched(found, targets)
+        positives, is_negative = net.match_anchors(found, targets)
         assert positives.image.tolist() == [0, 0, 0, 1]
         assert positives.labels.tolist() == [2, 0, 1, 1]
         assert bool(is_negative[2].all()), "a picture without objects has nothing but negatives"
@@ -152,18 +152,20 @@ class TestLosses:
     def test_what_answers_for_a_thin_box_is_no_negative(self):
         net = make()
         found = raw_found(net, 1, 7, 7)
-        positives, is_negative = net.matched(found, padded([torch.tensor([[40.0, 40, 43, 60]])], [torch.tensor([0])]))
+        positives, is_negative = net.match_anchors(
+            found, collate_targets([torch.tensor([[40.0, 40, 43, 60]])], [torch.tensor([0])])
+        )
         assert len(positives.anchor) == 1
         assert not bool(is_negative[0, positives.anchor])
 
     def test_drawn_without_replacement_from_the_generator_of_checkpoints(self):
         torch.manual_seed(1)
-        first = yolo_grid.draw(50, 40)
+        first = yolo_grid.sample_indices(50, 40)
         torch.manual_seed(1)
-        assert torch.equal(first, yolo_grid.draw(50, 40))
-        assert not torch.equal(first, yolo_grid.draw(50, 40))
+        assert torch.equal(first, yolo_grid.sample_indices(50, 40))
+        assert not torch.equal(first, yolo_grid.sample_indices(50, 40))
         assert len(first.unique()) == 40
-        assert len(yolo_grid.draw(3, 9)) == 3
+        assert len(yolo_grid.sample_indices(3, 9)) == 3
 
     @pytest.mark.parametrize("faithful", [True, False])
     def test_gradients_reach_every_weight(self, faithful):
@@ -175,7 +177,9 @@ class TestLosses:
 
     def test_no_object_at_all(self):
         net = make()
-        losses = net.losses(raw_found(net, 2, 7, 7), padded([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2), 224)
+        losses = net.losses(
+            raw_found(net, 2, 7, 7), collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2), 224
+        )
         losses["loss"].backward()
         assert losses["loss"].item() == 0
         assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in net.parameters())
@@ -183,10 +187,10 @@ class TestLosses:
     def test_two_objects_of_one_anchor(self):
         net = make()
         found = raw_found(net, 1, 7, 7)
-        twins = padded([TRUE[:1].repeat(2, 1)], [torch.tensor([0, 1])])
+        twins = collate_targets([TRUE[:1].repeat(2, 1)], [torch.tensor([0, 1])])
         losses = net.losses(found, twins, 224)
         assert bool(torch.isfinite(losses["loss"]))
-        ones = [net.losses(found, padded([TRUE[:1]], [torch.tensor([k])]), 224)["class_loss"] for k in (0, 1)]
+        ones = [net.losses(found, collate_targets([TRUE[:1]], [torch.tensor([k])]), 224)["class_loss"] for k in (0, 1)]
         torch.testing.assert_close(losses["class_loss"], (ones[0] + ones[1]) / 2)
 
 
@@ -194,18 +198,18 @@ class TestDetections:
     def perfect(self, net):
         """Put the targets into what the head says."""
         places = [slow_place((box / 32).tolist(), 7, 7) for box in TRUE]
-        found = Found(torch.zeros(1, A * 49), torch.zeros(1, A * 49, 4), torch.zeros(1, 3, 7, 7))
+        found = YoloGridOutputs(torch.zeros(1, A * 49), torch.zeros(1, A * 49, 4), torch.zeros(1, 3, 7, 7))
         own = net.anchors(found)[places]
         found.offsets[0, places] = yolo_grid.encode(TRUE / 32, own)
         found.confidence[0, places] = torch.tensor([0.7, 0.9, 0.8])
         for place, label in zip(places, NAMES.tolist(), strict=True):
-            found.scores[0, label, place // 7 % 7, place % 7] = 12.0
+            found.class_logits[0, label, place // 7 % 7, place % 7] = 12.0
         return found
 
     @pytest.mark.parametrize("faithful", [True, False])
     def test_what_is_put_in_comes_out(self, faithful):
         net = make(faithful)
-        (result,) = net.detections(self.perfect(net), 224, 0.5, 0.5, 10)
+        (result,) = net.postprocess(self.perfect(net), 224, 0.5, 0.5, 10)
         order = [1, 2, 0]  # by confidence
         torch.testing.assert_close(result.boxes_xyxy, TRUE[order])
         assert result.labels.tolist() == NAMES[order].tolist()
@@ -213,7 +217,7 @@ class TestDetections:
 
     def test_such_an_output_costs_only_its_confidence(self):
         net = make()
-        targets = padded([TRUE], [NAMES])
+        targets = collate_targets([TRUE], [NAMES])
         losses = net.losses(self.perfect(net), targets, 224)
         assert losses["offset_loss"].item() < 1e-9
         assert losses["class_loss"].item() < 1e-4
@@ -226,15 +230,15 @@ class TestDetections:
     def test_the_score(self):
         """Faithful, it is the confidence; else the confidence times the probability of the class."""
         found = self.perfect(make())
-        flat = found._replace(scores=torch.zeros_like(found.scores))
-        (plain,) = make().detections(flat, 224, 0.1, 0.5, 10)
-        (product,) = make(faithful=False).detections(flat, 224, 0.1, 0.5, 10)
+        flat = found._replace(class_logits=torch.zeros_like(found.class_logits))
+        (plain,) = make().postprocess(flat, 224, 0.1, 0.5, 10)
+        (product,) = make(faithful=False).postprocess(flat, 224, 0.1, 0.5, 10)
         torch.testing.assert_close(product.scores, plain.scores / 3)
-        assert len(make(faithful=False).detections(flat, 224, 0.5, 0.5, 10)[0].scores) == 0
+        assert len(make(faithful=False).postprocess(flat, 224, 0.5, 0.5, 10)[0].scores) == 0
 
     def test_sorted_inside_the_picture_and_without_doubles(self):
         net = make()
-        for result in net.detections(raw_found(net, 2, 7, 7), 224, 0.2, 0.4, 30):
+        for result in net.postprocess(raw_found(net, 2, 7, 7), 224, 0.2, 0.4, 30):
             assert 0 < len(result.scores) <= 30
             assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
             assert result.boxes_xyxy.min() >= 0
@@ -245,7 +249,7 @@ class TestDetections:
 
     def test_nothing_is_sure_enough(self):
         net = make()
-        (result,) = net.detections(raw_found(net, 1, 2, 2), 64, 1.0, 0.5, 10)
+        (result,) = net.postprocess(raw_found(net, 1, 2, 2), 64, 1.0, 0.5, 10)
         assert result.boxes_xyxy.shape == (0, 4)
         assert result.labels.dtype == torch.int64
 

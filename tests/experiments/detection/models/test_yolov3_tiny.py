@@ -14,8 +14,8 @@ from PIL import Image
 
 from cvlab.data import photos
 from cvlab.errors import ConfigError, DataError
-from cvlab.experiments.detection.data.coco_classes import COCO_CLASSES
 from cvlab.experiments.detection.models import darknet, yolov3_tiny
+from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
 from cvlab.models import weights
 from cvlab.storage import download
 from tests.conftest import REAL_DATA

@@ -1,0 +1,55 @@
+"""The user's own detection data set, `boxes`: a folder or file in VOC's, YOLO's or COCO's format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvlab import console
+from cvlab.data.datasets import DatasetSize
+from cvlab.errors import ConfigError, DataError
+from cvlab.experiments.detection.data import coco, voc, yolo
+from cvlab.experiments.detection.data.annotations import AnnotationSet
+from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionDatasetSource, from_annotations
+
+FORMATS = (
+    "VOC (Annotations/*.xml and JPEGImages), YOLO (images/train, labels/train, data.yaml) "
+    "or COCO (a JSON file, or annotations/*.json and images)"
+)
+
+
+def read(path: Path) -> AnnotationSet:
+    """Read a folder or file in whichever format it has. DataError if it has none of them."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder", f"name {FORMATS}")
+    folder = path.parent if path.suffix in (".yaml", ".yml") else path
+    if folder.is_dir() and voc.matches(folder):
+        annotation_set = voc.read_folder(folder)
+    elif folder.is_dir() and yolo.matches(folder):
+        annotation_set = yolo.read_folder(folder)
+    elif coco.matches(folder):
+        annotation_set = coco.read_path(folder)
+    else:
+        raise DataError(f"{path}: in none of the layouts that are known", f"name {FORMATS}")
+    console.debug(f"{path}: read as {annotation_set.format}")
+    return annotation_set
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomSource(DetectionDatasetSource):
+    """The data set that lies where the configuration's `path` says."""
+
+    def load(self, root: Path, path: str | None = None, val_fraction: float = 0.2) -> DetectionDataset:
+        """Read the data set at `path`; see `DetectionDatasetSource.load`."""
+        if path is None:
+            raise ConfigError(f"data {self.name}: path is missing", f"with name: {self.name}, name your own {FORMATS}")
+        return from_annotations(self.name, read(Path(path)), val_fraction)
+
+
+BOXES = CustomSource(
+    name="boxes",
+    summary="your own photos with boxes, in VOC's, YOLO's or COCO's layout; data.path names them",
+    license="yours",
+    size=DatasetSize(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
+    ready=lambda _: False,
+    check=lambda _: "your own, read and checked by every run",
+    is_custom=True,
+)

@@ -1,0 +1,21 @@
+"""What the readers share: image headers."""
+
+from cvlab.data import photos
+from cvlab.experiments.detection.data import annotations
+from tests.experiments.detection.data.box_files import photo
+
+
+def test_headers_agree_with_decoded_photos(tmp_path):
+    for orientation in (None, 1, 6):
+        for ending in photos.SUFFIXES[:3] + photos.SUFFIXES[4:]:
+            path = photo(tmp_path / f"x{ending}", orientation=orientation)
+            found = annotations.read_header(path)
+            shown = (found.height, found.width) if found.orientation >= 5 else (found.width, found.height)
+            assert shown == photos.load(path).size
+    late = tmp_path / "late.png"  # a PNG whose EXIF comes after its pixels
+    raw = photo(tmp_path / "y.png", orientation=6).read_bytes()
+    start = raw.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(raw[start : start + 4], "big")
+    late.write_bytes(raw[:start] + raw[end:-12] + raw[start:end] + raw[-12:])
+    assert annotations.read_header(late).orientation == 6
+    assert photos.load(late).size == (40, 60)

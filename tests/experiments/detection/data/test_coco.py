@@ -1,0 +1,97 @@
+"""COCO's format: read back as it is written; what is broken is rejected with its place in the file."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from cvlab.errors import DataError
+from tests.experiments.detection.data.box_files import BOXES, coco_set, load, of, write
+
+
+def test_what_is_written_as_coco_is_read_back(tmp_path):
+    found = load(coco_set(tmp_path))
+    assert found.classes == ("dog", "cat")
+    assert torch.equal(of(found, "a").boxes_xyxy, BOXES)
+    assert of(found, "a").labels.tolist() == [1, 0, 1]
+    assert len(of(found, "b").labels) == 0
+
+
+def test_coco_json_is_what_an_independent_reader_takes(tmp_path, capfd):
+    coco = pytest.importorskip("faster_coco_eval").COCO(
+        str(coco_set(tmp_path) / "annotations/instances_train2017.json")
+    )
+    assert [coco.cats[k]["name"] for k in coco.getCatIds()] == ["dog", "cat"]
+    loaded = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
+    boxes = torch.tensor([one["bbox"] for one in loaded], dtype=torch.float32)
+    assert torch.equal(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), BOXES)
+    assert [one["category_id"] for one in loaded] == [2, 1, 2]
+    assert coco.getAnnIds(imgIds=[2]) == []
+
+
+def test_other_forms_of_coco(tmp_path):
+    coco_set(tmp_path / "beside", "all.json", "")
+    coco_set(tmp_path / "images", "all.json", "images")
+    for split in ("train", "valid", "test"):
+        coco_set(tmp_path / "splits" / split, "_annotations.coco.json", "")
+    for year in ("train2017", "val2017"):
+        coco_set(tmp_path / "official", f"annotations/instances_{year}.json", year)
+        write(tmp_path / "official" / f"annotations/captions_{year}.json", "{}")
+    for name, sizes in {"beside": [1, 1, 0], "images": [1, 1, 0], "splits": [2, 2, 2], "official": [2, 2, 0]}.items():
+        found = load(tmp_path / name)
+        assert [len(items) for items in found.splits.values()] == sizes, name
+        assert torch.equal(of(found, "a").boxes_xyxy, BOXES), name
+    assert len(load(tmp_path / "beside/all.json").splits["train"]) == 1
+    shutil.copy(tmp_path / "beside/all.json", tmp_path / "beside/some.json")
+    with pytest.raises(DataError, match=r"all.json: no split .* in its name; name one JSON file"):
+        load(tmp_path / "beside")
+
+
+def test_a_crowd_is_difficult(tmp_path):
+    path = coco_set(tmp_path) / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    assert of(load(tmp_path), "a").difficult.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"annotations\[1\]: bbox is not a list of four numbers"),
+        (
+            lambda c: c["annotations"][1].update(bbox=[1, 2, "3", 4]),
+            r"annotations\[1\]: bbox\[2\] is '3', not a number",
+        ),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, True, 4]), r"annotations\[1\]: bbox\[2\] is 'True'"),
+        (lambda c: c["annotations"][0].update(image_id=9), r"annotations\[0\]: image_id is not the id of an image"),
+        (lambda c: c["annotations"][0].update(category_id=9), r"annotations\[0\]: category_id 9 is in no category"),
+        (lambda c: c["annotations"][0].update(bbox=[70, 2, 3, 4]), r"annotations\[0\]: the box .* lies outside"),
+        (lambda c: c["images"][1].update(file_name="z.jpg"), r"the photo 'z.jpg' is not there"),
+        (lambda c: c["images"][1].update(id=1), r"images\[1\]: id is not a unique integer"),
+        (lambda c: c["images"][1].pop("file_name"), r"image 2 has no file_name"),
+        (lambda c: c.pop("categories"), r"has no list of categories"),
+    ],
+)
+def test_broken_coco(tmp_path, change, message):
+    path = coco_set(tmp_path) / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n"images": [,]}', r"t.json:2: not valid JSON"),
+        ("[]", "its top level is not an object"),
+        ("[" * 99999, "not valid JSON"),
+        ('{"images": [NaN]}', "NaN is not a number"),
+    ],
+)
+def test_broken_json(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        load(write(tmp_path / "t.json", text))

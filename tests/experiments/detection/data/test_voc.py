@@ -1,0 +1,107 @@
+"""VOC's format: read back as it is written; what is broken is rejected with file and line."""
+
+import shutil
+
+import pytest
+import torch
+
+from cvlab.errors import DataError
+from tests.experiments.detection.data.box_files import BOXES, SIZE, VOC_XML, load, of, voc_set, write
+
+
+def test_what_is_written_as_voc_is_read_back(tmp_path):
+    found = load(voc_set(tmp_path))
+    assert found.classes == ("cat", "dog")
+    assert found.name == "boxes"
+    item = of(found, "c")
+    assert torch.equal(item.boxes_xyxy, BOXES)
+    assert item.boxes_xyxy.dtype == torch.float32
+    assert item.labels.tolist() == [0, 1, 0]
+    assert item.labels.dtype == torch.int64
+    assert item.difficult.tolist() == [False, True, False]
+    assert item.difficult.dtype == torch.bool
+    assert found.load(item).size == SIZE
+    assert {split: len(items) for split, items in found.splits.items()} == {"train": 1, "val": 1, "test": 1}
+
+
+def test_pixels_of_voc_count_from_one_and_the_last_one_is_inside(tmp_path):
+    voc_set(tmp_path, lists=False)
+    edges = "<xmin>1</xmin><ymin>3</ymin><xmax>2</xmax><ymax>40</ymax>"
+    write(
+        tmp_path / "Annotations/a.xml",
+        f"<annotation><object><name>cat</name><bndbox>{edges}</bndbox></object></annotation>",
+    )
+    assert of(load(tmp_path), "a").boxes_xyxy.tolist() == [[0, 2, 2, 40]]
+
+
+def test_other_forms_of_voc(tmp_path):
+    beside = tmp_path / "beside"
+    for split in ("train", "valid", "test"):
+        voc_set(tmp_path / "made" / split, lists=False)
+        (beside / split).mkdir(parents=True)
+        for path in (tmp_path / "made" / split).glob("*/*"):
+            shutil.copy(path, beside / split)
+    voc_set(tmp_path / "flat", lists=False, ending=".PNG")
+    assert [len(items) for items in load(beside).splits.values()] == [3, 3, 3]
+    assert [len(items) for items in load(tmp_path / "flat").splits.values()] == [2, 1, 0]
+    assert [len(items) for items in load(tmp_path / "flat", val_fraction=0.0).splits.values()] == [3, 0, 0]
+
+
+BROKEN_XML = [
+    ("<annotation>\n<object>\n</annotation>", r"a.xml:3: not valid XML: mismatched tag"),
+    ("", r"a.xml:1: not valid XML: no element found"),
+    ("\n\n<other/>", r"a.xml:3: <other> where <annotation> is expected"),
+    ('<!DOCTYPE a [<!ENTITY b "c">]>\n<annotation/>', r"a.xml:1: a document type is not allowed"),
+    ("<annotation>&lol;</annotation>", r"a.xml:1: not valid XML: undefined entity"),
+    ('<?xml version="1.0" encoding="no-such"?><annotation/>', r"a.xml:1: not valid XML"),
+    ("<a>" * 30 + "</a>" * 30, r"a.xml:1: nested deeper"),
+    ("<annotation>" + " " * 5_000_000 + "</annotation>", r"a.xml: larger than 5 MB"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN_XML)
+def test_broken_xml_is_refused_with_its_file_and_line(tmp_path, text, message):
+    write(voc_set(tmp_path) / "Annotations/a.xml", text)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+BROKEN_OBJECTS = [
+    ("<xmax>9", "<xmax>nine", r"a.xml:7: object 1: xmax is 'nine', not a number"),
+    ("<xmax>9", "<xmax>nan", r"a.xml:7: object 1: xmax is 'nan', not a number"),
+    ("<xmax>9", "<xmax>", r"a.xml:7: object 1: xmax is '', not a number"),
+    ("<ymin>5</ymin>", "", r"a.xml:4: object 1 has no ymin"),
+    ("bndbox", "box", r"a.xml:2: object 1 has no bndbox"),
+    ("cat", " ", r"a.xml:2: object 1 has no name"),
+    ("</name>", "</name><difficult>perhaps</difficult>", r"a.xml:2: object 1: difficult is 'perhaps', not 0 or 1"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BROKEN_OBJECTS)
+def test_a_broken_object_is_refused_with_its_line_number_and_key(tmp_path, old, new, message):
+    write(voc_set(tmp_path) / "Annotations/a.xml", VOC_XML)
+    assert of(load(tmp_path), "a").boxes_xyxy.tolist() == [[4, 4, 9, 9]]
+    write(tmp_path / "Annotations/a.xml", VOC_XML.replace(old, new))
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    folder = voc_set(tmp_path)
+    (folder / "JPEGImages/b.jpg").rename(tmp_path / "b")
+    with pytest.raises(DataError, match=r"train.txt:2: .*JPEGImages has no photo b;"):
+        load(tmp_path)
+    (tmp_path / "b").rename(folder / "JPEGImages/b.jpg")
+    (folder / "Annotations/c.xml").unlink()
+    with pytest.raises(DataError, match=r"Annotations/c.xml: No such file"):
+        load(tmp_path)
+    write(folder / "ImageSets/Main/test.txt", "a\n\na\n")
+    with pytest.raises(DataError, match=r"test.txt:3: a for the second time"):
+        load(tmp_path)
+    (folder / "ImageSets/Main/test.txt").unlink()
+    write(folder / "JPEGImages/a.jpg", "no photo")
+    with pytest.raises(DataError, match=r"a.jpg: not a photo that can be read"):
+        load(tmp_path)
+    (folder / "ImageSets/Main/train.txt").unlink()
+    with pytest.raises(DataError, match=r"train.txt: no such file"):
+        load(tmp_path)

@@ -1,0 +1,79 @@
+"""YOLO's format: read back as it is written; what is broken is rejected with file and line."""
+
+import shutil
+
+import pytest
+import torch
+
+from cvlab.errors import DataError
+from cvlab.experiments.detection.data import writers
+from tests.experiments.detection.data.box_files import BOXES, SIZE, load, of, write, yolo_set
+
+
+def test_what_is_written_as_yolo_is_read_back(tmp_path):
+    found = load(yolo_set(tmp_path))
+    assert found.classes == ("dog", "cat")
+    assert [len(items) for items in found.splits.values()] == [2, 1, 1]
+    torch.testing.assert_close(of(found, "d").boxes_xyxy, BOXES, atol=1e-4, rtol=0)
+    assert of(found, "d").labels.tolist() == [1, 0, 1]
+    without = of(found, "b")
+    assert without.boxes_xyxy.shape == (0, 4)
+    assert without.labels.shape == without.difficult.shape == (0,)
+    assert without.labels.dtype == torch.int64
+    assert without.difficult.dtype == torch.bool
+
+
+def test_other_forms_of_yolo(tmp_path):
+    yolo_set(tmp_path / "one")
+    for split, called in (("train", "train"), ("val", "valid"), ("test", "test")):
+        for kind in ("images", "labels"):
+            (tmp_path / "two" / called).mkdir(parents=True, exist_ok=True)
+            shutil.copytree(tmp_path / "one" / kind / split, tmp_path / "two" / called / kind)
+    write(tmp_path / "two/data.yaml", "nc: 2\nnames: ['dog', 'cat']\n")
+    for kind in ("images", "labels"):
+        shutil.copytree(tmp_path / "one" / kind / "train", tmp_path / "three" / kind)
+    write(tmp_path / "three/labels/classes.txt", "dog\ncat\n")
+    scores = torch.tensor([0.5, 0.25, 1.0])
+    write(tmp_path / "three/labels/b.txt", writers.write_yolo_txt(BOXES, torch.tensor([1, 0, 1]), SIZE, scores))
+    one, two, three = (load(tmp_path / name) for name in ("one", "two", "three"))
+    assert one.classes == two.classes == three.classes == ("dog", "cat")
+    assert torch.equal(of(one, "c").boxes_xyxy, of(two, "c").boxes_xyxy)
+    assert len(two.splits["val"]) == 1
+    assert of(three, "b").labels.tolist() == [1, 0, 1]
+    assert [len(i) for i in three.splits.values()] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0 0.5 0.5 0.5", r"a.txt:2: 4 words where `class x y w h`"),
+        ("0 .1 .1 .2 .2 .3 .3", r"a.txt:2: 7 words .*outlines and points are not boxes"),
+        ("2 0.5 0.5 0.5 0.5", r"a.txt:2: class '2' is none of 0..1"),
+        ("-1 0.5 0.5 0.5 0.5", r"a.txt:2: class '-1' is none"),
+        ("0 0.5 0.5 wide 0.5", r"a.txt:2: w is 'wide', not a number"),
+        ("0 0.5 1.5 0.5 0.5", r"a.txt:2: the box .* lies outside the photo of 60 x 40"),
+    ],
+)
+def test_broken_yolo(tmp_path, line, message):
+    write(yolo_set(tmp_path) / "labels/train/a.txt", f"0 0.5 0.5 0.5 0.5\n{line}\n")
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+def test_broken_yolo_folders(tmp_path):
+    write(yolo_set(tmp_path) / "data.yaml", "names: 3\n")
+    with pytest.raises(DataError, match=r"data.yaml:1:1: names is no list"):
+        load(tmp_path)
+    write(tmp_path / "data.yaml", "names: [a,\n")
+    with pytest.raises(DataError, match=r"data.yaml:\d:\d+: not valid YAML"):
+        load(tmp_path)
+    write(tmp_path / "data.yaml", "names: [dog, dog]\n")
+    with pytest.raises(DataError, match=r"the class 'dog' is named twice"):
+        load(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(DataError, match=r"neither data\.yaml nor classes\.txt"):
+        load(tmp_path)
+    write(tmp_path / "classes.txt", "dog\ncat\n")
+    write(tmp_path / "labels/train/z.txt", "")
+    with pytest.raises(DataError, match=r"z.txt: .*images/train has no photo z"):
+        load(tmp_path)
