@@ -12,7 +12,7 @@ Differences from the papers:
 
 Metrics:
     `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.
-    `style_drop`: style loss of the initial image divided by that of the result.
+    `style_loss_reduction`: style loss of the initial image divided by that of the result.
     `ssim`: structural similarity of its luminance to that of the photo.
 
 Command:
@@ -36,7 +36,7 @@ from cvlab.runs.run_dir import RunDir
 
 ANIMATION_PX = 384  # maximum of the longer side
 COLUMNS = (
-    Column("style_drop", "style loss reduction"),
+    Column("style_loss_reduction", "style loss reduction"),
     Column("ssim", "SSIM with the photo"),
     Column("panel", "panel", is_file=True),
     Column("animation", "animation", is_file=True),
@@ -75,7 +75,7 @@ class StyleExperiment(Experiment[StyleConfig]):
         Metric("width", "px"),
         Metric("height", "px"),
         *(Metric(name, better="lower") for name in ("loss", *LOSSES)),
-        Metric("style_drop", better="higher"),
+        Metric("style_loss_reduction", better="higher"),
         Metric("steps"),
         Metric("seconds_of_steps", "s", "lower"),
         Metric("ssim", better="higher", when=lambda config: config.content is not None),

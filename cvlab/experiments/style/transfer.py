@@ -181,7 +181,7 @@ class StyleTransfer:
         target = self.target(finest)
         metrics = {name: value.item() for name, value in self.losses(self._image_to_values(image), target).items()}
         initial = self.losses(self._image_to_values(self.initial_image(finest)), target)
-        metrics["style_drop"] = float(initial["style_loss"]) / max(metrics["style_loss"], 1e-30)
+        metrics["style_loss_reduction"] = float(initial["style_loss"]) / max(metrics["style_loss"], 1e-30)
         content = self.targets.content_image(finest.width, finest.height)
         if content is not None and min(image.shape[1:]) >= style.SSIM_WINDOW:
             metrics["ssim"] = style.ssim(style.luminance(image), style.luminance(content))
