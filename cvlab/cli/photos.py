@@ -82,7 +82,7 @@ def classify(
 def saliency(
     images: Images = None,
     class_: Annotated[str | None, typer.Option("--class", help="class to explain; default: the predicted one")] = None,
-    of: Annotated[str | None, typer.Option(help="score or loss")] = None,
+    objective: Annotated[str | None, typer.Option(help="explain the score of the class or its loss")] = None,
     method: Annotated[str | None, typer.Option(help="gradient, smoothgrad, integrated_gradients or gradcam")] = None,
     seed: Seed = None,
     dry_run: DryRun = False,
@@ -94,7 +94,14 @@ def saliency(
     """Show which pixels a prediction depends on. `cvlab saliency photo.jpg`."""
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
-    values = {"images": names or None, "target": class_, "of": of, "method": method, "seed": seed, **model.values()}
+    values = {
+        "images": names or None,
+        "target": class_,
+        "objective": objective,
+        "method": method,
+        "seed": seed,
+        **model.values(),
+    }
     start("saliency", values, overrides, options, dry_run, output)
 
 

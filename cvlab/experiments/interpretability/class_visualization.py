@@ -44,10 +44,10 @@ from cvlab.reports import images
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
-START_DEVIATION = 0.225  # of noise around mid-grey: that of ImageNet's colours
-START_FOURIER = 0.01
-BLURRED_SHARE = 0.7  # of the steps, where there is a blur
-
+PIXEL_NOISE_STD = 0.225  # of the initial noise around mid-gray; ImageNet's standard deviation
+FOURIER_NOISE_STD = 0.01
+BLUR_PROBABILITY = 0.7  # of a step
+MIN_BLUR_SIGMA = 0.3  # pixels
 
 COLUMNS = (
     Column("label", "prediction"),
@@ -71,18 +71,18 @@ class ClassVisualizationConfig(PretrainedConfig):
     octaves: Annotated[schema.PositiveInt, Le(8)] = Field(
         1, description="fourier: number of frequency bands, added from coarse to fine"
     )
-    l2: schema.NonNegativeFloat = Field(1e-4, description="weight of the squared distance from mid-gray")
-    tv: schema.NonNegativeFloat = Field(
+    l2_weight: schema.NonNegativeFloat = Field(1e-4, description="weight of the squared distance from mid-gray")
+    tv_weight: schema.NonNegativeFloat = Field(
         0.3, description="weight of the total variation (squared differences of neighboring pixels)"
     )
     jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to N pixels before each step")
-    turn_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
+    rotate_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
     zoom: schema.FractionBelowOne = Field(0.4, description="scale by a factor of 1 - zoom to 1 + zoom")
     shift: schema.FractionBelowOne = Field(0.2, description="translate by up to this fraction of the side")
     blur: schema.NonNegativeFloat = Field(
         3.0, description="random Gaussian blur, its standard deviation from 0.3 to 0.3 + this, in pixels"
     )
-    grey: schema.Fraction = Field(1.0, description="desaturate by up to this fraction")
+    gray: schema.Fraction = Field(1.0, description="desaturate by up to this fraction")
     contrast: schema.Fraction = Field(0.6, description="reduce the contrast by up to this fraction")
     blur_every: schema.NonNegativeInt = Field(0, description="pixels: blur the image every N steps; 0: never")
     blur_sigma: schema.PositiveFloat = Field(0.5, description="pixels: standard deviation of that blur, in pixels")
@@ -92,7 +92,7 @@ class ClassVisualizationConfig(PretrainedConfig):
 
     @field_validator("targets")
     @classmethod
-    def _some(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         if not targets:
             raise ValueError("give at least one class")
         return targets
@@ -103,7 +103,7 @@ class ClassVisualizationConfig(PretrainedConfig):
         return photo_batches.absolute(names) if names else names
 
     @model_validator(mode="after")
-    def _fits(self) -> "ClassVisualizationConfig":
+    def _check(self) -> "ClassVisualizationConfig":
         if self.octaves > 1 and self.parametrization == "pixels":
             raise ValueError("octaves go with parametrization: fourier")
         if self.blur_every and self.parametrization == "fourier":
@@ -113,8 +113,8 @@ class ClassVisualizationConfig(PretrainedConfig):
         return self
 
 
-class Easel:
-    """What is done to the pictures; `config` is that of the experiment `class_visualization`."""
+class ClassVisualizer:
+    """The optimization of one image for each class: its initial values, losses and update, and its evaluation."""
 
     def __init__(
         self,
@@ -122,126 +122,136 @@ class Easel:
         model: PretrainedClassifier,
         ctx: ComputeContext,
         classes: list[int],
-        out: RunDir,
+        run: RunDir,
     ) -> None:
-        self.config, self.model, self.ctx, self.out = config, model, ctx, out
+        self.config, self.model, self.ctx, self.run = config, model, ctx, run
         self.classes = torch.tensor(classes, device=ctx.device)
         self.names = [f"{index}-{re.sub(r'[^a-zA-Z0-9]+', '_', model.classes[index])}" for index in classes]
         self.is_fourier = config.parametrization == "fourier"
-        self.adam = image_optimizer.adam(lambda step: config.lr * (1 - step / config.steps))
+        self._adam = image_optimizer.adam(lambda step: config.lr * (1 - step / config.steps))
 
-    def start(self) -> Tensor:
-        """Return what the optimisation starts from: coefficients or pixels."""
+    def initial_parameters(self) -> Tensor:
+        """Return the initial Fourier coefficients or pixels of all images."""
         config, size = self.config, self.model.transform.size_px
         noise = rng.normal(config.seed, 0, parameter_shape(config, self.model), "classvis").to(self.ctx.device)
         if config.init == "image":
-            view = self.model.transform(photos.load(photos.find_images(config.images)[0]))
-            pixels = photos.to_tensor(view).to(self.ctx.device).expand(len(self.classes), 3, size, size)
+            photo = self.model.transform(photos.load(photos.find_images(config.images)[0]))
+            pixels = photos.to_tensor(photo).to(self.ctx.device).expand(len(self.classes), 3, size, size)
             return visualize.images_to_spectrum(pixels) if self.is_fourier else pixels.clone()
-        return noise * START_FOURIER if self.is_fourier else (0.5 + START_DEVIATION * noise).clamp(0, 1)
+        return noise * FOURIER_NOISE_STD if self.is_fourier else (0.5 + PIXEL_NOISE_STD * noise).clamp(0, 1)
 
-    def _uniform(self, step: int, use: str) -> Callable[[int], Tensor]:
-        return lambda count: rng.uniform(self.config.seed, step, torch.arange(count), f"classvis {use}").float()
+    def _uniform(self, step: int, purpose: str) -> Callable[[int], Tensor]:
+        return lambda count: rng.uniform(self.config.seed, step, torch.arange(count), f"classvis {purpose}").float()
 
-    def _decoded(self, pixels: ImageState) -> Tensor:
+    def _decode(self, state: ImageState) -> Tensor:
+        """Return the images (N, 3, S, S) that the parameters stand for."""
         if not self.is_fourier:
-            return pixels.tensors[0]
-        octave = min(self.config.octaves - 1, pixels.step * self.config.octaves // self.config.steps)
+            return state.tensors[0]
+        octave = min(self.config.octaves - 1, state.step * self.config.octaves // self.config.steps)
         band = 2.0 ** (octave - self.config.octaves + 1)
-        return visualize.spectrum_to_images(pixels.tensors[0], self.model.transform.size_px, band)
+        return visualize.spectrum_to_images(state.tensors[0], self.model.transform.size_px, band)
 
-    def objective(self, pixels: ImageState) -> Losses:
-        """Return the loss: minus the classes' scores, of the pictures as they are seen through random movements."""
-        config, step = self.config, pixels.step
-        drawn = self._decoded(pixels)
-        seen = drawn
+    def _augment(self, images: Tensor, step: int) -> Tensor:
+        """Return the images after the random transformations of a step."""
+        config = self.config
         if config.jitter_px:
-            seen = visualize.random_roll(seen, self._uniform(step, "jitter"), config.jitter_px)
-        if config.turn_degrees or config.zoom or config.shift:
-            limits = {"rotate_degrees": config.turn_degrees, "zoom": config.zoom, "shift": config.shift}
-            seen = visualize.random_affine(seen, self._uniform(step, "move"), **limits)
-        blurs, by = self._uniform(step, "blur")(2).tolist()
-        if config.blur and blurs < BLURRED_SHARE:
-            seen = visualize.gaussian_blur(seen, 0.3 + by * config.blur)
-        if config.grey or config.contrast:
-            colour = self._uniform(step, "colour")
-            seen = visualize.color_jitter(seen, colour, gray=config.grey, contrast=config.contrast)
-        with self.ctx.autocast():
-            scores = self.model.module(seen.contiguous(memory_format=torch.channels_last)).float()
-        picked = scores.gather(1, self.classes[:, None])[:, 0]
-        loss = -picked.sum()
-        if config.l2:
-            loss = loss + config.l2 * ((drawn - 0.5) / START_DEVIATION).square().sum()
-        if config.tv:
-            across, down = drawn.diff(dim=3).square().sum(), drawn.diff(dim=2).square().sum()
-            loss = loss + config.tv * (across + down)
-        return {"loss": loss, "score": picked.detach().mean()}
+            images = visualize.random_roll(images, self._uniform(step, "jitter"), config.jitter_px)
+        if config.rotate_degrees or config.zoom or config.shift:
+            limits = {"rotate_degrees": config.rotate_degrees, "zoom": config.zoom, "shift": config.shift}
+            images = visualize.random_affine(images, self._uniform(step, "move"), **limits)
+        choice, strength = self._uniform(step, "blur")(2).tolist()
+        if config.blur and choice < BLUR_PROBABILITY:
+            images = visualize.gaussian_blur(images, MIN_BLUR_SIGMA + strength * config.blur)
+        if config.gray or config.contrast:
+            uniform = self._uniform(step, "colour")
+            images = visualize.color_jitter(images, uniform, gray=config.gray, contrast=config.contrast)
+        return images
 
-    def update(self, pixels: ImageState, gradients: list[Tensor]) -> None:
-        """Step: Adam on coefficients; on pixels a step of fixed length, into [0, 1], blurred now and then."""
+    def objective(self, state: ImageState) -> Losses:
+        """Return the loss: the negative logits of the classes for the transformed images, and the regularization."""
+        config = self.config
+        decoded = self._decode(state)
+        augmented = self._augment(decoded, state.step)
+        with self.ctx.autocast():
+            logits = self.model.module(augmented.contiguous(memory_format=torch.channels_last)).float()
+        target_logits = logits.gather(1, self.classes[:, None])[:, 0]
+        loss = -target_logits.sum()
+        if config.l2_weight:
+            loss = loss + config.l2_weight * ((decoded - 0.5) / PIXEL_NOISE_STD).square().sum()
+        if config.tv_weight:
+            horizontal, vertical = decoded.diff(dim=3).square().sum(), decoded.diff(dim=2).square().sum()
+            loss = loss + config.tv_weight * (horizontal + vertical)
+        return {"loss": loss, "score": target_logits.detach().mean()}
+
+    def update(self, state: ImageState, gradients: list[Tensor]) -> None:
+        """Take a step of Adam on coefficients, or of a fixed L2 norm on pixels, which are clamped and blurred."""
         if self.is_fourier:
-            self.adam(pixels, gradients)
+            self._adam(state, gradients)
             return
         norms = gradients[0].flatten(1).norm(dim=1).clamp(min=1e-20).view(-1, 1, 1, 1)
-        moved = (pixels.tensors[0] - self.config.lr * gradients[0] / norms).clamp_(0, 1)
-        if self.config.blur_every and (pixels.step + 1) % self.config.blur_every == 0:
-            moved = visualize.gaussian_blur(moved, self.config.blur_sigma)
-        pixels.tensors[0] = moved
+        pixels = (state.tensors[0] - self.config.lr * gradients[0] / norms).clamp_(0, 1)
+        if self.config.blur_every and (state.step + 1) % self.config.blur_every == 0:
+            pixels = visualize.gaussian_blur(pixels, self.config.blur_sigma)
+        state.tensors[0] = pixels
 
     @torch.no_grad()
-    def _images(self, pixels: ImageState) -> list[Image.Image]:
-        return [photos.to_image(picture) for picture in self._decoded(pixels)]
+    def _to_images(self, state: ImageState) -> list[Image.Image]:
+        return [photos.to_image(pixels) for pixels in self._decode(state)]
 
-    def keep_frame(self, step: int, pixels: ImageState) -> None:
-        """Write the pictures as they are, a file each."""
-        folder = self.out.folder("images") / "frames"
+    def save_frames(self, step: int, state: ImageState) -> None:
+        """Save the intermediate images, one file for each class."""
+        folder = self.run.folder("images") / "frames"
         folder.mkdir(exist_ok=True)
-        for name, image in zip(self.names, self._images(pixels), strict=True):
-            self.out.write_bytes(f"images/frames/{name}-{step:06d}.png", images.png(image))
+        for name, image in zip(self.names, self._to_images(state), strict=True):
+            self.run.write_bytes(f"images/frames/{name}-{step:06d}.png", images.png(image))
 
-    def finish(self, pixels: ImageState) -> list[PhotoResult]:
-        """Write the pictures, their strips and animations; return how the files are classified."""
-        files = [f"images/{name}.png" for name in self.names]
-        for file, image in zip(files, self._images(pixels), strict=True):
-            self.out.write_bytes(file, images.png(image))
-        probabilities = self.model.probabilities(self._read(files)).cpu()
-        rows = []
-        for name, file, p, index in zip(self.names, files, probabilities, self.classes.tolist(), strict=True):
-            frames = [photos.load(path) for path in sorted((self.out.path / "images" / "frames").glob(f"{name}-*.png"))]
-            self.out.write_bytes(f"images/{name}-frames.png", images.png(images.strip(frames)))
-            self.out.write_bytes(f"images/{name}.gif", images.gif(frames))
+    def save_and_evaluate(self, state: ImageState) -> list[PhotoResult]:
+        """Save the images, their strips of frames and animations; return the predictions for the saved files."""
+        paths = [f"images/{name}.png" for name in self.names]
+        for path, image in zip(paths, self._to_images(state), strict=True):
+            self.run.write_bytes(path, images.png(image))
+        probabilities = self.model.probabilities(self._load(paths)).cpu()
+        results = []
+        for name, path, p, index in zip(self.names, paths, probabilities, self.classes.tolist(), strict=True):
             values = self.model.class_score(int(p.argmax()), float(p.max()))
             values |= {"target": self.model.classes[index], "score_target": float(p[index])}
-            strips = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
-            rows.append(PhotoResult(file, values, strips))
-        return rows
+            results.append(PhotoResult(path, values, self._save_animation(name)))
+        return results
 
-    def _read(self, files: list[str]) -> Tensor:
-        return torch.stack([photos.to_tensor(photos.load(self.out.path / file)) for file in files]).to(self.ctx.device)
+    def _save_animation(self, name: str) -> dict[str, str]:
+        """Save the frames of a class as a strip and as an animation; return their paths."""
+        files = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
+        frames = [photos.load(path) for path in sorted((self.run.path / "images" / "frames").glob(f"{name}-*.png"))]
+        self.run.write_bytes(files["frames"], images.png(images.strip(frames)))
+        self.run.write_bytes(files["animation"], images.gif(frames))
+        return files
 
-    def ask(self, second: Callable[[Tensor], Tensor], rows: list[PhotoResult]) -> None:
-        """Add to the results what a second net sees in the files: its top class, and the target's rank from 1."""
-        probabilities = second(self._read([row.image for row in rows])).cpu()
-        for row, p, index in zip(rows, probabilities, self.classes.tolist(), strict=True):
-            row.values["second_label"] = self.model.classes[int(p.argmax())]
-            row.values["second_rank"] = int((p > p[index]).sum()) + 1
+    def _load(self, paths: list[str]) -> Tensor:
+        return torch.stack([photos.to_tensor(photos.load(self.run.path / path)) for path in paths]).to(self.ctx.device)
+
+    def evaluate_second(self, second: Callable[[Tensor], Tensor], results: list[PhotoResult]) -> None:
+        """Add the second model's predicted class and the rank of the target, from 1, to the results."""
+        probabilities = second(self._load([result.image for result in results])).cpu()
+        for result, p, index in zip(results, probabilities, self.classes.tolist(), strict=True):
+            result.values["second_label"] = self.model.classes[int(p.argmax())]
+            result.values["second_rank"] = int((p > p[index]).sum()) + 1
 
 
 def parameter_shape(config: ClassVisualizationConfig, model: PretrainedClassifier) -> tuple[int, ...]:
-    """Return the shape of what is optimised."""
+    """Return the shape of the optimized parameters of all images."""
     count, size = len(config.targets), model.transform.size_px
     return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
 
 
-def second_judge(config: ClassVisualizationConfig, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """Return what gives the second net's probabilities of photos (N, 3, S, S), None where none is named."""
+def build_second_model(config: ClassVisualizationConfig, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Return a function from images (N, 3, S, S) to the second model's probabilities, or None if none is named."""
     if config.second_model is None:
         return None
     second = pretrained.build(config.second_model, config.second_weights, device)
     size = second.transform.size_px
 
-    def probabilities(pictures: Tensor) -> Tensor:
-        resized = torch.nn.functional.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True)
+    def probabilities(images: Tensor) -> Tensor:
+        resized = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
         return second.probabilities(resized.clamp(0, 1))
 
     return probabilities
@@ -262,38 +272,39 @@ class ClassVisualizationExperiment(Experiment[ClassVisualizationConfig]):
     )
 
     def run(self, config: ClassVisualizationConfig, run: RunDir) -> dict[str, float]:
-        """Draw all targets together."""
+        """Optimize the images of all targets together."""
         ctx, model = config.build()
-        easel = Easel(config, model, ctx, [model.class_index(name) for name in config.targets], run)
-        job = image_optimizer.ImageOptimization(
-            state=image_optimizer.ImageState([easel.start()]),
-            objective=easel.objective,
-            update=easel.update,
+        visualizer = ClassVisualizer(config, model, ctx, [model.class_index(name) for name in config.targets], run)
+        task = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState([visualizer.initial_parameters()]),
+            objective=visualizer.objective,
+            update=visualizer.update,
             steps=config.steps,
             ctx=ctx,
             config_digest=config.digest(),
             frame_steps=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
-            save_frame=easel.keep_frame,
+            save_frame=visualizer.save_frames,
         )
-        last = image_optimizer.optimize_image(job, run, "classvis")
-        rows = easel.finish(job.state)
-        second = second_judge(config, ctx.device)
+        losses = image_optimizer.optimize_image(task, run, "classvis")
+        results = visualizer.save_and_evaluate(task.state)
+        second = build_second_model(config, ctx.device)
         if second is not None:
-            easel.ask(second, rows)
-        run.extra_summary |= summarize(rows, COLUMNS)
-        found = {"num_pictures": len(rows), "probability": min(row.values["score_target"] for row in rows), **last}
+            visualizer.evaluate_second(second, results)
+        run.extra_summary |= summarize(results, COLUMNS)
+        probability = min(result.values["score_target"] for result in results)
+        metrics = {"num_pictures": len(results), "probability": probability, **losses}
         if second is not None:
-            found["second_top5"] = sum(row.values["second_rank"] <= 5 for row in rows) / len(rows)
-        return found
+            metrics["second_top5"] = sum(result.values["second_rank"] <= 5 for result in results) / len(results)
+        return metrics
 
     def plan(self, config: ClassVisualizationConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do. ConfigError where there is no such class, DataError where there is no such photo."""
+        """Return what a run would do. Raises ConfigError for an unknown class, DataError for a missing photo."""
         ctx, model = config.build()
         for name in config.targets:
             model.class_index(name)
         if config.init == "image":
             photos.load(photos.find_images(config.images)[0])
-        second_judge(config, ctx.device)
+        build_second_model(config, ctx.device)
         shape = parameter_shape(config, model)
         return {
             "targets": ", ".join(model.classes[model.class_index(name)] for name in config.targets),

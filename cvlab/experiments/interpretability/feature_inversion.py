@@ -42,8 +42,8 @@ from cvlab.reports import images
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
-LATE = 0.9  # of the steps, from which on the learning rate is a fifth
-
+LATE_FRACTION = 0.9  # of the steps, after which the learning rate is reduced
+LATE_LR_FACTOR = 0.2
 
 COLUMNS = (
     Column("layer", "layer"),
@@ -76,61 +76,76 @@ class FeatureInversionConfig(PretrainedConfig):
 
     @field_validator("layers")
     @classmethod
-    def _some(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_layers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names or len(set(names)) != len(names):
             raise ValueError("name at least one layer, and each once")
         return names
 
 
-class Inverter:
-    """The photo as each of the layers sees it, and the losses of the pictures that are to be seen alike."""
+class FeatureInverter:
+    """The features of the photo at each layer, and the losses of the images that are to reproduce them."""
 
     def __init__(self, config: FeatureInversionConfig, model: PretrainedClassifier, ctx: ComputeContext) -> None:
         self.config, self.ctx = config, ctx
         self.photo = model.transform(photos.load(photos.find_images([config.image])[0]))
-        self.wanted = photos.to_tensor(self.photo).to(ctx.device)
-        self.features = [FeatureExtractor(model, [name]) for name in config.layers]
+        self.photo_pixels = photos.to_tensor(self.photo).to(ctx.device)  # (3, S, S) in [0, 1]
+        self.extractors = [FeatureExtractor(model, [name]) for name in config.layers]
         with torch.no_grad():
-            self.seen = [self._look(k, self.wanted) for k in range(len(config.layers))]
-        varied = [(seen - seen.mean((1, 2), keepdim=True)).square().sum() for seen in self.seen]
-        self.factors = [config.content_weight / max(float(value), 1e-30) for value in varied]
+            self.targets = [self._extract_features(k, self.photo_pixels) for k in range(len(config.layers))]
+        variations = [(target - target.mean((1, 2), keepdim=True)).square().sum() for target in self.targets]
+        self.layer_weights = [config.content_weight / max(float(variation), 1e-30) for variation in variations]
+        self._adam = image_optimizer.adam(self._lr)
 
-    def _look(self, k: int, picture: Tensor) -> Tensor:
+    def _extract_features(self, k: int, pixels: Tensor) -> Tensor:
+        """Return the features (C, h, w) of an image at layer number `k`."""
         with self.ctx.autocast():
-            return self.features[k](picture)[self.config.layers[k]].float()
+            return self.extractors[k](pixels)[self.config.layers[k]].float()
 
-    def start(self) -> list[Tensor]:
-        """Return uniform noise, the same for all layers."""
-        noise = rng.uniform(self.config.seed, 0, torch.arange(self.wanted.numel()), "inversion").float()
-        return [noise.view(self.wanted.shape).to(self.ctx.device) for _ in self.config.layers]
+    def initial_pixels(self) -> list[Tensor]:
+        """Return uniform noise, the same for each layer."""
+        noise = rng.uniform(self.config.seed, 0, torch.arange(self.photo_pixels.numel()), "inversion").float()
+        return [noise.view(self.photo_pixels.shape).to(self.ctx.device) for _ in self.config.layers]
 
-    def objective(self, pixels: ImageState) -> Losses:
-        """Return the sum over the layers of the relative distances, and of the smoothness."""
-        pairs = enumerate(pixels.tensors)
-        content = torch.stack(
-            [self.factors[k] * style.content_loss(self._look(k, picture), self.seen[k]) for k, picture in pairs]
-        ).sum()
-        size = self.wanted.shape[1] * self.wanted.shape[2]
-        tv = self.config.tv_weight / size * torch.stack([style.tv_loss(p) for p in pixels.tensors]).sum()
-        return {"loss": content + tv, "content_loss": content, "tv_loss": tv}
+    def objective(self, state: ImageState) -> Losses:
+        """Return the feature distances and the total variation, summed over the layers' images."""
+        distances = [
+            self.layer_weights[k] * style.content_loss(self._extract_features(k, pixels), self.targets[k])
+            for k, pixels in enumerate(state.tensors)
+        ]
+        content_loss = torch.stack(distances).sum()
+        num_pixels = self.photo_pixels.shape[1] * self.photo_pixels.shape[2]
+        variations = torch.stack([style.tv_loss(pixels) for pixels in state.tensors])
+        tv_loss = self.config.tv_weight / num_pixels * variations.sum()
+        return {"loss": content_loss + tv_loss, "content_loss": content_loss, "tv_loss": tv_loss}
 
-    def lr(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        return self.config.lr * (0.2 if step >= LATE * self.config.steps else 1.0)
+    def update(self, state: ImageState, gradients: list[Tensor]) -> None:
+        """Take a step of Adam and clamp the pixels."""
+        self._adam(state, gradients)
+        state.tensors = [pixels.clamp(0, 1) for pixels in state.tensors]
+
+    def _lr(self, step: int) -> float:
+        return self.config.lr * (LATE_LR_FACTOR if step >= LATE_FRACTION * self.config.steps else 1.0)
 
 
-def judge(inverter: Inverter, pixels: ImageState, out: RunDir) -> list[PhotoResult]:
-    """Write the pictures and a panel of them; return how near to the photo the files are."""
-    rows, tiles = [], [("photo", inverter.photo)]
-    for name, picture in zip(inverter.config.layers, pixels.tensors, strict=True):
-        file = f"images/{name.replace('/', '_')}.png"
-        out.write_bytes(file, images.png(photos.to_image(picture)))
-        image = photos.load(out.path / file)
-        found = style.psnr_db(photos.to_tensor(image), inverter.wanted.cpu())
-        tiles.append((f"{name}: {found:.1f} dB", image))
-        rows.append(PhotoResult(file, {"layer": name, "psnr_db": found}, {"panel": "images/panel.png"}))
-    out.write_bytes("images/panel.png", images.png(images.panel(tiles)))
-    return rows
+def save_preview(run: RunDir, state: ImageState) -> None:
+    """Save the intermediate images side by side."""
+    run.folder("images")
+    strip = images.strip([photos.to_image(pixels) for pixels in state.tensors])
+    run.write_bytes("images/preview.png", images.png(strip))
+
+
+def save_and_evaluate(inverter: FeatureInverter, state: ImageState, run: RunDir) -> list[PhotoResult]:
+    """Save the images and a panel of them; return the PSNR of the saved files."""
+    results, tiles = [], [("photo", inverter.photo)]
+    for layer, pixels in zip(inverter.config.layers, state.tensors, strict=True):
+        path = f"images/{layer.replace('/', '_')}.png"
+        run.write_bytes(path, images.png(photos.to_image(pixels)))
+        image = photos.load(run.path / path)
+        psnr_db = style.psnr_db(photos.to_tensor(image), inverter.photo_pixels.cpu())
+        tiles.append((f"{layer}: {psnr_db:.1f} dB", image))
+        results.append(PhotoResult(path, {"layer": layer, "psnr_db": psnr_db}, {"panel": "images/panel.png"}))
+    run.write_bytes("images/panel.png", images.png(images.panel(tiles)))
+    return results
 
 
 class FeatureInversionExperiment(Experiment[FeatureInversionConfig]):
@@ -150,47 +165,36 @@ class FeatureInversionExperiment(Experiment[FeatureInversionConfig]):
     )
 
     def run(self, config: FeatureInversionConfig, run: RunDir) -> dict[str, float]:
-        """Invert all layers together."""
+        """Optimize the images of all layers together."""
         ctx, model = config.build()
-        inverter = Inverter(config, model, ctx)
-        adam = image_optimizer.adam(inverter.lr)
-
-        def update(pixels: ImageState, gradients: list[Tensor]) -> None:
-            adam(pixels, gradients)
-            pixels.tensors = [picture.clamp(0, 1) for picture in pixels.tensors]
-
-        def keep_frame(step: int, pixels: ImageState) -> None:
-            run.folder("images")
-            shown = images.strip([photos.to_image(picture) for picture in pixels.tensors])
-            run.write_bytes("images/preview.png", images.png(shown))
-
-        job = image_optimizer.ImageOptimization(
-            state=image_optimizer.ImageState(inverter.start()),
+        inverter = FeatureInverter(config, model, ctx)
+        task = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState(inverter.initial_pixels()),
             objective=inverter.objective,
-            update=update,
+            update=inverter.update,
             steps=config.steps,
             ctx=ctx,
             config_digest=config.digest(),
             frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
-            save_frame=keep_frame,
+            save_frame=lambda _step, state: save_preview(run, state),
         )
-        last = image_optimizer.optimize_image(job, run, "inversion")
-        rows = judge(inverter, job.state, run)
-        run.extra_summary |= summarize(rows, COLUMNS)
-        found = [row.values["psnr_db"] for row in rows]
-        rises = [later - earlier for earlier, later in itertools.pairwise(found)]
-        by_layer = {f"psnr_db/{row.values['layer']}": row.values["psnr_db"] for row in rows}
-        ends = {"psnr_db_first": found[0], "psnr_db_last": found[-1], "largest_rise_db": max(rises, default=0.0)}
-        return {"num_pictures": len(rows), **by_layer, **ends, **last}
+        losses = image_optimizer.optimize_image(task, run, "inversion")
+        results = save_and_evaluate(inverter, task.state, run)
+        run.extra_summary |= summarize(results, COLUMNS)
+        psnrs = [result.values["psnr_db"] for result in results]
+        rises = [deeper - shallower for shallower, deeper in itertools.pairwise(psnrs)]
+        by_layer = {f"psnr_db/{result.values['layer']}": result.values["psnr_db"] for result in results}
+        ends = {"psnr_db_first": psnrs[0], "psnr_db_last": psnrs[-1], "largest_rise_db": max(rises, default=0.0)}
+        return {"num_pictures": len(results), **by_layer, **ends, **losses}
 
     def plan(self, config: FeatureInversionConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do. ConfigError for a layer that is not there, DataError for such a photo."""
+        """Return what a run would do. Raises ConfigError for an unknown layer, DataError for a missing photo."""
         ctx, model = config.build()
-        inverter = Inverter(config, model, ctx)
+        inverter = FeatureInverter(config, model, ctx)
         return {
             "image": config.image,
             "layers": ", ".join(config.layers),
-            "parameters": inverter.wanted.numel() * len(config.layers),
+            "parameters": inverter.photo_pixels.numel() * len(config.layers),
             "steps": config.steps,
             "model": config.model,
             **ctx.as_dict(),

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from cvlab.config import schema
 from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
+from cvlab.engine.device import ComputeContext
 from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import saliency
 from cvlab.reports import images
-from cvlab.runs.records import Row
 from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 
@@ -54,7 +54,7 @@ class SaliencyConfig(PhotoConfig):
         "gradient", description="how the map is computed"
     )
     target: str | None = Field(None, description="class to explain; null: the predicted class")
-    of: Literal["score", "loss"] = Field(
+    objective: Literal["score", "loss"] = Field(
         "score", description="explain the logit of the class or its cross-entropy loss"
     )
     samples: schema.PositiveInt = Field(
@@ -65,50 +65,81 @@ class SaliencyConfig(PhotoConfig):
     )
 
 
-def maps(config: SaliencyConfig, model: PretrainedClassifier, images: Tensor, classes: Tensor) -> Tensor:
-    """Return the maps (N, S, S) of photos (N, 3, S, S) by the method of a configuration."""
+def compute_maps(config: SaliencyConfig, model: PretrainedClassifier, inputs: Tensor, classes: Tensor) -> Tensor:
+    """Return the saliency maps (N, S, S) of model inputs (N, 3, S, S) for classes (N,)."""
     net: nn.Module = model.module
     if config.method == "gradient":
-        return saliency.vanilla_gradient(net, images, classes, config.of)
+        return saliency.vanilla_gradient(net, inputs, classes, config.objective)
     if config.method == "gradcam":
         layer = saliency.find_last_feature_layer(net, model.transform.size_px)
-        return saliency.gradcam(net, images, classes, config.of, layer=layer)
+        return saliency.gradcam(net, inputs, classes, config.objective, layer=layer)
     if config.method == "integrated_gradients":
-        values = saliency.integrated_gradients(net, images, classes, config.of, steps=config.samples)
+        values = saliency.integrated_gradients(net, inputs, classes, config.objective, steps=config.samples)
         return values.abs().sum(1)
-    spread = (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True)) * config.noise
+    std = (inputs.amax((1, 2, 3), keepdim=True) - inputs.amin((1, 2, 3), keepdim=True)) * config.noise
 
     def noise(k: int) -> Tensor:
-        return rng.normal(config.seed, k, images[0].shape, "smoothgrad").to(images) * spread
+        return rng.normal(config.seed, k, inputs[0].shape, "smoothgrad").to(inputs) * std
 
-    return saliency.smoothgrad(net, images, classes, config.of, noise=noise, samples=config.samples)
+    return saliency.smoothgrad(net, inputs, classes, config.objective, noise=noise, samples=config.samples)
 
 
-def _values(model: PretrainedClassifier, values: Tensor, probabilities: Tensor, index: int) -> Row:
+def strongest_fraction(values: Tensor) -> float:
+    """Return the fraction of a map's sum that the 10 % of its pixels with the highest values have."""
     flat = values.flatten().sort(descending=True).values
-    inside = flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30)
-    return {
-        **model.class_score(index, float(probabilities[index])),
-        "predicted": model.class_score(int(probabilities.argmax()), float(probabilities.max())),
-        "inside": float(inside),
-    }
+    return float(flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30))
 
 
-def _write(
-    out: RunDir, config: SaliencyConfig, model: PretrainedClassifier, photo: Photo, values: Tensor, name: str
-) -> dict[str, str]:
-    shown = images.scaled(values)
-    heat = images.heat(shown)
-    over = images.overlay(photo.image, shown, model.transform.crop_box(*photo.image.size))
-    view = model.transform(photo.image)
-    tiles = [("what the net sees", view), (f"{config.method} of {config.of}: {name}", heat), ("on the photo", over)]
-    raw = io.BytesIO()
-    np.save(raw, values.numpy())
-    files = {key: f"images/{photo.label}-{key}.png" for key in ("map", "overlay", "panel")}
-    for key, image in (("map", heat), ("overlay", over), ("panel", images.panel(tiles, photo.path.name))):
-        out.write_bytes(files[key], images.png(image))
-    out.write_bytes(f"images/{photo.label}-map.npy", raw.getvalue())
-    return {**files, "values": f"images/{photo.label}-map.npy"}
+class SaliencyMaps:
+    """Computes and saves the saliency maps of batches of photos; `target` None: of the predicted classes."""
+
+    def __init__(
+        self, config: SaliencyConfig, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, run: RunDir
+    ) -> None:
+        self.config, self.model, self.ctx, self.target, self.run = config, model, ctx, target, run
+
+    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+        """Return one result for each photo."""
+        model, ctx = self.model, self.ctx
+        inputs = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
+        with torch.inference_mode():
+            probabilities = model.probabilities(inputs)
+        predicted = probabilities.argmax(1)
+        classes = predicted if self.target is None else torch.full((len(batch),), self.target, device=ctx.device)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with ctx.autocast():
+            maps = compute_maps(self.config, model, inputs, classes.clone()).float().cpu()
+        results = []
+        for photo, values, p, index in zip(batch, maps, probabilities, classes.tolist(), strict=True):
+            row = {
+                **model.class_score(index, float(p[index])),
+                "predicted": model.class_score(int(p.argmax()), float(p.max())),
+                "inside": strongest_fraction(values),
+            }
+            results.append(PhotoResult(str(photo.path), row, self._save(photo, values, model.classes[index])))
+        return results
+
+    def _save(self, photo: Photo, values: Tensor, class_name: str) -> dict[str, str]:
+        """Save a map as an image, as an overlay, in a panel, and as an array; return the paths."""
+        transform, config = self.model.transform, self.config
+        scaled = images.scaled(values)
+        heat = images.heat(scaled)
+        overlay = images.overlay(photo.image, scaled, transform.crop_box(*photo.image.size))
+        tiles = [
+            ("what the net sees", transform(photo.image)),
+            (f"{config.method} of {config.objective}: {class_name}", heat),
+            ("on the photo", overlay),
+        ]
+        panel = images.panel(tiles, photo.path.name)
+        files = {}
+        for key, image in (("map", heat), ("overlay", overlay), ("panel", panel)):
+            files[key] = f"images/{photo.label}-{key}.png"
+            self.run.write_bytes(files[key], images.png(image))
+        array = io.BytesIO()
+        np.save(array, values.numpy())
+        files["values"] = f"images/{photo.label}-map.npy"
+        self.run.write_bytes(files["values"], array.getvalue())
+        return files
 
 
 class SaliencyExperiment(Experiment[SaliencyConfig]):
@@ -119,33 +150,17 @@ class SaliencyExperiment(Experiment[SaliencyConfig]):
     metrics = (Metric("num_photos"), Metric("inside", "fraction", "higher"))
 
     def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:
-        """Explain all photos."""
+        """Compute the saliency maps of all photos."""
         ctx, model = config.build()
         target = model.class_index(config.target) if config.target is not None else None
         run.folder("images")
-
-        def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
-            views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
-            with torch.inference_mode():
-                probabilities = model.probabilities(views)
-            classes = (
-                probabilities.argmax(1) if target is None else torch.full((len(batch),), target, device=ctx.device)
-            )
-            images = views.contiguous(memory_format=torch.channels_last)
-            with ctx.autocast():
-                found = maps(config, model, images, classes.clone()).float().cpu()
-            results = []
-            for photo, values, p, k in zip(batch, found, probabilities, classes.tolist(), strict=True):
-                files = _write(run, config, model, photo, values, f"{model.classes[k]}")
-                results.append(PhotoResult(str(photo.path), _values(model, values, p, k), files))
-            return results
-
-        results = photo_batches.run(config, run, work, "saliency", COLUMNS)
+        saliency_maps = SaliencyMaps(config, model, ctx, target, run)
+        results = photo_batches.run(config, run, saliency_maps, "saliency", COLUMNS)
         inside = statistics.fmean(result.values["inside"] for result in results)
         return {"num_photos": len(results), "inside": inside}
 
     def plan(self, config: SaliencyConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do. ConfigError where there is no such class, or no map of this kind."""
+        """Return what a run would do. Raises ConfigError for an unknown class, or a method the model does not allow."""
         ctx, model = config.build()
         if config.target is not None:
             model.class_index(config.target)

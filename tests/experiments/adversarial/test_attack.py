@@ -161,7 +161,9 @@ def test_refusals_are_one_line_and_leave_nothing(cvlab, tmp_path, words, code, t
 
 @pytest.mark.parametrize("method", ["gradient", "smoothgrad", "integrated_gradients", "gradcam"])
 def test_saliency_writes_what_it_says(two, cvlab, tmp_path, method):
-    code, out, err = cvlab("saliency", *two, "--method", method, "samples=2", "--class", "9", "--of", "loss", "--json")
+    code, out, err = cvlab(
+        "saliency", *two, "--method", method, "samples=2", "--class", "9", "--objective", "loss", "--json"
+    )
     found = json.loads(out)
     assert code in (0, 3), err
     for row in found["results"]:
