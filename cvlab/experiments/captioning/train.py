@@ -81,7 +81,7 @@ class CaptionerConfig(backbone_config.BackboneTrainConfig):
 
     @model_validator(mode="after")
     def _rewards_within(self) -> "CaptionerConfig":
-        self.require_last("reward_epochs", self.reward_epochs)
+        self.check_final_epochs("reward_epochs", self.reward_epochs)
         return self
 
 
@@ -211,7 +211,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
         )
         reward = None
         if config.reward_epochs:
-            loader.self_critical_from = config.last_from(config.reward_epochs, loader.epochs.steps_per_epoch)
+            loader.self_critical_from = config.final_epochs_start(config.reward_epochs, loader.epochs.steps_per_epoch)
             reward = CiderReward(train, captioner.vocabulary)
 
         def validate(model: nn.Module) -> dict[str, float]:

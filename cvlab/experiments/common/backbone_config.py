@@ -41,16 +41,19 @@ class PhotoDatasetConfig(DataConfig):
     def _own_path(self) -> "PhotoDatasetConfig":
         custom = self.source_type.kind
         if (self.name == custom) != (self.path is not None):
-            raise ValueError(f"name: {custom} goes with a path, and no other set does")
+            raise ValueError(f"name: {custom} goes with a path; no other data set has one")
         return self
 
     def items(self, name: str, splits: dict[str, tuple[Item, ...]], split: str) -> Sequence[Item]:
-        """Return the photos of a split of the set `name`. ConfigError where it has none, or fewer than are wanted."""
-        found = splits.get(split, ())
-        wanted = self.num_train if split == "train" else None
-        if not found or (wanted is not None and wanted > len(found)):
-            raise ConfigError(f"{name} has {len(found)} photos in {split!r}", "name another split, or lower num_train")
-        return found[:wanted]
+        """Return the photos of a split of the data set `name`, for training the first `num_train`.
+
+        Raises ConfigError if the split is empty or has fewer photos than `num_train`.
+        """
+        photos = splits.get(split, ())
+        limit = self.num_train if split == "train" else None
+        if not photos or (limit is not None and limit > len(photos)):
+            raise ConfigError(f"{name} has {len(photos)} photos in {split!r}", "name another split, or lower num_train")
+        return photos[:limit]
 
 
 class BackboneTrainConfig(TrainConfig):
@@ -62,15 +65,15 @@ class BackboneTrainConfig(TrainConfig):
     backbone_weights: str | None = Field(None, description="file with its weights")
     evaluate_test: bool = Field(False, description="evaluate on the test split at the end; choose on validation")
 
-    def require_last(self, name: str, epochs: int) -> None:
-        """Require that so many epochs at the end are known and there. ValueError says which key is wrong."""
+    def check_final_epochs(self, name: str, epochs: int) -> None:
+        """Raise ValueError if key `name` asks for more final epochs than the duration has, or if it is in seconds."""
         if epochs and self.duration.seconds is not None:
-            raise ValueError(f"{name} are counted from the end, which a duration in seconds does not know")
+            raise ValueError(f"{name} are counted from the end, which is unknown for a duration in seconds")
         if self.duration.epochs is not None and epochs > self.duration.epochs:
-            raise ValueError(f"{name} {epochs} are the last of duration.epochs, which has fewer")
+            raise ValueError(f"{name}: {epochs} is more than duration.epochs: {self.duration.epochs}")
 
-    def last_from(self, epochs: int, steps_per_epoch: int) -> int:
-        """Return the step that the last `epochs` begin with."""
+    def final_epochs_start(self, epochs: int, steps_per_epoch: int) -> int:
+        """Return the first step of the last `epochs` epochs."""
         steps = self.duration.steps or (self.duration.epochs or 0) * steps_per_epoch
         return max(0, steps - epochs * steps_per_epoch)
 

@@ -1,7 +1,7 @@
-"""Work on photos in a run directory: batch by batch, each photo's result a line of metrics.jsonl as soon as it is made.
+"""Batch inference over photos in a run directory; each result is a line of metrics.jsonl as soon as it is computed.
 
-A photo that cannot be read is reported and the others go on. Stopped and resumed, a run goes on with the first batch
-that is not whole; batches are always of the same photos, so that the results are the same to the bit.
+A photo that cannot be read is reported, and the others are processed. An interrupted run resumes with the first batch
+that is incomplete; batches always consist of the same photos, so that the results are bit-for-bit identical.
 """
 
 import json
@@ -52,7 +52,7 @@ class PretrainedConfig(RunConfig):
         return os.path.abspath(name) if name else name
 
     def build(self) -> tuple[ComputeContext, PretrainedClassifier]:
-        """Choose the device and build the net there, the random numbers seeded."""
+        """Select the device, seed the random number generators and build the model."""
         ctx = select_device(self.device, self.precision, self.threads)
         seed_everything(self.seed)
         return ctx, pretrained.build(self.model, self.weights, ctx.device)
@@ -77,123 +77,142 @@ class PhotoConfig(ImagesConfig, PretrainedConfig):
 
 
 def absolute(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of photos as absolute ones, so that a run's configuration means the same from any folder."""
+    """Return the absolute paths of photos, so that a configuration means the same in any working directory."""
     if not names:
         raise ValueError("give at least one photo")
-    comes_along = (photos.SAMPLE, photos.SAMPLE_PAINTING)
-    return tuple(name if name in comes_along or "://" in name else os.path.abspath(name) for name in names)
+    bundled = (photos.SAMPLE, photos.SAMPLE_PAINTING)
+    return tuple(name if name in bundled or "://" in name else os.path.abspath(name) for name in names)
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo, and the word that the names of its pictures start with."""
+    """A photo that was read; the names of the files made from it start with `label`."""
 
     path: Path
     label: str
     image: Image.Image
 
 
-BatchFn = Callable[[list[Photo], Callable[[], None]], list[PhotoResult]]  # the second is to be called now and then
+BatchFn = Callable[[list[Photo], Callable[[], None]], list[PhotoResult]]  # (batch, check_interrupt) -> results
 
 
 def resolve_images(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
-    """Return the photos that are meant, and those of them that are there. DataError where none is."""
-    found = photos.find_images(images)
-    some = [path for path in found if path.is_file()]
-    if not some:
-        photos.load(found[0])
-    return found, some
+    """Return the paths that names and patterns stand for, and those of them that exist. DataError if none does."""
+    paths = photos.find_images(images)
+    existing = [path for path in paths if path.is_file()]
+    if not existing:
+        photos.load(paths[0])
+    return paths, existing
 
 
-def plan(config: PhotoConfig, ctx: ComputeContext, net: PretrainedClassifier) -> Row:
-    """Say what a run would do. DataError where none of the photos is there."""
-    found, some = resolve_images(config.images)
+def plan(config: PhotoConfig, ctx: ComputeContext, model: PretrainedClassifier) -> Row:
+    """Return what a run would do. Raises DataError if none of the photos exists."""
+    paths, existing = resolve_images(config.images)
     return {
-        "photos": len(some),
-        "photos_missing": len(found) - len(some),
+        "photos": len(existing),
+        "photos_missing": len(paths) - len(existing),
         "model": config.model,
-        "parameters": sum(p.numel() for p in net.module.parameters()),
+        "parameters": sum(p.numel() for p in model.module.parameters()),
         **ctx.as_dict(),
     }
 
 
-def run(config: ImagesConfig, out: RunDir, work: BatchFn, verb: str, columns: Sequence[Column]) -> list[PhotoResult]:
-    """Go through the photos; return the results of those that could be read.
+def run(
+    config: ImagesConfig, run_dir: RunDir, batch_fn: BatchFn, verb: str, columns: Sequence[Column]
+) -> list[PhotoResult]:
+    """Apply a function to batches of the configured photos, from where an interrupted run stopped.
 
-    All results become the run's `results`, which tables and pages show by `columns`. DataError where no photo could be
-    read; StoppedError where a signal asked to stop, as soon as the work calls what it is given: the batch in progress
-    is done again by a resume.
+    Args:
+        config: The photos and the batch size.
+        run_dir: All results are appended to its metrics.jsonl and become the `results` of its summary.
+        batch_fn: Called as `batch_fn(batch, check_interrupt)` with the photos of a batch that could be read; returns a
+            result for each, and calls `check_interrupt()` often.
+        verb: Label of the progress bar.
+        columns: How tables and pages show the results.
+
+    Returns:
+        The results of the photos that could be read.
+
+    Raises:
+        DataError: No photo could be read.
+        StoppedError: A signal was received; the current batch is repeated when the run is resumed.
     """
     if photos.SAMPLE in config.images:
-        out.log(f"{photos.SAMPLE} is the photo that comes along: {photos.find_images([photos.SAMPLE])[0].name}")
-    found = photos.find_images(config.images)
-    labels = _labels(found)
-    batches = [range(k, min(k + config.batch_size, len(found))) for k in range(0, len(found), config.batch_size)]
-    rows = _done(out, found, batches, columns)
-    if rows:
-        out.log(f"{len(rows)} of {len(found)} photos were done before")
-    with StopRequest() as stop, Progress(verb, len(found), len(rows)) as progress:
+        run_dir.log(f"{photos.SAMPLE} is the bundled photo {photos.find_images([photos.SAMPLE])[0].name}")
+    paths = photos.find_images(config.images)
+    labels = _unique_labels(paths)
+    batches = [range(k, min(k + config.batch_size, len(paths))) for k in range(0, len(paths), config.batch_size)]
+    results = _restore_results(run_dir, paths, batches, columns)
+    if results:
+        run_dir.log(f"resumed: {len(results)} of {len(paths)} photos are done")
+    with StopRequest() as stop, Progress(verb, len(paths), len(results)) as progress:
 
         def check_interrupt() -> None:
-            stop.raise_if_set(len(rows), out.path.name, "photo")
+            stop.raise_if_set(len(results), run_dir.path.name, "photo")
             if progress.due():
-                progress.update(len(rows), found[min(len(rows), len(found) - 1)].name)
+                progress.update(len(results), paths[min(len(results), len(paths) - 1)].name)
 
         for batch in batches:
-            if batch.start >= len(rows):
+            if batch.start >= len(results):
                 check_interrupt()
-                rows += _one_batch(out, [found[k] for k in batch], [labels[k] for k in batch], work, check_interrupt)
-    good = [row for row in rows if row.error is None]
-    if not good:
-        raise DataError(str(rows[0].error), f"none of {len(rows)} photos could be read" if len(rows) > 1 else "")
-    out.extra_summary |= summarize(rows, columns)
-    return good
+                batch_paths, batch_labels = [paths[k] for k in batch], [labels[k] for k in batch]
+                results += _process_batch(run_dir, batch_paths, batch_labels, batch_fn, check_interrupt)
+    successful = [result for result in results if result.error is None]
+    if not successful:
+        detail = f"none of {len(results)} photos could be read" if len(results) > 1 else ""
+        raise DataError(str(results[0].error), detail)
+    run_dir.extra_summary |= summarize(results, columns)
+    return successful
 
 
-def _one_batch(
-    out: RunDir, paths: list[Path], labels: list[str], work: BatchFn, check_interrupt: Callable[[], None]
+def _process_batch(
+    run_dir: RunDir, paths: list[Path], labels: list[str], batch_fn: BatchFn, check_interrupt: Callable[[], None]
 ) -> list[PhotoResult]:
-    good, errors = [], {}
+    """Read the photos of a batch, apply the function, write a line of metrics.jsonl for each photo."""
+    batch, errors = [], {}
     for path, label in zip(paths, labels, strict=True):
         try:
-            good.append(Photo(path, label, photos.load(path)))
+            batch.append(Photo(path, label, photos.load(path)))
         except DataError as error:
             errors[path] = str(error)
-            out.log(f"warning: {error}")
-    made = dict(zip((photo.path for photo in good), work(good, check_interrupt) if good else [], strict=True))
-    rows = [made[path] if path in made else PhotoResult(str(path), error=errors[path]) for path in paths]
-    for row in rows:
-        out.append(row.as_row())
-    out.sync_metrics()
-    out.set_status("running")
-    return rows
+            run_dir.log(f"warning: {error}")
+    batch_results = batch_fn(batch, check_interrupt) if batch else []
+    by_path = dict(zip((photo.path for photo in batch), batch_results, strict=True))
+    results = [by_path[path] if path in by_path else PhotoResult(str(path), error=errors[path]) for path in paths]
+    for result in results:
+        run_dir.append(result.as_row())
+    run_dir.sync_metrics()
+    run_dir.set_status("running")
+    return results
 
 
-def _done(out: RunDir, found: list[Path], batches: list[range], columns: Sequence[Column]) -> list[PhotoResult]:
-    """Return the results of whole batches that an earlier start has left; what comes after them is cut off."""
-    path = out.path / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    rows: list[PhotoResult] = []
-    for line, photo in zip(lines, found, strict=False):
+def _restore_results(
+    run_dir: RunDir, paths: list[Path], batches: list[range], columns: Sequence[Column]
+) -> list[PhotoResult]:
+    """Return the results of the complete batches in metrics.jsonl, and truncate the file after them."""
+    metrics_path = run_dir.path / "metrics.jsonl"
+    lines = metrics_path.read_bytes().splitlines(keepends=True) if metrics_path.exists() else []
+    results: list[PhotoResult] = []
+    for line, path in zip(lines, paths, strict=False):
         try:
             row = json.loads(line)
         except ValueError:
             break
-        if not isinstance(row, dict) or row.get("image") != str(photo):
+        if not isinstance(row, dict) or row.get("image") != str(path):
             break
-        rows.append(PhotoResult.from_row(row, columns))
-    whole = max((batch.stop for batch in batches if batch.stop <= len(rows)), default=0)
-    out.truncate_metrics(sum(map(len, lines[:whole])))
-    return rows[:whole]
+        results.append(PhotoResult.from_row(row, columns))
+    num_complete = max((batch.stop for batch in batches if batch.stop <= len(results)), default=0)
+    run_dir.truncate_metrics(sum(map(len, lines[:num_complete])))
+    return results[:num_complete]
 
 
-def _labels(found: list[Path]) -> list[str]:
-    """Return for each photo a word for file names: its own name without odd characters, numbered where two share it."""
-    plain = [re.sub(r"[^\w.-]+", "_", path.stem, flags=re.ASCII).strip("._-")[:60] or "photo" for path in found]
+def _unique_labels(paths: list[Path]) -> list[str]:
+    """Return a unique label for each photo: its name with plain characters only, numbered if several share it."""
+    names = [re.sub(r"[^\w.-]+", "_", path.stem, flags=re.ASCII).strip("._-")[:60] or "photo" for path in paths]
     counts: Counter[str] = Counter()
     labels: list[str] = []
-    taken = set(plain)
-    for name in plain:
+    taken = set(names)
+    for name in names:
         counts[name] += 1
         label = name
         while counts[name] > 1 and label in taken:

@@ -76,7 +76,7 @@ class DetectorConfig(backbone_config.BackboneTrainConfig):
 
     @model_validator(mode="after")
     def _check_finetune_epochs(self) -> "DetectorConfig":
-        self.require_last("finetune_epochs", self.finetune_epochs)
+        self.check_final_epochs("finetune_epochs", self.finetune_epochs)
         return self
 
 
@@ -190,7 +190,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             val = cached_features(config, setup, "val", 0, check_interrupt)
         batches = CachedBatches(train, config.batch_size, config.seed, setup.ctx.device)
         if config.finetune_epochs:
-            batches.finest_from = config.last_from(config.finetune_epochs, batches.sampler.steps_per_epoch)
+            batches.finest_from = config.final_epochs_start(config.finetune_epochs, batches.sampler.steps_per_epoch)
 
         def evaluate(model: nn.Module) -> dict[str, float]:
             head = cast("DetectionHead[Any]", model)

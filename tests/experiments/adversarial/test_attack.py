@@ -210,7 +210,7 @@ def test_a_stopped_run_goes_on_to_the_same_results(two, cvlab, tmp_path, monkeyp
     code, out, err = cvlab("resume", "latest", "--json")
     again = json.loads(out)
     assert code == 0
-    assert "1 of 2 photos were done before" in err
+    assert "resumed: 1 of 2 photos are done" in err
     assert again["results"] == whole["results"]
     assert again["metrics"] == whole["metrics"]
     for row in whole["results"]:
