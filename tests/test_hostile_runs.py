@@ -37,6 +37,7 @@ SUMMARY = {
     "seconds": 1.5,
     "data": "scenes",
     "metrics": {"val_accuracy": 0.5, "steps": 10},
+    "metric_info": {"val_accuracy": {"unit": "fraction", "better": "higher"}},
     "expect": [{"rule": "val_accuracy > 0", "measured": 0.5, "met": True, "values": [0.5, 0]}],
     "results": [RESULT],
     "columns": [

@@ -234,6 +234,6 @@ def result(path: Path) -> Result:
         "data": summary.get("data"),
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
-        **{key: summary[key] for key in ("settings", "arms", "columns", "results") if key in summary},
+        **{key: summary[key] for key in ("settings", "arms", "results") if key in summary},
         "files": files,
     }

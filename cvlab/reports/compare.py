@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their configurations, and their metrics."""
+"""Compare runs: the differences of their configurations, and their metrics."""
 
 import csv
 import io
@@ -11,15 +11,15 @@ from cvlab.config import strict_yaml
 from cvlab.runs.find import config_path
 from cvlab.runs.records import read_metrics, read_status, read_summary
 
-STAMP = re.compile(r"^\d{8}-\d{6}-")
-UNTOLD = ("expect", "expect_fallback", "name")  # keys that say nothing about what was run
+TIME_STAMP = re.compile(r"^\d{8}-\d{6}-")
+UNCOMPARED = ("expect", "expect_fallback", "name")  # keys that do not change what a run computes
 
 
 def labels(paths: Sequence[Path]) -> dict[str, Path]:
-    """Label each run by its directory's name without the time; by its whole name where two would be called the same."""
-    short = [STAMP.sub("", path.name) for path in paths]
-    chosen = short if len(set(short)) == len(set(paths)) else [str(path) for path in paths]
-    return dict(zip(chosen, paths, strict=True))
+    """Label each run by its directory's name without the time, or by its path if two labels would be the same."""
+    short = [TIME_STAMP.sub("", path.name) for path in paths]
+    names = short if len(set(short)) == len(set(paths)) else [str(path) for path in paths]
+    return dict(zip(names, paths, strict=True))
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -34,22 +34,31 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's configuration with dotted keys; RunDirError where there is none."""
+    """Return a run's configuration with dotted keys; RunDirError if it has none."""
     value = strict_yaml.read(config_path(path)).value
     return flatten(value) if isinstance(value, dict) else {}
 
 
 def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
-    """Return `{"runs", "differences", "metrics"}`: per dotted key and per metric one value per run, None if absent.
+    """Compare runs by their configurations and metrics.
 
-    A run that has no summary yet is compared by the last value of each metric it has logged.
+    Args:
+        runs: Run directories by label.
+
+    Returns:
+        `runs`: label, path, status and data of each; `differences`: by dotted key of the configuration, and `metrics`:
+        by name, one value per run, None if absent; `metric_info`: unit and direction of the metrics. A run without a
+        summary is compared by the last value of each metric that it has logged.
+
+    Raises:
+        RunDirError: If a run has no configuration, or damaged files.
     """
     configs = {label: read_config(path) for label, path in runs.items()}
     metrics = {label: metrics_of(path) for label, path in runs.items()}
     keys = dict.fromkeys(key for flat in configs.values() for key in flat)
-    told = [key for key in keys if key.partition(".")[0] not in UNTOLD]
-    rows = {key: [configs[label].get(key) for label in runs] for key in told}
-    names = dict.fromkeys(name for found in metrics.values() for name in found)
+    compared = [key for key in keys if key.partition(".")[0] not in UNCOMPARED]
+    rows = {key: [configs[label].get(key) for label in runs] for key in compared}
+    names = dict.fromkeys(name for values in metrics.values() for name in values)
     return {
         "runs": [
             {"label": label, "path": str(path), "status": status.get("status"), "data": status.get("data")}
@@ -57,15 +66,18 @@ def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
         ],
         "differences": {key: values for key, values in rows.items() if any(v != values[0] for v in values)},
         "metrics": {name: [metrics[label].get(name) for label in runs] for name in names},
+        "metric_info": {
+            name: info for path in runs.values() for name, info in read_summary(path).get("metric_info", {}).items()
+        },
     }
 
 
 def metrics_of(path: Path) -> dict[str, Any]:
-    """Return a run's final metrics, or where it has not ended the last value of each that it has logged."""
+    """Return a run's final metrics; of a run that has not ended the last value of each metric it has logged."""
     summary = read_summary(path)
     if summary:
-        found: dict[str, Any] = summary.get("metrics", {})
-        return found
+        metrics: dict[str, Any] = summary.get("metrics", {})
+        return metrics
     last: dict[str, Any] = {}
     for row in read_metrics(path):
         last |= row

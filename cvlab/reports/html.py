@@ -1,19 +1,19 @@
-"""Pages about runs: self-contained HTML, made of what is in the run directories; nothing is fetched.
+"""HTML pages about runs: self-contained, built from the run directories alone; they load nothing.
 
-Numbers can be read without a script, which only adds values under the pointer, sorting and filtering.
+All numbers can be read without JavaScript, which only adds values under the pointer, sorting and filtering.
 """
 
 import base64
 import functools
 import io
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cvlab.errors import CvlabError
-from cvlab.reports import compare, curves, plots, svg, tables
+from cvlab.reports import compare, curves, metrics, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
 from cvlab.runs.records import Row, read_json, read_status, read_summary
@@ -21,7 +21,7 @@ from cvlab.runs.results import Column, read_columns
 from cvlab.storage import atomic
 
 FILE, INDEX, COMPARISON = "report.html", "index.html", "comparison.html"
-MOODS = {
+STATUS_CLASSES = {  # of CSS
     "done": "good",
     "expectations_failed": "bad",
     "failed": "bad",
@@ -29,18 +29,17 @@ MOODS = {
     "running": "wait",
     "interrupted": "wait",
 }
-MOST_PICTURES, MOST_PX = 48, 1000  # of a page; the files in the run directory are whole
-MOST_GIF_BYTES = 2_000_000
+MAX_IMAGES, MAX_PX = 48, 1000  # of a page; the files in the run directory have their full size
+MAX_GIF_BYTES = 2_000_000
 QUALITY = 85
-WIDE = 2.0  # times as wide as high
+WIDE_RATIO = 2.0  # width to height of an image that takes the width of the page
 LOG_LINES = 200
 SUFFIXES = (".png", ".gif")
-DRAWN = tuple(f"plots/{name}.png" for name in plots.FAMILIES)  # the page has these curves as charts
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture inside a page: what it is, its bytes as a data URI, its size in pixels."""
+class EmbeddedImage:
+    """An image inside a page: its title, its bytes as a data URI, its size in pixels."""
 
     name: str
     source: str
@@ -49,38 +48,38 @@ class Picture:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it takes the width of the page."""
-        return self.width > WIDE * self.height
+        """Whether the image takes the width of the page."""
+        return self.width > WIDE_RATIO * self.height
 
 
 @dataclass
-class Group:
-    """Pictures that belong together, with a description."""
+class ImageGroup:
+    """Images that belong together, with a description."""
 
     title: str = ""
     description: str = ""
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[EmbeddedImage] = field(default_factory=list)
 
 
 @functools.cache
 def _templates() -> Any:
     import jinja2
 
-    made = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cvlab", "assets/pages"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    sides = {"left": svg.LEFT, "right": svg.RIGHT, "top": svg.TOP, "bottom": svg.BOTTOM}
-    made.globals |= {
-        "size": {"width": svg.WIDTH, "height": svg.HEIGHT, **sides},
+    margins = {"left": svg.LEFT, "right": svg.RIGHT, "top": svg.TOP, "bottom": svg.BOTTOM}
+    environment.globals |= {
+        "size": {"width": svg.WIDTH, "height": svg.HEIGHT, **margins},
         "chart_data": _chart_data,
         "refresh": None,
         "home": None,
     }
-    return made
+    return environment
 
 
 def _render(template: str, **values: Any) -> str:
@@ -101,19 +100,32 @@ def _chart_data(chart: Chart) -> Row:
 
 
 def run_page(path: Path, home: str | None = None, refresh: int | None = None) -> str:
-    """Return the page of one run, whatever state it is in. RunDirError where its files are damaged."""
+    """Return the page of one run, whatever its status.
+
+    Args:
+        path: The run directory.
+        home: Address of the list of runs; None for a page without a link to it.
+        refresh: Seconds after which the page loads itself again; None for never.
+
+    Raises:
+        RunDirError: If files of the run are damaged.
+    """
     summary, status, env = read_summary(path), read_status(path), read_json(path / "env.json")
-    groups, left_out = _pictures(path, summary.get("results", []), read_columns(summary))
     config, lines = compare.read_config(path), curves.read(path)
-    measured = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
-    told = env.get("provenance")  # runs of before have none
-    told = told if isinstance(told, dict) else None
-    rows = [(key, tables.number(value), told.get(key, "default") if told else "") for key, value in config.items()]
-    state = str(status.get("status", "not begun"))
+    charts = {metrics.file_name(key) for key in metrics.group(lines)}
+    groups, num_omitted = _image_groups(path, summary.get("results", []), read_columns(summary), charts)
+    values = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
+    info = summary.get("metric_info", {})
+    sources = env.get("provenance")
+    sources = sources if isinstance(sources, dict) else None
+    rows = [
+        (key, tables.number(value), sources.get(key, "default") if sources else "") for key, value in config.items()
+    ]
+    state = str(status.get("status", "not started"))
     run = {
         "name": path.name,
-        "state": state,
-        "mood": MOODS.get(state, ""),
+        "status": state,
+        "status_class": STATUS_CLASSES.get(state, ""),
         "experiment": summary.get("experiment") or config.get("experiment", ""),
         "data": summary.get("data") or status.get("data"),
         "seconds": tables.number(summary["seconds"]) if "seconds" in summary else None,
@@ -123,12 +135,12 @@ def run_page(path: Path, home: str | None = None, refresh: int | None = None) ->
             {"rule": row["rule"], "measured": tables.measured(row), "met": row["met"]}
             for row in summary.get("expect", [])
         ],
-        "metrics": [(name, tables.number(value, name)) for name, value in measured.items()],
+        "metrics": [(n, tables.number(v), metrics.unit(n, info), metrics.better(n, info)) for n, v in values.items()],
         "settings": _settings(summary.get("settings", [])),
         "charts": _charts(lines),
         "groups": groups,
-        "left_out": left_out,
-        "chosen": [row for row in rows if row[2] not in ("", "default")],
+        "num_omitted": num_omitted,
+        "changed": [row for row in rows if row[2] not in ("", "default")],
         "config": rows,
         "environment": [(k, str(v)) for k, v in env.items() if k not in ("provenance", "resumed") and v is not None],
         "log": _log(path / "log.txt"),
@@ -143,15 +155,13 @@ def _settings(settings: Sequence[Row]) -> Row | None:
     return {"columns": columns, "rows": rows}
 
 
-def _charts(found: Mapping[str, Curve]) -> list[Chart]:
-    """Return a chart for each family of metrics, and one for each metric of none."""
-    grouped: dict[str, dict[str, Curve]] = {}
-    for name, curve in found.items():
-        grouped.setdefault(plots.FAMILIES.get(plots.family(name) or "", name), {})[name] = curve
-    rates = grouped.pop(plots.FAMILIES["lr"], None)  # what was set comes after what was measured
-    made = [svg.chart(title, lines) for title, lines in grouped.items()]
-    made += [svg.chart(plots.FAMILIES["lr"], rates)] if rates else []
-    return [chart for chart in made if chart is not None]
+def _charts(lines: Mapping[str, Curve]) -> list[Chart]:
+    """Return a chart per family of metrics."""
+    groups = metrics.group(lines)
+    charts = [
+        svg.chart(metrics.title(key, names), {name: lines[name] for name in names}) for key, names in groups.items()
+    ]
+    return [chart for chart in charts if chart is not None]
 
 
 def _log(path: Path) -> str:
@@ -161,26 +171,31 @@ def _log(path: Path) -> str:
         return ""
 
 
-def _pictures(path: Path, rows: Sequence[Row], columns: Sequence[Column]) -> tuple[list[Group], int]:
-    """Return the pictures of a run, those of an image together, and how many there are besides."""
-    groups: list[Group] = []
+def _image_groups(
+    path: Path, rows: Sequence[Row], columns: Sequence[Column], charts: set[str]
+) -> tuple[list[ImageGroup], int]:
+    """Return the images of a run, those of one result together, and the number of images left out.
+
+    Plots of the curves that the page has as `charts` are not among them.
+    """
+    groups: list[ImageGroup] = []
     used: set[str] = set()
-    budget = MOST_PICTURES
+    budget = MAX_IMAGES
     for row in rows:
         files = {str(row[column.name]): column.title for column in columns if column.is_file and column.name in row}
         names = [name for name in files if name.endswith(SUFFIXES) and name not in used]
-        group = Group(Path(row["image"]).name, _description(row, columns))
+        group = ImageGroup(Path(row["image"]).name, _description(row, columns))
         for name in names[:budget]:
-            group.pictures += _embedded(path, name, files[name])
+            group.images += _embedded(path, name, files[name])
             used.add(name)
-        budget -= len(group.pictures)
-        if group.pictures or budget > 0:
+        budget -= len(group.images)
+        if group.images or budget > 0:
             groups.append(group)
-    rest = [name for name in _files(path) if name not in used]
-    last = Group("" if not groups else "others")
+    rest = [name for name in _files(path) if name not in used | charts]
+    last = ImageGroup("" if not groups else "other images")
     for name in rest[:budget]:
-        last.pictures += _embedded(path, name, name)
-    if last.pictures:
+        last.images += _embedded(path, name, name)
+    if last.images:
         groups.append(last)
     return groups, max(0, len(rest) - max(budget, 0))
 
@@ -196,13 +211,12 @@ def _description(row: Row, columns: Sequence[Column]) -> str:
 
 
 def _files(path: Path) -> list[str]:
-    found = [file for name in ("images", "plots") for file in sorted((path / name).glob("*")) if file.is_file()]
-    names = [str(file.relative_to(path)) for file in found if file.suffix in SUFFIXES]
-    return [name for name in names if name not in DRAWN]
+    files = [file for name in ("images", "plots") for file in sorted((path / name).glob("*")) if file.is_file()]
+    return [str(file.relative_to(path)) for file in files if file.suffix in SUFFIXES]
 
 
-def _embedded(path: Path, name: str, title: str) -> list[Picture]:
-    """Return a picture of a run, made smaller, as bytes in the page; nothing where it cannot be read."""
+def _embedded(path: Path, name: str, title: str) -> list[EmbeddedImage]:
+    """Return an image of a run, reduced, as bytes in the page; nothing if it cannot be read."""
     from PIL import Image
 
     file = path / name
@@ -211,15 +225,15 @@ def _embedded(path: Path, name: str, title: str) -> list[Picture]:
             return []
         with Image.open(file) as image:
             width, height = image.size
-            if file.suffix == ".gif" and file.stat().st_size <= MOST_GIF_BYTES:
-                return [Picture(title, _uri("image/gif", file.read_bytes()), width, height)]
-            small = image.convert("RGB")
-            small.thumbnail((MOST_PX, MOST_PX))
+            if file.suffix == ".gif" and file.stat().st_size <= MAX_GIF_BYTES:
+                return [EmbeddedImage(title, _uri("image/gif", file.read_bytes()), width, height)]
+            reduced = image.convert("RGB")
+            reduced.thumbnail((MAX_PX, MAX_PX))
     except (OSError, ValueError):
         return []
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=QUALITY)
-    return [Picture(title, _uri("image/webp", buffer.getvalue()), *small.size)]
+    reduced.save(buffer, "WEBP", quality=QUALITY)
+    return [EmbeddedImage(title, _uri("image/webp", buffer.getvalue()), *reduced.size)]
 
 
 def _uri(kind: str, content: bytes) -> str:
@@ -227,38 +241,48 @@ def _uri(kind: str, content: bytes) -> str:
 
 
 def comparison_page(runs: Mapping[str, Path]) -> str:
-    """Return the page of several runs side by side."""
-    found = compare.compare(runs)
-    labels = [run["label"] for run in found["runs"]]
+    """Return the page that compares several runs, by label."""
+    comparison = compare.compare(runs)
+    labels = [run["label"] for run in comparison["runs"]]
     lines: dict[str, dict[str, Curve]] = {}
     for label, path in runs.items():
         for name, curve in curves.read(path).items():
             lines.setdefault(name, {})[label] = curve
-    made = [svg.chart(name, each) for name, each in lines.items()]
+    charts = [svg.chart(name, curves_of_run) for name, curves_of_run in lines.items()]
     seconds = [read_summary(path).get("seconds") for path in runs.values()]
     return _render(
         "comparison.html",
         title=f"{len(labels)} runs",
         runs=[
-            (run["label"], run["status"] or "-", run["data"] or "-", tables.number(spent))
-            for run, spent in zip(found["runs"], seconds, strict=True)
+            (run["label"], run["status"] or "-", run["data"] or "-", tables.number(duration))
+            for run, duration in zip(comparison["runs"], seconds, strict=True)
         ],
         columns=["", *labels],
-        differences=[(key, *map(tables.number, values)) for key, values in found["differences"].items()],
-        metrics=[(key, *(tables.number(v, key) for v in values)) for key, values in found["metrics"].items()],
-        charts=[chart for chart in made if chart is not None],
+        metric_columns=["", *labels, "unit", "better"],
+        differences=[(key, *map(tables.number, values)) for key, values in comparison["differences"].items()],
+        metrics=tables.metric_rows(comparison),
+        charts=[chart for chart in charts if chart is not None],
     )
 
 
 def index_page(rows: Sequence[Row], link: str = f"{{name}}/{FILE}", refresh: int | None = None) -> str:
-    """Return the page that lists runs, newest first; `rows` as `cvlab runs --json` has them."""
-    shown = [
+    """Return the page that lists runs, newest first.
+
+    Args:
+        rows: The runs as `cvlab runs --json` lists them.
+        link: Address of a run's page, with `{name}` for its directory.
+        refresh: Seconds after which the page loads itself again; None for never.
+    """
+    lines = [
         {key: row[key] or "" for key in ("run", "status", "experiment", "data", "result")}
-        | {"mood": MOODS.get(row["status"], ""), "link": link.format(name=urllib.parse.quote(row["run"]))}
+        | {
+            "status_class": STATUS_CLASSES.get(row["status"], ""),
+            "link": link.format(name=urllib.parse.quote(row["run"])),
+        }
         for row in reversed(rows)
     ]
-    columns = ("run", "state", "experiment", "data", "result")
-    return _render("index.html", title="Runs", rows=shown, columns=columns, refresh=refresh)
+    columns = ("run", "status", "experiment", "data", "result")
+    return _render("index.html", title="Runs", rows=lines, columns=columns, refresh=refresh)
 
 
 def write_run(path: Path) -> None:
@@ -271,8 +295,8 @@ def write_index(root: Path, rows: Sequence[Row]) -> None:
     atomic.write_text(root / INDEX, index_page(rows))
 
 
-def suppress_errors(work: Any, *arguments: Any) -> str | None:
-    """Do what a run can do without: return what was wrong, instead of raising it."""
+def suppress_errors(work: Callable[..., None], *arguments: Any) -> str | None:
+    """Call a function that a run can do without; return the message of an error instead of raising it."""
     try:
         work(*arguments)
     except (CvlabError, OSError, ValueError) as error:

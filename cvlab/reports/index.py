@@ -1,15 +1,11 @@
-"""All runs below a folder, a row for each; without torch, so that thousands are listed at once."""
+"""List the runs below a folder, without torch, so that thousands are listed at once."""
 
 from pathlib import Path
 
 from cvlab.errors import CvlabError
+from cvlab.reports import metrics, tables
 from cvlab.runs.find import list_runs
 from cvlab.runs.records import Row, read_status, read_summary
-
-SHOWN_FIRST = (  # of a run's metrics, the first two that it has
-    *("test_accuracy", "val_accuracy", "train_accuracy", "map50", "map50_95", "bleu4", "bleu1", "success_rate"),
-    *("arms", "diverged", "num_photos", "num_objects", "train_loss"),
-)
 
 
 def runs(root: Path) -> list[Row]:
@@ -23,10 +19,11 @@ def _run_row(path: Path) -> Row:
         summary, status = read_summary(path), read_status(path)
     except CvlabError as error:
         return row | {"result": error.message}
-    metrics = summary.get("metrics", {})
-    shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN_FIRST if isinstance(metrics.get(name), (int, float))]
+    values = summary.get("metrics", {})
+    names = metrics.headline(values, summary.get("metric_info", {}))
+    result = [f"{name} {tables.number(values[name])}" for name in names]
     state = status.get("status", "not begun")
     if state in ("running", "interrupted") and "step" in status:
-        shown = [f"step {status['step']} of {status.get('total_steps', '?')}"]
+        result = [f"step {status['step']} of {status.get('total_steps', '?')}"]
     known = {"status": state, "experiment": status.get("experiment"), "data": status.get("data")}
-    return row | known | {"result": ", ".join(shown[:2]), "metrics": metrics}
+    return row | known | {"result": ", ".join(result), "metrics": values}

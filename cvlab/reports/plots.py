@@ -1,45 +1,48 @@
 """PNG plots of a run's curves, and of several runs over each other."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab.reports import curves
+from cvlab.reports import curves, metrics
 from cvlab.reports.curves import Curve
+from cvlab.reports.metrics import MetricInfo
+from cvlab.runs.records import read_summary
 from cvlab.runs.run_dir import RunDir
 
-FAMILIES = {"loss": "loss", "accuracy": "accuracy", "lr": "learning rate"}  # the end of a metric's name -> its plot
 DPI = 120
 
 
-def family(metric: str) -> str | None:
-    """Return the plot that a metric belongs to."""
-    for ending in FAMILIES:
-        if metric == ending or metric.endswith(f"_{ending}"):
-            return ending
-    return None
-
-
 def plot_run(out: RunDir) -> list[Path]:
-    """Write plots/loss.png, plots/accuracy.png and so on, one per family of metrics; return their paths."""
-    found = curves.read(out.path)
-    grouped: dict[str, dict[str, Curve]] = {}
-    for name, curve in found.items():
-        key = family(name)
-        if key is not None:
-            grouped.setdefault(key, {})[name] = curve
-    folder = out.folder("plots")
+    """Write a plot per family of metrics into a run directory: plots/loss.png, plots/accuracy.png and so on.
+
+    Args:
+        out: The run directory; its summary.json declares which metrics are plotted.
+
+    Returns:
+        The paths of the plots.
+    """
+    lines = curves.read(out.path)
+    info = read_summary(out.path).get("metric_info", {})
+    out.folder("plots")
     paths = []
-    for key, lines in grouped.items():
-        path = folder / f"{key}.png"
-        out.write_bytes(f"plots/{key}.png", draw(lines, FAMILIES[key], out.path.name))
-        paths.append(path)
+    for key, names in plotted_families(lines, info).items():
+        is_fraction = any(metrics.unit(name, info) == metrics.FRACTION for name in names)
+        picture = draw({name: lines[name] for name in names}, metrics.title(key, names), out.path.name, is_fraction)
+        out.write_bytes(metrics.file_name(key), picture)
+        paths.append(out.path / metrics.file_name(key))
     return paths
 
 
-def draw(lines: Mapping[str, Curve], y_label: str, title: str) -> bytes:
-    """Draw curves into one picture; return the PNG."""
+def plotted_families(names: Iterable[str], info: MetricInfo) -> dict[str, list[str]]:
+    """Return the families of logged metrics that have a plot."""
+    families = metrics.group(names)
+    return {key: members for key, members in families.items() if metrics.is_plotted(key, members, info)}
+
+
+def draw(lines: Mapping[str, Curve], y_label: str, title: str, is_fraction: bool = False) -> bytes:
+    """Draw curves into one plot, of fractions with the y axis from 0 to 1; return the PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -48,7 +51,7 @@ def draw(lines: Mapping[str, Curve], y_label: str, title: str) -> bytes:
         axes.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(xs) <= 30 else None, markersize=3)
     axes.set_xlabel("step")
     axes.set_ylabel(y_label)
-    if y_label == FAMILIES["accuracy"]:
+    if is_fraction:
         axes.set_ylim(0, 1.02)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
@@ -59,23 +62,26 @@ def draw(lines: Mapping[str, Curve], y_label: str, title: str) -> bytes:
 
 
 def draw_comparison(runs: Mapping[str, Path]) -> bytes:
-    """Draw each metric that at least one of the runs has, all runs in one panel; return the PNG."""
+    """Draw each plotted metric in a panel with the curves of all runs; return the PNG."""
     from matplotlib.figure import Figure
 
-    found = {label: curves.read(path) for label, path in runs.items()}
-    metrics = [name for name in dict.fromkeys(m for lines in found.values() for m in lines) if family(name)]
-    columns = min(2, max(1, len(metrics)))
-    rows = -(-max(1, len(metrics)) // columns)
+    lines_of_run = {label: curves.read(path) for label, path in runs.items()}
+    info = {name: row for path in runs.values() for name, row in read_summary(path).get("metric_info", {}).items()}
+    logged = dict.fromkeys(name for lines in lines_of_run.values() for name in lines)
+    plotted = {name for names in plotted_families(logged, info).values() for name in names}
+    names = [name for name in logged if name in plotted]
+    columns = min(2, max(1, len(names)))
+    rows = -(-max(1, len(names)) // columns)
     figure = Figure(figsize=(6 * columns, 3.4 * rows), layout="constrained")
     panels: Any = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, metric in zip(panels, metrics, strict=False):
-        for label, lines in found.items():
-            if metric in lines:
-                panel.plot(*lines[metric], label=label, linewidth=1.4)
-        panel.set_title(metric, fontsize=10)
+    for panel, name in zip(panels, names, strict=False):
+        for label, lines in lines_of_run.items():
+            if name in lines:
+                panel.plot(*lines[name], label=label, linewidth=1.4)
+        panel.set_title(name, fontsize=10)
         panel.set_xlabel("step", fontsize=8)
         panel.grid(alpha=0.3)
-    for panel in list(panels)[len(metrics) :]:
+    for panel in list(panels)[len(names) :]:
         panel.set_visible(False)
     handles = {
         label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)

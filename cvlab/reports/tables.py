@@ -4,24 +4,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cvlab.reports import metrics
+from cvlab.runs.records import read_summary
 from cvlab.runs.results import Column, read_columns
 
 GAP = 3  # between columns, at most
 LONGEST_NAME = 24  # characters of an image's name
 MAX_PREDICTIONS = 8  # of one cell
-COUNTS = ("steps", "epochs", "parameters", "best_step")
 
 
-def number(value: Any, name: str = "") -> str:
-    """Format a value of a table: counts in full, other numbers with four digits."""
+def number(value: Any) -> str:
+    """Format a value of a table: integers in full, other numbers with four digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, (int, float)):
         return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
-    if isinstance(value, int) or (name in COUNTS and float(value).is_integer()):
-        return f"{int(value):,}"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -85,14 +86,14 @@ def settings_rows(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     """Return columns and rows about a sweep: what varies, and the mean and deviation of each metric over seeds."""
     keys = list(settings[0]["keys"]) if settings else []
     named = list(dict.fromkeys(name for row in settings for name in row["metrics"]))
-    metrics = [name for name in named if not name.endswith("loss")] or named  # table.csv has the others
+    shown = [name for name in named if metrics.family(name) != "loss"] or named  # table.csv has the others
     short = [key.rpartition(".")[2] for key in keys]
     titles = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
     rows = []
     for row in settings:
-        found = [_mean(row["metrics"].get(name)) for name in metrics]
-        rows.append([*(number(row["keys"][key]) for key in keys), ", ".join(row["status"]), str(row["arms"]), *found])
-    return [*titles, "status", "n", *metrics], rows
+        means = [_mean(row["metrics"].get(name)) for name in shown]
+        rows.append([*(number(row["keys"][key]) for key in keys), ", ".join(row["status"]), str(row["arms"]), *means])
+    return [*titles, "status", "n", *shown], rows
 
 
 def _mean(metric: Mapping[str, Any] | None) -> str:
@@ -113,14 +114,20 @@ def show_verification(rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def show_result(result: Mapping[str, Any]) -> None:
-    """Print the metrics of a run, its expectations with their verdicts, and where it lies."""
+    """Print the metrics of a run, its expectations with their verdicts, and its directory.
+
+    Args:
+        result: The run's result as `--json` prints it; its columns and units are read from the run directory.
+    """
+    summary = read_summary(Path(result["run"]))
     note = f" on {result['data']}" if result.get("data") else ""
     if "settings" in result:
         show_settings(result["settings"])
     if "results" in result:
-        show_photos(result["results"], read_columns(result))
-    metrics = [(name, number(value, name)) for name, value in result["metrics"].items()]
-    table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value"), metrics)
+        show_photos(result["results"], read_columns(summary))
+    info = summary.get("metric_info", {})
+    rows = [(name, number(value), metrics.unit(name, info)) for name, value in result["metrics"].items()]
+    table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value", "unit"), rows)
     if result["expect"]:
         verdicts = [(v["rule"], measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
@@ -181,8 +188,16 @@ def show_comparison(comparison: Mapping[str, Any]) -> None:
         status.append(("data", *(run["data"] or "-" for run in comparison["runs"])))
     differences = [(key, *values) for key, values in comparison["differences"].items()]
     table("what differs", ("", *names), [*status, *differences])
-    metrics = [(name, *(number(value, name) for value in values)) for name, values in comparison["metrics"].items()]
-    table("metrics", ("", *names), metrics)
+    table("metrics", ("", *names, "unit", "better"), metric_rows(comparison))
+
+
+def metric_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the rows of a comparison's metrics: name, a value per run, unit, which direction is better."""
+    info = comparison["metric_info"]
+    return [
+        (name, *map(number, values), metrics.unit(name, info), metrics.better(name, info))
+        for name, values in comparison["metrics"].items()
+    ]
 
 
 def show_block(title: str, block: Mapping[str, Any]) -> None:

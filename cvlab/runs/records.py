@@ -60,6 +60,13 @@ class Verdict(_Record):
     values: list[Value] = []
 
 
+class MetricRecord(_Record):
+    """What a run declares about one of its metrics."""
+
+    unit: str = ""
+    better: Literal["higher", "lower"] | None = None
+
+
 class Spread(_Record):
     """A metric over the seeds of a setting."""
 
@@ -84,6 +91,7 @@ class Summary(_Record):
     data: str | None = None
     seconds: Number = None
     metrics: dict[str, Value] = {}
+    metric_info: dict[str, MetricRecord] = {}
     expect: list[Verdict] = []
     results: list[ResultRow] = []
     columns: list[ColumnRecord] = []

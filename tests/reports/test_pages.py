@@ -112,13 +112,13 @@ class TestRun:
         assert "img" not in read(html.run_page(path)).tags
 
     def test_more_pictures_than_fit_are_counted(self, root, monkeypatch):
-        monkeypatch.setattr(html, "MOST_PICTURES", 3)
+        monkeypatch.setattr(html, "MAX_IMAGES", 3)
         path = made(root)
         for k in range(5):
             Image.new("RGB", (8, 8)).save(path / "images" / f"{k}.png")
         text = html.run_page(path)
         assert read(text).tags.count("img") == 3
-        assert "2 more pictures" in text
+        assert "2 more images" in text
 
     @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
     def test_in_whatever_state(self, root, status):

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from cvlab.errors import RunDirError
-from cvlab.reports import compare, curves, plots, tables
+from cvlab.reports import compare, curves, metrics, plots, tables
 from cvlab.runs.run_dir import RunDir
 
+INFO = {"val_accuracy": {"unit": "fraction", "better": "higher"}}
 PNG = b"\x89PNG"
 
 
@@ -20,7 +21,10 @@ def make_run(path, lr=0.1, rows=50, summary=True):
             out.append({"step": step, "epoch": step / 10, "seconds": 0.1, "lr": lr, "train_loss": 1 / step})
         out.append({"step": rows, "val_accuracy": 0.5})
         if summary:
-            out.write_json("summary.json", {"metrics": {"val_accuracy": 0.5}, "experiment": "classify", "data": "x"})
+            out.write_json(
+                "summary.json",
+                {"metrics": {"val_accuracy": 0.5}, "metric_info": INFO, "experiment": "classify", "data": "x"},
+            )
         out.set_status("done" if summary else "interrupted")
     return path
 
@@ -82,7 +86,7 @@ def test_a_run_without_configuration(tmp_path):
 def test_numbers_of_tables():
     shown = [tables.number(v) for v in (None, True, 3, 12345, 0.123456, 12345.6, "x", [1, 2], 1e-5)]
     assert shown == ["-", "true", "3", "12,345", "0.1235", "12,346", "x", "[1, 2]", "1e-05"]
-    assert tables.number(10.0, "epochs") == "10"
+    assert tables.number(10.0) == "10"
 
 
 def test_names_are_not_markup(capsys):
@@ -109,3 +113,32 @@ def test_photos_in_a_table(capsys):
     top = [{"label": "tabby", "score": 0.8}, {"label": "lynx", "score": 0.1}]
     tables.show_photos([{"image": "cat.jpg", **top[0], "top": top}], predict.COLUMNS)
     assert "lynx 0.10" in capsys.readouterr().out
+
+
+def test_metrics_have_units_and_directions(tmp_path, capsys):
+    runs = compare.labels([make_run(tmp_path / "a", 0.1), make_run(tmp_path / "b", 0.2)])
+    comparison = compare.compare(runs)
+    assert tables.metric_rows(comparison) == [("val_accuracy", "0.5", "0.5", "fraction", "higher")]
+    tables.show_comparison(comparison)
+    assert "higher" in capsys.readouterr().out
+
+
+def test_the_headline_of_a_run_is_what_it_declares():
+    values = {"steps": 3, "train_accuracy": 0.9, "best_val_accuracy": 0.8, "val_accuracy": 0.7, "test_loss": 1.0}
+    info = {name: {"better": "higher"} for name in values if name.endswith("accuracy")}
+    assert metrics.headline(values, info) == ["val_accuracy", "train_accuracy"]
+    assert metrics.headline({"arms": 2, "best": "x", "diverged": 0}, {}) == ["arms", "diverged"]
+
+
+def test_families_of_curves():
+    names = ["lr", "train_loss", "val_map50", "best_val_map50", "images_per_second", "box_loss"]
+    groups = metrics.group(names)
+    assert list(groups) == ["loss", "map50", "second", "lr"]
+    assert groups["loss"] == ["train_loss", "box_loss"]
+    assert [metrics.title(key, members) for key, members in groups.items()] == [
+        "loss",
+        "map50",
+        "images_per_second",
+        "learning rate",
+    ]
+    assert metrics.file_name("../x") == "plots/_x.png"
