@@ -128,8 +128,8 @@ def draw_proposals(photo: Image.Image, before_xyxy: Tensor, after_xyxy: Tensor) 
         pen = ImageDraw.Draw(layer)
         for k, box in reversed(list(enumerate(shown.tolist()))):
             pen.rectangle(box, outline=(*drawing.color_of(k), alpha), width=_line_width(canvas) + 1)
-        omitted = "" if len(shown) == len(proposals) else f", the surest {len(shown)} drawn"
-        text = f"{len(proposals)} regions {stage} suppression{omitted}"
+        omitted = "" if len(shown) == len(proposals) else f", top {len(shown)} drawn"
+        text = f"{len(proposals)} proposals {stage} NMS{omitted}"
         halves.append(drawing.draw(_blend(canvas, layer), [LabeledBox((0, 0, *size), text, 0)]))
     both = Image.new("RGB", (2 * size[0] + 6, size[1]), "white")
     both.paste(halves[0], (0, 0))

@@ -45,7 +45,7 @@ def confusion_png(confusion: Tensor, classes: Sequence[str]) -> bytes:
     """Plot a confusion matrix (C + 1, C + 1), a row for each true class, as shares of the row; return the PNG."""
     from matplotlib.figure import Figure
 
-    names = [*classes, "nothing"]
+    names = [*classes, "background"]
     side = 2.5 + 0.42 * len(names)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes: Any = figure.subplots()
@@ -53,7 +53,7 @@ def confusion_png(confusion: Tensor, classes: Sequence[str]) -> bytes:
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(xlabel="found", ylabel="there")
+    axes.set(xlabel="predicted class", ylabel="true class")
     if len(names) <= MAX_LEGEND_CLASSES + 1:
         for row, counts in enumerate(confusion.tolist()):
             for column, count in enumerate(counts):

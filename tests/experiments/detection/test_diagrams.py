@@ -1,4 +1,4 @@
-"""Pictures of cells, anchors and what answers for a box: the numbers, the boxes beside a photo, what is drawn where."""
+"""Diagrams: positive anchors and sampled negatives, annotations beside a photo, what is drawn where."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_worked_example():
     assert answer.description == "[2,3,3] 3x3 IoU 0.75"
 
 
-def test_negatives_overlap_no_box_and_are_different():
+def test_sampled_negatives_are_distinct_and_overlap_no_box():
     found = torch.tensor([[10.0, 20, 200, 300], [300, 10, 360, 60], [250, 200, 490, 330]])
     places = diagrams.sample_negatives(SIZE, found)
     assert len(places) == len(set(places)) == 3
@@ -44,7 +44,7 @@ def test_any_size(kind, size):
     assert sheet.width / sheet.height == pytest.approx(size[0] / size[1], rel=0.05)
 
 
-def test_lines_lie_between_the_cells():
+def test_lines_are_drawn_between_the_cells():
     sheet = diagrams.draw("grid", grey((700, 700)))
     row = [sheet.getpixel((x, 25)) for x in range(700)]
     light = [x for x, pixel in enumerate(row) if min(pixel) > 200]
@@ -53,7 +53,7 @@ def test_lines_lie_between_the_cells():
     assert min(sheet.getpixel((350, 350))) > 200, "the middle of the middle cell is marked"
 
 
-def test_each_kind_is_another_picture_and_the_photo_stays():
+def test_each_kind_is_different_and_the_photo_is_not_modified():
     photo = grey()
     sheets = [diagrams.draw(kind, photo, CAR, ["car"]) for kind in diagrams.KINDS]
     for k in range(3):
@@ -61,7 +61,7 @@ def test_each_kind_is_another_picture_and_the_photo_stays():
     assert photo.getcolors() == grey().getcolors()
 
 
-def test_targets_fill_the_cell_that_answers():
+def test_targets_fill_the_positive_cell():
     sheet = diagrams.draw("targets", grey((700, 700)), torch.tensor([[210.0, 310, 295, 395]]))
     inside, outside = sheet.getpixel((220, 330)), sheet.getpixel((120, 330))
     assert outside == (120, 120, 120)
@@ -69,7 +69,7 @@ def test_targets_fill_the_cell_that_answers():
 
 
 @pytest.mark.parametrize("found", [None, torch.empty(0, 4)])
-def test_targets_without_boxes_are_the_cells(found):
+def test_targets_without_boxes_are_the_grid(found):
     plain = diagrams.draw("targets", grey(), found)
     assert ImageChops.difference(plain, diagrams.draw("grid", grey())).getbbox() is not None
     assert len(plain.getcolors(100_000)) > 1
@@ -83,7 +83,7 @@ class TestAnnotated:
         (folder / "one.xml").write_text(text)
 
     @pytest.mark.parametrize("place", ["JPEGImages", "Annotations"])
-    def test_beside_the_photo_or_as_voc_has_it(self, tmp_path, place):
+    def test_annotation_beside_the_photo_or_in_voc_s_layout(self, tmp_path, place):
         (tmp_path / "JPEGImages").mkdir()
         photo = tmp_path / "JPEGImages" / "one.png"
         grey().save(photo)
@@ -93,7 +93,7 @@ class TestAnnotated:
         assert found.tolist() == CAR.tolist()
         assert names == ("car",)
 
-    def test_without_objects_and_broken(self, tmp_path):
+    def test_annotation_without_objects_and_broken(self, tmp_path):
         photo = tmp_path / "one.png"
         grey().save(photo)
         self.write(tmp_path, (), torch.empty(0, 4))
@@ -105,7 +105,7 @@ class TestAnnotated:
             diagrams.read_annotation(photo)
 
 
-def test_proposals_before_and_after_stand_side_by_side():
+def test_proposals_before_and_after_nms_are_drawn_side_by_side():
     before = torch.tensor([[5.0, 5, 60, 60], [40, 40, 90, 90]]).repeat(200, 1)
     sheet = diagrams.draw_proposals(grey((100, 100)), before, before[:1])
     assert sheet.size == (1406, 700)

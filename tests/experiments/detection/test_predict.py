@@ -13,7 +13,7 @@ from tests.experiments.detection.short_run import train
 
 
 class TestDetect:
-    def test_a_run_s_detector_on_photos(self, cvlab, tmp_path):
+    def test_photos_with_the_weights_of_a_run(self, cvlab, tmp_path):
         trained = train(cvlab)
         Image.new("RGB", (90, 40), "green").save("plain.png")
         words = ("plain.png", "sample", "--weights", trained["run"], "--conf", "0")
@@ -37,7 +37,7 @@ class TestDetect:
         assert len(json.loads((run / "boxes" / "detections.json").read_text())["images"]) == 2
         assert (run / row["xml"]).read_text().count("<object>") == len(row["objects"])
 
-    def test_what_a_first_stage_proposes_is_drawn(self, cvlab):
+    def test_proposals_are_drawn(self, cvlab):
         trained = train(cvlab, "model={name: faster_rcnn, width: 8, hidden: 8}")
         words = ("sample", "--model", "faster_rcnn", "--weights", trained["run"], "--explain", "proposals", "--json")
         code, out, err = cvlab("detect", *words)
@@ -47,7 +47,7 @@ class TestDetect:
         assert sheet.width > sheet.height
         assert sheet.getpixel((sheet.width // 2, 5)) == (255, 255, 255)
 
-    def test_only_two_stages_propose(self, cvlab):
+    def test_a_one_stage_detector_has_no_proposals(self, cvlab):
         trained = train(cvlab)
         code, _, err = cvlab("detect", "sample", "--weights", trained["run"], "--explain", "proposals")
         assert code == 2
@@ -56,13 +56,13 @@ class TestDetect:
         assert code == 2
         assert "is no faster_rcnn" in err
 
-    def test_nothing_found_is_no_error(self, cvlab):
+    def test_no_detection_is_no_error(self, cvlab):
         trained = train(cvlab)
         code, out, _ = cvlab("detect", "sample", "--weights", trained["run"], "--conf", "1", "--json")
         assert code == 0
         assert json.loads(out)["results"][0]["objects"] == []
 
-    def test_without_photos_it_is_judged_by_its_validation_set(self, cvlab):
+    def test_without_photos_it_is_evaluated_on_its_validation_split(self, cvlab):
         trained = train(cvlab)
         code, out, err = cvlab("detect", "--weights", trained["run"], "--json")
         assert code == 0, err
@@ -73,7 +73,7 @@ class TestDetect:
         assert (Path(found["run"]) / "plots" / "precision_recall.png").is_file()
 
     @pytest.mark.parametrize("model", inference.BUNDLED_DETECTORS)
-    def test_what_comes_along_looks_at_photos(self, cvlab, model):
+    def test_bundled_weights_detect_objects(self, cvlab, model):
         code, out, err = cvlab("detect", "sample", "--model", model, "--conf", "0.01", "--json")
         assert code == 0, err
         assert model in err.replace("yolo_fpn", "yolo"), err
@@ -91,7 +91,7 @@ class TestDetect:
             (("sample", "--model", "yolo9"), 2, "model"),
         ],
     )
-    def test_refusals(self, cvlab, words, code, says):
+    def test_errors(self, cvlab, words, code, says):
         from safetensors.torch import save_file
 
         Path("text.safetensors").write_text("nothing of the kind")

@@ -13,7 +13,7 @@ from tests.experiments.detection.short_run import SHORT, train
 
 
 class TestTraining:
-    def test_metrics_and_weights_in_a_file_of_their_own(self, cvlab):
+    def test_metrics_and_weights_file(self, cvlab):
         found = train(cvlab)
         assert {"val_map50", "map50", "map50_95", "ap50/star", "train_loss"} <= found["metrics"].keys()
         made = detector_registry.load(Path(found["run"]) / "detector.safetensors", torch.device("cpu"))
@@ -24,12 +24,12 @@ class TestTraining:
         assert summary["map_rule"] == "voc"
         assert summary["score_threshold"] == 0.001
 
-    def test_stopped_and_resumed_it_ends_with_the_same_weights(self, stopped_and_resumed):
+    def test_an_interrupted_run_ends_with_the_same_weights(self, stopped_and_resumed):
         whole, again = stopped_and_resumed("yolo_scenes", *SHORT, "save_seconds=0")
         assert weights_digest(whole) == weights_digest(again)
         assert whole["run"] != again["run"]
 
-    def test_eval_draws_curves_and_confusions(self, cvlab):
+    def test_eval_draws_curves_and_confusion_matrices(self, cvlab):
         found = train(cvlab)
         code, out, err = cvlab("eval", found["run"], "--split", "val", "--json")
         assert code == 0, err
@@ -37,7 +37,7 @@ class TestTraining:
         for name in ("val_precision_recall.png", "val_confusion.png"):
             assert photos.load(Path(found["run"]) / "plots" / name).width > 300
 
-    def test_views_that_would_not_fit_are_refused_with_the_number_that_does(self, cvlab, monkeypatch):
+    def test_too_many_views_are_rejected_with_the_number_that_fits(self, cvlab, monkeypatch):
         from cvlab.engine import memory
 
         monkeypatch.setattr(memory, "free_bytes", lambda device: 60_000_000)
@@ -56,12 +56,12 @@ class TestTraining:
             (("data.name=boxes",), "goes with a path"),
         ],
     )
-    def test_refusals(self, cvlab, words, says):
+    def test_errors(self, cvlab, words, says):
         code, _, err = cvlab("train", "yolo_scenes", *words, "--dry-run")
         assert code == 2, err
         assert says in err, err
 
-    def test_it_learns_a_few_pictures(self, cvlab):
+    def test_overfits_a_few_images(self, cvlab):
         words = (
             "duration={steps: 150}",
             "views=1",

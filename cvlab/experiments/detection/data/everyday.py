@@ -144,14 +144,17 @@ def load(root: Path, classes: tuple[str, ...] = CLASSES) -> DetectionDataset:
         for file in _file_names(root, flickr_split):
             name = f"{FLICKR}/Images/{file}"
             photo_captions = by_stem.get(Path(file).stem, [])
-            kept, is_complete = filter_pseudo_labels(_labels_of(root, name, labels), photo_captions, min_confidence)
+            pseudo, is_complete = filter_pseudo_labels(_labels_of(root, name, labels), photo_captions, min_confidence)
             if is_complete or split != "train":
-                samples.append(_sample(root / name, kept, classes))
+                samples.append(_sample(root / name, pseudo, classes))
         for real in fruit.splits[split] * (FRUIT_REPEATS if split == "train" else 1):
             name = str(real.path.relative_to(root))
-            kept = [label for label in _labels_of(root, name, labels) if label.confidence >= min_confidence]
-            others = _sample(root / name, [label for label in kept if label.name not in FRUIT], classes)
-            samples.append(_merge(real, others, classes))
+            pseudo = [
+                label
+                for label in _labels_of(root, name, labels)
+                if label.confidence >= min_confidence and label.name not in FRUIT
+            ]
+            samples.append(_merge(real, _sample(root / name, pseudo, classes), classes))
         splits[split] = tuple(samples)
     return DetectionDataset(NAME, classes, splits)
 
@@ -185,7 +188,7 @@ def filter_pseudo_labels(
     mentions = {animal: sum(bool(caption & set(names)) for caption in words) for animal, names in ANIMALS.items()}
     agreed = [animal for animal, count in mentions.items() if count >= MIN_CAPTIONS]
     people_agreed = sum(bool(caption & PEOPLE) for caption in words) >= MIN_CAPTIONS
-    others = [
+    not_animals = [
         label._replace(confidence=1.0)
         if people_agreed and label.name == "person" and label.confidence >= MIN_CONFIDENCE_PERSON
         else label
@@ -195,12 +198,12 @@ def filter_pseudo_labels(
     animals = [label for label in labels if label.name in ANIMALS]
     if len(agreed) != 1:
         threshold = min_confidence if any(mentions.values()) else MIN_CONFIDENCE_EVAL
-        return others + [label for label in animals if label.confidence >= threshold], not agreed
+        return not_animals + [label for label in animals if label.confidence >= threshold], not agreed
     animals = [label for label in animals if label.confidence >= MIN_CONFIDENCE_ANIMAL]
     boxes_xyxy = torch.tensor([label.box_xyxy for label in animals], dtype=torch.float32).view(-1, 4)
     keep = nms.nms(boxes_xyxy, torch.tensor([label.confidence for label in animals]), NMS_IOU)
     corrected = [animals[k]._replace(name=agreed[0], confidence=1.0) for k in keep.tolist()]
-    return others + corrected, bool(animals)
+    return not_animals + corrected, bool(animals)
 
 
 def _sample(path: Path, labels: Sequence[PseudoLabel], classes: tuple[str, ...]) -> DetectionSample:

@@ -10,7 +10,7 @@ from cvlab.errors import DataError
 from tests.experiments.detection.data.box_files import BOXES, coco_set, load, of, write
 
 
-def test_what_is_written_as_coco_is_read_back(tmp_path):
+def test_round_trip(tmp_path):
     found = load(coco_set(tmp_path))
     assert found.classes == ("dog", "cat")
     assert torch.equal(of(found, "a").boxes_xyxy, BOXES)
@@ -30,7 +30,7 @@ def test_coco_json_is_what_an_independent_reader_takes(tmp_path, capfd):
     assert coco.getAnnIds(imgIds=[2]) == []
 
 
-def test_other_forms_of_coco(tmp_path):
+def test_layouts(tmp_path):
     coco_set(tmp_path / "beside", "all.json", "")
     coco_set(tmp_path / "images", "all.json", "images")
     for split in ("train", "valid", "test"):
@@ -74,7 +74,7 @@ def test_a_crowd_is_difficult(tmp_path):
         (lambda c: c.pop("categories"), r"has no list of categories"),
     ],
 )
-def test_broken_coco(tmp_path, change, message):
+def test_broken_records(tmp_path, change, message):
     path = coco_set(tmp_path) / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
     change(content)

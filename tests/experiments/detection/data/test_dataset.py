@@ -48,13 +48,13 @@ def edges(xmin, ymin, xmax, ymax):
 
 
 @pytest.mark.parametrize("box", [(60, 0, 70, 9), (-9, 0, 0, 9), (0, 40, 9, 50), (0, -9, 9, 0)])
-def test_a_box_wholly_outside_is_refused(tmp_path, box):
+def test_a_box_outside_its_image_is_rejected(tmp_path, box):
     write(voc_set(tmp_path) / "Annotations/a.xml", edges(*box))
     with pytest.raises(DataError, match=r"a.xml:\d: object 1: the box .* lies outside the photo of 60 x 40 px"):
         load(tmp_path)
 
 
-def test_a_box_that_reaches_out_is_clipped_and_counted(tmp_path, capsys):
+def test_a_box_beyond_the_edge_is_clipped_and_counted(tmp_path, capsys):
     write(voc_set(tmp_path) / "Annotations/a.xml", edges(-5, 10, 20, 90))
     write(tmp_path / "Annotations/b.xml", edges(59, -1, 99, 1))
     console.set_level(quiet=False, verbose=True)
@@ -69,7 +69,7 @@ def test_a_box_that_reaches_out_is_clipped_and_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("box", [(9, 5, 9, 9), (5, 9, 9, 9), (9, 9, 5, 5)])
-def test_a_box_without_area_is_left_out_and_counted(tmp_path, capsys, box):
+def test_a_box_without_area_is_dropped_and_counted(tmp_path, capsys, box):
     xmin, ymin, xmax, ymax = box
     text = VOC_XML.replace(">9</xmax>", f">{xmax}</xmax>").replace(">9</ymax>", f">{ymax}</ymax>")
     text = text.replace(">5</xmin>", f">{xmin}</xmin>").replace(">5</ymin>", f">{ymin}</ymin>")
@@ -97,14 +97,14 @@ def test_a_box_without_area_in_coco_and_yolo(tmp_path, capsys, bbox):
 
 
 @pytest.mark.parametrize(("size", "odd"), [((0, 0), 0), ((60, 0), 0), (SIZE, 0), ((40, 60), 1), ((600, 400), 1)])
-def test_a_size_that_lies(tmp_path, capsys, size, odd):
+def test_a_wrong_claimed_size_is_reported(tmp_path, capsys, size, odd):
     write(voc_set(tmp_path) / "Annotations/a.xml", writers.write_voc_xml(BOXES, ["cat"] * 3, size, "a.jpg"))
     assert torch.equal(of(load(tmp_path), "a").boxes_xyxy, BOXES)
     assert capsys.readouterr().err.count("photos of another size than their annotation claims") == odd
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_turn_as_pillow_turns_photos(orientation):
+def test_boxes_follow_the_exif_orientation(orientation):
     array = np.zeros((40, 60), np.uint8)
     array[5:30, 4:20] = 255
     image = Image.fromarray(array)
@@ -116,7 +116,7 @@ def test_boxes_turn_as_pillow_turns_photos(orientation):
 
 @pytest.mark.parametrize("ending", [".jpg", ".png"])
 @pytest.mark.parametrize(("orientation", "size", "turns"), [(6, SIZE, True), (6, (40, 60), False), (3, SIZE, False)])
-def test_boxes_turn_with_a_photo_where_they_were_drawn_unturned(tmp_path, ending, orientation, size, turns):
+def test_boxes_rotate_with_a_photo_if_drawn_on_its_stored_pixels(tmp_path, ending, orientation, size, turns):
     voc_set(tmp_path, ending=ending)
     photo(tmp_path / "JPEGImages" / f"a{ending}", orientation=orientation)
     box = torch.tensor([[4.0, 5.0, 20.0, 30.0]])
@@ -132,7 +132,7 @@ def test_boxes_turn_with_a_photo_where_they_were_drawn_unturned(tmp_path, ending
 @pytest.mark.parametrize(
     ("mode", "ending"), [("L", ".png"), ("P", ".png"), ("1", ".png"), ("L", ".jpg"), ("CMYK", ".jpg")]
 )
-def test_grey_and_palette_photos(tmp_path, mode, ending):
+def test_gray_and_palette_photos(tmp_path, mode, ending):
     voc_set(tmp_path, ending=ending)
     photo(tmp_path / "JPEGImages" / f"a{ending}", mode=mode)
     found = load(tmp_path)
@@ -140,7 +140,7 @@ def test_grey_and_palette_photos(tmp_path, mode, ending):
     assert found.load(of(found, "a")).mode == "RGB"
 
 
-def test_what_cannot_be_a_set(tmp_path):
+def test_what_is_not_a_data_set_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="path is missing"):
         dataset.load("boxes", tmp_path)
     with pytest.raises(ConfigError, match="path goes with name: boxes"):
@@ -163,7 +163,7 @@ def test_what_cannot_be_a_set(tmp_path):
         load(tmp_path)
 
 
-def test_every_set_is_listed_and_classify_takes_none_with_boxes(cvlab, tmp_path):
+def test_every_data_set_is_listed_and_classify_rejects_detection_data(cvlab, tmp_path):
     rows = {row["name"]: row for row in catalog.data_lines()}
     assert set(rows) >= {"cifar10", "scenes10", "scenes", "fruit", "bccd", "voc07", "boxes"}
     assert rows["boxes"]["state"] == "your own"
@@ -183,7 +183,7 @@ def test_every_set_is_listed_and_classify_takes_none_with_boxes(cvlab, tmp_path)
 
 
 @pytest.mark.parametrize("orientation", [None, 6])
-def test_reading_is_quick(tmp_path, orientation):
+def test_reading_is_fast(tmp_path, orientation):
     folder = voc_set(tmp_path, names=[f"n{k}" for k in range(150)])
     photo(folder / "JPEGImages/n0.jpg", orientation=orientation)
     load(tmp_path)

@@ -41,7 +41,7 @@ def zipped(folder, path):
     return path
 
 
-def test_a_small_set_is_taken_from_a_folder_or_a_zip_file(tmp_path, monkeypatch, capsys):
+def test_a_small_data_set_is_installed_from_a_folder_or_a_zip_file(tmp_path, monkeypatch, capsys):
     source = fruit(tmp_path / "source/VOC/fruit")
     path = source / "Annotations/a.xml"
     path.write_text(
@@ -110,7 +110,7 @@ def served(monkeypatch, content):
     return asked
 
 
-def test_bccd_comes_from_github_whole(tmp_path, monkeypatch):
+def test_bccd_is_installed_from_github_only_if_complete(tmp_path, monkeypatch):
     source = tmp_path / "made/BCCD_Dataset-master/BCCD"
     voc_set(source)
     for name in "abc":
@@ -173,7 +173,7 @@ def test_voc07_is_installed_from_every_form(tmp_path, monkeypatch, tars):
     assert downloads.VOC07.ready(tmp_path / "net"), "VOC/VOC2007 is taken too"
 
 
-def test_voc07_is_refused_where_it_is_altered(tmp_path, tars):
+def test_an_altered_archive_of_voc07_is_rejected(tmp_path, tars):
     path = tars / downloads.ARCHIVES[0].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match="differs from the published file"):
@@ -181,7 +181,7 @@ def test_voc07_is_refused_where_it_is_altered(tmp_path, tars):
     assert not (tmp_path / "root").exists()
 
 
-def test_a_class_that_voc_does_not_have(tmp_path):
+def test_unknown_class_in_voc07(tmp_path):
     folder = voc_set(tmp_path / "VOCdevkit/VOC2007")
     write(folder / "Annotations/a.xml", VOC_XML.replace("cat", "cta"))
     with pytest.raises(DataError, match=r"a.xml:2: object 1: unknown class 'cta'; did you mean 'cat'"):
@@ -200,7 +200,7 @@ def test_sources_are_as_published():
 
 @pytest.mark.realdata
 @pytest.mark.parametrize(("name", "sizes", "boxes"), [("fruit", [192, 48, 60], 582), ("bccd", [205, 87, 72], 4886)])
-def test_the_real_sets(name, sizes, boxes, capsys):
+def test_installed_data_sets(name, sizes, boxes, capsys):
     root = Path(REAL_DATA or "none")
     if not downloads.is_ready(name, root):
         pytest.skip(f"CVLAB_DATA has no VOC/{name}")

@@ -1,4 +1,4 @@
-"""The everyday set: a teacher's labels beside real ones, what it is sure of and what it half suspects."""
+"""The everyday data set: pseudo-labels beside real boxes, filtered by captions."""
 
 import json
 
@@ -38,7 +38,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_sure_of(root):
+def test_low_confidence_labels_are_in_train_only(root):
     found = everyday.load(root)
     dog, person, banana = (everyday.CLASSES.index(name) for name in ("dog", "person", "banana"))
     first = found.splits["train"][0]
@@ -51,13 +51,13 @@ def test_training_has_what_the_teacher_suspects_and_the_other_splits_what_it_is_
     assert fruit.confidence.tolist() == pytest.approx([1.0, 0.6])
 
 
-def test_there_are_few_fruit_photos_so_they_stand_in_training_several_times(root):
+def test_fruit_photos_are_repeated_in_train(root):
     found = everyday.load(root)
     assert len(found.splits["train"]) == 2 + everyday.FRUIT_REPEATS
     assert len(found.splits["val"]) == 3
 
 
-def test_a_photo_without_labels_is_named(root):
+def test_a_photo_without_labels_is_rejected(root):
     path = root / everyday.FOLDER / "boxes.json"
     labels = json.loads(path.read_text())
     del labels[f"{everyday.FLICKR}/Images/dev1.webp"]
@@ -74,13 +74,13 @@ class TestFilterPseudoLabels:
     )
     PERSON = PseudoLabel("person", 0.2, 0, 0, 9, 9)
 
-    def test_two_sentences_make_an_animal_certain_and_what_it_is(self):
+    def test_two_captions_correct_the_class_of_animals(self):
         rows = [*self.BOXES, PseudoLabel("bird", 0.12, 20, 20, 30, 30), self.PERSON]
         found, is_whole = everyday.filter_pseudo_labels(rows, ["Two dogs run .", "A puppy", "Grass"], 0.1)
         assert is_whole
         assert found == [self.PERSON, PseudoLabel("dog", 1.0, 0, 0, 10, 10), PseudoLabel("dog", 1.0, 20, 20, 30, 30)]
 
-    def test_persons_are_certain_where_two_sentences_name_people(self):
+    def test_two_captions_confirm_persons(self):
         person, faint = PseudoLabel("person", 0.3, 0, 0, 9, 9), PseudoLabel("person", 0.2, 20, 0, 29, 9)
         found, is_whole = everyday.filter_pseudo_labels(
             [person, faint], ["A man jumps .", "Two kids play", "Water ."], 0.05
@@ -89,17 +89,17 @@ class TestFilterPseudoLabels:
         assert found == [PseudoLabel("person", 1.0, 0, 0, 9, 9), faint]
         assert everyday.filter_pseudo_labels([person, faint], ["A man jumps .", "Water ."], 0.05)[0] == [person, faint]
 
-    def test_what_people_name_and_the_teacher_does_not_see_is_missing(self):
+    def test_labels_without_a_named_animal_are_incomplete(self):
         found, is_whole = everyday.filter_pseudo_labels([self.PERSON], ["A dog .", "A dog"], 0.1)
         assert found == [self.PERSON]
         assert not is_whole
 
-    def test_where_nobody_names_an_animal_the_teacher_has_to_be_sure(self):
+    def test_without_a_named_animal_only_confident_ones_stay(self):
         rows = [PseudoLabel("dog", 0.4, 0, 0, 9, 9), PseudoLabel("dog", 0.5, 0, 0, 9, 9)]
         assert everyday.filter_pseudo_labels(rows, ["A man ."] * 5, 0.1) == (rows[1:], True)
         assert everyday.filter_pseudo_labels(rows, ["A man .", "A dog ."], 0.1) == (rows, True)
 
-    def test_several_kinds_stay_as_the_teacher_has_them(self):
+    def test_several_named_animals_keep_the_teacher_s_labels(self):
         found, is_whole = everyday.filter_pseudo_labels(list(self.BOXES), ["A dog and a cat"] * 2, 0.1)
         assert found == list(self.BOXES[:2])
         assert not is_whole

@@ -1,4 +1,4 @@
-"""The built-in pictures with boxes: the same for the same seed, boxes tight, kept whole and checked."""
+"""The built-in scenes: a pure function of the seed, tight boxes, generated once and verified."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_drawing_is_a_pure_function_of_seed_and_number(drawn):
     assert not torch.equal(generator.generate_scene(10, 7).image, again.image)
 
 
-def test_what_is_in_the_pictures(drawn):
+def test_contents_of_the_images(drawn):
     things = [thing for scene in drawn for thing in scene.objects]
     assert {thing.shape for thing in things} == set(SHAPES)
     assert {thing.color for thing in things} == set(COLORS)
@@ -60,7 +60,7 @@ def test_what_is_in_the_pictures(drawn):
     assert 4 <= empty <= 20
 
 
-def test_boxes_overlap_little_and_nothing_is_hidden(drawn):
+def test_boxes_overlap_little_and_no_object_is_hidden(drawn):
     for scene in drawn:
         boxes = [thing.box_xyxy for thing in scene.objects]
         for k, box in enumerate(boxes):
@@ -81,7 +81,7 @@ def test_boxes_are_tight(drawn):
         assert thing.box_xyxy == tuple(float(edge) for edge in expected)
 
 
-def test_things_are_seen(drawn):
+def test_objects_are_visible(drawn):
     """Inside each box many pixels have about the colour that the words say, and differ from the ground."""
     for scene in drawn:
         picture = scene.image.float() / 255
@@ -95,7 +95,7 @@ def test_things_are_seen(drawn):
             assert alike.float().mean() > 0.1, thing
 
 
-def test_words():
+def test_attributes():
     def words(*box):
         return generator.SceneObject("star", "red", box, (0, 0), 0.1, 0.0).attributes
 
@@ -106,7 +106,7 @@ def test_words():
     assert words(0, 100, 20, 124)[3] == "middle left"
 
 
-def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
+def test_the_data_set_is_generated_once_and_verified(tmp_path, few, capsys):
     assert scenes.SET.check(tmp_path) == "built in, generated at first use"
     found = dataset.load("scenes", tmp_path)
     assert "generating scenes" in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_the_set_is_kept_and_checked(tmp_path, few, capsys):
             assert torch.equal(item.boxes_xyxy, again.splits[split][number].boxes_xyxy)
 
 
-def test_it_is_in_vocs_layout(tmp_path, few):
+def test_it_has_voc_s_layout(tmp_path, few):
     scenes.SET.write(tmp_path)
     assert voc.matches(tmp_path)
     found = dataset.load("boxes", tmp_path, str(tmp_path))
@@ -137,7 +137,7 @@ def test_it_is_in_vocs_layout(tmp_path, few):
 
 
 @pytest.mark.parametrize("name", ["JPEGImages/train_0003.png", "Annotations/test_0001.xml", "scenes.json"])
-def test_damage_is_found(tmp_path, few, name):
+def test_damage_is_detected(tmp_path, few, name):
     scenes.SET.folder(tmp_path)
     path = tmp_path / scenes.SET.folder_name / name
     raw = path.read_bytes()
@@ -152,7 +152,7 @@ def test_damage_is_found(tmp_path, few, name):
     assert len(dataset.load("scenes", tmp_path).splits["train"]) == 8, "a folder without checksums is made again"
 
 
-def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, few):
+def test_without_a_writable_folder_a_temporary_one_is_used(tmp_path, few):
     (tmp_path / "file").touch()
     one, two = dataset.load("scenes", tmp_path / "file"), dataset.load("scenes", tmp_path / "file")
     path = one.splits["test"][0].path
@@ -164,7 +164,7 @@ def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, few):
     assert not path.exists()
 
 
-def test_two_that_generate_at_once(tmp_path, few, monkeypatch):
+def test_concurrent_generation(tmp_path, few, monkeypatch):
     """The slower one finds the set in its place, and uses it."""
     original = scenes.SET.write
 

@@ -9,7 +9,7 @@ from cvlab.errors import DataError
 from tests.experiments.detection.data.box_files import BOXES, SIZE, VOC_XML, load, of, voc_set, write
 
 
-def test_what_is_written_as_voc_is_read_back(tmp_path):
+def test_round_trip(tmp_path):
     found = load(voc_set(tmp_path))
     assert found.classes == ("cat", "dog")
     assert found.name == "boxes"
@@ -24,7 +24,7 @@ def test_what_is_written_as_voc_is_read_back(tmp_path):
     assert {split: len(items) for split, items in found.splits.items()} == {"train": 1, "val": 1, "test": 1}
 
 
-def test_pixels_of_voc_count_from_one_and_the_last_one_is_inside(tmp_path):
+def test_pixels_count_from_one_and_the_last_one_is_inclusive(tmp_path):
     voc_set(tmp_path, lists=False)
     edges = "<xmin>1</xmin><ymin>3</ymin><xmax>2</xmax><ymax>40</ymax>"
     write(
@@ -34,7 +34,7 @@ def test_pixels_of_voc_count_from_one_and_the_last_one_is_inside(tmp_path):
     assert of(load(tmp_path), "a").boxes_xyxy.tolist() == [[0, 2, 2, 40]]
 
 
-def test_other_forms_of_voc(tmp_path):
+def test_layouts(tmp_path):
     beside = tmp_path / "beside"
     for split in ("train", "valid", "test"):
         voc_set(tmp_path / "made" / split, lists=False)
@@ -60,7 +60,7 @@ BROKEN_XML = [
 
 
 @pytest.mark.parametrize(("text", "message"), BROKEN_XML)
-def test_broken_xml_is_refused_with_its_file_and_line(tmp_path, text, message):
+def test_broken_xml_is_rejected_with_its_file_and_line(tmp_path, text, message):
     write(voc_set(tmp_path) / "Annotations/a.xml", text)
     with pytest.raises(DataError, match=message):
         load(tmp_path)
@@ -78,7 +78,7 @@ BROKEN_OBJECTS = [
 
 
 @pytest.mark.parametrize(("old", "new", "message"), BROKEN_OBJECTS)
-def test_a_broken_object_is_refused_with_its_line_number_and_key(tmp_path, old, new, message):
+def test_a_broken_object_is_rejected_with_its_line_and_key(tmp_path, old, new, message):
     write(voc_set(tmp_path) / "Annotations/a.xml", VOC_XML)
     assert of(load(tmp_path), "a").boxes_xyxy.tolist() == [[4, 4, 9, 9]]
     write(tmp_path / "Annotations/a.xml", VOC_XML.replace(old, new))
@@ -86,7 +86,7 @@ def test_a_broken_object_is_refused_with_its_line_number_and_key(tmp_path, old, 
         load(tmp_path)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_files(tmp_path):
     folder = voc_set(tmp_path)
     (folder / "JPEGImages/b.jpg").rename(tmp_path / "b")
     with pytest.raises(DataError, match=r"train.txt:2: .*JPEGImages has no photo b;"):

@@ -10,7 +10,7 @@ from cvlab.experiments.detection.data import writers
 from tests.experiments.detection.data.box_files import BOXES, SIZE, load, of, write, yolo_set
 
 
-def test_what_is_written_as_yolo_is_read_back(tmp_path):
+def test_round_trip(tmp_path):
     found = load(yolo_set(tmp_path))
     assert found.classes == ("dog", "cat")
     assert [len(items) for items in found.splits.values()] == [2, 1, 1]
@@ -23,7 +23,7 @@ def test_what_is_written_as_yolo_is_read_back(tmp_path):
     assert without.difficult.dtype == torch.bool
 
 
-def test_other_forms_of_yolo(tmp_path):
+def test_layouts(tmp_path):
     yolo_set(tmp_path / "one")
     for split, called in (("train", "train"), ("val", "valid"), ("test", "test")):
         for kind in ("images", "labels"):
@@ -54,13 +54,13 @@ def test_other_forms_of_yolo(tmp_path):
         ("0 0.5 1.5 0.5 0.5", r"a.txt:2: the box .* lies outside the photo of 60 x 40"),
     ],
 )
-def test_broken_yolo(tmp_path, line, message):
+def test_broken_lines(tmp_path, line, message):
     write(yolo_set(tmp_path) / "labels/train/a.txt", f"0 0.5 0.5 0.5 0.5\n{line}\n")
     with pytest.raises(DataError, match=message):
         load(tmp_path)
 
 
-def test_broken_yolo_folders(tmp_path):
+def test_broken_folders(tmp_path):
     write(yolo_set(tmp_path) / "data.yaml", "names: 3\n")
     with pytest.raises(DataError, match=r"data.yaml:1:1: names is no list"):
         load(tmp_path)

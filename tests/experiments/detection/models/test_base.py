@@ -1,11 +1,11 @@
-"""Targets of a batch, padded."""
+"""Padded targets of a batch."""
 
 import torch
 
 from cvlab.experiments.detection.models.base import collate_targets
 
 
-def test_padding():
+def test_collate_targets():
     made = collate_targets(
         [torch.ones(2, 4), torch.zeros(0, 4)], [torch.tensor([1, 0]), torch.tensor([], dtype=torch.int64)]
     )

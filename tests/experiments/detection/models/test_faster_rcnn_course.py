@@ -1,4 +1,4 @@
-"""The course's two-stage detector: what it matches, its losses, its regions."""
+"""The course's two-stage detector: matched anchors, losses against a loop, proposals."""
 
 import torch
 
@@ -23,7 +23,7 @@ def targets(*pictures):
 ONE = (torch.tensor([[32.0, 64, 96, 160]]), torch.tensor([2]))  # 2 x 3 cells, from (1, 2): an anchor fits it nearly
 
 
-def test_what_holds_something_is_what_overlaps_and_the_rest_is_far():
+def test_match_anchors_by_iou():
     net, maps = net_and_map()
     found = net(maps)
     assert found.objectness_logits.shape == (2, 441, 2)
@@ -39,7 +39,7 @@ def test_what_holds_something_is_what_overlaps_and_the_rest_is_far():
     assert bool(is_negative[1].all())
 
 
-def test_channels_are_scores_then_offsets_anchor_by_anchor():
+def test_channels_are_logits_then_deltas_anchor_by_anchor():
     net, maps = net_and_map(1)
     raw = net.rpn_predictor(net.rpn_conv(maps[0]))[0]  # (54, 7, 7)
     found = net(maps)
@@ -49,7 +49,7 @@ def test_channels_are_scores_then_offsets_anchor_by_anchor():
     torch.testing.assert_close(found.deltas[0, place], raw[18 + 4 * anchor : 22 + 4 * anchor, row, column])
 
 
-def test_losses_equal_a_loop_and_are_finite_without_objects():
+def test_losses_equal_the_loop_and_are_finite_without_objects():
     net, maps = net_and_map()
     found = net(maps)
     some = targets(ONE, NONE)
@@ -77,7 +77,7 @@ def test_losses_equal_a_loop_and_are_finite_without_objects():
     assert nothing["loss"].item() == 0
 
 
-def test_it_learns_a_picture_and_finds_it():
+def test_overfits_an_image():
     net, maps = net_and_map(1)
     wanted = (torch.tensor([[32.0, 64, 96, 160], [100, 10, 200, 120]]), torch.tensor([2, 0]))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)

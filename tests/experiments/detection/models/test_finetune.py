@@ -1,4 +1,4 @@
-"""A detector that brings the last layers of its backbone along: what it makes of the finest map, and what learns."""
+"""Fine-tuning: copied backbone stages, which of their parameters are trained, and when."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def made():
     return detector_registry.build(ABOUT, CPU)
 
 
-def test_it_makes_of_the_finest_map_what_the_backbone_makes(made):
+def test_stages_compute_the_backbone_s_feature_maps(made):
     photos = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         everything = [made.all_features.batch(photos)[name] for name in made.all_features.names]
@@ -35,7 +35,7 @@ def test_it_makes_of_the_finest_map_what_the_backbone_makes(made):
         torch.testing.assert_close(made.head([everything[0]])[1], made.head(everything)[1], rtol=1e-3, atol=1e-2)
 
 
-def test_pointwise_filters_learn_and_the_backbone_of_others_does_not(made):
+def test_only_pointwise_filters_are_trained_and_the_backbone_is_not_shared(made):
     learning = {name for name, p in made.head.stages.named_parameters() if p.requires_grad}
     depthwise = {
         f"{name}.weight" for name, m in made.head.stages.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1
@@ -47,7 +47,7 @@ def test_pointwise_filters_learn_and_the_backbone_of_others_does_not(made):
     assert not backbone & set(made.head.parameters())
 
 
-def test_its_normalisations_stay_in_evaluation():
+def test_batch_norms_stay_in_evaluation_mode():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1))
     tuned = FineTunedDetector(nn.BatchNorm2d(4), net, ["0", "1", "2"]).train()
     assert tuned.head.training
@@ -58,7 +58,7 @@ def test_its_normalisations_stay_in_evaluation():
 
 
 @pytest.mark.parametrize("names", [["0"], ["0", "1.0"]])
-def test_layers_that_cannot_be_run_on_their_own_are_refused(names):
+def test_layers_outside_of_one_sequence_are_rejected(names):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1)))
     with pytest.raises(ConfigError) as error:
         FineTunedDetector(nn.Identity(), net, names)
@@ -89,7 +89,7 @@ class TestTraining:
         first = [next(value for value in values if value is not None) for values in losses]
         assert first[0] == first[1]  # the first epoch is the same with and without
 
-    def test_what_cannot_be_tuned_is_refused(self, cvlab):
+    def test_impossible_fine_tuning_is_rejected(self, cvlab):
         for words, says in (
             (("finetune_epochs=3", "duration={epochs: 2}"), "finetune_epochs 3"),
             (("finetune_epochs=1", "duration={seconds: 9}"), "in seconds"),

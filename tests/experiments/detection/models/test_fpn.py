@@ -1,4 +1,4 @@
-"""The pyramid's shapes, and that what is shared by its maps does in evaluation what it does in training."""
+"""The feature pyramid: shapes, shared filters, and batch norms that do the same in training and evaluation."""
 
 import torch
 
@@ -11,7 +11,7 @@ def test_shapes():
     assert [tuple(m.shape) for m in mixed] == [(2, 5, 8, 8), (2, 5, 4, 4), (2, 5, 2, 2)]
 
 
-def test_a_tower_gives_in_evaluation_what_it_gives_in_training():
+def test_a_tower_computes_the_same_in_evaluation_as_in_training():
     """Maps of several resolutions differ in their statistics: one normalisation for all of them would fit none."""
     torch.manual_seed(0)
     tower = Tower(6, 3, num_levels=3, depth=2)
@@ -24,7 +24,7 @@ def test_a_tower_gives_in_evaluation_what_it_gives_in_training():
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
 
 
-def test_its_filters_are_shared_and_its_normalisations_are_not():
+def test_levels_share_filters_but_not_batch_norms():
     tower = Tower(6, 3, num_levels=3, depth=2)
     convolutions = [m for m in tower.modules() if isinstance(m, torch.nn.Conv2d)]
     norms = [m for m in tower.modules() if isinstance(m, torch.nn.BatchNorm2d)]

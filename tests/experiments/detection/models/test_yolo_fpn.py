@@ -26,7 +26,7 @@ class TestYoloFpn:
         assert bool(torch.isfinite(losses["loss"]))
         assert losses["box_loss"].item() == 0
 
-    def test_what_is_right_costs_little_and_is_found(self):
+    def test_perfect_outputs_have_a_small_loss_and_give_the_ground_truth(self):
         net = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
         _, _, points = net(maps)
@@ -44,7 +44,7 @@ class TestYoloFpn:
         assert found.boxes_xyxy.tolist() == wanted.tolist()
         assert found.labels.tolist() == [2]
 
-    def test_a_teacher_s_doubt_is_learned(self):
+    def test_the_score_approaches_the_confidence_of_the_label(self):
         net = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
         wanted, label = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])

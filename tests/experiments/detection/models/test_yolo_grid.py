@@ -1,4 +1,4 @@
-"""The course's one-stage detector: decoding and losses against slow twins, what is put in perfectly comes out."""
+"""The course's one-stage detector: decoding and losses against slow references, detections of perfect outputs."""
 
 import math
 
@@ -102,12 +102,12 @@ class TestHead:
             torch.testing.assert_close(found.offsets[1, place], torch.cat([four[:2].sigmoid() - 0.5, four[2:]]))
         torch.testing.assert_close(found.class_logits, raw[:, 5 * A :])
 
-    def test_anchors_follow_the_module_and_are_no_weights(self):
+    def test_anchor_shapes_are_a_buffer_outside_of_the_state_dict(self):
         net = make()
         assert "shapes" not in net.state_dict()
         assert net.double().shapes.dtype == torch.float64
 
-    def test_decoding_is_the_loop_and_does_not_overflow(self):
+    def test_decode_equals_the_loop_and_does_not_overflow(self):
         net = make()
         found = raw_found(net, 2, 2, 3)
         decoded = yolo_grid.boxes.cxcywh_to_xyxy(yolo_grid.decode(found.offsets, net.anchors(found)))
@@ -123,7 +123,7 @@ class TestLosses:
         return collate_targets([TRUE, few, torch.zeros(0, 4)], [NAMES, torch.tensor([1]), torch.zeros(0).long()])
 
     @pytest.mark.parametrize("faithful", [True, False])
-    def test_are_the_loop(self, faithful):
+    def test_losses_equal_the_loop(self, faithful):
         net, targets = make(faithful), self.targets()
         found = raw_found(net, 3, 7, 7)
         positives, is_negative = net.match_anchors(found, targets)
@@ -149,7 +149,7 @@ class TestLosses:
             overlaps = [slow_iou(slow_box([0, 0, 0, 0], place, 7, 7), box) for box in boxes]
             assert bool(is_negative[0, place]) == (max(overlaps) < 0.2 and place not in answering)
 
-    def test_what_answers_for_a_thin_box_is_no_negative(self):
+    def test_the_positive_anchor_of_a_thin_box_is_not_negative(self):
         net = make()
         found = raw_found(net, 1, 7, 7)
         positives, is_negative = net.match_anchors(
@@ -158,7 +158,7 @@ class TestLosses:
         assert len(positives.anchor) == 1
         assert not bool(is_negative[0, positives.anchor])
 
-    def test_drawn_without_replacement_from_the_generator_of_checkpoints(self):
+    def test_negatives_are_sampled_without_replacement_from_the_global_generator(self):
         torch.manual_seed(1)
         first = yolo_grid.sample_indices(50, 40)
         torch.manual_seed(1)
@@ -168,7 +168,7 @@ class TestLosses:
         assert len(yolo_grid.sample_indices(3, 9)) == 3
 
     @pytest.mark.parametrize("faithful", [True, False])
-    def test_gradients_reach_every_weight(self, faithful):
+    def test_every_weight_has_a_gradient(self, faithful):
         net = make(faithful)
         net.losses(raw_found(net, 3, 7, 7), self.targets(), 224)["loss"].backward()
         for parameter in net.parameters():
@@ -184,7 +184,7 @@ class TestLosses:
         assert losses["loss"].item() == 0
         assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in net.parameters())
 
-    def test_two_objects_of_one_anchor(self):
+    def test_two_objects_with_the_same_anchor(self):
         net = make()
         found = raw_found(net, 1, 7, 7)
         twins = collate_targets([TRUE[:1].repeat(2, 1)], [torch.tensor([0, 1])])
@@ -207,7 +207,7 @@ class TestDetections:
         return found
 
     @pytest.mark.parametrize("faithful", [True, False])
-    def test_what_is_put_in_comes_out(self, faithful):
+    def test_perfect_outputs_give_the_ground_truth(self, faithful):
         net = make(faithful)
         (result,) = net.postprocess(self.perfect(net), 224, 0.5, 0.5, 10)
         order = [1, 2, 0]  # by confidence
@@ -215,7 +215,7 @@ class TestDetections:
         assert result.labels.tolist() == NAMES[order].tolist()
         torch.testing.assert_close(result.scores, torch.tensor([0.9, 0.8, 0.7]), atol=1e-4, rtol=0)
 
-    def test_such_an_output_costs_only_its_confidence(self):
+    def test_only_the_confidence_loss_of_perfect_outputs_is_large(self):
         net = make()
         targets = collate_targets([TRUE], [NAMES])
         losses = net.losses(self.perfect(net), targets, 224)
@@ -236,7 +236,7 @@ class TestDetections:
         torch.testing.assert_close(product.scores, plain.scores / 3)
         assert len(make(faithful=False).postprocess(flat, 224, 0.5, 0.5, 10)[0].scores) == 0
 
-    def test_sorted_inside_the_picture_and_without_doubles(self):
+    def test_detections_are_sorted_clipped_and_without_duplicates(self):
         net = make()
         for result in net.postprocess(raw_found(net, 2, 7, 7), 224, 0.2, 0.4, 30):
             assert 0 < len(result.scores) <= 30
@@ -247,7 +247,7 @@ class TestDetections:
             for k, (box, label) in enumerate(listed):
                 assert all(slow_iou(box, other) <= 0.4 + 1e-5 for other, name in listed[:k] if name == label)
 
-    def test_nothing_is_sure_enough(self):
+    def test_no_score_above_the_threshold(self):
         net = make()
         (result,) = net.postprocess(raw_found(net, 1, 2, 2), 64, 1.0, 0.5, 10)
         assert result.boxes_xyxy.shape == (0, 4)
@@ -270,7 +270,7 @@ def few(tmp_path):
     return folder
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_weights(stopped_and_resumed, few):
+def test_an_interrupted_run_ends_with_the_same_weights(stopped_and_resumed, few):
     """Dropout and the negatives are drawn anew in every step."""
     words = ("yolo_overfit", f"data={{name: boxes, path: {few}}}", "size=64", "batch_size=2", "duration={steps: 4}")
     words += ("expect=[]", "threads=1", "save_seconds=0", "log_every=1", "eval_every=1000")

@@ -1,4 +1,4 @@
-"""YOLOv3-tiny: darknet's file against a slow twin, boxes and letterboxes against loops, real photos where there are."""
+"""YOLOv3-tiny: darknet's file against a slow reference, boxes and letterboxes against loops, real photos if present."""
 
 import csv
 import hashlib
@@ -100,10 +100,10 @@ def twin(arrays, x):
 
 
 class TestFile:
-    def test_has_the_size_of_the_real_one(self, file):
+    def test_has_the_size_of_the_published_file(self, file):
         assert file.stat().st_size == BYTES == weights.PINNED_FILES["yolov3_tiny"].size
 
-    def test_every_number_comes_to_its_place(self, arrays, file):
+    def test_arrays_are_read_in_order(self, arrays, file):
         found = darknet.read_darknet(file, yolov3_tiny.CONVS)
         given = [part for parts in arrays for part in parts]
         assert len(found) == len(given)
@@ -116,7 +116,7 @@ class TestFile:
         assert np.array_equal(found["conv22.weight"].numpy(), arrays[-1][1])
 
     @pytest.mark.parametrize("size", [0, 7, 12, 20, BYTES - 4, BYTES - 1, BYTES + 1, BYTES + 4])
-    def test_another_size_is_refused_with_both_numbers(self, file, tmp_path, size):
+    def test_a_file_of_another_size_is_rejected_with_both_sizes(self, file, tmp_path, size):
         content = file.read_bytes()
         (tmp_path / "w.weights").write_bytes(content[:size] + b"x" * (size - len(content)))
         with pytest.raises(DataError) as refused:
@@ -128,7 +128,7 @@ class TestFile:
         assert "cvlab models fetch yolov3_tiny" in message
         assert refused.value.code == 4
 
-    def test_what_is_not_there(self, tmp_path, monkeypatch):
+    def test_missing_weights(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CVLAB_DATA", str(tmp_path))
         with pytest.raises(DataError, match=r"not on the disk; `cvlab models fetch yolov3_tiny` gets them"):
             yolov3_tiny.build()
@@ -138,7 +138,7 @@ class TestFile:
             yolov3_tiny.build(str(tmp_path))
 
     @pytest.mark.parametrize(("place", "value", "text"), [(1, math.nan, "not finite"), (3, -9.0, "negative")])
-    def test_numbers_that_cannot_be(self, arrays, tmp_path, place, value, text):
+    def test_impossible_numbers_are_rejected(self, arrays, tmp_path, place, value, text):
         first = [part.copy() for part in arrays[0]]
         first[place][0] = value
         (tmp_path / "w.weights").write_bytes(raw([first, *arrays[1:]]))
@@ -148,19 +148,19 @@ class TestFile:
 
 class TestNet:
     @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (2, 3, 96, 32)])
-    def test_maps_are_those_of_the_slow_twin(self, net, arrays, shape):
+    def test_maps_equal_the_reference(self, net, arrays, shape):
         x = torch.rand(shape)
         for found, wanted in zip(net(x), twin(arrays, x), strict=True):
             assert wanted.std() > 0.1
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
-    def test_is_frozen_and_laid_out_for_speed(self, net):
+    def test_is_frozen_and_channels_last(self, net):
         assert not net.training
         assert not any(p.requires_grad for p in net.parameters())
         assert net.conv12.weight.is_contiguous(memory_format=torch.channels_last)
         assert sum(p.numel() for p in net.parameters()) == 8_858_734 - 3 * 3_184  # three of four vectors go
 
-    def test_photos_stay_as_they_are(self, net):
+    def test_images_are_not_modified(self, net):
         x = torch.rand(1, 3, 32, 32)
         before = x.clone()
         net(x)
@@ -191,7 +191,7 @@ def sigmoid(t):
 
 class TestDetect:
     @pytest.mark.parametrize("floor", [0.2, 0.3, 0.999])
-    def test_boxes_are_those_of_the_loops(self, net, floor):
+    def test_boxes_equal_the_loops(self, net, floor):
         images = torch.rand(2, 3, 64, 64)
         maps = net(images)
         found = yolov3_tiny.detect(net, images, floor)
@@ -215,13 +215,13 @@ class TestDetect:
         assert torch.equal(boxes[0], boxes[1])
         assert scores.tolist() == pytest.approx([1, 1])
 
-    def test_a_wild_size_stays_finite(self):
+    def test_huge_outputs_stay_finite(self):
         raw_map = torch.full((1, 255, 1, 1), 1e4)
         boxes, objectness, _ = yolov3_tiny.decode(raw_map, 32, (3, 4, 5))
         assert torch.isfinite(boxes).all()
         assert objectness.tolist() == [[1.0] * 3]
 
-    def test_half_precision_finds_about_the_same(self, net):
+    def test_bfloat16_detects_about_the_same(self, net):
         images = torch.rand(1, 3, 64, 64)
         with torch.autocast("cpu", torch.bfloat16):
             ((_, scores, _),) = yolov3_tiny.detect(net, images, 0.0)
@@ -231,7 +231,7 @@ class TestDetect:
         assert 0 < (scores - wanted).abs().max() < 0.1
 
     @pytest.mark.parametrize(("size", "near"), [(400, 384), (0, 32), (33, 32)])
-    def test_sizes_that_do_not_fit(self, net, size, near):
+    def test_invalid_sizes_are_rejected(self, net, size, near):
         with pytest.raises(ConfigError, match=f"{size} pixels is not a multiple of 32; {near} is the nearest"):
             yolov3_tiny.letterbox(Image.new("RGB", (50, 40)), size)
         with pytest.raises(ConfigError, match="multiple of 32"):
@@ -263,7 +263,7 @@ class TestLetterbox:
             assert side == max(1, length * size // max(sides))
 
     @pytest.mark.parametrize("sides", [(300, 200), (217, 300), (90, 160)])
-    def test_things_lie_where_their_boxes_are(self, sides):
+    def test_letterboxed_objects_lie_in_their_boxes(self, sides):
         box = torch.tensor([[20.0, 30.0, 70.0, 80.0]])
         photo = Image.new("RGB", sides)
         photo.paste((255, 255, 255), (20, 30, 70, 80))
@@ -303,7 +303,7 @@ class TestFetch:
         at("https://localhost:1")
         return content, at, tmp_path / "data" / "weights" / "yolov3-tiny.weights"
 
-    def test_gets_the_published_file(self, pinned):
+    def test_downloads_the_published_file(self, pinned):
         content, at, target = pinned
         with server(lambda handler: send(handler, content)) as (url, requests):
             at(url)
@@ -312,7 +312,7 @@ class TestFetch:
             assert len(requests) == 1
         assert target.read_bytes() == content
 
-    def test_refuses_another_file(self, pinned, tmp_path):
+    def test_rejects_another_file(self, pinned, tmp_path):
         content, at, target = pinned
         bad = content[:-1] + b"!"
         with server(lambda handler: send(handler, bad)) as (url, _):
@@ -330,7 +330,7 @@ class TestFetch:
             weights.fetch("yolov3_tiny")
         assert target.read_bytes() == bad
 
-    def test_takes_a_file_that_is_there(self, pinned, tmp_path, cvlab):
+    def test_installs_a_local_file(self, pinned, tmp_path, cvlab):
         content, _, target = pinned
         (tmp_path / "mine").write_bytes(content)
         code, out, err = cvlab("models", "fetch", "yolov3_tiny", "--from", tmp_path / "mine")
@@ -390,12 +390,12 @@ class TestRealWeights:
             ("Border collie", "car", (0, 12, 236, 126)),
         ],
     )
-    def test_what_is_in_a_photo(self, real, photo, wanted, box):
+    def test_detections_in_photos(self, real, photo, wanted, box):
         places = [place for name, place in self.found(real, photo) if name == wanted]
         assert len(places) == 1
         assert overlap(places[0], box) > 0.7
 
-    def test_the_names_are_those_of_darknet(self, real):
+    def test_classes_are_those_of_darknet(self, real):
         names = (Path(REAL_DATA) / "weights" / "coco.names").read_text().split("\n")
         assert tuple(names[:80]) == COCO_CLASSES
 

@@ -1,0 +1,64 @@
+"""Views of photos: boxes follow the pixels, and random views are a pure function of their seed."""
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.experiments.detection.data import augment
+from cvlab.ops import boxes
+
+
+def random_boxes(count, seed=0, span=100.0):
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(count, 2, generator=generator, dtype=torch.float64) * span
+    return torch.cat([low, low + 5 + 40 * torch.rand(count, 2, generator=generator, dtype=torch.float64)], 1)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_boxes_are_mapped_back(number):
+    transform = augment.random_view(300, 200, 128, augment.AugmentConfig(), 0, 5, number)
+    found = random_boxes(9)
+    torch.testing.assert_close(transform.inverse_transform_boxes(transform.transform_boxes(found)), found)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (500, 90)])
+@pytest.mark.parametrize("number", range(5))
+def test_rendered_objects_lie_in_their_boxes(size, number):
+    """A white mark on black, drawn by Pillow, lies in the view where its box is said to be."""
+    width, height = size
+    photo = Image.new("RGB", size)
+    box = (width * 0.3, height * 0.35, width * 0.6, height * 0.7)
+    photo.paste((255, 255, 255), tuple(round(v) for v in box))
+    box = torch.tensor([[float(round(v)) for v in box]])
+    transform = augment.random_view(width, height, 160, augment.AugmentConfig(), 1, 2, number)
+    seen, which = transform.visible_boxes(box)
+    shown = (torch.tensor(list(transform.render(photo).convert("L").tobytes())).view(160, 160) > 200).nonzero()
+    if not len(which):
+        assert len(shown) < 0.4 * float(boxes.area(transform.transform_boxes(box)))
+        return
+    corners = torch.cat([shown.amin(0).flip(0), shown.amax(0).flip(0) + 1]).float()
+    assert float((corners - seen[0]).abs().max()) < 2.0
+
+
+def test_the_whole_photo_keeps_its_aspect_ratio():
+    transform = augment.whole_photo(400, 100, 200)
+    assert transform.transform_boxes(torch.tensor([[0.0, 0, 400, 100]])).tolist() == [[0, 75, 200, 125]]
+    assert transform.render(Image.new("RGB", (400, 100), "red")).getpixel((0, 0)) == augment.GRAY
+
+
+def test_views_are_a_pure_function_of_seed_photo_and_number():
+    config = augment.AugmentConfig()
+    one = augment.random_view(300, 200, 128, config, 0, 5, 1)
+    assert one == augment.random_view(300, 200, 128, config, 0, 5, 1)
+    others = [augment.random_view(300, 200, 128, config, *key) for key in ((1, 5, 1), (0, 6, 1), (0, 5, 2))]
+    assert all(one != other for other in others)
+    view = torch.rand(3, 8, 8)
+    assert augment.color_jitter(view, config, 0, 1, 2).equal(augment.color_jitter(view, config, 0, 1, 2))
+    assert not augment.color_jitter(view, config, 0, 1, 2).equal(augment.color_jitter(view, config, 0, 1, 3))
+
+
+def test_a_box_that_is_hardly_visible_is_dropped():
+    transform = augment.ViewTransform(100, 1.0, 1.0, -50.0, 0.0)
+    seen, which = transform.visible_boxes(torch.tensor([[0.0, 0, 60, 40], [40.0, 0, 70, 40], [60.0, 10, 60.5, 11]]))
+    assert which.tolist() == [1]
+    assert seen.tolist() == [[0, 0, 20, 40]]
