@@ -1,9 +1,11 @@
-"""How much memory is free."""
+"""Free memory, and what a forward and a backward pass need of it."""
 
 import contextlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 CGROUPS = (  # files with limit and use, of cgroup version 2 and version 1
     ("memory.max", "memory.current"),
@@ -30,3 +32,43 @@ def free_bytes(device: torch.device, proc: Path = Path("/proc"), cgroup: Path = 
         with contextlib.suppress(OSError, ValueError):  # "max" instead of a number: no limit
             limits.append(int((cgroup / limit_file).read_text()) - int((cgroup / use_file).read_text()))
     return max(0, min(limits)) if limits else None
+
+
+def estimate_activation_bytes(
+    forward: Callable[[Tensor], object],
+    parameters: Iterable[nn.Parameter],
+    height: int,
+    width: int,
+    device: torch.device,
+    probe_px: int = 128,
+) -> float:
+    """Estimate the memory of a forward and a backward pass over an image: what autograd saves, and temporaries.
+
+    Measured on a small image; what is saved grows with the number of pixels.
+
+    Args:
+        forward: from an image (3, H, W) in [0, 1] to anything that holds its graph.
+        parameters: the model's; their memory is not counted.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        device: where the model is.
+        probe_px: height and width of the small image.
+
+    Returns:
+        bytes.
+    """
+    saved: dict[int, int] = {}  # bytes of each storage
+
+    def record(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    image = torch.rand(3, probe_px, probe_px, device=device).requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        output = forward(image)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes = [size for address, size in saved.items() if address not in weights]
+    del output  # only now: freed storage could be used again, and be counted once for two
+    return (sum(sizes) + 3 * max(sizes)) * height * width / probe_px**2

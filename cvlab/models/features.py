@@ -1,5 +1,6 @@
-"""What a net sees on the way: the outputs of named layers, computed no further than the deepest of them."""
+"""Intermediate features of pretrained classifiers, by the names of their modules."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvlab import registry
+from cvlab import _compat, registry
 from cvlab.errors import ConfigError
 from cvlab.models.pretrained import PretrainedClassifier
 
-FALLBACK_STRIDES = (2, 4, 8, 16)  # of the layers that stand for a net which has no row in DEFAULTS
+PROBE_PX = 224
+FALLBACK_STRIDES = (2, 4, 8, 16)  # of the style layers of a model that STYLE_LAYERS does not name
 
 
 @dataclass(frozen=True)
 class StyleLayers:
-    """Layers by name: those whose Gram matrices are the style, and the one that holds the content."""
+    """The layers whose Gram matrices are the style, and the one whose features are the content."""
 
     style: tuple[str, ...]
     content: str
@@ -31,104 +33,108 @@ STYLE_LAYERS = {  # VGG's are the paper's: relu1_1 to relu5_1, relu4_2; SqueezeN
 }
 
 
-class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass
-    pass
-
-
 class FeatureExtractor:
-    """The outputs of layers of a net, by the names of its modules, such as `blocks.3` or `features.7`."""
+    """A classifier cut after the last of the named layers; gives the outputs of all of them.
+
+    The model is traced with torch.fx, so that no layer behind the last named one is computed or exported.
+
+    Attributes:
+        model: the classifier.
+        names: the layers, without duplicates.
+        module: the traced module, which shares the classifier's weights; from normalized images to a dictionary.
+    """
 
     def __init__(self, model: PretrainedClassifier, names: Sequence[str]) -> None:
+        """Trace a classifier.
+
+        Args:
+            model: the classifier. Its activations no longer work in place, which would overwrite a layer's output.
+            names: modules such as `blocks.3` or `features.7`.
+
+        Raises:
+            ConfigError: the model has no such layer, or does not compute it.
+        """
         self.model, self.names = model, tuple(dict.fromkeys(names))
-        known = dict(model.module.model.named_modules())
+        modules = dict(model.module.model.named_modules())
         for name in self.names:
-            if name not in known or not name:
-                raise registry.unknown_name_error("layer", name, [key for key in known if key and key.count(".") < 2])
-        self.modules = [known[name] for name in self.names]
-        for module in model.module.modules():
+            if name not in modules or not name:
+                shown = [key for key in modules if key and key.count(".") < 2]
+                raise registry.unknown_name_error("layer", name, shown)
+        for module in modules.values():
             if getattr(module, "inplace", False):
-                module.inplace = False  # type: ignore[assignment]  # it would change an output that is kept
+                module.inplace = False
+        self.module = _trace(model, self.names)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        """Return the outputs (C, H, W) for a picture (3, H, W) in [0, 1], by layer."""
-        return {name: maps[0] for name, maps in self.batch(picture[None]).items()}
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        """Return the features (C, H, W) of an image (3, H, W) in [0, 1], by layer."""
+        return {name: features[0] for name, features in self.batch(image[None]).items()}
 
-    def batch(self, pictures: Tensor, to_end: bool = False) -> dict[str, Tensor]:
-        """Return the outputs (N, C, H, W) for pictures (N, 3, H, W) in [0, 1], by layer.
+    def batch(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features of a batch.
 
-        The net stops after the last of them, or goes `to_end`: whoever traces it cannot follow the short cut.
-        ConfigError for a layer that gives no such maps, or that the net does not come by.
+        Args:
+            images: (N, 3, H, W) in [0, 1].
+
+        Returns:
+            features (N, C, h, w) by layer.
+
+        Raises:
+            ConfigError: the images are too small for the model, or a layer's output is no feature map.
         """
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                found[name] = output
-                if len(found) == len(self.names) and not to_end:
-                    raise _Enough
-
-            return hook
-
-        handles = [m.register_forward_hook(keep(name)) for name, m in zip(self.names, self.modules, strict=True)]
+        normalized = self.model.module.normalize(images.contiguous(memory_format=torch.channels_last))
         try:
-            self.model.module(pictures.contiguous(memory_format=torch.channels_last))
-        except _Enough:
-            pass
-        except RuntimeError as error:  # a picture too small to be pooled so often
-            if len(found) == len(self.names) or "size" not in str(error):
+            features: dict[str, Tensor] = self.module(normalized)
+        except RuntimeError as error:
+            if "size" not in str(error):
                 raise
-            side = min(pictures.shape[2:])
+            side = min(images.shape[2:])
             raise ConfigError(f"{side} pixels are too few for {self.model.name}: {error}", "a larger size") from error
-        finally:
-            for handle in handles:
-                handle.remove()
         for name in self.names:
-            if name not in found or not isinstance(found[name], Tensor) or found[name].ndim != 4:
-                raise ConfigError(f"layer {name!r} of {self.model.name} gives no map (N, C, H, W)", "name another one")
-        return found
+            if not isinstance(features[name], Tensor) or features[name].ndim != 4:
+                raise _no_feature_map(self.model, name)
+        return features
 
-    def bytes_for_gradient(self, height: int, width: int) -> float:
-        """Estimate the memory of a forward and a backward pass over a picture: what autograd keeps, and what passes.
 
-        Measured on a small picture; what is kept grows with the pixels.
-        """
-        side = 128
-        kept: dict[int, int] = {}
+def _trace(model: PretrainedClassifier, names: Sequence[str]) -> nn.Module:
+    """Return a model cut after the last of some layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # auxiliary classifiers differ between training and evaluation
+        try:
+            traced: nn.Module = _compat.timm().models.create_feature_extractor(model.module.model, list(names))
+        except ValueError as error:
+            missing = next((name for name in names if f"'{name}'" in str(error)), names[0])
+            raise _no_feature_map(model, missing) from error
+    return traced.eval()
 
-        def note(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                storage = tensor.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        device = self.model.module.scale.device
-        picture = torch.rand(3, side, side, device=device).requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            held = self(picture)
-        weights = {p.untyped_storage().data_ptr() for p in self.model.module.parameters()}
-        sizes = [size for place, size in kept.items() if place not in weights]
-        del held
-        return (sum(sizes) + 3 * max(sizes)) * height * width / side**2
+def _no_feature_map(model: PretrainedClassifier, name: str) -> ConfigError:
+    return ConfigError(f"layer {name!r} of {model.name} gives no map (N, C, H, W)", "name another one")
 
 
 def last_layer_by_stride(model: PretrainedClassifier) -> dict[int, str]:
-    """Return the last layer, of those near the top of the net, for each of its resolutions, by stride."""
-    side = 224
+    """Return the last layer of each stride, among the modules of the two outer levels of a model.
+
+    Args:
+        model: the classifier.
+
+    Returns:
+        names by stride in pixels, ascending.
+    """
     last: dict[int, str] = {}
     handles = []
 
-    def note(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim == 4 and output.shape[0] == 1 and output.shape[2] > 1:
-                last[side // output.shape[2]] = name
+                last[PROBE_PX // output.shape[2]] = name
 
         return hook
 
-    inner = [(name, module) for name, module in model.module.model.named_modules() if name and name.count(".") < 2]
+    outer = [(name, module) for name, module in model.module.model.named_modules() if name and name.count(".") < 2]
     try:
-        handles = [module.register_forward_hook(note(name)) for name, module in inner]
+        handles = [module.register_forward_hook(record(name)) for name, module in outer]
         with torch.inference_mode():
-            model.module(torch.full((1, 3, side, side), 0.5, device=model.module.scale.device))
+            model.module(torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5, device=model.module.scale.device))
     finally:
         for handle in handles:
             handle.remove()
@@ -136,7 +142,17 @@ def last_layer_by_stride(model: PretrainedClassifier) -> dict[int, str]:
 
 
 def default_style_layers(model: PretrainedClassifier) -> StyleLayers:
-    """Return the layers that a net's family is known to paint well with, else the last ones of each resolution."""
+    """Return the style and content layers of a model: those of STYLE_LAYERS, else the last ones of each stride.
+
+    Args:
+        model: the classifier.
+
+    Returns:
+        The layers.
+
+    Raises:
+        ConfigError: the model has no feature maps of several strides.
+    """
     if model.name in STYLE_LAYERS:
         return STYLE_LAYERS[model.name]
     last = last_layer_by_stride(model)

@@ -42,8 +42,12 @@ class NormalizedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the scores (N, classes) of photos (N, 3, H, W) in [0, 1]."""
-        scores: Tensor = self.model(images * self.scale + self.shift)
-        return scores
+        logits: Tensor = self.model(self.normalize(images))
+        return logits
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) in [0, 1] as the model was trained with them."""
+        return images * self.scale + self.shift
 
 
 @dataclass(frozen=True)

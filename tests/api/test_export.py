@@ -38,7 +38,7 @@ def trained(cvlab):
 def net_of(run):
     chosen = loading.load(str(run), ["device=cpu", "precision=float32"]).config
     made = registry.get_experiment(chosen.experiment).export_spec(chosen, run, evaluate.state_of(run, "last"))
-    return made, made.net.eval()
+    return made, made.model.eval()
 
 
 def test_safetensors_have_the_names_of_the_net(cvlab, trained):

@@ -90,8 +90,9 @@ class StyleTransfer:
     def estimate_bytes(self) -> float:
         """Estimate the memory of a step at the finest scale, in bytes."""
         finest = self.scales[-1]
-        features = self.targets.features
-        activations = features.bytes_for_gradient(finest.height, finest.width)
+        activations = memory.estimate_activation_bytes(
+            self.targets.features, self.model.module.parameters(), finest.height, finest.width, self.ctx.device
+        )
         return activations + STATE_BYTES_PER_PIXEL * finest.width * finest.height
 
     def check_memory(self) -> None:

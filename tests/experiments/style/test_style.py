@@ -118,10 +118,14 @@ class TestMemory:
 
     def test_the_estimate_grows_with_the_pixels(self):
         net = pretrained.build()
-        shallow = features.FeatureExtractor(net, ["blocks.0"]).bytes_for_gradient(256, 256)
-        deep = features.FeatureExtractor(net, ["blocks.5"]).bytes_for_gradient(256, 256)
+
+        def estimate(layer, height):
+            extractor, parameters = features.FeatureExtractor(net, [layer]), net.module.parameters()
+            return memory.estimate_activation_bytes(extractor, parameters, height, 256, torch.device("cpu"))
+
+        shallow, deep = estimate("blocks.0", 256), estimate("blocks.5", 256)
         assert 256 * 256 * 100 < shallow < deep
-        assert features.FeatureExtractor(net, ["blocks.5"]).bytes_for_gradient(512, 256) == pytest.approx(2 * deep)
+        assert estimate("blocks.5", 512) == pytest.approx(2 * deep)
 
 
 class TestFeatures:
@@ -140,10 +144,14 @@ class TestFeatures:
     def test_nothing_below_the_deepest_layer_is_computed(self):
         net = pretrained.build()
         calls = []
-        hook = net.module.model.blocks[4].register_forward_hook(lambda m, i, o: calls.append(1))
+        leaves = [module for module in net.module.model.blocks[4].modules() if not list(module.children())]
+        hooks = [module.register_forward_hook(lambda m, i, o: calls.append(1)) for module in leaves]
         features.FeatureExtractor(net, ["blocks.3"])(torch.rand(3, 64, 64))
-        hook.remove()
         assert not calls
+        features.FeatureExtractor(net, ["blocks.5"])(torch.rand(3, 64, 64))
+        assert calls
+        for hook in hooks:
+            hook.remove()
         assert not any(module._forward_hooks for module in net.module.modules())
 
     def test_a_layer_that_is_not_there(self):

@@ -74,7 +74,7 @@ class DetectorGraph(nn.Module):
 
     def forward(self, images: torch.Tensor) -> Any:
         """Return the head's outputs, as plain tensors if it has such."""
-        maps = self.features.batch(images, to_end=True)
+        maps = self.features.batch(images)
         outputs = self.head([maps[name] for name in self.features.names])
         return self.base_head.export_outputs(outputs) if self.output_names else outputs
 
