@@ -1,4 +1,4 @@
-"""What people see while a run goes on: lines, and a progress bar on a terminal. All of it goes to stderr."""
+"""Messages and the progress bar, all on stderr."""
 
 import contextlib
 import errno
@@ -17,19 +17,19 @@ level = NORMAL
 
 
 def set_level(quiet: bool, verbose: bool) -> None:
-    """Choose how much is shown: warnings and errors only, the usual, or more."""
+    """Set how much is shown: warnings and errors only, the default, or more."""
     global level  # noqa: PLW0603 - one terminal, one level
     level = QUIET if quiet else VERBOSE if verbose else NORMAL
 
 
 def info(line: str) -> None:
-    """Show a line, unless quiet was asked for; warnings are shown always."""
+    """Show a line unless the level is quiet; warnings and errors are always shown."""
     if level > QUIET or line.startswith(("warning:", "error:")):
         print(line, file=sys.stderr, flush=True)
 
 
 def debug(line: str) -> None:
-    """Show a line only where more was asked for."""
+    """Show a line if the level is verbose."""
     if level >= VERBOSE:
         info(line)
 
@@ -51,7 +51,7 @@ def format_bytes(count: float) -> str:
 
 
 class Stream:
-    """Standard output or error that outlives its reader: what is written after a pipe or terminal closed is dropped."""
+    """Standard output or error that drops what is written after its pipe or terminal was closed."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -61,36 +61,42 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop."""
+        """Write, or drop the text."""
         with self._dropping():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop."""
+        """Flush, or drop the rest."""
         with self._dropping():
             self.stream.flush()
 
     @contextlib.contextmanager
     def _dropping(self) -> Iterator[None]:
-        """Send the rest nowhere once a write has failed; RunDirError, once, where the disk behind `>` is full."""
+        """Redirect to /dev/null once a write has failed; RunDirError, once, if the disk is full."""
         try:
             yield
         except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())
             os.close(null)
-            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal has gone
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal was closed
                 raise RunDirError(f"{self.stream.name}: {error.strerror}", "free space") from error
 
 
 def ignore_broken_pipe() -> None:
-    """Let `cvlab ... | head` end as it would without the pipe, with the same exit code."""
+    """Let `cvlab ... | head` end as without the pipe, with the same exit code."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
 
 
 class Progress:
-    """A bar on a terminal, a plain line every few seconds elsewhere, nothing where quiet was asked for."""
+    """A progress bar on a terminal, a line every few seconds elsewhere, nothing if the level is quiet.
+
+    Args:
+        label: What is in progress.
+        total: Number of steps.
+        done: Number of steps done at the start.
+    """
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self.label, self.total, self.first = label, total, done
@@ -127,11 +133,11 @@ class Progress:
             self.bar.stop()
 
     def due(self) -> bool:
-        """Whether it is time to show something new; building the text costs something."""
+        """Return whether an update is due, so that its text need not be built each time."""
         return level > QUIET and time.monotonic() - self.shown >= (0.2 if self.bar is not None else PLAIN_EVERY_SECONDS)
 
     def update(self, done: int, text: str) -> None:
-        """Show that `done` of the total is done."""
+        """Show that `done` steps are done, and a text."""
         self.shown = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, total=self.total, completed=done, text=text)

@@ -1,19 +1,28 @@
-"""What can go wrong for a user: one exception class per exit code.
+"""Errors that users can cause or meet: one exception class for each exit code.
 
-Every refusal is one line that says what, where and what to do. Anything else that is raised is a fault of ours
-and ends with exit code 1.
+Each message is one line: what is wrong, where, and what to do. Any other exception is a bug of cvlab and exits with
+code 1.
 """
 
 from typing import Any
 
 
 def _one_line(text: str) -> str:
-    """Join lines: what a library says, or the name of a file, may have several."""
+    """Join lines: messages of libraries and names of files may have several."""
     return " ".join(line.strip() for line in text.splitlines()) if len(text.splitlines()) > 1 else text
 
 
 class CvlabError(Exception):
-    """An error with an exit code, a one-line message and a hint of what to do."""
+    """An error with an exit code.
+
+    Args:
+        message: What is wrong, and where; one line.
+        hint: What to do; one line.
+
+    Attributes:
+        code: The exit code.
+        run: The run directory, if there is one.
+    """
 
     code = 1
 
@@ -22,10 +31,10 @@ class CvlabError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-        self.run: str | None = None  # the run directory, where there is one
+        self.run: str | None = None
 
     def document(self) -> dict[str, Any]:
-        """Return what `--json` prints of the error."""
+        """Return the error as `--json` prints it."""
         run = {"run": self.run} if self.run else {}
         return {"code": self.code, "message": self.message, "hint": self.hint, **run}
 
@@ -34,7 +43,7 @@ class CvlabError(Exception):
 
 
 class ConfigError(CvlabError):
-    """Wrong usage or a wrong configuration; `others` are further errors found in the same reading."""
+    """Wrong usage or an invalid configuration; `others` are further errors of the same configuration."""
 
     code = 2
 
@@ -43,12 +52,12 @@ class ConfigError(CvlabError):
         self.others = others
 
     def document(self) -> dict[str, Any]:
-        """Return what `--json` prints of the error, with all that was found."""
+        """Return the error as `--json` prints it, with the further errors."""
         return super().document() | ({"others": [str(other) for other in self.others]} if self.others else {})
 
 
 class ExpectationError(CvlabError):
-    """The run ended, but an expectation of its configuration was not met."""
+    """The run ended, but an expectation of its configuration failed."""
 
     code = 3
 
@@ -60,31 +69,31 @@ class DataError(CvlabError):
 
 
 class RunDirError(CvlabError):
-    """The run directory or its disk: not found, locked, full, read-only."""
+    """The run directory or its disk is missing, locked, full or read-only."""
 
     code = 5
 
 
 class DivergedError(CvlabError):
-    """A loss or a weight is no longer finite."""
+    """A loss, a metric or a weight is not finite."""
 
     code = 6
 
 
 class CheckpointError(CvlabError):
-    """No valid checkpoint, or one of another model."""
+    """There is no valid checkpoint, or it belongs to another model."""
 
     code = 7
 
 
 class DeviceError(CvlabError):
-    """The device that was asked for is not there."""
+    """The device is not available."""
 
     code = 8
 
 
 class StoppedError(CvlabError):
-    """The run was stopped by a signal, after it had written a checkpoint."""
+    """The run was stopped on request, after it had written a checkpoint."""
 
     def __init__(self, message: str, hint: str, code: int) -> None:
         super().__init__(message, hint)

@@ -26,7 +26,7 @@ from cvlab.experiments.detection.data import dataset as data_dataset
 from cvlab.experiments.detection.models.darknet import ConvSpec, read_darknet
 from cvlab.models import weights
 from cvlab.runs import checkpoint
-from cvlab.storage import archives, zipfiles
+from cvlab.storage import archives
 from tests.experiments.detection.data.box_files import coco_set, voc_set, yolo_set
 
 ODD = (
@@ -188,7 +188,7 @@ KINDS = {  # name -> how it is made, how it is read, cases; a maker returns what
     "tar.gz": (tar_of("gz"), unpacked(archives.extract_tar), 60),
     "tar.xz": (tar_of("xz"), unpacked(archives.extract_tar), 60),
     "tar.bz2": (tar_of("bz2"), unpacked(archives.extract_tar), 60),
-    "zip": (zip_of, unpacked(zipfiles.extract), 100),
+    "zip": (zip_of, unpacked(archives.extract_zip), 100),
     "safetensors": (safetensors, weights.read_state_dict, 100),
     "pth": (pth, weights.read_state_dict, 100),
     "checkpoint": (sealed, checkpoint.load, 100),

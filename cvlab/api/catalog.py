@@ -70,7 +70,7 @@ def fetch(name: str, origin: Path | None) -> Row:
 
     source, root = datasets.get(name), data_root()
     if source.fetch is not None and (origin is not None or not _is_whole(source, root)):
-        if origin is None and not download.allowed():
+        if origin is None and not download.is_online():
             raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
         source.fetch(root, origin, True)
     elif source.is_builtin:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cvlab.api.catalog import Row
 from cvlab.reports import compare as comparing
-from cvlab.runs.records import plain
+from cvlab.runs.records import to_json_value
 from cvlab.storage import atomic
 
 
@@ -19,7 +19,7 @@ def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) ->
     except OSError as error:
         raise atomic.disk_error(folder, error, "name a folder with --out") from error
     atomic.write_text(folder / "compare.csv", comparing.to_csv(comparison))
-    atomic.write_text(folder / "compare.json", json.dumps(plain(comparison), indent=2) + "\n")
+    atomic.write_text(folder / "compare.json", json.dumps(to_json_value(comparison), indent=2) + "\n")
     picture = plots.draw_comparison(runs)
     atomic.write(folder / "compare.png", lambda file: file.write(picture))
     return [str(folder / name) for name in ("compare.csv", "compare.json", "compare.png")]

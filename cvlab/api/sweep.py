@@ -42,7 +42,7 @@ def find_unfinished(loaded: loading.Loaded, root: Path) -> Path | None:
         except Exception:  # an old one's own file may raise anything when it is imported
             continue
         same = _identity(other) == _identity(user_code.rewrite_paths(chosen)) and (path / "arms").is_dir()
-        if same and user_code.same_files(chosen.model_dump(), loaded.base, path):
+        if same and user_code.is_unchanged(chosen.model_dump(), loaded.base, path):
             return path
     return None
 

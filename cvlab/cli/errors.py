@@ -15,9 +15,9 @@ from cvlab.storage import atomic
 USER_OS_ERRORS: dict[int, tuple[type[CvlabError], str]] = {  # what a disk refuses -> the error and its hint
     errno.ENAMETOOLONG: (DataError, "give a shorter name"),
     errno.EACCES: (DataError, "change its permissions, or name another"),
-    errno.ENOSPC: (RunDirError, atomic.ELSEWHERE),
-    errno.EDQUOT: (RunDirError, atomic.ELSEWHERE),
-    errno.EROFS: (RunDirError, atomic.ELSEWHERE),
+    errno.ENOSPC: (RunDirError, atomic.DISK_HINT),
+    errno.EDQUOT: (RunDirError, atomic.DISK_HINT),
+    errno.EROFS: (RunDirError, atomic.DISK_HINT),
     errno.EIO: (RunDirError, "the disk is damaged; choose another folder with --runs-dir"),
 }
 MAX_NAME = 200  # characters of a file's name in a message

@@ -84,9 +84,9 @@ class Output(OptionGroup):
     def show(self, document: Mapping[str, Any], render: Callable[[], None]) -> None:
         """Print one JSON document, or what `render` prints for people."""
         if self.as_json:
-            from cvlab.runs.records import plain
+            from cvlab.runs.records import to_json_value
 
-            print(json.dumps(plain(document), indent=2))
+            print(json.dumps(to_json_value(document), indent=2))
         else:
             render()
 

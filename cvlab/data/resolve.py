@@ -55,7 +55,7 @@ def resolve_dataset(block: Block, policy: DownloadPolicy) -> Block:
 
 def _try_to_fetch(source: datasets.AnySource, policy: DownloadPolicy) -> str | None:
     """Fetch a data set if that is allowed and quick; return why it is missing, or None if it is there now."""
-    if policy.offline or not download.allowed():
+    if policy.offline or not download.is_online():
         return "offline"
     assert source.fetch is not None
     console.info(f"{source.name} is not in {data_root()}, fetching it (--offline does not)")

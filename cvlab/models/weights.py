@@ -142,7 +142,7 @@ def fetch(name: str, origin: Path | None = None) -> Path:
         _install(origin, target)
     elif not target.is_file():
         _require_allowed(name)
-        size, digest = download.published(url)
+        size, digest = download.published_size_and_sha256(url)
         in_name = HASH_IN_NAME.search(url)
         expected = in_name[1] if in_name else digest
         if not expected:
@@ -169,7 +169,7 @@ def _fetch_pinned(name: str, origin: Path | None) -> Path:
 
 
 def _require_allowed(name: str) -> None:
-    if not download.allowed():
+    if not download.is_online():
         raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
 
 
@@ -199,4 +199,4 @@ def _install(origin: Path, target: Path) -> None:
         with origin.open("rb") as file:
             atomic.write(target, lambda out: shutil.copyfileobj(file, out))
     except OSError as error:
-        raise atomic.disk_error(target, error, "free space, or choose another place with CVLAB_DATA") from error
+        raise atomic.disk_error(target, error, "free space, or choose another folder with CVLAB_DATA") from error

@@ -1,9 +1,9 @@
-"""Checkpoints that survive `kill -9`, and that are verified before they are used.
+"""Checkpoints that survive `kill -9` and are verified before they are loaded.
 
-A checkpoint is `checkpoints/step_000001200.pt`: what `torch.save` writes, sealed by a SHA-256 over the whole file in
-the zip's comment, written in durable order. torch itself checks no checksum at all; a zip's own CRC-32 would miss its
-headers and padding. Reading checks the seal, then loads with `weights_only=True`, so that no file can run code. The
-newest is the highest step that verifies, never the latest date.
+A checkpoint is `checkpoints/step_000001200.pt`: what `torch.save` writes, with a SHA-256 of the whole file as a
+checksum footer in the zip's comment, written atomically. torch itself checks no checksum at all; a zip's own CRC-32
+would miss its headers and padding. Reading checks the footer, then loads with `weights_only=True`, so that no file can
+run code. The latest checkpoint is the valid one with the highest step, whatever the dates of the files.
 """
 
 import hashlib
@@ -28,20 +28,20 @@ BEST = "best.pt"
 CHUNK_BYTES = 1024**2
 CHECKSUM_PREFIX = b"cvlab sha256 "
 CHECKSUM_BYTES = len(CHECKSUM_PREFIX) + 64
-MAX_PICKLE_BYTES = 64 * 1024**2  # names, shapes and numbers of a state; the tensors are members of their own
+MAX_PICKLE_BYTES = 64 * 1024**2  # names, shapes and numbers of a state; tensors are separate members of the zip
 
 
 class _ChecksumWriter:
-    """A file that hashes what it writes and ends the zip with its SHA-256 as the archive's comment."""
+    """A file that hashes what is written to it, and ends the zip with the SHA-256 as its comment."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.hash = hashlib.sha256()
-        self.held = b""  # the last two bytes: in the end they are the length of the comment, zero until it is known
+        self.pending = b""  # the last two bytes, not written yet: at the end they are the length of the comment
 
     def write(self, data: bytes) -> int:
-        self._emit(self.held)
-        self.held = bytes(data[-2:])
+        self._emit(self.pending)
+        self.pending = bytes(data[-2:])
         self._emit(data[:-2])
         return len(data)
 
@@ -52,37 +52,46 @@ class _ChecksumWriter:
     def flush(self) -> None:
         self.file.flush()
 
-    def seal(self) -> None:
-        assert self.held == b"\0\0", "a zip without a comment ends with its length, zero"
+    def write_footer(self) -> None:
+        assert self.pending == b"\0\0", "a zip without a comment ends with the length zero"
         self._emit(CHECKSUM_BYTES.to_bytes(2, "little"))
         self.file.write(CHECKSUM_PREFIX + self.hash.hexdigest().encode())
 
 
 def write(path: Path, state: State) -> None:
-    """Write a state durably and sealed."""
+    """Write a state atomically, with its checksum footer."""
 
     def fill(file: BinaryIO) -> None:
-        sealer = _ChecksumWriter(file)
-        torch.save(state, sealer)  # type: ignore[arg-type]
-        sealer.seal()
+        writer = _ChecksumWriter(file)
+        torch.save(state, writer)  # type: ignore[arg-type]
+        writer.write_footer()
 
     atomic.write(path, fill)
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Return the file of the checkpoint after `step` steps."""
+    """Return the path of the checkpoint after `step` steps."""
     return folder / f"step_{step:09d}.pt"
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the steps of which there is a checkpoint file, ascending; the files are not verified."""
+    """Return the steps that have a checkpoint file, ascending; the files are not verified."""
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for path in folder.iterdir() if (match := STEP_FILE.match(path.name)))
 
 
 def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
-    """Write a checkpoint durably, link it as the best if it is, then remove all but the newest two and the best.
+    """Write a checkpoint atomically, then remove all but the latest two and the best.
+
+    Args:
+        folder: The folder of the checkpoints; it is created if missing, but not its parents.
+        step: Number of steps done.
+        state: What to save; `model` holds the weights.
+        is_best: Link it as the best checkpoint.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
         RunDirError: The disk refuses.
@@ -91,7 +100,7 @@ def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
     require_finite(state)
     path = path_of(folder, step)
     try:
-        folder.mkdir(exist_ok=True)  # not its parents: a run directory that was removed is not to come back half
+        folder.mkdir(exist_ok=True)  # not its parents: a run directory that was removed must not reappear in part
         write(path, state)
         if is_best:
             link_best(path)
@@ -104,33 +113,37 @@ def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
 
 
 def link_best(path: Path) -> None:
-    """Make a checkpoint the best one, by a hard link."""
+    """Make a checkpoint the best one by a hard link."""
     temporary = path.parent / f".{BEST}{atomic.TEMPORARY}"
     temporary.unlink(missing_ok=True)
     os.link(path, temporary)
     temporary.replace(path.parent / BEST)
-    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both names are links to one file already
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing if both names are links to the same file already
     atomic.sync_directory(path.parent)
 
 
 def require_finite(state: State) -> None:
-    """Raise DivergedError naming the first weight that is nan or infinite."""
+    """Raise DivergedError with the name of the first weight that is nan or infinite."""
     for name, tensor in state.get("model", {}).items():
-        if tensor.is_floating_point() and tensor.numel() and not math.isfinite(_largest(tensor)):
+        if tensor.is_floating_point() and tensor.numel() and not math.isfinite(_max_abs(tensor)):
             raise DivergedError(f"weight {name} is not finite at step {state.get('step')}", "lower optimizer.lr")
 
 
-def _largest(tensor: torch.Tensor) -> float:
-    """Return max |x|, nan if there is one; two reductions instead of a mask as large as the tensor."""
+def _max_abs(tensor: torch.Tensor) -> float:
+    """Return max |x|, or nan if any value is; two reductions instead of a mask as large as the tensor."""
     low, high = torch.aminmax(tensor.detach())
     return max(abs(float(low)), abs(float(high))) if not low.isnan() else math.nan
 
 
 def load(path: Path) -> State:
-    """Verify and read one checkpoint onto the CPU. CheckpointError says what is wrong with it."""
+    """Verify a checkpoint and load it onto the CPU.
+
+    Raises:
+        CheckpointError: It is damaged, not a checkpoint, or holds more than tensors and plain values.
+    """
     try:
         verify(path)
-        # Explicit, since TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD can only flip the default.
+        # explicit: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD can only change the default
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -144,54 +157,62 @@ def load(path: Path) -> State:
 
 
 def verify(path: Path) -> None:
-    """Check the seal, then that no member is compressed or claims more bytes than the file has."""
+    """Raise CheckpointError unless the checksum footer is right and the zip is plain, see `require_plain`."""
     with path.open("rb") as file:
         body_bytes = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
         file.seek(max(body_bytes, 0))
-        seal = file.read()
+        footer = file.read()
         file.seek(0)
         actual = hashlib.sha256()
         while body_bytes > 0 and (chunk := file.read(min(CHUNK_BYTES, body_bytes))):
             actual.update(chunk)
             body_bytes -= len(chunk)
-    if not seal.startswith(CHECKSUM_PREFIX):
+    if not footer.startswith(CHECKSUM_PREFIX):
         raise CheckpointError(f"{path}: damaged: incomplete, or not a checkpoint of cvlab")
-    if seal != CHECKSUM_PREFIX + actual.hexdigest().encode():
+    if footer != CHECKSUM_PREFIX + actual.hexdigest().encode():
         raise CheckpointError(f"{path}: damaged: its checksum differs")
     require_plain(path)
 
 
 def require_plain(path: Path) -> None:
-    """Refuse a zip whose members are compressed, or claim more bytes than the file has, or whose index is huge."""
+    """Raise CheckpointError if members of a zip are compressed, larger together than the file, or its index is huge."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if (
         any(m.compress_type != zipfile.ZIP_STORED for m in members)
         or sum(m.file_size for m in members) > path.stat().st_size
     ):
-        raise CheckpointError(f"{path}: not a valid checkpoint: compressed or lying members")
+        raise CheckpointError(f"{path}: not a valid checkpoint: compressed members or wrong sizes")
     if any(m.filename.endswith(".pkl") and m.file_size > MAX_PICKLE_BYTES for m in members):
         raise CheckpointError(f"{path}: not a valid checkpoint: its index is too large")
 
 
 def load_latest(folder: Path, report: Callable[[str], None]) -> tuple[Path, State]:
-    """Return the checkpoint with the highest step that verifies, the best one where none of them does.
+    """Return the valid checkpoint with the highest step, or the best one if no other is valid.
 
-    `report` is told of each one that does not. Raises CheckpointError where there is none: never a silent fresh start.
+    Args:
+        folder: The folder of the checkpoints.
+        report: Called with a warning for each invalid checkpoint.
+
+    Returns:
+        Path and state.
+
+    Raises:
+        CheckpointError: No checkpoint is valid; a run never starts over silently.
     """
-    found = [path_of(folder, step) for step in reversed(steps(folder))]
-    found += [folder / BEST] if (folder / BEST).is_file() else []
-    for path in found:
+    candidates = [path_of(folder, step) for step in reversed(steps(folder))]
+    candidates += [folder / BEST] if (folder / BEST).is_file() else []
+    for path in candidates:
         try:
             return path, load(path)
         except CheckpointError as error:
             report(f"warning: {error.message}; trying the one before")
-    reason = "all checkpoints are damaged" if found else "there is no checkpoint"
+    reason = "all checkpoints are damaged" if candidates else "there is no checkpoint"
     raise CheckpointError(f"{folder}: {reason}", "start the run again with `cvlab run` on its config.yaml")
 
 
 def check_complete(missing: list[str], path: Path) -> None:
-    """Raise CheckpointError where pieces of a state are missing."""
+    """Raise CheckpointError if keys of a state are missing."""
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
 
@@ -211,7 +232,7 @@ def check_same_config(state: State, digest: str, fingerprint: State, path: Path,
 
 
 def weights_digest(weights: State) -> str:
-    """Return the SHA-256 of names, shapes, dtypes and bytes of a state_dict: equal only for equal bits."""
+    """Return the SHA-256 of names, shapes, dtypes and bytes of a state_dict: equal only if bit-for-bit identical."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -222,16 +243,16 @@ def weights_digest(weights: State) -> str:
 
 def match_model(model: torch.nn.Module, weights: State, path: Path | str) -> None:
     """Raise CheckpointError unless names, shapes and dtypes of `weights` are those of `model`."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
         parts = [
-            f"{len(names)} {word} ({names[0]}, ...)"
-            for names, word in ((missing, "missing"), (extra, "unknown"))
+            f"{len(names)} {problem} ({names[0]}, ...)"
+            for names, problem in ((missing, "missing"), (extra, "unknown"))
             if names
         ]
         raise CheckpointError(f"{path}: the checkpoint of another model: {', '.join(parts)}", "check the configuration")
-    for name, tensor in own.items():
+    for name, tensor in expected.items():
         other = weights[name]
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             raise CheckpointError(

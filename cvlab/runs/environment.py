@@ -1,4 +1,4 @@
-"""What a run is done with: versions, machine, command line."""
+"""The environment of a run: versions, machine, command line."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from cvlab import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Return what a run is done with: versions, machine, command line."""
+    """Return what env.json records: versions, machine, command line."""
     import numpy
     import torch
 
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Where run directories are: create one, list them, find one by name."""
+"""Create, list and find run directories."""
 
 import contextlib
 import os
@@ -14,13 +14,22 @@ from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 
 
-def runs_root(chosen: str | None = None) -> Path:
-    """Return the folder of all runs: the one chosen, else $CVLAB_RUNS, else ./runs."""
-    return Path(chosen or os.environ.get("CVLAB_RUNS") or "runs")
+def runs_root(folder: str | None = None) -> Path:
+    """Return the folder of all runs: the argument, else $CVLAB_RUNS, else ./runs."""
+    return Path(folder or os.environ.get("CVLAB_RUNS") or "runs")
 
 
 def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = None) -> RunDir:
-    """Make a new run directory below `root` and point `latest` to it. RunDirError if the disk refuses."""
+    """Create a run directory below `root` and point the link `latest` to it.
+
+    Args:
+        root: The folder of all runs.
+        name: Name of the run, part of the name of its directory.
+        on_log: Called with each line that goes into its log.
+
+    Raises:
+        RunDirError: The disk refuses.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         for _ in range(20):
@@ -39,28 +48,28 @@ def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = Non
 
 def _point_latest(root: Path, path: Path) -> None:
     temporary = root / f".latest-{path.name}"
-    with contextlib.suppress(OSError):  # a file system without links loses only the shortcut
+    with contextlib.suppress(OSError):  # without links the file system only lacks the shortcut
         temporary.symlink_to(path.name)
         temporary.replace(root / "latest")
 
 
 def config_path(path: Path) -> Path:
-    """Return a run's config.yaml; RunDirError where there is none."""
+    """Return the path of a run's config.yaml; RunDirError if it is missing."""
     file = path / "config.yaml"
     if not file.is_file():
-        raise RunDirError(f"{path}: has no config.yaml", "it stopped before it had begun; start it again")
+        raise RunDirError(f"{path}: has no config.yaml", "it stopped before it was set up; start it again")
     return file
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a name longer than the disk allows
+    except OSError:  # a name that is too long
         return False
 
 
 def list_runs(root: Path) -> list[Path]:
-    """Return all run directories below `root`, oldest first; RunDirError where `root` is not a folder."""
+    """Return all run directories below `root`, oldest first; RunDirError if `root` is not a folder."""
     if not root.is_dir():
         if root.exists():
             raise RunDirError(f"{root}: not a folder", "name one with --runs-dir")
@@ -69,7 +78,15 @@ def list_runs(root: Path) -> list[Path]:
 
 
 def find_run(reference: str, root: Path) -> Path:
-    """Return the run that is meant by a path, `latest`, a full name, or a part of the name that only one run has."""
+    """Return the run that a reference names.
+
+    Args:
+        reference: A path, `latest`, the name of a run, or a part of the name that only one run has.
+        root: The folder of all runs.
+
+    Raises:
+        RunDirError: No run fits, or several do.
+    """
     if not reference.strip():
         raise RunDirError("no run is named", "give a run directory, `latest`, or part of a run's name")
     for path in (Path(reference), root / reference):
@@ -77,7 +94,7 @@ def find_run(reference: str, root: Path) -> Path:
             return path.resolve()
     runs = list_runs(root)
     if reference == "latest" and runs:
-        return runs[-1].resolve()  # the link is gone, or the run that it named
+        return runs[-1].resolve()  # the link is missing, or its run
     matches = [path for path in runs if reference in path.name]
     if len(matches) == 1:
         return matches[0].resolve()

@@ -1,7 +1,4 @@
-"""Stopping on request: Ctrl-C, SIGTERM, SIGUSR1 or a terminal that is closed let the step in progress end.
-
-Then a checkpoint is written.
-"""
+"""Stop on request: Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal end a run after its current step and a checkpoint."""
 
 import os
 import signal
@@ -13,13 +10,13 @@ from cvlab.errors import StoppedError
 
 EXIT_INTERRUPT = 130
 EXIT_TERMINATED = 143
-STOP_WITH_INPUT = "CVLAB_STOP_WITH_INPUT"  # set by who holds the other end of our standard input
+STOP_WITH_INPUT = "CVLAB_STOP_WITH_INPUT"  # set by a parent that holds the other end of standard input
 
 
 class StopRequest:
     """A context in which signals set `received` instead of ending the process; a second Ctrl-C ends it at once.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    Outside the main thread, where Python allows no signal handlers, it has no effect.
     """
 
     SIGNALS = STOP_SIGNALS
@@ -36,7 +33,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # `nohup`: to outlive the terminal is what it was started for
+                continue  # started by `nohup`, in order to outlive the terminal
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:
@@ -50,12 +47,18 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def raise_if_set(self, step: int, run: str, unit: str = "step") -> None:
-        """Raise the error that ends the run, if it was asked to stop."""
+        """Raise StoppedError if a signal was received.
+
+        Args:
+            step: Number of steps done.
+            run: Name of the run.
+            unit: What is counted in place of steps.
+        """
         if self.received is not None:
             raise self.error(step, run, unit)
 
     def error(self, step: int, run: str, unit: str = "step") -> StoppedError:
-        """Build the error that ends a run which was asked to stop, after its checkpoint is on the disk."""
+        """Return the error that ends the run, to be raised when its checkpoint has been written."""
         assert self.received is not None
         code = EXIT_INTERRUPT if self.received == signal.SIGINT else EXIT_TERMINATED
         name = signal.Signals(self.received).name
@@ -63,9 +66,9 @@ class StopRequest:
 
 
 def stop_with_input() -> None:
-    """Where STOP_WITH_INPUT is set, stop as by SIGTERM when the other end of standard input dies, however it does."""
+    """If STOP_WITH_INPUT is set, stop as after SIGTERM when the process at the other end of standard input dies."""
     if os.environ.pop(STOP_WITH_INPUT, None):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)  # some who start us have blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)  # the parent may have blocked them
         threading.Thread(target=_wait_for_end, daemon=True).start()
 
 

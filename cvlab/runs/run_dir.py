@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.errors import RunDirError
-from cvlab.runs.records import STATES, Row, is_run, plain, read_json, whole_lines
+from cvlab.runs.records import STATES, Row, complete_size, is_run, read_json, to_json_value
 from cvlab.storage import atomic
 from cvlab.storage.lock import RunLock
 
@@ -104,7 +104,7 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file durably; numbers that are not finite become null."""
-        self.write_text(name, json.dumps(plain(value), indent=2) + "\n")
+        self.write_text(name, json.dumps(to_json_value(value), indent=2) + "\n")
 
     def set_status(self, state: str, **fields: Any) -> None:
         """Write status.json: one of STATES, and fields that stay there until they change."""
@@ -130,7 +130,7 @@ class RunDir:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one object to metrics.jsonl, in one write, so that readers see complete lines."""
-        line = (json.dumps(plain(row)) + "\n").encode()
+        line = (json.dumps(to_json_value(row)) + "\n").encode()
 
         def append(path: Path) -> None:
             if self._metrics_descriptor is None:
@@ -168,7 +168,7 @@ class RunDir:
 
         def repair(path: Path) -> None:
             if path.exists():
-                complete = whole_lines(path)
+                complete = complete_size(path)
                 if complete < path.stat().st_size:
                     os.truncate(path, complete)
 

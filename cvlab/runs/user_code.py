@@ -1,4 +1,4 @@
-"""The user's own Python files, brought into a run directory, so that the run can be repeated from it alone."""
+"""Copy the user's Python files into a run directory, so that the run can be repeated from it alone."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -10,55 +10,53 @@ from cvlab.config.schema import ExperimentConfig
 from cvlab.errors import RunDirError
 
 Config = TypeVar("Config", bound=ExperimentConfig)
+IGNORED_KEYS = ("expect", "expect_fallback")  # rules may mention files, but name none to be copied
 
 
-def copy_user_code(chosen: Config, base: Path, folder: Path) -> Config:
-    """Copy the files that a configuration names into a folder, and return it with the names of the copies."""
+def copy_user_code(config: Config, base: Path, folder: Path) -> Config:
+    """Copy the files that a configuration names into a folder; return the configuration that names the copies."""
     changed = {}
-    for key in type(chosen).model_fields:
-        block = getattr(chosen, key)
+    for key in type(config).model_fields:
+        block = getattr(config, key)
         name = getattr(block, "name", None)
         if isinstance(name, str) and registry.is_user_file(name):
-            changed[key] = block.model_copy(update={"name": _bring_one(name, base, folder)})
-    return chosen.model_copy(update=changed) if changed else chosen
+            changed[key] = block.model_copy(update={"name": _copy_named_file(name, base, folder)})
+    return config.model_copy(update=changed) if changed else config
 
 
-UNTOLD = ("expect", "expect_fallback")  # rules may speak of files, but name none to be copied
-
-
-def named(value: Any) -> Iterator[Path]:
-    """Yield the files that a value of a configuration names, however deep, relative to the configuration."""
+def user_files(value: Any) -> Iterator[Path]:
+    """Yield the files that a value of a configuration names, at any depth, relative to the configuration."""
     if isinstance(value, str) and registry.is_user_file(value):
         yield Path(value.rpartition(":")[0])
     if isinstance(value, Mapping):
-        value = [part for key, part in value.items() if key not in UNTOLD]
+        value = [part for key, part in value.items() if key not in IGNORED_KEYS]
     for part in value if isinstance(value, (tuple, list)) else ():
-        yield from named(part)
+        yield from user_files(part)
 
 
-def inside(path: Path) -> Path:
-    """Return where a copy of a file lies below a folder: at its own relative path, or at one that leads nowhere else.
+def copy_path(path: Path) -> Path:
+    """Return the relative path of a file's copy, which never leads out of the folder of the copies.
 
-    A function of the path alone: `net.py` stays, `../net.py` becomes `_up/net.py`, `/home/me/net.py`
+    It depends on the path alone: `net.py` stays, `../net.py` becomes `_up/net.py`, `/home/me/net.py` becomes
     `_root/home/me/net.py`.
     """
     return Path(*("_up" if part == ".." else "_root" if part == path.anchor else part for part in path.parts))
 
 
 def snapshot_user_code(value: Any, base: Path, folder: Path) -> None:
-    """Copy the files that a value names below a folder, each to its place `inside`."""
-    for path in named(value):
+    """Copy the files that a value names into a folder, each to its `copy_path`."""
+    for path in user_files(value):
         try:
-            (folder / inside(path)).parent.mkdir(parents=True, exist_ok=True)
-            (folder / inside(path)).write_bytes((base / path).read_bytes())
+            (folder / copy_path(path)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / copy_path(path)).write_bytes((base / path).read_bytes())
         except OSError as error:
             raise RunDirError(f"{base / path}: cannot be copied to {folder}: {error.strerror}") from error
 
 
-def rewrite_paths(chosen: Config) -> Config:
-    """Return a configuration whose names, also those in its expectations, are those of the copies of `mirror`."""
-    dumped = chosen.model_dump()
-    moved = {str(path): f"./{inside(path)}" for path in named(dumped) if inside(path) != path}
+def rewrite_paths(config: Config) -> Config:
+    """Return a configuration with the names of the copies of `snapshot_user_code`, also in its expectations."""
+    values = config.model_dump()
+    moved = {str(path): f"./{copy_path(path)}" for path in user_files(values) if copy_path(path) != path}
 
     def rename(value: Any) -> Any:
         if isinstance(value, str):
@@ -69,24 +67,24 @@ def rewrite_paths(chosen: Config) -> Config:
             return {key: rename(part) for key, part in value.items()}
         return tuple(map(rename, value)) if isinstance(value, (tuple, list)) else value
 
-    return type(chosen).model_validate(rename(dumped)) if moved else chosen
+    return type(config).model_validate(rename(values)) if moved else config
 
 
-def same_files(value: Any, base: Path, copies: Path) -> bool:
-    """Whether the files that a value names are still those that `mirror` has copied."""
+def is_unchanged(value: Any, base: Path, copies: Path) -> bool:
+    """Return whether the files that a value names are unchanged since `snapshot_user_code`."""
     try:
-        return all((base / path).read_bytes() == (copies / inside(path)).read_bytes() for path in named(value))
+        return all((base / path).read_bytes() == (copies / copy_path(path)).read_bytes() for path in user_files(value))
     except OSError:
         return False
 
 
-def _bring_one(name: str, base: Path, folder: Path) -> str:
+def _copy_named_file(name: str, base: Path, folder: Path) -> str:
     file, _, attribute = name.rpartition(":")
-    return f"./{copy_beside(base / file, folder)}:{attribute}"
+    return f"./{copy_file(base / file, folder)}:{attribute}"
 
 
-def copy_beside(source: Path, folder: Path) -> str:
-    """Copy a file into a folder under its own name, or with a number where another file has that; return the name."""
+def copy_file(source: Path, folder: Path) -> str:
+    """Copy a file into a folder under its name, with a number if another file has that name; return the name."""
     try:
         content = source.read_bytes()
         for number in itertools.count(1):

@@ -1,7 +1,7 @@
-"""Writing a file so that after a kill, a power cut or a full disk the old or the new content is there, never half.
+"""Atomic writes: after a kill, a power cut or a full disk a file has its old or its new content, never a part of it.
 
-The order is temporary file in the same directory, flush, fsync, rename, fsync of the directory. Left out any one
-of them, simulated power cuts lose acknowledged writes (tests/test_durable.py).
+The order is: temporary file in the same directory, flush, fsync, rename, fsync of the directory. Without any one of
+these, simulated power cuts lose acknowledged writes (tests/storage/test_atomic.py).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ UMASK = _umask()  # read once, at import, before any thread could create a file 
 
 
 class _FirstError:
-    """A file that remembers the first OSError of a write: torch.save hides it behind an error of its own."""
+    """A file that remembers the first OSError of a write; torch.save replaces it by an error of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -48,19 +48,27 @@ class _FirstError:
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write `path` durably with what `fill(file)` writes. RunDirError if the disk refuses; no temporary is left."""
+    """Write a file atomically and durably; no temporary file is left behind.
+
+    Args:
+        path: The file.
+        fill: Called as `fill(file)`; writes the content.
+
+    Raises:
+        RunDirError: The disk refuses.
+    """
     temporary = ""
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             reach("open")
-            os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp makes 0600
-            watched = _FirstError(file)
+            os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp creates it with mode 0600
+            recorder = _FirstError(file)
             try:
-                fill(watched)  # type: ignore[arg-type]
+                fill(recorder)  # type: ignore[arg-type]
             except Exception:
-                if watched.error is not None:
-                    raise watched.error from None
+                if recorder.error is not None:
+                    raise recorder.error from None
                 raise
             file.flush()
             reach("before_fsync")
@@ -78,7 +86,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file durably."""
+    """Write a text file atomically and durably, in UTF-8."""
     write(path, lambda file: file.write(text.encode()))
 
 
@@ -93,17 +101,17 @@ def sync_directory(folder: Path) -> None:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove temporary files that a kill has left behind. Call it only under the run's lock."""
+    """Remove temporary files that a killed process has left behind; to be called only under the run's lock."""
     for leftover in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
 
-ELSEWHERE = "free space, or choose another place with --runs-dir; earlier files are whole"
+DISK_HINT = "free space, or choose another folder with --runs-dir; earlier files are intact"
 
 
-def disk_error(path: Path, error: OSError, hint: str = ELSEWHERE) -> RunDirError:
-    """Turn what the disk said into one line."""
-    if error.errno == errno.ENOENT and hint == ELSEWHERE and not path.parent.exists():
-        hint = "its folder was removed meanwhile; start again"
+def disk_error(path: Path, error: OSError, hint: str = DISK_HINT) -> RunDirError:
+    """Return the error of a disk as a RunDirError of one line."""
+    if error.errno == errno.ENOENT and hint == DISK_HINT and not path.parent.exists():
+        hint = "its folder was removed; start again"
     return RunDirError(f"{path}: {error.strerror or error}", hint)

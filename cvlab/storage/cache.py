@@ -1,4 +1,4 @@
-"""The folder of all data, and how a downloaded folder gets there."""
+"""The folder of data sets and weights, and how downloaded folders are put into it."""
 
 import contextlib
 import os
@@ -11,31 +11,31 @@ from cvlab.storage import atomic
 
 
 def data_root() -> Path:
-    """Return the folder of all data: $CVLAB_DATA, else `cvlab` in the user's cache directory."""
-    chosen = os.environ.get("CVLAB_DATA")
-    if chosen:
-        return Path(chosen)
+    """Return the folder of data sets and weights: $CVLAB_DATA, else `cvlab` in the user's cache directory."""
+    folder = os.environ.get("CVLAB_DATA")
+    if folder:
+        return Path(folder)
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "cvlab"
 
 
 @contextlib.contextmanager
 def temporary_folder(root: Path) -> Iterator[Path]:
-    """Give a folder beside the data, gone afterwards. RunDirError where the disk refuses what is done in it."""
+    """Create a folder below `root`, removed afterwards; RunDirError if the disk refuses what is done in it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as made:
-            yield Path(made)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as folder:
+            yield Path(folder)
     except OSError as error:
-        raise atomic.disk_error(root, error, "free space, or choose another place with CVLAB_DATA") from error
+        raise atomic.disk_error(root, error, "free space, or choose another folder with CVLAB_DATA") from error
 
 
-def install_folder(made: Path, target: Path) -> None:
-    """Move a folder that is whole to its place in one step; what stood there goes."""
+def install_folder(complete: Path, target: Path) -> None:
+    """Move a complete folder to `target` in one step; what was there is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink():
-        target.unlink()  # what it points to is somebody else's
+        target.unlink()  # but not what it points to
     elif target.exists():
         shutil.rmtree(target)
-    made.replace(target)
+    complete.replace(target)
     atomic.sync_directory(target.parent)

@@ -1,8 +1,8 @@
-"""Downloads that make nobody wait unasked: official place and mirrors, resumable, checked, whole or not at all.
+"""Downloads from several mirrors: resumable, verified, complete or not at all, and never slow without being asked for.
 
-All sources are asked at once; where none answers within 5 s the download is given up. A source that would take longer
-than 10 minutes is left for the next one, and what came so far is kept: every source has the same bytes, so the next one
-goes on from there. With `patient`, the first that answers is waited for.
+All sources are contacted at once; if none answers within 5 s the download is given up. A source that would take longer
+than 10 minutes is left for the next one; all sources have the same bytes, so the next one resumes at the same offset.
+With `patient` a slow source is waited for.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from cvlab.errors import DataError
 from cvlab.storage import atomic
 
 ANSWER_SECONDS = 5.0
-STALL_SECONDS = 30.0  # for somebody who waits; ANSWER_SECONDS for everybody else
+STALL_SECONDS = 30.0  # longest pause of a source with `patient`, else ANSWER_SECONDS
 MEASURE_SECONDS = 4.0
 LONGEST_SECONDS = 600.0
 REPORT_SECONDS = 2.0
@@ -36,11 +36,11 @@ FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
 class SlowError(DataError):
-    """No source is fast enough for somebody who did not ask to wait."""
+    """No source is fast enough, and `patient` was not asked for."""
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never from https down to http."""
+    """Follows redirects, but not from https to http."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if req.full_url.startswith("https:") and not newurl.startswith("https:"):
@@ -49,8 +49,8 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 
 @dataclass
-class _Answer:
-    """An open connection: `offset` is where its bytes start in the file."""
+class _Response:
+    """An open connection; `offset` is where its bytes start in the file."""
 
     url: str
     body: Any
@@ -58,7 +58,22 @@ class _Answer:
 
 
 def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bool) -> Path:
-    """Download to `target` unless it is there already; DataError where no source can (SlowError: not soon enough)."""
+    """Download a file unless it exists.
+
+    Args:
+        urls: Sources of the same file.
+        target: Where to put it.
+        sha256: Its checksum, or the first digits of it.
+        size: Its size in bytes.
+        patient: Wait for slow sources.
+
+    Returns:
+        `target`.
+
+    Raises:
+        SlowError: No source is fast enough.
+        DataError: No source has it, or it differs from the checksum.
+    """
     if target.is_file():
         verify(target, sha256)
         return target
@@ -78,8 +93,8 @@ def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> No
     have = partial.stat().st_size if partial.exists() else 0
     if have >= size:
         return
-    answers = _ask(urls, have)
-    if not answers:
+    responses = _connect(urls, have)
+    if not responses:
         raise DataError(f"none of {len(urls)} sources answered within {ANSWER_SECONDS:.0f} s", HINT)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -88,36 +103,34 @@ def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> No
         raise DataError(f"{partial.parent}: {error.strerror}", hint) from error
     reason = ""
     with _exclusive(partial), contextlib.ExitStack() as bodies:
-        for answer in answers:
-            bodies.enter_context(answer.body)
-        for answer in answers:
+        for response in responses:
+            bodies.enter_context(response.body)
+        for response in responses:
             try:
-                _stream(answer, partial, size, patient)
+                _stream(response, partial, size, patient)
                 return
             except SlowError as error:
                 reason = error.message
             except FAILURES as error:
-                reason = f"{answer.url}: {error}"
+                reason = f"{response.url}: {error}"
             console.info(f"warning: {reason}")
         have = partial.stat().st_size
-    raise SlowError(
-        f"{reason}; {console.format_bytes(have)} are kept", "--download waits for it and goes on from there"
-    )
+    raise SlowError(f"{reason}; {console.format_bytes(have)} are kept", "--download waits for it and resumes there")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Stops at a redirect: its headers say what the file behind it is."""
+    """Stops at a redirect, whose headers describe the file."""
 
     def redirect_request(self, *_args: Any) -> None:
         return None
 
 
-def published(url: str) -> tuple[int, str | None]:
-    """Ask for the size of a file and, where its server publishes it, its SHA-256. DataError where neither is told."""
+def published_size_and_sha256(url: str) -> tuple[int, str | None]:
+    """Return the size of a file and, if its server publishes it, its SHA-256; DataError if there is no size."""
     request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": f"cvlab/{__version__}"})
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=ANSWER_SECONDS) as answer:
-            headers = answer.headers
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=ANSWER_SECONDS) as response:
+            headers = response.headers
     except urllib.error.HTTPError as error:
         if not 300 <= error.code < 400:
             raise DataError(f"{url}: {error}", HINT) from error
@@ -127,13 +140,13 @@ def published(url: str) -> tuple[int, str | None]:
     size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
     digest = (headers.get("X-Linked-ETag") or "").strip('"')
     if not size.isdecimal():
-        raise DataError(f"{url}: does not say how large it is", HINT)
+        raise DataError(f"{url}: the server does not give its size", HINT)
     return int(size), digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
 
 
 @contextlib.contextmanager
 def _exclusive(partial: Path) -> Iterator[None]:
-    """Let only one process at a time append to a partial file."""
+    """Let only one process at a time append to a partial file; DataError in the others."""
     with partial.open("ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,68 +155,68 @@ def _exclusive(partial: Path) -> Iterator[None]:
         yield
 
 
-def _ask(urls: Sequence[str], offset: int) -> list[_Answer]:
+def _connect(urls: Sequence[str], offset: int) -> list[_Response]:
     """Open all sources at once; return those that answered in time, in the order of `urls`."""
-    answered: queue.Queue[_Answer | None] = queue.Queue()
-    for url in urls:  # daemon threads, since a name that does not resolve can hang for minutes
-        threading.Thread(target=_open, args=(url, offset, answered), daemon=True).start()
+    responses: queue.Queue[_Response | None] = queue.Queue()
+    for url in urls:  # daemon threads, because a name that does not resolve can hang for minutes
+        threading.Thread(target=_open, args=(url, offset, responses), daemon=True).start()
     deadline = time.monotonic() + ANSWER_SECONDS
-    found: list[_Answer] = []
+    opened: list[_Response] = []
     for _ in urls:
         try:
-            answer = answered.get(timeout=max(0.0, deadline - time.monotonic()))
+            response = responses.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             break
-        if answer is not None:
-            found.append(answer)
-    return sorted(found, key=lambda answer: list(urls).index(answer.url))
+        if response is not None:
+            opened.append(response)
+    return sorted(opened, key=lambda response: list(urls).index(response.url))
 
 
-def _open(url: str, offset: int, answered: "queue.Queue[_Answer | None]") -> None:
+def _open(url: str, offset: int, responses: "queue.Queue[_Response | None]") -> None:
     headers = {"User-Agent": f"cvlab/{__version__}"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
     try:
         opener = urllib.request.build_opener(_HttpsOnly)
         body = opener.open(urllib.request.Request(url, headers=headers), timeout=ANSWER_SECONDS)
-        answered.put(_Answer(url, body, offset if body.status == 206 else 0))
+        responses.put(_Response(url, body, offset if body.status == 206 else 0))
     except FAILURES as error:
         console.debug(f"{url}: {error}")
-        answered.put(None)
+        responses.put(None)
 
 
-def _stream(answer: _Answer, partial: Path, size: int, patient: bool) -> None:
-    """Append what a source sends; SlowError once its rate means more than LONGEST_SECONDS."""
+def _stream(response: _Response, partial: Path, size: int, patient: bool) -> None:
+    """Append what a source sends; SlowError if it would take more than LONGEST_SECONDS."""
     if patient:
-        _allow_stalls(answer.body)
+        _allow_stalls(response.body)
     have = partial.stat().st_size
-    skip = have - answer.offset  # another source has appended since this one was asked, or it ignores ranges
-    began = shown = time.monotonic()
+    skip = have - response.offset  # another source has appended since this one was opened, or it ignores ranges
+    start = shown = time.monotonic()
     received = 0
     with partial.open("r+b") as file:
         file.seek(0, os.SEEK_END)
-        for chunk in _chunks(answer.body):
+        for chunk in _chunks(response.body):
             received += len(chunk)
             file.write(chunk[skip:] if skip > 0 else chunk)
             skip = max(0, skip - len(chunk))
             now = time.monotonic()
-            rate = received / max(now - began, 1e-6)
-            left = (size - max(answer.offset + received, have)) / max(rate, 1.0)
+            rate = received / max(now - start, 1e-6)
+            left = (size - max(response.offset + received, have)) / max(rate, 1.0)
             if now - shown > REPORT_SECONDS:
                 shown = now
-                done = console.format_bytes(min(size, answer.offset + received))
+                done = console.format_bytes(min(size, response.offset + received))
                 console.info(
                     f"{partial.stem}: {done} of {console.format_bytes(size)}, {console.format_bytes(rate)}/s, "
                     f"{console.format_seconds(left)} left"
                 )
-            if not patient and now - began > MEASURE_SECONDS and left > LONGEST_SECONDS:
-                raise SlowError(f"{answer.url} sends {console.format_bytes(rate)}/s, {left / 60:.0f} minutes in all")
+            if not patient and now - start > MEASURE_SECONDS and left > LONGEST_SECONDS:
+                raise SlowError(f"{response.url} sends {console.format_bytes(rate)}/s, {left / 60:.0f} minutes in all")
     if partial.stat().st_size < size:
         raise OSError(f"cut off after {partial.stat().st_size} of {size} bytes")
 
 
 def _allow_stalls(body: Any) -> None:
-    """Once a source has answered it may pause for longer than it had for answering."""
+    """Allow a source that has answered longer pauses than it had for answering."""
     raw = getattr(getattr(body, "fp", None), "raw", None)
     connection = getattr(raw, "_sock", None)
     if connection is not None:
@@ -216,7 +229,7 @@ def _chunks(body: Any) -> Iterator[bytes]:
 
 
 def verify(path: Path, sha256: str) -> None:
-    """Compare a file with its published checksum, or with the first digits of it; DataError where it differs."""
+    """Raise DataError unless a file has the published checksum, of which the first digits are enough."""
     try:
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -228,6 +241,6 @@ def verify(path: Path, sha256: str) -> None:
         raise DataError(f"{path}: differs from the published file (sha256)", "get it again")
 
 
-def allowed() -> bool:
-    """Whether sockets may be opened at all."""
+def is_online() -> bool:
+    """Return whether sockets may be opened, which CVLAB_OFFLINE forbids."""
     return os.environ.get("CVLAB_OFFLINE", "") in ("", "0")

@@ -1,20 +1,20 @@
-"""Places where a test can make the process die, named by `CVLAB_FAILPOINT=name:count` (the count-th passing kills).
+"""Failpoints: where a test can kill the process, by `CVLAB_FAILPOINT=name:count` (the count-th time kills).
 
-Where the variable is unset, as always outside tests, `reach` is a function that does nothing.
+Without the variable, as always outside of tests, `reach` does nothing.
 """
 
 import os
 import signal
 from collections.abc import Callable
 
-_passed: dict[str, int] = {}
+_counts: dict[str, int] = {}
 
 
 def _reach(name: str) -> None:
-    wanted, _, count = os.environ.get("CVLAB_FAILPOINT", "").partition(":")
-    if name == wanted:
-        _passed[name] = _passed.get(name, 0) + 1
-        if _passed[name] == int(count or 1):
+    selected, _, count = os.environ.get("CVLAB_FAILPOINT", "").partition(":")
+    if name == selected:
+        _counts[name] = _counts.get(name, 0) + 1
+        if _counts[name] == int(count or 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,6 +1,6 @@
-"""One process at a time in a run directory: `run.lock`, a POSIX record lock that ends with its holder.
+"""The lock of a run directory: `run.lock`, a POSIX record lock that ends with the process that holds it.
 
-`lockf` and not `flock`: a child process does not inherit it. The file is opened once, because closing any other
+`lockf` and not `flock`, because a child process must not inherit it. The file is opened once, because closing any other
 descriptor of it would release the lock.
 """
 
@@ -16,18 +16,18 @@ from typing import Any
 from cvlab.errors import RunDirError
 from cvlab.storage import atomic
 
-WAITS = (0.01, 0.05, 0.1, 0.0)  # seconds after each try
+WAITS = (0.01, 0.05, 0.1, 0.0)  # seconds after each attempt
 
 
 class RunLock:
-    """Held from `acquire` to `release`, or until the process dies."""
+    """The lock of a run directory, held from `acquire` to `release` or until the process dies."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "run.lock"
         self.descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock; RunDirError naming the holder if another process has it."""
+        """Take the lock; RunDirError with the holder if another process has it."""
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -46,14 +46,14 @@ class RunLock:
             raise atomic.disk_error(self.path, error) from error
 
     def release(self) -> None:
-        """Give the lock back; the file stays, since removing it could hand two processes the lock."""
+        """Release the lock; the file stays, because removing it could give two processes the lock."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether the lock could be taken; who only asks `is_held` has it for a moment, and is waited for."""
+    """Return whether the lock could be taken; waits for a process in `is_held`, which takes it for a moment."""
     for wait in WAITS:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +64,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process other than this one holds the lock of a run directory."""
+    """Return whether a process other than this one holds the lock of a run directory."""
     path = folder / "run.lock"
     try:
         descriptor = os.open(path, os.O_RDWR)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cvlab.config import strict_yaml
 from cvlab.errors import RunDirError
-from cvlab.runs.records import plain, pruning_reason, read_metrics, request_pruning
+from cvlab.runs.records import pruning_reason, read_metrics, request_pruning, to_json_value
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, results, search
@@ -33,7 +33,7 @@ def folders(run: Path) -> list[Path]:
 
 def write(folder: Path, changes: Changes) -> None:
     """Write what a trial changes into its directory."""
-    atomic.write_text(folder / FILE, json.dumps(plain(changes)) + "\n")
+    atomic.write_text(folder / FILE, json.dumps(to_json_value(changes)) + "\n")
 
 
 def changes_of(folder: Path) -> Changes:

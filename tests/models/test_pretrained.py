@@ -140,7 +140,7 @@ def test_weights_are_fetched_checked_and_found(monkeypatch, tmp_path):
     target = tmp_path / "data" / "weights" / f"squeezenet1_0-{digest[:8]}.pth"
     with server(lambda handler: send(handler, content)) as (url, _):
         monkeypatch.setattr(weights, "_source", lambda name: (f"{url}/{target.name}", target))
-        monkeypatch.setattr(download, "published", lambda url: (len(content), None))
+        monkeypatch.setattr(download, "published_size_and_sha256", lambda url: (len(content), None))
         assert weights.fetch("torchvision:squeezenet1_0") == target
     assert target.read_bytes() == content
     target.unlink()
@@ -178,7 +178,7 @@ def test_what_a_server_says_of_a_file():
         handler.end_headers()
 
     with server(answer) as (url, _):
-        assert download.published(f"{url}/model.safetensors") == (123, "ab" * 32)
+        assert download.published_size_and_sha256(f"{url}/model.safetensors") == (123, "ab" * 32)
 
 
 def test_classes_of_a_net_by_name_and_by_number():

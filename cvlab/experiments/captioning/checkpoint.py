@@ -107,5 +107,5 @@ def load(path: Path, device: torch.device) -> LoadedCaptioner:
     metadata, tensors = weights_file.read(path, METADATA_KEY, CaptionerMetadata, "a captioner", LOAD_HINT)
     feature_extractor = build_feature_extractor(metadata.strides, metadata.backbone, metadata.backbone_weights, device)
     captioner = build(metadata, feature_extractor, device)
-    weights_file.fill(captioner.model, tensors, path, LOAD_HINT)
+    weights_file.load_weights(captioner.model, tensors, path, LOAD_HINT)
     return captioner

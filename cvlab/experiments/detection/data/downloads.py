@@ -15,7 +15,7 @@ from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, voc
 from cvlab.experiments.detection.data.annotations import AnnotationSet
 from cvlab.experiments.detection.data.dataset import AnnotatedSource
-from cvlab.storage import archives, download, zipfiles
+from cvlab.storage import archives, download
 from cvlab.storage.cache import install_folder, temporary_folder
 
 FOLDERS = {  # below the root folder
@@ -146,7 +146,7 @@ def _install_small(name: str, origin: Path, root: Path, num_photos: int | None =
     """Copy a data set to a temporary folder, read it whole, then install it in one step."""
     with temporary_folder(root) as scratch:
         if origin.is_file():
-            zipfiles.extract(origin, scratch / "zip", max_bytes=500_000_000, max_members=5_000)
+            archives.extract_zip(origin, scratch / "zip", max_bytes=500_000_000, max_members=5_000)
         folder = _find_voc_folder(scratch / "zip" if origin.is_file() else origin, name)
         copied = scratch / "VOC" / name
         _copy(folder, copied)

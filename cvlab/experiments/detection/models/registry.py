@@ -130,5 +130,5 @@ def load(path: Path, device: torch.device) -> Detector:
     """Load a detector from a file written by `save`. DataError says what is wrong with it."""
     metadata, tensors = weights_file.read(path, METADATA_KEY, DetectorMetadata, "a detector", LOAD_HINT)
     detector = build(metadata, device)
-    weights_file.fill(detector.head, tensors, path, LOAD_HINT)
+    weights_file.load_weights(detector.head, tensors, path, LOAD_HINT)
     return detector

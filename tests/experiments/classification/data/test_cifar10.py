@@ -52,7 +52,7 @@ def test_a_fetch_replaces_what_is_damaged(root, monkeypatch, tmp_path):
     good = shutil.copytree(root / cifar10.FOLDER, tmp_path / "copy" / cifar10.FOLDER)
     path.write_bytes(b"damaged")
     monkeypatch.setenv("CVLAB_DATA", str(root))
-    monkeypatch.setattr(download, "allowed", lambda: True)
+    monkeypatch.setattr(download, "is_online", lambda: True)
     asked = []
 
     def fetch(root, origin, patient):
@@ -78,7 +78,7 @@ def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
 
 def test_a_data_folder_that_is_a_file(root, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="choose another place with CVLAB_DATA"):
+    with pytest.raises(RunDirError, match="choose another folder with CVLAB_DATA"):
         cifar10.fetch(tmp_path / "file", root, True)
 
 

@@ -14,7 +14,7 @@ from cvlab.api import catalog
 from cvlab.data import datasets
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, downloads, writers
-from cvlab.storage import download, zipfiles
+from cvlab.storage import archives, download
 from tests.conftest import REAL_DATA
 from tests.experiments.detection.data.box_files import (
     BOXES,
@@ -84,13 +84,13 @@ def test_zip_files_cannot_write_outside_or_link(tmp_path):
         with zipfile.ZipFile(tmp_path / "bad.zip", "w") as file:
             file.writestr(name, "x")
         with pytest.raises(DataError, match=r"would be written outside|not a plain file"):
-            zipfiles.extract(tmp_path / "bad.zip", tmp_path / "to/here", max_bytes=10, max_members=1)
+            archives.extract_zip(tmp_path / "bad.zip", tmp_path / "to/here", max_bytes=10, max_members=1)
     with zipfile.ZipFile(tmp_path / "big.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a", "x" * 10_000)
         file.writestr("b", "x")
     for limits, message in (((9_999, 2), "more than 9999 bytes"), ((20_000, 1), "more than 1 members")):
         with pytest.raises(DataError, match=message):
-            zipfiles.extract(tmp_path / "big.zip", tmp_path / "to", max_bytes=limits[0], max_members=limits[1])
+            archives.extract_zip(tmp_path / "big.zip", tmp_path / "to", max_bytes=limits[0], max_members=limits[1])
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "to" / "link").exists()
 
