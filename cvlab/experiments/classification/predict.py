@@ -1,8 +1,8 @@
-"""Say what photos show, with a net that knows ImageNet: the most likely classes and their probabilities.
+"""Classify photos with an ImageNet-pretrained model: the most likely classes and their probabilities.
 
 References: Russakovsky et al., 2015, "ImageNet Large Scale Visual Recognition Challenge"; Tan and Le, 2019
 (EfficientNet).
-Metrics: `num_photos`, `mean_probability` of the best class.
+Metrics: `num_photos`, `mean_probability` of the predicted class.
 Command: cvlab classify photo.jpg
 """
 
@@ -26,17 +26,17 @@ from cvlab.runs.run_dir import RunDir
 
 
 class ClassifyPhotosConfig(PhotoConfig):
-    """Which photos, which net."""
+    """Which photos, and which model."""
 
-    top: Annotated[schema.PositiveInt, Le(1000)] = Field(5, description="classes to name for each photo")
-    batch_size: schema.PositiveInt = Field(32, description="photos that go through together")
+    top: Annotated[schema.PositiveInt, Le(1000)] = Field(5, description="number of classes to report for each photo")
+    batch_size: schema.PositiveInt = Field(32, description="photos per forward pass")
 
 
 COLUMNS = (Column("top", "prediction", has_lines=True),)
 
 
 class ClassifyPhotosExperiment(Experiment[ClassifyPhotosConfig]):
-    """Say what photos show, with a net that knows ImageNet: the most likely classes and their probabilities."""
+    """Classify photos with an ImageNet-pretrained model: the most likely classes and their probabilities."""
 
     name = "classify_photos"
     Config = ClassifyPhotosConfig
@@ -46,22 +46,22 @@ class ClassifyPhotosExperiment(Experiment[ClassifyPhotosConfig]):
         """Classify all photos."""
         ctx, model = config.build()
 
-        def work(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
-            views = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
+        def classify(batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+            images = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
             with torch.inference_mode():
-                probabilities = model.probabilities(views.to(ctx.device))
+                probabilities = model.probabilities(images.to(ctx.device))
             values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
             results = []
-            for photo, p, k in zip(batch, values.tolist(), indices.tolist(), strict=True):
-                predictions = [model.class_score(index, score) for index, score in zip(k, p, strict=True)]
+            for photo, scores, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
+                predictions = [model.class_score(k, score) for k, score in zip(classes, scores, strict=True)]
                 results.append(PhotoResult(str(photo.path), {**predictions[0], "top": predictions}))
             return results
 
-        results = photo_batches.run(config, run, work, "classify", COLUMNS)
+        results = photo_batches.run(config, run, classify, "classify", COLUMNS)
         mean = statistics.fmean(result.values["score"] for result in results)
         return {"num_photos": len(results), "mean_probability": mean}
 
     def plan(self, config: ClassifyPhotosConfig, base: Path) -> dict[str, Any]:
-        """Say what a run would do."""
+        """Return what a run would do."""
         ctx, model = config.build()
         return photo_batches.plan(config, ctx, model)

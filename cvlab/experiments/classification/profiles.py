@@ -1,7 +1,7 @@
 """Profiles: one classification experiment in several sizes, of which one is chosen by name or by measuring.
 
 `profile: NAME` is merged over the file before the overrides are applied. `profile: auto` measures at the start which
-profiles fit into the budget of seconds, and takes the largest that completes the number of epochs it asks for.
+profiles fit into the time budget, and uses the largest that completes the number of epochs it asks for.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

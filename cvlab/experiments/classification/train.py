@@ -109,7 +109,7 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
         mean, std = setup.train_loader.normalize.mean_and_std()
         metadata = {
             "takes": f"images, float32 (N, {size.channels}, {size.image_px}, {size.image_px}) in [0, 1]",
-            "gives": f"scores (N, {size.num_classes}), before the softmax",
+            "gives": f"logits (N, {size.num_classes})",
             "normalised_inside": {"mean": mean, "std": std},
             "classes": setup.dataset.classes,
         }

@@ -5,17 +5,17 @@ the same weights in the same order, initialized in the same order, and return th
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.config.schema import PositiveInt
+from cvlab.experiments.classification.models.layer_namespace import LayerNamespace
 from cvlab.layers.init import init_weights
 
 
 def _build_layers(
-    channels: tuple[int, int], in_channels: int, image_size: int, num_classes: int, layers: Any
+    channels: tuple[int, int], in_channels: int, image_size: int, num_classes: int, layers: LayerNamespace
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     channels1, channels2 = channels
     return (
@@ -63,7 +63,7 @@ class ApiModule(nn.Module):
         in_channels: int = 3,
         image_size: int = 32,
         num_classes: int = 10,
-        layers: Any = nn,
+        layers: LayerNamespace = nn,
     ) -> None:
         super().__init__()
         self.conv1, self.conv2, self.fc = _build_layers(channels, in_channels, image_size, num_classes, layers)
@@ -82,7 +82,7 @@ def api_sequential(
     in_channels: int = 3,
     image_size: int = 32,
     num_classes: int = 10,
-    layers: Any = nn,
+    layers: LayerNamespace = nn,
 ) -> nn.Module:
     """Build the network as a sequence of layers, which needs no forward method."""
     conv1, conv2, fc = _build_layers(channels, in_channels, image_size, num_classes, layers)

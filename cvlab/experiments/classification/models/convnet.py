@@ -4,12 +4,11 @@ Differences from the course: max pooling precedes the ReLU. The two commute, so 
 identical, and the ReLU has a quarter of the elements.
 """
 
-from typing import Any
-
 from torch import nn
 
 from cvlab.config.schema import NonNegativeInt, PositiveInt
 from cvlab.errors import ConfigError
+from cvlab.experiments.classification.models.layer_namespace import LayerNamespace
 from cvlab.layers.init import WeightScale, init_weights
 
 
@@ -22,7 +21,7 @@ def deep_convnet(
     in_channels: int = 3,
     image_size: int = 32,
     num_classes: int = 10,
-    layers: Any = nn,
+    layers: LayerNamespace = nn,
 ) -> nn.Module:
     """Build [conv 3x3 - (BatchNorm) - ReLU - (max pool 2x2)] x L - linear.
 
@@ -73,7 +72,7 @@ def three_layer_convnet(
     in_channels: int = 3,
     image_size: int = 32,
     num_classes: int = 10,
-    layers: Any = nn,
+    layers: LayerNamespace = nn,
 ) -> nn.Module:
     """Build conv - ReLU - max pool 2x2 - linear - ReLU - linear; the convolution preserves the spatial size.
 

@@ -1,10 +1,9 @@
 """A multilayer perceptron with any number of hidden layers and optional dropout (EECS 498, assignment 3)."""
 
-from typing import Any
-
 from torch import nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
+from cvlab.experiments.classification.models.layer_namespace import LayerNamespace
 from cvlab.layers.init import WeightScale, init_weights
 
 
@@ -16,7 +15,7 @@ def mlp(
     in_channels: int = 3,
     image_size: int = 32,
     num_classes: int = 10,
-    layers: Any = nn,
+    layers: LayerNamespace = nn,
 ) -> nn.Module:
     """Build [linear - ReLU - (dropout)] x L - linear.
 

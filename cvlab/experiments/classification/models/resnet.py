@@ -7,27 +7,28 @@ Differences from the paper:
     Narrow stages for CIFAR-10, as in EECS 498, assignment 4.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from cvlab.config.schema import PositiveInt
 from cvlab.errors import ConfigError
+from cvlab.experiments.classification.models.layer_namespace import LayerNamespace
 from cvlab.layers.init import init_weights
 
 
-def _preact_conv(layers: Any, width_in: int, width: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+def _preact_conv(layers: LayerNamespace, width_in: int, width: int, kernel: int, stride: int = 1) -> list[nn.Module]:
     """Return BatchNorm - ReLU - convolution with same padding."""
     conv = layers.Conv2d(width_in, width, kernel, stride=stride, padding=kernel // 2)
     return [layers.BatchNorm2d(width_in), layers.ReLU(), conv]
 
 
-def plain_block(layers: Any, width_in: int, width: int, stride: int) -> nn.Module:
+def plain_block(layers: LayerNamespace, width_in: int, width: int, stride: int) -> nn.Module:
     """Build two 3x3 convolutions."""
     return nn.Sequential(*_preact_conv(layers, width_in, width, 3, stride), *_preact_conv(layers, width, width, 3))
 
 
-def bottleneck_block(layers: Any, width_in: int, width: int, stride: int) -> nn.Module:
+def bottleneck_block(layers: LayerNamespace, width_in: int, width: int, stride: int) -> nn.Module:
     """Build a 1x1 convolution to a quarter of the channels, a 3x3 convolution, and a 1x1 convolution back."""
     inner = width // 4
     return nn.Sequential(
@@ -68,7 +69,7 @@ def preact_resnet(
     in_channels: int = 3,
     image_size: int = 32,
     num_classes: int = 10,
-    layers: Any = nn,
+    layers: LayerNamespace = nn,
 ) -> nn.Module:
     """Build conv 3x3 - ReLU - stages of residual blocks - global average pooling - linear.
 
@@ -116,7 +117,7 @@ def _kaiming_init(model: nn.Module) -> None:
             init_weights(layer, "kaiming", before_relu=isinstance(layer, nn.Conv2d) and "shortcut" not in name)
 
 
-def _shortcut(layers: Any, width_in: int, width: int, stride: int) -> nn.Module:
+def _shortcut(layers: LayerNamespace, width_in: int, width: int, stride: int) -> nn.Module:
     if width_in == width and stride == 1:
         return nn.Identity()
     shortcut: nn.Module = layers.Conv2d(width_in, width, 1, stride=stride)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cvlab.config.schema import PositiveInt
 from cvlab.errors import ConfigError
+from cvlab.experiments.classification.models.layer_namespace import LayerNamespace, LayerType
 
 MAX_WHITENING_IMAGES = 5_000  # enough for the covariance of 12 values
 EPS = 5e-4  # as in the paper: limits the gain in the directions of least variance
@@ -55,7 +56,7 @@ class ConvBlock(nn.Module):
     """Conv - max pool 2x2 - norm - act, then (conv - norm - act) x (depth - 1), the last act after the shortcut."""
 
     def __init__(
-        self, width_in: int, width: int, depth: int, residual: bool, act: type[nn.Module], layers: Any
+        self, width_in: int, width: int, depth: int, residual: bool, act: LayerType, layers: LayerNamespace
     ) -> None:
         super().__init__()
         self.first = nn.Sequential(_conv(width_in, width, layers), layers.MaxPool2d(2), _norm(width, layers), act())
@@ -100,14 +101,14 @@ class WhitenNet(nn.Sequential):
         whiten.weight.copy_(torch.cat([filters, -filters]))
 
 
-def _conv(width_in: int, width: int, layers: Any) -> nn.Module:
+def _conv(width_in: int, width: int, layers: LayerNamespace) -> nn.Module:
     """Build a 3x3 convolution without bias, initialized to pass on as many input channels as it has outputs."""
     conv: nn.Module = layers.Conv2d(width_in, width, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight[:width_in])  # type: ignore[index]
     return conv
 
 
-def _norm(width: int, layers: Any) -> nn.Module:
+def _norm(width: int, layers: LayerNamespace) -> nn.Module:
     """Build a BatchNorm with a learned shift and a fixed scale of 1."""
     norm: nn.Module = layers.BatchNorm2d(width, eps=NORM_EPS, momentum=NORM_MOMENTUM)
     norm.weight.requires_grad_(False)
@@ -125,7 +126,7 @@ def whiten_net(
     in_channels: int = 3,
     image_size: int = 32,
     num_classes: int = 10,
-    layers: Any = nn,
+    layers: LayerNamespace = nn,
 ) -> nn.Module:
     """Build whitening conv 2x2 - act - blocks that each halve the spatial size - global max pooling - linear.
 
@@ -150,7 +151,7 @@ def whiten_net(
         raise ConfigError(f"model.widths: {len(widths)} halvings leave no pixel of {image_size - 1} px")
     act = layers.ReLU if activation == "relu" else ACTIVATIONS[activation]
     whiten = layers.Conv2d(in_channels, 2 * 4 * in_channels, 2)
-    nn.init.zeros_(whiten.bias)
+    nn.init.zeros_(whiten.bias)  # type: ignore[arg-type]
     whiten.weight.requires_grad_(False)
     whiten.bias.requires_grad_(train_whitening_bias)
     blocks = [
