@@ -39,7 +39,8 @@ from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
+from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_config import PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import attacks, saliency
 from cvlab.ops.resample import DifferentiableResize, EvalTransform, build_resize

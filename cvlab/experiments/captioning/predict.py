@@ -24,7 +24,8 @@ from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_
 from cvlab.experiments.captioning.checkpoint import LoadedCaptioner
 from cvlab.experiments.captioning.decoding import Hypothesis
 from cvlab.experiments.common import photo_batches, weights
-from cvlab.experiments.common.photo_batches import ImagesConfig, Photo
+from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.reports import images
 from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
@@ -45,7 +46,7 @@ class CaptionConfig(ImagesConfig):
     @field_validator("weights")
     @classmethod
     def _absolute_weights(cls, name: str | None) -> str | None:
-        return weights.absolute(name)
+        return weights.absolute_weights_path(name)
 
 
 COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))

@@ -20,7 +20,8 @@ from cvlab.config.metrics import Metric
 from cvlab.data import photos
 from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
+from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_config import PhotoConfig
 from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 

@@ -5,83 +5,24 @@ that is incomplete; batches always consist of the same photos, so that the resul
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
-from pydantic import Field, field_validator
 
-from cvlab.config.schema import PositiveInt, RunConfig
 from cvlab.console import Progress
 from cvlab.data import photos
-from cvlab.engine.device import ComputeContext, seed_everything, select_device
+from cvlab.engine.device import ComputeContext
 from cvlab.errors import DataError
-from cvlab.models import pretrained
+from cvlab.experiments.common.photo_config import ImagesConfig, PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.records import Row
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
-
-
-class PretrainedConfig(RunConfig):
-    """The keys of every experiment that uses an ImageNet-pretrained model."""
-
-    model: str = Field(
-        pretrained.DEFAULT_MODEL, description=f"{pretrained.DEFAULT_MODEL}, timm:NAME or torchvision:NAME"
-    )
-    weights: str | None = Field(None, description="file with the model's weights; null: those found on this machine")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "float32", description="of the optimization; results are always evaluated in float32"
-    )
-
-    @field_validator("model")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        pretrained.check_name(name)
-        return name
-
-    @field_validator("weights")
-    @classmethod
-    def _absolute(cls, name: str | None) -> str | None:
-        return os.path.abspath(name) if name else name
-
-    def build(self) -> tuple[ComputeContext, PretrainedClassifier]:
-        """Select the device, seed the random number generators and build the model."""
-        ctx = select_device(self.device, self.precision, self.threads)
-        seed_everything(self.seed)
-        return ctx, pretrained.build(self.model, self.weights, ctx.device)
-
-
-class ImagesConfig(RunConfig):
-    """The keys of every experiment that processes photos."""
-
-    images: tuple[str, ...] = Field(
-        (photos.SAMPLE,), description="files, folders or patterns; `sample` is a bundled photo"
-    )
-    batch_size: PositiveInt = Field(8, description="photos per batch")
-
-    @field_validator("images")
-    @classmethod
-    def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return absolute(names)
-
-
-class PhotoConfig(ImagesConfig, PretrainedConfig):
-    """The keys of every experiment that applies an ImageNet-pretrained model to photos."""
-
-
-def absolute(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the absolute paths of photos, so that a configuration means the same in any working directory."""
-    if not names:
-        raise ValueError("give at least one photo")
-    bundled = (photos.SAMPLE, photos.SAMPLE_PAINTING)
-    return tuple(name if name in bundled or "://" in name else os.path.abspath(name) for name in names)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from cvlab.runs.find import find_run, runs_root
 BUNDLED_WEIGHTS = Path(__file__).parent.parent.parent / "assets" / "weights"
 
 
-def absolute(name: str | None) -> str | None:
+def absolute_weights_path(name: str | None) -> str | None:
     """Return the absolute path of weights that are given as a file, a run directory or the name of a run."""
     if name is None or os.path.lexists(name):
         return os.path.abspath(name) if name else name

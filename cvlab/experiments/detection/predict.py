@@ -17,8 +17,8 @@ from cvlab.data import photos
 from cvlab.engine import device
 from cvlab.errors import ConfigError
 from cvlab.experiments.base import Experiment
-from cvlab.experiments.common import photo_batches, weights
-from cvlab.experiments.common.photo_batches import ImagesConfig
+from cvlab.experiments.common import photo_batches, photo_config, weights
+from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.experiments.detection import diagrams, evaluation, inference
 from cvlab.experiments.detection.inference import LoadedDetector, PhotoDetector
 from cvlab.runs.run_dir import RunDir
@@ -51,12 +51,12 @@ class DetectConfig(ImagesConfig):
     @field_validator("images")
     @classmethod
     def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return photo_batches.absolute(names) if names else names
+        return photo_config.absolute_image_paths(names) if names else names
 
     @field_validator("weights")
     @classmethod
     def _absolute_weights(cls, name: str | None) -> str | None:
-        return weights.absolute(name)
+        return weights.absolute_weights_path(name)
 
 
 def _load_detector(config: DetectConfig, ctx: device.ComputeContext) -> LoadedDetector:

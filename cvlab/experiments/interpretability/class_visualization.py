@@ -35,8 +35,8 @@ from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.base import Experiment
-from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import PretrainedConfig
+from cvlab.experiments.common import photo_config
+from cvlab.experiments.common.photo_config import PretrainedConfig
 from cvlab.models import pretrained
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import visualize
@@ -100,7 +100,7 @@ class ClassVisualizationConfig(PretrainedConfig):
     @field_validator("images")
     @classmethod
     def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return photo_batches.absolute(names) if names else names
+        return photo_config.absolute_image_paths(names) if names else names
 
     @model_validator(mode="after")
     def _check(self) -> "ClassVisualizationConfig":

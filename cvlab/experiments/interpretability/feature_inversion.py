@@ -33,8 +33,8 @@ from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.base import Experiment
-from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import PretrainedConfig
+from cvlab.experiments.common import photo_config
+from cvlab.experiments.common.photo_config import PretrainedConfig
 from cvlab.models.features import FeatureExtractor
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
@@ -72,7 +72,7 @@ class FeatureInversionConfig(PretrainedConfig):
     @field_validator("image")
     @classmethod
     def _absolute_image(cls, name: str) -> str:
-        return photo_batches.absolute((name,))[0]
+        return photo_config.absolute_image_paths((name,))[0]
 
     @field_validator("layers")
     @classmethod

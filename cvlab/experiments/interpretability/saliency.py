@@ -29,7 +29,8 @@ from cvlab.data import photos, rng
 from cvlab.engine.device import ComputeContext
 from cvlab.experiments.base import Experiment
 from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import Photo, PhotoConfig
+from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_config import PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import saliency
 from cvlab.reports import images

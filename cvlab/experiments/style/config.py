@@ -7,8 +7,8 @@ from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
 from cvlab.data import photos
-from cvlab.experiments.common import photo_batches
-from cvlab.experiments.common.photo_batches import PretrainedConfig
+from cvlab.experiments.common import photo_config
+from cvlab.experiments.common.photo_config import PretrainedConfig
 
 STYLE_WEIGHT = 2000.0
 
@@ -70,12 +70,12 @@ class StyleConfig(PretrainedConfig):
     @field_validator("content")
     @classmethod
     def _absolute_content(cls, name: str | None) -> str | None:
-        return photo_batches.absolute((name,))[0] if name is not None else None
+        return photo_config.absolute_image_paths((name,))[0] if name is not None else None
 
     @field_validator("styles", "masks", "style_masks")
     @classmethod
     def _absolute_pictures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return photo_batches.absolute(names) if names else names
+        return photo_config.absolute_image_paths(names) if names else names
 
     @model_validator(mode="after")
     def _fits(self) -> "StyleConfig":
