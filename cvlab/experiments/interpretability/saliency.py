@@ -68,21 +68,21 @@ class SaliencyConfig(PhotoConfig):
 
 def compute_maps(config: SaliencyConfig, model: PretrainedClassifier, inputs: Tensor, classes: Tensor) -> Tensor:
     """Return the saliency maps (N, S, S) of model inputs (N, 3, S, S) for classes (N,)."""
-    net: nn.Module = model.module
+    module: nn.Module = model.module
     if config.method == "gradient":
-        return saliency.vanilla_gradient(net, inputs, classes, config.objective)
+        return saliency.vanilla_gradient(module, inputs, classes, config.objective)
     if config.method == "gradcam":
-        layer = saliency.find_last_feature_layer(net, model.transform.size_px)
-        return saliency.gradcam(net, inputs, classes, config.objective, layer=layer)
+        layer = saliency.find_last_feature_layer(module, model.transform.size_px)
+        return saliency.gradcam(module, inputs, classes, config.objective, layer=layer)
     if config.method == "integrated_gradients":
-        values = saliency.integrated_gradients(net, inputs, classes, config.objective, steps=config.samples)
+        values = saliency.integrated_gradients(module, inputs, classes, config.objective, steps=config.samples)
         return values.abs().sum(1)
     std = (inputs.amax((1, 2, 3), keepdim=True) - inputs.amin((1, 2, 3), keepdim=True)) * config.noise
 
     def noise(k: int) -> Tensor:
         return rng.normal(config.seed, k, inputs[0].shape, "smoothgrad").to(inputs) * std
 
-    return saliency.smoothgrad(net, inputs, classes, config.objective, noise=noise, samples=config.samples)
+    return saliency.smoothgrad(module, inputs, classes, config.objective, noise=noise, samples=config.samples)
 
 
 def strongest_fraction(values: Tensor) -> float:

@@ -121,12 +121,12 @@ class StyleTransfer:
         return noise.view(3, scale.height, scale.width).to(self.ctx.device)
 
     def _image_to_values(self, image: Tensor) -> Tensor:
-        net = self.model.module
-        return image * net.scale[0] + net.shift[0] if self.config.space == "normalized" else image
+        module = self.model.module
+        return image * module.scale[0] + module.shift[0] if self.config.space == "normalized" else image
 
     def _values_to_image(self, values: Tensor) -> Tensor:
-        net = self.model.module
-        return (values - net.shift[0]) / net.scale[0] if self.config.space == "normalized" else values
+        module = self.model.module
+        return (values - module.shift[0]) / module.scale[0] if self.config.space == "normalized" else values
 
     def losses(self, values: Tensor, target: LossTargets) -> Losses:
         """Return the weighted losses; the total variation is that of the values, the other losses of their image."""
