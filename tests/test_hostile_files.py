@@ -159,7 +159,7 @@ def said(path):
 
 def photo(path):
     with contextlib.suppress(DataError):
-        annotations.header(path)
+        annotations.read_header(path)
     loaded = photos.load(path)
     assert loaded.mode == "RGB"
     assert loaded.width * loaded.height <= photos.MAX_PIXELS
