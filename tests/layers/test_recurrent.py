@@ -1,9 +1,8 @@
-"""The recurrent layers by hand, and that a captioner of them is one of torch's layers."""
+"""The hand-written recurrent layers and attention, against single steps and torch's layers."""
 
 import pytest
 import torch
 
-from cvlab.experiments.captioning.model import Captioner
 from cvlab.layers import attention, recurrent, reference
 
 
@@ -39,49 +38,6 @@ def test_lstm_equals_torchs_own():
     x, h = some(3, 4, 5), some(3, 2)
     mine, _ = recurrent.LSTM.forward(x, h, wx, wh, b)
     torch.testing.assert_close(mine, theirs(x, (h[None], torch.zeros(1, 3, 2).double()))[0].detach())
-
-
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "attention_lstm"])
-class TestCaptioner:
-    def nets(self, cell):
-        torch.manual_seed(0)
-        nets = []
-        for layers in ("torch", "manual"):
-            net = Captioner(
-                6, 9, cell, embed_dim=4, hidden_dim=3, dropout=0.0, feature_dropout=0.0, layers=layers
-            ).double()
-            nets.append(net)
-        nets[1].load_state_dict(nets[0].state_dict())
-        cells = 5 if cell == "attention_lstm" else 1
-        words = torch.tensor([[1, 5, 6, 2, 0], [1, 7, 2, 0, 0], [1, 4, 8, 5, 2]])
-        return *nets, some(2, cells, 6), words, torch.tensor([0, 1, 1])
-
-    def test_layers_by_hand_and_of_torch_agree_in_losses_and_gradients(self, cell):
-        theirs, mine, features, words, image = self.nets(cell)
-        losses = [net.loss(features, words, image) for net in (theirs, mine)]
-        torch.testing.assert_close(losses[0], losses[1])
-        for loss, _ in losses:
-            loss.backward()
-        for ours, other in zip(mine.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, other.grad)
-
-    def test_the_loss_is_a_sum_over_words_and_a_mean_over_sentences(self, cell):
-        net, _, features, words, image = self.nets(cell)
-        log_p = net(features, words[:, :-1], image).log_softmax(-1)
-        total = -sum(log_p[n, t, words[n, t + 1]] for n in range(3) for t in range(4) if words[n, t + 1] != 0)
-        loss, each = net.loss(features, words, image)
-        torch.testing.assert_close(loss, total / 3)
-        torch.testing.assert_close(each, (total / 9).detach())
-
-    def test_steps_say_what_the_whole_sequence_says(self, cell):
-        net, _, features, words, image = self.nets(cell)
-        whole = net(features, words[:, :-1], image).log_softmax(-1)
-        state = net.initial_state(features[image])
-        for t in range(4):
-            found, state, weights = net.step(state, words[:, t])
-            log_p = found.log_softmax(1)
-            torch.testing.assert_close(log_p, whole[:, t])
-            assert (weights is None) == (cell != "attention_lstm")
 
 
 def test_the_reference_attends_as_the_layer_does():

@@ -93,11 +93,11 @@ class CaptionLoader:
         self.features, self.mirrored, self.captions, self.device = features, mirrored, captions, device
         self.seed = seed
         self.self_critical_from: int | None = None  # first step of self-critical training
-        self.epochs = rng.BatchSampler(seed, len(features), batch_size, torch.device("cpu"))
+        self.sampler = rng.BatchSampler(seed, len(features), batch_size, torch.device("cpu"))
 
     def get_batch(self, step: int) -> CaptionBatch:
         """Return this process's shard of the batch of a step."""
-        epoch, photo_ids = self.epochs(step)
+        epoch, photo_ids = self.sampler(step)
         photo_ids = sharding.shard(photo_ids)
         features = self.features[photo_ids]
         if self.mirrored is not None:

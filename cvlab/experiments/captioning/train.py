@@ -211,7 +211,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
         )
         reward = None
         if config.reward_epochs:
-            loader.self_critical_from = config.final_epochs_start(config.reward_epochs, loader.epochs.steps_per_epoch)
+            loader.self_critical_from = config.final_epochs_start(config.reward_epochs, loader.sampler.steps_per_epoch)
             reward = CiderReward(train, captioner.vocabulary)
 
         def validate(model: nn.Module) -> dict[str, float]:
@@ -224,8 +224,8 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
             model=captioner.model,
             loss_fn=make_loss_fn(config, reward),
             get_batch=loader.get_batch,
-            steps_per_epoch=loader.epochs.steps_per_epoch,
-            items_per_step=loader.epochs.batch_size,
+            steps_per_epoch=loader.sampler.steps_per_epoch,
+            items_per_step=loader.sampler.batch_size,
             evaluate=validate,
             monitor="val_bleu4",
             ctx=setup.ctx,

@@ -1,4 +1,4 @@
-"""Beam search against all sentences that there are, of a captioner small enough to try them."""
+"""Beam search, sampling and attention weights, on a vocabulary small enough to enumerate all captions."""
 
 import itertools
 
@@ -9,104 +9,103 @@ from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
 from cvlab.experiments.captioning import decoding
 from cvlab.experiments.captioning.model import Captioner
 
-WORDS = 7  # of which three are words
-LENGTH = 4
+VOCAB_SIZE = 7  # of which three are words
+MAX_LENGTH = 4
 
 
 @pytest.fixture(params=["rnn", "lstm", "attention_lstm"])
-def net(request):
+def model(request):
     torch.manual_seed(3)
-    made = Captioner(5, WORDS, request.param, embed_dim=6, hidden_dim=8).eval()
+    captioner = Captioner(5, VOCAB_SIZE, request.param, embed_dim=6, hidden_dim=8).eval()
     with torch.no_grad():
-        made.output_projection.weight.mul_(3)
-    return made
+        captioner.output_projection.weight.mul_(3)
+    return captioner
 
 
-def features(net, n=3):
-    return torch.randn(n, 4 if net.has_attention else 1, 5, generator=torch.Generator().manual_seed(1))
+def make_features(model, n=3):
+    return torch.randn(n, 4 if model.has_attention else 1, 5, generator=torch.Generator().manual_seed(1))
 
 
-def score(net, feature, words):
-    """The sum of the log-probabilities of a sentence, by one forward pass over all of it."""
-    row = torch.tensor([[START, *words[:-1]]])
+def log_prob(model, features, token_ids):
+    """Sum the log-probabilities of a caption, from one forward pass over all of it."""
+    inputs = torch.tensor([[START, *token_ids[:-1]]])
     with torch.no_grad():
-        log_p = net(feature[None], row, torch.tensor([0])).log_softmax(-1)[0]
-    return sum(log_p[t, word].item() for t, word in enumerate(words))
+        log_p = model(features[None], inputs, torch.tensor([0])).log_softmax(-1)[0]
+    return sum(log_p[t, token_id].item() for t, token_id in enumerate(token_ids))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
-def test_a_beam_as_wide_as_everything_finds_the_best_of_all(net, alpha):
-    for feature in features(net):
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
+def test_an_exhaustive_beam_finds_the_best_of_all_captions(model, length_penalty):
+    for features in make_features(model):
         best = max(
-            (score(net, feature, (*words, END)) / (n + 1) ** alpha, (*words, END))
-            for n in range(LENGTH)
-            for words in itertools.product(range(UNKNOWN + 1, WORDS), repeat=n)
+            (log_prob(model, features, (*words, END)) / (n + 1) ** length_penalty, (*words, END))
+            for n in range(MAX_LENGTH)
+            for words in itertools.product(range(UNKNOWN + 1, VOCAB_SIZE), repeat=n)
         )
-        (found,) = decoding.beam_search(net, feature[None], beam_width=100, max_length=LENGTH, length_penalty=alpha)
-        assert found.token_ids == best[1]
-        assert found.score == pytest.approx(best[0], abs=1e-4)
+        (hypothesis,) = decoding.beam_search(model, features[None], 100, MAX_LENGTH, length_penalty)
+        assert hypothesis.token_ids == best[1]
+        assert hypothesis.score == pytest.approx(best[0], abs=1e-4)
 
 
-def test_greedy_is_one_beam(net):
-    for feature in features(net):
-        words, alpha = [], 0.0
-        state, word = net.initial_state(feature[None]), torch.tensor([START])
-        ended = []
+def test_one_beam_is_greedy(model):
+    for features in make_features(model):
+        words = []
+        state, token_id = model.initial_state(features[None]), torch.tensor([START])
+        finished = []
         with torch.no_grad():
             total = 0.0
-            for t in range(LENGTH):
-                scores, state, _ = net.step(state, word)
-                log_p = scores.log_softmax(1)
-                ended.append((total + log_p[0, END].item(), (*words, END)))
+            for t in range(MAX_LENGTH):
+                logits, state, _ = model.step(state, token_id)
+                log_p = logits.log_softmax(1)
+                finished.append((total + log_p[0, END].item(), (*words, END)))
                 log_p[:, [PAD, START, UNKNOWN, END]] = -1e9
-                if t == LENGTH - 1:
+                if t == MAX_LENGTH - 1:
                     break
                 total += log_p.max().item()
-                word = log_p.argmax(1)
-                words.append(int(word))
-        (found,) = decoding.beam_search(net, feature[None], beam_width=1, max_length=LENGTH, length_penalty=alpha)
-        assert found.token_ids == max(ended)[1]
+                token_id = log_p.argmax(1)
+                words.append(int(token_id))
+        (hypothesis,) = decoding.beam_search(model, features[None], 1, MAX_LENGTH, length_penalty=0.0)
+        assert hypothesis.token_ids == max(finished)[1]
 
 
-def test_photos_do_not_disturb_each_other_and_every_sentence_ends(net):
-    together = decoding.beam_search(net, features(net, 5), beam_width=3, max_length=LENGTH)
-    alone = [
-        decoding.beam_search(net, feature[None], beam_width=3, max_length=LENGTH)[0] for feature in features(net, 5)
-    ]
-    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
-    for sentence in together:
-        assert sentence.token_ids[-1] == END
-        assert len(sentence.token_ids) <= LENGTH
-        assert not set(sentence.token_ids) & {PAD, START, UNKNOWN}
+def test_photos_of_a_batch_are_independent_and_every_caption_ends(model):
+    features = make_features(model, 5)
+    batched = decoding.beam_search(model, features, beam_width=3, max_length=MAX_LENGTH)
+    single = [decoding.beam_search(model, one[None], beam_width=3, max_length=MAX_LENGTH)[0] for one in features]
+    assert [hypothesis.token_ids for hypothesis in batched] == [hypothesis.token_ids for hypothesis in single]
+    for hypothesis in batched:
+        assert hypothesis.token_ids[-1] == END
+        assert len(hypothesis.token_ids) <= MAX_LENGTH
+        assert not set(hypothesis.token_ids) & {PAD, START, UNKNOWN}
 
 
-def test_where_it_looks(net):
-    if not net.has_attention:
+def test_attention_weights_sum_to_one(model):
+    if not model.has_attention:
         return
-    feature = features(net, 1)
-    found = decoding.attention_weights(net, feature, (4, 5, END))
-    assert found.shape == (3, 4)
-    torch.testing.assert_close(found.sum(1), torch.ones(3))
+    weights = decoding.attention_weights(model, make_features(model, 1), (4, 5, END))
+    assert weights.shape == (3, 4)
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
 
 
-def test_sentences_are_drawn_as_likely_as_they_are(net):
+def test_samples_follow_the_distribution_of_the_model(model):
     torch.manual_seed(0)
-    feature = features(net, 1)
-    drawn = decoding.sample(net, feature, 20_000, LENGTH)
-    assert drawn.shape == (20_000, LENGTH + 1)
-    assert bool((drawn[:, 0] == START).all())
-    allowed = [END, *range(UNKNOWN + 1, WORDS)]
+    features = make_features(model, 1)
+    samples = decoding.sample(model, features, 20_000, MAX_LENGTH)
+    assert samples.shape == (20_000, MAX_LENGTH + 1)
+    assert bool((samples[:, 0] == START).all())
+    allowed = [END, *range(UNKNOWN + 1, VOCAB_SIZE)]
     with torch.no_grad():
-        first = net(feature, torch.tensor([[START]]), torch.tensor([0]))[0, 0, allowed].softmax(0)
-    share = torch.tensor([(drawn[:, 1] == word).float().mean() for word in allowed])
-    torch.testing.assert_close(share, first, atol=0.015, rtol=0)
-    ended = (drawn == END).int().cumsum(1)
-    assert bool((ended[:, -1] == 1).all())
-    assert not bool(((drawn != PAD) & (drawn != END) & (ended > 0)).any())
+        expected = model(features, torch.tensor([[START]]), torch.tensor([0]))[0, 0, allowed].softmax(0)
+    frequencies = torch.tensor([(samples[:, 1] == token_id).float().mean() for token_id in allowed])
+    torch.testing.assert_close(frequencies, expected, atol=0.015, rtol=0)
+    has_ended = (samples == END).int().cumsum(1)
+    assert bool((has_ended[:, -1] == 1).all())
+    assert not bool(((samples != PAD) & (samples != END) & (has_ended > 0)).any())
 
 
-def test_the_probability_of_a_sentence_is_the_product_over_its_words(net):
-    rows = torch.tensor([[START, 4, 5, END, PAD], [START, 6, END, PAD, PAD]])
-    found = net.log_prob(features(net, 2), rows, torch.tensor([1, 0]))
-    wanted = [score(net, features(net, 2)[1], (4, 5, END)), score(net, features(net, 2)[0], (6, END))]
-    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-4, rtol=0)
+def test_the_log_prob_of_a_caption_is_the_sum_over_its_tokens(model):
+    token_ids = torch.tensor([[START, 4, 5, END, PAD], [START, 6, END, PAD, PAD]])
+    features = make_features(model, 2)
+    expected = [log_prob(model, features[1], (4, 5, END)), log_prob(model, features[0], (6, END))]
+    actual = model.log_prob(features, token_ids, torch.tensor([1, 0]))
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=0)

@@ -1,0 +1,60 @@
+"""Captioned data sets: your own, Flickr8k, and the built-in scenes."""
+
+import pytest
+from PIL import Image
+
+from cvlab.data import photos
+from cvlab.errors import ConfigError, DataError
+from cvlab.experiments.captioning import dataset, scene_captions
+
+COUNTS = {"train": 6, "val": 2, "test": 2}
+
+
+def test_custom_captions_are_split_and_their_images_found(tmp_path):
+    (tmp_path / "images").mkdir()
+    rows = ["image,caption"]
+    for k in range(10):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{k}.png")
+        rows.append(f"{k}.png,Number {k}")
+    (tmp_path / "c.csv").write_text("\n".join(rows))
+    loaded = dataset.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
+    assert {split: len(samples) for split, samples in loaded.splits.items()} == {"train": 8, "val": 2, "test": 0}
+    (tmp_path / "images" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"'3\.png' is not beside it"):
+        dataset.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
+
+
+def test_the_path_goes_with_custom_captions_only(tmp_path):
+    with pytest.raises(ConfigError, match="path is missing"):
+        dataset.load("captions", tmp_path)
+    with pytest.raises(ConfigError, match="path goes with name: captions"):
+        dataset.load("flickr8k", tmp_path, str(tmp_path / "c.csv"))
+
+
+def test_flickr8k(tmp_path):
+    folder = tmp_path / "flickr8k"
+    (folder / "Images").mkdir(parents=True)
+    (folder / "captions.txt").write_text("image,caption\na.jpg,One .\na.jpg,Two .\nb.jpg,Three .\n")
+    for split, name in (("train", "a.webp"), ("dev", "b.jpg"), ("test", "a.webp")):
+        (folder / f"Flickr_8k.{split}Images.txt").write_text(f"{name}\n")
+    loaded = dataset.load("flickr8k", tmp_path)
+    assert loaded.splits["train"][0].captions == ("One .", "Two .")
+    assert loaded.splits["train"][0].path == folder / "Images" / "a.webp"
+    (folder / "Flickr_8k.devImages.txt").write_text("c.jpg\n")
+    with pytest.raises(DataError, match=r"no caption of c\.jpg"):
+        dataset.load("flickr8k", tmp_path)
+    with pytest.raises(DataError, match="flickr8k is not in"):
+        dataset.load("flickr8k", tmp_path / "none")
+
+
+def test_scene_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(scene_captions, "COUNTS", COUNTS)
+    loaded = dataset.load("scene_captions", tmp_path)
+    assert {split: len(samples) for split, samples in loaded.splits.items()} == COUNTS
+    sample = loaded.splits["val"][0]
+    assert photos.load(sample.path).size == (224, 224)
+    words = sample.captions[0].split()
+    assert words[0] == "a"
+    assert len(words) in (3, 7, 8)
+    images = {sample.path.read_bytes() for samples in loaded.splits.values() for sample in samples}
+    assert len(images) == sum(COUNTS.values())

@@ -1,0 +1,77 @@
+"""Backbone features: how feature maps are combined, and that files on the disk are kept and verified."""
+
+import pytest
+import torch
+
+from cvlab.data import photos
+from cvlab.engine import device
+from cvlab.experiments.captioning import checkpoint, feature_store
+from cvlab.models.features import FeatureExtractor
+from cvlab.models.pretrained import build
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Return a function that loads the features of one photo, twice, the folder of the files, and the photo."""
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+    path = tmp_path / "photo.png"
+    photos.load(photos.find_images(("sample",))[0]).save(path)
+    extractor, ctx = FeatureExtractor(build(), ["bn2"]), device.select_device("cpu", "float32", 1)
+
+    def load(pool=False, mirrored=False):
+        spec = feature_store.FeatureSpec(64, pool, mirrored)
+        return feature_store.load_features(extractor, [path, path], ctx, spec, lambda: None)
+
+    return load, tmp_path / "data" / feature_store.FOLDER, path
+
+
+def test_features_are_stored_verified_and_reused(store, capsys):
+    load, folder, _ = store
+    first = load().clone()
+    assert first.shape == (2, 4, 1280)
+    assert first.dtype == torch.float16
+    assert len(list(folder.glob("*.npy"))) == 1
+    (path,) = folder.glob("*.npy")
+    modified_ns = path.stat().st_mtime_ns
+    assert torch.equal(load(), first)
+    assert path.stat().st_mtime_ns == modified_ns
+    torch.testing.assert_close(load(pool=True)[:, 0].float(), first.float().mean(1), rtol=1e-2, atol=1e-2)
+    assert not torch.equal(load(mirrored=True), first)
+    assert len(list(folder.glob("*.npy"))) == 3
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert torch.equal(load(), first)
+    assert "computed again" in capsys.readouterr().err
+
+
+def test_a_changed_photo_of_the_same_name_gets_new_features(store):
+    load, folder, path = store
+    load()
+    photos.load(path).rotate(90).save(path)
+    load()
+    assert len(list(folder.glob("*.npy"))) == 2
+
+
+def test_features_stay_in_memory_if_the_disk_cannot_be_written(store, tmp_path, capsys):
+    load, _, _ = store
+    (tmp_path / "data").write_text("a file where the folder should be")
+    assert load().shape == (2, 4, 1280)
+    assert "not kept" in capsys.readouterr().err
+
+
+def test_the_first_feature_map_defines_the_spatial_positions():
+    extractor = checkpoint.build_feature_extractor((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ctx = device.select_device("cpu", "float32", 1)
+    features = feature_store.extract_features(extractor, images, ctx, False)
+    maps = extractor.batch(images)
+    medium, fine, coarse = (maps[name].detach() for name in extractor.names)
+    channels = [feature_map.shape[1] for feature_map in (medium, fine, coarse)]
+    assert features.shape == (2, 16, sum(channels))
+    parts = [part.mT.unflatten(2, (4, 4)) for part in features.split(channels, 2)]
+    torch.testing.assert_close(parts[0], medium)
+    torch.testing.assert_close(parts[1][..., 1, 2], fine[..., 2:4, 4:6].mean((2, 3)))
+    torch.testing.assert_close(parts[2], coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    pooled = feature_store.extract_features(extractor, images, ctx, True)
+    torch.testing.assert_close(pooled, features.mean(1, keepdim=True))

@@ -1,0 +1,63 @@
+"""The captioning model: hand-written and torch's layers agree, so do whole captions and single steps."""
+
+import pytest
+import torch
+
+from cvlab.experiments.captioning.model import Captioner
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "attention_lstm"])
+class TestCaptioner:
+    def build(self, cell):
+        """Return a model of torch's layers, the same of hand-written ones, and the arguments of `forward`."""
+        torch.manual_seed(0)
+        models = []
+        for layers in ("torch", "manual"):
+            model = Captioner(
+                6, 9, cell, embed_dim=4, hidden_dim=3, dropout=0.0, feature_dropout=0.0, layers=layers
+            ).double()
+            models.append(model)
+        models[1].load_state_dict(models[0].state_dict())
+        positions = 5 if cell == "attention_lstm" else 1
+        token_ids = torch.tensor([[1, 5, 6, 2, 0], [1, 7, 2, 0, 0], [1, 4, 8, 5, 2]])
+        return *models, torch.randn(2, positions, 6, dtype=torch.float64), token_ids, torch.tensor([0, 1, 1])
+
+    def test_manual_and_torch_layers_agree_in_losses_and_gradients(self, cell):
+        reference, manual, *batch = self.build(cell)
+        losses = [model.loss(*batch) for model in (reference, manual)]
+        torch.testing.assert_close(losses[0], losses[1])
+        for loss, _ in losses:
+            loss.backward()
+        for actual, expected in zip(manual.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, expected.grad)
+
+    def test_the_loss_is_a_sum_over_tokens_and_a_mean_over_captions(self, cell):
+        model, _, features, token_ids, photo_indices = self.build(cell)
+        log_p = model(features, token_ids[:, :-1], photo_indices).log_softmax(-1)
+        targets = token_ids[:, 1:]
+        total = -sum(log_p[n, t, targets[n, t]] for n in range(3) for t in range(4) if targets[n, t] != 0)
+        loss, token_loss = model.loss(features, token_ids, photo_indices)
+        torch.testing.assert_close(loss, total / 3)
+        torch.testing.assert_close(token_loss, (total / 9).detach())
+
+    def test_steps_agree_with_the_whole_caption(self, cell):
+        model, _, features, token_ids, photo_indices = self.build(cell)
+        whole = model(features, token_ids[:, :-1], photo_indices).log_softmax(-1)
+        state = model.initial_state(features[photo_indices])
+        for t in range(4):
+            logits, state, weights = model.step(state, token_ids[:, t])
+            torch.testing.assert_close(logits.log_softmax(1), whole[:, t])
+            assert (weights is None) == (cell != "attention_lstm")
+
+
+@pytest.mark.parametrize("layers", ["torch", "manual"])
+def test_positional_features_and_the_mlp_projection(layers):
+    torch.manual_seed(0)
+    model = Captioner(5, 9, "attention_lstm", 6, 8, layers=layers, positional=True, projection="mlp")
+    features, token_ids = torch.ones(2, 9, 5), torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0]])
+    context = model.eval().project(features)
+    assert context.shape == (2, 9, 8)
+    assert not torch.allclose(context[0, 0], context[0, 8])
+    loss, _ = model.train().loss(features, token_ids, torch.arange(2))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,103 @@
+"""Training captioners on generated scenes: metrics, weights, evaluation, resuming, and what is rejected."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cvlab.experiments.captioning import checkpoint
+from tests.conftest import weights_digest
+
+SHORT = (
+    *("model={name: captioner, cell: attention_lstm, embed_dim: 8, hidden_dim: 16}", "size=64", "batch_size=4"),
+    *("duration={steps: 4}", "expect=[]", "log_every=1", "evaluate_test=false", "threads=1", "beam=2"),
+)
+OVERFIT = (
+    *("data.num_train=4", "eval_every=1000", "optimizer={name: adam, lr: 1e-2}", "schedule={name: constant}"),
+    "ema=null",
+)
+
+
+def train(cvlab, *args):
+    code, out, err = cvlab("train", "caption_scenes", *SHORT, *args, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def read_metrics(report):
+    return [json.loads(line) for line in (Path(report["run"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_and_weights_file(cvlab):
+    report = train(cvlab)
+    expected = {"val_loss", "val_bleu4", "bleu1", "bleu4", "cider", "exact_match", "shapes_right", "word_loss"}
+    assert expected | {"train_loss"} <= report["metrics"].keys()
+    captioner = checkpoint.load(Path(report["run"]) / "captioner.safetensors", torch.device("cpu"))
+    assert captioner.metadata.size_px == 64
+    assert captioner.metadata.trained_on == "scene_captions"
+    assert "red" in captioner.metadata.vocabulary
+    summary = json.loads((Path(report["run"]) / "summary.json").read_text())
+    assert "closest reference length" in summary["bleu_rule"]
+    assert summary["beam"] == 2
+
+
+def test_manual_layers_train_like_those_of_torch(cvlab):
+    sizes = "embed_dim: 8, hidden_dim: 16, dropout: 0, feature_dropout: 0"
+    losses = [
+        train(cvlab, f"model={{name: captioner, cell: lstm, {sizes}, layers: {layers}}}", "precision=float32")[
+            "metrics"
+        ]["train_loss"]
+        for layers in ("torch", "manual")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(stopped_and_resumed):
+    whole, again = stopped_and_resumed("caption_scenes", *SHORT, "save_seconds=0", "mirror=true", "reward_epochs=1")
+    assert weights_digest(whole) == weights_digest(again)
+    assert whole["run"] != again["run"]
+
+
+def test_eval_repeats_the_metrics_of_the_run(cvlab):
+    report = train(cvlab)
+    code, out, err = cvlab("eval", report["run"], "--split", "val", "--json")
+    assert code == 0, err
+    metrics = json.loads(out)["metrics"]
+    assert metrics["val_bleu1"] == pytest.approx(report["metrics"]["bleu1"])
+    assert metrics["val_loss"] > 0
+
+
+def test_self_critical_training_raises_the_reward(cvlab):
+    model = "model={name: captioner, cell: lstm, embed_dim: 16, hidden_dim: 32, dropout: 0, feature_dropout: 0}"
+    rows = read_metrics(train(cvlab, model, *OVERFIT, "duration={steps: 60}", "reward_epochs=40"))
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    assert len(rewards) == 40
+    assert sum(rewards[-5:]) > sum(rewards[:5])
+
+
+def test_it_overfits_a_few_captions(cvlab):
+    sizes = "embed_dim: 16, hidden_dim: 32, dropout: 0, feature_dropout: 0"
+    model = f"model={{name: captioner, cell: attention_lstm, {sizes}}}"
+    rows = read_metrics(train(cvlab, model, *OVERFIT, "duration={steps: 120}"))
+    losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("data.name=scenes",), "captioned photos are needed"),
+        (("data.num_train=9999",), "has 12 photos"),
+        (("data.name=captions",), "goes with a path"),
+        (("model.cell=gru",), "cell"),
+        (("duration={epochs: 2}", "reward_epochs=3"), "reward_epochs 3 are the last"),
+        (("duration={seconds: 5}", "reward_epochs=1"), "reward_epochs are counted from the end"),
+        (("min_word_count=99999",), "no word occurs 99999 times"),
+        (("expect=[bleu5>0]",), "no metric"),
+    ],
+)
+def test_errors(cvlab, args, message):
+    code, _, err = cvlab("train", "caption_scenes", *args, "--dry-run")
+    assert code in (2, 4), err
+    assert message in err, err
