@@ -1,4 +1,4 @@
-"""What the looking commands show, as plain dictionaries."""
+"""What the listing commands print, as plain dictionaries."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from cvlab.config import loading
 from cvlab.config.schema import component_type
 from cvlab.data import datasets
 from cvlab.errors import DataError
-from cvlab.reports import compare as comparing
+from cvlab.reports import compare
 from cvlab.storage.cache import data_root
 
 Row = dict[str, Any]
@@ -18,17 +18,17 @@ def show(path: Path) -> Row:
     """Return one run: status, configuration, metrics, expectations, files."""
     from cvlab.api import run
 
-    return {**run.result(path), "ok": True, "config": comparing.read_config(path)}
+    return {**run.result(path), "ok": True, "config": compare.read_config(path)}
 
 
 def shipped() -> list[Row]:
     """Return the shipped configurations with the first line of their header."""
-    found = []
+    rows = []
     for name in loading.shipped_names():
         text = (loading.shipped_folder() / f"{name}.yaml").read_text()
         first = next((line for line in text.splitlines() if line.startswith("#")), "#")
-        found.append({"name": name, "shows": first.lstrip("# ").removeprefix("Shows: ")})
-    return found
+        rows.append({"name": name, "shows": first.lstrip("# ").removeprefix("Shows: ")})
+    return rows
 
 
 def experiment_lines() -> dict[str, str]:
@@ -39,14 +39,14 @@ def experiment_lines() -> dict[str, str]:
 
 
 def model_lines() -> list[Row]:
-    """Return each model with the keys that a YAML may set."""
+    """Return each model with the keys that a YAML file may set."""
     from cvlab.experiments.classification.models import registry as model_registry
 
     rows = []
     for name in model_registry.MODELS:
-        made = component_type(model_registry.TABLE, name, model_registry.get_builder(name, Path()))
-        keys = [key if info.is_required() else f"{key}={info.default}" for key, info in made.model_fields.items()]
-        rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": made.__doc__})
+        config = component_type(model_registry.TABLE, name, model_registry.get_builder(name, Path()))
+        keys = [key if info.is_required() else f"{key}={info.default}" for key, info in config.model_fields.items()]
+        rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": config.__doc__})
     rows += [
         {"name": f"{p}:NAME", "keys": "those of its builder", "summary": f"any model of {p}"}
         for p in model_registry.PREFIXES
@@ -65,11 +65,19 @@ def data_lines() -> list[Row]:
 
 
 def fetch(name: str, origin: Path | None) -> Row:
-    """Get a data set and check it."""
+    """Download a data set, or take it from a file or folder, and check it.
+
+    Args:
+        name: The data set.
+        origin: The file or folder; None to download it.
+
+    Raises:
+        DataError: If it cannot be downloaded, or its files are not those expected.
+    """
     from cvlab.storage import download
 
     source, root = datasets.get(name), data_root()
-    if source.fetch is not None and (origin is not None or not _is_whole(source, root)):
+    if source.fetch is not None and (origin is not None or not _is_intact(source, root)):
         if origin is None and not download.is_online():
             raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
         source.fetch(root, origin, True)
@@ -78,7 +86,7 @@ def fetch(name: str, origin: Path | None) -> Row:
     return {"ok": True, "name": name, "root": str(root), "found": source.check(root)}
 
 
-def _is_whole(source: datasets.AnySource, root: Path) -> bool:
+def _is_intact(source: datasets.AnySource, root: Path) -> bool:
     if not source.ready(root):
         return False
     try:
@@ -90,7 +98,7 @@ def _is_whole(source: datasets.AnySource, root: Path) -> bool:
 
 
 def check(name: str | None) -> Row:
-    """Verify one data set, or all that are on the disk."""
+    """Compare a data set with its checksums, or all that are on the disk; return a description by name."""
     root = data_root()
-    names = [name] if name else [known for known in datasets.DATASETS if datasets.get(known).ready(root)]
-    return {known: datasets.get(known).check(root) for known in names}
+    names = [name] if name else [each for each in datasets.DATASETS if datasets.get(each).ready(root)]
+    return {each: datasets.get(each).check(root) for each in names}

@@ -1,4 +1,4 @@
-"""Compare runs and write the comparison's page."""
+"""`cvlab compare --out`: write a comparison of runs to files."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,19 @@ from cvlab.storage import atomic
 
 
 def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) -> list[str]:
-    """Write compare.csv, compare.json and compare.png into a folder; return their paths."""
+    """Write compare.csv, compare.json and compare.png.
+
+    Args:
+        comparison: What `reports.compare.compare` returns.
+        runs: Run directories by label.
+        folder: Where to write; created if it does not exist.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        RunDirError: If the folder cannot be written.
+    """
     from cvlab.reports import plots
 
     try:

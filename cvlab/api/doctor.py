@@ -1,4 +1,4 @@
-"""`cvlab doctor`: what this machine has, and whether everything cvlab needs works here."""
+"""`cvlab doctor`: what this machine has, and whether everything that cvlab needs works."""
 
 import os
 import shutil
@@ -52,9 +52,9 @@ def _speed() -> str:
     matrix = torch.randn(1024, 1024)
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         matrix @ matrix
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return f"{2 * 1024**3 / min(times) / 1e9:.0f} GFLOP/s in float32 matrix products on the CPU"
 
 
@@ -63,11 +63,11 @@ def _disk(folder: Path) -> str:
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is not a folder")
     with tempfile.NamedTemporaryFile(dir=existing) as file:
-        began = time.perf_counter()
+        start = time.perf_counter()
         file.write(os.urandom(2**20))
         file.flush()
         os.fsync(file.fileno())
-        milliseconds = 1000 * (time.perf_counter() - began)
+        milliseconds = 1000 * (time.perf_counter() - start)
     free = shutil.disk_usage(existing).free
     return f"{folder}: writable, {console.format_bytes(free)} free, 1 MiB is durable after {milliseconds:.1f} ms"
 
@@ -84,7 +84,15 @@ def _configs() -> str:
 
 
 def run_checks(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
-    """Run every check; return `{"ok", "checks": [{"name", "ok", "found"}]}`. With `faults` kill a training, too."""
+    """Run all checks.
+
+    Args:
+        runs_dir: The folder of the runs; None for the default one.
+        faults: Also kill and resume a short training run.
+
+    Returns:
+        `ok`, and `checks`: `name`, `ok` and the result as text (`found`) of each.
+    """
     checks: dict[str, Callable[[], str]] = {
         "cvlab": lambda: f"cvlab {__version__} in {Path(__file__).parent.parent}",
         "python": _python,
@@ -97,14 +105,15 @@ def run_checks(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
         "data": _data,
         "data disk": lambda: _disk(data_root()),
     }
-    found = [_examine_one(name, check) for name, check in checks.items()]
+    results = [_run_check(name, check) for name, check in checks.items()]
     if faults:
-        found += fault_check.run(runs_root(runs_dir))
-    return {"ok": all(ok for _, ok, _ in found), "checks": [{"name": n, "ok": ok, "found": t} for n, ok, t in found]}
+        results += fault_check.run(runs_root(runs_dir))
+    rows = [{"name": name, "ok": ok, "found": text} for name, ok, text in results]
+    return {"ok": all(ok for _, ok, _ in results), "checks": rows}
 
 
-def _examine_one(name: str, check: Callable[[], str]) -> Check:
+def _run_check(name: str, check: Callable[[], str]) -> Check:
     try:
         return name, True, check()
-    except Exception as error:  # whatever is broken is what is to be shown
+    except Exception as error:  # any failure is a result
         return name, False, f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""`cvlab eval`: a finished or stopped run's weights, evaluated again, or on the test split for the first time."""
+"""`cvlab eval`: evaluate the weights of a finished or interrupted run."""
 
 from pathlib import Path
 from typing import Any
@@ -16,33 +16,44 @@ CHOICES = ("last", "best")
 
 
 def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None) -> dict[str, Any]:
-    """Evaluate a run on `splits` with its last or best weights, keep the result in eval.json, and return it.
+    """Evaluate a run and write the result to its eval.json.
 
-    Without any splits it is evaluated on validation, where there is one, and test.
+    Args:
+        path: The run directory.
+        splits: `train`, `val`, `test`; empty for validation and test, if present.
+        which: `last` or `best` weights.
+        device: Where to evaluate; None for the device of the run's configuration.
+
+    Returns:
+        `ok`, `run`, `experiment`, `checkpoint`, `step`, `data` and `metrics`.
+
+    Raises:
+        ConfigError: If the experiment has no weights to evaluate.
+        CheckpointError: If there is no such checkpoint.
     """
-    chosen = loading.load(str(config_path(path)), [f"device={device}"] if device else []).config
-    experiment = registry.get_experiment(chosen.experiment)
+    config = loading.load(str(config_path(path)), [f"device={device}"] if device else []).config
+    experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Evaluable):
-        raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no weights to evaluate")
-    state = state_of(path, which)
-    found = {
+        raise ConfigError(f"{path.name}: a run of {config.experiment} has no weights to evaluate")
+    state = load_state(path, which)
+    result = {
         "ok": True,
         "run": str(path),
-        "experiment": chosen.experiment,
+        "experiment": config.experiment,
         "checkpoint": which,
         "step": state.get("step"),
         "data": read_json(path / "summary.json").get("data"),
-        "metrics": experiment.evaluate(chosen, path, state, splits),
+        "metrics": experiment.evaluate(config, path, state, splits),
     }
     try:
-        RunDir(path).write_json("eval.json", {key: value for key, value in found.items() if key != "ok"})
+        RunDir(path).write_json("eval.json", {key: value for key, value in result.items() if key != "ok"})
     except RunDirError as error:
-        console.info(f"warning: not kept: {error.message}")
-    return found
+        console.info(f"warning: the result is not saved: {error.message}")
+    return result
 
 
-def state_of(path: Path, which: str) -> dict[str, Any]:
-    """Return the state in a run's last or best checkpoint. ConfigError for another word, CheckpointError without."""
+def load_state(path: Path, which: str) -> dict[str, Any]:
+    """Load the `last` or `best` checkpoint of a run. CheckpointError if there is none."""
     if which not in CHOICES:
         raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
     folder = path / "checkpoints"
@@ -50,5 +61,5 @@ def state_of(path: Path, which: str) -> dict[str, Any]:
         return checkpoint.load_latest(folder, console.info)[1]
     best = folder / checkpoint.BEST
     if not best.is_file():
-        raise CheckpointError(f"{best}: not there", "use --checkpoint last, or resume the run")
+        raise CheckpointError(f"{best}: no such checkpoint", "use --checkpoint last, or resume the run")
     return checkpoint.load(best)

@@ -1,6 +1,6 @@
-"""A run's net in a file that other programs read: safetensors or ONNX, which says what it takes and what it gives.
+"""`cvlab export`: a run's model as safetensors or ONNX, with metadata about its inputs and outputs.
 
-A file is read again and compared with the net before it is called written.
+A file is read back and compared with the model before it is written to its place.
 """
 
 import importlib
@@ -24,99 +24,116 @@ from cvlab.runs.find import config_path
 from cvlab.storage import atomic
 
 FORMATS = ("safetensors", "onnx")
-KEY = "cvlab_export"  # of the metadata, an object of JSON
-TOLERANCE = 1e-4  # of a value, and of the largest one
-BATCHES = (1, 3)  # photos that the ONNX file is tried with
+METADATA_KEY = "cvlab_export"  # its value is a JSON object
+TOLERANCE = 1e-4  # largest difference of an output, relative to the largest output
+BATCH_SIZES = (1, 3)  # that the ONNX file is compared with
 OPSET = 18
 Outputs = list[Tensor]
 
 
-def export(path: Path, kind: str, which: str, file: Path | None) -> dict[str, Any]:
-    """Write the net of a run; return where, what it says of itself, and how far its outputs are from the net's.
+def export(path: Path, file_format: str, which: str, file: Path | None) -> dict[str, Any]:
+    """Write the model of a run to a file.
 
-    ConfigError for a run without a net, or a format that its net cannot have.
+    Args:
+        path: The run directory.
+        file_format: `safetensors` or `onnx`.
+        which: `last` or `best` weights.
+        file: The file to write; None for `export.FORMAT` in the run directory.
+
+    Returns:
+        `ok`, `files`, `largest_difference` of the outputs relative to the largest one, `bytes`, and the metadata.
+
+    Raises:
+        ConfigError: If the experiment has no model to export, or not in this format.
+        CheckpointError: If there is no such checkpoint, or the file differs from the model.
     """
-    if kind not in FORMATS:
-        raise registry.unknown_name_error("format", kind, FORMATS)
+    if file_format not in FORMATS:
+        raise registry.unknown_name_error("format", file_format, FORMATS)
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        if kind == "onnx" and importlib.util.find_spec(package) is None:
+        if file_format == "onnx" and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed", "pip install 'cvlab[onnx]'")
-    chosen = loading.load(str(config_path(path)), ["device=cpu", "precision=float32"]).config
-    experiment = registry.get_experiment(chosen.experiment)
+    config = loading.load(str(config_path(path)), ["device=cpu", "precision=float32"]).config
+    experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Exportable):
-        raise ConfigError(f"{path.name}: a run of {chosen.experiment} has no net to export")
-    made = experiment.export_spec(chosen, path, evaluate.state_of(path, which))
-    about = {"run": path.name, "checkpoint": which, "experiment": chosen.experiment, **made.metadata}
-    file = file or path / f"export.{kind}"
-    net = made.model.eval().requires_grad_(False)
-    content = _safetensors(made, about) if kind == "safetensors" else _onnx(made, net, about)
-    largest = _compare_safetensors(content, made) if kind == "safetensors" else _compare_onnx(content, made, net)
+        raise ConfigError(f"{path.name}: a run of {config.experiment} has no model to export")
+    spec = experiment.export_spec(config, path, evaluate.load_state(path, which))
+    metadata = {"run": path.name, "checkpoint": which, "experiment": config.experiment, **spec.metadata}
+    file = file or path / f"export.{file_format}"
+    model = spec.model.eval().requires_grad_(False)
+    if file_format == "safetensors":
+        content = _safetensors(spec, metadata)
+        largest = _compare_safetensors(content, spec)
+    else:
+        content = _onnx(spec, model, metadata)
+        largest = _compare_onnx(content, spec, model)
     atomic.write(file, lambda out: out.write(content))
-    return {"ok": True, "files": [str(file)], "largest_difference": largest, "bytes": len(content), **about}
+    return {"ok": True, "files": [str(file)], "largest_difference": largest, "bytes": len(content), **metadata}
 
 
-def _safetensors(made: ExportSpec, about: dict[str, Any]) -> bytes:
+def _safetensors(spec: ExportSpec, metadata: dict[str, Any]) -> bytes:
     from safetensors.torch import save
 
-    tensors = {name: tensor.contiguous() for name, tensor in made.weights.state_dict().items()}
-    content: bytes = save(tensors, {KEY: json.dumps(about)})
+    tensors = {name: tensor.contiguous() for name, tensor in spec.weights.state_dict().items()}
+    content: bytes = save(tensors, {METADATA_KEY: json.dumps(metadata)})
     return content
 
 
-def _compare_safetensors(content: bytes, made: ExportSpec) -> float:
+def _compare_safetensors(content: bytes, spec: ExportSpec) -> float:
     from safetensors.torch import load
 
-    own, read = made.weights.state_dict(), load(content)
-    checkpoint.match_model(made.weights, read, "the exported file")
-    return _difference(list(own.values()), [read[name] for name in own])
+    expected, read = spec.weights.state_dict(), load(content)
+    checkpoint.match_model(spec.weights, read, "the exported file")
+    return _largest_difference(list(expected.values()), [read[name] for name in expected])
 
 
-def _onnx(made: ExportSpec, net: nn.Module, about: dict[str, Any]) -> bytes:
-    if not made.outputs:
-        raise ConfigError("onnx: this net has no graph of its own", "--to safetensors takes it")
+def _onnx(spec: ExportSpec, model: nn.Module, metadata: dict[str, Any]) -> bytes:
+    if not spec.outputs:
+        raise ConfigError("onnx: this model cannot be exported as a graph", "use --to safetensors")
     onnx = importlib.import_module("onnx")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter warns of its own parts
-        example = made.example.expand(max(BATCHES), *made.example.shape[1:]).contiguous()
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
+        example = spec.example.expand(max(BATCH_SIZES), *spec.example.shape[1:]).contiguous()
         program: Any = torch.onnx.export(
-            net,
+            model,
             (example,),
             dynamo=True,
             input_names=["images"],
-            output_names=list(made.outputs),
+            output_names=list(spec.outputs),
             dynamic_shapes={"images": {0: torch.export.Dim("photos", min=1, max=1024)}},
             opset_version=OPSET,
             verbose=False,
         )
-    model = program.model_proto
-    onnx.helper.set_model_props(model, {KEY: json.dumps(about)})
-    onnx.checker.check_model(model)
-    content: bytes = model.SerializeToString()
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
+    onnx.checker.check_model(graph)
+    content: bytes = graph.SerializeToString()
     return content
 
 
-def _compare_onnx(content: bytes, made: ExportSpec, net: nn.Module) -> float:
+def _compare_onnx(content: bytes, spec: ExportSpec, model: nn.Module) -> float:
     session = importlib.import_module("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
     largest = 0.0
-    for count in BATCHES:
-        images = torch.rand(count, *made.example.shape[1:], generator=torch.Generator().manual_seed(count))
-        theirs = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
-        largest = max(largest, _difference(_outputs(net(images)), theirs))
+    for count in BATCH_SIZES:
+        images = torch.rand(count, *spec.example.shape[1:], generator=torch.Generator().manual_seed(count))
+        outputs = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+        largest = max(largest, _largest_difference(_outputs(model(images)), outputs))
     return largest
 
 
-def _outputs(found: Any) -> Outputs:
-    return [found] if isinstance(found, Tensor) else list(found)
+def _outputs(result: Any) -> Outputs:
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _difference(mine: Outputs, theirs: Outputs) -> float:
-    """Return the largest difference as a share of the largest value. CheckpointError where it is too large."""
+def _largest_difference(expected: Outputs, exported: Outputs) -> float:
+    """Return the largest difference relative to the largest value. CheckpointError if it exceeds TOLERANCE."""
     largest = 0.0
-    for own, other in zip(mine, theirs, strict=True):
-        if own.shape != other.shape:
-            raise CheckpointError(f"the exported net gives {tuple(other.shape)}, the run's {tuple(own.shape)}")
-        scale = max(float(own.abs().max()), 1.0)
-        share = float((own - other).abs().max()) / scale
+    for reference, output in zip(expected, exported, strict=True):
+        if reference.shape != output.shape:
+            raise CheckpointError(
+                f"the exported model returns {tuple(output.shape)}, the run's {tuple(reference.shape)}"
+            )
+        scale = max(float(reference.abs().max()), 1.0)
+        share = float((reference - output).abs().max()) / scale
         if not share <= TOLERANCE:
             raise CheckpointError(f"the exported net differs by {share:.2g} of its largest value; nothing was written")
         largest = max(largest, share)

@@ -14,7 +14,17 @@ from cvlab.runs.records import read_json
 
 
 def train(make: Callable[[], Path]) -> api_run.Result:
-    """Be one of several processes: take over the run directory that process 0 makes, and train. Empty in the others."""
+    """Train as one of several processes, in the run directory that process 0 creates.
+
+    Args:
+        make: Creates the run directory; called in process 0 only.
+
+    Returns:
+        The result of the run in process 0, an empty dictionary in the others.
+
+    Raises:
+        PeerLostError: If another process has ended.
+    """
     if not process_group.is_main():
         console.set_level(quiet=True, verbose=False)
     path = None
@@ -23,12 +33,12 @@ def train(make: Callable[[], Path]) -> api_run.Result:
             path = collectives.broadcast_from_rank0(make)
             return api_run.resume(path)
     except process_group.PeerLostError as error:
-        error.hint = f"`cvlab resume {path.name if path else 'RUN'}` goes on from the last checkpoint"
+        error.hint = f"`cvlab resume {path.name if path else 'RUN'}` continues from the last checkpoint"
         raise
 
 
 def run_dir_of_launch(load: Callable[[], loading.Loaded], policy: DownloadPolicy, root: Path) -> Path:
-    """Make a run directory, or, where torchrun has started its processes again, return the one they had."""
+    """Create a run directory; after a restart by torchrun return the one that its processes had."""
     if process_group.is_restarted():
         for path in reversed(list_runs(root)):
             if read_json(path / "env.json").get("launch") == process_group.launch_id():
@@ -36,17 +46,22 @@ def run_dir_of_launch(load: Callable[[], loading.Loaded], policy: DownloadPolicy
     return api_run.make(load(), policy, root, process_group.world().size)
 
 
-def require_processes(path: Path, asked: int | None) -> int:
-    """Return in how many processes a run is to go on: as many as it was begun in, or as many as are asked for.
+def require_processes(path: Path, requested: int | None) -> int:
+    """Return the number of processes in which a run is resumed.
 
-    ConfigError where torchrun has started another number than that, or the run is none that so many could train.
+    Args:
+        path: The run directory.
+        requested: The number that the user asks for; None for as many as the run was started with.
+
+    Raises:
+        ConfigError: If torchrun has started another number of processes, or that many cannot share the run's batches.
     """
-    wanted, size = asked or api_run.processes_of(path), process_group.world().size
-    if size > 1 and wanted != size:
+    count, size = requested or api_run.processes_of(path), process_group.world().size
+    if size > 1 and count != size:
         raise ConfigError(
-            f"{path.name} was begun in {wanted} processes, torchrun has started {size}",
-            f"--nproc {size} goes on with them; the result is then not bitwise that of an unbroken run",
+            f"{path.name} was started in {count} processes, torchrun has started {size}",
+            f"--nproc {size} resumes it with them; the result then differs from that of an uninterrupted run",
         )
-    if wanted > 1:
-        api_run.require_processes(loading.load(str(config_path(path))), wanted)
-    return wanted
+    if count > 1:
+        api_run.require_processes(loading.load(str(config_path(path))), count)
+    return count

@@ -1,4 +1,4 @@
-"""From a valid configuration to a finished run directory: start, resume, judge, summarise."""
+"""`cvlab run` and `cvlab resume`: from a valid configuration to a finished run directory."""
 
 import time
 import traceback
@@ -22,27 +22,35 @@ from cvlab.storage.cache import data_root
 Result = dict[str, Any]
 
 
-def used_data(chosen: ExperimentConfig) -> str | None:
+def used_data(config: ExperimentConfig) -> str | None:
     """Say which data a run uses."""
-    data = chosen.data_config()
+    data = config.data_config()
     return describe_data(data) if data is not None else None
 
 
 def plan(loaded: loading.Loaded, root: Path) -> Result:
-    """Say what a run would do, with the data it names; nothing is written and no socket opened."""
-    chosen = loaded.config
-    experiment = registry.get_experiment(chosen.experiment)
-    block = chosen.data_config()
+    """Return the plan of a run by name; nothing is written and no socket is opened.
+
+    Args:
+        loaded: The configuration.
+        root: The folder of the runs.
+
+    Raises:
+        CvlabError: If the run could not start.
+    """
+    config = loaded.config
+    experiment = registry.get_experiment(config.experiment)
+    block = config.data_config()
     used = _data_plan(block) if block is not None else {}
     return {
         "ok": True,
-        "experiment": chosen.experiment,
+        "experiment": config.experiment,
         "config": str(loaded.source),
         **used,
-        **experiment.plan(chosen, loaded.base),
+        **experiment.plan(config, loaded.base),
         **({"chosen at the start": ", ".join(loaded.variants)} if loaded.variants else {}),
-        "run": str(root / f"<time>-{chosen.name}-<id>"),
-        "expect": list(rules(chosen)),
+        "run": str(root / f"<time>-{config.name}-<id>"),
+        "expect": list(rules(config)),
     }
 
 
@@ -54,51 +62,74 @@ def _data_plan(block: Any) -> Result:
 
 
 def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
-    """Run a configuration in a new run directory and return its result; of a sweep, all arms."""
-    chosen = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
-    out = _created(chosen, loaded, root)
+    """Run a configuration in a new run directory.
+
+    Args:
+        loaded: The configuration.
+        policy: What may be done about missing data.
+        root: The folder of the runs.
+
+    Returns:
+        The result of the run, see `result`.
+
+    Raises:
+        CvlabError: If the configuration cannot run, or the run fails or is interrupted.
+    """
+    config = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
+    out = _create(config, loaded, root)
     with out.locked():
-        chosen = _written(chosen, loaded, out)
-        return _execute(chosen, out)
+        config = _write_inputs(config, loaded, out)
+        return _execute(config, out)
 
 
 def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: int) -> Path:
-    """Make the run directory of a training in several processes, and return it; each of them then resumes it.
+    """Create the run directory of a training run in several processes, each of which then resumes it.
 
-    ConfigError for an experiment that does not train, or a batch that they cannot share.
+    Args:
+        loaded: The configuration.
+        policy: What may be done about missing data.
+        root: The folder of the runs.
+        processes: Number of processes.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ConfigError: If the experiment does not train, or the processes cannot share its batches.
     """
     require_processes(loaded, processes)
-    chosen = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
-    if getattr(chosen, "threads", None) is None:
-        here = process_group.world().local_size if process_group.world().size > 1 else processes
-        chosen = chosen.model_copy(update={"threads": process_group.threads_per_process(here)})
-    out = _created(chosen, loaded, root)
+    config = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
+    if getattr(config, "threads", None) is None:
+        local = process_group.world().local_size if process_group.world().size > 1 else processes
+        config = config.model_copy(update={"threads": process_group.threads_per_process(local)})
+    out = _create(config, loaded, root)
     with out.locked():
-        _written(chosen, loaded, out, processes)
+        _write_inputs(config, loaded, out, processes)
     return out.path
 
 
-def _created(chosen: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
-    block = chosen.data_config()
+def _create(config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+    block = config.data_config()
     if block is None or not registry.is_user_file(block.name):
-        registry.get_experiment(chosen.experiment).plan(
-            chosen, loaded.base
-        )  # what cannot work is refused before it exists
-    return create_run(root, chosen.name, console.info)
+        # raises an error before the run directory exists
+        registry.get_experiment(config.experiment).plan(config, loaded.base)
+    return create_run(root, config.name, console.info)
 
 
-def _written(chosen: ExperimentConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1) -> ExperimentConfig:
-    """Write what a run begins with, and return its configuration, which names nothing outside its folder."""
-    chosen = registry.get_experiment(chosen.experiment).write_inputs(chosen, loaded.base, out)
-    _pin_threads(getattr(chosen, "threads", None))
-    out.write_text("config.yaml", chosen.to_yaml())
+def _write_inputs(
+    config: ExperimentConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1
+) -> ExperimentConfig:
+    """Write a run's configuration and environment; return the configuration, which names only files in its folder."""
+    config = registry.get_experiment(config.experiment).write_inputs(config, loaded.base, out)
+    _pin_threads(getattr(config, "threads", None))
+    out.write_text("config.yaml", config.to_yaml())
     launched = {"processes": processes, "launch": process_group.launch_id()}
     out.write_json("env.json", environment() | launched | {"provenance": dict(loaded.provenance)})
-    return chosen
+    return config
 
 
 def require_processes(loaded: loading.Loaded, processes: int) -> None:
-    """Raise ConfigError unless a configuration trains, and so many processes can share its batches."""
+    """Raise ConfigError unless a configuration trains, and N processes can share its batches."""
     from cvlab.engine.config import TrainConfig
 
     if not isinstance(loaded.config, TrainConfig):
@@ -107,7 +138,7 @@ def require_processes(loaded: loading.Loaded, processes: int) -> None:
 
 
 def processes_of(path: Path) -> int:
-    """Return in how many processes a run was begun."""
+    """Return the number of processes in which a run was started."""
     count = read_json(path / "env.json").get("processes", 1)
     return count if isinstance(count, int) else 1
 
@@ -118,49 +149,57 @@ def has_ended(path: Path) -> bool:
 
 
 def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
-    """Go on with a run from its newest checkpoint; a run that has ended is only reported.
+    """Resume a run from its newest checkpoint; a run that has ended is only reported.
 
-    `changed` are keys that may differ from when it was started, because the result does not depend on them.
+    Args:
+        path: The run directory.
+        changed: Configuration keys with new values on which the result does not depend.
+
+    Returns:
+        The result of the run, see `result`.
+
+    Raises:
+        CvlabError: If the run cannot be resumed, or fails or is interrupted again.
     """
     out = RunDir(path, console.info, writable=process_group.is_main())
     source = config_path(path)
     with out.locked():
         status = collectives.broadcast_from_rank0(lambda: read_json(path / "status.json").get("status"))
-        has_begun = status is not None
+        has_started = status is not None
         if status in ENDED:
             console.info(f"{path} has ended; nothing to resume")
             return result(path)
-        chosen = loading.load(str(source)).config
+        config = loading.load(str(source)).config
         if changed:
-            chosen = chosen.model_copy(update=changed)
-            out.write_text("config.yaml", chosen.to_yaml())
+            config = config.model_copy(update=changed)
+            out.write_text("config.yaml", config.to_yaml())
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
-        if has_begun and not saved and registry.get_experiment(chosen.experiment).saves_checkpoints:
-            out.log("nothing was saved before it stopped: it starts from the beginning")
+        if has_started and not saved and registry.get_experiment(config.experiment).saves_checkpoints:
+            out.log("no checkpoint was saved before the run stopped: it starts from the beginning")
         env = collectives.broadcast_from_rank0(lambda: read_json(path / "env.json"))
         _pin_threads(env.get("threads"))
-        again = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
-        out.write_json("env.json", env | again)
-        return _execute(chosen, out)
+        resumed = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
+        out.write_json("env.json", env | resumed)
+        return _execute(config, out)
 
 
 def _pin_threads(count: int | None) -> None:
-    """Use the number of threads that a run is to have: with another its results differ in the last bits."""
+    """Set the number of threads of a run: with another number its results differ in the last bits."""
     import torch
 
     if count is not None:
         torch.set_num_threads(count)
 
 
-def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
-    """Run the experiment under the lock; whatever ends it is written to status.json."""
+def _execute(config: ExperimentConfig, out: RunDir) -> Result:
+    """Run the experiment under the lock, and write how it ends to status.json."""
     out.log(f"run directory {out.path}")
-    used = used_data(chosen)
-    out.set_status("running", experiment=chosen.experiment, data=used)
-    began = time.monotonic()
-    experiment = registry.get_experiment(chosen.experiment)
+    data = used_data(config)
+    out.set_status("running", experiment=config.experiment, data=data)
+    start_time = time.monotonic()
+    experiment = registry.get_experiment(config.experiment)
     try:
-        metrics = experiment.run(chosen, out)
+        metrics = experiment.run(config, out)
     except BaseException as error:
         _record_failure(out, error)
         if isinstance(error, CvlabError):
@@ -168,61 +207,71 @@ def _execute(chosen: ExperimentConfig, out: RunDir) -> Result:
         raise
     if not out.writable:
         return {}
-    verdicts = expectations.check_expectations(rules(chosen), metrics, experiment.grouped_results(chosen, out))
+    verdicts = expectations.check_expectations(rules(config), metrics, experiment.grouped_results(config, out))
     status = "done" if all(verdict["met"] for verdict in verdicts) else "expectations_failed"
     summary = {
-        "experiment": chosen.experiment,
-        "name": chosen.name,
+        "experiment": config.experiment,
+        "name": config.name,
         "status": status,
-        "data": used,
+        "data": data,
         "metrics": metrics,
-        "metric_info": metric_info(experiment.reported_metrics(chosen), metrics),
+        "metric_info": metric_info(experiment.reported_metrics(config), metrics),
         "expect": verdicts,
-        "seconds": round(time.monotonic() - began, 3),
+        "seconds": round(time.monotonic() - start_time, 3),
         **out.extra_summary,
     }
     out.write_json("summary.json", summary)
     from cvlab.reports import plots
 
     plots.plot_run(out)
-    out.set_status(status, data=used, error=None, code=None)
+    out.set_status(status, data=data, error=None, code=None)
     _publish(out)
     return result(out.path)
 
 
 def _publish(out: RunDir) -> None:
-    """Write the run's page and, unless it is an arm of a sweep, the list of all runs; a run can do without either."""
+    """Write the run's page and, unless the run is part of a sweep, the list of all runs; log a warning if they fail."""
     from cvlab.reports import html, index
 
-    wrong = html.suppress_errors(html.write_run, out.path)
+    problem = html.suppress_errors(html.write_run, out.path)
     root = out.path.parent
-    if not wrong and not is_run(root.parent):
-        wrong = html.suppress_errors(lambda: html.write_index(root, index.runs(root)))
-    if wrong:
-        out.log(f"warning: the page about this run could not be written: {wrong}")
+    if not problem and not is_run(root.parent):
+        problem = html.suppress_errors(lambda: html.write_index(root, index.runs(root)))
+    if problem:
+        out.log(f"warning: the page about this run could not be written: {problem}")
 
 
-def rules(chosen: ExperimentConfig) -> tuple[str, ...]:
-    """Return the expectations that apply: those of the fallback where it was used."""
-    block = chosen.data_config()
-    return chosen.expect_fallback if block is not None and block.fallback_for else chosen.expect
+def rules(config: ExperimentConfig) -> tuple[str, ...]:
+    """Return the expectations that apply: those of the fallback data set if it is used."""
+    block = config.data_config()
+    return config.expect_fallback if block is not None and block.fallback_for else config.expect
 
 
 def _record_failure(out: RunDir, error: BaseException) -> None:
-    stopped = isinstance(error, (StoppedError, KeyboardInterrupt))
+    is_interrupted = isinstance(error, (StoppedError, KeyboardInterrupt))
     if not out.path.is_dir():
-        return  # removed meanwhile, which the error says
+        return  # the user has removed it, which the error says
     try:
         if not isinstance(error, (CvlabError, KeyboardInterrupt)):
             out.append_text("log.txt", "".join(traceback.format_exception(error)))
-        code = getattr(error, "code", 130 if stopped else 1)
-        out.set_status("interrupted" if stopped else "failed", error=str(error) or type(error).__name__, code=code)
-    except (CvlabError, OSError) as second:
-        console.info(f"warning: the status could not be written: {second}")
+        code = getattr(error, "code", 130 if is_interrupted else 1)
+        out.set_status(
+            "interrupted" if is_interrupted else "failed", error=str(error) or type(error).__name__, code=code
+        )
+    except (CvlabError, OSError) as write_error:
+        console.info(f"warning: the status could not be written: {write_error}")
 
 
 def result(path: Path) -> Result:
-    """Return what `--json` prints of a run that has ended."""
+    """Return the result of a run that has ended, as `--json` prints it.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep `settings` and `arms`, of
+        an experiment on images `results`.
+    """
     summary = read_summary(path)
     status = read_status(path).get("status", "unknown")
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name[0] != ".")

@@ -18,11 +18,11 @@ from cvlab.runs.records import read_status
 
 HOST = "127.0.0.1"
 REFRESH_SECONDS = 3
-LOCAL = ("127.0.0.1", "localhost", "[::1]")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A server of the runs below a folder."""
+    """Serves the runs below a folder to this machine."""
 
     daemon_threads = True
 
@@ -32,25 +32,25 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Return where it can be visited."""
+        """Return the address of the list of runs."""
         return f"http://{HOST}:{self.server_port}/"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers for `/`, the list of runs, and `/RUN/`, the page of one."""
+    """Serves `/`, the list of runs, and `/RUN/`, the page of one run."""
 
     server: Server
     server_version = f"cvlab/{__version__}"
 
     def do_GET(self) -> None:
-        """Answer with a page."""
-        name = self.headers.get("Host", "")
-        if name.rpartition(":")[0] not in LOCAL and name not in LOCAL:
+        """Send a page."""
+        host = self.headers.get("Host", "")
+        if host.rpartition(":")[0] not in LOCAL_HOSTS and host not in LOCAL_HOSTS:
             self._send(http.HTTPStatus.FORBIDDEN, "this server answers to this machine only\n", "text/plain")
             return
-        asked = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
+        name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
         try:
-            page = _page(self.server.root, asked)
+            page = _page(self.server.root, name)
         except CvlabError as error:
             self._send(http.HTTPStatus.INTERNAL_SERVER_ERROR, f"{error}\n", "text/plain")
             return
@@ -73,11 +73,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing: the page itself shows that it came."""
+        """Log nothing."""
 
 
 def _page(root: Path, name: str) -> str | None:
-    """Return the page that is asked for; None where there is no such run."""
+    """Return the page of a run, the list of runs for an empty name, or None if there is no such run."""
     if name == "":
         return html.index_page(index.runs(root), link="/{name}/", refresh=REFRESH_SECONDS)
     for path in list_runs(root):
@@ -88,11 +88,20 @@ def _page(root: Path, name: str) -> str | None:
 
 
 def serve(root: Path, port: int, ready: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C. RunDirError where the port is taken."""
+    """Serve pages about all runs until Ctrl-C.
+
+    Args:
+        root: The folder of the runs.
+        port: The port; 0 for any free one.
+        ready: Called with the server's address when it listens.
+
+    Raises:
+        RunDirError: If the port is taken.
+    """
     try:
         server = Server(root, port)
     except (OSError, OverflowError) as error:
-        raise RunDirError(f"port {port}: {error}", "give another one with --port; 0 takes any") from error
+        raise RunDirError(f"port {port}: {error}", "choose another one with --port; 0 takes any free one") from error
     with server:
         ready(server.address)
         server.serve_forever()

@@ -1,4 +1,4 @@
-"""`cvlab sweep` and `cvlab verify`: many runs, as one command."""
+"""`cvlab sweep`: start a sweep, or resume one that was interrupted."""
 
 import dataclasses
 from pathlib import Path
@@ -15,37 +15,47 @@ from cvlab.runs.records import read_status
 from cvlab.sweeps.experiment import SweepExperiment
 
 Result = dict[str, Any]
-WHERE = ("workers", "submit")  # keys of a sweep on which its results do not depend
+EXECUTION_KEYS = ("workers", "submit")  # of a sweep, on which its results do not depend
 
 
 def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, fresh: bool) -> Result:
-    """Run a sweep: go on with the newest one of the same configuration that has not ended, unless `fresh`."""
+    """Run a sweep, or resume the newest one with the same configuration that was interrupted.
+
+    Args:
+        loaded: The configuration.
+        policy: What may be done about missing data.
+        root: The folder of the runs.
+        fresh: Start anew in any case.
+
+    Returns:
+        The result of the sweep, see `api.run.result`.
+    """
     experiment = registry.get_experiment(SweepExperiment.name)
-    experiment.plan(loaded.config, loaded.base)  # what is not installed is said before anything is touched
+    experiment.plan(loaded.config, loaded.base)  # fails before anything is written if an executor is not installed
     loaded = dataclasses.replace(loaded, config=experiment.prepare(loaded, policy))
     unfinished = None if fresh else find_unfinished(loaded, root)
     if unfinished is None:
         return run.start(loaded, policy, root)
-    console.info(f"going on with {unfinished}, which has not ended (--fresh starts anew)")
-    return run.resume(unfinished, {key: getattr(loaded.config, key) for key in WHERE})
+    console.info(f"resuming {unfinished}, which was interrupted (--fresh starts anew)")
+    return run.resume(unfinished, {key: getattr(loaded.config, key) for key in EXECUTION_KEYS})
 
 
 def find_unfinished(loaded: loading.Loaded, root: Path) -> Path | None:
-    """Return the newest sweep below `root` that has stopped before its end and varies the same, with the same files."""
-    chosen = loaded.config
+    """Return the newest interrupted sweep below `root` with the same configuration and user files; None without one."""
+    config = loaded.config
     for path in reversed(list_runs(root)):
         status = read_status(path)
         if status.get("experiment") != SweepExperiment.name or status.get("status") not in ("interrupted", "failed"):
             continue
         try:
             other = loading.load(str(config_path(path))).config
-        except Exception:  # an old one's own file may raise anything when it is imported
+        except Exception:  # importing the user's file of an old sweep may raise anything
             continue
-        same = _identity(other) == _identity(user_code.rewrite_paths(chosen)) and (path / "arms").is_dir()
-        if same and user_code.is_unchanged(chosen.model_dump(), loaded.base, path):
+        is_same = _identity(other) == _identity(user_code.rewrite_paths(config)) and (path / "arms").is_dir()
+        if is_same and user_code.is_unchanged(config.model_dump(), loaded.base, path):
             return path
     return None
 
 
-def _identity(chosen: ExperimentConfig) -> str:
-    return chosen.model_copy(update={key: type(chosen).model_fields[key].default for key in WHERE}).to_yaml()
+def _identity(config: ExperimentConfig) -> str:
+    return config.model_copy(update={key: type(config).model_fields[key].default for key in EXECUTION_KEYS}).to_yaml()

@@ -1,7 +1,7 @@
-"""Runs told to the trackers that people already use: TensorBoard, MLflow, Weights & Biases. Off unless asked for.
+"""`cvlab track`: log a run to TensorBoard, MLflow or Weights & Biases.
 
-A tracker gets what the run directory says, afterwards or while the run goes on; it is never part of a training. All
-get the same: each logged row as `NAME` at its step, the final metrics as `final/NAME`, the configuration by dotted key.
+A tracker reads the run directory, after the run or during it, and is never part of the training. All get the same: each
+logged row as `NAME` at its step, the final metrics as `final/NAME`, the configuration by dotted key.
 """
 
 import importlib
@@ -18,18 +18,18 @@ from cvlab.reports import compare, curves
 from cvlab.runs.records import Row, read_metrics, read_status, read_summary
 
 POLL_SECONDS = 1.0
-LONGEST = 250  # characters of a configuration's value in MLflow, whose limit has changed between versions
+MAX_VALUE_CHARS = 250  # of a configuration's value in MLflow, whose limit has changed between versions
 FOLDER = "trackers"  # below a run directory
 
 
 class Tracker(Protocol):
-    """Where rows go."""
+    """Receives the metrics of a run."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take the metrics of a step."""
+        """Log the metrics of a step."""
 
     def close(self, status: str) -> str:
-        """End; return where the run can be looked at."""
+        """Finish with the run's status; return the command that shows the run."""
 
 
 class TensorBoard:
@@ -41,24 +41,24 @@ class TensorBoard:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self.folder = path / FOLDER / "tensorboard"
         for old in self.folder.glob("events.out.tfevents.*"):
-            old.unlink()  # told once more, not twice
+            old.unlink()  # logged again, not twice
         self.writer = writer(str(self.folder))
         self.writer.add_text("configuration", "\n".join(f"    {key}: {value}" for key, value in config.items()))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take the metrics of a step."""
+        """Log the metrics of a step."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
     def close(self, status: str) -> str:  # noqa: ARG002 - event files have no status
-        """End the event file."""
+        """Close the event file."""
         self.writer.close()
         return f"tensorboard --logdir {self.folder}"
 
 
 class MLflow:
-    """A run in an SQLite database beside the runs; told once more, it takes the place of the one before."""
+    """A run in an SQLite database beside the run directories; logging it again replaces it."""
 
     package, extra = "mlflow", "mlflow"
 
@@ -68,22 +68,22 @@ class MLflow:
         self.entities = importlib.import_module("mlflow.entities")
         self.client = importlib.import_module("mlflow").MlflowClient(tracking_uri=self.uri)
         name = str(config.get("experiment", "cvlab"))
-        known = self.client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known else self.client.create_experiment(name)
+        existing = self.client.get_experiment_by_name(name)
+        experiment = existing.experiment_id if existing else self.client.create_experiment(name)
         for old in self.client.search_runs([experiment], f"attributes.run_name = '{path.name}'"):
             self.client.delete_run(old.info.run_id)
         self.run = self.client.create_run(experiment, run_name=path.name).info.run_id
-        params = [self.entities.Param(key, str(value)[:LONGEST]) for key, value in config.items()]
+        params = [self.entities.Param(key, str(value)[:MAX_VALUE_CHARS]) for key, value in config.items()]
         self.client.log_batch(self.run, params=params)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take the metrics of a step."""
+        """Log the metrics of a step."""
         now = int(1000 * time.time())
-        made = [self.entities.Metric(name, value, now, step) for name, value in metrics.items()]
-        self.client.log_batch(self.run, metrics=made)
+        batch = [self.entities.Metric(name, value, now, step) for name, value in metrics.items()]
+        self.client.log_batch(self.run, metrics=batch)
 
     def close(self, status: str) -> str:
-        """End the run as it ended."""
+        """Set the run's final status."""
         states = {"done": "FINISHED", "running": "RUNNING", "interrupted": "KILLED"}
         self.client.set_terminated(self.run, states.get(status, "FAILED"))
         return f"mlflow ui --backend-store-uri {self.uri}"
@@ -105,11 +105,11 @@ class Wandb:
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take the metrics of a step."""
+        """Log the metrics of a step."""
         self.run.log(dict(metrics), step=step)
 
     def close(self, status: str) -> str:
-        """End the run."""
+        """Finish the run."""
         folder = Path(self.run.dir).parent
         self.run.finish(exit_code=0 if status == "done" else 1)
         return f"wandb sync {folder}"
@@ -119,16 +119,26 @@ TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb
 
 
 def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] = time.sleep) -> str:
-    """Tell a tracker about a run, with `follow` until the run ends; return how to look at it.
+    """Log a run to a tracker.
 
-    ConfigError for a tracker that is not known, or not installed.
+    Args:
+        path: The run directory.
+        kind: `tensorboard`, `mlflow` or `wandb`.
+        follow: Continue until the run ends.
+        sleep: Waits for a number of seconds.
+
+    Returns:
+        The command that shows the run.
+
+    Raises:
+        ConfigError: If the tracker is unknown or not installed.
     """
     if kind not in TRACKERS:
         raise registry.unknown_name_error("tracker", kind, TRACKERS)
-    made = TRACKERS[kind]
-    if importlib.util.find_spec(made.package) is None:
-        raise ConfigError(f"{kind} is not installed", f"pip install 'cvlab[{made.extra}]'")
-    tracker: Tracker = made(path, compare.read_config(path))
+    tracker_type = TRACKERS[kind]
+    if importlib.util.find_spec(tracker_type.package) is None:
+        raise ConfigError(f"{kind} is not installed", f"pip install 'cvlab[{tracker_type.extra}]'")
+    tracker: Tracker = tracker_type(path, compare.read_config(path))
     last = 0
     for last, metrics in _rows(path, follow, sleep):
         tracker.log(metrics, last)
@@ -139,7 +149,7 @@ def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] 
 
 
 def _rows(path: Path, follow: bool, sleep: Callable[[float], None]) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield step and numbers of each row; of photos the row's own number. With `follow` wait for more."""
+    """Yield step and numbers of each row, with the row's index for photos. With `follow` wait for more."""
     done = 0
     while True:
         is_running = follow and read_status(path).get("status") == "running"

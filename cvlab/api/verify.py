@@ -14,14 +14,20 @@ from cvlab.errors import CvlabError, ExpectationError
 
 
 def verify(loaded: Sequence[loading.Loaded], policy: DownloadPolicy, root: Path) -> Result:
-    """Run configurations one after the other and gather expected against measured.
+    """Run configurations one after the other and check their expectations.
 
-    Returns `{"ok", "verified": [{"config", "data", "rule", "measured", "met", "seconds", "run"}]}`; a run that fails
-    has one line with its error as `rule`, and its exit code as `code`.
+    Args:
+        loaded: The configurations.
+        policy: What may be done about missing data.
+        root: The folder of the runs.
+
+    Returns:
+        `ok`, and `verified`: one row per expectation with `config`, `data`, `rule`, `measured`, `met`, `seconds` and
+        `run`; a run that fails has one row with its error as `rule` and its exit code as `code`.
     """
     rows: list[Result] = []
     for one in loaded:
-        began = time.monotonic()
+        start = time.monotonic()
         name = one.config.name
         console.info(f"verify {name}")
         try:
@@ -29,28 +35,28 @@ def verify(loaded: Sequence[loading.Loaded], policy: DownloadPolicy, root: Path)
         except CvlabError as error:
             if error.code in (130, 143):
                 raise
-            rows.append(_failed(name, str(error), error.code, began, error.run))
+            rows.append(_failed(name, str(error), error.code, start, error.run))
             continue
-        except Exception as error:  # the user's own code; the other configurations are run all the same
+        except Exception as error:  # of the user's own code; the other configurations are run nevertheless
             traceback.print_exception(error)
-            rows.append(_failed(name, f"{type(error).__name__}: {error}", 1, began, None))
+            rows.append(_failed(name, f"{type(error).__name__}: {error}", 1, start, None))
             continue
         shared = {"config": name, "data": result["data"], "run": result["run"]}
-        shared["seconds"] = round(time.monotonic() - began, 1)
+        shared["seconds"] = round(time.monotonic() - start, 1)
         if not result["expect"]:
-            rows.append({**shared, "rule": "nothing is expected", "measured": None, "met": True})
+            rows.append({**shared, "rule": "no expectation", "measured": None, "met": True})
         rows += [{**shared, **verdict} for verdict in result["expect"]]
     return {"ok": all(row["met"] for row in rows), "verified": rows}
 
 
-def _failed(name: str, said: str, code: int, began: float, run: str | None) -> Result:
-    seconds = round(time.monotonic() - began, 1)
-    row = {"config": name, "data": None, "run": run, "seconds": seconds, "rule": said, "measured": None}
+def _failed(name: str, message: str, code: int, start: float, run: str | None) -> Result:
+    seconds = round(time.monotonic() - start, 1)
+    row = {"config": name, "data": None, "run": run, "seconds": seconds, "rule": message, "measured": None}
     return {**row, "met": False, "code": code}
 
 
 def verdict_code(rows: Sequence[Result]) -> int:
-    """Return the exit code of a verification: that of the first run that failed, else 3 for a miss, else 0."""
+    """Return the exit code: that of the first run that failed, else 3 if an expectation failed, else 0."""
     failed = [row["code"] for row in rows if "code" in row]
-    missed = any(not row["met"] for row in rows)
-    return int(failed[0]) if failed else ExpectationError.code if missed else 0
+    is_missed = any(not row["met"] for row in rows)
+    return int(failed[0]) if failed else ExpectationError.code if is_missed else 0

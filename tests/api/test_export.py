@@ -37,7 +37,7 @@ def trained(cvlab):
 
 def net_of(run):
     chosen = loading.load(str(run), ["device=cpu", "precision=float32"]).config
-    made = registry.get_experiment(chosen.experiment).export_spec(chosen, run, evaluate.state_of(run, "last"))
+    made = registry.get_experiment(chosen.experiment).export_spec(chosen, run, evaluate.load_state(run, "last"))
     return made, made.model.eval()
 
 
@@ -53,7 +53,7 @@ def test_safetensors_have_the_names_of_the_net(cvlab, trained):
         own = made.weights.state_dict()
         assert all(torch.equal(file.get_tensor(name), own[name]) for name in own)
         assert len(own) == len(file.keys())
-        about = json.loads(file.metadata()[export.KEY])
+        about = json.loads(file.metadata()[export.METADATA_KEY])
     assert len(about["classes"]) == 10
     assert "[0, 1]" in about["takes"]
     assert about["run"] == run.name
@@ -73,7 +73,7 @@ class TestOnnx:
         images = torch.rand(5, 3, 32, 32)
         theirs = session.run(["scores"], {"images": images.numpy()})[0]
         torch.testing.assert_close(net_of(run)[1](images), torch.from_numpy(theirs), rtol=1e-4, atol=1e-4)
-        about = json.loads(session.get_modelmeta().custom_metadata_map[export.KEY])
+        about = json.loads(session.get_modelmeta().custom_metadata_map[export.METADATA_KEY])
         assert about["normalised_inside"]["std"]
         assert len(about["classes"]) == 10
 

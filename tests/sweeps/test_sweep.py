@@ -201,7 +201,7 @@ def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_p
     assert 1 <= len(ended) < 4
     code, _, err = cvlab("sweep", name, "--workers", 2)
     assert code == 0
-    assert f"going on with runs/{run.name}" in err
+    assert f"resuming runs/{run.name}" in err
     assert len([path for path in run.glob("arms/*") if _ended(path)]) == 4
     assert all((arm / "summary.json").stat().st_mtime_ns == before for arm, before in ended.items())
     assert cvlab("sweep", name, "--dry-run")[0] == 0
@@ -287,13 +287,13 @@ def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
     (run / "status.json").write_text(json.dumps(status))
     code, _, err = cvlab("sweep", name)
     assert code == 0
-    assert "going on with" in err
+    assert "resuming" in err
     assert "2 of them ended before" in err
     (run / "status.json").write_text(json.dumps(status))
     (tmp_path / "a" / "net.py").write_text((tmp_path / "a" / "net.py").read_text() + "# repaired\n")
     code, _, err = cvlab("sweep", name)
     assert code == 0
-    assert "going on with" not in err
+    assert "resuming" not in err
 
 
 def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):

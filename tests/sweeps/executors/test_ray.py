@@ -54,7 +54,7 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
     finally:
         cluster.shutdown()
     assert weights_of_arms(tmp_path) == wanted
-    assert "going on with" in (tmp_path / "said.txt").read_text()
+    assert "resuming" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.slow
