@@ -24,8 +24,8 @@ from cvlab.ops.average_precision import Detections, GroundTruth
 from cvlab.ops.roi_align import roi_align
 
 NMS_COUNTS, NMS_IOU = (5_000, 20_000), 0.5
-MAPS, REGIONS, REGION = (4, 1280, 14, 14), 256, 2  # as the course's second stage has them
-PICTURES, CLASSES, FOUND, TRUE = 5_000, 20, 10, 5
+FEATURE_SHAPE, NUM_BOXES, OUTPUT_SIZE = (4, 1280, 14, 14), 256, 2  # those of the second stage of the course's detector
+NUM_IMAGES, NUM_CLASSES, NUM_DETECTIONS, NUM_OBJECTS = 5_000, 20, 10, 5
 PHOTO_PX = (640, 480)
 Loops = dict[str, Callable[[], object]]
 
@@ -71,23 +71,23 @@ def _torchvision_op(name: str) -> Callable[..., Any] | None:
 
 def _roi_align(ctx: engine_device.ComputeContext) -> Loops:
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(MAPS, generator=generator).to(ctx.device, memory_format=torch.channels_last)
+    maps = torch.randn(FEATURE_SHAPE, generator=generator).to(ctx.device, memory_format=torch.channels_last)
     maps.requires_grad_(True)
-    corner, sides = torch.rand(2, REGIONS, 2, generator=generator)
-    cut = torch.cat([corner, corner + sides], 1).clamp(max=1).to(ctx.device) * MAPS[2]
-    image = (torch.arange(REGIONS) % MAPS[0]).to(ctx.device)
+    corner, sides = torch.rand(2, NUM_BOXES, 2, generator=generator)
+    cut = torch.cat([corner, corner + sides], 1).clamp(max=1).to(ctx.device) * FEATURE_SHAPE[2]
+    image = (torch.arange(NUM_BOXES) % FEATURE_SHAPE[0]).to(ctx.device)
 
     def through(work: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(work().sum(), maps)
 
     loops: Loops = {
-        f"RoIAlign of {REGIONS} boxes, there and back": through(lambda: roi_align(maps, cut, image, REGION)),
-        "a loop over the boxes": through(lambda: roi_align_loop(maps, cut, image, REGION)),
+        f"RoIAlign of {NUM_BOXES} boxes, there and back": through(lambda: roi_align(maps, cut, image, OUTPUT_SIZE)),
+        "a loop over the boxes": through(lambda: roi_align_loop(maps, cut, image, OUTPUT_SIZE)),
     }
     torchvision_roi_align = _torchvision_op("roi_align")
     if torchvision_roi_align is not None:
         rois = torch.cat([image[:, None].to(cut), cut], 1)
-        loops["torchvision's RoIAlign"] = through(lambda: torchvision_roi_align(maps, rois, REGION, 1.0, 2, True))
+        loops["torchvision's RoIAlign"] = through(lambda: torchvision_roi_align(maps, rois, OUTPUT_SIZE, 1.0, 2, True))
     return loops
 
 
@@ -95,48 +95,50 @@ def roi_align_loop(maps: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int) -
     """Compute `roi_align` with two samples per bin and axis box by box: four points of each bin, then their mean."""
     h, w = maps.shape[2:]
     along = (torch.arange(2 * size, dtype=maps.dtype, device=maps.device) + 0.5) / (2 * size)
-    made = []
+    pooled = []
     for (x1, y1, x2, y2), k in zip(boxes_xyxy.tolist(), image.tolist(), strict=True):
         across, down = ((low + along * (high - low)) for low, high in ((x1, x2), (y1, y2)))
         y, x = torch.meshgrid(2 * down / h - 1, 2 * across / w - 1, indexing="ij")
-        found = F.grid_sample(maps[k : k + 1], torch.stack([x, y], 2)[None], padding_mode="border", align_corners=False)
-        made.append(F.avg_pool2d(found, 2))
-    return torch.cat(made)
+        samples = F.grid_sample(
+            maps[k : k + 1], torch.stack([x, y], 2)[None], padding_mode="border", align_corners=False
+        )
+        pooled.append(F.avg_pool2d(samples, 2))
+    return torch.cat(pooled)
 
 
 def _precision() -> Loops:
-    found, truths = scattered(PICTURES)
+    detections, ground_truths = random_detections(NUM_IMAGES)
     loops: Loops = {
-        f"average precision, {PICTURES} pictures, {CLASSES} classes": lambda: average_precision.evaluate(
-            found, truths, CLASSES, "coco"
+        f"average precision, {NUM_IMAGES} images, {NUM_CLASSES} classes": lambda: average_precision.evaluate(
+            detections, ground_truths, NUM_CLASSES, "coco"
         )
     }
     if all(importlib.util.find_spec(name) for name in ("torchmetrics", "faster_coco_eval")):
-        loops["torchmetrics with faster-coco-eval"] = lambda: _torchmetrics(found, truths)
+        loops["torchmetrics with faster-coco-eval"] = lambda: _torchmetrics(detections, ground_truths)
     return loops
 
 
-def scattered(pictures: int) -> tuple[list[Detections], list[GroundTruth]]:
-    """Return random detections near the boxes of random ground truths."""
+def random_detections(num_images: int) -> tuple[list[Detections], list[GroundTruth]]:
+    """Return random detections near the boxes of random ground ground_truths."""
     generator = torch.Generator().manual_seed(0)
-    found, truths = [], []
-    for _ in range(pictures):
-        corner = 400 * torch.rand(TRUE, 2, generator=generator)
-        true = torch.cat([corner, corner + 20 + 100 * torch.rand(TRUE, 2, generator=generator)], 1)
-        labels = torch.randint(CLASSES, (TRUE,), generator=generator)
-        near = true.repeat(FOUND // TRUE, 1) + 10 * torch.randn(FOUND, 4, generator=generator)
+    detections, ground_truths = [], []
+    for _ in range(num_images):
+        corner = 400 * torch.rand(NUM_OBJECTS, 2, generator=generator)
+        true = torch.cat([corner, corner + 20 + 100 * torch.rand(NUM_OBJECTS, 2, generator=generator)], 1)
+        labels = torch.randint(NUM_CLASSES, (NUM_OBJECTS,), generator=generator)
+        near = true.repeat(NUM_DETECTIONS // NUM_OBJECTS, 1) + 10 * torch.randn(NUM_DETECTIONS, 4, generator=generator)
         near[:, 2:] = near[:, 2:].maximum(near[:, :2] + 1)
-        scores = torch.rand(FOUND, generator=generator)
-        found.append(Detections(near, scores, labels.repeat(FOUND // TRUE)))
-        truths.append(GroundTruth(true, labels, torch.zeros(TRUE, dtype=torch.bool)))
-    return found, truths
+        scores = torch.rand(NUM_DETECTIONS, generator=generator)
+        detections.append(Detections(near, scores, labels.repeat(NUM_DETECTIONS // NUM_OBJECTS)))
+        ground_truths.append(GroundTruth(true, labels, torch.zeros(NUM_OBJECTS, dtype=torch.bool)))
+    return detections, ground_truths
 
 
-def _torchmetrics(found: list[Detections], truths: list[GroundTruth]) -> object:
+def _torchmetrics(detections: list[Detections], ground_truths: list[GroundTruth]) -> object:
     metric = importlib.import_module("torchmetrics.detection").MeanAveragePrecision(backend="faster_coco_eval")
     metric.update(
-        [{"boxes": one.boxes_xyxy, "scores": one.scores, "labels": one.labels} for one in found],
-        [{"boxes": one.boxes_xyxy, "labels": one.labels} for one in truths],
+        [{"boxes": one.boxes_xyxy, "scores": one.scores, "labels": one.labels} for one in detections],
+        [{"boxes": one.boxes_xyxy, "labels": one.labels} for one in ground_truths],
     )
     return metric.compute()
 

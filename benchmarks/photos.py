@@ -32,8 +32,8 @@ SMALL = 1e-9  # a step so short that no attack succeeds before all steps are mea
 
 def bare_model(device: torch.device) -> nn.Module:
     """Build the bundled model unchanged: float32, contiguous, batch normalization not folded."""
-    net, about = pretrained.build_lite0()
-    return pretrained.NormalizedModel(net.eval().requires_grad_(False), about["mean"], about["std"]).to(device)
+    model, about = pretrained.build_lite0()
+    return pretrained.NormalizedModel(model.eval().requires_grad_(False), about["mean"], about["std"]).to(device)
 
 
 def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
         Photo(Path(f"{k}.png"), str(k), whole.crop((4 * k, 4 * k, 300 + 4 * k, 280 + 4 * k))) for k in range(batch_size)
     ]
     x = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)
-    own = [photos.to_tensor(photo.image).to(ctx.device) for photo in batch]
+    originals = [photos.to_tensor(photo.image).to(ctx.device) for photo in batch]
     y = torch.full((batch_size,), TARGET, device=ctx.device)
     with tempfile.TemporaryDirectory() as folder:
         out = RunDir(Path(folder))
@@ -54,7 +54,7 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
             "saliency": harness.synchronized(ctx, lambda: saliency.vanilla_gradient(model.module, _last(x), y)),
             **_captum(ctx, bare, x, y),
             "bare attack, model size": harness.synchronized(ctx, lambda: _bare_attack(bare, list(x), y)),
-            "bare attack, original size": harness.synchronized(ctx, lambda: _bare_attack(bare, own, y)),
+            "bare attack, original size": harness.synchronized(ctx, lambda: _bare_attack(bare, originals, y)),
             **{
                 f"attack, {size} size, {precision}": _attack(size, precision, device, model, batch, out)
                 for size in ("model", "original")
@@ -78,15 +78,15 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_(True)
-    return torch.autograd.grad(net(leaf).gather(1, y[:, None]).sum(), leaf)[0].abs().amax(1)
+    return torch.autograd.grad(model(leaf).gather(1, y[:, None]).sum(), leaf)[0].abs().amax(1)
 
 
-def _captum(ctx: engine_device.ComputeContext, net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
+def _captum(ctx: engine_device.ComputeContext, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
     if importlib.util.find_spec("captum") is None:
         return {}
-    method = importlib.import_module("captum.attr").Saliency(net)
+    method = importlib.import_module("captum.attr").Saliency(model)
     leaf = x.detach().requires_grad_(True)
     return {"captum's saliency": harness.synchronized(ctx, lambda: method.attribute(leaf, target=y).amax(1))}
 
@@ -118,13 +118,13 @@ def _attack(
 ) -> Callable[[], None]:
     config = attack.AttackConfig(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
     ctx = engine_device.select_device(device, precision)
-    made = Attack(config, model, ctx, TARGET, out)
-    examples = made.make_examples(batch)
+    attacker = Attack(config, model, ctx, TARGET, out)
+    examples = attacker.make_examples(batch)
 
     def loop() -> None:
         for example in examples:
             example.steps = 0
-        made.optimize(examples, lambda: None)
+        attacker.optimize(examples, lambda: None)
         ctx.synchronize()
 
     return loop

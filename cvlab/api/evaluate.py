@@ -15,13 +15,13 @@ from cvlab.runs.run_dir import RunDir
 CHOICES = ("last", "best")
 
 
-def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None) -> dict[str, Any]:
+def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | None) -> dict[str, Any]:
     """Evaluate a run and write the result to its eval.json.
 
     Args:
         path: The run directory.
         splits: `train`, `val`, `test`; empty for validation and test, if present.
-        which: `last` or `best` weights.
+        weights: `last` or `best`.
         device: Where to evaluate; None for the device of the run's configuration.
 
     Returns:
@@ -35,12 +35,12 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
     experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Evaluable):
         raise ConfigError(f"{path.name}: a run of {config.experiment} has no weights to evaluate")
-    state = load_state(path, which)
+    state = load_state(path, weights)
     result = {
         "ok": True,
         "run": str(path),
         "experiment": config.experiment,
-        "checkpoint": which,
+        "checkpoint": weights,
         "step": state.get("step"),
         "data": read_json(path / "summary.json").get("data"),
         "metrics": experiment.evaluate(config, path, state, splits),
@@ -52,12 +52,12 @@ def evaluate(path: Path, splits: tuple[str, ...], which: str, device: str | None
     return result
 
 
-def load_state(path: Path, which: str) -> dict[str, Any]:
+def load_state(path: Path, weights: str) -> dict[str, Any]:
     """Load the `last` or `best` checkpoint of a run. CheckpointError if there is none."""
-    if which not in CHOICES:
-        raise ConfigError(f"--checkpoint {which}: unknown", f"known: {', '.join(CHOICES)}")
+    if weights not in CHOICES:
+        raise ConfigError(f"--checkpoint {weights}: unknown", f"known: {', '.join(CHOICES)}")
     folder = path / "checkpoints"
-    if which == "last":
+    if weights == "last":
         return checkpoint.load_latest(folder, console.info)[1]
     best = folder / checkpoint.BEST
     if not best.is_file():

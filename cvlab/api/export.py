@@ -31,13 +31,13 @@ OPSET = 18
 Outputs = list[Tensor]
 
 
-def export(path: Path, file_format: str, which: str, file: Path | None) -> dict[str, Any]:
+def export(path: Path, file_format: str, weights: str, file: Path | None) -> dict[str, Any]:
     """Write the model of a run to a file.
 
     Args:
         path: The run directory.
         file_format: `safetensors` or `onnx`.
-        which: `last` or `best` weights.
+        weights: `last` or `best`.
         file: The file to write; None for `export.FORMAT` in the run directory.
 
     Returns:
@@ -56,8 +56,8 @@ def export(path: Path, file_format: str, which: str, file: Path | None) -> dict[
     experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Exportable):
         raise ConfigError(f"{path.name}: a run of {config.experiment} has no model to export")
-    spec = experiment.export_spec(config, path, evaluate.load_state(path, which))
-    metadata = {"run": path.name, "checkpoint": which, "experiment": config.experiment, **spec.metadata}
+    spec = experiment.export_spec(config, path, evaluate.load_state(path, weights))
+    metadata = {"run": path.name, "checkpoint": weights, "experiment": config.experiment, **spec.metadata}
     file = file or path / f"export.{file_format}"
     model = spec.model.eval().requires_grad_(False)
     if file_format == "safetensors":

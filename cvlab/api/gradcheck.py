@@ -1,4 +1,4 @@
-"""`cvlab gradcheck`: every hand-written layer, loss, update rule and whole net, or the user's own layer."""
+"""`cvlab gradcheck`: check hand-written layers, losses, update rules and models, or a layer of the user."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +26,8 @@ UPDATES: dict[str, tuple[str, dict[str, float]]] = {
 }
 
 
-def _nets(layers: Any) -> dict[str, nn.Module]:
-    """Build small nets of each family from a namespace of layers, for 2-channel pictures of 6 px."""
+def _models(layers: Any) -> dict[str, nn.Module]:
+    """Build small models of each family from a namespace of layers, for 2-channel pictures of 6 px."""
     shape: dict[str, Any] = {"in_channels": 2, "image_size": 6, "num_classes": 3, "layers": layers}
     return {
         "fc_net": mlp(hidden=(7, 6), weight_scale=0.5, **shape),
@@ -38,30 +38,30 @@ def _nets(layers: Any) -> dict[str, nn.Module]:
     }
 
 
-def _check_nets(wanted: Sequence[str] | None) -> list[GradCheckResult]:
+def _check_models(names: Sequence[str] | None) -> list[GradCheckResult]:
     images, labels = torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
-    theirs, found = _nets(nn), []
+    references, results = _models(nn), []
     for suffix, layers in (("", MANUAL_LAYERS), (", simplified", MANUAL_ALT_LAYERS)):
-        for name, mine in _nets(layers).items():
-            simplified = suffix and "BatchNorm" not in name
-            if not simplified and (wanted is None or name + suffix in wanted):
-                found.append(gradcheck.check_model(name + suffix, mine, theirs[name], images, labels))
-    return found
+        for name, model in _models(layers).items():
+            is_duplicate = suffix and "BatchNorm" not in name
+            if not is_duplicate and (names is None or name + suffix in names):
+                results.append(gradcheck.check_model(name + suffix, model, references[name], images, labels))
+    return results
 
 
 def _check_update(name: str) -> GradCheckResult:
     """Compare ten steps of a hand-written update rule with torch.optim's, on the same random gradients."""
     kind, settings = UPDATES[name]
-    mine = nn.Parameter(torch.randn(20, dtype=torch.float64))
-    theirs = nn.Parameter(mine.detach().clone())
-    by_hand = registry.import_name(optimizers.OPTIMIZERS.names[f"manual_{kind}"])([mine], **settings)
-    library = registry.import_name(optimizers.OPTIMIZERS.names[kind])([theirs], **settings)
+    param = nn.Parameter(torch.randn(20, dtype=torch.float64))
+    reference_param = nn.Parameter(param.detach().clone())
+    manual = registry.import_name(optimizers.OPTIMIZERS.names[f"manual_{kind}"])([param], **settings)
+    reference = registry.import_name(optimizers.OPTIMIZERS.names[kind])([reference_param], **settings)
     for _ in range(10):
-        mine.grad = torch.randn_like(mine)
-        theirs.grad = mine.grad.clone()
-        by_hand.step()
-        library.step()
-    error = gradcheck.relative_error(mine.detach(), theirs.detach())
+        param.grad = torch.randn_like(param)
+        reference_param.grad = param.grad.clone()
+        manual.step()
+        reference.step()
+    error = gradcheck.relative_error(param.detach(), reference_param.detach())
     return GradCheckResult(name, None, error, gradcheck.TORCH_TOLERANCE)
 
 
@@ -80,15 +80,23 @@ def _check_kaiming() -> GradCheckResult:
 
 
 def run(names: Sequence[str], seed: int) -> dict[str, Any]:
-    """Check the layers and nets called `names`, all where there are none; `./file.py:Name` is the user's own layer.
+    """Check hand-written gradients.
 
-    Returns `{"ok", "checks": [{"name", "numeric_error", "torch_error", "tolerance", "ok"}]}`.
+    Args:
+        names: Layers, losses, update rules and models; `./file.py:Name` is a layer of the user. Empty for all.
+        seed: Seed of the random inputs.
+
+    Returns:
+        `ok`, and `checks`: `name`, `numeric_error`, `torch_error`, `tolerance` and `ok` of each.
+
+    Raises:
+        ConfigError: If there is no such layer.
     """
     torch.manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
     try:
-        verdicts = _check_named(names) + _check_nets(names or None)
+        verdicts = _check_named(names) + _check_models(names or None)
     finally:
         torch.set_num_threads(threads)
     rows = [vars(verdict) | {"ok": verdict.ok} for verdict in verdicts]
@@ -96,10 +104,10 @@ def run(names: Sequence[str], seed: int) -> dict[str, Any]:
 
 
 def _check_named(names: Sequence[str]) -> list[GradCheckResult]:
-    """Check everything but the nets."""
+    """Check everything but the models."""
     cases = {case.name: case for case in gradcheck.cases()}
-    nets = list(_nets(nn))
-    known = [*cases, *nets, *(f"{net}, simplified" for net in nets if "BatchNorm" in net), *UPDATES, KAIMING]
+    models = list(_models(nn))
+    known = [*cases, *models, *(f"{model}, simplified" for model in models if "BatchNorm" in model), *UPDATES, KAIMING]
     verdicts = []
     for name in names or (*cases, *UPDATES, KAIMING):
         if registry.is_user_file(name):

@@ -1,7 +1,7 @@
-"""`cvlab ui`: the pages about runs, served to this machine only, made anew each time they are asked for.
+"""`cvlab ui`: serve the pages about runs to this machine, rendered anew for each request.
 
-Read-only. Names in an address are only looked up among the runs there are, so that no path leaves the folder; a request
-that names another host, as a page of somebody else's would, is refused.
+The server is read-only. A name in an address is only compared with those of the existing runs, so that no path leaves
+the folder; a request that names another host, as one from a foreign page would, is rejected.
 """
 
 import http

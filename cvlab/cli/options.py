@@ -177,9 +177,9 @@ def gather_overrides(
     texts: list[str] | None, run: RunOptions, prefix: str = "", **flags: int | str | None
 ) -> list[str]:
     """Gather the overrides of a command line; the last one of a key wins."""
-    given = {f"{prefix}device": run.device, **flags}
+    values = {f"{prefix}device": run.device, **flags}
     texts = [*(texts or []), *(run.set_ or [])]
-    return [*texts, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    return [*texts, *(f"{key}={value}" for key, value in values.items() if value is not None)]
 
 
 def show_verdict(

@@ -67,8 +67,8 @@ def track(
     from cvlab.api import track as api_track
     from cvlab.runs.find import find_run, runs_root
 
-    look = api_track.log_run(find_run(run, runs_root(runs_dir)), to, follow)
-    output.show({"ok": True, "tracker": to, "look": look}, lambda: print(look))
+    command = api_track.log_run(find_run(run, runs_root(runs_dir)), to, follow)
+    output.show({"ok": True, "tracker": to, "look": command}, lambda: print(command))
 
 
 @app.command()

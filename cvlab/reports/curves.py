@@ -1,4 +1,4 @@
-"""Curves from metrics.jsonl, thinned while they are read, so that a million rows fit in memory."""
+"""Read curves from metrics.jsonl, thinned while they are read, so that a million rows fit into memory."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TypeGuard
 from cvlab.runs.records import Row, read_metrics
 
 MAX_POINTS = 2000
-MOST = 2**63  # a whole number that is no float any more
+MAX_INTEGER = 2**63  # larger ones cannot be drawn
 NOT_CURVES = ("step", "epoch", "seconds")
 Curve = tuple[list[float], list[float]]
 
@@ -18,9 +18,9 @@ def read(path: Path, x: str = "step") -> dict[str, Curve]:
 
 
 def thin(rows: Iterable[Row], x: str = "step") -> dict[str, Curve]:
-    """Gather rows into curves; when one has twice MAX_POINTS every other point of it is dropped.
+    """Collect rows into curves; when a curve has twice MAX_POINTS every other point of it is dropped.
 
-    From then on it takes every second row, then every fourth, and so on, and always keeps the last one.
+    From then on it takes every second row, then every fourth, and so on. The last row is always included.
     """
     curves: dict[str, Curve] = {}
     strides: dict[str, int] = {}
@@ -48,4 +48,4 @@ def thin(rows: Iterable[Row], x: str = "step") -> dict[str, Curve]:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < MAX_INTEGER)

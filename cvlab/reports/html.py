@@ -132,7 +132,7 @@ def run_page(path: Path, home: str | None = None, refresh: int | None = None) ->
         "time": env.get("time"),
         "error": status.get("error"),
         "verdicts": [
-            {"rule": row["rule"], "measured": tables.measured(row), "met": row["met"]}
+            {"rule": row["rule"], "measured": tables.format_measured(row), "met": row["met"]}
             for row in summary.get("expect", [])
         ],
         "metrics": [(n, tables.number(v), metrics.unit(n, info), metrics.better(n, info)) for n, v in values.items()],

@@ -1,4 +1,4 @@
-"""Pictures of a run: PNG files, heat maps, overlays, panels with captions, animations."""
+"""Images of a run: PNG files, heat maps, overlays, panels with captions, animations."""
 
 import io
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from torch import Tensor
 
 MARGIN = 8
 TEXT_PX = 15
-MAX_TILE_PX = 480  # panels are for looking at; the pictures themselves have their full size beside them
-HEAT = (  # the colours of matplotlib's inferno at 0, 1/8, .. 1
+MAX_TILE_PX = 480  # panels are previews; the images themselves are saved in full size
+HEAT = (  # the colors of matplotlib's inferno at 0, 1/8, .. 1
     (0, 0, 4),
     (31, 12, 72),
     (85, 15, 109),
@@ -25,14 +25,14 @@ HEAT = (  # the colours of matplotlib's inferno at 0, 1/8, .. 1
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode a picture as PNG; level 1 takes a fifth of the time of the usual 6 for a tenth more bytes."""
+    """Encode an image as PNG; level 1 takes a fifth of the time of the default 6 for a tenth more bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def scaled(values: Tensor, quantile: float = 0.999) -> Tensor:
-    """Scale a map (H, W) to [0, 1] by its `quantile`, so that a single pixel does not darken all others."""
+    """Scale a map (H, W) to [0, 1] by its `quantile`, so that single pixels do not darken all others."""
     values = values.detach().float().cpu().clamp(min=0)
     top = torch.from_numpy(np.quantile(values.numpy(), [quantile])).float()
     top = top if float(top) > 0 else values.max()
@@ -40,35 +40,35 @@ def scaled(values: Tensor, quantile: float = 0.999) -> Tensor:
 
 
 def heat(values: Tensor) -> Image.Image:
-    """Colour a map (H, W) in [0, 1], dark to bright."""
-    places = np.linspace(0, 1, len(HEAT))
+    """Color a map (H, W) in [0, 1] from dark to bright."""
+    positions = np.linspace(0, 1, len(HEAT))
     flat = values.cpu().numpy()
-    channels = [np.interp(flat, places, [colour[c] for colour in HEAT]) for c in range(3)]
+    channels = [np.interp(flat, positions, [color[c] for color in HEAT]) for c in range(3)]
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
 def overlay(photo: Image.Image, values: Tensor, box: tuple[float, float, float, float]) -> Image.Image:
-    """Lay a map (h, w) in [0, 1] over the part of a photo that it belongs to; the photo is greyed below it."""
+    """Overlay a map (h, w) in [0, 1] on the part of a photo that it belongs to; the photo is shown in gray."""
     left, top, right, bottom = (round(edge) for edge in box)
     size = (max(1, right - left), max(1, bottom - top))
-    grey = photo.convert("L").convert("RGB")
+    gray = photo.convert("L").convert("RGB")
     strength = Image.fromarray((values.cpu().numpy() * 255).round().astype(np.uint8)).resize(
         size, Image.Resampling.BICUBIC
     )
-    colours = heat(torch.from_numpy(np.asarray(strength) / 255.0))
+    colors = heat(torch.from_numpy(np.asarray(strength) / 255.0))
     mask = strength.point([min(255, round(40 + 0.75 * level)) for level in range(256)])
-    grey.paste(colours, (left, top), mask)
-    return grey
+    gray.paste(colors, (left, top), mask)
+    return gray
 
 
 def difference(before: Image.Image, after: Image.Image, times: int) -> Image.Image:
-    """Show what changed, `times` as strong, around mid-grey."""
+    """Return the difference of two images around mid-gray, amplified `times`."""
     change = np.asarray(after, dtype=np.int16) - np.asarray(before, dtype=np.int16)
     return Image.fromarray(np.clip(128 + times * change, 0, 255).astype(np.uint8))
 
 
 def panel(tiles: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.Image:
-    """Put pictures side by side, each below its caption; larger ones are made smaller."""
+    """Arrange images side by side, each below its caption; large ones are reduced."""
     font = ImageFont.load_default(TEXT_PX)
     shown = [(caption, _fitted(image)) for caption, image in tiles]
     widths = [max(image.width, 150) for _, image in shown]
@@ -115,7 +115,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 
 def strip(frames: Sequence[Image.Image], columns: int = 6) -> Image.Image:
-    """Put frames of one size in rows."""
+    """Arrange frames of the same size in rows."""
     width, height = frames[0].size
     columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)
@@ -126,7 +126,7 @@ def strip(frames: Sequence[Image.Image], columns: int = 6) -> Image.Image:
 
 
 def gif(frames: Sequence[Image.Image], milliseconds: int = 120, last_milliseconds: int = 1500) -> bytes:
-    """Encode frames as an animation that rests on the last one."""
+    """Encode frames as a GIF animation that pauses on the last one."""
     buffer = io.BytesIO()
     durations = [milliseconds] * (len(frames) - 1) + [last_milliseconds]
     first, *rest = frames

@@ -1,4 +1,4 @@
-"""Curves as inline SVG for a page: axes, lines, and the values for whoever points at them, or cannot."""
+"""Charts of curves as inline SVG: axes, lines, and the values for pointers, keyboards and a table."""
 
 import math
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from cvlab.reports.curves import Curve
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
 TICKS = 5
-MOST_POINTS = 400  # of a line in a page; the metrics.jsonl has them all
-MOST_ROWS = 12  # of the table below a chart
+MAX_POINTS = 400  # of a line in a page; metrics.jsonl has all of them
+MAX_ROWS = 12  # of the table below a chart
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve in a chart: its name, its series number, the path of its polyline, and its values."""
+    """A curve in a chart: its name, its series number, the points of its polyline, and its values."""
 
     name: str
     series: int
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis: where, in the units of the picture, and what stands there."""
+    """A mark on an axis: its position in units of the image, and its label."""
 
     at: float
     text: str
@@ -34,7 +34,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart ready to be drawn, in the units of a picture of WIDTH x HEIGHT."""
+    """A chart ready to be drawn, in units of an image of WIDTH x HEIGHT."""
 
     title: str
     x_name: str
@@ -43,11 +43,11 @@ class Chart:
     y_ticks: list[Tick]
     x_from: float
     x_to: float
-    rows: list[tuple[str, list[str]]]  # an x and the value of each line there, for those who read numbers
+    rows: list[tuple[str, list[str]]]  # an x and the value of each line there
 
 
 def chart(title: str, curves: Mapping[str, Curve], x_name: str = "step") -> Chart | None:
-    """Return a chart of curves; None where none of them has a finite value."""
+    """Return a chart of curves, None if none of them has a finite value."""
     finite = {name: _finite(curve) for name, curve in curves.items()}
     shown = {name: _thinned(curve) for name, curve in finite.items() if curve[0]}
     if not shown:
@@ -56,22 +56,22 @@ def chart(title: str, curves: Mapping[str, Curve], x_name: str = "step") -> Char
     y_ticks = ticks([y for _, ys in shown.values() for y in ys])
     low_x, high_x, low_y, high_y = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
 
-    def across(x: float) -> float:
+    def to_px_x(x: float) -> float:
         return round(LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT), 1)
 
-    def down(y: float) -> float:
+    def to_px_y(y: float) -> float:
         return round(HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM), 1)
 
     lines = [
-        Line(name, k, " ".join(f"{across(x)},{down(y)}" for x, y in zip(xs, ys, strict=True)), xs, ys)
+        Line(name, k, " ".join(f"{to_px_x(x)},{to_px_y(y)}" for x, y in zip(xs, ys, strict=True)), xs, ys)
         for k, (name, (xs, ys)) in enumerate(shown.items())
     ]
     return Chart(
         title,
         x_name,
         lines,
-        [Tick(across(x), text(x)) for x in x_ticks],
-        [Tick(down(y), text(y)) for y in y_ticks],
+        [Tick(to_px_x(x), text(x)) for x in x_ticks],
+        [Tick(to_px_y(y), text(y)) for y in y_ticks],
         low_x,
         high_x,
         _rows(shown),
@@ -92,7 +92,7 @@ def ticks(values: list[float]) -> list[float]:
 
 
 def text(value: float) -> str:
-    """Write a number for an axis or a table."""
+    """Format a number for an axis or a table."""
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -105,21 +105,20 @@ def _finite(curve: Curve) -> Curve:
 
 def _thinned(curve: Curve) -> Curve:
     xs, ys = curve
-    stride = -(-len(xs) // MOST_POINTS)
-    places = [*range(0, len(xs) - 1, stride), len(xs) - 1]
-    return [xs[k] for k in places], [ys[k] for k in places]
+    stride = -(-len(xs) // MAX_POINTS)
+    indices = [*range(0, len(xs) - 1, stride), len(xs) - 1]
+    return [xs[k] for k in indices], [ys[k] for k in indices]
 
 
 def _rows(shown: Mapping[str, Curve]) -> list[tuple[str, list[str]]]:
-    """Return the values at a few places, the last one among them; a line that has none there shows its latest."""
-    places = sorted({x for xs, _ in shown.values() for x in xs})
-    stride = -(-len(places) // MOST_ROWS)
-    chosen = places[::-1][::stride][::-1]
+    """Return the values at a few x, the last one included; a line without a value there shows its latest."""
+    all_x = sorted({x for xs, _ in shown.values() for x in xs})
+    stride = -(-len(all_x) // MAX_ROWS)
     rows = []
-    for place in chosen:
+    for row_x in all_x[::-1][::stride][::-1]:
         cells = []
         for xs, ys in shown.values():
-            before = [y for x, y in zip(xs, ys, strict=True) if x <= place]
+            before = [y for x, y in zip(xs, ys, strict=True) if x <= row_x]
             cells.append(text(before[-1]) if before else "")
-        rows.append((text(place), cells))
+        rows.append((text(row_x), cells))
     return rows

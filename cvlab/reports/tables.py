@@ -1,4 +1,4 @@
-"""Tables for people, on stdout."""
+"""Print tables on stdout."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,12 +42,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         for row in cells:
             print("\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)), end="\n\n")
         return
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
-        made.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right", width=width)
+        grid.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right", width=width)
     for row in cells:
-        made.add_row(*map(Text, row))
-    console.print(made, width=max(console.width, sum(widths) + GAP * len(widths)))
+        grid.add_row(*map(Text, row))
+    console.print(grid, width=max(console.width, sum(widths) + GAP * len(widths)))
     print()
 
 
@@ -58,32 +58,32 @@ def _longest_word(texts: Iterable[str]) -> int:
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
-    """Return the width of each column; None where words would be torn apart. The first column is never wrapped."""
+    """Return the width of each column, None if words would be split. The first column is never wrapped."""
     from rich.cells import cell_len
 
     texts = [[column, *(row[k] for row in rows)] for k, column in enumerate(columns)]
     natural = [max(map(cell_len, column)) for column in texts]
-    least = [natural[0], *map(_longest_word, texts[1:])]
-    spare = available - sum(least) - GAP * len(columns)
+    narrowest = [natural[0], *map(_longest_word, texts[1:])]
+    spare = available - sum(narrowest) - GAP * len(columns)
     if spare < 0:
         return None
-    wanted = [full - low for full, low in zip(natural, least, strict=True)]
-    share = min(1.0, spare / max(1, sum(wanted)))
-    return [low + int(share * more) for low, more in zip(least, wanted, strict=True)]
+    extra = [full - low for full, low in zip(natural, narrowest, strict=True)]
+    share = min(1.0, spare / max(1, sum(extra)))
+    return [low + int(share * more) for low, more in zip(narrowest, extra, strict=True)]
 
 
-def measured(verdict: Mapping[str, Any]) -> str:
-    """Format what a rule was judged by: its left side, or all of its sides."""
+def format_measured(verdict: Mapping[str, Any]) -> str:
+    """Format the measured values of an expectation: its left side, or all of its sides."""
     return ", ".join(number(value) for value in verdict.get("values", [verdict["measured"]]))
 
 
 def show_settings(settings: Sequence[Mapping[str, Any]]) -> None:
-    """Print the settings of a sweep."""
+    """Print the results of a sweep by setting."""
     table("", *settings_rows(settings))
 
 
 def settings_rows(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows about a sweep: what varies, and the mean and deviation of each metric over seeds."""
+    """Return the columns and rows of a sweep: the varied keys, and mean and standard deviation of each metric."""
     keys = list(settings[0]["keys"]) if settings else []
     named = list(dict.fromkeys(name for row in settings for name in row["metrics"]))
     shown = [name for name in named if metrics.family(name) != "loss"] or named  # table.csv has the others
@@ -104,10 +104,17 @@ def _mean(metric: Mapping[str, Any] | None) -> str:
 
 
 def show_verification(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print expected against measured, a line for each expectation."""
+    """Print expected and measured values, a line per expectation."""
     columns = ("configuration", "expected", "measured", "verdict", "data", "seconds")
     lines = [
-        (row["config"], row["rule"], measured(row), "met" if row["met"] else "NOT MET", row["data"], row["seconds"])
+        (
+            row["config"],
+            row["rule"],
+            format_measured(row),
+            "met" if row["met"] else "NOT MET",
+            row["data"],
+            row["seconds"],
+        )
         for row in rows
     ]
     table("", columns, lines)
@@ -129,7 +136,7 @@ def show_result(result: Mapping[str, Any]) -> None:
     rows = [(name, number(value), metrics.unit(name, info)) for name, value in result["metrics"].items()]
     table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value", "unit"), rows)
     if result["expect"]:
-        verdicts = [(v["rule"], measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
+        verdicts = [(v["rule"], format_measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
     print(f"run directory {result['run']}")
 
@@ -181,13 +188,13 @@ def _shortened(name: str) -> str:
 
 
 def show_comparison(comparison: Mapping[str, Any]) -> None:
-    """Print what differs between runs, then their metrics."""
+    """Print the differences between runs, then their metrics."""
     names = [run["label"] for run in comparison["runs"]]
     status = [("status", *(run["status"] for run in comparison["runs"]))]
     if any(run["data"] for run in comparison["runs"]):
         status.append(("data", *(run["data"] or "-" for run in comparison["runs"])))
     differences = [(key, *values) for key, values in comparison["differences"].items()]
-    table("what differs", ("", *names), [*status, *differences])
+    table("differences", ("", *names), [*status, *differences])
     table("metrics", ("", *names, "unit", "better"), metric_rows(comparison))
 
 

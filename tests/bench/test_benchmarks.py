@@ -35,8 +35,8 @@ def test_photos_against_bare_loops(capsys):
 
 def test_boxes_against_plain_loops(capsys, monkeypatch):
     monkeypatch.setattr(detection, "NMS_COUNTS", (50,))
-    monkeypatch.setattr(detection, "MAPS", (4, 8, 14, 14))
-    monkeypatch.setattr(detection, "PICTURES", 10)
+    monkeypatch.setattr(detection, "FEATURE_SHAPE", (4, 8, 14, 14))
+    monkeypatch.setattr(detection, "NUM_IMAGES", 10)
     detection.main(["--rounds", "1", "--json"])
     rows = {row["loop"]: row for row in json.loads(capsys.readouterr().out)["loops"]}
     assert {"nms of 50 boxes", "a loop over the boxes", "yolo on a photo of 640 x 480"} <= rows.keys()

@@ -139,9 +139,9 @@ class TestChart:
         xs = list(range(5000))
         made = svg.chart("loss", {"a": (xs, [1 / (x + 1) for x in xs]), "nothing": ([1], [float("nan")])})
         (line,) = made.lines
-        assert len(line.xs) <= svg.MOST_POINTS + 1
+        assert len(line.xs) <= svg.MAX_POINTS + 1
         assert line.xs[-1] == 4999
-        assert len(made.rows) <= svg.MOST_ROWS
+        assert len(made.rows) <= svg.MAX_ROWS
         points = [tuple(map(float, pair.split(","))) for pair in line.path.split()]
         assert all(0 <= x <= svg.WIDTH and 0 <= y <= svg.HEIGHT for x, y in points)
         assert points[0][1] < points[-1][1]  # down the page is down
