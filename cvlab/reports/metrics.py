@@ -21,7 +21,7 @@ def better(name: str, info: MetricInfo) -> str:
 
 
 def headline(values: Mapping[str, Any], info: MetricInfo, count: int = 2) -> list[str]:
-    """Return the names of the metrics that sum up a run: the first of which more is better, test before validation.
+    """Return the names of the metrics that sum up a run: fractions of which more is better, test before validation.
 
     Args:
         values: The metrics of the run.
@@ -29,7 +29,8 @@ def headline(values: Mapping[str, Any], info: MetricInfo, count: int = 2) -> lis
         count: Maximum number of names.
     """
     numbers = [name for name, value in values.items() if isinstance(value, (int, float))]
-    ranked = sorted((name for name in numbers if better(name, info) == "higher"), key=_rank)
+    ranked = [name for name in numbers if better(name, info) == "higher"]
+    ranked.sort(key=lambda name: (unit(name, info) != FRACTION, _rank(name)))
     return [*ranked, *(name for name in numbers if name not in ranked)][:count]
 
 

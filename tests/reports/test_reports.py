@@ -127,6 +127,11 @@ def test_the_headline_of_a_run_is_what_it_declares():
     values = {"steps": 3, "train_accuracy": 0.9, "best_val_accuracy": 0.8, "val_accuracy": 0.7, "test_loss": 1.0}
     info = {name: {"better": "higher"} for name in values if name.endswith("accuracy")}
     assert metrics.headline(values, info) == ["val_accuracy", "train_accuracy"]
+    rates = {"images_per_second": 99.0, **values}
+    info = {name: {**row, "unit": "fraction"} for name, row in info.items()} | {
+        "images_per_second": {"better": "higher"}
+    }
+    assert metrics.headline(rates, info) == ["val_accuracy", "train_accuracy"]
     assert metrics.headline({"arms": 2, "best": "x", "diverged": 0}, {}) == ["arms", "diverged"]
 
 
