@@ -1,4 +1,4 @@
-"""Tokenization of captions, and the mapping between words and token ids.
+"""Tokenization of captions, and the mapping between tokens (words) and their ids.
 
 The tokenization is part of every score that is reported: lower-cased, split on white space, tokens without a letter or
 digit dropped.
@@ -18,73 +18,75 @@ SPECIAL_TOKENS = ("<null>", "<start>", "<end>", "<unk>")
 
 
 def tokenize(caption: str) -> list[str]:
-    """Split a caption into lower-case words."""
-    return [word for word in caption.lower().split() if any(character.isalnum() for character in word)]
+    """Split a caption into tokens: its words in lower case."""
+    return [token for token in caption.lower().split() if any(character.isalnum() for character in token)]
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The known words; the id of a word is its index plus the number of special tokens.
+    """The known words; the id of a token is its index plus the number of special tokens.
 
     Raises:
-        DataError: A word occurs twice, is empty or is a special token.
+        DataError: A token occurs twice, is empty or is a special one.
     """
 
-    words: tuple[str, ...]
+    tokens: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if len(set(self.words)) < len(self.words) or any(word in SPECIAL_TOKENS or not word for word in self.words):
+        if len(set(self.tokens)) < len(self.tokens) or any(
+            token in SPECIAL_TOKENS or not token for token in self.tokens
+        ):
             raise DataError("a vocabulary has a word twice, an empty word or a special token")
 
     def __len__(self) -> int:
-        return len(SPECIAL_TOKENS) + len(self.words)
+        return len(SPECIAL_TOKENS) + len(self.tokens)
 
     @property
-    def word_to_id(self) -> dict[str, int]:
-        """Return the token id of each word."""
-        return {word: len(SPECIAL_TOKENS) + k for k, word in enumerate(self.words)}
+    def token_to_id(self) -> dict[str, int]:
+        """Return the id of each token."""
+        return {token: len(SPECIAL_TOKENS) + k for k, token in enumerate(self.tokens)}
 
     def encode(self, captions: Iterable[Sequence[str]], max_length: int) -> Tensor:
         """Encode tokenized captions.
 
         Args:
-            captions: N captions, split into words.
-            max_length: Number of tokens of each row; captions of more than max_length - 2 words are cut.
+            captions: N captions, as of `tokenize`.
+            max_length: Number of tokens of each row; captions of more than max_length - 2 are cut.
 
         Returns:
-            int64 (N, max_length): START, the words (UNKNOWN if not in the vocabulary), END, then PAD.
+            int64 (N, max_length): START, the tokens (UNKNOWN if not in the vocabulary), END, then PAD.
         """
-        ids = self.word_to_id
+        ids = self.token_to_id
         rows = []
-        for words in captions:
-            row = [START, *(ids.get(word, UNKNOWN) for word in words[: max_length - 2]), END]
+        for tokens in captions:
+            row = [START, *(ids.get(token, UNKNOWN) for token in tokens[: max_length - 2]), END]
             rows.append(row + [PAD] * (max_length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).view(-1, max_length)
 
     def decode(self, token_ids: Iterable[int]) -> list[str]:
-        """Return the words up to END; START and PAD are left out."""
-        words = []
+        """Return the tokens up to END; START and PAD are left out."""
+        tokens = []
         for token_id in token_ids:
             if token_id == END:
                 break
             if token_id not in (PAD, START):
                 index = token_id - len(SPECIAL_TOKENS)
-                words.append(SPECIAL_TOKENS[token_id] if index < 0 else self.words[index])
-        return words
+                tokens.append(SPECIAL_TOKENS[token_id] if index < 0 else self.tokens[index])
+        return tokens
 
 
 def build_vocabulary(captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:
-    """Return the words that occur at least `min_count` times, by falling frequency, then alphabetically.
+    """Build the vocabulary of frequent tokens, sorted by falling frequency, then alphabetically.
 
     Args:
-        captions: Captions, split into words.
-        min_count: Rarer words are left out.
+        captions: Captions, as of `tokenize`.
+        min_count: Rarer tokens are left out.
 
     Raises:
-        DataError: No word occurs that often.
+        DataError: No token occurs that often.
     """
-    counts = Counter(word for words in captions for word in words)
-    frequent = [word for word, count in counts.items() if count >= min_count]
+    counts = Counter(token for tokens in captions for token in tokens)
+    frequent = [token for token, count in counts.items() if count >= min_count]
     if not frequent:
         raise DataError(f"no word occurs {min_count} times in the captions", "lower min_word_count")
-    return Vocabulary(tuple(sorted(frequent, key=lambda word: (-counts[word], word))))
+    return Vocabulary(tuple(sorted(frequent, key=lambda token: (-counts[token], token))))

@@ -13,7 +13,7 @@ def test_tokenize_lower_cases_and_drops_punctuation():
 
 def test_frequent_words_come_first_and_rare_ones_are_unknown():
     built = vocabulary.build_vocabulary([["b", "a", "b"], ["a", "c", "b"]], 2)
-    assert built.words == ("b", "a")
+    assert built.tokens == ("b", "a")
     assert len(built) == 6
     token_ids = built.encode([["a", "c"], ["b"] * 9], 5)
     assert token_ids.tolist() == [[START, 5, UNKNOWN, END, PAD], [START, 4, 4, 4, END]]
@@ -26,7 +26,7 @@ def test_no_word_is_frequent_enough():
         vocabulary.build_vocabulary([["a", "b"]], 3)
 
 
-@pytest.mark.parametrize("words", [("a", "a"), ("",), ("<end>",)])
-def test_repeated_empty_and_special_words_are_rejected(words):
+@pytest.mark.parametrize("tokens", [("a", "a"), ("",), ("<end>",)])
+def test_repeated_empty_and_special_words_are_rejected(tokens):
     with pytest.raises(DataError):
-        Vocabulary(words)
+        Vocabulary(tokens)

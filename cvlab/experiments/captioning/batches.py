@@ -50,7 +50,7 @@ class EncodedCaptions:
     ) -> None:
         captions = [[tokenize(caption) for caption in sample.captions[:captions_per_photo]] for sample in samples]
         counts = torch.tensor([len(of_photo) for of_photo in captions])
-        self.token_ids = vocabulary.encode((words for of_photo in captions for words in of_photo), max_length)
+        self.token_ids = vocabulary.encode((tokens for of_photo in captions for tokens in of_photo), max_length)
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
 
     def select(self, photo_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class CaptionerMetadata:
 
     Attributes:
         arguments: Keyword arguments of `Captioner`, without `in_channels` and `vocab_size`.
-        vocabulary: The words of the vocabulary, special tokens excluded.
+        vocabulary: The tokens of the vocabulary, special ones excluded.
         size_px: Photos are resized to squares of this size.
         max_length: Maximum number of tokens of a caption, START and END included.
         strides: Strides of the backbone's feature maps; the first one defines the spatial positions.

@@ -165,7 +165,7 @@ def _check(load_dataset: Callable[[Path], CaptionDataset], root: Path) -> str:
     return f"{len(samples)} photos, {sum(len(sample.captions) for sample in samples)} captions"
 
 
-def _fetch_flickr8k(root: Path, origin: Path | None, patient: bool) -> None:
+def _fetch_flickr8k(root: Path, origin: Path | None, wait: bool) -> None:
     """Copy a Flickr8k that the user has; it is distributed on request only."""
     if origin is None:
         raise DataError(

@@ -103,18 +103,18 @@ def sample(model: Captioner, features: Tensor, num_samples: int, max_length: int
     device = features.device
     state = model.initial_state(features)
     state = state.select(torch.arange(len(features), device=device).repeat_interleave(num_samples))
-    tokens = [torch.full((len(state.h),), START, device=device)]
+    columns = [torch.full((len(state.h),), START, device=device)]
     has_ended = torch.zeros(len(state.h), dtype=torch.bool, device=device)
     for t in range(max_length):
-        logits, state, _ = model.step(state, tokens[-1])
+        logits, state, _ = model.step(state, columns[-1])
         logits[:, SUPPRESSED] = MINUS_INF
-        token_ids = _sample_categorical(logits) if t < max_length - 1 else torch.full_like(tokens[-1], END)
-        tokens.append(token_ids.masked_fill(has_ended, PAD))
+        token_ids = _sample_categorical(logits) if t < max_length - 1 else torch.full_like(columns[-1], END)
+        columns.append(token_ids.masked_fill(has_ended, PAD))
         has_ended = has_ended | (token_ids == END)
         if bool(has_ended.all()):
             break
     model.train(was_training)
-    return torch.stack(tokens, 1)
+    return torch.stack(columns, 1)
 
 
 def _sample_categorical(logits: Tensor) -> Tensor:

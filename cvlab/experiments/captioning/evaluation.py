@@ -65,7 +65,7 @@ def generate_captions(
         length_penalty: Exponent of the length normalization, see `decoding.beam_search`.
 
     Returns:
-        The words of N captions.
+        The tokens of N captions.
     """
     captions: list[list[str]] = []
     for start in range(0, len(features), BATCH_SIZE):
@@ -80,7 +80,7 @@ def compute_metrics(captions: Sequence[Sequence[str]], samples: Sequence[Caption
     """Score generated captions against the reference captions.
 
     Args:
-        captions: The words of one caption for each photo.
+        captions: The tokens of one caption for each photo.
         samples: The photos with their reference captions.
 
     Returns:
@@ -89,7 +89,7 @@ def compute_metrics(captions: Sequence[Sequence[str]], samples: Sequence[Caption
     """
     references = [[tokenize(caption) for caption in sample.captions] for sample in samples]
     bleu_scores = bleu.bleu(captions, references)
-    num_exact = sum(list(words) in of_photo for words, of_photo in zip(captions, references, strict=True))
+    num_exact = sum(list(tokens) in of_photo for tokens, of_photo in zip(captions, references, strict=True))
     metrics = {f"bleu{n + 1}": score for n, score in enumerate(bleu_scores)}
     return metrics | {"cider": cider.cider(captions, references), "exact_match": num_exact / max(len(samples), 1)}
 
@@ -98,15 +98,15 @@ def compute_scene_accuracy(captions: Sequence[Sequence[str]], samples: Sequence[
     """Return the shares of generated scenes whose shapes, colors and relation are named correctly.
 
     Args:
-        captions: The words of one caption for each scene.
+        captions: The tokens of one caption for each scene.
         samples: The scenes of `scene_captions`.
 
     Returns:
         `shapes_right`, `colours_right` and `relations_right` in [0, 1].
     """
     num_right: dict[str, int] = {}
-    for words, sample in zip(captions, samples, strict=True):
-        predicted = scene_captions.parse_caption(" ".join(words))
+    for tokens, sample in zip(captions, samples, strict=True):
+        predicted = scene_captions.parse_caption(" ".join(tokens))
         for part, target in scene_captions.parse_caption(sample.captions[0]).items():
             num_right[part] = num_right.get(part, 0) + (predicted[part] == target)
     return {f"{part}_right": count / len(samples) for part, count in num_right.items()}

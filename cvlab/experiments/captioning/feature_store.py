@@ -149,7 +149,7 @@ def _compute(
 def _key(
     extractor: FeatureExtractor, paths: Sequence[Path], ctx: ComputeContext, spec: FeatureSpec
 ) -> tuple[str, dict[str, Any]]:
-    """Return the key of features, and in words what they depend on besides the photos."""
+    """Return the key of features, and what they depend on besides the photos."""
     description = {
         "backbone": extractor.model.name,
         "weights": checkpoint.weights_digest(extractor.model.module.state_dict()),

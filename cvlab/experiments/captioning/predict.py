@@ -74,20 +74,20 @@ class CaptionPhotos:
             )
         results = []
         for k, (photo, hypothesis) in enumerate(zip(batch, hypotheses, strict=True)):
-            words = captioner.vocabulary.decode(hypothesis.token_ids)
-            result = PhotoResult(str(photo.path), {"sentence": " ".join(words), "score": hypothesis.score})
+            tokens = captioner.vocabulary.decode(hypothesis.token_ids)
+            result = PhotoResult(str(photo.path), {"sentence": " ".join(tokens), "score": hypothesis.score})
             if self.config.attention:
-                result.files["picture"] = self._draw_attention(photo, features[k : k + 1], hypothesis, words)
+                result.files["picture"] = self._draw_attention(photo, features[k : k + 1], hypothesis, tokens)
             results.append(result)
         return results
 
-    def _draw_attention(self, photo: Photo, features: Tensor, hypothesis: Hypothesis, words: list[str]) -> str:
+    def _draw_attention(self, photo: Photo, features: Tensor, hypothesis: Hypothesis, tokens: list[str]) -> str:
         """Draw the attention maps of a caption; return the name of the file in the run directory."""
         maps = decoding.attention_weights(self.captioner.model, features, hypothesis.token_ids)
-        maps = maps[: len(words)].float().cpu()
+        maps = maps[: len(tokens)].float().cpu()
         side = round(maps.shape[1] ** 0.5)
         name = f"images/{photo.label}-attention.png"
-        sheet = drawing.attention_sheet(photo.image, words, maps.view(-1, side, side))
+        sheet = drawing.attention_sheet(photo.image, tokens, maps.view(-1, side, side))
         self.run.write_bytes(name, images.png(sheet))
         return name
 

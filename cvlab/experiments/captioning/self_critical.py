@@ -5,7 +5,7 @@ References:
     Luo, 2020, "A better variant of self-critical sequence training" (the baseline of a sample is the mean reward of
     the other samples of the same photo).
 
-END counts as a word of CIDEr-D, so that captions do not break off.
+END counts as a token of CIDEr-D, so that captions do not break off.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class CiderReward:
     """The reward of captions sampled for training photos: CIDEr-D against all captions of the photo."""
 
     def __init__(self, samples: Sequence[CaptionSample], vocabulary: Vocabulary) -> None:
-        ids = vocabulary.word_to_id
+        ids = vocabulary.token_to_id
         self.scorer = cider.Cider(
             [
-                [[*(ids.get(word, UNKNOWN) for word in tokenize(caption)), END] for caption in sample.captions]
+                [[*(ids.get(token, UNKNOWN) for token in tokenize(caption)), END] for caption in sample.captions]
                 for sample in samples
             ]
         )

@@ -61,7 +61,7 @@ class CaptionerConfig(backbone_config.BackboneTrainConfig):
     strides: Annotated[tuple[Literal[4, 8, 16, 32], ...], MinLen(1)] = Field(
         (32,), description="strides of the backbone's feature maps; the first one defines the spatial positions"
     )
-    mirror: bool = Field(False, description="flip half of the photos horizontally; doubles the features on the disk")
+    mirror: bool = Field(False, description="flip half of the photos horizontally; takes twice the space on the disk")
     min_word_count: schema.PositiveInt = Field(
         5, description="words that occur less often in the training captions are unknown"
     )
@@ -101,14 +101,14 @@ def build_setup(config: CaptionerConfig) -> CaptioningSetup:
     dataset = source.load(data_root(), config.data.path, config.data.val_fraction)
     train = samples_of(config, dataset, "train")
     captions = (vocabulary.tokenize(text) for sample in train for text in sample.captions[: config.data.sentences])
-    words = vocabulary.build_vocabulary(captions, config.min_word_count).words
+    tokens = vocabulary.build_vocabulary(captions, config.min_word_count).tokens
     device.seed_everything(config.seed)
     extractor = captioner_checkpoint.build_feature_extractor(
         config.strides, config.backbone, config.backbone_weights, ctx.device
     )
     metadata = CaptionerMetadata(
         arguments=config.model.arguments() | {"layers": "torch"},  # a loaded captioner runs on torch's layers
-        vocabulary=words,
+        vocabulary=tokens,
         size_px=config.size,
         max_length=config.length,
         strides=config.strides,
