@@ -1,0 +1,94 @@
+"""Commands on photos: unreadable photos, labels, errors, resuming."""
+
+import json
+
+import pytest
+
+
+def test_unreadable_photos_are_reported_and_the_others_processed(two_photos, cvlab, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no photo")
+    code, out, err = cvlab("classify", two_photos[0], "bad.jpg", "gone.jpg", two_photos[1], "--json")
+    result = json.loads(out)
+    assert code == 4
+    assert not result["ok"]
+    assert result["error"]["code"] == 4
+    assert ["error" in row for row in result["results"]] == [False, True, True, False]
+    assert "2 of 4 photos could not be read" in err
+    assert result["metrics"]["num_photos"] == 2
+    code, out, err = cvlab("classify", "bad.jpg")
+    assert code == 4
+    assert "bad.jpg: not a photo" in err.splitlines()[-1]
+    code, out, err = cvlab("classify", "gone.jpg")
+    assert code == 4
+    assert not (tmp_path / "runs" / "latest" / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["attack", "--target", "ostrch", "sample"], 2, "did you mean 'ostrich'"),
+        (["attack", "--target", "crane", "sample"], 2, "134 crane"),
+        (["attack", "--target", "ostrich", "sample", "--method", "cw"], 2, "method"),
+        (["attack", "sample", "--method", "pgd", "--eps", "0.1"], 2, "eps"),
+        (["saliency", "sample", "--class", "xyz"], 2, "no class 'xyz'"),
+        (["classify", "--model", "timm:resnet5O", "sample"], 2, "did you mean 'resnet50'"),
+        (["classify", "https://example.org/a.jpg"], 4, "not fetched"),
+        (["classify", "nothing*.jpg"], 4, "matches no file"),
+        (["classify"], 2, "no photo is named"),
+        (["classify", "gone.jpg", "gone too.jpg"], 4, "gone.jpg: no such file"),
+        (["classvis", "--init", "image"], 2, "init: image starts from exactly one photo, 0 are named"),
+        (["attack", "sample", "--eps", "4"], 2, "eps: the method l2 has no such bound"),
+        (["classvis", "--target", "tick,tock"], 2, "no class 'tock'"),
+        (["classvis", "--target", "tick", "octaves=2", "parametrization=pixels"], 2, "octaves"),
+        (["eval", "latest"], 2, "no weights to evaluate"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(cvlab, tmp_path, args, code, text):
+    if args[0] == "eval":
+        cvlab("classify", "sample")
+    result, _, err = cvlab(*args)
+    assert result == code
+    assert text in err.splitlines()[-1]
+    assert args[0] == "eval" or not (tmp_path / "runs").exists()
+
+
+def test_folders_labels_and_dry_run(two_photos, cvlab, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "wide.png").write_bytes(two_photos[0].read_bytes())
+    code, out, _ = cvlab("saliency", tmp_path, tmp_path / "sub", "--json")
+    maps = [row["map"] for row in json.loads(out)["results"]]
+    assert maps == ["images/tall-map.png", "images/wide-map.png", "images/wide-2-map.png"]
+    before = sorted((tmp_path / "runs").iterdir())
+    code, out, _ = cvlab("classify", tmp_path, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["photos"] == 2
+    assert sorted((tmp_path / "runs").iterdir()) == before
+
+
+def test_interrupted_run_resumes_bit_for_bit(two_photos, cvlab, tmp_path, monkeypatch):
+    from cvlab.experiments.adversarial import attack
+
+    arguments = ("--target", "ostrich", *two_photos, "batch_size=1", "--method", "pgd", "threads=1")
+    _, out, _ = cvlab("attack", *arguments, "--json")
+    whole = json.loads(out)
+    real = attack.Attack.__call__
+    calls = []
+
+    def interrupted(self, batch, check_interrupt):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, batch, check_interrupt)
+
+    monkeypatch.setattr(attack.Attack, "__call__", interrupted)
+    assert cvlab("attack", *arguments)[0] == 130
+    monkeypatch.setattr(attack.Attack, "__call__", real)
+    code, out, err = cvlab("resume", "latest", "--json")
+    again = json.loads(out)
+    assert code == 0
+    assert "resumed: 1 of 2 photos are done" in err
+    assert again["results"] == whole["results"]
+    assert again["metrics"] == whole["metrics"]
+    for row in whole["results"]:
+        one, other = ((tmp_path / run["run"] / row["attacked"]).read_bytes() for run in (whole, again))
+        assert one == other

@@ -1,0 +1,60 @@
+"""The Fourier parametrization and the random transformations of class visualization."""
+
+import torch
+
+from cvlab.ops import visualize
+
+
+def half(count):
+    return torch.full((count,), 0.5)
+
+
+def test_spectrum_to_images_inverts_images_to_spectrum():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 16, 16) * 0.8 + 0.1
+    spectrum = visualize.images_to_spectrum(images)
+    assert spectrum.shape == visualize.spectrum_shape(2, 16)
+    torch.testing.assert_close(visualize.spectrum_to_images(spectrum, 16), images, rtol=1e-4, atol=1e-4)
+
+
+def test_band_removes_fine_detail():
+    torch.manual_seed(0)
+    spectrum = torch.randn(visualize.spectrum_shape(1, 32))
+    values = [
+        visualize.spectrum_to_images(spectrum, 32, band).diff(dim=3).abs().mean().item() for band in (0.1, 0.4, 1.0)
+    ]
+    assert values[0] < 0.5 * values[1] < values[2]
+
+
+def test_transformations_of_zero_strength_are_identities():
+    x = torch.rand(2, 3, 12, 12)
+    none = {"rotate_degrees": 0.0, "zoom": 0.0, "shift": 0.0}
+    torch.testing.assert_close(visualize.random_affine(x, torch.rand, **none), x)
+    torch.testing.assert_close(visualize.random_affine(x, half, rotate_degrees=90, zoom=0.5, shift=0.5), x)
+    assert visualize.random_roll(x, half, 3).equal(x)
+    torch.testing.assert_close(visualize.color_jitter(x, half, gray=0.0, contrast=0.0), x)
+
+
+def test_transformations_of_full_strength():
+    x = torch.rand(1, 3, 12, 12)
+    turned = visualize.random_affine(
+        x, lambda n: torch.tensor([1.0, 0.5, 0.5, 0.5]), rotate_degrees=90, zoom=0, shift=0
+    )
+    options = (x.rot90(1, (2, 3)), x.rot90(-1, (2, 3)))
+    assert any(torch.allclose(turned, option, atol=1e-4) for option in options)
+    low = visualize.random_roll(x, torch.zeros, 2)
+    assert low.equal(torch.roll(x, (-2, -2), (2, 3)))
+    gray = visualize.color_jitter(x, torch.ones, gray=1.0, contrast=0.0)
+    torch.testing.assert_close(gray, x.mean(1, keepdim=True).expand_as(x))
+
+
+def test_blur_equals_torchvision():
+    from cvlab import _compat
+
+    x = torch.rand(1, 3, 30, 30)
+    expected = _compat.torchvision().transforms.functional.gaussian_blur(x, 17, 2.0)
+    torch.testing.assert_close(
+        visualize.gaussian_blur(x, 2.0)[..., 10:20, 10:20], expected[..., 10:20, 10:20], atol=1e-4, rtol=1e-3
+    )
+    flat = torch.full((1, 3, 9, 9), 0.3)
+    torch.testing.assert_close(visualize.gaussian_blur(flat, 1.0), flat)
