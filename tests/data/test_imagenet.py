@@ -1,4 +1,4 @@
-"""The names of ImageNet's classes."""
+"""The classes of ImageNet by name, index and WordNet id."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_the_ways_to_name_a_class(name):
     assert imagenet.resolve(name) == 9
 
 
-def test_every_class_by_number_by_wordnet_id_and_by_its_label():
+def test_every_class_by_index_wordnet_id_and_label():
     for index, (label, wnid) in enumerate(zip(imagenet.labels(), imagenet.synsets(), strict=True)):
         assert imagenet.resolve(label) == imagenet.resolve(wnid) == imagenet.resolve(str(index)) == index
     assert len(set(imagenet.labels())) == 1000
@@ -34,6 +34,6 @@ def test_the_courses_classes():
         ("", "no class ''"),
     ],
 )
-def test_names_that_are_none(name, text):
+def test_unknown_and_ambiguous_names(name, text):
     with pytest.raises(ConfigError, match=text):
         imagenet.resolve(name)

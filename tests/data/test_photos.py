@@ -1,4 +1,4 @@
-"""Photos as people have them: every mode, turn, size and damage; and which files are meant."""
+"""Reading photos of every mode, orientation and size, and damaged ones; finding photos by name."""
 
 import io
 import struct
@@ -15,8 +15,8 @@ from cvlab.errors import DataError
 
 
 @pytest.fixture
-def colours():
-    """A photo with a different colour in each corner."""
+def corners_image():
+    """A photo with a different color in each corner."""
     array = np.zeros((40, 60, 3), np.uint8)
     array[:20, :30], array[:20, 30:], array[20:, :30], array[20:, 30:] = (250, 0, 0), (0, 250, 0), (0, 0, 250), 250
     return Image.fromarray(array)
@@ -24,49 +24,49 @@ def colours():
 
 def corners(image):
     w, h = image.size
-    return [image.getpixel(place) for place in ((4, 4), (w - 5, 4), (4, h - 5), (w - 5, h - 5))]
+    return [image.getpixel(xy) for xy in ((4, 4), (w - 5, 4), (4, h - 5), (w - 5, h - 5))]
 
 
 RED, GREEN, BLUE, WHITE = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250)
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "jpg", "webp"])
-def test_formats(colours, tmp_path, ending):
-    colours.save(tmp_path / f"a.{ending}", **({"quality": 95} if ending in ("jpg", "webp") else {}))
-    for found, wanted in zip(corners(photos.load(tmp_path / f"a.{ending}")), (RED, GREEN, BLUE, WHITE), strict=True):
-        assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 12
+def test_formats(corners_image, tmp_path, ending):
+    corners_image.save(tmp_path / f"a.{ending}", **({"quality": 95} if ending in ("jpg", "webp") else {}))
+    for actual, expected in zip(corners(photos.load(tmp_path / f"a.{ending}")), (RED, GREEN, BLUE, WHITE), strict=True):
+        assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) < 12
 
 
 @pytest.mark.parametrize(
     ("turn", "order"),
     [(1, (0, 1, 2, 3)), (2, (1, 0, 3, 2)), (3, (3, 2, 1, 0)), (4, (2, 3, 0, 1)), (6, (2, 0, 3, 1)), (8, (1, 3, 0, 2))],
 )
-def test_turned_as_the_camera_says(colours, tmp_path, turn, order):
+def test_exif_orientation(corners_image, tmp_path, turn, order):
     exif = Image.Exif()
     exif[0x0112] = turn
-    colours.save(tmp_path / "a.png", exif=exif)
+    corners_image.save(tmp_path / "a.png", exif=exif)
     four = (RED, GREEN, BLUE, WHITE)
     assert corners(photos.load(tmp_path / "a.png")) == [four[k] for k in order]
 
 
 def test_modes(tmp_path):
-    grey = Image.fromarray(np.full((4, 5), 100, np.uint8))
-    clear = Image.new("RGBA", (5, 4), (10, 20, 30, 0))
+    gray = Image.fromarray(np.full((4, 5), 100, np.uint8))
+    transparent = Image.new("RGBA", (5, 4), (10, 20, 30, 0))
     palette = Image.new("P", (5, 4), 1)
     palette.putpalette([0, 0, 0, 9, 8, 7])
-    deep = Image.fromarray(np.full((4, 5), 100 * 257, np.uint16))
+    gray16 = Image.fromarray(np.full((4, 5), 100 * 257, np.uint16))
     cases = {
-        "grey": (grey, {}, (100,) * 3),
-        "grey with alpha": (Image.merge("LA", (grey, Image.new("L", (5, 4), 255))), {}, (100,) * 3),
-        "clear is white": (clear, {}, (255,) * 3),
+        "gray": (gray, {}, (100,) * 3),
+        "gray with alpha": (Image.merge("LA", (gray, Image.new("L", (5, 4), 255))), {}, (100,) * 3),
+        "transparent is white": (transparent, {}, (255,) * 3),
         "palette": (palette, {}, (9, 8, 7)),
-        "palette with a clear colour": (palette, {"transparency": 1}, (255,) * 3),
-        "16 bits": (deep, {}, (100,) * 3),
+        "palette with a transparent color": (palette, {"transparency": 1}, (255,) * 3),
+        "16 bits": (gray16, {}, (100,) * 3),
         "one bit": (Image.new("1", (5, 4), 1), {}, (255,) * 3),
     }
-    for name, (image, options, wanted) in cases.items():
+    for name, (image, options, expected) in cases.items():
         image.save(tmp_path / "a.png", **options)
-        assert photos.load(tmp_path / "a.png").getpixel((2, 2)) == wanted, name
+        assert photos.load(tmp_path / "a.png").getpixel((2, 2)) == expected, name
     Image.new("CMYK", (5, 4), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
     red, green, blue = photos.load(tmp_path / "a.jpg").getpixel((2, 2))
     assert red > 240
@@ -82,15 +82,15 @@ def damaged(kind):
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "header only", "half"])
-def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path, kind):
+def test_unreadable_files_give_one_line_that_names_the_file(tmp_path, kind):
     (tmp_path / "bad.jpg").write_bytes(damaged(kind))
-    with pytest.raises(DataError, match=r"bad\.jpg: ") as refused:
+    with pytest.raises(DataError, match=r"bad\.jpg: ") as error:
         photos.load(tmp_path / "bad.jpg")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 def bomb(width, height):
-    """A PNG that claims a size; its content is zeros, if any."""
+    """A PNG whose header claims a size; its content is zeros."""
 
     def chunk(kind, content):
         body = kind + content
@@ -106,12 +106,12 @@ def bomb(width, height):
 
 
 @pytest.mark.parametrize("side", [12_000, 50_000])
-def test_bombs_are_refused_before_anything_is_decoded(tmp_path, side):
+def test_decompression_bombs_are_rejected_before_decoding(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(bomb(side, side))
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(DataError, match=r"bomb\.png.*50 megapixels"):
         photos.load(tmp_path / "bomb.png")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - start < 1
 
 
 def test_the_smallest_photo_and_the_longest(tmp_path):
@@ -123,13 +123,13 @@ def test_the_smallest_photo_and_the_longest(tmp_path):
     assert EvalTransform(224, 256)(photos.load(tmp_path / "line.png")).size == (224, 224)
 
 
-def test_other_formats_are_refused(tmp_path):
+def test_other_formats_are_rejected(tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "a.gif")
     with pytest.raises(DataError, match="not a photo that can be read"):
         photos.load(tmp_path / "a.gif")
 
 
-def test_which_files_are_meant(tmp_path, colours):
+def test_find_images(tmp_path, corners_image):
     for name in ("b.jpg", "a.PNG", ".hidden.png", "notes.txt", "odd [1].png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
@@ -155,10 +155,10 @@ def test_missing_and_not_a_file(tmp_path):
         photos.load(tmp_path)
 
 
-def test_tensors_and_back(colours):
-    tensor = photos.to_tensor(colours)
+def test_conversion_to_tensors_and_back(corners_image):
+    tensor = photos.to_tensor(corners_image)
     assert tensor.shape == (3, 40, 60)
     assert tensor.dtype == torch.float32
     assert 0.98 < tensor.max() < 0.981
-    assert photos.to_image(tensor).tobytes() == colours.tobytes()
+    assert photos.to_image(tensor).tobytes() == corners_image.tobytes()
     assert photos.to_image(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).getpixel((0, 0)) == (0, 128, 255)

@@ -1,4 +1,4 @@
-"""CIFAR-10: read right, refused when damaged, installed from every form, and never able to run code."""
+"""CIFAR-10: read correctly, rejected when damaged, installed from every form, and never able to run code."""
 
 import dataclasses
 import hashlib
@@ -25,13 +25,13 @@ def root(tmp_path, monkeypatch):
 
 
 def test_pixels_and_labels_are_where_they_belong(root):
-    images = cifar10.load(root)
-    assert images.train_images.shape == (200, 32, 32, 3)
-    assert images.test_images.shape == (40, 32, 32, 3)
+    dataset = cifar10.load(root)
+    assert dataset.train_images.shape == (200, 32, 32, 3)
+    assert dataset.test_images.shape == (40, 32, 32, 3)
     third = fake_cifar.batch(40, 2)
     expected = np.stack([third[b"data"][7, plane * 1024 : (plane + 1) * 1024].reshape(32, 32) for plane in range(3)], 2)
-    assert torch.equal(images.train_images[80 + 7], torch.from_numpy(expected))
-    assert images.train_labels[80:120].tolist() == third[b"labels"]
+    assert torch.equal(dataset.train_images[80 + 7], torch.from_numpy(expected))
+    assert dataset.train_labels[80:120].tolist() == third[b"labels"]
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
@@ -47,23 +47,23 @@ def test_a_missing_or_altered_file_is_named(root, name):
         cifar10.check(root)
 
 
-def test_a_fetch_replaces_what_is_damaged(root, monkeypatch, tmp_path):
+def test_a_fetch_replaces_damaged_files(root, monkeypatch, tmp_path):
     path = root / cifar10.FOLDER / "data_batch_3"
     good = shutil.copytree(root / cifar10.FOLDER, tmp_path / "copy" / cifar10.FOLDER)
     path.write_bytes(b"damaged")
     monkeypatch.setenv("CVLAB_DATA", str(root))
     monkeypatch.setattr(download, "is_online", lambda: True)
-    asked = []
+    waited = []
 
     def fetch(root, origin, patient):
-        asked.append(patient)
+        waited.append(patient)
         cifar10._install_folder(good, root)
 
     monkeypatch.setattr(cifar10, "SOURCE", dataclasses.replace(cifar10.SOURCE, fetch=fetch))
     assert catalog.fetch("cifar10", None)["ok"]
-    assert asked == [True]
-    assert catalog.fetch("cifar10", None)["ok"], "what is whole is not fetched again"
-    assert asked == [True], "what is whole is not fetched again"
+    assert waited == [True]
+    assert catalog.fetch("cifar10", None)["ok"], "intact files are not fetched again"
+    assert waited == [True], "intact files are not fetched again"
 
 
 def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
@@ -98,7 +98,7 @@ class Canary:
         {b"data": np.array([object()]), b"labels": [0]},
     ],
 )
-def test_hostile_and_wrong_batches_are_refused_after_their_checksum(root, content, monkeypatch, tmp_path):
+def test_hostile_and_wrong_batches_are_rejected_after_their_checksum(root, content, monkeypatch, tmp_path):
     raw = pickle.dumps(content, protocol=3)
     (root / cifar10.FOLDER / "data_batch_1").write_bytes(raw)
     good = hashlib.md5(raw, usedforsecurity=False).hexdigest()
@@ -117,13 +117,13 @@ def forms(tmp_path, root, monkeypatch):
     return (tmp_path / "file.tgz", tmp_path / "folder", root, root / cifar10.FOLDER)
 
 
-def test_every_form_that_people_have_is_taken(root, tmp_path, monkeypatch):
+def test_every_form_of_the_files_can_be_installed(root, tmp_path, monkeypatch):
     for number, origin in enumerate(forms(tmp_path, root, monkeypatch)):
         target = tmp_path / f"target{number}"
         cifar10.fetch(target, origin, True)
         assert cifar10.check(target) == "7 files equal to the published ones"
         assert [path.name for path in target.iterdir()] == [cifar10.FOLDER]
-    cifar10.fetch(target, root, True)  # over what is there
+    cifar10.fetch(target, root, True)  # over existing files
 
 
 def test_wrong_origins_install_nothing(root, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Batches: order and augmentation as pure functions of (seed, epoch, index), against slow obvious twins."""
+"""Batches: order and augmentation as pure functions of (seed, epoch, index), against slow references."""
 
 import pytest
 import torch
@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 M64 = (1 << 64) - 1
 
 
-def images_of(count, size=6):
+def random_images(count, size=6):
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
 
 
 def mix(x):
-    """SplitMix64's finaliser in Python's unbounded integers."""
+    """The finalizer of SplitMix64 in Python's unbounded integers."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & M64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & M64
     return x ^ (x >> 31)
@@ -43,11 +43,11 @@ def slow_hash(seed, epoch, index, stream):
     return mix(mix((index ^ key) + golden & M64) + golden & M64)
 
 
-def test_hashes_equal_the_slow_twin():
+def test_hashes_equal_the_reference():
     indices = torch.tensor([0, 1, 2, 49_999, 2**40])
     for seed, epoch, stream in ((0, 0, "order"), (7, 3, "flip"), (2**31 - 1, 1000, "down")):
-        found = rng.hashes(seed, epoch, indices, stream)
-        assert [h & M64 for h in found.tolist()] == [slow_hash(seed, epoch, i, stream) for i in indices.tolist()]
+        hashes = rng.hashes(seed, epoch, indices, stream)
+        assert [h & M64 for h in hashes.tolist()] == [slow_hash(seed, epoch, i, stream) for i in indices.tolist()]
 
 
 def test_uniform_numbers_are_uniform_and_independent():
@@ -60,14 +60,14 @@ def test_uniform_numbers_are_uniform_and_independent():
     assert abs(torch.corrcoef(torch.stack([one[1:], one[:-1]]))[0, 1]) < 0.015
 
 
-def test_every_epoch_goes_through_everything_once_in_another_order():
+def test_every_epoch_is_another_permutation():
     orders = [rng.permutation(seed, epoch, 1000, CPU) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order.tolist()) == list(range(1000)) for order in orders)
     assert not any(torch.equal(a, b) for k, a in enumerate(orders) for b in orders[:k])
 
 
 def test_a_batch_is_a_pure_function_of_its_step():
-    images, labels = images_of(50), torch.randint(0, 3, (50,))
+    images, labels = random_images(50), torch.randint(0, 3, (50,))
     normalize = build_normalization(images, "mean_std", torch.float32, CPU)
 
     def batches():
@@ -84,29 +84,29 @@ def test_a_batch_is_a_pure_function_of_its_step():
     assert forwards[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_hard_batches_leave_out_what_was_easy():
-    images, labels = images_of(50), torch.arange(50) % 3
+def test_later_epochs_skip_the_easiest_images():
+    images, labels = random_images(50), torch.arange(50) % 3
     normalize = build_normalization(images, "mean", torch.float32, CPU)
     batches = HardExampleLoader(images, labels, 8, 5, normalize, skip_easy=0.5)
     plain = TrainLoader(images, labels, 8, 5, normalize)
     losses = torch.rand(50)
     for step in range(6):
-        assert torch.equal(batches.get_batch(step)[0], plain.get_batch(step)[0]), "the first pass takes all"
+        assert torch.equal(batches.get_batch(step)[0], plain.get_batch(step)[0]), "the first epoch takes all images"
         batches.record(losses[batches.batch_indices(step)])
-    known = [batches.extra_state["losses"].isfinite().nonzero().flatten().tolist()]
-    assert len(known[0]) == 48
-    passes = []
+    seen = [batches.extra_state["losses"].isfinite().nonzero().flatten().tolist()]
+    assert len(seen[0]) == 48
+    epochs = []
     for _ in range(2):
-        before = batches.extra_state["losses"].clone()
-        taken = []
-        for step in range(6 + 3 * len(passes), 9 + 3 * len(passes)):
-            taken += batches.batch_indices(step).tolist()
-            batches.record(losses[taken[-8:]] * (0.1 if taken[-1] % 2 else 1))
-        hardest = sorted(range(50), key=lambda k: (-before[k].item(), k))[:24]
-        assert sorted(taken) == sorted(hardest)
-        assert taken != sorted(taken)
-        passes.append(taken)
-    assert passes[0] != passes[1]
+        losses_before = batches.extra_state["losses"].clone()
+        indices = []
+        for step in range(6 + 3 * len(epochs), 9 + 3 * len(epochs)):
+            indices += batches.batch_indices(step).tolist()
+            batches.record(losses[indices[-8:]] * (0.1 if indices[-1] % 2 else 1))
+        hardest = sorted(range(50), key=lambda k: (-losses_before[k].item(), k))[:24]
+        assert sorted(indices) == sorted(hardest)
+        assert indices != sorted(indices)
+        epochs.append(indices)
+    assert epochs[0] != epochs[1]
 
 
 def slow_augment(image: Tensor, flip: bool, down: int, right: int) -> Tensor:
@@ -122,116 +122,116 @@ def slow_augment(image: Tensor, flip: bool, down: int, right: int) -> Tensor:
     return out
 
 
-def test_augmentation_equals_the_slow_twin():
-    images, indices = images_of(40), torch.arange(100, 140)
-    found = Augmentation(flip=True, translate_px=2)(images, indices, seed=3, epoch=2)
+def test_augmentation_equals_the_reference():
+    images, indices = random_images(40), torch.arange(100, 140)
+    augmented = Augmentation(flip=True, translate_px=2)(images, indices, seed=3, epoch=2)
     flips = rng.uniform(3, 2, indices, "flip") < 0.5
     downs, rights = ((rng.uniform(3, 2, indices, s) * 5).long() - 2 for s in ("down", "right"))
     assert 5 < flips.sum() < 35
     assert set(downs.tolist()) == {-2, -1, 0, 1, 2}
     for k in range(40):
         expected = slow_augment(images[k], bool(flips[k]), int(downs[k]), int(rights[k]))
-        assert torch.equal(found[k], expected), k
+        assert torch.equal(augmented[k], expected), k
 
 
 @pytest.mark.parametrize("flip", [True, "alternating"])
-def test_a_flip_alone_mirrors_whole_images(flip):
-    images, indices = images_of(60), torch.arange(60)
-    sides = []
+def test_flip_mirrors_whole_images(flip):
+    images, indices = random_images(60), torch.arange(60)
+    flips = []
     for epoch in range(3):
-        found = Augmentation(flip)(images, indices, seed=1, epoch=epoch)
-        mirrored = torch.tensor([torch.equal(found[k], images[k].flip(1)) for k in range(60)])
-        assert all(torch.equal(found[k], images[k]) for k in range(60) if not mirrored[k])
+        augmented = Augmentation(flip)(images, indices, seed=1, epoch=epoch)
+        mirrored = torch.tensor([torch.equal(augmented[k], images[k].flip(1)) for k in range(60)])
+        assert all(torch.equal(augmented[k], images[k]) for k in range(60) if not mirrored[k])
         assert 15 < mirrored.sum() < 45
-        sides.append(mirrored)
-    assert torch.equal(sides[0], ~sides[1]) == (flip == "alternating")
-    assert torch.equal(sides[0], sides[2]) == (flip == "alternating")
+        flips.append(mirrored)
+    assert torch.equal(flips[0], ~flips[1]) == (flip == "alternating")
+    assert torch.equal(flips[0], flips[2]) == (flip == "alternating")
 
 
-def test_cutout_blanks_one_square_inside():
+def test_cutout_blanks_one_square_inside_the_image():
     images, indices = torch.ones(200, 3, 8, 8), torch.arange(200)
-    found = Augmentation(cutout_px=3).cutout(images.clone(), indices, seed=0, epoch=4)
-    assert torch.equal(found, Augmentation(cutout_px=3).cutout(images.clone(), indices, 0, 4))
-    rows, columns = (found[:, 0] == 0).any(2), (found[:, 0] == 0).any(1)
-    assert torch.equal(found == 0, (rows[:, :, None] & columns[:, None])[:, None].expand(-1, 3, -1, -1))
-    for sides in (rows, columns):
-        assert (sides.sum(1) == 3).all()
-        assert set(sides.int().argmax(1).tolist()) == set(range(6))
+    cut = Augmentation(cutout_px=3).cutout(images.clone(), indices, seed=0, epoch=4)
+    assert torch.equal(cut, Augmentation(cutout_px=3).cutout(images.clone(), indices, 0, 4))
+    rows, columns = (cut[:, 0] == 0).any(2), (cut[:, 0] == 0).any(1)
+    assert torch.equal(cut == 0, (rows[:, :, None] & columns[:, None])[:, None].expand(-1, 3, -1, -1))
+    for lines in (rows, columns):
+        assert (lines.sum(1) == 3).all()
+        assert set(lines.int().argmax(1).tolist()) == set(range(6))
     assert Augmentation().cutout(images, indices, 0, 0) is images
 
 
 @pytest.mark.parametrize(("kind", "count"), [("flip", 2), ("flip_shift", 6)])
 def test_views_of_test_time_augmentation(kind, count):
     images = torch.randn(4, 3, 6, 6)
-    found = tta_views(images, kind)
-    assert len(found) == count
-    assert sum(weight for weight, _ in found) == 1
-    assert all(view.shape == images.shape for _, view in found)
-    assert torch.equal(found[0][1], images)
-    assert torch.equal(found[1][1], images.flip(3))
+    views = tta_views(images, kind)
+    assert len(views) == count
+    assert sum(weight for weight, _ in views) == 1
+    assert all(view.shape == images.shape for _, view in views)
+    assert torch.equal(views[0][1], images)
+    assert torch.equal(views[1][1], images.flip(3))
     if kind == "flip_shift":
-        assert torch.equal(found[2][1][:, :, 1:, 1:], images[:, :, :-1, :-1])
-        assert torch.equal(found[4][1][:, :, :-1, :-1], images[:, :, 1:, 1:])
-        assert torch.equal(found[2][1][:, :, 0], found[2][1][:, :, 2]), "the border is mirrored"
+        assert torch.equal(views[2][1][:, :, 1:, 1:], images[:, :, :-1, :-1])
+        assert torch.equal(views[4][1][:, :, :-1, :-1], images[:, :, 1:, 1:])
+        assert torch.equal(views[2][1][:, :, 0], views[2][1][:, :, 2]), "the border is reflected"
 
 
-def test_no_augmentation_is_no_work():
-    images = images_of(3)
+def test_no_augmentation_returns_the_input():
+    images = random_images(3)
     assert Augmentation()(images, torch.arange(3), 0, 0) is images
 
 
 @pytest.mark.parametrize("kind", ["mean", "mean_std"])
 def test_normalization_against_its_definition(kind):
-    images = images_of(300)
+    images = random_images(300)
     x = images.double().div(255).reshape(-1, 3)
     normalize = build_normalization(images, kind, torch.float64, CPU)
-    found = normalize(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(-1, 3)
+    normalized = normalize(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(-1, 3)
     expected = x - x.mean(0)
     if kind == "mean_std":
         expected = expected / x.std(0, unbiased=False)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(normalized, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_evaluation_sees_all_images_in_order():
-    images, labels = images_of(1203), torch.arange(1203)
+    images, labels = random_images(1203), torch.arange(1203)
     normalize = build_normalization(images, "mean", torch.float32, CPU)
-    pieces = list(eval_batches(images, labels, normalize))
-    assert torch.equal(torch.cat([y for _, y in pieces]), labels)
-    assert torch.equal(torch.cat([x for x, _ in pieces]), normalize(images.permute(0, 3, 1, 2)))
+    batches = list(eval_batches(images, labels, normalize))
+    assert torch.equal(torch.cat([y for _, y in batches]), labels)
+    assert torch.equal(torch.cat([x for x, _ in batches]), normalize(images.permute(0, 3, 1, 2)))
 
 
-def image_set(**changes):
+def make_dataset(**changes):
     content = {
         "name": "x",
-        "train_images": images_of(100),
+        "train_images": random_images(100),
         "train_labels": torch.arange(100) % 3,
-        "test_images": images_of(10),
+        "test_images": random_images(10),
         "test_labels": torch.arange(10) % 3,
         "classes": ("a", "b", "c"),
     }
     return ImageDataset(**(content | changes))
 
 
-def test_splits_are_the_first_and_the_last():
-    images = image_set()
-    pieces = split(images, 0.2, 30)
-    assert torch.equal(pieces["train"][0], images.train_images[:30])
-    assert torch.equal(pieces["val"][0], images.train_images[80:])
-    assert torch.equal(pieces["test"][1], images.test_labels)
-    assert len(split(images, 0.2, None)["train"][0]) == 80
-    assert dataset_size(images).num_classes == 3
-    everything = split(images, 0.0, None)
-    assert len(everything["train"][0]) == 100
-    assert "val" not in everything
+def test_train_is_the_first_part_and_val_the_last():
+    dataset = make_dataset()
+    splits = split(dataset, 0.2, 30)
+    assert torch.equal(splits["train"][0], dataset.train_images[:30])
+    assert torch.equal(splits["val"][0], dataset.train_images[80:])
+    assert torch.equal(splits["test"][1], dataset.test_labels)
+    assert len(split(dataset, 0.2, None)["train"][0]) == 80
+    assert dataset_size(dataset).num_classes == 3
+    without_val = split(dataset, 0.0, None)
+    assert len(without_val["train"][0]) == 100
+    assert "val" not in without_val
 
 
 @pytest.mark.parametrize(("fraction", "num_train"), [(0.2, 81), (0.999, None), (0.001, 10)])
-def test_splits_that_leave_nothing_are_refused(fraction, num_train):
+def test_empty_splits_are_rejected(fraction, num_train):
     with pytest.raises(ConfigError, match=r"data\.num_train"):
-        split(image_set(), fraction, num_train)
+        split(make_dataset(), fraction, num_train)
 
 
-def test_a_batch_larger_than_the_data_is_refused():
+def test_a_batch_larger_than_the_data_is_rejected():
     assert count_steps_per_epoch(100, 100) == 1
     with pytest.raises(ConfigError, match="batch_size 101 is larger than the training set of 100"):
         count_steps_per_epoch(100, 101)
@@ -240,7 +240,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"train_images": images_of(0), "train_labels": torch.zeros(0, dtype=torch.int64)}, "no train images"),
+        ({"train_images": random_images(0), "train_labels": torch.zeros(0, dtype=torch.int64)}, "no train images"),
         ({"test_images": torch.rand(10, 6, 6, 3)}, "must be uint8"),
         ({"train_labels": torch.arange(99)}, "as many labels"),
         ({"train_labels": torch.full((100,), 3)}, "outside 0..2"),
@@ -250,20 +250,20 @@ def test_a_batch_larger_than_the_data_is_refused():
         ),
     ],
 )
-def test_sets_that_no_training_could_use_are_refused(changes, text):
+def test_unusable_data_sets_are_rejected(changes, text):
     with pytest.raises(DataError, match=text):
-        image_set(**changes)
+        make_dataset(**changes)
 
 
-def test_epochs_take_every_item_once_in_another_order():
-    epochs = rng.BatchSampler(3, 10, 4, torch.device("cpu"))
-    taken = [epochs(step) for step in range(6)]
-    assert epochs.steps_per_epoch == 2
-    assert [epoch for epoch, _ in taken] == [0, 0, 1, 1, 2, 2]
-    for first, second in zip(taken[::2], taken[1::2], strict=True):
+def test_the_batch_sampler_visits_every_item_once_per_epoch():
+    sampler = rng.BatchSampler(3, 10, 4, torch.device("cpu"))
+    batches = [sampler(step) for step in range(6)]
+    assert sampler.steps_per_epoch == 2
+    assert [epoch for epoch, _ in batches] == [0, 0, 1, 1, 2, 2]
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
         assert len(set(first[1].tolist() + second[1].tolist())) == 8
-    assert taken[0][1].tolist() != taken[2][1].tolist()
-    assert epochs(1)[1].tolist() == taken[1][1].tolist()
-    few = rng.BatchSampler(3, 3, 4, torch.device("cpu"))
-    assert (few.steps_per_epoch, few.batch_size) == (1, 3)
-    assert sorted(few(5)[1].tolist()) == [0, 1, 2]
+    assert batches[0][1].tolist() != batches[2][1].tolist()
+    assert sampler(1)[1].tolist() == batches[1][1].tolist()
+    small = rng.BatchSampler(3, 3, 4, torch.device("cpu"))
+    assert (small.steps_per_epoch, small.batch_size) == (1, 3)
+    assert sorted(small(5)[1].tolist()) == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""The built-in pictures: the same for the same seed, cached and checked, neither too hard nor too easy."""
+"""scenes10: reproducible from its seed, cached and checked, neither too hard nor too easy."""
 
 import os
 
@@ -31,8 +31,8 @@ def test_every_shape_is_seen_whole_and_by_itself(shape):
     assert coverage.min() == 0
     assert coverage.max() == 1
     rows, columns = (coverage > 0.5).any(1).nonzero(), (coverage > 0.5).any(0).nonzero()
-    assert rows.min() >= 14, "inside a circle of the radius, more or less"
-    assert rows.max() <= 49, "inside a circle of the radius, more or less"
+    assert rows.min() >= 14, "roughly inside a circle of the radius"
+    assert rows.max() <= 49, "roughly inside a circle of the radius"
     assert columns.min() >= 14
     assert columns.max() <= 49
     larger = render.shape_coverage(shape, x, y, torch.zeros(1, 2), 1.5 * one, torch.zeros(1), 64)[0]
@@ -49,13 +49,13 @@ def test_shapes_differ():
         assert all((one - other).abs().sum() > 30 for other in drawn[:k])
 
 
-def test_the_set_is_kept_and_checked(tmp_path):
-    images = scenes10.load(tmp_path)
+def test_the_data_set_is_cached_and_checked(tmp_path):
+    dataset = scenes10.load(tmp_path)
     assert scenes10.ready(tmp_path)
-    assert len(images.train_images) == scenes10.NUM_TRAIN
+    assert len(dataset.train_images) == scenes10.NUM_TRAIN
     again = scenes10.load(tmp_path)
-    assert torch.equal(images.train_images, again.train_images)
-    assert torch.equal(images.test_labels, again.test_labels)
+    assert torch.equal(dataset.train_images, again.train_images)
+    assert torch.equal(dataset.test_labels, again.test_labels)
     assert scenes10.check(tmp_path) == "4 files equal to their checksums"
     path = tmp_path / scenes10.FOLDER / "train_images.npy"
     raw = bytearray(path.read_bytes())
@@ -68,7 +68,7 @@ def test_the_set_is_kept_and_checked(tmp_path):
         scenes10.load(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):
+def test_a_read_only_folder_does_not_matter(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     small = {name: array[:50] for name, array in scenes10._read(scenes10_root()).items()}
     monkeypatch.setattr(scenes10, "generate", lambda: small)
@@ -94,21 +94,21 @@ def test_a_cache_cannot_run_code(tmp_path):
     assert not os.path.exists("canary")
 
 
-def test_a_linear_model_stays_under_half_and_a_convnet_gets_over_nine_tenths():
-    images = scenes10.load(scenes10_root())
-    x, y = ((t.permute(0, 3, 1, 2).float() / 255 - 0.45) for t in (images.train_images, images.test_images))
+def test_a_linear_model_stays_below_half_and_a_convnet_exceeds_nine_tenths():
+    dataset = scenes10.load(scenes10_root())
+    x, y = ((t.permute(0, 3, 1, 2).float() / 255 - 0.45) for t in (dataset.train_images, dataset.test_images))
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
     convnet = deep_convnet(filters=(16, 32, 64), pools=(0, 1, 2), batchnorm=True)
-    found = {}
+    accuracy = {}
     for name, model, epochs in (("linear", linear, 4), ("convnet", convnet, 3)):
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         for _ in range(epochs):
             for batch in torch.randperm(len(x)).split(125):
                 optimizer.zero_grad()
-                F.cross_entropy(model(x[batch]), images.train_labels[batch]).backward()
+                F.cross_entropy(model(x[batch]), dataset.train_labels[batch]).backward()
                 optimizer.step()
         with torch.no_grad():
-            found[name] = (model.eval()(y).argmax(1) == images.test_labels).float().mean().item()
-    assert 0.1 < found["linear"] < 0.5, found
-    assert found["convnet"] > 0.9, found
+            accuracy[name] = (model.eval()(y).argmax(1) == dataset.test_labels).float().mean().item()
+    assert 0.1 < accuracy["linear"] < 0.5, accuracy
+    assert accuracy["convnet"] > 0.9, accuracy

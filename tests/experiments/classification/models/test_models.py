@@ -1,4 +1,4 @@
-"""Every model by its name: shapes, initialisation, gradients; and those of others."""
+"""Every model by its name: shapes, initialization, gradients; and the models of timm and torchvision."""
 
 from pathlib import Path
 
@@ -29,37 +29,37 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("name", model_registry.MODELS)
 @pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 10), (1, 28, 7)])
-def test_every_model_takes_images_and_gives_scores(name, channels, size, classes):
-    made = model_registry.build(
+def test_every_model_maps_images_to_logits(name, channels, size, classes):
+    model = model_registry.build(
         name, ARGUMENTS[name], Path(), in_channels=channels, image_size=size, num_classes=classes, layers=nn
     )
-    scores = made(torch.randn(5, channels, size, size))
-    assert scores.shape == (5, classes)
-    scores.sum().backward()
-    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
-    if name != "preact_resnet":  # which starts as torch has it
-        assert all(not p.any() for key, p in made.named_parameters() if key.endswith("bias"))
+    logits = model(torch.randn(5, channels, size, size))
+    assert logits.shape == (5, classes)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if name != "preact_resnet":  # which keeps torch's initialization
+        assert all(not p.any() for key, p in model.named_parameters() if key.endswith("bias"))
 
 
-def test_three_levels_of_pytorch_are_one_net():
-    images, scores = torch.randn(2, 3, 8, 8), []
+def test_the_three_api_levels_are_the_same_model():
+    images, logits = torch.randn(2, 3, 8, 8), []
     for name in ("api_barebones", "api_module", "api_sequential"):
         torch.manual_seed(4)
-        supplied = {"in_channels": 3, "image_size": 8, "num_classes": 10, "layers": nn}
-        scores.append(model_registry.build(name, {}, Path(), **supplied)(images))
-    assert torch.equal(scores[0], scores[1])
-    assert torch.equal(scores[0], scores[2])
+        injected = {"in_channels": 3, "image_size": 8, "num_classes": 10, "layers": nn}
+        logits.append(model_registry.build(name, {}, Path(), **injected)(images))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 def weighted_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
 
 
-def test_residual_nets():
+def test_residual_networks():
     resnet, plain = preact_resnet(), preact_resnet(residual=False)
     assert len(weighted_layers(plain)) == 32
     shortcuts = [layer for layer in weighted_layers(resnet) if getattr(layer, "kernel_size", None) == (1, 1)]
-    assert len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34  # where the size or the channels change
+    assert len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34  # if the size or the number of channels changes
     x = torch.randn(2, 8, 6, 6)
     block = next(layer for layer in resnet if isinstance(layer, Residual))
     torch.testing.assert_close(block(x), x + block.block(x))
@@ -78,20 +78,20 @@ def test_residual_nets():
         preact_resnet(stages=((2, 1),) * 5, image_size=8)
 
 
-def test_the_first_layer_whitens_what_it_is_fitted_to():
+def test_the_first_layer_whitens_the_images_it_is_initialized_from():
     torch.manual_seed(0)
     smooth = nn.functional.avg_pool2d(torch.randn(300, 3, 14, 14), 3, stride=1, padding=1)
     images = smooth @ torch.randn(14, 14) * 0.2
-    net = whiten_net((8,), image_size=14)
-    net.init_from_images(images)
-    out = nn.functional.conv2d(images, net[0].weight)[:, :12]  # the other twelve are these with their signs turned
-    torch.testing.assert_close(out, -nn.functional.conv2d(images, net[0].weight)[:, 12:])
+    model = whiten_net((8,), image_size=14)
+    model.init_from_images(images)
+    out = nn.functional.conv2d(images, model[0].weight)[:, :12]  # the other twelve are their negatives
+    torch.testing.assert_close(out, -nn.functional.conv2d(images, model[0].weight)[:, 12:])
     rows = out.permute(1, 0, 2, 3).reshape(12, -1)
     torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(12), atol=0.05, rtol=0)
-    assert not net[0].weight.requires_grad
+    assert not model[0].weight.requires_grad
 
 
-def test_partial_identity_passes_its_input_on():
+def test_partial_identity_passes_on_its_input():
     conv = next(layer for layer in whiten_net((32,)).modules() if isinstance(layer, nn.Conv2d) and layer.bias is None)
     x = torch.randn(2, 24, 7, 7)
     torch.testing.assert_close(conv(x)[:, :24], x)
@@ -100,11 +100,11 @@ def test_partial_identity_passes_its_input_on():
 
 def test_depths_shortcuts_and_sizes_of_whiten_nets():
     for depth in (1, 2, 3):
-        net = whiten_net((8, 12), depth=depth, residual=depth == 3, activation="silu", train_whitening_bias=False)
-        assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-        assert len([layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]) == 1 + 2 * depth
-        assert not net[0].bias.requires_grad
-    block = next(layer for layer in net.modules() if isinstance(layer, ConvBlock))
+        model = whiten_net((8, 12), depth=depth, residual=depth == 3, activation="silu", train_whitening_bias=False)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+        assert len([layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]) == 1 + 2 * depth
+        assert not model[0].bias.requires_grad
+    block = next(layer for layer in model.modules() if isinstance(layer, ConvBlock))
     x = torch.randn(2, 24, 8, 8)
     block.eval()
     first = block.first(x)
@@ -114,23 +114,23 @@ def test_depths_shortcuts_and_sizes_of_whiten_nets():
 
 
 @pytest.mark.parametrize("name", model_registry.MODELS)
-def test_every_model_of_hand_written_layers_trains_as_torchs(name):
-    made = []
+def test_hand_written_layers_give_the_gradients_of_torch(name):
+    models = []
     for layers in (nn, MANUAL_LAYERS, MANUAL_ALT_LAYERS):
         torch.manual_seed(2)
-        supplied = {"in_channels": 3, "image_size": 8, "num_classes": 4, "layers": layers}
+        injected = {"in_channels": 3, "image_size": 8, "num_classes": 4, "layers": layers}
         if name == "api_barebones" and layers is not nn:
             with pytest.raises(ConfigError, match="does not take `layers`"):
-                model_registry.build(name, {}, Path(), **supplied)
+                model_registry.build(name, {}, Path(), **injected)
             return
         arguments = {key: value for key, value in ARGUMENTS[name].items() if key != "dropout"}
-        made.append(model_registry.build(name, arguments, Path(), **supplied).double())
+        models.append(model_registry.build(name, arguments, Path(), **injected).double())
     images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
-    for model in made:
+    for model in models:
         model(images).square().sum().backward()
-    for model in made[1:]:
-        for mine, theirs in zip(model.parameters(), made[0].parameters(), strict=True):
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+    for model in models[1:]:
+        for p, expected in zip(model.parameters(), models[0].parameters(), strict=True):
+            torch.testing.assert_close(p.grad, expected.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_a_model_is_built_from_the_layers_that_are_passed_in():
@@ -143,9 +143,9 @@ def test_a_model_is_built_from_the_layers_that_are_passed_in():
         def __getattr__(self, name):
             return getattr(nn, name)
 
-    made = deep_convnet(filters=(4, 8), layers=Layers())
-    assert sum(isinstance(layer, Mine) for layer in made) == 2
-    assert made.state_dict().keys() == deep_convnet(filters=(4, 8)).state_dict().keys()
+    model = deep_convnet(filters=(4, 8), layers=Layers())
+    assert sum(isinstance(layer, Mine) for layer in model) == 2
+    assert model.state_dict().keys() == deep_convnet(filters=(4, 8)).state_dict().keys()
 
 
 @pytest.mark.parametrize(("layer", "fan_in"), [(nn.Linear(500, 400), 500), (nn.Conv2d(30, 200, 5), 750)])
@@ -162,12 +162,12 @@ def test_kaiming_and_fixed_scales(layer, fan_in):
         assert not layer.bias.any()
 
 
-def test_pooling_before_the_relu_changes_no_bit():
+def test_pooling_before_the_relu_is_bit_for_bit_identical():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8, requires_grad=True)
     fast, slow = (nn.Sequential(*order) for order in ((nn.MaxPool2d(2), nn.ReLU()), (nn.ReLU(), nn.MaxPool2d(2))))
     weight = torch.randn(4, 3, 4, 4)
-    gradients = [torch.autograd.grad((net(x) * weight).sum(), x)[0] for net in (fast, slow)]
+    gradients = [torch.autograd.grad((model(x) * weight).sum(), x)[0] for model in (fast, slow)]
     assert torch.equal(fast(x), slow(x))
     assert torch.equal(*gradients)
 
@@ -182,15 +182,15 @@ def test_pooling_before_the_relu_changes_no_bit():
         (lambda: three_layer_convnet(filter_size=4), "must be odd"),
     ],
 )
-def test_nets_that_cannot_be_are_refused(build, text):
+def test_impossible_models_are_rejected(build, text):
     with pytest.raises(ConfigError, match=text):
         build()
 
 
 @pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:squeezenet1_1"])
-def test_models_of_others(name):
-    made = model_registry.build(name, {}, Path(), in_channels=3, image_size=64, num_classes=4, layers=nn).eval()
-    assert made(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+def test_models_of_timm_and_torchvision(name):
+    model = model_registry.build(name, {}, Path(), in_channels=3, image_size=64, num_classes=4, layers=nn).eval()
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -204,19 +204,19 @@ def test_models_of_others(name):
         ("keras:resnet", {}, "unknown model 'keras:resnet'"),
     ],
 )
-def test_what_others_do_not_have_is_one_line(name, arguments, text):
-    with pytest.raises(ConfigError, match=text) as refused:
+def test_errors_of_timm_and_torchvision_are_one_line(name, arguments, text):
+    with pytest.raises(ConfigError, match=text) as error:
         model_registry.build(name, arguments, Path(), num_classes=4)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_users_function_that_is_no_model(tmp_path):
+def test_a_user_function_that_returns_no_model(tmp_path):
     (tmp_path / "net.py").write_text("def make():\n    return 3\n")
     with pytest.raises(ConfigError, match=r"expected a torch\.nn\.Module, got int"):
         model_registry.build("./net.py:make", {}, tmp_path)
 
 
-def test_a_users_own_traceback_is_not_swallowed(tmp_path):
+def test_errors_of_user_code_are_not_caught(tmp_path):
     (tmp_path / "net.py").write_text("def make():\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
         model_registry.build("./net.py:make", {}, tmp_path)
@@ -225,6 +225,6 @@ def test_a_users_own_traceback_is_not_swallowed(tmp_path):
         model_registry.get_builder("./broken.py:make", tmp_path)
 
 
-def test_torchvision_and_timm_import_here():
+def test_torchvision_and_timm_can_be_imported():
     assert _compat.torchvision().transforms
     assert _compat.timm().list_models("resnet18")
