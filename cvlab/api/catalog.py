@@ -60,7 +60,7 @@ def data_lines() -> list[Row]:
     for name in datasets.DATASETS:
         source = datasets.get(name)
         state = source.state(data_root())
-        rows.append({"name": name, "state": state, "summary": source.summary, "licence": source.license})
+        rows.append({"name": name, "state": state, "summary": source.summary, "license": source.license})
     return rows
 
 

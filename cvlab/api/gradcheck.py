@@ -17,7 +17,7 @@ from cvlab.layers.gradcheck import GradCheckResult
 from cvlab.layers.init import init_weights
 from cvlab.layers.modules import MANUAL_ALT_LAYERS, MANUAL_LAYERS
 
-KAIMING = "Kaiming initialisation"
+KAIMING = "Kaiming initialization"
 UPDATES: dict[str, tuple[str, dict[str, float]]] = {
     "SGD": ("sgd", {"lr": 0.1}),
     "SGD, momentum": ("sgd", {"lr": 0.1, "momentum": 0.9}),

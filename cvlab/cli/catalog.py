@@ -97,7 +97,7 @@ def data_list(*, output: Output) -> None:
     from cvlab.reports import tables
 
     lines = catalog.data_lines()
-    rows = [(row["name"], row["state"], row["summary"], row["licence"]) for row in lines]
+    rows = [(row["name"], row["state"], row["summary"], row["license"]) for row in lines]
     columns = ("name", "state", "description", "license")
     output.show({"ok": True, "data": lines}, lambda: tables.table("", columns, rows))
 

@@ -168,7 +168,7 @@ class ExperimentConfig(FrozenModel):
 class RunConfig(ExperimentConfig):
     """The keys that every experiment has which computes something itself."""
 
-    seed: Annotated[int, Ge(0), Lt(2**31)] = Field(0, description="of initialisation, data order and augmentation")
+    seed: Annotated[int, Ge(0), Lt(2**31)] = Field(0, description="of initialization, data order and augmentation")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?|mps)$", description="auto: cuda if there, else cpu"
     )

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class BatchNorm:
-    """Normalise each column over the rows; backward goes through the computational graph, node by node."""
+    """Normalize each column over the rows; backward goes through the computational graph, node by node."""
 
     class Cache(NamedTuple):
         """What backward needs; `mean` and `var` are those of the batch, the latter biased."""
 
-        centred: Tensor
+        centered: Tensor
         inv_std: Tensor
         gamma: Tensor
         mean: Tensor
@@ -22,28 +22,28 @@ class BatchNorm:
     def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> tuple[Tensor, Cache]:
         """Return gamma * (x - mean) / sqrt(var + eps) + beta, statistics of the batch; x (N, D), gamma, beta (D,)."""
         mean = x.mean(0)
-        centred = x - mean  # (N, D)
-        var = centred.square().mean(0)
+        centered = x - mean  # (N, D)
+        var = centered.square().mean(0)
         inv_std = (var + eps).rsqrt()
-        out = torch.addcmul(beta, centred, inv_std * gamma)  # (N, D)
-        return out, BatchNorm.Cache(centred, inv_std, gamma, mean, var)
+        out = torch.addcmul(beta, centered, inv_std * gamma)  # (N, D)
+        return out, BatchNorm.Cache(centered, inv_std, gamma, mean, var)
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """Return dx (N, D), dgamma (D,), dbeta (D,) for dout (N, D)."""
         n = dout.shape[0]
-        dot = (dout * cache.centred).sum(0)
+        dot = (dout * cache.centered).sum(0)
         dgamma = dot * cache.inv_std
         dbeta = dout.sum(0)
         dinv_std = dot * cache.gamma
         dvar = -0.5 * dinv_std * cache.inv_std**3
-        dcentred = torch.addcmul(dout * (cache.gamma * cache.inv_std), cache.centred, (2 / n) * dvar)  # (N, D)
-        dmean = -dcentred.sum(0)
-        return dcentred.add_(dmean / n), dgamma, dbeta
+        dcentered = torch.addcmul(dout * (cache.gamma * cache.inv_std), cache.centered, (2 / n) * dvar)  # (N, D)
+        dmean = -dcentered.sum(0)
+        return dcentered.add_(dmean / n), dgamma, dbeta
 
     @staticmethod
     def apply_statistics(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-        """Normalise with given statistics, as in evaluation."""
+        """Normalize with given statistics, as in evaluation."""
         return (x - mean) * ((var + eps).rsqrt() * gamma) + beta
 
 
@@ -52,13 +52,13 @@ class BatchNormAlt(BatchNorm):
 
     @staticmethod
     def backward(dout: Tensor, cache: BatchNorm.Cache) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dx, dgamma, dbeta: dx = gamma / (N std) * (N dout - dbeta - normalised * dgamma)."""
+        """Return dx, dgamma, dbeta: dx = gamma / (N std) * (N dout - dbeta - normalized * dgamma)."""
         n = dout.shape[0]
         dbeta = dout.sum(0)
-        dgamma = (dout * cache.centred).sum(0) * cache.inv_std
+        dgamma = (dout * cache.centered).sum(0) * cache.inv_std
         scale = cache.gamma * cache.inv_std
         dx = torch.addcmul(-scale * dbeta / n, dout, scale)  # (N, D)
-        return dx.addcmul_(cache.centred, -scale * cache.inv_std * dgamma / n), dgamma, dbeta
+        return dx.addcmul_(cache.centered, -scale * cache.inv_std * dgamma / n), dgamma, dbeta
 
 
 def to_rows(x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class SpatialBatchNorm:
 
     @classmethod
     def forward(cls, x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> tuple[Tensor, BatchNorm.Cache]:
-        """Normalise x (N, C, H, W) with gamma and beta (C,)."""
+        """Normalize x (N, C, H, W) with gamma and beta (C,)."""
         rows, cache = cls.vanilla.forward(to_rows(x), gamma, beta, eps)
         return from_rows(rows, x), cache
 

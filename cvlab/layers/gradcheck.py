@@ -1,4 +1,4 @@
-"""Gradients of hand-written layers against centred differences and against autograd, in float64.
+"""Gradients of hand-written layers against centered differences and against autograd, in float64.
 
 The upstream gradient is random: with all ones BatchNorm's dx vanishes, and much would pass that is wrong. Errors are
 max |a - b| / max(|a| + |b|), with a floor, so that a gradient which should be 0 is compared absolutely.
@@ -65,7 +65,7 @@ def relative_error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
 
 
 def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tensor, step: float = STEPS[0]) -> Tensor:
-    """Return d sum(function(x) * dout) / dx by centred differences, one element after the other."""
+    """Return d sum(function(x) * dout) / dx by centered differences, one element after the other."""
     x = x.clone(memory_format=torch.contiguous_format)
     gradient = torch.zeros_like(x)
     flat, result = x.view(-1), gradient.view(-1)
@@ -199,7 +199,7 @@ def cases() -> list[GradCheckCase]:
     labels = torch.tensor([1, 0, 4, 2])
     picture, statistics = _randn(2, 3, 6, 5), (1 + 0.3 * _randn(3), _randn(3))
 
-    def normalised(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    def normalized(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, gamma, beta, training=True)
 
     found = [
@@ -232,7 +232,7 @@ def cases() -> list[GradCheckCase]:
         ("SpatialBatchNorm", 1e-6, batchnorm.SpatialBatchNorm, picture),
         ("SpatialBatchNorm, simplified", 1e-6, batchnorm.SpatialBatchNormAlt, picture),
     ):
-        found.append(_layer(name, layer, [x, *statistics], normalised, tolerance))
+        found.append(_layer(name, layer, [x, *statistics], normalized, tolerance))
     for name, layer, inputs, reference, tolerance, options in layers_reference.examples():
         found.append(_layer(name, layer, inputs, reference, tolerance, *options))
     return found

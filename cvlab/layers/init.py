@@ -1,4 +1,4 @@
-"""Weight initialisation: Kaiming's, or a normal of a fixed scale; biases zero."""
+"""Weight initialization: Kaiming's, or a normal of a fixed scale; biases zero."""
 
 from typing import Annotated, Literal
 

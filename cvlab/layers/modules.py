@@ -143,7 +143,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         assert input.ndim == self.dimensions, input.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each channel of (N, C) or (N, C, H, W)."""
+        """Normalize each channel of (N, C) or (N, C, H, W)."""
         self._check_input_dim(x)
         if self.training:
             return apply_layer(self.layer, x, self.weight, self.bias, options=(self.eps,), see=self._follow)
@@ -159,7 +159,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         assert self.running_var is not None
         assert self.momentum is not None
         assert self.num_batches_tracked is not None
-        n = cache.centred.shape[0]
+        n = cache.centered.shape[0]
         if n < 2:
             raise ConfigError("BatchNorm needs more than one value per channel in training", "raise batch_size")
         self.running_mean.lerp_(cache.mean, self.momentum)

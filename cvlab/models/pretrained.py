@@ -30,7 +30,7 @@ FOLDED_TOLERANCE = 1e-3  # of the largest score; rounding gives 1e-5, another or
 
 
 class NormalizedModel(nn.Module):
-    """A net with its normalisation inside: takes photos (N, 3, H, W) in [0, 1]."""
+    """A net with its normalization inside: takes photos (N, 3, H, W) in [0, 1]."""
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class NormalizedModel(nn.Module):
 
 @dataclass(frozen=True)
 class PretrainedClassifier:
-    """A net that is only used: frozen, in evaluation mode, batch normalisation folded into the convolutions."""
+    """A net that is only used: frozen, in evaluation mode, batch normalization folded into the convolutions."""
 
     name: str
     module: NormalizedModel
@@ -178,7 +178,7 @@ def _load(net: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def fold_batchnorm(net: nn.Module, size_px: int) -> nn.Module:
-    """Return a net in evaluation mode with its batch normalisations folded into the convolutions before them.
+    """Return a net in evaluation mode with its batch normalizations folded into the convolutions before them.
 
     Both are linear, so the scores stay what they were up to rounding, while neither pass has to go over the feature
     maps once more. What comes before what is taken from the order in which the parts were registered, and checked by

@@ -40,9 +40,9 @@ def batchnorm_without(term):
 
     def backward(dout, cache):
         n = dout.shape[0]
-        dbeta, dgamma = dout.sum(0), (dout * cache.centred).sum(0) * cache.inv_std
+        dbeta, dgamma = dout.sum(0), (dout * cache.centered).sum(0) * cache.inv_std
         scale = cache.gamma * cache.inv_std
-        terms = [dout * scale, -cache.centred * (scale * cache.inv_std * dgamma / n), -scale * dbeta / n]
+        terms = [dout * scale, -cache.centered * (scale * cache.inv_std * dgamma / n), -scale * dbeta / n]
         return sum(t for k, t in enumerate(terms) if k != term) + torch.zeros_like(dout), dgamma, dbeta
 
     return staticmethod(backward)
@@ -103,7 +103,7 @@ def test_a_wrong_update_rule_is_caught(name, rule, wrong, monkeypatch, cvlab):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
-    assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 0
+    assert cvlab("gradcheck", "Kaiming initialization", "--seed", seed)[0] == 0
 
     def init_weights(layer, weight_scale, before_relu):
         nn.init.normal_(layer.weight, 0.0, layer.weight[0].numel() ** -0.5)
@@ -111,7 +111,7 @@ def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
         return layer
 
     monkeypatch.setattr(gradcheck, "init_weights", init_weights)
-    assert cvlab("gradcheck", "Kaiming initialisation", "--seed", seed)[0] == 3
+    assert cvlab("gradcheck", "Kaiming initialization", "--seed", seed)[0] == 3
 
 
 def test_errors_are_relative_with_a_floor():

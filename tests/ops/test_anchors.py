@@ -46,24 +46,24 @@ class TestWorkedExample:
     """A car at 156, 97, 351, 270 in a photo of 500 x 333 pixels under 7 x 7 cells."""
 
     car = torch.tensor([[156.0, 97, 351, 270]]) * 7 / torch.tensor([500.0, 333, 500, 333])
-    centres = anchors.grid_centers(7, 7)
+    centers = anchors.grid_centers(7, 7)
 
     def test_nearest_cell(self):
-        in_pixels = self.centres * torch.tensor([500.0, 333]) / 7
+        in_pixels = self.centers * torch.tensor([500.0, 333]) / 7
         assert in_pixels[3, 3].tolist() == pytest.approx([250.0, 166.5])
         distances = (in_pixels - torch.tensor([253.5, 183.5])).abs().sum(-1).flatten().sort()
         assert distances.values[:2].tolist() == pytest.approx([20.5, 34.07], abs=0.005)
         assert distances.indices[0] == 3 * 7 + 3
 
     def test_nine_overlaps(self):
-        at_cell = anchors.generate_anchors(self.centres, SHAPES)[:, 3, 3]
+        at_cell = anchors.generate_anchors(self.centers, SHAPES)[:, 3, 3]
         assert boxes.iou(at_cell, self.car)[:, 0].tolist() == pytest.approx(PRINTED, abs=1e-4)
 
     def test_the_anchor_that_answers(self):
-        index, overlap = anchors.match_anchors_to_boxes(self.car, self.centres, SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(self.car, self.centers, SHAPES)
         assert index.tolist() == [122]
         assert overlap.item() == pytest.approx(0.7454, abs=1e-4)
-        every = anchors.generate_anchors(self.centres, SHAPES)
+        every = anchors.generate_anchors(self.centers, SHAPES)
         assert every.shape == (9, 7, 7, 4)
         assert every[..., 0].numel() == 441
         assert torch.equal(every.flatten(0, 2)[122], every[2, 3, 3])
@@ -72,9 +72,9 @@ class TestWorkedExample:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (3, 5)])
 class TestEachMap:
     def test_centres_and_anchors(self, height, width):
-        centres = anchors.grid_centers(height, width)
-        assert centres.tolist() == [[[c + 0.5, r + 0.5] for c in range(width)] for r in range(height)]
-        made = anchors.generate_anchors(centres, SHAPES)
+        centers = anchors.grid_centers(height, width)
+        assert centers.tolist() == [[[c + 0.5, r + 0.5] for c in range(width)] for r in range(height)]
+        made = anchors.generate_anchors(centers, SHAPES)
         wanted = torch.tensor(slow_anchors(height, width, anchors.COURSE_SHAPES))
         torch.testing.assert_close(made.flatten(0, 2), wanted)
 
@@ -87,14 +87,14 @@ class TestEachMap:
 
 
 def test_ties_take_the_first():
-    centres = anchors.grid_centers(2, 2)
+    centers = anchors.grid_centers(2, 2)
     corner = torch.tensor([[0.0, 0, 2, 2]])  # its middle is as far from all four cells
-    assert anchors.match_anchors_to_boxes(corner, centres, SHAPES)[0].item() % 4 == 0
+    assert anchors.match_anchors_to_boxes(corner, centers, SHAPES)[0].item() % 4 == 0
     twins = torch.tensor([[1.0, 1], [2, 2], [2, 2]])
-    assert anchors.match_anchors_to_boxes(torch.tensor([[0.0, 0, 1, 1]]), centres, twins)[0].item() == 0
-    assert anchors.match_anchors_to_boxes(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centres, twins)[0].item() == 4
+    assert anchors.match_anchors_to_boxes(torch.tensor([[0.0, 0, 1, 1]]), centers, twins)[0].item() == 0
+    assert anchors.match_anchors_to_boxes(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centers, twins)[0].item() == 4
     same = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
-    assert len(set(anchors.match_anchors_to_boxes(same, centres, SHAPES)[0].tolist())) == 1
+    assert len(set(anchors.match_anchors_to_boxes(same, centers, SHAPES)[0].tolist())) == 1
 
 
 def test_without_boxes():

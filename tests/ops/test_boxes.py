@@ -177,7 +177,7 @@ class TestNms:
         assert nms.nms(points, torch.ones(3), 0.5).tolist() == [0, 1, 2]
 
 
-CENTRES = anchors.grid_centers(7, 7)
+CENTERS = anchors.grid_centers(7, 7)
 SHAPES = torch.tensor(anchors.COURSE_SHAPES, dtype=torch.float32)
 
 
@@ -199,27 +199,27 @@ class TestAnchors:
         assert found.tolist() == [[[0.5, 0.5], [1.5, 0.5], [2.5, 0.5]], [[0.5, 1.5], [1.5, 1.5], [2.5, 1.5]]]
 
     def test_anchors(self):
-        found = anchors.generate_anchors(CENTRES, SHAPES)
+        found = anchors.generate_anchors(CENTERS, SHAPES)
         assert found.shape == (9, 7, 7, 4)
         assert found[5, 3, 1].tolist() == [0.5, 2, 2.5, 5]  # 2 wide, 3 high, around (1.5, 3.5)
-        assert anchors.generate_anchors(CENTRES, SHAPES[:0]).shape == (0, 7, 7, 4)
+        assert anchors.generate_anchors(CENTERS, SHAPES[:0]).shape == (0, 7, 7, 4)
 
     def test_the_courses_example(self):
         """A photo of 500 x 333, a car at 156, 97, 351, 270."""
         car = torch.tensor([[156.0, 97, 351, 270]]) * 7 / torch.tensor([500.0, 333, 500, 333])
-        overlaps = boxes.iou(anchors.generate_anchors(CENTRES, SHAPES)[:, 3, 3], car)[:, 0]
+        overlaps = boxes.iou(anchors.generate_anchors(CENTERS, SHAPES)[:, 3, 3], car)[:, 0]
         wanted = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
         assert overlaps.tolist() == pytest.approx(wanted, abs=1e-4)
-        index, overlap = anchors.match_anchors_to_boxes(car, CENTRES, SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(car, CENTERS, SHAPES)
         assert index.tolist() == [122]
         assert 122 == 2 * 49 + 3 * 7 + 3
         assert float(overlap[0]) == pytest.approx(0.7454, abs=1e-4)
 
     @pytest.mark.parametrize("shape", [(7, 7), (3, 5), (1, 1)])
     def test_activated_is_the_loop(self, shape):
-        centres, wanted = anchors.grid_centers(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
-        all_anchors = anchors.generate_anchors(centres, SHAPES)
-        index, overlap = anchors.match_anchors_to_boxes(wanted, centres, SHAPES)
+        centers, wanted = anchors.grid_centers(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
+        all_anchors = anchors.generate_anchors(centers, SHAPES)
+        index, overlap = anchors.match_anchors_to_boxes(wanted, centers, SHAPES)
         for box, mine, most in zip(wanted.tolist(), index.tolist(), overlap.tolist(), strict=True):
             x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
             cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
@@ -231,8 +231,8 @@ class TestAnchors:
 
     def test_activated_ties_no_area_and_no_box(self):
         between = torch.tensor([[2.0, 2, 4, 4], [3.5, 3.5, 3.5, 3.5]])  # between four cells; a point
-        assert anchors.match_anchors_to_boxes(between, CENTRES, SHAPES)[0].tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
-        index, overlap = anchors.match_anchors_to_boxes(between[:0], CENTRES, SHAPES)
+        assert anchors.match_anchors_to_boxes(between, CENTERS, SHAPES)[0].tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
+        index, overlap = anchors.match_anchors_to_boxes(between[:0], CENTERS, SHAPES)
         assert index.shape == overlap.shape == (0,)
         assert index.dtype == torch.int64
 

@@ -124,7 +124,7 @@ def _answer(task: Any) -> node.RemoteResult:
         answer: node.RemoteResult = ray.get(task)
         return answer
     except ray.exceptions.TaskCancelledError:
-        return EXIT_TERMINATED, "cancelled"
+        return EXIT_TERMINATED, "canceled"
     except ray.exceptions.RayTaskError as error:  # nothing of ours: for example a node without cvlab
         return 1, str(error).splitlines()[-1]
     except ray.exceptions.RayError as error:

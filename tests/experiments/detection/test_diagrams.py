@@ -13,7 +13,7 @@ CAR = torch.tensor([[156.0, 97, 351, 270]])
 SIZE = (500, 333)
 
 
-def grey(size=SIZE):
+def gray(size=SIZE):
     return Image.new("RGB", size, (120, 120, 120))
 
 
@@ -38,14 +38,14 @@ def test_sampled_negatives_are_distinct_and_overlap_no_box():
 @pytest.mark.parametrize("kind", diagrams.KINDS)
 def test_any_size(kind, size):
     box = torch.tensor([[0.0, 0, size[0] * 0.6, size[1] * 0.5]])
-    sheet = diagrams.draw(kind, grey(size), box, ["thing"])
+    sheet = diagrams.draw(kind, gray(size), box, ["thing"])
     assert sheet.mode == "RGB"
     assert max(sheet.size) >= 700
     assert sheet.width / sheet.height == pytest.approx(size[0] / size[1], rel=0.05)
 
 
 def test_lines_are_drawn_between_the_cells():
-    sheet = diagrams.draw("grid", grey((700, 700)))
+    sheet = diagrams.draw("grid", gray((700, 700)))
     row = [sheet.getpixel((x, 25)) for x in range(700)]
     light = [x for x, pixel in enumerate(row) if min(pixel) > 200]
     assert light
@@ -54,15 +54,15 @@ def test_lines_are_drawn_between_the_cells():
 
 
 def test_each_kind_is_different_and_the_photo_is_not_modified():
-    photo = grey()
+    photo = gray()
     sheets = [diagrams.draw(kind, photo, CAR, ["car"]) for kind in diagrams.KINDS]
     for k in range(3):
         assert ImageChops.difference(sheets[k], sheets[k - 1]).getbbox() is not None
-    assert photo.getcolors() == grey().getcolors()
+    assert photo.getcolors() == gray().getcolors()
 
 
 def test_targets_fill_the_positive_cell():
-    sheet = diagrams.draw("targets", grey((700, 700)), torch.tensor([[210.0, 310, 295, 395]]))
+    sheet = diagrams.draw("targets", gray((700, 700)), torch.tensor([[210.0, 310, 295, 395]]))
     inside, outside = sheet.getpixel((220, 330)), sheet.getpixel((120, 330))
     assert outside == (120, 120, 120)
     assert inside[0] > inside[2] + 40
@@ -70,8 +70,8 @@ def test_targets_fill_the_positive_cell():
 
 @pytest.mark.parametrize("found", [None, torch.empty(0, 4)])
 def test_targets_without_boxes_are_the_grid(found):
-    plain = diagrams.draw("targets", grey(), found)
-    assert ImageChops.difference(plain, diagrams.draw("grid", grey())).getbbox() is not None
+    plain = diagrams.draw("targets", gray(), found)
+    assert ImageChops.difference(plain, diagrams.draw("grid", gray())).getbbox() is not None
     assert len(plain.getcolors(100_000)) > 1
     assert diagrams.sample_negatives(SIZE, torch.empty(0, 4)) == []
 
@@ -86,7 +86,7 @@ class TestAnnotated:
     def test_annotation_beside_the_photo_or_in_voc_s_layout(self, tmp_path, place):
         (tmp_path / "JPEGImages").mkdir()
         photo = tmp_path / "JPEGImages" / "one.png"
-        grey().save(photo)
+        gray().save(photo)
         assert diagrams.read_annotation(photo) is None
         self.write(tmp_path / place)
         found, names = diagrams.read_annotation(photo)
@@ -95,7 +95,7 @@ class TestAnnotated:
 
     def test_annotation_without_objects_and_broken(self, tmp_path):
         photo = tmp_path / "one.png"
-        grey().save(photo)
+        gray().save(photo)
         self.write(tmp_path, (), torch.empty(0, 4))
         found, names = diagrams.read_annotation(photo)
         assert found.shape == (0, 4)
@@ -107,7 +107,7 @@ class TestAnnotated:
 
 def test_proposals_before_and_after_nms_are_drawn_side_by_side():
     before = torch.tensor([[5.0, 5, 60, 60], [40, 40, 90, 90]]).repeat(200, 1)
-    sheet = diagrams.draw_proposals(grey((100, 100)), before, before[:1])
+    sheet = diagrams.draw_proposals(gray((100, 100)), before, before[:1])
     assert sheet.size == (1406, 700)
     left, right = sheet.crop((0, 60, 700, 700)), sheet.crop((706, 60, 1406, 700))
     assert left.getpixel((629, 400)) != right.getpixel((629, 400))  # the second box's right edge is only before

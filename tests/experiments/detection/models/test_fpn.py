@@ -12,7 +12,7 @@ def test_shapes():
 
 
 def test_a_tower_computes_the_same_in_evaluation_as_in_training():
-    """Maps of several resolutions differ in their statistics: one normalisation for all of them would fit none."""
+    """Maps of several resolutions differ in their statistics: one normalization for all of them would fit none."""
     torch.manual_seed(0)
     tower = Tower(6, 3, num_levels=3, depth=2)
     maps = [torch.randn(8, 6, 12, 12) * scale + shift for scale, shift in ((1, 0), (5, 2), (0.2, -1))]

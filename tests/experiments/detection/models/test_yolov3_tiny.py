@@ -69,7 +69,7 @@ def darknet_pool(x, stride):
 
 
 def twin(arrays, x):
-    """Go through yolov3-tiny.cfg section by section with the file's arrays, normalisations on their own."""
+    """Go through yolov3-tiny.cfg section by section with the file's arrays, normalizations on their own."""
     left = iter(arrays)
     outputs, heads = [], []
 
@@ -268,7 +268,7 @@ class TestLetterbox:
         photo = Image.new("RGB", sides)
         photo.paste((255, 255, 255), (20, 30, 70, 80))
         picture, scale, left, top = yolov3_tiny.letterbox(photo, 416)
-        inside = picture[0] > 0.75  # the grey of the borders is not
+        inside = picture[0] > 0.75  # the gray of the borders is not
         rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
         seen = torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]).float()
         assert (
