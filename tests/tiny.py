@@ -1,4 +1,4 @@
-"""A training of a second or less with everything a resume has to bring back: dropout, BatchNorm, EMA, augmentation."""
+"""A training run of a second or less with everything a resume restores: dropout, BatchNorm, EMA, augmentation."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ STEPS = 32
 
 
 def settings(optimizer="adamw", **more):
-    """A configuration of the tiny training."""
+    """Return the configuration of the tiny training run."""
     from cvlab.config.schema import component_type
     from cvlab.engine.optimizers import OPTIMIZERS
     from cvlab.engine.schedules import SCHEDULES
@@ -51,7 +51,7 @@ def settings(optimizer="adamw", **more):
 
 
 def job(config, on_step=lambda step: None):
-    """The job of the tiny training; `on_step(step)` is called before each step's batch is made."""
+    """Return the task of the tiny training run; `on_step(step)` is called before the batch of a step is built."""
     ctx = device.select_device("cpu", config.precision, config.threads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
@@ -97,7 +97,7 @@ def job(config, on_step=lambda step: None):
 
 
 def train(path: Path, config=None, on_step=lambda step: None):
-    """Run or resume the tiny training in a directory; return its metrics and facts."""
+    """Run or resume the tiny training run in a directory; return its metrics and the extra entries of its summary."""
     config = config or settings()
     path.mkdir(exist_ok=True)
     out = RunDir(path)
@@ -107,11 +107,11 @@ def train(path: Path, config=None, on_step=lambda step: None):
 
 
 def rows(path: Path):
-    """The rows of metrics.jsonl without the time they took."""
+    """Return the rows of metrics.jsonl without their times."""
     lines = (path / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def untimed(metrics):
-    """Metrics without the time they took."""
+    """Return metrics without their times."""
     return {key: value for key, value in metrics.items() if key not in ("train_seconds", "images_per_second")}

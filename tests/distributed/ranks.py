@@ -1,6 +1,6 @@
-"""What several connected processes do.
+"""Scenarios of several connected ranks.
 
-`python -m tests.distributed.ranks SCENARIO FILE`, started by tests/test_processes.py."""
+`python -m tests.distributed.ranks SCENARIO FILE`, started by tests/distributed/test_processes.py."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def loss_fn(model, batch):
 
 
 def gradients():
-    """The largest difference between the gradient of a batch and the mean over its shares; BatchNorm in eval."""
+    """Return the largest difference between the gradient of a batch and the mean over its shards."""
     model, alone = net().eval(), net().eval()
     torch.manual_seed(1)
     images, labels = torch.rand(BATCH, 3, 8, 8).double(), torch.randint(0, 5, (BATCH,))
@@ -55,7 +55,7 @@ def gradients():
 
 
 def evaluation():
-    """Sums over sets of several sizes, smaller than the number of processes too, and how often each item was seen."""
+    """Return means over sets of several sizes, some smaller than the number of ranks, and how often items were seen."""
     ctx = device.select_device("cpu", "float32", 1)
     found = []
     for count in (1, 2, 3, 7, 1001):
@@ -76,7 +76,7 @@ def evaluation():
 
 
 def agreement():
-    """What the processes tell each other."""
+    """Return the results of the collectives."""
     rank = process_group.world().rank
     model = net()
     model[1].running_mean.fill_(rank)
@@ -90,7 +90,7 @@ def agreement():
 
 
 def part(count):
-    """Fork pairs of processes that connect and part; return their exit codes. The fork spares each its imports."""
+    """Fork pairs of processes that connect and disconnect; return their exit codes. A fork needs no imports."""
     codes = []
     for _ in range(count):
         pair, port = [], free_port()

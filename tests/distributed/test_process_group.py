@@ -1,4 +1,4 @@
-"""One training in several processes, what needs no processes: shares, refusals, and that one process is as ever."""
+"""Distributed runs, what can be tested in one process: shards, errors, and the identity of a single process."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": 
 
 @pytest.fixture
 def place(monkeypatch):
-    """Be one of several processes, as torchrun would say."""
+    """Set the environment of one of several processes, as torchrun does."""
 
     def be(**changed):
         for name, value in (PLACE | changed).items():
@@ -45,7 +45,7 @@ def test_each_item_is_evaluated_once(count, size):
 
 @hypothesis.given(each=st.integers(1, 20), size=st.integers(2, 12))
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-def test_the_shares_of_a_batch_are_the_batch(place, each, size):
+def test_the_shards_of_a_batch_are_the_batch(place, each, size):
     batch = torch.randperm(each * size)
     shares = []
     for rank in range(size):
@@ -55,7 +55,7 @@ def test_the_shares_of_a_batch_are_the_batch(place, each, size):
     assert {len(part) for part in shares} == {each}
 
 
-def test_one_process_is_alone(monkeypatch):
+def test_collectives_are_the_identity_in_one_process(monkeypatch):
     process_group.world.cache_clear()
     assert process_group.world() == process_group.World()
     assert process_group.is_main()
@@ -72,7 +72,7 @@ def test_one_process_is_alone(monkeypatch):
         pass
 
 
-def test_the_environment_says_which_process_this_is(place, monkeypatch):
+def test_the_world_is_read_from_the_environment(place, monkeypatch):
     found = place()
     assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 4, 1, 2)
     assert not process_group.is_main()
@@ -86,7 +86,7 @@ def test_the_environment_says_which_process_this_is(place, monkeypatch):
     assert "start it with torchrun" in ended.stderr
 
 
-def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
+def test_a_process_without_its_launcher_requests_a_stop(place, monkeypatch):
     place()
     assert process_group.pending_signal(None) is None
     monkeypatch.setattr("os.getppid", lambda: 1)
@@ -108,7 +108,7 @@ def test_a_process_whose_launcher_is_gone_wants_to_stop(place, monkeypatch):
         (("quickstart", "lr=1"), 2, "unknown key 'lr'"),
     ],
 )
-def test_what_several_processes_cannot_train_is_refused_before_there_is_a_run(cvlab, tmp_path, words, code, text):
+def test_what_several_processes_cannot_train_is_rejected_before_the_run_exists(cvlab, tmp_path, words, code, text):
     if "cuda" in str(words) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     found, _, err = cvlab("train", *words, "--nproc", "2", "--runs-dir", tmp_path / "runs")
@@ -117,7 +117,7 @@ def test_what_several_processes_cannot_train_is_refused_before_there_is_a_run(cv
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_goes_on_in_as_many_processes_as_it_was_begun_in(tmp_path, place):
+def test_a_run_resumes_in_as_many_processes_as_it_was_started_in(tmp_path, place):
     RunDir(tmp_path).write_json("env.json", {"processes": 2})
     text = loading.load("quickstart", ["batch_size=12"]).config.to_yaml()
     (tmp_path / "config.yaml").write_text(text)
@@ -142,7 +142,7 @@ def test_torchrun_starts_trainings_only(cvlab, place):
     assert "sweep runs in one process; call it without torchrun" in err
 
 
-def test_processes_that_are_started_again_find_their_run(tmp_path, place, monkeypatch):
+def test_restarted_processes_find_their_run(tmp_path, place, monkeypatch):
     for name, launched in (("a", "one"), ("b", "two"), ("c", "one")):
         out = RunDir(tmp_path / name)
         out.path.mkdir()
@@ -152,7 +152,7 @@ def test_processes_that_are_started_again_find_their_run(tmp_path, place, monkey
     assert launch.run_dir_of_launch(lambda: pytest.fail("a new one"), None, tmp_path).name == "b"
 
 
-def test_the_model_of_the_exchange():
+def test_the_model_of_the_all_reduce():
     from cvlab.bench.processes import speedup
 
     assert speedup(1, 0.1, 10**6, 1e-4, 1e9) == pytest.approx(1)

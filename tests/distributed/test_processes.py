@@ -1,4 +1,4 @@
-"""One training in several real processes: what they compute, what they tell each other, kills, signals, endings."""
+"""Distributed runs in real processes: gradients, collectives, kills, signals, exit codes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ save_seconds: 0
 
 
 def connected(scenario, folder, size):
-    """Run a scenario of tests/ranks.py in so many processes; return what each found."""
+    """Run a scenario of tests/distributed/ranks.py in `size` processes; return the result of each."""
     started, port = [], free_port()
     for rank in range(size):
         place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
@@ -49,7 +49,7 @@ def connected(scenario, folder, size):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_mean_of_the_shares_is_the_gradient_of_the_batch(tmp_path, size):
+def test_the_mean_of_the_shards_is_the_gradient_of_the_batch(tmp_path, size):
     assert max(connected("gradients", tmp_path, size)) < 1e-6
 
 
@@ -60,7 +60,7 @@ def test_evaluation_sees_each_item_once_whatever_their_number(tmp_path):
             assert times == [1.0]
 
 
-def test_what_the_processes_agree_on(tmp_path):
+def test_collectives(tmp_path):
     found = connected("agreement", tmp_path, 3)
     assert found == [found[0]] * 3
     assert found[0] == {
@@ -71,7 +71,7 @@ def test_what_the_processes_agree_on(tmp_path):
     }
 
 
-def test_20_of_20_end_cleanly():
+def test_20_of_20_pairs_end_cleanly():
     command = [sys.executable, "-m", "tests.distributed.ranks", "part", "20"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(found.stdout) == [0] * 40, found.stderr
@@ -79,7 +79,7 @@ def test_20_of_20_end_cleanly():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A training in two processes that nothing has disturbed, its configuration, and the summary."""
+    """An undisturbed run in two processes: the folder of its configuration, and its summary."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "c.yaml").write_text(CONFIG)
     process = start(folder, "whole")
@@ -138,7 +138,7 @@ def test_two_processes_learn_as_one(trained, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_is_started_again_to_the_same_bits(trained, rank):
+def test_a_run_with_a_killed_process_restarts_bit_for_bit_identical(trained, rank):
     folder, summary = trained
     process = start(folder, f"killed{rank}", "--max-restarts", "1")
     run = folder / f"killed{rank}" / "latest"
@@ -152,7 +152,7 @@ def test_a_killed_process_is_started_again_to_the_same_bits(trained, rank):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_to_the_command_stops_all_at_one_step(trained, number, code):
+def test_a_signal_to_the_command_stops_all_ranks_after_the_same_step(trained, number, code):
     folder, summary = trained
     root = f"stopped{int(number)}"
     process = start(folder, root)
@@ -164,7 +164,7 @@ def test_a_signal_to_the_command_stops_all_at_one_step(trained, number, code):
     assert "Traceback" not in err, err
     deadline = time.monotonic() + 30
     while ranks_of(run):
-        assert time.monotonic() < deadline, "a process goes on without its command"
+        assert time.monotonic() < deadline, "a process survives its command"
         time.sleep(0.05)
     saved, logged = checkpoint.steps(run / "checkpoints")[-1], list(read_metrics(run))[-1]["step"]
     assert saved >= logged
@@ -176,7 +176,7 @@ def test_a_signal_to_the_command_stops_all_at_one_step(trained, number, code):
     assert same(run, summary)
 
 
-def test_a_signal_to_one_process_stops_all(trained):
+def test_a_signal_to_one_rank_stops_all(trained):
     folder, _ = trained
     process = start(folder, "one_stopped")
     run = folder / "one_stopped" / "latest"
@@ -189,7 +189,7 @@ def test_a_signal_to_one_process_stops_all(trained):
     assert read_status(run)["status"] == "interrupted"
 
 
-def test_another_number_of_processes_is_allowed_where_it_is_asked_for(trained):
+def test_a_run_can_be_resumed_with_another_number_of_processes(trained):
     folder, _ = trained
     process = start(folder, "other")
     run = folder / "other" / "latest"
@@ -256,7 +256,7 @@ def own_captions(folder):
 
 
 @pytest.mark.parametrize("kind", ["yolo_fpn", "faster_rcnn", "captioner"])
-def test_every_kind_of_training_takes_several_processes(tmp_path, data_root, kind):
+def test_every_kind_of_training_runs_in_several_processes(tmp_path, data_root, kind):
     shared = ("size=64", "batch_size=4", "duration={steps: 6}", "eval_every=1000", "evaluate_test=false", "expect=[]")
     if kind == "captioner":
         words = (

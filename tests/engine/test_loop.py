@@ -1,4 +1,4 @@
-"""The loop against a loop written out, and what it promises: finite, clipped, averaged, pure."""
+"""The training loop against a plain one; finite checks, clipping, moving average, restored state."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ def factor(step):
     return 1 - (step + 0.5) / 10
 
 
-def test_fit_equals_the_loop_written_out():
+def test_fit_matches_a_plain_training_loop():
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     average = {name: value.clone() for name, value in model.state_dict().items()}
@@ -107,7 +107,7 @@ def test_evaluation_covers_each_item_once_and_changes_nothing():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_all_generators_come_back():
+def test_all_random_generators_are_restored():
     import random
 
     import numpy as np
@@ -119,7 +119,7 @@ def test_all_generators_come_back():
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 
-def test_a_state_lacks_nothing_silently():
+def test_a_missing_key_of_the_state_is_reported():
     model = make()
     training = TrainState(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
     for key in ("step", "model", "optimizer", "ema_model", "rng"):
@@ -133,13 +133,13 @@ def test_a_state_lacks_nothing_silently():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_device_that_is_not_there_is_never_replaced(device):
+def test_an_unavailable_device_is_never_replaced(device):
     with pytest.raises(DeviceError, match="0 CUDA devices") as refused:
         engine_device.select_device(device)
     assert refused.value.code == 8
 
 
-def test_precision_auto_keeps_what_was_asked_for():
+def test_an_explicit_precision_is_kept():
     for precision in ("float32", "bfloat16", "float64"):
         assert engine_device.select_device("cpu", precision).precision == precision
     fast = engine_device.fast_bfloat16(torch.device("cpu"))

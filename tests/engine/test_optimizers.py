@@ -1,4 +1,4 @@
-"""Optimisers and schedules: by name, with the parameters a YAML may set, against their formulas."""
+"""Optimizers and schedules by name, against torch and their formulas."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_every_optimizer_lowers_a_quadratic(name):
 
 
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adam"])
-def test_by_hand_as_torch_does_it_over_many_steps_and_a_reload(name):
+def test_manual_optimizers_match_torch_over_many_steps_and_a_reload(name):
     torch.manual_seed(1)
     mine = nn.Linear(4, 3).double()
     theirs = nn.Linear(4, 3).double()
@@ -82,7 +82,7 @@ def test_muon_steps_are_orthogonal_and_the_rest_is_nesterov_sgd():
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (5, 5), (1, 7)])
-def test_orthogonalize_is_that_of_torch(shape):
+def test_orthogonalize_matches_torch(shape):
     from torch.optim._muon import _zeropower_via_newtonschulz
 
     torch.manual_seed(0)
@@ -101,13 +101,13 @@ def test_adam_first_step_is_the_learning_rate():
     assert before - model.weight.item() == pytest.approx(0.25, abs=1e-6)  # bias correction makes m / sqrt(v) = 1
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_not_updated():
     model = nn.Linear(3, 1)
     model.bias.requires_grad_(False)
     assert len(optimizers.build_optimizer("sgd", model, {}).param_groups[0]["params"]) == 1
 
 
-def test_nesterov_without_momentum_is_the_users_error():
+def test_nesterov_without_momentum_raises_config_error():
     with pytest.raises(ConfigError, match="momentum"):
         optimizers.build_optimizer("sgd", nn.Linear(1, 1), {"nesterov": True})
 

@@ -1,4 +1,4 @@
-"""A long training leaves no trace but its files: no growth of memory, of open files, of threads."""
+"""A long training run does not grow: memory, open files, threads."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed ends with the same bits, the same rows and the same metrics as one that is not."""
+"""A run that is stopped and resumed ends bit-for-bit identical, with the same rows and metrics."""
 
 import math
 import os
@@ -98,7 +98,7 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize("key", STATE_KEYS)
-def test_a_state_without_a_key_is_refused(key, stopped, tmp_path):
+def test_a_checkpoint_without_a_key_is_rejected(key, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     for step in checkpoint.steps(folder):
@@ -114,14 +114,14 @@ def test_a_state_without_a_key_is_refused(key, stopped, tmp_path):
         tiny.train(tmp_path / "run")
 
 
-def test_every_key_of_the_state_is_tried_above(stopped):
+def test_every_key_of_the_state_is_tested(stopped):
     _, state = checkpoint.load_latest(stopped / "checkpoints", print)
     assert set(state) <= set(STATE_KEYS)
     nested = {f"{block}.{key}" for block in ("rng", "progress", "fingerprint", "extra_state") for key in state[block]}
     assert nested <= set(STATE_KEYS)
 
 
-def test_a_budget_is_kept_and_its_record_repeats_the_bits(tmp_path):
+def test_a_budget_is_kept_and_its_recorded_plan_repeats_the_run(tmp_path):
     def slower(step):
         time.sleep(0.002 if step < 60 else 0.006)
 
@@ -152,7 +152,7 @@ def test_a_changed_configuration_is_not_resumed(tmp_path):
         tiny.train(tmp_path / "run", tiny.settings(clip_norm=2.0))
 
 
-def test_other_circumstances_are_said(tmp_path):
+def test_a_changed_fingerprint_is_logged(tmp_path):
     with pytest.raises(StoppedError):
         tiny.train(tmp_path / "run", tiny.settings(threads=None), stop_at(5))
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def test_other_circumstances_are_said(tmp_path):
     assert "threads was 2, is 1: the result is not bitwise" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
+def test_damaged_checkpoints_are_skipped_and_logged(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(StoppedError):
         tiny.train(path, tiny.settings(), stop_at(13))
@@ -183,7 +183,7 @@ def test_the_best_is_linked_again_after_a_kill_before_its_link(tmp_path):
     assert checkpoint.load(folder / checkpoint.BEST)["step"] >= state["step"]
 
 
-def test_where_only_the_best_is_whole_the_run_goes_on_from_it(tmp_path):
+def test_a_run_resumes_from_the_best_checkpoint_if_no_other_is_valid(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(StoppedError):
         tiny.train(path, tiny.settings(), stop_at(13))
@@ -197,7 +197,7 @@ def test_where_only_the_best_is_whole_the_run_goes_on_from_it(tmp_path):
     assert facts == tiny.train(tmp_path / "other")[1]
 
 
-def test_no_valid_checkpoint_is_never_a_fresh_start(tmp_path):
+def test_a_run_without_a_valid_checkpoint_never_starts_over(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(StoppedError):
         tiny.train(path, tiny.settings(), stop_at(13))
@@ -208,7 +208,7 @@ def test_no_valid_checkpoint_is_never_a_fresh_start(tmp_path):
     assert refused.value.code == 7
 
 
-def test_saves_are_spread_by_what_they_cost(tmp_path, monkeypatch):
+def test_checkpoints_are_spaced_by_their_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointer, "MAX_CHECKPOINT_OVERHEAD", math.inf)
     tiny.train(tmp_path / "often", tiny.settings(save_seconds=0.0))
     assert checkpoint.steps(tmp_path / "often" / "checkpoints") == [31, 32]

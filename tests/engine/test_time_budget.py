@@ -1,4 +1,4 @@
-"""Plans of a budget: progress without jumps, ends that fit, and what cannot be planned."""
+"""Plans of a time budget: continuous progress, ends that fit, invalid budgets."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def test_progress_without_a_history_is_the_share_of_steps():
     assert Plan(4).progress(4) == 1
 
 
-def test_a_correction_bends_the_line_and_does_not_break_it():
+def test_progress_is_continuous_when_the_plan_changes():
     plan = Plan(100).changed(50, 80).changed(60, 70)
     assert plan.total_steps == 70
     assert plan.progress(50) == 0.5
@@ -32,7 +32,7 @@ def test_a_correction_bends_the_line_and_does_not_break_it():
         assert plan.progress(step + 0.5) == Plan(100).progress(step + 0.5), "to the last bit, what it was before"
 
 
-def test_a_review_ends_with_the_budget():
+def test_a_replanned_run_ends_with_the_budget():
     plan = Plan(1000)
     assert plan.replan(500, seconds_left=30.0, seconds_per_step=0.0598) is plan, "it fits"
     slower = plan.replan(500, seconds_left=30.0, seconds_per_step=0.1)
@@ -45,7 +45,7 @@ def test_a_review_ends_with_the_budget():
 
 
 @pytest.mark.parametrize("pace", [[0.01] * 5000, [0.01] * 300 + [0.02] * 5000, [0.02] * 200 + [0.008] * 8000])
-def test_whatever_the_machine_does_the_budget_is_nearly_used_up(pace):
+def test_the_budget_is_nearly_used_up_at_any_pace(pace):
     plan, used, step, seen = time_budget.first_plan(10.0, pace[0]), 0.0, 0, (0, 0.0)
     while step < plan.total_steps:
         used += pace[step]
@@ -57,7 +57,7 @@ def test_whatever_the_machine_does_the_budget_is_nearly_used_up(pace):
     assert 9.7 < used <= 10.0
 
 
-def test_the_time_of_a_step_leaves_the_first_ones_out(monkeypatch):
+def test_the_time_of_a_step_excludes_the_warm_up(monkeypatch):
     clock = iter(itertools.accumulate([0, 100, 1, 1, 1, 1, 3, 1, 1, 1, 1]))
     monkeypatch.setattr(time_budget.time, "perf_counter", lambda: next(clock))
     assert time_budget.seconds_per_step(iter(range(100)), 60.0, lambda: None) == 1
@@ -69,7 +69,7 @@ def test_a_budget_too_short_for_a_step():
 
 
 @pytest.mark.parametrize("plan_history", [((5, 12), (4, 11)), ((5, 5),), ((11, 20),), ((5, 9), (5, 8))])
-def test_histories_that_no_run_can_have_made(plan_history):
+def test_impossible_plan_histories_are_rejected(plan_history):
     with pytest.raises(ValidationError, match="plan_history goes with steps"):
         Duration(steps=10, plan_history=plan_history)
     with pytest.raises(ValidationError, match="plan_history goes with steps"):

@@ -1,4 +1,4 @@
-"""Runs tiny trainings in forked children and kills them: `python -m tests.faults.server SCENARIO FOLDER COUNT`.
+"""Run tiny training runs in forked children and kill them: `python -m tests.faults.server SCENARIO FOLDER COUNT`.
 
 A fork of a process that has imported torch starts in milliseconds, so that hundreds of kills fit into a test. This
 process itself computes nothing and has one thread, so that a fork of it is safe. Prints one JSON document.

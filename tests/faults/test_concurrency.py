@@ -1,4 +1,4 @@
-"""Several processes at the same runs: sweeps beside each other, starts of the same one, readers while runs write."""
+"""Several processes on the same runs: concurrent sweeps, concurrent resumes, readers while runs write."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def sweep(tmp_path, data_root):
     return tmp_path / "s.yaml"
 
 
-def test_two_sweeps_at_once_do_not_mix(tmp_path, sweep):
+def test_concurrent_sweeps_do_not_mix(tmp_path, sweep):
     root = tmp_path / "runs"
     both = [
         start("sweep", sweep, f"base.duration.epochs={4 + k}", "--runs-dir", root, "--json", "-q") for k in range(2)
@@ -55,7 +55,7 @@ def test_two_sweeps_at_once_do_not_mix(tmp_path, sweep):
         assert [arm["metrics"]["epochs"] for arm in entry["arms"]] == [4 + k] * 2
 
 
-def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
+def test_one_of_two_processes_resumes_an_interrupted_sweep(tmp_path, sweep):
     root, words = tmp_path / "runs", (sweep, "base.duration.epochs=50")
     first = start("sweep", *words, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
@@ -79,7 +79,7 @@ def test_one_of_two_goes_on_with_an_interrupted_sweep(tmp_path, sweep):
 READERS = ("show latest", "compare latest latest --json", "report latest", "runs --json", "show latest --json")
 
 
-def test_everything_reads_while_a_run_writes(tmp_path, sweep):
+def test_readers_work_while_a_run_writes(tmp_path, sweep):
     root = tmp_path / "runs"
     (tmp_path / "c.yaml").write_text(CONFIG)
     writing = start("train", tmp_path / "c.yaml", "save_seconds=0", "log_every=1", "--runs-dir", root, "-q")

@@ -40,7 +40,7 @@ def both(few, many):
 
 
 @both(30, 120)
-def test_kill_9_at_any_time_ends_with_the_same_bits(tmp_path, count):
+def test_a_run_killed_at_any_time_resumes_bit_for_bit_identical(tmp_path, count):
     found = scenario("kills", tmp_path, count)
     assert found["kills"] >= count
     assert found["runs"] >= count // 10
@@ -48,7 +48,7 @@ def test_kill_9_at_any_time_ends_with_the_same_bits(tmp_path, count):
 
 
 @both(15, 40)
-def test_the_harness_would_see_a_writer_that_is_not_durable(tmp_path, count):
+def test_the_harness_detects_a_writer_that_is_not_durable(tmp_path, count):
     assert scenario("naive", tmp_path, count)["corrupt"] >= count // 3
 
 
@@ -79,7 +79,7 @@ def test_signals_leave_a_checkpoint(tmp_path, scenes):
             assert entry["saved"] >= entry["logged"], "the step in progress is saved"
 
 
-def test_a_full_disk_ends_with_5_and_whole_files(tmp_path, scenes):
+def test_a_full_disk_exits_with_5_and_leaves_valid_files(tmp_path, scenes):
     found = scenario("disk_full", tmp_path, 1)
     assert found["code"] == 5
     assert found["corrupt"] == 0
@@ -99,7 +99,7 @@ def test_doctor_kills_and_resumes_on_the_users_disk(cvlab, tmp_path, scenes):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_doctor_sees_other_weights(monkeypatch, tmp_path):
+def test_doctor_detects_different_weights(monkeypatch, tmp_path):
     digests = iter(["one", "another"])
     monkeypatch.setattr(fault_check, "_start", lambda *words, root: None)
     monkeypatch.setattr(fault_check, "_killed", lambda root, kills, draw: ("kill -9", True, "once"))
@@ -120,7 +120,7 @@ def mounting():
 
 
 @pytest.mark.faults
-def test_every_kind_of_experiment_fills_the_disk_and_goes_on_when_there_is_space(tmp_path, scenes, mounting):
+def test_every_kind_of_experiment_survives_a_full_disk(tmp_path, scenes, mounting):
     found = scenario("small_disks", tmp_path, 1, timeout=900, module="kinds", prefix=MOUNTING)
     assert len(found) >= 10
     for name, entry in found.items():
@@ -131,7 +131,7 @@ def test_every_kind_of_experiment_fills_the_disk_and_goes_on_when_there_is_space
         assert (entry["corrupt"], entry["left"], entry["same"]) == (0, 0, True), (name, entry)
 
 
-def test_runs_that_cannot_be_written_are_read_and_everything_else_ends_with_5(tmp_path, scenes, mounting):
+def test_read_only_runs_can_be_read_and_everything_else_exits_with_5(tmp_path, scenes, mounting):
     found = scenario("read_only", tmp_path, 0, module="kinds", prefix=MOUNTING)
     for line, entry in found.items():
         assert not entry["traceback"], (line, entry)
@@ -144,7 +144,7 @@ def test_runs_that_cannot_be_written_are_read_and_everything_else_ends_with_5(tm
 
 
 @pytest.mark.faults
-def test_a_run_whose_folder_is_removed_ends_with_5(tmp_path, scenes):
+def test_a_run_whose_folder_is_removed_exits_with_5(tmp_path, scenes):
     for entry in scenario("removed", tmp_path, 4, module="kinds").values():
         assert entry["code"] == 5, entry
         assert not entry["traceback"], entry

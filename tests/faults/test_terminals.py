@@ -1,4 +1,4 @@
-"""Ctrl-C, a closed terminal and a deaf process, as they come through a terminal: on a pseudo terminal."""
+"""Ctrl-C, a closed terminal and job control on a pseudo terminal."""
 
 import contextlib
 import fcntl
@@ -112,7 +112,7 @@ def saved_all(run):
     return checkpoint.steps(run / "checkpoints")[-1] >= steps_of(run)
 
 
-def test_ctrl_c_saves_says_so_and_leaves_the_terminal_as_it_was(training):
+def test_ctrl_c_saves_logs_and_restores_the_terminal(training):
     terminal, run = training()
     terminal.type(CTRL_C)
     assert terminal.wait() == 130
@@ -126,7 +126,7 @@ def test_ctrl_c_saves_says_so_and_leaves_the_terminal_as_it_was(training):
 
 
 @pytest.mark.faults
-def test_two_ctrl_c_end_at_once(training):
+def test_a_second_ctrl_c_ends_at_once(training):
     terminal, run = training()
     terminal.type(CTRL_C)
     terminal.type(CTRL_C)
@@ -147,7 +147,7 @@ def test_a_closed_terminal_is_a_request_to_save(training):
 
 
 @pytest.mark.faults
-def test_with_nohup_it_outlives_its_terminal(training):
+def test_a_run_under_nohup_survives_its_terminal(training):
     terminal, run = training(prefix=("nohup",))
     terminal.hang_up()
     before = steps_of(run)
@@ -187,7 +187,7 @@ def test_stopped_and_continued_by_job_control(training):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("end", ["ctrl_c", "hang_up", "kill"])
-def test_a_sweep_ends_with_all_its_arms_and_goes_on(tmp_path, data_root, cvlab, end):
+def test_a_sweep_stops_with_all_its_arms_and_resumes(tmp_path, data_root, cvlab, end):
     from cvlab.experiments.classification.data import scenes10
 
     scenes10.load(data_root)
@@ -206,7 +206,7 @@ def test_a_sweep_ends_with_all_its_arms_and_goes_on(tmp_path, data_root, cvlab, 
         assert terminal.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 30
     while terminal.group():
-        assert time.monotonic() < deadline, "an arm goes on without its sweep"
+        assert time.monotonic() < deadline, "an arm survives its sweep"
         time.sleep(0.05)
     arms = sorted(run.glob("arms/*"))
     assert len(arms) == 2

@@ -20,7 +20,7 @@ def state():
     return {"step": 7, "model": weights, "plain": (1, 2.5, "text", None, [1], {"a": True})}
 
 
-def test_a_state_comes_back_equal(tmp_path, state):
+def test_a_state_is_read_back_equal(tmp_path, state):
     path = checkpoint.save(tmp_path, 7, state)
     found = checkpoint.load(path)
     assert found["plain"] == state["plain"]
@@ -33,7 +33,7 @@ def test_the_mode_follows_the_umask(tmp_path, state):
     assert stat.S_IMODE(checkpoint.save(tmp_path, 7, state).stat().st_mode) == 0o666 & ~atomic.UMASK
 
 
-def test_the_newest_two_and_the_best_are_kept(tmp_path, state):
+def test_the_latest_two_and_the_best_are_kept(tmp_path, state):
     for step in range(1, 6):
         checkpoint.save(tmp_path, step, state | {"step": step}, is_best=step == 2)
     assert checkpoint.steps(tmp_path) == [4, 5]
@@ -41,7 +41,7 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path, state):
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_000000004.pt", "step_000000005.pt"]
 
 
-def test_newest_is_the_highest_step_not_the_latest_file(tmp_path, state):
+def test_the_latest_checkpoint_is_the_highest_step_not_the_newest_file(tmp_path, state):
     for step in (9, 8):
         checkpoint.save(tmp_path, step, state | {"step": step})
     assert checkpoint.load_latest(tmp_path, print)[1]["step"] == 9
@@ -99,14 +99,14 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
 
 
 def resealed(path):
-    """Seal a zip that was made by other means, as an attacker could."""
+    """Add a valid checksum footer to a zip, as an attacker could."""
     import hashlib
 
     body = path.read_bytes()[:-2] + checkpoint.CHECKSUM_BYTES.to_bytes(2, "little")
     path.write_bytes(body + checkpoint.CHECKSUM_PREFIX + hashlib.sha256(body).hexdigest().encode())
 
 
-def test_compressed_members_are_refused(tmp_path, state):
+def test_compressed_members_are_rejected(tmp_path, state):
     source = checkpoint.save(tmp_path, 7, state)
     path = tmp_path / "deflated.pt"
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
@@ -126,7 +126,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, state, value):
     assert checkpoint.steps(tmp_path) == [7]
 
 
-def test_another_models_checkpoint_is_refused(tmp_path):
+def test_the_checkpoint_of_another_model_is_rejected(tmp_path):
     model = torch.nn.Linear(3, 2)
     checkpoint.match_model(model, model.state_dict(), tmp_path)
     for other, text in (
@@ -140,7 +140,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         assert text in str(refused.value)
 
 
-def test_the_digest_sees_one_bit():
+def test_the_digest_changes_with_one_bit():
     one = {"w": torch.zeros(3)}
     other = {"w": torch.tensor([0.0, -0.0, 0.0])}
     assert checkpoint.weights_digest(one) == checkpoint.weights_digest({"w": torch.zeros(3)})
@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_temporary(tmp_path, s
     assert os.listdir(tmp_path) == ["step_000000007.pt"]
 
 
-def test_torch_does_not_hide_what_the_disk_said(tmp_path, state, monkeypatch):
+def test_torch_does_not_hide_the_error_of_the_disk(tmp_path, state, monkeypatch):
     class Full:
         def __init__(self, file):
             self.file = file

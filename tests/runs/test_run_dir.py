@@ -1,4 +1,4 @@
-"""The run directory: names, lock, metrics that are never torn, status that tells a killed run."""
+"""The run directory: names, lock, complete rows of metrics, status of a killed run."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ def test_directories_are_new_and_latest_points_to_the_last(tmp_path):
     assert (tmp_path / "runs" / "latest").resolve() == made[-1].resolve()
 
 
-def test_a_root_that_is_a_file_is_refused(tmp_path):
+def test_a_root_that_is_a_file_is_rejected(tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(RunDirError) as refused:
         create_run(tmp_path / "runs", "x")
@@ -40,7 +40,7 @@ def test_metrics_are_repaired_when_cut_anywhere(tmp_path):
         assert list(read_metrics(tmp_path)) == [*rows[:complete], {"step": 9}]
 
 
-def test_a_resume_cuts_back_and_refuses_a_gap(tmp_path):
+def test_a_resume_truncates_the_metrics_and_rejects_a_gap(tmp_path):
     with RunDir(tmp_path).locked() as out:
         out.append({"step": 1})
         length = out.sync_metrics()
@@ -51,7 +51,7 @@ def test_a_resume_cuts_back_and_refuses_a_gap(tmp_path):
             out.truncate_metrics(length + 1)
 
 
-def test_numbers_that_json_has_no_word_for(tmp_path):
+def test_numbers_that_json_cannot_represent(tmp_path):
     with RunDir(tmp_path).locked() as out:
         out.append({"a": float("nan"), "b": float("inf"), "c": (1, 2)})
     assert list(read_metrics(tmp_path)) == [{"a": None, "b": None, "c": [1, 2]}]
@@ -74,7 +74,7 @@ def try_to_hold(path, start, results):
         results.put((error.message, error.code))
 
 
-def test_of_eight_starts_exactly_one_runs(tmp_path):
+def test_exactly_one_of_eight_processes_holds_the_lock(tmp_path):
     context = multiprocessing.get_context("fork")
     start, results = context.Event(), context.Queue()
     starts = [context.Process(target=try_to_hold, args=(tmp_path, start, results)) for _ in range(8)]
@@ -91,7 +91,7 @@ def test_of_eight_starts_exactly_one_runs(tmp_path):
     assert any(f"pid {held[0][1]}" in message for message, _ in refused)
 
 
-def test_a_dead_holders_lock_is_free_at_once(tmp_path):
+def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
     ready, leave = context.Event(), context.Event()
     holder = context.Process(target=hold, args=(tmp_path, ready, leave))
@@ -113,7 +113,7 @@ def test_a_killed_run_is_interrupted(tmp_path):
     assert read_status(tmp_path) == {**read_json(tmp_path / "status.json"), "status": "interrupted"}
 
 
-def test_temporaries_of_a_kill_are_swept_but_not_those_of_arms(tmp_path):
+def test_stale_temporaries_are_removed_except_those_of_arms(tmp_path):
     places = [tmp_path, tmp_path / "checkpoints", tmp_path / "images" / "steps", tmp_path / "arms" / "000"]
     for place in places:
         place.mkdir(parents=True, exist_ok=True)

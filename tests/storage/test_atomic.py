@@ -1,4 +1,4 @@
-"""The order of a durable write, and what a power cut would leave of any other order."""
+"""The order of an atomic write, and what a power cut would leave after any other order."""
 
 import itertools
 import os
@@ -56,7 +56,7 @@ def test_only_the_full_order_survives_every_power_cut(tmp_path, monkeypatch):
         assert loses(other), other
 
 
-def test_the_content_is_replaced_whole(tmp_path):
+def test_the_content_is_replaced_completely(tmp_path):
     path = tmp_path / "f"
     atomic.write_text(path, "one")
     atomic.write_text(path, "two")
@@ -64,7 +64,7 @@ def test_the_content_is_replaced_whole(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
-def test_a_failing_filler_leaves_the_old_content(tmp_path):
+def test_a_failing_write_leaves_the_old_content(tmp_path):
     path = tmp_path / "f"
     atomic.write_text(path, "one")
 
@@ -78,14 +78,14 @@ def test_a_failing_filler_leaves_the_old_content(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
-def test_a_folder_that_is_gone_is_one_line(tmp_path):
+def test_a_removed_folder_is_an_error_of_one_line(tmp_path):
     with pytest.raises(RunDirError, match="No such file") as refused:
         atomic.write_text(tmp_path / "gone" / "f", "x")
     assert refused.value.code == 5
     assert "\n" not in str(refused.value)
 
 
-def test_sweeping_removes_only_temporaries(tmp_path):
+def test_only_temporaries_are_removed(tmp_path):
     (tmp_path / ".f-abc.tmp").touch()
     (tmp_path / ".hidden").touch()
     (tmp_path / "f.tmp").touch()

@@ -1,4 +1,4 @@
-"""Downloads: resumed, checked, never waited for unasked, and nothing installed when anything is wrong."""
+"""Downloads: resumed, verified, never slow without being asked for, nothing installed after an error."""
 
 import hashlib
 import random
@@ -25,14 +25,14 @@ def fetch(urls, target, patient=False):
     return download.fetch(urls, target, SHA256, len(CONTENT), patient)
 
 
-def test_a_file_arrives_whole(tmp_path):
+def test_a_file_is_downloaded_completely(tmp_path):
     with server(lambda handler: send(handler, CONTENT)) as (url, _):
         path = fetch([f"{url}/a"], tmp_path / "new" / "file")
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-def test_a_cut_download_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_download_resumes(tmp_path):
     with (
         server(lambda handler: send(handler, CONTENT, cut=300_000)) as (url, _),
         pytest.raises(DataError, match="cut off after 300000 of 700000"),
@@ -45,14 +45,14 @@ def test_a_cut_download_goes_on_where_it_was(tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_a_server_without_ranges_does_no_harm(tmp_path):
+def test_a_server_without_ranges_works(tmp_path):
     (tmp_path / "file.partial").write_bytes(CONTENT[:100_001])
     with server(lambda handler: send(handler, CONTENT, ranges=False)) as (url, _):
         fetch([f"{url}/a"], tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_the_next_source_goes_on_from_a_cut_one(tmp_path):
+def test_the_next_source_resumes_an_interrupted_download(tmp_path):
     def answer(handler):
         send(handler, CONTENT, cut=200_000 if handler.path == "/bad" else None)
 
@@ -61,7 +61,7 @@ def test_the_next_source_goes_on_from_a_cut_one(tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_altered_bytes_are_thrown_away(tmp_path):
+def test_altered_bytes_are_removed(tmp_path):
     with (
         server(lambda handler: send(handler, bytes([CONTENT[0] ^ 1]) + CONTENT[1:])) as (url, _),
         pytest.raises(DataError, match="sha256"),
@@ -70,7 +70,7 @@ def test_altered_bytes_are_thrown_away(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_nothing_answers_it_is_given_up_at_once(tmp_path):
+def test_a_download_without_answers_is_given_up_at_once(tmp_path):
     silent = socket.create_server(("127.0.0.1", 0))
     began = time.monotonic()
     with pytest.raises(DataError, match="none of 1 sources answered"):
@@ -101,7 +101,7 @@ def test_a_slow_source_is_left_for_the_next(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_where_all_are_slow_what_came_is_kept(tmp_path, monkeypatch):
+def test_what_slow_sources_sent_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
     with server(slowly) as (url, _), pytest.raises(download.SlowError, match=r"minutes in all.*are kept"):
         fetch([f"{url}/slow"], tmp_path / "file")
@@ -110,12 +110,12 @@ def test_where_all_are_slow_what_came_is_kept(tmp_path, monkeypatch):
     assert CONTENT.startswith(kept)
 
 
-def test_a_refusal_is_not_an_answer(tmp_path):
+def test_an_http_error_is_not_an_answer(tmp_path):
     with server(lambda handler: handler.send_error(404)) as (url, _), pytest.raises(DataError, match="answered"):
         fetch([f"{url}/a"], tmp_path / "file")
 
 
-def test_a_redirect_down_to_http_is_refused():
+def test_a_redirect_to_http_is_rejected():
     import urllib.error
     import urllib.request
 
@@ -126,7 +126,7 @@ def test_a_redirect_down_to_http_is_refused():
     assert handler.redirect_request(request, None, 302, "", {}, "https://example.org/b") is not None
 
 
-def test_two_at_once_do_not_mix(tmp_path):
+def test_concurrent_downloads_do_not_mix(tmp_path):
     import fcntl
     import multiprocessing
 
@@ -153,7 +153,7 @@ def test_two_at_once_do_not_mix(tmp_path):
     holder.join()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with server(lambda handler: send(handler, CONTENT)) as (url, _), pytest.raises(DataError, match="CVLAB_DATA"):
         fetch([f"{url}/a"], tmp_path / "file" / "x" / "y")
