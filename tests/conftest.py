@@ -11,6 +11,13 @@ import pytest
 import torch
 
 REAL_DATA = os.environ.get("CVLAB_DATA")
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Run the whole fast suite in a process per core; chosen files, and tests chosen by `-m`, in this one."""
+    is_whole = config.args_source != config.ArgsSource.ARGS and "not slow" in config.option.markexpr
+    return min(os.cpu_count() or 1, 4) if is_whole else 0
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +36,7 @@ def clean_environment(monkeypatch, tmp_path, data_root):
     monkeypatch.setenv("CVLAB_OFFLINE", "1")
     monkeypatch.delenv("CVLAB_RUNS", raising=False)
     console.set_level(quiet=False, verbose=False)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if IS_WORKER else 2)
     torch.manual_seed(0)
 
 
