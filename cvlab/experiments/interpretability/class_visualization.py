@@ -163,7 +163,7 @@ class ClassVisualizer:
         if config.blur and choice < BLUR_PROBABILITY:
             images = visualize.gaussian_blur(images, MIN_BLUR_SIGMA + strength * config.blur)
         if config.gray or config.contrast:
-            uniform = self._uniform(step, "colour")
+            uniform = self._uniform(step, "colour")  # codespell:ignore - names a stream of random numbers
             images = visualize.color_jitter(images, uniform, gray=config.gray, contrast=config.contrast)
         return images
 

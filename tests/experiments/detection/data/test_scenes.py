@@ -82,14 +82,14 @@ def test_boxes_are_tight(drawn):
 
 
 def test_objects_are_visible(drawn):
-    """Inside each box many pixels have about the colour that the words say, and differ from the ground."""
+    """Inside each box many pixels have about the color that the words say, and differ from the ground."""
     for scene in drawn:
         picture = scene.image.float() / 255
         for thing in scene.objects:
             x1, y1, x2, y2 = map(int, thing.box_xyxy)
             inside = picture[y1:y2, x1:x2].reshape(-1, 3)
             color = torch.tensor(COLORS[thing.color])
-            # Texture darkens a colour by up to 0.45; the rest is the hue that was drawn.
+            # Texture darkens a color by up to 0.45; the rest is the hue that was drawn.
             shades = torch.stack([color * shade for shade in (1.0, 0.85, 0.7, 0.55)])
             alike = (inside[:, None] - shades).abs().amax(2).amin(1) < 0.15
             assert alike.float().mean() > 0.1, thing
