@@ -153,6 +153,7 @@ def test_a_changed_configuration_is_not_resumed(tmp_path):
 
 
 def test_a_changed_fingerprint_is_logged(tmp_path):
+    torch.set_num_threads(2)
     with pytest.raises(StoppedError):
         tiny.train(tmp_path / "run", tiny.settings(threads=None), stop_at(5))
     torch.set_num_threads(1)
