@@ -206,7 +206,7 @@ def _description(row: Row, columns: Sequence[Column]) -> str:
     for column in columns:
         values = [tables.format_result(value) for value in column.values_of(row)]
         if values and not column.is_file:
-            parts.append(" ".join([column.title, ", ".join(values), *([column.unit] if column.unit else [])]))
+            parts.append(f"{column.title}: {', '.join(values)} {column.unit}".rstrip())
     return "; ".join(parts)
 
 

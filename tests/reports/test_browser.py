@@ -122,7 +122,7 @@ def test_values_are_read_by_keyboard(browser, root):
         "const svg = document.querySelector('svg'); svg.focus();"
         "for (const key of ['ArrowRight', 'ArrowRight', 'ArrowRight'])"
         "  svg.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
-        "return svg.closest('figure').querySelector('.said').textContent"
+        "return svg.closest('figure').querySelector('.readout').textContent"
     )
     rows = [json.loads(line) for line in next(root.glob("*quickstart*/metrics.jsonl")).read_text().splitlines()]
     value = next(row["train_loss"] for row in rows if row.get("step") == 3)

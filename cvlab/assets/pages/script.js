@@ -2,13 +2,13 @@
 for (const svg of document.querySelectorAll("svg[data-chart]")) {
   const chart = JSON.parse(svg.dataset.chart);
   const cursor = svg.querySelector(".cursor");
-  const said = svg.closest("figure").querySelector(".said");
-  const every = [...new Set(chart.lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
-  let place = -1;
+  const readout = svg.closest("figure").querySelector(".readout");
+  const xs = [...new Set(chart.lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
+  let current = -1;
   const short = (value) => Number(value.toPrecision(5)).toString();
   const show = (index) => {
-    place = Math.max(0, Math.min(every.length - 1, index));
-    const x = every[place];
+    current = Math.max(0, Math.min(xs.length - 1, index));
+    const x = xs[current];
     const at = chart.left + ((x - chart.from) / (chart.to - chart.from)) * chart.width;
     cursor.setAttribute("x1", at);
     cursor.setAttribute("x2", at);
@@ -19,21 +19,21 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
       line.xs.forEach((value, index) => { if (value <= x) k = index; });
       if (k >= 0) parts.push(`${line.name} ${short(line.ys[k])}`);
     }
-    said.textContent = `${chart.x} ${short(x)}: ${parts.join(", ")}`;
+    readout.textContent = `${chart.x} ${short(x)}: ${parts.join(", ")}`;
   };
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * chart.all;
     const x = chart.from + ((at - chart.left) / chart.width) * (chart.to - chart.from);
     let best = 0;
-    every.forEach((value, index) => { if (Math.abs(value - x) < Math.abs(every[best] - x)) best = index; });
+    xs.forEach((value, index) => { if (Math.abs(value - x) < Math.abs(xs[best] - x)) best = index; });
     show(best);
   });
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (step === undefined) return;
     event.preventDefault();
-    show(place < 0 ? 0 : place + step);
+    show(current < 0 ? 0 : current + step);
   });
 }
 for (const table of document.querySelectorAll("table[data-sortable]")) {
@@ -70,7 +70,7 @@ for (const input of document.querySelectorAll("input[data-filter]")) {
 }
 const seconds = Number(document.body.dataset.refresh);
 if (seconds) {
-  // Not while somebody reads: a word in the filter, an opened list, a place further down would be lost.
+  // Not while somebody reads: a word in the filter, an opened list, the scroll position would be lost.
   const isRead = () => window.scrollY > 0 || document.querySelector("details[open]") || [...document.querySelectorAll("input")].some((i) => i.value);
   setInterval(() => { if (!isRead()) location.reload(); }, 1000 * seconds);
 }
