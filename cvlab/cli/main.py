@@ -95,5 +95,5 @@ def run_command_line(arguments: list[str]) -> int:
         return report_internal_error(error, output)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _terminate(number: int, _frame: FrameType | None) -> None:
     raise StoppedError("stopped by SIGTERM", "", 128 + number)
