@@ -58,7 +58,7 @@ def read_annotation(path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
     if file is None:
         return None
     annotation = voc.read(file, path)
-    classes = tuple(sorted({thing.name for thing in annotation.objects}))
+    classes = tuple(sorted({obj.name for obj in annotation.objects}))
     if not classes:
         return torch.empty(0, 4), ()
     boxset = dataset.from_annotations(str(path), AnnotationSet("VOC", {"train": [annotation]}, classes), 0.0)

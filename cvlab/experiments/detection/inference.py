@@ -299,9 +299,9 @@ def save_coco(detector: LoadedDetector, results: Sequence[PhotoResult], out: Run
             writers.ImageBoxes(
                 Path(result.image).name,
                 (result.values["width"], result.values["height"]),
-                torch.tensor([thing["box_xyxy"] for thing in objects]).view(-1, 4),
-                torch.tensor([index[thing["label"]] for thing in objects], dtype=torch.int64),
-                torch.tensor([thing["score"] for thing in objects]),
+                torch.tensor([obj["box_xyxy"] for obj in objects]).view(-1, 4),
+                torch.tensor([index[obj["label"]] for obj in objects], dtype=torch.int64),
+                torch.tensor([obj["score"] for obj in objects]),
             )
         )
     out.folder("boxes")

@@ -30,8 +30,7 @@ from cvlab.engine import device, loop, trainer
 from cvlab.engine.task import ExportSpec, TrainTask
 from cvlab.experiments.base import Evaluable, Experiment, Exportable, State
 from cvlab.experiments.common import backbone_config
-from cvlab.experiments.detection import evaluation as detection_evaluation
-from cvlab.experiments.detection import feature_cache, inference, plots
+from cvlab.experiments.detection import evaluation, feature_cache, inference, plots
 from cvlab.experiments.detection.data import dataset
 from cvlab.experiments.detection.data.augment import AugmentConfig
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
@@ -160,9 +159,9 @@ def _compute_metrics(
     config: DetectorConfig, setup: DetectionSetup, head: DetectionHead[Any], cache: FeatureCache, split: str
 ) -> DetectionMetrics:
     """Evaluate a head on a split whose feature maps are cached."""
-    detections = detection_evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
+    detections = evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
     samples = samples_of(config, setup.boxset, split)
-    return detection_evaluation.compute_metrics(detections, samples, len(setup.boxset.classes), setup.rules)
+    return evaluation.compute_metrics(detections, samples, len(setup.boxset.classes), setup.rules)
 
 
 class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig]):
@@ -220,7 +219,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         }
         metrics["seconds_per_photo"] = seconds_per_photo(config, setup, head, split)
         final = _compute_metrics(config, setup, head, last, split)
-        return metrics | detection_evaluation.reported_metrics(final, setup.boxset.classes)
+        return metrics | evaluation.reported_metrics(final, setup.boxset.classes)
 
     def evaluate(self, config: DetectorConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
         """Evaluate the weights of a checkpoint; draw precision-recall curves and confusion matrices.
@@ -234,12 +233,12 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         for split in splits or tuple(name for name in ("val", "test") if setup.boxset.splits.get(name)):
             cache = cached_features(config, setup, split, 0, lambda: None)
             samples = samples_of(config, setup.boxset, split)
-            detections = detection_evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
-            result = detection_evaluation.compute_metrics(detections, samples, len(classes), setup.rules)
-            confusion = detection_evaluation.confusion_matrix(detections, samples, len(classes), SHOWN_SCORE_THRESHOLD)
+            detections = evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
+            result = evaluation.compute_metrics(detections, samples, len(classes), setup.rules)
+            confusion = evaluation.confusion_matrix(detections, samples, len(classes), SHOWN_SCORE_THRESHOLD)
             plots.write(RunDir(base), result, confusion, classes, f"{split}_")
-            values = detection_evaluation.reported_metrics(result, classes)
-            values |= detection_evaluation.recall_by_size(detections, samples, SHOWN_SCORE_THRESHOLD)
+            values = evaluation.reported_metrics(result, classes)
+            values |= evaluation.recall_by_size(detections, samples, SHOWN_SCORE_THRESHOLD)
             metrics |= {f"{split}_{name}": value for name, value in values.items()}
         return metrics
 

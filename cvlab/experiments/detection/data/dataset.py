@@ -120,7 +120,7 @@ def from_annotations(
     classes = annotation_set.classes
     if classes is None:
         images = (image for split in annotation_set.splits.values() for image in split)
-        classes = tuple(sorted({thing.name for image in images for thing in image.objects}))
+        classes = tuple(sorted({obj.name for image in images for obj in image.objects}))
     index = {known: k for k, known in enumerate(classes)}
     if len(index) < len(classes):
         duplicate = next(known for known in classes if classes.count(known) > 1)
@@ -193,41 +193,41 @@ def _to_sample(image: ImageAnnotation, index: dict[str, int], irregularities: _I
         irregularities.other_size.append(image.file)
     width, height = stored if rotate else displayed
     boxes, labels, difficult = [], [], []
-    for thing in image.objects:
-        box = _clip_box(thing, image, (width, height), irregularities)
+    for obj in image.objects:
+        box = _clip_box(obj, image, (width, height), irregularities)
         if box is None:
             continue
         boxes.append(box)
-        labels.append(_label_of(thing, index))
-        difficult.append(thing.difficult)
+        labels.append(_label_of(obj, index))
+        difficult.append(obj.difficult)
     boxes_xyxy = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
     if rotate:
         boxes_xyxy = apply_orientation(boxes_xyxy, header.orientation, stored)
     return DetectionSample(image.image, boxes_xyxy, torch.tensor(labels).long(), torch.tensor(difficult).bool())
 
 
-def _label_of(thing: ObjectAnnotation, index: dict[str, int]) -> int:
+def _label_of(obj: ObjectAnnotation, index: dict[str, int]) -> int:
     """Return the index of an object's class."""
-    if thing.name not in index:
-        error = registry.unknown_name_error("class", thing.name, index)
-        raise DataError(f"{thing.location}: {error.message}", error.hint)
-    return index[thing.name]
+    if obj.name not in index:
+        error = registry.unknown_name_error("class", obj.name, index)
+        raise DataError(f"{obj.location}: {error.message}", error.hint)
+    return index[obj.name]
 
 
 def _clip_box(
-    thing: ObjectAnnotation, image: ImageAnnotation, size: tuple[int, int], irregularities: _Irregularities
+    obj: ObjectAnnotation, image: ImageAnnotation, size: tuple[int, int], irregularities: _Irregularities
 ) -> annotations.Box | None:
     """Return a box in pixels, clipped to its image of `size` (width, height); None if it has no area."""
     width, height = size
     scale_x, scale_y = size if image.relative else (1, 1)
-    x1, x2 = thing.box_xyxy[0] * scale_x, thing.box_xyxy[2] * scale_x
-    y1, y2 = thing.box_xyxy[1] * scale_y, thing.box_xyxy[3] * scale_y
+    x1, x2 = obj.box_xyxy[0] * scale_x, obj.box_xyxy[2] * scale_x
+    y1, y2 = obj.box_xyxy[1] * scale_y, obj.box_xyxy[3] * scale_y
     if x2 <= x1 or y2 <= y1:
         irregularities.without_area.append(image.file)
         return None
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         problem = f"the box {x1:g} {y1:g} {x2:g} {y2:g} lies outside the photo of {width} x {height} px"
-        raise DataError(f"{thing.location}: {problem}", "correct or remove it")
+        raise DataError(f"{obj.location}: {problem}", "correct or remove it")
     if min(x1, y1) < -TOLERANCE_PX or x2 > width + TOLERANCE_PX or y2 > height + TOLERANCE_PX:
         irregularities.clipped.append(image.file)
     return max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))

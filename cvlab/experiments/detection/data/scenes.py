@@ -30,7 +30,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
         names = [f"{split}_{number:04d}" for number in range(count)]
         for number, name in enumerate(names):
             scene = generator.generate_scene(SEEDS[split], number)
-            descriptions[name] = [thing.attributes for thing in scene.objects]
+            descriptions[name] = [obj.attributes for obj in scene.objects]
             yield f"JPEGImages/{name}.png", scene.png()
             yield f"Annotations/{name}.xml", _xml(scene, name).encode()
         yield f"ImageSets/Main/{split}.txt", "".join(f"{name}\n" for name in names).encode()
@@ -39,8 +39,8 @@ def _files() -> Iterator[tuple[str, bytes]]:
 
 def _xml(scene: generator.Scene, name: str) -> str:
     """Return the VOC annotation of a scene."""
-    boxes_xyxy = torch.tensor([thing.box_xyxy for thing in scene.objects]).view(-1, 4)
-    names = [thing.shape for thing in scene.objects]
+    boxes_xyxy = torch.tensor([obj.box_xyxy for obj in scene.objects]).view(-1, 4)
+    names = [obj.shape for obj in scene.objects]
     return writers.write_voc_xml(boxes_xyxy, names, (generator.SIZE_PX, generator.SIZE_PX), f"{name}.png")
 
 
