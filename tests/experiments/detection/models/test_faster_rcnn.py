@@ -8,7 +8,7 @@ from cvlab.experiments.detection.models.faster_rcnn import FasterRcnn
 from cvlab.ops import boxes
 
 
-def some_boxes(count, reach, seed=0):
+def random_boxes(count, reach, seed=0):
     generator = torch.Generator().manual_seed(seed)
     low = torch.rand(count, 2, generator=generator, dtype=torch.float64) * reach
     return torch.cat([low, low + torch.rand(count, 2, generator=generator, dtype=torch.float64) * 60], 1)
@@ -16,10 +16,10 @@ def some_boxes(count, reach, seed=0):
 
 class TestParts:
     def test_encode_and_decode_are_inverse(self):
-        anchors, wanted = some_boxes(20, 100, 1) + torch.tensor([0.0, 0, 5, 5]), some_boxes(20, 100, 2)
-        wanted = wanted + torch.tensor([0.0, 0, 5, 5])
-        back = faster_rcnn.decode(faster_rcnn.encode(wanted, anchors), anchors)
-        torch.testing.assert_close(back, wanted)
+        anchors, expected = random_boxes(20, 100, 1) + torch.tensor([0.0, 0, 5, 5]), random_boxes(20, 100, 2)
+        expected = expected + torch.tensor([0.0, 0, 5, 5])
+        back = faster_rcnn.decode(faster_rcnn.encode(expected, anchors), anchors)
+        torch.testing.assert_close(back, expected)
         grown = faster_rcnn.decode(torch.full((20, 4), 100.0).double(), anchors)
         assert bool(torch.isfinite(grown).all())
 
@@ -43,77 +43,77 @@ class TestParts:
         assert len(negative) == 5
 
 
-def net_and_maps(n=2):
+def model_and_maps(n=2):
     torch.manual_seed(0)
-    net = FasterRcnn([4, 6, 8], 3, width=8, hidden=16)
-    return net, [torch.randn(n, c, s, s) for c, s in ((4, 16), (6, 8), (8, 4))]
+    model = FasterRcnn([4, 6, 8], 3, width=8, hidden=16)
+    return model, [torch.randn(n, c, s, s) for c, s in ((4, 16), (6, 8), (8, 4))]
 
 
 class TestFasterRcnn:
     def test_proposals_are_inside_and_sorted(self):
-        net, maps = net_and_maps()
-        found = net(maps)
-        assert found.objectness_logits.shape == (2, 3 * (256 + 64 + 16))
-        assert found.size_px == 128
-        for _, place in net.generate_proposals(found):
+        model, maps = model_and_maps()
+        outputs = model(maps)
+        assert outputs.objectness_logits.shape == (2, 3 * (256 + 64 + 16))
+        assert outputs.size_px == 128
+        for _, place in model.generate_proposals(outputs):
             assert 0 < len(place) <= faster_rcnn.POST_NMS_TOP_K
             assert bool((place >= 0).all())
             assert bool((place <= 128).all())
             assert float(boxes.iou(place, place).fill_diagonal_(0).max()) <= faster_rcnn.PROPOSAL_NMS_IOU
 
     def test_losses_by_part_and_no_object(self):
-        net, maps = net_and_maps()
+        model, maps = model_and_maps()
         nothing = collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2)
-        losses = net.losses(net(maps), nothing, 128)
+        losses = model.losses(model(maps), nothing, 128)
         losses["loss"].backward()
         assert all(bool(torch.isfinite(value)) for value in losses.values())
         assert losses["rpn_box_loss"].item() == losses["box_loss"].item() == 0
         something = collate_targets(
             [torch.tensor([[10.0, 10, 60, 50]]), torch.zeros(0, 4)], [torch.tensor([1]), torch.zeros(0).long()]
         )
-        losses = net.losses(net(maps), something, 128)
+        losses = model.losses(model(maps), something, 128)
         assert losses["box_loss"].item() > 0
         assert losses["rpn_box_loss"].item() > 0
 
     def test_the_same_seed_samples_the_same_proposals(self):
-        net, maps = net_and_maps()
-        net.eval()
+        model, maps = model_and_maps()
+        model.eval()
         some = collate_targets([torch.tensor([[10.0, 10, 60, 50]])] * 2, [torch.tensor([1])] * 2)
         values = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            values.append(net.losses(net(maps), some, 128)["loss"].item())
+            values.append(model.losses(model(maps), some, 128)["loss"].item())
         assert values[0] == values[1] != values[2]
 
     def test_overfits_an_image(self):
-        net, maps = net_and_maps(1)
-        wanted = torch.tensor([[20.0, 30, 70, 90], [80, 10, 120, 40]])
-        targets = collate_targets([wanted], [torch.tensor([2, 0])])
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        model, maps = model_and_maps(1)
+        expected = torch.tensor([[20.0, 30, 70, 90], [80, 10, 120, 40]])
+        targets = collate_targets([expected], [torch.tensor([2, 0])])
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(60):
             optimizer.zero_grad()
-            net.losses(net(maps), targets, 128)["loss"].backward()
+            model.losses(model(maps), targets, 128)["loss"].backward()
             optimizer.step()
-        net.eval()
+        model.eval()
         with torch.no_grad():
-            found = net.postprocess(net(maps), 128, 0.3, 0.5, 100)[0]
-        assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
-        overlap = boxes.iou(found.boxes_xyxy, wanted)
+            detections = model.postprocess(model(maps), 128, 0.3, 0.5, 100)[0]
+        assert detections.scores.tolist() == sorted(detections.scores.tolist(), reverse=True)
+        overlap = boxes.iou(detections.boxes_xyxy, expected)
         for column, label in enumerate((2, 0)):
             best = int(overlap[:, column].argmax())
             assert float(overlap[best, column]) > 0.6
-            assert int(found.labels[best]) == label
+            assert int(detections.labels[best]) == label
 
     def test_the_score_approaches_the_confidence_of_the_label(self):
-        net, maps = net_and_maps(1)
+        model, maps = model_and_maps(1)
         targets = collate_targets([torch.tensor([[20.0, 30, 70, 90]])], [torch.tensor([2])], [torch.tensor([0.4])])
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(80):
             optimizer.zero_grad()
-            net.losses(net(maps), targets, 128)["loss"].backward()
+            model.losses(model(maps), targets, 128)["loss"].backward()
             optimizer.step()
-        net.eval()
+        model.eval()
         with torch.no_grad():
-            found = net.postprocess(net(maps), 128, 0.05, 0.5, 100)[0]
-        assert int(found.labels[0]) == 2
-        assert 0.25 < float(found.scores[0]) < 0.55
+            detections = model.postprocess(model(maps), 128, 0.05, 0.5, 100)[0]
+        assert int(detections.labels[0]) == 2
+        assert 0.25 < float(detections.scores[0]) < 0.55

@@ -48,20 +48,20 @@ def test_only_pointwise_filters_are_trained_and_the_backbone_is_not_shared(made)
 
 
 def test_batch_norms_stay_in_evaluation_mode():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1))
-    tuned = FineTunedDetector(nn.BatchNorm2d(4), net, ["0", "1", "2"]).train()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1))
+    tuned = FineTunedDetector(nn.BatchNorm2d(4), model, ["0", "1", "2"]).train()
     assert tuned.head.training
     assert not any(m.training for m in tuned.stages.modules())
     with torch.no_grad():
         x = torch.randn(2, 4, 6, 6)
-        torch.testing.assert_close(tuned.feature_maps(x)[2], net.eval()[2](net[1](x)))
+        torch.testing.assert_close(tuned.feature_maps(x)[2], model.eval()[2](model[1](x)))
 
 
 @pytest.mark.parametrize("names", [["0"], ["0", "1.0"]])
 def test_layers_outside_of_one_sequence_are_rejected(names):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1)))
     with pytest.raises(ConfigError) as error:
-        FineTunedDetector(nn.Identity(), net, names)
+        FineTunedDetector(nn.Identity(), model, names)
     assert "finetune_epochs=0" in error.value.hint
 
 

@@ -9,15 +9,15 @@ from cvlab.experiments.detection.models.yolo_fpn import YoloFpn, YoloFpnOutputs
 class TestYoloFpn:
     def test_shapes_and_no_object(self):
         torch.manual_seed(0)
-        net = YoloFpn([4, 6, 8], 3, width=8)
+        model = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(2, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
-        scores, boxes_xyxy, points = net(maps)
+        scores, boxes_xyxy, points = model(maps)
         assert scores.shape == (2, 84, 3)
         assert boxes_xyxy.shape == (2, 84, 4)
         assert points.shape == (84, 3)
         assert scores.sigmoid().mean().item() < 0.01
         assert bool((boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all())
-        losses = net.losses(
+        losses = model.losses(
             YoloFpnOutputs(scores, boxes_xyxy, points),
             collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2),
             64,
@@ -27,35 +27,35 @@ class TestYoloFpn:
         assert losses["box_loss"].item() == 0
 
     def test_perfect_outputs_have_a_small_loss_and_give_the_ground_truth(self):
-        net = YoloFpn([4, 6, 8], 3, width=8)
+        model = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
-        _, _, points = net(maps)
-        wanted = torch.tensor([[8.0, 8, 40, 40]])
+        _, _, points = model(maps)
+        expected = torch.tensor([[8.0, 8, 40, 40]])
         scores = torch.full((1, 84, 3), -12.0)
         inside = (points[:, :2] > 8).all(1) & (points[:, :2] < 40).all(1)
         scores[0, inside, 2] = 12.0
-        perfect = YoloFpnOutputs(scores, wanted.expand(1, 84, 4).clone(), points)
-        targets = collate_targets([wanted], [torch.tensor([2])])
-        losses = net.losses(perfect, targets, 64)
-        wrong = net.losses(perfect, collate_targets([wanted], [torch.tensor([1])]), 64)
+        perfect = YoloFpnOutputs(scores, expected.expand(1, 84, 4).clone(), points)
+        targets = collate_targets([expected], [torch.tensor([2])])
+        losses = model.losses(perfect, targets, 64)
+        wrong = model.losses(perfect, collate_targets([expected], [torch.tensor([1])]), 64)
         assert float(losses["box_loss"]) < 1e-5
         assert float(wrong["class_loss"]) > 5 * float(losses["class_loss"])
-        found = net.postprocess(perfect, 64, 0.5, 0.6, 10)[0]
-        assert found.boxes_xyxy.tolist() == wanted.tolist()
-        assert found.labels.tolist() == [2]
+        detections = model.postprocess(perfect, 64, 0.5, 0.6, 10)[0]
+        assert detections.boxes_xyxy.tolist() == expected.tolist()
+        assert detections.labels.tolist() == [2]
 
     def test_the_score_approaches_the_confidence_of_the_label(self):
-        net = YoloFpn([4, 6, 8], 3, width=8)
+        model = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
-        wanted, label = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])
-        doubtful = collate_targets([wanted], [label], [torch.tensor([0.25])])
+        expected, label = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])
+        doubtful = collate_targets([expected], [label], [torch.tensor([0.25])])
         assert doubtful.confidence.tolist() == [[0.25]]
-        assert collate_targets([wanted], [label]).confidence.tolist() == [[1.0]]
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        assert collate_targets([expected], [label]).confidence.tolist() == [[1.0]]
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(150):
             optimizer.zero_grad()
-            net.losses(net(maps), doubtful, 64)["loss"].backward()
+            model.losses(model(maps), doubtful, 64)["loss"].backward()
             optimizer.step()
-        found = net.postprocess(net(maps), 64, 0.01, 0.6, 10)[0]
-        assert int(found.labels[0]) == 1
-        assert 0.15 < found.scores[0].item() < 0.35
+        detections = model.postprocess(model(maps), 64, 0.01, 0.6, 10)[0]
+        assert int(detections.labels[0]) == 1
+        assert 0.15 < detections.scores[0].item() < 0.35

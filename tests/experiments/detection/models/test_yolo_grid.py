@@ -24,9 +24,9 @@ def make(faithful=True, classes=3, seed=0):
     return YoloGrid([5], classes, width=8, faithful=faithful).eval()
 
 
-def raw_found(net, n, h, w, seed=0):
+def raw_outputs(model, n, h, w, seed=0):
     torch.manual_seed(seed)
-    return net([torch.randn(n, 5, h, w) * 3])
+    return model([torch.randn(n, 5, h, w) * 3])
 
 
 def slow_anchor(place, h, w):
@@ -55,9 +55,9 @@ def slow_place(box, h, w):
     return overlaps.index(max(overlaps)) * h * w + cell
 
 
-def slow_losses(found, targets, drawn, faithful):
+def slow_losses(outputs, targets, drawn, faithful):
     """The losses object by object; `drawn` are the pairs of picture and anchor that were drawn as negatives."""
-    h, w = found.class_logits.shape[2:]
+    h, w = outputs.class_logits.shape[2:]
     confidence, offset, per_picture = [], [], []
     for n in range(len(targets)):
         entropies = []
@@ -66,53 +66,53 @@ def slow_losses(found, targets, drawn, faithful):
                 continue
             box = [v / 32 for v in box_xyxy]
             place = slow_place(box, h, w)
-            given = found.offsets[n, place].tolist()
+            given = outputs.offsets[n, place].tolist()
             target = 1.0 if faithful else slow_iou(slow_box(given, place, h, w), box)
-            confidence.append((found.confidence[n, place].item() - target) ** 2)
+            confidence.append((outputs.confidence[n, place].item() - target) ** 2)
             x, y, wide, high = slow_anchor(place, h, w)
-            wanted = [(box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y]
-            wanted += [math.log((box[2] - box[0]) / wide), math.log((box[3] - box[1]) / high)]
-            offset.append(sum((p - q) ** 2 for p, q in zip(given, wanted, strict=True)))
-            logits = found.class_logits[n, :, place // w % h, place % w].tolist()
+            expected = [(box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y]
+            expected += [math.log((box[2] - box[0]) / wide), math.log((box[3] - box[1]) / high)]
+            offset.append(sum((p - q) ** 2 for p, q in zip(given, expected, strict=True)))
+            logits = outputs.class_logits[n, :, place // w % h, place % w].tolist()
             entropies.append(math.log(sum(math.exp(v) for v in logits)) - logits[label])
         if entropies:
             per_picture.append(sum(entropies) / len(entropies))
-    confidence += [found.confidence[n, place].item() ** 2 for n, place in drawn]
+    confidence += [outputs.confidence[n, place].item() ** 2 for n, place in drawn]
     return [sum(part) / len(part) for part in (confidence, offset, per_picture)]
 
 
 class TestHead:
     @pytest.mark.parametrize(("n", "h", "w"), [(1, 7, 7), (2, 2, 3)])
     def test_shapes(self, n, h, w):
-        found = raw_found(make(), n, h, w)
-        assert found.confidence.shape == (n, A * h * w)
-        assert found.offsets.shape == (n, A * h * w, 4)
-        assert found.class_logits.shape == (n, 3, h, w)
-        assert found.offsets[..., :2].abs().max() < 0.5
-        assert bool((found.confidence > 0).all())
+        outputs = raw_outputs(make(), n, h, w)
+        assert outputs.confidence.shape == (n, A * h * w)
+        assert outputs.offsets.shape == (n, A * h * w, 4)
+        assert outputs.class_logits.shape == (n, 3, h, w)
+        assert outputs.offsets[..., :2].abs().max() < 0.5
+        assert bool((outputs.confidence > 0).all())
 
     def test_order_of_the_channels(self):
-        net = make()
+        model = make()
         x = torch.randn(2, 5, 2, 3)
-        raw, found = net.head(x), net([x])
+        raw, outputs = model.head(x), model([x])
         for anchor, row, column in ((0, 0, 0), (4, 1, 2), (8, 0, 1)):
             place = (anchor * 2 + row) * 3 + column
-            torch.testing.assert_close(found.confidence[1, place], raw[1, anchor, row, column].sigmoid())
+            torch.testing.assert_close(outputs.confidence[1, place], raw[1, anchor, row, column].sigmoid())
             four = raw[1, A + 4 * anchor : A + 4 * anchor + 4, row, column]
-            torch.testing.assert_close(found.offsets[1, place], torch.cat([four[:2].sigmoid() - 0.5, four[2:]]))
-        torch.testing.assert_close(found.class_logits, raw[:, 5 * A :])
+            torch.testing.assert_close(outputs.offsets[1, place], torch.cat([four[:2].sigmoid() - 0.5, four[2:]]))
+        torch.testing.assert_close(outputs.class_logits, raw[:, 5 * A :])
 
     def test_anchor_shapes_are_a_buffer_outside_of_the_state_dict(self):
-        net = make()
-        assert "shapes" not in net.state_dict()
-        assert net.double().shapes.dtype == torch.float64
+        model = make()
+        assert "shapes" not in model.state_dict()
+        assert model.double().shapes.dtype == torch.float64
 
     def test_decode_equals_the_loop_and_does_not_overflow(self):
-        net = make()
-        found = raw_found(net, 2, 2, 3)
-        decoded = yolo_grid.boxes.cxcywh_to_xyxy(yolo_grid.decode(found.offsets, net.anchors(found)))
-        wanted = [[slow_box(found.offsets[n, p].tolist(), p, 2, 3) for p in range(A * 6)] for n in range(2)]
-        torch.testing.assert_close(decoded, torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+        model = make()
+        outputs = raw_outputs(model, 2, 2, 3)
+        decoded = yolo_grid.boxes.cxcywh_to_xyxy(yolo_grid.decode(outputs.offsets, model.anchors(outputs)))
+        expected = [[slow_box(outputs.offsets[n, p].tolist(), p, 2, 3) for p in range(A * 6)] for n in range(2)]
+        torch.testing.assert_close(decoded, torch.tensor(expected), rtol=1e-4, atol=1e-5)
         huge = yolo_grid.decode(torch.full((1, 4), 1e4), torch.ones(1, 4))
         assert bool(torch.isfinite(huge).all())
 
@@ -124,22 +124,22 @@ class TestLosses:
 
     @pytest.mark.parametrize("faithful", [True, False])
     def test_losses_equal_the_loop(self, faithful):
-        net, targets = make(faithful), self.targets()
-        found = raw_found(net, 3, 7, 7)
-        positives, is_negative = net.match_anchors(found, targets)
+        model, targets = make(faithful), self.targets()
+        outputs = raw_outputs(model, 3, 7, 7)
+        positives, is_negative = model.match_anchors(outputs, targets)
         torch.manual_seed(5)
         places = is_negative.nonzero()[torch.randperm(int(is_negative.sum()))[: len(positives.labels)]].tolist()
         torch.manual_seed(5)
-        losses = net.losses(found, targets, 224)
-        wanted = slow_losses(found, targets, places, faithful)
+        losses = model.losses(outputs, targets, 224)
+        expected = slow_losses(outputs, targets, places, faithful)
         names = ("confidence_loss", "offset_loss", "class_loss")
-        assert [losses[name].item() for name in names] == pytest.approx(wanted, rel=1e-4)
-        assert losses["loss"].item() == pytest.approx(sum(wanted), rel=1e-4)
+        assert [losses[name].item() for name in names] == pytest.approx(expected, rel=1e-4)
+        assert losses["loss"].item() == pytest.approx(sum(expected), rel=1e-4)
 
     def test_negatives(self):
-        net, targets = make(), self.targets()
-        found = raw_found(net, 3, 7, 7)
-        positives, is_negative = net.match_anchors(found, targets)
+        model, targets = make(), self.targets()
+        outputs = raw_outputs(model, 3, 7, 7)
+        positives, is_negative = model.match_anchors(outputs, targets)
         assert positives.image.tolist() == [0, 0, 0, 1]
         assert positives.labels.tolist() == [2, 0, 1, 1]
         assert bool(is_negative[2].all()), "a picture without objects has nothing but negatives"
@@ -150,10 +150,10 @@ class TestLosses:
             assert bool(is_negative[0, place]) == (max(overlaps) < 0.2 and place not in answering)
 
     def test_the_positive_anchor_of_a_thin_box_is_not_negative(self):
-        net = make()
-        found = raw_found(net, 1, 7, 7)
-        positives, is_negative = net.match_anchors(
-            found, collate_targets([torch.tensor([[40.0, 40, 43, 60]])], [torch.tensor([0])])
+        model = make()
+        outputs = raw_outputs(model, 1, 7, 7)
+        positives, is_negative = model.match_anchors(
+            outputs, collate_targets([torch.tensor([[40.0, 40, 43, 60]])], [torch.tensor([0])])
         )
         assert len(positives.anchor) == 1
         assert not bool(is_negative[0, positives.anchor])
@@ -169,56 +169,58 @@ class TestLosses:
 
     @pytest.mark.parametrize("faithful", [True, False])
     def test_every_weight_has_a_gradient(self, faithful):
-        net = make(faithful)
-        net.losses(raw_found(net, 3, 7, 7), self.targets(), 224)["loss"].backward()
-        for parameter in net.parameters():
+        model = make(faithful)
+        model.losses(raw_outputs(model, 3, 7, 7), self.targets(), 224)["loss"].backward()
+        for parameter in model.parameters():
             assert bool(torch.isfinite(parameter.grad).all())
             assert parameter.grad.abs().sum() > 0
 
     def test_no_object_at_all(self):
-        net = make()
-        losses = net.losses(
-            raw_found(net, 2, 7, 7), collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2), 224
+        model = make()
+        losses = model.losses(
+            raw_outputs(model, 2, 7, 7), collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2), 224
         )
         losses["loss"].backward()
         assert losses["loss"].item() == 0
-        assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in net.parameters())
+        assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in model.parameters())
 
     def test_two_objects_with_the_same_anchor(self):
-        net = make()
-        found = raw_found(net, 1, 7, 7)
+        model = make()
+        outputs = raw_outputs(model, 1, 7, 7)
         twins = collate_targets([TRUE[:1].repeat(2, 1)], [torch.tensor([0, 1])])
-        losses = net.losses(found, twins, 224)
+        losses = model.losses(outputs, twins, 224)
         assert bool(torch.isfinite(losses["loss"]))
-        ones = [net.losses(found, collate_targets([TRUE[:1]], [torch.tensor([k])]), 224)["class_loss"] for k in (0, 1)]
+        ones = [
+            model.losses(outputs, collate_targets([TRUE[:1]], [torch.tensor([k])]), 224)["class_loss"] for k in (0, 1)
+        ]
         torch.testing.assert_close(losses["class_loss"], (ones[0] + ones[1]) / 2)
 
 
 class TestDetections:
-    def perfect(self, net):
+    def perfect(self, model):
         """Put the targets into what the head says."""
         places = [slow_place((box / 32).tolist(), 7, 7) for box in TRUE]
-        found = YoloGridOutputs(torch.zeros(1, A * 49), torch.zeros(1, A * 49, 4), torch.zeros(1, 3, 7, 7))
-        own = net.anchors(found)[places]
-        found.offsets[0, places] = yolo_grid.encode(TRUE / 32, own)
-        found.confidence[0, places] = torch.tensor([0.7, 0.9, 0.8])
+        outputs = YoloGridOutputs(torch.zeros(1, A * 49), torch.zeros(1, A * 49, 4), torch.zeros(1, 3, 7, 7))
+        own = model.anchors(outputs)[places]
+        outputs.offsets[0, places] = yolo_grid.encode(TRUE / 32, own)
+        outputs.confidence[0, places] = torch.tensor([0.7, 0.9, 0.8])
         for place, label in zip(places, NAMES.tolist(), strict=True):
-            found.class_logits[0, label, place // 7 % 7, place % 7] = 12.0
-        return found
+            outputs.class_logits[0, label, place // 7 % 7, place % 7] = 12.0
+        return outputs
 
     @pytest.mark.parametrize("faithful", [True, False])
     def test_perfect_outputs_give_the_ground_truth(self, faithful):
-        net = make(faithful)
-        (result,) = net.postprocess(self.perfect(net), 224, 0.5, 0.5, 10)
+        model = make(faithful)
+        (result,) = model.postprocess(self.perfect(model), 224, 0.5, 0.5, 10)
         order = [1, 2, 0]  # by confidence
         torch.testing.assert_close(result.boxes_xyxy, TRUE[order])
         assert result.labels.tolist() == NAMES[order].tolist()
         torch.testing.assert_close(result.scores, torch.tensor([0.9, 0.8, 0.7]), atol=1e-4, rtol=0)
 
     def test_only_the_confidence_loss_of_perfect_outputs_is_large(self):
-        net = make()
+        model = make()
         targets = collate_targets([TRUE], [NAMES])
-        losses = net.losses(self.perfect(net), targets, 224)
+        losses = model.losses(self.perfect(model), targets, 224)
         assert losses["offset_loss"].item() < 1e-9
         assert losses["class_loss"].item() < 1e-4
         assert losses["confidence_loss"].item() == pytest.approx((0.09 + 0.01 + 0.04) / 6, rel=1e-5)
@@ -229,16 +231,16 @@ class TestDetections:
 
     def test_the_score(self):
         """Faithful, it is the confidence; else the confidence times the probability of the class."""
-        found = self.perfect(make())
-        flat = found._replace(class_logits=torch.zeros_like(found.class_logits))
+        outputs = self.perfect(make())
+        flat = outputs._replace(class_logits=torch.zeros_like(outputs.class_logits))
         (plain,) = make().postprocess(flat, 224, 0.1, 0.5, 10)
         (product,) = make(faithful=False).postprocess(flat, 224, 0.1, 0.5, 10)
         torch.testing.assert_close(product.scores, plain.scores / 3)
         assert len(make(faithful=False).postprocess(flat, 224, 0.5, 0.5, 10)[0].scores) == 0
 
     def test_detections_are_sorted_clipped_and_without_duplicates(self):
-        net = make()
-        for result in net.postprocess(raw_found(net, 2, 7, 7), 224, 0.2, 0.4, 30):
+        model = make()
+        for result in model.postprocess(raw_outputs(model, 2, 7, 7), 224, 0.2, 0.4, 30):
             assert 0 < len(result.scores) <= 30
             assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
             assert result.boxes_xyxy.min() >= 0
@@ -248,8 +250,8 @@ class TestDetections:
                 assert all(slow_iou(box, other) <= 0.4 + 1e-5 for other, name in listed[:k] if name == label)
 
     def test_no_score_above_the_threshold(self):
-        net = make()
-        (result,) = net.postprocess(raw_found(net, 1, 2, 2), 64, 1.0, 0.5, 10)
+        model = make()
+        (result,) = model.postprocess(raw_outputs(model, 1, 2, 2), 64, 1.0, 0.5, 10)
         assert result.boxes_xyxy.shape == (0, 4)
         assert result.labels.dtype == torch.int64
 

@@ -54,7 +54,7 @@ def file(arrays, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def net(file):
+def model(file):
     return yolov3_tiny.build(str(file))
 
 
@@ -148,22 +148,22 @@ class TestFile:
 
 class TestNet:
     @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (2, 3, 96, 32)])
-    def test_maps_equal_the_reference(self, net, arrays, shape):
+    def test_maps_equal_the_reference(self, model, arrays, shape):
         x = torch.rand(shape)
-        for found, wanted in zip(net(x), twin(arrays, x), strict=True):
-            assert wanted.std() > 0.1
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for found, expected in zip(model(x), twin(arrays, x), strict=True):
+            assert expected.std() > 0.1
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
-    def test_is_frozen_and_channels_last(self, net):
-        assert not net.training
-        assert not any(p.requires_grad for p in net.parameters())
-        assert net.conv12.weight.is_contiguous(memory_format=torch.channels_last)
-        assert sum(p.numel() for p in net.parameters()) == 8_858_734 - 3 * 3_184  # three of four vectors go
+    def test_is_frozen_and_channels_last(self, model):
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        assert model.conv12.weight.is_contiguous(memory_format=torch.channels_last)
+        assert sum(p.numel() for p in model.parameters()) == 8_858_734 - 3 * 3_184  # three of four vectors go
 
-    def test_images_are_not_modified(self, net):
+    def test_images_are_not_modified(self, model):
         x = torch.rand(1, 3, 32, 32)
         before = x.clone()
-        net(x)
+        model(x)
         assert torch.equal(x, before)
 
 
@@ -191,18 +191,18 @@ def sigmoid(t):
 
 class TestDetect:
     @pytest.mark.parametrize("floor", [0.2, 0.3, 0.999])
-    def test_boxes_equal_the_loops(self, net, floor):
+    def test_boxes_equal_the_loops(self, model, floor):
         images = torch.rand(2, 3, 64, 64)
-        maps = net(images)
-        found = yolov3_tiny.detect(net, images, floor)
+        maps = model(images)
+        found = yolov3_tiny.detect(model, images, floor)
         assert len(found) == 2
         for k, (boxes, scores, labels) in enumerate(found):
-            wanted = slow_detect([m[k] for m in maps], floor)
-            assert (len(wanted) > 50) == (floor < 0.9)
+            expected = slow_detect([m[k] for m in maps], floor)
+            assert (len(expected) > 50) == (floor < 0.9)
             got = torch.cat([boxes, scores[:, None], labels[:, None].float()], 1)
-            assert boxes.shape == (len(wanted), 4)
+            assert boxes.shape == (len(expected), 4)
             assert labels.dtype == torch.int64
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
     def test_one_box_may_have_several_labels(self):
         raw_map = torch.full((1, 255, 1, 1), -20.0)
@@ -221,21 +221,21 @@ class TestDetect:
         assert torch.isfinite(boxes).all()
         assert objectness.tolist() == [[1.0] * 3]
 
-    def test_bfloat16_detects_about_the_same(self, net):
+    def test_bfloat16_detects_about_the_same(self, model):
         images = torch.rand(1, 3, 64, 64)
         with torch.autocast("cpu", torch.bfloat16):
-            ((_, scores, _),) = yolov3_tiny.detect(net, images, 0.0)
-        ((_, wanted, _),) = yolov3_tiny.detect(net, images, 0.0)
+            ((_, scores, _),) = yolov3_tiny.detect(model, images, 0.0)
+        ((_, expected, _),) = yolov3_tiny.detect(model, images, 0.0)
         assert scores.dtype == torch.float32
-        assert len(scores) == len(wanted) == (2 * 2 + 4 * 4) * 3 * 80
-        assert 0 < (scores - wanted).abs().max() < 0.1
+        assert len(scores) == len(expected) == (2 * 2 + 4 * 4) * 3 * 80
+        assert 0 < (scores - expected).abs().max() < 0.1
 
     @pytest.mark.parametrize(("size", "near"), [(400, 384), (0, 32), (33, 32)])
-    def test_invalid_sizes_are_rejected(self, net, size, near):
+    def test_invalid_sizes_are_rejected(self, model, size, near):
         with pytest.raises(ConfigError, match=f"{size} pixels is not a multiple of 32; {near} is the nearest"):
             yolov3_tiny.letterbox(Image.new("RGB", (50, 40)), size)
         with pytest.raises(ConfigError, match="multiple of 32"):
-            yolov3_tiny.detect(net, torch.zeros(1, 3, size, size), 0.5)
+            yolov3_tiny.detect(model, torch.zeros(1, 3, size, size), 0.5)
 
 
 SIDES = [(640, 480), (333, 500), (416, 416), (50, 40), (1000, 7), (3, 999), (1, 1)]
@@ -371,18 +371,18 @@ def real():
 
 @pytest.mark.realdata
 class TestRealWeights:
-    def found(self, net, name, floor=0.4):
+    def found(self, model, name, floor=0.4):
         folder = Path(REAL_DATA) / "imagenet_samples"
         with (folder / "labels.csv").open() as file:
             files = [row["file"] for row in csv.DictReader(file) if row["name"] == name]
         picture, scale, left, top = yolov3_tiny.letterbox(photos.load(folder / files[0]))
-        ((boxes, scores, labels),) = yolov3_tiny.detect(net, picture[None], floor)
+        ((boxes, scores, labels),) = yolov3_tiny.detect(model, picture[None], floor)
         kept = slow_nms(boxes, scores, labels)
         places = yolov3_tiny.unletterbox(boxes[kept], scale, left, top).tolist()
         return [(COCO_CLASSES[labels[k]], place) for k, place in zip(kept, places, strict=True)]
 
     @pytest.mark.parametrize(
-        ("photo", "wanted", "box"),
+        ("photo", "expected", "box"),
         [  # boxes drawn by eye around what is seen
             ("school bus", "bus", (34, 106, 470, 293)),
             ("golden retriever", "dog", (46, 122, 236, 402)),
@@ -390,8 +390,8 @@ class TestRealWeights:
             ("Border collie", "car", (0, 12, 236, 126)),
         ],
     )
-    def test_detections_in_photos(self, real, photo, wanted, box):
-        places = [place for name, place in self.found(real, photo) if name == wanted]
+    def test_detections_in_photos(self, real, photo, expected, box):
+        places = [place for name, place in self.found(real, photo) if name == expected]
         assert len(places) == 1
         assert overlap(places[0], box) > 0.7
 
