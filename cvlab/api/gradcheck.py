@@ -12,7 +12,7 @@ from cvlab.engine import optimizers
 from cvlab.experiments.classification.models.convnet import deep_convnet, three_layer_convnet
 from cvlab.experiments.classification.models.mlp import mlp
 from cvlab.experiments.classification.models.resnet import preact_resnet
-from cvlab.layers import gradcheck
+from cvlab.layers import gradcheck, gradcheck_cases
 from cvlab.layers.gradcheck import GradCheckResult
 from cvlab.layers.init import init_weights
 from cvlab.layers.modules import MANUAL_ALT_LAYERS, MANUAL_LAYERS
@@ -105,7 +105,7 @@ def run(names: Sequence[str], seed: int) -> dict[str, Any]:
 
 def _check_named(names: Sequence[str]) -> list[GradCheckResult]:
     """Check everything but the models."""
-    cases = {case.name: case for case in gradcheck.cases()}
+    cases = {case.name: case for case in gradcheck_cases.cases()}
     models = list(_models(nn))
     known = [*cases, *models, *(f"{model}, simplified" for model in models if "BatchNorm" in model), *UPDATES, KAIMING]
     verdicts = []

@@ -1,6 +1,6 @@
-"""Namespaces of layers: a model is built from `layers.Conv2d`, `layers.Linear`, ... of the one that is passed in.
+"""Hand-written layers, and the namespaces from which a model takes `layers.Conv2d`, `layers.Linear`, ...
 
-`torch` is torch.nn; `manual` is ours, with forward and backward written out; `manual_alt` differs from it in the
+`torch` is torch.nn; `manual` has hand-written forward and backward passes; `manual_alt` differs from it in the
 derivation of BatchNorm's backward. All three read and write the same checkpoints.
 May import the root modules only.
 """

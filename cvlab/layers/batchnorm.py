@@ -1,4 +1,8 @@
-"""BatchNorm (Ioffe and Szegedy, 2015, algorithm 1) with two derivations of its backward pass, and its spatial form."""
+"""BatchNorm with two derivations of its backward pass, and its spatial form. After EECS 498, assignment 3.
+
+References:
+    Ioffe and Szegedy, 2015, "Batch normalization", algorithm 1.
+"""
 
 from typing import NamedTuple
 
@@ -20,7 +24,17 @@ class BatchNorm:
 
     @staticmethod
     def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> tuple[Tensor, Cache]:
-        """Return gamma * (x - mean) / sqrt(var + eps) + beta, statistics of the batch; x (N, D), gamma, beta (D,)."""
+        """Return gamma * (x - mean) / sqrt(var + eps) + beta, with the statistics of the batch.
+
+        Args:
+            x: (N, D).
+            gamma: (D,).
+            beta: (D,).
+            eps: added to the variance.
+
+        Returns:
+            out (N, D), and the cache.
+        """
         mean = x.mean(0)
         centered = x - mean  # (N, D)
         var = centered.square().mean(0)
@@ -30,7 +44,7 @@ class BatchNorm:
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dx (N, D), dgamma (D,), dbeta (D,) for dout (N, D)."""
+        """Return dx (N, D), dgamma (D,) and dbeta (D,), for dout (N, D)."""
         n = dout.shape[0]
         dot = (dout * cache.centered).sum(0)
         dgamma = dot * cache.inv_std
@@ -42,13 +56,13 @@ class BatchNorm:
         return dcentered.add_(dmean / n), dgamma, dbeta
 
     @staticmethod
-    def apply_statistics(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-        """Normalize with given statistics, as in evaluation."""
+    def normalize(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+        """Normalize x with running statistics, as in evaluation; all arguments broadcast."""
         return (x - mean) * ((var + eps).rsqrt() * gamma) + beta
 
 
 class BatchNormAlt(BatchNorm):
-    """The same layer with the simplified backward: the sums over the batch taken once, then one pass."""
+    """BatchNorm with a simplified backward: the sums over the batch are taken once, then one pass over it."""
 
     @staticmethod
     def backward(dout: Tensor, cache: BatchNorm.Cache) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,35 +76,35 @@ class BatchNormAlt(BatchNorm):
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """Return (N, C, H, W) as rows of channels (N * H * W, C): permuted, never merely reshaped."""
+    """Return x (N, C, H, W) as rows of channels (N * H * W, C): permuted, never merely reshaped."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Undo `to_rows`."""
+    """Return rows (N * H * W, C) as images of the shape of `like` (N, C, H, W): the inverse of `to_rows`."""
     n, c, h, w = like.shape
     return rows.view(n, h, w, c).permute(0, 3, 1, 2)  # (N, C, H, W)
 
 
 class SpatialBatchNorm:
-    """BatchNorm of pictures: each channel over all pictures and places, through `BatchNorm` itself."""
+    """BatchNorm of images: each channel is normalized over the batch and all positions."""
 
-    vanilla: type[BatchNorm] = BatchNorm
+    base: type[BatchNorm] = BatchNorm
 
     @classmethod
     def forward(cls, x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> tuple[Tensor, BatchNorm.Cache]:
-        """Normalize x (N, C, H, W) with gamma and beta (C,)."""
-        rows, cache = cls.vanilla.forward(to_rows(x), gamma, beta, eps)
+        """Normalize x (N, C, H, W), with gamma and beta (C,); return out (N, C, H, W) and the cache."""
+        rows, cache = cls.base.forward(to_rows(x), gamma, beta, eps)
         return from_rows(rows, x), cache
 
     @classmethod
     def backward(cls, dout: Tensor, cache: BatchNorm.Cache) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dx (N, C, H, W), dgamma (C,), dbeta (C,) for dout (N, C, H, W)."""
-        rows, dgamma, dbeta = cls.vanilla.backward(to_rows(dout), cache)
+        """Return dx (N, C, H, W), dgamma (C,) and dbeta (C,), for dout (N, C, H, W)."""
+        rows, dgamma, dbeta = cls.base.backward(to_rows(dout), cache)
         return from_rows(rows, dout), dgamma, dbeta
 
 
 class SpatialBatchNormAlt(SpatialBatchNorm):
-    """The same with the simplified backward."""
+    """SpatialBatchNorm with the simplified backward."""
 
-    vanilla = BatchNormAlt
+    base = BatchNormAlt

@@ -1,4 +1,4 @@
-"""Conv2d by unfolding and one matrix product, and MaxPool2d, on channels_last pictures. EECS 498, assignment 3.
+"""Conv2d by im2col and one matrix product, and MaxPool2d, on channels_last images. After EECS 498, assignment 3.
 
 A patch is a row of (K, K, C) numbers with the channels innermost, as they lie in memory, so that unfolding is K * K
 copies of long runs.
@@ -12,12 +12,22 @@ from torch import Tensor
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    """Return how many positions a kernel has along one side."""
+    """Return the number of positions of a kernel along one side of `size` pixels."""
     return (size + 2 * padding - kernel) // stride + 1
 
 
 def unfold(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """Return every patch of x (N, C, H, W) as a row: (N * Ho * Wo, K * K * C)."""
+    """Return every patch of a batch of images as a row (im2col).
+
+    Args:
+        x: (N, C, H, W).
+        kernel: K, height and width of a patch.
+        stride: pixels between patches.
+        padding: zeros added on each side.
+
+    Returns:
+        patches (N * Ho * Wo, K * K * C).
+    """
     n, c, h, w = x.shape
     ho, wo = out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))  # (N, H + 2P, W + 2P, C)
@@ -29,7 +39,18 @@ def unfold(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
 
 
 def fold(patches: Tensor, shape: torch.Size, kernel: int, stride: int, padding: int) -> Tensor:
-    """Add rows of patches up where they overlap: the adjoint of `unfold`; result (N, C, H, W), channels_last."""
+    """Sum patches where they overlap (col2im): the adjoint of `unfold`.
+
+    Args:
+        patches: (N * Ho * Wo, K * K * C).
+        shape: N, C, H, W of the images.
+        kernel: K, height and width of a patch.
+        stride: pixels between patches.
+        padding: zeros that were added on each side.
+
+    Returns:
+        images (N, C, H, W), channels_last.
+    """
     n, c, h, w = shape
     ho, wo = out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)
     patches = patches.view(n, ho, wo, kernel, kernel, c)
@@ -41,7 +62,7 @@ def fold(patches: Tensor, shape: torch.Size, kernel: int, stride: int, padding: 
 
 
 class Conv2d:
-    """Cross-correlation of pictures with square kernels."""
+    """Cross-correlation of images with square kernels."""
 
     class Cache(NamedTuple):
         """What backward needs."""
@@ -57,7 +78,18 @@ class Conv2d:
     def forward(
         x: Tensor, w: Tensor, b: Tensor | None = None, stride: int = 1, padding: int = 0
     ) -> tuple[Tensor, Cache]:
-        """Return (N, F, Ho, Wo), channels_last, for x (N, C, H, W), w (F, C, K, K), b (F,)."""
+        """Convolve a batch of images.
+
+        Args:
+            x: (N, C, H, W).
+            w: (F, C, K, K), as in torch.nn.
+            b: (F,).
+            stride: of the kernels, in both directions.
+            padding: zeros added on each side.
+
+        Returns:
+            out (N, F, Ho, Wo), channels_last, and the cache.
+        """
         n, _, height, width = x.shape
         f, _, k, _ = w.shape
         patches = unfold(x, k, stride, padding)  # (N * Ho * Wo, K * K * C)
@@ -69,7 +101,7 @@ class Conv2d:
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return dx (N, C, H, W), dw (F, C, K, K), db (F,) for dout (N, F, Ho, Wo)."""
+        """Return dx (N, C, H, W), dw (F, C, K, K) and db (F,), for dout (N, F, Ho, Wo)."""
         f, c, k, _ = cache.w.shape
         drows = dout.permute(0, 2, 3, 1).reshape(-1, f)  # (N * Ho * Wo, F)
         dw = (drows.T @ cache.patches).view(f, k, k, c).permute(0, 3, 1, 2)  # (F, C, K, K)
@@ -79,7 +111,7 @@ class Conv2d:
 
 
 class MaxPool2d:
-    """The largest number of each window."""
+    """Maximum of each window."""
 
     class Cache(NamedTuple):
         """What backward needs: the input and the output with the channels innermost."""
@@ -91,31 +123,40 @@ class MaxPool2d:
 
     @staticmethod
     def forward(x: Tensor, kernel: int = 2, stride: int | None = None) -> tuple[Tensor, Cache]:
-        """Return (N, C, Ho, Wo), channels_last, for x (N, C, H, W)."""
+        """Return the maximum of each square window.
+
+        Args:
+            x: (N, C, H, W).
+            kernel: height and width of a window.
+            stride: pixels between windows; None: `kernel`.
+
+        Returns:
+            out (N, C, Ho, Wo), channels_last, and the cache.
+        """
         stride = stride or kernel
         rows = x.permute(0, 2, 3, 1)  # (N, H, W, C)
-        first, *others = _places(rows, kernel, stride)
+        first, *rest = _window_views(rows, kernel, stride)
         out = first.clone(memory_format=torch.contiguous_format)  # (N, Ho, Wo, C)
-        for place in others:
-            torch.maximum(out, place, out=out)
+        for view in rest:
+            torch.maximum(out, view, out=out)
         return out.permute(0, 3, 1, 2), MaxPool2d.Cache(rows, out, kernel, stride)
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor]:
-        """Give each gradient to the winner of its window; of equal numbers the first wins."""
+        """Return dx (N, C, H, W): the gradient of a window goes to its maximum, of equal ones to the first."""
         dout = dout.permute(0, 2, 3, 1)  # (N, Ho, Wo, C)
         dx = torch.zeros_like(cache.rows, memory_format=torch.contiguous_format)  # (N, H, W, C)
-        given = torch.zeros(dout.shape, dtype=torch.bool, device=dout.device)
-        places = (_places(t, cache.kernel, cache.stride) for t in (cache.rows, dx))
-        for value, gradient in zip(*places, strict=True):
-            wins = value.eq(cache.out).gt_(given)  # and not given yet
-            given |= wins
-            gradient.addcmul_(dout, wins.to(dout.dtype))
+        is_routed = torch.zeros(dout.shape, dtype=torch.bool, device=dout.device)
+        views = (_window_views(t, cache.kernel, cache.stride) for t in (cache.rows, dx))
+        for value, gradient in zip(*views, strict=True):
+            is_maximum = value.eq(cache.out).gt_(is_routed)  # and no earlier one was
+            is_routed |= is_maximum
+            gradient.addcmul_(dout, is_maximum.to(dout.dtype))
         return (dx.permute(0, 3, 1, 2),)
 
 
-def _places(rows: Tensor, kernel: int, stride: int) -> list[Tensor]:
-    """Return views of rows (N, H, W, C), one for each place in a window: (N, Ho, Wo, C)."""
+def _window_views(rows: Tensor, kernel: int, stride: int) -> list[Tensor]:
+    """Return a view (N, Ho, Wo, C) of rows (N, H, W, C) for each position within a window."""
     _, h, w, _ = rows.shape
     ho, wo = out_size(h, kernel, stride, 0), out_size(w, kernel, stride, 0)
     return [

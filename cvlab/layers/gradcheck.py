@@ -1,7 +1,7 @@
-"""Gradients of hand-written layers against centered differences and against autograd, in float64.
+"""Check the gradients of hand-written layers against central differences and against autograd, in float64.
 
-The upstream gradient is random: with all ones BatchNorm's dx vanishes, and much would pass that is wrong. Errors are
-max |a - b| / max(|a| + |b|), with a floor, so that a gradient which should be 0 is compared absolutely.
+The upstream gradient is random: with all ones BatchNorm's dx vanishes, and many wrong gradients would pass. Errors are
+max |a - b| / max(|a| + |b|), with a floor, so that a gradient that should be 0 is compared absolutely.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.errors import ConfigError
-from cvlab.layers import batchnorm, conv, linear, losses
-from cvlab.layers import reference as layers_reference
+from cvlab.layers import losses
 
 STEPS = (1e-5, 1e-7)  # the second where the first misses: a kink (ReLU at 0, a tie in pooling) may lie within it
 FLOOR = 1e-10
@@ -27,8 +26,13 @@ TORCH_TOLERANCE = 1e-12
 class GradCheckCase:
     """One layer on one set of inputs.
 
-    `forward(*inputs) -> (out, cache)` and `backward(dout, cache) -> gradients`, one for each input that is a floating
-    point tensor, in order; `reference(*inputs) -> out` is the same function for autograd.
+    Attributes:
+        name: what the check is called.
+        forward: `forward(*inputs) -> (out, cache)`.
+        backward: `backward(dout, cache) -> gradients`, one for each floating-point input, in order.
+        inputs: the arguments of `forward`.
+        reference: `reference(*inputs) -> out`, the same function for autograd.
+        tolerance: the largest error against differences.
     """
 
     name: str
@@ -41,7 +45,7 @@ class GradCheckCase:
 
 @dataclass(frozen=True)
 class GradCheckResult:
-    """The largest errors over all inputs of a case, against differences and against torch; None: not compared."""
+    """The largest errors over all inputs of a case, against differences and autograd; None if not compared."""
 
     name: str
     numeric_error: float | None
@@ -50,13 +54,13 @@ class GradCheckResult:
 
     @property
     def ok(self) -> bool:
-        """Whether both errors are within their tolerances; nan is not."""
+        """Whether both errors are within their tolerances; NaN is not."""
         bounds = ((self.numeric_error, self.tolerance), (self.torch_error, TORCH_TOLERANCE))
         return all(error <= bound for error, bound in bounds if error is not None)
 
 
 def relative_error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
-    """Return max |a - b| / max(|a| + |b|), the divisor at least `floor`; inf where the shapes differ."""
+    """Return max |a - b| / max(|a| + |b|) of two tensors, the divisor at least `floor`; inf if their shapes differ."""
     if a.shape != b.shape:
         return float("inf")
     if a.numel() == 0:
@@ -65,7 +69,17 @@ def relative_error(a: Tensor, b: Tensor, floor: float = FLOOR) -> float:
 
 
 def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tensor, step: float = STEPS[0]) -> Tensor:
-    """Return d sum(function(x) * dout) / dx by centered differences, one element after the other."""
+    """Return the gradient of sum(function(x) * dout) by central differences, one element after the other.
+
+    Args:
+        function: from a tensor of the shape of x to one of the shape of dout.
+        x: where to differentiate, float64, any shape.
+        dout: upstream gradient.
+        step: of the differences.
+
+    Returns:
+        gradient, of the shape of x.
+    """
     x = x.clone(memory_format=torch.contiguous_format)
     gradient = torch.zeros_like(x)
     flat, result = x.view(-1), gradient.view(-1)
@@ -88,194 +102,137 @@ def numeric_error(
     tolerance: float,
     floor: float = FLOOR,
 ) -> float:
-    """Return the relative error of a gradient against differences, with a smaller step where the first one misses."""
-    found = float("inf")
+    """Return the relative error of a gradient against differences, with a smaller step if the first one fails.
+
+    Args:
+        gradient: what to check, of the shape of x.
+        function: from a tensor of the shape of x to one of the shape of dout.
+        x: where to differentiate, float64, any shape.
+        dout: upstream gradient.
+        tolerance: the error that is small enough.
+        floor: smallest divisor of the error.
+
+    Returns:
+        the smallest error over `STEPS`.
+    """
+    error = float("inf")
     for step in STEPS:
-        found = min(relative_error(gradient, numeric_gradient(function, x, dout, step), floor), found)
-        if found <= tolerance:
+        error = min(relative_error(gradient, numeric_gradient(function, x, dout, step), floor), error)
+        if error <= tolerance:
             break
-    return found
+    return error
 
 
 def check(case: GradCheckCase) -> GradCheckResult:
-    """Compare a case's gradients with both oracles. ConfigError where a user's layer does not have their form."""
-    found = case.forward(*case.inputs)
-    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Tensor):
+    """Compare a case's gradients with differences and with autograd.
+
+    Args:
+        case: the layer and its inputs.
+
+    Returns:
+        The largest errors.
+
+    Raises:
+        ConfigError: forward or backward of a user's layer return something else than they should.
+    """
+    result = case.forward(*case.inputs)
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
         raise ConfigError(f"{case.name}: forward must return (out, cache), out a tensor")
-    out, cache = found
+    out, cache = result
     dout = torch.randn_like(out)
     floating = [k for k, x in enumerate(case.inputs) if x.is_floating_point()]
-    given = case.backward(dout, cache)
-    if not isinstance(given, (tuple, list)) or not all(g is None or isinstance(g, Tensor) for g in given):
+    result = case.backward(dout, cache)
+    if not isinstance(result, (tuple, list)) or not all(g is None or isinstance(g, Tensor) for g in result):
         raise ConfigError(f"{case.name}: backward must return a tuple of tensors, one for each floating-point input")
-    mine = [gradient for gradient in given if gradient is not None]
-    if len(mine) != len(floating):
-        raise ConfigError(f"{case.name}: backward gives {len(mine)} gradients for {len(floating)} inputs")
+    gradients = [gradient for gradient in result if gradient is not None]
+    if len(gradients) != len(floating):
+        raise ConfigError(f"{case.name}: backward gives {len(gradients)} gradients for {len(floating)} inputs")
     leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in case.inputs]
-    theirs = _autograd(case, leaves, [leaves[k] for k in floating], dout)
+    expected = _autograd(case, leaves, [leaves[k] for k in floating], dout)
     numeric = against_torch = 0.0
-    for place, k in enumerate(floating):
+    for gradient, reference, k in zip(gradients, expected, floating, strict=True):
 
         def vary(x: Tensor, k: int = k) -> Tensor:
-            changed: Tensor = case.forward(*case.inputs[:k], x, *case.inputs[k + 1 :])[0]
-            return changed
+            out_k: Tensor = case.forward(*case.inputs[:k], x, *case.inputs[k + 1 :])[0]
+            return out_k
 
-        numeric = _worse(numeric, numeric_error(mine[place], vary, case.inputs[k], dout, case.tolerance))
-        against_torch = _worse(against_torch, relative_error(mine[place], theirs[place]))
+        numeric = _max_or_nan(numeric, numeric_error(gradient, vary, case.inputs[k], dout, case.tolerance))
+        against_torch = _max_or_nan(against_torch, relative_error(gradient, reference))
     return GradCheckResult(case.name, numeric, against_torch, case.tolerance)
 
 
-def _autograd(case: GradCheckCase, inputs: Sequence[Tensor], wanted: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
-    """Return autograd's gradients; zero for an input that the output does not depend on."""
+def _autograd(case: GradCheckCase, inputs: Sequence[Tensor], leaves: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+    """Return autograd's gradients of the leaves; zero for one that the output does not depend on."""
     out = case.reference(*inputs)
     if not out.requires_grad:
         raise ConfigError(f"{case.name}: autograd cannot follow forward", "leave no_grad and detach out of it")
-    found = torch.autograd.grad(out, wanted, dout, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
+    gradients = torch.autograd.grad(out, leaves, dout, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
 
 
-def _worse(a: float, b: float) -> float:
-    return b if b != b or b > a else a  # nan is worst
+def _max_or_nan(a: float, b: float) -> float:
+    """Return the larger error, NaN if b is."""
+    return b if b != b or b > a else a
 
 
-def _randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+def check_model(name: str, model: nn.Module, reference: nn.Module, images: Tensor, labels: Tensor) -> GradCheckResult:
+    """Compare the gradients of all weights of a model of hand-written layers, through the softmax loss.
 
+    Args:
+        name: what the check is called.
+        model: made of hand-written layers; becomes float64.
+        reference: the same model made of torch's layers; becomes float64 and gets the model's weights.
+        images: float64 (N, C, H, W).
+        labels: int64 (N,).
 
-def _away_from_zero(*shape: int) -> Tensor:
-    """Return random numbers that no difference carries over the kink of a ReLU."""
-    x = _randn(*shape)
-    return x + 0.01 * x.sign()
-
-
-def _layer(
-    name: str, layer: Any, inputs: Sequence[Tensor], reference: Any, tolerance: float, *options: Any
-) -> GradCheckCase:
-    return GradCheckCase(
-        name, lambda *x: layer.forward(*x, *options), layer.backward, tuple(inputs), reference, tolerance
-    )
-
-
-class _LinearReLU:
-    """Linear, then ReLU: caches and gradients passed on by hand."""
-
-    @staticmethod
-    def forward(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Any]:
-        middle, first = linear.Linear.forward(x, w, b)
-        out, second = linear.ReLU.forward(middle)
-        return out, (first, second)
-
-    @staticmethod
-    def backward(dout: Tensor, cache: Any) -> Any:
-        (dmiddle,) = linear.ReLU.backward(dout, cache[1])
-        return linear.Linear.backward(dmiddle, cache[0])
-
-
-class _SeededDropout:
-    """Dropout whose mask is the same in every call, so that differences make sense."""
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Any]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return linear.Dropout.forward(x, 0.4)
-
-    backward = linear.Dropout.backward
-
-    @staticmethod
-    def reference(x: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return x * (torch.rand(x.shape) >= 0.4).to(x.dtype) / 0.6
-
-
-def _multi_margin(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the SVM loss: torch divides it by the number of classes too."""
-    return F.multi_margin_loss(scores, labels) * scores.shape[1]
-
-
-def cases() -> list[GradCheckCase]:
-    """Return every hand-written layer and loss, on random inputs."""
-    labels = torch.tensor([1, 0, 4, 2])
-    picture, statistics = _randn(2, 3, 6, 5), (1 + 0.3 * _randn(3), _randn(3))
-
-    def normalized(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, gamma, beta, training=True)
-
-    found = [
-        _layer("Linear", linear.Linear, [_randn(4, 6), _randn(5, 6), _randn(5)], F.linear, 1e-7),
-        _layer("ReLU", linear.ReLU, [_away_from_zero(4, 6)], F.relu, 1e-8),
-        _layer(
-            "Linear-ReLU",
-            _LinearReLU,
-            [_randn(4, 6), _randn(5, 6), _randn(5)],
-            lambda x, w, b: F.relu(F.linear(x, w, b)),
-            1e-8,
-        ),
-        _layer("Dropout", _SeededDropout, [_randn(5, 7)], _SeededDropout.reference, 1e-8),
-        _layer(
-            "Conv2d",
-            conv.Conv2d,
-            [picture, _randn(4, 3, 3, 3), _randn(4)],
-            lambda x, w, b: F.conv2d(x, w, b, 2, 1),
-            1e-8,
-            2,
-            1,
-        ),
-        _layer("MaxPool2d", conv.MaxPool2d, [_randn(2, 3, 6, 6)], lambda x: F.max_pool2d(x, 2), 1e-10, 2),
-        _layer("Softmax", losses.Softmax, [_randn(4, 5), labels], F.cross_entropy, 1e-6),
-        _layer("SVM", losses.SVM, [_randn(4, 5), labels], _multi_margin, 1e-7),
-    ]
-    for name, tolerance, layer, x in (
-        ("BatchNorm", 1e-9, batchnorm.BatchNorm, _randn(7, 3)),
-        ("BatchNorm, simplified", 1e-9, batchnorm.BatchNormAlt, _randn(7, 3)),
-        ("SpatialBatchNorm", 1e-6, batchnorm.SpatialBatchNorm, picture),
-        ("SpatialBatchNorm, simplified", 1e-6, batchnorm.SpatialBatchNormAlt, picture),
-    ):
-        found.append(_layer(name, layer, [x, *statistics], normalized, tolerance))
-    for name, layer, inputs, reference, tolerance, options in layers_reference.examples():
-        found.append(_layer(name, layer, inputs, reference, tolerance, *options))
-    return found
-
-
-def check_model(name: str, mine: nn.Module, theirs: nn.Module, images: Tensor, labels: Tensor) -> GradCheckResult:
-    """Compare the gradients of all weights of a net of hand-written layers, through the softmax loss.
-
-    `theirs` is the same net of torch's layers; both are put to float64 and get the same weights.
+    Returns:
+        The largest errors over all weights.
     """
-    mine, theirs = mine.double().train(), theirs.double().train()
+    model, reference = model.double().train(), reference.double().train()
     with torch.no_grad():
-        for parameter in mine.parameters():
-            if parameter.ndim == 1:  # with biases of 0 a unit below which all are dead would stand exactly on its kink
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # with a bias of 0, a unit whose inputs are all dead would lie exactly at its kink
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    theirs.load_state_dict(mine.state_dict())
-    theirs.zero_grad()
-    F.cross_entropy(theirs(images), labels).backward()
-    value, cache = losses.Softmax.forward(scores := mine(images), labels)
-    dscores, _ = losses.Softmax.backward(torch.ones_like(value), cache)
-    scores.backward(dscores.detach())
+    reference.load_state_dict(model.state_dict())
+    reference.zero_grad()
+    F.cross_entropy(reference(images), labels).backward()
+    value, cache = losses.Softmax.forward(logits := model(images), labels)
+    dlogits, _ = losses.Softmax.backward(torch.ones_like(value), cache)
+    logits.backward(dlogits.detach())
     one = torch.ones_like(value)
     numeric = against_torch = 0.0
-    for own, other in zip(mine.parameters(), theirs.parameters(), strict=True):
-        assert own.grad is not None
-        assert other.grad is not None
+    for parameter, reference_parameter in zip(model.parameters(), reference.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert reference_parameter.grad is not None
 
-        def loss(values: Tensor, own: Tensor = own) -> Tensor:
-            before, own.data = own.data, values
+        def loss(values: Tensor, parameter: nn.Parameter = parameter) -> Tensor:
+            saved, parameter.data = parameter.data, values
             with torch.no_grad():
-                found = losses.Softmax.forward(mine(images), labels)[0]
-            own.data = before
-            return found
+                value = losses.Softmax.forward(model(images), labels)[0]
+            parameter.data = saved
+            return value
 
-        numeric = _worse(numeric, numeric_error(own.grad, loss, own.data, one, MODEL_TOLERANCE, MODEL_FLOOR))
-        against_torch = _worse(against_torch, relative_error(own.grad, other.grad, MODEL_FLOOR))
+        numeric = _max_or_nan(
+            numeric, numeric_error(parameter.grad, loss, parameter.data, one, MODEL_TOLERANCE, MODEL_FLOOR)
+        )
+        against_torch = _max_or_nan(
+            against_torch, relative_error(parameter.grad, reference_parameter.grad, MODEL_FLOOR)
+        )
     return GradCheckResult(name, numeric, against_torch, MODEL_TOLERANCE)
 
 
 def user_case(name: str, layer: Any) -> GradCheckCase:
-    """Make a case of a user's layer: static `forward`, `backward` and `example() -> inputs` (float64 tensors).
+    """Make a case of a user's layer; autograd differentiates its forward.
 
-    Autograd goes through its own forward. ConfigError where one of the three is missing.
+    Args:
+        name: what the check is called.
+        layer: has static `forward`, `backward` and `example() -> inputs`, a tuple of tensors.
+
+    Returns:
+        The case, in float64.
+
+    Raises:
+        ConfigError: one of the three is missing, or the example is no tuple of tensors.
     """
     missing = [part for part in ("forward", "backward", "example") if not callable(getattr(layer, part, None))]
     if missing:

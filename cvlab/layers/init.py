@@ -1,4 +1,4 @@
-"""Weight initialization: Kaiming's, or a normal of a fixed scale; biases zero."""
+"""Weight initialization: Kaiming's, or a normal distribution of a fixed scale; biases are zero."""
 
 from typing import Annotated, Literal
 
@@ -9,10 +9,18 @@ WeightScale = Literal["kaiming"] | Annotated[float, Gt(0), Le(10)]
 
 
 def init_weights(layer: nn.Module, weight_scale: float | str, before_relu: bool) -> nn.Module:
-    """Draw the weight of a linear or convolutional layer from N(0, std^2), its bias set to 0, and return the layer.
+    """Draw the weight of a layer from N(0, std^2), and set its bias to 0.
 
-    Kaiming (He et al., 2015, equation 10): std = sqrt(gain / fan_in), gain 2 before a ReLU, else 1; fan_in = D_in, or
-    C_in * K * K. Otherwise std is `weight_scale` itself.
+    References:
+        He et al., 2015, "Delving deep into rectifiers", equation 10: std = sqrt(gain / fan_in).
+
+    Args:
+        layer: linear or convolutional; changed in place. fan_in is D_in, or C_in * K * K.
+        weight_scale: "kaiming", or std itself.
+        before_relu: whether a ReLU follows; Kaiming's gain is 2 then, else 1.
+
+    Returns:
+        The layer.
     """
     weight = layer.weight
     fan_in = weight[0].numel()  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Linear, ReLU, Dropout: forward and backward written out. EECS 498, assignment 3."""
+"""Linear, ReLU and Dropout with hand-written forward and backward passes. After EECS 498, assignment 3."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,16 @@ class Linear:
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Cache]:
-        """Return x w^T + b: x (N, D), w (M, D) as torch.nn has it, b (M,); out (N, M)."""
+        """Return x w^T + b.
+
+        Args:
+            x: (N, D).
+            w: (M, D), as in torch.nn.
+            b: (M,).
+
+        Returns:
+            out (N, M), and the cache.
+        """
         out = x @ w.T  # (N, M)
         if b is not None:
             out += b
@@ -26,7 +35,7 @@ class Linear:
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return dx (N, D), dw (M, D), db (M,) for dout (N, M)."""
+        """Return dx (N, D), dw (M, D) and db (M,), for dout (N, M)."""
         dx = dout @ cache.w  # (N, D)
         dw = dout.T @ cache.x  # (M, D)
         return dx, dw, dout.sum(0) if cache.has_bias else None
@@ -37,13 +46,13 @@ class ReLU:
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return max(x, 0) and the output itself as the cache: it is positive just where x is."""
+        """Return max(x, 0), of the shape of x, twice: the output is the cache, positive just where x is."""
         out = x.clamp(min=0)
         return out, out
 
     @staticmethod
     def backward(dout: Tensor, cache: Tensor) -> tuple[Tensor]:
-        """Let the gradient through where the output is positive: its sign is 1 there, else 0."""
+        """Return dx: dout where the output is positive (its sign is 1 there), else 0."""
         return (dout * cache.sign(),)
 
 
@@ -52,11 +61,19 @@ class Dropout:
 
     @staticmethod
     def forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        """Zero each element with probability p; the expectation of the output is x. Cache: the scaled mask."""
+        """Zero each element with probability p; the expectation of the output is x.
+
+        Args:
+            x: any shape.
+            p: probability in [0, 1].
+
+        Returns:
+            out, of the shape of x, and the cache: the scaled mask.
+        """
         mask = (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / max(1 - p, 1e-12)  # of p = 1 all are 0
         return x * mask, mask
 
     @staticmethod
     def backward(dout: Tensor, cache: Tensor) -> tuple[Tensor]:
-        """Scale by the same mask."""
+        """Return dx: dout scaled by the same mask."""
         return (dout * cache,)

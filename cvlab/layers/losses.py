@@ -1,43 +1,63 @@
-"""Softmax cross-entropy and the multi-class SVM loss: value and gradient in one function. EECS 498, assignment 2."""
+"""Softmax cross-entropy and the multi-class SVM loss, forward and backward. After EECS 498, assignment 2."""
 
 import torch
 from torch import Tensor
 
 
 class Softmax:
-    """Mean over the batch of -log softmax(scores)[label]; ln C at the start of a training."""
+    """Mean over the batch of -log softmax(logits)[label]; ln C before training."""
 
     @staticmethod
-    def forward(scores: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the loss, a scalar, for scores (N, C) and int64 labels (N,)."""
-        shifted = scores - scores.max(1, keepdim=True).values  # (N, C), so that exp cannot overflow
+    def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the cross-entropy.
+
+        Args:
+            logits: (N, C).
+            labels: int64 (N,).
+
+        Returns:
+            loss, a scalar, and the cache.
+        """
+        shifted = logits - logits.max(1, keepdim=True).values  # (N, C), so that exp cannot overflow
         log_p = shifted - shifted.exp().sum(1, keepdim=True).log()  # (N, C)
         return -log_p.gather(1, labels[:, None]).mean(), (log_p, labels)
 
     @staticmethod
     def backward(dout: Tensor, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-        """Return dscores (N, C): (softmax - one hot) / N."""
+        """Return dlogits (N, C), (softmax - one-hot) / N, for a scalar dout; None for the labels."""
         log_p, labels = cache
         n = len(labels)
-        dscores = log_p.exp()
-        dscores[torch.arange(n, device=labels.device), labels] -= 1
-        return dscores * (dout / n), None
+        dlogits = log_p.exp()
+        dlogits[torch.arange(n, device=labels.device), labels] -= 1
+        return dlogits * (dout / n), None
 
 
 class SVM:
-    """Mean over the batch of sum over wrong classes of max(0, score - right score + 1) (Weston and Watkins, 1999)."""
+    """Mean over the batch of the sum over wrong classes of max(0, score - correct score + 1).
+
+    References:
+        Weston and Watkins, 1999, "Support vector machines for multi-class pattern recognition".
+    """
 
     @staticmethod
     def forward(scores: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the loss, a scalar, for scores (N, C) and int64 labels (N,)."""
-        right = scores.gather(1, labels[:, None])  # (N, 1)
-        margins = (scores - right + 1).clamp(min=0).scatter(1, labels[:, None], 0.0)  # (N, C)
+        """Return the hinge loss.
+
+        Args:
+            scores: (N, C).
+            labels: int64 (N,).
+
+        Returns:
+            loss, a scalar, and the cache.
+        """
+        correct = scores.gather(1, labels[:, None])  # (N, 1)
+        margins = (scores - correct + 1).clamp(min=0).scatter(1, labels[:, None], 0.0)  # (N, C)
         return margins.sum() / len(labels), (margins, labels)
 
     @staticmethod
     def backward(dout: Tensor, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-        """Return dscores (N, C): 1 for each class inside the margin, minus their number for the right one, over N."""
+        """Return dscores (N, C) for a scalar dout: over N, 1 for each class within the margin, minus their count."""
         margins, labels = cache
         dscores = (margins > 0).to(margins.dtype)
-        dscores.scatter_(1, labels[:, None], -dscores.sum(1, keepdim=True))
+        dscores.scatter_(1, labels[:, None], -dscores.sum(1, keepdim=True))  # the count stands at the correct class
         return dscores * (dout / len(labels)), None

@@ -1,7 +1,7 @@
-"""The hand-written layers as modules: torch.nn's constructors and state_dict names, our forward and backward.
+"""The hand-written layers as modules, with torch.nn's constructors and state_dict names.
 
-One `autograd.Function` carries them all. A model built from `MANUAL` or `MANUAL_ALT` (the other derivation of
-BatchNorm's backward) reads and writes the same checkpoints as one built from torch.nn.
+One `autograd.Function` runs them all. A model built from `MANUAL_LAYERS` or `MANUAL_ALT_LAYERS` (the other
+derivation of BatchNorm's backward) reads and writes the same checkpoints as one built from torch.nn.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ CacheCallback = Callable[[Any], None]
 
 
 class _ManualFunction(torch.autograd.Function):
-    """Calls a layer's own forward and backward, and nothing of autograd in between."""
+    """Run a layer's own forward and backward, with nothing of autograd in between."""
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Any, options: tuple[Any, ...], see: CacheCallback | None, *tensors: Tensor | None
+        ctx: Any, layer: Any, options: tuple[Any, ...], on_cache: CacheCallback | None, *tensors: Tensor | None
     ) -> Tensor:
         out, cache = layer.forward(*tensors, *options)
-        if see is not None:
-            see(cache)
+        if on_cache is not None:
+            on_cache(cache)
         ctx.layer, ctx.cache, ctx.num_tensors = layer, cache, len(tensors)
         result: Tensor = out
         return result
@@ -39,12 +39,20 @@ class _ManualFunction(torch.autograd.Function):
 
 
 def apply_layer(
-    layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), see: CacheCallback | None = None
+    layer: Any, *tensors: Tensor | None, options: tuple[Any, ...] = (), on_cache: CacheCallback | None = None
 ) -> Tensor:
     """Run a layer on tensors so that autograd calls its own backward.
 
-    `options` follow the tensors in the layer's `forward`; `see` is shown the cache, for what a module wants to know.
     There is no autocast inside: a layer computes in the dtype of its weights.
+
+    Args:
+        layer: a class with static `forward` and `backward`.
+        tensors: its inputs; the second, if it is floating point, gives the dtype of the first.
+        options: arguments of `forward` that follow the tensors.
+        on_cache: called with the cache of `forward`.
+
+    Returns:
+        The layer's output.
     """
     with torch.autocast(tensors[0].device.type, enabled=False):  # type: ignore[union-attr]
         if len(tensors) > 1:  # weights are float32 or float64; a layer below may have given bfloat16
@@ -53,12 +61,12 @@ def apply_layer(
             assert weight is not None
             if weight.is_floating_point():
                 tensors = (tensors[0].to(weight.dtype), *tensors[1:])
-        found: Tensor = _ManualFunction.apply(layer, options, see, *tensors)  # type: ignore[no-untyped-call]
-    return found
+        out: Tensor = _ManualFunction.apply(layer, options, on_cache, *tensors)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _single_value(layer: nn.Module, name: str) -> int:
-    """Return the one number that an option of a layer is in both directions; ConfigError where it is not one."""
+    """Return an option that must have one value for both directions; raise ConfigError if it has two."""
     value: Any = getattr(layer, name)
     first, second = value if isinstance(value, tuple) else (value, value)
     if first != second or not isinstance(first, int):
@@ -67,17 +75,17 @@ def _single_value(layer: nn.Module, name: str) -> int:
 
 
 def _require_options(layer: nn.Module, **expected: Any) -> None:
-    """Raise ConfigError where a layer has an option that is not written out here."""
+    """Raise ConfigError if a layer has an option that is not implemented."""
     for name, value in expected.items():
-        if (found := getattr(layer, name)) != value:
+        if (actual := getattr(layer, name)) != value:
             raise ConfigError(
-                f"hand-written {type(layer).__name__}: {name}={found} is not there, only {name}={value}",
+                f"hand-written {type(layer).__name__}: {name}={actual} is not implemented, only {name}={value}",
                 "use layers: torch",
             )
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by hand."""
+    """`torch.nn.Linear`, hand-written."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D) to (N, M)."""
@@ -85,7 +93,7 @@ class Linear(nn.Linear):
 
 
 class ReLU(nn.ReLU):
-    """`torch.nn.ReLU` by hand."""
+    """`torch.nn.ReLU`, hand-written."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape elementwise."""
@@ -93,7 +101,7 @@ class ReLU(nn.ReLU):
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` by hand: zeroes in training, does nothing in evaluation."""
+    """`torch.nn.Dropout`, hand-written: zeroes in training, does nothing in evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape elementwise."""
@@ -101,34 +109,34 @@ class Dropout(nn.Dropout):
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` by hand, with square kernels, one stride and one padding; ConfigError for anything else."""
+    """`torch.nn.Conv2d`, hand-written, with square kernels, one stride and one padding; else ConfigError."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         _require_options(self, groups=1, dilation=(1, 1), padding_mode="zeros")
         _single_value(self, "kernel_size")
-        self.chosen = (_single_value(self, "stride"), _single_value(self, "padding"))
+        self.op_options = (_single_value(self, "stride"), _single_value(self, "padding"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, F, Ho, Wo)."""
-        return apply_layer(conv.Conv2d, x, self.weight, self.bias, options=self.chosen)
+        return apply_layer(conv.Conv2d, x, self.weight, self.bias, options=self.op_options)
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """`torch.nn.MaxPool2d` by hand, with square windows; ConfigError for anything else."""
+    """`torch.nn.MaxPool2d`, hand-written, with square windows; ConfigError for anything else."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         _require_options(self, padding=0, dilation=1, ceil_mode=False, return_indices=False)
-        self.chosen = (_single_value(self, "kernel_size"), _single_value(self, "stride"))
+        self.op_options = (_single_value(self, "kernel_size"), _single_value(self, "stride"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, Ho, Wo)."""
-        return apply_layer(conv.MaxPool2d, x, options=self.chosen)
+        return apply_layer(conv.MaxPool2d, x, options=self.op_options)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What the forms share: batch statistics in training, which also move the running ones as torch.nn does it."""
+    """Base of the variants: batch statistics in training, which also update the running ones as in torch.nn."""
 
     layer: Any
     dimensions: int
@@ -137,7 +145,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(*args, **options)
         _require_options(self, affine=True, track_running_stats=True)
         if self.momentum is None:
-            raise ConfigError(f"hand-written {type(self).__name__}: momentum=None is not there", "use layers: torch")
+            message = f"hand-written {type(self).__name__}: momentum=None is not implemented"
+            raise ConfigError(message, "use layers: torch")
 
     def _check_input_dim(self, input: Tensor) -> None:
         assert input.ndim == self.dimensions, input.shape
@@ -146,15 +155,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalize each channel of (N, C) or (N, C, H, W)."""
         self._check_input_dim(x)
         if self.training:
-            return apply_layer(self.layer, x, self.weight, self.bias, options=(self.eps,), see=self._follow)
+            return apply_layer(
+                self.layer, x, self.weight, self.bias, options=(self.eps,), on_cache=self._update_statistics
+            )
         assert self.running_mean is not None
         assert self.running_var is not None
         shape = (1, -1, *([1] * (x.ndim - 2)))
         gamma, beta, mean, var = (t.view(shape) for t in (self.weight, self.bias, self.running_mean, self.running_var))
-        return batchnorm.BatchNorm.apply_statistics(x, gamma, beta, mean, var, self.eps)
+        return batchnorm.BatchNorm.normalize(x, gamma, beta, mean, var, self.eps)
 
-    def _follow(self, cache: batchnorm.BatchNorm.Cache) -> None:
-        """Move the running statistics: running = (1 - momentum) running + momentum batch, the variance unbiased."""
+    def _update_statistics(self, cache: batchnorm.BatchNorm.Cache) -> None:
+        """Update the running statistics: running = (1 - momentum) running + momentum batch, the variance unbiased."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
@@ -168,25 +179,25 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_BatchNorm):
-    """`torch.nn.BatchNorm1d` by hand."""
+    """`torch.nn.BatchNorm1d`, hand-written."""
 
     layer, dimensions = batchnorm.BatchNorm, 2
 
 
 class BatchNorm2d(_BatchNorm):
-    """`torch.nn.BatchNorm2d` by hand."""
+    """`torch.nn.BatchNorm2d`, hand-written."""
 
     layer, dimensions = batchnorm.SpatialBatchNorm, 4
 
 
 class BatchNorm1dAlt(_BatchNorm):
-    """`torch.nn.BatchNorm1d` by hand, with the simplified backward."""
+    """`torch.nn.BatchNorm1d`, hand-written, with the simplified backward."""
 
     layer, dimensions = batchnorm.BatchNormAlt, 2
 
 
 class BatchNorm2dAlt(_BatchNorm):
-    """`torch.nn.BatchNorm2d` by hand, with the simplified backward."""
+    """`torch.nn.BatchNorm2d`, hand-written, with the simplified backward."""
 
     layer, dimensions = batchnorm.SpatialBatchNormAlt, 4
 

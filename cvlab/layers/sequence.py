@@ -1,4 +1,4 @@
-"""Words as vectors, and the loss of sentences: forward and backward written out. EECS 498, assignment 6."""
+"""Token embedding and the loss of token sequences, forward and backward. After EECS 498, assignment 6."""
 
 from typing import NamedTuple
 
@@ -7,43 +7,61 @@ from torch import Tensor
 
 
 class Embedding:
-    """A row of a table for each word."""
+    """A row of a table for each token."""
 
     @staticmethod
-    def forward(w: Tensor, words: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return w[words]: table w (V, D), int64 words of any shape (...); out (..., D)."""
-        return w[words], (w, words)
+    def forward(w: Tensor, token_ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the rows of a table.
+
+        Args:
+            w: table (V, D).
+            token_ids: int64 (...).
+
+        Returns:
+            out (..., D), and the cache.
+        """
+        return w[token_ids], (w, token_ids)
 
     @staticmethod
     def backward(dout: Tensor, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-        """Return dw (V, D): the rows of dout, added up for each word."""
-        w, words = cache
+        """Return dw (V, D), the rows of dout (..., D) summed by token; None for the tokens."""
+        w, token_ids = cache
         dw = torch.zeros_like(w)
-        return dw.index_add_(0, words.reshape(-1), dout.reshape(-1, w.shape[1]).to(w.dtype)), None
+        return dw.index_add_(0, token_ids.reshape(-1), dout.reshape(-1, w.shape[1]).to(w.dtype)), None
 
 
 class TemporalSoftmax:
-    """Cross-entropy of words, summed over time, averaged over the batch; words equal to `null` count nothing."""
+    """Cross-entropy of tokens, summed over time, averaged over the batch; padding does not count."""
 
     class Cache(NamedTuple):
-        """What backward needs."""
+        """What backward needs; `is_counted` (N, T) is 0 for padding, else 1."""
 
         log_p: Tensor
-        words: Tensor
-        counts: Tensor
+        token_ids: Tensor
+        is_counted: Tensor
 
     @staticmethod
-    def forward(scores: Tensor, words: Tensor, null: int) -> tuple[Tensor, Cache]:
-        """Return the loss, a scalar, for scores (N, T, V) and int64 words (N, T)."""
-        log_p = scores - scores.max(2, keepdim=True).values
+    def forward(logits: Tensor, token_ids: Tensor, pad_id: int) -> tuple[Tensor, Cache]:
+        """Return the cross-entropy.
+
+        Args:
+            logits: (N, T, V).
+            token_ids: int64 (N, T), the targets.
+            pad_id: the token of padding.
+
+        Returns:
+            loss, a scalar, and the cache.
+        """
+        log_p = logits - logits.max(2, keepdim=True).values
         log_p = log_p - log_p.exp().sum(2, keepdim=True).log()
-        counts = (words != null).to(scores.dtype)  # (N, T)
-        right = log_p.gather(2, words[..., None])[..., 0]
-        return -(right * counts).sum() / len(words), TemporalSoftmax.Cache(log_p, words, counts)
+        is_counted = (token_ids != pad_id).to(logits.dtype)  # (N, T)
+        target_log_p = log_p.gather(2, token_ids[..., None])[..., 0]
+        loss = -(target_log_p * is_counted).sum() / len(token_ids)
+        return loss, TemporalSoftmax.Cache(log_p, token_ids, is_counted)
 
     @staticmethod
     def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, None]:
-        """Return dscores (N, T, V): (softmax - one hot) / N where a word counts, else 0."""
-        dscores = cache.log_p.exp()
-        dscores.scatter_add_(2, cache.words[..., None], torch.full_like(dscores[..., :1], -1.0))
-        return dscores * (cache.counts * (dout / len(cache.words)))[..., None], None
+        """Return dlogits (N, T, V) for a scalar dout: (softmax - one-hot) / N, 0 for padding; None for the tokens."""
+        dlogits = cache.log_p.exp()
+        dlogits.scatter_add_(2, cache.token_ids[..., None], torch.full_like(dlogits[..., :1], -1.0))
+        return dlogits * (cache.is_counted * (dout / len(cache.token_ids)))[..., None], None

@@ -8,19 +8,19 @@ from torch import nn
 
 from cvlab.api import gradcheck
 from cvlab.engine import update_rules
-from cvlab.layers import batchnorm, conv, linear, losses
+from cvlab.layers import batchnorm, conv, gradcheck_cases, linear, losses
 from cvlab.layers import gradcheck as layers_gradcheck
 
 
 def verdict(name, seed=0):
     torch.manual_seed(seed)
-    return layers_gradcheck.check(next(case for case in layers_gradcheck.cases() if case.name == name))
+    return layers_gradcheck.check(next(case for case in gradcheck_cases.cases() if case.name == name))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_layer_is_right(seed):
     torch.manual_seed(seed)
-    for case in layers_gradcheck.cases():
+    for case in gradcheck_cases.cases():
         found = layers_gradcheck.check(case)
         assert found.ok, found
 
@@ -52,7 +52,7 @@ MUTATIONS = [
     ("Linear", linear.Linear, scaled(linear.Linear, 1, 1.001)),
     ("Linear", linear.Linear, scaled(linear.Linear, 2, 0.0)),
     ("ReLU", linear.ReLU, staticmethod(lambda dout, cache: (dout,))),
-    ("Dropout", layers_gradcheck._SeededDropout, staticmethod(lambda dout, cache: (dout * (cache > 0),))),
+    ("Dropout", gradcheck_cases.SeededDropout, staticmethod(lambda dout, cache: (dout * (cache > 0),))),
     ("Conv2d", conv.Conv2d, scaled(conv.Conv2d, 0, -1.0)),
     ("MaxPool2d", conv.MaxPool2d, scaled(conv.MaxPool2d, 0, 0.5)),
     ("Softmax", losses.Softmax, scaled(losses.Softmax, 0, 4.0)),
