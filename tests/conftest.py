@@ -1,4 +1,4 @@
-"""Fixtures: no test opens a socket, writes outside its own folder or depends on the machine's threads."""
+"""Shared fixtures. Tests are offline, write to their own folder only, and do not depend on the number of cores."""
 
 import json
 import os
@@ -15,20 +15,20 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Run the whole fast suite in a process per core; chosen files, and tests chosen by `-m`, in this one."""
+    """Run the whole fast suite in one process per core, but selected files and markers in a single process."""
     is_whole = config.args_source != config.ArgsSource.ARGS and "not slow" in config.option.markexpr
     return min(os.cpu_count() or 1, 4) if is_whole else 0
 
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """A data folder that is shared by all tests, so that the scenes are generated once."""
+    """Return the data folder that all tests share, so that generated data sets are generated once."""
     return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path, data_root):
-    """Every test starts in a folder of its own, offline."""
+    """Start every test offline, in its own folder, with the same seed and number of threads."""
     from cvlab import console
 
     monkeypatch.chdir(tmp_path)
@@ -41,8 +41,8 @@ def clean_environment(monkeypatch, tmp_path, data_root):
 
 
 @pytest.fixture(autouse=True)
-def few_sentences(monkeypatch):
-    """Of the built-in set with sentences a few pictures are enough: all of it takes most of a minute."""
+def small_scene_captions(monkeypatch):
+    """Generate only a few images of scene_captions; all of them take most of a minute."""
     from cvlab.experiments.captioning import scene_captions
 
     monkeypatch.setattr(scene_captions, "COUNTS", {"train": 12, "val": 4, "test": 4})
@@ -50,7 +50,7 @@ def few_sentences(monkeypatch):
 
 @pytest.fixture
 def real_cifar10(monkeypatch):
-    """The folder of the real data sets; the test skips where CIFAR-10 is not in it."""
+    """Return the folder of the real data sets; skip the test if CIFAR-10 is not in it."""
     if not REAL_DATA or not (Path(REAL_DATA) / "cifar-10-batches-py" / "data_batch_1").is_file():
         pytest.skip("CVLAB_DATA has no cifar-10-batches-py")
     monkeypatch.setenv("CVLAB_DATA", REAL_DATA)
@@ -59,39 +59,39 @@ def real_cifar10(monkeypatch):
 
 @pytest.fixture
 def stopped_and_resumed(cvlab, monkeypatch):
-    """Train once as it is and once stopped after its second step and resumed: the JSON of both runs."""
+    """Return a function that trains twice, without and with a stop after step 2, and returns the JSON of both runs."""
     from cvlab.engine import trainer
     from cvlab.errors import StoppedError
 
-    def both(*words):
-        code, whole, err = cvlab("train", *words, "--json")
+    def both(*args):
+        code, unbroken, err = cvlab("train", *args, "--json")
         assert code == 0, err
-        real = trainer.Trainer._between_steps
+        between_steps = trainer.Trainer._between_steps
 
-        def stopping(session, step, save_due):
-            real(session, step, save_due)
+        def stop_after_two(session, step, save_due):
+            between_steps(session, step, save_due)
             if step == 2:
                 raise StoppedError("stopped for a test", "", 130)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer.Trainer, "_between_steps", stopping)
-            assert cvlab("train", *words)[0] == 130
-        code, again, err = cvlab("resume", "latest", "--json")
+            patch.setattr(trainer.Trainer, "_between_steps", stop_after_two)
+            assert cvlab("train", *args)[0] == 130
+        code, resumed, err = cvlab("resume", "latest", "--json")
         assert code == 0, err
         assert "resumed step_" in err, err
-        return json.loads(whole), json.loads(again)
+        return json.loads(unbroken), json.loads(resumed)
 
     return both
 
 
-def weights_digest(found):
-    """Return the digest of the weights that a run ended with."""
-    return json.loads((Path(found["run"]) / "summary.json").read_text())["weights_sha256"]
+def weights_digest(result):
+    """Return the SHA-256 of the final weights of a run, given its JSON result."""
+    return json.loads((Path(result["run"]) / "summary.json").read_text())["weights_sha256"]
 
 
 @pytest.fixture
 def cvlab(capsys):
-    """Call a command line in this process: `code, out, err = cvlab("train", "quickstart")`."""
+    """Return a function that runs a command in this process: `code, out, err = cvlab("train", "quickstart")`."""
     from cvlab.cli import main
 
     def call(*arguments):
@@ -121,7 +121,7 @@ grid:
 
 @pytest.fixture
 def started_sweep(tmp_path):
-    """Start `cvlab sweep s.yaml` in a process of its own; what it says on standard error is kept in `said.txt`."""
+    """Return a function that starts `cvlab sweep s.yaml` in another process, with standard error in `said.txt`."""
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     started = []
 
@@ -145,7 +145,7 @@ def weights_of_arms(folder):
 
 
 def until(condition, seconds=90):
-    """Wait for a condition."""
+    """Wait until a condition holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: sizes and calls that nobody may make."""
+"""Rules for the whole package: sizes, forbidden calls, the layer of every package, complete experiments."""
 
 import ast
 import re
