@@ -43,17 +43,18 @@ class CvlabError(Exception):
 
 
 class ConfigError(CvlabError):
-    """Wrong usage or an invalid configuration; `others` are further errors of the same configuration."""
+    """Wrong usage or an invalid configuration; `further_errors` are those of the same configuration."""
 
     code = 2
 
-    def __init__(self, message: str, hint: str = "", others: "tuple[ConfigError, ...]" = ()) -> None:
+    def __init__(self, message: str, hint: str = "", further_errors: "tuple[ConfigError, ...]" = ()) -> None:
         super().__init__(message, hint)
-        self.others = others
+        self.further_errors = further_errors
 
     def document(self) -> dict[str, Any]:
         """Return the error as `--json` prints it, with the further errors."""
-        return super().document() | ({"others": [str(other) for other in self.others]} if self.others else {})
+        further = {"others": [str(error) for error in self.further_errors]} if self.further_errors else {}
+        return super().document() | further
 
 
 class ExpectationError(CvlabError):

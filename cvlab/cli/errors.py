@@ -42,7 +42,7 @@ def report_user_error(error: CvlabError, output: Output) -> int:
         traceback.print_exception(error)
     if output.as_json:
         print(json.dumps({"ok": False, "error": error.document()}, indent=2))
-    for line in [error, *getattr(error, "others", ())]:
+    for line in [error, *getattr(error, "further_errors", ())]:
         console.info(f"error: {line}")
     return error.code
 

@@ -177,7 +177,7 @@ def validate(document: Document, base: Path, given: Mapping[Path_, str] | None =
     if wrong:
         lines = [f"{_place(document, path, given or {})}: {message}" for path, message in wrong]
         errors = [ConfigError(line) for line in lines]
-        raise ConfigError(errors[0].message, others=tuple(errors[1:]))
+        raise ConfigError(errors[0].message, further_errors=tuple(errors[1:]))
     assert config is not None
     return config
 

@@ -138,10 +138,10 @@ class Checkpointer:
         self.job.load_state_dict(state, path)
         self.run_dir.truncate_metrics(state["metrics_bytes"])
         self.schedule.saved_step = self.job.step
-        own = checkpoint.path_of(self.run_dir.checkpoints, self.job.step)
-        if self.job.best_step == self.job.step and own.is_file():
+        step_path = checkpoint.path_of(self.run_dir.checkpoints, self.job.step)
+        if self.job.best_step == self.job.step and step_path.is_file():
             # the run may have been killed between writing the checkpoint and linking it
-            self.run_dir.write(checkpoint.BEST, lambda _: checkpoint.link_best(own))
+            self.run_dir.write(checkpoint.BEST, lambda _: checkpoint.link_best(step_path))
         self.run_dir.log(f"resumed {path.name}: {self.job.step} of {self.job.total_steps} steps are done")
         return True
 

@@ -138,9 +138,11 @@ class Trainer:
 
     def state_dict(self) -> State:
         """Return everything that the remaining steps depend on."""
-        others = collectives.all_gather_object(device.get_rng_state() if not process_group.is_main() else None)[1:]
+        rng_other_ranks = collectives.all_gather_object(
+            device.get_rng_state() if not process_group.is_main() else None
+        )[1:]
         return self.state.state_dict() | {
-            "rng_other_ranks": others,
+            "rng_other_ranks": rng_other_ranks,
             "progress": vars(self.progress).copy(),
             "extra_state": self.task.extra_state,
         }

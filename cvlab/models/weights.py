@@ -147,7 +147,7 @@ def fetch(name: str, origin: Path | None = None) -> Path:
         expected = in_name[1] if in_name else digest
         if not expected:
             raise DataError(f"{url}: publishes no checksum", "get the file yourself and use --from FILE")
-        download.fetch([url], target, expected, size, patient=True)
+        download.fetch([url], target, expected, size, wait=True)
     read_state_dict(target)
     return target
 
@@ -164,7 +164,7 @@ def _fetch_pinned(name: str, origin: Path | None) -> Path:
             raise DataError(error.message, "remove it and fetch it again, or keep it elsewhere") from error
     else:
         _require_allowed(name)
-        download.fetch([known.url], target, known.sha256, known.size, patient=True)
+        download.fetch([known.url], target, known.sha256, known.size, wait=True)
     return target
 
 

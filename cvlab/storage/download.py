@@ -2,7 +2,7 @@
 
 All sources are contacted at once; if none answers within 5 s the download is given up. A source that would take longer
 than 10 minutes is left for the next one; all sources have the same bytes, so the next one resumes at the same offset.
-With `patient` a slow source is waited for.
+With `wait` a slow source is waited for.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from cvlab.errors import DataError
 from cvlab.storage import atomic
 
 ANSWER_SECONDS = 5.0
-STALL_SECONDS = 30.0  # longest pause of a source with `patient`, else ANSWER_SECONDS
+STALL_SECONDS = 30.0  # longest pause of a source with `wait`, else ANSWER_SECONDS
 MEASURE_SECONDS = 4.0
 LONGEST_SECONDS = 600.0
 REPORT_SECONDS = 2.0
@@ -36,7 +36,7 @@ FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
 class SlowError(DataError):
-    """No source is fast enough, and `patient` was not asked for."""
+    """No source is fast enough, and `wait` is not set."""
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
@@ -57,7 +57,7 @@ class _Response:
     offset: int
 
 
-def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bool) -> Path:
+def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, wait: bool) -> Path:
     """Download a file unless it exists.
 
     Args:
@@ -65,7 +65,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bo
         target: Where to put it.
         sha256: Its checksum, or the first digits of it.
         size: Its size in bytes.
-        patient: Wait for slow sources.
+        wait: Wait for slow sources.
 
     Returns:
         `target`.
@@ -78,7 +78,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bo
         verify(target, sha256)
         return target
     partial = target.with_name(f"{target.name}.partial")
-    _receive(urls, partial, size, patient)
+    _receive(urls, partial, size, wait)
     try:
         verify(partial, sha256)
     except DataError:
@@ -89,7 +89,7 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, patient: bo
     return target
 
 
-def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> None:
+def _receive(urls: Sequence[str], partial: Path, size: int, wait: bool) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     if have >= size:
         return
@@ -107,7 +107,7 @@ def _receive(urls: Sequence[str], partial: Path, size: int, patient: bool) -> No
             bodies.enter_context(response.body)
         for response in responses:
             try:
-                _stream(response, partial, size, patient)
+                _stream(response, partial, size, wait)
                 return
             except SlowError as error:
                 reason = error.message
@@ -185,9 +185,9 @@ def _open(url: str, offset: int, responses: "queue.Queue[_Response | None]") -> 
         responses.put(None)
 
 
-def _stream(response: _Response, partial: Path, size: int, patient: bool) -> None:
+def _stream(response: _Response, partial: Path, size: int, wait: bool) -> None:
     """Append what a source sends; SlowError if it would take more than LONGEST_SECONDS."""
-    if patient:
+    if wait:
         _allow_stalls(response.body)
     have = partial.stat().st_size
     skip = have - response.offset  # another source has appended since this one was opened, or it ignores ranges
@@ -209,7 +209,7 @@ def _stream(response: _Response, partial: Path, size: int, patient: bool) -> Non
                     f"{partial.stem}: {done} of {console.format_bytes(size)}, {console.format_bytes(rate)}/s, "
                     f"{console.format_seconds(left)} left"
                 )
-            if not patient and now - start > MEASURE_SECONDS and left > LONGEST_SECONDS:
+            if not wait and now - start > MEASURE_SECONDS and left > LONGEST_SECONDS:
                 raise SlowError(f"{response.url} sends {console.format_bytes(rate)}/s, {left / 60:.0f} minutes in all")
     if partial.stat().st_size < size:
         raise OSError(f"cut off after {partial.stat().st_size} of {size} bytes")

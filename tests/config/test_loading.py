@@ -31,7 +31,7 @@ def refusal(tmp_path, text, *overrides):
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, text, *overrides)
     assert "\n" not in str(refused.value)
-    return [str(error).replace(f"{tmp_path}/", "") for error in (refused.value, *refused.value.others)]
+    return [str(error).replace(f"{tmp_path}/", "") for error in (refused.value, *refused.value.further_errors)]
 
 
 def test_defaults_file_and_overrides(tmp_path):

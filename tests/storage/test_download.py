@@ -21,8 +21,8 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(download, "MEASURE_SECONDS", 0.1)
 
 
-def fetch(urls, target, patient=False):
-    return download.fetch(urls, target, SHA256, len(CONTENT), patient)
+def fetch(urls, target, wait=False):
+    return download.fetch(urls, target, SHA256, len(CONTENT), wait)
 
 
 def test_a_file_is_downloaded_completely(tmp_path):

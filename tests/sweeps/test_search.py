@@ -113,7 +113,7 @@ def refusals(tmp_path, text, *overrides):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ConfigError) as refused:
         loading.load("s.yaml", overrides)
-    return [str(error) for error in (refused.value, *refused.value.others)]
+    return [str(error) for error in (refused.value, *refused.value.further_errors)]
 
 
 @pytest.mark.parametrize(

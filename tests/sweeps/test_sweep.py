@@ -41,7 +41,7 @@ def write(tmp_path, text, name="s.yaml"):
 def refusals(tmp_path, text, *overrides):
     with pytest.raises(ConfigError) as refused:
         loading.load(write(tmp_path, text), overrides)
-    return [str(error) for error in (refused.value, *refused.value.others)]
+    return [str(error) for error in (refused.value, *refused.value.further_errors)]
 
 
 def test_combinations():

@@ -207,7 +207,7 @@ def test_mistakes(tmp_path, words, message):
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     with pytest.raises(ConfigError) as refused:
         loading.load("s.yaml", [f"{key}={value}" for key, value in words.items()])
-    assert any(message in str(error) for error in (refused.value, *refused.value.others)), refused.value
+    assert any(message in str(error) for error in (refused.value, *refused.value.further_errors)), refused.value
 
 
 def test_where_it_runs_is_no_part_of_a_sweep(cvlab, tmp_path):

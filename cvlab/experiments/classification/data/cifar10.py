@@ -115,10 +115,10 @@ def check(root: Path) -> str:
     return f"{len(MD5)} files equal to the published ones"
 
 
-def fetch(root: Path, origin: Path | None, patient: bool) -> None:
+def fetch(root: Path, origin: Path | None, wait: bool) -> None:
     """Download the data set, or copy it from `origin`: the archive, or a folder with the archive or the batches."""
     if origin is None:
-        archive_path = download.fetch(URLS, root / "downloads" / ARCHIVE, ARCHIVE_SHA256, ARCHIVE_BYTES, patient)
+        archive_path = download.fetch(URLS, root / "downloads" / ARCHIVE, ARCHIVE_SHA256, ARCHIVE_BYTES, wait)
         _install_archive(archive_path, root)
         archive_path.unlink()
         return

@@ -55,8 +55,8 @@ def test_a_fetch_replaces_damaged_files(root, monkeypatch, tmp_path):
     monkeypatch.setattr(download, "is_online", lambda: True)
     waited = []
 
-    def fetch(root, origin, patient):
-        waited.append(patient)
+    def fetch(root, origin, wait):
+        waited.append(wait)
         cifar10._install_folder(good, root)
 
     monkeypatch.setattr(cifar10, "SOURCE", dataclasses.replace(cifar10.SOURCE, fetch=fetch))

@@ -99,7 +99,7 @@ def served(monkeypatch, content):
     """Let a download write what `content` gives for its first address."""
     asked = []
 
-    def fetch(urls, target, sha256, size, patient):
+    def fetch(urls, target, sha256, size, wait):
         asked.append(urls[0])
         write(target, "")
         target.write_bytes(content(target))
