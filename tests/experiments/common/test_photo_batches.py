@@ -32,7 +32,7 @@ def test_unreadable_photos_are_reported_and_the_others_processed(two_photos, cvl
         (["attack", "sample", "--method", "pgd", "--eps", "0.1"], 2, "eps"),
         (["saliency", "sample", "--class", "xyz"], 2, "no class 'xyz'"),
         (["classify", "--model", "timm:resnet5O", "sample"], 2, "did you mean 'resnet50'"),
-        (["classify", "https://example.org/a.jpg"], 4, "not fetched"),
+        (["classify", "https://example.org/a.jpg"], 4, "URLs are not downloaded"),
         (["classify", "nothing*.jpg"], 4, "matches no file"),
         (["classify"], 2, "no photo is named"),
         (["classify", "gone.jpg", "gone too.jpg"], 4, "gone.jpg: no such file"),
