@@ -157,7 +157,7 @@ def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
     assert "the images have 32 px" in cvlab("train", tiny, "augment.cutout_px=32")[2]
 
 
-def test_the_stand_in_is_said_everywhere(cvlab, tiny, tmp_path, monkeypatch):
+def test_the_fallback_is_reported_everywhere(cvlab, tiny, tmp_path, monkeypatch):
     arguments = ("data={name: cifar10, fallback: scenes10, num_train: 100, val_fraction: 0.02}",)
     code, out, err = cvlab("train", tiny, *arguments, "expect_fallback=[train_accuracy <= 1]")
     assert code == 0
