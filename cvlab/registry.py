@@ -1,7 +1,7 @@
-"""From a name that a user typed to the object it stands for.
+"""Names to objects: the only strings that point to higher layers.
 
-A table is a plain `dict[str, "module:Name"]`, imported only when a name is looked up. The user's own object is
-`./file.py:Name`. Nothing else is importable from a configuration.
+A registry is a plain `dict[str, "module:Name"]` whose modules are imported on first use. A user's own object is
+`./file.py:Name`. Nothing else can be imported from a configuration.
 """
 
 import difflib
@@ -34,17 +34,17 @@ EXPERIMENTS = {
 
 
 def closest_match(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name closest to `name`, or None where nothing is close."""
+    """Return the known name closest to `name`, or None if none is close."""
     folded = {other.lower(): other for other in known}
     for other in folded:
-        if _one_slip(name.lower(), other):
+        if _is_one_typo(name.lower(), other):
             return folded[other]
-    found = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
-    return folded[found[0]] if found else None
+    matches = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    return folded[matches[0]] if matches else None
 
 
-def _one_slip(a: str, b: str) -> bool:
-    """Whether one letter left out, put in, replaced, or swapped with the next turns one word into the other."""
+def _is_one_typo(a: str, b: str) -> bool:
+    """Return whether the words differ by one letter: removed, added, replaced, or swapped with the next."""
     if abs(len(a) - len(b)) > 1:
         return False
     start = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -54,7 +54,7 @@ def _one_slip(a: str, b: str) -> bool:
 
 
 def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Build the error for a name that is not in a table: the nearest name, then all that exist."""
+    """Return the error for an unknown name: the closest name, then all known ones."""
     known = sorted(known)
     close = closest_match(name, known)
     question = f"did you mean {close!r}? " if close else ""
@@ -62,25 +62,33 @@ def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> ConfigErro
 
 
 def import_name(target: str) -> Any:
-    """Import `module:Name` of our own tables."""
+    """Import `module:Name` from one of the registries."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def get(kind: str, name: str, table: Mapping[str, str]) -> Any:
-    """Return the object that a table has under `name`; ConfigError with the nearest name otherwise."""
+    """Return the object that is registered under `name`.
+
+    Raises:
+        ConfigError: if there is none, with the closest name.
+    """
     if name not in table:
         raise unknown_name_error(kind, name, table)
     return import_name(table[name])
 
 
 def is_user_file(name: str) -> bool:
-    """Whether a name has the form of the user's own object: `path/to/file.py:Name`."""
+    """Return whether a name refers to a user's file: `path/to/file.py:Name`."""
     return ".py:" in name
 
 
 def import_user_object(name: str, base: Path) -> Any:
-    """Import `file.py:Name`, the path relative to `base`. What the file itself raises is not caught."""
+    """Import `file.py:Name`, the path relative to `base`; exceptions of the file itself are not caught.
+
+    Raises:
+        ConfigError: if there is no such file or no such name in it.
+    """
     file, _, attribute = name.rpartition(":")
     path = (base / file).resolve()
     if not path.is_file():
@@ -99,11 +107,15 @@ def import_user_object(name: str, base: Path) -> Any:
 
 
 def experiment_names() -> list[str]:
-    """Return the names of all experiments, without importing any."""
+    """Return the names of all experiments; none is imported."""
     return sorted(EXPERIMENTS)
 
 
 def get_experiment(name: str) -> "Experiment[Any]":
-    """Import the experiment called `name`; ConfigError with the nearest name otherwise."""
+    """Return the experiment called `name`.
+
+    Raises:
+        ConfigError: if there is none, with the closest name.
+    """
     experiment: Experiment[Any] = get("experiment", name, EXPERIMENTS)()
     return experiment

@@ -1,7 +1,7 @@
-"""What must hold at the end of a run or a sweep, parsed once, judged against what was measured.
+"""Expectations: rules over metrics that are checked at the end of a run or a sweep.
 
-Over a run: `train_accuracy >= 0.85`, `val_loss < train_loss`. Over a sweep, functions of its settings (an arm, or the
-mean of the arms that differ in the seed only), each narrowed by keys of the configuration:
+For a run: `train_accuracy >= 0.85`, `val_loss < train_loss`. For a sweep, functions over its settings (a setting is the
+mean over the seeds of one configuration), which keys of the configuration narrow down:
 
     spread(val_accuracy, model.batchnorm=true) < spread(val_accuracy, model.batchnorm=false)
     mean(val_accuracy, optimizer.name=adam) > 0.3
@@ -49,7 +49,7 @@ FUNCTIONS = (*REDUCTIONS, *ORDERS, *SHARES)
 
 @dataclass(frozen=True)
 class GroupedResult:
-    """One point of a sweep: its configuration with dotted keys, its metrics (means over seeds), its share diverged."""
+    """One setting of a sweep: its configuration with dotted keys, its mean metrics over seeds, the share that diverged."""
 
     keys: Mapping[str, Any]
     metrics: Mapping[str, float]
@@ -58,45 +58,45 @@ class GroupedResult:
 
 @dataclass(frozen=True)
 class Term:
-    """One side of a comparison: a number, a metric of a run, or a function of a sweep's settings."""
+    """One side of a comparison: a number, a metric, or a function over the settings of a sweep."""
 
     text: str
     function: str | None = None
     metric: str = ""
     by: str = ""
     condition: "tuple[str, float] | None" = None
-    where: tuple[tuple[str, Any], ...] = ()
+    filters: tuple[tuple[str, Any], ...] = ()
 
     def value(self, metrics: Mapping[str, float], settings: Sequence[GroupedResult]) -> float | None:
-        """Return the number that this side is; None where it was not measured."""
+        """Return the value of this side; None if it was not measured."""
         if self.function is None:
             return _number(self.text) if self.metric == "" else metrics.get(self.metric)
-        chosen = [setting for setting in settings if self._fits(setting)]
-        if not chosen:
+        matching = [setting for setting in settings if self._matches(setting)]
+        if not matching:
             return None
         if self.function == "diverged":
-            return _mean([setting.diverged for setting in chosen])
-        found = [setting.metrics.get(self.metric) for setting in chosen]
+            return _mean([setting.diverged for setting in matching])
+        measured = [setting.metrics.get(self.metric) for setting in matching]
         if self.condition is not None:
-            holds, bound = OPERATORS[self.condition[0]], self.condition[1]
-            return _mean([float(value is not None and holds(value, bound)) for value in found])
-        values = [value for value in found if value is not None and math.isfinite(value)]
-        if len(values) < len(found):
+            compare, bound = OPERATORS[self.condition[0]], self.condition[1]
+            return _mean([float(value is not None and compare(value, bound)) for value in measured])
+        values = [value for value in measured if value is not None and math.isfinite(value)]
+        if len(values) < len(measured):
             return None
         if self.function in ORDERS:
-            return self._ordered(chosen, values)
+            return self._is_ordered(matching, values)
         return REDUCTIONS[self.function](values)
 
-    def _fits(self, setting: GroupedResult) -> bool:
-        return all(key in setting.keys and same(setting.keys[key], wanted) for key, wanted in self.where)
+    def _matches(self, setting: GroupedResult) -> bool:
+        return all(key in setting.keys and values_equal(setting.keys[key], value) for key, value in self.filters)
 
-    def _ordered(self, chosen: Sequence[GroupedResult], values: Numbers) -> float | None:
-        places = [setting.keys.get(self.by) for setting in chosen]
-        if len(chosen) < 2 or not all(isinstance(x, (int, float)) for x in places) or len(set(places)) < len(places):
-            return None  # no order among them
-        ranked = [value for _, value in sorted(zip(places, values, strict=True))]
-        before = ORDERS[self.function or ""]
-        return float(all(before(a, b) for a, b in itertools.pairwise(ranked)))
+    def _is_ordered(self, settings: Sequence[GroupedResult], values: Numbers) -> float | None:
+        keys = [setting.keys.get(self.by) for setting in settings]
+        if len(settings) < 2 or not all(isinstance(x, (int, float)) for x in keys) or len(set(keys)) < len(keys):
+            return None  # they have no order
+        ranked = [value for _, value in sorted(zip(keys, values, strict=True))]
+        precedes = ORDERS[self.function or ""]
+        return float(all(precedes(a, b) for a, b in itertools.pairwise(ranked)))
 
 
 @dataclass(frozen=True)
@@ -106,26 +106,21 @@ class Rule:
     terms: tuple[Term, ...]
     operators: tuple[str, ...]
 
-    @property
-    def over_sweep(self) -> bool:
-        """Whether the rule speaks of a sweep's settings."""
-        return any(term.function for term in self.terms)
-
     def holds(self, values: Sequence[float | None]) -> bool:
-        """Whether the values of the terms meet the rule; what is absent or nan meets none."""
+        """Return whether the values of the terms satisfy the rule; missing values and NaN never do."""
         if any(value is None or value != value for value in values):
             return False
         numbers = [value for value in values if value is not None]
         if not self.operators:
             return bool(numbers[0])
-        steps = zip(self.operators, numbers, numbers[1:], strict=False)
-        return all(OPERATORS[op](a, b) for op, a, b in steps)
+        comparisons = zip(self.operators, numbers, numbers[1:], strict=False)
+        return all(OPERATORS[op](a, b) for op, a, b in comparisons)
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether a configured value is the one that a rule names."""
+def values_equal(a: Any, b: Any) -> bool:
+    """Return whether two configured values are equal; a list equals a tuple, a bool is no number."""
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(values_equal(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     return bool(a == b)
@@ -139,11 +134,16 @@ def _number(text: str) -> float | None:
 
 
 def parse(text: str) -> Rule:
-    """Read one rule; ValueError that says how a rule looks."""
+    """Parse one rule.
+
+    Raises:
+        ValueError: with the form of a rule, if it is malformed.
+    """
     parts = _split(text, COMPARISON)
     rule = Rule(tuple(_term(part.strip(), text) for part in parts[::2]), tuple(parts[1::2]))
-    alone = len(rule.terms) == 1
-    if alone != (rule.terms[0].function in ORDERS) or (not alone and any(t.function in ORDERS for t in rule.terms)):
+    is_single = len(rule.terms) == 1
+    has_order = any(term.function in ORDERS for term in rule.terms)
+    if is_single != has_order:
         raise _malformed(text)
     if all(term.function is None and not term.metric for term in rule.terms):
         raise _malformed(text)
@@ -157,17 +157,17 @@ def _malformed(text: str) -> ValueError:
     )
 
 
-def _split(text: str, at: re.Pattern[str]) -> list[str]:
-    """Split at matches outside brackets; the matches stay in the list."""
-    parts, start, depth, place = [], 0, 0, 0
-    while place < len(text):
-        depth += (text[place] in "([{") - (text[place] in ")]}")
-        found = at.match(text, place) if depth == 0 else None
-        if found:
-            parts += [text[start:place], found.group()]
-            start = place = found.end()
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """Split at matches outside brackets; the matches are kept in the list."""
+    parts, start, depth, position = [], 0, 0, 0
+    while position < len(text):
+        depth += (text[position] in "([{") - (text[position] in ")]}")
+        match = separator.match(text, position) if depth == 0 else None
+        if match:
+            parts += [text[start:position], match.group()]
+            start = position = match.end()
         else:
-            place += 1
+            position += 1
     return [*parts, text[start:]]
 
 
@@ -199,10 +199,10 @@ def _call(name: str, arguments: list[str], text: str, whole: str) -> Term:
         term["by"] = arguments.pop(0)
     if not METRIC.match(term.get("metric", "x")):
         raise _malformed(whole)
-    return Term(text, name, where=tuple(_where(part, whole) for part in arguments if part), **term)
+    return Term(text, name, filters=tuple(_filter(part, whole) for part in arguments if part), **term)
 
 
-def _where(text: str, whole: str) -> tuple[str, Any]:
+def _filter(text: str, whole: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not METRIC.match(key.strip()):
         raise ValueError(f"{whole!r}: {text!r} is not of the form key=value")
@@ -212,17 +212,13 @@ def _where(text: str, whole: str) -> tuple[str, Any]:
         raise ValueError(str(error)) from None
 
 
-def metrics_of(text: str) -> set[str]:
-    """Return the metrics that a rule speaks of."""
-    return {term.metric for term in parse(text).terms if term.metric}
-
-
 def check_expectations(
     rules: Iterable[str], metrics: Mapping[str, float], settings: Sequence[GroupedResult] = ()
 ) -> list[dict[str, Any]]:
-    """Return a verdict for each rule: `{"rule", "measured", "met"}`; what is absent is not met.
+    """Return a verdict for each rule: `{"rule", "measured", "met"}`.
 
-    `measured` is the left side. Where more than one side was measured, `values` has all of them.
+    `measured` is the value of the left side; if several sides are measured, `values` has all of them. A rule on a metric
+    that is missing is not met.
     """
     verdicts = []
     for text in rules:

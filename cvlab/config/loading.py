@@ -1,7 +1,9 @@
-"""YAML < overrides, validated once into a frozen object; every error names its line.
+"""Load a configuration: a YAML file and overrides, validated once into a frozen object.
 
-loaded = load("configs/cifar_bn.yaml", ["optimizer.lr=1e-2"])
-loaded.config.optimizer.lr
+    loaded = load("configs/cifar_bn.yaml", ["optimizer.lr=1e-2"])
+    loaded.config.optimizer.lr
+
+Errors name the file and line of every invalid value.
 """
 
 import contextlib
@@ -15,42 +17,52 @@ from typing import TYPE_CHECKING, Any
 from cvlab import registry
 from cvlab.config import overrides as config_overrides
 from cvlab.config import strict_yaml, validation
-from cvlab.config.overrides import EXCLUSIVE
+from cvlab.config.overrides import ONE_OF_BLOCK
 from cvlab.config.schema import ExperimentConfig
-from cvlab.config.strict_yaml import Document, Path_
+from cvlab.config.strict_yaml import Document, KeyPath
 from cvlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from cvlab.experiments.base import Experiment
 
-DOTTED = (("grid",), ("zip",), ("search", "space"))  # blocks of a sweep whose keys are dotted themselves
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid configuration and the folder that its relative names start from."""
+    """A valid configuration.
+
+    Attributes:
+        config: the validated configuration.
+        base: the folder that its relative paths start from.
+        source: the file it was read from.
+        variants: by override, if the experiment chooses one of them when it starts.
+        provenance: `file` or `command line` for each dotted key that is not a default.
+    """
 
     config: ExperimentConfig
     base: Path
     source: Path
-    variants: Mapping[str, "Loaded"] = field(default_factory=dict)  # by override, if one is chosen at the start
-    provenance: Mapping[str, str] = field(default_factory=dict)  # of each dotted key that is no default: file, command
+    variants: Mapping[str, "Loaded"] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 def shipped_folder() -> Path:
-    """Return the folder of the configurations that come with cvlab: in the wheel, or in the working copy."""
+    """Return the folder of the shipped configurations, in the wheel or in the working copy."""
     package = Path(__file__).parent.parent
     inside = package / "assets" / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def shipped_names() -> list[str]:
-    """Return the names under which the shipped configurations can be called."""
+    """Return the names of the shipped configurations."""
     return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
 
 
 def find(reference: str) -> Path:
-    """Return the file that a user means by a path, or by the name of a shipped configuration."""
+    """Return the file of a path, of a run directory, or of a shipped configuration by name.
+
+    Raises:
+        ConfigError: if there is none, with the closest name.
+    """
     path = Path(reference)
     with contextlib.suppress(OSError):  # a name longer than the disk allows
         if (path / "config.yaml").is_file():
@@ -69,7 +81,15 @@ def find(reference: str) -> Path:
 
 
 def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
-    """Read, override and validate. ConfigError with all problems, each with its place."""
+    """Read a configuration, apply overrides and validate it.
+
+    Args:
+        reference: a path, a run directory, or the name of a shipped configuration.
+        overrides: `key=value` texts with dotted keys; the last one wins.
+
+    Raises:
+        ConfigError: with all problems, each with its file and line.
+    """
     source = find(reference)
     document = strict_yaml.read(source)
     if not isinstance(document.value, dict):
@@ -86,15 +106,15 @@ def load_document(document: Document, source: Path, overrides: Sequence[str]) ->
     original = copy.deepcopy(document)
     experiment = _experiment(document)
     variants = experiment.expand(document.value, overrides, _place_of(document)) if experiment else ()
-    given = _apply(document, overrides)
+    sources = _apply(document, overrides, experiment)
     document.value.setdefault("name", run_name(source, 60) or "run")
     for key in experiment.nested_configs if experiment else ():
         block = document.value.get(key)
         if isinstance(block, dict) and "from" in block:
             document.value[key] = _inherit(block, source.parent, document.place((key, "from")), key)
-    config = validate(document, source.parent, given)
+    config = validate(document, source.parent, sources)
     each = {text: load_document(copy.deepcopy(original), source, [*overrides, text]) for text in variants}
-    return Loaded(config, source.parent, source, each, provenance(document.value, given))
+    return Loaded(config, source.parent, source, each, provenance(document.value, sources))
 
 
 def run_name(source: Path, longest: int) -> str:
@@ -112,17 +132,17 @@ def _place_of(document: Document) -> Callable[[str], str]:
     return lambda key: document.place((key,))
 
 
-def provenance(value: Mapping[str, Any], given: Mapping[Path_, str], above: Path_ = ()) -> dict[str, str]:
-    """Return where each dotted key of a document comes from: the file, or the command line."""
-    found: dict[str, str] = {}
+def provenance(value: Mapping[str, Any], sources: Mapping[KeyPath, str], prefix: KeyPath = ()) -> dict[str, str]:
+    """Return for each dotted key of a document whether it comes from the file or the command line."""
+    origins: dict[str, str] = {}
     for key, item in value.items():
-        path = (*above, key)
+        path = (*prefix, key)
         if isinstance(item, dict):
-            found |= provenance(item, given, path)
+            origins |= provenance(item, sources, path)
         else:
-            named = any(path[:end] in given for end in range(1, len(path) + 1))
-            found[".".join(map(str, path))] = "command line" if named else "file"
-    return found
+            is_override = any(path[:end] in sources for end in range(1, len(path) + 1))
+            origins[".".join(map(str, path))] = "command line" if is_override else "file"
+    return origins
 
 
 def _inherit(block: dict[str, Any], folder: Path, place: str, key: str) -> dict[str, Any]:
@@ -136,54 +156,60 @@ def _inherit(block: dict[str, Any], folder: Path, place: str, key: str) -> dict[
         raise ConfigError(f"{place}: {reference} has no keys and values at its top")
     experiment = _experiment(document)
     if experiment is not None:
-        chosen = [f"{name}={value}" for name, value in block.items() if isinstance(value, str) and name != "from"]
-        variants = experiment.expand(document.value, chosen, lambda name: f"{place}: {key}.{name}")
+        overrides = [f"{name}={value}" for name, value in block.items() if isinstance(value, str) and name != "from"]
+        variants = experiment.expand(document.value, overrides, lambda name: f"{place}: {key}.{name}")
         if variants:
             options = " or ".join(f"{key}.{text}" for text in variants)
             raise ConfigError(f"{place}: {reference} comes in several variants, of which a sweep takes one", options)
     return config_overrides.inherit(block, document.value)
 
 
-def _apply(document: Document, overrides: Iterable[str]) -> dict[Path_, str]:
-    """Write `a.b=value` into the document; return which path came from which override."""
-    given: dict[Path_, str] = {}
+def _apply(document: Document, overrides: Iterable[str], experiment: "Experiment[Any] | None") -> dict[KeyPath, str]:
+    """Write `a.b=value` into the document; return the override that each path came from."""
+    dotted_blocks = experiment.dotted_blocks if experiment else ()
+    one_of_blocks = [(ONE_OF_BLOCK,), *((key, ONE_OF_BLOCK) for key in experiment.nested_configs)] if experiment else []
+    sources: dict[KeyPath, str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        path: Path_ = tuple(key.strip().split("."))
-        for block in DOTTED:
-            if path[: len(block)] == block and len(path) > len(block):
-                path = (*block, ".".join(map(str, path[len(block) :])))
+        path: KeyPath = tuple(key.strip().split("."))
+        for dotted in dotted_blocks:
+            if path[: len(dotted)] == dotted and len(path) > len(dotted):
+                path = (*dotted, ".".join(map(str, path[len(dotted) :])))
         if not equals or "" in path:
             raise ConfigError(f"override {text!r} is not of the form key=value", "for example optimizer.lr=1e-2")
         parsed = strict_yaml.parse(value, f"override {text}").value
         block = document.value
         for depth, part in enumerate(path[:-1], start=1):
-            if path[:depth] in ((EXCLUSIVE,), ("base", EXCLUSIVE)) and path[:depth] not in given:
+            if path[:depth] in one_of_blocks and path[:depth] not in sources:
                 block.pop(part, None)
             if part not in block:
                 block[part] = {}
-                given[path[:depth]] = text
+                sources[path[:depth]] = text
             block = block[part]
             if not isinstance(block, dict):
                 raise ConfigError(f"override {text!r}: {'.'.join(map(str, path[:depth]))} has no keys")
         block[path[-1]] = parsed
-        given[path] = text
-    return given
+        sources[path] = text
+    return sources
 
 
-def validate(document: Document, base: Path, given: Mapping[Path_, str] | None = None) -> ExperimentConfig:
-    """Turn what a file says into its experiment's frozen configuration. ConfigError with every mistake's place."""
-    config, wrong = validation.check(document.value, base)
-    if wrong:
-        lines = [f"{_place(document, path, given or {})}: {message}" for path, message in wrong]
+def validate(document: Document, base: Path, sources: Mapping[KeyPath, str] | None = None) -> ExperimentConfig:
+    """Return the frozen configuration of a document.
+
+    Raises:
+        ConfigError: with all problems, each with its file and line or its override.
+    """
+    config, problems = validation.check(document.value, base)
+    if problems:
+        lines = [f"{_place(document, path, sources or {})}: {message}" for path, message in problems]
         errors = [ConfigError(line) for line in lines]
         raise ConfigError(errors[0].message, further_errors=tuple(errors[1:]))
     assert config is not None
     return config
 
 
-def _place(document: Document, path: Path_, given: Mapping[Path_, str]) -> str:
+def _place(document: Document, path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
     for end in range(len(path), 0, -1):
-        if path[:end] in given:
-            return f"override {given[path[:end]]}"
+        if path[:end] in sources:
+            return f"override {sources[path[:end]]}"
     return document.place(path)

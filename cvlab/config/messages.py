@@ -1,4 +1,4 @@
-"""From pydantic's errors to lines a person can act on: place, key, what was expected, what was given."""
+"""Turn pydantic's validation errors into one line each: the key, what was expected, what was given."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cvlab import registry
-from cvlab.config.strict_yaml import Path_
+from cvlab.config.strict_yaml import KeyPath
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 NOUNS = {
@@ -20,10 +20,12 @@ NOUNS = {
 }
 
 
-def problems(error: ValidationError, config_type: type[BaseModel], raw: Mapping[str, Any]) -> list[tuple[Path_, str]]:
-    """Return (path, message) for every wrong value, each path once, in the order of the schema."""
+def validation_problems(
+    error: ValidationError, config_type: type[BaseModel], raw: Mapping[str, Any]
+) -> list[tuple[KeyPath, str]]:
+    """Return (path, message) for every invalid value, each path once, in the order of the schema."""
     schema = config_type.model_json_schema()
-    found: dict[Path_, str] = {}
+    by_path: dict[KeyPath, str] = {}
     for item in error.errors(include_url=False):
         path = _real_path(item["loc"], raw)
         if item["type"] == "missing" and isinstance(item["loc"][-1], str):
@@ -34,14 +36,14 @@ def problems(error: ValidationError, config_type: type[BaseModel], raw: Mapping[
         elif item["type"] in ("value_error", "assertion_error"):
             message = f"{_dotted(path)}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
         else:
-            given = _value(raw, path)
-            message = f"{_dotted(path)}: expected {describe(_at(schema, path), schema)}, got {show(given)}"
-        found.setdefault(path, message)
-    return list(found.items())
+            value = format_value(_value(raw, path))
+            message = f"{_dotted(path)}: expected {describe(_at(schema, path), schema)}, got {value}"
+        by_path.setdefault(path, message)
+    return list(by_path.items())
 
 
-def _real_path(loc: tuple[str | int, ...], raw: Any) -> Path_:
-    """Drop what pydantic puts into a location besides keys and indices: the branches of unions."""
+def _real_path(loc: tuple[str | int, ...], raw: Any) -> KeyPath:
+    """Remove the branches of unions, which pydantic adds to a location besides keys and indices."""
     path: list[str | int] = []
     for part in loc:
         in_list = isinstance(raw, tuple) and isinstance(part, int) and part < len(raw)
@@ -51,17 +53,17 @@ def _real_path(loc: tuple[str | int, ...], raw: Any) -> Path_:
     return tuple(path)
 
 
-def _value(raw: Any, path: Path_) -> Any:
+def _value(raw: Any, path: KeyPath) -> Any:
     for part in path:
         raw = raw[part]
     return raw
 
 
-def _dotted(path: Path_) -> str:
+def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def _unknown_key(path: Path_, block: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+def _unknown_key(path: KeyPath, block: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     known = [key for branch in _branches(block, schema) for key in branch.get("properties", {})]
     close = registry.closest_match(str(path[-1]), known)
     hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(known))}"
@@ -70,36 +72,36 @@ def _unknown_key(path: Path_, block: Mapping[str, Any], schema: Mapping[str, Any
 
 def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
     if "$ref" in node:
-        found: Mapping[str, Any] = schema["$defs"][node["$ref"].rpartition("/")[2]]
-        return found
+        definition: Mapping[str, Any] = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        return definition
     return node
 
 
 def _branches(node: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what a value may be: each branch of a union, or the one thing."""
+    """Return the branches of a union, or the node itself."""
     node = _resolve(node, schema)
-    found = node.get("anyOf") or node.get("oneOf")
-    return [_resolve(branch, schema) for branch in found] if found else [node]
+    branches = node.get("anyOf") or node.get("oneOf")
+    return [_resolve(branch, schema) for branch in branches] if branches else [node]
 
 
-def _at(schema: Mapping[str, Any], path: Path_) -> Mapping[str, Any]:
+def _at(schema: Mapping[str, Any], path: KeyPath) -> Mapping[str, Any]:
     """Return the JSON schema of the value at `path`."""
     node = _resolve(schema, schema)
     for part in path:
-        wanted = ("items", "prefixItems") if isinstance(part, int) else ("properties", "additionalProperties")
-        node = next((branch for branch in _branches(node, schema) if any(key in branch for key in wanted)), node)
+        keywords = ("items", "prefixItems") if isinstance(part, int) else ("properties", "additionalProperties")
+        node = next((branch for branch in _branches(node, schema) if any(key in branch for key in keywords)), node)
         if isinstance(part, int):
             prefix = node.get("prefixItems", ())
             node = prefix[part] if part < len(prefix) else node.get("items", {})
         else:
-            others = node.get("additionalProperties")  # of a block whose keys are free
-            node = node.get("properties", {}).get(part, others if isinstance(others, Mapping) else {})
+            additional = node.get("additionalProperties")  # of a block with arbitrary keys
+            node = node.get("properties", {}).get(part, additional if isinstance(additional, Mapping) else {})
         node = _resolve(node, schema)
     return node
 
 
 def describe(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
-    """Say in words what a JSON schema allows."""
+    """Describe in words what a JSON schema allows."""
     node = _resolve(node, schema)
     if "anyOf" in node or "oneOf" in node:
         return " or ".join(describe(branch, schema) for branch in _branches(node, schema))
@@ -111,13 +113,13 @@ def describe(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         if "prefixItems" in node:
             return "[" + ", ".join(describe(item, schema) for item in node["prefixItems"]) + "]"
         return f"a list, each {describe(node['items'], schema)}" if node.get("items") else "a list"
-    bounds = " and ".join(f"{sign} {show(node[key])}" for key, sign in BOUNDS.items() if key in node)
+    bounds = " and ".join(f"{sign} {format_value(node[key])}" for key, sign in BOUNDS.items() if key in node)
     noun = NOUNS.get(str(node.get("type")), "a value")
     return f"{noun} {bounds}".rstrip()
 
 
-def show(value: Any) -> str:
-    """Print a value as YAML would, shortened."""
+def format_value(value: Any) -> str:
+    """Return a value as YAML writes it, shortened."""
     if isinstance(value, float):
         return f"{value:g}"
     try:

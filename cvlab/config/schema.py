@@ -1,4 +1,4 @@
-"""Pydantic bases that experiments share, and blocks `{name: ..., ...}` whose keys are a builder's own parameters."""
+"""Base classes of configurations, and components `{name: ..., ...}` whose keys are the parameters of a builder."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from typing_extensions import Self
 
-from cvlab import registry
+from cvlab import registry as registries
 from cvlab.config import expectations
 
 PositiveFloat = Annotated[float, Gt(0)]
@@ -27,48 +27,55 @@ STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=Fals
 
 
 class FrozenModel(BaseModel):
-    """A block of configuration: unknown keys are refused, types are not converted, nothing changes afterwards."""
+    """A frozen block of configuration; unknown keys are rejected and types are not converted."""
 
     model_config = STRICT
 
 
 class ComponentConfig(FrozenModel):
-    """A block with a name from a table; the other keys are the parameters of the builder of that name."""
+    """A component by name; the other keys are the parameters of its builder."""
 
     name: str
 
     def arguments(self) -> dict[str, Any]:
-        """Return every key but the name, defaults filled in."""
-        known = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
-        return known | (self.model_extra or {})
+        """Return all keys except the name, with defaults."""
+        declared = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
+        return declared | (self.model_extra or {})
 
 
 class OpenComponentConfig(ComponentConfig, extra="allow"):
-    """A block whose builder takes further keys that we do not know (`**kwargs`)."""
+    """A component whose builder takes arbitrary keys (`**kwargs`)."""
 
 
 @dataclass(frozen=True)
 class Registry:
-    """Marks a `Part` field: where its names come from.
+    """Annotation of a `ComponentConfig` field: where its names come from.
 
-    The builder's parameters called in `supplied` come from the program, all others from the YAML. `resolve(name,
-    base)` looks up what the plain table of names does not hold, with user files relative to `base`.
+    Attributes:
+        kind: what the components are called in error messages.
+        names: `module:Name` of each builder.
+        injected: parameters of the builders that the program passes; all others come from the YAML.
+        resolve: returns the builder of a name that is not in `names`, with user files relative to `base`.
     """
 
     kind: str
     names: Mapping[str, str]
-    supplied: frozenset[str] = frozenset()
+    injected: frozenset[str] = frozenset()
     resolve: Callable[[str, Path], Callable[..., Any]] | None = None
 
     def find(self, name: str, base: Path) -> Callable[..., Any]:
-        """Return the builder called `name`; ConfigError with the nearest name otherwise."""
+        """Return the builder called `name`.
+
+        Raises:
+            ConfigError: if there is none, with the closest name.
+        """
         if self.resolve is not None and name not in self.names:
             return self.resolve(name, base)
-        return typing.cast("Callable[..., Any]", registry.get(self.kind, name, self.names))
+        return typing.cast("Callable[..., Any]", registries.get(self.kind, name, self.names))
 
 
-def component_type(table: Registry, name: str, builder: Callable[..., Any]) -> type[ComponentConfig]:
-    """Make the schema of one block from a builder's signature: annotations are types, defaults are defaults."""
+def component_type(registry: Registry, name: str, builder: Callable[..., Any]) -> type[ComponentConfig]:
+    """Return the schema of a component, made from the annotations and defaults of its builder's parameters."""
     described = builder.func if isinstance(builder, functools.partial) else builder
     annotated = described.__init__ if inspect.isclass(described) else described
     hints = typing.get_type_hints(annotated, include_extras=True)
@@ -77,26 +84,26 @@ def component_type(table: Registry, name: str, builder: Callable[..., Any]) -> t
     for parameter in inspect.signature(builder).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             base = OpenComponentConfig
-        elif parameter.name not in table.supplied and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+        elif parameter.name not in registry.injected and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             fields[parameter.name] = (hints.get(parameter.name, Any), default)
     summary = (inspect.getdoc(described) or "").partition("\n")[0]
-    return create_model(f"{table.kind}_{name}", __base__=base, __doc__=summary, **fields)
+    return create_model(f"{registry.kind}_{name}", __base__=base, __doc__=summary, **fields)
 
 
 def registries_of(config_type: type[BaseModel]) -> dict[str, Registry]:
-    """Return the fields of a schema that are blocks with a name, with their tables."""
+    """Return the fields of a schema that are components, with their registries."""
     fields = config_type.model_fields.items()
     return {key: marker for key, info in fields for marker in info.metadata if isinstance(marker, Registry)}
 
 
 class Duration(FrozenModel):
-    """How long to train: exactly one of the three."""
+    """How long to train: exactly one of steps, epochs, seconds."""
 
     steps: PositiveInt | None = Field(None, description="number of optimizer steps")
-    epochs: PositiveInt | None = Field(None, description="passes over the training images")
+    epochs: PositiveInt | None = Field(None, description="number of epochs")
     seconds: PositiveFloat | None = Field(
-        None, description="wall-clock seconds of training, planned as steps on the way"
+        None, description="seconds of training; how many steps fit is estimated during training"
     )
     plan_history: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         (), description="recorded by cvlab for a run of `seconds`: until which step how many steps were planned"
@@ -104,9 +111,9 @@ class Duration(FrozenModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Duration":
-        given = [key for key in ("steps", "epochs", "seconds") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, epochs, seconds; given: {', '.join(given) or 'none'}")
+        units = [key for key in ("steps", "epochs", "seconds") if getattr(self, key) is not None]
+        if len(units) != 1:
+            raise ValueError(f"give exactly one of steps, epochs, seconds; given: {', '.join(units) or 'none'}")
         until = [0, *(step for step, _ in self.plan_history), self.steps or 0]
         possible = all(step < total for step, total in self.plan_history) and until == sorted(set(until))
         if self.plan_history and not possible:
@@ -133,7 +140,7 @@ Threads = Annotated[int, Ge(1), Le(256)]
 
 
 class DataConfig(FrozenModel):
-    """Which data: the keys of every experiment's `data` block."""
+    """The keys of every experiment's `data` block."""
 
     name: str = Field(description="a data set of `cvlab data list`, or ./file.py:function that returns it")
     fallback: str | None = Field(None, description="the built-in data set to use if this one cannot be fetched quickly")
@@ -141,11 +148,13 @@ class DataConfig(FrozenModel):
 
 
 class ExperimentConfig(FrozenModel):
-    """The keys of everything that can be run."""
+    """The keys of every configuration."""
 
-    experiment: str = Field(description="the kind of job; `cvlab experiments` lists them")
+    experiment: str = Field(description="the experiment; `cvlab experiments` lists them")
     name: Annotated[str, AfterValidator(_check_name)] = Field("run", description="becomes part of the run directory")
-    expect: tuple[Expectation, ...] = Field((), description="what must hold at the end, else exit code 3")
+    expect: tuple[Expectation, ...] = Field(
+        (), description="rules that are checked at the end; exit code 3 if one is not met"
+    )
     expect_fallback: tuple[Expectation, ...] = Field((), description="the same for a run on the fallback data set")
 
     def data_config(self) -> DataConfig | None:
@@ -157,7 +166,7 @@ class ExperimentConfig(FrozenModel):
         return self.model_copy(update={"data": data})
 
     def to_yaml(self) -> str:
-        """Write the configuration as YAML, fully resolved; reading it gives the same configuration."""
+        """Return the resolved configuration as YAML, from which it can be loaded again."""
         return yaml.safe_dump(_plain(self.model_dump()), sort_keys=False, default_flow_style=None, width=110)
 
     def digest(self) -> str:
@@ -166,15 +175,15 @@ class ExperimentConfig(FrozenModel):
 
 
 class RunConfig(ExperimentConfig):
-    """The keys that every experiment has which computes something itself."""
+    """The keys of every experiment that computes something itself."""
 
     seed: Annotated[int, Ge(0), Lt(2**31)] = Field(0, description="of initialization, data order and augmentation")
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?|mps)$", description="auto: cuda if there, else cpu"
+        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?|mps)$", description="auto: cuda if available, else cpu"
     )
-    threads: Threads | None = Field(None, description="CPU threads; null: as many as torch takes by itself")
+    threads: Threads | None = Field(None, description="number of CPU threads; null: torch's default")
     precision: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto", description="auto: bfloat16 where the device computes it fast, else float32"
+        "auto", description="auto: bfloat16 if the device is fast at it, else float32"
     )
 
 

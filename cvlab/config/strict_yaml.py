@@ -1,8 +1,8 @@
-"""A strict reader for small YAML files that remembers where everything stood.
+"""A strict reader for small YAML files that records the position of every value.
 
-Differs from `yaml.safe_load`: duplicate keys, anchors, aliases, tags and further documents are refused, `1e-3` is a
-number, `yes` and `on` are text, sequences become tuples, and size, depth and the number of nodes are bounded. The
-events are read one at a time with an explicit stack, so that no input can exhaust Python's (or the C parser's) stack.
+Differences from `yaml.safe_load`: duplicate keys, anchors, aliases, tags and multiple documents are rejected, `1e-3` is
+a number, `yes` and `on` are text, sequences become tuples, and size, depth and the number of nodes are bounded. Events
+are read one at a time with an explicit stack, so that no input can exhaust the stack of Python or of the C parser.
 """
 
 import math
@@ -21,17 +21,17 @@ MAX_NODES = 600
 MAX_BRACKETS = 400  # PyYAML's scanner takes quadratic time over unclosed ones
 INTEGER = re.compile(r"[-+]?[0-9][0-9_]*\Z")
 FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
-WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "false": False}
+CONSTANTS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "false": False}
 for _word in ("null", "true", "false"):
-    WORDS[_word.capitalize()] = WORDS[_word.upper()] = WORDS[_word]
-WORDS |= {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+    CONSTANTS[_word.capitalize()] = CONSTANTS[_word.upper()] = CONSTANTS[_word]
+CONSTANTS |= {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a file, counted from 1."""
+    """A position in a file, counted from 1."""
 
     line: int
     column: int
@@ -39,14 +39,14 @@ class Mark:
 
 @dataclass
 class Document:
-    """What a file says, and where: `marks` goes by the path of keys and indices."""
+    """The content of a file; `marks` has the position of each value by its path of keys and indices."""
 
     value: Any
-    marks: dict[Path_, Mark]
+    marks: dict[KeyPath, Mark]
     source: str
 
-    def place(self, path: Path_) -> str:
-        """Return `file:line:column` of the value at `path`, or of the nearest one above it."""
+    def place(self, path: KeyPath) -> str:
+        """Return `file:line:column` of the value at `path`, or of its nearest ancestor."""
         while path and path not in self.marks:
             path = path[:-1]
         mark = self.marks.get(path)
@@ -55,16 +55,21 @@ class Document:
 
 @dataclass
 class _Open:
-    """A mapping or a sequence whose end has not been read yet."""
+    """A mapping or sequence that is still being read."""
 
-    path: Path_
+    path: KeyPath
     items: Any
     key: str | None = None
     seen: set[str] = field(default_factory=set)
 
 
 def read(path: Path) -> Document:
-    """Read a YAML file. DataError if it cannot be read, ConfigError if it is not a configuration."""
+    """Read a YAML file.
+
+    Raises:
+        DataError: if it cannot be read.
+        ConfigError: if it is not a valid configuration file.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -81,7 +86,11 @@ def read(path: Path) -> Document:
 
 
 def parse(text: str, source: str) -> Document:
-    """Parse one YAML document; ConfigError with `source:line:column` where it is not valid."""
+    """Parse one YAML document.
+
+    Raises:
+        ConfigError: with `source:line:column`, if it is not valid.
+    """
     if text.count("[") + text.count("{") > MAX_BRACKETS:
         raise ConfigError(f"{source}: more than {MAX_BRACKETS} brackets", "a configuration is a page of text")
     try:
@@ -106,7 +115,7 @@ def _build(text: str, source: str) -> Document:
             if documents > 1:
                 raise ConfigError(f"{place}: a second document", "one file holds one configuration")
         elif isinstance(event, yaml.NodeEvent):
-            _refuse_exotic(event, place)
+            _reject_unsupported(event, place)
             _add(document, stack, event, place)
         elif isinstance(event, yaml.CollectionEndEvent):
             _close(document, stack)
@@ -119,7 +128,7 @@ def _mark(event: yaml.Event) -> Mark:
     return Mark(start.line + 1, start.column + 1)
 
 
-def _refuse_exotic(event: yaml.NodeEvent, place: str) -> None:
+def _reject_unsupported(event: yaml.NodeEvent, place: str) -> None:
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
         raise ConfigError(f"{place}: anchors and aliases are not allowed", "write the value out")
     tag = getattr(event, "tag", None)
@@ -128,13 +137,13 @@ def _refuse_exotic(event: yaml.NodeEvent, place: str) -> None:
 
 
 def _add(document: Document, stack: list[_Open], event: yaml.NodeEvent, place: str) -> None:
-    """Take in a scalar or the start of a collection: as a key, as a value or as the whole document."""
+    """Add a scalar or the start of a collection: as a key, as a value or as the whole document."""
     top = stack[-1] if stack else None
     if top is not None and isinstance(top.items, dict) and top.key is None:
         top.key = _key(top, event, place)
         document.marks[(*top.path, top.key)] = _mark(event)
         return
-    path: Path_ = ()
+    path: KeyPath = ()
     if top is not None:
         path = (*top.path, top.key if isinstance(top.items, dict) else len(top.items))  # type: ignore[arg-type]
     if top is None or isinstance(top.items, list):
@@ -169,8 +178,8 @@ def _put(document: Document, top: _Open | None, value: Any) -> None:
 
 
 def _close(document: Document, stack: list[_Open]) -> None:
-    done = stack.pop()
-    value = tuple(done.items) if isinstance(done.items, list) else done.items
+    closed = stack.pop()
+    value = tuple(closed.items) if isinstance(closed.items, list) else closed.items
     _put(document, stack[-1] if stack else None, value)
 
 
@@ -179,8 +188,8 @@ def _scalar(event: yaml.ScalarEvent, place: str) -> Any:
     text = str(event.value)
     if event.style is not None or event.tag == "!":
         return text
-    if text in WORDS:
-        return WORDS[text]
+    if text in CONSTANTS:
+        return CONSTANTS[text]
     if INTEGER.match(text):
         if len(text) > 19:
             raise ConfigError(f"{place}: the number {text[:12]}... is too large", "at most 18 digits")

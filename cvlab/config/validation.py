@@ -1,4 +1,4 @@
-"""From what a file says to its experiment's frozen configuration, and what is wrong with it; no places, no files."""
+"""Validate a raw configuration against the schema of its experiment; problems have paths, not yet lines."""
 
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,38 +11,46 @@ from cvlab import registry
 from cvlab.config import expectations, messages
 from cvlab.config.metrics import Metric
 from cvlab.config.schema import ComponentConfig, ExperimentConfig, FrozenModel, component_type, registries_of
-from cvlab.config.strict_yaml import Path_
+from cvlab.config.strict_yaml import KeyPath
 from cvlab.errors import ConfigError, CvlabError
 
-Problems = list[tuple[Path_, str]]
+Problems = list[tuple[KeyPath, str]]
 
 
 def check(raw: Mapping[str, Any], base: Path) -> tuple[ExperimentConfig | None, Problems]:
-    """Validate one configuration, its user files relative to `base`; None where there are problems."""
-    config_type, wrong = _config_type(raw, base)
+    """Validate one configuration.
+
+    Args:
+        raw: the configuration as it was read.
+        base: the folder that the paths of user files are relative to.
+
+    Returns:
+        The configuration, None if there are problems, and the problems.
+    """
+    config_type, problems = _config_type(raw, base)
     config = None
     try:
         if config_type is not None:
             config = typing.cast("ExperimentConfig", config_type.model_validate(raw))
     except ValidationError as error:
-        named = {path[:1] for path, _ in wrong}
-        found = messages.problems(error, config_type or FrozenModel, raw)
-        wrong += [(path, message) for path, message in found if path[:1] not in named]
-    if config is not None and not wrong:
-        wrong = registry.get_experiment(config.experiment).problems(config, base)
-    return (None if wrong else config), wrong
+        reported = {path[:1] for path, _ in problems}
+        invalid = messages.validation_problems(error, config_type or FrozenModel, raw)
+        problems += [(path, message) for path, message in invalid if path[:1] not in reported]
+    if config is not None and not problems:
+        problems = registry.get_experiment(config.experiment).problems(config, base)
+    return (None if problems else config), problems
 
 
 def unknown_metrics(config: ExperimentConfig, known: Sequence[Metric]) -> Problems:
-    """Return the expectations of a run on metrics that are not among those that are known."""
-    wrong: Problems = []
+    """Return the expectations of a run on metrics that it does not report."""
+    problems: Problems = []
     for path, rule in rules_of(config):
         for term in rule.terms:
             if term.function:
-                wrong.append((path, f"{term.text!r} speaks of a sweep's arms; a run has metrics only"))
+                problems.append((path, f"{term.text!r} is a function over a sweep; a run has metrics only"))
             elif term.metric and not is_known(term.metric, known):
-                wrong.append((path, unknown_metric(term.text, term.metric, known)))
-    return wrong
+                problems.append((path, unknown_metric(term.text, term.metric, known)))
+    return problems
 
 
 def is_known(name: str, metrics: Iterable[Metric]) -> bool:
@@ -50,8 +58,8 @@ def is_known(name: str, metrics: Iterable[Metric]) -> bool:
     return any(metric.matches(name) for metric in metrics)
 
 
-def rules_of(config: ExperimentConfig) -> list[tuple[Path_, expectations.Rule]]:
-    """Return all expectations with their places."""
+def rules_of(config: ExperimentConfig) -> list[tuple[KeyPath, expectations.Rule]]:
+    """Return all expectations with their paths."""
     keys = ("expect", "expect_fallback")
     return [((key, k), expectations.parse(text)) for key in keys for k, text in enumerate(getattr(config, key))]
 
@@ -65,7 +73,7 @@ def unknown_metric(text: str, metric: str, known: Iterable[Metric]) -> str:
 
 
 def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[FrozenModel] | None, Problems]:
-    """Find the experiment's schema and put the schema of each named block into it; report unknown names."""
+    """Return the experiment's schema with the schema of each named component, and the names that are unknown."""
     name = raw.get("experiment")
     if not isinstance(name, str):
         known = ", ".join(registry.experiment_names())
@@ -75,25 +83,25 @@ def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[FrozenModel] 
     except ConfigError as error:
         return None, [(("experiment",), str(error))]
     fields: dict[str, Any] = {}
-    wrong: Problems = []
-    for key, table in registries_of(config_type).items():
+    problems: Problems = []
+    for key, components in registries_of(config_type).items():
         info = config_type.model_fields[key]
         block = raw.get(key)
         chosen = block.get("name") if isinstance(block, Mapping) else getattr(info.default, "name", None)
         if not isinstance(chosen, str):
             if isinstance(block, Mapping):
-                wrong.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(table.names))}"))
+                problems.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(components.names))}"))
             continue
         try:
-            made = component_type(table, chosen, table.find(chosen, base))
+            component = component_type(components, chosen, components.find(chosen, base))
         except CvlabError as error:
-            wrong.append(((key, "name"), str(error)))
+            problems.append(((key, "name"), str(error)))
             continue
-        fields[key] = (made, ... if info.is_required() else _default(made))
-    return create_model(config_type.__name__, __base__=config_type, __doc__=config_type.__doc__, **fields), wrong
+        fields[key] = (component, ... if info.is_required() else _default(component))
+    return create_model(config_type.__name__, __base__=config_type, __doc__=config_type.__doc__, **fields), problems
 
 
-def _default(made: type[ComponentConfig]) -> Any:
-    """Build a block from its defaults, or say that it must be given where a key of it has none."""
-    required = any(field.is_required() for field in made.model_fields.values())
-    return ... if required else made(name=made.model_fields["name"].default)
+def _default(component: type[ComponentConfig]) -> Any:
+    """Return a component with default arguments; `...` (required) if one of its keys has no default."""
+    is_required = any(field.is_required() for field in component.model_fields.values())
+    return ... if is_required else component(name=component.model_fields["name"].default)

@@ -22,7 +22,7 @@ _NAMES = ("sgd", "rmsprop", "adam", "adamw", "muon", "manual_sgd", "manual_rmspr
 OPTIMIZERS = Registry(
     "optimizer",
     {name: f"cvlab.engine.optimizers:{name}" for name in _NAMES},
-    supplied=frozenset({"parameters"}),
+    injected=frozenset({"parameters"}),
 )
 
 

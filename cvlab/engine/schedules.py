@@ -14,7 +14,7 @@ SCHEDULES = Registry(
         name: f"cvlab.engine.schedules:{name}"
         for name in ("constant", "linear", "cosine", "triangle", "bend", "multistep")
     },
-    supplied=frozenset({"progress"}),
+    injected=frozenset({"progress"}),
 )
 
 

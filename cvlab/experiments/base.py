@@ -38,6 +38,7 @@ class Experiment(Generic[C]):
     metrics: ClassVar[tuple[Metric, ...]] = ()
     saves_checkpoints: ClassVar[bool] = True
     nested_configs: ClassVar[tuple[str, ...]] = ()  # keys that hold a configuration, which may say `from:`
+    dotted_blocks: ClassVar[tuple[tuple[str, ...], ...]] = ()  # paths of blocks whose own keys are dotted
 
     def expand(self, raw: dict[str, Any], overrides: Sequence[str], place: Callable[[str], str]) -> Sequence[str]:
         """Change a raw configuration in place before the overrides are applied.

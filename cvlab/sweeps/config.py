@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 
 from cvlab.config.schema import DataConfig, ExperimentConfig, FrozenModel, NonNegativeInt
 from cvlab.sweeps import grid as sweeps_grid
-from cvlab.sweeps.executors import Submit
-from cvlab.sweeps.search import Search
+from cvlab.sweeps.executors import SubmitConfig
+from cvlab.sweeps.search import SearchConfig
 
-MAX_ARMS = 1000
+MAX_TRIALS = 1000
 
 
 Values = dict[str, tuple[Any, ...]]
@@ -33,11 +33,13 @@ class SweepConfig(ExperimentConfig):
     zip: Values = Field({}, description="dotted keys with lists of one length, walked together as one axis")
     conditions: tuple[Condition, ...] = Field((), description="keys tied to others")
     seeds: tuple[NonNegativeInt, ...] = Field((), description="every arm once with each; empty: the base's own seed")
-    search: Search | None = Field(None, description="in place of an axis: arms proposed one by one, each from the last")
+    search: SearchConfig | None = Field(
+        None, description="in place of an axis: arms proposed one by one, each from the last"
+    )
     workers: Annotated[int, Ge(1), Le(64)] | None = Field(
         None, description="arms at a time; null: one on this machine, elsewhere as many as there is room for"
     )
-    submit: Submit = Field(Submit(), description="where arms run")
+    submit: SubmitConfig = Field(SubmitConfig(), description="where arms run")
     diverged_counts_as: dict[str, float] = Field(
         {}, description="what expectations and plots take for an arm that diverged; by default it has no metrics"
     )
@@ -53,8 +55,8 @@ class SweepConfig(ExperimentConfig):
         if self.grid.keys() & self.zip.keys():
             raise ValueError(f"{min(self.grid.keys() & self.zip.keys())} is in grid and in zip")
         sizes = [len(values) for values in self.grid.values()] + [len(v) for v in list(self.zip.values())[:1]]
-        if (count := math.prod(sizes) * max(1, len(self.seeds))) > MAX_ARMS:
-            raise ValueError(f"{count} arms; at most {MAX_ARMS}")
+        if (count := math.prod(sizes) * max(1, len(self.seeds))) > MAX_TRIALS:
+            raise ValueError(f"{count} arms; at most {MAX_TRIALS}")
         for key, values in {**self.grid, "seeds": self.seeds}.items():
             if len({repr(value) for value in values}) < len(values):
                 raise ValueError(f"{key}: a value is there twice")
@@ -85,13 +87,13 @@ class SweepConfig(ExperimentConfig):
         """Return the sweep over other data."""
         return self.model_copy(update={"base": {**self.base, "data": {**self.base["data"], **data.model_dump()}}})
 
-    def arms(self) -> list[sweeps_grid.Arm]:
+    def arms(self) -> list[sweeps_grid.Trial]:
         """Return the arms, not validated; of a search those with every end and every choice."""
         return self.laid_over(
             self.search.corners() if self.search else sweeps_grid.combinations(self.grid, self.zip, self.seeds)
         )
 
-    def laid_over(self, changes: Iterable[Mapping[str, Any]], first: int = 0) -> list[sweeps_grid.Arm]:
+    def laid_over(self, changes: Iterable[Mapping[str, Any]], first: int = 0) -> list[sweeps_grid.Trial]:
         """Return arms that change the base as told, numbered from `first`."""
         conditions = [(condition.when, condition.set) for condition in self.conditions]
         return sweeps_grid.expand(self.base, map(dict, changes), conditions, first)

@@ -23,18 +23,18 @@ from cvlab.experiments.base import Experiment
 from cvlab.runs import user_code
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.run_dir import RunDir
-from cvlab.sweeps import arms, executors, results, trials
+from cvlab.sweeps import adaptive, executors, results, trials
 from cvlab.sweeps.config import SweepConfig, flatten_block
 from cvlab.sweeps.executors import Limits
 from cvlab.sweeps.scheduler import SweepScheduler, has_ended
 
 
-def folders(config: SweepConfig, out: RunDir) -> list[Path]:
+def trial_dirs(config: SweepConfig, out: RunDir) -> list[Path]:
     """Return the run directories of the arms, in order; RunDirError where one is not there."""
     if not (out.path / "arms").is_dir():
         raise RunDirError(f"{out.path}: has no arms", "it stopped before it had begun; start it again")
     if config.search:
-        return trials.folders(out.path)
+        return adaptive.trial_dirs(out.path)
     found = []
     for number, arm in enumerate(config.arms()):
         match = sorted((out.path / "arms").glob(f"{number:03d}-*"))
@@ -44,14 +44,14 @@ def folders(config: SweepConfig, out: RunDir) -> list[Path]:
     return found
 
 
-def rows_of(config: SweepConfig, out: RunDir) -> list[dict[str, Any]]:
+def trial_rows(config: SweepConfig, out: RunDir) -> list[dict[str, Any]]:
     """Return a row for each arm, its configuration as the sweep says it."""
-    found = folders(config, out)
-    raws = config.laid_over(map(trials.changes_of, found)) if config.search else config.arms()
-    return [results.read_arm(folder, flatten_block(arm.raw)) for folder, arm in zip(found, raws, strict=True)]
+    found = trial_dirs(config, out)
+    raws = config.laid_over(map(adaptive.read_changes, found)) if config.search else config.arms()
+    return [results.read_trial(folder, flatten_block(arm.raw)) for folder, arm in zip(found, raws, strict=True)]
 
 
-def _searched(found: trials.Trials, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
+def _search_metrics(found: adaptive.AdaptiveSearch, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
     """Say which trial was the best; return what a search measures besides."""
     metrics = {"arms": len(rows), "pruned": sum(row["status"] == results.PRUNED for row in rows)}
     best = found.best()
@@ -80,6 +80,7 @@ class SweepExperiment(Experiment[SweepConfig]):
     Config = SweepConfig
     saves_checkpoints = False
     nested_configs = ("base",)
+    dotted_blocks = (("grid",), ("zip",), ("search", "space"))
     metrics = (
         Metric("arms"),
         Metric("diverged", better="lower"),
@@ -89,45 +90,45 @@ class SweepExperiment(Experiment[SweepConfig]):
 
     def plan(self, config: SweepConfig, base: Path) -> dict[str, Any]:
         """Say what a sweep would do; ConfigError where what it needs is not installed."""
-        executors.find(config.submit)
+        executors.get_executor(config.submit)
         where = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
         if config.search is None:
             return {"arms": len(config.arms()), **where, "first arm": config.arms()[0].name}
-        executors.require("optuna", "optuna")
+        executors.require_package("optuna", "optuna")
         aim = f"{config.search.goal} {config.search.metric}"
         return {"trials": config.search.trials, "search": aim, "over": ", ".join(config.search.space), **where}
 
     def grouped_results(self, config: SweepConfig, out: RunDir) -> list[GroupedResult]:
         """Return the results of the arms that were not pruned, those that differ only in the seed averaged."""
-        rows = [row for row in rows_of(config, out) if row["status"] != results.PRUNED]
-        return results.settings(rows, config.varied(), config.diverged_counts_as)
+        rows = [row for row in trial_rows(config, out) if row["status"] != results.PRUNED]
+        return results.grouped_results(rows, config.varied(), config.diverged_counts_as)
 
     def prepare(self, loaded: Loaded, policy: DownloadPolicy) -> SweepConfig:
         """Return the sweep to run; every data set that it varies is there, and none of those has a fallback."""
         config = super().prepare(loaded, policy)
         strict_yaml.parse(config.to_yaml(), f"{loaded.source}, with all that is given,")  # or no resume could read it
-        arms.settle_data(config, loaded.base, policy)
+        trials.resolve_datasets(config, loaded.base, policy)
         return config
 
     def write_inputs(self, config: SweepConfig, base: Path, run: RunDir) -> SweepConfig:
         """Write a run directory for every arm; return the configuration with paths relative to the sweep."""
-        arms.make(config, base, run)
+        trials.create_trials(config, base, run)
         return user_code.rewrite_paths(config)
 
     def problems(self, config: SweepConfig, base: Path) -> Problems:
         """Return what is wrong with the arms and with the expectations over them."""
-        return arms.problems(config, base)
+        return trials.sweep_problems(config, base)
 
     def run(self, config: SweepConfig, run: RunDir) -> dict[str, float]:
         """Run the arms that have not ended, tabulate and plot all of them; a failed arm fails the sweep at its end."""
-        run_dirs = folders(config, run)
+        run_dirs = trial_dirs(config, run)
         limits = Limits(run.path.resolve(), config.workers, config.submit)
         if config.search is None:
             found, driver = None, SweepScheduler(config.name, run, limits, run_dirs, len(run_dirs))
         else:
-            executors.require("optuna", "optuna")
-            found = trials.Trials(
-                run, config.search, config.diverged_counts_as, functools.partial(arms.add, config, run)
+            executors.require_package("optuna", "optuna")
+            found = adaptive.AdaptiveSearch(
+                run, config.search, config.diverged_counts_as, functools.partial(trials.add_trial, config, run)
             )
             driver = SweepScheduler(config.name, run, limits, run_dirs, config.search.trials, found.more, found.prune)
         at_a_time = config.workers or (1 if config.submit.on == "local" else "as many as there is room for")
@@ -135,13 +136,13 @@ class SweepExperiment(Experiment[SweepConfig]):
         with StopRequest() as stop:
             driver.run(stop)
             if stop.received is not None:
-                raise stop.error(sum(map(has_ended, folders(config, run))), run.path.name, "arm")
-        rows = rows_of(config, run)
+                raise stop.error(sum(map(has_ended, trial_dirs(config, run))), run.path.name, "arm")
+        rows = trial_rows(config, run)
         results.write(run, rows, config.varied(), config.diverged_counts_as)
         if driver.failed:
             raise _failure(driver.failed, run)
         metrics = {"arms": len(run_dirs), "diverged": sum(row["diverged"] for row in rows)}
-        return metrics if found is None else metrics | _searched(found, rows, run)
+        return metrics if found is None else metrics | _search_metrics(found, rows, run)
 
 
 def load_sweep(reference: str, overrides: Sequence[str] = ()) -> Loaded:

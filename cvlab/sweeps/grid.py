@@ -16,7 +16,7 @@ Changes = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Arm:
+class Trial:
     """One run of a sweep: a name fit for a folder, and its configuration before validation."""
 
     name: str
@@ -37,7 +37,7 @@ def combinations(
 
 def expand(
     base: Raw, changes: Iterable[Changes], conditions: Iterable[tuple[Changes, Changes]] = (), first: int = 0
-) -> list[Arm]:
+) -> list[Trial]:
     """Lay each set of changes over `base`, then what `conditions` (when, set) tie to it; numbers begin at `first`."""
     arms = []
     for number, changed in enumerate(changes, first):
@@ -48,25 +48,25 @@ def expand(
             if all(get(raw, key) == value for key, value in when.items()):
                 for key, value in then.items():
                     put(raw, key, value)
-        slug = slug_of(changed)
+        slug = trial_slug(changed)
         raw["name"] = slug
-        arms.append(Arm(f"{number:03d}-{slug}", raw))
+        arms.append(Trial(f"{number:03d}-{slug}", raw))
     return arms
 
 
-def slug_of(changes: Changes, longest: int = 56) -> str:
+def trial_slug(changes: Changes, longest: int = 56) -> str:
     """Name an arm after what it changes: `lr-0.005-batchnorm-true-seed-0`."""
-    parts = [f"{key.rpartition('.')[2]}-{text_of(value)}" for key, value in changes.items()]
+    parts = [f"{key.rpartition('.')[2]}-{format_value(value)}" for key, value in changes.items()]
     slug = re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
     return slug[:longest].strip("-.") or "arm"
 
 
-def text_of(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Write a value shortly."""
     if isinstance(value, Mapping):
-        return "-".join(text_of(item) for item in value.values())
+        return "-".join(format_value(item) for item in value.values())
     if isinstance(value, (tuple, list)):
-        return "-".join(text_of(item) for item in value)
+        return "-".join(format_value(item) for item in value)
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -16,12 +16,12 @@ from cvlab.runs.records import pruning_reason, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 
 Row = dict[str, Any]
-SHOWN = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
+SHOWN_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
 SEED = "seed"
 PRUNED = "pruned"  # what tables say of an arm that a search has ended early
 
 
-def read_arm(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
+def read_trial(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
     """Return an arm's name, status, configuration with dotted keys, metrics, and whether it diverged.
 
     What the sweep has `told` the arm is taken as it says it: the arm's own file has other names for copied files, and
@@ -39,18 +39,18 @@ def read_arm(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
     return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
 
 
-def outcome(arm: Path) -> str:
+def outcome_text(arm: Path) -> str:
     """Say on one line how an arm has ended."""
-    row = read_arm(arm)
+    row = read_trial(arm)
     if row["diverged"]:
         return "diverged"
     if row["status"] == PRUNED:
         return f"{PRUNED}: {pruning_reason(arm)}"
-    metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN if name in row["metrics"]]
+    metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN_METRICS if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
 
 
-def grouped(found: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:
+def group_rows(found: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:
     """Put the arms together that are the same in `keys`, in the order of the first of each."""
     groups: dict[str, list[Row]] = {}
     for row in found:
@@ -58,17 +58,19 @@ def grouped(found: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def metrics_of(row: Row, diverged_counts_as: Mapping[str, float]) -> dict[str, float]:
+def trial_metrics(row: Row, diverged_counts_as: Mapping[str, float]) -> dict[str, float]:
     """Return an arm's numbers, those of a diverged one as the sweep says."""
     found = {key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))}
     return {**found, **diverged_counts_as} if row["diverged"] else found
 
 
-def settings(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[GroupedResult]:
+def grouped_results(
+    found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]
+) -> list[GroupedResult]:
     """Return the settings that expectations judge; a metric that one of its seeds lacks is absent."""
     result = []
-    for group in grouped(found, keys):
-        measured = [metrics_of(row, diverged_counts_as) for row in group]
+    for group in group_rows(found, keys):
+        measured = [trial_metrics(row, diverged_counts_as) for row in group]
         names = set.intersection(*(set(metrics) for metrics in measured))
         means = {name: sum(metrics[name] for metrics in measured) / len(measured) for name in names}
         keys_of = {key: value for key, value in group[0]["config"].items() if key != SEED}
@@ -76,13 +78,13 @@ def settings(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapp
     return result
 
 
-def summary(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[Row]:
+def setting_rows(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[Row]:
     """Return one row per setting: what varies, n, how many diverged, mean and standard deviation of each metric."""
     result = []
-    for group in grouped(found, keys):
-        measured = [metrics_of(row, diverged_counts_as) for row in group]
+    for group in group_rows(found, keys):
+        measured = [trial_metrics(row, diverged_counts_as) for row in group]
         spread: dict[str, Row] = {}
-        for name in SHOWN:
+        for name in SHOWN_METRICS:
             values = [metrics[name] for metrics in measured if name in metrics]
             if values:
                 sd = statistics.stdev(values) if len(values) > 1 else None
@@ -110,14 +112,14 @@ def to_csv(found: Sequence[Row], keys: Sequence[str]) -> str:
 
 def write(out: RunDir, found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> None:
     """Write table.csv and a plot per metric into the sweep's directory, and its tables into summary.json."""
-    out.extra_summary["settings"] = summary(found, keys, diverged_counts_as)
+    out.extra_summary["settings"] = setting_rows(found, keys, diverged_counts_as)
     out.extra_summary["arms"] = [
         {key: row[key] for key in ("arm", "status", "diverged", "metrics")} | {"seed": row["config"].get(SEED)}
         for row in found
     ]
     out.write_text("table.csv", to_csv(found, keys))
     out.folder("plots")
-    for name in SHOWN:
+    for name in SHOWN_METRICS:
         if any(name in setting["metrics"] for setting in out.extra_summary["settings"]):
             out.write_bytes(f"plots/{name}.png", draw(out.extra_summary["settings"], name, out.path.name))
 

@@ -16,7 +16,7 @@ from cvlab.storage.lock import is_held
 from cvlab.sweeps import executors, results
 from cvlab.sweeps.executors import POLL_SECONDS, TOKEN, Limits, Task, TaskResult
 
-MAY_HELP = (1, 137, 143)  # exit codes after which another try may end otherwise, besides death by a signal
+RETRIED_CODES = (1, 137, 143)  # exit codes after which another try may end otherwise, besides death by a signal
 PRUNE_SECONDS = 1.0
 SAVE_SECONDS = 60.0  # how long arms may take to save and end when the sweep stops
 
@@ -60,7 +60,7 @@ class SweepScheduler:
 
     def run(self, stop: StopRequest) -> None:
         """Run all arms to their end, or until a signal asks to stop; then they have saved."""
-        engine = executors.find(self.limits.submit)
+        engine = executors.get_executor(self.limits.submit)
         self.out.write_text(TOKEN, self.token)
         try:
             with self.progress:
@@ -112,7 +112,7 @@ class SweepScheduler:
         self.running.remove(arm)
         said = ended.said or (f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}")
         if not has_ended(arm) and stop.received is None:
-            if (code < 0 or code in MAY_HELP) and self.tries[arm] < self.limits.submit.retries:
+            if (code < 0 or code in RETRIED_CODES) and self.tries[arm] < self.limits.submit.retries:
                 self.tries[arm] += 1
                 self.waiting.append(arm)
                 self.out.log(f"{arm.name}: {said}; try {self.tries[arm] + 1} of {1 + self.limits.submit.retries}")
@@ -123,7 +123,7 @@ class SweepScheduler:
     def _note(self, arm: Path) -> None:
         """Say how an arm has ended."""
         self.done += has_ended(arm) or arm.name in self.failed
-        self.out.log(f"{arm.name}: {results.outcome(arm)}")
+        self.out.log(f"{arm.name}: {results.outcome_text(arm)}")
         self.out.set_status("running", step=self.done, total_steps=self.total)
         self.progress.update(self.done, "")
 

@@ -54,7 +54,7 @@ Choices = tuple[Any, ...]
 Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_kind)]
 
 
-class Search(FrozenModel):
+class SearchConfig(FrozenModel):
     """What is searched, for what, and how long."""
 
     algorithm: Literal["optuna"] = Field(description="who proposes")
@@ -73,7 +73,7 @@ class Search(FrozenModel):
     seed: NonNegativeInt = Field(0, description="of the proposals")
 
     @model_validator(mode="after")
-    def _has_choices(self) -> "Search":
+    def _has_choices(self) -> "SearchConfig":
         if not self.space:
             raise ValueError("space: nothing to search")
         for key, choices in self.space.items():
@@ -97,7 +97,7 @@ class Search(FrozenModel):
         return [first, *({**first, key: value} for key, values in self.values().items() for value in values[1:])]
 
 
-class Trial(NamedTuple):
+class TrialRecord(NamedTuple):
     """What an arm has tried and how it went; `value` is None unless it is done."""
 
     changes: Changes
@@ -106,7 +106,7 @@ class Trial(NamedTuple):
     curve: Curve = {}  # noqa: RUF012 - never changed
 
 
-def propose(search: Search, trials: Sequence[Trial]) -> Changes:
+def propose(search: SearchConfig, trials: Sequence[TrialRecord]) -> Changes:
     """Return what the next trial is to change."""
     import numpy as np
     import optuna
@@ -122,7 +122,7 @@ def propose(search: Search, trials: Sequence[Trial]) -> Changes:
     return {key: found[key] if isinstance(space, Range) else space[found[key]] for key, space in search.space.items()}
 
 
-def _distributions(search: Search) -> dict[str, Any]:
+def _distributions(search: SearchConfig) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     found: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def _distributions(search: Search) -> dict[str, Any]:
     return found
 
 
-def _told(search: Search, trial: Trial) -> Any:
+def _told(search: SearchConfig, trial: TrialRecord) -> Any:
     """Return a trial as Optuna knows it."""
     from optuna.trial import TrialState, create_trial
 
@@ -154,7 +154,7 @@ def _place(space: Range | Choices, value: Any) -> Any:
     return value if isinstance(space, Range) else list(map(repr, space)).index(repr(value))
 
 
-def hopeless(search: Search, curve: Curve, others: Sequence[Curve]) -> str | None:
+def should_prune(search: SearchConfig, curve: Curve, others: Sequence[Curve]) -> str | None:
     """Return why a trial should end: its best value so far is worse than the median of `others` at that step."""
     if not curve:
         return None

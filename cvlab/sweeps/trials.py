@@ -1,129 +1,192 @@
-"""The trials of a search as run directories: each new one is proposed from those that are there, and nothing else.
+"""A sweep's arms as configurations: validated with the sweep, written as run directories before the first one runs."""
 
-What a trial changes is in `trial.json` of its directory: config.yaml says it too, but resolved, with the names of
-copied files and the steps that a budget in seconds became.
-"""
-
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab.config import strict_yaml
-from cvlab.errors import RunDirError
-from cvlab.runs.records import pruning_reason, read_metrics, request_pruning, to_json_value
+from cvlab import registry
+from cvlab.config import expectations, overrides, validation
+from cvlab.config.schema import DataConfig, Duration, ExperimentConfig, RunConfig
+from cvlab.config.strict_yaml import KeyPath
+from cvlab.config.validation import Problems, is_known, unknown_metric
+from cvlab.data.resolve import DownloadPolicy, resolve_dataset
+from cvlab.distributed import process_group
+from cvlab.errors import ConfigError
+from cvlab.reports.compare import flatten
+from cvlab.runs import user_code
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
-from cvlab.sweeps import grid, results, search
-from cvlab.sweeps.search import Changes, Curve, Search, Trial
-
-FILE = "trial.json"
+from cvlab.sweeps import adaptive, grid
+from cvlab.sweeps.config import SweepConfig
 
 
-def folders(run: Path) -> list[Path]:
-    """Return the run directories of the trials, in order; RunDirError where one of them is gone."""
-    found = sorted(path.parent for path in (run / "arms").glob(f"*/{FILE}"))
-    numbers = [path.name.partition("-")[0] for path in found]
-    missing = [number for number in range(len(found)) if f"{number:03d}" != numbers[number]]
-    if missing:
-        raise RunDirError(f"{run}: the arm {missing[0]:03d} is gone", "start the sweep again with --fresh")
+def trial_configs(sweep: SweepConfig, base: Path) -> list[tuple[str, RunConfig]]:
+    """Return the name and the configuration of every arm; ConfigError where one is not valid."""
+    found = []
+    for arm in sweep.arms():
+        config, wrong = validation.check(arm.raw, base)
+        if config is None:
+            raise ConfigError(f"{arm.name}: {wrong[0][1]}")
+        assert isinstance(config, RunConfig)
+        found.append((arm.name, config))
     return found
 
 
-def write(folder: Path, changes: Changes) -> None:
-    """Write what a trial changes into its directory."""
-    atomic.write_text(folder / FILE, json.dumps(to_json_value(changes)) + "\n")
-
-
-def changes_of(folder: Path) -> Changes:
-    """Return what a trial changes; ConfigError where the file is damaged."""
-    value = strict_yaml.read(
-        folder / FILE
-    ).value  # JSON is YAML, and this reader gives tuples as configurations have them
-    if not isinstance(value, dict):
-        raise RunDirError(f"{folder / FILE}: not the changes of a trial", "the file was changed")
-    return value
-
-
-def read(folder: Path, wanted: Search, diverged_counts_as: Mapping[str, float]) -> Trial:
-    """Return what an arm has tried and how it went; one that has diverged is pruned without having learned anything."""
-    row = results.read_arm(folder)
-    changes = changes_of(folder)
-    value = results.metrics_of(row, diverged_counts_as).get(wanted.metric)
-    if value is not None and math.isfinite(value):
-        return Trial(changes, "done", value, curve_of(folder, wanted.metric))
-    if row["diverged"]:
-        return Trial(changes, "pruned")
-    if row["status"] == results.PRUNED:
-        return Trial(changes, "pruned", curve=curve_of(folder, wanted.metric))
-    return Trial(
-        changes, "failed" if row["status"] in ("failed", "done", "expectations_failed", "damaged") else "running"
+def sweep_problems(sweep: SweepConfig, base: Path) -> Problems:
+    """Return what is wrong with the arms and with the expectations over them, each with its place in the sweep."""
+    own = [key for key in overrides.NOT_INHERITED if key in sweep.base]
+    if own:
+        return [(("base", own[0]), f"base.{own[0]}: an arm has none; put it beside `base`")]
+    if sweep.base.get("profiles"):
+        return [(("base", "profiles"), "base.profiles: an arm has one size; name it by base.profile beside base.from")]
+    if sweep.base.get("experiment") == sweep.experiment:
+        return [(("base", "experiment"), "a sweep of sweeps is not possible")]
+    found: dict[tuple[KeyPath, str], None] = {}
+    valid = []
+    for arm in sweep.arms():
+        config, wrong = validation.check(arm.raw, base)
+        found |= {_locate_problem(sweep, path, message): None for path, message in wrong}
+        valid.append(config)
+    whole = [config for config in valid if config is not None]
+    return (
+        list(found)
+        or _time_budget_problems(sweep, whole)
+        or _name_problems(sweep, whole)
+        or _expectation_problems(sweep, whole)
     )
 
 
-def curve_of(folder: Path, metric: str) -> Curve:
-    """Return a metric after each step at which a run has measured it."""
-    found: Curve = {}
-    for row in read_metrics(folder):
-        step, value = row.get("step"), row.get(metric)
-        if isinstance(step, int) and isinstance(value, (int, float)):
-            found[step] = value
-    return found
+def _time_budget_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
+    """Refuse a budget of seconds for arms that would take the machine from each other."""
+    together = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
+    if together and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
+        message = "workers: arms with a budget in duration.seconds must run alone; 1 at a time, or give duration.steps"
+        return [(("workers",), message)]
+    return []
 
 
-class Trials:
-    """The search on its way: `more` makes arms one by one, `prune` ends those that are hopeless."""
+def _locate_problem(sweep: SweepConfig, path: KeyPath, message: str) -> tuple[KeyPath, str]:
+    """Return the place in the sweep of what is wrong with an arm, and the message, with a hint for ranges."""
+    place = _path_in_sweep(sweep, path)
+    if place[:2] == ("search", "space") and "a whole number" in message:
+        message += "; a range of whole numbers has int: true"
+    return place, message
 
-    def __init__(
-        self,
-        out: RunDir,
-        wanted: Search,
-        diverged_counts_as: Mapping[str, float],
-        make: Callable[[int, Changes], Path],
-    ) -> None:
-        self.out, self.wanted, self.make = out, wanted, make
-        self.diverged_counts_as = diverged_counts_as
-        self._known: dict[Path, Trial] = {}  # of what will not change any more: nothing is read twice
 
-    def all(self) -> dict[Path, Trial]:
-        """Return the trials by their run directories, in order."""
-        found = {}
-        for folder in folders(self.out.path):
-            trial = self._known.get(folder) or read(folder, self.wanted, self.diverged_counts_as)
-            if trial.state in ("done", "pruned"):
-                self._known[folder] = trial
-            found[folder] = trial
-        return found
+def _path_in_sweep(sweep: SweepConfig, path: KeyPath) -> KeyPath:
+    """Turn a place in an arm into one in the sweep: the axis that gave the value, else the base."""
+    dotted = ".".join(map(str, path))
+    space = sweep.search.space if sweep.search else {}
+    for block, keys in ((("grid",), sweep.grid), (("zip",), sweep.zip), (("search", "space"), space)):
+        for key in keys:
+            if dotted == key or dotted.startswith(f"{key}.") or key.startswith(f"{dotted}."):
+                return (*block, key)
+    for index, condition in enumerate(sweep.conditions):
+        for key in condition.set:
+            if dotted == key or dotted.startswith(f"{key}."):
+                return ("conditions", index, "set", key)
+    return ("base", *path)
 
-    def more(self) -> Path | None:
-        """Make the next arm, unless there are enough."""
-        made = self.all()
-        if len(made) >= self.wanted.trials:
-            return None
-        changes = search.propose(self.wanted, list(made.values()))
-        folder = self.make(len(made), changes)
-        told = ", ".join(f"{key} {grid.text_of(value)}" for key, value in changes.items())
-        self.out.log(f"trial {len(made) + 1} of {self.wanted.trials}: {told}")
-        return folder
 
-    def prune(self, running: Iterable[Path]) -> None:
-        """Ask arms to end that are worse than the median of those that are done."""
-        if self.wanted.prune == "none":
-            return
-        ended = [trial.curve for trial in self.all().values() if trial.state == "done"]
-        for folder in running:
-            if pruning_reason(folder) is None:
-                reason = search.hopeless(self.wanted, curve_of(folder, self.wanted.metric), ended)
-                if reason is not None:
-                    request_pruning(folder, reason)
+def _name_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
+    """Find conditions on keys that no arm gives, which would never hold, and metrics that are not measured."""
+    arms = sweep.arms()
+    wrong: Problems = []
+    for index, condition in enumerate(sweep.conditions):
+        for key in condition.when:
+            if all(overrides.get(arm.raw, key) is None for arm in arms):
+                wrong.append((("conditions", index, "when", key), f"no arm gives {key!r}; write it into base"))
+    known = registry.get_experiment(valid[0].experiment).reported_metrics(valid[0])
+    for key in sweep.diverged_counts_as:
+        if not is_known(key, known):
+            wrong.append((("diverged_counts_as", key), unknown_metric("diverged_counts_as", key, known)))
+    if sweep.search and not is_known(sweep.search.metric, known):
+        wrong.append((("search", "metric"), unknown_metric("search.metric", sweep.search.metric, known)))
+    return wrong
 
-    def best(self) -> dict[str, Any] | None:
-        """Return the best arm's name, value and changes; None where none is done."""
-        best: tuple[Path, Trial] | None = None
-        for folder, trial in self.all().items():
-            if trial.value is not None and (best is None or self.wanted.better(trial.value, best[1].value or 0.0)):
-                best = folder, trial
-        if best is None:
-            return None
-        return {"arm": best[0].name, self.wanted.metric: best[1].value, "changes": best[1].changes}
+
+def _expectation_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
+    """Find expectations that speak of what no arm measures, or of keys that no arm has."""
+    metrics = registry.get_experiment(valid[0].experiment).reported_metrics(valid[0])
+    flat = [{k: v for k, v in flatten(config.model_dump()).items() if k != "seed"} for config in valid]
+    own = registry.get_experiment(sweep.experiment).reported_metrics(sweep)
+    wrong: Problems = []
+    for path, rule in validation.rules_of(sweep):
+        for term in rule.terms:
+            known = metrics if term.function else own
+            if term.metric and not is_known(term.metric, known):
+                functions = "; over arms write for example `mean(METRIC)`" if is_known(term.metric, metrics) else ""
+                wrong.append((path, unknown_metric(term.text, term.metric, known) + functions))
+            elif not any(term_applies(term, keys) for keys in flat):
+                seeds = "; settings are means over seeds" if "seed" in dict(term.filters) else ""
+                wrong.append((path, f"{term.text!r}: no arm has {_describe_filters(term)}{seeds}"))
+    return wrong
+
+
+def term_applies(term: expectations.Term, keys: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one that a term speaks of."""
+    told = term.by == "" or term.by in keys
+    return told and all(key in keys and expectations.values_equal(keys[key], value) for key, value in term.filters)
+
+
+def _describe_filters(term: expectations.Term) -> str:
+    parts = [f"{key}={grid.format_value(value)}" for key, value in term.filters]
+    return ", ".join([*parts, *([f"the key {term.by}"] if term.by else [])])
+
+
+def resolve_datasets(sweep: SweepConfig, base: Path, policy: DownloadPolicy) -> None:
+    """Fetch the data sets that the arms name, if that is quick; DataError where one of them is not to be had.
+
+    The base's own set has been settled before. One that the sweep varies takes no fallback: with another set in some
+    arms only, what is not alike would be compared.
+    """
+    blocks = [getattr(config, "data", None) for _, config in trial_configs(sweep, base)]
+    for name in sorted({block.name for block in blocks if isinstance(block, DataConfig)}):
+        resolve_dataset(DataConfig(name=name), policy)
+
+
+def create_trials(sweep: SweepConfig, base: Path, out: RunDir) -> None:
+    """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep.
+
+    The arms of a search come later, one by one.
+    """
+    partial = out.folder("arms.partial")
+    for name, config in [] if sweep.search else trial_configs(sweep, base):
+        (partial / name).mkdir(exist_ok=True)
+        _write_trial(partial / name, config, base, _threads_per_trial(sweep))
+    user_code.snapshot_user_code(sweep.model_dump(), base, out.path)
+    partial.replace(out.path / "arms")
+    atomic.sync_directory(out.path)
+
+
+def add_trial(sweep: SweepConfig, out: RunDir, number: int, changes: grid.Changes) -> Path:
+    """Write the run directory of one more trial, whole or not at all. ConfigError where it is not valid."""
+    arm = sweep.laid_over([changes], number)[0]
+    config, wrong = validation.check(arm.raw, out.path)
+    if config is None:
+        hint = "narrow search.space, or tie the keys by conditions"
+        raise ConfigError(f"the search came to {arm.name}, which is not valid: {wrong[0][1]}", hint)
+    partial = out.path / "arm.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
+    out.folder(partial.name)
+    _write_trial(partial, config, out.path, _threads_per_trial(sweep))
+    adaptive.write_changes(partial, changes)
+    made = Path(out.path, "arms", arm.name)
+    partial.replace(made)
+    atomic.sync_directory(made.parent)
+    return made
+
+
+def _write_trial(folder: Path, config: ExperimentConfig, base: Path, threads: int) -> None:
+    brought = user_code.copy_user_code(config, base, folder)
+    if getattr(brought, "threads", None) is None:
+        brought = brought.model_copy(update={"threads": threads})
+    atomic.write_text(folder / "config.yaml", brought.to_yaml())
+
+
+def _threads_per_trial(sweep: SweepConfig) -> int:
+    """Return the threads of an arm where its configuration does not say: its share of this machine, or of its node."""
+    if sweep.submit.on != "local":
+        return int(sweep.submit.cpus)
+    return process_group.threads_per_process(sweep.workers or 1)

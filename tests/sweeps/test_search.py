@@ -10,8 +10,8 @@ from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs import run_dir
 from cvlab.runs.find import create_run
 from cvlab.runs.records import PRUNE_FILE, pruning_reason, read_status, read_summary
-from cvlab.sweeps import arms, experiment, results, scheduler, search, trials
-from cvlab.sweeps.search import Range, Search, Trial
+from cvlab.sweeps import adaptive, experiment, results, scheduler, search, trials
+from cvlab.sweeps.search import Range, SearchConfig, TrialRecord
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
 pytest.importorskip("optuna")
@@ -35,7 +35,7 @@ SPACE = {
 
 
 def wanted(**more):
-    return Search(**({"algorithm": "optuna", "trials": 9, "space": SPACE} | more))
+    return SearchConfig(**({"algorithm": "optuna", "trials": 9, "space": SPACE} | more))
 
 
 def walk(chosen, value, count):
@@ -43,7 +43,7 @@ def walk(chosen, value, count):
     done = []
     for _ in range(count):
         changes = search.propose(chosen, done)
-        done.append(Trial(changes, "done", value(changes)))
+        done.append(TrialRecord(changes, "done", value(changes)))
     return done
 
 
@@ -75,11 +75,11 @@ def test_it_finds_what_is_better_than_chance(goal, sign):
 def test_trials_that_run_failed_or_were_pruned_are_told_as_such():
     changes = search.propose(wanted(), [])
     known = [
-        Trial(changes, "running"),
-        Trial(changes, "failed"),
-        Trial(changes, "pruned"),
-        Trial(changes, "pruned", curve={5: 0.2}),
-        Trial(changes, "done", 0.5),
+        TrialRecord(changes, "running"),
+        TrialRecord(changes, "failed"),
+        TrialRecord(changes, "pruned"),
+        TrialRecord(changes, "pruned", curve={5: 0.2}),
+        TrialRecord(changes, "done", 0.5),
     ]
     states = [search._told(wanted(), trial).state.name for trial in known]
     assert states == ["RUNNING", "FAIL", "PRUNED", "PRUNED", "COMPLETE"]
@@ -97,16 +97,16 @@ def test_the_corners_have_every_end_and_every_choice_once():
 def test_what_is_hopeless():
     others = [{10: 0.1, 20: 0.2}, {10: 0.3, 20: 0.4}, {10: 0.5, 20: 0.6}]
     chosen = wanted(prune="median", startup=3)
-    assert search.hopeless(chosen, {}, others) is None
-    assert search.hopeless(chosen, {10: 0.3}, others) is None, "as good as the median"
+    assert search.should_prune(chosen, {}, others) is None
+    assert search.should_prune(chosen, {10: 0.3}, others) is None, "as good as the median"
     said = "val_accuracy 0.29, the median of 3 trials at step 10 is 0.3"
-    assert search.hopeless(chosen, {10: 0.29}, others) == said
-    assert search.hopeless(chosen, {10: 0.5, 20: 0.1}, others) is None, "its best counts"
-    assert search.hopeless(chosen, {15: 0.29}, others) == said.replace("step 10", "step 15"), "the last one before"
-    assert search.hopeless(chosen, {5: 0.0}, others) is None, "nobody has measured so early"
-    assert search.hopeless(wanted(startup=4), {10: 0.0}, others) is None
-    assert search.hopeless(wanted(startup=3, goal="minimize"), {10: 0.31}, others) is not None
-    assert search.hopeless(wanted(startup=3, goal="minimize"), {10: 0.29}, others) is None
+    assert search.should_prune(chosen, {10: 0.29}, others) == said
+    assert search.should_prune(chosen, {10: 0.5, 20: 0.1}, others) is None, "its best counts"
+    assert search.should_prune(chosen, {15: 0.29}, others) == said.replace("step 10", "step 15"), "the last one before"
+    assert search.should_prune(chosen, {5: 0.0}, others) is None, "nobody has measured so early"
+    assert search.should_prune(wanted(startup=4), {10: 0.0}, others) is None
+    assert search.should_prune(wanted(startup=3, goal="minimize"), {10: 0.31}, others) is not None
+    assert search.should_prune(wanted(startup=3, goal="minimize"), {10: 0.29}, others) is None
 
 
 def refusals(tmp_path, text, *overrides):
@@ -167,8 +167,8 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     assert found["metrics"] == {"arms": 4, "diverged": 0, "pruned": 0, "best": max(values)}
     assert summary["best"]["arm"] == sorted(run.glob("arms/*"))[values.index(max(values))].name
     assert list(found["settings"][0]["keys"]) == ["optimizer.lr", "batch_size", "model.batchnorm"]
-    changes = [trials.changes_of(arm) for arm in trials.folders(run)]
-    written = [loading.load(str(arm)).config for arm in trials.folders(run)]
+    changes = [adaptive.read_changes(arm) for arm in adaptive.trial_dirs(run)]
+    written = [loading.load(str(arm)).config for arm in adaptive.trial_dirs(run)]
     assert [one["optimizer.lr"] for one in changes] == [one.optimizer.lr for one in written]
     assert [one["batch_size"] for one in changes] == [one.batch_size for one in written]
     assert cvlab("show", run)[0] == cvlab("report", run)[0] == 0
@@ -179,15 +179,15 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     code, _, err = cvlab("sweep", "s.yaml")
     assert code == 0, err
     assert "4 arms, 4 of them ended before" in err, err
-    pruned = trials.folders(run)[1]
+    pruned = adaptive.trial_dirs(run)[1]
     (pruned / PRUNE_FILE).write_text("too bad")
     (pruned / "status.json").write_text('{"status": "interrupted"}')
     out, chosen = run_dir.RunDir(run), loading.load(str(run)).config
-    assert [row["status"] for row in experiment.rows_of(chosen, out)] == ["done", "pruned", "done", "done"]
+    assert [row["status"] for row in experiment.trial_rows(chosen, out)] == ["done", "pruned", "done", "done"]
     assert len(experiment.settings(chosen, out)) == 3, "expectations speak of those that have ended"
     pruned.rename(tmp_path / "away")
     with pytest.raises(RunDirError, match="the arm 001 is gone"):
-        trials.folders(run)
+        adaptive.trial_dirs(run)
 
 
 def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
@@ -197,10 +197,10 @@ def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
     out = create_run(tmp_path / "runs", "s")
     out.folder("arms")
     changes = {"optimizer.lr": 0.1, "batch_size": 30, "model.batchnorm": False}
-    assert arms.add(chosen, out, 0, changes) == out.path / "arms" / "000-lr-0.1-batch_size-30-batchnorm-false"
+    assert trials.add_trial(chosen, out, 0, changes) == out.path / "arms" / "000-lr-0.1-batch_size-30-batchnorm-false"
     with pytest.raises(ConfigError, match=r"came to 001-.*, which is not valid: reg: expected .* conditions"):
-        arms.add(chosen, out, 1, changes | {"batch_size": 40})
-    assert len(trials.folders(out.path)) == 1
+        trials.add_trial(chosen, out, 1, changes | {"batch_size": 40})
+    assert len(adaptive.trial_dirs(out.path)) == 1
 
 
 def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvlab, tmp_path):
@@ -218,8 +218,8 @@ def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvla
     assert "pruned after step 10: too bad; remove " in err
     assert (status["status"], status["step"]) == ("interrupted", 10)
     assert scheduler.has_ended(arm)
-    assert results.read_arm(arm)["status"] == "pruned"
-    assert results.outcome(arm) == "pruned: too bad"
+    assert results.read_trial(arm)["status"] == "pruned"
+    assert results.outcome_text(arm) == "pruned: too bad"
     (arm / PRUNE_FILE).unlink()
     assert not scheduler.has_ended(arm)
     assert cvlab("resume", arm)[0] == 0
@@ -231,7 +231,7 @@ def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
     for number, (state, accuracies) in enumerate([("done", (0.4, 0.6)), ("done", (0.5, 0.7)), ("running", (0.3,))]):
         arm = out.path / "arms" / f"{number:03d}-x"
         arm.mkdir(parents=True)
-        trials.write(arm, {"x": 0.5, "n": 3, "lr": 1e-3, "part": None})
+        adaptive.write_changes(arm, {"x": 0.5, "n": 3, "lr": 1e-3, "part": None})
         (arm / "config.yaml").write_text("experiment: classify\n")
         (arm / "status.json").write_text(json.dumps({"status": state}))
         rows = [{"step": 10 * (k + 1), "val_accuracy": value} for k, value in enumerate(accuracies)]
@@ -239,20 +239,20 @@ def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
         if state == "done":
             (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": accuracies[-1]}}))
     for chosen, expected in ((wanted(startup=2), None), (wanted(startup=2, prune="median"), True)):
-        trials.Trials(out, chosen, {}, lambda number, changes: None).prune([arm])
+        adaptive.AdaptiveSearch(out, chosen, {}, lambda number, changes: None).prune([arm])
         assert bool(pruning_reason(arm)) == bool(expected)
-    assert trials.read(arm, chosen, {}).state == "pruned"
-    assert trials.read(arm, chosen, {}).curve == {10: 0.3}
-    best = trials.Trials(out, chosen, {}, lambda number, changes: None).best()
+    assert adaptive.read_trial(arm, chosen, {}).state == "pruned"
+    assert adaptive.read_trial(arm, chosen, {}).curve == {10: 0.3}
+    best = adaptive.AdaptiveSearch(out, chosen, {}, lambda number, changes: None).best()
     assert (best["arm"], best["val_accuracy"]) == ("001-x", 0.7)
     (arm / "status.json").write_text(json.dumps({"status": "failed", "code": 6}))
-    assert trials.read(arm, chosen, {}) == Trial(trials.changes_of(arm), "pruned")
-    assert trials.read(arm, chosen, {"val_accuracy": 0.1}).value == 0.1
+    assert adaptive.read_trial(arm, chosen, {}) == TrialRecord(adaptive.read_changes(arm), "pruned")
+    assert adaptive.read_trial(arm, chosen, {"val_accuracy": 0.1}).value == 0.1
     (arm / "status.json").write_text(json.dumps({"status": "failed", "code": 1}))
-    assert trials.read(arm, chosen, {}).state == "failed"
+    assert adaptive.read_trial(arm, chosen, {}).state == "failed"
     (arm / "status.json").write_text(json.dumps({"status": "done"}))
     (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": math.nan}}))
-    assert trials.read(arm, chosen, {}).state == "failed"
+    assert adaptive.read_trial(arm, chosen, {}).state == "failed"
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tm
     )
     assert started_sweep().wait() == 0
     whole = (tmp_path / "runs" / "latest").resolve()
-    told, weights = [trials.changes_of(arm) for arm in trials.folders(whole)], weights_of_arms(tmp_path)
+    told, weights = [adaptive.read_changes(arm) for arm in adaptive.trial_dirs(whole)], weights_of_arms(tmp_path)
     for count in (3, 5):
         process = started_sweep(*(["--fresh"] if count == 3 else []))
         until(lambda many=count: len(list(tmp_path.glob(f"runs/2*/arms/{many - 1:03d}-*/metrics.jsonl"))) == 2)
@@ -271,6 +271,6 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tm
     assert started_sweep().wait() == 0, (tmp_path / "said.txt").read_text()
     again = (tmp_path / "runs" / "latest").resolve()
     assert again != whole
-    assert [trials.changes_of(arm) for arm in trials.folders(again)] == told
+    assert [adaptive.read_changes(arm) for arm in adaptive.trial_dirs(again)] == told
     assert weights_of_arms(tmp_path) == weights
     assert "already running" not in (tmp_path / "said.txt").read_text()

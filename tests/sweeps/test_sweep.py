@@ -261,7 +261,7 @@ def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     assert "1 arms failed" in err, err
     assert "AssertionError: not five" in err, err
     run = (tmp_path / "runs" / "latest").resolve()
-    assert [results.read_arm(arm)["status"] for arm in sorted((run / "arms").iterdir())] == ["failed", "done"]
+    assert [results.read_trial(arm)["status"] for arm in sorted((run / "arms").iterdir())] == ["failed", "done"]
     for copied in (run / "net.py", *run.glob("arms/*/net.py")):
         copied.write_text(copied.read_text().replace("width != 5", "True"))
     assert cvlab("resume", run)[0] == 0

@@ -26,7 +26,7 @@ from cvlab.errors import ConfigError
 from cvlab.runs.interrupt import StopRequest
 
 POLL_SECONDS = 0.2
-DIED = 137  # the exit code of an arm whose node or process was lost without a word
+EXIT_LOST = 137  # the exit code of an arm whose node or process was lost without a word
 ERRORS = "stderr.txt"  # what an arm says on standard error, in its run directory until it has ended
 TOKEN = "driver.txt"  # a random word in the sweep's directory: who reads it there shares the disk with the driver
 EXECUTORS = {
@@ -37,7 +37,7 @@ EXECUTORS = {
 EXTRAS = {"ray": "ray", "slurm": "submitit"}  # the package that each of them needs
 
 
-class Submit(FrozenModel):
+class SubmitConfig(FrozenModel):
     """Where arms run, and what each of them gets there."""
 
     on: Literal["local", "ray", "slurm"] = Field("local", description="this machine, a Ray cluster, or Slurm")
@@ -57,7 +57,7 @@ class Submit(FrozenModel):
     )
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "Submit":
+    def _fit_together(self) -> "SubmitConfig":
         if self.on == "local" and (self.address or self.gpus or self.partition):
             key = "address" if self.address else "gpus" if self.gpus else "partition"
             raise ValueError(f"{key} goes with on: ray or slurm; on this machine arms share what is there")
@@ -74,7 +74,7 @@ class Limits:
 
     folder: Path
     workers: int | None
-    submit: Submit
+    submit: SubmitConfig
 
 
 class Task(NamedTuple):
@@ -97,17 +97,17 @@ Events = Generator[TaskResult | None, None, None]
 Executor = Callable[[Take, Limits, StopRequest], Events]
 
 
-def find(submit: Submit) -> Executor:
+def get_executor(submit: SubmitConfig) -> Executor:
     """Return the engine that is to be used; ConfigError where what it needs is not there."""
     if submit.on in EXTRAS:
-        require(EXTRAS[submit.on], submit.on)
+        require_package(EXTRAS[submit.on], submit.on)
     if submit.on == "slurm" and submit.address is None and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ConfigError("no Slurm on this machine: no sbatch", "run it on a login node, or try --address local")
     found: Executor = registry.get("submitter", submit.on, EXECUTORS)
     return found
 
 
-def require(package: str, extra: str) -> None:
+def require_package(package: str, extra: str) -> None:
     """Raise ConfigError with what to install where a package is not there."""
     try:
         importlib.import_module(package)

@@ -14,7 +14,7 @@ from cvlab.errors import RunDirError
 from cvlab.runs.interrupt import STOP_WITH_INPUT
 from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, TOKEN, Task, TaskResult, read_last_error
 
-SIGHT_SECONDS = 10.0  # so long a network file system may take to show what another node has written
+STORAGE_TIMEOUT_SECONDS = 10.0  # so long a network file system may take to show what another node has written
 RemoteResult = tuple[int | None, str]  # exit code and last words; without a code the node must get no further arms
 
 
@@ -26,17 +26,17 @@ class RemoteTask(NamedTuple):
     environment: Mapping[str, str]
 
 
-def errand(task: Task) -> RemoteTask:
+def remote_task(task: Task) -> RemoteTask:
     """Return what a node is to be told about an arm."""
-    return RemoteTask(task, str(Path.cwd()), settings())
+    return RemoteTask(task, str(Path.cwd()), cvlab_environment())
 
 
-def settings() -> dict[str, str]:
+def cvlab_environment() -> dict[str, str]:
     """Return the variables of this process that speak to cvlab, for example where its data are."""
     return {key: value for key, value in os.environ.items() if key.startswith("CVLAB_")}
 
 
-class Child:
+class TrialProcess:
     """The process of an arm."""
 
     def __init__(self, errand: RemoteTask) -> None:
@@ -66,13 +66,13 @@ class Child:
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
 
-def run(errand: RemoteTask, begun: Callable[[Child], None] = lambda _: None) -> RemoteResult:
+def run(errand: RemoteTask, begun: Callable[[TrialProcess], None] = lambda _: None) -> RemoteResult:
     """Run an arm to its end; interrupted, ask it to save, and wait for that."""
     arm = errand.task.arm
-    if not sees(errand.task):
+    if not shares_storage(errand.task):
         run = arm.parents[1]
         return None, f"node {socket.gethostname()} does not see what the driver has written to {run}"
-    child = Child(errand)
+    child = TrialProcess(errand)
     begun(child)
     try:
         code = child.wait()
@@ -82,9 +82,9 @@ def run(errand: RemoteTask, begun: Callable[[Child], None] = lambda _: None) -> 
     return code, read_last_error(arm)
 
 
-def sees(task: Task) -> bool:
+def shares_storage(task: Task) -> bool:
     """Whether this node shares the disk with the driver that has sent it; a later driver has another word."""
-    deadline = time.monotonic() + SIGHT_SECONDS
+    deadline = time.monotonic() + STORAGE_TIMEOUT_SECONDS
     while True:
         try:
             if (task.arm.parents[1] / TOKEN).read_text() == task.token:
@@ -96,7 +96,7 @@ def sees(task: Task) -> bool:
         time.sleep(POLL_SECONDS)
 
 
-def ended(task: Task, answer: RemoteResult) -> TaskResult:
+def task_result(task: Task, answer: RemoteResult) -> TaskResult:
     """Return how an arm has ended; RunDirError where its node does not see the sweep."""
     code, said = answer
     if code is None:

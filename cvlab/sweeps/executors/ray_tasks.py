@@ -14,7 +14,7 @@ from typing import Any
 
 from cvlab.errors import ConfigError, DeviceError, StoppedError
 from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
-from cvlab.sweeps.executors import DIED, POLL_SECONDS, Events, Limits, Submit, Take, Task, node
+from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, SubmitConfig, Take, Task, node
 
 SAVE_SECONDS = 60.0  # how long arms may take to save and end
 ANSWER_SECONDS = 5.0  # Ray itself waits for minutes
@@ -33,9 +33,9 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
     asked = False
     try:
         while True:
-            room = limits.workers or max(1, _room(ray.nodes(), submit))
+            room = limits.workers or max(1, _capacity(ray.nodes(), submit))
             while stop.received is None and len(running) < room and (task := take()) is not None:
-                running[remote.remote(node.errand(task))] = task
+                running[remote.remote(node.remote_task(task))] = task
             if not running:
                 return
             if stop.received is not None and not asked:
@@ -43,7 +43,7 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
                 _cancel(running)
             for done in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
                 task = running.pop(done)
-                yield node.ended(task, _answer(done))
+                yield node.task_result(task, _remote_result(done))
             yield None
     finally:
         _cancel(running)
@@ -52,14 +52,14 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
         ray.shutdown()
 
 
-def _connect(submit: Submit) -> None:
+def _connect(submit: SubmitConfig) -> None:
     """Join the cluster at an address, or start one. ConfigError where none answers."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if submit.address else LOOPBACK | CHILDREN_SAVE)
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if submit.address and ":" in submit.address:
-        _knock(submit.address)
+        _ping(submit.address)
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -67,9 +67,9 @@ def _connect(submit: Submit) -> None:
             include_dashboard=None if submit.address else False,
             log_to_driver=False,
             configure_logging=False,
-            runtime_env={"env_vars": CHILDREN_SAVE | node.settings()} if submit.address else None,
+            runtime_env={"env_vars": CHILDREN_SAVE | node.cvlab_environment()} if submit.address else None,
         )
-        _require_room(ray.nodes(), submit)
+        _require_capacity(ray.nodes(), submit)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"no Ray cluster at {submit.address}" if submit.address else "Ray does not start here"
         raise ConfigError(f"{where}: {_first_sentence(error)}", "`ray start --head` starts a cluster") from error
@@ -79,7 +79,7 @@ def _connect(submit: Submit) -> None:
         signal.signal(signal.SIGTERM, before)  # Ray has put its own there, which would end us at once
 
 
-def _knock(address: str) -> None:
+def _ping(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
@@ -87,19 +87,19 @@ def _knock(address: str) -> None:
         raise ConfigError(f"no Ray cluster at {address}: {error}", "`ray status` says where it is") from error
 
 
-def _room(nodes: list[dict[str, Any]], submit: Submit) -> int:
+def _capacity(nodes: list[dict[str, Any]], submit: SubmitConfig) -> int:
     """Return how many arms the nodes that are alive have room for."""
     return sum(_fits(row["Resources"], submit) for row in nodes if row["Alive"])
 
 
-def _fits(resources: Mapping[str, float], submit: Submit) -> int:
+def _fits(resources: Mapping[str, float], submit: SubmitConfig) -> int:
     fits = int(resources.get("CPU", 0) / submit.cpus)
     return min(fits, int(resources.get("GPU", 0) / submit.gpus)) if submit.gpus else fits
 
 
-def _require_room(nodes: list[dict[str, Any]], submit: Submit) -> None:
+def _require_capacity(nodes: list[dict[str, Any]], submit: SubmitConfig) -> None:
     """Raise DeviceError where no node has what one arm is to get: it would wait for ever."""
-    if _room(nodes, submit) == 0:
+    if _capacity(nodes, submit) == 0:
         import ray
 
         ray.shutdown()
@@ -116,7 +116,7 @@ def _cancel(running: Mapping[Any, Task]) -> None:
         ray.cancel(task)
 
 
-def _answer(task: Any) -> node.RemoteResult:
+def _remote_result(task: Any) -> node.RemoteResult:
     """Return what a task has answered; one that was lost with its node or worker has died."""
     import ray
 
@@ -128,7 +128,7 @@ def _answer(task: Any) -> node.RemoteResult:
     except ray.exceptions.RayTaskError as error:  # nothing of ours: for example a node without cvlab
         return 1, str(error).splitlines()[-1]
     except ray.exceptions.RayError as error:
-        return DIED, f"{type(error).__name__}: {_first_sentence(error)}"
+        return EXIT_LOST, f"{type(error).__name__}: {_first_sentence(error)}"
 
 
 def _first_sentence(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cvlab.errors import ConfigError
 from cvlab.runs.interrupt import StopRequest
-from cvlab.sweeps.executors import DIED, POLL_SECONDS, Events, Limits, Take, Task, node
+from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, Take, Task, node
 
 FOLDER = "slurm"  # of the sweep's directory: what submitit writes about each job
 ROOM = 64  # jobs in the queue at a time, unless told otherwise
@@ -21,12 +21,12 @@ REQUEUES = 1000  # each goes on from a checkpoint, so that many are no fault
 SAVE_SECONDS = 90  # between the signal that time is up and the end of a job
 
 
-class ArmJob:
+class TrialJob:
     """What a job calls. submitit asks `checkpoint` for what is to be queued again when the job has to go."""
 
     def __init__(self, errand: node.RemoteTask) -> None:
         self.errand = errand
-        self.child: node.Child | None = None
+        self.child: node.TrialProcess | None = None
 
     def __call__(self) -> node.RemoteResult:
         """Run the arm."""
@@ -36,7 +36,7 @@ class ArmJob:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _keep(self, child: node.Child) -> None:
+    def _keep(self, child: node.TrialProcess) -> None:
         self.child = child
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
@@ -48,7 +48,7 @@ class ArmJob:
 
         if self.child is not None:
             self.child.stop()
-        return DelayedSubmission(ArmJob(self.errand))
+        return DelayedSubmission(TrialJob(self.errand))
 
 
 def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
@@ -62,7 +62,7 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
             if not running:
                 return
             for task in [task for task, job in running.items() if job.done()]:
-                yield node.ended(task, _answer(running.pop(task)))
+                yield node.task_result(task, _remote_result(running.pop(task)))
             time.sleep(POLL_SECONDS)
             yield None
     finally:
@@ -99,7 +99,7 @@ def _submit(executor: Any, task: Task) -> Any:
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        return executor.submit(ArmJob(node.errand(task)))
+        return executor.submit(TrialJob(node.remote_task(task)))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         hint = "change submit.partition, submit.cpus, submit.gpus or submit.minutes"
         raise ConfigError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}", hint) from error
@@ -118,7 +118,7 @@ def _cancel(job: Any) -> None:
         job.cancel(check=False)
 
 
-def _answer(job: Any) -> node.RemoteResult:
+def _remote_result(job: Any) -> node.RemoteResult:
     """Return what a job has answered; one that has ended without a word has died."""
     import submitit
 
@@ -129,4 +129,4 @@ def _answer(job: Any) -> node.RemoteResult:
         lines = [line for line in str(error).splitlines() if line.strip(" -")]
         return 1, next((line for line in reversed(lines) if not line.startswith((" ", "You can"))), lines[0])
     except submitit.core.utils.UncompletedJobError:
-        return DIED, f"job {job.job_id} ended without a result ({job.state})"
+        return EXIT_LOST, f"job {job.job_id} ended without a result ({job.state})"

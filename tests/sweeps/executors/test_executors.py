@@ -15,7 +15,7 @@ from cvlab.runs import interrupt
 from cvlab.runs.find import create_run, list_runs
 from cvlab.runs.interrupt import StopRequest
 from cvlab.sweeps import executors, scheduler
-from cvlab.sweeps.executors import Limits, Submit, Task, TaskResult, node
+from cvlab.sweeps.executors import Limits, SubmitConfig, Task, TaskResult, node
 from cvlab.sweeps.scheduler import SweepScheduler
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
@@ -37,8 +37,8 @@ def sweep(tmp_path):
 
 def drive(out, engine, monkeypatch, **more):
     arms = sorted((out.path / "arms").iterdir())
-    monkeypatch.setattr(executors, "find", lambda chosen: engine)
-    found = SweepScheduler("s", out, Limits(out.path.resolve(), 1, Submit(**more)), arms, len(arms))
+    monkeypatch.setattr(executors, "get_executor", lambda chosen: engine)
+    found = SweepScheduler("s", out, Limits(out.path.resolve(), 1, SubmitConfig(**more)), arms, len(arms))
     with out.locked(), StopRequest() as stop:
         found.run(stop)
     return found
@@ -142,18 +142,18 @@ def test_the_last_words_of_an_arm(tmp_path):
 
 
 def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
-    monkeypatch.setattr(node, "SIGHT_SECONDS", 0.0)
+    monkeypatch.setattr(node, "STORAGE_TIMEOUT_SECONDS", 0.0)
     task = Task(sweep.path / "arms" / "000-lr", "word")
-    assert not node.sees(task)
+    assert not node.shares_storage(task)
     (sweep.path / executors.TOKEN).write_text("the word of a later driver")
-    code, said = node.run(node.errand(task))
+    code, said = node.run(node.remote_task(task))
     assert code is None
     assert f"does not see what the driver has written to {sweep.path}" in said
     (sweep.path / executors.TOKEN).write_text("word")
-    assert node.sees(task)
+    assert node.shares_storage(task)
 
     def engine(take, limits, stop):
-        yield node.ended(take(), (None, said))
+        yield node.task_result(take(), (None, said))
 
     with pytest.raises(RunDirError, match=r"does not see .* storage that all nodes share, with --runs-dir"):
         drive(sweep, engine, monkeypatch)
@@ -161,7 +161,7 @@ def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
 
 def test_what_a_node_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("CVLAB_DATA", "/data")
-    told = node.errand(Task(tmp_path, "word"))
+    told = node.remote_task(Task(tmp_path, "word"))
     assert told.environment["CVLAB_DATA"] == "/data"
     assert not set(told.environment) & {"PATH", "HOME"}
 

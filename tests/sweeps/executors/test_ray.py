@@ -8,7 +8,7 @@ import pytest
 from cvlab.errors import ConfigError, DeviceError
 from cvlab.runs import run_dir
 from cvlab.runs.records import read_json, read_status
-from cvlab.sweeps.executors import Submit, ray_tasks
+from cvlab.sweeps.executors import SubmitConfig, ray_tasks
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
 pytest.importorskip("ray")
@@ -104,7 +104,7 @@ def test_gpus_of_an_arm(started_sweep, tmp_path, monkeypatch):
 def test_a_cluster_that_does_not_answer_is_one_line(address, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=rf"no Ray cluster at {address}.*`ray (start|status)"):
-        ray_tasks._connect(Submit(on="ray", address=address))
+        ray_tasks._connect(SubmitConfig(on="ray", address=address))
 
 
 def test_room():
@@ -112,11 +112,11 @@ def test_room():
         return {"Alive": alive, "Resources": resources}
 
     nodes = [row(True, CPU=5.0, GPU=1.0), row(True, CPU=2.0), row(False, CPU=64.0, GPU=8.0)]
-    assert ray_tasks._room(nodes, Submit(on="ray")) == 7
-    assert ray_tasks._room(nodes, Submit(on="ray", cpus=2)) == 3
-    assert ray_tasks._room(nodes, Submit(on="ray", cpus=2, gpus=1)) == 1
+    assert ray_tasks._capacity(nodes, SubmitConfig(on="ray")) == 7
+    assert ray_tasks._capacity(nodes, SubmitConfig(on="ray", cpus=2)) == 3
+    assert ray_tasks._capacity(nodes, SubmitConfig(on="ray", cpus=2, gpus=1)) == 1
     with pytest.raises(DeviceError, match=r"no node of the Ray cluster has room for an arm with cpus: 1 and gpus: 2"):
-        ray_tasks._require_room(nodes, Submit(on="ray", gpus=2))
+        ray_tasks._require_capacity(nodes, SubmitConfig(on="ray", gpus=2))
 
 
 def test_json_of_a_plan(cvlab, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from cvlab.runs import run_dir
 from cvlab.runs.records import read_status
-from cvlab.sweeps.executors import Limits, Submit, node, slurm
+from cvlab.sweeps.executors import Limits, SubmitConfig, node, slurm
 from tests.conftest import SMALL_SWEEP, until, weights_of_arms
 
 pytest.importorskip("submitit")
@@ -80,8 +80,8 @@ def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit waits for no process
 def test_a_node_that_sees_another_disk_ends_the_sweep(cvlab, tmp_path, monkeypatch):
-    real = node.errand
-    monkeypatch.setattr(node, "errand", lambda task: real(task._replace(token="what another disk holds")))
+    real = node.remote_task
+    monkeypatch.setattr(node, "remote_task", lambda task: real(task._replace(token="what another disk holds")))
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", *LOCAL)
     assert code == 5
@@ -160,7 +160,7 @@ def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    submit = Submit(on="slurm", cpus=3, gpus=2, partition="short", minutes=30)
+    submit = SubmitConfig(on="slurm", cpus=3, gpus=2, partition="short", minutes=30)
     executor = slurm._executor(Limits(tmp_path / "20261125-run", None, submit))
     text = executor._executor._make_submission_file_text("true", "uid")
     for wanted in (
