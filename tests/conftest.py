@@ -141,10 +141,10 @@ def started_sweep(tmp_path):
         process.wait()
 
 
-def weights_of_arms(folder):
-    """Return the digests of the weights of all arms of the newest sweep below a test's folder."""
-    arms = sorted((folder / "runs" / "latest").resolve().glob("arms/*"))
-    return [json.loads((arm / "summary.json").read_text())["weights_sha256"] for arm in arms]
+def weights_of_trials(folder):
+    """Return the digests of the weights of all trials of the newest sweep below a test's folder."""
+    trials = sorted((folder / "runs" / "latest").resolve().glob("trials/*"))
+    return [json.loads((trial / "summary.json").read_text())["weights_sha256"] for trial in trials]
 
 
 def until(condition, seconds=90):

@@ -29,15 +29,15 @@ def verb(name):
 
 
 def runs_of(name, folder):
-    """Return what `cvlab train` takes: the configuration in each of its sizes, or the first and last arm of a sweep."""
+    """Return what `cvlab train` takes: the configuration in each of its profiles, or two trials of a sweep."""
     loaded = loading.load(name)
     if verb(name) == "train":
         return [[name, variant] for variant in loaded.variants] or [[name]]
-    arms = loaded.config.arms()
+    trials = loaded.config.trials()
     files = []
-    for arm in (arms[0], arms[-1]):
-        path = folder / f"{arm.name[:3]}.yaml"
-        path.write_text(json.dumps(arm.raw))
+    for trial in (trials[0], trials[-1]):
+        path = folder / f"{trial.name[:3]}.yaml"
+        path.write_text(json.dumps(trial.raw))
         files.append([path])
     return files
 
@@ -68,7 +68,7 @@ class TestEach:
             return  # tests/experiments/style/test_style.py runs them with weights from a file
         plan = json.loads(out)
         assert code == 0
-        assert plan["arms" if verb(name) == "sweep" else "parameters"] > 1
+        assert plan["trials" if verb(name) == "sweep" else "parameters"] > 1
 
 
 @pytest.mark.parametrize("name", TRAININGS)

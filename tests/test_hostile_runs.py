@@ -45,7 +45,7 @@ SUMMARY = {
         {"name": "picture", "title": "picture", "unit": "px", "is_file": True},
     ],
     "settings": [
-        {"keys": {"lr": 0.1}, "arms": 1, "status": ["done"], "metrics": {"val_loss": {"mean": 1, "sd": None, "n": 1}}}
+        {"keys": {"lr": 0.1}, "trials": 1, "status": ["done"], "metrics": {"val_loss": {"mean": 1, "sd": None, "n": 1}}}
     ],
 }
 ENV = {"time": "now", "command": "cvlab", "provenance": {"seed": "file"}, "threads": 2}

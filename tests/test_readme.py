@@ -62,11 +62,11 @@ def test_the_example_is_the_shipped_configuration(tmp_path):
     )
 
 
-def test_the_example_of_a_sweep_has_the_arms_it_should(tmp_path):
+def test_the_example_of_a_sweep_has_the_trials_it_should(tmp_path):
     (tmp_path / "s.yaml").write_text(next(block for block in blocks("yaml") if "experiment: sweep" in block))
-    arms = loading.load(str(tmp_path / "s.yaml")).config.arms()
-    assert len(arms) == 12
-    assert sum("clip_norm" in arm.raw for arm in arms) == 6
+    trials = loading.load(str(tmp_path / "s.yaml")).config.trials()
+    assert len(trials) == 12
+    assert sum("clip_norm" in trial.raw for trial in trials) == 6
 
 
 def test_the_example_of_a_search_has_the_trials_it_says(tmp_path):

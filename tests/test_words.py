@@ -76,7 +76,7 @@ PENDING = (  # files that are still to be revised; this list only shrinks
     "cvlab/models/weights.py",
     "cvlab/models/zoo.py",
     "cvlab/registry.py",
-    "cvlab/sweeps/arms.py",
+    "cvlab/sweeps/trials.py",
     "cvlab/sweeps/config.py",
     "cvlab/sweeps/executors/__init__.py",
     "cvlab/sweeps/executors/local.py",

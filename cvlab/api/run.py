@@ -269,8 +269,8 @@ def result(path: Path) -> Result:
         path: The run directory.
 
     Returns:
-        `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep `settings` and `arms`, of
-        an experiment on images `results`.
+        `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings` and
+        `trials`, of an experiment on images also `results`.
     """
     summary = read_summary(path)
     status = read_status(path).get("status", "unknown")
@@ -283,6 +283,6 @@ def result(path: Path) -> Result:
         "data": summary.get("data"),
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
-        **{key: summary[key] for key in ("settings", "arms", "results") if key in summary},
+        **{key: summary[key] for key in ("settings", "trials", "results") if key in summary},
         "files": files,
     }

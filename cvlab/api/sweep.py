@@ -51,7 +51,7 @@ def find_unfinished(loaded: loading.Loaded, root: Path) -> Path | None:
             other = loading.load(str(config_path(path))).config
         except Exception:  # importing the user's file of an old sweep may raise anything
             continue
-        is_same = _identity(other) == _identity(user_code.rewrite_paths(config)) and (path / "arms").is_dir()
+        is_same = _identity(other) == _identity(user_code.rewrite_paths(config)) and (path / "trials").is_dir()
         if is_same and user_code.is_unchanged(config.model_dump(), loaded.base, path):
             return path
     return None

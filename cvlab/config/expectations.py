@@ -49,7 +49,7 @@ FUNCTIONS = (*REDUCTIONS, *ORDERS, *SHARES)
 
 @dataclass(frozen=True)
 class GroupedResult:
-    """One setting of a sweep: its configuration with dotted keys, its mean metrics over seeds, the share that diverged."""
+    """One setting of a sweep: dotted keys, mean metrics over seeds, and the share of trials that diverged."""
 
     keys: Mapping[str, Any]
     metrics: Mapping[str, float]
@@ -217,8 +217,8 @@ def check_expectations(
 ) -> list[dict[str, Any]]:
     """Return a verdict for each rule: `{"rule", "measured", "met"}`.
 
-    `measured` is the value of the left side; if several sides are measured, `values` has all of them. A rule on a metric
-    that is missing is not met.
+    `measured` is the value of the left side; if several sides are measured, `values` has all of them. A rule on a
+    missing metric is not met.
     """
     verdicts = []
     for text in rules:

@@ -92,7 +92,7 @@ def settings_rows(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     rows = []
     for row in settings:
         means = [_mean(row["metrics"].get(name)) for name in shown]
-        rows.append([*(number(row["keys"][key]) for key in keys), ", ".join(row["status"]), str(row["arms"]), *means])
+        rows.append([*(number(row["keys"][key]) for key in keys), ", ".join(row["status"]), str(row["trials"]), *means])
     return [*titles, "status", "n", *shown], rows
 
 

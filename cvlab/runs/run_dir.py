@@ -84,7 +84,7 @@ class RunDir:
             self._lock.release()
 
     def _remove_stale_temporaries(self) -> None:
-        """Clean all folders but those of a sweep's arms, which have locks of their own."""
+        """Clean all folders but those of a sweep's trials, which have locks of their own."""
         for folder, subfolders, _ in os.walk(self.path):
             atomic.remove_stale_temporaries(Path(folder))
             subfolders[:] = [name for name in subfolders if not is_run(Path(folder, name))]

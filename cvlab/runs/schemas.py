@@ -60,10 +60,10 @@ class Spread(_Record):
 
 
 class Setting(_Record):
-    """The arms of a sweep that differ only in their seed."""
+    """The trials of a sweep that differ only in their seed."""
 
     keys: dict[str, Any]
-    arms: Number
+    trials: Number
     status: list[str]
     metrics: dict[str, Spread]
 

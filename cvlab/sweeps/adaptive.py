@@ -1,6 +1,6 @@
-"""The trials of a search as run directories: each new one is proposed from those that are there, and nothing else.
+"""Adaptive search over run directories: each new trial is proposed from the existing ones, and nothing else is stored.
 
-What a trial changes is in `trial.json` of its directory: config.yaml says it too, but resolved, with the names of
+The changes of a trial are in `trial.json` of its directory. config.yaml has them too, but resolved, with the names of
 copied files and the steps that a budget in seconds became.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from cvlab.config import strict_yaml
 from cvlab.errors import RunDirError
-from cvlab.runs.records import to_json_value, pruning_reason, read_metrics, request_pruning
+from cvlab.runs.records import pruning_reason, read_metrics, request_pruning, to_json_value
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, results, search
@@ -22,22 +22,30 @@ FILE = "trial.json"
 
 
 def trial_dirs(run: Path) -> list[Path]:
-    """Return the run directories of the trials, in order; RunDirError where one of them is gone."""
-    found = sorted(path.parent for path in (run / "arms").glob(f"*/{FILE}"))
-    numbers = [path.name.partition("-")[0] for path in found]
-    missing = [number for number in range(len(found)) if f"{number:03d}" != numbers[number]]
+    """Return the run directories of the trials, in order.
+
+    Raises:
+        RunDirError: if one of them is missing.
+    """
+    dirs = sorted(path.parent for path in (run / "trials").glob(f"*/{FILE}"))
+    numbers = [path.name.partition("-")[0] for path in dirs]
+    missing = [number for number in range(len(dirs)) if f"{number:03d}" != numbers[number]]
     if missing:
-        raise RunDirError(f"{run}: the arm {missing[0]:03d} is gone", "start the sweep again with --fresh")
-    return found
+        raise RunDirError(f"{run}: the trial {missing[0]:03d} is missing", "start the sweep again with --fresh")
+    return dirs
 
 
 def write_changes(folder: Path, changes: Changes) -> None:
-    """Write what a trial changes into its directory."""
+    """Write the changes of a trial into its directory."""
     atomic.write_text(folder / FILE, json.dumps(to_json_value(changes)) + "\n")
 
 
 def read_changes(folder: Path) -> Changes:
-    """Return what a trial changes; ConfigError where the file is damaged."""
+    """Return the changes of a trial.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
     value = strict_yaml.read(
         folder / FILE
     ).value  # JSON is YAML, and this reader gives tuples as configurations have them
@@ -46,84 +54,84 @@ def read_changes(folder: Path) -> Changes:
     return value
 
 
-def read_trial(folder: Path, wanted: SearchConfig, diverged_counts_as: Mapping[str, float]) -> TrialRecord:
-    """Return what an arm has tried and how it went; one that has diverged is pruned without having learned anything."""
+def read_trial(folder: Path, config: SearchConfig, diverged_values: Mapping[str, float]) -> TrialRecord:
+    """Return the record of a trial; a trial that diverged counts as pruned, without a curve."""
     row = results.read_trial(folder)
     changes = read_changes(folder)
-    value = results.trial_metrics(row, diverged_counts_as).get(wanted.metric)
+    value = results.trial_metrics(row, diverged_values).get(config.metric)
     if value is not None and math.isfinite(value):
-        return TrialRecord(changes, "done", value, read_curve(folder, wanted.metric))
+        return TrialRecord(changes, "done", value, read_curve(folder, config.metric))
     if row["diverged"]:
         return TrialRecord(changes, "pruned")
     if row["status"] == results.PRUNED:
-        return TrialRecord(changes, "pruned", curve=read_curve(folder, wanted.metric))
+        return TrialRecord(changes, "pruned", curve=read_curve(folder, config.metric))
     return TrialRecord(
         changes, "failed" if row["status"] in ("failed", "done", "expectations_failed", "damaged") else "running"
     )
 
 
 def read_curve(folder: Path, metric: str) -> Curve:
-    """Return a metric after each step at which a run has measured it."""
-    found: Curve = {}
+    """Return the value of a metric by the step at which it was measured."""
+    curve: Curve = {}
     for row in read_metrics(folder):
         step, value = row.get("step"), row.get(metric)
         if isinstance(step, int) and isinstance(value, (int, float)):
-            found[step] = value
-    return found
+            curve[step] = value
+    return curve
 
 
 class AdaptiveSearch:
-    """The search on its way: `more` makes arms one by one, `prune` ends those that are hopeless."""
+    """A search in progress: `next_trial` creates trials one by one, `prune` ends those that are not promising."""
 
     def __init__(
         self,
         out: RunDir,
-        wanted: SearchConfig,
-        diverged_counts_as: Mapping[str, float],
+        config: SearchConfig,
+        diverged_values: Mapping[str, float],
         make: Callable[[int, Changes], Path],
     ) -> None:
-        self.out, self.wanted, self.make = out, wanted, make
-        self.diverged_counts_as = diverged_counts_as
-        self._known: dict[Path, TrialRecord] = {}  # of what will not change any more: nothing is read twice
+        self.out, self.config, self.make = out, config, make
+        self.diverged_values = diverged_values
+        self._known: dict[Path, TrialRecord] = {}  # trials that have ended, so that nothing is read twice
 
     def all(self) -> dict[Path, TrialRecord]:
         """Return the trials by their run directories, in order."""
-        found = {}
+        records = {}
         for folder in trial_dirs(self.out.path):
-            trial = self._known.get(folder) or read_trial(folder, self.wanted, self.diverged_counts_as)
+            trial = self._known.get(folder) or read_trial(folder, self.config, self.diverged_values)
             if trial.state in ("done", "pruned"):
                 self._known[folder] = trial
-            found[folder] = trial
-        return found
+            records[folder] = trial
+        return records
 
-    def more(self) -> Path | None:
-        """Make the next arm, unless there are enough."""
-        made = self.all()
-        if len(made) >= self.wanted.trials:
+    def next_trial(self) -> Path | None:
+        """Create the next trial; return None if there are enough."""
+        records = self.all()
+        if len(records) >= self.config.trials:
             return None
-        changes = search.propose(self.wanted, list(made.values()))
-        folder = self.make(len(made), changes)
-        told = ", ".join(f"{key} {grid.format_value(value)}" for key, value in changes.items())
-        self.out.log(f"trial {len(made) + 1} of {self.wanted.trials}: {told}")
+        changes = search.propose(self.config, list(records.values()))
+        folder = self.make(len(records), changes)
+        description = ", ".join(f"{key} {grid.format_value(value)}" for key, value in changes.items())
+        self.out.log(f"trial {len(records) + 1} of {self.config.trials}: {description}")
         return folder
 
     def prune(self, running: Iterable[Path]) -> None:
-        """Ask arms to end that are worse than the median of those that are done."""
-        if self.wanted.prune == "none":
+        """Ask trials to end that are worse than the median of the finished ones."""
+        if self.config.prune == "none":
             return
-        ended = [trial.curve for trial in self.all().values() if trial.state == "done"]
+        finished = [trial.curve for trial in self.all().values() if trial.state == "done"]
         for folder in running:
             if pruning_reason(folder) is None:
-                reason = search.should_prune(self.wanted, read_curve(folder, self.wanted.metric), ended)
+                reason = search.should_prune(self.config, read_curve(folder, self.config.metric), finished)
                 if reason is not None:
                     request_pruning(folder, reason)
 
     def best(self) -> dict[str, Any] | None:
-        """Return the best arm's name, value and changes; None where none is done."""
+        """Return the name, value and changes of the best trial; None if none has finished."""
         best: tuple[Path, TrialRecord] | None = None
         for folder, trial in self.all().items():
-            if trial.value is not None and (best is None or self.wanted.better(trial.value, best[1].value or 0.0)):
+            if trial.value is not None and (best is None or self.config.is_better(trial.value, best[1].value or 0.0)):
                 best = folder, trial
         if best is None:
             return None
-        return {"arm": best[0].name, self.wanted.metric: best[1].value, "changes": best[1].changes}
+        return {"trial": best[0].name, self.config.metric: best[1].value, "changes": best[1].changes}

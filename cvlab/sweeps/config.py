@@ -19,7 +19,7 @@ Values = dict[str, tuple[Any, ...]]
 
 
 class Condition(FrozenModel):
-    """Keys that are tied to others: where all of `when` hold, `set` is laid over the arm."""
+    """Keys that depend on others: if all of `when` hold, `set` is applied to the trial."""
 
     when: dict[str, Any] = Field(description="dotted keys and the values they must have")
     set: dict[str, Any] = Field(description="dotted keys and the values they get")
@@ -28,20 +28,20 @@ class Condition(FrozenModel):
 class SweepConfig(ExperimentConfig):
     """A base configuration and what varies."""
 
-    base: dict[str, Any] = Field(description="an ordinary configuration; `from:` names one to start from")
-    grid: Values = Field({}, description="dotted keys with lists of values: every combination is an arm")
-    zip: Values = Field({}, description="dotted keys with lists of one length, walked together as one axis")
-    conditions: tuple[Condition, ...] = Field((), description="keys tied to others")
-    seeds: tuple[NonNegativeInt, ...] = Field((), description="every arm once with each; empty: the base's own seed")
+    base: dict[str, Any] = Field(description="an ordinary configuration; `from:` names one to inherit from")
+    grid: Values = Field({}, description="dotted keys with lists of values: every combination is a trial")
+    zip: Values = Field({}, description="dotted keys with lists of equal length, which form one axis")
+    conditions: tuple[Condition, ...] = Field((), description="keys that depend on others")
+    seeds: tuple[NonNegativeInt, ...] = Field((), description="seeds of each trial; empty: the seed of the base")
     search: SearchConfig | None = Field(
-        None, description="in place of an axis: arms proposed one by one, each from the last"
+        None, description="instead of axes: trials are proposed one by one from the previous ones"
     )
     workers: Annotated[int, Ge(1), Le(64)] | None = Field(
-        None, description="arms at a time; null: one on this machine, elsewhere as many as there is room for"
+        None, description="number of concurrent trials; null: one on this machine, as many as fit on a cluster"
     )
-    submit: SubmitConfig = Field(SubmitConfig(), description="where arms run")
-    diverged_counts_as: dict[str, float] = Field(
-        {}, description="what expectations and plots take for an arm that diverged; by default it has no metrics"
+    submit: SubmitConfig = Field(SubmitConfig(), description="where the trials run")
+    diverged_values: dict[str, float] = Field(
+        {}, description="metrics of a trial that diverged, for expectations and plots; by default it has none"
     )
 
     @model_validator(mode="after")
@@ -51,62 +51,62 @@ class SweepConfig(ExperimentConfig):
                 raise ValueError(f"{key}: the list of values is empty")
         if len({len(values) for values in self.zip.values()}) > 1:
             lengths = ", ".join(f"{key} has {len(values)}" for key, values in self.zip.items())
-            raise ValueError(f"zip: the lists must be of one length: {lengths}")
+            raise ValueError(f"zip: the lists must have equal lengths: {lengths}")
         if self.grid.keys() & self.zip.keys():
             raise ValueError(f"{min(self.grid.keys() & self.zip.keys())} is in grid and in zip")
         sizes = [len(values) for values in self.grid.values()] + [len(v) for v in list(self.zip.values())[:1]]
         if (count := math.prod(sizes) * max(1, len(self.seeds))) > MAX_TRIALS:
-            raise ValueError(f"{count} arms; at most {MAX_TRIALS}")
+            raise ValueError(f"{count} trials; at most {MAX_TRIALS}")
         for key, values in {**self.grid, "seeds": self.seeds}.items():
             if len({repr(value) for value in values}) < len(values):
-                raise ValueError(f"{key}: a value is there twice")
+                raise ValueError(f"{key}: a value is listed twice")
         return self
 
     @model_validator(mode="after")
     def _each_key_once(self) -> "SweepConfig":
         axis = "grid" if self.grid else "zip" if self.zip else "seeds"
         if self.search and getattr(self, axis):
-            raise ValueError(f"{axis} and search: a search proposes all its arms; give one of the two")
+            raise ValueError(f"{axis} and search: a search proposes all trials; give one of the two")
         space = self.search.space if self.search else {}
-        changed = [*self.grid, *self.zip, *space, *(["seed"] if self.seeds else [])]
-        for key in changed:
-            above = [other for other in changed if key.startswith(f"{other}.")]
-            if above or changed.count(key) > 1:
-                raise ValueError(f"{key} is varied twice" + (f", also by {above[0]}" if above else ""))
+        varied = [*self.grid, *self.zip, *space, *(["seed"] if self.seeds else [])]
+        for key in varied:
+            parents = [other for other in varied if key.startswith(f"{other}.")]
+            if parents or varied.count(key) > 1:
+                raise ValueError(f"{key} is varied twice" + (f", also by {parents[0]}" if parents else ""))
         return self
 
     @property
     def data(self) -> DataConfig | None:
-        """The base's data, as far as every experiment has it."""
+        """The data block of the base, with the keys that every experiment has."""
         block = self.base.get("data")
         if not isinstance(block, Mapping):
             return None
         return DataConfig(**{key: block[key] for key in DataConfig.model_fields if key in block})
 
     def with_data(self, data: DataConfig) -> "SweepConfig":
-        """Return the sweep over other data."""
+        """Return the sweep with other data."""
         return self.model_copy(update={"base": {**self.base, "data": {**self.base["data"], **data.model_dump()}}})
 
-    def arms(self) -> list[sweeps_grid.Trial]:
-        """Return the arms, not validated; of a search those with every end and every choice."""
-        return self.laid_over(
-            self.search.corners() if self.search else sweeps_grid.combinations(self.grid, self.zip, self.seeds)
+    def trials(self) -> list[sweeps_grid.Trial]:
+        """Return the trials, not validated; for a search, trials with every bound and every choice."""
+        return self.apply_changes(
+            self.search.boundary_points() if self.search else sweeps_grid.combinations(self.grid, self.zip, self.seeds)
         )
 
-    def laid_over(self, changes: Iterable[Mapping[str, Any]], first: int = 0) -> list[sweeps_grid.Trial]:
-        """Return arms that change the base as told, numbered from `first`."""
+    def apply_changes(self, changes: Iterable[Mapping[str, Any]], first: int = 0) -> list[sweeps_grid.Trial]:
+        """Return one trial for each set of changes to the base, numbered from `first`."""
         conditions = [(condition.when, condition.set) for condition in self.conditions]
         return sweeps_grid.expand(self.base, map(dict, changes), conditions, first)
 
-    def varied(self) -> list[str]:
-        """Return the dotted keys in which the arms differ, the seed left out; those of whole blocks one by one."""
-        changed = [*self.grid.items(), *self.zip.items(), *(self.search.values().items() if self.search else ())]
-        changed += [(key, (value,)) for condition in self.conditions for key, value in condition.set.items()]
-        found: dict[str, None] = {}
-        for key, values in changed:
+    def varied_keys(self) -> list[str]:
+        """Return the dotted keys in which the trials differ, except the seed; blocks are expanded."""
+        changes = [*self.grid.items(), *self.zip.items(), *(self.search.values().items() if self.search else ())]
+        changes += [(key, (value,)) for condition in self.conditions for key, value in condition.set.items()]
+        keys: dict[str, None] = {}
+        for key, values in changes:
             blocks = [flatten_block(value, f"{key}.") for value in values if isinstance(value, Mapping)]
-            found |= {inner: None for block in blocks for inner in block} if blocks else {key: None}
-        return [key for key in found if key != "seed"]
+            keys |= {inner: None for block in blocks for inner in block} if blocks else {key: None}
+        return [key for key in keys if key != "seed"]
 
 
 def flatten_block(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Run one configuration many times with some keys changed: a grid, tied values, seeds or a search.
 
 References: Bergstra and Bengio, 2012, on grids and their limits.
-Metrics: rules over the arms, as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
+Metrics: functions over the trials, such as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
 Command: cvlab sweep configs/cifar_bn_lr_sweep.yaml --workers 2
 """
 
@@ -30,44 +30,49 @@ from cvlab.sweeps.scheduler import SweepScheduler, has_ended
 
 
 def trial_dirs(config: SweepConfig, out: RunDir) -> list[Path]:
-    """Return the run directories of the arms, in order; RunDirError where one is not there."""
-    if not (out.path / "arms").is_dir():
-        raise RunDirError(f"{out.path}: has no arms", "it stopped before it had begun; start it again")
+    """Return the run directories of the trials, in order.
+
+    Raises:
+        RunDirError: if one is missing.
+    """
+    if not (out.path / "trials").is_dir():
+        raise RunDirError(f"{out.path}: has no trials", "it stopped before it started; start it again")
     if config.search:
         return adaptive.trial_dirs(out.path)
-    found = []
-    for number, arm in enumerate(config.arms()):
-        match = sorted((out.path / "arms").glob(f"{number:03d}-*"))
+    dirs = []
+    for number, trial in enumerate(config.trials()):
+        match = sorted((out.path / "trials").glob(f"{number:03d}-*"))
         if not match:
-            raise RunDirError(f"{out.path}: the arm {arm.name} is gone", "start the sweep again with --fresh")
-        found.append(match[0])
-    return found
+            raise RunDirError(f"{out.path}: the trial {trial.name} is missing", "start the sweep again with --fresh")
+        dirs.append(match[0])
+    return dirs
 
 
 def trial_rows(config: SweepConfig, out: RunDir) -> list[dict[str, Any]]:
-    """Return a row for each arm, its configuration as the sweep says it."""
-    found = trial_dirs(config, out)
-    raws = config.laid_over(map(adaptive.read_changes, found)) if config.search else config.arms()
-    return [results.read_trial(folder, flatten_block(arm.raw)) for folder, arm in zip(found, raws, strict=True)]
+    """Return a row for each trial, with its configuration as the sweep has it."""
+    dirs = trial_dirs(config, out)
+    all_trials = config.apply_changes(map(adaptive.read_changes, dirs)) if config.search else config.trials()
+    return [results.read_trial(path, flatten_block(trial.raw)) for path, trial in zip(dirs, all_trials, strict=True)]
 
 
-def _search_metrics(found: adaptive.AdaptiveSearch, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
-    """Say which trial was the best; return what a search measures besides."""
-    metrics = {"arms": len(rows), "pruned": sum(row["status"] == results.PRUNED for row in rows)}
-    best = found.best()
+def _search_metrics(search: adaptive.AdaptiveSearch, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
+    """Record the best trial; return the metrics that a search adds."""
+    metrics = {"trials": len(rows), "pruned": sum(row["status"] == results.PRUNED for row in rows)}
+    best = search.best()
     if best is None:
         return metrics
     out.extra_summary["best"] = best
-    value = best[found.wanted.metric]
-    out.log(f"the best: {best['arm']}, {found.wanted.metric} {value:.4g}")
+    value = best[search.config.metric]
+    out.log(f"best: {best['trial']}, {search.config.metric} {value:.4g}")
     return metrics | {"best": value}
 
 
 def _failure(failed: Mapping[str, tuple[int, str]], out: RunDir) -> CvlabError:
-    """Build the error that ends a sweep some of whose arms have failed, with the exit code of the first."""
-    name, (code, said) = next(iter(failed.items()))
+    """Return the error of a sweep with failed trials, with the exit code of the first."""
+    name, (code, message) = next(iter(failed.items()))
     error = CvlabError(
-        f"{len(failed)} arms failed, the first is {name}: {said}", f"`cvlab resume {out.path.name}` tries them again"
+        f"{len(failed)} trials failed, the first is {name}: {message}",
+        f"`cvlab resume {out.path.name}` runs them again",
     )
     error.code = code if code > 0 else 1
     return error
@@ -82,67 +87,78 @@ class SweepExperiment(Experiment[SweepConfig]):
     nested_configs = ("base",)
     dotted_blocks = (("grid",), ("zip",), ("search", "space"))
     metrics = (
-        Metric("arms"),
+        Metric("trials"),
         Metric("diverged", better="lower"),
         Metric("pruned", when=lambda config: config.search is not None),
         Metric("best", when=lambda config: config.search is not None),
     )
 
     def plan(self, config: SweepConfig, base: Path) -> dict[str, Any]:
-        """Say what a sweep would do; ConfigError where what it needs is not installed."""
+        """Return what a sweep would do.
+
+        Raises:
+            ConfigError: if a package that it needs is not installed.
+        """
         executors.get_executor(config.submit)
-        where = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
+        placement = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
         if config.search is None:
-            return {"arms": len(config.arms()), **where, "first arm": config.arms()[0].name}
+            return {"trials": len(config.trials()), **placement, "first trial": config.trials()[0].name}
         executors.require_package("optuna", "optuna")
-        aim = f"{config.search.goal} {config.search.metric}"
-        return {"trials": config.search.trials, "search": aim, "over": ", ".join(config.search.space), **where}
+        objective = f"{config.search.goal} {config.search.metric}"
+        return {
+            "trials": config.search.trials,
+            "search": objective,
+            "over": ", ".join(config.search.space),
+            **placement,
+        }
 
     def grouped_results(self, config: SweepConfig, out: RunDir) -> list[GroupedResult]:
-        """Return the results of the arms that were not pruned, those that differ only in the seed averaged."""
+        """Return the results of the trials that were not pruned, those that differ only in the seed averaged."""
         rows = [row for row in trial_rows(config, out) if row["status"] != results.PRUNED]
-        return results.grouped_results(rows, config.varied(), config.diverged_counts_as)
+        return results.grouped_results(rows, config.varied_keys(), config.diverged_values)
 
     def prepare(self, loaded: Loaded, policy: DownloadPolicy) -> SweepConfig:
-        """Return the sweep to run; every data set that it varies is there, and none of those has a fallback."""
+        """Return the sweep to run; all data sets that it varies are available, without fallbacks."""
         config = super().prepare(loaded, policy)
-        strict_yaml.parse(config.to_yaml(), f"{loaded.source}, with all that is given,")  # or no resume could read it
+        strict_yaml.parse(config.to_yaml(), f"{loaded.source}, with all overrides,")  # or no resume could read it
         trials.resolve_datasets(config, loaded.base, policy)
         return config
 
     def write_inputs(self, config: SweepConfig, base: Path, run: RunDir) -> SweepConfig:
-        """Write a run directory for every arm; return the configuration with paths relative to the sweep."""
+        """Write a run directory for every trial; return the configuration with paths relative to the sweep."""
         trials.create_trials(config, base, run)
         return user_code.rewrite_paths(config)
 
     def problems(self, config: SweepConfig, base: Path) -> Problems:
-        """Return what is wrong with the arms and with the expectations over them."""
+        """Return what is wrong with the trials and with the expectations over them."""
         return trials.sweep_problems(config, base)
 
     def run(self, config: SweepConfig, run: RunDir) -> dict[str, float]:
-        """Run the arms that have not ended, tabulate and plot all of them; a failed arm fails the sweep at its end."""
+        """Run the trials that have not ended, tabulate and plot all; a failed trial fails the sweep at its end."""
         run_dirs = trial_dirs(config, run)
         limits = Limits(run.path.resolve(), config.workers, config.submit)
         if config.search is None:
-            found, driver = None, SweepScheduler(config.name, run, limits, run_dirs, len(run_dirs))
+            search, scheduler = None, SweepScheduler(config.name, run, limits, run_dirs, len(run_dirs))
         else:
             executors.require_package("optuna", "optuna")
-            found = adaptive.AdaptiveSearch(
-                run, config.search, config.diverged_counts_as, functools.partial(trials.add_trial, config, run)
+            search = adaptive.AdaptiveSearch(
+                run, config.search, config.diverged_values, functools.partial(trials.add_trial, config, run)
             )
-            driver = SweepScheduler(config.name, run, limits, run_dirs, config.search.trials, found.more, found.prune)
-        at_a_time = config.workers or (1 if config.submit.on == "local" else "as many as there is room for")
-        run.log(f"{driver.total} arms, {driver.done} of them ended before, {at_a_time} at a time on {config.submit.on}")
+            scheduler = SweepScheduler(
+                config.name, run, limits, run_dirs, config.search.trials, search.next_trial, search.prune
+            )
+        workers = config.workers or (1 if config.submit.on == "local" else "as many as fit")
+        run.log(f"{scheduler.total} trials, {scheduler.done} already done, {workers} at a time on {config.submit.on}")
         with StopRequest() as stop:
-            driver.run(stop)
+            scheduler.run(stop)
             if stop.received is not None:
-                raise stop.error(sum(map(has_ended, trial_dirs(config, run))), run.path.name, "arm")
+                raise stop.error(sum(map(has_ended, trial_dirs(config, run))), run.path.name, "trial")
         rows = trial_rows(config, run)
-        results.write(run, rows, config.varied(), config.diverged_counts_as)
-        if driver.failed:
-            raise _failure(driver.failed, run)
-        metrics = {"arms": len(run_dirs), "diverged": sum(row["diverged"] for row in rows)}
-        return metrics if found is None else metrics | _search_metrics(found, rows, run)
+        results.write(run, rows, config.varied_keys(), config.diverged_values)
+        if scheduler.failed:
+            raise _failure(scheduler.failed, run)
+        metrics = {"trials": len(run_dirs), "diverged": sum(row["diverged"] for row in rows)}
+        return metrics if search is None else metrics | _search_metrics(search, rows, run)
 
 
 def load_sweep(reference: str, overrides: Sequence[str] = ()) -> Loaded:

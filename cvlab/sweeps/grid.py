@@ -1,4 +1,4 @@
-"""The arms of a sweep: every combination of a grid, a list of tied values, and seeds, laid over one configuration.
+"""The trials of a sweep: every combination of a grid, tied values and seeds, applied to one configuration.
 
 Keys are dotted, as in overrides; a value may be a whole block (`optimizer: [{name: sgd}, {name: adam}]`).
 """
@@ -17,7 +17,7 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: a name fit for a folder, and its configuration before validation."""
+    """One run of a sweep: the name of its folder, and its configuration before validation."""
 
     name: str
     raw: Raw
@@ -26,7 +26,7 @@ class Trial:
 def combinations(
     grid: Mapping[str, Sequence[Any]], tied: Mapping[str, Sequence[Any]], seeds: Sequence[int]
 ) -> list[Changes]:
-    """Return what each arm changes: the product of the grid, the tied values (walked in step) and the seeds."""
+    """Return the changes of each trial: the product of the grid, the tied values (one axis) and the seeds."""
     axes: list[list[Changes]] = [[{key: value} for value in values] for key, values in grid.items()]
     if tied:
         axes.append([dict(zip(tied, values, strict=True)) for values in zip(*tied.values(), strict=True)])
@@ -38,31 +38,31 @@ def combinations(
 def expand(
     base: Raw, changes: Iterable[Changes], conditions: Iterable[tuple[Changes, Changes]] = (), first: int = 0
 ) -> list[Trial]:
-    """Lay each set of changes over `base`, then what `conditions` (when, set) tie to it; numbers begin at `first`."""
-    arms = []
-    for number, changed in enumerate(changes, first):
+    """Apply each set of changes to `base`, then the `conditions` (when, set) that hold; number trials from `first`."""
+    trials = []
+    for number, change in enumerate(changes, first):
         raw = copy.deepcopy(base)
-        for key, value in changed.items():
+        for key, value in change.items():
             put(raw, key, value)
         for when, then in conditions:
             if all(get(raw, key) == value for key, value in when.items()):
                 for key, value in then.items():
                     put(raw, key, value)
-        slug = trial_slug(changed)
+        slug = trial_slug(change)
         raw["name"] = slug
-        arms.append(Trial(f"{number:03d}-{slug}", raw))
-    return arms
+        trials.append(Trial(f"{number:03d}-{slug}", raw))
+    return trials
 
 
 def trial_slug(changes: Changes, longest: int = 56) -> str:
-    """Name an arm after what it changes: `lr-0.005-batchnorm-true-seed-0`."""
+    """Return the name of a trial, made of its changes: `lr-0.005-batchnorm-true-seed-0`."""
     parts = [f"{key.rpartition('.')[2]}-{format_value(value)}" for key, value in changes.items()]
     slug = re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
-    return slug[:longest].strip("-.") or "arm"
+    return slug[:longest].strip("-.") or "trial"
 
 
 def format_value(value: Any) -> str:
-    """Write a value shortly."""
+    """Return a short text of a value."""
     if isinstance(value, Mapping):
         return "-".join(format_value(item) for item in value.values())
     if isinstance(value, (tuple, list)):

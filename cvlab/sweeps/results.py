@@ -1,4 +1,4 @@
-"""A sweep's arms side by side, read from their run directories: means over seeds, a CSV, one plot per metric."""
+"""Results of a sweep, read from its run directories: means over seeds, a CSV file, one plot per metric."""
 
 import csv
 import io
@@ -18,59 +18,65 @@ from cvlab.runs.run_dir import RunDir
 Row = dict[str, Any]
 SHOWN_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
 SEED = "seed"
-PRUNED = "pruned"  # what tables say of an arm that a search has ended early
+PRUNED = "pruned"  # the status of a trial that a search has ended early
 
 
-def read_trial(arm: Path, told: Mapping[str, Any] | None = None) -> Row:
-    """Return an arm's name, status, configuration with dotted keys, metrics, and whether it diverged.
+def read_trial(trial: Path, config: Mapping[str, Any] | None = None) -> Row:
+    """Return a trial's name, status, configuration with dotted keys, metrics, and whether it diverged.
 
-    What the sweep has `told` the arm is taken as it says it: the arm's own file has other names for copied files, and
-    the steps that a budget in seconds became. An arm whose files are damaged has no metrics.
+    Keys of `config` are taken as the sweep has them: the trial's own file has other names for copied files, and the
+    steps that a budget in seconds became. A trial whose files are damaged has no metrics.
     """
-    row: Row = {"arm": arm.name, "status": "damaged", "diverged": False, "config": dict(told or {}), "metrics": {}}
+    row: Row = {
+        "trial": trial.name,
+        "status": "damaged",
+        "diverged": False,
+        "config": dict(config or {}),
+        "metrics": {},
+    }
     try:
-        status, summary = read_status(arm), read_summary(arm)
-        row["config"] = {**read_config(arm), **row["config"]}
+        status, summary = read_status(trial), read_summary(trial)
+        row["config"] = {**read_config(trial), **row["config"]}
     except CvlabError:
         return row
     diverged = status.get("code") == DivergedError.code
-    state = status.get("status", "not begun")
-    state = PRUNED if state == "interrupted" and pruning_reason(arm) is not None else state
+    state = status.get("status", "not started")
+    state = PRUNED if state == "interrupted" and pruning_reason(trial) is not None else state
     return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
 
 
-def outcome_text(arm: Path) -> str:
-    """Say on one line how an arm has ended."""
-    row = read_trial(arm)
+def outcome_text(trial: Path) -> str:
+    """Return one line on how a trial has ended."""
+    row = read_trial(trial)
     if row["diverged"]:
         return "diverged"
     if row["status"] == PRUNED:
-        return f"{PRUNED}: {pruning_reason(arm)}"
+        return f"{PRUNED}: {pruning_reason(trial)}"
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN_METRICS if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
 
 
-def group_rows(found: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:
-    """Put the arms together that are the same in `keys`, in the order of the first of each."""
+def group_rows(rows: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:
+    """Group the trials that are equal in `keys`, in the order of the first of each group."""
     groups: dict[str, list[Row]] = {}
-    for row in found:
+    for row in rows:
         groups.setdefault(repr([row["config"].get(key) for key in keys]), []).append(row)
     return list(groups.values())
 
 
-def trial_metrics(row: Row, diverged_counts_as: Mapping[str, float]) -> dict[str, float]:
-    """Return an arm's numbers, those of a diverged one as the sweep says."""
-    found = {key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))}
-    return {**found, **diverged_counts_as} if row["diverged"] else found
+def trial_metrics(row: Row, diverged_values: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of a trial; for one that diverged, the values that the sweep sets."""
+    metrics = {key: value for key, value in row["metrics"].items() if isinstance(value, (int, float))}
+    return {**metrics, **diverged_values} if row["diverged"] else metrics
 
 
 def grouped_results(
-    found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]
+    rows: Sequence[Row], keys: Sequence[str], diverged_values: Mapping[str, float]
 ) -> list[GroupedResult]:
-    """Return the settings that expectations judge; a metric that one of its seeds lacks is absent."""
+    """Return the settings that expectations are evaluated on, with the metrics that all of their seeds have."""
     result = []
-    for group in group_rows(found, keys):
-        measured = [trial_metrics(row, diverged_counts_as) for row in group]
+    for group in group_rows(rows, keys):
+        measured = [trial_metrics(row, diverged_values) for row in group]
         names = set.intersection(*(set(metrics) for metrics in measured))
         means = {name: sum(metrics[name] for metrics in measured) / len(measured) for name in names}
         keys_of = {key: value for key, value in group[0]["config"].items() if key != SEED}
@@ -78,46 +84,48 @@ def grouped_results(
     return result
 
 
-def setting_rows(found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> list[Row]:
-    """Return one row per setting: what varies, n, how many diverged, mean and standard deviation of each metric."""
+def setting_rows(rows: Sequence[Row], keys: Sequence[str], diverged_values: Mapping[str, float]) -> list[Row]:
+    """Return a row for each setting: what varies, n, how many diverged, mean and standard deviation of metrics."""
     result = []
-    for group in group_rows(found, keys):
-        measured = [trial_metrics(row, diverged_counts_as) for row in group]
+    for group in group_rows(rows, keys):
+        measured = [trial_metrics(row, diverged_values) for row in group]
         spread: dict[str, Row] = {}
         for name in SHOWN_METRICS:
             values = [metrics[name] for metrics in measured if name in metrics]
             if values:
                 sd = statistics.stdev(values) if len(values) > 1 else None
                 spread[name] = {"mean": sum(values) / len(values), "sd": sd, "n": len(values)}
-        told = {key: group[0]["config"].get(key) for key in keys}
+        setting = {key: group[0]["config"].get(key) for key in keys}
         diverged = sum(row["diverged"] for row in group)
         states = sorted({"diverged" if row["diverged"] else row["status"] for row in group})
-        result.append({"keys": told, "arms": len(group), "diverged": diverged, "status": states, "metrics": spread})
+        result.append(
+            {"keys": setting, "trials": len(group), "diverged": diverged, "status": states, "metrics": spread}
+        )
     return result
 
 
-def to_csv(found: Sequence[Row], keys: Sequence[str]) -> str:
-    """Write one line per arm: its name, status, what varies, seed, metrics."""
+def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    """Return a CSV with one line for each trial: name, status, what varies, seed, metrics."""
     keys = [*keys, SEED]
-    names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["arm", "status", *keys, *names])
-    for row in found:
+    writer.writerow(["trial", "status", *keys, *names])
+    for row in rows:
         state = "diverged" if row["diverged"] else row["status"]
         values = [row["config"].get(key) for key in keys] + [row["metrics"].get(name) for name in names]
-        writer.writerow([row["arm"], state, *("" if value is None else value for value in values)])
+        writer.writerow([row["trial"], state, *("" if value is None else value for value in values)])
     return buffer.getvalue()
 
 
-def write(out: RunDir, found: Sequence[Row], keys: Sequence[str], diverged_counts_as: Mapping[str, float]) -> None:
-    """Write table.csv and a plot per metric into the sweep's directory, and its tables into summary.json."""
-    out.extra_summary["settings"] = setting_rows(found, keys, diverged_counts_as)
-    out.extra_summary["arms"] = [
-        {key: row[key] for key in ("arm", "status", "diverged", "metrics")} | {"seed": row["config"].get(SEED)}
-        for row in found
+def write(out: RunDir, rows: Sequence[Row], keys: Sequence[str], diverged_values: Mapping[str, float]) -> None:
+    """Write table.csv and one plot for each metric into the sweep's directory, and the tables into summary.json."""
+    out.extra_summary["settings"] = setting_rows(rows, keys, diverged_values)
+    out.extra_summary["trials"] = [
+        {key: row[key] for key in ("trial", "status", "diverged", "metrics")} | {"seed": row["config"].get(SEED)}
+        for row in rows
     ]
-    out.write_text("table.csv", to_csv(found, keys))
+    out.write_text("table.csv", to_csv(rows, keys))
     out.folder("plots")
     for name in SHOWN_METRICS:
         if any(name in setting["metrics"] for setting in out.extra_summary["settings"]):
@@ -128,16 +136,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def draw(found: Sequence[Row], metric: str, title: str) -> bytes:
-    """Draw a metric over the numeric key with the most values, a line for each setting of the others; return the PNG.
+def draw(rows: Sequence[Row], metric: str, title: str) -> bytes:
+    """Plot a metric over the numeric key with the most values, one line for each setting of the others, as PNG.
 
-    Where no key is numeric there is a point for each setting. Bars are one standard deviation over seeds.
+    If no key is numeric, there is one point for each setting. Bars are one standard deviation over seeds.
     """
     from matplotlib.figure import Figure
 
-    x_key = _x_key(found)
+    x_key = _x_key(rows)
     lines: dict[str, list[tuple[Any, float, float]]] = {}
-    for index, row in enumerate(found):
+    for index, row in enumerate(rows):
         if metric in row["metrics"]:
             others = {key: value for key, value in row["keys"].items() if key != x_key}
             point = (row["keys"][x_key] if x_key else index, row["metrics"][metric]["mean"])
@@ -149,7 +157,7 @@ def draw(found: Sequence[Row], metric: str, title: str) -> bytes:
         xs, ys, sds = zip(*sorted(points), strict=True)
         style = "o-" if x_key else "o"
         axes.errorbar(xs, ys, yerr=sds if any(sds) else None, fmt=style, capsize=3, label=label, linewidth=1.5)
-    _name_x(axes, x_key, found)
+    _label_x_axis(axes, x_key, rows)
     axes.set_ylabel(metric)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
@@ -160,14 +168,14 @@ def draw(found: Sequence[Row], metric: str, title: str) -> bytes:
     return buffer.getvalue()
 
 
-def _x_key(found: Sequence[Row]) -> str | None:
-    """Return the numeric key with the most values along which some other setting stays the same, if there is one."""
-    best, most = None, 1
-    for key in found[0]["keys"]:
-        values = {row["keys"][key] for row in found if _is_number(row["keys"][key])}
-        others = {repr([v for k, v in row["keys"].items() if k != key]) for row in found}
-        if all(_is_number(row["keys"][key]) for row in found) and len(values) > most and len(others) < len(found):
-            best, most = key, len(values)
+def _x_key(rows: Sequence[Row]) -> str | None:
+    """Return the numeric key with the most values along which other settings stay the same, or None."""
+    best, max_values = None, 1
+    for key in rows[0]["keys"]:
+        values = {row["keys"][key] for row in rows if _is_number(row["keys"][key])}
+        others = {repr([v for k, v in row["keys"].items() if k != key]) for row in rows}
+        if all(_is_number(row["keys"][key]) for row in rows) and len(values) > max_values and len(others) < len(rows):
+            best, max_values = key, len(values)
     return best
 
 
@@ -175,13 +183,13 @@ def _label(keys: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.rpartition('.')[2]} {number(value)}" for key, value in keys.items() if value is not None)
 
 
-def _name_x(axes: Any, x_key: str | None, found: Sequence[Row]) -> None:
-    """Name the x axis; logarithmic where its values are decades apart."""
+def _label_x_axis(axes: Any, x_key: str | None, rows: Sequence[Row]) -> None:
+    """Label the x axis; logarithmic if its values span a factor of 4 or more."""
     if x_key is None:
-        labels = [_label(row["keys"]) for row in found]
+        labels = [_label(row["keys"]) for row in rows]
         axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=7)
         return
-    values = sorted({row["keys"][x_key] for row in found})
+    values = sorted({row["keys"][x_key] for row in rows})
     if values[0] > 0 and values[-1] / values[0] >= 4:
         axes.set_xscale("log")
     if len(values) <= 12:

@@ -1,4 +1,4 @@
-"""The driver of a sweep: hands arms to an engine, tries again what may be tried again, says how each has ended."""
+"""The scheduler of a sweep: hands trials to an executor, retries those that were lost, and logs how each ended."""
 
 import contextlib
 import secrets
@@ -16,26 +16,35 @@ from cvlab.storage.lock import is_held
 from cvlab.sweeps import executors, results
 from cvlab.sweeps.executors import POLL_SECONDS, TOKEN, Limits, Task, TaskResult
 
-RETRIED_CODES = (1, 137, 143)  # exit codes after which another try may end otherwise, besides death by a signal
+RETRIED_CODES = (1, 137, 143)  # exit codes that are retried, besides death by a signal
 PRUNE_SECONDS = 1.0
-SAVE_SECONDS = 60.0  # how long arms may take to save and end when the sweep stops
+SAVE_SECONDS = 60.0  # for trials to save and exit when the sweep stops
 
 
-def has_ended(arm: Path) -> bool:
-    """Whether an arm need not be run again: it has its result, was pruned, or diverged and would do so again."""
+def has_ended(trial: Path) -> bool:
+    """Return whether a trial need not be run again: it has its result, was pruned, or diverged."""
     try:
-        status = read_status(arm)
+        status = read_status(trial)
     except CvlabError:
         return False
-    pruned = status.get("status") == "interrupted" and pruning_reason(arm) is not None
+    pruned = status.get("status") == "interrupted" and pruning_reason(trial) is not None
     return status.get("status") in ENDED or pruned or status.get("code") == DivergedError.code
 
 
 class SweepScheduler:
-    """One sweep on its way; `failed` has the exit code and the last words of each arm that has failed.
+    """A sweep in progress.
 
-    `more` makes the next arm when those that are there have all been taken, None where there are enough; `look` is
-    called every now and then with the arms that run.
+    Args:
+        name: what the progress bar shows.
+        out: the run directory of the sweep.
+        limits: what the executor may use.
+        trials: the run directories of the trials.
+        total: the number of trials, including those that a search adds.
+        next_trial: creates one more trial when all others have been handed out; None if there are enough.
+        prune: called regularly with the running trials.
+
+    Attributes:
+        failed: exit code and last message of each trial that failed.
     """
 
     def __init__(
@@ -43,94 +52,97 @@ class SweepScheduler:
         name: str,
         out: RunDir,
         limits: Limits,
-        arms: Sequence[Path],
+        trials: Sequence[Path],
         total: int,
-        more: Callable[[], Path | None] = lambda: None,
-        look: Callable[[Iterable[Path]], None] = lambda _: None,
+        next_trial: Callable[[], Path | None] = lambda: None,
+        prune: Callable[[Iterable[Path]], None] = lambda _: None,
     ) -> None:
-        self.out, self.limits, self.total, self.more, self.look = out, limits, total, more, look
-        self.waiting = deque(arm.resolve() for arm in arms if not has_ended(arm))
+        self.out, self.limits, self.total = out, limits, total
+        self.next_trial, self.prune = next_trial, prune
+        self.waiting = deque(trial.resolve() for trial in trials if not has_ended(trial))
         self.running: set[Path] = set()
         self.tries: Counter[Path] = Counter()
         self.failed: dict[str, tuple[int, str]] = {}
-        self.done = len(arms) - len(self.waiting)
+        self.done = len(trials) - len(self.waiting)
         self.progress = Progress(name, total, self.done)
-        self.looked = time.monotonic()
+        self.pruned_at = time.monotonic()
         self.token = secrets.token_hex(16)
 
     def run(self, stop: StopRequest) -> None:
-        """Run all arms to their end, or until a signal asks to stop; then they have saved."""
-        engine = executors.get_executor(self.limits.submit)
+        """Run all trials to their end, or until a signal asks to stop and they have saved."""
+        executor = executors.get_executor(self.limits.submit)
         self.out.write_text(TOKEN, self.token)
         try:
             with self.progress:
-                more = True
-                while more and stop.received is None:
+                has_more = True
+                while has_more and stop.received is None:
                     self._await_orphans(stop)
-                    with contextlib.closing(engine(self.take, self.limits, stop)) as events:
-                        for ended in events:
-                            self._look() if ended is None else self._judge(ended, stop)
-                    more = bool(self.waiting)
+                    with contextlib.closing(executor(self.next_task, self.limits, stop)) as events:
+                        for result in events:
+                            self._prune() if result is None else self._handle(result, stop)
+                    has_more = bool(self.waiting)
         finally:
-            (self.out.path / TOKEN).unlink(missing_ok=True)  # jobs that have not begun yet will not
-            self._settle()
+            (self.out.path / TOKEN).unlink(missing_ok=True)  # jobs that are still queued will not start
+            self._wait_for_saves()
 
-    def take(self) -> Task | None:
-        """Return the next arm that nobody else runs, None where there is none at present."""
+    def next_task(self) -> Task | None:
+        """Return the next trial that no other process runs, None if there is none at present."""
         for _ in range(len(self.waiting)):
-            arm = self.waiting.popleft()
-            if is_held(arm):
-                self.waiting.append(arm)
-            elif has_ended(arm):  # meanwhile, in the hands of an earlier driver's process
-                self._note(arm)
+            trial = self.waiting.popleft()
+            if is_held(trial):
+                self.waiting.append(trial)
+            elif has_ended(trial):  # meanwhile, in a process of an earlier scheduler
+                self._log_end(trial)
             else:
-                return self._begin(arm)
-        made = None if self.waiting else self.more()
-        return None if made is None else self._begin(made.resolve())
+                return self._start(trial)
+        trial_dir = None if self.waiting else self.next_trial()
+        return None if trial_dir is None else self._start(trial_dir.resolve())
 
-    def _begin(self, arm: Path) -> Task:
-        self.running.add(arm)
-        return Task(arm, self.token)
+    def _start(self, trial: Path) -> Task:
+        self.running.add(trial)
+        return Task(trial, self.token)
 
     def _await_orphans(self, stop: StopRequest) -> None:
-        """Wait while every arm that is left is still run by the processes of an earlier driver."""
-        told = False
+        """Wait while all remaining trials are still run by processes of an earlier scheduler."""
+        is_logged = False
         while self.waiting and all(map(is_held, self.waiting)) and stop.received is None:
-            if not told:
-                self.out.log(f"waiting for {len(self.waiting)} arms that an earlier start of this sweep still runs")
-                told = True
+            if not is_logged:
+                self.out.log(f"waiting for {len(self.waiting)} trials that an earlier start of this sweep still runs")
+                is_logged = True
             time.sleep(POLL_SECONDS)
 
-    def _look(self) -> None:
-        if time.monotonic() - self.looked >= PRUNE_SECONDS:
-            self.look(sorted(self.running))
-            self.looked = time.monotonic()
+    def _prune(self) -> None:
+        if time.monotonic() - self.pruned_at >= PRUNE_SECONDS:
+            self.prune(sorted(self.running))
+            self.pruned_at = time.monotonic()
 
-    def _judge(self, ended: TaskResult, stop: StopRequest) -> None:
-        """Take an arm back from the engine; put it into the queue again where another try may help."""
-        arm, code = ended.task.arm, ended.code
-        self.running.remove(arm)
-        said = ended.said or (f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}")
-        if not has_ended(arm) and stop.received is None:
-            if (code < 0 or code in RETRIED_CODES) and self.tries[arm] < self.limits.submit.retries:
-                self.tries[arm] += 1
-                self.waiting.append(arm)
-                self.out.log(f"{arm.name}: {said}; try {self.tries[arm] + 1} of {1 + self.limits.submit.retries}")
+    def _handle(self, result: TaskResult, stop: StopRequest) -> None:
+        """Handle the end of a trial: queue it again if a retry may help."""
+        trial, code = result.task.trial, result.code
+        self.running.remove(trial)
+        message = result.message or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+        if not has_ended(trial) and stop.received is None:
+            if (code < 0 or code in RETRIED_CODES) and self.tries[trial] < self.limits.submit.retries:
+                self.tries[trial] += 1
+                self.waiting.append(trial)
+                self.out.log(
+                    f"{trial.name}: {message}; try {self.tries[trial] + 1} of {1 + self.limits.submit.retries}"
+                )
                 return
-            self.failed[arm.name] = (code, said)
-        self._note(arm)
+            self.failed[trial.name] = (code, message)
+        self._log_end(trial)
 
-    def _note(self, arm: Path) -> None:
-        """Say how an arm has ended."""
-        self.done += has_ended(arm) or arm.name in self.failed
-        self.out.log(f"{arm.name}: {results.outcome_text(arm)}")
+    def _log_end(self, trial: Path) -> None:
+        """Log how a trial has ended."""
+        self.done += has_ended(trial) or trial.name in self.failed
+        self.out.log(f"{trial.name}: {results.outcome_text(trial)}")
         self.out.set_status("running", step=self.done, total_steps=self.total)
         self.progress.update(self.done, "")
 
-    def _settle(self) -> None:
-        """Wait until the arms have saved that were asked to end, where the engine has not."""
+    def _wait_for_saves(self) -> None:
+        """Wait until the trials that were asked to stop have saved, if the executor has not waited."""
         deadline = time.monotonic() + SAVE_SECONDS
         while any(map(is_held, self.running)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        for arm in self.running:
-            executors.read_last_error(arm)
+        for trial in self.running:
+            executors.read_last_error(trial)

@@ -1,9 +1,9 @@
-"""Adaptive search: what the next trial of a sweep should try, given those before it; which of them are hopeless.
+"""Adaptive search: propose the next trial of a sweep from the previous ones, and decide which to prune.
 
-Paper: Bergstra et al., 2011, "Algorithms for Hyper-Parameter Optimization" (TPE), as Optuna has it; the median rule is
-that of Golovin et al., 2017, "Google Vizier".
-Differs: no study is stored. One is built anew from the trials for every proposal, with a sampler seeded by the search's
-seed and the trial's number, so that the same trials lead to the same proposal, before a crash and after it.
+References: Bergstra et al., 2011, "Algorithms for Hyper-Parameter Optimization" (TPE, as implemented by Optuna);
+Golovin et al., 2017, "Google Vizier" (the median rule for pruning).
+Differences from the paper: no study is stored. It is built from the trials for every proposal, with a sampler seeded
+by the search's seed and the number of the trial, so that the same trials lead to the same proposal, also after a crash.
 """
 
 import statistics
@@ -18,11 +18,11 @@ from cvlab.config.schema import FrozenModel, NonNegativeInt, PositiveFloat, Posi
 
 MAX_TRIALS = 1000
 Changes = dict[str, Any]
-Curve = dict[int, float]  # the metric after each step at which it was measured
+Curve = dict[int, float]  # the value of the metric by the step at which it was measured
 
 
 class Range(FrozenModel):
-    """Numbers between two ends, both included."""
+    """Numbers between two bounds, both included."""
 
     low: float = Field(description="the smallest value")
     high: float = Field(description="the largest value")
@@ -31,7 +31,7 @@ class Range(FrozenModel):
     int: bool = Field(False, description="whole numbers only")
 
     @model_validator(mode="after")
-    def _possible(self) -> "Range":
+    def _is_consistent(self) -> "Range":
         if self.low >= self.high:
             raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
         if self.log and (self.low <= 0 or self.step is not None):
@@ -41,8 +41,8 @@ class Range(FrozenModel):
             raise ValueError("int: low, high and step must be whole numbers")
         return self
 
-    def ends(self) -> tuple[Any, Any]:
-        """Return the smallest and the largest value, as the arms get them."""
+    def bounds(self) -> tuple[Any, Any]:
+        """Return the smallest and the largest value, as the trials use them."""
         return (round(self.low), round(self.high)) if self.int else (self.low, self.high)
 
 
@@ -55,22 +55,21 @@ Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choic
 
 
 class SearchConfig(FrozenModel):
-    """What is searched, for what, and how long."""
+    """The search space, the metric and the number of trials."""
 
-    algorithm: Literal["optuna"] = Field(description="who proposes")
-    trials: Annotated[PositiveInt, Le(MAX_TRIALS)] = Field(description="arms in all")
+    algorithm: Literal["optuna"] = Field(description="the library that proposes trials")
+    trials: Annotated[PositiveInt, Le(MAX_TRIALS)] = Field(description="total number of trials")
     space: dict[str, Space] = Field(
         description="dotted keys with {low, high} (log, step, int) or with a list of choices"
     )
-    metric: str = Field("val_accuracy", description="what is to become best, as the arms end with it")
-    goal: Literal["maximize", "minimize"] = Field("maximize", description="which values are better")
+    metric: str = Field("val_accuracy", description="the final metric that is optimized")
+    goal: Literal["maximize", "minimize"] = Field("maximize", description="whether higher or lower values are better")
     prune: Literal["median", "none"] = Field(
-        "none", description="median: end an arm at an evaluation where it is worse than the median of those that ended"
+        "none",
+        description="median: stop a trial at an evaluation at which it is worse than the median of the finished ones",
     )
-    startup: PositiveInt = Field(
-        10, description="trials at random first, and trials that must have ended before one is pruned"
-    )
-    seed: NonNegativeInt = Field(0, description="of the proposals")
+    startup: PositiveInt = Field(10, description="number of random trials, and of finished trials before one is pruned")
+    seed: NonNegativeInt = Field(0, description="seed of the proposals")
 
     @model_validator(mode="after")
     def _has_choices(self) -> "SearchConfig":
@@ -80,25 +79,25 @@ class SearchConfig(FrozenModel):
             if not isinstance(choices, Range) and not choices:
                 raise ValueError(f"space.{key}: the list of choices is empty")
             if not isinstance(choices, Range) and len(set(map(repr, choices))) < len(choices):
-                raise ValueError(f"space.{key}: a choice is there twice")
+                raise ValueError(f"space.{key}: a choice is listed twice")
         return self
 
-    def better(self, value: float, other: float) -> bool:
-        """Whether one value of the metric is better than another."""
+    def is_better(self, value: float, other: float) -> bool:
+        """Return whether one value of the metric is better than another."""
         return value > other if self.goal == "maximize" else value < other
 
     def values(self) -> dict[str, tuple[Any, ...]]:
-        """Return the ends of each range and all choices."""
-        return {key: space.ends() if isinstance(space, Range) else space for key, space in self.space.items()}
+        """Return the bounds of each range and all choices."""
+        return {key: space.bounds() if isinstance(space, Range) else space for key, space in self.space.items()}
 
-    def corners(self) -> list[Changes]:
-        """Return trials that have every end and every choice once, the other keys at their first: to be validated."""
+    def boundary_points(self) -> list[Changes]:
+        """Return changes with every bound and choice once, the other keys at their first value, for validation."""
         first = {key: values[0] for key, values in self.values().items()}
         return [first, *({**first, key: value} for key, values in self.values().items() for value in values[1:])]
 
 
 class TrialRecord(NamedTuple):
-    """What an arm has tried and how it went; `value` is None unless it is done."""
+    """The changes of a trial, its state and its measurements; `value` is None unless it is done."""
 
     changes: Changes
     state: Literal["running", "done", "pruned", "failed"]
@@ -107,55 +106,55 @@ class TrialRecord(NamedTuple):
 
 
 def propose(search: SearchConfig, trials: Sequence[TrialRecord]) -> Changes:
-    """Return what the next trial is to change."""
+    """Return the changes of the next trial."""
     import numpy as np
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     seed = int(np.random.SeedSequence([search.seed, len(trials)]).generate_state(1)[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # constant_liar is experimental: trials that run count as bad for the moment
+        warnings.simplefilter("ignore")  # constant_liar, which counts running trials as bad, is experimental
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.startup, constant_liar=True)
         study = optuna.create_study(direction=search.goal, sampler=sampler)
-        study.add_trials([_told(search, trial) for trial in trials])
-        found = study.ask(_distributions(search)).params
-    return {key: found[key] if isinstance(space, Range) else space[found[key]] for key, space in search.space.items()}
+        study.add_trials([_optuna_trial(search, trial) for trial in trials])
+        params = study.ask(_distributions(search)).params
+    return {key: params[key] if isinstance(space, Range) else space[params[key]] for key, space in search.space.items()}
 
 
 def _distributions(search: SearchConfig) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    found: dict[str, Any] = {}
+    distributions: dict[str, Any] = {}
     for key, space in search.space.items():
         if not isinstance(space, Range):
-            found[key] = CategoricalDistribution(range(len(space)))  # a choice may be a block; its place is a number
+            distributions[key] = CategoricalDistribution(range(len(space)))  # by index, as a choice may be a block
         elif space.int:
-            found[key] = IntDistribution(*space.ends(), log=space.log, step=round(space.step or 1))
+            distributions[key] = IntDistribution(*space.bounds(), log=space.log, step=round(space.step or 1))
         else:
-            found[key] = FloatDistribution(space.low, space.high, log=space.log, step=space.step)
-    return found
+            distributions[key] = FloatDistribution(space.low, space.high, log=space.log, step=space.step)
+    return distributions
 
 
-def _told(search: SearchConfig, trial: TrialRecord) -> Any:
-    """Return a trial as Optuna knows it."""
+def _optuna_trial(search: SearchConfig, trial: TrialRecord) -> Any:
+    """Return a trial as Optuna represents it."""
     from optuna.trial import TrialState, create_trial
 
     states = {"running": "RUNNING", "done": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
     return create_trial(
         state=TrialState[states[trial.state]],
         value=trial.value,
-        params={key: _place(space, trial.changes[key]) for key, space in search.space.items()},
+        params={key: _optuna_value(space, trial.changes[key]) for key, space in search.space.items()},
         distributions=_distributions(search),
         intermediate_values=trial.curve if trial.state == "pruned" else {},
     )
 
 
-def _place(space: Range | Choices, value: Any) -> Any:
+def _optuna_value(space: Range | Choices, value: Any) -> Any:
     return value if isinstance(space, Range) else list(map(repr, space)).index(repr(value))
 
 
 def should_prune(search: SearchConfig, curve: Curve, others: Sequence[Curve]) -> str | None:
-    """Return why a trial should end: its best value so far is worse than the median of `others` at that step."""
+    """Return why a trial should stop (its best value is worse than the median of `others` at that step), or None."""
     if not curve:
         return None
     step = max(curve)
@@ -164,12 +163,12 @@ def should_prune(search: SearchConfig, curve: Curve, others: Sequence[Curve]) ->
         return None
     median = statistics.median(values)
     best = max(curve.values()) if search.goal == "maximize" else min(curve.values())
-    if not search.better(median, best):
+    if not search.is_better(median, best):
         return None
     return f"{search.metric} {best:.4g}, the median of {len(values)} trials at step {step} is {median:.4g}"
 
 
 def _value_at(curve: Mapping[int, float], step: int) -> float | None:
     """Return the last value that was measured up to a step."""
-    known = [at for at in curve if at <= step]
-    return curve[max(known)] if known else None
+    earlier = [measured_at for measured_at in curve if measured_at <= step]
+    return curve[max(earlier)] if earlier else None

@@ -1,4 +1,4 @@
-"""A sweep's arms as configurations: validated with the sweep, written as run directories before the first one runs."""
+"""The trials of a sweep: validated together with it, and written as run directories before the first one runs."""
 
 import shutil
 from collections.abc import Mapping
@@ -22,60 +22,66 @@ from cvlab.sweeps.config import SweepConfig
 
 
 def trial_configs(sweep: SweepConfig, base: Path) -> list[tuple[str, RunConfig]]:
-    """Return the name and the configuration of every arm; ConfigError where one is not valid."""
-    found = []
-    for arm in sweep.arms():
-        config, wrong = validation.check(arm.raw, base)
+    """Return the name and the configuration of every trial.
+
+    Raises:
+        ConfigError: if one is not valid.
+    """
+    named_configs = []
+    for trial in sweep.trials():
+        config, problems = validation.check(trial.raw, base)
         if config is None:
-            raise ConfigError(f"{arm.name}: {wrong[0][1]}")
+            raise ConfigError(f"{trial.name}: {problems[0][1]}")
         assert isinstance(config, RunConfig)
-        found.append((arm.name, config))
-    return found
+        named_configs.append((trial.name, config))
+    return named_configs
 
 
 def sweep_problems(sweep: SweepConfig, base: Path) -> Problems:
-    """Return what is wrong with the arms and with the expectations over them, each with its place in the sweep."""
-    own = [key for key in overrides.NOT_INHERITED if key in sweep.base]
-    if own:
-        return [(("base", own[0]), f"base.{own[0]}: an arm has none; put it beside `base`")]
+    """Return what is wrong with the trials and with the expectations over them, each with its path in the sweep."""
+    misplaced = [key for key in overrides.NOT_INHERITED if key in sweep.base]
+    if misplaced:
+        return [(("base", misplaced[0]), f"base.{misplaced[0]}: a trial has none; put it beside `base`")]
     if sweep.base.get("profiles"):
-        return [(("base", "profiles"), "base.profiles: an arm has one size; name it by base.profile beside base.from")]
+        return [
+            (("base", "profiles"), "base.profiles: a trial has one profile; name it with base.profile beside base.from")
+        ]
     if sweep.base.get("experiment") == sweep.experiment:
-        return [(("base", "experiment"), "a sweep of sweeps is not possible")]
-    found: dict[tuple[KeyPath, str], None] = {}
+        return [(("base", "experiment"), "sweeps cannot be nested")]
+    invalid: dict[tuple[KeyPath, str], None] = {}
     valid = []
-    for arm in sweep.arms():
-        config, wrong = validation.check(arm.raw, base)
-        found |= {_locate_problem(sweep, path, message): None for path, message in wrong}
-        valid.append(config)
-    whole = [config for config in valid if config is not None]
+    for trial in sweep.trials():
+        config, problems = validation.check(trial.raw, base)
+        invalid |= {_locate_problem(sweep, path, message): None for path, message in problems}
+        if config is not None:
+            valid.append(config)
     return (
-        list(found)
-        or _time_budget_problems(sweep, whole)
-        or _name_problems(sweep, whole)
-        or _expectation_problems(sweep, whole)
+        list(invalid)
+        or _time_budget_problems(sweep, valid)
+        or _name_problems(sweep, valid)
+        or _expectation_problems(sweep, valid)
     )
 
 
 def _time_budget_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
-    """Refuse a budget of seconds for arms that would take the machine from each other."""
-    together = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
-    if together and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
-        message = "workers: arms with a budget in duration.seconds must run alone; 1 at a time, or give duration.steps"
+    """Reject a budget of seconds for trials that would compete for the machine."""
+    are_concurrent = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
+    if are_concurrent and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
+        message = "workers: trials with a budget in duration.seconds must run one at a time; or give duration.steps"
         return [(("workers",), message)]
     return []
 
 
 def _locate_problem(sweep: SweepConfig, path: KeyPath, message: str) -> tuple[KeyPath, str]:
-    """Return the place in the sweep of what is wrong with an arm, and the message, with a hint for ranges."""
-    place = _path_in_sweep(sweep, path)
-    if place[:2] == ("search", "space") and "a whole number" in message:
+    """Return the path in the sweep of a problem of a trial, and its message with a hint for ranges."""
+    located = _path_in_sweep(sweep, path)
+    if located[:2] == ("search", "space") and "a whole number" in message:
         message += "; a range of whole numbers has int: true"
-    return place, message
+    return located, message
 
 
 def _path_in_sweep(sweep: SweepConfig, path: KeyPath) -> KeyPath:
-    """Turn a place in an arm into one in the sweep: the axis that gave the value, else the base."""
+    """Turn a path in a trial into one in the sweep: the axis that set the value, or else the base."""
     dotted = ".".join(map(str, path))
     space = sweep.search.space if sweep.search else {}
     for block, keys in ((("grid",), sweep.grid), (("zip",), sweep.zip), (("search", "space"), space)):
@@ -90,44 +96,48 @@ def _path_in_sweep(sweep: SweepConfig, path: KeyPath) -> KeyPath:
 
 
 def _name_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
-    """Find conditions on keys that no arm gives, which would never hold, and metrics that are not measured."""
-    arms = sweep.arms()
-    wrong: Problems = []
+    """Return conditions on keys that no trial sets, which would never hold, and metrics that are not reported."""
+    trials = sweep.trials()
+    problems: Problems = []
     for index, condition in enumerate(sweep.conditions):
         for key in condition.when:
-            if all(overrides.get(arm.raw, key) is None for arm in arms):
-                wrong.append((("conditions", index, "when", key), f"no arm gives {key!r}; write it into base"))
+            if all(overrides.get(trial.raw, key) is None for trial in trials):
+                problems.append((("conditions", index, "when", key), f"no trial sets {key!r}; write it into base"))
     known = registry.get_experiment(valid[0].experiment).reported_metrics(valid[0])
-    for key in sweep.diverged_counts_as:
+    for key in sweep.diverged_values:
         if not is_known(key, known):
-            wrong.append((("diverged_counts_as", key), unknown_metric("diverged_counts_as", key, known)))
+            problems.append((("diverged_values", key), unknown_metric("diverged_values", key, known)))
     if sweep.search and not is_known(sweep.search.metric, known):
-        wrong.append((("search", "metric"), unknown_metric("search.metric", sweep.search.metric, known)))
-    return wrong
+        problems.append((("search", "metric"), unknown_metric("search.metric", sweep.search.metric, known)))
+    return problems
 
 
 def _expectation_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
-    """Find expectations that speak of what no arm measures, or of keys that no arm has."""
+    """Return expectations on metrics that no trial reports, or on keys that no trial has."""
     metrics = registry.get_experiment(valid[0].experiment).reported_metrics(valid[0])
     flat = [{k: v for k, v in flatten(config.model_dump()).items() if k != "seed"} for config in valid]
-    own = registry.get_experiment(sweep.experiment).reported_metrics(sweep)
-    wrong: Problems = []
+    sweep_metrics = registry.get_experiment(sweep.experiment).reported_metrics(sweep)
+    problems: Problems = []
     for path, rule in validation.rules_of(sweep):
         for term in rule.terms:
-            known = metrics if term.function else own
+            known = metrics if term.function else sweep_metrics
             if term.metric and not is_known(term.metric, known):
-                functions = "; over arms write for example `mean(METRIC)`" if is_known(term.metric, metrics) else ""
-                wrong.append((path, unknown_metric(term.text, term.metric, known) + functions))
+                functions = (
+                    "; for a sweep write a function, for example `mean(METRIC)`"
+                    if is_known(term.metric, metrics)
+                    else ""
+                )
+                problems.append((path, unknown_metric(term.text, term.metric, known) + functions))
             elif not any(term_applies(term, keys) for keys in flat):
                 seeds = "; settings are means over seeds" if "seed" in dict(term.filters) else ""
-                wrong.append((path, f"{term.text!r}: no arm has {_describe_filters(term)}{seeds}"))
-    return wrong
+                problems.append((path, f"{term.text!r}: no trial has {_describe_filters(term)}{seeds}"))
+    return problems
 
 
 def term_applies(term: expectations.Term, keys: Mapping[str, Any]) -> bool:
-    """Whether a configuration is one that a term speaks of."""
-    told = term.by == "" or term.by in keys
-    return told and all(key in keys and expectations.values_equal(keys[key], value) for key, value in term.filters)
+    """Return whether a configuration passes the filters of a term."""
+    has_key = term.by == "" or term.by in keys
+    return has_key and all(key in keys and expectations.values_equal(keys[key], value) for key, value in term.filters)
 
 
 def _describe_filters(term: expectations.Term) -> str:
@@ -136,10 +146,13 @@ def _describe_filters(term: expectations.Term) -> str:
 
 
 def resolve_datasets(sweep: SweepConfig, base: Path, policy: DownloadPolicy) -> None:
-    """Fetch the data sets that the arms name, if that is quick; DataError where one of them is not to be had.
+    """Download the data sets that the trials name, if that is quick.
 
-    The base's own set has been settled before. One that the sweep varies takes no fallback: with another set in some
-    arms only, what is not alike would be compared.
+    The data set of the base has been resolved before. Data sets that the sweep varies have no fallback: if only some
+    trials used another one, results would not be comparable.
+
+    Raises:
+        DataError: if one of them is not available.
     """
     blocks = [getattr(config, "data", None) for _, config in trial_configs(sweep, base)]
     for name in sorted({block.name for block in blocks if isinstance(block, DataConfig)}):
@@ -147,46 +160,50 @@ def resolve_datasets(sweep: SweepConfig, base: Path, policy: DownloadPolicy) -> 
 
 
 def create_trials(sweep: SweepConfig, base: Path, out: RunDir) -> None:
-    """Write a run directory for every arm, all or none of them, and copy the user's files beside the sweep.
+    """Write a run directory for every trial, all or none of them, and copy the user's files beside the sweep.
 
-    The arms of a search come later, one by one.
+    The trials of a search are added later, one by one.
     """
-    partial = out.folder("arms.partial")
+    partial = out.folder("trials.partial")
     for name, config in [] if sweep.search else trial_configs(sweep, base):
         (partial / name).mkdir(exist_ok=True)
         _write_trial(partial / name, config, base, _threads_per_trial(sweep))
     user_code.snapshot_user_code(sweep.model_dump(), base, out.path)
-    partial.replace(out.path / "arms")
+    partial.replace(out.path / "trials")
     atomic.sync_directory(out.path)
 
 
 def add_trial(sweep: SweepConfig, out: RunDir, number: int, changes: grid.Changes) -> Path:
-    """Write the run directory of one more trial, whole or not at all. ConfigError where it is not valid."""
-    arm = sweep.laid_over([changes], number)[0]
-    config, wrong = validation.check(arm.raw, out.path)
+    """Write the run directory of one more trial and return it.
+
+    Raises:
+        ConfigError: if the trial is not valid.
+    """
+    trial = sweep.apply_changes([changes], number)[0]
+    config, problems = validation.check(trial.raw, out.path)
     if config is None:
-        hint = "narrow search.space, or tie the keys by conditions"
-        raise ConfigError(f"the search came to {arm.name}, which is not valid: {wrong[0][1]}", hint)
-    partial = out.path / "arm.partial"
+        hint = "narrow search.space, or tie keys together with conditions"
+        raise ConfigError(f"the search proposed {trial.name}, which is not valid: {problems[0][1]}", hint)
+    partial = out.path / "trial.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
     out.folder(partial.name)
     _write_trial(partial, config, out.path, _threads_per_trial(sweep))
     adaptive.write_changes(partial, changes)
-    made = Path(out.path, "arms", arm.name)
-    partial.replace(made)
-    atomic.sync_directory(made.parent)
-    return made
+    path = Path(out.path, "trials", trial.name)
+    partial.replace(path)
+    atomic.sync_directory(path.parent)
+    return path
 
 
 def _write_trial(folder: Path, config: ExperimentConfig, base: Path, threads: int) -> None:
-    brought = user_code.copy_user_code(config, base, folder)
-    if getattr(brought, "threads", None) is None:
-        brought = brought.model_copy(update={"threads": threads})
-    atomic.write_text(folder / "config.yaml", brought.to_yaml())
+    copied = user_code.copy_user_code(config, base, folder)
+    if getattr(copied, "threads", None) is None:
+        copied = copied.model_copy(update={"threads": threads})
+    atomic.write_text(folder / "config.yaml", copied.to_yaml())
 
 
 def _threads_per_trial(sweep: SweepConfig) -> int:
-    """Return the threads of an arm where its configuration does not say: its share of this machine, or of its node."""
+    """Return the threads of a trial that does not configure them: its share of this machine or of its node."""
     if sweep.submit.on != "local":
         return int(sweep.submit.cpus)
     return process_group.threads_per_process(sweep.workers or 1)

@@ -87,8 +87,8 @@ def outcome(run):
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted((run / "images").rglob("*.png"))
     }
-    arms = [outcome(arm) for arm in sorted(run.glob("arms/*"))]
-    return [metrics, summary.get("results"), summary.get("weights_sha256"), pictures, arms]
+    trials = [outcome(trial) for trial in sorted(run.glob("trials/*"))]
+    return [metrics, summary.get("results"), summary.get("weights_sha256"), pictures, trials]
 
 
 def difference(wanted, found):

@@ -50,16 +50,16 @@ def test_concurrent_sweeps_do_not_mix(tmp_path, sweep):
         found.append(json.loads(out))
     runs = {entry["run"] for entry in found}
     assert len(runs) == 2
-    assert all(entry["metrics"]["arms"] == 2 for entry in found)
+    assert all(entry["metrics"]["trials"] == 2 for entry in found)
     for k, entry in enumerate(found):
-        assert [arm["metrics"]["epochs"] for arm in entry["arms"]] == [4 + k] * 2
+        assert [trial["metrics"]["epochs"] for trial in entry["trials"]] == [4 + k] * 2
 
 
 def test_one_of_two_processes_resumes_an_interrupted_sweep(tmp_path, sweep):
     root, words = tmp_path / "runs", (sweep, "base.duration.epochs=50")
     first = start("sweep", *words, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
-    while not any(list(read_metrics(arm)) for arm in root.glob("latest/arms/*")):
+    while not any(list(read_metrics(trial)) for trial in root.glob("latest/trials/*")):
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -187,14 +187,14 @@ def test_stopped_and_continued_by_job_control(training):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("end", ["ctrl_c", "hang_up", "kill"])
-def test_a_sweep_stops_with_all_its_arms_and_resumes(tmp_path, data_root, cvlab, end):
+def test_a_sweep_stops_with_all_its_trials_and_resumes(tmp_path, data_root, cvlab, end):
     from cvlab.experiments.classification.data import scenes10
 
     scenes10.load(data_root)
     (tmp_path / "s.yaml").write_text(SWEEP)
     terminal = Terminal("sweep", tmp_path / "s.yaml", "--workers", "2", "--runs-dir", tmp_path / "runs")
     run = tmp_path / "runs" / "latest"
-    terminal.until(lambda: all(steps_of(arm) >= 10 for arm in run.glob("arms/*")) and list(run.glob("arms/*")))
+    terminal.until(lambda: all(steps_of(trial) >= 10 for trial in run.glob("trials/*")) and list(run.glob("trials/*")))
     if end == "ctrl_c":
         terminal.type(CTRL_C)
         assert terminal.wait() == 130, terminal.shown
@@ -206,10 +206,10 @@ def test_a_sweep_stops_with_all_its_arms_and_resumes(tmp_path, data_root, cvlab,
         assert terminal.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 30
     while terminal.group():
-        assert time.monotonic() < deadline, "an arm survives its sweep"
+        assert time.monotonic() < deadline, "a trial survives its sweep"
         time.sleep(0.05)
-    arms = sorted(run.glob("arms/*"))
-    assert len(arms) == 2
-    assert all(saved_all(arm) for arm in arms)
-    assert {read_status(arm)["status"] for arm in arms} == {"interrupted"}
+    trials = sorted(run.glob("trials/*"))
+    assert len(trials) == 2
+    assert all(saved_all(trial) for trial in trials)
+    assert {read_status(trial)["status"] for trial in trials} == {"interrupted"}
     assert read_status(run)["status"] == "interrupted"

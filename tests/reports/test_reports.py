@@ -132,7 +132,7 @@ def test_the_headline_of_a_run_is_what_it_declares():
         "images_per_second": {"better": "higher"}
     }
     assert metrics.headline(rates, info) == ["val_accuracy", "train_accuracy"]
-    assert metrics.headline({"arms": 2, "best": "x", "diverged": 0}, {}) == ["arms", "diverged"]
+    assert metrics.headline({"trials": 2, "best": "x", "diverged": 0}, {}) == ["trials", "diverged"]
 
 
 def test_families_of_curves():

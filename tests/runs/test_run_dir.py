@@ -113,8 +113,8 @@ def test_a_killed_run_is_interrupted(tmp_path):
     assert read_status(tmp_path) == {**read_json(tmp_path / "status.json"), "status": "interrupted"}
 
 
-def test_stale_temporaries_are_removed_except_those_of_arms(tmp_path):
-    places = [tmp_path, tmp_path / "checkpoints", tmp_path / "images" / "steps", tmp_path / "arms" / "000"]
+def test_stale_temporaries_are_removed_except_those_of_trials(tmp_path):
+    places = [tmp_path, tmp_path / "checkpoints", tmp_path / "images" / "steps", tmp_path / "trials" / "000"]
     for place in places:
         place.mkdir(parents=True, exist_ok=True)
         (place / ".a.tmp").touch()

@@ -12,7 +12,7 @@ from cvlab.runs.find import create_run
 from cvlab.runs.records import PRUNE_FILE, pruning_reason, read_status, read_summary
 from cvlab.sweeps import adaptive, experiment, results, scheduler, search, trials
 from cvlab.sweeps.search import Range, SearchConfig, TrialRecord
-from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
 pytest.importorskip("optuna")
 
@@ -34,7 +34,7 @@ SPACE = {
 }
 
 
-def wanted(**more):
+def search_config(**more):
     return SearchConfig(**({"algorithm": "optuna", "trials": 9, "space": SPACE} | more))
 
 
@@ -48,7 +48,7 @@ def walk(chosen, value, count):
 
 
 def test_proposals_lie_in_the_space():
-    for trial in walk(wanted(), lambda changes: changes["x"], 25):
+    for trial in walk(search_config(), lambda changes: changes["x"], 25):
         assert 0 <= trial.changes["x"] <= 1
         assert 1e-6 <= trial.changes["lr"] <= 1
         assert trial.changes["n"] in range(2, 10)
@@ -57,23 +57,23 @@ def test_proposals_lie_in_the_space():
 
 
 def test_the_same_trials_lead_to_the_same_proposal():
-    done = walk(wanted(startup=3), lambda changes: changes["x"], 8)
+    done = walk(search_config(startup=3), lambda changes: changes["x"], 8)
     for number in range(8):
-        assert search.propose(wanted(startup=3), done[:number]) == done[number].changes
-    assert search.propose(wanted(startup=3, seed=1), done) != search.propose(wanted(startup=3), done)
+        assert search.propose(search_config(startup=3), done[:number]) == done[number].changes
+    assert search.propose(search_config(startup=3, seed=1), done) != search.propose(search_config(startup=3), done)
     assert len({repr(trial.changes) for trial in done}) == 8
 
 
 @pytest.mark.parametrize(("goal", "sign"), [("maximize", -1), ("minimize", 1)])
 def test_it_finds_what_is_better_than_chance(goal, sign):
-    chosen = wanted(space={"x": Range(low=-3, high=3), "y": Range(low=-3, high=3)}, goal=goal)
+    chosen = search_config(space={"x": Range(low=-3, high=3), "y": Range(low=-3, high=3)}, goal=goal)
     done = walk(chosen, lambda at: sign * ((at["x"] - 1) ** 2 + (at["y"] + 1) ** 2), 60)
     distances = [abs(trial.value) for trial in done]
     assert sorted(distances[30:])[15] < 0.5 * sorted(distances[:10])[5]
 
 
 def test_trials_that_run_failed_or_were_pruned_are_told_as_such():
-    changes = search.propose(wanted(), [])
+    changes = search.propose(search_config(), [])
     known = [
         TrialRecord(changes, "running"),
         TrialRecord(changes, "failed"),
@@ -81,22 +81,22 @@ def test_trials_that_run_failed_or_were_pruned_are_told_as_such():
         TrialRecord(changes, "pruned", curve={5: 0.2}),
         TrialRecord(changes, "done", 0.5),
     ]
-    states = [search._told(wanted(), trial).state.name for trial in known]
+    states = [search._optuna_trial(search_config(), trial).state.name for trial in known]
     assert states == ["RUNNING", "FAIL", "PRUNED", "PRUNED", "COMPLETE"]
-    assert search.propose(wanted(startup=1), known)
+    assert search.propose(search_config(startup=1), known)
 
 
-def test_the_corners_have_every_end_and_every_choice_once():
-    corners = wanted().corners()
-    assert corners[0] == {"x": 0, "n": 2, "lr": 1e-6, "part": {"name": "sgd"}}
-    assert len(corners) == 1 + 3 + 2
-    assert [corner["n"] for corner in corners].count(9) == 1
-    assert corners[-1]["part"] is None
+def test_the_points_have_every_end_and_every_choice_once():
+    points = search_config().boundary_points()
+    assert points[0] == {"x": 0, "n": 2, "lr": 1e-6, "part": {"name": "sgd"}}
+    assert len(points) == 1 + 3 + 2
+    assert [corner["n"] for corner in points].count(9) == 1
+    assert points[-1]["part"] is None
 
 
 def test_what_is_hopeless():
     others = [{10: 0.1, 20: 0.2}, {10: 0.3, 20: 0.4}, {10: 0.5, 20: 0.6}]
-    chosen = wanted(prune="median", startup=3)
+    chosen = search_config(prune="median", startup=3)
     assert search.should_prune(chosen, {}, others) is None
     assert search.should_prune(chosen, {10: 0.3}, others) is None, "as good as the median"
     said = "val_accuracy 0.29, the median of 3 trials at step 10 is 0.3"
@@ -104,9 +104,9 @@ def test_what_is_hopeless():
     assert search.should_prune(chosen, {10: 0.5, 20: 0.1}, others) is None, "its best counts"
     assert search.should_prune(chosen, {15: 0.29}, others) == said.replace("step 10", "step 15"), "the last one before"
     assert search.should_prune(chosen, {5: 0.0}, others) is None, "nobody has measured so early"
-    assert search.should_prune(wanted(startup=4), {10: 0.0}, others) is None
-    assert search.should_prune(wanted(startup=3, goal="minimize"), {10: 0.31}, others) is not None
-    assert search.should_prune(wanted(startup=3, goal="minimize"), {10: 0.29}, others) is None
+    assert search.should_prune(search_config(startup=4), {10: 0.0}, others) is None
+    assert search.should_prune(search_config(startup=3, goal="minimize"), {10: 0.31}, others) is not None
+    assert search.should_prune(search_config(startup=3, goal="minimize"), {10: 0.29}, others) is None
 
 
 def refusals(tmp_path, text, *overrides):
@@ -137,8 +137,8 @@ def refusals(tmp_path, text, *overrides):
         (("trials: 4", "trials: 0"), "s.yaml:14:3: search.trials: expected a whole number >= 1 and <= 1000, got 0"),
         (("startup: 2", "metric: val_acuracy"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
         (("optuna", "random"), "s.yaml:13:3: search.algorithm: expected optuna, got"),
-        (("search:", "seeds: [0, 1]\nsearch:"), "seeds and search: a search proposes all its arms"),
-        (("search:", "grid: {reg: [0.1]}\nsearch:"), "grid and search: a search proposes all its arms"),
+        (("search:", "seeds: [0, 1]\nsearch:"), "seeds and search: a search proposes all its trials"),
+        (("search:", "grid: {reg: [0.1]}\nsearch:"), "grid and search: a search proposes all its trials"),
         (("model.batchnorm", "model.batchnorm: [true]\n    model"), "model.batchnorm is varied twice, also by model"),
     ],
 )
@@ -157,28 +157,28 @@ def test_overrides_of_a_space(tmp_path):
 
 
 def test_a_search_from_start_to_end(cvlab, tmp_path):
-    (tmp_path / "s.yaml").write_text(BASE + SEARCH + "expect: [best > 0, arms == 4, max(val_accuracy) > 0]\n")
+    (tmp_path / "s.yaml").write_text(BASE + SEARCH + "expect: [best > 0, trials == 4, max(val_accuracy) > 0]\n")
     code, out, err = cvlab("sweep", "s.yaml", "--json")
     found = json.loads(out)
     assert code == 0, err
     run = (tmp_path / "runs" / "latest").resolve()
     summary = read_summary(run)
-    values = [read_summary(arm)["metrics"]["val_accuracy"] for arm in sorted(run.glob("arms/*"))]
-    assert found["metrics"] == {"arms": 4, "diverged": 0, "pruned": 0, "best": max(values)}
-    assert summary["best"]["arm"] == sorted(run.glob("arms/*"))[values.index(max(values))].name
+    values = [read_summary(trial)["metrics"]["val_accuracy"] for trial in sorted(run.glob("trials/*"))]
+    assert found["metrics"] == {"trials": 4, "diverged": 0, "pruned": 0, "best": max(values)}
+    assert summary["best"]["trial"] == sorted(run.glob("trials/*"))[values.index(max(values))].name
     assert list(found["settings"][0]["keys"]) == ["optimizer.lr", "batch_size", "model.batchnorm"]
-    changes = [adaptive.read_changes(arm) for arm in adaptive.trial_dirs(run)]
-    written = [loading.load(str(arm)).config for arm in adaptive.trial_dirs(run)]
+    changes = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(run)]
+    written = [loading.load(str(trial)).config for trial in adaptive.trial_dirs(run)]
     assert [one["optimizer.lr"] for one in changes] == [one.optimizer.lr for one in written]
     assert [one["batch_size"] for one in changes] == [one.batch_size for one in written]
     assert cvlab("show", run)[0] == cvlab("report", run)[0] == 0
-    # an arm whose result is lost is made again, and nothing else
+    # a trial whose result is lost is made again, and nothing else
     status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
     (run / "status.json").write_text(json.dumps(status))
-    (run / "arms" / ".partial").mkdir()
+    (run / "trials" / ".partial").mkdir()
     code, _, err = cvlab("sweep", "s.yaml")
     assert code == 0, err
-    assert "4 arms, 4 of them ended before" in err, err
+    assert "4 trials, 4 of them ended before" in err, err
     pruned = adaptive.trial_dirs(run)[1]
     (pruned / PRUNE_FILE).write_text("too bad")
     (pruned / "status.json").write_text('{"status": "interrupted"}')
@@ -186,7 +186,7 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     assert [row["status"] for row in experiment.trial_rows(chosen, out)] == ["done", "pruned", "done", "done"]
     assert len(experiment.settings(chosen, out)) == 3, "expectations speak of those that have ended"
     pruned.rename(tmp_path / "away")
-    with pytest.raises(RunDirError, match="the arm 001 is gone"):
+    with pytest.raises(RunDirError, match="the trial 001 is gone"):
         adaptive.trial_dirs(run)
 
 
@@ -195,64 +195,64 @@ def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
     (tmp_path / "s.yaml").write_text(BASE + SEARCH + tied)
     chosen = loading.load("s.yaml").config  # every end and every choice is valid by itself
     out = create_run(tmp_path / "runs", "s")
-    out.folder("arms")
+    out.folder("trials")
     changes = {"optimizer.lr": 0.1, "batch_size": 30, "model.batchnorm": False}
-    assert trials.add_trial(chosen, out, 0, changes) == out.path / "arms" / "000-lr-0.1-batch_size-30-batchnorm-false"
+    assert trials.add_trial(chosen, out, 0, changes) == out.path / "trials" / "000-lr-0.1-batch_size-30-batchnorm-false"
     with pytest.raises(ConfigError, match=r"came to 001-.*, which is not valid: reg: expected .* conditions"):
         trials.add_trial(chosen, out, 1, changes | {"batch_size": 40})
     assert len(adaptive.trial_dirs(out.path)) == 1
 
 
-def test_an_arm_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvlab, tmp_path):
+def test_an_trial_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvlab, tmp_path):
     text = BASE.partition("base:\n")[2].replace("\n  ", "\n").strip().replace("eval_every: 1000", "eval_every: 1")
     (tmp_path / "s.yaml").write_text(text)
     assert cvlab("run", "s.yaml", "-q")[0] == 0
     whole = read_summary((tmp_path / "runs" / "latest").resolve())["weights_sha256"]
-    arm = tmp_path / "arm"
-    arm.mkdir()
-    (arm / "config.yaml").write_text(loading.load("s.yaml").config.to_yaml())
-    (arm / PRUNE_FILE).write_text("too bad\n")
-    code, _, err = cvlab("resume", arm)
-    status = read_status(arm)
+    trial = tmp_path / "trial"
+    trial.mkdir()
+    (trial / "config.yaml").write_text(loading.load("s.yaml").config.to_yaml())
+    (trial / PRUNE_FILE).write_text("too bad\n")
+    code, _, err = cvlab("resume", trial)
+    status = read_status(trial)
     assert code == 143
     assert "pruned after step 10: too bad; remove " in err
     assert (status["status"], status["step"]) == ("interrupted", 10)
-    assert scheduler.has_ended(arm)
-    assert results.read_trial(arm)["status"] == "pruned"
-    assert results.outcome_text(arm) == "pruned: too bad"
-    (arm / PRUNE_FILE).unlink()
-    assert not scheduler.has_ended(arm)
-    assert cvlab("resume", arm)[0] == 0
-    assert read_summary(arm)["weights_sha256"] == whole
+    assert scheduler.has_ended(trial)
+    assert results.read_trial(trial)["status"] == "pruned"
+    assert results.outcome_text(trial) == "pruned: too bad"
+    (trial / PRUNE_FILE).unlink()
+    assert not scheduler.has_ended(trial)
+    assert cvlab("resume", trial)[0] == 0
+    assert read_summary(trial)["weights_sha256"] == whole
 
 
 def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
     out = create_run(tmp_path / "runs", "s")
     for number, (state, accuracies) in enumerate([("done", (0.4, 0.6)), ("done", (0.5, 0.7)), ("running", (0.3,))]):
-        arm = out.path / "arms" / f"{number:03d}-x"
-        arm.mkdir(parents=True)
-        adaptive.write_changes(arm, {"x": 0.5, "n": 3, "lr": 1e-3, "part": None})
-        (arm / "config.yaml").write_text("experiment: classify\n")
-        (arm / "status.json").write_text(json.dumps({"status": state}))
+        trial = out.path / "trials" / f"{number:03d}-x"
+        trial.mkdir(parents=True)
+        adaptive.write_changes(trial, {"x": 0.5, "n": 3, "lr": 1e-3, "part": None})
+        (trial / "config.yaml").write_text("experiment: classify\n")
+        (trial / "status.json").write_text(json.dumps({"status": state}))
         rows = [{"step": 10 * (k + 1), "val_accuracy": value} for k, value in enumerate(accuracies)]
-        (arm / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 5, "lr": 1}, *rows]))
+        (trial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 5, "lr": 1}, *rows]))
         if state == "done":
-            (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": accuracies[-1]}}))
-    for chosen, expected in ((wanted(startup=2), None), (wanted(startup=2, prune="median"), True)):
-        adaptive.AdaptiveSearch(out, chosen, {}, lambda number, changes: None).prune([arm])
-        assert bool(pruning_reason(arm)) == bool(expected)
-    assert adaptive.read_trial(arm, chosen, {}).state == "pruned"
-    assert adaptive.read_trial(arm, chosen, {}).curve == {10: 0.3}
+            (trial / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": accuracies[-1]}}))
+    for chosen, expected in ((search_config(startup=2), None), (search_config(startup=2, prune="median"), True)):
+        adaptive.AdaptiveSearch(out, chosen, {}, lambda number, changes: None).prune([trial])
+        assert bool(pruning_reason(trial)) == bool(expected)
+    assert adaptive.read_trial(trial, chosen, {}).state == "pruned"
+    assert adaptive.read_trial(trial, chosen, {}).curve == {10: 0.3}
     best = adaptive.AdaptiveSearch(out, chosen, {}, lambda number, changes: None).best()
-    assert (best["arm"], best["val_accuracy"]) == ("001-x", 0.7)
-    (arm / "status.json").write_text(json.dumps({"status": "failed", "code": 6}))
-    assert adaptive.read_trial(arm, chosen, {}) == TrialRecord(adaptive.read_changes(arm), "pruned")
-    assert adaptive.read_trial(arm, chosen, {"val_accuracy": 0.1}).value == 0.1
-    (arm / "status.json").write_text(json.dumps({"status": "failed", "code": 1}))
-    assert adaptive.read_trial(arm, chosen, {}).state == "failed"
-    (arm / "status.json").write_text(json.dumps({"status": "done"}))
-    (arm / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": math.nan}}))
-    assert adaptive.read_trial(arm, chosen, {}).state == "failed"
+    assert (best["trial"], best["val_accuracy"]) == ("001-x", 0.7)
+    (trial / "status.json").write_text(json.dumps({"status": "failed", "code": 6}))
+    assert adaptive.read_trial(trial, chosen, {}) == TrialRecord(adaptive.read_changes(trial), "pruned")
+    assert adaptive.read_trial(trial, chosen, {"val_accuracy": 0.1}).value == 0.1
+    (trial / "status.json").write_text(json.dumps({"status": "failed", "code": 1}))
+    assert adaptive.read_trial(trial, chosen, {}).state == "failed"
+    (trial / "status.json").write_text(json.dumps({"status": "done"}))
+    (trial / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": math.nan}}))
+    assert adaptive.read_trial(trial, chosen, {}).state == "failed"
 
 
 @pytest.mark.slow
@@ -262,15 +262,15 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tm
     )
     assert started_sweep().wait() == 0
     whole = (tmp_path / "runs" / "latest").resolve()
-    told, weights = [adaptive.read_changes(arm) for arm in adaptive.trial_dirs(whole)], weights_of_arms(tmp_path)
+    told, weights = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(whole)], weights_of_trials(tmp_path)
     for count in (3, 5):
         process = started_sweep(*(["--fresh"] if count == 3 else []))
-        until(lambda many=count: len(list(tmp_path.glob(f"runs/2*/arms/{many - 1:03d}-*/metrics.jsonl"))) == 2)
+        until(lambda many=count: len(list(tmp_path.glob(f"runs/2*/trials/{many - 1:03d}-*/metrics.jsonl"))) == 2)
         process.kill()
         process.wait()
     assert started_sweep().wait() == 0, (tmp_path / "said.txt").read_text()
     again = (tmp_path / "runs" / "latest").resolve()
     assert again != whole
-    assert [adaptive.read_changes(arm) for arm in adaptive.trial_dirs(again)] == told
-    assert weights_of_arms(tmp_path) == weights
+    assert [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(again)] == told
+    assert weights_of_trials(tmp_path) == weights
     assert "already running" not in (tmp_path / "said.txt").read_text()

@@ -1,4 +1,4 @@
-"""Sweeps: arms, their order and names, processes, interruption, expectations over arms; and `cvlab verify`."""
+"""Sweeps: trials, their order and names, processes, interruption, expectations over trials; and `cvlab verify`."""
 
 import json
 import os
@@ -48,11 +48,11 @@ def test_combinations():
     found = grid.combinations({"a": (1, 2), "b.c": (True,)}, {"x": (5, 6), "y": (7, 8)}, (0, 1))
     assert len(found) == 8
     assert found[0] == {"a": 1, "b.c": True, "x": 5, "y": 7, "seed": 0}
-    assert [arm["x"] + arm["y"] for arm in found[:4]] == [12, 12, 14, 14]
+    assert [trial["x"] + trial["y"] for trial in found[:4]] == [12, 12, 14, 14]
     assert grid.combinations({}, {}, ()) == [{}]
 
 
-def test_arms_lay_changes_over_the_base_and_leave_it_alone():
+def test_trials_lay_changes_over_the_base_and_leave_it_alone():
     base = {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
     changes = [{"optimizer.lr": 0.5, "duration.steps": 7}, {"optimizer": {"name": "adam"}, "model.filters": (8, 8)}]
     conditions = [({"optimizer.name": "adam"}, {"batch_size": 9})]
@@ -92,19 +92,19 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
         (("seeds: [0, 1]", "seeds: [-1]"), r"s.yaml:12:\d+: seeds.0: expected"),
         (("seeds", "zip: {batch_size: [1, 2], seed: [1]}\nseeds"), "batch_size has 2, seed has 1"),
         (("seeds", "zip: {optimizer.lr: [1, 2]}\nseeds"), "optimizer.lr is in grid and in zip"),
-        (("[0, 1]", f"[{','.join(map(str, range(501)))}]"), "1002 arms; at most 1000"),
+        (("[0, 1]", f"[{','.join(map(str, range(501)))}]"), "1002 trials; at most 1000"),
         (("experiment: classify", "experiment: sweep"), "a sweep of sweeps"),
         (("seeds: [0, 1]", "seeds: [0, 0]"), "seeds: a value is there twice"),
         (("[1e-3, 1e-2]", "[1e-3, 1e-3]"), "optimizer.lr: a value is there twice"),
         (("seeds", "  seed: [5, 6]\nseeds"), "seed is varied twice"),
         (("seeds", "  optimizer: [{name: adam}]\nseeds"), "optimizer.lr is varied twice, also by optimizer"),
-        (("  batch_size", "  expect: [val_loss < 9]\n  batch_size"), r"s.yaml:7:3: base.expect: an arm has none"),
-        (("seeds", "diverged_counts_as: {val_acuracy: 0.1}\nseeds"), "did you mean 'val_accuracy'"),
+        (("  batch_size", "  expect: [val_loss < 9]\n  batch_size"), r"s.yaml:7:3: base.expect: a trial has none"),
+        (("seeds", "diverged_values: {val_acuracy: 0.1}\nseeds"), "did you mean 'val_accuracy'"),
         (("seeds", "conditions: [{when: {optimizer.momentum: 0.0}, set: {reg: 0.1}}]\nseeds"), "write it into base"),
         (("seeds", "expect: [mean(val_acuracy) > 0]\nseeds"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
-        (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"over arms write for example `mean\(METRIC\)`"),
-        (("seeds", "expect: ['mean(val_loss, optimizer.lr=7) > 0']\nseeds"), "no arm has optimizer.lr=7"),
-        (("seeds", "expect: ['increasing(val_loss, optimizr.lr)']\nseeds"), "no arm has the key optimizr.lr"),
+        (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"over trials write for example `mean\(METRIC\)`"),
+        (("seeds", "expect: ['mean(val_loss, optimizer.lr=7) > 0']\nseeds"), "no trial has optimizer.lr=7"),
+        (("seeds", "expect: ['increasing(val_loss, optimizr.lr)']\nseeds"), "no trial has the key optimizr.lr"),
         (("seeds", "expect: ['mean(val_loss, seed=0) > 0']\nseeds"), "settings are means over seeds"),
         (("seeds", "conditions: [{when: {seed: 0}, set: {batch_size: 0}}]\nseeds"), r"s.yaml:12:\d+: batch_size"),
     ],
@@ -116,7 +116,7 @@ def test_mistakes_have_their_place(tmp_path, change, message):
 
 def test_overrides_of_axes(tmp_path):
     chosen = loading.load(write(tmp_path, SWEEP), ["grid.optimizer.lr=[0.5]", "zip.batch_size=[5,10]", "seeds=[3]"])
-    assert [arm.name for arm in chosen.config.arms()] == [
+    assert [trial.name for trial in chosen.config.trials()] == [
         "000-lr-0.5-batch_size-5-seed-3",
         "001-lr-0.5-batch_size-10-seed-3",
     ]
@@ -125,9 +125,9 @@ def test_overrides_of_axes(tmp_path):
     assert found == ["override grid.optimizer.lr=[-1]: optimizer.lr: expected a number > 0 and <= 100, got -1"]
 
 
-def test_a_run_has_no_arms_to_speak_of(tmp_path):
+def test_a_run_has_no_trials_to_speak_of(tmp_path):
     found = refusals(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [mean(val_loss) < 9]\n")
-    assert "speaks of a sweep's arms" in found[0]
+    assert "speaks of a sweep's trials" in found[0]
 
 
 def test_a_sweep_from_start_to_end(cvlab, tmp_path):
@@ -136,25 +136,25 @@ def test_a_sweep_from_start_to_end(cvlab, tmp_path):
     found = json.loads(out)
     assert code == 0, err
     assert found["experiment"] == "sweep"
-    assert found["metrics"] == {"arms": 4, "diverged": 0}
+    assert found["metrics"] == {"trials": 4, "diverged": 0}
     assert [row["keys"] for row in found["settings"]] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}]
     run = (tmp_path / "runs" / "latest").resolve()
-    arms = sorted((run / "arms").iterdir())
-    assert [arm.name for arm in arms][:2] == ["000-lr-0.001-seed-0", "001-lr-0.001-seed-1"]
-    accuracies = [read_summary(arm)["metrics"]["val_accuracy"] for arm in arms]
+    trials = sorted((run / "trials").iterdir())
+    assert [trial.name for trial in trials][:2] == ["000-lr-0.001-seed-0", "001-lr-0.001-seed-1"]
+    accuracies = [read_summary(trial)["metrics"]["val_accuracy"] for trial in trials]
     mean = found["settings"][0]["metrics"]["val_accuracy"]
     assert mean["n"] == 2
     assert mean["mean"] == pytest.approx(sum(accuracies[:2]) / 2)
     lines = (run / "table.csv").read_text().splitlines()
     assert len(lines) == 5
-    assert lines[0].startswith("arm,status,optimizer.lr,seed,")
+    assert lines[0].startswith("trial,status,optimizer.lr,seed,")
     assert {path.name for path in (run / "plots").iterdir()} == {
         f"{name}.png" for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
     }
-    # an arm is an ordinary run, and the same as when it is run alone
-    assert cvlab("show", arms[0])[0] == cvlab("eval", arms[0])[0] == cvlab("resume", arms[0])[0] == 0
-    alone = json.loads(cvlab("run", arms[2], "--json", "-q")[1])
-    summaries = [read_summary(run_dir.Path(path)) for path in (alone["run"], arms[2])]
+    # a trial is an ordinary run, and the same as when it is run alone
+    assert cvlab("show", trials[0])[0] == cvlab("eval", trials[0])[0] == cvlab("resume", trials[0])[0] == 0
+    alone = json.loads(cvlab("run", trials[2], "--json", "-q")[1])
+    summaries = [read_summary(run_dir.Path(path)) for path in (alone["run"], trials[2])]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     code, out, _ = cvlab("show", run)
     assert code == 0
@@ -184,52 +184,52 @@ def test_what_a_metric_is_drawn_over(found, expected):
     assert results.draw(found, "val_accuracy", "title")[:4] == b"\x89PNG"
 
 
-def test_interrupted_and_started_again_no_arm_that_ended_runs_again(cvlab, tmp_path):
+def test_interrupted_and_started_again_no_trial_that_ended_runs_again(cvlab, tmp_path):
     name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 200}\n  eval_every: 1000"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not any(map(_ended, tmp_path.glob("runs/2*/arms/000*"))):
+        while time.monotonic() < deadline and not any(map(_ended, tmp_path.glob("runs/2*/trials/000*"))):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read().decode()
     assert process.returncode == 143, said
     assert "cvlab resume" in said, said
     run = (tmp_path / "runs" / "latest").resolve()
-    ended = {arm: (arm / "summary.json").stat().st_mtime_ns for arm in run.glob("arms/*") if _ended(arm)}
+    ended = {trial: (trial / "summary.json").stat().st_mtime_ns for trial in run.glob("trials/*") if _ended(trial)}
     assert 1 <= len(ended) < 4
     code, _, err = cvlab("sweep", name, "--workers", 2)
     assert code == 0
     assert f"resuming runs/{run.name}" in err
-    assert len([path for path in run.glob("arms/*") if _ended(path)]) == 4
-    assert all((arm / "summary.json").stat().st_mtime_ns == before for arm, before in ended.items())
+    assert len([path for path in run.glob("trials/*") if _ended(path)]) == 4
+    assert all((trial / "summary.json").stat().st_mtime_ns == before for trial, before in ended.items())
     assert cvlab("sweep", name, "--dry-run")[0] == 0
     assert len(list_runs(tmp_path / "runs")) == 1
 
 
-def _ended(arm):
-    return read_status(arm).get("status") == "done"
+def _ended(trial):
+    return read_status(trial).get("status") == "done"
 
 
-def test_arms_end_with_the_sweep_however_it_dies(tmp_path):
+def test_trials_end_with_the_sweep_however_it_dies(tmp_path):
     name = write(tmp_path, SWEEP.replace("steps: 4", "steps: 100000"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not list(tmp_path.glob("runs/2*/arms/000*/metrics.jsonl")):
+        while time.monotonic() < deadline and not list(tmp_path.glob("runs/2*/trials/000*/metrics.jsonl")):
             time.sleep(0.05)
         process.kill()
-    arm = next(tmp_path.glob("runs/2*/arms/000*"))
-    while time.monotonic() < deadline and read_json(arm / "status.json")["status"] == "running":
+    trial = next(tmp_path.glob("runs/2*/trials/000*"))
+    while time.monotonic() < deadline and read_json(trial / "status.json")["status"] == "running":
         time.sleep(0.05)
-    assert read_status(arm)["status"] == "interrupted"
-    assert list((arm / "checkpoints").glob("*.pt"))
-    assert read_status(arm.parent.parent)["status"] == "interrupted"
+    assert read_status(trial)["status"] == "interrupted"
+    assert list((trial / "checkpoints").glob("*.pt"))
+    assert read_status(trial.parent.parent)["status"] == "interrupted"
 
 
-def test_an_arm_that_diverges_is_a_result(cvlab, tmp_path):
+def test_an_trial_that_diverges_is_a_result(cvlab, tmp_path):
     text = SWEEP.replace("[1e-3, 1e-2]", "[1e-2, 100]").replace("seeds: [0, 1]", "seeds: [0]")
     text = (
         text.replace("steps: 4}", "steps: 200}\n  reg: 1.0\n  eval_every: 100")
@@ -238,14 +238,14 @@ def test_an_arm_that_diverges_is_a_result(cvlab, tmp_path):
     code, out, err = cvlab("sweep", write(tmp_path, text), "--json")
     found = json.loads(out)
     assert code == 0, err
-    assert found["metrics"] == {"arms": 2, "diverged": 1}
+    assert found["metrics"] == {"trials": 2, "diverged": 1}
     assert found["settings"][1]["status"] == ["diverged"]
-    wanted = ["diverged_counts_as={val_accuracy: 0.1}", "expect=['mean(val_accuracy, optimizer.lr=100) == 0.1']"]
+    wanted = ["diverged_values={val_accuracy: 0.1}", "expect=['mean(val_accuracy, optimizer.lr=100) == 0.1']"]
     assert cvlab("sweep", "s.yaml", *wanted, "--fresh", "-q")[0] == 0
     assert cvlab("sweep", "s.yaml", "expect=[mean(val_accuracy) > 0]", "-q")[0] == 3
 
 
-def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
+def test_an_trial_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     write(tmp_path, "from torch import nn\ndef net(width=3, num_classes=10):\n    return Net(width)\n", "net.py")
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
@@ -258,11 +258,11 @@ def test_an_arm_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     text = text.replace("optimizer.lr: [1e-3, 1e-2]", "model.width: [5, 6]")
     code, _, err = cvlab("sweep", write(tmp_path, text))
     assert code == 1, err
-    assert "1 arms failed" in err, err
+    assert "1 trials failed" in err, err
     assert "AssertionError: not five" in err, err
     run = (tmp_path / "runs" / "latest").resolve()
-    assert [results.read_trial(arm)["status"] for arm in sorted((run / "arms").iterdir())] == ["failed", "done"]
-    for copied in (run / "net.py", *run.glob("arms/*/net.py")):
+    assert [results.read_trial(trial)["status"] for trial in sorted((run / "trials").iterdir())] == ["failed", "done"]
+    for copied in (run / "net.py", *run.glob("trials/*/net.py")):
         copied.write_text(copied.read_text().replace("width != 5", "True"))
     assert cvlab("resume", run)[0] == 0
 
@@ -330,24 +330,24 @@ def test_more_values_than_a_file_may_have_are_refused_at_once(cvlab, tmp_path):
 
 def test_a_budget_in_seconds_is_no_seed(tmp_path):
     text = SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "duration: [{seconds: 1}, {seconds: 2}]")
-    assert loading.load(write(tmp_path, text)).config.varied() == ["duration.seconds"]
+    assert loading.load(write(tmp_path, text)).config.varied_keys() == ["duration.seconds"]
 
 
-def test_missing_and_damaged_arms(cvlab, tmp_path):
+def test_missing_and_damaged_trials(cvlab, tmp_path):
     name = write(tmp_path, SWEEP.replace("[0, 1]", "[0]"))
     assert cvlab("sweep", name, "-q")[0] == 0
     run = (tmp_path / "runs" / "latest").resolve()
     (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
-    (run / "arms" / ".ipynb_checkpoints").mkdir()
-    (run / "arms" / "000-lr-0.001-seed-0" / "summary.json").write_text("{")
+    (run / "trials" / ".ipynb_checkpoints").mkdir()
+    (run / "trials" / "000-lr-0.001-seed-0" / "summary.json").write_text("{")
     code, out, _ = cvlab("resume", run, "--json", "-q")
     assert code == 0
     assert [row["status"] for row in json.loads(out)["settings"]] == [["damaged"], ["done"]]
     (run / "status.json").write_text('{"status": "interrupted", "experiment": "sweep"}')
-    (run / "arms" / "001-lr-0.01-seed-0").rename(tmp_path / "away")
+    (run / "trials" / "001-lr-0.01-seed-0").rename(tmp_path / "away")
     code, _, err = cvlab("resume", run)
     assert code == 5
-    assert "the arm 001-lr-0.01-seed-0 is gone" in err
+    assert "the trial 001-lr-0.01-seed-0 is gone" in err
 
 
 def test_any_configuration_with_axes(cvlab, tmp_path):

@@ -1,12 +1,12 @@
-"""Engines: where the arms of a sweep run. On this machine, as Ray tasks, as Slurm jobs.
+"""Executors: where the trials of a sweep run. On this machine, as Ray tasks, or as Slurm jobs.
 
-An engine is a function `engine(take, limits, stop)`. It asks `take()` for the next arm whenever it has room for one
-(None: there is none at present), runs `cvlab resume ARM` somewhere, and yields an `Ended` for each arm as it ends; at
-least every POLL_SECONDS it yields, if only None, so that its caller can look around. It ends when nothing runs and
-`take()` has none. When `stop` has received a signal no further arm starts, and those that run are asked to save and
-end. Whether an arm that has failed is tried again is not its business.
+An executor is a function `executor(next_task, limits, stop)`. Whenever it has room, it asks `next_task()` for a trial
+(None: there is none at present), runs `cvlab resume TRIAL` somewhere, and yields a `TaskResult` for each trial that
+ends. At least every POLL_SECONDS it yields, if only None, so that its caller can prune trials. It returns when nothing
+runs and `next_task()` has none. Once `stop` has received a signal, no further trial starts and running ones are asked
+to save and exit. Retrying failed trials is up to the caller.
 
-What an arm does it leaves in its run directory, so that any engine fits that shares the disk.
+A trial leaves all its results in its run directory, so any executor works that shares the storage.
 """
 
 import importlib
@@ -26,41 +26,41 @@ from cvlab.errors import ConfigError
 from cvlab.runs.interrupt import StopRequest
 
 POLL_SECONDS = 0.2
-EXIT_LOST = 137  # the exit code of an arm whose node or process was lost without a word
-ERRORS = "stderr.txt"  # what an arm says on standard error, in its run directory until it has ended
-TOKEN = "driver.txt"  # a random word in the sweep's directory: who reads it there shares the disk with the driver
+EXIT_LOST = 137  # the exit code of a trial whose node or process was lost
+ERRORS = "stderr.txt"  # the standard error of a trial, in its run directory until it ends
+TOKEN = "driver.txt"  # a random token in the sweep's directory: a node that can read it shares the storage
 EXECUTORS = {
     "local": "cvlab.sweeps.executors.local:run",
     "ray": "cvlab.sweeps.executors.ray_tasks:run",
     "slurm": "cvlab.sweeps.executors.slurm:run",
 }
-EXTRAS = {"ray": "ray", "slurm": "submitit"}  # the package that each of them needs
+EXTRAS = {"ray": "ray", "slurm": "submitit"}  # the package that each executor needs
 
 
 class SubmitConfig(FrozenModel):
-    """Where arms run, and what each of them gets there."""
+    """Where trials run, and the resources of each."""
 
     on: Literal["local", "ray", "slurm"] = Field("local", description="this machine, a Ray cluster, or Slurm")
     address: str | None = Field(
         None,
-        description="of a Ray cluster, host:port or auto; null: one that lives as long as the sweep. "
-        "For slurm: local runs its jobs on this machine, to try it",
+        description="of a Ray cluster, host:port or auto; null: a cluster for the time of the sweep. "
+        "For slurm: `local` runs the jobs on this machine, for testing",
     )
-    cpus: Annotated[PositiveInt, Le(256)] = Field(1, description="CPU cores of an arm, with ray and slurm")
-    gpus: Annotated[NonNegativeInt, Le(64)] = Field(0, description="GPUs of an arm, with ray and slurm")
-    partition: str | None = Field(None, description="of Slurm; null: its default")
+    cpus: Annotated[PositiveInt, Le(256)] = Field(1, description="CPU cores per trial, with ray and slurm")
+    gpus: Annotated[NonNegativeInt, Le(64)] = Field(0, description="GPUs per trial, with ray and slurm")
+    partition: str | None = Field(None, description="Slurm partition; null: the default")
     minutes: PositiveInt = Field(
-        60, description="of a Slurm job; an arm that takes longer is saved and goes on in the next"
+        60, description="time limit of a Slurm job; a trial that takes longer is saved and resumed in the next job"
     )
     retries: Annotated[NonNegativeInt, Le(100)] = Field(
-        2, description="how often an arm is tried again that was lost or killed"
+        2, description="how often a trial that was lost or killed is run again"
     )
 
     @model_validator(mode="after")
     def _fit_together(self) -> "SubmitConfig":
         if self.on == "local" and (self.address or self.gpus or self.partition):
             key = "address" if self.address else "gpus" if self.gpus else "partition"
-            raise ValueError(f"{key} goes with on: ray or slurm; on this machine arms share what is there")
+            raise ValueError(f"{key} goes with on: ray or slurm; on this machine trials share the resources")
         if self.on == "slurm" and self.address not in (None, "local"):
             raise ValueError(f"address: slurm has none but `local`, got {self.address!r}")
         if self.on == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d{1,5}", self.address or "auto"):
@@ -70,7 +70,7 @@ class SubmitConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine may use: `workers` arms at a time, null for as many as there is room for."""
+    """What an executor may use: `workers` concurrent trials, None for as many as fit."""
 
     folder: Path
     workers: int | None
@@ -78,48 +78,54 @@ class Limits:
 
 
 class Task(NamedTuple):
-    """An arm's run directory, absolute, and the word that its node must find in the sweep's directory."""
+    """The absolute run directory of a trial, and the token that its node must find in the sweep's directory."""
 
-    arm: Path
+    trial: Path
     token: str
 
 
 class TaskResult(NamedTuple):
-    """How the process of an arm has ended: its exit code, negative for a signal, and its last words."""
+    """How the process of a trial ended: its exit code, negative for a signal, and its last error message."""
 
     task: Task
     code: int
-    said: str
+    message: str
 
 
-Take = Callable[[], Task | None]
+NextTask = Callable[[], Task | None]
 Events = Generator[TaskResult | None, None, None]
-Executor = Callable[[Take, Limits, StopRequest], Events]
+Executor = Callable[[NextTask, Limits, StopRequest], Events]
 
 
 def get_executor(submit: SubmitConfig) -> Executor:
-    """Return the engine that is to be used; ConfigError where what it needs is not there."""
+    """Return the executor that a sweep is configured to use.
+
+    Raises:
+        ConfigError: if what it needs is not installed.
+    """
     if submit.on in EXTRAS:
         require_package(EXTRAS[submit.on], submit.on)
     if submit.on == "slurm" and submit.address is None and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise ConfigError("no Slurm on this machine: no sbatch", "run it on a login node, or try --address local")
-    found: Executor = registry.get("submitter", submit.on, EXECUTORS)
-    return found
+        raise ConfigError(
+            "sbatch not found: no Slurm on this machine", "run it on a login node, or try --address local"
+        )
+    executor: Executor = registry.get("executor", submit.on, EXECUTORS)
+    return executor
 
 
 def require_package(package: str, extra: str) -> None:
-    """Raise ConfigError with what to install where a package is not there."""
+    """Raise ConfigError with the command to install a package if it is missing."""
     try:
         importlib.import_module(package)
     except ImportError:
         raise ConfigError(f"{package} is not installed", f"pip install 'cvlab[{extra}]'") from None
 
 
-def read_last_error(arm: Path) -> str:
-    """Return the last line that an arm said on standard error, and remove the file."""
+def read_last_error(trial: Path) -> str:
+    """Return the last line of a trial's standard error, and remove the file."""
     try:
-        lines = (arm / ERRORS).read_text(errors="replace").splitlines()
-        (arm / ERRORS).unlink()
+        lines = (trial / ERRORS).read_text(errors="replace").splitlines()
+        (trial / ERRORS).unlink()
     except OSError:
         return ""
     return lines[-1].removeprefix("error: ") if lines else ""

@@ -1,4 +1,4 @@
-"""One arm on whatever node an engine has put it: a child process that saves and ends when its parent dies."""
+"""Run one trial on a node of a cluster: a child process that saves and exits when its parent dies."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from cvlab.errors import RunDirError
 from cvlab.runs.interrupt import STOP_WITH_INPUT
 from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, TOKEN, Task, TaskResult, read_last_error
 
-STORAGE_TIMEOUT_SECONDS = 10.0  # so long a network file system may take to show what another node has written
-RemoteResult = tuple[int | None, str]  # exit code and last words; without a code the node must get no further arms
+STORAGE_TIMEOUT_SECONDS = 10.0  # for a network file system to show what another node has written
+RemoteResult = tuple[int | None, str]  # exit code and last message; None as code: the node does not share the storage
 
 
 class RemoteTask(NamedTuple):
-    """What a node is told: the arm, and the driver's folder and settings, in which it runs as it would there."""
+    """What is sent to a node: the trial, and the working directory and settings of the scheduler."""
 
     task: Task
     folder: str
@@ -27,67 +27,67 @@ class RemoteTask(NamedTuple):
 
 
 def remote_task(task: Task) -> RemoteTask:
-    """Return what a node is to be told about an arm."""
+    """Return what is sent to a node to run a trial."""
     return RemoteTask(task, str(Path.cwd()), cvlab_environment())
 
 
 def cvlab_environment() -> dict[str, str]:
-    """Return the variables of this process that speak to cvlab, for example where its data are."""
+    """Return the environment variables of this process that configure cvlab."""
     return {key: value for key, value in os.environ.items() if key.startswith("CVLAB_")}
 
 
 class TrialProcess:
-    """The process of an arm."""
+    """The process of a trial."""
 
-    def __init__(self, errand: RemoteTask) -> None:
-        arm = errand.task.arm
-        environment = {**os.environ, **errand.environment, STOP_WITH_INPUT: "1"}
-        with (arm / ERRORS).open("wb") as errors:
+    def __init__(self, remote: RemoteTask) -> None:
+        trial = remote.task.trial
+        environment = {**os.environ, **remote.environment, STOP_WITH_INPUT: "1"}
+        with (trial / ERRORS).open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cvlab", "resume", str(arm), "-q"],
+                [sys.executable, "-m", "cvlab", "resume", str(trial), "-q"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 env=environment,
-                cwd=errand.folder if Path(errand.folder).is_dir() else None,
-                start_new_session=True,  # Ctrl-C reaches the driver, which asks in its own way
+                cwd=remote.folder if Path(remote.folder).is_dir() else None,
+                start_new_session=True,  # Ctrl-C reaches the scheduler, which stops the trials itself
             )
 
     def wait(self) -> int:
-        """Return the exit code. Polls: an engine's interrupt may be an exception that wakes no system call."""
+        """Wait for the exit code by polling, since an executor's interrupt may not wake a system call."""
         while (code := self.process.poll()) is None:
             time.sleep(POLL_SECONDS)
         return code
 
     def stop(self) -> None:
-        """Ask it to save and end, and wait for that; also from a signal handler that interrupts `wait`."""
+        """Ask the trial to save and exit, and wait; also called from signal handlers that interrupt `wait`."""
         self.process.terminate()
-        with contextlib.suppress(ChildProcessError):  # it has ended, and `wait` knows
+        with contextlib.suppress(ChildProcessError):  # it has exited already
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
 
-def run(errand: RemoteTask, begun: Callable[[TrialProcess], None] = lambda _: None) -> RemoteResult:
-    """Run an arm to its end; interrupted, ask it to save, and wait for that."""
-    arm = errand.task.arm
-    if not shares_storage(errand.task):
-        run = arm.parents[1]
-        return None, f"node {socket.gethostname()} does not see what the driver has written to {run}"
-    child = TrialProcess(errand)
-    begun(child)
+def run(remote: RemoteTask, on_start: Callable[[TrialProcess], None] = lambda _: None) -> RemoteResult:
+    """Run a trial to its end; when interrupted, ask it to save and wait."""
+    trial = remote.task.trial
+    if not shares_storage(remote.task):
+        run = trial.parents[1]
+        return None, f"node {socket.gethostname()} does not see the files of the sweep in {run}"
+    process = TrialProcess(remote)
+    on_start(process)
     try:
-        code = child.wait()
+        code = process.wait()
     except KeyboardInterrupt:
-        child.stop()
-        code = child.wait()
-    return code, read_last_error(arm)
+        process.stop()
+        code = process.wait()
+    return code, read_last_error(trial)
 
 
 def shares_storage(task: Task) -> bool:
-    """Whether this node shares the disk with the driver that has sent it; a later driver has another word."""
+    """Return whether this node shares the storage with the scheduler; a later scheduler has another token."""
     deadline = time.monotonic() + STORAGE_TIMEOUT_SECONDS
     while True:
         try:
-            if (task.arm.parents[1] / TOKEN).read_text() == task.token:
+            if (task.trial.parents[1] / TOKEN).read_text() == task.token:
                 return True
         except OSError:
             pass
@@ -96,9 +96,13 @@ def shares_storage(task: Task) -> bool:
         time.sleep(POLL_SECONDS)
 
 
-def task_result(task: Task, answer: RemoteResult) -> TaskResult:
-    """Return how an arm has ended; RunDirError where its node does not see the sweep."""
-    code, said = answer
+def task_result(task: Task, result: RemoteResult) -> TaskResult:
+    """Return how a trial has ended.
+
+    Raises:
+        RunDirError: if its node does not share the storage.
+    """
+    code, message = result
     if code is None:
-        raise RunDirError(said, "put the runs on storage that all nodes share, with --runs-dir")
-    return TaskResult(task, code, said)
+        raise RunDirError(message, "put the runs on storage that all nodes share, with --runs-dir")
+    return TaskResult(task, code, message)

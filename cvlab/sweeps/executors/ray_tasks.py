@@ -1,8 +1,8 @@
-"""Arms as Ray core tasks, on a cluster or on one that lives as long as the sweep.
+"""Run trials as Ray core tasks, on an existing cluster or on one for the time of the sweep.
 
-Paper: Moritz et al., 2018, "Ray: A Distributed Framework for Emerging AI Applications".
-Differs from Ray Tune: Ray only finds a place and starts a process there. It tries nothing again and stores nothing;
-both are the business of the sweep and its run directories.
+References: Moritz et al., 2018, "Ray: A Distributed Framework for Emerging AI Applications".
+Differences from Ray Tune: Ray only places and starts processes. It retries nothing and stores nothing, which the
+scheduler and the run directories do.
 """
 
 import logging
@@ -14,32 +14,32 @@ from typing import Any
 
 from cvlab.errors import ConfigError, DeviceError, StoppedError
 from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
-from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, SubmitConfig, Take, Task, node
+from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, NextTask, SubmitConfig, Task, node
 
-SAVE_SECONDS = 60.0  # how long arms may take to save and end
+SAVE_SECONDS = 60.0  # for trials to save and exit
 ANSWER_SECONDS = 5.0  # Ray itself waits for minutes
-CHILDREN_SAVE = {"RAY_kill_child_processes_on_worker_exit": "false"}  # they end by themselves, after a checkpoint
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # what Ray does elsewhere: listen to this machine only
+CHILDREN_SAVE = {"RAY_kill_child_processes_on_worker_exit": "false"}  # they exit by themselves, after a checkpoint
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # listen on this machine only, as Ray does on other systems
 
 
-def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
-    """Run each arm as a task, as many as the cluster has room for unless told otherwise."""
+def run(next_task: NextTask, limits: Limits, stop: StopRequest) -> Events:
+    """Run each trial as a task, as many as fit on the cluster unless `limits.workers` is set."""
     _connect(limits.submit)
     import ray
 
     submit = limits.submit
     remote = ray.remote(node.run).options(max_retries=0, num_cpus=submit.cpus, num_gpus=submit.gpus)
     running: dict[Any, Task] = {}
-    asked = False
+    is_stopping = False
     try:
         while True:
-            room = limits.workers or max(1, _capacity(ray.nodes(), submit))
-            while stop.received is None and len(running) < room and (task := take()) is not None:
+            capacity = limits.workers or max(1, _capacity(ray.nodes(), submit))
+            while stop.received is None and len(running) < capacity and (task := next_task()) is not None:
                 running[remote.remote(node.remote_task(task))] = task
             if not running:
                 return
-            if stop.received is not None and not asked:
-                asked = True
+            if stop.received is not None and not is_stopping:
+                is_stopping = True
                 _cancel(running)
             for done in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
                 task = running.pop(done)
@@ -53,7 +53,11 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
 
 
 def _connect(submit: SubmitConfig) -> None:
-    """Join the cluster at an address, or start one. ConfigError where none answers."""
+    """Connect to the cluster at an address, or start one.
+
+    Raises:
+        ConfigError: if there is no cluster at the address.
+    """
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if submit.address else LOOPBACK | CHILDREN_SAVE)
     import ray
 
@@ -71,12 +75,12 @@ def _connect(submit: SubmitConfig) -> None:
         )
         _require_capacity(ray.nodes(), submit)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        where = f"no Ray cluster at {submit.address}" if submit.address else "Ray does not start here"
-        raise ConfigError(f"{where}: {_first_sentence(error)}", "`ray start --head` starts a cluster") from error
-    except SystemExit:  # Ray's own answer to a signal while it starts
+        problem = f"no Ray cluster at {submit.address}" if submit.address else "Ray does not start"
+        raise ConfigError(f"{problem}: {_first_sentence(error)}", "`ray start --head` starts a cluster") from error
+    except SystemExit:  # how Ray handles a signal while it starts
         raise StoppedError("stopped by SIGTERM", "", EXIT_TERMINATED) from None
     finally:
-        signal.signal(signal.SIGTERM, before)  # Ray has put its own there, which would end us at once
+        signal.signal(signal.SIGTERM, before)  # Ray installs its own handler, which exits at once
 
 
 def _ping(address: str) -> None:
@@ -84,11 +88,11 @@ def _ping(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"no Ray cluster at {address}: {error}", "`ray status` says where it is") from error
+        raise ConfigError(f"no Ray cluster at {address}: {error}", "`ray status` shows its address") from error
 
 
 def _capacity(nodes: list[dict[str, Any]], submit: SubmitConfig) -> int:
-    """Return how many arms the nodes that are alive have room for."""
+    """Return how many trials fit on the nodes that are alive."""
     return sum(_fits(row["Resources"], submit) for row in nodes if row["Alive"])
 
 
@@ -98,13 +102,13 @@ def _fits(resources: Mapping[str, float], submit: SubmitConfig) -> int:
 
 
 def _require_capacity(nodes: list[dict[str, Any]], submit: SubmitConfig) -> None:
-    """Raise DeviceError where no node has what one arm is to get: it would wait for ever."""
+    """Raise DeviceError if no node has the resources of one trial, which would then wait forever."""
     if _capacity(nodes, submit) == 0:
         import ray
 
         ray.shutdown()
         raise DeviceError(
-            f"no node of the Ray cluster has room for an arm with cpus: {submit.cpus} and gpus: {submit.gpus}",
+            f"no node of the Ray cluster has room for a trial with cpus: {submit.cpus} and gpus: {submit.gpus}",
             "lower submit.cpus or submit.gpus",
         )
 
@@ -117,15 +121,15 @@ def _cancel(running: Mapping[Any, Task]) -> None:
 
 
 def _remote_result(task: Any) -> node.RemoteResult:
-    """Return what a task has answered; one that was lost with its node or worker has died."""
+    """Return the result of a task, EXIT_LOST if it was lost with its node or worker."""
     import ray
 
     try:
-        answer: node.RemoteResult = ray.get(task)
-        return answer
+        result: node.RemoteResult = ray.get(task)
+        return result
     except ray.exceptions.TaskCancelledError:
         return EXIT_TERMINATED, "canceled"
-    except ray.exceptions.RayTaskError as error:  # nothing of ours: for example a node without cvlab
+    except ray.exceptions.RayTaskError as error:  # for example a node without cvlab
         return 1, str(error).splitlines()[-1]
     except ray.exceptions.RayError as error:
         return EXIT_LOST, f"{type(error).__name__}: {_first_sentence(error)}"

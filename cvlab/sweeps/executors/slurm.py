@@ -1,6 +1,6 @@
-"""Arms as Slurm jobs, by submitit. A job that is preempted or out of time saves, is queued again and goes on.
+"""Run trials as Slurm jobs with submitit. A job that is preempted or out of time saves, and is queued again.
 
-`address: local` runs the same jobs on this machine, one process each, for trying things where there is no Slurm.
+`address: local` runs the same jobs on this machine, one process each, for testing without Slurm.
 """
 
 import contextlib
@@ -13,51 +13,51 @@ from typing import Any
 
 from cvlab.errors import ConfigError
 from cvlab.runs.interrupt import StopRequest
-from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, Take, Task, node
+from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, NextTask, Task, node
 
-FOLDER = "slurm"  # of the sweep's directory: what submitit writes about each job
-ROOM = 64  # jobs in the queue at a time, unless told otherwise
-REQUEUES = 1000  # each goes on from a checkpoint, so that many are no fault
+FOLDER = "slurm"  # in the sweep's directory, for the files of submitit
+ROOM = 64  # jobs in the queue at a time, unless `workers` is set
+REQUEUES = 1000  # each resumes from a checkpoint, so many are fine
 SAVE_SECONDS = 90  # between the signal that time is up and the end of a job
 
 
 class TrialJob:
-    """What a job calls. submitit asks `checkpoint` for what is to be queued again when the job has to go."""
+    """The callable of a job; submitit calls `checkpoint` when the job is preempted or out of time."""
 
-    def __init__(self, errand: node.RemoteTask) -> None:
-        self.errand = errand
-        self.child: node.TrialProcess | None = None
+    def __init__(self, remote: node.RemoteTask) -> None:
+        self.remote = remote
+        self.process: node.TrialProcess | None = None
 
     def __call__(self) -> node.RemoteResult:
-        """Run the arm."""
-        before = signal.signal(signal.SIGTERM, self._interrupt)  # submitit would let it pass; `scancel` sends it
+        """Run the trial."""
+        before = signal.signal(signal.SIGTERM, self._interrupt)  # sent by `scancel`; submitit ignores it
         try:
-            return node.run(self.errand, self._keep)
+            return node.run(self.remote, self._keep)
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _keep(self, child: node.TrialProcess) -> None:
-        self.child = child
+    def _keep(self, process: node.TrialProcess) -> None:
+        self.process = process
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     def checkpoint(self) -> Any:
-        """Let the arm save and end; the next job resumes it."""
+        """Let the trial save and exit; return the job that resumes it."""
         from submitit.helpers import DelayedSubmission
 
-        if self.child is not None:
-            self.child.stop()
-        return DelayedSubmission(TrialJob(self.errand))
+        if self.process is not None:
+            self.process.stop()
+        return DelayedSubmission(TrialJob(self.remote))
 
 
-def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
-    """Run each arm as a job of its own."""
+def run(next_task: NextTask, limits: Limits, stop: StopRequest) -> Events:
+    """Run each trial as a job."""
     executor = _executor(limits)
     running: dict[Task, Any] = {}
     try:
         while stop.received is None:
-            while len(running) < (limits.workers or ROOM) and (task := take()) is not None:
+            while len(running) < (limits.workers or ROOM) and (task := next_task()) is not None:
                 running[task] = _submit(executor, task)
             if not running:
                 return
@@ -66,7 +66,7 @@ def run(take: Take, limits: Limits, stop: StopRequest) -> Events:
             time.sleep(POLL_SECONDS)
             yield None
     finally:
-        for job in running.values():  # what they leave behind is in the run directories, and nobody asks for more
+        for job in running.values():  # their results so far are in the run directories
             _cancel(job)
 
 
@@ -91,9 +91,10 @@ def _executor(limits: Limits) -> Any:
 
 
 def _submit(executor: Any, task: Task) -> Any:
-    """Submit a job; ConfigError where Slurm refuses it.
+    """Submit a job; a local one must not receive the terminal's Ctrl-C.
 
-    Ctrl-C is not for it: on this machine it would be in the group that a terminal sends it to.
+    Raises:
+        ConfigError: if Slurm rejects the job.
     """
     import submitit
 
@@ -102,30 +103,30 @@ def _submit(executor: Any, task: Task) -> Any:
         return executor.submit(TrialJob(node.remote_task(task)))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         hint = "change submit.partition, submit.cpus, submit.gpus or submit.minutes"
-        raise ConfigError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}", hint) from error
+        raise ConfigError(f"Slurm rejected the job: {str(error).strip().splitlines()[-1]}", hint) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cancel(job: Any) -> None:
-    """Let a job save and end. submitit would give one on this machine a second for that."""
+    """Let a job save and exit; submitit would give a local one only a second."""
     import submitit
 
     if isinstance(job, submitit.LocalJob):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(job.job_id), signal.SIGTERM)  # its controller, which passes it on
+            os.kill(int(job.job_id), signal.SIGTERM)  # of its controller, which forwards the signal
     else:
         job.cancel(check=False)
 
 
 def _remote_result(job: Any) -> node.RemoteResult:
-    """Return what a job has answered; one that has ended without a word has died."""
+    """Return the result of a job, EXIT_LOST if it ended without one."""
     import submitit
 
     try:
-        answer: node.RemoteResult = job.result()
-        return answer
-    except submitit.core.utils.FailedJobError as error:  # nothing of ours: for example a node without cvlab
+        result: node.RemoteResult = job.result()
+        return result
+    except submitit.core.utils.FailedJobError as error:  # for example a node without cvlab
         lines = [line for line in str(error).splitlines() if line.strip(" -")]
         return 1, next((line for line in reversed(lines) if not line.startswith((" ", "You can"))), lines[0])
     except submitit.core.utils.UncompletedJobError:

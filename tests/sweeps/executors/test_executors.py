@@ -17,9 +17,9 @@ from cvlab.runs.interrupt import StopRequest
 from cvlab.sweeps import executors, scheduler
 from cvlab.sweeps.executors import Limits, SubmitConfig, Task, TaskResult, node
 from cvlab.sweeps.scheduler import SweepScheduler
-from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
-BEGUN = "runs/2*/arms/*/metrics.jsonl"
+BEGUN = "runs/2*/trials/*/metrics.jsonl"
 HOLD = (
     "import sys, time, pathlib; from cvlab.storage.lock import RunLock; RunLock(pathlib.Path(sys.argv[1])).acquire();"
 )
@@ -28,35 +28,35 @@ HOLD += "print('held', flush=True); time.sleep(60)"
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep's run directory with three arms that have not begun."""
+    """A sweep's run directory with three trials that have not begun."""
     out = create_run(tmp_path / "runs", "s")
     for number in range(3):
-        (out.path / "arms" / f"{number:03d}-lr").mkdir(parents=True)
+        (out.path / "trials" / f"{number:03d}-lr").mkdir(parents=True)
     return out
 
 
 def drive(out, engine, monkeypatch, **more):
-    arms = sorted((out.path / "arms").iterdir())
+    trials = sorted((out.path / "trials").iterdir())
     monkeypatch.setattr(executors, "get_executor", lambda chosen: engine)
-    found = SweepScheduler("s", out, Limits(out.path.resolve(), 1, SubmitConfig(**more)), arms, len(arms))
+    found = SweepScheduler("s", out, Limits(out.path.resolve(), 1, SubmitConfig(**more)), trials, len(trials))
     with out.locked(), StopRequest() as stop:
         found.run(stop)
     return found
 
 
 def one_by_one(end):
-    """Return an engine that runs one arm after the other: `end(arm)` gives the exit code."""
+    """Return an engine that runs one trial after the other: `end(trial)` gives the exit code."""
 
     def engine(take, limits, stop):
         while (task := take()) is not None:
             yield None
-            yield TaskResult(task, end(task.arm), "said so")
+            yield TaskResult(task, end(task.trial), "said so")
 
     return engine
 
 
-def finish(arm):
-    (arm / "status.json").write_text('{"status": "done"}')
+def finish(trial):
+    (trial / "status.json").write_text('{"status": "done"}')
     return 0
 
 
@@ -64,9 +64,9 @@ def finish(arm):
 def test_what_may_help_is_tried_again(sweep, monkeypatch, code):
     calls = []
 
-    def end(arm):
-        calls.append(arm.name[:3])
-        return finish(arm) if calls.count(arm.name[:3]) == 3 or arm.name[:3] != "001" else code
+    def end(trial):
+        calls.append(trial.name[:3])
+        return finish(trial) if calls.count(trial.name[:3]) == 3 or trial.name[:3] != "001" else code
 
     found = drive(sweep, one_by_one(end), monkeypatch)
     assert not found.failed
@@ -78,21 +78,21 @@ def test_what_may_help_is_tried_again(sweep, monkeypatch, code):
 @pytest.mark.parametrize("code", [2, 3, 4, 5, 6, 7, 8, 130])
 def test_what_would_end_the_same_is_not(sweep, monkeypatch, code):
     calls = []
-    found = drive(sweep, one_by_one(lambda arm: calls.append(arm) or code), monkeypatch)
+    found = drive(sweep, one_by_one(lambda trial: calls.append(trial) or code), monkeypatch)
     assert len(calls) == 3
     assert found.failed["000-lr"] == (code, "said so")
 
 
 def test_so_many_tries_and_no_more(sweep, monkeypatch):
     calls = []
-    found = drive(sweep, one_by_one(lambda arm: calls.append(arm) or 137), monkeypatch, retries=1)
+    found = drive(sweep, one_by_one(lambda trial: calls.append(trial) or 137), monkeypatch, retries=1)
     assert len(calls) == 6
     assert len(found.failed) == 3
 
 
 @contextlib.contextmanager
-def held(arm):
-    command = [sys.executable, "-c", HOLD, str(arm)]
+def held(trial):
+    command = [sys.executable, "-c", HOLD, str(trial)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}) as run:
         try:
             run.stdout.readline()
@@ -101,16 +101,16 @@ def held(arm):
             run.kill()
 
 
-def test_an_arm_that_an_orphan_still_runs_comes_last(sweep, monkeypatch):
+def test_an_trial_that_an_orphan_still_runs_comes_last(sweep, monkeypatch):
     order = []
-    with held(sweep.path / "arms" / "000-lr") as orphan:
+    with held(sweep.path / "trials" / "000-lr") as orphan:
 
-        def end(arm):
-            order.append(arm.name[:3])
+        def end(trial):
+            order.append(trial.name[:3])
             if len(order) == 2:
                 orphan.kill()
                 orphan.wait()
-            return finish(arm)
+            return finish(trial)
 
         drive(sweep, one_by_one(end), monkeypatch)
     assert order == ["001", "002", "000"]
@@ -120,30 +120,30 @@ def test_an_arm_that_an_orphan_still_runs_comes_last(sweep, monkeypatch):
 def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch, ends):
     begun = []
     for name in ("001-lr", "002-lr"):
-        finish(sweep.path / "arms" / name)
-    with held(sweep.path / "arms" / "000-lr") as orphan:
+        finish(sweep.path / "trials" / name)
+    with held(sweep.path / "trials" / "000-lr") as orphan:
 
         def nap(seconds):
             if ends:
-                finish(sweep.path / "arms" / "000-lr")
+                finish(sweep.path / "trials" / "000-lr")
             orphan.kill()
             orphan.wait()
 
         monkeypatch.setattr(scheduler.time, "sleep", nap)
-        assert drive(sweep, one_by_one(lambda arm: begun.append(arm) or finish(arm)), monkeypatch).done == 3
+        assert drive(sweep, one_by_one(lambda trial: begun.append(trial) or finish(trial)), monkeypatch).done == 3
     assert len(begun) == (0 if ends else 1)
-    assert "waiting for 1 arms that an earlier start" in (sweep.path / "log.txt").read_text()
+    assert "waiting for 1 trials that an earlier start" in (sweep.path / "log.txt").read_text()
 
 
-def test_the_last_words_of_an_arm(tmp_path):
+def test_the_last_words_of_an_trial(tmp_path):
     (tmp_path / executors.ERRORS).write_text("Traceback\nerror: no more\n")
     assert executors.read_last_error(tmp_path) == "no more"
     assert executors.read_last_error(tmp_path) == ""
 
 
-def test_a_node_that_does_not_share_the_disk_gets_no_arm(sweep, monkeypatch):
+def test_a_node_that_does_not_share_the_disk_gets_no_trial(sweep, monkeypatch):
     monkeypatch.setattr(node, "STORAGE_TIMEOUT_SECONDS", 0.0)
-    task = Task(sweep.path / "arms" / "000-lr", "word")
+    task = Task(sweep.path / "trials" / "000-lr", "word")
     assert not node.shares_storage(task)
     (sweep.path / executors.TOKEN).write_text("the word of a later driver")
     code, said = node.run(node.remote_task(task))
@@ -228,7 +228,7 @@ def test_a_driver_that_is_killed_costs_less_than_half_a_sweep(started_sweep, tmp
     words = ("base.duration.steps=2500", "seeds=[0,1]")
     began = time.monotonic()
     assert started_sweep(*words).wait() == 0
-    undisturbed, wanted = time.monotonic() - began, weights_of_arms(tmp_path)
+    undisturbed, wanted = time.monotonic() - began, weights_of_trials(tmp_path)
     began = time.monotonic()
     process = started_sweep(*words, "--fresh")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 7)
@@ -237,7 +237,7 @@ def test_a_driver_that_is_killed_costs_less_than_half_a_sweep(started_sweep, tmp
     assert started_sweep(*words).wait() == 0
     disturbed = time.monotonic() - began
     said = (tmp_path / "said.txt").read_text()
-    assert weights_of_arms(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == wanted
     assert "already running" not in said
     assert "2 of them ended before" in said
     assert disturbed <= 1.5 * undisturbed, (disturbed, undisturbed)

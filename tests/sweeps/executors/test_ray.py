@@ -9,19 +9,19 @@ from cvlab.errors import ConfigError, DeviceError
 from cvlab.runs import run_dir
 from cvlab.runs.records import read_json, read_status
 from cvlab.sweeps.executors import SubmitConfig, ray_tasks
-from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
 pytest.importorskip("ray")
-BEGUN = "runs/2*/arms/*/metrics.jsonl"
+BEGUN = "runs/2*/trials/*/metrics.jsonl"
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_takes_no_arm_with_it(started_sweep, tmp_path):
+def test_a_node_that_is_lost_takes_no_trial_with_it(started_sweep, tmp_path):
     from ray.cluster_utils import Cluster
 
     assert started_sweep().wait() == 0
-    wanted = weights_of_arms(tmp_path)
+    wanted = weights_of_trials(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         lost = cluster.add_node(num_cpus=1)
@@ -31,7 +31,7 @@ def test_a_node_that_is_lost_takes_no_arm_with_it(started_sweep, tmp_path):
         assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     finally:
         cluster.shutdown()
-    assert weights_of_arms(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == wanted
     assert "try 2 of 3" in (tmp_path / "said.txt").read_text()
 
 
@@ -40,35 +40,35 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
     from ray.cluster_utils import Cluster
 
     assert started_sweep().wait() == 0
-    wanted = weights_of_arms(tmp_path)
+    wanted = weights_of_trials(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         process = started_sweep("--fresh", "--on", "ray", "--address", cluster.address)
         until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
         process.kill()
         run = (tmp_path / "runs" / "latest").resolve()
-        until(lambda: not any(map(run_dir.is_held, run.glob("arms/*"))))
-        stopped = [read_json(arm / "status.json") for arm in sorted(run.glob("arms/*"))]
+        until(lambda: not any(map(run_dir.is_held, run.glob("trials/*"))))
+        stopped = [read_json(trial / "status.json") for trial in sorted(run.glob("trials/*"))]
         assert [status["status"] for status in stopped] == ["interrupted"] * 2, "they saved; nothing was killed"
         assert started_sweep("--on", "ray", "--address", cluster.address).wait() == 0
     finally:
         cluster.shutdown()
-    assert weights_of_arms(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == wanted
     assert "resuming" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.slow
 def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, tmp_path):
     assert started_sweep().wait() == 0
-    wanted = weights_of_arms(tmp_path)
+    wanted = weights_of_trials(tmp_path)
     process = started_sweep("--fresh", "--on", "ray")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
-    assert {read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
+    assert {read_status(trial)["status"] for trial in run.glob("trials/*")} == {"interrupted"}
     assert started_sweep("--on", "ray", "--workers", "1").wait() == 0
-    assert weights_of_arms(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == wanted
 
 
 NET = """import os, pathlib
@@ -81,12 +81,12 @@ def net():
 
 
 @pytest.mark.slow
-def test_gpus_of_an_arm(started_sweep, tmp_path, monkeypatch):
+def test_gpus_of_an_trial(started_sweep, tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
     seen = tmp_path / "seen"
     seen.mkdir()
-    monkeypatch.setenv("CVLAB_SEEN", str(seen))  # the settings of cvlab go with the arms
+    monkeypatch.setenv("CVLAB_SEEN", str(seen))  # the settings of cvlab go with the trials
     (tmp_path / "net.py").write_text(NET)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2})
     words = ("--on", "ray", "--address", cluster.address, "submit.gpus=1", "base.device=cpu", "base.duration.steps=3")
@@ -97,7 +97,7 @@ def test_gpus_of_an_arm(started_sweep, tmp_path, monkeypatch):
     finally:
         cluster.shutdown()
     assert {path.read_text() for path in seen.iterdir()} == {"0", "1"}, said
-    assert "has room for an arm with cpus: 1 and gpus: 3" in (tmp_path / "said.txt").read_text()
+    assert "has room for a trial with cpus: 1 and gpus: 3" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "127.0.0.1:99999", "no-such-host.invalid:6379"])
@@ -115,7 +115,7 @@ def test_room():
     assert ray_tasks._capacity(nodes, SubmitConfig(on="ray")) == 7
     assert ray_tasks._capacity(nodes, SubmitConfig(on="ray", cpus=2)) == 3
     assert ray_tasks._capacity(nodes, SubmitConfig(on="ray", cpus=2, gpus=1)) == 1
-    with pytest.raises(DeviceError, match=r"no node of the Ray cluster has room for an arm with cpus: 1 and gpus: 2"):
+    with pytest.raises(DeviceError, match=r"no node of the Ray cluster has room for a trial with cpus: 1 and gpus: 2"):
         ray_tasks._require_capacity(nodes, SubmitConfig(on="ray", gpus=2))
 
 

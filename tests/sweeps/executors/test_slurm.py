@@ -10,10 +10,10 @@ import pytest
 from cvlab.runs import run_dir
 from cvlab.runs.records import read_status
 from cvlab.sweeps.executors import Limits, SubmitConfig, node, slurm
-from tests.conftest import SMALL_SWEEP, until, weights_of_arms
+from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
 pytest.importorskip("submitit")
-BEGUN = "runs/2*/arms/*/metrics.jsonl"
+BEGUN = "runs/2*/trials/*/metrics.jsonl"
 LOCAL = ("--on", "slurm", "--address", "local")
 
 
@@ -29,7 +29,7 @@ def children(pid):
 @pytest.mark.slow
 def test_a_job_that_is_preempted_goes_on(started_sweep, tmp_path):
     assert started_sweep().wait() == 0
-    wanted = weights_of_arms(tmp_path)
+    wanted = weights_of_trials(tmp_path)
     process = started_sweep("--fresh", *LOCAL, "--workers", "1")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
     run = (tmp_path / "runs" / "latest").resolve()
@@ -37,8 +37,8 @@ def test_a_job_that_is_preempted_goes_on(started_sweep, tmp_path):
     for job in children(controller):
         os.kill(job, signal.SIGUSR2)  # what Slurm sends before it takes the node away
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
-    assert weights_of_arms(tmp_path) == wanted
-    first = min((run / "arms").iterdir())
+    assert weights_of_trials(tmp_path) == wanted
+    first = min((run / "trials").iterdir())
     log = (first / "log.txt").read_text()
     assert "resumed step_" in log, log
     assert "try 2 of" not in (run / "log.txt").read_text(), log
@@ -53,27 +53,27 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
     for pid in [controller, *children(controller)]:
         os.kill(pid, signal.SIGKILL)
     until(lambda: "ended without a result" in (run / "log.txt").read_text())
-    until(lambda: "resumed step_" in (min((run / "arms").iterdir()) / "log.txt").read_text())
+    until(lambda: "resumed step_" in (min((run / "trials").iterdir()) / "log.txt").read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert not any(map(run_dir.is_held, run.glob("arms/*")))
-    assert not list(run.glob("arms/*/stderr.txt"))
-    assert read_status(min((run / "arms").iterdir()))["status"] == "interrupted"
+    assert not any(map(run_dir.is_held, run.glob("trials/*")))
+    assert not list(run.glob("trials/*/stderr.txt"))
+    assert read_status(min((run / "trials").iterdir()))["status"] == "interrupted"
 
 
 @pytest.mark.slow
 def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, tmp_path):
     assert started_sweep().wait() == 0
-    wanted = weights_of_arms(tmp_path)
+    wanted = weights_of_trials(tmp_path)
     process = started_sweep("--fresh", *LOCAL, "--workers", "2")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
     process.kill()
     process.wait()
     assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
     said = (tmp_path / "said.txt").read_text()
-    assert weights_of_arms(tmp_path) == wanted, said
+    assert weights_of_trials(tmp_path) == wanted, said
     assert "an earlier start of this sweep still runs" in said, said
-    logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("arms/*/log.txt")]
+    logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("trials/*/log.txt")]
     assert not any("resumed step_" in log for log in logs), "nobody else has touched them"
 
 
@@ -116,7 +116,7 @@ def fake_slurm(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
     assert started_sweep().wait() == 0
-    wanted = weights_of_arms(tmp_path)
+    wanted = weights_of_trials(tmp_path)
     process = started_sweep("--fresh", "--on", "slurm", "--workers", "1")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
     job = next(fake_slurm.glob("*.pid")).read_text().strip()
@@ -126,15 +126,15 @@ def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
                 os.kill(int(path.parent.name), signal.SIGUSR2)
     until((fake_slurm / "requeued").exists)
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
-    assert weights_of_arms(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == wanted
     run = (tmp_path / "runs" / "latest").resolve()
-    assert "resumed step_" in (min((run / "arms").iterdir()) / "log.txt").read_text()
+    assert "resumed step_" in (min((run / "trials").iterdir()) / "log.txt").read_text()
     process = started_sweep("--fresh", "--on", "slurm", "base.duration.steps=100000")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 6)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
-    assert {read_status(arm)["status"] for arm in run.glob("arms/*")} == {"interrupted"}
+    assert {read_status(trial)["status"] for trial in run.glob("trials/*")} == {"interrupted"}
 
 
 def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
