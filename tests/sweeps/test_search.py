@@ -130,7 +130,7 @@ def refusals(tmp_path, text, *overrides):
         (("optimizer.lr", "optimizer.lrr"), "s.yaml:17:5: unknown key 'optimizer.lrr'; did you mean 'lr'"),
         (("[true, false]", "[true, 3]"), "s.yaml:19:5: model.batchnorm: expected true or false, got 3"),
         (("[true, false]", "[]"), "space.model.batchnorm: the list of choices is empty"),
-        (("[true, false]", "[true, true]"), "space.model.batchnorm: a choice is there twice"),
+        (("[true, false]", "[true, true]"), "space.model.batchnorm: a choice is listed twice"),
         (("[true, false]", "7"), "search.space.model.batchnorm: expected a block of keys or a list, got 7"),
         ((", int: true", ""), "got 10; a range of whole numbers has int: true"),
         (("high: 40", "high: 40.5"), "search.space.batch_size: int: low, high and step must be whole numbers"),
