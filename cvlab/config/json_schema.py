@@ -25,7 +25,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _block_schema(table: Registry, name: str) -> dict[str, Any]:
-    made: type[ComponentConfig] = component_type(table, name, table.find(name, Path()))
-    schema = made.model_json_schema()
+    component: type[ComponentConfig] = component_type(table, name, table.find(name, Path()))
+    schema = component.model_json_schema()
     schema["required"] = sorted({*schema.get("required", []), "name"})
     return schema

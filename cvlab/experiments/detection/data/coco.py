@@ -52,8 +52,8 @@ def read_path(path: Path) -> AnnotationSet:
 
 def _split_of(file: Path) -> str | None:
     """Return the split of a file: `instances_val2017.json`, `val.json`, `valid/_annotations.coco.json`."""
-    words = [word for word in re.split(r"[^a-z]+", file.stem.lower()) if word]
-    splits = {split for word in (*words, file.parent.name) if (split := annotations.split_named(word))}
+    tokens = [token for token in re.split(r"[^a-z]+", file.stem.lower()) if token]
+    splits = {split for token in (*tokens, file.parent.name) if (split := annotations.split_named(token))}
     return splits.pop() if len(splits) == 1 else None
 
 

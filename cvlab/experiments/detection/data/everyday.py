@@ -184,10 +184,10 @@ def filter_pseudo_labels(
     Returns:
         The labels, and whether they are complete: not if captions name an animal that the teacher does not find.
     """
-    words = [set(vocabulary.tokenize(caption)) for caption in photo_captions]
-    mentions = {animal: sum(bool(caption & set(names)) for caption in words) for animal, names in ANIMALS.items()}
+    token_sets = [set(vocabulary.tokenize(caption)) for caption in photo_captions]
+    mentions = {animal: sum(bool(caption & set(names)) for caption in token_sets) for animal, names in ANIMALS.items()}
     agreed = [animal for animal, count in mentions.items() if count >= MIN_CAPTIONS]
-    people_agreed = sum(bool(caption & PEOPLE) for caption in words) >= MIN_CAPTIONS
+    people_agreed = sum(bool(caption & PEOPLE) for caption in token_sets) >= MIN_CAPTIONS
     not_animals = [
         label._replace(confidence=1.0)
         if people_agreed and label.name == "person" and label.confidence >= MIN_CONFIDENCE_PERSON
