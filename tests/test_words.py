@@ -50,12 +50,10 @@ IDENTIFIERS = {  # name in the code -> what to call it instead
 }
 PENDING = (  # files that are still to be revised; this list only shrinks
     "README.md",
-    "cvlab/config/json_schema.py",
     "cvlab/models/backbone.py",
     "cvlab/models/pretrained.py",
     "cvlab/models/weights.py",
     "cvlab/models/zoo.py",
-    "cvlab/sweeps/executors/slurm.py",
 )
 
 

@@ -17,7 +17,7 @@ from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, Next
 
 FOLDER = "slurm"  # in the sweep's directory, for the files of submitit
 ROOM = 64  # jobs in the queue at a time, unless `workers` is set
-REQUEUES = 1000  # each resumes from a checkpoint, so many are fine
+REQUEUES = 1000  # each resumes from a checkpoint, even this many are fine
 SAVE_SECONDS = 90  # between the signal that time is up and the end of a job
 
 
