@@ -91,7 +91,7 @@ class TestTraining:
 
     def test_impossible_fine_tuning_is_rejected(self, cvlab):
         for words, says in (
-            (("finetune_epochs=3", "duration={epochs: 2}"), "finetune_epochs 3"),
+            (("finetune_epochs=3", "duration={epochs: 2}"), "finetune_epochs: 3 is more than"),
             (("finetune_epochs=1", "duration={seconds: 9}"), "in seconds"),
             (("finetune_epochs=1", "duration={epochs: 2}", "model={name: yolo_grid}"), "one map"),
         ):
