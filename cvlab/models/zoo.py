@@ -9,26 +9,51 @@ from cvlab.errors import ConfigError
 
 
 def build_timm(model_name: str, *, in_channels: int = 3, num_classes: int | None = 10, **options: Any) -> nn.Module:
-    """Build a model of timm (Wightman, 2019); other keys go to `timm.create_model`."""
+    """Build a model of timm (Wightman, 2019) with random weights.
+
+    Args:
+        model_name: as `timm.list_models()` has it.
+        in_channels: channels of the images.
+        num_classes: None: the model's own.
+        options: passed to `timm.create_model`.
+
+    Returns:
+        The model, from images (N, C, H, W) to logits.
+
+    Raises:
+        ConfigError: unknown name, or options that timm rejects.
+    """
     timm = _compat.timm()
     known = timm.list_models()
-    if model_name.partition(".")[0] not in known:  # behind the dot is the training that the weights come from
-        raise _unknown("timm", model_name, known)
-    return _built(
+    if model_name.partition(".")[0] not in known:  # what follows the dot names the weights
+        raise _unknown_model("timm", model_name, known)
+    return _call_builder(
         f"timm:{model_name}", timm.create_model, model_name, in_chans=in_channels, num_classes=num_classes, **options
     )
 
 
 def build_torchvision(model_name: str, *, num_classes: int = 10, **options: Any) -> nn.Module:
-    """Build a model of torchvision; other keys go to its builder."""
+    """Build a model of torchvision with random weights.
+
+    Args:
+        model_name: as `torchvision.models.list_models()` has it.
+        num_classes: number of classes.
+        options: passed to the model's builder.
+
+    Returns:
+        The model, from images (N, 3, H, W) to logits.
+
+    Raises:
+        ConfigError: unknown name, or options that torchvision rejects.
+    """
     models = _compat.torchvision().models
     known = models.list_models(module=models)
     if model_name not in known:
-        raise _unknown("torchvision", model_name, known)
-    return _built(f"torchvision:{model_name}", models.get_model, model_name, num_classes=num_classes, **options)
+        raise _unknown_model("torchvision", model_name, known)
+    return _call_builder(f"torchvision:{model_name}", models.get_model, model_name, num_classes=num_classes, **options)
 
 
-def _built(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
+def _call_builder(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
     if options.get("pretrained") or options.get("weights"):
         raise ConfigError(f"model {name}: weights are not fetched by a training", "leave the key out")
     try:
@@ -38,7 +63,7 @@ def _built(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
     return model
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
+def _unknown_model(kind: str, name: str, known: list[str]) -> ConfigError:
     close = registry.closest_match(name, known)
     return ConfigError(
         f"unknown {kind} model {name!r}", f"did you mean {close!r}?" if close else f"{len(known)} are known to {kind}"

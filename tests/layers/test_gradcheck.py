@@ -18,7 +18,7 @@ def verdict(name, seed=0):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_every_layer_is_right(seed):
+def test_every_layer_passes(seed):
     torch.manual_seed(seed)
     for case in gradcheck_cases.cases():
         found = layers_gradcheck.check(case)
@@ -114,7 +114,7 @@ def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
     assert cvlab("gradcheck", "Kaiming initialization", "--seed", seed)[0] == 3
 
 
-def test_errors_are_relative_with_a_floor():
+def test_relative_error_has_a_floor():
     one = torch.tensor([1.0, 2.0])
     assert layers_gradcheck.relative_error(one, one) == 0
     assert layers_gradcheck.relative_error(one, -one) == pytest.approx(1)

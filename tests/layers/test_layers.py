@@ -111,7 +111,7 @@ def test_max_pool(size, kernel, stride):
     )
 
 
-def test_of_equal_numbers_the_first_wins_as_in_torch():
+def test_max_pool_ties_go_to_the_first_as_in_torch():
     x = torch.zeros(1, 1, 4, 4, dtype=DOUBLE)
     against_autograd(conv.MaxPool2d, lambda t: F.max_pool2d(t, 2), [x], 2)
 
@@ -134,7 +134,7 @@ def test_batchnorm(layer, n, d):
     against_autograd(layer, lambda x, g, b: F.batch_norm(x, None, None, g, b, True), tensors)
 
 
-def test_both_derivations_are_equal():
+def test_both_batchnorm_derivations_agree():
     x, gamma, beta, dout = randn(20, 5), randn(5), randn(5), randn(20, 5)
     cache = batchnorm.BatchNorm.forward(x, gamma, beta)[1]
     pairs = zip(batchnorm.BatchNorm.backward(dout, cache), batchnorm.BatchNormAlt.backward(dout, cache), strict=True)

@@ -14,7 +14,7 @@ from cvlab.storage import download
 from tests.fake_cifar import send, server
 
 
-def test_the_net_that_comes_along_knows_a_photo():
+def test_bundled_model_classifies_a_photo():
     model = pretrained.build()
     view = photos.to_tensor(model.transform(photos.load(photos.find_images(["sample"])[0])))[None]
     with torch.inference_mode():
@@ -27,27 +27,27 @@ def test_the_net_that_comes_along_knows_a_photo():
     assert (model.transform.size_px, model.transform.resize_px, model.transform.filter) == (224, 256, "bicubic")
 
 
-def test_what_is_drawn_afterwards_does_not_depend_on_whether_the_net_is_there():
-    drawn = []
+def test_random_numbers_do_not_depend_on_the_cache():
+    random_numbers = []
     pretrained.build.cache_clear()
     for _ in range(2):
         torch.manual_seed(0)
         pretrained.build()
-        drawn.append(torch.rand(3))
-    assert torch.equal(*drawn)
+        random_numbers.append(torch.rand(3))
+    assert torch.equal(*random_numbers)
 
 
-def test_folded_batchnorm_changes_no_score():
-    whole = _compat.timm().create_model("tf_efficientnet_lite0").eval()
+def test_folded_batchnorm_keeps_the_logits():
+    original = _compat.timm().create_model("tf_efficientnet_lite0").eval()
     given = weights.read_state_dict(weights.lite0_path())
-    whole.load_state_dict(dict(zip(whole.state_dict(), given.values(), strict=True)))
-    small = pretrained.fold_batchnorm(whole.requires_grad_(False), 224)
+    original.load_state_dict(dict(zip(original.state_dict(), given.values(), strict=True)))
+    small = pretrained.fold_batchnorm(original.requires_grad_(False), 224)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in small.modules())
     x = torch.rand(2, 3, 224, 224)
-    torch.testing.assert_close(small(x), whole(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(small(x), original(x), rtol=1e-4, atol=1e-4)
 
 
-def test_where_folding_would_be_wrong_the_net_stays_as_it_was():
+def test_folding_is_skipped_if_it_changes_the_logits():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -64,15 +64,17 @@ def test_where_folding_would_be_wrong_the_net_stays_as_it_was():
 @pytest.mark.parametrize(
     "name", ["torchvision:squeezenet1_0", "torchvision:resnet18", "timm:resnet10t", "timm:vit_tiny_patch16_224"]
 )
-def test_nets_of_others_take_a_file(name, tmp_path):
+def test_other_models_load_weights_from_a_file(name, tmp_path):
     prefix, _, rest = name.partition(":")
     torch.manual_seed(0)
-    made = _compat.timm().create_model(rest) if prefix == "timm" else _compat.torchvision().models.get_model(rest)
-    torch.save({"state_dict": {f"module.{key}": value for key, value in made.state_dict().items()}}, tmp_path / "w.pth")
+    original = _compat.timm().create_model(rest) if prefix == "timm" else _compat.torchvision().models.get_model(rest)
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in original.state_dict().items()}}, tmp_path / "w.pth"
+    )
     model = pretrained.build(name, str(tmp_path / "w.pth"))
     x = torch.rand(2, 3, model.transform.size_px, model.transform.size_px)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in _normalization(prefix, rest))
-    torch.testing.assert_close(model.module(x), made.eval()((x - mean) / std), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.module(x), original.eval()((x - mean) / std), rtol=1e-3, atol=1e-3)
     assert model.classes == imagenet.labels()
 
 
@@ -96,7 +98,7 @@ def _normalization(prefix, name):
         ("torchvision:fcn_resnet50", ConfigError, "unknown torchvision model"),
     ],
 )
-def test_names_and_weights_that_are_not_there(name, error, text, monkeypatch, tmp_path):
+def test_unknown_names_and_missing_weights(name, error, text, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(error, match=text):
         pretrained.build(name)
@@ -109,7 +111,7 @@ class Evil:
         return os.system, ("touch canary",)
 
 
-def test_files_that_are_no_weights(tmp_path):
+def test_damaged_weights_are_rejected(tmp_path):
     cases = {
         "text.pth": b"hello",
         "text.safetensors": b"hello",
@@ -130,7 +132,7 @@ def test_files_that_are_no_weights(tmp_path):
             pretrained.build(*([name] if name else [pretrained.DEFAULT_MODEL]), str(tmp_path / "other.pth"))
 
 
-def test_weights_are_fetched_checked_and_found(monkeypatch, tmp_path):
+def test_weights_are_fetched_and_verified(monkeypatch, tmp_path):
     net = _compat.torchvision().models.get_model("squeezenet1_0")
     torch.save(net.state_dict(), tmp_path / "w.pth")
     content = (tmp_path / "w.pth").read_bytes()
@@ -151,7 +153,7 @@ def test_weights_are_fetched_checked_and_found(monkeypatch, tmp_path):
     assert weights.fetch("torchvision:squeezenet1_0", tmp_path / "w.pth") == target
 
 
-def test_where_weights_come_from():
+def test_sources_of_weights():
     url, path = weights._source("torchvision:squeezenet1_1")
     assert url.startswith("https://download.pytorch.org/")
     assert path.name == "squeezenet1_1-b8a52dc0.pth"
@@ -169,7 +171,7 @@ def test_offline_nothing_is_fetched(monkeypatch, tmp_path):
         weights.fetch("torchvision:squeezenet1_1")
 
 
-def test_what_a_server_says_of_a_file():
+def test_size_and_checksum_published_by_a_server():
     def answer(handler):
         handler.send_response(302)
         handler.send_header("Location", "http://localhost:1/elsewhere")
@@ -181,7 +183,7 @@ def test_what_a_server_says_of_a_file():
         assert download.published_size_and_sha256(f"{url}/model.safetensors") == (123, "ab" * 32)
 
 
-def test_classes_of_a_net_by_name_and_by_number():
+def test_classes_by_name_and_by_number():
     model = pretrained.build()
     assert model.class_index("ostrich") == 9
     few = pretrained.PretrainedClassifier("mine", model.module, model.transform, ("class 0", "class 1"))

@@ -5,8 +5,8 @@ import torch
 
 from cvlab.ops import anchors, boxes
 
-SHAPES = torch.tensor(anchors.COURSE_SHAPES).float()
-PRINTED = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
+ANCHOR_SHAPES = torch.tensor(anchors.COURSE_SHAPES).float()
+COURSE_IOUS = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
 
 
 def random_boxes(count, span, seed=0):
@@ -32,12 +32,12 @@ def slow_anchors(height, width, shapes):
     ]
 
 
-def slow_activated(box, height, width, shapes):
+def slow_match_anchors_to_boxes(box, height, width, shapes):
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     cells = [(abs(c + 0.5 - x) + abs(r + 0.5 - y), r * width + c) for r in range(height) for c in range(width)]
     cell = min(cells)[1]
-    every = slow_anchors(height, width, shapes)
-    found = [slow_iou(every[a * height * width + cell], box) for a in range(len(shapes))]
+    all_anchors = slow_anchors(height, width, shapes)
+    found = [slow_iou(all_anchors[a * height * width + cell], box) for a in range(len(shapes))]
     best = found.index(max(found))
     return best * height * width + cell, found[best]
 
@@ -55,18 +55,18 @@ class TestWorkedExample:
         assert distances.values[:2].tolist() == pytest.approx([20.5, 34.07], abs=0.005)
         assert distances.indices[0] == 3 * 7 + 3
 
-    def test_nine_overlaps(self):
-        at_cell = anchors.generate_anchors(self.centers, SHAPES)[:, 3, 3]
-        assert boxes.iou(at_cell, self.car)[:, 0].tolist() == pytest.approx(PRINTED, abs=1e-4)
+    def test_ious_of_the_nine_anchors(self):
+        at_cell = anchors.generate_anchors(self.centers, ANCHOR_SHAPES)[:, 3, 3]
+        assert boxes.iou(at_cell, self.car)[:, 0].tolist() == pytest.approx(COURSE_IOUS, abs=1e-4)
 
-    def test_the_anchor_that_answers(self):
-        index, overlap = anchors.match_anchors_to_boxes(self.car, self.centers, SHAPES)
+    def test_matched_anchor(self):
+        index, overlap = anchors.match_anchors_to_boxes(self.car, self.centers, ANCHOR_SHAPES)
         assert index.tolist() == [122]
         assert overlap.item() == pytest.approx(0.7454, abs=1e-4)
-        every = anchors.generate_anchors(self.centers, SHAPES)
-        assert every.shape == (9, 7, 7, 4)
-        assert every[..., 0].numel() == 441
-        assert torch.equal(every.flatten(0, 2)[122], every[2, 3, 3])
+        all_anchors = anchors.generate_anchors(self.centers, ANCHOR_SHAPES)
+        assert all_anchors.shape == (9, 7, 7, 4)
+        assert all_anchors[..., 0].numel() == 441
+        assert torch.equal(all_anchors.flatten(0, 2)[122], all_anchors[2, 3, 3])
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (3, 5)])
@@ -74,45 +74,45 @@ class TestEachMap:
     def test_centres_and_anchors(self, height, width):
         centers = anchors.grid_centers(height, width)
         assert centers.tolist() == [[[c + 0.5, r + 0.5] for c in range(width)] for r in range(height)]
-        made = anchors.generate_anchors(centers, SHAPES)
-        wanted = torch.tensor(slow_anchors(height, width, anchors.COURSE_SHAPES))
-        torch.testing.assert_close(made.flatten(0, 2), wanted)
+        made = anchors.generate_anchors(centers, ANCHOR_SHAPES)
+        expected = torch.tensor(slow_anchors(height, width, anchors.COURSE_SHAPES))
+        torch.testing.assert_close(made.flatten(0, 2), expected)
 
-    def test_activated_is_the_loop(self, height, width):
+    def test_match_anchors_matches_the_loop(self, height, width):
         found = random_boxes(60, max(height, width))
-        index, overlap = anchors.match_anchors_to_boxes(found, anchors.grid_centers(height, width), SHAPES)
-        wanted = [slow_activated(box, height, width, anchors.COURSE_SHAPES) for box in found.tolist()]
-        assert index.tolist() == [pair[0] for pair in wanted]
-        torch.testing.assert_close(overlap, torch.tensor([pair[1] for pair in wanted]))
+        index, overlap = anchors.match_anchors_to_boxes(found, anchors.grid_centers(height, width), ANCHOR_SHAPES)
+        expected = [slow_match_anchors_to_boxes(box, height, width, anchors.COURSE_SHAPES) for box in found.tolist()]
+        assert index.tolist() == [pair[0] for pair in expected]
+        torch.testing.assert_close(overlap, torch.tensor([pair[1] for pair in expected]))
 
 
 def test_ties_take_the_first():
     centers = anchors.grid_centers(2, 2)
     corner = torch.tensor([[0.0, 0, 2, 2]])  # its middle is as far from all four cells
-    assert anchors.match_anchors_to_boxes(corner, centers, SHAPES)[0].item() % 4 == 0
+    assert anchors.match_anchors_to_boxes(corner, centers, ANCHOR_SHAPES)[0].item() % 4 == 0
     twins = torch.tensor([[1.0, 1], [2, 2], [2, 2]])
     assert anchors.match_anchors_to_boxes(torch.tensor([[0.0, 0, 1, 1]]), centers, twins)[0].item() == 0
     assert anchors.match_anchors_to_boxes(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centers, twins)[0].item() == 4
     same = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
-    assert len(set(anchors.match_anchors_to_boxes(same, centers, SHAPES)[0].tolist())) == 1
+    assert len(set(anchors.match_anchors_to_boxes(same, centers, ANCHOR_SHAPES)[0].tolist())) == 1
 
 
 def test_without_boxes():
-    index, overlap = anchors.match_anchors_to_boxes(torch.empty(0, 4), anchors.grid_centers(7, 7), SHAPES)
+    index, overlap = anchors.match_anchors_to_boxes(torch.empty(0, 4), anchors.grid_centers(7, 7), ANCHOR_SHAPES)
     assert index.shape == overlap.shape == (0,)
     assert index.dtype == torch.int64
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
-def test_negatives_are_the_loop(count):
-    every = anchors.generate_anchors(anchors.grid_centers(7, 7), SHAPES).flatten(0, 2)
+def test_negative_mask_matches_the_loop(count):
+    all_anchors = anchors.generate_anchors(anchors.grid_centers(7, 7), ANCHOR_SHAPES).flatten(0, 2)
     found = random_boxes(count, 7, seed=3)
-    wanted = [all(slow_iou(a, b) < 0.2 for b in found.tolist()) for a in every.tolist()]
-    assert anchors.negative_mask(boxes.iou(every, found)).tolist() == wanted
-    assert (count == 0) == all(wanted)
+    expected = [all(slow_iou(a, b) < 0.2 for b in found.tolist()) for a in all_anchors.tolist()]
+    assert anchors.negative_mask(boxes.iou(all_anchors, found)).tolist() == expected
+    assert (count == 0) == all(expected)
 
 
-def test_negatives_at_the_threshold():
+def test_negative_mask_at_the_threshold():
     overlap = torch.tensor([[0.2, 0.0], [0.1999, 0.1999], [0.0, 0.3]])
     assert anchors.negative_mask(overlap).tolist() == [False, True, False]
     assert anchors.negative_mask(overlap, low=0.1).tolist() == [False, False, False]
@@ -138,10 +138,10 @@ def slow_matches(overlap, high, low):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 9])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_matches_are_the_loop(count, seed):
-    every = anchors.generate_anchors(anchors.grid_centers(7, 7), SHAPES).flatten(0, 2)
+def test_match_by_iou_matches_the_loop(count, seed):
+    all_anchors = anchors.generate_anchors(anchors.grid_centers(7, 7), ANCHOR_SHAPES).flatten(0, 2)
     found = random_boxes(count, 7, seed)
-    overlap = (boxes.iou(every, found) * 20).round() / 20  # ties
+    overlap = (boxes.iou(all_anchors, found) * 20).round() / 20  # ties
     labels, chosen = anchors.match_by_iou(overlap, 0.7, 0.3)
     assert (labels.tolist(), chosen.tolist()) == slow_matches(overlap.tolist(), 0.7, 0.3)
 

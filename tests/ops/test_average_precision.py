@@ -17,12 +17,12 @@ def picture(generator, num_classes, ties, difficult):
 
     count = int(uniform(1) * 9)
     low = uniform(count, 2) * 300
-    there = torch.cat([low, low + 60 + uniform(count, 2) * 100], 1)
+    ground_truth = torch.cat([low, low + 60 + uniform(count, 2) * 100], 1)
     labels = (uniform(count) * num_classes).long()
     num_found = int(uniform(1) * 14)
     if count:
         which = (uniform(num_found) * count).long()
-        found = there[which] + (uniform(num_found, 4) - 0.5) * 40
+        found = ground_truth[which] + (uniform(num_found, 4) - 0.5) * 40
         named = torch.where(uniform(num_found) < 0.8, labels[which], (uniform(num_found) * num_classes).long())
     else:
         low = uniform(num_found, 2) * 300
@@ -30,13 +30,13 @@ def picture(generator, num_classes, ties, difficult):
     scores = uniform(num_found)
     scores = (scores * 5).round() / 5 if ties else scores
     hard = uniform(count) < 0.25 if difficult else torch.zeros(count, dtype=torch.bool)
-    return Detections(found, scores, named), GroundTruth(there, labels, hard)
+    return Detections(found, scores, named), GroundTruth(ground_truth, labels, hard)
 
 
 def pictures(seed, count=25, num_classes=4, ties=False, difficult=False):
     generator = torch.Generator().manual_seed(seed)
     pairs = [picture(generator, num_classes, ties, difficult) for _ in range(count)]
-    return [found for found, _ in pairs], [there for _, there in pairs]
+    return [found for found, _ in pairs], [ground_truth for _, ground_truth in pairs]
 
 
 def overlap(a, b):
@@ -45,17 +45,17 @@ def overlap(a, b):
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
-def verdicts(found, there, label, threshold, rule):
+def slow_outcomes(found, ground_truth, label, threshold, rule):
     """The states of one picture's detections of a class, the surest first: True, False, or None where it counts not."""
     order = sorted(range(len(found.labels)), key=lambda k: -float(found.scores[k]))
     order = [k for k in order if found.labels[k] == label]
-    own = [m for m in range(len(there.labels)) if there.labels[m] == label]
+    own = [m for m in range(len(ground_truth.labels)) if ground_truth.labels[m] == label]
     used, states = set(), []
     for k in order:
-        overlaps = {m: overlap(found.boxes_xyxy[k].tolist(), there.boxes_xyxy[m].tolist()) for m in own}
+        overlaps = {m: overlap(found.boxes_xyxy[k].tolist(), ground_truth.boxes_xyxy[m].tolist()) for m in own}
         if rule == "coco":
-            free = [m for m in own if m not in used and not there.difficult[m] and overlaps[m] >= threshold]
-            ignored = [m for m in own if there.difficult[m] and overlaps[m] >= threshold]
+            free = [m for m in own if m not in used and not ground_truth.difficult[m] and overlaps[m] >= threshold]
+            ignored = [m for m in own if ground_truth.difficult[m] and overlaps[m] >= threshold]
             best = max(free, key=lambda m: (overlaps[m], m), default=None)
             states.append((float(found.scores[k]), True if best is not None else None if ignored else False))
             used |= {best} if best is not None else set()
@@ -63,7 +63,7 @@ def verdicts(found, there, label, threshold, rule):
             best = max(own, key=lambda m: overlaps[m], default=None)
             if best is None or overlaps[best] < threshold:
                 states.append((float(found.scores[k]), False))
-            elif there.difficult[best]:
+            elif ground_truth.difficult[best]:
                 states.append((float(found.scores[k]), None))
             else:
                 states.append((float(found.scores[k]), best not in used))
@@ -72,7 +72,7 @@ def verdicts(found, there, label, threshold, rule):
 
 
 def slow_ap(detections, truths, label, threshold, rule):
-    states = [s for d, t in zip(detections, truths, strict=True) for s in verdicts(d, t, label, threshold, rule)]
+    states = [s for d, t in zip(detections, truths, strict=True) for s in slow_outcomes(d, t, label, threshold, rule)]
     states.sort(key=lambda s: -s[0])
     total = sum(int(((t.labels == label) & ~t.difficult).sum()) for t in truths)
     if not total:
@@ -95,43 +95,45 @@ def slow_ap(detections, truths, label, threshold, rule):
 @pytest.mark.parametrize(
     ("seed", "ties", "difficult"), [(0, False, False), (1, True, False), (2, False, True), (3, True, True)]
 )
-def test_is_the_slow_twin(rule, seed, ties, difficult):
-    found, there = pictures(seed, ties=ties, difficult=difficult)
-    judged = ap.evaluate(found, there, 5, rule)  # nothing is of the fifth class
-    both = ap.evaluate(found, there, 5, rule, (0.5, 0.75)).ap50_95 * 2
+def test_matches_the_slow_implementation(rule, seed, ties, difficult):
+    found, ground_truth = pictures(seed, ties=ties, difficult=difficult)
+    metrics = ap.evaluate(found, ground_truth, 5, rule)  # nothing is of the fifth class
+    both = ap.evaluate(found, ground_truth, 5, rule, (0.5, 0.75)).ap50_95 * 2
     for label in range(5):
-        first, second = (slow_ap(found, there, label, threshold, rule) for threshold in (0.5, 0.75))
-        assert float(judged.ap50[label]) == pytest.approx(first, abs=1e-6, nan_ok=True)
+        first, second = (slow_ap(found, ground_truth, label, threshold, rule) for threshold in (0.5, 0.75))
+        assert float(metrics.ap50[label]) == pytest.approx(first, abs=1e-6, nan_ok=True)
         assert float(both[label]) == pytest.approx(first + second, abs=1e-6, nan_ok=True)
-    assert judged.map_rule == rule
-    assert math.isnan(float(judged.ap50[4]))
-    assert int(judged.num_truths[4]) == 0
-    assert judged.map50 == pytest.approx(float(judged.ap50[:4].mean()))
+    assert metrics.map_rule == rule
+    assert math.isnan(float(metrics.ap50[4]))
+    assert int(metrics.num_truths[4]) == 0
+    assert metrics.map50 == pytest.approx(float(metrics.ap50[:4].mean()))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_is_torchmetrics_and_faster_coco_eval(seed):
+def test_matches_torchmetrics_and_faster_coco_eval(seed):
     _compat.torchvision()  # torchmetrics imports it
     detection = pytest.importorskip("torchmetrics.detection")
     pytest.importorskip("faster_coco_eval")
-    found, there = pictures(seed, 40, ties=seed == 1)
+    found, ground_truth = pictures(seed, 40, ties=seed == 1)
     recalls = np.linspace(0, 1, 101).tolist()  # COCO's own; torchmetrics' default rounds them to float32
     metric = detection.MeanAveragePrecision(backend="faster_coco_eval", rec_thresholds=recalls)
     metric.update(
         [{"boxes": d.boxes_xyxy, "scores": d.scores, "labels": d.labels} for d in found],
-        [{"boxes": t.boxes_xyxy, "labels": t.labels} for t in there],
+        [{"boxes": t.boxes_xyxy, "labels": t.labels} for t in ground_truth],
     )
-    wanted = metric.compute()
-    judged = ap.evaluate(found, there, 4, "coco")
-    assert judged.map50 == pytest.approx(float(wanted["map_50"]), abs=1e-4)
-    assert judged.map50_95 == pytest.approx(float(wanted["map"]), abs=1e-4)
+    expected = metric.compute()
+    metrics = ap.evaluate(found, ground_truth, 4, "coco")
+    assert metrics.map50 == pytest.approx(float(expected["map_50"]), abs=1e-4)
+    assert metrics.map50_95 == pytest.approx(float(expected["map"]), abs=1e-4)
 
 
 def to_coco(detections, truths):
     """The same as COCO's JSON; difficult ones get an area that no range holds, which has them ignored."""
     annotations, results = [], []
-    for image, (found, there) in enumerate(zip(detections, truths, strict=True), 1):
-        for box, label, hard in zip(there.boxes_xyxy.tolist(), there.labels.tolist(), there.difficult, strict=True):
+    for image, (found, ground_truth) in enumerate(zip(detections, truths, strict=True), 1):
+        for box, label, hard in zip(
+            ground_truth.boxes_xyxy.tolist(), ground_truth.labels.tolist(), ground_truth.difficult, strict=True
+        ):
             bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             area = 1e12 if hard else bbox[2] * bbox[3]
             annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": label + 1})
@@ -151,7 +153,7 @@ def test_each_class_and_threshold_of_faster_coco_eval_with_difficult_ones(seed):
     """Each difficult box is found once at most: COCO ignores the first find of one, here every one is."""
     oracle = pytest.importorskip("faster_coco_eval")
     generator = torch.Generator().manual_seed(seed)
-    found, there = [], []
+    found, ground_truth = [], []
     for _ in range(30):
         count = int(torch.randint(0, 10, (1,), generator=generator))
         low = torch.arange(count)[:, None] * torch.tensor([100.0, 0])
@@ -161,8 +163,8 @@ def test_each_class_and_threshold_of_faster_coco_eval_with_difficult_ones(seed):
         scores = (torch.rand(count, generator=generator) * 20).round() / 20
         named = torch.where(torch.rand(count, generator=generator) < 0.8, labels, labels.flip(0))
         found.append(Detections(near, scores, named))
-        there.append(GroundTruth(boxes, labels, torch.rand(count, generator=generator) < 0.3))
-    truth, results = to_coco(found, there)
+        ground_truth.append(GroundTruth(boxes, labels, torch.rand(count, generator=generator) < 0.3))
+    truth, results = to_coco(found, ground_truth)
     known = oracle.COCO(truth)
     judge = oracle.COCOeval_faster(known, known.loadRes(results), "bbox", print_function=lambda *_: None)
     judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
@@ -171,10 +173,10 @@ def test_each_class_and_threshold_of_faster_coco_eval_with_difficult_ones(seed):
     judge.accumulate()
     precision = torch.from_numpy(np.asarray(judge.eval["precision"]))[..., 0, 0]  # (T, 101, C)
     assert bool((precision >= 0).all())
-    assert any(bool(t.difficult.any()) for t in there)
-    judged = ap.evaluate(found, there, 4, "coco")
-    torch.testing.assert_close(judged.ap50, precision[0].mean(0), atol=1e-9, rtol=0)
-    torch.testing.assert_close(judged.ap50_95, precision.mean((0, 1)), atol=1e-9, rtol=0)
+    assert any(bool(t.difficult.any()) for t in ground_truth)
+    metrics = ap.evaluate(found, ground_truth, 4, "coco")
+    torch.testing.assert_close(metrics.ap50, precision[0].mean(0), atol=1e-9, rtol=0)
+    torch.testing.assert_close(metrics.ap50_95, precision.mean((0, 1)), atol=1e-9, rtol=0)
 
 
 def test_thresholds_are_those_of_pycocotools():
@@ -186,14 +188,14 @@ def test_pictures_of_very_different_sizes(rule, monkeypatch):
     """Groups are padded and cut into parts: the result does not depend on which lie together."""
     generator = torch.Generator().manual_seed(4)
     crowded = [picture(generator, 1, True, True) for _ in range(12)]
-    found, there = [list(side) for side in zip(*crowded, strict=True)]
+    found, ground_truth = [list(side) for side in zip(*crowded, strict=True)]
     many = torch.cat([found[k].boxes_xyxy for k in range(12)])
     found[3] = Detections(many, torch.linspace(1, 0, len(many)), torch.zeros(len(many)).long())
-    there[5] = GroundTruth(many + 3, torch.zeros(len(many)).long(), torch.arange(len(many)) % 5 == 0)
-    judged = ap.evaluate(found, there, 1, rule)
-    assert judged.map50 == pytest.approx(slow_ap(found, there, 0, 0.5, rule), abs=1e-6)
+    ground_truth[5] = GroundTruth(many + 3, torch.zeros(len(many)).long(), torch.arange(len(many)) % 5 == 0)
+    metrics = ap.evaluate(found, ground_truth, 1, rule)
+    assert metrics.map50 == pytest.approx(slow_ap(found, ground_truth, 0, 0.5, rule), abs=1e-6)
     monkeypatch.setattr(ap, "MAX_CHUNK_ELEMENTS", 1)
-    assert ap.evaluate(found, there, 1, rule).map50_95 == judged.map50_95
+    assert ap.evaluate(found, ground_truth, 1, rule).map50_95 == metrics.map50_95
 
 
 def one(boxes, scores=None, difficult=None):
@@ -210,40 +212,40 @@ A, B, C = [0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]
 class TestByHand:
     def test_eleven_points(self):
         """Right, wrong, right of two boxes: precision 1 up to recall 0.5, then 2/3."""
-        found, there = one([A, C, B], [0.9, 0.8, 0.7]), one([A, B])
-        assert ap.evaluate([found], [there], 1, "voc07").map50 == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
-        assert ap.evaluate([found], [there], 1, "voc").map50 == pytest.approx(0.5 + 0.5 * 2 / 3)
-        assert ap.evaluate([found], [there], 1, "coco").map50 == pytest.approx((51 + 50 * 2 / 3) / 101)
+        found, ground_truth = one([A, C, B], [0.9, 0.8, 0.7]), one([A, B])
+        assert ap.evaluate([found], [ground_truth], 1, "voc07").map50 == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+        assert ap.evaluate([found], [ground_truth], 1, "voc").map50 == pytest.approx(0.5 + 0.5 * 2 / 3)
+        assert ap.evaluate([found], [ground_truth], 1, "coco").map50 == pytest.approx((51 + 50 * 2 / 3) / 101)
 
     def test_a_second_find_of_the_same_box_is_wrong(self):
         found = one([A, A, B], [0.9, 0.8, 0.7])
         assert ap.evaluate([found], [one([A, B])], 1, "voc").map50 == pytest.approx(0.5 + 0.5 * 2 / 3)
 
     def test_difficult_ones_count_neither_way(self):
-        found, there = one([A, B], [0.9, 0.8]), one([A, B], difficult=[True, False])
+        found, ground_truth = one([A, B], [0.9, 0.8]), one([A, B], difficult=[True, False])
         for rule in ap.RULES:
-            judged = ap.evaluate([found], [there], 1, rule)
-            assert judged.map50 == pytest.approx(1)
-            assert int(judged.num_truths[0]) == 1
+            metrics = ap.evaluate([found], [ground_truth], 1, rule)
+            assert metrics.map50 == pytest.approx(1)
+            assert int(metrics.num_truths[0]) == 1
 
     def test_voc_does_not_look_for_a_second_best_box_but_coco_does(self):
         first, near = [0, 0, 10, 10], [2, 0, 12, 10]
         found = one([first, [0.5, 0, 10.5, 10]], [0.9, 0.8])  # both overlap the first most
-        there = one([first, near])
-        assert ap.evaluate([found], [there], 1, "voc").map50 == pytest.approx(0.5)
-        assert ap.evaluate([found], [there], 1, "coco").map50 == pytest.approx(1)
+        ground_truth = one([first, near])
+        assert ap.evaluate([found], [ground_truth], 1, "voc").map50 == pytest.approx(0.5)
+        assert ap.evaluate([found], [ground_truth], 1, "coco").map50 == pytest.approx(1)
 
     def test_of_equal_overlaps_coco_takes_the_last(self):
-        there = one([[0, 0, 10, 10], [4, 0, 14, 10]])
+        ground_truth = one([[0, 0, 10, 10], [4, 0, 14, 10]])
         found = one([[2, 0, 12, 10], [5, 0, 15, 10]], [0.9, 0.8])  # the first lies in the middle of both
-        assert ap.evaluate([found], [there], 1, "coco").map50 == pytest.approx(51 / 101)
-        assert ap.evaluate([found], [there], 1, "voc").map50 == pytest.approx(1)
+        assert ap.evaluate([found], [ground_truth], 1, "coco").map50 == pytest.approx(51 / 101)
+        assert ap.evaluate([found], [ground_truth], 1, "voc").map50 == pytest.approx(1)
 
     @pytest.mark.parametrize("rule", ap.RULES)
     def test_an_overlap_of_exactly_one_half_is_enough(self, rule):
-        judged = ap.evaluate([one([[0, 0, 5, 10]], [0.9])], [one([[0, 0, 10, 10]])], 1, rule)
-        assert judged.map50 == pytest.approx(1)
-        assert judged.map50_95 == pytest.approx(0.1)
+        metrics = ap.evaluate([one([[0, 0, 5, 10]], [0.9])], [one([[0, 0, 10, 10]])], 1, rule)
+        assert metrics.map50 == pytest.approx(1)
+        assert metrics.map50_95 == pytest.approx(0.1)
 
     def test_nothing_found_and_nothing_there(self):
         for rule in ap.RULES:
@@ -258,28 +260,30 @@ class TestByHand:
         assert ap.evaluate([found], [one([A])], 1, "voc").map50 == pytest.approx(1 / 101)
 
     def test_curves(self):
-        judged = ap.evaluate([one([A, C, B], [0.9, 0.8, 0.7])], [one([A, B])], 1, "voc")
-        assert judged.recalls[0].tolist() == [0.5, 0.5, 1.0]
-        assert judged.precisions[0].tolist() == pytest.approx([1, 0.5, 2 / 3])
+        metrics = ap.evaluate([one([A, C, B], [0.9, 0.8, 0.7])], [one([A, B])], 1, "voc")
+        assert metrics.recalls[0].tolist() == [0.5, 0.5, 1.0]
+        assert metrics.precisions[0].tolist() == pytest.approx([1, 0.5, 2 / 3])
 
 
 def test_confusion():
     found = Detections(torch.tensor([A, B, C]).float(), torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
-    there = GroundTruth(torch.tensor([A, B, [0, 50, 10, 60]]).float(), torch.tensor([0, 1, 1]), torch.zeros(3).bool())
-    table = ap.confusion_matrix([found], [there], 2, 0.5)
+    ground_truth = GroundTruth(
+        torch.tensor([A, B, [0, 50, 10, 60]]).float(), torch.tensor([0, 1, 1]), torch.zeros(3).bool()
+    )
+    table = ap.confusion_matrix([found], [ground_truth], 2, 0.5)
     assert table.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
-    assert ap.confusion_matrix([found], [there], 2, 0.85).tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
+    assert ap.confusion_matrix([found], [ground_truth], 2, 0.85).tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
     assert ap.confusion_matrix([], [], 2, 0.5).tolist() == [[0] * 3] * 3
     nothing = Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0).long())
-    assert ap.confusion_matrix([nothing], [there], 2, 0.5).tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
+    assert ap.confusion_matrix([nothing], [ground_truth], 2, 0.5).tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
     assert ap.confusion_matrix([found], [one([])], 2, 0.5).tolist() == [[0, 0, 0], [0, 0, 0], [2, 1, 0]]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_confusion_is_the_loop(seed):
-    found, there = pictures(seed, ties=True, difficult=True)
+    found, ground_truth = pictures(seed, ties=True, difficult=True)
     table = [[0] * 5 for _ in range(5)]
-    for f, t in zip(found, there, strict=True):
+    for f, t in zip(found, ground_truth, strict=True):
         free = set(range(len(t.labels)))
         for k in sorted(range(len(f.labels)), key=lambda k: -float(f.scores[k])):
             if float(f.scores[k]) < 0.4:
@@ -294,10 +298,10 @@ def test_confusion_is_the_loop(seed):
                 table[t.labels[best]][f.labels[k]] += 1
         for m in free:
             table[t.labels[m]][4] += not t.difficult[m]
-    mine = ap.confusion_matrix(found, there, 4, score_threshold=0.4, iou_threshold=0.45)
+    mine = ap.confusion_matrix(found, ground_truth, 4, score_threshold=0.4, iou_threshold=0.45)
     assert mine.tolist() == table
     assert mine.dtype == torch.int64
-    assert int(mine[:4].sum()) == sum(int((~t.difficult).sum()) for t in there)
+    assert int(mine[:4].sum()) == sum(int((~t.difficult).sum()) for t in ground_truth)
 
 
 def test_a_label_that_is_no_class():
@@ -313,9 +317,9 @@ def test_boxes_without_area_are_never_right():
 
 def test_recall_by_size():
     small, large = [0, 0, 10, 10], [0, 0, 200, 200]
-    there = one([small, large])
+    ground_truth = one([small, large])
     found = one([large], [0.9])
-    result = ap.recall_by_size([found], [there], 0.5)
+    result = ap.recall_by_size([found], [ground_truth], 0.5)
     assert result["small"] == 0
     assert result["large"] == 1
     assert math.isnan(result["medium"])
@@ -324,7 +328,9 @@ def test_recall_by_size():
 
 def test_recall_by_size_is_of_a_class_above_the_floor_and_without_difficult_ones():
     sides = [31, 32, 95, 96, 31]  # small ends below 32^2, medium below 96^2
-    there = one([[200 * k, 0, 200 * k + side, side] for k, side in enumerate(sides)], difficult=[False] * 4 + [True])
-    found = Detections(there.boxes_xyxy, torch.tensor([0.9, 0.9, 0.4, 0.9, 0.0]), torch.tensor([0, 0, 0, 1, 0]))
-    assert ap.recall_by_size([found], [there], 0.5) == {"small": 1, "medium": 0.5, "large": 0}
-    assert ap.recall_by_size([found], [there], 0.4) == {"small": 1, "medium": 1, "large": 0}
+    ground_truth = one(
+        [[200 * k, 0, 200 * k + side, side] for k, side in enumerate(sides)], difficult=[False] * 4 + [True]
+    )
+    found = Detections(ground_truth.boxes_xyxy, torch.tensor([0.9, 0.9, 0.4, 0.9, 0.0]), torch.tensor([0, 0, 0, 1, 0]))
+    assert ap.recall_by_size([found], [ground_truth], 0.5) == {"small": 1, "medium": 0.5, "large": 0}
+    assert ap.recall_by_size([found], [ground_truth], 0.4) == {"small": 1, "medium": 1, "large": 0}

@@ -31,10 +31,10 @@ def slow_giou(a, b):
 class TestOverlap:
     def test_all_pairs(self):
         a, b = random_boxes(7), random_boxes(5, 1)
-        wanted = torch.tensor([[slow_iou(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
-        torch.testing.assert_close(boxes.iou(a, b), wanted)
-        wanted = torch.tensor([[slow_giou(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
-        torch.testing.assert_close(boxes.giou(a, b), wanted)
+        expected = torch.tensor([[slow_iou(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
+        torch.testing.assert_close(boxes.iou(a, b), expected)
+        expected = torch.tensor([[slow_giou(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
+        torch.testing.assert_close(boxes.giou(a, b), expected)
         torch.testing.assert_close(boxes.paired_iou(a[:5], b), boxes.iou(a[:5], b).diagonal())
         torch.testing.assert_close(boxes.paired_giou(a[:5], b), boxes.giou(a[:5], b).diagonal())
 
@@ -81,7 +81,7 @@ class TestOverlap:
         assert found.tolist() == [15, 0, 0, 0]
         assert boxes.area(torch.empty(0, 4)).shape == (0,)
 
-    def test_conversions_come_back(self):
+    def test_conversions_are_inverse(self):
         a = random_boxes(9)
         torch.testing.assert_close(boxes.cxcywh_to_xyxy(boxes.xyxy_to_cxcywh(a)), a)
 
@@ -110,7 +110,7 @@ def slow_nms(boxes_xyxy, scores, threshold):
 class TestNms:
     @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
     @pytest.mark.parametrize("count", [0, 1, 2, 60, 400])
-    def test_is_the_loop(self, count, threshold):
+    def test_matches_the_loop(self, count, threshold):
         found, scores = random_boxes(count, 1), torch.rand(count, generator=torch.Generator().manual_seed(2))
         scores = (scores * 20).round() / 20  # ties
         assert nms.nms(found, scores, threshold).tolist() == slow_nms(found, scores, threshold)
@@ -125,12 +125,12 @@ class TestNms:
     def test_by_class(self):
         found, scores = random_boxes(80, 5), torch.rand(80, generator=torch.Generator().manual_seed(6))
         labels = torch.arange(80) % 3
-        wanted = set()
+        expected = set()
         for label in range(3):
             own = (labels == label).nonzero()[:, 0]
-            wanted |= {int(own[k]) for k in slow_nms(found[own], scores[own], 0.3)}
+            expected |= {int(own[k]) for k in slow_nms(found[own], scores[own], 0.3)}
         kept = nms.batched_nms(found, scores, labels, 0.3)
-        assert set(kept.tolist()) == wanted
+        assert set(kept.tolist()) == expected
         assert scores[kept].tolist() == sorted(scores[kept].tolist(), reverse=True)
         assert len(nms.batched_nms(found[:0], scores[:0], labels[:0], 0.3)) == 0
 
@@ -138,15 +138,15 @@ class TestNms:
     def test_over_many_blocks(self, span, threshold):
         found = random_boxes(2000, 3, span).float()
         scores = torch.randint(0, 500, (2000,), generator=torch.Generator().manual_seed(4)).float()  # ties
-        wanted, is_gone = [], torch.zeros(2000, dtype=torch.bool)
+        expected, is_gone = [], torch.zeros(2000, dtype=torch.bool)
         for k in sorted(range(2000), key=lambda k: (-float(scores[k]), k)):
             if not is_gone[k]:
-                wanted.append(k)
+                expected.append(k)
                 is_gone |= boxes.iou(found[k : k + 1], found)[0] > threshold
-        assert len(wanted) > 3 * nms.BLOCK_SIZE or span < 1000
-        assert nms.nms(found, scores, threshold).tolist() == wanted
-        for most in (300, 600):
-            assert nms.nms(found, scores, threshold, max_detections=most).tolist() == wanted[:most]
+        assert len(expected) > 3 * nms.BLOCK_SIZE or span < 1000
+        assert nms.nms(found, scores, threshold).tolist() == expected
+        for limit in (300, 600):
+            assert nms.nms(found, scores, threshold, max_detections=limit).tolist() == expected[:limit]
         assert nms.nms(found, scores, threshold, max_detections=0).tolist() == []
 
     def test_an_overlap_at_the_threshold_stays(self):
@@ -158,14 +158,14 @@ class TestNms:
         large = torch.tensor([[0.0, 0, 1000, 1000], [0, 0, 1000, 900]]).half()  # areas over float16's 65504
         assert nms.nms(large, torch.tensor([0.5, 0.9]), 0.5).tolist() == [1]
 
-    def test_by_class_is_exact_far_away(self):
+    def test_by_class_is_exact_at_large_coordinates(self):
         """Moving each class to a place of its own would cost the coordinates the bit that decides here."""
         found = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0.5 + 2**-20, 1], [0, 0, 0.5, 1]])
         scores = torch.tensor([0.9, 0.8, 0.7])
         assert nms.batched_nms(found, scores, torch.tensor([50_000, 50_000, 50_000]), 0.5).tolist() == [0, 2]
         assert nms.batched_nms(found, scores, torch.tensor([50_000, 2, 50_000]), 0.5).tolist() == [0, 1, 2]
 
-    def test_by_class_ties_and_most(self):
+    def test_by_class_with_ties_and_a_limit(self):
         found = torch.tensor([[k * 20.0, 0, k * 20 + 10, 10] for k in range(6)])
         labels = torch.tensor([1, 0, 1, 0, 2, 0])
         assert nms.batched_nms(found, torch.ones(6), labels, 0.5).tolist() == [0, 1, 2, 3, 4, 5]
@@ -204,32 +204,32 @@ class TestAnchors:
         assert found[5, 3, 1].tolist() == [0.5, 2, 2.5, 5]  # 2 wide, 3 high, around (1.5, 3.5)
         assert anchors.generate_anchors(CENTERS, SHAPES[:0]).shape == (0, 7, 7, 4)
 
-    def test_the_courses_example(self):
+    def test_example_of_the_course(self):
         """A photo of 500 x 333, a car at 156, 97, 351, 270."""
         car = torch.tensor([[156.0, 97, 351, 270]]) * 7 / torch.tensor([500.0, 333, 500, 333])
         overlaps = boxes.iou(anchors.generate_anchors(CENTERS, SHAPES)[:, 3, 3], car)[:, 0]
-        wanted = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
-        assert overlaps.tolist() == pytest.approx(wanted, abs=1e-4)
+        expected = [0.1007, 0.4029, 0.7454, 0.5733, 0.3971, 0.5918, 0.5216, 0.6619, 0.4799]
+        assert overlaps.tolist() == pytest.approx(expected, abs=1e-4)
         index, overlap = anchors.match_anchors_to_boxes(car, CENTERS, SHAPES)
         assert index.tolist() == [122]
         assert 122 == 2 * 49 + 3 * 7 + 3
         assert float(overlap[0]) == pytest.approx(0.7454, abs=1e-4)
 
     @pytest.mark.parametrize("shape", [(7, 7), (3, 5), (1, 1)])
-    def test_activated_is_the_loop(self, shape):
-        centers, wanted = anchors.grid_centers(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
+    def test_match_anchors_matches_the_loop(self, shape):
+        centers, expected = anchors.grid_centers(*shape), random_boxes(30, 7, 50.0).float() / 8  # some beyond the map
         all_anchors = anchors.generate_anchors(centers, SHAPES)
-        index, overlap = anchors.match_anchors_to_boxes(wanted, centers, SHAPES)
-        for box, mine, most in zip(wanted.tolist(), index.tolist(), overlap.tolist(), strict=True):
+        index, overlap = anchors.match_anchors_to_boxes(expected, centers, SHAPES)
+        for box, mine, max_iou in zip(expected.tolist(), index.tolist(), overlap.tolist(), strict=True):
             x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
             cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
             i, j = min(cells, key=lambda c: abs(c[1] + 0.5 - x) + abs(c[0] + 0.5 - y))
             values = [slow_iou(all_anchors[a, i, j].tolist(), box) for a in range(9)]
             a = max(range(9), key=lambda a: values[a])
             assert mine == int(torch.arange(9 * shape[0] * shape[1]).view(9, *shape)[a, i, j])
-            assert most == pytest.approx(values[a], abs=1e-5)
+            assert max_iou == pytest.approx(values[a], abs=1e-5)
 
-    def test_activated_ties_no_area_and_no_box(self):
+    def test_match_anchors_with_ties_without_area_and_without_boxes(self):
         between = torch.tensor([[2.0, 2, 4, 4], [3.5, 3.5, 3.5, 3.5]])  # between four cells; a point
         assert anchors.match_anchors_to_boxes(between, CENTERS, SHAPES)[0].tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
         index, overlap = anchors.match_anchors_to_boxes(between[:0], CENTERS, SHAPES)
@@ -237,7 +237,7 @@ class TestAnchors:
         assert index.dtype == torch.int64
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_matches_are_the_loop(self, seed):
+    def test_match_by_iou_matches_the_loop(self, seed):
         iou = torch.rand(40, 6, generator=torch.Generator().manual_seed(seed)).pow(3)
         iou = (iou * 10).round() / 10  # ties
         iou[:20] *= 0.5  # anchors that overlap little
@@ -258,7 +258,7 @@ class TestAnchors:
         assert anchors.match_by_iou(torch.empty(0, 2), 0.7, 0.3)[0].shape == (0,)
 
 
-def slow_assignment(scores, found, places, wanted, labels, most):
+def slow_assignment(scores, found, places, expected, labels, top_k):
     """The same, picture by picture and box by box; returns {(picture, point): (box, quality)}."""
     chosen = {}
     for n in range(len(labels)):
@@ -266,14 +266,14 @@ def slow_assignment(scores, found, places, wanted, labels, most):
         for m, label in enumerate(labels[n].tolist()):
             if label < 0:
                 continue
-            box = wanted[n, m].tolist()
+            box = expected[n, m].tolist()
             inside = [p for p, (x, y, _) in enumerate(places.tolist()) if box[0] < x < box[2] and box[1] < y < box[3]]
             if not inside:
                 x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
                 inside = [min(range(len(places)), key=lambda p: math.dist(places[p, :2], (x, y)) + places[p, 2])]
             overlap = {p: slow_iou(found[n, p].tolist(), box) for p in inside}
             fit = {p: float(scores[n, p, label]) ** 0.5 * overlap[p] ** 6 for p in inside}
-            for p in sorted(inside, key=lambda p: -fit[p])[:most]:
+            for p in sorted(inside, key=lambda p: -fit[p])[:top_k]:
                 claims.setdefault(p, []).append((overlap[p], fit[p], m))
         taken = {p: max(claim, key=lambda c: c[0]) for p, claim in claims.items()}
         for p, (_, fit, m) in taken.items():
@@ -289,26 +289,26 @@ class TestAssignment:
         assert found.tolist()[:3] == [[4, 4, 8], [12, 4, 8], [20, 4, 8]]
         assert found.tolist()[-1] == [8, 8, 16]
 
-    @pytest.mark.parametrize("most", [1, 4, 10])
-    def test_is_the_loop(self, most):
+    @pytest.mark.parametrize("top_k", [1, 4, 10])
+    def test_matches_the_loop(self, top_k):
         torch.manual_seed(0)
         places = assignment.grid_points([(8, 8), (4, 4)], (8, 16))
         found = torch.cat([places[:, :2] - 12, places[:, :2] + 12], 1) + torch.randn(3, len(places), 4) * 3
         scores = torch.rand(3, len(places), 2)
-        wanted = random_boxes(12, 4, 30).float().view(3, 4, 4)
+        expected = random_boxes(12, 4, 30).float().view(3, 4, 4)
         labels = torch.tensor([[0, 1, 0, -1], [-1, -1, -1, -1], [1, 1, 0, 1]])
-        wanted[2, 3] = torch.tensor([9.0, 9, 10, 10])  # no point lies in it
-        chosen = assignment.assign_task_aligned(scores, found, places, wanted, labels, most)
+        expected[2, 3] = torch.tensor([9.0, 9, 10, 10])  # no point lies in it
+        chosen = assignment.assign_task_aligned(scores, found, places, expected, labels, top_k)
         triples = zip(chosen.image.tolist(), chosen.point.tolist(), chosen.box.tolist(), strict=True)
         mine = {(n, p): (m, q) for (n, p, m), q in zip(triples, chosen.quality.tolist(), strict=True)}
-        slow = slow_assignment(scores, found, places, wanted, labels, most)
+        slow = slow_assignment(scores, found, places, expected, labels, top_k)
         assert {key: m for key, (m, _) in mine.items()} == {key: m for key, (m, _) in slow.items()}
         for key, (_, quality) in slow.items():
             assert mine[key][1] == pytest.approx(quality, abs=1e-4)
         assert all(0 <= q <= 1 for _, q in mine.values())
         assert not any(n == 1 for n, _ in mine)
 
-    def test_no_box_at_all(self):
+    def test_without_boxes(self):
         places = assignment.grid_points([(4, 4)], (8,))
         chosen = assignment.assign_task_aligned(
             torch.rand(2, 16, 3), torch.rand(2, 16, 4), places, torch.zeros(2, 1, 4), torch.full((2, 1), -1)
