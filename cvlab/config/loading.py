@@ -105,13 +105,13 @@ def load_document(document: Document, source: Path, overrides: Sequence[str]) ->
     """
     original = copy.deepcopy(document)
     experiment = _experiment(document)
-    variants = experiment.expand(document.value, overrides, _place_of(document)) if experiment else ()
+    variants = experiment.expand(document.value, overrides, _location_of(document)) if experiment else ()
     sources = _apply(document, overrides, experiment)
     document.value.setdefault("name", run_name(source, 60) or "run")
     for key in experiment.nested_configs if experiment else ():
         block = document.value.get(key)
         if isinstance(block, dict) and "from" in block:
-            document.value[key] = _inherit(block, source.parent, document.place((key, "from")), key)
+            document.value[key] = _inherit(block, source.parent, document.location((key, "from")), key)
     config = validate(document, source.parent, sources)
     each = {text: load_document(copy.deepcopy(original), source, [*overrides, text]) for text in variants}
     return Loaded(config, source.parent, source, each, provenance(document.value, sources))
@@ -128,8 +128,8 @@ def _experiment(document: Document) -> "Experiment[Any] | None":
     return registry.get_experiment(name) if name in registry.EXPERIMENTS else None
 
 
-def _place_of(document: Document) -> Callable[[str], str]:
-    return lambda key: document.place((key,))
+def _location_of(document: Document) -> Callable[[str], str]:
+    return lambda key: document.location((key,))
 
 
 def provenance(value: Mapping[str, Any], sources: Mapping[KeyPath, str], prefix: KeyPath = ()) -> dict[str, str]:
@@ -145,22 +145,22 @@ def provenance(value: Mapping[str, Any], sources: Mapping[KeyPath, str], prefix:
     return origins
 
 
-def _inherit(block: dict[str, Any], folder: Path, place: str, key: str) -> dict[str, Any]:
+def _inherit(block: dict[str, Any], folder: Path, location: str, key: str) -> dict[str, Any]:
     """Return a nested configuration, merged over the configuration that its `from` names."""
     reference = block["from"]
     if not isinstance(reference, str):
-        raise ConfigError(f"{place}: {key}.from: expected the name of a configuration")
+        raise ConfigError(f"{location}: {key}.from: expected the name of a configuration")
     path = folder / reference
     document = strict_yaml.read(path if path.is_file() else find(reference))
     if not isinstance(document.value, dict):
-        raise ConfigError(f"{place}: {reference} has no keys and values at its top")
+        raise ConfigError(f"{location}: {reference} has no keys and values at its top")
     experiment = _experiment(document)
     if experiment is not None:
         overrides = [f"{name}={value}" for name, value in block.items() if isinstance(value, str) and name != "from"]
-        variants = experiment.expand(document.value, overrides, lambda name: f"{place}: {key}.{name}")
+        variants = experiment.expand(document.value, overrides, lambda name: f"{location}: {key}.{name}")
         if variants:
             options = " or ".join(f"{key}.{text}" for text in variants)
-            raise ConfigError(f"{place}: {reference} comes in several variants, of which a sweep takes one", options)
+            raise ConfigError(f"{location}: {reference} comes in several variants, of which a sweep takes one", options)
     return config_overrides.inherit(block, document.value)
 
 
@@ -201,15 +201,15 @@ def validate(document: Document, base: Path, sources: Mapping[KeyPath, str] | No
     """
     config, problems = validation.check(document.value, base)
     if problems:
-        lines = [f"{_place(document, path, sources or {})}: {message}" for path, message in problems]
+        lines = [f"{_location(document, path, sources or {})}: {message}" for path, message in problems]
         errors = [ConfigError(line) for line in lines]
         raise ConfigError(errors[0].message, further_errors=tuple(errors[1:]))
     assert config is not None
     return config
 
 
-def _place(document: Document, path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
+def _location(document: Document, path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
     for end in range(len(path), 0, -1):
         if path[:end] in sources:
             return f"override {sources[path[:end]]}"
-    return document.place(path)
+    return document.location(path)

@@ -45,7 +45,7 @@ class Document:
     marks: dict[KeyPath, Mark]
     source: str
 
-    def place(self, path: KeyPath) -> str:
+    def location(self, path: KeyPath) -> str:
         """Return `file:line:column` of the value at `path`, or of its nearest ancestor."""
         while path and path not in self.marks:
             path = path[:-1]
@@ -97,8 +97,8 @@ def parse(text: str, source: str) -> Document:
         return _build(text, source)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+        location = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        raise ConfigError(f"{location}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
 
@@ -109,14 +109,14 @@ def _build(text: str, source: str) -> Document:
     documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         mark = _mark(event)
-        place = f"{source}:{mark.line}:{mark.column}"
+        location = f"{source}:{mark.line}:{mark.column}"
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
-                raise ConfigError(f"{place}: a second document", "one file holds one configuration")
+                raise ConfigError(f"{location}: a second document", "one file holds one configuration")
         elif isinstance(event, yaml.NodeEvent):
-            _reject_unsupported(event, place)
-            _add(document, stack, event, place)
+            _reject_unsupported(event, location)
+            _add(document, stack, event, location)
         elif isinstance(event, yaml.CollectionEndEvent):
             _close(document, stack)
     return document
@@ -128,19 +128,19 @@ def _mark(event: yaml.Event) -> Mark:
     return Mark(start.line + 1, start.column + 1)
 
 
-def _reject_unsupported(event: yaml.NodeEvent, place: str) -> None:
+def _reject_unsupported(event: yaml.NodeEvent, location: str) -> None:
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-        raise ConfigError(f"{place}: anchors and aliases are not allowed", "write the value out")
+        raise ConfigError(f"{location}: anchors and aliases are not allowed", "write the value out")
     tag = getattr(event, "tag", None)
     if tag not in (None, "!"):
-        raise ConfigError(f"{place}: the tag {tag!r} is not allowed", "write a plain value")
+        raise ConfigError(f"{location}: the tag {tag!r} is not allowed", "write a plain value")
 
 
-def _add(document: Document, stack: list[_Open], event: yaml.NodeEvent, place: str) -> None:
+def _add(document: Document, stack: list[_Open], event: yaml.NodeEvent, location: str) -> None:
     """Add a scalar or the start of a collection: as a key, as a value or as the whole document."""
     top = stack[-1] if stack else None
     if top is not None and isinstance(top.items, dict) and top.key is None:
-        top.key = _key(top, event, place)
+        top.key = _key(top, event, location)
         document.marks[(*top.path, top.key)] = _mark(event)
         return
     path: KeyPath = ()
@@ -149,20 +149,20 @@ def _add(document: Document, stack: list[_Open], event: yaml.NodeEvent, place: s
     if top is None or isinstance(top.items, list):
         document.marks[path] = _mark(event)
     if len(document.marks) > MAX_NODES:
-        raise ConfigError(f"{place}: more than {MAX_NODES} values", "a configuration is a page of text")
+        raise ConfigError(f"{location}: more than {MAX_NODES} values", "a configuration is a page of text")
     if isinstance(event, yaml.ScalarEvent):
-        _put(document, top, _scalar(event, place))
+        _put(document, top, _scalar(event, location))
         return
     if len(stack) >= MAX_DEPTH:
-        raise ConfigError(f"{place}: nested deeper than {MAX_DEPTH} levels", "a configuration is flat")
+        raise ConfigError(f"{location}: nested deeper than {MAX_DEPTH} levels", "a configuration is flat")
     stack.append(_Open(path, {} if isinstance(event, yaml.MappingStartEvent) else []))
 
 
-def _key(top: _Open, event: yaml.NodeEvent, place: str) -> str:
+def _key(top: _Open, event: yaml.NodeEvent, location: str) -> str:
     if not isinstance(event, yaml.ScalarEvent):
-        raise ConfigError(f"{place}: a key must be a word", "quote it if it is text")
+        raise ConfigError(f"{location}: a key must be a word", "quote it if it is text")
     if event.value in top.seen:
-        raise ConfigError(f"{place}: duplicate key {event.value!r}", "keep one of the two")
+        raise ConfigError(f"{location}: duplicate key {event.value!r}", "keep one of the two")
     top.seen.add(event.value)
     return str(event.value)
 
@@ -183,7 +183,7 @@ def _close(document: Document, stack: list[_Open]) -> None:
     _put(document, stack[-1] if stack else None, value)
 
 
-def _scalar(event: yaml.ScalarEvent, place: str) -> Any:
+def _scalar(event: yaml.ScalarEvent, location: str) -> Any:
     """Resolve a plain scalar by YAML 1.2's core schema; quoted text stays text."""
     text = str(event.value)
     if event.style is not None or event.tag == "!":
@@ -192,6 +192,6 @@ def _scalar(event: yaml.ScalarEvent, place: str) -> Any:
         return CONSTANTS[text]
     if INTEGER.match(text):
         if len(text) > 19:
-            raise ConfigError(f"{place}: the number {text[:12]}... is too large", "at most 18 digits")
+            raise ConfigError(f"{location}: the number {text[:12]}... is too large", "at most 18 digits")
         return int(text)
     return float(text.replace("_", "")) if FLOAT.match(text) else text

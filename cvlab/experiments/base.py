@@ -40,13 +40,13 @@ class Experiment(Generic[C]):
     nested_configs: ClassVar[tuple[str, ...]] = ()  # keys that hold a configuration, which may say `from:`
     dotted_blocks: ClassVar[tuple[tuple[str, ...], ...]] = ()  # paths of blocks whose own keys are dotted
 
-    def expand(self, raw: dict[str, Any], overrides: Sequence[str], place: Callable[[str], str]) -> Sequence[str]:
+    def expand(self, raw: dict[str, Any], overrides: Sequence[str], location: Callable[[str], str]) -> Sequence[str]:
         """Change a raw configuration in place before the overrides are applied.
 
         Args:
             raw: the configuration as it was read.
             overrides: the `key=value` texts of the command line.
-            place: returns the file and line of a top-level key, for error messages.
+            location: returns the file and line of a top-level key, for error messages.
 
         Returns:
             Overrides between which the experiment chooses when it starts, each of which makes a valid configuration.

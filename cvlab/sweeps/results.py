@@ -147,9 +147,9 @@ def draw(rows: Sequence[Row], metric: str, title: str) -> bytes:
     lines: dict[str, list[tuple[Any, float, float]]] = {}
     for index, row in enumerate(rows):
         if metric in row["metrics"]:
-            others = {key: value for key, value in row["keys"].items() if key != x_key}
+            other_keys = {key: value for key, value in row["keys"].items() if key != x_key}
             point = (row["keys"][x_key] if x_key else index, row["metrics"][metric]["mean"])
-            line = _label(others) if x_key else metric
+            line = _label(other_keys) if x_key else metric
             lines.setdefault(line, []).append((*point, row["metrics"][metric]["sd"] or 0.0))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes: Any = figure.subplots()
@@ -173,8 +173,12 @@ def _x_key(rows: Sequence[Row]) -> str | None:
     best, max_values = None, 1
     for key in rows[0]["keys"]:
         values = {row["keys"][key] for row in rows if _is_number(row["keys"][key])}
-        others = {repr([v for k, v in row["keys"].items() if k != key]) for row in rows}
-        if all(_is_number(row["keys"][key]) for row in rows) and len(values) > max_values and len(others) < len(rows):
+        other_keys = {repr([v for k, v in row["keys"].items() if k != key]) for row in rows}
+        if (
+            all(_is_number(row["keys"][key]) for row in rows)
+            and len(values) > max_values
+            and len(other_keys) < len(rows)
+        ):
             best, max_values = key, len(values)
     return best
 

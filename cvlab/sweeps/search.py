@@ -153,12 +153,12 @@ def _optuna_value(space: Range | Choices, value: Any) -> Any:
     return value if isinstance(space, Range) else list(map(repr, space)).index(repr(value))
 
 
-def should_prune(search: SearchConfig, curve: Curve, others: Sequence[Curve]) -> str | None:
-    """Return why a trial should stop (its best value is worse than the median of `others` at that step), or None."""
+def should_prune(search: SearchConfig, curve: Curve, finished: Sequence[Curve]) -> str | None:
+    """Return why a trial should stop (its best value is worse than the median of `finished`), or None."""
     if not curve:
         return None
     step = max(curve)
-    values = [value for value in (_value_at(other, step) for other in others) if value is not None]
+    values = [value for value in (_value_at(other, step) for other in finished) if value is not None]
     if len(values) < search.startup:
         return None
     median = statistics.median(values)

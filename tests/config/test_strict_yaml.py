@@ -70,9 +70,9 @@ def test_numbers_words_and_lists():
 
 def test_marks_name_the_key_or_the_item():
     document = strict_yaml.parse("a: 1\nb:\n  c: [1,\n    2]\n", "f")
-    assert document.place(("b", "c")) == "f:3:3"
-    assert document.place(("b", "c", 1)) == "f:4:5"
-    assert document.place(("b", "missing")) == "f:2:1"
+    assert document.location(("b", "c")) == "f:3:3"
+    assert document.location(("b", "c", 1)) == "f:4:5"
+    assert document.location(("b", "missing")) == "f:2:1"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def named_profile(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> str:
     return values[-1] if values else str(raw.get("profile", AUTO))
 
 
-def apply_profile(raw: dict[str, Any], name: str, place: str) -> None:
+def apply_profile(raw: dict[str, Any], name: str, location: str) -> None:
     """Merge one profile over a configuration, in place, and remove the others.
 
     Raises:
@@ -38,7 +38,7 @@ def apply_profile(raw: dict[str, Any], name: str, place: str) -> None:
     """
     known = raw["profiles"]
     if name not in known:
-        raise ConfigError(f"{place}: {registry.unknown_name_error('profile', name, [AUTO, *known])}")
+        raise ConfigError(f"{location}: {registry.unknown_name_error('profile', name, [AUTO, *known])}")
     changes = known[name].get("set", {}) if isinstance(known[name], Mapping) else {}
     for key, value in changes.items() if isinstance(changes, Mapping) else ():
         overrides.put(raw, str(key), value)
@@ -46,15 +46,17 @@ def apply_profile(raw: dict[str, Any], name: str, place: str) -> None:
     raw["profile"] = name
 
 
-def expand_profiles(raw: dict[str, Any], overrides: Sequence[str], place: Callable[[str], str]) -> Sequence[str]:
+def expand_profiles(raw: dict[str, Any], overrides: Sequence[str], location: Callable[[str], str]) -> Sequence[str]:
     """Apply the profile that is named; return one override for each profile if none is (`auto`)."""
     known, name = raw.get("profiles"), named_profile(raw, overrides)
     in_file = name == raw.get("profile")
     if not isinstance(known, dict) or not known:
         if name != AUTO and not in_file:
-            raise ConfigError(f"{place('experiment')}: override profile={name}: no profiles are defined", "remove it")
+            raise ConfigError(
+                f"{location('experiment')}: override profile={name}: no profiles are defined", "remove it"
+            )
         return ()
     if name == AUTO:
         return [f"profile={profile}" for profile in known]
-    apply_profile(raw, name, place("profile") if in_file else f"override profile={name}")
+    apply_profile(raw, name, location("profile") if in_file else f"override profile={name}")
     return ()

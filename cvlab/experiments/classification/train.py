@@ -66,9 +66,9 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
         Metric("test_accuracy_tta", "fraction", "higher", lambda config: _has_test(config) and _has_tta(config)),
     )
 
-    def expand(self, raw: dict[str, Any], overrides: Sequence[str], place: Callable[[str], str]) -> Sequence[str]:
+    def expand(self, raw: dict[str, Any], overrides: Sequence[str], location: Callable[[str], str]) -> Sequence[str]:
         """Apply the profile that is named; return one override for each profile if none is."""
-        return expand_profiles(raw, overrides, place)
+        return expand_profiles(raw, overrides, location)
 
     def prepare(self, loaded: Loaded, policy: DownloadPolicy) -> ClassifyConfig:
         """Return the configuration to run: its data set resolved, its profile chosen by measuring."""

@@ -70,7 +70,7 @@ def _names_of(file: Path) -> tuple[str, ...]:
     if isinstance(names, dict) and set(names) == {str(k) for k in range(len(names))}:
         names = tuple(names[str(k)] for k in range(len(names)))
     if not isinstance(names, tuple) or not names:
-        location = document.place(("names",))
+        location = document.location(("names",))
         raise DataError(f"{location}: names is no list of classes", "write `names: [cat, dog]`")
     return tuple(str(name) for name in names)
 
