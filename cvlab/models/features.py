@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from cvlab import _compat, registry
@@ -36,7 +37,8 @@ STYLE_LAYERS = {  # VGG's are the paper's: relu1_1 to relu5_1, relu4_2; SqueezeN
 class FeatureExtractor:
     """A classifier cut after the last of the named layers; gives the outputs of all of them.
 
-    The model is traced with torch.fx, so that no layer behind the last named one is computed or exported.
+    The model is traced with torch.fx, so that no layer behind the last named one is computed or exported. A model whose
+    control flow cannot be traced is computed to its end.
 
     Attributes:
         model: the classifier.
@@ -90,17 +92,42 @@ class FeatureExtractor:
             side = min(images.shape[2:])
             raise ConfigError(f"{side} pixels are too few for {self.model.name}: {error}", "a larger size") from error
         for name in self.names:
-            if not isinstance(features[name], Tensor) or features[name].ndim != 4:
+            if not isinstance(features.get(name), Tensor) or features[name].ndim != 4:
                 raise _no_feature_map(self.model, name)
         return features
 
 
+class _HookedFeatures(nn.Module):
+    """The outputs of some layers of a model that cannot be traced, which is therefore computed to its end."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self._features: dict[str, Tensor] = {}
+        modules = dict(model.named_modules())
+        for name in names:
+            modules[name].register_forward_hook(self._record(name))
+
+    def _record(self, name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._features[name] = output
+
+        return hook
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        self._features = {}
+        self.model(images)
+        return self._features
+
+
 def _trace(model: PretrainedClassifier, names: Sequence[str]) -> nn.Module:
-    """Return a model cut after the last of some layers."""
+    """Return a model cut after the last of some layers; with hooks if its control flow depends on its input."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # auxiliary classifiers differ between training and evaluation
         try:
             traced: nn.Module = _compat.timm().models.create_feature_extractor(model.module.model, list(names))
+        except (torch.fx.proxy.TraceError, TypeError, NameError, AttributeError):
+            traced = _HookedFeatures(model.module.model, names)
         except ValueError as error:
             missing = next((name for name in names if f"'{name}'" in str(error)), names[0])
             raise _no_feature_map(model, missing) from error

@@ -1,7 +1,10 @@
 """Features of the layers of a pretrained model."""
 
+import types
+
 import pytest
 import torch
+from torch import nn
 
 from cvlab.engine import memory
 from cvlab.errors import ConfigError
@@ -72,3 +75,34 @@ def test_memory_estimate_grows_with_the_pixels():
     shallow, deep = estimate("blocks.0", 256), estimate("blocks.5", 256)
     assert 256 * 256 * 100 < shallow < deep
     assert estimate("blocks.5", 512) == pytest.approx(2 * deep)
+
+
+class DataDependent(nn.Module):
+    """A model whose control flow depends on its input, which torch.fx cannot trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 8, 3)
+
+    def forward(self, images):
+        hidden = self.first(images)
+        if hidden.sum() > 0:
+            hidden = hidden * 2
+        return self.second(hidden).mean((2, 3))
+
+
+class WithoutNormalization(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def normalize(self, images):
+        return images
+
+
+def test_a_model_that_cannot_be_traced_gives_its_features_all_the_same():
+    model = DataDependent()
+    classifier = types.SimpleNamespace(module=WithoutNormalization(model), name="data_dependent")
+    images = torch.rand(2, 3, 16, 16)
+    extracted = features.FeatureExtractor(classifier, ["first"]).batch(images)
+    torch.testing.assert_close(extracted["first"], model.first(images), rtol=0, atol=0)
