@@ -55,7 +55,7 @@ def build_torchvision(model_name: str, *, num_classes: int = 10, **options: Any)
 
 def _call_builder(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
     if options.get("pretrained") or options.get("weights"):
-        raise ConfigError(f"model {name}: weights are not fetched by a training", "leave the key out")
+        raise ConfigError(f"model {name}: weights are not fetched by a training run", "leave the key out")
     try:
         model: nn.Module = builder(*args, **options)
     except (TypeError, ValueError, RuntimeError) as error:
