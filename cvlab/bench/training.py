@@ -17,6 +17,7 @@ from cvlab.engine import optimizers
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification import throughput
+from cvlab.experiments.classification.config import ClassifyConfig
 from cvlab.experiments.classification.setup import ClassificationSetup
 
 REFERENCE = "cifar_vgg_half_60s"
@@ -45,16 +46,17 @@ def everything(rounds: int, device: str) -> dict[str, Any]:
     return {"ok": True, "machine": rates, "configs": every_config(rates, device)}
 
 
-def training(name: str, device: str) -> tuple[Any, ClassificationSetup]:
+def training(name: str, device: str) -> tuple[ClassifyConfig, ClassificationSetup]:
     """Build the training run of a configuration, on noise."""
     if configs.load(name).config.experiment != "classify":
         raise ConfigError(f"{name}: not a training run of a classifier")
     loaded = configs.load(name, [f"device={device}"])
-    config: Any = loaded.config
+    config = loaded.config
+    assert isinstance(config, ClassifyConfig)
     return config, throughput.build_on_synthetic_images(config, loaded.base)
 
 
-def _fit_loop(config: Any, parts: ClassificationSetup, count: int) -> Callable[[], None]:
+def _fit_loop(config: ClassifyConfig, parts: ClassificationSetup, count: int) -> Callable[[], None]:
     """Return the engine's loop: shuffled uint8 batches, augmented, the losses checked."""
     steps = throughput.train_steps(config, parts)
 
@@ -67,7 +69,7 @@ def _fit_loop(config: Any, parts: ClassificationSetup, count: int) -> Callable[[
 
 
 def _bare_loop(
-    config: Any, parts: ClassificationSetup, count: int, ctx: ComputeContext, layout: Any
+    config: ClassifyConfig, parts: ClassificationSetup, count: int, ctx: ComputeContext, layout: torch.memory_format
 ) -> Callable[[], None]:
     """Return a loop of plain PyTorch: images already converted to floats, drawn at random, not augmented."""
     model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
