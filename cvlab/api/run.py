@@ -8,7 +8,7 @@ from typing import Any
 from cvlab import console, registry
 from cvlab.config import expectations, loading
 from cvlab.config.metrics import metric_info
-from cvlab.config.schema import ExperimentConfig
+from cvlab.config.schema import DataConfig, ExperimentConfig
 from cvlab.data import datasets
 from cvlab.data.resolve import DownloadPolicy, describe_data
 from cvlab.distributed import collectives, process_group
@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 
 def used_data(config: ExperimentConfig) -> str | None:
-    """Say which data a run uses."""
+    """Return the name of the data set that a run uses, as the records have it; None if it has no data set."""
     data = config.data_config()
     return describe_data(data) if data is not None else None
 
@@ -54,7 +54,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
     }
 
 
-def _data_plan(block: Any) -> Result:
+def _data_plan(block: DataConfig) -> Result:
     source = None if registry.is_user_file(block.name) else datasets.get(block.name)
     ready = source is None or source.is_builtin or source.ready(data_root())
     missing = {} if ready else {"fallback": block.fallback, "to get it": f"cvlab data fetch {block.name}"}
