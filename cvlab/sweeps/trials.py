@@ -67,7 +67,9 @@ def _time_budget_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> 
     """Reject a budget of seconds for trials that would compete for the machine."""
     are_concurrent = sweep.workers > 1 if sweep.workers else sweep.submit.on != "local"
     if are_concurrent and any(getattr(config, "duration", Duration(steps=1)).seconds for config in valid):
-        message = "workers: trials with a budget in duration.seconds must run one at a time; or give duration.steps"
+        message = (
+            "workers: trials with a budget in duration.seconds must run one at a time: use 1 worker, or duration.steps"
+        )
         return [(("workers",), message)]
     return []
 

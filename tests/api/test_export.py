@@ -120,7 +120,7 @@ def test_refusals(cvlab, trained):
 
 def test_a_file_that_differs_is_not_written():
     good = [torch.tensor([1.0, 2.0])]
-    assert export._difference(good, [torch.tensor([1.0, 2.00001])]) < 1e-4
+    assert export._largest_difference(good, [torch.tensor([1.0, 2.00001])]) < 1e-4
     for bad in (torch.tensor([1.0, 2.1]), torch.tensor([1.0]), torch.tensor([1.0, torch.nan])):
         with pytest.raises(CheckpointError):
-            export._difference(good, [bad])
+            export._largest_difference(good, [bad])

@@ -127,7 +127,7 @@ def test_a_run_resumes_in_as_many_processes_as_it_was_started_in(tmp_path, place
     assert launch.require_processes(tmp_path, None) == 2
     assert launch.require_processes(tmp_path, 3) == 3
     place(WORLD_SIZE="4")
-    with pytest.raises(ConfigError, match="begun in 2 processes, torchrun has started 4; --nproc 4 goes on"):
+    with pytest.raises(ConfigError, match="started in 2 processes, torchrun has started 4; --nproc 4 resumes"):
         launch.require_processes(tmp_path, None)
     assert launch.require_processes(tmp_path, 4) == 4
     (tmp_path / "config.yaml").write_text("experiment: sweep\nbase: {from: quickstart}\nseeds: [0, 1]\n")

@@ -102,7 +102,7 @@ def test_doctor_kills_and_resumes_on_the_users_disk(cvlab, tmp_path, scenes):
 def test_doctor_detects_different_weights(monkeypatch, tmp_path):
     digests = iter(["one", "another"])
     monkeypatch.setattr(fault_check, "_start", lambda *words, root: None)
-    monkeypatch.setattr(fault_check, "_killed", lambda root, kills, draw: ("kill -9", True, "once"))
+    monkeypatch.setattr(fault_check, "_kill_repeatedly", lambda root, kills, generator: ("kill -9", True, "once"))
     monkeypatch.setattr(fault_check, "_finish", lambda process: next(digests))
     found = {name: ok for name, ok, _ in fault_check.run(tmp_path / "runs", kills=1)}
     assert found["kill -9"]

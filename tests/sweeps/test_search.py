@@ -137,8 +137,8 @@ def refusals(tmp_path, text, *overrides):
         (("trials: 4", "trials: 0"), "s.yaml:14:3: search.trials: expected a whole number >= 1 and <= 1000, got 0"),
         (("startup: 2", "metric: val_acuracy"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
         (("optuna", "random"), "s.yaml:13:3: search.algorithm: expected optuna, got"),
-        (("search:", "seeds: [0, 1]\nsearch:"), "seeds and search: a search proposes all its trials"),
-        (("search:", "grid: {reg: [0.1]}\nsearch:"), "grid and search: a search proposes all its trials"),
+        (("search:", "seeds: [0, 1]\nsearch:"), "seeds and search: a search proposes all trials"),
+        (("search:", "grid: {reg: [0.1]}\nsearch:"), "grid and search: a search proposes all trials"),
         (("model.batchnorm", "model.batchnorm: [true]\n    model"), "model.batchnorm is varied twice, also by model"),
     ],
 )
@@ -178,13 +178,15 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
     (run / "trials" / ".partial").mkdir()
     code, _, err = cvlab("sweep", "s.yaml")
     assert code == 0, err
-    assert "4 trials, 4 of them ended before" in err, err
+    assert "4 trials, 4 already done" in err, err
     pruned = adaptive.trial_dirs(run)[1]
     (pruned / PRUNE_FILE).write_text("too bad")
     (pruned / "status.json").write_text('{"status": "interrupted"}')
     out, chosen = run_dir.RunDir(run), loading.load(str(run)).config
     assert [row["status"] for row in experiment.trial_rows(chosen, out)] == ["done", "pruned", "done", "done"]
-    assert len(experiment.settings(chosen, out)) == 3, "expectations speak of those that have ended"
+    assert len(experiment.SweepExperiment().grouped_results(chosen, out)) == 3, (
+        "expectations are evaluated on the trials that have ended"
+    )
     pruned.rename(tmp_path / "away")
     with pytest.raises(RunDirError, match="the trial 001 is gone"):
         adaptive.trial_dirs(run)
@@ -198,7 +200,7 @@ def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
     out.folder("trials")
     changes = {"optimizer.lr": 0.1, "batch_size": 30, "model.batchnorm": False}
     assert trials.add_trial(chosen, out, 0, changes) == out.path / "trials" / "000-lr-0.1-batch_size-30-batchnorm-false"
-    with pytest.raises(ConfigError, match=r"came to 001-.*, which is not valid: reg: expected .* conditions"):
+    with pytest.raises(ConfigError, match=r"proposed 001-.*, which is not valid: reg: expected .* conditions"):
         trials.add_trial(chosen, out, 1, changes | {"batch_size": 40})
     assert len(adaptive.trial_dirs(out.path)) == 1
 

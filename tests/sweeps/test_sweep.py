@@ -93,7 +93,7 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
         (("seeds", "zip: {batch_size: [1, 2], seed: [1]}\nseeds"), "batch_size has 2, seed has 1"),
         (("seeds", "zip: {optimizer.lr: [1, 2]}\nseeds"), "optimizer.lr is in grid and in zip"),
         (("[0, 1]", f"[{','.join(map(str, range(501)))}]"), "1002 trials; at most 1000"),
-        (("experiment: classify", "experiment: sweep"), "a sweep of sweeps"),
+        (("experiment: classify", "experiment: sweep"), "sweeps cannot be nested"),
         (("seeds: [0, 1]", "seeds: [0, 0]"), "seeds: a value is listed twice"),
         (("[1e-3, 1e-2]", "[1e-3, 1e-3]"), "optimizer.lr: a value is listed twice"),
         (("seeds", "  seed: [5, 6]\nseeds"), "seed is varied twice"),
@@ -102,7 +102,7 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
         (("seeds", "diverged_values: {val_acuracy: 0.1}\nseeds"), "did you mean 'val_accuracy'"),
         (("seeds", "conditions: [{when: {optimizer.momentum: 0.0}, set: {reg: 0.1}}]\nseeds"), "write it into base"),
         (("seeds", "expect: [mean(val_acuracy) > 0]\nseeds"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
-        (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"over trials write for example `mean\(METRIC\)`"),
+        (("seeds", "expect: [val_accuracy > 0]\nseeds"), r"for a sweep write a function, for example `mean\(METRIC\)`"),
         (("seeds", "expect: ['mean(val_loss, optimizer.lr=7) > 0']\nseeds"), "no trial has optimizer.lr=7"),
         (("seeds", "expect: ['increasing(val_loss, optimizr.lr)']\nseeds"), "no trial has the key optimizr.lr"),
         (("seeds", "expect: ['mean(val_loss, seed=0) > 0']\nseeds"), "settings are means over seeds"),
@@ -127,7 +127,7 @@ def test_overrides_of_axes(tmp_path):
 
 def test_a_run_has_no_trials_to_speak_of(tmp_path):
     found = refusals(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [mean(val_loss) < 9]\n")
-    assert "speaks of a sweep's trials" in found[0]
+    assert "is a function over a sweep" in found[0]
 
 
 def test_a_sweep_from_start_to_end(cvlab, tmp_path):
@@ -288,7 +288,7 @@ def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
     code, _, err = cvlab("sweep", name)
     assert code == 0
     assert "resuming" in err
-    assert "2 of them ended before" in err
+    assert "2 already done" in err
     (run / "status.json").write_text(json.dumps(status))
     (tmp_path / "a" / "net.py").write_text((tmp_path / "a" / "net.py").read_text() + "# repaired\n")
     code, _, err = cvlab("sweep", name)
@@ -347,7 +347,7 @@ def test_missing_and_damaged_trials(cvlab, tmp_path):
     (run / "trials" / "001-lr-0.01-seed-0").rename(tmp_path / "away")
     code, _, err = cvlab("resume", run)
     assert code == 5
-    assert "the trial 001-lr-0.01-seed-0 is gone" in err
+    assert "the trial 001-lr-0.01-seed-0 is missing" in err
 
 
 def test_any_configuration_with_axes(cvlab, tmp_path):

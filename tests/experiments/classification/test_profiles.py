@@ -113,7 +113,7 @@ def test_a_sweep_has_one_size_and_its_budgets_run_alone(file, cvlab):
     assert "base.profile=small or base.profile=middle or base.profile=large" in err
     code, _, err = cvlab("sweep", file, "seeds=[0,1]", "base.profile=middle", "--workers", 2)
     assert code == 2
-    assert "must run alone" in err
+    assert "must run one at a time" in err
     chosen = load_sweep(file, ["seeds=[0,1]", "base.profile=middle"]).config
     assert chosen.base["model"]["filters"] == (8,)
     assert "profiles" not in chosen.base

@@ -148,7 +148,7 @@ def test_a_node_that_does_not_share_the_disk_gets_no_trial(sweep, monkeypatch):
     (sweep.path / executors.TOKEN).write_text("the word of a later driver")
     code, said = node.run(node.remote_task(task))
     assert code is None
-    assert f"does not see what the driver has written to {sweep.path}" in said
+    assert f"does not see the files of the sweep in {sweep.path}" in said
     (sweep.path / executors.TOKEN).write_text("word")
     assert node.shares_storage(task)
 
@@ -200,7 +200,7 @@ def test_an_extra_that_is_not_there_is_one_line(cvlab, tmp_path, monkeypatch, pa
         ({"submit.address": "auto"}, "address goes with on: ray or slurm"),
         ({"submit.on": "ray", "submit.address": "there"}, "expected host:port or auto, got 'there'"),
         ({"submit.on": "slurm", "submit.address": "auto"}, "slurm has none but `local`, got 'auto'"),
-        ({"submit.on": "ray", "base.duration.seconds": 3}, "a budget in duration.seconds must run alone"),
+        ({"submit.on": "ray", "base.duration.seconds": 3}, "a budget in duration.seconds must run one at a time"),
     ],
 )
 def test_mistakes(tmp_path, words, message):
@@ -239,5 +239,5 @@ def test_a_driver_that_is_killed_costs_less_than_half_a_sweep(started_sweep, tmp
     said = (tmp_path / "said.txt").read_text()
     assert weights_of_trials(tmp_path) == wanted
     assert "already running" not in said
-    assert "2 of them ended before" in said
+    assert "2 already done" in said
     assert disturbed <= 1.5 * undisturbed, (disturbed, undisturbed)

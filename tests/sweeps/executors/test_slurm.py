@@ -142,7 +142,7 @@ def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm")
     assert code == 2
-    assert "no sbatch; run it on a login node, or try --address local" in err
+    assert "no Slurm on this machine; run it on a login node, or try --address local" in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -151,7 +151,7 @@ def test_a_job_that_slurm_refuses_is_one_line(cvlab, tmp_path, fake_slurm):
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm", "submit.partition=no")
     assert code == 2
-    assert "Slurm refuses the job: " in err
+    assert "Slurm rejected the job: " in err
     assert "invalid partition specified: no; change submit" in err
 
 
