@@ -188,7 +188,7 @@ def test_a_search_from_start_to_end(cvlab, tmp_path):
         "expectations are evaluated on the trials that have ended"
     )
     pruned.rename(tmp_path / "away")
-    with pytest.raises(RunDirError, match="the trial 001 is gone"):
+    with pytest.raises(RunDirError, match="the trial 001 is missing"):
         adaptive.trial_dirs(run)
 
 
@@ -205,7 +205,7 @@ def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
     assert len(adaptive.trial_dirs(out.path)) == 1
 
 
-def test_an_trial_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvlab, tmp_path):
+def test_a_trial_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvlab, tmp_path):
     text = BASE.partition("base:\n")[2].replace("\n  ", "\n").strip().replace("eval_every: 1000", "eval_every: 1")
     (tmp_path / "s.yaml").write_text(text)
     assert cvlab("run", "s.yaml", "-q")[0] == 0

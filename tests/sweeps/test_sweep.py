@@ -229,7 +229,7 @@ def test_trials_end_with_the_sweep_however_it_dies(tmp_path):
     assert read_status(trial.parent.parent)["status"] == "interrupted"
 
 
-def test_an_trial_that_diverges_is_a_result(cvlab, tmp_path):
+def test_a_trial_that_diverges_is_a_result(cvlab, tmp_path):
     text = SWEEP.replace("[1e-3, 1e-2]", "[1e-2, 100]").replace("seeds: [0, 1]", "seeds: [0]")
     text = (
         text.replace("steps: 4}", "steps: 200}\n  reg: 1.0\n  eval_every: 100")
@@ -245,7 +245,7 @@ def test_an_trial_that_diverges_is_a_result(cvlab, tmp_path):
     assert cvlab("sweep", "s.yaml", "expect=[mean(val_accuracy) > 0]", "-q")[0] == 3
 
 
-def test_an_trial_that_fails_does_not_stop_the_others(cvlab, tmp_path):
+def test_a_trial_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     write(tmp_path, "from torch import nn\ndef net(width=3, num_classes=10):\n    return Net(width)\n", "net.py")
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"

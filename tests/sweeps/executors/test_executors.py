@@ -101,7 +101,7 @@ def held(trial):
             run.kill()
 
 
-def test_an_trial_that_an_orphan_still_runs_comes_last(sweep, monkeypatch):
+def test_a_trial_that_an_orphan_still_runs_comes_last(sweep, monkeypatch):
     order = []
     with held(sweep.path / "trials" / "000-lr") as orphan:
 
@@ -135,7 +135,7 @@ def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch,
     assert "waiting for 1 trials that an earlier start" in (sweep.path / "log.txt").read_text()
 
 
-def test_the_last_words_of_an_trial(tmp_path):
+def test_the_last_words_of_a_trial(tmp_path):
     (tmp_path / executors.ERRORS).write_text("Traceback\nerror: no more\n")
     assert executors.read_last_error(tmp_path) == "no more"
     assert executors.read_last_error(tmp_path) == ""

@@ -81,7 +81,7 @@ def net():
 
 
 @pytest.mark.slow
-def test_gpus_of_an_trial(started_sweep, tmp_path, monkeypatch):
+def test_gpus_of_a_trial(started_sweep, tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
     seen = tmp_path / "seen"
