@@ -70,7 +70,7 @@ def test_a_package_says_what_it_is_and_what_it_may_import(path):
 
 def test_every_experiment_is_complete():
     from cvlab import registry
-    from cvlab.experiments.base import Experiment
+    from cvlab.experiments.base import Experiment, PhotoExperiment
 
     for name in registry.experiment_names():
         experiment = registry.get_experiment(name)
@@ -79,6 +79,10 @@ def test_every_experiment_is_complete():
         assert experiment.metrics
         assert experiment.Config.model_config["extra"] == "forbid"
         assert experiment.Config.model_config["frozen"]
+        if isinstance(experiment, PhotoExperiment):
+            names = [column.name for column in experiment.columns]
+            assert names
+            assert len(set(names)) == len(names)
         for method in ("plan", "run"):
             assert getattr(type(experiment), method) is not getattr(Experiment, method)
         for word in ("References:", "Metrics:", "Command:"):

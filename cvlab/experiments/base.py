@@ -16,6 +16,7 @@ from cvlab.config.schema import ExperimentConfig
 from cvlab.config.validation import Problems
 from cvlab.data.resolve import DownloadPolicy, resolve_dataset
 from cvlab.runs import user_code
+from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -89,6 +90,15 @@ class Experiment(Generic[C]):
     def grouped_results(self, config: C, run: RunDir) -> Sequence[GroupedResult]:
         """Return the results that expectations with functions such as `mean(...)` are evaluated on."""
         return ()
+
+
+class PhotoExperiment(Experiment[C]):
+    """An experiment on images, which reports one `PhotoResult` for each of them.
+
+    A subclass also sets `columns`: how tables and pages show its results.
+    """
+
+    columns: ClassVar[tuple[Column, ...]]
 
 
 class Evaluable(Generic[C]):

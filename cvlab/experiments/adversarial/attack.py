@@ -37,7 +37,7 @@ from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo
 from cvlab.experiments.common.photo_config import PhotoConfig
@@ -335,11 +335,12 @@ def compute_metrics(results: list[PhotoResult]) -> dict[str, float]:
     return metrics
 
 
-class AttackExperiment(Experiment[AttackConfig]):
+class AttackExperiment(PhotoExperiment[AttackConfig]):
     """Adversarial attacks on photos, evaluated on the saved file."""
 
     name = "attack"
     Config = AttackConfig
+    columns = COLUMNS
     metrics = (
         Metric("num_photos"),
         Metric("num_attacked"),
@@ -358,7 +359,7 @@ class AttackExperiment(Experiment[AttackConfig]):
         target = model.class_index(config.target) if config.target is not None else None
         run.folder("images")
         attack = Attack(config, model, ctx, target, run)
-        return compute_metrics(photo_batches.run(config, run, attack, "attack", COLUMNS))
+        return compute_metrics(photo_batches.run(config, run, attack, "attack", self.columns))
 
     def plan(self, config: AttackConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. Raises ConfigError for an unknown class."""

@@ -19,7 +19,7 @@ from cvlab.config import schema
 from cvlab.config.metrics import Metric
 from cvlab.engine import device
 from cvlab.errors import ConfigError
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_store
 from cvlab.experiments.captioning.checkpoint import LoadedCaptioner
 from cvlab.experiments.captioning.decoding import Hypothesis
@@ -112,11 +112,12 @@ def _describe(config: CaptionConfig, captioner: LoadedCaptioner) -> str:
     return f"{captioner.model.cell} ({source}): {len(captioner.vocabulary)} words, trained on {trained_on}"
 
 
-class CaptionExperiment(Experiment[CaptionConfig]):
+class CaptionExperiment(PhotoExperiment[CaptionConfig]):
     """Caption photos with a trained captioner."""
 
     name = "caption"
     Config = CaptionConfig
+    columns = COLUMNS
     metrics = (Metric("num_photos"), Metric("mean_words"))
 
     def run(self, config: CaptionConfig, run: RunDir) -> dict[str, float]:
@@ -125,7 +126,7 @@ class CaptionExperiment(Experiment[CaptionConfig]):
         run.log(f"captioning with {_describe(config, captioner)}")
         if config.attention:
             run.folder("images")
-        results = photo_batches.run(config, run, CaptionPhotos(config, captioner, ctx, run), "caption", COLUMNS)
+        results = photo_batches.run(config, run, CaptionPhotos(config, captioner, ctx, run), "caption", self.columns)
         num_words = sum(len(result.values["sentence"].split()) for result in results)
         return {"num_photos": len(results), "mean_words": num_words / len(results)}
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from cvlab.config import schema
 from cvlab.config.metrics import Metric
 from cvlab.data import photos
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo
 from cvlab.experiments.common.photo_config import PhotoConfig
@@ -36,11 +36,12 @@ class ClassifyPhotosConfig(PhotoConfig):
 COLUMNS = (Column("top", "prediction", has_lines=True),)
 
 
-class ClassifyPhotosExperiment(Experiment[ClassifyPhotosConfig]):
+class ClassifyPhotosExperiment(PhotoExperiment[ClassifyPhotosConfig]):
     """Classify photos with an ImageNet-pretrained model: the most likely classes and their probabilities."""
 
     name = "classify_photos"
     Config = ClassifyPhotosConfig
+    columns = COLUMNS
     metrics = (Metric("num_photos"), Metric("mean_probability", "fraction"))
 
     def run(self, config: ClassifyPhotosConfig, run: RunDir) -> dict[str, float]:
@@ -58,7 +59,7 @@ class ClassifyPhotosExperiment(Experiment[ClassifyPhotosConfig]):
                 results.append(PhotoResult(str(photo.path), {**predictions[0], "top": predictions}))
             return results
 
-        results = photo_batches.run(config, run, classify, "classify", COLUMNS)
+        results = photo_batches.run(config, run, classify, "classify", self.columns)
         mean = statistics.fmean(result.values["score"] for result in results)
         return {"num_photos": len(results), "mean_probability": mean}
 

@@ -16,7 +16,7 @@ from cvlab.config.metrics import Metric
 from cvlab.data import photos
 from cvlab.engine import device
 from cvlab.errors import ConfigError
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.common import photo_batches, photo_config, weights
 from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.experiments.detection import diagrams, evaluation, inference
@@ -66,11 +66,12 @@ def _load_detector(config: DetectConfig, ctx: device.ComputeContext) -> LoadedDe
     return detector
 
 
-class DetectExperiment(Experiment[DetectConfig]):
+class DetectExperiment(PhotoExperiment[DetectConfig]):
     """Detect objects in photos and draw their boxes; without photos, evaluate the detector on its validation split."""
 
     name = "detect"
     Config = DetectConfig
+    columns = inference.COLUMNS
     metrics = (
         Metric("num_photos"),
         Metric("num_objects", when=lambda config: bool(config.images)),
@@ -87,7 +88,7 @@ class DetectExperiment(Experiment[DetectConfig]):
         if not config.images:
             return evaluation.evaluate_on_validation(detector, run, config.batch_size, config.conf)
         work = PhotoDetector(detector, run, config.conf, config.iou, config.save, config.explain)
-        results = photo_batches.run(config, run, work, "detect", inference.COLUMNS)
+        results = photo_batches.run(config, run, work, "detect", self.columns)
         if "json" in config.save:
             inference.save_coco(detector, results, run)
         num_objects = sum(len(result.values["objects"]) for result in results)

@@ -34,7 +34,7 @@ from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.common import photo_config
 from cvlab.experiments.common.photo_config import PretrainedConfig
 from cvlab.models import pretrained
@@ -257,11 +257,12 @@ def build_second_model(config: ClassVisualizationConfig, device: torch.device) -
     return probabilities
 
 
-class ClassVisualizationExperiment(Experiment[ClassVisualizationConfig]):
+class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
     """Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo."""
 
     name = "class_visualization"
     Config = ClassVisualizationConfig
+    columns = COLUMNS
     metrics = (
         Metric("num_pictures"),
         Metric("probability", "fraction", "higher"),
@@ -290,7 +291,7 @@ class ClassVisualizationExperiment(Experiment[ClassVisualizationConfig]):
         second = build_second_model(config, ctx.device)
         if second is not None:
             visualizer.evaluate_second(second, results)
-        run.extra_summary |= summarize(results, COLUMNS)
+        run.extra_summary |= summarize(results, self.columns)
         probability = min(result.values["score_target"] for result in results)
         metrics = {"num_pictures": len(results), "probability": probability, **losses}
         if second is not None:

@@ -32,7 +32,7 @@ from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.common import photo_config
 from cvlab.experiments.common.photo_config import PretrainedConfig
 from cvlab.models.features import FeatureExtractor
@@ -148,11 +148,12 @@ def save_and_evaluate(inverter: FeatureInverter, state: ImageState, run: RunDir)
     return results
 
 
-class FeatureInversionExperiment(Experiment[FeatureInversionConfig]):
+class FeatureInversionExperiment(PhotoExperiment[FeatureInversionConfig]):
     """Feature inversion: reconstruct a photo from the features of each of several layers."""
 
     name = "feature_inversion"
     Config = FeatureInversionConfig
+    columns = COLUMNS
     metrics = (
         Metric("num_pictures"),
         Metric("steps"),
@@ -180,7 +181,7 @@ class FeatureInversionExperiment(Experiment[FeatureInversionConfig]):
         )
         losses = image_optimizer.optimize_image(task, run, "inversion")
         results = save_and_evaluate(inverter, task.state, run)
-        run.extra_summary |= summarize(results, COLUMNS)
+        run.extra_summary |= summarize(results, self.columns)
         psnrs = [result.values["psnr_db"] for result in results]
         rises = [deeper - shallower for shallower, deeper in itertools.pairwise(psnrs)]
         by_layer = {f"psnr_db/{result.values['layer']}": result.values["psnr_db"] for result in results}

@@ -27,7 +27,7 @@ from cvlab.config import schema
 from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
 from cvlab.engine.device import ComputeContext
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo
 from cvlab.experiments.common.photo_config import PhotoConfig
@@ -143,11 +143,12 @@ class SaliencyMaps:
         return files
 
 
-class SaliencyExperiment(Experiment[SaliencyConfig]):
+class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
     """Saliency maps: which pixels of a photo the prediction depends on."""
 
     name = "saliency"
     Config = SaliencyConfig
+    columns = COLUMNS
     metrics = (Metric("num_photos"), Metric("inside", "fraction", "higher"))
 
     def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:
@@ -156,7 +157,7 @@ class SaliencyExperiment(Experiment[SaliencyConfig]):
         target = model.class_index(config.target) if config.target is not None else None
         run.folder("images")
         saliency_maps = SaliencyMaps(config, model, ctx, target, run)
-        results = photo_batches.run(config, run, saliency_maps, "saliency", COLUMNS)
+        results = photo_batches.run(config, run, saliency_maps, "saliency", self.columns)
         inside = statistics.fmean(result.values["inside"] for result in results)
         return {"num_photos": len(results), "inside": inside}
 

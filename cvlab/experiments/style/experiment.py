@@ -27,7 +27,7 @@ from PIL import Image
 from cvlab.config.metrics import Metric
 from cvlab.data import photos
 from cvlab.engine import image_optimizer
-from cvlab.experiments.base import Experiment
+from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.style.config import StyleConfig
 from cvlab.experiments.style.transfer import StyleTransfer, prepare
 from cvlab.reports import images
@@ -66,11 +66,12 @@ def save_frame(run: RunDir, image: Image.Image, step: int) -> None:
     run.write_bytes("images/preview.png", data)
 
 
-class StyleExperiment(Experiment[StyleConfig]):
+class StyleExperiment(PhotoExperiment[StyleConfig]):
     """Neural style transfer: match the features of a photo and the Gram matrices of one or more style images."""
 
     name = "style"
     Config = StyleConfig
+    columns = COLUMNS
     metrics = (
         Metric("width", "px"),
         Metric("height", "px"),
@@ -100,7 +101,7 @@ class StyleExperiment(Experiment[StyleConfig]):
         metrics = transfer.evaluate(run.path / "images" / "style.png")
         files = write_panel_and_animation(transfer, run)
         values = {"content": config.content, "styles": list(config.styles), **metrics}
-        run.extra_summary |= summarize([PhotoResult("images/style.png", values, files)], COLUMNS)
+        run.extra_summary |= summarize([PhotoResult("images/style.png", values, files)], self.columns)
         times = {name: last[name] for name in ("steps", "seconds_of_steps")}
         return {"width": image.width, "height": image.height, **metrics, **times}
 
