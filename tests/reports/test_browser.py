@@ -14,7 +14,7 @@ import pytest
 from cvlab.api import serve
 from cvlab.cli.main import run_command_line
 from cvlab.reports import html, index
-from cvlab.runs import run_dir
+from cvlab.runs import records
 from cvlab.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.browser
@@ -156,7 +156,7 @@ def test_runs_are_sorted_and_filtered(browser, root):
 
 def test_ui_shows_a_run_go_on(browser, root, monkeypatch):
     monkeypatch.setattr(
-        run_dir, "is_held", lambda path: path.name.startswith("2099")
+        records, "is_held", lambda path: path.name.startswith("2099")
     )  # a lock does not hold its own process
     path = root / "20991231-130000-going-0002"
     path.mkdir()

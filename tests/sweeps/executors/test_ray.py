@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from cvlab.errors import ConfigError, DeviceError
-from cvlab.runs import run_dir
 from cvlab.runs.records import read_json, read_status
+from cvlab.storage.lock import is_held
 from cvlab.sweeps.executors import SubmitConfig, ray_tasks
 from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
@@ -47,7 +47,7 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
         until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
         process.kill()
         run = (tmp_path / "runs" / "latest").resolve()
-        until(lambda: not any(map(run_dir.is_held, run.glob("trials/*"))))
+        until(lambda: not any(map(is_held, run.glob("trials/*"))))
         stopped = [read_json(trial / "status.json") for trial in sorted(run.glob("trials/*"))]
         assert [status["status"] for status in stopped] == ["interrupted"] * 2, "they saved; nothing was killed"
         assert started_sweep("--on", "ray", "--address", cluster.address).wait() == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cvlab.runs import run_dir
 from cvlab.runs.records import read_status
+from cvlab.storage.lock import is_held
 from cvlab.sweeps.executors import Limits, SubmitConfig, node, slurm
 from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
@@ -56,7 +56,7 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
     until(lambda: "resumed step_" in (min((run / "trials").iterdir()) / "log.txt").read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert not any(map(run_dir.is_held, run.glob("trials/*")))
+    assert not any(map(is_held, run.glob("trials/*")))
     assert not list(run.glob("trials/*/stderr.txt"))
     assert read_status(min((run / "trials").iterdir()))["status"] == "interrupted"
 
