@@ -109,6 +109,10 @@ class Duration(FrozenModel):
         (), description="recorded by cvlab for a run of `seconds`: until which step how many steps were planned"
     )
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps; 0 for a budget of seconds, whose steps are not known in advance."""
+        return self.steps or (self.epochs or 0) * steps_per_epoch
+
     @model_validator(mode="after")
     def _exactly_one(self) -> "Duration":
         units = [key for key in ("steps", "epochs", "seconds") if getattr(self, key) is not None]

@@ -270,6 +270,6 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
             "parameters": sum(p.numel() for p in model.parameters()),
             "vocabulary": f"{len(setup.captioner.vocabulary)} tokens",
             "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.dataset.splits.items()),
-            "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
+            "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",
             **setup.ctx.as_dict(),
         }

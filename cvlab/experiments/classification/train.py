@@ -125,7 +125,7 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
         optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
         num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
         steps_per_epoch = count_steps_per_epoch(num_train, config.batch_size)
-        steps = config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch
+        steps = config.duration.num_steps(steps_per_epoch)
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
             "train_images": num_train,

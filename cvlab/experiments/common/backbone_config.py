@@ -74,7 +74,7 @@ class BackboneTrainConfig(TrainConfig):
 
     def final_epochs_start(self, epochs: int, steps_per_epoch: int) -> int:
         """Return the first step of the last `epochs` epochs."""
-        steps = self.duration.steps or (self.duration.epochs or 0) * steps_per_epoch
+        steps = self.duration.num_steps(steps_per_epoch)
         return max(0, steps - epochs * steps_per_epoch)
 
     @field_validator("backbone")

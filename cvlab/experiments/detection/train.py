@@ -267,6 +267,6 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             "classes": ", ".join(setup.boxset.classes),
             "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.boxset.splits.items()),
             "views": num_views,
-            "steps": config.duration.steps or (config.duration.epochs or 0) * steps_per_epoch or "as many as fit",
+            "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",
             **setup.ctx.as_dict(),
         }
