@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cvlab import _compat
 from cvlab.bench import harness
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.engine import device as engine_device
 from cvlab.experiments.detection import inference
 from cvlab.ops import average_precision, nms
@@ -145,7 +145,7 @@ def _torchmetrics(detections: list[Detections], ground_truths: list[GroundTruth]
 
 def _detector(model: str, ctx: engine_device.ComputeContext) -> Loops:
     detector = inference.load_detector(model, None, ctx)
-    photo = photos.load(photos.find_images([photos.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
+    photo = photos.load(photo_paths.find_images([photo_paths.SAMPLE])[0]).resize(PHOTO_PX, Image.Resampling.BICUBIC)
     width, height = PHOTO_PX
     return {f"{model} on a photo of {width} x {height}": lambda: detector.predict([photo], 0.25, 0.5)}
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.bench import harness
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.engine import device as engine_device
-from cvlab.experiments.adversarial import attack
+from cvlab.experiments.adversarial import config as adversarial_config
 from cvlab.experiments.adversarial.attack import Attack
 from cvlab.experiments.common.photo_batches import Photo
 from cvlab.models import pretrained
@@ -40,7 +40,7 @@ def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
     """Return `{"ok", "what", "loops": [{"loop", "seconds", "times_as_fast"}]}`, with the seconds of one step."""
     ctx = engine_device.select_device(device, "float32")
     model, bare = pretrained.build(device=ctx.device), bare_model(ctx.device)
-    whole = photos.load(photos.find_images([photos.SAMPLE])[0])
+    whole = photos.load(photo_paths.find_images([photo_paths.SAMPLE])[0])
     batch = [
         Photo(Path(f"{k}.png"), str(k), whole.crop((4 * k, 4 * k, 300 + 4 * k, 280 + 4 * k))) for k in range(batch_size)
     ]
@@ -116,7 +116,7 @@ def _resized(image: Tensor) -> Tensor:
 def _attack(
     size: str, precision: str, device: str, model: pretrained.PretrainedClassifier, batch: list[Photo], out: RunDir
 ) -> Callable[[], None]:
-    config = attack.AttackConfig(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
+    config = adversarial_config.AttackConfig(experiment="attack", target=str(TARGET), size=size, steps=STEPS, lr=SMALL)
     ctx = engine_device.select_device(device, precision)
     attacker = Attack(config, model, ctx, TARGET, out)
     examples = attacker.make_examples(batch)

@@ -12,14 +12,17 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
 
 SIGNATURES = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_libraries: list[torch.library.Library] = []  # a declaration lives as long as its library object
+_libraries: "list[torch.library.Library]" = []  # a declaration lives as long as its library object
 
 
 @functools.cache
@@ -37,6 +40,8 @@ def torchvision() -> ModuleType:
 
 
 def _declare_operators() -> None:
+    import torch
+
     library = torch.library.Library("torchvision", "DEF")
     for signature in SIGNATURES:
         library.define(signature)

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from cvlab.experiments.base import Experiment
 
 EXPERIMENTS = {
-    "attack": "cvlab.experiments.adversarial.attack:AttackExperiment",
-    "caption": "cvlab.experiments.captioning.predict:CaptionExperiment",
-    "captioner": "cvlab.experiments.captioning.train:CaptionerExperiment",
-    "class_visualization": "cvlab.experiments.interpretability.class_visualization:ClassVisualizationExperiment",
-    "classify": "cvlab.experiments.classification.train:ClassifyExperiment",
-    "classify_photos": "cvlab.experiments.classification.predict:ClassifyPhotosExperiment",
-    "detect": "cvlab.experiments.detection.predict:DetectExperiment",
-    "detector": "cvlab.experiments.detection.train:DetectorExperiment",
-    "feature_inversion": "cvlab.experiments.interpretability.feature_inversion:FeatureInversionExperiment",
-    "saliency": "cvlab.experiments.interpretability.saliency:SaliencyExperiment",
-    "style": "cvlab.experiments.style.experiment:StyleExperiment",
+    "attack": "cvlab.experiments.adversarial.experiments:AttackExperiment",
+    "caption": "cvlab.experiments.captioning.experiments:CaptionExperiment",
+    "captioner": "cvlab.experiments.captioning.experiments:CaptionerExperiment",
+    "class_visualization": "cvlab.experiments.interpretability.experiments:ClassVisualizationExperiment",
+    "classify": "cvlab.experiments.classification.experiments:ClassifyExperiment",
+    "classify_photos": "cvlab.experiments.classification.experiments:ClassifyPhotosExperiment",
+    "detect": "cvlab.experiments.detection.experiments:DetectExperiment",
+    "detector": "cvlab.experiments.detection.experiments:DetectorExperiment",
+    "feature_inversion": "cvlab.experiments.interpretability.experiments:FeatureInversionExperiment",
+    "saliency": "cvlab.experiments.interpretability.experiments:SaliencyExperiment",
+    "style": "cvlab.experiments.style.experiments:StyleExperiment",
     "sweep": "cvlab.sweeps.experiment:SweepExperiment",
 }
 

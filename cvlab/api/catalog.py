@@ -5,7 +5,6 @@ from typing import Any
 
 from cvlab import console, registry
 from cvlab.config import loading
-from cvlab.config.schema import component_type
 from cvlab.data import datasets
 from cvlab.errors import DataError
 from cvlab.reports import compare
@@ -44,7 +43,7 @@ def model_lines() -> list[Row]:
 
     rows = []
     for name in model_registry.MODELS:
-        config = component_type(model_registry.TABLE, name, model_registry.get_builder(name, Path()))
+        config = model_registry.TABLE.schema(name, Path())
         keys = [key if info.is_required() else f"{key}={info.default}" for key, info in config.model_fields.items()]
         rows.append({"name": name, "keys": ", ".join(keys[1:]), "summary": config.__doc__})
     rows += [

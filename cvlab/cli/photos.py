@@ -52,11 +52,11 @@ def start(
 
 def require_photos(images: list[str], overrides: list[str], options: RunOptions) -> None:
     """Raise ConfigError unless a photo is named, DataError if none of those that are named exists."""
-    from cvlab.data import photos
+    from cvlab.data import photo_paths
 
     if not images and not any(text.startswith("images=") for text in [*overrides, *(options.set_ or [])]):
         raise ConfigError("no photo is named", "give files, folders or patterns, or `sample` for a bundled photo")
-    photos.require_any(images)
+    photo_paths.require_any(images)
 
 
 @app.command()
@@ -146,10 +146,10 @@ def classvis(
     output: Output,
 ) -> None:
     """Visualize what a model has learned of a class. `cvlab classvis --target gorilla`."""
-    from cvlab.data import photos
+    from cvlab.data import photo_paths
 
     names, overrides = split_arguments(arguments)
-    photos.require_any(names)
+    photo_paths.require_any(names)
     targets = [part.strip() for part in target.split(",")] if target else None
     values = {"images": names or None, "targets": targets, "init": init, "steps": steps, "seed": seed}
     start("class_visualization", values | model.values(), overrides, options, dry_run, output)
@@ -184,13 +184,13 @@ def style(
     output: Output,
 ) -> None:
     """Transfer the style of an image to a photo. `cvlab style photo.jpg painting.jpg`."""
-    from cvlab.data import photos
+    from cvlab.data import photo_paths
 
     names, overrides = split_arguments(arguments)
     if len(names) < 2:
         missing = "photo is named" if not names else "style is named"
         raise ConfigError(f"no {missing}", "`cvlab style photo.jpg painting.jpg`; `sample` and `whirls` are bundled")
-    photos.require_all([*names, *(mask or []), *(style_mask or [])])
+    photo_paths.require_all([*names, *(mask or []), *(style_mask or [])])
     values: Values = {"content": names[0], "styles": names[1:], "strength": strength, "size": size, "init": init}
     values |= {"keep_colors": keep_colors or None, "mix": _numbers(mix, "--mix"), "masks": mask}
     values |= {"style_masks": style_mask, "seed": seed, **model.values()}
@@ -256,10 +256,10 @@ def detect(
     output: Output,
 ) -> None:
     """Detect objects in photos. Without photos, evaluate the detector on its validation split."""
-    from cvlab.data import photos
+    from cvlab.data import photo_paths
 
     names, overrides = split_arguments(images)
-    photos.require_any(names)
+    photo_paths.require_any(names)
     save = [kind for kind, is_given in (("json", save_json), ("txt", save_txt), ("xml", save_xml)) if is_given]
     values = {"images": names, "model": model, "weights": weights, "conf": conf, "iou": iou, "explain": explain}
     start("detect", values | {"save": save or None}, overrides, options, dry_run, output)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import registry
-from cvlab.config.schema import ComponentConfig, Registry, component_type, registries_of
+from cvlab.config.schema import Registry, registries_of
 
 
 def json_schema() -> dict[str, Any]:
@@ -25,7 +25,6 @@ def json_schema() -> dict[str, Any]:
 
 
 def _block_schema(table: Registry, name: str) -> dict[str, Any]:
-    component: type[ComponentConfig] = component_type(table, name, table.find(name, Path()))
-    schema = component.model_json_schema()
+    schema = table.schema(name, Path()).model_json_schema()
     schema["required"] = sorted({*schema.get("required", []), "name"})
     return schema

@@ -1,9 +1,7 @@
 """Base classes of configurations, and components `{name: ..., ...}` whose keys are the parameters of a builder."""
 
-import functools
 import hashlib
 import inspect
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from typing_extensions import Self
 
-from cvlab import registry as registries
-from cvlab.config import expectations
+from cvlab.config import expectations, signatures
+from cvlab.config.signatures import Signature
+from cvlab.registry import unknown_name_error
 
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
@@ -63,32 +62,32 @@ class Registry:
     injected: frozenset[str] = frozenset()
     resolve: Callable[[str, Path], Callable[..., Any]] | None = None
 
-    def find(self, name: str, base: Path) -> Callable[..., Any]:
-        """Return the builder called `name`.
+    def schema(self, name: str, base: Path) -> type[ComponentConfig]:
+        """Return the schema of the component called `name`; a user's file is relative to `base`.
 
         Raises:
             ConfigError: if there is none, with the closest name.
         """
-        if self.resolve is not None and name not in self.names:
-            return self.resolve(name, base)
-        return typing.cast("Callable[..., Any]", registries.get(self.kind, name, self.names))
+        if name in self.names:
+            signature = signatures.of_target(self.names[name], self.injected)
+        elif self.resolve is not None:
+            signature = signatures.of_builder(self.resolve(name, base), self.injected)
+        else:
+            raise unknown_name_error(self.kind, name, self.names)
+        return component_type(self, name, signature)
 
 
-def component_type(registry: Registry, name: str, builder: Callable[..., Any]) -> type[ComponentConfig]:
+def component_type(registry: Registry, name: str, signature: Signature) -> type[ComponentConfig]:
     """Return the schema of a component, made from the annotations and defaults of its builder's parameters."""
-    described = builder.func if isinstance(builder, functools.partial) else builder
-    annotated = described.__init__ if inspect.isclass(described) else described
-    hints = typing.get_type_hints(annotated, include_extras=True)
     base: type[ComponentConfig] = ComponentConfig
     fields: dict[str, Any] = {"name": (Literal[name], name)}
-    for parameter in inspect.signature(builder).parameters.values():
+    for parameter in signature.parameters:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             base = OpenComponentConfig
-        elif parameter.name not in registry.injected and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-            fields[parameter.name] = (hints.get(parameter.name, Any), default)
-    summary = (inspect.getdoc(described) or "").partition("\n")[0]
-    return create_model(f"{registry.kind}_{name}", __base__=base, __doc__=summary, **fields)
+            fields[parameter.name] = (parameter.annotation, default)
+    return create_model(f"{registry.kind}_{name}", __base__=base, __doc__=signature.summary, **fields)
 
 
 def registries_of(config_type: type[BaseModel]) -> dict[str, Registry]:

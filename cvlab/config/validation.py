@@ -10,7 +10,7 @@ from pydantic import ValidationError, create_model
 from cvlab import registry
 from cvlab.config import expectations, messages
 from cvlab.config.metrics import Metric
-from cvlab.config.schema import ComponentConfig, ExperimentConfig, FrozenModel, component_type, registries_of
+from cvlab.config.schema import ComponentConfig, ExperimentConfig, FrozenModel, registries_of
 from cvlab.config.strict_yaml import KeyPath
 from cvlab.errors import ConfigError, CvlabError
 
@@ -93,7 +93,7 @@ def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[FrozenModel] 
                 problems.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(components.names))}"))
             continue
         try:
-            component = component_type(components, chosen, components.find(chosen, base))
+            component = components.schema(chosen, base)
         except CvlabError as error:
             problems.append(((key, "name"), str(error)))
             continue

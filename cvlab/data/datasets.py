@@ -15,19 +15,27 @@ from cvlab.errors import ConfigError
 
 Dataset = TypeVar("Dataset", covariant=True)
 
-DATASETS = {
-    "cifar10": "cvlab.experiments.classification.data.cifar10:SOURCE",
-    "scenes10": "cvlab.experiments.classification.data.scenes10:SOURCE",
-    "scenes": "cvlab.experiments.detection.data.scenes:SCENES",
-    "fruit": "cvlab.experiments.detection.data.downloads:FRUIT",
-    "bccd": "cvlab.experiments.detection.data.downloads:BCCD",
-    "voc07": "cvlab.experiments.detection.data.downloads:VOC07",
-    "everyday": "cvlab.experiments.detection.data.everyday:SOURCE",
-    "boxes": "cvlab.experiments.detection.data.custom:BOXES",
-    "flickr8k": "cvlab.experiments.captioning.dataset:FLICKR8K",
-    "scene_captions": "cvlab.experiments.captioning.dataset:SCENE_CAPTIONS",
-    "captions": "cvlab.experiments.captioning.dataset:CAPTIONS",
+BY_KIND = {
+    "images": {
+        "cifar10": "cvlab.experiments.classification.data.cifar10:SOURCE",
+        "scenes10": "cvlab.experiments.classification.data.scenes10:SOURCE",
+    },
+    "boxes": {
+        "scenes": "cvlab.experiments.detection.data.scenes:SCENES",
+        "fruit": "cvlab.experiments.detection.data.downloads:FRUIT",
+        "bccd": "cvlab.experiments.detection.data.downloads:BCCD",
+        "voc07": "cvlab.experiments.detection.data.downloads:VOC07",
+        "everyday": "cvlab.experiments.detection.data.everyday:SOURCE",
+        "boxes": "cvlab.experiments.detection.data.custom:BOXES",
+    },
+    "captions": {
+        "flickr8k": "cvlab.experiments.captioning.dataset:FLICKR8K",
+        "scene_captions": "cvlab.experiments.captioning.dataset:SCENE_CAPTIONS",
+        "captions": "cvlab.experiments.captioning.dataset:CAPTIONS",
+    },
 }
+CONTENTS = {"images": "images with a class each", "boxes": "photos with boxes", "captions": "captioned photos"}
+DATASETS = {name: target for table in BY_KIND.values() for name, target in table.items()}
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,7 @@ class DatasetSource(ABC, Generic[Dataset]):
     """One row of the table: where a data set comes from and how to load it.
 
     Attributes:
-        kind: What the data set contains, in one word; also the name of the user's own data set of this kind.
-        contents: The same in a few words, for messages.
+        kind: One of `BY_KIND`; also the name of the user's own data set of this kind.
         ready: Whether the data set lies below a root folder; quick.
         check: Verifies the files below a root folder and returns one line about them; raises DataError.
         fetch: Called with the root folder, an origin (a local copy, or None for the network) and whether to wait as
@@ -56,7 +63,6 @@ class DatasetSource(ABC, Generic[Dataset]):
     """
 
     kind: ClassVar[str]
-    contents: ClassVar[str]
 
     name: str
     summary: str
@@ -93,25 +99,28 @@ def get(name: str) -> AnySource:
     return source
 
 
-def get_of_kind(name: str, kind: type[Source]) -> Source:
-    """Return the data set called `name`, which must be of `kind`. Raises ConfigError otherwise."""
-    if name not in DATASETS:
-        raise registry.unknown_name_error("data set", name, names(kind))
+def get_of_kind(name: str, source_type: type[Source]) -> Source:
+    """Return the data set called `name`, which must be of the kind of `source_type`. Raises ConfigError otherwise."""
+    require_kind(name, source_type.kind)
     source = get(name)
-    if not isinstance(source, kind):
-        hint = registry.unknown_name_error("data set", name, names(kind)).hint
-        raise ConfigError(f"data set {name!r} has {source.contents}, {kind.contents} are needed here", hint)
+    assert isinstance(source, source_type), name
     return source
 
 
-def check_kind(name: str, kind: type[AnySource]) -> None:
-    """Check that `name` is a data set of `kind`. Raises ValueError, for the validators of configurations."""
+def require_kind(name: str, kind: str) -> None:
+    """Raise ConfigError unless `name` is a data set of a kind; no data set's module is imported."""
+    if name in BY_KIND[kind]:
+        return
+    error = registry.unknown_name_error("data set", name, BY_KIND[kind])
+    if name not in DATASETS:
+        raise error
+    contents = next(CONTENTS[other] for other, table in BY_KIND.items() if name in table)
+    raise ConfigError(f"data set {name!r} has {contents}, {CONTENTS[kind]} are needed here", error.hint)
+
+
+def check_kind(name: str, kind: str) -> None:
+    """Check that `name` is a data set of a kind. Raises ValueError, for the validators of configurations."""
     try:
-        get_of_kind(name, kind)
+        require_kind(name, kind)
     except ConfigError as error:
         raise ValueError(str(error)) from error
-
-
-def names(kind: type[AnySource]) -> list[str]:
-    """Return the names of the data sets of a kind."""
-    return [name for name in DATASETS if isinstance(get(name), kind)]

@@ -4,10 +4,8 @@ Every photo becomes 8-bit RGB. Reading cannot take unbounded memory: the size is
 only four well-known decoders are enabled.
 """
 
-import glob
 import os
 import warnings
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,76 +14,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from cvlab import _compat
+from cvlab.data.photo_paths import FORMAT_HINT, FORMATS
 from cvlab.errors import DataError
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
-SAMPLE = "sample"
-SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_painting.py
-FORMAT_HINT = "give a JPEG, PNG, BMP or WEBP file"
-
-
-def _is_missing(name: str) -> bool:
-    """Whether a name means a file, and there is none."""
-    is_file = name not in (SAMPLE, SAMPLE_PAINTING) and "://" not in name and not glob.has_magic(name)
-    return is_file and not os.path.lexists(name)
-
-
-def require_any(names: Sequence[str]) -> None:
-    """Raise DataError if photos are named, and all of them are files that do not exist."""
-    if names and all(map(_is_missing, names)):
-        raise DataError(f"{names[0]}: no such file", f"`{SAMPLE}` is a bundled photo")
-
-
-def require_all(names: Sequence[str]) -> None:
-    """Raise DataError if one of the names is a file that does not exist."""
-    for name in filter(_is_missing, names):
-        raise DataError(
-            f"{name}: no such file", f"`{SAMPLE}` is a bundled photo, `{SAMPLE_PAINTING}` a bundled painting"
-        )
-
-
-def find_images(names: Iterable[str]) -> list[Path]:
-    """Return the paths of all photos meant by `names`, without duplicates.
-
-    Args:
-        names: Files, folders (their photos, sorted), patterns (`photos/*.jpg`) and `sample`, a bundled photo.
-
-    Returns:
-        The paths; a file that is named is returned whether it exists or not.
-
-    Raises:
-        DataError: If a folder or a pattern matches no photo.
-    """
-    paths: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if name == SAMPLE:
-            paths.append(_compat.sample_photo())
-        elif "://" in name:
-            raise DataError(f"{name}: URLs are not downloaded", "save the photo and give its file")
-        elif os.path.isdir(name):
-            paths += _list_folder(path)
-        elif glob.has_magic(name) and not os.path.lexists(name):
-            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
-            if not matches:
-                raise DataError(f"{name}: matches no file", FORMAT_HINT)
-            paths += matches
-        else:
-            paths.append(path)
-    return list(dict.fromkeys(paths))
-
-
-def _list_folder(folder: Path) -> list[Path]:
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}", "give a folder that can be read") from error
-    if not paths:
-        raise DataError(f"{folder}: no photos in this folder", FORMAT_HINT)
-    return paths
 
 
 def load(path: Path) -> Image.Image:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cvlab.config.metrics import Metric
 from cvlab.config.schema import (
     ComponentConfig,
     Duration,
@@ -17,6 +18,16 @@ from cvlab.config.schema import (
 from cvlab.distributed import sharding
 from cvlab.engine import optimizers, schedules
 from cvlab.errors import ConfigError
+
+TRAIN_METRICS = (  # of every training run
+    Metric("train_loss", better="lower"),
+    Metric("best_step"),
+    Metric("steps"),
+    Metric("epochs"),
+    Metric("parameters", better="lower"),
+    Metric("train_seconds", "s", "lower"),
+    Metric("images_per_second", "1/s", "higher"),
+)
 
 
 class TrainConfig(RunConfig):
@@ -42,3 +53,6 @@ class TrainConfig(RunConfig):
         sharding.require_divisible(self.batch_size, processes)
         if processes > 1 and self.duration.seconds is not None:
             raise ConfigError("duration.seconds: several processes need a number of steps", "give steps or epochs")
+
+
+pass  # REMOVED IMPORT

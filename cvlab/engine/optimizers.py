@@ -1,19 +1,22 @@
-"""Optimizers by name, with the arguments that a configuration may set."""
+"""Optimizers by name, with the arguments that a configuration may set.
 
-from collections.abc import Iterable
-from typing import Annotated, Any
+The signatures are the schema of the `optimizer` block, so that torch is imported where an optimizer is built, not here.
+"""
 
-import torch
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
 from annotated_types import Ge, Gt, Le, Lt
-from torch import Tensor, optim
 
 from cvlab import registry
 from cvlab.config.schema import Registry
-from cvlab.engine import device, update_rules
-from cvlab.engine.muon import Muon
 from cvlab.errors import ConfigError
 
-Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn, optim
+
+Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
 Rate = Annotated[float, Gt(0), Le(100)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
@@ -34,8 +37,10 @@ def _has_fused_kernel(parameters: list[Any]) -> bool:
 
 def sgd(
     parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0, nesterov: bool = False, weight_decay: Small = 0.0
-) -> optim.Optimizer:
+) -> "optim.Optimizer":
     """Build stochastic gradient descent with (Nesterov) momentum."""
+    from torch import optim
+
     params: Any = list(parameters)
     return optim.SGD(
         params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=_has_fused_kernel(params)
@@ -44,8 +49,10 @@ def sgd(
 
 def rmsprop(
     parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8, weight_decay: Small = 0.0
-) -> optim.Optimizer:
+) -> "optim.Optimizer":
     """Build RMSProp (Tieleman and Hinton, 2012, lecture 6e)."""
+    from torch import optim
+
     return optim.RMSprop(parameters, lr=lr, alpha=decay, eps=eps, weight_decay=weight_decay)
 
 
@@ -55,8 +62,10 @@ def adam(
     betas: tuple[Decay, Decay] = (0.9, 0.999),
     eps: Small = 1e-8,
     weight_decay: Small = 0.0,
-) -> optim.Optimizer:
+) -> "optim.Optimizer":
     """Build Adam (Kingma and Ba, 2015, algorithm 1)."""
+    from torch import optim
+
     params: Any = list(parameters)
     return optim.Adam(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_has_fused_kernel(params))
 
@@ -67,8 +76,10 @@ def adamw(
     betas: tuple[Decay, Decay] = (0.9, 0.999),
     eps: Small = 1e-8,
     weight_decay: Small = 1e-2,
-) -> optim.Optimizer:
+) -> "optim.Optimizer":
     """Build Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2)."""
+    from torch import optim
+
     params: Any = list(parameters)
     return optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_has_fused_kernel(params))
 
@@ -82,7 +93,7 @@ def muon(
     sgd_momentum: Decay = 0.85,
     weight_decay: Small = 0.0,
     iterations: Annotated[int, Ge(1), Le(20)] = 3,
-) -> optim.Optimizer:
+) -> "optim.Optimizer":
     """Build Muon (Jordan et al., 2024) for filters and hidden weights, Nesterov SGD for biases and the last weight.
 
     Args:
@@ -95,6 +106,11 @@ def muon(
         weight_decay: Weight decay of biases and the last weight.
         iterations: Newton-Schulz iterations.
     """
+    import torch
+
+    from cvlab.engine import device
+    from cvlab.engine.muon import Muon
+
     params: list[Any] = list(parameters)
     weights = [parameter for parameter in params if parameter.ndim > 1]
     shared = {"momentum": sgd_momentum, "weight_decay": weight_decay}
@@ -107,24 +123,32 @@ def muon(
     return Muon(groups, iterations=iterations, dtype=dtype)
 
 
-def manual_sgd(parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0) -> optim.Optimizer:
+def manual_sgd(parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0) -> "optim.Optimizer":
     """Build SGD with momentum from the hand-written update rule."""
+    from cvlab.engine import update_rules
+
     return update_rules.ManualOptimizer(parameters, update_rules.momentum, lr=lr, momentum=momentum)
 
 
-def manual_rmsprop(parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8) -> optim.Optimizer:
+def manual_rmsprop(
+    parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8
+) -> "optim.Optimizer":
     """Build RMSProp from the hand-written update rule."""
+    from cvlab.engine import update_rules
+
     return update_rules.ManualOptimizer(parameters, update_rules.rmsprop, lr=lr, decay=decay, eps=eps)
 
 
 def manual_adam(
     parameters: Parameters, lr: Rate = 1e-3, betas: tuple[Decay, Decay] = (0.9, 0.999), eps: Small = 1e-8
-) -> optim.Optimizer:
+) -> "optim.Optimizer":
     """Build Adam from the hand-written update rule."""
+    from cvlab.engine import update_rules
+
     return update_rules.ManualOptimizer(parameters, update_rules.adam, lr=lr, betas=betas, eps=eps)
 
 
-def build_optimizer(name: str, model: torch.nn.Module, arguments: dict[str, Any]) -> optim.Optimizer:
+def build_optimizer(name: str, model: "nn.Module", arguments: dict[str, Any]) -> "optim.Optimizer":
     """Return an optimizer of the parameters of a model that require gradients.
 
     Args:

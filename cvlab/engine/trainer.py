@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from cvlab import registry
-from cvlab.config.metrics import Metric
 from cvlab.config.schema import Duration
 from cvlab.console import Progress
 from cvlab.distributed import collectives, process_group, sharding
@@ -31,16 +30,6 @@ from cvlab.runs.checkpoint import State
 from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
 from cvlab.runs.records import PRUNE_FILE, pruning_reason
 from cvlab.runs.run_dir import RunDir
-
-METRICS = (  # of every training run
-    Metric("train_loss", better="lower"),
-    Metric("best_step"),
-    Metric("steps"),
-    Metric("epochs"),
-    Metric("parameters", better="lower"),
-    Metric("train_seconds", "s", "lower"),
-    Metric("images_per_second", "1/s", "higher"),
-)
 
 
 def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Module, dict[str, float]]:

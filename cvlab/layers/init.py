@@ -1,14 +1,16 @@
 """Weight initialization: Kaiming's, or a normal distribution of a fixed scale; biases are zero."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Le
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 WeightScale = Literal["kaiming"] | Annotated[float, Gt(0), Le(10)]
 
 
-def init_weights(layer: nn.Module, weight_scale: float | str, before_relu: bool) -> nn.Module:
+def init_weights(layer: "nn.Module", weight_scale: float | str, before_relu: bool) -> "nn.Module":
     """Draw the weight of a layer from N(0, std^2), and set its bias to 0.
 
     References:
@@ -22,6 +24,8 @@ def init_weights(layer: nn.Module, weight_scale: float | str, before_relu: bool)
     Returns:
         The layer.
     """
+    from torch import nn
+
     weight = layer.weight
     fan_in = weight[0].numel()  # type: ignore[index]
     gain = 2.0 if before_relu else 1.0

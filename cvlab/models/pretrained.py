@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvlab import _compat, registry
+from cvlab import _compat
 from cvlab.data import imagenet
 from cvlab.errors import ConfigError, DataError
 from cvlab.models import weights, zoo
+from cvlab.models.names import DEFAULT_MODEL, check_name
 from cvlab.ops.resample import EvalTransform
 
-DEFAULT_MODEL = "efficientnet_lite0"
-PREFIXES = ("timm", "torchvision")
 FILTERS = ("bilinear", "bicubic")
 FOLDED_TOLERANCE = 1e-3  # of the largest logit; rounding gives 1e-5, a wrong order of the modules much more
 
@@ -82,13 +81,6 @@ class PretrainedClassifier:
         if name.isdecimal() and int(name) < len(self.classes):
             return int(name)
         raise ConfigError(f"no class {name!r}", f"{self.name} has classes 0 to {len(self.classes) - 1}, by number")
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError unless a name has one of the forms that `build` accepts."""
-    prefix, colon, rest = name.partition(":")
-    if name != DEFAULT_MODEL and not (colon and prefix in PREFIXES and rest):
-        raise registry.unknown_name_error("model", name, [DEFAULT_MODEL, *(f"{prefix}:NAME" for prefix in PREFIXES)])
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,9 +1,4 @@
-"""Run one configuration many times with some keys changed: a grid, tied values, seeds or a search.
-
-References: Bergstra and Bengio, 2012, on grids and their limits.
-Metrics: functions over the trials, such as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
-Command: cvlab sweep configs/cifar_bn_lr_sweep.yaml --workers 2
-"""
+"""Sweeps: run one configuration many times with some keys changed."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -79,7 +74,17 @@ def _failure(failed: Mapping[str, tuple[int, str]], out: RunDir) -> CvlabError:
 
 
 class SweepExperiment(Experiment[SweepConfig]):
-    """Run one configuration many times with some keys changed: a grid, tied values, seeds or a search."""
+    """Run one configuration many times with some keys changed: a grid, tied values, seeds or a search.
+
+    References:
+        Bergstra and Bengio, 2012, on grids and their limits.
+
+    Metrics:
+        Functions over the trials, such as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
+
+    Command:
+        cvlab sweep configs/cifar_bn_lr_sweep.yaml --workers 2
+    """
 
     name = "sweep"
     Config = SweepConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.errors import DataError
 
 
@@ -133,19 +133,19 @@ def test_find_images(tmp_path, corners_image):
     for name in ("b.jpg", "a.PNG", ".hidden.png", "notes.txt", "odd [1].png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
-    names = [path.name for path in photos.find_images([str(tmp_path)])]
+    names = [path.name for path in photo_paths.find_images([str(tmp_path)])]
     assert names == ["a.PNG", "b.jpg", "odd [1].png"]
-    assert [p.name for p in photos.find_images([f"{tmp_path}/*.jpg", f"{tmp_path}/b.jpg"])] == ["b.jpg"]
-    assert [p.name for p in photos.find_images([f"{tmp_path}/odd [1].png", f"{tmp_path}/gone.jpg"])] == [
+    assert [p.name for p in photo_paths.find_images([f"{tmp_path}/*.jpg", f"{tmp_path}/b.jpg"])] == ["b.jpg"]
+    assert [p.name for p in photo_paths.find_images([f"{tmp_path}/odd [1].png", f"{tmp_path}/gone.jpg"])] == [
         "odd [1].png",
         "gone.jpg",
     ]
-    assert photos.load(photos.find_images(["sample"])[0]).size == (512, 600)
+    assert photos.load(photo_paths.find_images(["sample"])[0]).size == (512, 600)
     for wrong, text in (("empty", "no photos in this folder"), ("*.bmp", "matches no file")):
         with pytest.raises(DataError, match=text):
-            photos.find_images([f"{tmp_path}/{wrong}"])
+            photo_paths.find_images([f"{tmp_path}/{wrong}"])
     with pytest.raises(DataError, match="URLs are not downloaded"):
-        photos.find_images(["https://example.org/a.jpg"])
+        photo_paths.find_images(["https://example.org/a.jpg"])
 
 
 def test_missing_and_not_a_file(tmp_path):

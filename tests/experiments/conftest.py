@@ -2,13 +2,13 @@
 
 import pytest
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 
 
 @pytest.fixture
 def two_photos(tmp_path):
     """Two small crops of the bundled photo, of odd sizes."""
-    whole = photos.load(photos.find_images(["sample"])[0])
+    whole = photos.load(photo_paths.find_images(["sample"])[0])
     whole.crop((100, 40, 400, 300)).save(tmp_path / "wide.png")
     whole.crop((150, 0, 390, 331)).save(tmp_path / "tall.png")
     return [tmp_path / "wide.png", tmp_path / "tall.png"]

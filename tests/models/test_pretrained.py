@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from cvlab import _compat
-from cvlab.data import imagenet, photos
+from cvlab.data import imagenet, photo_paths, photos
 from cvlab.errors import ConfigError, DataError
-from cvlab.models import pretrained, weights
+from cvlab.models import names, pretrained, weights
 from cvlab.storage import download
 from tests.fake_cifar import send, server
 
 
 def test_bundled_model_classifies_a_photo():
     model = pretrained.build()
-    view = photos.to_tensor(model.transform(photos.load(photos.find_images(["sample"])[0])))[None]
+    view = photos.to_tensor(model.transform(photos.load(photo_paths.find_images(["sample"])[0])))[None]
     with torch.inference_mode():
         p = model.probabilities(view)[0]
     top = [model.classes[k] for k in p.topk(5).indices]
@@ -129,7 +129,7 @@ def test_damaged_weights_are_rejected(tmp_path):
     assert not (tmp_path / "canary").exists()
     for name in (None, "torchvision:resnet18"):
         with pytest.raises(DataError, match=r"other\.pth: not the weights"):
-            pretrained.build(*([name] if name else [pretrained.DEFAULT_MODEL]), str(tmp_path / "other.pth"))
+            pretrained.build(*([name] if name else [names.DEFAULT_MODEL]), str(tmp_path / "other.pth"))
 
 
 def test_weights_are_fetched_and_verified(monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.errors import ConfigError
 from cvlab.models import pretrained
 from cvlab.ops import saliency
@@ -66,7 +66,7 @@ def test_gradient_equals_finite_difference(small_model):
 
 def test_bundled_model_agrees_with_captum():
     model = pretrained.build()
-    view = photos.to_tensor(model.transform(photos.load(photos.find_images(["sample"])[0])))[None]
+    view = photos.to_tensor(model.transform(photos.load(photo_paths.find_images(["sample"])[0])))[None]
     classes = torch.tensor([652])
     expected = attr.Saliency(model.module).attribute(view.clone().requires_grad_(), target=classes).amax(1)
     values = saliency.vanilla_gradient(model.module, view, classes)

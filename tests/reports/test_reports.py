@@ -96,22 +96,22 @@ def test_names_are_not_markup(capsys):
 
 
 def test_photos_in_a_table(capsys):
-    from cvlab.experiments.adversarial import attack
-    from cvlab.experiments.classification import predict
+    from cvlab.experiments.adversarial import experiments
+    from cvlab.experiments.classification import experiments as classification_experiments
 
     attacked = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "success": True}
     attacked |= {"steps": 6, "l2": 1.5, "success_jpeg95": True, "success_jpeg85": False, "success_jpeg75": False}
     rows = [{"image": "/a/cat.jpg", **attacked}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
-    tables.show_photos(rows, attack.COLUMNS)
+    tables.show_photos(rows, experiments.COLUMNS)
     out = capsys.readouterr().out
     assert "tabby 0.80" in out
     assert "ostrich 0.99" in out
     assert "not read" in out
     assert "veryveryver..eryvery.jpg" in out
-    tables.show_photos(rows[:1], attack.COLUMNS)
+    tables.show_photos(rows[:1], experiments.COLUMNS)
     assert "true, false, false" in capsys.readouterr().out
     top = [{"label": "tabby", "score": 0.8}, {"label": "lynx", "score": 0.1}]
-    tables.show_photos([{"image": "cat.jpg", **top[0], "top": top}], predict.COLUMNS)
+    tables.show_photos([{"image": "cat.jpg", **top[0], "top": top}], classification_experiments.COLUMNS)
     assert "lynx 0.10" in capsys.readouterr().out
 
 

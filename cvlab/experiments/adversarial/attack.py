@@ -1,113 +1,31 @@
-"""Adversarial attacks on photos: optimize, save as PNG, evaluate the saved file, continue until it fools the model.
-
-References:
-    Szegedy et al., 2014, "Intriguing properties of neural networks" (l2); Goodfellow et al., 2015 (fgsm); Madry et
-    al., 2018 (pgd).
-
-Differences from the papers:
-    The resize to the model's input is part of the computation graph, so attacks work at the photo's own resolution.
-    Success is measured on the saved 8-bit PNG after reading it back.
-
-Metrics:
-    `success_rate`: success rate over the photos that were not classified as the target before.
-    `steps`, `l2` (of the model's input), `l2_photo`, `linf_255`, `psnr_db`: medians over those photos.
-    `success_rate_jpeg95`, `success_rate_jpeg85`, `success_rate_jpeg75`: success rates after JPEG compression.
-
-Command:
-    cvlab attack --target ostrich img.jpg
-"""
+"""Attack batches of photos: optimize, save as PNG, evaluate the saved file, continue until it fools the model."""
 
 import io
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from cvlab.config import schema
-from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
 from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
-from cvlab.experiments.base import PhotoExperiment
-from cvlab.experiments.common import photo_batches
+from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
 from cvlab.experiments.common.photo_batches import Photo
-from cvlab.experiments.common.photo_config import PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import attacks, saliency
 from cvlab.ops.resample import DifferentiableResize, EvalTransform, build_resize
 from cvlab.reports import images
 from cvlab.runs.records import Row
-from cvlab.runs.results import Column, PhotoResult
+from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 
-JPEG_QUALITIES = (95, 85, 75)
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
 DIFFERENCE_SCALE = 10  # of the second difference image in the panel
-DEFAULT_EPS = 8.0  # in 1/255
-COLUMNS = (
-    Column("before", "before"),
-    Column("label", "after"),
-    Column("success", "success"),
-    Column("steps", "steps"),
-    Column("l2", "L2"),
-    Column("linf_255", "largest change", "1/255", is_detail=True),
-    Column("psnr_db", "PSNR", "dB", is_detail=True),
-    Column(
-        "jpeg",
-        f"success as JPEG {', '.join(map(str, JPEG_QUALITIES))}",
-        keys=tuple(f"success_jpeg{quality}" for quality in JPEG_QUALITIES),
-        is_detail=True,
-    ),
-    Column("attacked", "attacked photo", is_file=True),
-    Column("panel", "panel", is_file=True),
-    Column("saliency", "saliency", is_file=True),
-)
-
-
-class AttackConfig(PhotoConfig):
-    """Configuration of an attack: the photos, the target class, the method."""
-
-    target: str | None = Field(None, description="target class; null: any class but the predicted one")
-    method: Literal["l2", "fgsm", "pgd"] = Field(
-        "l2",
-        description="gradient steps of a fixed L2 norm, or one step (fgsm) or many (pgd) within an L-infinity bound",
-    )
-    size: Literal["original", "model"] = Field(
-        "original", description="attack the photo at its own resolution, or the square crop that is the model's input"
-    )
-    steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(100, description="l2, pgd: maximum number of steps")
-    extra_steps: schema.NonNegativeInt = Field(3, description="further steps after the first success, for robustness")
-    lr: schema.PositiveFloat = Field(0.5, description="l2: L2 norm of a step, of the model's input in [0, 1]")
-    eps: Annotated[float, Ge(0.5), Le(255)] | None = Field(
-        None,
-        description="fgsm, pgd: maximum change of a pixel, in 1/255; less than 0.5 would be lost in an 8-bit file; "
-        f"null: {DEFAULT_EPS:g}",
-    )
-    alpha: Annotated[float, Gt(0), Le(255)] = Field(1.0, description="pgd: step size, in 1/255")
-    random_start: bool = Field(True, description="pgd: start from a random point within eps")
-    then: Literal["saliency"] | None = Field(
-        None, description="saliency: also compute saliency maps before and after the attack"
-    )
-
-    @model_validator(mode="after")
-    def _eps_has_a_use(self) -> "AttackConfig":
-        if self.eps is not None and self.method == "l2":
-            raise ValueError("eps: the method l2 has no such bound; use method fgsm or pgd")
-        return self
-
-    @property
-    def bound(self) -> float:
-        """The largest change of a pixel, in [0, 1]."""
-        return (self.eps if self.eps is not None else DEFAULT_EPS) / attacks.MAX_UINT8
 
 
 @dataclass(eq=False)
@@ -333,37 +251,3 @@ def compute_metrics(results: list[PhotoResult]) -> dict[str, float]:
             successes = [row[f"success_jpeg{quality}"] for row in attacked]
             metrics[f"success_rate_jpeg{quality}"] = statistics.fmean(successes)
     return metrics
-
-
-class AttackExperiment(PhotoExperiment[AttackConfig]):
-    """Adversarial attacks on photos, evaluated on the saved file."""
-
-    name = "attack"
-    Config = AttackConfig
-    columns = COLUMNS
-    metrics = (
-        Metric("num_photos"),
-        Metric("num_attacked"),
-        Metric("success_rate", "fraction", "higher"),
-        Metric("steps", better="lower"),
-        Metric("l2", better="lower"),
-        Metric("l2_photo", better="lower"),
-        Metric("linf_255", better="lower"),
-        Metric("psnr_db", "dB", "higher"),
-        *(Metric(f"success_rate_jpeg{quality}", "fraction", "higher") for quality in JPEG_QUALITIES),
-    )
-
-    def run(self, config: AttackConfig, run: RunDir) -> dict[str, float]:
-        """Attack all photos."""
-        ctx, model = config.build()
-        target = model.class_index(config.target) if config.target is not None else None
-        run.folder("images")
-        attack = Attack(config, model, ctx, target, run)
-        return compute_metrics(photo_batches.run(config, run, attack, "attack", self.columns))
-
-    def plan(self, config: AttackConfig, base: Path) -> dict[str, Any]:
-        """Return what a run would do. Raises ConfigError for an unknown class."""
-        ctx, model = config.build()
-        target = model.class_index(config.target) if config.target is not None else None
-        target_name = "anything else" if target is None else model.classes[target]
-        return {"target": target_name, "method": config.method, **photo_batches.plan(config, ctx, model)}

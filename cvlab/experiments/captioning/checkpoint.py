@@ -7,17 +7,13 @@ from typing import Any
 
 import torch
 
-from cvlab.config.schema import Registry
 from cvlab.data.vocabulary import Vocabulary
 from cvlab.experiments.captioning.model import Captioner
 from cvlab.models import backbone as models_backbone
-from cvlab.models import pretrained
+from cvlab.models import names, pretrained
 from cvlab.models.features import FeatureExtractor
 from cvlab.runs import weights_file
 
-CAPTIONERS = Registry(
-    "captioner", {"captioner": "cvlab.experiments.captioning.model:Captioner"}, frozenset({"in_channels", "vocab_size"})
-)
 WEIGHTS_FILE = "captioner.safetensors"  # in the run directory of a training run
 METADATA_KEY = "cvlab_captioner"
 LOAD_HINT = "give a run of `cvlab train` that trained a captioner, or its captioner.safetensors"
@@ -44,7 +40,7 @@ class CaptionerMetadata:
     size_px: int
     max_length: int
     strides: tuple[int, ...] = (32,)
-    backbone: str = pretrained.DEFAULT_MODEL
+    backbone: str = names.DEFAULT_MODEL
     backbone_weights: str | None = None
     trained_on: str = ""
     notes: dict[str, Any] = field(default_factory=dict)

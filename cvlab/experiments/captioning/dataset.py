@@ -126,7 +126,6 @@ class CaptionDatasetSource(DatasetSource[CaptionDataset]):
     """
 
     kind = "captions"
-    contents = "captioned photos"
 
     read: Callable[[Path], CaptionDataset] | None = None
 

@@ -1,55 +1,21 @@
-"""Caption photos with a trained captioner.
-
-References: Xu et al., 2015, "Show, attend and tell".
-Differences from the paper: the weights file names its backbone and holds its vocabulary.
-Metrics: `num_photos`, `mean_words`.
-Command: cvlab caption photo.jpg
-"""
+"""Caption photos with a trained captioner, and draw what it attends to."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge, Le
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from cvlab.config import schema
-from cvlab.config.metrics import Metric
 from cvlab.engine import device
 from cvlab.errors import ConfigError
-from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_store
 from cvlab.experiments.captioning.checkpoint import LoadedCaptioner
+from cvlab.experiments.captioning.config import CaptionConfig
 from cvlab.experiments.captioning.decoding import Hypothesis
-from cvlab.experiments.common import photo_batches, weights
+from cvlab.experiments.common import weights
 from cvlab.experiments.common.photo_batches import Photo
-from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.reports import images
-from cvlab.runs.results import Column, PhotoResult
+from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
-
-
-class CaptionConfig(ImagesConfig):
-    """Which photos, which captioner, and how captions are decoded."""
-
-    weights: str | None = Field(
-        None, description="a training run of a captioner, or its weights file; null: the bundled weights"
-    )
-    beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="beam width; 1 is greedy decoding")
-    alpha: schema.Fraction = Field(
-        0.7, description="length normalization of beam search: scores are divided by length ** alpha"
-    )
-    attention: bool = Field(False, description="also draw the attention map of each word")
-
-    @field_validator("weights")
-    @classmethod
-    def _absolute_weights(cls, name: str | None) -> str | None:
-        return weights.absolute_weights_path(name)
-
-
-COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
 
 
 class CaptionPhotos:
@@ -92,7 +58,7 @@ class CaptionPhotos:
         return name
 
 
-def _load_captioner(config: CaptionConfig) -> tuple[device.ComputeContext, LoadedCaptioner]:
+def load_captioner(config: CaptionConfig) -> tuple[device.ComputeContext, LoadedCaptioner]:
     """Select the device and load the captioner. Raises ConfigError if attention is asked for and it has none."""
     ctx = device.select_device(config.device, config.precision, config.threads)
     name = config.weights or str(weights.BUNDLED_WEIGHTS / checkpoint.WEIGHTS_FILE)
@@ -106,36 +72,8 @@ def _load_captioner(config: CaptionConfig) -> tuple[device.ComputeContext, Loade
     return ctx, captioner
 
 
-def _describe(config: CaptionConfig, captioner: LoadedCaptioner) -> str:
+def describe(config: CaptionConfig, captioner: LoadedCaptioner) -> str:
+    """Describe a captioner in one line."""
     source = config.weights or "bundled weights"
     trained_on = captioner.metadata.trained_on
     return f"{captioner.model.cell} ({source}): {len(captioner.vocabulary)} words, trained on {trained_on}"
-
-
-class CaptionExperiment(PhotoExperiment[CaptionConfig]):
-    """Caption photos with a trained captioner."""
-
-    name = "caption"
-    Config = CaptionConfig
-    columns = COLUMNS
-    metrics = (Metric("num_photos"), Metric("mean_words"))
-
-    def run(self, config: CaptionConfig, run: RunDir) -> dict[str, float]:
-        """Caption every photo."""
-        ctx, captioner = _load_captioner(config)
-        run.log(f"captioning with {_describe(config, captioner)}")
-        if config.attention:
-            run.folder("images")
-        results = photo_batches.run(config, run, CaptionPhotos(config, captioner, ctx, run), "caption", self.columns)
-        num_words = sum(len(result.values["sentence"].split()) for result in results)
-        return {"num_photos": len(results), "mean_words": num_words / len(results)}
-
-    def plan(self, config: CaptionConfig, base: Path) -> dict[str, Any]:
-        """Describe what a run would do. Raises DataError if the weights or all photos are missing."""
-        ctx, captioner = _load_captioner(config)
-        return {
-            "photos": len(photo_batches.resolve_images(config.images)[1]),
-            "captioner": _describe(config, captioner),
-            "parameters": sum(p.numel() for p in captioner.model.parameters()),
-            **ctx.as_dict(),
-        }

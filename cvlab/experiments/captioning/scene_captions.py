@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from cvlab.data.generated import GeneratedDataset
 from cvlab.data.scenes import generator
 from cvlab.data.scenes.generator import Scene, SceneConfig, SceneObject
+from cvlab.experiments.captioning.config import SCENE_CAPTIONS
 
 COUNTS = {"train": 8000, "val": 250, "test": 250}
 SEEDS = {"train": 11, "val": 12, "test": 13}
@@ -72,4 +73,4 @@ def _files() -> Iterator[tuple[str, bytes]]:
     yield "captions.csv", table.getvalue().encode()
 
 
-GENERATED = GeneratedDataset("scene_captions", 2, sum(COUNTS.values()), _files)
+GENERATED = GeneratedDataset(SCENE_CAPTIONS, 2, sum(COUNTS.values()), _files)

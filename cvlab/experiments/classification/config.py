@@ -1,4 +1,4 @@
-"""The configuration of the experiment `classify`."""
+"""Configurations of classification: training a classifier, classifying photos."""
 
 from typing import Annotated, Literal
 
@@ -9,9 +9,9 @@ from cvlab import layers, registry
 from cvlab.config import schema
 from cvlab.data import datasets
 from cvlab.engine.config import TrainConfig
-from cvlab.experiments.classification.data.images import ImageDatasetSource
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.profiles import AUTO, Profile
+from cvlab.experiments.common.photo_config import PhotoConfig
 
 
 class ImageDataConfig(schema.DataConfig):
@@ -29,7 +29,7 @@ class ImageDataConfig(schema.DataConfig):
     @classmethod
     def _check_name(cls, name: str | None) -> str | None:
         if name is not None and not registry.is_user_file(name):
-            datasets.check_kind(name, ImageDatasetSource)
+            datasets.check_kind(name, "images")
         return name
 
 
@@ -91,3 +91,10 @@ class ClassifyConfig(TrainConfig):
     def monitor(self) -> str:
         """The metric by which the best weights are chosen."""
         return "val_accuracy" if self.has_validation else "train_accuracy"
+
+
+class ClassifyPhotosConfig(PhotoConfig):
+    """Which photos, and which model."""
+
+    top: Annotated[schema.PositiveInt, Le(1000)] = Field(5, description="number of classes to report for each photo")
+    batch_size: schema.PositiveInt = Field(32, description="photos per forward pass")

@@ -10,7 +10,7 @@ from cvlab.config.schema import DataConfig, FractionBelowOne, PositiveInt
 from cvlab.data import datasets
 from cvlab.engine.config import TrainConfig
 from cvlab.errors import ConfigError
-from cvlab.models import pretrained
+from cvlab.models import names
 
 Item = TypeVar("Item")
 
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 class PhotoDatasetConfig(DataConfig):
     """A data set of the task's kind; a custom one is called like its kind and needs a path."""
 
-    source_type: ClassVar[type[datasets.AnySource]]
+    kind: ClassVar[str]  # of `datasets.BY_KIND`
     path: str | None = Field(None, description="folder or file of a custom data set")
     val_fraction: FractionBelowOne = Field(
         0.2, description="fraction of the training photos for validation, if the data set has no validation split"
@@ -29,7 +29,7 @@ class PhotoDatasetConfig(DataConfig):
     @classmethod
     def _known(cls, name: str | None) -> str | None:
         if name is not None:
-            datasets.check_kind(name, cls.source_type)
+            datasets.check_kind(name, cls.kind)
         return name
 
     @field_validator("path")
@@ -39,7 +39,7 @@ class PhotoDatasetConfig(DataConfig):
 
     @model_validator(mode="after")
     def _own_path(self) -> "PhotoDatasetConfig":
-        custom = self.source_type.kind
+        custom = self.kind
         if (self.name == custom) != (self.path is not None):
             raise ValueError(f"name: {custom} goes with a path; no other data set has one")
         return self
@@ -59,9 +59,7 @@ class PhotoDatasetConfig(DataConfig):
 class BackboneTrainConfig(TrainConfig):
     """The keys of every training run on the features of a backbone."""
 
-    backbone: str = Field(
-        pretrained.DEFAULT_MODEL, description="ImageNet-pretrained model, as in `cvlab classify --model`"
-    )
+    backbone: str = Field(names.DEFAULT_MODEL, description="ImageNet-pretrained model, as in `cvlab classify --model`")
     backbone_weights: str | None = Field(None, description="file with its weights")
     evaluate_test: bool = Field(False, description="evaluate on the test split at the end; choose on validation")
 
@@ -80,5 +78,5 @@ class BackboneTrainConfig(TrainConfig):
     @field_validator("backbone")
     @classmethod
     def _known_backbone(cls, name: str) -> str:
-        pretrained.check_name(name)
+        names.check_name(name)
         return name

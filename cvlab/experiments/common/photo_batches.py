@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from cvlab.console import Progress
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import DataError
 from cvlab.experiments.common.photo_config import ImagesConfig, PhotoConfig
@@ -39,7 +39,7 @@ BatchFn = Callable[[list[Photo], Callable[[], None]], list[PhotoResult]]  # (bat
 
 def resolve_images(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
     """Return the paths that names and patterns stand for, and those of them that exist. DataError if none does."""
-    paths = photos.find_images(images)
+    paths = photo_paths.find_images(images)
     existing = [path for path in paths if path.is_file()]
     if not existing:
         photos.load(paths[0])
@@ -78,9 +78,11 @@ def run(
         DataError: No photo could be read.
         StoppedError: A signal was received; the current batch is repeated when the run is resumed.
     """
-    if photos.SAMPLE in config.images:
-        run_dir.log(f"{photos.SAMPLE} is the bundled photo {photos.find_images([photos.SAMPLE])[0].name}")
-    paths = photos.find_images(config.images)
+    if photo_paths.SAMPLE in config.images:
+        run_dir.log(
+            f"{photo_paths.SAMPLE} is the bundled photo {photo_paths.find_images([photo_paths.SAMPLE])[0].name}"
+        )
+    paths = photo_paths.find_images(config.images)
     labels = _unique_labels(paths)
     batches = [range(k, min(k + config.batch_size, len(paths))) for k in range(0, len(paths), config.batch_size)]
     results = _restore_results(run_dir, paths, batches, columns)

@@ -1,23 +1,23 @@
 """Base configurations of experiments on photos: the photos, the ImageNet-pretrained model."""
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
 from cvlab.config.schema import PositiveInt, RunConfig
-from cvlab.data import photos
-from cvlab.engine.device import ComputeContext, seed_everything, select_device
-from cvlab.models import pretrained
-from cvlab.models.pretrained import PretrainedClassifier
+from cvlab.data import photo_paths
+from cvlab.models import names
+
+if TYPE_CHECKING:
+    from cvlab.engine.device import ComputeContext
+    from cvlab.models.pretrained import PretrainedClassifier
 
 
 class PretrainedConfig(RunConfig):
     """The keys of every experiment that uses an ImageNet-pretrained model."""
 
-    model: str = Field(
-        pretrained.DEFAULT_MODEL, description=f"{pretrained.DEFAULT_MODEL}, timm:NAME or torchvision:NAME"
-    )
+    model: str = Field(names.DEFAULT_MODEL, description=f"{names.DEFAULT_MODEL}, timm:NAME or torchvision:NAME")
     weights: str | None = Field(None, description="file with the model's weights; null: those found on this machine")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32", description="of the optimization; results are always evaluated in float32"
@@ -26,7 +26,7 @@ class PretrainedConfig(RunConfig):
     @field_validator("model")
     @classmethod
     def _known(cls, name: str) -> str:
-        pretrained.check_name(name)
+        names.check_name(name)
         return name
 
     @field_validator("weights")
@@ -34,8 +34,11 @@ class PretrainedConfig(RunConfig):
     def _absolute(cls, name: str | None) -> str | None:
         return os.path.abspath(name) if name else name
 
-    def build(self) -> tuple[ComputeContext, PretrainedClassifier]:
+    def build(self) -> "tuple[ComputeContext, PretrainedClassifier]":
         """Select the device, seed the random number generators and build the model."""
+        from cvlab.engine.device import seed_everything, select_device
+        from cvlab.models import pretrained
+
         ctx = select_device(self.device, self.precision, self.threads)
         seed_everything(self.seed)
         return ctx, pretrained.build(self.model, self.weights, ctx.device)
@@ -45,7 +48,7 @@ class ImagesConfig(RunConfig):
     """The keys of every experiment that processes photos."""
 
     images: tuple[str, ...] = Field(
-        (photos.SAMPLE,), description="files, folders or patterns; `sample` is a bundled photo"
+        (photo_paths.SAMPLE,), description="files, folders or patterns; `sample` is a bundled photo"
     )
     batch_size: PositiveInt = Field(8, description="photos per batch")
 
@@ -63,5 +66,5 @@ def absolute_image_paths(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the absolute paths of photos, so that a configuration means the same in any working directory."""
     if not names:
         raise ValueError("give at least one photo")
-    bundled = (photos.SAMPLE, photos.SAMPLE_PAINTING)
+    bundled = (photo_paths.SAMPLE, photo_paths.SAMPLE_PAINTING)
     return tuple(name if name in bundled or "://" in name else os.path.abspath(name) for name in names)

@@ -19,7 +19,6 @@ from cvlab.experiments.detection.models.base import DetectionHead
 from cvlab.ops import average_precision
 from cvlab.ops.average_precision import DetectionMetrics, Detections, GroundTruth
 from cvlab.reports import images as reports_images
-from cvlab.runs.results import PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BATCH_SIZE = 16
+SHEET = "images/sheet.png"
 SHEET_PHOTOS = 12
 
 
@@ -123,7 +123,7 @@ def evaluate_on_validation(
             shown = Detections(result.boxes_xyxy[above], result.scores[above], result.labels[above])
             gt_boxes = [tuple(box) for box in sample.boxes_xyxy.tolist()]
             sheet.append(drawing.draw(image, inference.labeled_boxes(shown, detector.classes), gt_boxes))
-    out.write_bytes("images/sheet.png", reports_images.png(drawing.contact_sheet(sheet)))
+    out.write_bytes(SHEET, reports_images.png(drawing.contact_sheet(sheet)))
     metrics = compute_metrics(predictions, samples, len(detector.classes), rules)
     confusion = confusion_matrix(predictions, samples, len(detector.classes), score_threshold)
     plots.write(out, metrics, confusion, detector.classes)
@@ -132,6 +132,4 @@ def evaluate_on_validation(
         "score_threshold": rules.score_threshold,
         "data": f"{boxset.name}, val",
     }
-    sheet_result = PhotoResult("images/sheet.png", files={"picture": "images/sheet.png"})
-    out.extra_summary |= summarize([sheet_result], inference.COLUMNS)
     return {"num_photos": len(samples), **reported_metrics(metrics, detector.classes)}

@@ -17,8 +17,9 @@ from cvlab.distributed import sharding
 from cvlab.engine import memory
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
+from cvlab.experiments.detection.config import AugmentConfig
 from cvlab.experiments.detection.data import augment
-from cvlab.experiments.detection.data.augment import AugmentConfig, ViewTransform
+from cvlab.experiments.detection.data.augment import ViewTransform
 from cvlab.experiments.detection.data.dataset import DetectionSample
 from cvlab.experiments.detection.models.base import Targets, collate_targets
 from cvlab.models.features import FeatureExtractor

@@ -15,19 +15,21 @@ from cvlab.errors import ConfigError, CvlabError
 from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.common.photo_batches import Photo
 from cvlab.experiments.detection import diagrams, drawing
+from cvlab.experiments.detection.config import DetectConfig
 from cvlab.experiments.detection.data import augment, writers
 from cvlab.experiments.detection.data.augment import ViewTransform
 from cvlab.experiments.detection.drawing import LabeledBox
+from cvlab.experiments.detection.models import detector as detector_model
 from cvlab.experiments.detection.models import registry as detector_registry
 from cvlab.experiments.detection.models import yolov3_tiny
 from cvlab.experiments.detection.models.base import TwoStageHead
-from cvlab.experiments.detection.models.registry import Detector
+from cvlab.experiments.detection.models.detector import Detector
 from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
 from cvlab.models import weights
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
 from cvlab.reports import images as reports_images
-from cvlab.runs.results import Column, PhotoResult
+from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 
@@ -43,13 +45,6 @@ BUNDLED_DETECTORS = {  # by the name that `--model` takes
     "faster_rcnn": BundledWeights("faster_rcnn_everyday", "faster_rcnn_scenes"),
 }
 MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
-COLUMNS = (
-    Column("objects", "objects"),
-    Column("picture", "picture", is_file=True),
-    Column("explained", "diagram", is_file=True),
-    Column("txt", "YOLO txt", is_file=True),
-    Column("xml", "VOC XML", is_file=True),
-)
 
 PredictFn = Callable[[Sequence[Image.Image], float, float], list[Detections]]  # photos, score_threshold, nms_iou
 ProposeFn = Callable[[Image.Image], tuple[Tensor, Tensor]]
@@ -105,9 +100,9 @@ def load_detector(
         name = bundled.evaluation if for_evaluation else bundled.photos
         path, source = common_weights.BUNDLED_WEIGHTS / f"{name}.safetensors", f"{name}, bundled weights"
     else:
-        path = common_weights.resolve_weights_path(weights_name, detector_registry.WEIGHTS_FILE, "detector")
+        path = common_weights.resolve_weights_path(weights_name, detector_model.WEIGHTS_FILE, "detector")
         source = str(path)
-    detector = detector_registry.load(path, ctx.device)
+    detector = detector_model.load(path, ctx.device)
     metadata = detector.metadata
     is_two_stage = detector_registry.is_two_stage(metadata.model)
     if model == "faster_rcnn" and not is_two_stage:
@@ -122,6 +117,14 @@ def load_detector(
         path=metadata.notes.get("path"),
         propose=_make_proposer(detector, ctx) if is_two_stage else None,
     )
+
+
+def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> LoadedDetector:
+    """Load the detector of a configuration. ConfigError if its proposals are to be drawn and it has none."""
+    detector = load_detector(config.model, config.weights, ctx, for_evaluation=not config.images)
+    if config.explain == diagrams.PROPOSALS and detector.propose is None:
+        raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
+    return detector
 
 
 def _has_yolov3_tiny() -> bool:

@@ -1,116 +1,29 @@
-"""Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo.
+"""The images of class visualization: parameters, random transformations, objective, evaluation of the saved file."""
 
-References:
-    Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier coefficients,
-    transformation robustness).
-
-Differences from the papers:
-    The saved 8-bit image is read back and evaluated, by a second model too if `second_model` names one.
-
-Metrics:
-    `probability`: lowest probability of a target class in its saved image.
-    `second_top5`: fraction of the images that have their target in the top 5 of the second model.
-
-Command:
-    cvlab classvis --target gorilla
-"""
-
-import math
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Le
 from PIL import Image
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from cvlab.config import schema
-from cvlab.config.metrics import Metric
-from cvlab.data import photos, rng
+from cvlab.data import photo_paths, photos, rng
 from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
-from cvlab.experiments.base import PhotoExperiment
-from cvlab.experiments.common import photo_config
-from cvlab.experiments.common.photo_config import PretrainedConfig
+from cvlab.experiments.interpretability.config import ClassVisualizationConfig
 from cvlab.models import pretrained
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import visualize
 from cvlab.reports import images
-from cvlab.runs.results import Column, PhotoResult, summarize
+from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 PIXEL_NOISE_STD = 0.225  # of the initial noise around mid-gray; ImageNet's standard deviation
 FOURIER_NOISE_STD = 0.01
 BLUR_PROBABILITY = 0.7  # of a step
 MIN_BLUR_SIGMA = 0.3  # pixels
-
-COLUMNS = (
-    Column("label", "prediction"),
-    Column("second_label", "second model"),
-    Column("frames", "frames", is_file=True),
-    Column("animation", "animation", is_file=True),
-)
-
-
-class ClassVisualizationConfig(PretrainedConfig):
-    """Configuration of class visualization: the classes, the parametrization, the regularization."""
-
-    targets: tuple[str, ...] = Field(("gorilla",), description="classes to visualize, one image each")
-    init: Literal["noise", "image"] = Field("noise", description="start from noise or from the photo in `images`")
-    images: tuple[str, ...] = Field((), description="with init: image, the photo to start from")
-    parametrization: Literal["fourier", "pixels"] = Field(
-        "fourier", description="what is optimized: decorrelated Fourier coefficients, or the pixels"
-    )
-    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(384, description="optimization steps")
-    lr: schema.PositiveFloat = Field(0.02, description="fourier: learning rate of Adam; pixels: L2 norm of a step")
-    octaves: Annotated[schema.PositiveInt, Le(8)] = Field(
-        1, description="fourier: number of frequency bands, added from coarse to fine"
-    )
-    l2_weight: schema.NonNegativeFloat = Field(1e-4, description="weight of the squared distance from mid-gray")
-    tv_weight: schema.NonNegativeFloat = Field(
-        0.3, description="weight of the total variation (squared differences of neighboring pixels)"
-    )
-    jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to N pixels before each step")
-    rotate_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
-    zoom: schema.FractionBelowOne = Field(0.4, description="scale by a factor of 1 - zoom to 1 + zoom")
-    shift: schema.FractionBelowOne = Field(0.2, description="translate by up to this fraction of the side")
-    blur: schema.NonNegativeFloat = Field(
-        3.0, description="random Gaussian blur, its standard deviation from 0.3 to 0.3 + this, in pixels"
-    )
-    gray: schema.Fraction = Field(1.0, description="desaturate by up to this fraction")
-    contrast: schema.Fraction = Field(0.6, description="reduce the contrast by up to this fraction")
-    blur_every: schema.NonNegativeInt = Field(0, description="pixels: blur the image every N steps; 0: never")
-    blur_sigma: schema.PositiveFloat = Field(0.5, description="pixels: standard deviation of that blur, in pixels")
-    frames: Annotated[schema.PositiveInt, Le(200)] = Field(12, description="number of intermediate images to save")
-    second_model: str | None = Field(None, description="a second model to evaluate the images with")
-    second_weights: str | None = Field(None, description="file with its weights")
-
-    @field_validator("targets")
-    @classmethod
-    def _check_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if not targets:
-            raise ValueError("give at least one class")
-        return targets
-
-    @field_validator("images")
-    @classmethod
-    def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return photo_config.absolute_image_paths(names) if names else names
-
-    @model_validator(mode="after")
-    def _check(self) -> "ClassVisualizationConfig":
-        if self.octaves > 1 and self.parametrization == "pixels":
-            raise ValueError("octaves go with parametrization: fourier")
-        if self.blur_every and self.parametrization == "fourier":
-            raise ValueError("blur_every goes with parametrization: pixels")
-        if self.init == "image" and len(self.images) != 1:
-            raise ValueError(f"init: image starts from exactly one photo, {len(self.images)} are named")
-        return self
 
 
 class ClassVisualizer:
@@ -135,7 +48,7 @@ class ClassVisualizer:
         config, size = self.config, self.model.transform.size_px
         noise = rng.normal(config.seed, 0, parameter_shape(config, self.model), "classvis").to(self.ctx.device)
         if config.init == "image":
-            photo = self.model.transform(photos.load(photos.find_images(config.images)[0]))
+            photo = self.model.transform(photos.load(photo_paths.find_images(config.images)[0]))
             pixels = photos.to_tensor(photo).to(self.ctx.device).expand(len(self.classes), 3, size, size)
             return visualize.images_to_spectrum(pixels) if self.is_fourier else pixels.clone()
         return noise * FOURIER_NOISE_STD if self.is_fourier else (0.5 + PIXEL_NOISE_STD * noise).clamp(0, 1)
@@ -255,62 +168,3 @@ def build_second_model(config: ClassVisualizationConfig, device: torch.device) -
         return second.probabilities(resized.clamp(0, 1))
 
     return probabilities
-
-
-class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
-    """Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo."""
-
-    name = "class_visualization"
-    Config = ClassVisualizationConfig
-    columns = COLUMNS
-    metrics = (
-        Metric("num_pictures"),
-        Metric("probability", "fraction", "higher"),
-        Metric("steps"),
-        Metric("seconds_of_steps", "s", "lower"),
-        Metric("loss", better="lower"),
-        Metric("second_top5", "fraction", "higher", lambda config: config.second_model is not None),
-    )
-
-    def run(self, config: ClassVisualizationConfig, run: RunDir) -> dict[str, float]:
-        """Optimize the images of all targets together."""
-        ctx, model = config.build()
-        visualizer = ClassVisualizer(config, model, ctx, [model.class_index(name) for name in config.targets], run)
-        task = image_optimizer.ImageOptimization(
-            state=image_optimizer.ImageState([visualizer.initial_parameters()]),
-            objective=visualizer.objective,
-            update=visualizer.update,
-            steps=config.steps,
-            ctx=ctx,
-            config_digest=config.digest(),
-            frame_steps=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
-            save_frame=visualizer.save_frames,
-        )
-        losses = image_optimizer.optimize_image(task, run, "classvis")
-        results = visualizer.save_and_evaluate(task.state)
-        second = build_second_model(config, ctx.device)
-        if second is not None:
-            visualizer.evaluate_second(second, results)
-        run.extra_summary |= summarize(results, self.columns)
-        probability = min(result.values["score_target"] for result in results)
-        metrics = {"num_pictures": len(results), "probability": probability, **losses}
-        if second is not None:
-            metrics["second_top5"] = sum(result.values["second_rank"] <= 5 for result in results) / len(results)
-        return metrics
-
-    def plan(self, config: ClassVisualizationConfig, base: Path) -> dict[str, Any]:
-        """Return what a run would do. Raises ConfigError for an unknown class, DataError for a missing photo."""
-        ctx, model = config.build()
-        for name in config.targets:
-            model.class_index(name)
-        if config.init == "image":
-            photos.load(photos.find_images(config.images)[0])
-        build_second_model(config, ctx.device)
-        shape = parameter_shape(config, model)
-        return {
-            "targets": ", ".join(model.classes[model.class_index(name)] for name in config.targets),
-            "parameters": math.prod(shape),
-            "steps": config.steps,
-            "model": config.model,
-            **ctx.as_dict(),
-        }

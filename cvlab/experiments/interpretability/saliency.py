@@ -1,69 +1,21 @@
-"""Saliency maps: which pixels the prediction depends on, by gradient, SmoothGrad, integrated gradients or Grad-CAM.
-
-References:
-    Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan et
-    al., 2017; Selvaraju et al., 2017.
-
-Metrics:
-    `num_photos`: number of photos.
-    `inside`: fraction of the map's sum that its strongest 10 % of pixels have (0.1 for a uniform map).
-
-Command:
-    cvlab saliency photo.jpg
-"""
+"""Saliency maps of photos: compute them, save them as images and arrays."""
 
 import io
-import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from cvlab.config import schema
-from cvlab.config.metrics import Metric
 from cvlab.data import photos, rng
 from cvlab.engine.device import ComputeContext
-from cvlab.experiments.base import PhotoExperiment
-from cvlab.experiments.common import photo_batches
 from cvlab.experiments.common.photo_batches import Photo
-from cvlab.experiments.common.photo_config import PhotoConfig
+from cvlab.experiments.interpretability.config import SaliencyConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import saliency
 from cvlab.reports import images
-from cvlab.runs.results import Column, PhotoResult
+from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
-
-COLUMNS = (
-    Column("predicted", "prediction"),
-    Column("label", "explained class"),
-    Column("inside", "inside"),
-    Column("panel", "panel", is_file=True),
-    Column("map", "map", is_file=True),
-    Column("overlay", "overlay", is_file=True),
-    Column("values", "values", is_file=True),
-)
-
-
-class SaliencyConfig(PhotoConfig):
-    """Configuration of saliency maps: the photos, the method, the class to explain."""
-
-    method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
-        "gradient", description="how the map is computed"
-    )
-    target: str | None = Field(None, description="class to explain; null: the predicted class")
-    objective: Literal["score", "loss"] = Field(
-        "score", description="explain the logit of the class or its cross-entropy loss"
-    )
-    samples: schema.PositiveInt = Field(
-        25, description="smoothgrad: number of noisy copies; integrated_gradients: number of steps"
-    )
-    noise: schema.PositiveFloat = Field(
-        0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
-    )
 
 
 def compute_maps(config: SaliencyConfig, model: PretrainedClassifier, inputs: Tensor, classes: Tensor) -> Tensor:
@@ -141,31 +93,3 @@ class SaliencyMaps:
         files["values"] = f"images/{photo.label}-map.npy"
         self.run.write_bytes(files["values"], array.getvalue())
         return files
-
-
-class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
-    """Saliency maps: which pixels of a photo the prediction depends on."""
-
-    name = "saliency"
-    Config = SaliencyConfig
-    columns = COLUMNS
-    metrics = (Metric("num_photos"), Metric("inside", "fraction", "higher"))
-
-    def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:
-        """Compute the saliency maps of all photos."""
-        ctx, model = config.build()
-        target = model.class_index(config.target) if config.target is not None else None
-        run.folder("images")
-        saliency_maps = SaliencyMaps(config, model, ctx, target, run)
-        results = photo_batches.run(config, run, saliency_maps, "saliency", self.columns)
-        inside = statistics.fmean(result.values["inside"] for result in results)
-        return {"num_photos": len(results), "inside": inside}
-
-    def plan(self, config: SaliencyConfig, base: Path) -> dict[str, Any]:
-        """Return what a run would do. Raises ConfigError for an unknown class, or a method the model does not allow."""
-        ctx, model = config.build()
-        if config.target is not None:
-            model.class_index(config.target)
-        if config.method == "gradcam":
-            saliency.find_last_feature_layer(model.module, model.transform.size_px)
-        return photo_batches.plan(config, ctx, model)

@@ -6,7 +6,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
-from cvlab.data import photos
+from cvlab.data import photo_paths
 from cvlab.experiments.common import photo_config
 from cvlab.experiments.common.photo_config import PretrainedConfig
 
@@ -18,9 +18,10 @@ Side = Annotated[int, Ge(32), Le(8192)]
 class StyleConfig(PretrainedConfig):
     """Configuration of style transfer; of texture synthesis if `content` is null."""
 
-    content: str | None = Field(photos.SAMPLE, description="content photo; null: none (texture synthesis)")
+    content: str | None = Field(photo_paths.SAMPLE, description="content photo; null: none (texture synthesis)")
     styles: tuple[str, ...] = Field(
-        (photos.SAMPLE_PAINTING,), description=f"style images; `{photos.SAMPLE_PAINTING}` is a bundled painting"
+        (photo_paths.SAMPLE_PAINTING,),
+        description=f"style images; `{photo_paths.SAMPLE_PAINTING}` is a bundled painting",
     )
     mix: tuple[schema.PositiveFloat, ...] | None = Field(None, description="weight of each style; null: equal")
     masks: tuple[str, ...] = Field(

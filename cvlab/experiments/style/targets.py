@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.style.config import STYLE_WEIGHT, StyleConfig
@@ -72,7 +72,7 @@ def regional_style_loss(regions: tuple[StyleRegion, ...], feature_maps: FeatureM
 
 def load_image(name: str) -> Image.Image:
     """Read an image by name: a file, or a bundled image. Raises DataError if it cannot be read."""
-    return sample_painting() if name == photos.SAMPLE_PAINTING else photos.load(photos.find_images([name])[0])
+    return sample_painting() if name == photo_paths.SAMPLE_PAINTING else photos.load(photo_paths.find_images([name])[0])
 
 
 def resize_to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -197,7 +197,7 @@ def _resolve_layers(config: StyleConfig, model: PretrainedClassifier) -> StyleLa
 
 def _load_mask(name: str, image: Image.Image | None) -> Tensor:
     """Read the mask (1, 1, H, W) in [0, 1] of an image: 1 is inside the region."""
-    mask_image = photos.load(photos.find_images([name])[0])
+    mask_image = photos.load(photo_paths.find_images([name])[0])
     mask = style.luminance(photos.to_tensor(mask_image))[None]
     if float(mask.max()) == 0:
         raise DataError(f"{name}: the mask is empty", "draw its region in white")

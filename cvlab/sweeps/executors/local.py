@@ -17,7 +17,7 @@ from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, Events, Limits, NextTas
 PRELOADED = (  # imports that would cost each trial seconds
     "cvlab.cli.main",
     "cvlab.api.run",
-    "cvlab.experiments.classification.train",
+    "cvlab.experiments.classification.setup",
     "cvlab.reports.plots",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",

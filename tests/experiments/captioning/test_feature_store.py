@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.engine import device
 from cvlab.experiments.captioning import checkpoint, feature_store
 from cvlab.models.features import FeatureExtractor
@@ -15,7 +15,7 @@ def store(tmp_path, monkeypatch):
     """Return a function that loads the features of one photo, twice, the folder of the files, and the photo."""
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
     path = tmp_path / "photo.png"
-    photos.load(photos.find_images(("sample",))[0]).save(path)
+    photos.load(photo_paths.find_images(("sample",))[0]).save(path)
     extractor, ctx = FeatureExtractor(build(), ["bn2"]), device.select_device("cpu", "float32", 1)
 
     def load(pool=False, mirrored=False):

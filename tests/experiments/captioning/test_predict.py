@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cvlab.data import photos, vocabulary
+from cvlab.data import photo_paths, photos, vocabulary
 from cvlab.engine import device
 from cvlab.experiments.captioning import checkpoint, feature_store
 
@@ -62,7 +62,7 @@ def test_the_table_shows_the_caption(cvlab, weights):
 
 def test_one_beam_is_greedy(cvlab, weights):
     captioner = checkpoint.load(weights["attention_lstm"], torch.device("cpu"))
-    photo = photos.load(photos.find_images(("sample",))[0])
+    photo = photos.load(photo_paths.find_images(("sample",))[0])
     image = feature_store.resize_square(photo, captioner.metadata.size_px)
     ctx = device.select_device("cpu", "float32", 1)
     features = feature_store.extract_features(captioner.feature_extractor, image[None], ctx, False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cvlab.data import photos
-from cvlab.experiments.detection.models import registry as detector_registry
+from cvlab.experiments.detection.models import detector as detector_model
 from tests.conftest import weights_digest
 from tests.experiments.detection.short_run import SHORT, train
 
@@ -16,7 +16,7 @@ class TestTraining:
     def test_metrics_and_weights_file(self, cvlab):
         found = train(cvlab)
         assert {"val_map50", "map50", "map50_95", "ap50/star", "train_loss"} <= found["metrics"].keys()
-        made = detector_registry.load(Path(found["run"]) / "detector.safetensors", torch.device("cpu"))
+        made = detector_model.load(Path(found["run"]) / "detector.safetensors", torch.device("cpu"))
         assert made.metadata.size_px == 64
         assert len(made.metadata.classes) == 10
         assert made.metadata.trained_on == "scenes"

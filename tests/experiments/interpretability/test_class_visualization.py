@@ -6,7 +6,7 @@ import signal
 import pytest
 from PIL import Image
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.engine import image_optimizer
 from cvlab.models import pretrained
 
@@ -34,7 +34,7 @@ def test_starts_from_a_photo(cvlab, tmp_path):
         assert code == 0, err
         result = json.loads(out)
         image = photos.load(tmp_path / result["run"] / result["results"][0]["image"])
-        view = pretrained.build().transform(photos.load(photos.find_images(["sample"])[0]))
+        view = pretrained.build().transform(photos.load(photo_paths.find_images(["sample"])[0]))
         difference = (photos.to_tensor(image) - photos.to_tensor(view)).abs().max()
         assert difference <= 6 / 255
 

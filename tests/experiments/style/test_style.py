@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.engine import image_optimizer, memory
 from cvlab.experiments.style import transfer as style_transfer
 from cvlab.experiments.style.sample_painting import sample_painting
@@ -92,7 +92,7 @@ class TestCommand:
         result = run_style(cvlab, "sample", "whirls", "--keep-colors")
         image = photos.to_tensor(photos.load(tmp_path / "runs" / result["run"].split("/")[-1] / "images/style.png"))
         photo = photos.to_tensor(
-            photos.load(photos.find_images(["sample"])[0]).resize((41, 48), Image.Resampling.BICUBIC)
+            photos.load(photo_paths.find_images(["sample"])[0]).resize((41, 48), Image.Resampling.BICUBIC)
         )
         hue = image - style.luminance(image), photo - style.luminance(photo)
         assert float((hue[0] - hue[1]).abs().median()) < 0.01
@@ -117,7 +117,7 @@ class TestCommand:
         path = tmp_path / "runs" / json.loads(out)["run"].split("/")[-1] / "images/style.png"
         image = photos.to_tensor(photos.load(path))
         photo = photos.to_tensor(
-            photos.load(photos.find_images(["sample"])[0]).resize((82, 96), Image.Resampling.BICUBIC)
+            photos.load(photo_paths.find_images(["sample"])[0]).resize((82, 96), Image.Resampling.BICUBIC)
         )
         changed = (image - photo).abs().mean(0).mean(0)  # by column
         assert changed[:25].mean() > 1.5 * changed[45:].mean()

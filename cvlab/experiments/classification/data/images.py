@@ -63,7 +63,6 @@ class ImageDatasetSource(DatasetSource[ImageDataset]):
     """A data set for classification; `read` reads and verifies it below a root folder."""
 
     kind = "images"
-    contents = "images with a class each"
 
     read: Callable[[Path], ImageDataset]
 

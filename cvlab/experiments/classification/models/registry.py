@@ -8,14 +8,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from cvlab import registry
 from cvlab.config.schema import Registry
 from cvlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 MODELS = {
     "deep_convnet": "cvlab.experiments.classification.models.convnet:deep_convnet",
@@ -51,8 +52,11 @@ def get_builder(name: str, base: Path) -> Callable[..., Any]:
     return builder
 
 
-def check_logits(model: nn.Module, name: str, in_channels: int, image_size: int, num_classes: int) -> None:
+def check_logits(model: "nn.Module", name: str, in_channels: int, image_size: int, num_classes: int) -> None:
     """Check that a model is trainable and maps two blank images to logits (2, >= num_classes). Raises ConfigError."""
+    import torch
+    from torch import Tensor
+
     model.eval()
     with torch.no_grad():
         logits = model(torch.zeros(2, in_channels, image_size, image_size))
@@ -67,7 +71,7 @@ def check_logits(model: nn.Module, name: str, in_channels: int, image_size: int,
 TABLE = Registry("model", MODELS, INJECTED, get_builder)
 
 
-def build(name: str, arguments: dict[str, Any], base: Path, **injected: Any) -> nn.Module:
+def build(name: str, arguments: dict[str, Any], base: Path, **injected: Any) -> "nn.Module":
     """Build a model.
 
     Args:
@@ -82,6 +86,8 @@ def build(name: str, arguments: dict[str, Any], base: Path, **injected: Any) -> 
     Raises:
         ConfigError: If the name is unknown, or the builder does not return a module.
     """
+    from torch import nn
+
     builder = get_builder(name, base)
     parameters = inspect.signature(builder).parameters
     chosen = {key: value for key, value in injected.items() if key in parameters}

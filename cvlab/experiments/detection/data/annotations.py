@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from cvlab.data import photos
+from cvlab.data import photo_paths
 from cvlab.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -82,13 +82,13 @@ def read_header(path: Path) -> ImageHeader:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about sizes, which photos.load checks, and about EXIF
-            with Image.open(path, formats=photos.FORMATS) as image:
+            with Image.open(path, formats=photo_paths.FORMATS) as image:
                 has_exif = image.format != "PNG" or "exif" in image.info or _has_orientation_chunk(path)
                 orientation = image.getexif().get(Base.Orientation, 1) if has_exif else 1
                 valid = isinstance(orientation, int) and 1 <= orientation <= 8
                 return ImageHeader(image.width, image.height, orientation if valid else 1)
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not a photo that can be read", photos.FORMAT_HINT) from error
+        raise DataError(f"{path}: not a photo that can be read", photo_paths.FORMAT_HINT) from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}", "the annotations name this photo") from error
     except Exception as error:  # decoders of damaged files fail in many ways
@@ -110,7 +110,7 @@ def _has_orientation_chunk(path: Path) -> bool:
 def images_by_stem(folder: Path) -> dict[str, Path]:
     """Return the images of a folder by file stem; of several with one stem, the one whose suffix comes first."""
     images: dict[str, Path] = {}
-    for path in sorted(_list_images(folder), key=lambda path: photos.SUFFIXES[::-1].index(path.suffix.lower())):
+    for path in sorted(_list_images(folder), key=lambda path: photo_paths.SUFFIXES[::-1].index(path.suffix.lower())):
         images[path.stem] = path
     return images
 
@@ -120,7 +120,7 @@ def _list_images(folder: Path) -> list[Path]:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}", "name a folder that can be read") from error
-    return [folder / name for name in names if name.lower().endswith(photos.SUFFIXES) and name[0] != "."]
+    return [folder / name for name in names if name.lower().endswith(photo_paths.SUFFIXES) and name[0] != "."]
 
 
 def parse_number(text: str | None, location: str, key: str) -> float:

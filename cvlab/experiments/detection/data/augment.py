@@ -5,16 +5,13 @@ A random view is a pure function of (seed, photo, number), so nothing about it h
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from annotated_types import Ge, Le
 from PIL import Image, ImageOps
-from pydantic import Field
 from torch import Tensor
 
-from cvlab.config import schema
 from cvlab.data import rng
+from cvlab.experiments.detection.config import AugmentConfig
 from cvlab.ops import style
 
 GRAY = (114, 114, 114)  # around a photo that does not fill the square
@@ -91,17 +88,6 @@ def whole_photo(width: int, height: int, size_px: int) -> ViewTransform:
     """Return the view of a whole photo: its longer side fills the square, centered, aspect ratio kept."""
     scale = size_px / max(width, height)
     return ViewTransform(size_px, scale, scale, (size_px - scale * width) / 2, (size_px - scale * height) / 2)
-
-
-class AugmentConfig(schema.FrozenModel):
-    """How much random views of a photo differ."""
-
-    zoom: Annotated[float, Ge(1), Le(8)] = Field(1.6, description="scale up or down by up to this factor")
-    aspect: Annotated[float, Ge(1), Le(4)] = Field(1.25, description="change the aspect ratio by up to this factor")
-    flip: bool = Field(True, description="flip horizontally at random")
-    brightness: schema.Fraction = Field(0.25, description="change the brightness by up to this fraction")
-    contrast: schema.Fraction = Field(0.25, description="change the contrast by up to this fraction")
-    saturation: schema.Fraction = Field(0.4, description="change the saturation by up to this fraction")
 
 
 def random_view(

@@ -62,7 +62,6 @@ class DetectionDatasetSource(DatasetSource[DetectionDataset]):
     """A detection data set of the table."""
 
     kind = "boxes"
-    contents = "photos with boxes"
 
     def load(self, root: Path, path: str | None = None, val_fraction: float = 0.2) -> DetectionDataset:
         """Read the data set.

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvlab.data import photos
+from cvlab.data import photo_paths
 from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, voc
@@ -28,7 +28,7 @@ VOC_CLASSES = (
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 PARTS = ("Annotations", "JPEGImages", "ImageSets/Main")  # the lists last: with them a data set counts as installed
-COPIED_SUFFIXES = (*photos.SUFFIXES, ".xml", ".txt")
+COPIED_SUFFIXES = (*photo_paths.SUFFIXES, ".xml", ".txt")
 MAX_DEPTH = 3  # of a data set's folder in an archive
 BCCD_URL = "https://github.com/Shenggan/BCCD_Dataset/archive/refs/heads/master.zip"
 BCCD_MIN_BYTES = 1_000_000  # the zip is made on demand, so its size is not known

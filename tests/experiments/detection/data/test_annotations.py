@@ -1,13 +1,13 @@
 """What the readers share: image headers."""
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.experiments.detection.data import annotations
 from tests.experiments.detection.data.box_files import photo
 
 
 def test_headers_agree_with_decoded_photos(tmp_path):
     for orientation in (None, 1, 6):
-        for ending in photos.SUFFIXES[:3] + photos.SUFFIXES[4:]:
+        for ending in photo_paths.SUFFIXES[:3] + photo_paths.SUFFIXES[4:]:
             path = photo(tmp_path / f"x{ending}", orientation=orientation)
             found = annotations.read_header(path)
             shown = (found.height, found.width) if found.orientation >= 5 else (found.width, found.height)

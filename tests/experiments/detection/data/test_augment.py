@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cvlab.experiments.detection import config as detection_config
 from cvlab.experiments.detection.data import augment
 from cvlab.ops import boxes
 
@@ -16,7 +17,7 @@ def random_boxes(count, seed=0, span=100.0):
 
 @pytest.mark.parametrize("number", range(6))
 def test_boxes_are_mapped_back(number):
-    transform = augment.random_view(300, 200, 128, augment.AugmentConfig(), 0, 5, number)
+    transform = augment.random_view(300, 200, 128, detection_config.AugmentConfig(), 0, 5, number)
     found = random_boxes(9)
     torch.testing.assert_close(transform.inverse_transform_boxes(transform.transform_boxes(found)), found)
 
@@ -30,7 +31,7 @@ def test_rendered_objects_lie_in_their_boxes(size, number):
     box = (width * 0.3, height * 0.35, width * 0.6, height * 0.7)
     photo.paste((255, 255, 255), tuple(round(v) for v in box))
     box = torch.tensor([[float(round(v)) for v in box]])
-    transform = augment.random_view(width, height, 160, augment.AugmentConfig(), 1, 2, number)
+    transform = augment.random_view(width, height, 160, detection_config.AugmentConfig(), 1, 2, number)
     seen, which = transform.visible_boxes(box)
     shown = (torch.tensor(list(transform.render(photo).convert("L").tobytes())).view(160, 160) > 200).nonzero()
     if not len(which):
@@ -47,7 +48,7 @@ def test_the_whole_photo_keeps_its_aspect_ratio():
 
 
 def test_views_are_a_pure_function_of_seed_photo_and_number():
-    config = augment.AugmentConfig()
+    config = detection_config.AugmentConfig()
     one = augment.random_view(300, 200, 128, config, 0, 5, 1)
     assert one == augment.random_view(300, 200, 128, config, 0, 5, 1)
     others = [augment.random_view(300, 200, 128, config, *key) for key in ((1, 5, 1), (0, 6, 1), (0, 5, 2))]

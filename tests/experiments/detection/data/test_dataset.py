@@ -13,7 +13,6 @@ from cvlab import console
 from cvlab.api import catalog
 from cvlab.data import datasets
 from cvlab.errors import ConfigError, DataError
-from cvlab.experiments.classification.data.images import ImageDatasetSource
 from cvlab.experiments.detection.data import dataset, writers
 from tests.experiments.detection.data.box_files import (
     BOXES,
@@ -168,8 +167,10 @@ def test_every_data_set_is_listed_and_classify_rejects_detection_data(cvlab, tmp
     assert set(rows) >= {"cifar10", "scenes10", "scenes", "fruit", "bccd", "voc07", "boxes"}
     assert rows["boxes"]["state"] == "your own"
     assert rows["fruit"]["state"] == "not on the disk"
-    assert datasets.names(ImageDatasetSource) == ["cifar10", "scenes10"]
-    for name in datasets.names(dataset.DetectionDatasetSource):
+    for name in datasets.DATASETS:
+        assert name in datasets.BY_KIND[datasets.get(name).kind]
+    assert list(datasets.BY_KIND["images"]) == ["cifar10", "scenes10"]
+    for name in datasets.BY_KIND["boxes"]:
         code, _, err = cvlab("train", "quickstart", f"data.name={name}", "-q")
         assert code == 2
         assert f"data set '{name}' has photos with boxes" in err

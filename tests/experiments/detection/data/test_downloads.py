@@ -16,14 +16,7 @@ from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, downloads, writers
 from cvlab.storage import archives, download
 from tests.conftest import REAL_DATA
-from tests.experiments.detection.data.box_files import (
-    BOXES,
-    SIZE,
-    VOC_XML,
-    of,
-    voc_set,
-    write,
-)
+from tests.experiments.detection.data.box_files import BOXES, SIZE, VOC_XML, of, voc_set, write
 
 
 def fruit(folder):

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from cvlab.errors import ConfigError
-from cvlab.experiments.detection.models import registry as detector_registry
+from cvlab.experiments.detection.models import detector as detector_model
+from cvlab.experiments.detection.models.detector import DetectorMetadata
 from cvlab.experiments.detection.models.finetune import FineTunedDetector
-from cvlab.experiments.detection.models.registry import DetectorMetadata
 from tests.experiments.detection.short_run import train
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ ABOUT = DetectorMetadata("yolo_fpn", {"width": 8}, ("a", "b"), 64, is_finetuned=
 
 @pytest.fixture(scope="module")
 def made():
-    return detector_registry.build(ABOUT, CPU)
+    return detector_model.build(ABOUT, CPU)
 
 
 def test_stages_compute_the_backbone_s_feature_maps(made):
@@ -69,12 +69,12 @@ class TestTraining:
     WORDS = ("duration={epochs: 2}", "finetune_epochs=1", "model.width=8")
 
     def test_only_the_last_epochs_change_the_backbone_and_the_file_holds_it(self, cvlab):
-        before = detector_registry.build(
+        before = detector_model.build(
             DetectorMetadata("yolo_fpn", {"width": 8}, tuple("abcdefghij"), 64, is_finetuned=True), CPU
         )
         untouched = train(cvlab, "duration={epochs: 2}", "finetune_epochs=0", "model.width=8")
         found = train(cvlab, *self.WORDS)
-        own = detector_registry.load(Path(found["run"]) / "detector.safetensors", CPU)
+        own = detector_model.load(Path(found["run"]) / "detector.safetensors", CPU)
         change = [
             (mine - theirs.half().float()).abs().max().item()
             for mine, theirs in zip(own.head.stages.parameters(), before.head.stages.parameters(), strict=True)

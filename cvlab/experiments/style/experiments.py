@@ -1,40 +1,14 @@
-"""Neural style transfer: match the features of a photo and the Gram matrices of one or more style images.
-
-References:
-    Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et al., 2017,
-    "Controlling perceptual factors in neural style transfer" (regions, colors, coarse to fine). Without a photo it is
-    texture synthesis (Gatys et al., 2015).
-
-Differences from the papers:
-    Losses are normalized, so that weights mean the same for every model: the loss of each style layer starts at its
-    weight; the content loss is its weight if only the channel means match. `scaling: absolute` uses the weights as the
-    papers do.
-
-Metrics:
-    `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.
-    `style_loss_reduction`: style loss of the initial image divided by that of the result.
-    `ssim`: structural similarity of its luminance to that of the photo.
-
-Command:
-    cvlab style tubingen.jpg starry_night.jpg
-"""
+"""Neural style transfer. The methods import torch."""
 
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from cvlab.config.metrics import Metric
-from cvlab.data import photos
-from cvlab.engine import image_optimizer
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.style.config import StyleConfig
-from cvlab.experiments.style.transfer import StyleTransfer, prepare
-from cvlab.reports import images
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
-ANIMATION_PX = 384  # maximum of the longer side
 COLUMNS = (
     Column("style_loss_reduction", "style loss reduction"),
     Column("ssim", "SSIM with the photo"),
@@ -44,30 +18,27 @@ COLUMNS = (
 LOSSES = ("content_loss", "style_loss", "tv_loss")
 
 
-def write_panel_and_animation(transfer: StyleTransfer, run: RunDir) -> dict[str, str]:
-    """Write a panel of all images and an animation of the intermediate ones; return their paths."""
-    result = photos.load(run.path / "images" / "style.png")
-    styles = transfer.targets.styles
-    captions = ["style"] if len(styles) == 1 else [f"style {k + 1}" for k in range(len(styles))]
-    tiles = [("content", transfer.content)] if transfer.content is not None else []
-    tiles += [*zip(captions, styles, strict=True), ("result", result)]
-    run.write_bytes("images/style-panel.png", images.png(images.panel(tiles)))
-    frames = [photos.load(path) for path in sorted((run.path / "images" / "frames").glob("*.png"))]
-    size = tuple(max(1, round(side * min(1, ANIMATION_PX / max(result.size)))) for side in result.size)
-    run.write_bytes("images/style.gif", images.gif([frame.resize(size) for frame in frames]))  # type: ignore[arg-type]
-    return {"panel": "images/style-panel.png", "animation": "images/style.gif"}
-
-
-def save_frame(run: RunDir, image: Image.Image, step: int) -> None:
-    """Save an intermediate image as a frame, and as the latest preview."""
-    (run.folder("images") / "frames").mkdir(exist_ok=True)
-    data = images.png(image)
-    run.write_bytes(f"images/frames/{step:06d}.png", data)
-    run.write_bytes("images/preview.png", data)
-
-
 class StyleExperiment(PhotoExperiment[StyleConfig]):
-    """Neural style transfer: match the features of a photo and the Gram matrices of one or more style images."""
+    """Neural style transfer: match the features of a photo and the Gram matrices of one or more style images.
+
+    References:
+        Gatys, Ecker and Bethge, 2016, "Image style transfer using convolutional neural networks"; Gatys et al.,
+        2017, "Controlling perceptual factors in neural style transfer" (regions, colors, coarse to fine). Without a
+        photo it is texture synthesis (Gatys et al., 2015).
+
+    Differences from the papers:
+        Losses are normalized, so that weights mean the same for every model: the loss of each style layer starts at
+        its weight; the content loss is its weight if only the channel means match. `scaling: absolute` uses the
+        weights as the papers do.
+
+    Metrics:
+        `content_loss`, `style_loss`, `tv_loss`: the weighted losses of the saved image.
+        `style_loss_reduction`: style loss of the initial image divided by that of the result.
+        `ssim`: structural similarity of its luminance to that of the photo.
+
+    Command:
+        cvlab style tubingen.jpg starry_night.jpg
+    """
 
     name = "style"
     Config = StyleConfig
@@ -84,6 +55,11 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
 
     def run(self, config: StyleConfig, run: RunDir) -> dict[str, float]:
         """Optimize the image, save and evaluate it."""
+        from cvlab.engine import image_optimizer
+        from cvlab.experiments.style.drawing import save_frame, write_panel_and_animation
+        from cvlab.experiments.style.transfer import prepare
+        from cvlab.reports import images
+
         transfer = prepare(config)
         task = image_optimizer.ImageOptimization(
             state=image_optimizer.ImageState([transfer.initial_values()]),
@@ -107,6 +83,8 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
 
     def plan(self, config: StyleConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. Raises DataError if an image is missing, ConfigError if it does not fit."""
+        from cvlab.experiments.style.transfer import prepare
+
         transfer = prepare(config)
         last = transfer.scales[-1]
         return {

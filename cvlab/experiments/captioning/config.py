@@ -1,0 +1,82 @@
+"""Configurations of captioning: training a captioner, captioning photos."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, MinLen
+from pydantic import Field, field_validator, model_validator
+
+from cvlab.config import schema
+from cvlab.config.schema import Registry
+from cvlab.experiments.common import backbone_config, weights
+from cvlab.experiments.common.photo_config import ImagesConfig
+
+SCENE_CAPTIONS = "scene_captions"  # the generated data set, whose scenes are known
+CAPTIONERS = Registry(
+    "captioner", {"captioner": "cvlab.experiments.captioning.model:Captioner"}, frozenset({"in_channels", "vocab_size"})
+)
+
+
+class CaptionConfig(ImagesConfig):
+    """Which photos, which captioner, and how captions are decoded."""
+
+    weights: str | None = Field(
+        None, description="a training run of a captioner, or its weights file; null: the bundled weights"
+    )
+    beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="beam width; 1 is greedy decoding")
+    alpha: schema.Fraction = Field(
+        0.7, description="length normalization of beam search: scores are divided by length ** alpha"
+    )
+    attention: bool = Field(False, description="also draw the attention map of each word")
+
+    @field_validator("weights")
+    @classmethod
+    def _absolute_weights(cls, name: str | None) -> str | None:
+        return weights.absolute_weights_path(name)
+
+
+pass  # REMOVED IMPORT
+
+
+class CaptionDataConfig(backbone_config.PhotoDatasetConfig):
+    """Which captioned photos."""
+
+    kind = "captions"
+    val_fraction: schema.FractionBelowOne = Field(0.1, description="share of your own photos used for validation")
+    sentences: schema.PositiveInt | None = Field(
+        None, description="train on this number of captions per photo; null: all"
+    )
+
+
+class CaptionerConfig(backbone_config.BackboneTrainConfig):
+    """A captioner, its data and its training. `batch_size` counts photos, each with all of its captions."""
+
+    data: CaptionDataConfig
+    model: Annotated[schema.ComponentConfig, CAPTIONERS]
+    size: Annotated[int, Ge(64), Le(2048)] = Field(
+        224, description="photos are resized to squares of this many pixels, without keeping the aspect ratio"
+    )
+    strides: Annotated[tuple[Literal[4, 8, 16, 32], ...], MinLen(1)] = Field(
+        (32,), description="strides of the backbone's feature maps; the first one defines the spatial positions"
+    )
+    mirror: bool = Field(False, description="flip half of the photos horizontally; takes twice the space on the disk")
+    min_word_count: schema.PositiveInt = Field(
+        5, description="words that occur less often in the training captions are unknown"
+    )
+    length: Annotated[int, Ge(3), Le(200)] = Field(
+        17, description="maximum number of tokens of a caption, start and end included"
+    )
+    reward_epochs: Annotated[int, Ge(0)] = Field(
+        0, description="number of last epochs of self-critical training, which maximizes CIDEr-D of sampled captions"
+    )
+    reward_samples: Annotated[int, Ge(2), Le(100)] = Field(
+        5, description="captions sampled for each photo in self-critical training"
+    )
+    beam: Annotated[int, Ge(1), Le(100)] = Field(5, description="beam width of the final evaluation; 1 is greedy")
+    alpha: schema.Fraction = Field(
+        0.7, description="length normalization of beam search: scores are divided by length ** alpha"
+    )
+
+    @model_validator(mode="after")
+    def _rewards_within(self) -> "CaptionerConfig":
+        self.check_final_epochs("reward_epochs", self.reward_epochs)
+        return self

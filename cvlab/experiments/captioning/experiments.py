@@ -1,0 +1,200 @@
+"""Captioning: train an image captioner, caption photos. The methods import torch."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from cvlab.config.metrics import Metric
+from cvlab.engine.config import TRAIN_METRICS
+from cvlab.experiments.base import Evaluable, Experiment, PhotoExperiment, State
+from cvlab.experiments.captioning.config import SCENE_CAPTIONS, CaptionConfig, CaptionerConfig
+from cvlab.runs.interrupt import StopRequest
+from cvlab.runs.results import Column
+from cvlab.runs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cvlab.experiments.captioning.model import Captioner
+
+COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
+
+
+class CaptionExperiment(PhotoExperiment[CaptionConfig]):
+    """Caption photos with a trained captioner.
+
+    References:
+        Xu et al., 2015, "Show, attend and tell".
+
+    Differences from the paper:
+        The weights file names its backbone and holds its vocabulary.
+
+    Metrics:
+        `num_photos`, `mean_words`.
+
+    Command:
+        cvlab caption photo.jpg
+    """
+
+    name = "caption"
+    Config = CaptionConfig
+    columns = COLUMNS
+    metrics = (Metric("num_photos"), Metric("mean_words"))
+
+    def run(self, config: CaptionConfig, run: RunDir) -> dict[str, float]:
+        """Caption every photo."""
+        from cvlab.experiments.captioning.predict import CaptionPhotos, describe, load_captioner
+        from cvlab.experiments.common import photo_batches
+
+        ctx, captioner = load_captioner(config)
+        run.log(f"captioning with {describe(config, captioner)}")
+        if config.attention:
+            run.folder("images")
+        results = photo_batches.run(config, run, CaptionPhotos(config, captioner, ctx, run), "caption", self.columns)
+        num_words = sum(len(result.values["sentence"].split()) for result in results)
+        return {"num_photos": len(results), "mean_words": num_words / len(results)}
+
+    def plan(self, config: CaptionConfig, base: Path) -> dict[str, Any]:
+        """Describe what a run would do. Raises DataError if the weights or all photos are missing."""
+        from cvlab.experiments.captioning.predict import describe, load_captioner
+        from cvlab.experiments.common import photo_batches
+
+        ctx, captioner = load_captioner(config)
+        return {
+            "photos": len(photo_batches.resolve_images(config.images)[1]),
+            "captioner": describe(config, captioner),
+            "parameters": sum(p.numel() for p in captioner.model.parameters()),
+            **ctx.as_dict(),
+        }
+
+
+def _has_scenes(config: CaptionerConfig) -> bool:
+    return SCENE_CAPTIONS in (config.data.name, config.data.fallback)
+
+
+class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig]):
+    """Train an image captioner: an RNN, an LSTM or an LSTM with attention on the features of a frozen backbone.
+
+    References:
+        Vinyals et al., 2015, "Show and tell"; Xu et al., 2015, "Show, attend and tell"; EECS 498, assignment 6.
+
+    Differences from the paper:
+        The backbone's features are computed once and kept on the disk; layer normalization before the output
+        projection.
+
+    Metrics:
+        `val_loss`, `val_bleu4` (greedy) while training; at the end, by beam search on the evaluated split (`test`
+        with evaluate_test, else `val`), `bleu1` to `bleu4`, `cider`, `exact_match`; on scene_captions also
+        `shapes_right`,
+        `colours_right`, `relations_right`.
+
+    Command:
+        cvlab train configs/caption_scenes.yaml
+    """
+
+    name = "captioner"
+    Config = CaptionerConfig
+    metrics = (
+        *TRAIN_METRICS,
+        Metric("val_loss", better="lower"),
+        Metric("val_bleu4", "fraction", "higher"),
+        Metric("best_val_bleu4", "fraction", "higher"),
+        Metric("word_loss", better="lower"),
+        Metric("cider", better="higher"),
+        Metric("exact_match", "fraction", "higher"),
+        *(Metric(f"bleu{n}", "fraction", "higher") for n in range(1, 5)),
+        *(Metric(f"{part}_right", "fraction", "higher", _has_scenes) for part in ("shapes", "colours", "relations")),
+    )
+
+    def run(self, config: CaptionerConfig, run: RunDir) -> dict[str, float]:
+        """Compute features, train, and evaluate generated captions; save the weights in a file of their own."""
+        from cvlab.engine import trainer
+        from cvlab.engine.task import TrainTask
+        from cvlab.experiments.captioning import checkpoint as captioner_checkpoint
+        from cvlab.experiments.captioning import evaluation
+        from cvlab.experiments.captioning.setup import (
+            build_setup,
+            evaluate_split,
+            generate,
+            load_backbone_features,
+            load_training_data,
+            make_loss_fn,
+            samples_of,
+        )
+
+        setup = build_setup(config)
+        captioner = setup.captioner
+        with StopRequest() as stop:
+            check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
+            data = load_training_data(config, setup, check_interrupt)
+
+        def validate(model: "nn.Module") -> dict[str, float]:
+            model = cast("Captioner", model)
+            captions = generate(config, setup, model, data.val_features, beam_width=1)
+            loss = evaluation.mean_loss(model, data.val_features, data.val_captions, setup.ctx)
+            return {
+                "val_loss": loss,
+                "val_bleu4": evaluation.compute_metrics(captions, samples_of(config, setup.dataset, "val"))["bleu4"],
+            }
+
+        task = TrainTask(
+            model=captioner.model,
+            loss_fn=make_loss_fn(config, data.reward),
+            get_batch=data.loader.get_batch,
+            steps_per_epoch=data.loader.sampler.steps_per_epoch,
+            items_per_step=data.loader.sampler.batch_size,
+            evaluate=validate,
+            monitor="val_bleu4",
+            ctx=setup.ctx,
+        )
+        trained, metrics = trainer.train(config, task, run)
+        model = cast("Captioner", trained)
+        run.write(
+            captioner_checkpoint.WEIGHTS_FILE, lambda path: captioner_checkpoint.save(captioner.metadata, model, path)
+        )
+        split = "test" if config.evaluate_test else "val"
+        features = data.val_features if split == "val" else load_backbone_features(config, setup, "test")
+        run.extra_summary |= {
+            "bleu_rule": evaluation.BLEU_PROTOCOL,
+            "beam": config.beam,
+            "alpha": config.alpha,
+            "evaluated_split": split,
+        }
+        return metrics | evaluate_split(config, setup, model, features, split)
+
+    def evaluate(self, config: CaptionerConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
+        """Evaluate the weights of a checkpoint by beam search; the name of each metric is prefixed by its split."""
+        from cvlab.experiments.captioning import evaluation
+        from cvlab.experiments.captioning.batches import EncodedCaptions
+        from cvlab.experiments.captioning.setup import build_setup, evaluate_split, load_backbone_features, samples_of
+        from cvlab.runs import checkpoint
+
+        setup = build_setup(config)
+        model = setup.captioner.model
+        checkpoint.load_eval_weights(model, state, str(base))
+        metrics: dict[str, float] = {}
+        for split in splits or [split for split in ("val", "test") if setup.dataset.splits.get(split)]:
+            features = load_backbone_features(config, setup, split)
+            samples = samples_of(config, setup.dataset, split)
+            captions = EncodedCaptions(samples, setup.captioner.vocabulary, config.length)
+            of_split = evaluate_split(config, setup, model, features, split)
+            of_split["loss"] = evaluation.mean_loss(model, features, captions, setup.ctx)
+            metrics |= {f"{split}_{name}": value for name, value in of_split.items()}
+        return metrics
+
+    def plan(self, config: CaptionerConfig, base: Path) -> dict[str, Any]:
+        """Describe what a run would do; captions are read, no photo is opened."""
+        from cvlab.experiments.captioning.setup import build_setup, samples_of
+
+        setup = build_setup(config)
+        model = setup.captioner.model
+        steps_per_epoch = max(1, len(samples_of(config, setup.dataset, "train")) // config.batch_size)
+        return {
+            "model": f"{model.cell}, layers {model.layers}",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "vocabulary": f"{len(setup.captioner.vocabulary)} tokens",
+            "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.dataset.splits.items()),
+            "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",
+            **setup.ctx.as_dict(),
+        }

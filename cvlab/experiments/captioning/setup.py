@@ -1,0 +1,138 @@
+"""What a captioning configuration builds: data, captioner, loss and evaluation."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from cvlab.data import datasets, vocabulary
+from cvlab.engine import device, loop
+from cvlab.experiments.captioning import checkpoint as captioner_checkpoint
+from cvlab.experiments.captioning import evaluation, feature_store, self_critical
+from cvlab.experiments.captioning.batches import CaptionBatch, CaptionLoader, EncodedCaptions
+from cvlab.experiments.captioning.checkpoint import CaptionerMetadata, LoadedCaptioner
+from cvlab.experiments.captioning.config import SCENE_CAPTIONS, CaptionerConfig
+from cvlab.experiments.captioning.dataset import CaptionDataset, CaptionDatasetSource, CaptionSample
+from cvlab.experiments.captioning.feature_store import FeatureSpec
+from cvlab.experiments.captioning.model import Captioner
+from cvlab.experiments.captioning.self_critical import CiderReward
+from cvlab.storage.cache import data_root
+
+
+@dataclass(frozen=True)
+class CaptioningSetup:
+    """What a configuration builds."""
+
+    ctx: device.ComputeContext
+    dataset: CaptionDataset
+    captioner: LoadedCaptioner
+
+
+def build_setup(config: CaptionerConfig) -> CaptioningSetup:
+    """Load the captions, build the vocabulary, and build the captioner with seeded random weights."""
+    ctx = device.select_device(config.device, config.precision, config.threads)
+    source = datasets.get_of_kind(config.data.name, CaptionDatasetSource)
+    dataset = source.load(data_root(), config.data.path, config.data.val_fraction)
+    train = samples_of(config, dataset, "train")
+    captions = (vocabulary.tokenize(text) for sample in train for text in sample.captions[: config.data.sentences])
+    tokens = vocabulary.build_vocabulary(captions, config.min_word_count).tokens
+    device.seed_everything(config.seed)
+    extractor = captioner_checkpoint.build_feature_extractor(
+        config.strides, config.backbone, config.backbone_weights, ctx.device
+    )
+    metadata = CaptionerMetadata(
+        arguments=config.model.arguments() | {"layers": "torch"},  # a loaded captioner runs on torch's layers
+        vocabulary=tokens,
+        size_px=config.size,
+        max_length=config.length,
+        strides=config.strides,
+        backbone=config.backbone,
+        backbone_weights=config.backbone_weights,
+        trained_on=dataset.name,
+    )
+    captioner = captioner_checkpoint.build(metadata, extractor, ctx.device)
+    captioner.model.layers = config.model.arguments()["layers"]
+    return CaptioningSetup(ctx, dataset, captioner)
+
+
+def samples_of(config: CaptionerConfig, dataset: CaptionDataset, split: str) -> Sequence[CaptionSample]:
+    """Return the photos of a split. Raises ConfigError if it has none, or fewer than `num_train`."""
+    return config.data.items(dataset.name, dataset.splits, split)
+
+
+def load_backbone_features(
+    config: CaptionerConfig,
+    setup: CaptioningSetup,
+    split: str,
+    check_interrupt: Callable[[], None] = lambda: None,
+    mirrored: bool = False,
+) -> Tensor:
+    """Return the backbone's features of the photos of a split, float16 (N, L, C), computed if they are not stored."""
+    paths = [sample.path for sample in samples_of(config, setup.dataset, split)]
+    spec = FeatureSpec(config.size, not setup.captioner.model.has_attention, mirrored)
+    return feature_store.load_features(setup.captioner.feature_extractor, paths, setup.ctx, spec, check_interrupt)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The batches of a training run, the reward of its self-critical epochs, and what it is validated on."""
+
+    loader: CaptionLoader
+    reward: CiderReward | None
+    val_features: Tensor
+    val_captions: EncodedCaptions
+
+
+def load_training_data(
+    config: CaptionerConfig, setup: CaptioningSetup, check_interrupt: Callable[[], None]
+) -> TrainingData:
+    """Encode the captions and load the features of the training and validation photos."""
+    load_split = functools.partial(load_backbone_features, config, setup, check_interrupt=check_interrupt)
+    features = load_split("train")
+    mirrored_features = load_split("train", mirrored=True) if config.mirror else None
+    val_features = load_split("val")
+    train, val = (samples_of(config, setup.dataset, split) for split in ("train", "val"))
+    vocabulary = setup.captioner.vocabulary
+    captions = EncodedCaptions(train, vocabulary, config.length, config.data.sentences)
+    loader = CaptionLoader(features, captions, config.batch_size, config.seed, mirrored_features, setup.ctx.device)
+    reward = None
+    if config.reward_epochs:
+        loader.self_critical_from = config.final_epochs_start(config.reward_epochs, loader.sampler.steps_per_epoch)
+        reward = CiderReward(train, vocabulary)
+    return TrainingData(loader, reward, val_features, EncodedCaptions(val, vocabulary, config.length))
+
+
+def make_loss_fn(config: CaptionerConfig, reward: CiderReward | None) -> loop.LossFn[CaptionBatch]:
+    """Return the loss of a batch: cross-entropy, or the policy gradient in self-critical training."""
+
+    def loss_fn(model: nn.Module, batch: CaptionBatch) -> loop.Losses:
+        captioner = cast("Captioner", model)
+        if batch.is_self_critical and reward is not None:
+            return self_critical.self_critical_loss(captioner, batch, reward, config.reward_samples, config.length)
+        loss, word_loss = captioner.loss(batch.features, batch.token_ids, batch.photo_indices)
+        return {"loss": loss, "word_loss": word_loss}
+
+    return loss_fn
+
+
+def generate(
+    config: CaptionerConfig, setup: CaptioningSetup, model: Captioner, features: Tensor, beam_width: int
+) -> list[list[str]]:
+    """Generate the tokens of a caption for each photo whose features are given."""
+    return evaluation.generate_captions(
+        model, features, setup.captioner.vocabulary, setup.ctx, beam_width, config.length, config.alpha
+    )
+
+
+def evaluate_split(
+    config: CaptionerConfig, setup: CaptioningSetup, model: Captioner, features: Tensor, split: str
+) -> dict[str, float]:
+    """Generate captions by beam search for the photos of a split, whose features are given, and score them."""
+    samples = samples_of(config, setup.dataset, split)
+    captions = generate(config, setup, model, features, config.beam)
+    metrics = evaluation.compute_metrics(captions, samples)
+    if setup.dataset.name == SCENE_CAPTIONS:
+        metrics |= evaluation.compute_scene_accuracy(captions, samples)
+    return metrics

@@ -1,0 +1,90 @@
+"""Configurations of detection: training a detector, detecting objects in photos."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+from pydantic import Field, field_validator, model_validator
+
+from cvlab.config import schema
+from cvlab.data import photo_paths
+from cvlab.experiments.common import backbone_config, photo_config, weights
+from cvlab.experiments.common.photo_config import ImagesConfig
+from cvlab.experiments.detection.models import registry as detector_registry
+
+
+class AugmentConfig(schema.FrozenModel):
+    """How much random views of a photo differ."""
+
+    zoom: Annotated[float, Ge(1), Le(8)] = Field(1.6, description="scale up or down by up to this factor")
+    aspect: Annotated[float, Ge(1), Le(4)] = Field(1.25, description="change the aspect ratio by up to this factor")
+    flip: bool = Field(True, description="flip horizontally at random")
+    brightness: schema.Fraction = Field(0.25, description="change the brightness by up to this fraction")
+    contrast: schema.Fraction = Field(0.25, description="change the contrast by up to this fraction")
+    saturation: schema.Fraction = Field(0.4, description="change the saturation by up to this fraction")
+
+
+class DetectConfig(ImagesConfig):
+    """The photos, the detector, and which of its detections count."""
+
+    images: tuple[str, ...] = Field(
+        (photo_paths.SAMPLE,), description="files, folders, patterns; none: the detector's validation photos"
+    )
+    model: Literal["auto", "yolo", "faster_rcnn", "yolov3_tiny"] = Field(
+        "auto", description="auto: yolov3_tiny if its weights are on the disk, else yolo"
+    )
+    weights: str | None = Field(
+        None, description="a run that trained a detector, or its weights file; null: bundled weights"
+    )
+    conf: schema.Fraction = Field(0.25, description="detections of lower scores are dropped")
+    iou: schema.Fraction = Field(
+        0.5, description="of detections of one class that overlap by more, the highest-scoring one stays"
+    )
+    save: tuple[Literal["json", "txt", "xml"], ...] = Field(
+        (), description="also write the boxes: COCO's JSON, YOLO's txt, PASCAL VOC's XML"
+    )
+    explain: Literal["grid", "anchors", "targets", "proposals"] | None = Field(
+        None,
+        description="also draw a diagram: the 7 x 7 grid of EECS 498, its anchors or targets, or proposals",
+    )
+
+    @field_validator("images")
+    @classmethod
+    def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return photo_config.absolute_image_paths(names) if names else names
+
+    @field_validator("weights")
+    @classmethod
+    def _absolute_weights(cls, name: str | None) -> str | None:
+        return weights.absolute_weights_path(name)
+
+
+pass  # REMOVED IMPORT
+
+
+class DetectionDataConfig(backbone_config.PhotoDatasetConfig):
+    """A detection data set."""
+
+    kind = "boxes"
+
+
+class DetectorConfig(backbone_config.BackboneTrainConfig):
+    """A detector, its data and how it is trained."""
+
+    data: DetectionDataConfig
+    model: Annotated[schema.ComponentConfig, detector_registry.TABLE]
+    size: Annotated[int, Ge(64), Le(2048)] = Field(320, description="side of the square input images in pixels")
+    finetune_epochs: Annotated[int, Ge(0)] = Field(
+        0, description="in the last N epochs the backbone's layers after the highest-resolution map are trained too"
+    )
+    views: schema.PositiveInt = Field(16, description="random views of each photo whose feature maps are cached")
+    augment: AugmentConfig = Field(AugmentConfig())
+    map_rule: Literal["voc07", "voc", "coco"] = Field("voc", description="how precision is averaged over recall")
+    score_threshold: schema.Fraction = Field(0.001, description="detections of lower scores are dropped")
+    nms_iou: schema.Fraction = Field(
+        0.6, description="of detections of one class that overlap by more, the highest-scoring one stays"
+    )
+
+    @model_validator(mode="after")
+    def _check_finetune_epochs(self) -> "DetectorConfig":
+        self.check_final_epochs("finetune_epochs", self.finetune_epochs)
+        return self

@@ -1,0 +1,243 @@
+"""Detection: train an object detector, detect objects in photos. The methods import torch."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from cvlab.config.metrics import Metric
+from cvlab.engine.config import TRAIN_METRICS
+from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State
+from cvlab.experiments.detection.config import DetectConfig, DetectorConfig
+from cvlab.runs.interrupt import StopRequest
+from cvlab.runs.results import Column, PhotoResult, summarize
+from cvlab.runs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cvlab.engine.task import ExportSpec
+    from cvlab.experiments.detection.models.base import DetectionHead
+
+COLUMNS = (
+    Column("objects", "objects"),
+    Column("picture", "picture", is_file=True),
+    Column("explained", "diagram", is_file=True),
+    Column("txt", "YOLO txt", is_file=True),
+    Column("xml", "VOC XML", is_file=True),
+)
+
+
+class DetectExperiment(PhotoExperiment[DetectConfig]):
+    """Detect objects in photos and draw their boxes; without photos, evaluate the detector on its validation split.
+
+    References:
+        Redmon et al., 2016, "You only look once"; Redmon and Farhadi, 2018, "YOLOv3" (yolov3_tiny).
+
+    Differences from the paper:
+        A weights file says which detector it belongs to, its classes and what it was trained on.
+
+    Metrics:
+        `num_photos`, `num_objects`; without photos `map50`, `map50_95` and `ap50/CLASS` on the validation photos.
+
+    Command:
+        cvlab detect photo.jpg
+    """
+
+    name = "detect"
+    Config = DetectConfig
+    columns = COLUMNS
+    metrics = (
+        Metric("num_photos"),
+        Metric("num_objects", when=lambda config: bool(config.images)),
+        Metric("map50", "fraction", "higher", lambda config: not config.images),
+        Metric("map50_95", "fraction", "higher", lambda config: not config.images),
+    )
+
+    def run(self, config: DetectConfig, run: RunDir) -> dict[str, float]:
+        """Detect objects in all photos, or evaluate the detector."""
+        from cvlab.engine import device
+        from cvlab.experiments.common import photo_batches
+        from cvlab.experiments.detection import evaluation, inference
+        from cvlab.experiments.detection.inference import PhotoDetector, load_configured_detector
+
+        ctx = device.select_device(config.device, config.precision, config.threads)
+        detector = load_configured_detector(config, ctx)
+        run.log(f"detecting with {detector.description}")
+        run.folder("images")
+        if not config.images:
+            metrics = evaluation.evaluate_on_validation(detector, run, config.batch_size, config.conf)
+            sheet = PhotoResult(evaluation.SHEET, files={"picture": evaluation.SHEET})
+            run.extra_summary |= summarize([sheet], self.columns)
+            return metrics
+        work = PhotoDetector(detector, run, config.conf, config.iou, config.save, config.explain)
+        results = photo_batches.run(config, run, work, "detect", self.columns)
+        if "json" in config.save:
+            inference.save_coco(detector, results, run)
+        num_objects = sum(len(result.values["objects"]) for result in results)
+        return {"num_photos": len(results), "num_objects": num_objects}
+
+    def plan(self, config: DetectConfig, base: Path) -> dict[str, Any]:
+        """Return what a run would do. DataError if the weights or all of the photos are missing."""
+        from cvlab.engine import device
+        from cvlab.experiments.common import photo_batches
+        from cvlab.experiments.detection.inference import load_configured_detector
+
+        ctx = device.select_device(config.device, config.precision, config.threads)
+        detector = load_configured_detector(config, ctx)
+        return {
+            "photos": len(photo_batches.resolve_images(config.images)[1]) if config.images else "its validation photos",
+            "detector": detector.description,
+            "classes": len(detector.classes),
+            "parameters": detector.num_parameters,
+            **ctx.as_dict(),
+        }
+
+
+class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig]):
+    """Train an object detector: a head on the feature maps of an ImageNet-pretrained backbone.
+
+    References:
+        Redmon et al., 2016, "You only look once"; Lin et al., 2017, "Feature pyramid networks"; Feng et al., 2021,
+        "TOOD" (label assignment). The backbone is frozen: its feature maps of augmented views of every photo are
+        computed once.
+
+    Differences from the paper:
+        The backbone is fine-tuned in the last `finetune_epochs` only; `yolo_grid` and `faster_rcnn_course` are the
+        detectors of EECS 498, assignment 5.
+
+    Metrics:
+        `val_map50` during training; at the end `map50`, `map50_95` and `ap50/CLASS` on the evaluated split (`test`
+        with evaluate_test, else `val`), by `map_rule`, of detections of at least `score_threshold`.
+
+    Command:
+        cvlab train configs/yolo_scenes.yaml
+    """
+
+    name = "detector"
+    Config = DetectorConfig
+    metrics = (
+        *TRAIN_METRICS,
+        Metric("val_map50", "fraction", "higher"),
+        Metric("best_val_map50", "fraction", "higher"),
+        Metric("map50", "fraction", "higher"),
+        Metric("map50_95", "fraction", "higher"),
+        Metric("ap50/*", "fraction", "higher"),
+        Metric("seconds_per_photo", "s", "lower"),
+        Metric("*_loss", better="lower"),
+    )
+
+    def run(self, config: DetectorConfig, run: RunDir) -> dict[str, float]:
+        """Compute the feature maps, train the head, evaluate it, and save its weights in a file of their own."""
+        from cvlab.engine import trainer
+        from cvlab.engine.task import TrainTask
+        from cvlab.experiments.detection import evaluation
+        from cvlab.experiments.detection.feature_cache import CachedBatches
+        from cvlab.experiments.detection.models import detector as detector_model
+        from cvlab.experiments.detection.setup import (
+            build,
+            cached_features,
+            compute_metrics,
+            make_loss_fn,
+            seconds_per_photo,
+        )
+
+        setup = build(config)
+        with StopRequest() as stop:
+            check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
+            train = cached_features(config, setup, "train", config.views, check_interrupt)
+            val = cached_features(config, setup, "val", 0, check_interrupt)
+        batches = CachedBatches(train, config.batch_size, config.seed, setup.ctx.device)
+        if config.finetune_epochs:
+            batches.finest_from = config.final_epochs_start(config.finetune_epochs, batches.sampler.steps_per_epoch)
+
+        def evaluate(model: "nn.Module") -> dict[str, float]:
+            head = cast("DetectionHead[Any]", model)
+            return {"val_map50": compute_metrics(config, setup, head, val, "val").map50}
+
+        task = TrainTask(
+            model=setup.detector.head,
+            loss_fn=make_loss_fn(config.size),
+            get_batch=batches,
+            steps_per_epoch=batches.sampler.steps_per_epoch,
+            items_per_step=batches.sampler.batch_size,
+            evaluate=evaluate,
+            monitor="val_map50",
+            ctx=setup.ctx,
+        )
+        model, metrics = trainer.train(config, task, run)
+        head = cast("DetectionHead[Any]", model)
+        run.write(detector_model.WEIGHTS_FILE, lambda path: detector_model.save(setup.detector.metadata, head, path))
+        split = "test" if config.evaluate_test else "val"
+        last = val if split == "val" else cached_features(config, setup, "test", 0, check_interrupt)
+        run.extra_summary |= {
+            "map_rule": config.map_rule,
+            "score_threshold": config.score_threshold,
+            "evaluated_split": split,
+        }
+        metrics["seconds_per_photo"] = seconds_per_photo(config, setup, head, split)
+        final = compute_metrics(config, setup, head, last, split)
+        return metrics | evaluation.reported_metrics(final, setup.boxset.classes)
+
+    def evaluate(self, config: DetectorConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
+        """Evaluate the weights of a checkpoint; draw precision-recall curves and confusion matrices.
+
+        Recall by size and the confusion matrix count detections of at least `SHOWN_SCORE_THRESHOLD`.
+        """
+        from cvlab.experiments.detection import evaluation, plots
+        from cvlab.experiments.detection.setup import SHOWN_SCORE_THRESHOLD, build, cached_features, samples_of
+        from cvlab.runs import checkpoint
+
+        setup = build(config)
+        head, classes = setup.detector.head, setup.boxset.classes
+        checkpoint.load_eval_weights(head, state, str(base))
+        metrics: dict[str, float] = {}
+        for split in splits or tuple(name for name in ("val", "test") if setup.boxset.splits.get(name)):
+            cache = cached_features(config, setup, split, 0, lambda: None)
+            samples = samples_of(config, setup.boxset, split)
+            detections = evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
+            result = evaluation.compute_metrics(detections, samples, len(classes), setup.rules)
+            confusion = evaluation.confusion_matrix(detections, samples, len(classes), SHOWN_SCORE_THRESHOLD)
+            plots.write(RunDir(base), result, confusion, classes, f"{split}_")
+            values = evaluation.reported_metrics(result, classes)
+            values |= evaluation.recall_by_size(detections, samples, SHOWN_SCORE_THRESHOLD)
+            metrics |= {f"{split}_{name}": value for name, value in values.items()}
+        return metrics
+
+    def export_spec(self, config: DetectorConfig, base: Path, state: State) -> "ExportSpec":
+        """Return the detector of a checkpoint with its backbone; only heads with `output_names` have a graph."""
+        import torch
+
+        from cvlab.engine.task import ExportSpec
+        from cvlab.experiments.detection.models.detector import DetectorGraph
+        from cvlab.experiments.detection.setup import build
+        from cvlab.runs import checkpoint
+
+        setup = build(config)
+        checkpoint.load_eval_weights(setup.detector.head, state, str(base))
+        about = {
+            "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1]: photos made to fit, gray below",
+            "classes": setup.boxset.classes,
+        }
+        graph = DetectorGraph(setup.detector)
+        if graph.output_names:
+            about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, before NMS"
+        example = torch.rand(1, 3, config.size, config.size)
+        return ExportSpec(graph, setup.detector.head, example, graph.output_names, about)
+
+    def plan(self, config: DetectorConfig, base: Path) -> dict[str, Any]:
+        """Return what a run would do; annotations are read, no photo is opened."""
+        from cvlab.experiments.detection.setup import build, samples_of
+
+        setup = build(config)
+        num_views = len(samples_of(config, setup.boxset, "train")) * config.views
+        steps_per_epoch = max(1, num_views // config.batch_size)
+        return {
+            "model": config.model.name,
+            "parameters": sum(p.numel() for p in setup.detector.head.parameters()),
+            "classes": ", ".join(setup.boxset.classes),
+            "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.boxset.splits.items()),
+            "views": num_views,
+            "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",
+            **setup.ctx.as_dict(),
+        }

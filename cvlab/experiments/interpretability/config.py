@@ -1,0 +1,115 @@
+"""Configurations of saliency maps, class visualization and feature inversion."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Le
+from pydantic import Field, field_validator, model_validator
+
+from cvlab.config import schema
+from cvlab.data import photo_paths
+from cvlab.experiments.common import photo_config
+from cvlab.experiments.common.photo_config import PhotoConfig, PretrainedConfig
+
+
+class ClassVisualizationConfig(PretrainedConfig):
+    """Configuration of class visualization: the classes, the parametrization, the regularization."""
+
+    targets: tuple[str, ...] = Field(("gorilla",), description="classes to visualize, one image each")
+    init: Literal["noise", "image"] = Field("noise", description="start from noise or from the photo in `images`")
+    images: tuple[str, ...] = Field((), description="with init: image, the photo to start from")
+    parametrization: Literal["fourier", "pixels"] = Field(
+        "fourier", description="what is optimized: decorrelated Fourier coefficients, or the pixels"
+    )
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(384, description="optimization steps")
+    lr: schema.PositiveFloat = Field(0.02, description="fourier: learning rate of Adam; pixels: L2 norm of a step")
+    octaves: Annotated[schema.PositiveInt, Le(8)] = Field(
+        1, description="fourier: number of frequency bands, added from coarse to fine"
+    )
+    l2_weight: schema.NonNegativeFloat = Field(1e-4, description="weight of the squared distance from mid-gray")
+    tv_weight: schema.NonNegativeFloat = Field(
+        0.3, description="weight of the total variation (squared differences of neighboring pixels)"
+    )
+    jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to N pixels before each step")
+    rotate_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
+    zoom: schema.FractionBelowOne = Field(0.4, description="scale by a factor of 1 - zoom to 1 + zoom")
+    shift: schema.FractionBelowOne = Field(0.2, description="translate by up to this fraction of the side")
+    blur: schema.NonNegativeFloat = Field(
+        3.0, description="random Gaussian blur, its standard deviation from 0.3 to 0.3 + this, in pixels"
+    )
+    gray: schema.Fraction = Field(1.0, description="desaturate by up to this fraction")
+    contrast: schema.Fraction = Field(0.6, description="reduce the contrast by up to this fraction")
+    blur_every: schema.NonNegativeInt = Field(0, description="pixels: blur the image every N steps; 0: never")
+    blur_sigma: schema.PositiveFloat = Field(0.5, description="pixels: standard deviation of that blur, in pixels")
+    frames: Annotated[schema.PositiveInt, Le(200)] = Field(12, description="number of intermediate images to save")
+    second_model: str | None = Field(None, description="a second model to evaluate the images with")
+    second_weights: str | None = Field(None, description="file with its weights")
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets:
+            raise ValueError("give at least one class")
+        return targets
+
+    @field_validator("images")
+    @classmethod
+    def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return photo_config.absolute_image_paths(names) if names else names
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClassVisualizationConfig":
+        if self.octaves > 1 and self.parametrization == "pixels":
+            raise ValueError("octaves go with parametrization: fourier")
+        if self.blur_every and self.parametrization == "fourier":
+            raise ValueError("blur_every goes with parametrization: pixels")
+        if self.init == "image" and len(self.images) != 1:
+            raise ValueError(f"init: image starts from exactly one photo, {len(self.images)} are named")
+        return self
+
+
+class FeatureInversionConfig(PretrainedConfig):
+    """Configuration of feature inversion."""
+
+    image: str = Field(photo_paths.SAMPLE, description="the photo to reconstruct")
+    layers: tuple[str, ...] = Field(
+        tuple(f"blocks.{k}" for k in range(7)), description="names of modules, from shallow to deep"
+    )
+    steps: Annotated[schema.PositiveInt, Le(100_000)] = Field(400, description="optimization steps")
+    lr: schema.PositiveFloat = Field(0.05, description="learning rate of Adam")
+    content_weight: schema.NonNegativeFloat = Field(
+        1000.0, description="loss of an image that matches only the channel means of a layer"
+    )
+    tv_weight: schema.NonNegativeFloat = Field(
+        300.0, description="weight of the total variation (mean squared difference of neighboring pixels)"
+    )
+    preview_every: schema.PositiveInt = Field(50, description="steps between previews")
+
+    @field_validator("image")
+    @classmethod
+    def _absolute_image(cls, name: str) -> str:
+        return photo_config.absolute_image_paths((name,))[0]
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or len(set(names)) != len(names):
+            raise ValueError("name at least one layer, and each once")
+        return names
+
+
+class SaliencyConfig(PhotoConfig):
+    """Configuration of saliency maps: the photos, the method, the class to explain."""
+
+    method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
+        "gradient", description="how the map is computed"
+    )
+    target: str | None = Field(None, description="class to explain; null: the predicted class")
+    objective: Literal["score", "loss"] = Field(
+        "score", description="explain the logit of the class or its cross-entropy loss"
+    )
+    samples: schema.PositiveInt = Field(
+        25, description="smoothgrad: number of noisy copies; integrated_gradients: number of steps"
+    )
+    noise: schema.PositiveFloat = Field(
+        0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
+    )

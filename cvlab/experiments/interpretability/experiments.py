@@ -1,0 +1,244 @@
+"""Interpretability: saliency maps, class visualization, feature inversion. The methods import torch."""
+
+import itertools
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from cvlab.config.metrics import Metric
+from cvlab.data import photo_paths
+from cvlab.experiments.base import PhotoExperiment
+from cvlab.experiments.interpretability.config import ClassVisualizationConfig, FeatureInversionConfig, SaliencyConfig
+from cvlab.runs.results import Column, summarize
+from cvlab.runs.run_dir import RunDir
+
+CLASS_VISUALIZATION_COLUMNS = (
+    Column("label", "prediction"),
+    Column("second_label", "second model"),
+    Column("frames", "frames", is_file=True),
+    Column("animation", "animation", is_file=True),
+)
+
+
+class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
+    """Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo.
+
+    References:
+        Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier
+        coefficients, transformation robustness).
+
+    Differences from the papers:
+        The saved 8-bit image is read back and evaluated, by a second model too if `second_model` names one.
+
+    Metrics:
+        `probability`: lowest probability of a target class in its saved image.
+        `second_top5`: fraction of the images that have their target in the top 5 of the second model.
+
+    Command:
+        cvlab classvis --target gorilla
+    """
+
+    name = "class_visualization"
+    Config = ClassVisualizationConfig
+    columns = CLASS_VISUALIZATION_COLUMNS
+    metrics = (
+        Metric("num_pictures"),
+        Metric("probability", "fraction", "higher"),
+        Metric("steps"),
+        Metric("seconds_of_steps", "s", "lower"),
+        Metric("loss", better="lower"),
+        Metric("second_top5", "fraction", "higher", lambda config: config.second_model is not None),
+    )
+
+    def run(self, config: ClassVisualizationConfig, run: RunDir) -> dict[str, float]:
+        """Optimize the images of all targets together."""
+        from cvlab.engine import image_optimizer
+        from cvlab.experiments.interpretability.class_visualization import ClassVisualizer, build_second_model
+
+        ctx, model = config.build()
+        visualizer = ClassVisualizer(config, model, ctx, [model.class_index(name) for name in config.targets], run)
+        task = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState([visualizer.initial_parameters()]),
+            objective=visualizer.objective,
+            update=visualizer.update,
+            steps=config.steps,
+            ctx=ctx,
+            config_digest=config.digest(),
+            frame_steps=frozenset(round(k * config.steps / config.frames) for k in range(config.frames + 1)),
+            save_frame=visualizer.save_frames,
+        )
+        losses = image_optimizer.optimize_image(task, run, "classvis")
+        results = visualizer.save_and_evaluate(task.state)
+        second = build_second_model(config, ctx.device)
+        if second is not None:
+            visualizer.evaluate_second(second, results)
+        run.extra_summary |= summarize(results, self.columns)
+        probability = min(result.values["score_target"] for result in results)
+        metrics = {"num_pictures": len(results), "probability": probability, **losses}
+        if second is not None:
+            metrics["second_top5"] = sum(result.values["second_rank"] <= 5 for result in results) / len(results)
+        return metrics
+
+    def plan(self, config: ClassVisualizationConfig, base: Path) -> dict[str, Any]:
+        """Return what a run would do. Raises ConfigError for an unknown class, DataError for a missing photo."""
+        from cvlab.data import photos
+        from cvlab.experiments.interpretability.class_visualization import build_second_model, parameter_shape
+
+        ctx, model = config.build()
+        for name in config.targets:
+            model.class_index(name)
+        if config.init == "image":
+            photos.load(photo_paths.find_images(config.images)[0])
+        build_second_model(config, ctx.device)
+        shape = parameter_shape(config, model)
+        return {
+            "targets": ", ".join(model.classes[model.class_index(name)] for name in config.targets),
+            "parameters": math.prod(shape),
+            "steps": config.steps,
+            "model": config.model,
+            **ctx.as_dict(),
+        }
+
+
+FEATURE_INVERSION_COLUMNS = (
+    Column("layer", "layer"),
+    Column("psnr_db", "PSNR", "dB", is_detail=True),
+    Column("panel", "panel", is_file=True),
+)
+
+
+class FeatureInversionExperiment(PhotoExperiment[FeatureInversionConfig]):
+    """Feature inversion: reconstruct a photo from the features of each of several layers.
+
+    References:
+        Mahendran and Vedaldi, 2015, "Understanding deep image representations by inverting them"; EECS 498,
+        assignment 5 (style transfer without a style, from uniform noise).
+
+    Differences from the papers:
+        All layers are inverted in one run. The loss of a layer is relative to the variance of its features.
+
+    Metrics:
+        `psnr_db/LAYER`: PSNR of the saved reconstruction from a layer; `psnr_db_first` and `psnr_db_last` of the
+        first and the last layer.
+        `largest_rise_db`: largest increase from a layer to the next.
+
+    Command:
+        cvlab run configs/feature_inversion.yaml
+    """
+
+    name = "feature_inversion"
+    Config = FeatureInversionConfig
+    columns = FEATURE_INVERSION_COLUMNS
+    metrics = (
+        Metric("num_pictures"),
+        Metric("steps"),
+        Metric("seconds_of_steps", "s", "lower"),
+        *(Metric(name, better="lower") for name in ("loss", "content_loss", "tv_loss")),
+        Metric("psnr_db_first", "dB", "higher"),
+        Metric("psnr_db_last", "dB", "higher"),
+        Metric("largest_rise_db", "dB", "lower"),
+        Metric("psnr_db/*", "dB", "higher"),
+    )
+
+    def run(self, config: FeatureInversionConfig, run: RunDir) -> dict[str, float]:
+        """Optimize the images of all layers together."""
+        from cvlab.engine import image_optimizer
+        from cvlab.experiments.interpretability.feature_inversion import (
+            FeatureInverter,
+            save_and_evaluate,
+            save_preview,
+        )
+
+        ctx, model = config.build()
+        inverter = FeatureInverter(config, model, ctx)
+        task = image_optimizer.ImageOptimization(
+            state=image_optimizer.ImageState(inverter.initial_pixels()),
+            objective=inverter.objective,
+            update=inverter.update,
+            steps=config.steps,
+            ctx=ctx,
+            config_digest=config.digest(),
+            frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
+            save_frame=lambda _step, state: save_preview(run, state),
+        )
+        losses = image_optimizer.optimize_image(task, run, "inversion")
+        results = save_and_evaluate(inverter, task.state, run)
+        run.extra_summary |= summarize(results, self.columns)
+        psnrs = [result.values["psnr_db"] for result in results]
+        rises = [deeper - shallower for shallower, deeper in itertools.pairwise(psnrs)]
+        by_layer = {f"psnr_db/{result.values['layer']}": result.values["psnr_db"] for result in results}
+        ends = {"psnr_db_first": psnrs[0], "psnr_db_last": psnrs[-1], "largest_rise_db": max(rises, default=0.0)}
+        return {"num_pictures": len(results), **by_layer, **ends, **losses}
+
+    def plan(self, config: FeatureInversionConfig, base: Path) -> dict[str, Any]:
+        """Return what a run would do. Raises ConfigError for an unknown layer, DataError for a missing photo."""
+        from cvlab.experiments.interpretability.feature_inversion import FeatureInverter
+
+        ctx, model = config.build()
+        inverter = FeatureInverter(config, model, ctx)
+        return {
+            "image": config.image,
+            "layers": ", ".join(config.layers),
+            "parameters": inverter.photo_pixels.numel() * len(config.layers),
+            "steps": config.steps,
+            "model": config.model,
+            **ctx.as_dict(),
+        }
+
+
+SALIENCY_COLUMNS = (
+    Column("predicted", "prediction"),
+    Column("label", "explained class"),
+    Column("inside", "inside"),
+    Column("panel", "panel", is_file=True),
+    Column("map", "map", is_file=True),
+    Column("overlay", "overlay", is_file=True),
+    Column("values", "values", is_file=True),
+)
+
+
+class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
+    """Saliency maps: which pixels of a photo the prediction depends on.
+
+    References:
+        Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan
+        et al., 2017; Selvaraju et al., 2017.
+
+    Metrics:
+        `num_photos`: number of photos.
+        `inside`: fraction of the map's sum that its strongest 10 % of pixels have (0.1 for a uniform map).
+
+    Command:
+        cvlab saliency photo.jpg
+    """
+
+    name = "saliency"
+    Config = SaliencyConfig
+    columns = SALIENCY_COLUMNS
+    metrics = (Metric("num_photos"), Metric("inside", "fraction", "higher"))
+
+    def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:
+        """Compute the saliency maps of all photos."""
+        from cvlab.experiments.common import photo_batches
+        from cvlab.experiments.interpretability.saliency import SaliencyMaps
+
+        ctx, model = config.build()
+        target = model.class_index(config.target) if config.target is not None else None
+        run.folder("images")
+        saliency_maps = SaliencyMaps(config, model, ctx, target, run)
+        results = photo_batches.run(config, run, saliency_maps, "saliency", self.columns)
+        inside = statistics.fmean(result.values["inside"] for result in results)
+        return {"num_photos": len(results), "inside": inside}
+
+    def plan(self, config: SaliencyConfig, base: Path) -> dict[str, Any]:
+        """Return what a run would do. Raises ConfigError for an unknown class, or a method the model does not allow."""
+        from cvlab.experiments.common import photo_batches
+        from cvlab.ops import saliency
+
+        ctx, model = config.build()
+        if config.target is not None:
+            model.class_index(config.target)
+        if config.method == "gradcam":
+            saliency.find_last_feature_layer(model.module, model.transform.size_px)
+        return photo_batches.plan(config, ctx, model)
