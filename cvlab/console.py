@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,10 +29,22 @@ def info(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def always(line: str) -> None:
+    """Show a line at every level."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def debug(line: str) -> None:
     """Show a line if the level is verbose."""
     if level >= VERBOSE:
         info(line)
+
+
+def relative_path(path: Path) -> str:
+    """Return a path as it can be pasted into a command: relative if it lies in the current folder."""
+    with contextlib.suppress(OSError, ValueError):
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    return str(path)
 
 
 def format_seconds(seconds: float) -> str:
@@ -101,6 +114,7 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self.label, self.total, self.first = label, total, done
         self.start = self.shown = time.monotonic()
+        self.last: tuple[float, str] | None = None
         self.bar: Any = None
         self.task: Any = None
 
@@ -136,12 +150,13 @@ class Progress:
         """Return whether an update is due, so that its text need not be built each time."""
         return level > QUIET and time.monotonic() - self.shown >= (0.2 if self.bar is not None else PLAIN_EVERY_SECONDS)
 
-    def update(self, done: int, text: str) -> None:
+    def update(self, done: float, text: str) -> None:
         """Show that `done` steps are done, and a text."""
         self.shown = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, total=self.total, completed=done, text=text)
-        elif level > QUIET:
+        elif level > QUIET and (done, text) != self.last:
+            self.last = (done, text)
             rate = (done - self.first) / max(self.shown - self.start, 1e-9)
             left = f"  {format_seconds((self.total - done) / rate)} left" if rate > 0 else ""
-            info(f"{self.label} {done}/{self.total}  {text}{left}")
+            info(f"{self.label} {int(done)}/{self.total}  {text}{left}")

@@ -33,6 +33,9 @@ EXPERIMENTS = {
 }
 
 
+MAX_LISTED = 12  # names in a message
+
+
 def closest_match(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to `name`, or None if none is close."""
     folded = {other.lower(): other for other in known}
@@ -53,11 +56,22 @@ def _is_one_typo(a: str, b: str) -> bool:
     return rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:] or swapped
 
 
-def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for an unknown name: the closest name, then all known ones."""
+def unknown_name_error(kind: str, name: str, known: Iterable[str], listing: str = "") -> ConfigError:
+    """Return the error for an unknown name: the closest name, then all known ones.
+
+    Args:
+        kind: what has the name, in a word or two.
+        name: the unknown name.
+        known: the known names.
+        listing: the command that lists them; if there are many, it is given instead of the names.
+    """
     known = sorted(known)
     close = closest_match(name, known)
     question = f"did you mean {close!r}? " if close else ""
+    if listing and len(known) > MAX_LISTED:
+        similar = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+        nearest = question or (f"similar: {', '.join(similar)}; " if similar else "")
+        return ConfigError(f"unknown {kind} {name!r}", f"{nearest}`{listing}` lists all {len(known)}")
     return ConfigError(f"unknown {kind} {name!r}", f"{question}known: {', '.join(known)}")
 
 

@@ -20,13 +20,12 @@ STEPS = 32
 
 def settings(optimizer="adamw", **more):
     """Return the configuration of the tiny training run."""
-    from cvlab.config.schema import component_type
     from cvlab.engine.optimizers import OPTIMIZERS
     from cvlab.engine.schedules import SCHEDULES
 
     def part(table, **arguments):
         name = arguments.pop("name")
-        return component_type(table, name, table.find(name, Path()))(name=name, **arguments)
+        return table.schema(name, Path())(name=name, **arguments)
 
     chosen = {"momentum": 0.9} if optimizer == "sgd" else {}
     return TrainConfig(

@@ -270,19 +270,32 @@ def result(path: Path) -> Result:
 
     Returns:
         `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings` and
-        `trials`, of an experiment on images also `results`.
+        `trials`, of an experiment on images also `results`; of a run without a result `reason` and `hint`.
     """
-    summary = read_summary(path)
-    status = read_status(path).get("status", "unknown")
+    summary, record = read_summary(path), read_status(path)
+    status = record.get("status", "unknown")
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name[0] != ".")
     return {
         "ok": status == "done",
         "run": str(path),
-        "experiment": summary.get("experiment"),
+        "experiment": summary.get("experiment") or record.get("experiment") or "run",
         "status": status,
-        "data": summary.get("data"),
+        "data": summary.get("data") or record.get("data"),
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
         **{key: summary[key] for key in ("settings", "trials", "results") if key in summary},
+        **_reason(path, record),
         "files": files,
     }
+
+
+def _reason(path: Path, record: Result) -> Result:
+    """Return why a run has no result, and what to do; empty if it has one or is still running."""
+    status = record.get("status")
+    if status not in ("failed", "interrupted"):
+        return {}
+    reason = record.get("error") or "the process ended without a message; it was killed, or the machine stopped"
+    at = f" (at step {record['step']} of {record.get('total_steps', '?')})" if "step" in record else ""
+    verb = "continue with" if status == "interrupted" else "remove the cause, then"
+    log = console.relative_path(path / "log.txt")
+    return {"reason": f"{reason}{at}", "hint": f"{verb} `cvlab resume {path.name}`; the log is {log}"}

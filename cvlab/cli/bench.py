@@ -4,9 +4,12 @@ from typing import Annotated
 
 import typer
 
+from cvlab.cli.groups import CommandGroup
 from cvlab.cli.options import Device, Output, Overrides, complete_config, expand_options
 
-app = typer.Typer(help="Measure this machine and training on it.", invoke_without_command=True)
+app = typer.Typer(
+    help="Measure the speed of this machine and of training on it.", cls=CommandGroup, invoke_without_command=True
+)
 Rounds = Annotated[int, typer.Option(min=1, max=1000, help="measurements of each, taken in turns")]
 Training = Annotated[str, typer.Argument(help="configuration of a training run", autocompletion=complete_config)]
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cvlab.cli.groups import RESOURCES, CommandGroup
 from cvlab.cli.options import (
     Output,
     Overrides,
@@ -17,11 +18,11 @@ from cvlab.cli.options import (
 )
 
 app = typer.Typer()
-models_app = typer.Typer(help="List models, fetch weights.", invoke_without_command=True)
-data_app = typer.Typer(help="List, fetch and check data sets.", no_args_is_help=True)
+models_app = typer.Typer(help="List models, download weights.", cls=CommandGroup)
+data_app = typer.Typer(help="List, download and check data sets.", cls=CommandGroup)
 
 
-@app.command("config")
+@app.command("config", rich_help_panel=RESOURCES)
 @expand_options
 def show_config(
     config: Annotated[str | None, typer.Argument(help="a configuration", autocompletion=complete_config)] = None,
@@ -31,7 +32,7 @@ def show_config(
     *,
     output: Output,
 ) -> None:
-    """Print a resolved configuration, or list the shipped ones."""
+    """List configurations, or print one with all defaults."""
     from cvlab.api import catalog
     from cvlab.config import json_schema, loading
     from cvlab.reports import tables
@@ -48,10 +49,10 @@ def show_config(
     output.show({"ok": True, "config": loaded.model_dump()}, lambda: print(loaded.to_yaml(), end=""))
 
 
-@app.command()
+@app.command(rich_help_panel=RESOURCES)
 @expand_options
 def experiments(*, output: Output) -> None:
-    """List the kinds of experiment."""
+    """List the experiments."""
     from cvlab.api import catalog
     from cvlab.reports import tables
 
@@ -60,12 +61,10 @@ def experiments(*, output: Output) -> None:
     output.show({"ok": True, "experiments": lines}, lambda: tables.table("", ("experiment", "description"), rows))
 
 
-@models_app.callback()
+@models_app.command("list")
 @expand_options
-def models(context: typer.Context, *, output: Output) -> None:
-    """List the models and their parameters."""
-    if context.invoked_subcommand is not None:
-        return
+def models_list(*, output: Output) -> None:
+    """List models and their configuration keys."""
     from cvlab.api import catalog
     from cvlab.reports import tables
 
@@ -82,7 +81,7 @@ def models_fetch(
     *,
     output: Output,
 ) -> None:
-    """Download a model's weights, or take them from a file."""
+    """Download the weights of a model, or copy them from a file."""
     from cvlab.models import weights
 
     path = weights.fetch(name, origin)
@@ -92,7 +91,7 @@ def models_fetch(
 @data_app.command("list")
 @expand_options
 def data_list(*, output: Output) -> None:
-    """List the data sets, and which are on the disk."""
+    """List data sets, and which of them are on the disk."""
     from cvlab.api import catalog
     from cvlab.reports import tables
 
@@ -110,7 +109,7 @@ def data_fetch(
     *,
     output: Output,
 ) -> None:
-    """Download a data set, or take it from a file or folder."""
+    """Download a data set, or copy it from a file or folder."""
     from cvlab.api import catalog
 
     result = catalog.fetch(name, origin)
@@ -124,7 +123,7 @@ def data_check(
     *,
     output: Output,
 ) -> None:
-    """Compare the data sets on the disk with their checksums."""
+    """Verify the checksums of data sets on the disk."""
     from cvlab.api import catalog
     from cvlab.reports import tables
 

@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
+from cvlab.cli.groups import MACHINE
 from cvlab.cli.options import Output, RunsDir, expand_options
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 @expand_options
 def doctor(
     faults: Annotated[
@@ -19,7 +20,7 @@ def doctor(
     *,
     output: Output,
 ) -> None:
-    """Show what this machine has, and check that everything works."""
+    """Check this machine's setup."""
     from cvlab.api import doctor as api_doctor
     from cvlab.reports import tables
 

@@ -2,14 +2,16 @@
 
 import errno
 import json
+import re
 import signal
 import time
 import traceback
+from typing import Any
 
 from cvlab import console
 from cvlab.cli.options import Output
 from cvlab.distributed import process_group
-from cvlab.errors import CvlabError, DataError, RunDirError, StoppedError
+from cvlab.errors import ConfigError, CvlabError, DataError, RunDirError, StoppedError
 from cvlab.storage import atomic
 
 USER_OS_ERRORS: dict[int, tuple[type[CvlabError], str]] = {  # what a disk refuses -> the error and its hint
@@ -33,6 +35,15 @@ def from_os_error(error: OSError) -> CvlabError | None:
     return kind(f"{name if len(name) < MAX_NAME else f'{name[: MAX_NAME // 2]}...'}: {error.strerror}", hint)
 
 
+def parser_error(error: Any) -> ConfigError:
+    """Return an error of the command line's parser, one of click's UsageErrors, as an error of cvlab."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    message = re.sub(r"\.? \(?(Did you mean|Possible options:) ([^)?]*)[)?]*", r"; similar: \2", message)
+    message = message[:1].lower() + message[1:]
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "cvlab"
+    return ConfigError(message, f"see `{command} --help`")
+
+
 def report_user_error(error: CvlabError, output: Output) -> int:
     """Print an error on one line, further errors of a configuration on a line each; return the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: None)  # the process ends in any case; the message must be printed whole
@@ -43,7 +54,7 @@ def report_user_error(error: CvlabError, output: Output) -> int:
     if output.as_json:
         print(json.dumps({"ok": False, "error": error.document()}, indent=2))
     for line in [error, *getattr(error, "further_errors", ())]:
-        console.info(f"error: {line}")
+        console.always(str(line) if isinstance(error, StoppedError) else f"error: {line}")
     return error.code
 
 

@@ -10,7 +10,8 @@ import typer
 
 from cvlab import __version__, console
 from cvlab.cli import bench, catalog, doctor, photos, reports, run, runs, sweep
-from cvlab.cli.errors import from_os_error, report_internal_error, report_user_error
+from cvlab.cli.errors import from_os_error, parser_error, report_internal_error, report_user_error
+from cvlab.cli.groups import MACHINE, RESOURCES, CommandGroup
 from cvlab.cli.options import Output
 from cvlab.distributed import process_group
 from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
@@ -19,7 +20,7 @@ from cvlab.runs import interrupt
 app = typer.Typer(
     name="cvlab",
     help="Run computer-vision experiments: one YAML file, one engine, one kind of run directory.",
-    no_args_is_help=True,
+    cls=CommandGroup,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help takes half the time of boxes
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,9 +46,9 @@ def _root(
 
 for commands in (run, photos, sweep, runs, catalog, doctor, reports):
     app.add_typer(commands.app)
-app.add_typer(catalog.models_app, name="models")
-app.add_typer(catalog.data_app, name="data")
-app.add_typer(bench.app, name="bench")
+app.add_typer(catalog.models_app, name="models", rich_help_panel=RESOURCES)
+app.add_typer(catalog.data_app, name="data", rich_help_panel=RESOURCES)
+app.add_typer(bench.app, name="bench", rich_help_panel=MACHINE)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,24 +77,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_command_line(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed, not raised."""
-    output = Output()
+    output = Output(as_json="--json" in arguments)  # a command line that cannot be parsed has no options
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        code = app(arguments, standalone_mode=False, obj=output)
+        code = app(arguments, prog_name="cvlab", standalone_mode=False, obj=output)
         return code if isinstance(code, int) else 0
     except CvlabError as error:
         return report_user_error(error, output)
     except KeyboardInterrupt:
-        return report_user_error(StoppedError("stopped by Ctrl-C", "", 130), output)
+        return report_user_error(StoppedError("interrupted", "", 130), output)
     except Exception as error:
         if isinstance(error, OSError) and (of_user := from_os_error(error)) is not None:
             return report_user_error(of_user, output)
         if hasattr(error, "format_message"):  # of the command line's parser, which does not export its class
-            output.as_json = output.as_json or "--json" in arguments  # a line that cannot be parsed has no options
-            message = " ".join(error.format_message().split())
-            return report_user_error(ConfigError(message, "see --help"), output)
+            return report_user_error(parser_error(error), output)
         return report_internal_error(error, output)
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
-    raise StoppedError("stopped by SIGTERM", "", 128 + number)
+    raise StoppedError("interrupted by SIGTERM", "", 128 + number)

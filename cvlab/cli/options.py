@@ -46,6 +46,12 @@ def complete_run(incomplete: str) -> list[str]:
 ConfigArgument = Annotated[
     str, typer.Argument(help="a YAML file, or the name of a shipped configuration", autocompletion=complete_config)
 ]
+ResumeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="a run directory or part of a run's name; default: the newest interrupted run", autocompletion=complete_run
+    ),
+]
 RunArgument = Annotated[
     str, typer.Argument(help="a run directory, `latest`, or part of a run's name", autocompletion=complete_run)
 ]
@@ -208,10 +214,13 @@ def show_plan(loaded: "Loaded", root: Path, output: Output) -> None:
     output.show(plan, lambda: tables.show_block("plan; nothing was written", plan))
 
 
-def finish(result: dict[str, Any], output: Output) -> None:
+def finish(result: dict[str, Any], output: Output, failure: str = "") -> None:
     """Print the result of a run; exit with code 4 for images that could not be read, 3 for a failed expectation.
 
-    The result is empty in all processes of a training run but the first.
+    Args:
+        result: The result; empty in all processes of a training run but the first.
+        output: How it is printed.
+        failure: Why the result is no success although nothing failed; also exits with code 3.
     """
     if not result:
         return
@@ -221,7 +230,8 @@ def finish(result: dict[str, Any], output: Output) -> None:
     rows = result.get("results", [])
     unread = read_errors(rows)
     message = f"{len(unread)} of {len(rows)} photos could not be read: {unread[0]}" if unread else ""
-    message = message or f"not met: {'; '.join(failed)}"
-    document = result | {"ok": result["ok"] and not unread}
+    message = message or (f"not met: {'; '.join(failed)}" if failed else failure)
+    document = result | {"ok": result["ok"] and not unread and not failure}
     code = DataError.code if unread else ExpectationError.code
-    show_verdict(document, output, lambda: tables.show_result(result), message, f"see {result['run']}", code)
+    hint = "" if failure else f"see {console.relative_path(Path(result['run']))}"
+    show_verdict(document, output, lambda: tables.show_result(result), message, hint, code)

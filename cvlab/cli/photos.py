@@ -3,12 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from cvlab import registry
+from cvlab.cli.groups import PHOTOS
 from cvlab.cli.options import DryRun, ModelOptions, Output, RunOptions, Seed, expand_options, finish, show_plan
 from cvlab.errors import ConfigError
 
@@ -30,9 +31,19 @@ def split_arguments(arguments: Sequence[str] | None) -> tuple[list[str], list[st
 
 
 def start(
-    name: str, values: Values, overrides: Sequence[str], options: RunOptions, dry_run: bool, output: Output
+    name: str,
+    values: Values,
+    overrides: Sequence[str],
+    options: RunOptions,
+    dry_run: bool,
+    output: Output,
+    get_failure: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Run a shipped configuration with `values` of its keys and overrides `key=value`, or print its plan."""
+    """Run a shipped configuration with `values` of its keys and overrides `key=value`, or print its plan.
+
+    The expectations of the shipped configuration are those of its own photos, so they are left out.
+    `get_failure` returns why a result is no success, "" if it is one; the exit code is 3 then.
+    """
     from cvlab.api import run
     from cvlab.config import loading
     from cvlab.data.resolve import DownloadPolicy
@@ -42,12 +53,13 @@ def start(
     # JSON is YAML, and quotes any name
     texts = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
     path = loading.shipped_folder() / f"{name}.yaml"
-    loaded = loading.load(str(path), [*texts, *overrides, *(options.set_ or [])])
+    loaded = loading.load(str(path), ["expect=[]", *texts, *overrides, *(options.set_ or [])])
     root = runs_root(options.runs_dir)
     if dry_run:
         show_plan(loaded, root, output)
     else:
-        finish(run.start(loaded, DownloadPolicy(True, False, False), root), output)
+        result = run.start(loaded, DownloadPolicy(True, False, False), root)
+        finish(result, output, get_failure(result) if get_failure is not None else "")
 
 
 def require_photos(images: list[str], overrides: list[str], options: RunOptions) -> None:
@@ -59,7 +71,7 @@ def require_photos(images: list[str], overrides: list[str], options: RunOptions)
     photo_paths.require_any(images)
 
 
-@app.command()
+@app.command(rich_help_panel=PHOTOS)
 @expand_options
 def classify(
     images: Images = None,
@@ -70,14 +82,14 @@ def classify(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Classify photos. `cvlab classify photos/*.jpg`."""
+    """Classify images. Example: `cvlab classify photos/*.jpg`."""
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
     values = {"images": names or None, "top": top, **model.values()}
     start("classify_photos", values, overrides, options, dry_run, output)
 
 
-@app.command()
+@app.command(rich_help_panel=PHOTOS)
 @expand_options
 def saliency(
     images: Images = None,
@@ -91,7 +103,7 @@ def saliency(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Show which pixels a prediction depends on. `cvlab saliency photo.jpg`."""
+    """Show which pixels a prediction depends on. Example: `cvlab saliency photo.jpg`."""
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
     values = {
@@ -105,7 +117,7 @@ def saliency(
     start("saliency", values, overrides, options, dry_run, output)
 
 
-@app.command()
+@app.command(rich_help_panel=PHOTOS)
 @expand_options
 def attack(
     images: Images = None,
@@ -121,15 +133,28 @@ def attack(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Change photos until a model is fooled. `cvlab attack --target ostrich img.jpg`."""
+    """Change the prediction for an image imperceptibly. Example: `cvlab attack --target ostrich img.jpg`."""
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
     values = {"images": names or None, "target": target, "method": method, "eps": eps, "size": size, "then": then}
     overrides = ["target=null", *overrides] if target is None else overrides  # the shipped configuration has a target
-    start("attack", values | {"seed": seed, **model.values()}, overrides, options, dry_run, output)
+    values |= {"seed": seed, **model.values()}
+    start("attack", values, overrides, options, dry_run, output, _attack_failure)
 
 
-@app.command()
+def _attack_failure(result: dict[str, Any]) -> str:
+    """Return the message of an attack that changed the prediction of no photo; "" if it changed one, or had none to."""
+    metrics = result["metrics"]
+    if not metrics["num_attacked"] or metrics["success_rate"] > 0:
+        return ""
+    attacked = [row for row in result["results"] if "error" not in row and not row["already"]]
+    photos = "the photo" if len(attacked) == 1 else f"any of the {len(attacked)} photos"
+    best = max((row["target_after"] for row in attacked if "target_after" in row), default=None)
+    aim = f" to {attacked[0]['target']!r} (highest probability {best:.2f})" if best is not None else ""
+    return f"the attack did not change the prediction for {photos}{aim}; try more steps, or a larger lr or --eps"
+
+
+@app.command(rich_help_panel=PHOTOS)
 @expand_options
 def classvis(
     arguments: Annotated[
@@ -145,7 +170,7 @@ def classvis(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Visualize what a model has learned of a class. `cvlab classvis --target gorilla`."""
+    """Generate an image that maximizes the score of a class. Example: `cvlab classvis --target gorilla`."""
     from cvlab.data import photo_paths
 
     names, overrides = split_arguments(arguments)
@@ -155,7 +180,7 @@ def classvis(
     start("class_visualization", values | model.values(), overrides, options, dry_run, output)
 
 
-@app.command()
+@app.command(rich_help_panel=PHOTOS)
 @expand_options
 def style(
     arguments: Annotated[
@@ -183,7 +208,7 @@ def style(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Transfer the style of an image to a photo. `cvlab style photo.jpg painting.jpg`."""
+    """Transfer the style of one image to another. Example: `cvlab style photo.jpg painting.jpg`."""
     from cvlab.data import photo_paths
 
     names, overrides = split_arguments(arguments)
@@ -215,7 +240,7 @@ def _numbers(text: str | None, flag: str) -> list[float] | None:
         raise ConfigError(f"{flag} {text}: not numbers separated by commas", f"{flag} 0.7,0.3") from error
 
 
-@app.command()
+@app.command(rich_help_panel=PHOTOS)
 @expand_options
 def caption(
     images: Images = None,
@@ -227,14 +252,14 @@ def caption(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Describe photos in a sentence. `cvlab caption photo.jpg`."""
+    """Describe images in a sentence. Example: `cvlab caption photo.jpg`."""
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
     values = {"images": names or None, "weights": weights, "beam": beam, "attention": attention or None}
     start("caption", values, overrides, options, dry_run, output)
 
 
-@app.command()
+@app.command(rich_help_panel=PHOTOS)
 @expand_options
 def detect(
     images: Images = None,
@@ -255,7 +280,7 @@ def detect(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Detect objects in photos. Without photos, evaluate the detector on its validation split."""
+    """Detect objects in images. Without images, evaluates the detector on its validation split."""
     from cvlab.data import photo_paths
 
     names, overrides = split_arguments(images)

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from cvlab import console
+from cvlab.cli.groups import RUNS, TRAIN
 from cvlab.cli.options import Output, RunArgument, RunsDir, complete_run, expand_options
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 @expand_options
 def report(
     runs: Annotated[list[str], typer.Argument(help="one run, or several to compare", autocompletion=complete_run)],
@@ -20,7 +21,7 @@ def report(
     *,
     output: Output,
 ) -> None:
-    """Write an HTML page about a run, or one that compares several."""
+    """Write an HTML report on a run, or a comparison of several."""
     from cvlab.reports import compare, html
     from cvlab.runs.find import find_run, runs_root
     from cvlab.storage import atomic
@@ -34,10 +35,10 @@ def report(
         file = out or root / html.COMPARISON
         text = html.comparison_page(compare.labels(paths))
     atomic.write_text(file, text)
-    output.show({"ok": True, "files": [str(file)]}, lambda: print(file))
+    output.show({"ok": True, "files": [str(file)]}, lambda: print(console.relative_path(file)))
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 @expand_options
 def ui(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8123,
@@ -45,7 +46,7 @@ def ui(
     *,
     output: Output,
 ) -> None:
-    """Show all runs in a browser. Serves this machine only, live, until Ctrl-C."""
+    """Browse runs in a web browser. Serves this machine only, until Ctrl-C."""
     from cvlab.api import serve
     from cvlab.runs.find import runs_root
 
@@ -53,7 +54,7 @@ def ui(
     serve.serve(root, port, lambda address: console.info(f"{address} shows the runs below {root}; Ctrl-C ends it"))
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 @expand_options
 def track(
     run: RunArgument,
@@ -71,7 +72,7 @@ def track(
     output.show({"ok": True, "tracker": to, "look": command}, lambda: print(command))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @expand_options
 def export(
     run: RunArgument,
@@ -82,10 +83,10 @@ def export(
     *,
     output: Output,
 ) -> None:
-    """Export a run's model, and compare the file with the model."""
+    """Export a trained model. The file is read back and compared with the model."""
     from cvlab.api import export as api_export
     from cvlab.reports import tables
     from cvlab.runs.find import find_run, runs_root
 
     result = api_export.export(find_run(run, runs_root(runs_dir)), to, checkpoint, out)
-    output.show(result, lambda: tables.show_block("", {key: value for key, value in result.items() if key != "ok"}))
+    output.show(result, lambda: tables.show_export(result))

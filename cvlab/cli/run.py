@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from cvlab.cli.groups import TRAIN
 from cvlab.cli.options import (
     ConfigArgument,
     DataOptions,
@@ -12,6 +13,7 @@ from cvlab.cli.options import (
     Output,
     Overrides,
     ProcessOptions,
+    ResumeArgument,
     RunArgument,
     RunOptions,
     RunsDir,
@@ -26,8 +28,12 @@ from cvlab.cli.options import (
 app = typer.Typer()
 
 
-@app.command("train")
-@app.command("run")
+@app.command(
+    "run",
+    rich_help_panel=TRAIN,
+    help="Run a configuration of any experiment. Same as `train`.",
+)
+@app.command("train", rich_help_panel=TRAIN)
 @expand_options
 def run(
     config: ConfigArgument,
@@ -40,7 +46,7 @@ def run(
     data: DataOptions,
     output: Output,
 ) -> None:
-    """Run a configuration in a new run directory."""
+    """Train a model. Its metrics, checkpoints and report are written to a new run directory."""
     from cvlab.api import launch
     from cvlab.api import run as api_run
     from cvlab.config import loading
@@ -63,16 +69,17 @@ def run(
         finish(api_run.start(load(), policy, root), output)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @expand_options
-def resume(run: RunArgument, runs_dir: RunsDir = None, *, processes: ProcessOptions, output: Output) -> None:
-    """Resume an interrupted run bit-for-bit. Continues from its newest checkpoint."""
+def resume(run: ResumeArgument = None, runs_dir: RunsDir = None, *, processes: ProcessOptions, output: Output) -> None:
+    """Resume an interrupted run. It continues from its newest checkpoint, to the same bits."""
     from cvlab.api import launch
     from cvlab.api import run as api_run
     from cvlab.distributed import launcher, process_group
-    from cvlab.runs.find import find_run, runs_root
+    from cvlab.runs.find import find_interrupted_run, find_run, runs_root
 
-    path = find_run(run, runs_root(runs_dir))
+    root = runs_root(runs_dir)
+    path = find_run(run, root) if run is not None else find_interrupted_run(root)
     count = launch.require_processes(path, processes.nproc)
     if process_group.world().size > 1:
         finish(launch.train(lambda: path), output)
@@ -82,7 +89,7 @@ def resume(run: RunArgument, runs_dir: RunsDir = None, *, processes: ProcessOpti
         finish(api_run.resume(path), output)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=TRAIN)
 @expand_options
 def evaluate(
     run: RunArgument,
@@ -104,7 +111,7 @@ def evaluate(
     output.show(result, lambda: tables.show_block(title, result["metrics"]))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @expand_options
 def gradcheck(
     layers: Annotated[list[str] | None, typer.Argument(help="names of layers or models, or ./file.py:Name")] = None,
@@ -112,7 +119,7 @@ def gradcheck(
     *,
     output: Output,
 ) -> None:
-    """Check hand-written gradients. Compares them with finite differences and autograd in float64."""
+    """Check the gradients of hand-written layers. Compares them with finite differences and autograd in float64."""
     from cvlab.api import gradcheck as api_gradcheck
     from cvlab.reports import tables
 

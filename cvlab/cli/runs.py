@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from cvlab.cli.groups import RUNS
 from cvlab.cli.options import Output, RunArgument, RunsDir, complete_run, expand_options
 
 app = typer.Typer()
 
 
-@app.command("runs")
+@app.command("runs", rich_help_panel=RUNS)
 @expand_options
 def list_runs(
     last: Annotated[int, typer.Option(min=1, help="print the newest N runs; --json has all")] = 200,
@@ -18,7 +19,7 @@ def list_runs(
     *,
     output: Output,
 ) -> None:
-    """List the runs, newest last."""
+    """List runs, the newest last."""
     from cvlab.reports import index, tables
     from cvlab.runs.find import runs_root
 
@@ -29,10 +30,10 @@ def list_runs(
     output.show({"ok": True, "runs": rows}, lambda: tables.table(title, columns, lines))
 
 
-@app.command("show")
+@app.command("show", rich_help_panel=RUNS)
 @expand_options
 def show_run(run: RunArgument, runs_dir: RunsDir = None, *, output: Output) -> None:
-    """Show one run: status, configuration, metrics, expectations."""
+    """Show a run: status, configuration, metrics, expectations."""
     from cvlab.api import catalog
     from cvlab.reports import tables
     from cvlab.runs.find import find_run, runs_root
@@ -46,7 +47,7 @@ def show_run(run: RunArgument, runs_dir: RunsDir = None, *, output: Output) -> N
     output.show(result, render)
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 @expand_options
 def compare(
     runs: Annotated[list[str], typer.Argument(help="runs to compare", autocompletion=complete_run)],

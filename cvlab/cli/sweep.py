@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from cvlab.cli.groups import TRAIN
 from cvlab.cli.options import (
     ConfigArgument,
     DataOptions,
@@ -23,7 +24,7 @@ app = typer.Typer()
 Workers = Annotated[int | None, typer.Option(min=1, max=64, help="number of runs of a sweep at a time")]
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @expand_options
 def sweep(
     config: ConfigArgument,
@@ -38,7 +39,10 @@ def sweep(
     data: DataOptions,
     output: Output,
 ) -> None:
-    """Run a grid of configurations. `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`."""
+    """Run a grid or search over configurations.
+
+    Example: `cvlab sweep cifar_bn grid.optimizer.lr=[1e-3,1e-2] seeds=[0,1]`.
+    """
     from cvlab.sweeps.executors import local
 
     if not dry_run and on in (None, "local"):
@@ -56,7 +60,7 @@ def sweep(
         finish(api_sweep.start(loaded, data.policy(), root, fresh), output)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 @expand_options
 def verify(
     configs: Annotated[list[str], typer.Argument(help="configurations to run", autocompletion=complete_config)],

@@ -74,10 +74,11 @@ def find(reference: str) -> Path:
     name = path.name.removesuffix(".yaml")
     if name in shipped_names() and str(path.parent) in (".", "configs"):
         return shipped_folder() / f"{name}.yaml"
-    with_family = (known for known in shipped_names() if known.endswith(f"_{name}"))
-    close = next(with_family, None) or registry.closest_match(name, shipped_names())
-    hint = f"did you mean {close!r}? " if close else ""
-    raise ConfigError(f"no configuration {reference!r}", f"{hint}shipped: {', '.join(shipped_names())}")
+    with_family = next((known for known in shipped_names() if known.endswith(f"_{name}")), None)
+    if with_family:
+        raise ConfigError(f"unknown configuration {reference!r}", f"did you mean {with_family!r}?")
+    error = registry.unknown_name_error("configuration", name, shipped_names(), "cvlab config")
+    raise ConfigError(f"unknown configuration {reference!r}", error.hint)
 
 
 def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
@@ -185,6 +186,8 @@ def _apply(document: Document, overrides: Iterable[str], experiment: "Experiment
             if part not in block:
                 block[part] = {}
                 sources[path[:depth]] = text
+            if isinstance(block[part], str):  # a block that is given by its name alone
+                block[part] = {"name": block[part]}
             block = block[part]
             if not isinstance(block, dict):
                 raise ConfigError(f"override {text!r}: {'.'.join(map(str, path[:depth]))} has no keys")

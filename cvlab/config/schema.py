@@ -90,6 +90,14 @@ def component_type(registry: Registry, name: str, signature: Signature) -> type[
     return create_model(f"{registry.kind}_{name}", __base__=base, __doc__=signature.summary, **fields)
 
 
+def expand_names(config_type: type[BaseModel], raw: dict[str, Any]) -> None:
+    """Replace `key: NAME` by `key: {name: NAME}`, in place, where a schema has a block with a name."""
+    for key, info in config_type.model_fields.items():
+        has_name = isinstance(info.annotation, type) and issubclass(info.annotation, (ComponentConfig, DataConfig))
+        if has_name and isinstance(raw.get(key), str):
+            raw[key] = {"name": raw[key]}
+
+
 def registries_of(config_type: type[BaseModel]) -> dict[str, Registry]:
     """Return the fields of a schema that are components, with their registries."""
     fields = config_type.model_fields.items()

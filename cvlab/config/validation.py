@@ -10,18 +10,18 @@ from pydantic import ValidationError, create_model
 from cvlab import registry
 from cvlab.config import expectations, messages
 from cvlab.config.metrics import Metric
-from cvlab.config.schema import ComponentConfig, ExperimentConfig, FrozenModel, registries_of
+from cvlab.config.schema import ComponentConfig, ExperimentConfig, FrozenModel, expand_names, registries_of
 from cvlab.config.strict_yaml import KeyPath
 from cvlab.errors import ConfigError, CvlabError
 
 Problems = list[tuple[KeyPath, str]]
 
 
-def check(raw: Mapping[str, Any], base: Path) -> tuple[ExperimentConfig | None, Problems]:
+def check(raw: dict[str, Any], base: Path) -> tuple[ExperimentConfig | None, Problems]:
     """Validate one configuration.
 
     Args:
-        raw: the configuration as it was read.
+        raw: the configuration as it was read; blocks that are given by name alone are replaced in place.
         base: the folder that the paths of user files are relative to.
 
     Returns:
@@ -72,7 +72,7 @@ def unknown_metric(text: str, metric: str, known: Iterable[Metric]) -> str:
     return f"{text!r}: no metric {metric!r}; {hint}"
 
 
-def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[FrozenModel] | None, Problems]:
+def _config_type(raw: dict[str, Any], base: Path) -> tuple[type[FrozenModel] | None, Problems]:
     """Return the experiment's schema with the schema of each named component, and the names that are unknown."""
     name = raw.get("experiment")
     if not isinstance(name, str):
@@ -82,6 +82,7 @@ def _config_type(raw: Mapping[str, Any], base: Path) -> tuple[type[FrozenModel] 
         config_type: type[FrozenModel] = registry.get_experiment(name).Config
     except ConfigError as error:
         return None, [(("experiment",), str(error))]
+    expand_names(config_type, raw)
     fields: dict[str, Any] = {}
     problems: Problems = []
     for key, components in registries_of(config_type).items():

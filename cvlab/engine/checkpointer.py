@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from cvlab import __version__
+from cvlab import __version__, console
 from cvlab.distributed import collectives, process_group
 from cvlab.engine.device import ComputeContext
 from cvlab.runs import checkpoint
@@ -95,7 +95,8 @@ class Checkpointer:
         if not self._restore():
             start()
             self.save()
-        self.run_dir.log(f"{self.job.total_steps} steps; kill -9 loses at most {self.schedule.period:.0f} s of work")
+        self.run_dir.log(f"{self.job.total_steps} steps")
+        console.debug(f"a crash loses at most {self.schedule.period:.0f} s of work")
 
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint of the current step, unless it exists."""

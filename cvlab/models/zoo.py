@@ -1,11 +1,14 @@
 """Models of timm and torchvision, by `timm:NAME` and `torchvision:NAME`, without weights."""
 
+import re
 from typing import Any
 
 from torch import nn
 
 from cvlab import _compat, registry
 from cvlab.errors import ConfigError
+
+UNEXPECTED_KEY = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def build_timm(model_name: str, *, in_channels: int = 3, num_classes: int | None = 10, **options: Any) -> nn.Module:
@@ -23,8 +26,7 @@ def build_timm(model_name: str, *, in_channels: int = 3, num_classes: int | None
     Raises:
         ConfigError: unknown name, or options that timm rejects.
     """
-    timm = _compat.timm()
-    known = timm.list_models()
+    timm, known = _compat.timm(), list_models("timm")
     if model_name.partition(".")[0] not in known:  # what follows the dot names the weights
         raise _unknown_model("timm", model_name, known)
     return _call_builder(
@@ -46,11 +48,20 @@ def build_torchvision(model_name: str, *, num_classes: int = 10, **options: Any)
     Raises:
         ConfigError: unknown name, or options that torchvision rejects.
     """
-    models = _compat.torchvision().models
-    known = models.list_models(module=models)
+    models, known = _compat.torchvision().models, list_models("torchvision")
     if model_name not in known:
         raise _unknown_model("torchvision", model_name, known)
     return _call_builder(f"torchvision:{model_name}", models.get_model, model_name, num_classes=num_classes, **options)
+
+
+def list_models(library: str) -> list[str]:
+    """Return the names of the classifiers of `timm` or `torchvision`."""
+    if library == "timm":
+        names: list[str] = _compat.timm().list_models()
+    else:
+        models = _compat.torchvision().models
+        names = models.list_models(module=models)
+    return names
 
 
 def _call_builder(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
@@ -59,6 +70,11 @@ def _call_builder(name: str, builder: Any, *args: Any, **options: Any) -> nn.Mod
     try:
         model: nn.Module = builder(*args, **options)
     except (TypeError, ValueError, RuntimeError) as error:
+        key = UNEXPECTED_KEY.search(str(error))
+        if key is not None:
+            raise ConfigError(
+                f"model {name}: it has no parameter {key[1]!r}", f"see the documentation of {name}"
+            ) from error
         raise ConfigError(f"model {name}: {str(error).splitlines()[0]}") from error
     return model
 

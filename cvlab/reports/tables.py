@@ -1,54 +1,83 @@
 """Print tables on stdout."""
 
+import os
+import re
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cvlab import console
 from cvlab.reports import metrics
 from cvlab.runs.records import read_summary
 from cvlab.runs.results import Column, read_columns
 
 GAP = 3  # between columns, at most
+MIN_TEXT = 24  # characters in a line of a column that is wrapped
+NUMBER = re.compile(r"[-+]?([\d,]+(\.\d+)?|\.\d+|inf|nan)(e[-+]?\d+)?( ?[%A-Za-z/]{1,8})?( ± \S+)?")
 LONGEST_NAME = 24  # characters of an image's name
 MAX_PREDICTIONS = 8  # of one cell
 
 
 def number(value: Any) -> str:
-    """Format a value of a table: integers in full, other numbers with four digits."""
+    """Format a value of a table: integers in full, other numbers with four digits, lists and blocks in brackets."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {number(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(number, value)) + "]"
     if not isinstance(value, (int, float)):
-        return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
+        return str(value)
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table; cells are plain text, so nothing in a name is taken for markup."""
+    """Print a table: numbers right-aligned, text left-aligned and wrapped to the terminal; not wrapped in a pipe.
+
+    If the columns do not fit, each row is printed as a block. Cells are plain text: nothing in a name is markup.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     cells = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
-    console = Console()
     if title:
         print(title)
-    widths = _widths(columns, cells, console.width)
+    widths = _widths(columns, cells, _available_width())
     if widths is None:
         for row in cells:
             print("\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)), end="\n\n")
         return
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
-        grid.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right", width=width)
+        justify: Any = "right" if _is_numeric([row[index] for row in cells]) else "left"
+        grid.add_column(Text(column), overflow="fold", justify=justify, width=width)
     for row in cells:
         grid.add_row(*map(Text, row))
-    console.print(grid, width=max(console.width, sum(widths) + GAP * len(widths)))
-    print()
+    console = Console(width=sum(widths) + GAP * len(widths))
+    with console.capture() as capture:
+        console.print(grid)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()), end="\n\n")
+
+
+def _available_width() -> int:
+    """Return the width of the terminal; for a pipe, in which lines are searched, no limit unless $COLUMNS is set."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal():
+        return shutil.get_terminal_size().columns
+    return sys.maxsize
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    """Return whether the cells of a column are numbers, `-` for none; perhaps with a unit or a deviation."""
+    given = [cell for cell in cells if cell != "-"]
+    return bool(given) and all(map(NUMBER.fullmatch, given))
 
 
 def _longest_word(texts: Iterable[str]) -> int:
@@ -58,12 +87,13 @@ def _longest_word(texts: Iterable[str]) -> int:
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
-    """Return the width of each column, None if words would be split. The first column is never wrapped."""
+    """Return the width of each column, None if they do not fit. The first column is never wrapped, nor is a word."""
     from rich.cells import cell_len
 
     texts = [[column, *(row[k] for row in rows)] for k, column in enumerate(columns)]
-    natural = [max(map(cell_len, column)) for column in texts]
-    narrowest = [natural[0], *map(_longest_word, texts[1:])]
+    natural = [max(cell_len(line) for text in column for line in text.splitlines() or [""]) for column in texts]
+    narrowest = [max(_longest_word(column), min(full, MIN_TEXT)) for column, full in zip(texts, natural, strict=True)]
+    narrowest[0] = natural[0]
     spare = available - sum(narrowest) - GAP * len(columns)
     if spare < 0:
         return None
@@ -120,13 +150,15 @@ def show_verification(rows: Iterable[Mapping[str, Any]]) -> None:
     table("", columns, lines)
 
 
-def show_result(result: Mapping[str, Any]) -> None:
+def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
     """Print the metrics of a run, its expectations with their verdicts, and its directory.
 
     Args:
         result: The run's result as `--json` prints it; its columns and units are read from the run directory.
+        with_verdicts: Also print the expectations.
     """
-    summary = read_summary(Path(result["run"]))
+    path = Path(result["run"])
+    summary = read_summary(path)
     note = f" on {result['data']}" if result.get("data") else ""
     if "settings" in result:
         show_settings(result["settings"])
@@ -134,11 +166,17 @@ def show_result(result: Mapping[str, Any]) -> None:
         show_photos(result["results"], read_columns(summary))
     info = summary.get("metric_info", {})
     rows = [(name, number(value), metrics.unit(name, info)) for name, value in result["metrics"].items()]
-    table(f"{result.get('experiment')}{note}: {result['status']}", ("metric", "value", "unit"), rows)
-    if result["expect"]:
+    title = f"{result['experiment']}{note}: {result['status'].replace('_', ' ')}"
+    if rows:
+        table(title, ("metric", "value", "unit"), rows)
+    else:
+        print(title)
+    if "reason" in result:
+        print(f"reason: {result['reason']}\nwhat to do: {result['hint']}")
+    if result["expect"] and with_verdicts:
         verdicts = [(v["rule"], format_measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
-    print(f"run directory {result['run']}")
+    print(f"run directory {console.relative_path(path)}")
 
 
 def show_photos(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
@@ -210,6 +248,21 @@ def metric_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def show_block(title: str, block: Mapping[str, Any]) -> None:
     """Print keys and values."""
     table(title, ("", "value"), [(key, value) for key, value in block.items()])
+
+
+def show_export(result: Mapping[str, Any]) -> None:
+    """Print what was exported: the file, its size, its inputs and outputs."""
+    about = {
+        "file": console.relative_path(Path(result["files"][0])),
+        "size": console.format_bytes(result["bytes"]),
+        "largest difference": f"{result['largest_difference']:.1e} of the largest output of the model",
+        "input": result.get("takes"),
+        "output": result.get("gives"),
+        "normalization": "included" if "normalised_inside" in result else None,
+        "classes": len(result["classes"]) if "classes" in result else None,
+        "weights": f"{result['checkpoint']}, of run {result['run']}",
+    }
+    show_block("", {key: value for key, value in about.items() if value is not None})
 
 
 def show_gradients(checks: Iterable[Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cvlab import registry
 from cvlab.errors import RunDirError
-from cvlab.runs.records import is_run
+from cvlab.runs.records import is_run, read_status
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 
@@ -77,6 +77,15 @@ def list_runs(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if not path.is_symlink() and path.is_dir() and is_run(path))
 
 
+def find_interrupted_run(root: Path) -> Path:
+    """Return the newest run that was interrupted and is not running again. RunDirError if there is none."""
+    for path in reversed(list_runs(root)):
+        with contextlib.suppress(RunDirError):  # a damaged status
+            if read_status(path).get("status") == "interrupted":
+                return path.resolve()
+    raise RunDirError(f"no interrupted run in {root}", "name the run to resume; `cvlab runs` lists all")
+
+
 def find_run(reference: str, root: Path) -> Path:
     """Return the run that a reference names.
 
@@ -99,7 +108,7 @@ def find_run(reference: str, root: Path) -> Path:
     if len(matches) == 1:
         return matches[0].resolve()
     if matches:
-        raise RunDirError(f"{reference!r} fits {len(matches)} runs", f"for example {matches[-1].name}")
+        raise RunDirError(f"{reference!r} matches {len(matches)} runs", f"for example {matches[-1].name}")
     close = registry.closest_match(reference, [path.name for path in runs])
     hint = f"did you mean {close!r}?" if close else f"`cvlab runs` lists those below {root}"
     raise RunDirError(f"no run {reference!r}", hint)

@@ -61,8 +61,9 @@ class StopRequest:
         """Return the error that ends the run, to be raised when its checkpoint has been written."""
         assert self.received is not None
         code = EXIT_INTERRUPT if self.received == signal.SIGINT else EXIT_TERMINATED
-        name = signal.Signals(self.received).name
-        return StoppedError(f"stopped by {name} after {unit} {step}, checkpoint saved", f"cvlab resume {run}", code)
+        by = "" if self.received == signal.SIGINT else f" by {signal.Signals(self.received).name}"
+        done = f"at step {step}, checkpoint saved" if unit == "step" else f"after {step} {unit}{'s' * (step != 1)}"
+        return StoppedError(f"interrupted{by} {done}", f"continue with `cvlab resume {run}`", code)
 
 
 def stop_with_input() -> None:

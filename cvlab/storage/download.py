@@ -31,7 +31,7 @@ MEASURE_SECONDS = 4.0
 LONGEST_SECONDS = 600.0
 REPORT_SECONDS = 2.0
 CHUNK_BYTES = 128 * 1024
-HINT = "try again later, or `cvlab data fetch NAME --from FILE` with a copy you have"
+HINT = "try again later, or get a copy elsewhere and give it with `--from FILE`"
 FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 

@@ -125,7 +125,6 @@ optimizer.betas=[0.9,0.9,0.9]|[a number
 optimizer.weight_decay=-1|a number >= 0
 optimizer.name=3|sgd
 optimizer.name=adma|did you mean 'adam'
-optimizer=adam|a block of keys
 optimizer=3|a block of keys
 duration.epochs=2.5|a whole number >= 1
 duration.epochs=0|a whole number >= 1

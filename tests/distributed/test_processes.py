@@ -185,7 +185,7 @@ def test_a_signal_to_one_rank_stops_all(trained):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "Traceback" not in err, err
-    assert "stopped by SIGTERM after step" in err
+    assert "interrupted by SIGTERM at step" in err
     assert read_status(run)["status"] == "interrupted"
 
 

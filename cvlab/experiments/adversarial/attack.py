@@ -15,7 +15,7 @@ from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
-from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import attacks, saliency
 from cvlab.ops.resample import DifferentiableResize, EvalTransform, build_resize
@@ -65,7 +65,7 @@ class Attack:
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.out = config, model, ctx, target, out
 
-    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+    def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Attack a batch of photos, save the images, return one result for each photo."""
         examples = self.make_examples(batch)
         results = {example: self._save_and_evaluate(example) for example in examples if self._is_target(example)}
@@ -115,12 +115,13 @@ class Attack:
         noise = rng.uniform(self.config.seed, 0, counters, f"pgd {photo.label}").float().to(original.device)
         return attacks.random_start(original, noise, self.config.bound)
 
-    def optimize(self, active: list[AdversarialExample], check_interrupt: Callable[[], None]) -> None:
+    def optimize(self, active: list[AdversarialExample], check_interrupt: CheckInterrupt) -> None:
         """Take steps until each example has succeeded and done its extra steps, or has used up its steps."""
         for example in active:
             example.steps_left = None
         while active:
-            check_interrupt()
+            step = max(example.steps for example in active)
+            check_interrupt(f"step {step} of {self._max_steps}", step / self._max_steps)
             state = ImageState([example.adversarial for example in active])
             losses = next(image_optimizer.optimization_steps(state, self._objective(active), self._update(active)))
             for example, pixels, success in zip(active, state.tensors, losses["success"].tolist(), strict=True):
@@ -176,6 +177,7 @@ class Attack:
         photo_distances = attacks.distances(photos.to_tensor(example.image), photos.to_tensor(saved))
         values = {
             **self._predictions(example, probabilities[0]),
+            "outcome": self._outcome(example, success),
             "success": success,
             "already": self._is_target(example),
             "steps": example.steps,
@@ -186,6 +188,12 @@ class Attack:
             **{f"success_jpeg{quality}": s for quality, s in zip(JPEG_QUALITIES, jpeg_success, strict=True)},
         }
         return PhotoResult(str(example.photo.path), values, {"attacked": name})
+
+    def _outcome(self, example: AdversarialExample, success: bool) -> str:
+        """Describe the result for people."""
+        if self._is_target(example):
+            return f"already {self.model.classes[example.attacked_class]}, left as it is"
+        return "prediction changed" if success else "prediction not changed"
 
     def _predictions(self, example: AdversarialExample, probabilities: Tensor) -> Row:
         """Return the predicted class after and before the attack, and the probabilities of the target."""

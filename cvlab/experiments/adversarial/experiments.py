@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.config.metrics import Metric
+from cvlab.config.validation import Problems
 from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.runs.results import Column
@@ -12,7 +13,7 @@ from cvlab.runs.run_dir import RunDir
 COLUMNS = (
     Column("before", "before"),
     Column("label", "after"),
-    Column("success", "success"),
+    Column("outcome", "outcome"),
     Column("steps", "steps"),
     Column("l2", "L2"),
     Column("linf_255", "largest change", "1/255", is_detail=True),
@@ -63,6 +64,10 @@ class AttackExperiment(PhotoExperiment[AttackConfig]):
         Metric("psnr_db", "dB", "higher"),
         *(Metric(f"success_rate_jpeg{quality}", "fraction", "higher") for quality in JPEG_QUALITIES),
     )
+
+    def problems(self, config: AttackConfig, base: Path) -> Problems:
+        """Return what is wrong with a configuration; also classes that the model does not have."""
+        return super().problems(config, base) + config.class_problems("target", [config.target])
 
     def run(self, config: AttackConfig, run: RunDir) -> dict[str, float]:
         """Attack all photos."""

@@ -1,7 +1,5 @@
 """Caption photos with a trained captioner, and draw what it attends to."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from cvlab.experiments.captioning.checkpoint import LoadedCaptioner
 from cvlab.experiments.captioning.config import CaptionConfig
 from cvlab.experiments.captioning.decoding import Hypothesis
 from cvlab.experiments.common import weights
-from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.reports import images
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
@@ -26,7 +24,7 @@ class CaptionPhotos:
     ) -> None:
         self.config, self.captioner, self.ctx, self.run = config, captioner, ctx, run
 
-    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+    def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return the `sentence` of each photo, and its length-normalized log-probability as `score`."""
         check_interrupt()
         captioner, metadata = self.captioner, self.captioner.metadata

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cvlab.engine.task import ExportSpec
-    from cvlab.experiments.common.photo_batches import Photo
+    from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 
 COLUMNS = (Column("top", "prediction", has_lines=True),)
 
@@ -57,7 +57,7 @@ class ClassifyPhotosExperiment(PhotoExperiment[ClassifyPhotosConfig]):
 
         ctx, model = config.build()
 
-        def classify(batch: "list[Photo]", check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+        def classify(batch: "list[Photo]", check_interrupt: "CheckInterrupt") -> list[PhotoResult]:
             images = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
             with torch.inference_mode():
                 probabilities = model.probabilities(images.to(ctx.device))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -34,7 +35,14 @@ class Photo:
     image: Image.Image
 
 
-BatchFn = Callable[[list[Photo], Callable[[], None]], list[PhotoResult]]  # (batch, check_interrupt) -> results
+class CheckInterrupt(Protocol):
+    """Called often while a batch is processed; raises StoppedError if a signal was received."""
+
+    def __call__(self, note: str = "", fraction: float = 0.0) -> None:
+        """Show a note, and which fraction of the batch is done."""
+
+
+BatchFn = Callable[[list[Photo], CheckInterrupt], list[PhotoResult]]
 
 
 def resolve_images(images: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
@@ -90,10 +98,11 @@ def run(
         run_dir.log(f"resumed: {len(results)} of {len(paths)} photos are done")
     with StopRequest() as stop, Progress(verb, len(paths), len(results)) as progress:
 
-        def check_interrupt() -> None:
+        def check_interrupt(note: str = "", fraction: float = 0.0) -> None:
             stop.raise_if_set(len(results), run_dir.path.name, "photo")
             if progress.due():
-                progress.update(len(results), paths[min(len(results), len(paths) - 1)].name)
+                name = paths[min(len(results), len(paths) - 1)].name
+                progress.update(len(results) + fraction * len(batch), f"{name}, {note}" if note else name)
 
         for batch in batches:
             if batch.start >= len(results):
@@ -109,7 +118,7 @@ def run(
 
 
 def _process_batch(
-    run_dir: RunDir, paths: list[Path], labels: list[str], batch_fn: BatchFn, check_interrupt: Callable[[], None]
+    run_dir: RunDir, paths: list[Path], labels: list[str], batch_fn: BatchFn, check_interrupt: CheckInterrupt
 ) -> list[PhotoResult]:
     """Read the photos of a batch, apply the function, write a line of metrics.jsonl for each photo."""
     batch, errors = [], {}

@@ -1,12 +1,15 @@
 """Base configurations of experiments on photos: the photos, the ImageNet-pretrained model."""
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
 from cvlab.config.schema import PositiveInt, RunConfig
-from cvlab.data import photo_paths
+from cvlab.config.validation import Problems
+from cvlab.data import imagenet, photo_paths
+from cvlab.errors import ConfigError
 from cvlab.models import names
 
 if TYPE_CHECKING:
@@ -33,6 +36,19 @@ class PretrainedConfig(RunConfig):
     @classmethod
     def _absolute(cls, name: str | None) -> str | None:
         return os.path.abspath(name) if name else name
+
+    def class_problems(self, key: str, class_names: Sequence[str | None]) -> Problems:
+        """Return the names in `key` that are no class of ImageNet, if the model certainly has those classes."""
+        if self.weights is not None or self.model.startswith("timm:"):
+            return []  # they may be of another data set
+        problems: Problems = []
+        for name in class_names:
+            try:
+                if name is not None:
+                    imagenet.resolve(name)
+            except ConfigError as error:
+                problems.append(((key,), str(error)))
+        return problems
 
     def build(self) -> "tuple[ComputeContext, PretrainedClassifier]":
         """Select the device, seed the random number generators and build the model."""

@@ -13,7 +13,7 @@ from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, CvlabError
 from cvlab.experiments.common import weights as common_weights
-from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.experiments.detection import diagrams, drawing
 from cvlab.experiments.detection.config import DetectConfig
 from cvlab.experiments.detection.data import augment, writers
@@ -235,7 +235,7 @@ class PhotoDetector:
         self.detector, self.out, self.save, self.diagram = detector, out, save, diagram
         self.score_threshold, self.nms_iou = score_threshold, nms_iou
 
-    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+    def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return a result for each photo: `objects`, highest score first, and the picture with their boxes."""
         check_interrupt()
         images = [photo.image for photo in batch]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.config.metrics import Metric
+from cvlab.config.validation import Problems
 from cvlab.data import photo_paths
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.interpretability.config import ClassVisualizationConfig, FeatureInversionConfig, SaliencyConfig
@@ -50,6 +51,10 @@ class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
         Metric("loss", better="lower"),
         Metric("second_top5", "fraction", "higher", lambda config: config.second_model is not None),
     )
+
+    def problems(self, config: ClassVisualizationConfig, base: Path) -> Problems:
+        """Return what is wrong with a configuration; also classes that the model does not have."""
+        return super().problems(config, base) + config.class_problems("targets", config.targets)
 
     def run(self, config: ClassVisualizationConfig, run: RunDir) -> dict[str, float]:
         """Optimize the images of all targets together."""
@@ -217,6 +222,10 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
     Config = SaliencyConfig
     columns = SALIENCY_COLUMNS
     metrics = (Metric("num_photos"), Metric("inside", "fraction", "higher"))
+
+    def problems(self, config: SaliencyConfig, base: Path) -> Problems:
+        """Return what is wrong with a configuration; also classes that the model does not have."""
+        return super().problems(config, base) + config.class_problems("target", [config.target])
 
     def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:
         """Compute the saliency maps of all photos."""

@@ -1,7 +1,6 @@
 """Saliency maps of photos: compute them, save them as images and arrays."""
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from cvlab.data import photos, rng
 from cvlab.engine.device import ComputeContext
-from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.experiments.interpretability.config import SaliencyConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import saliency
@@ -51,7 +50,7 @@ class SaliencyMaps:
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.run = config, model, ctx, target, run
 
-    def __call__(self, batch: list[Photo], check_interrupt: Callable[[], None]) -> list[PhotoResult]:
+    def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return one result for each photo."""
         model, ctx = self.model, self.ctx
         inputs = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch]).to(ctx.device)

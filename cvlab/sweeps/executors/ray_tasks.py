@@ -78,7 +78,7 @@ def _connect(submit: SubmitConfig) -> None:
         problem = f"no Ray cluster at {submit.address}" if submit.address else "Ray does not start"
         raise ConfigError(f"{problem}: {_first_sentence(error)}", "`ray start --head` starts a cluster") from error
     except SystemExit:  # how Ray handles a signal while it starts
-        raise StoppedError("stopped by SIGTERM", "", EXIT_TERMINATED) from None
+        raise StoppedError("interrupted by SIGTERM", "", EXIT_TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray installs its own handler, which exits at once
 

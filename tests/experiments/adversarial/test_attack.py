@@ -61,8 +61,9 @@ def test_photo_of_the_target_class_is_unchanged(two_photos, cvlab, tmp_path):
     code, out, _ = cvlab("attack", "--target", label, *two_photos[:1], "--json")
     result = json.loads(out)
     row = result["results"][0]
-    assert code == 3
+    assert code == 0
     assert row["already"]
+    assert row["outcome"] == f"already {label}, left as it is"
     assert row["steps"] == 0
     assert row["linf_255"] == 0
     assert "success_rate" not in result["metrics"]
@@ -81,7 +82,7 @@ def test_signal_stops_between_two_steps(two_photos, cvlab, monkeypatch):
     monkeypatch.setattr(image_optimizer, "optimization_steps", interrupting)
     code, _, err = cvlab("attack", "--target", "ostrich", *two_photos)
     assert code == 130
-    assert "stopped by SIGINT after photo 0" in err
+    assert "interrupted after 0 photos; continue with `cvlab resume " in err
     monkeypatch.setattr(image_optimizer, "optimization_steps", real)
     code, out, _ = cvlab("resume", "latest", "--json")
     assert code == 0

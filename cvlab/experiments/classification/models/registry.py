@@ -45,11 +45,23 @@ def get_builder(name: str, base: Path) -> Callable[..., Any]:
         user_builder: Callable[..., Any] = registry.import_user_object(name, base)
         return user_builder
     if name not in MODELS:
-        raise registry.unknown_name_error(
-            "model", name, [*MODELS, *(f"{prefix}:NAME" for prefix in PREFIXES), "./file.py:Name"]
-        )
+        raise _unknown_model(name)
     builder: Callable[..., Any] = registry.import_name(MODELS[name])
     return builder
+
+
+def _unknown_model(name: str) -> ConfigError:
+    known = [*MODELS, *(f"{prefix}:NAME" for prefix in PREFIXES), "./file.py:Name"]
+    error = registry.unknown_name_error("model", name, known)
+    if registry.closest_match(name, MODELS) is None:
+        from cvlab.models import zoo
+
+        elsewhere = [prefix for prefix in PREFIXES if name in zoo.list_models(prefix)]
+        if elsewhere:
+            return ConfigError(
+                error.message, f"did you mean {' or '.join(f'{prefix}:{name}' for prefix in elsewhere)}?"
+            )
+    return error
 
 
 def check_logits(model: "nn.Module", name: str, in_channels: int, image_size: int, num_classes: int) -> None:

@@ -1,0 +1,47 @@
+"""Help in plain text with the commands in groups, and errors that name the closest command."""
+
+from typing import Any
+
+import typer
+import typer.core
+
+from cvlab.registry import unknown_name_error
+
+TRAIN = "Train and evaluate"
+PHOTOS = "Photos"
+RUNS = "Runs"
+RESOURCES = "Configurations, models and data"
+MACHINE = "This machine"
+GROUPS = (TRAIN, PHOTOS, RUNS, RESOURCES, MACHINE)
+
+
+class CommandGroup(typer.core.TyperGroup):
+    """A group of commands that prints its help, when it is called without a command."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands to the help, by group where the commands have one."""
+        commands = [(name, command) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))]
+        width = max(len(name) for name, _ in commands)
+        for group in (*GROUPS, None):
+            rows = [
+                (name.ljust(width), command.get_short_help_str(formatter.width - width - 6))
+                for name, command in commands
+                if group == (command.rich_help_panel if command.rich_help_panel in GROUPS else None)
+            ]
+            if rows:
+                with formatter.section(group or "Commands"):
+                    formatter.write_dl(rows)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Print the help if there are no arguments and the group does nothing by itself."""
+        if not args and not self.invoke_without_command:
+            print(ctx.get_help())
+            raise typer.Exit
+        remaining: list[str] = super().parse_args(ctx, args)
+        return remaining
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the arguments name. ConfigError if there is none."""
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise unknown_name_error("command", args[0], self.list_commands(ctx), f"{ctx.command_path} --help")
+        return super().resolve_command(ctx, args)
