@@ -124,7 +124,7 @@ def _attack(
     def loop() -> None:
         for example in examples:
             example.steps = 0
-        attacker.optimize(examples, lambda: None)
+        attacker.optimize(examples, lambda *_: None)
         ctx.synchronize()
 
     return loop

@@ -20,7 +20,7 @@ class CommandGroup(typer.core.TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the commands to the help, by group where the commands have one."""
-        commands = [(name, command) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))]
+        commands: list[tuple[str, Any]] = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         width = max(len(name) for name, _ in commands)
         for group in (*GROUPS, None):
             rows = [
