@@ -91,7 +91,7 @@ def _is_intact(source: datasets.AnySource, root: Path) -> bool:
     try:
         source.check(root)
     except DataError as error:
-        console.info(f"{error.message}; fetching it again")
+        console.info(f"{error.message}; downloading it again")
         return False
     return True
 

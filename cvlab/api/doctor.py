@@ -69,7 +69,7 @@ def _disk(folder: Path) -> str:
         os.fsync(file.fileno())
         milliseconds = 1000 * (time.perf_counter() - start)
     free = shutil.disk_usage(existing).free
-    return f"{folder}: writable, {console.format_bytes(free)} free, 1 MiB is durable after {milliseconds:.1f} ms"
+    return f"{folder}: writable, {console.format_bytes(free)} free, fsync of 1 MiB: {milliseconds:.1f} ms"
 
 
 def _data() -> str:

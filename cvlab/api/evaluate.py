@@ -48,7 +48,7 @@ def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | No
     try:
         RunDir(path).write_json("eval.json", {key: value for key, value in result.items() if key != "ok"})
     except RunDirError as error:
-        console.info(f"warning: the result is not saved: {error.message}")
+        console.info(f"warning: the result could not be saved: {error.message}")
     return result
 
 

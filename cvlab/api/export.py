@@ -135,6 +135,8 @@ def _largest_difference(expected: Outputs, exported: Outputs) -> float:
         scale = max(float(reference.abs().max()), 1.0)
         share = float((reference - output).abs().max()) / scale
         if not share <= TOLERANCE:
-            raise CheckpointError(f"the exported net differs by {share:.2g} of its largest value; nothing was written")
+            raise CheckpointError(
+                f"the exported model differs by {share:.2g} of the largest output; nothing was written"
+            )
         largest = max(largest, share)
     return largest

@@ -124,7 +124,9 @@ def _write_inputs(
     _pin_threads(getattr(config, "threads", None))
     out.write_text("config.yaml", config.to_yaml())
     launched = {"processes": processes, "launch": process_group.launch_id()}
-    out.write_json("env.json", environment() | launched | {"provenance": dict(loaded.provenance)})
+    data = config.data_config()
+    fallback = {"data.name": "fallback"} if data is not None and data.fallback_for else {}
+    out.write_json("env.json", environment() | launched | {"provenance": {**loaded.provenance, **fallback}})
     return config
 
 
@@ -167,7 +169,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
         status = collectives.broadcast_from_rank0(lambda: read_json(path / "status.json").get("status"))
         has_started = status is not None
         if status in ENDED:
-            console.info(f"{path} has ended; nothing to resume")
+            console.info(f"{path} has already finished; nothing to resume")
             return result(path)
         config = loading.load(str(source)).config
         if changed:

@@ -36,7 +36,7 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, fresh: boo
     unfinished = None if fresh else find_unfinished(loaded, root)
     if unfinished is None:
         return run.start(loaded, policy, root)
-    console.info(f"resuming {unfinished}, which was interrupted (--fresh starts anew)")
+    console.info(f"resuming the interrupted sweep {unfinished}; --fresh starts a new one")
     return run.resume(unfinished, {key: getattr(loaded.config, key) for key in EXECUTION_KEYS})
 
 

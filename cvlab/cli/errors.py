@@ -73,5 +73,5 @@ def report_internal_error(error: Exception, output: Output) -> int:
     if output.as_json:
         hint = "the traceback is on stderr"
         print(json.dumps({"ok": False, "error": {"code": 1, "message": message, "hint": hint}}, indent=2))
-    console.info(f"error: {message}; this is a fault of cvlab, or of your own file if the traceback ends there")
+    console.info(f"error: {message}; this is a bug in cvlab, or in your own file if the traceback ends there")
     return 1

@@ -117,8 +117,12 @@ class DataOptions(OptionGroup):
     no_fallback: Annotated[
         bool, typer.Option("--no-fallback", help="exit with an error instead of using the fallback data set")
     ] = False
-    offline: Annotated[bool, typer.Option("--offline", help="open no socket, as with $CVLAB_OFFLINE=1")] = False
-    download: Annotated[bool, typer.Option("--download", help="wait for a download however long it takes")] = False
+    offline: Annotated[bool, typer.Option("--offline", help="do not access the network, as with CVLAB_OFFLINE=1")] = (
+        False
+    )
+    download: Annotated[bool, typer.Option("--download", help="wait for a download, no matter how long it takes")] = (
+        False
+    )
 
     def policy(self) -> "DownloadPolicy":
         """Return the options as the download policy of a run."""
@@ -134,7 +138,7 @@ class ProcessOptions(OptionGroup):
     nproc: Annotated[
         int | None, typer.Option(min=1, max=1024, help="number of processes; each takes its share of every batch")
     ] = None
-    max_restarts: Annotated[int, typer.Option(min=0, help="with --nproc: restarts after a process was killed")] = 0
+    max_restarts: Annotated[int, typer.Option(min=0, help="with --nproc: maximum number of restarts")] = 0
 
 
 @dataclass

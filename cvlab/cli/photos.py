@@ -121,7 +121,7 @@ def saliency(
 @expand_options
 def attack(
     images: Images = None,
-    target: Annotated[str | None, typer.Option(help="class to be predicted; default: any other than now")] = None,
+    target: Annotated[str | None, typer.Option(help="target class; default: any class but the predicted one")] = None,
     method: Annotated[str | None, typer.Option(help="l2, fgsm or pgd")] = None,
     eps: Annotated[float | None, typer.Option(help="fgsm, pgd: largest change of a pixel, in 1/255")] = None,
     size: Annotated[str | None, typer.Option(help="original, or model: only the square input of the model")] = None,
@@ -150,8 +150,8 @@ def _attack_failure(result: dict[str, Any]) -> str:
     attacked = [row for row in result["results"] if "error" not in row and not row["already"]]
     photos = "the photo" if len(attacked) == 1 else f"any of the {len(attacked)} photos"
     best = max((row["target_after"] for row in attacked if "target_after" in row), default=None)
-    aim = f" to {attacked[0]['target']!r} (highest probability {best:.2f})" if best is not None else ""
-    return f"the attack did not change the prediction for {photos}{aim}; try more steps, or a larger lr or --eps"
+    target = f" to {attacked[0]['target']!r} (highest probability {best:.2f})" if best is not None else ""
+    return f"the attack did not change the prediction for {photos}{target}; try more steps, or a larger lr or --eps"
 
 
 @app.command(rich_help_panel=PHOTOS)

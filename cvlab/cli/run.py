@@ -72,7 +72,7 @@ def run(
 @app.command(rich_help_panel=TRAIN)
 @expand_options
 def resume(run: ResumeArgument = None, runs_dir: RunsDir = None, *, processes: ProcessOptions, output: Output) -> None:
-    """Resume an interrupted run. It continues from its newest checkpoint, to the same bits."""
+    """Resume an interrupted run. It continues from its newest checkpoint; the result is bit-for-bit identical."""
     from cvlab.api import launch
     from cvlab.api import run as api_run
     from cvlab.distributed import launcher, process_group

@@ -128,7 +128,7 @@ class Duration(FrozenModel):
         until = [0, *(step for step, _ in self.plan_history), self.steps or 0]
         possible = all(step < total for step, total in self.plan_history) and until == sorted(set(until))
         if self.plan_history and not possible:
-            raise ValueError("plan_history goes with steps, rises, and lies below what was planned")
+            raise ValueError("plan_history requires steps; it must increase and stay below the planned number")
         return self
 
 

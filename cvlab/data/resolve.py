@@ -58,7 +58,7 @@ def _try_to_fetch(source: datasets.AnySource, policy: DownloadPolicy) -> str | N
     if policy.offline or not download.is_online():
         return "offline"
     assert source.fetch is not None
-    console.info(f"{source.name} is not in {data_root()}, fetching it (--offline does not)")
+    console.info(f"downloading {source.name} to {data_root()}; --offline skips this")
     try:
         source.fetch(data_root(), None, policy.wait)
     except DataError as error:

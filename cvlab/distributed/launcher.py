@@ -35,7 +35,7 @@ def run(path: Path, processes: int, restarts: int, flags: tuple[str, ...]) -> in
         code = start(command, processes)
         if code not in RETRIED_CODES or restarts_left == 0:
             break
-        console.info(f"warning: a process ended with {code}; all are started again ({restarts_left} times left)")
+        console.info(f"warning: a process ended with {code}; restarting all processes ({restarts_left} restarts left)")
     return code if code >= 0 else 128 - code
 
 

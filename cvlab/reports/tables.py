@@ -76,8 +76,8 @@ def _available_width() -> int:
 
 def _is_numeric(cells: Sequence[str]) -> bool:
     """Return whether the cells of a column are numbers, `-` for none; perhaps with a unit or a deviation."""
-    given = [cell for cell in cells if cell != "-"]
-    return bool(given) and all(map(NUMBER.fullmatch, given))
+    values = [cell for cell in cells if cell != "-"]
+    return bool(values) and all(map(NUMBER.fullmatch, values))
 
 
 def _longest_word(texts: Iterable[str]) -> int:

@@ -115,7 +115,9 @@ def _receive(urls: Sequence[str], partial: Path, size: int, wait: bool) -> None:
                 reason = f"{response.url}: {error}"
             console.info(f"warning: {reason}")
         have = partial.stat().st_size
-    raise SlowError(f"{reason}; {console.format_bytes(have)} are kept", "--download waits for it and resumes there")
+    raise SlowError(
+        f"{reason}; {console.format_bytes(have)} are downloaded", "--download continues, no matter how long it takes"
+    )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -151,7 +153,7 @@ def _exclusive(partial: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(f"{partial}: another process is fetching it", "wait for that one") from None
+            raise DataError(f"{partial}: another process is downloading it", "wait until it has finished") from None
         yield
 
 

@@ -107,7 +107,9 @@ class SweepScheduler:
         is_logged = False
         while self.waiting and all(map(is_held, self.waiting)) and stop.received is None:
             if not is_logged:
-                self.out.log(f"waiting for {len(self.waiting)} trials that an earlier start of this sweep still runs")
+                self.out.log(
+                    f"waiting for {len(self.waiting)} trials that are still running from an earlier start of this sweep"
+                )
                 is_logged = True
             time.sleep(POLL_SECONDS)
 

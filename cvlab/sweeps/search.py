@@ -35,7 +35,7 @@ class Range(FrozenModel):
         if self.low >= self.high:
             raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("log: low must be above 0" if self.low <= 0 else "log goes without step")
+            raise ValueError("log: low must be above 0" if self.low <= 0 else "log and step exclude each other")
         numbers = [self.low, self.high, *([self.step] if self.step is not None else [])]
         if self.int and any(number != round(number) for number in numbers):
             raise ValueError("int: low, high and step must be whole numbers")

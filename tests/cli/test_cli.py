@@ -169,6 +169,7 @@ def test_the_fallback_is_reported_everywhere(cvlab, tiny, tmp_path, monkeypatch)
         assert read_json(run / name)["data"] == "scenes10 (fallback for cifar10)"
     assert read_json(run / "summary.json")["expect"][0]["rule"] == "train_accuracy <= 1"
     assert "fallback_for: cifar10" in (run / "config.yaml").read_text()
+    assert read_json(run / "env.json")["provenance"]["data.name"] == "fallback"
     code, _, err = cvlab("train", tiny, *arguments, "--no-fallback")
     assert code == 4
     assert "`cvlab data fetch cifar10` gets it" in err

@@ -70,7 +70,7 @@ def test_a_budget_too_short_for_a_step():
 
 @pytest.mark.parametrize("plan_history", [((5, 12), (4, 11)), ((5, 5),), ((11, 20),), ((5, 9), (5, 8))])
 def test_impossible_plan_histories_are_rejected(plan_history):
-    with pytest.raises(ValidationError, match="plan_history goes with steps"):
+    with pytest.raises(ValidationError, match="plan_history requires steps"):
         Duration(steps=10, plan_history=plan_history)
-    with pytest.raises(ValidationError, match="plan_history goes with steps"):
+    with pytest.raises(ValidationError, match="plan_history requires steps"):
         Duration(epochs=10, plan_history=((5, 9),))

@@ -103,7 +103,7 @@ def test_a_slow_source_is_left_for_the_next(tmp_path, monkeypatch):
 
 def test_what_slow_sources_sent_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
-    with server(slowly) as (url, _), pytest.raises(download.SlowError, match=r"minutes in all.*are kept"):
+    with server(slowly) as (url, _), pytest.raises(download.SlowError, match=r"minutes in all.*are downloaded"):
         fetch([f"{url}/slow"], tmp_path / "file")
     kept = (tmp_path / "file.partial").read_bytes()
     assert kept
@@ -146,7 +146,7 @@ def test_concurrent_downloads_do_not_mix(tmp_path):
     assert ready.wait(30)
     with (
         server(lambda handler: send(handler, CONTENT)) as (url, _),
-        pytest.raises(DataError, match="another process is fetching it"),
+        pytest.raises(DataError, match="another process is downloading it"),
     ):
         fetch([f"{url}/a"], tmp_path / "file")
     leave.set()

@@ -125,7 +125,7 @@ def refusals(tmp_path, text, *overrides):
         ),
         (("low: 1e-4", "low: 0"), "search.space.optimizer.lr: log: low must be above 0"),
         (("low: 1e-4, high: 1, log: true", "low: -1, high: 1"), "s.yaml:17:5: optimizer.lr: expected a number > 0"),
-        (("log: true", "log: true, step: 0.1"), "log goes without step"),
+        (("log: true", "log: true, step: 0.1"), "log and step exclude each other"),
         (("low: 1e-4", "lo: 1e-4"), "unknown key 'search.space.optimizer.lr.lo'; did you mean 'low'"),
         (("optimizer.lr", "optimizer.lrr"), "s.yaml:17:5: unknown key 'optimizer.lrr'; did you mean 'lr'"),
         (("[true, false]", "[true, 3]"), "s.yaml:19:5: model.batchnorm: expected true or false, got 3"),

@@ -40,7 +40,7 @@ class AttackConfig(PhotoConfig):
     @model_validator(mode="after")
     def _eps_has_a_use(self) -> "AttackConfig":
         if self.eps is not None and self.method == "l2":
-            raise ValueError("eps: the method l2 has no such bound; use method fgsm or pgd")
+            raise ValueError("eps has no effect with method l2; use method fgsm or pgd")
         return self
 
     @property

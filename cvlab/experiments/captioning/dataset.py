@@ -138,12 +138,12 @@ class CaptionDatasetSource(DatasetSource[CaptionDataset]):
             val_fraction: The share of custom photos that become `val`.
 
         Raises:
-            ConfigError: `path` does not go with this data set.
+            ConfigError: `path` cannot be used with this data set.
             DataError: The data set is missing or damaged.
         """
         if self.read is not None:
             if path is not None:
-                raise ConfigError(f"data {self.name}: path goes with name: captions")
+                raise ConfigError(f"data {self.name}: path requires name: captions")
             return self.read(root)
         if path is None:
             raise ConfigError(f"data {self.name}: path is missing")

@@ -112,13 +112,13 @@ def load_features(
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError) as error:
-        console.info(f"warning: {path}: {error}; computed again")
+        console.info(f"warning: {path}: {error}; computing it again")
     features = _compute(extractor, paths, ctx, spec, check_interrupt)
     try:
         _write(path, features, description)
         return _read(path)
     except (CvlabError, OSError) as error:
-        console.info(f"warning: the features are not kept: {error}")
+        console.info(f"warning: the features could not be cached: {error}")
         return features
 
 

@@ -41,7 +41,7 @@ class PhotoDatasetConfig(DataConfig):
     def _own_path(self) -> "PhotoDatasetConfig":
         custom = self.kind
         if (self.name == custom) != (self.path is not None):
-            raise ValueError(f"name: {custom} goes with a path; no other data set has one")
+            raise ValueError(f"name: {custom} requires a path; no other data set takes one")
         return self
 
     def items(self, name: str, splits: dict[str, tuple[Item, ...]], split: str) -> Sequence[Item]:

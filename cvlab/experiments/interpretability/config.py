@@ -59,9 +59,9 @@ class ClassVisualizationConfig(PretrainedConfig):
     @model_validator(mode="after")
     def _check(self) -> "ClassVisualizationConfig":
         if self.octaves > 1 and self.parametrization == "pixels":
-            raise ValueError("octaves go with parametrization: fourier")
+            raise ValueError("octaves requires parametrization: fourier")
         if self.blur_every and self.parametrization == "fourier":
-            raise ValueError("blur_every goes with parametrization: pixels")
+            raise ValueError("blur_every requires parametrization: pixels")
         if self.init == "image" and len(self.images) != 1:
             raise ValueError(f"init: image starts from exactly one photo, {len(self.images)} are named")
         return self

@@ -92,5 +92,5 @@ class StyleConfig(PretrainedConfig):
         if self.content is None and (self.init == "content" or self.masks or self.keep_colors):
             raise ValueError("without a photo: init is noise, and there are neither masks nor keep_colors")
         if self.keep_colors and self.space == "normalized":
-            raise ValueError("keep_colors goes with space: pixels")
+            raise ValueError("keep_colors requires space: pixels")
         return self

@@ -60,7 +60,7 @@ class SubmitConfig(FrozenModel):
     def _fit_together(self) -> "SubmitConfig":
         if self.on == "local" and (self.address or self.gpus or self.partition):
             key = "address" if self.address else "gpus" if self.gpus else "partition"
-            raise ValueError(f"{key} goes with on: ray or slurm; on this machine trials share the resources")
+            raise ValueError(f"{key} requires on: ray or slurm; on this machine trials share the resources")
         if self.on == "slurm" and self.address not in (None, "local"):
             raise ValueError(f"address: slurm has none but `local`, got {self.address!r}")
         if self.on == "ray" and not re.fullmatch(r"auto|[\w.-]+:\d{1,5}", self.address or "auto"):

@@ -27,7 +27,7 @@ def test_custom_captions_are_split_and_their_images_found(tmp_path):
 def test_the_path_goes_with_custom_captions_only(tmp_path):
     with pytest.raises(ConfigError, match="path is missing"):
         dataset.load("captions", tmp_path)
-    with pytest.raises(ConfigError, match="path goes with name: captions"):
+    with pytest.raises(ConfigError, match="path requires name: captions"):
         dataset.load("flickr8k", tmp_path, str(tmp_path / "c.csv"))
 
 

@@ -89,7 +89,7 @@ def test_it_overfits_a_few_captions(cvlab):
     [
         (("data.name=scenes",), "captioned photos are needed"),
         (("data.num_train=9999",), "has 12 photos"),
-        (("data.name=captions",), "goes with a path"),
+        (("data.name=captions",), "requires a path"),
         (("model.cell=gru",), "cell"),
         (("duration={epochs: 2}", "reward_epochs=3"), "reward_epochs: 3 is more than duration.epochs: 2"),
         (("duration={seconds: 5}", "reward_epochs=1"), "reward_epochs are counted from the end"),

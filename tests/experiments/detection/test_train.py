@@ -53,7 +53,7 @@ class TestTraining:
             (("data.num_train=9999",), "has 480 photos"),
             (("model.name=yolo_fpm",), "did you mean 'yolo_fpn'"),
             (("expect=[ap51/star>0]",), "no metric"),
-            (("data.name=boxes",), "goes with a path"),
+            (("data.name=boxes",), "requires a path"),
         ],
     )
     def test_errors(self, cvlab, words, says):

@@ -132,7 +132,7 @@ def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch,
         monkeypatch.setattr(scheduler.time, "sleep", nap)
         assert drive(sweep, one_by_one(lambda trial: begun.append(trial) or finish(trial)), monkeypatch).done == 3
     assert len(begun) == (0 if ends else 1)
-    assert "waiting for 1 trials that an earlier start" in (sweep.path / "log.txt").read_text()
+    assert "waiting for 1 trials that are still running from an earlier start" in (sweep.path / "log.txt").read_text()
 
 
 def test_the_last_words_of_a_trial(tmp_path):
@@ -196,8 +196,8 @@ def test_an_extra_that_is_not_there_is_one_line(cvlab, tmp_path, monkeypatch, pa
     [
         ({"submit.on": "spark"}, "submit.on: expected local | ray | slurm, got"),
         ({"submit.gpu": 1}, "unknown key 'submit.gpu'; did you mean 'gpus'"),
-        ({"submit.gpus": 1}, "gpus goes with on: ray or slurm"),
-        ({"submit.address": "auto"}, "address goes with on: ray or slurm"),
+        ({"submit.gpus": 1}, "gpus requires on: ray or slurm"),
+        ({"submit.address": "auto"}, "address requires on: ray or slurm"),
         ({"submit.on": "ray", "submit.address": "there"}, "expected host:port or auto, got 'there'"),
         ({"submit.on": "slurm", "submit.address": "auto"}, "slurm has none but `local`, got 'auto'"),
         ({"submit.on": "ray", "base.duration.seconds": 3}, "a budget in duration.seconds must run one at a time"),

@@ -81,7 +81,7 @@ class DetectionDatasetSource(DatasetSource[DetectionDataset]):
     def reject_path(self, path: str | None) -> None:
         """Raise ConfigError if there is a path, which only the user's own data set takes."""
         if path is not None:
-            raise ConfigError(f"data {self.name}: path goes with name: {self.kind}")
+            raise ConfigError(f"data {self.name}: path requires name: {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,7 @@ def test_gray_and_palette_photos(tmp_path, mode, ending):
 def test_what_is_not_a_data_set_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="path is missing"):
         dataset.load("boxes", tmp_path)
-    with pytest.raises(ConfigError, match="path goes with name: boxes"):
+    with pytest.raises(ConfigError, match="path requires name: boxes"):
         dataset.load("bccd", tmp_path, str(tmp_path))
     with pytest.raises(ConfigError, match="did you mean 'bccd'"):
         dataset.load("bcd", tmp_path)
