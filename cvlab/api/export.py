@@ -51,7 +51,7 @@ def export(path: Path, file_format: str, weights: str, file: Path | None) -> dic
         raise registry.unknown_name_error("format", file_format, FORMATS)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if file_format == "onnx" and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{package} is not installed", "pip install 'cvlab[onnx]'")
+            raise ConfigError(f"{package} is not installed", "pip install -e '.[onnx]'")
     config = loading.load(str(config_path(path)), ["device=cpu", "precision=float32"]).config
     experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Exportable):

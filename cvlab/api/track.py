@@ -137,7 +137,7 @@ def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] 
         raise registry.unknown_name_error("tracker", kind, TRACKERS)
     tracker_type = TRACKERS[kind]
     if importlib.util.find_spec(tracker_type.package) is None:
-        raise ConfigError(f"{kind} is not installed", f"pip install 'cvlab[{tracker_type.extra}]'")
+        raise ConfigError(f"{kind} is not installed", f"pip install -e '.[{tracker_type.extra}]'")
     tracker: Tracker = tracker_type(path, compare.read_config(path))
     last = 0
     for last, metrics in _rows(path, follow, sleep):

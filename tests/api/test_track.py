@@ -140,4 +140,4 @@ def test_refusals(cvlab, run, monkeypatch):
     monkeypatch.setattr(track.Wandb, "package", "not_there_at_all")
     code, _, err = cvlab("track", run, "--to", "wandb")
     assert code == 2
-    assert "pip install 'cvlab[wandb]'" in err
+    assert "pip install -e '.[wandb]'" in err

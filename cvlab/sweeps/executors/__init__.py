@@ -118,7 +118,7 @@ def require_package(package: str, extra: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError:
-        raise ConfigError(f"{package} is not installed", f"pip install 'cvlab[{extra}]'") from None
+        raise ConfigError(f"{package} is not installed", f"pip install -e '.[{extra}]'") from None
 
 
 def read_last_error(trial: Path) -> str:

@@ -187,7 +187,7 @@ def test_an_extra_that_is_not_there_is_one_line(cvlab, tmp_path, monkeypatch, pa
     where = [] if extra == "optuna" else ["--on", extra, *(["--address", "local"] if extra == "slurm" else [])]
     code, _, err = cvlab("sweep", "s.yaml", *where)
     assert code == 2
-    assert err.splitlines()[-1] == f"error: {package} is not installed; pip install 'cvlab[{extra}]'"
+    assert err.splitlines()[-1] == f"error: {package} is not installed; pip install -e '.[{extra}]'"
     assert not (tmp_path / "runs").exists()
 
 
