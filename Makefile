@@ -39,8 +39,9 @@ types:  ## mypy, strict
 imports:  ## the import contracts of pyproject.toml
 	$(BIN)/lint-imports
 
-docs:  ## build the documentation; every warning is an error
-	$(BIN)/mkdocs build --strict
+docs:  ## generate the reference and build the documentation; every warning is an error
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench:  ## measure this machine and the training loop on it
 	$(BIN)/cvlab bench
