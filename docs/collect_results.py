@@ -1,6 +1,6 @@
 """Write the results of runs to `docs/results/EXPERIMENT.json`, from which the tables of the documentation are made.
 
-    python docs/collect_results.py runs/*          # then: python docs/generate.py
+    python docs/collect_results.py runs/* [--note "beside other work"]       # then: python docs/generate.py
 
 Each run that ended is read from its directory: `config.yaml`, `env.json`, `summary.json`. Runs of one command that
 differ only in their seed become one row with mean and standard deviation. A row replaces the one of the same command.
@@ -138,13 +138,16 @@ def run(arguments: list[str]) -> int:
     """Collect the results of the run directories that are named; return the exit code."""
     parser = argparse.ArgumentParser(description="Write the results of runs to docs/results/EXPERIMENT.json.")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories; others are skipped")
+    parser.add_argument("--note", default="", help="added to the machine, for example 'beside other work'")
     parser.add_argument("--into", type=Path, default=RESULTS, help="folder of the files; default: docs/results")
     options = parser.parse_args(arguments)
     paths = sorted({path.resolve() for path in options.runs if path.is_dir()})
     read = [(path, read_run(path)) for path in paths]
     for path in (path for path, row in read if row is None):
         print(f"skipped {path.name}: not a run that has ended")
-    for experiment, rows in rows_by_experiment([row for _, row in read if row is not None]).items():
+    note = f", {options.note}" if options.note else ""
+    ended = [row | {"machine": row["machine"] + note} for _, row in read if row is not None]
+    for experiment, rows in rows_by_experiment(ended).items():
         merge(options.into / f"{experiment}.json", rows)
         print(f"{experiment}.json: {', '.join(sorted({row['command'] for row in rows}))}")
     return 0
