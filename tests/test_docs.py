@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 import yaml
 
 from cvlab import errors
+from cvlab.cli import main
 from cvlab.config import loading, overrides, strict_yaml
 from cvlab.runs.records import STATES
 from cvlab.sweeps.experiment import load_sweep
@@ -90,7 +92,7 @@ def check_command(words, folder, cvlab):
         return
     code, out, err = cvlab(*words[1:], "--help")
     assert code == 0, err
-    assert "Usage" in out, err
+    assert out.strip(), err
     check_configuration(words[1:], folder)
 
 
@@ -215,9 +217,9 @@ class TestGenerated:
         generate = module_of("generate")
         assert not generate.outdated(generate.generate()), "run `python docs/generate.py`"
 
-    def test_every_command_and_option_is_in_the_reference(self, cvlab):
+    def test_every_command_and_option_is_in_the_reference(self):
         text = (DOCS / "reference" / "cli.md").read_text()
-        for name in re.findall(r"^  ([a-z]+) +\S", cvlab("--help")[1], re.MULTILINE):
+        for name in typer.main.get_command(main.app).commands:
             assert f"## cvlab {name}\n" in text
         assert "`--max-restarts` MAX_RESTARTS | `0` |" in text
 

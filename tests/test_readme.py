@@ -3,6 +3,9 @@
 import json
 import re
 
+import typer.main
+
+from cvlab.cli import main
 from cvlab.config import loading
 from tests.markdown import ROOT, blocks_of, pages
 
@@ -32,12 +35,9 @@ def test_the_example_is_the_shipped_configuration(tmp_path):
     assert mine.to_yaml() == shipped.model_copy(update={"expect_fallback": ()}).to_yaml()
 
 
-def test_every_command_has_an_example(cvlab):
-    out = cvlab("--help")[1]
-    names = re.findall(r"^  ([a-z]+) +\S", out.partition("Commands:")[2], re.MULTILINE)
-    assert len(names) >= 25
+def test_every_command_has_an_example():
     text = "\n".join(path.read_text() for path in pages() if "reference" not in path.parts)
-    for name in names:
+    for name in typer.main.get_command(main.app).commands:
         assert f"cvlab {name}" in text, f"no example of cvlab {name}"
 
 
