@@ -59,3 +59,18 @@ def test_the_project_file_names_what_the_code_imports():
     text = (ROOT / "pyproject.toml").read_text()
     for package in ("torch>=2.10,<2.14", "torchvision", "timm", "typer", "pyyaml", "rich", "pydantic", "numpy"):
         assert f'"{package}' in text
+
+
+def test_the_output_of_the_quick_start_looks_as_shown(cvlab):
+    """Compare the lines with those of a short run; numbers, rules of tables and spaces may differ."""
+    short = ["duration={steps: 1}", "data.num_train=100", "data.val_fraction=0.01", "expect=[test_accuracy >= 0.00]"]
+    code, out, err = cvlab("train", "quickstart", *short)
+    assert code == 0, err
+    printed = {skeleton(line) for line in out.splitlines()}
+    for line in next(block.text for block in blocks_of(PATH, "text")).splitlines():
+        assert line == "..." or skeleton(line) in printed, (line, out)
+
+
+def skeleton(line):
+    """Return a line without its numbers, names of runs, rules and spaces."""
+    return re.sub(r"[\d.,─\s]+|-[0-9a-f]{4}\b|-\d+", "", line)
