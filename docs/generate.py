@@ -158,14 +158,14 @@ def command_section(names: tuple[str, ...], command: Any) -> str:
     words = [*names, *(["COMMAND"] if getattr(command, "commands", {}) else []), *map(metavar, arguments)]
     usage = " ".join([*words, *(["[OPTIONS]"] if options else [])])
     about = sentence(inspect.cleandoc(command.help or ""))
-    text = f"{'#' * min(len(names), 3)} {' '.join(names)}\n\n{about}\n\n```text\n{usage}\n```\n\n"
+    text = f"{'#' * (len(names) + 1)} {' '.join(names)}\n\n{about}\n\n```text\n{usage}\n```\n\n"
     text += table(("Argument", "Description"), ((code(metavar(a)), cell(a.help or "")) for a in arguments))
     return text + table(("Option", "Default", "Description"), option_rows(options))
 
 
 def cli_page() -> str:
     """Return the page about the command line."""
-    root = typer.main.get_command(main.app)
+    root: Any = typer.main.get_command(main.app)
     shared = [p for p in dict(commands(root, ()))[("runs",)].params if is_shared(p) and p.name != "help"]
     text = "# Command line\n\nEvery command answers `--help`, and has these options:\n\n"
     text += table(("Option", "Default", "Description"), option_rows(shared))
@@ -175,10 +175,12 @@ def cli_page() -> str:
         "its name that matches one run only; `key=value` overrides a key of the configuration. "
         "[Exit codes](exit-codes.md) say how a command ended.\n\n"
     )
-    listed = [(names, command) for names, command in commands(root, ("cvlab",)) if len(names) > 1]
-    for names, command in listed:
-        text += command_section(names, command)
-    return text
+    groups: dict[str, str] = {}
+    for name, command in root.commands.items():
+        sections = [command_section(names, each) for names, each in commands(command, ("cvlab", name))]
+        group = command.rich_help_panel or "Other commands"
+        groups[group] = groups.get(group, "") + "".join(sections)
+    return text + "".join(f"## {group}\n\n{sections}" for group, sections in groups.items())
 
 
 # Configuration keys

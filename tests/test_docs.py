@@ -220,7 +220,7 @@ class TestGenerated:
     def test_every_command_and_option_is_in_the_reference(self):
         text = (DOCS / "reference" / "cli.md").read_text()
         for name in typer.main.get_command(main.app).commands:
-            assert f"## cvlab {name}\n" in text
+            assert f"### cvlab {name}\n" in text
         assert "`--max-restarts` MAX_RESTARTS | `0` |" in text
 
     def test_every_key_of_a_resolved_configuration_is_in_the_reference(self):
