@@ -5,7 +5,6 @@ that is incomplete; batches always consist of the same photos, so that the resul
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.records import Row
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage.file_names import file_stem
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _restore_results(
 
 
 def _unique_labels(paths: list[Path]) -> list[str]:
-    """Return a unique label for each photo: its name with plain characters only, numbered if several share it."""
-    names = [re.sub(r"[^\w.-]+", "_", path.stem, flags=re.ASCII).strip("._-")[:60] or "photo" for path in paths]
+    """Return a unique label for each photo: its name as a file's, numbered if several share it."""
+    names = [file_stem(path.stem) or "photo" for path in paths]
     counts: Counter[str] = Counter()
     labels: list[str] = []
     taken = set(names)
