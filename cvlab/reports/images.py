@@ -5,12 +5,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
+from cvlab.reports import fonts
+
 MARGIN = 8
-TEXT_PX = 15
-MAX_TILE_PX = 480  # panels are previews; the images themselves are saved in full size
+TEXT_PX, TITLE_PX = 15, 18
+MAX_TILE_PX = 480
+MIN_COLUMN_PX = 150
+COLOR_BAR_PX = 56
+MAX_SHEET_FRAMES = 12
+LIGHTEST_SHADOW = 70  # gray level of black in a photo below an overlay
+SMOOTHING = 0.012  # standard deviation of an overlay's smoothing, of its shorter side
+OVERLAY_QUANTILE = 0.995
+MAX_OPACITY = 0.85
+BICUBIC = Image.Resampling.BICUBIC
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 HEAT = (  # the colors of matplotlib's inferno at 0, 1/8, .. 1
     (0, 0, 4),
     (31, 12, 72),
@@ -47,18 +58,38 @@ def heat(values: Tensor) -> Image.Image:
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
-def overlay(photo: Image.Image, values: Tensor, box: tuple[float, float, float, float]) -> Image.Image:
-    """Overlay a map (h, w) in [0, 1] on the part of a photo that it belongs to; the photo is shown in gray."""
+def overlay(photo: Image.Image, values: Tensor, box: Box) -> Image.Image:
+    """Overlay a map (h, w) in [0, 1] on the part of a photo that it belongs to, around which a line is drawn.
+
+    The photo is shown in light gray, the map smoothed: single bright pixels would be lost in the photo's texture.
+    """
     left, top, right, bottom = (round(edge) for edge in box)
     size = (max(1, right - left), max(1, bottom - top))
-    gray = photo.convert("L").convert("RGB")
-    strength = Image.fromarray((values.cpu().numpy() * 255).round().astype(np.uint8)).resize(
-        size, Image.Resampling.BICUBIC
-    )
-    colors = heat(torch.from_numpy(np.asarray(strength) / 255.0))
-    mask = strength.point([min(255, round(40 + 0.75 * level)) for level in range(256)])
-    gray.paste(colors, (left, top), mask)
-    return gray
+    gray = photo.convert("L").point([LIGHTEST_SHADOW + level * (255 - LIGHTEST_SHADOW) // 255 for level in range(256)])
+    canvas = gray.convert("RGB")
+    strength = _to_gray(values).resize(size, BICUBIC)
+    strength = strength.filter(ImageFilter.GaussianBlur(SMOOTHING * min(size)))
+    smooth = scaled(torch.from_numpy(np.asarray(strength) / 255.0), OVERLAY_QUANTILE)
+    mask = _to_gray(smooth).point([round(MAX_OPACITY * level) for level in range(256)])
+    canvas.paste(heat(smooth), (left, top), mask)
+    return outline(canvas, box)
+
+
+def _to_gray(values: Tensor) -> Image.Image:
+    return Image.fromarray((values.cpu().numpy() * 255).round().astype(np.uint8))
+
+
+def outline(image: Image.Image, box: Box) -> Image.Image:
+    """Draw a line, white on black, along the inner edge of a region; nothing if it is the whole image."""
+    left, top, right, bottom = (round(edge) for edge in box)
+    if (left, top, right, bottom) == (0, 0, *image.size):
+        return image
+    outlined = image.copy()
+    pen = ImageDraw.Draw(outlined)
+    line = max(1, round(max(image.size) / 300))
+    pen.rectangle((left, top, right - 1, bottom - 1), outline="black", width=2 * line)
+    pen.rectangle((left, top, right - 1, bottom - 1), outline="white", width=line)
+    return outlined
 
 
 def difference(before: Image.Image, after: Image.Image, times: int) -> Image.Image:
@@ -67,62 +98,123 @@ def difference(before: Image.Image, after: Image.Image, times: int) -> Image.Ima
     return Image.fromarray(np.clip(128 + times * change, 0, 255).astype(np.uint8))
 
 
-def panel(tiles: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.Image:
-    """Arrange images side by side, each below its caption; large ones are reduced."""
-    font = ImageFont.load_default(TEXT_PX)
-    shown = [(caption, _fitted(image)) for caption, image in tiles]
-    widths = [max(image.width, 150) for _, image in shown]
-    wrapped = [_wrap(caption, font, width) for (caption, _), width in zip(shown, widths, strict=True)]
-    line = TEXT_PX + 4
-    head = line * max(len(lines) for lines in wrapped) + MARGIN
-    above = line + MARGIN if title else 0
-    height = above + head + max(image.height for _, image in shown) + 2 * MARGIN
-    sheet = Image.new("RGB", (sum(widths) + MARGIN * (len(shown) + 1), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+def saliency_tiles(caption: str, photo: Image.Image, values: Tensor, box: Box) -> list[tuple[str, Image.Image]]:
+    """Return the captioned tiles of a saliency map (h, w) in [0, 1]: the map, and its overlay on the part it is of."""
+    left, top, right, bottom = box
+    inside = (max(0, left), max(0, top), min(photo.width, right), min(photo.height, bottom))
+    part = photo.resize((values.shape[1], values.shape[0]), BICUBIC, box=inside)
+    return [(caption, heat(values)), ("overlay, smoothed", overlay(part, values, (0, 0, *part.size)))]
+
+
+def panel(
+    tiles: Sequence[tuple[str, Image.Image]],
+    title: str = "",
+    has_color_bar: bool = False,
+    max_tile_px: int = MAX_TILE_PX,
+) -> Image.Image:
+    """Arrange images of the same height side by side, each below its caption, all below a title.
+
+    Args:
+        tiles: The captions and images; the images are resized.
+        title: Text above them.
+        has_color_bar: Draw the colors of `heat` from 0 to 1 to the right of the tiles.
+        max_tile_px: Maximum of a tile's width and height; panels are previews of images that are saved in full size.
+    """
+    height = _tile_height([image for _, image in tiles], max_tile_px)
+    shown = [image.resize((max(1, round(image.width * height / image.height)), height), BICUBIC) for _, image in tiles]
+    widths = [max(image.width, MIN_COLUMN_PX) for image in shown]
+    wrapped = [fonts.wrap(caption, TEXT_PX, width) for (caption, _), width in zip(tiles, widths, strict=True)]
+    bar_px = COLOR_BAR_PX if has_color_bar else 0
+    sheet_width = sum(widths) + MARGIN * (len(shown) + 1) + bar_px
+    heading = fonts.wrap(title, TITLE_PX, sheet_width - 2 * MARGIN) if title else []
+    above = MARGIN + len(heading) * fonts.line_px(TITLE_PX)
+    head = fonts.line_px(TEXT_PX) * max(map(len, wrapped)) + MARGIN // 2
+    sheet = Image.new("RGB", (sheet_width, above + head + height + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    fonts.draw_lines(pen, (MARGIN, MARGIN // 2), heading, TITLE_PX)
     x = MARGIN
-    for (_, image), lines, width in zip(shown, wrapped, widths, strict=True):
-        for k, text in enumerate(lines):
-            draw.text((x, MARGIN + above + k * line), text, fill="black", font=font)
-        sheet.paste(image, (x, MARGIN + above + head))
+    for image, lines, width in zip(shown, wrapped, widths, strict=True):
+        fonts.draw_lines(pen, (x, above), lines, TEXT_PX)
+        sheet.paste(image, (x, above + head))
         x += width + MARGIN
+    if has_color_bar:
+        sheet.paste(_color_bar(height), (x, above + head))
     return sheet
 
 
-def _fitted(image: Image.Image) -> Image.Image:
-    factor = MAX_TILE_PX / max(image.size)
-    if factor >= 1:
-        return image
-    return image.resize(
-        (max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BICUBIC
-    )
+def _tile_height(tiles: Sequence[Image.Image], max_px: int) -> int:
+    """Return the height at which no tile is wider than `max_px` or higher; small images are enlarged to 2/3 of it."""
+    limit = min(max_px * min(1.0, image.height / image.width) for image in tiles)
+    return max(1, round(min(limit, max(2 * max_px / 3, *(image.height for image in tiles)))))
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        current = ""
-        for word in paragraph.split():
-            longer = f"{current} {word}".strip()
-            if current and font.getlength(longer) > width:
-                lines.append(current)
-                current = word
-            else:
-                current = longer
-        lines.append(current)
-    return lines
+def _color_bar(height: int) -> Image.Image:
+    """Draw the colors of `heat` from 0 at the bottom to 1 at the top, with their values."""
+    bar = Image.new("RGB", (COLOR_BAR_PX, height), "white")
+    colors = heat(torch.linspace(1, 0, height)[:, None].expand(height, COLOR_BAR_PX // 4))
+    bar.paste(colors, (0, 0))
+    pen = ImageDraw.Draw(bar)
+    for value in (0.0, 0.5, 1.0):
+        top = (1 - value) * (height - fonts.line_px(TEXT_PX))
+        fonts.draw(pen, (colors.width + MARGIN // 2, top), f"{value:g}", TEXT_PX)
+    return bar
 
 
 def strip(frames: Sequence[Image.Image], columns: int = 6) -> Image.Image:
-    """Arrange frames of the same size in rows."""
+    """Arrange frames of the same size in rows, as evenly filled as they can be."""
     width, height = frames[0].size
-    columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)
+    columns = -(-len(frames) // rows)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for k, frame in enumerate(frames):
         sheet.paste(frame, (k % columns * width, k // columns * height))
     return sheet
+
+
+def captioned(image: Image.Image, caption: str, width: int = 0) -> Image.Image:
+    """Write a caption above an image, which is centered in a tile of at least `width` pixels."""
+    tile_width = max(width, image.width)
+    lines = fonts.wrap(caption, TEXT_PX, tile_width)
+    head = len(lines) * fonts.line_px(TEXT_PX) + MARGIN // 2
+    tile = Image.new("RGB", (tile_width + MARGIN, image.height + head + MARGIN), "white")
+    pen = ImageDraw.Draw(tile)
+    for k, line in enumerate(lines):
+        left = (tile_width - fonts.width(line, TEXT_PX)) // 2
+        fonts.draw(pen, (left, k * fonts.line_px(TEXT_PX)), line, TEXT_PX)
+    tile.paste(image, ((tile_width - image.width) // 2, head))
+    return tile
+
+
+def titled(image: Image.Image, *paragraphs: str) -> Image.Image:
+    """Write paragraphs above an image, each on lines of its own."""
+    lines = [line for text in paragraphs for line in fonts.wrap(text, TITLE_PX, image.width - 2 * MARGIN)]
+    head = MARGIN + len(lines) * fonts.line_px(TITLE_PX)
+    sheet = Image.new("RGB", (image.width, image.height + head), "white")
+    fonts.draw_lines(ImageDraw.Draw(sheet), (MARGIN, MARGIN // 2), lines, TITLE_PX)
+    sheet.paste(image, (0, head))
+    return sheet
+
+
+def frames_sheet(title: str, frames: Sequence[tuple[int, Image.Image]]) -> Image.Image:
+    """Arrange the last of a row of frames in large, then up to MAX_SHEET_FRAMES of the others in two rows.
+
+    Args:
+        title: Text above them.
+        frames: The step and image (all of one size) of each frame, by step.
+    """
+    *others, (last_step, last) = frames
+    if len(others) > MAX_SHEET_FRAMES:
+        others = [others[k * len(others) // MAX_SHEET_FRAMES] for k in range(MAX_SHEET_FRAMES)]
+    if not others:
+        return titled(captioned(last, f"step {last_step} (final)"), title)
+    grid = strip([captioned(image, f"step {step}") for step, image in others], -(-len(others) // 2))
+    factor = (grid.height - fonts.line_px(TEXT_PX) - MARGIN - MARGIN // 2) / last.height
+    large = last.resize((round(last.width * factor), round(last.height * factor)), BICUBIC)
+    final = captioned(large, f"step {last_step} (final)")
+    sheet = Image.new("RGB", (final.width + grid.width, max(final.height, grid.height)), "white")
+    sheet.paste(final, (0, 0))
+    sheet.paste(grid, (final.width, 0))
+    return titled(sheet, title)
 
 
 def gif(frames: Sequence[Image.Image], milliseconds: int = 120, last_milliseconds: int = 1500) -> bytes:

@@ -5,13 +5,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab.reports import curves, metrics
+from cvlab.reports import colors, curves, fonts, metrics
+from cvlab.reports.colors import Style
 from cvlab.reports.curves import Curve
 from cvlab.reports.metrics import MetricInfo
 from cvlab.runs.records import read_summary
 from cvlab.runs.run_dir import RunDir
 
 DPI = 120
+TITLE_SIZE = 10
+MAX_MARKERS = 30  # points of a curve that are marked
 
 
 def plot_run(out: RunDir) -> list[Path]:
@@ -42,29 +45,22 @@ def plotted_families(names: Iterable[str], info: MetricInfo) -> dict[str, list[s
 
 
 def draw(lines: Mapping[str, Curve], y_label: str, title: str, is_fraction: bool = False) -> bytes:
-    """Draw curves into one plot, of fractions with the y axis from 0 to 1; return the PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Draw curves of metrics over the step into one plot, of fractions with the y axis from 0 to 1; return the PNG."""
+    figure = new_figure(7, 4)
     axes: Any = figure.subplots()
-    for name, (xs, ys) in lines.items():
-        axes.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(xs) <= 30 else None, markersize=3)
-    axes.set_xlabel("step")
-    axes.set_ylabel(y_label)
-    if is_fraction:
-        axes.set_ylim(0, 1.02)
-    axes.set_title(title, fontsize=10)
+    for name, style in colors.of_metrics(lines).items():
+        _plot(axes, lines[name], name, style)
+    set_step_axis(axes)
+    axes.set_ylabel(label(y_label))
+    set_value_axis(axes, [y for _, ys in lines.values() for y in ys], is_fraction)
+    axes.set_title(label(f"{y_label}: {title}"), fontsize=TITLE_SIZE)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def draw_comparison(runs: Mapping[str, Path]) -> bytes:
     """Draw each plotted metric in a panel with the curves of all runs; return the PNG."""
-    from matplotlib.figure import Figure
-
     lines_of_run = {label: curves.read(path) for label, path in runs.items()}
     info = {name: row for path in runs.values() for name, row in read_summary(path).get("metric_info", {}).items()}
     logged = dict.fromkeys(name for lines in lines_of_run.values() for name in lines)
@@ -72,24 +68,62 @@ def draw_comparison(runs: Mapping[str, Path]) -> bytes:
     names = [name for name in logged if name in plotted]
     columns = min(2, max(1, len(names)))
     rows = -(-max(1, len(names)) // columns)
-    figure = Figure(figsize=(6 * columns, 3.4 * rows), layout="constrained")
+    figure = new_figure(6 * columns, 3.4 * rows)
     panels: Any = figure.subplots(rows, columns, squeeze=False).flat
+    styles = colors.of_series(runs)
     for panel, name in zip(panels, names, strict=False):
-        for label, lines in lines_of_run.items():
-            if name in lines:
-                panel.plot(*lines[name], label=label, linewidth=1.4)
-        panel.set_title(name, fontsize=10)
-        panel.set_xlabel("step", fontsize=8)
+        shown = {run: lines[name] for run, lines in lines_of_run.items() if name in lines}
+        for run, curve in shown.items():
+            _plot(panel, curve, run, styles[run])
+        panel.set_title(label(name), fontsize=TITLE_SIZE)
+        set_step_axis(panel)
+        set_value_axis(panel, [y for _, ys in shown.values() for y in ys], metrics.unit(name, info) == metrics.FRACTION)
         panel.grid(alpha=0.3)
     for panel in list(panels)[len(names) :]:
         panel.set_visible(False)
     handles = {
-        label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        text: line for panel in figure.axes for line, text in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if handles:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8
         )
+    return to_png(figure)
+
+
+def _plot(axes: Any, curve: Curve, name: str, style: Style) -> None:
+    marker = "o" if len(curve[0]) <= MAX_MARKERS else None
+    axes.plot(*curve, label=label(name), linewidth=1.5, marker=marker, markersize=3, **style.line)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure, its size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def to_png(figure: Any) -> bytes:
+    """Return a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
+
+
+def label(text: str) -> str:
+    """Return a name as text of a plot: nothing in it is a formula, and characters that cannot be drawn are escaped."""
+    return fonts.printable(text, installed=False).replace("$", r"\$")
+
+
+def set_step_axis(axes: Any) -> None:
+    """Label the x axis of curves over the step, with whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def set_value_axis(axes: Any, values: Iterable[float], is_fraction: bool) -> None:
+    """Set the limits of the y axis: 0 to 1 for fractions and for values that all are 0."""
+    if is_fraction or not any(values):
+        axes.set_ylim(-0.02, 1.02)

@@ -26,6 +26,7 @@ class Column:
         is_file: The value is the path of a file in the run directory.
         is_detail: The value is shown only in tables of a single result. Files always are details.
         has_lines: The value is a list, and each of its items takes a line of the table.
+        is_part: The file is an image that the result's panel shows, so that pages with the panel do not repeat it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Column:
     is_file: bool = False
     is_detail: bool = False
     has_lines: bool = False
+    is_part: bool = False
 
     @property
     def heading(self) -> str:

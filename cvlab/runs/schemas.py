@@ -33,6 +33,7 @@ class ColumnRecord(_Record, extra="forbid"):
     is_file: bool = False
     is_detail: bool = False
     has_lines: bool = False
+    is_part: bool = False
 
 
 class Verdict(_Record):

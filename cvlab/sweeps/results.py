@@ -9,7 +9,7 @@ from typing import Any
 
 from cvlab.config.expectations import GroupedResult
 from cvlab.errors import CvlabError, DivergedError
-from cvlab.reports import plots
+from cvlab.reports import colors, plots
 from cvlab.reports.compare import read_config
 from cvlab.reports.tables import number
 from cvlab.runs.records import pruning_reason, read_status, read_summary
@@ -141,8 +141,6 @@ def draw(rows: Sequence[Row], metric: str, title: str) -> bytes:
 
     If no key is numeric, there is one point for each setting. Bars are one standard deviation over seeds.
     """
-    from matplotlib.figure import Figure
-
     x_key = _x_key(rows)
     lines: dict[str, list[tuple[Any, float, float]]] = {}
     for index, row in enumerate(rows):
@@ -151,21 +149,33 @@ def draw(rows: Sequence[Row], metric: str, title: str) -> bytes:
             point = (row["keys"][x_key] if x_key else index, row["metrics"][metric]["mean"])
             line = _label(other_keys) if x_key else metric
             lines.setdefault(line, []).append((*point, row["metrics"][metric]["sd"] or 0.0))
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = plots.new_figure(7.5, 4.2)
     axes: Any = figure.subplots()
+    styles = colors.of_series(lines) if len(lines) > 1 else dict.fromkeys(lines, colors.of_metrics([metric])[metric])
     for label, points in lines.items():
         xs, ys, sds = zip(*sorted(points), strict=True)
         style = "o-" if x_key else "o"
-        axes.errorbar(xs, ys, yerr=sds if any(sds) else None, fmt=style, capsize=3, label=label, linewidth=1.5)
+        color = {"color": styles[label].line["color"]}
+        axes.errorbar(
+            xs,
+            ys,
+            yerr=sds if any(sds) else None,
+            fmt=style,
+            capsize=3,
+            label=plots.label(label),
+            linewidth=1.5,
+            **color,
+        )
     _label_x_axis(axes, x_key, rows)
     axes.set_ylabel(metric)
-    axes.set_title(title, fontsize=10)
+    plots.set_value_axis(axes, [mean for points in lines.values() for _, mean, _ in points], is_fraction=False)
+    has_spread = any(sd for points in lines.values() for _, _, sd in points)
+    spread = " (mean and standard deviation over seeds)" if has_spread else ""
+    axes.set_title(plots.label(f"{metric} by {x_key or 'setting'}{spread}: {title}"), fontsize=plots.TITLE_SIZE)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=plots.DPI)
-    return buffer.getvalue()
+        axes.legend(fontsize=8)
+    return plots.to_png(figure)
 
 
 def _x_key(rows: Sequence[Row]) -> str | None:
@@ -190,8 +200,8 @@ def _label(keys: Mapping[str, Any]) -> str:
 def _label_x_axis(axes: Any, x_key: str | None, rows: Sequence[Row]) -> None:
     """Label the x axis; logarithmic if its values span a factor of 4 or more."""
     if x_key is None:
-        labels = [_label(row["keys"]) for row in rows]
-        axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=7)
+        labels = [plots.label(_label(row["keys"])) for row in rows]
+        axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", rotation_mode="anchor", fontsize=8)
         return
     values = sorted({row["keys"][x_key] for row in rows})
     if values[0] > 0 and values[-1] / values[0] >= 4:
@@ -199,4 +209,4 @@ def _label_x_axis(axes: Any, x_key: str | None, rows: Sequence[Row]) -> None:
     if len(values) <= 12:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xticks([], minor=True)
-    axes.set_xlabel(x_key)
+    axes.set_xlabel(plots.label(x_key))

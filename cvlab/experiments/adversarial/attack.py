@@ -14,6 +14,7 @@ from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
+from cvlab.experiments.adversarial import drawing
 from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.models.pretrained import PretrainedClassifier
@@ -25,7 +26,6 @@ from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
-DIFFERENCE_SCALE = 10  # of the second difference image in the panel
 
 
 @dataclass(eq=False)
@@ -211,15 +211,9 @@ class Attack:
         """Save the panel of the attack, and the saliency maps if they are configured; return their paths."""
         values = result.values
         before, after = example.image, photos.load(self.out.path / result.files["attacked"])
-        change = f"L2 {values['l2']:.2f}, at most {values['linf_255']:.0f}/255, {values['steps']} steps"
-        tiles = [
-            (f"before: {values['before']['label']} {values['before']['score']:.2f}", before),
-            (f"after: {values['label']} {values['score']:.2f}", after),
-            (f"difference: {change}", images.difference(before, after, 1)),
-            (f"difference x{DIFFERENCE_SCALE}", images.difference(before, after, DIFFERENCE_SCALE)),
-        ]
+        panel = drawing.attack_panel(example.photo.path.name, values, before, after, example.resize.region)
         name = f"images/{example.photo.label}-panel.png"
-        self.out.write_bytes(name, images.png(images.panel(tiles, example.photo.path.name)))
+        self.out.write_bytes(name, images.png(panel))
         return {"panel": name} | (self._save_saliency(example, before, after) if self.config.then else {})
 
     def _save_saliency(self, example: AdversarialExample, before: Image.Image, after: Image.Image) -> dict[str, str]:
@@ -232,13 +226,11 @@ class Attack:
         for when, image, values, index in zip(
             ("before", "after"), (before, after), maps, classes.tolist(), strict=True
         ):
-            scaled = images.scaled(values)
-            tiles += [
-                (f"{when}: {self.model.classes[index]}", images.heat(scaled)),
-                ("", images.overlay(image, scaled, example.transform.crop_box(*image.size))),
-            ]
+            box = example.transform.crop_box(*image.size)
+            tiles += images.saliency_tiles(f"{when}: {self.model.classes[index]}", image, images.scaled(values), box)
         name = f"images/{example.photo.label}-saliency.png"
-        self.out.write_bytes(name, images.png(images.panel(tiles, example.photo.path.name)))
+        title = f"gradient saliency before and after the attack: {example.photo.path.name}"
+        self.out.write_bytes(name, images.png(images.panel(tiles, title, has_color_bar=True)))
         return {"saliency": name}
 
 

@@ -24,7 +24,7 @@ COLUMNS = (
         keys=tuple(f"success_jpeg{quality}" for quality in JPEG_QUALITIES),
         is_detail=True,
     ),
-    Column("attacked", "attacked photo", is_file=True),
+    Column("attacked", "attacked photo", is_file=True, is_part=True),
     Column("panel", "panel", is_file=True),
     Column("saliency", "saliency", is_file=True),
 )

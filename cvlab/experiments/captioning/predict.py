@@ -51,7 +51,7 @@ class CaptionPhotos:
         maps = maps[: len(tokens)].float().cpu()
         side = round(maps.shape[1] ** 0.5)
         name = f"images/{photo.label}-attention.png"
-        sheet = drawing.attention_sheet(photo.image, tokens, maps.view(-1, side, side))
+        sheet = drawing.attention_sheet(photo.image, tokens, maps.view(-1, side, side), photo.path.name)
         self.run.write_bytes(name, images.png(sheet))
         return name
 

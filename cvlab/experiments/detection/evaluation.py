@@ -123,7 +123,8 @@ def evaluate_on_validation(
             shown = Detections(result.boxes_xyxy[above], result.scores[above], result.labels[above])
             gt_boxes = [tuple(box) for box in sample.boxes_xyxy.tolist()]
             sheet.append(drawing.draw(image, inference.labeled_boxes(shown, detector.classes), gt_boxes))
-    out.write_bytes(SHEET, reports_images.png(drawing.contact_sheet(sheet)))
+    title = f"the first {len(sheet)} of {len(samples)} validation photos of {boxset.name}: {out.path.name}"
+    out.write_bytes(SHEET, reports_images.png(drawing.contact_sheet(sheet, title, has_ground_truth=True)))
     metrics = compute_metrics(predictions, samples, len(detector.classes), rules)
     confusion = confusion_matrix(predictions, samples, len(detector.classes), score_threshold)
     plots.write(out, metrics, confusion, detector.classes)

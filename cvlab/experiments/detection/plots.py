@@ -1,71 +1,105 @@
 """Plots of a detector's evaluation: precision-recall curves and the confusion matrix."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cvlab.ops.average_precision import DetectionMetrics
+from cvlab.reports import colors, plots
 from cvlab.runs.run_dir import RunDir
 
-DPI = 120
 MAX_LEGEND_CLASSES = 20
+NUM_RECALLS = 101  # at which curves are averaged, as COCO does
+BACKGROUND = "background"
 
 
 def write(out: RunDir, metrics: DetectionMetrics, confusion: Tensor, classes: Sequence[str], prefix: str = "") -> None:
     """Write plots/PREFIXprecision_recall.png and plots/PREFIXconfusion.png into a run directory."""
     out.folder("plots")
-    out.write_bytes(f"plots/{prefix}precision_recall.png", precision_recall_png(metrics, classes))
-    out.write_bytes(f"plots/{prefix}confusion.png", confusion_png(confusion, classes))
+    title = f"{prefix.rstrip('_')} of {out.path.name}" if prefix else out.path.name
+    out.write_bytes(f"plots/{prefix}precision_recall.png", precision_recall_png(metrics, classes, title))
+    out.write_bytes(f"plots/{prefix}confusion.png", confusion_png(confusion, classes, title))
 
 
-def precision_recall_png(metrics: DetectionMetrics, classes: Sequence[str]) -> bytes:
-    """Plot precision over recall at IoU 0.5, one curve for each class with ground truth; return the PNG."""
-    from matplotlib.figure import Figure
+def mean_curve(metrics: DetectionMetrics) -> tuple[Tensor, Tensor]:
+    """Return NUM_RECALLS recalls, and the mean precision over the classes with ground truth at each of them.
 
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    The precision of a class at a recall is the highest at that recall or above, and 0 above its highest recall.
+    """
+    recalls = torch.linspace(0, 1, NUM_RECALLS, dtype=torch.float64)
+    curves = [torch.zeros(0, NUM_RECALLS, dtype=torch.float64)]
+    for recall, precision, num_truths in zip(
+        metrics.recalls, metrics.precisions, metrics.num_truths.tolist(), strict=True
+    ):
+        if num_truths:
+            envelope = precision.double().flip(0).cummax(0).values.flip(0)
+            first = torch.searchsorted(recall.double().contiguous(), recalls)
+            curves.append(torch.cat([envelope, envelope.new_zeros(1)])[first][None])
+    stacked = torch.cat(curves)
+    return recalls, stacked.mean(0) if len(stacked) else torch.zeros(NUM_RECALLS, dtype=torch.float64)
+
+
+def precision_recall_png(metrics: DetectionMetrics, classes: Sequence[str], title: str) -> bytes:
+    """Plot precision over recall at IoU 0.5: each class with ground truth, and the mean over them; return the PNG."""
+    figure = plots.new_figure(8, 5)
     axes: Any = figure.subplots()
+    styles = colors.of_series(classes)
     for k, name in enumerate(classes):
-        if int(metrics.num_truths[k]):
-            label = (
-                f"{name} {float(metrics.ap50[k]):.3f} ({int(metrics.num_truths[k])})"
-                if k < MAX_LEGEND_CLASSES
-                else None
+        num_truths = int(metrics.num_truths[k])
+        if num_truths:
+            label = f"{plots.label(name)}: {float(metrics.ap50[k]):.3f} ({num_truths})"
+            axes.plot(
+                metrics.recalls[k].numpy(),
+                metrics.precisions[k].numpy(),
+                label=label if k < MAX_LEGEND_CLASSES else None,
+                linewidth=1.3,
+                **styles[name].line,
             )
-            axes.plot(metrics.recalls[k].numpy(), metrics.precisions[k].numpy(), label=label, linewidth=1.4)
+    recalls, precisions = mean_curve(metrics)
+    mean_label = f"mean over classes: {metrics.map50:.3f} ({int(metrics.num_truths.sum())})"
+    axes.plot(recalls.numpy(), precisions.numpy(), label=mean_label, color="black", linewidth=3)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.set_title(f"IoU 0.5: mAP {metrics.map50:.3f}; from 0.5 to 0.95: {metrics.map50_95:.3f}", fontsize=10)
+    scores = f"mAP {metrics.map50:.3f} at IoU 0.5, {metrics.map50_95:.3f} from 0.5 to 0.95"
+    axes.set_title(f"precision and recall at IoU 0.5: {plots.label(title)}\n{scores}", fontsize=plots.TITLE_SIZE)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, title="class, AP, number of boxes", title_fontsize=8)
-    return _png(figure)
+    figure.legend(
+        fontsize=8, title="class: AP (number of boxes)", title_fontsize=8, loc="outside right upper", handlelength=3
+    )
+    return plots.to_png(figure)
 
 
-def confusion_png(confusion: Tensor, classes: Sequence[str]) -> bytes:
-    """Plot a confusion matrix (C + 1, C + 1), a row for each true class, as shares of the row; return the PNG."""
-    from matplotlib.figure import Figure
+def confusion_png(confusion: Tensor, classes: Sequence[str], title: str) -> bytes:
+    """Plot a confusion matrix (C + 1, C + 1), a row for each true class, as counts and as fractions of each row."""
+    names = [plots.label(name) for name in (*classes, BACKGROUND)]
+    side = 2.2 + (0.45 if len(names) <= MAX_LEGEND_CLASSES + 1 else 0.2) * len(names)
+    figure = plots.new_figure(2 * max(side, 4) + 0.8, max(side, 4) + 0.8)
+    left, right = figure.subplots(1, 2)
+    fractions = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    largest = max(1, int(confusion[:-1, :-1].max()) if len(classes) else 1)
+    _draw_matrix(left, "counts", names, confusion.double(), [f"{count:.0f}" for count in confusion.flatten()], largest)
+    texts = [f"{fraction:.2f}" for fraction in fractions.flatten()]
+    _draw_matrix(right, "fractions of each true class", names, fractions, texts, 1.0)
+    meaning = f"row {BACKGROUND}: detections of no object; column {BACKGROUND}: objects that are not detected"
+    figure.suptitle(f"confusion matrix: {plots.label(title)}\n{meaning}", fontsize=plots.TITLE_SIZE)
+    return plots.to_png(figure)
 
-    names = [*classes, "background"]
-    side = 2.5 + 0.42 * len(names)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axes: Any = figure.subplots()
-    shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+
+def _draw_matrix(
+    axes: Any, title: str, names: Sequence[str], values: Tensor, texts: Sequence[str], largest: float
+) -> None:
+    """Draw one matrix (C + 1, C + 1) with a text in each cell that is not 0, if there are not too many cells."""
+    axes.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=largest)
+    font_size = 9 if len(names) <= MAX_LEGEND_CLASSES + 1 else 6
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=font_size)
+    axes.set_yticks(range(len(names)), names, fontsize=font_size)
     axes.set(xlabel="predicted class", ylabel="true class")
-    if len(names) <= MAX_LEGEND_CLASSES + 1:
-        for row, counts in enumerate(confusion.tolist()):
-            for column, count in enumerate(counts):
-                if count:
-                    white = float(shares[row, column]) > 0.6
-                    text = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if white else "black"}
-                    axes.text(column, row, str(count), **text)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    """Return a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
+    axes.set_title(title, fontsize=plots.TITLE_SIZE)
+    if len(names) > MAX_LEGEND_CLASSES + 1:
+        return
+    for k, (value, text) in enumerate(zip(values.flatten().tolist(), texts, strict=True)):
+        if value:
+            color = "white" if value > 0.6 * largest else "black"
+            row, column = divmod(k, len(names))
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)

@@ -1,6 +1,5 @@
 """The images of class visualization: parameters, random transformations, objective, evaluation of the saved file."""
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,7 @@ from cvlab.ops import visualize
 from cvlab.reports import images
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage.file_names import file_stem
 
 PIXEL_NOISE_STD = 0.225  # of the initial noise around mid-gray; ImageNet's standard deviation
 FOURIER_NOISE_STD = 0.01
@@ -39,7 +39,7 @@ class ClassVisualizer:
     ) -> None:
         self.config, self.model, self.ctx, self.run = config, model, ctx, run
         self.classes = torch.tensor(classes, device=ctx.device)
-        self.names = [f"{index}-{re.sub(r'[^a-zA-Z0-9]+', '_', model.classes[index])}" for index in classes]
+        self.names = [f"{index}-{file_stem(model.classes[index])}" for index in classes]
         self.is_fourier = config.parametrization == "fourier"
         self._adam = image_optimizer.adam(lambda step: config.lr * (1 - step / config.steps))
 
@@ -128,15 +128,17 @@ class ClassVisualizer:
         for name, path, p, index in zip(self.names, paths, probabilities, self.classes.tolist(), strict=True):
             values = self.model.class_score(int(p.argmax()), float(p.max()))
             values |= {"target": self.model.classes[index], "score_target": float(p[index])}
-            results.append(PhotoResult(path, values, self._save_animation(name)))
+            results.append(PhotoResult(path, values, self._save_animation(name, self.model.classes[index])))
         return results
 
-    def _save_animation(self, name: str) -> dict[str, str]:
-        """Save the frames of a class as a strip and as an animation; return their paths."""
+    def _save_animation(self, name: str, class_name: str) -> dict[str, str]:
+        """Save the frames of a class as a sheet and as an animation; return their paths."""
         files = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
-        frames = [photos.load(path) for path in sorted((self.run.path / "images" / "frames").glob(f"{name}-*.png"))]
-        self.run.write_bytes(files["frames"], images.png(images.strip(frames)))
-        self.run.write_bytes(files["animation"], images.gif(frames))
+        paths = sorted((self.run.path / "images" / "frames").glob(f"{name}-*.png"))
+        frames = [(int(path.stem.rpartition("-")[2]), photos.load(path)) for path in paths]
+        title = f"class visualization of {class_name} by {self.config.model}"
+        self.run.write_bytes(files["frames"], images.png(images.frames_sheet(title, frames)))
+        self.run.write_bytes(files["animation"], images.gif([image for _, image in frames]))
         return files
 
     def _load(self, paths: list[str]) -> Tensor:

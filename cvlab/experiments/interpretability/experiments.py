@@ -197,8 +197,8 @@ SALIENCY_COLUMNS = (
     Column("label", "explained class"),
     Column("inside", "inside"),
     Column("panel", "panel", is_file=True),
-    Column("map", "map", is_file=True),
-    Column("overlay", "overlay", is_file=True),
+    Column("map", "map", is_file=True, is_part=True),
+    Column("overlay", "overlay", is_file=True, is_part=True),
     Column("values", "values", is_file=True),
 )
 

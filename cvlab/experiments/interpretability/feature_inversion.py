@@ -1,5 +1,7 @@
 """The images of feature inversion: target features, objective, evaluation of the saved files."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -82,5 +84,6 @@ def save_and_evaluate(inverter: FeatureInverter, state: ImageState, run: RunDir)
         psnr_db = style.psnr_db(photos.to_tensor(image), inverter.photo_pixels.cpu())
         tiles.append((f"{layer}: {psnr_db:.1f} dB", image))
         results.append(PhotoResult(path, {"layer": layer, "psnr_db": psnr_db}, {"panel": "images/panel.png"}))
-    run.write_bytes("images/panel.png", images.png(images.panel(tiles)))
+    title = f"feature inversion by layer, PSNR with the photo: {Path(inverter.config.image).name}"
+    run.write_bytes("images/panel.png", images.png(images.panel(tiles, title)))
     return results

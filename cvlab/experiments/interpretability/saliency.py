@@ -16,6 +16,13 @@ from cvlab.reports import images
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 
+METHOD_TITLES = {
+    "gradient": "gradient",
+    "smoothgrad": "SmoothGrad",
+    "integrated_gradients": "integrated gradients",
+    "gradcam": "Grad-CAM",
+}
+
 
 def compute_maps(config: SaliencyConfig, model: PretrainedClassifier, inputs: Tensor, classes: Tensor) -> Tensor:
     """Return the saliency maps (N, S, S) of model inputs (N, 3, S, S) for classes (N,)."""
@@ -77,12 +84,11 @@ class SaliencyMaps:
         scaled = images.scaled(values)
         heat = images.heat(scaled)
         overlay = images.overlay(photo.image, scaled, transform.crop_box(*photo.image.size))
-        tiles = [
-            ("what the net sees", transform(photo.image)),
-            (f"{config.method} of {config.objective}: {class_name}", heat),
-            ("on the photo", overlay),
-        ]
-        panel = images.panel(tiles, photo.path.name)
+        caption = f"{METHOD_TITLES[config.method]} of the {config.objective}: {class_name}"
+        box = transform.crop_box(*photo.image.size)
+        tiles = [("the model's input", transform(photo.image))]
+        tiles += images.saliency_tiles(caption, photo.image, scaled, box)
+        panel = images.panel(tiles, f"saliency: {photo.path.name}", has_color_bar=True)
         files = {}
         for key, image in (("map", heat), ("overlay", overlay), ("panel", panel)):
             files[key] = f"images/{photo.label}-{key}.png"

@@ -1,5 +1,7 @@
 """Panels, frames and animations of style transfer."""
 
+from pathlib import Path
+
 from PIL import Image
 
 from cvlab.data import photos
@@ -7,6 +9,7 @@ from cvlab.experiments.style.transfer import StyleTransfer
 from cvlab.reports import images
 from cvlab.runs.run_dir import RunDir
 
+PANEL_TILE_PX = 640
 ANIMATION_PX = 384  # maximum of the longer side
 
 
@@ -17,7 +20,9 @@ def write_panel_and_animation(transfer: StyleTransfer, run: RunDir) -> dict[str,
     captions = ["style"] if len(styles) == 1 else [f"style {k + 1}" for k in range(len(styles))]
     tiles = [("content", transfer.content)] if transfer.content is not None else []
     tiles += [*zip(captions, styles, strict=True), ("result", result)]
-    run.write_bytes("images/style-panel.png", images.png(images.panel(tiles)))
+    names = [Path(name).name for name in (transfer.config.content, *transfer.config.styles) if name is not None]
+    title = f"{'style transfer' if transfer.content is not None else 'texture synthesis'}: {' + '.join(names)}"
+    run.write_bytes("images/style-panel.png", images.png(images.panel(tiles, title, max_tile_px=PANEL_TILE_PX)))
     frames = [photos.load(path) for path in sorted((run.path / "images" / "frames").glob("*.png"))]
     size = tuple(max(1, round(side * min(1, ANIMATION_PX / max(result.size)))) for side in result.size)
     run.write_bytes("images/style.gif", images.gif([frame.resize(size) for frame in frames]))  # type: ignore[arg-type]

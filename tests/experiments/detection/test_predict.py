@@ -69,7 +69,7 @@ class TestDetect:
         found = json.loads(out)
         assert found["metrics"]["num_photos"] == 120
         assert "map50" in found["metrics"]
-        assert photos.load(Path(found["run"]) / "images" / "sheet.png").width == 4 * 320
+        assert photos.load(Path(found["run"]) / "images" / "sheet.png").width == 4 * 480
         assert (Path(found["run"]) / "plots" / "precision_recall.png").is_file()
 
     @pytest.mark.parametrize("model", inference.BUNDLED_DETECTORS)

@@ -9,21 +9,31 @@ from PIL import Image
 from cvlab.data import photo_paths, photos
 from cvlab.engine import image_optimizer
 from cvlab.models import pretrained
+from cvlab.reports import images
 
 SHORT = ("--target", "tick,9", "steps=8", "frames=2", "expect=[]", "threads=1")
 
 
-def test_saved_files(cvlab, tmp_path):
+def test_saved_files(cvlab, tmp_path, monkeypatch):
+    sheets = {}
+    draw_sheet = images.frames_sheet
+    monkeypatch.setattr(
+        images, "frames_sheet", lambda title, frames: sheets.update({title: frames}) or draw_sheet(title, frames)
+    )
     code, out, err = cvlab("classvis", *SHORT, "--json")
     assert code == 0, err
     result = json.loads(out)
     run = tmp_path / result["run"]
     assert [row["target"] for row in result["results"]] == ["tick", "ostrich"]
     for row in result["results"]:
-        for key, size in (("image", (224, 224)), ("frames", (3 * 224, 224)), ("animation", (224, 224))):
+        for key in ("image", "animation"):
             with Image.open(run / row[key]) as image:
-                assert image.size == size
+                assert image.size == (224, 224)
                 assert key != "animation" or image.n_frames >= 2
+        frames = sheets[f"class visualization of {row['target']} by efficientnet_lite0"]
+        assert [step for step, _ in frames] == [0, 4, 8]
+        assert frames[-1][1].tobytes() == photos.load(run / row["image"]).tobytes()
+        assert photos.load(run / row["frames"]).width > 3 * 224
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 

@@ -1,0 +1,135 @@
+"""Boxes on photos, their labels and legend; plots of an evaluation."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.experiments.detection import drawing, plots
+from cvlab.experiments.detection.drawing import LabeledBox
+from cvlab.ops import average_precision
+from cvlab.ops.average_precision import Detections, GroundTruth
+from cvlab.reports import fonts
+from cvlab.reports import plots as report_plots
+
+PHOTO = Image.new("RGB", (640, 480), (90, 90, 90))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are written."""
+    drawn = []
+    monkeypatch.setattr(report_plots, "to_png", lambda figure: drawn.append(figure) or b"")
+    return drawn
+
+
+def labels_of(monkeypatch, boxes, photo=PHOTO):
+    """Return where labels are drawn, by text."""
+    places = {}
+    draw_label = drawing._draw_label
+    monkeypatch.setattr(
+        drawing,
+        "_draw_label",
+        lambda pen, item, place, px: places.update({item.text: place}) or draw_label(pen, item, place, px),
+    )
+    drawing.draw(photo, boxes)
+    return places
+
+
+class TestLabels:
+    @pytest.mark.parametrize("corner", [(100, 100), (0, 0), (500, 400), (630, 470)])
+    def test_labels_of_boxes_at_one_place_do_not_cover_each_other(self, monkeypatch, corner):
+        x, y = corner
+        boxes = [LabeledBox((x + k, y + k, x + 90, y + 60), f"class {k} 0.9{k}", k) for k in range(5)]
+        places = labels_of(monkeypatch, boxes)
+        assert len(places) == 5
+        assert not any(drawing._overlap(one, other) for one, other in itertools.combinations(places.values(), 2))
+        for left, top, right, bottom in places.values():
+            assert left >= 0
+            assert top >= 0
+            assert right <= 640
+            assert bottom <= 480
+
+    def test_a_single_label_is_above_its_box(self, monkeypatch):
+        (place,) = labels_of(monkeypatch, [LabeledBox((100, 100, 200, 200), "cat 0.90", 0)]).values()
+        assert place[0] == 100
+        assert place[3] == 100
+        assert place[2] - place[0] >= fonts.width("cat 0.90", drawing.MIN_TEXT_PX)
+
+    def test_a_photo_lower_than_a_label(self, monkeypatch):
+        places = labels_of(monkeypatch, [LabeledBox((0, 0, 5, 5), "a 1.00", 0)], Image.new("RGB", (40, 6)))
+        assert places["a 1.00"][:2] == (0, 0)
+
+    def test_class_names_of_any_script(self):
+        plain = np.asarray(drawing.draw(PHOTO, [LabeledBox((100, 100, 300, 200), "", 0)]))
+        accents = np.asarray(drawing.draw(PHOTO, [LabeledBox((100, 100, 300, 200), "Жöé", 0)]))
+        assert (plain != accents).any()
+
+
+def test_the_sheet_has_a_legend_for_the_ground_truth(monkeypatch):
+    texts = []
+    draw_text = fonts.draw
+    monkeypatch.setattr(fonts, "draw", lambda *args: texts.append(args[2]) or draw_text(*args))
+    photo = drawing.draw(PHOTO, [], [(50.0, 50.0, 300.0, 300.0)])
+    assert photo.getpixel((50, 150)) == (255, 255, 255)
+    sheet = drawing.contact_sheet([photo] * 5, "five photos", has_ground_truth=True)
+    assert texts[-1] == "five photos"
+    assert "ground truth" in texts
+    assert any(text.startswith("detection") for text in texts)
+    assert sheet.width == 4 * 480
+    legend = np.asarray(drawing.legend(600))
+    for color in ((255, 255, 255), drawing.color_of(0)):
+        assert (legend == color).all(-1).sum() > 20
+    texts.clear()
+    drawing.contact_sheet([PHOTO], "one")
+    assert texts == ["one"]
+
+
+def evaluation():
+    """Return the metrics of two photos with the classes cat, which is detected once of twice, dog, and none."""
+    box = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    detections = [Detections(box, torch.tensor([0.9]), zero), Detections(box, torch.tensor([0.8]), one)]
+    truths = [
+        GroundTruth(torch.cat([box, box + 50]), torch.tensor([0, 0]), torch.zeros(2, dtype=torch.bool)),
+        GroundTruth(box, one, torch.zeros(1, dtype=torch.bool)),
+    ]
+    return average_precision.evaluate(detections, truths, 3, "coco")
+
+
+class TestPlots:
+    def test_the_mean_curve_is_the_mean_over_classes_with_ground_truth(self):
+        metrics = evaluation()
+        recalls, precisions = plots.mean_curve(metrics)
+        assert precisions[recalls <= 0.5].tolist() == [1.0] * 51
+        assert precisions[recalls > 0.5].tolist() == [0.5] * 50
+        assert float(precisions.mean()) == pytest.approx(metrics.map50)
+
+    def test_it_is_drawn_in_black_and_named(self, figures):
+        plots.precision_recall_png(evaluation(), ["cat", "dog", "none"], "my-run")
+        (figure,) = figures
+        lines = figure.axes[0].get_lines()
+        assert [line.get_label().partition(":")[0] for line in lines] == ["cat", "dog", "mean over classes"]
+        assert lines[-1].get_color() == "black"
+        assert "my-run" in figure.axes[0].get_title()
+
+    def test_the_confusion_matrix_as_counts_and_by_row(self, figures):
+        confusion = torch.tensor([[6, 2, 0], [0, 3, 1], [5, 0, 0]])
+        plots.confusion_png(confusion, ["cat", "dog"], "my-run")
+        (figure,) = figures
+        counts, fractions = figure.axes
+        for axes in (counts, fractions):
+            assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+            names = [text.get_text() for text in axes.get_yticklabels()]
+            assert names == ["cat", "dog", "background"]
+        assert [text.get_text() for text in counts.texts] == ["6", "2", "3", "1", "5"]
+        assert [text.get_text() for text in fractions.texts] == ["0.75", "0.25", "0.75", "0.25", "1.00"]
+        assert "my-run" in figure.get_suptitle()
+        assert "fractions" in fractions.get_title()
+
+    @pytest.mark.parametrize("count", [0, 1, 80])
+    def test_any_number_of_classes(self, count):
+        png = plots.confusion_png(torch.ones(count + 1, count + 1), [f"class {k}" for k in range(count)], "x")
+        assert png.startswith(b"\x89PNG")

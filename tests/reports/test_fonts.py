@@ -1,0 +1,84 @@
+"""Text in images: any script, nothing cut, escapes where no font has a character."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from cvlab.reports import fonts
+
+PX = 20
+
+
+@pytest.fixture
+def no_installed_fonts(monkeypatch):
+    """Only the bundled font exists."""
+    monkeypatch.setattr(fonts, "_installed", tuple)
+    fonts._path_with.cache_clear()
+    yield
+    fonts._path_with.cache_clear()
+
+
+def drawn(text):
+    """Return the ink of a line of text, bool (H, W)."""
+    canvas = Image.new("L", (600, 60), "white")
+    fonts.draw(ImageDraw.Draw(canvas), (10, 10), text, PX, "black")
+    return np.asarray(canvas) < 128
+
+
+def missing_glyph():
+    """Return the ink of the box that fonts draw for a character that they lack."""
+    canvas = Image.new("L", (600, 60), "white")
+    font = fonts.load(fonts.bundled_path(), PX)
+    ImageDraw.Draw(canvas).text((10, 10 + fonts.ASCENT * PX), "\U000f0000", fill="black", font=font, anchor="ls")
+    return np.asarray(canvas) < 128
+
+
+@pytest.mark.parametrize("text", ["ü", "é", "Ω", "Я", "ж", "ł"])
+def test_latin_greek_and_cyrillic_have_glyphs(text, no_installed_fonts):
+    assert fonts.printable(text) == text
+    ink = drawn(text)
+    assert ink.any()
+    assert not np.array_equal(ink, missing_glyph())
+
+
+def test_accents_are_above_their_letters():
+    rows = [np.flatnonzero(drawn(text).any(1))[0] for text in ("u", "ü")]
+    assert rows[1] < rows[0]
+
+
+def test_decomposed_accents_are_composed(no_installed_fonts):
+    assert fonts.printable("Mu\u0308ller cafe\u0301.jpg") == "Müller café.jpg"
+
+
+def test_characters_of_no_font_are_escaped(no_installed_fonts):
+    assert fonts.printable("日本.jpg") == "\\u65e5\\u672c.jpg"
+    assert fonts.printable("a\nb\u202ec\U0001f9ff") == "a\\nb\\u202ec\\U0001f9ff"
+
+
+def test_an_installed_font_is_used_where_the_bundled_one_lacks_a_character(monkeypatch):
+    dejavu = fonts.bundled_path()
+    monkeypatch.setattr(fonts, "bundled_path", lambda: dejavu.with_name("STIXSizOneSymReg.ttf"))
+    monkeypatch.setattr(fonts, "_installed", lambda: (dejavu.with_name("missing.ttf"), dejavu))
+    fonts._path_with.cache_clear()
+    try:
+        assert fonts.printable("Ж") == "Ж"
+        assert fonts.printable("Ж", installed=False) == "\\u0416"
+        assert fonts._pieces("Ж", PX)[0][0].getname()[0] == "DejaVu Sans"
+    finally:
+        fonts._path_with.cache_clear()
+
+
+def test_wrapping_loses_no_character():
+    text = "a sentence with a verylongword" + "x" * 200 + " and an end"
+    lines = fonts.wrap(text, PX, 150)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(fonts.width(line, PX) <= 150 for line in lines)
+
+
+def test_the_width_is_that_of_the_ink():
+    ink = drawn("Hamburg ÄÖÜ")
+    right = np.flatnonzero(ink.any(0))[-1]
+    assert abs(right - 10 - fonts.width("Hamburg ÄÖÜ", PX)) < 4
+    bottom = np.flatnonzero(drawn("ÅÄgjpqy").any(1))
+    assert bottom[0] >= 10
+    assert bottom[-1] < 10 + fonts.line_px(PX)
