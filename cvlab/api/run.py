@@ -260,6 +260,8 @@ def _record_failure(out: RunDir, error: BaseException) -> None:
         out.set_status(
             "interrupted" if is_interrupted else "failed", error=str(error) or type(error).__name__, code=code
         )
+        if out.writable:
+            _publish(out)
     except (CvlabError, OSError) as write_error:
         console.info(f"warning: the status could not be written: {write_error}")
 

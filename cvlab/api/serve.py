@@ -7,17 +7,18 @@ the folder; a request that names another host, as one from a foreign page would,
 import http
 import http.server
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cvlab import __version__
 from cvlab.errors import CvlabError, RunDirError
-from cvlab.reports import html, index
+from cvlab.reports import compare, html, index
 from cvlab.runs.find import list_runs
 from cvlab.runs.records import read_status
 
 HOST = "127.0.0.1"
 REFRESH_SECONDS = 3
+COMPARE = "compare"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -37,7 +38,10 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `/`, the list of runs, and `/RUN/`, the page of one run."""
+    """Serves `/`, the list of runs, `/RUN/`, the page of a run, and `/compare?run=A&run=B`.
+
+    Trials of a sweep are at `/RUN/trials/TRIAL/`.
+    """
 
     server: Server
     server_version = f"cvlab/{__version__}"
@@ -48,9 +52,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if host.rpartition(":")[0] not in LOCAL_HOSTS and host not in LOCAL_HOSTS:
             self._send(http.HTTPStatus.FORBIDDEN, "this server answers to this machine only\n", "text/plain")
             return
-        name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
+        address = urllib.parse.urlsplit(self.path)
+        name = urllib.parse.unquote(address.path).strip("/")
         try:
-            page = _page(self.server.root, name)
+            page = _page(self.server.root, name, urllib.parse.parse_qs(address.query).get("run", []))
         except CvlabError as error:
             self._send(http.HTTPStatus.INTERNAL_SERVER_ERROR, f"{error}\n", "text/plain")
             return
@@ -76,15 +81,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Log nothing."""
 
 
-def _page(root: Path, name: str) -> str | None:
+def _page(root: Path, name: str, compared: Sequence[str]) -> str | None:
     """Return the page of a run, the list of runs for an empty name, or None if there is no such run."""
     if name == "":
-        return html.index_page(index.runs(root), link="/{name}/", refresh=REFRESH_SECONDS)
-    for path in list_runs(root):
-        if path.name == name:
-            is_running = read_status(path).get("status") == "running"
-            return html.run_page(path, home="/", refresh=REFRESH_SECONDS if is_running else None)
-    return None
+        return html.index_page(
+            index.runs(root), link="/{name}/", refresh=REFRESH_SECONDS, root=root, compare_link=f"/{COMPARE}"
+        )
+    runs = {path.name: path for path in list_runs(root)}
+    if name == COMPARE:
+        paths = [runs[run] for run in dict.fromkeys(compared) if run in runs]
+        links = html.Links(home="/", run="/{name}/")
+        return html.comparison_page(compare.labels(paths), links) if paths else None
+    run, _, trial = name.partition("/trials/")
+    path, home = runs.get(run), ("/", "all runs")
+    if trial and path is not None:
+        trials = {child.name: child for child in list_runs(path / "trials")}
+        path, home = trials.get(trial), (f"/{urllib.parse.quote(run)}/", "sweep")
+    if path is None:
+        return None
+    links = html.Links(*home, trial=f"/{urllib.parse.quote(run)}/trials/{{name}}/")
+    is_running = read_status(path).get("status") == "running"
+    return html.run_page(path, links, refresh=REFRESH_SECONDS if is_running else None)
 
 
 def serve(root: Path, port: int, ready: Callable[[str], None]) -> None:

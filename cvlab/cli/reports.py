@@ -30,11 +30,13 @@ def report(
     paths = [find_run(run, root) for run in runs]
     if len(paths) == 1:
         file = out or paths[0] / html.FILE
-        text = html.run_page(paths[0], home=f"../{html.INDEX}" if out is None else None)
+        if out is None:
+            html.write_run(paths[0])
+        else:
+            atomic.write_text(file, html.run_page(paths[0]))
     else:
         file = out or root / html.COMPARISON
-        text = html.comparison_page(compare.labels(paths))
-    atomic.write_text(file, text)
+        atomic.write_text(file, html.comparison_page(compare.labels(paths), html.links_from(file, root)))
     output.show({"ok": True, "files": [str(file)]}, lambda: print(console.relative_path(file)))
 
 

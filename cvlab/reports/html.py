@@ -1,23 +1,25 @@
 """HTML pages about runs: self-contained, built from the run directories alone; they load nothing.
 
-All numbers can be read without JavaScript, which only adds values under the pointer, sorting and filtering.
+All numbers can be read without JavaScript, which only adds values under the pointer, smoothing and logarithmic axes,
+sorting, filtering, and the selection of runs to compare.
 """
 
-import base64
 import functools
-import io
+import os
+import re
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from cvlab.errors import CvlabError
-from cvlab.reports import compare, curves, metrics, svg, tables
+from cvlab.reports import colors, compare, curves, embedded, metrics, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
-from cvlab.runs.records import Row, read_json, read_status, read_summary
-from cvlab.runs.results import Column, read_columns
+from cvlab.runs.records import Row, is_run, read_json, read_status, read_summary
+from cvlab.runs.results import read_columns
 from cvlab.storage import atomic
 
 FILE, INDEX, COMPARISON = "report.html", "index.html", "comparison.html"
@@ -29,36 +31,27 @@ STATUS_CLASSES = {  # of CSS
     "running": "wait",
     "interrupted": "wait",
 }
-MAX_IMAGES, MAX_PX = 48, 1000  # of a page; the files in the run directory have their full size
-MAX_GIF_BYTES = 2_000_000
-QUALITY = 85
-WIDE_RATIO = 2.0  # width to height of an image that takes the width of the page
 LOG_LINES = 200
-SUFFIXES = (".png", ".gif")
+MAX_THUMBNAILS = 200  # of the list of runs: those of the newest
+MAX_TRIAL_METRICS = 6
+MAX_COMPARED = 300  # newest runs, those whose metrics the list of runs holds
 
 
 @dataclass(frozen=True)
-class EmbeddedImage:
-    """An image inside a page: its title, its bytes as a data URI, its size in pixels."""
+class Links:
+    """Addresses of pages, as seen from one of them.
 
-    name: str
-    source: str
-    width: int
-    height: int
+    Attributes:
+        home: The list of runs, or of a trial the page of its sweep; None for a page without a link to it.
+        home_title: The text of that link.
+        run: The page of a run, with `{name}` for the directory; None: no page links to it.
+        trial: The page of a trial of the run on this page.
+    """
 
-    @property
-    def is_wide(self) -> bool:
-        """Whether the image takes the width of the page."""
-        return self.width > WIDE_RATIO * self.height
-
-
-@dataclass
-class ImageGroup:
-    """Images that belong together, with a description."""
-
-    title: str = ""
-    description: str = ""
-    images: list[EmbeddedImage] = field(default_factory=list)
+    home: str | None = None
+    home_title: str = "all runs"
+    run: str | None = None
+    trial: str | None = f"trials/{{name}}/{FILE}"
 
 
 @functools.cache
@@ -77,7 +70,9 @@ def _templates() -> Any:
         "size": {"width": svg.WIDTH, "height": svg.HEIGHT, **margins},
         "chart_data": _chart_data,
         "refresh": None,
-        "home": None,
+        "light": colors.LIGHT,
+        "dark": colors.DARK,
+        "dashes": colors.DASHES,
     }
     return environment
 
@@ -92,28 +87,27 @@ def _chart_data(chart: Chart) -> Row:
         "x": chart.x_name,
         "from": chart.x_from,
         "to": chart.x_to,
-        "all": svg.WIDTH,
-        "left": svg.LEFT,
-        "width": svg.WIDTH - svg.LEFT - svg.RIGHT,
         "lines": [{"name": line.name, "xs": line.xs, "ys": line.ys} for line in chart.lines],
     }
 
 
-def run_page(path: Path, home: str | None = None, refresh: int | None = None) -> str:
+def run_page(path: Path, links: Links | None = None, refresh: int | None = None) -> str:
     """Return the page of one run, whatever its status.
 
     Args:
         path: The run directory.
-        home: Address of the list of runs; None for a page without a link to it.
+        links: Addresses of other pages; None for a page without links.
         refresh: Seconds after which the page loads itself again; None for never.
 
     Raises:
         RunDirError: If files of the run are damaged.
     """
+    links = links or Links(trial=None)
     summary, status, env = read_summary(path), read_status(path), read_json(path / "env.json")
     config, lines = compare.read_config(path), curves.read(path)
-    charts = {metrics.file_name(key) for key in metrics.group(lines)}
-    groups, num_omitted = _image_groups(path, summary.get("results", []), read_columns(summary), charts)
+    groups = embedded.ImageGroups(path)
+    groups.add_results(summary.get("results", []), read_columns(summary))
+    groups.add_rest({metrics.file_name(key) for key in metrics.group(lines)})
     values = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
     info = summary.get("metric_info", {})
     sources = env.get("provenance")
@@ -128,24 +122,45 @@ def run_page(path: Path, home: str | None = None, refresh: int | None = None) ->
         "status_class": STATUS_CLASSES.get(state, ""),
         "experiment": summary.get("experiment") or config.get("experiment", ""),
         "data": summary.get("data") or status.get("data"),
-        "seconds": tables.number(summary["seconds"]) if "seconds" in summary else None,
-        "time": env.get("time"),
-        "error": status.get("error"),
+        "duration": duration_text(summary.get("seconds")),
+        "time": _utc(env.get("time")),
+        "failure": _failure(path, status),
         "verdicts": [
             {"rule": row["rule"], "measured": tables.format_measured(row), "met": row["met"]}
             for row in summary.get("expect", [])
         ],
         "metrics": [(n, tables.number(v), metrics.unit(n, info), metrics.better(n, info)) for n, v in values.items()],
         "settings": _settings(summary.get("settings", [])),
+        "trials": _trials(path, links, summary.get("trials", [])),
         "charts": _charts(lines),
-        "groups": groups,
-        "num_omitted": num_omitted,
+        "groups": groups.groups,
+        "num_omitted": groups.num_omitted,
         "changed": [row for row in rows if row[2] not in ("", "default")],
         "config": rows,
         "environment": [(k, str(v)) for k, v in env.items() if k not in ("provenance", "resumed") and v is not None],
         "log": _log(path / "log.txt"),
     }
-    return _render("run.html", title=path.name, run=run, home=home, refresh=refresh)
+    return _render("run.html", title=path.name, run=run, links=links, refresh=refresh)
+
+
+def _failure(path: Path, status: Row) -> Row | None:
+    """Return what made a run end early, where it was, and what to do; None of a run that has not failed."""
+    if status.get("status") not in ("failed", "interrupted"):
+        return None
+    reached = f"step {status['step']} of {status.get('total_steps', '?')}" if "step" in status else ""
+    has_checkpoint = any((path / "checkpoints").glob("*.pt"))
+    is_interrupted = status["status"] == "interrupted"
+    if has_checkpoint or is_interrupted:
+        advice = "to continue where it stopped" if has_checkpoint else "to start it again in the same directory"
+        commands = [(f"cvlab resume {path.name}", advice)]
+    else:
+        commands = [(f"cvlab resume {path.name}", "to try again after the cause is removed")]
+    return {
+        "title": "Interrupted" if is_interrupted else "Failed",
+        "message": status.get("error") or "the process ended without writing a reason; the log may have one",
+        "reached": reached,
+        "commands": commands,
+    }
 
 
 def _settings(settings: Sequence[Row]) -> Row | None:
@@ -153,6 +168,23 @@ def _settings(settings: Sequence[Row]) -> Row | None:
         return None
     columns, rows = tables.settings_rows(settings)
     return {"columns": columns, "rows": rows}
+
+
+def _trials(path: Path, links: Links, trials: object) -> Row | None:
+    """Return the trials of a sweep as a table, with the addresses of their pages where these exist."""
+    rows = [trial for trial in trials if isinstance(trial, dict)] if isinstance(trials, list) else []
+    rows = [trial for trial in rows if isinstance(trial.get("trial"), str) and isinstance(trial.get("metrics"), dict)]
+    names = list(dict.fromkeys(name for trial in rows for name in trial["metrics"]))
+    shown = [name for name in names if metrics.family(name) in ("loss", "accuracy", "map50")][:MAX_TRIAL_METRICS]
+    lines = []
+    for trial in rows:
+        name = trial["trial"]
+        is_linked = Path(name).name == name and (path / "trials" / name / "config.yaml").is_file()
+        link = links.trial.format(name=urllib.parse.quote(name)) if is_linked and links.trial else None
+        status = "diverged" if trial.get("diverged") else str(trial.get("status", ""))
+        values = [tables.number(trial["metrics"].get(key)) for key in shown]
+        lines.append({"name": name, "link": link, "cells": [status, tables.number(trial.get("seed")), *values]})
+    return {"columns": ["trial", "status", "seed", *shown], "rows": lines} if lines else None
 
 
 def _charts(lines: Mapping[str, Curve]) -> list[Chart]:
@@ -171,128 +203,161 @@ def _log(path: Path) -> str:
         return ""
 
 
-def _image_groups(
-    path: Path, rows: Sequence[Row], columns: Sequence[Column], charts: set[str]
-) -> tuple[list[ImageGroup], int]:
-    """Return the images of a run, those of one result together, and the number of images left out.
+def comparison_page(runs: Mapping[str, Path], links: Links | None = None) -> str:
+    """Return the page that compares several runs, by label.
 
-    Plots of the curves that the page has as `charts` are not among them.
+    Args:
+        runs: The run directories by label.
+        links: Addresses of other pages; None for a page without links.
     """
-    groups: list[ImageGroup] = []
-    used: set[str] = set()
-    budget = MAX_IMAGES
-    for row in rows:
-        files = {str(row[column.name]): column.title for column in columns if column.is_file and column.name in row}
-        names = [name for name in files if name.endswith(SUFFIXES) and name not in used]
-        group = ImageGroup(Path(row["image"]).name, _description(row, columns))
-        for name in names[:budget]:
-            group.images += _embedded(path, name, files[name])
-            used.add(name)
-        budget -= len(group.images)
-        if group.images or budget > 0:
-            groups.append(group)
-    rest = [name for name in _files(path) if name not in used | charts]
-    last = ImageGroup("" if not groups else "other images")
-    for name in rest[:budget]:
-        last.images += _embedded(path, name, name)
-    if last.images:
-        groups.append(last)
-    return groups, max(0, len(rest) - max(budget, 0))
-
-
-def _description(row: Row, columns: Sequence[Column]) -> str:
-    """Return the values of a result as text."""
-    parts = [row["error"]] if "error" in row else []
-    for column in columns:
-        values = [tables.format_result(value) for value in column.values_of(row)]
-        if values and not column.is_file:
-            parts.append(f"{column.title}: {', '.join(values)} {column.unit}".rstrip())
-    return "; ".join(parts)
-
-
-def _files(path: Path) -> list[str]:
-    files = [file for name in ("images", "plots") for file in sorted((path / name).glob("*")) if file.is_file()]
-    return [str(file.relative_to(path)) for file in files if file.suffix in SUFFIXES]
-
-
-def _embedded(path: Path, name: str, title: str) -> list[EmbeddedImage]:
-    """Return an image of a run, reduced, as bytes in the page; nothing if it cannot be read."""
-    from PIL import Image
-
-    file = path / name
-    try:
-        if not file.resolve().is_relative_to(path.resolve()):
-            return []
-        with Image.open(file) as image:
-            width, height = image.size
-            if file.suffix == ".gif" and file.stat().st_size <= MAX_GIF_BYTES:
-                return [EmbeddedImage(title, _uri("image/gif", file.read_bytes()), width, height)]
-            reduced = image.convert("RGB")
-            reduced.thumbnail((MAX_PX, MAX_PX))
-    except (OSError, ValueError):
-        return []
-    buffer = io.BytesIO()
-    reduced.save(buffer, "WEBP", quality=QUALITY)
-    return [EmbeddedImage(title, _uri("image/webp", buffer.getvalue()), *reduced.size)]
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def comparison_page(runs: Mapping[str, Path]) -> str:
-    """Return the page that compares several runs, by label."""
+    links = links or Links()
     comparison = compare.compare(runs)
-    labels = [run["label"] for run in comparison["runs"]]
+    styles = colors.of_series(runs)
+    info = comparison["metric_info"]
     lines: dict[str, dict[str, Curve]] = {}
     for label, path in runs.items():
         for name, curve in curves.read(path).items():
             lines.setdefault(name, {})[label] = curve
-    charts = [svg.chart(name, curves_of_run) for name, curves_of_run in lines.items()]
-    seconds = [read_summary(path).get("seconds") for path in runs.values()]
+    charts = [svg.chart(name, curves_of_run, styles) for name, curves_of_run in lines.items()]
     return _render(
         "comparison.html",
-        title=f"{len(labels)} runs",
+        title=f"Comparison of {len(runs)} runs",
+        links=links,
         runs=[
-            (run["label"], run["status"] or "-", run["data"] or "-", tables.number(duration))
-            for run, duration in zip(comparison["runs"], seconds, strict=True)
+            {
+                "label": run["label"],
+                "style": styles[run["label"]],
+                "link": links.run.format(name=urllib.parse.quote(path.name)) if links.run else None,
+                "cells": (run["status"] or "-", run["data"] or "-", duration_text(read_summary(path).get("seconds"))),
+                "status_class": STATUS_CLASSES.get(run["status"], ""),
+            }
+            for run, path in zip(comparison["runs"], runs.values(), strict=True)
         ],
-        columns=["", *labels],
-        metric_columns=["", *labels, "unit", "better"],
-        differences=[(key, *map(tables.number, values)) for key, values in comparison["differences"].items()],
-        metrics=tables.metric_rows(comparison),
+        columns=list(runs),
+        differences=[(key, list(map(tables.number, values))) for key, values in comparison["differences"].items()],
+        metrics=[
+            {
+                "name": name,
+                "cells": list(
+                    zip(map(tables.number, values), best_values(values, metrics.better(name, info)), strict=True)
+                ),
+                "unit": metrics.unit(name, info),
+                "better": metrics.better(name, info),
+            }
+            for name, values in comparison["metrics"].items()
+        ],
         charts=[chart for chart in charts if chart is not None],
     )
 
 
-def index_page(rows: Sequence[Row], link: str = f"{{name}}/{FILE}", refresh: int | None = None) -> str:
+def best_values(values: Sequence[Any], better: str) -> list[bool]:
+    """Return for each value of a row whether it is the best; none is if all are equal or no direction is better."""
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    if better not in ("higher", "lower") or len(set(numbers)) < 2:
+        return [False] * len(values)
+    best = max(numbers) if better == "higher" else min(numbers)
+    return [isinstance(value, (int, float)) and value == best for value in values]
+
+
+def index_page(
+    rows: Sequence[Row],
+    link: str = f"{{name}}/{FILE}",
+    refresh: int | None = None,
+    root: Path | None = None,
+    compare_link: str | None = None,
+) -> str:
     """Return the page that lists runs, newest first.
 
     Args:
         rows: The runs as `cvlab runs --json` lists them.
         link: Address of a run's page, with `{name}` for its directory.
         refresh: Seconds after which the page loads itself again; None for never.
+        root: Folder of the runs, for thumbnails, and to link only pages that exist; None: neither.
+        compare_link: Address of the page that compares the runs whose names follow; None: the page compares their
+            metrics itself.
     """
-    lines = [
-        {key: row[key] or "" for key in ("run", "status", "experiment", "data", "result")}
-        | {
-            "status_class": STATUS_CLASSES.get(row["status"], ""),
-            "link": link.format(name=urllib.parse.quote(row["run"])),
-        }
-        for row in reversed(rows)
-    ]
-    columns = ("run", "status", "experiment", "data", "result")
-    return _render("index.html", title="Runs", rows=lines, columns=columns, refresh=refresh)
+    lines = []
+    for k, row in enumerate(reversed(rows)):
+        path = root / row["run"] if root is not None else None
+        has_page = path is None or compare_link is not None or (path / FILE).is_file()
+        lines.append(
+            {key: row[key] or "" for key in ("run", "status", "experiment", "data", "result")}
+            | {
+                "status_class": STATUS_CLASSES.get(row["status"], ""),
+                "link": link.format(name=urllib.parse.quote(row["run"])) if has_page else None,
+                "thumbnail": embedded.read_thumbnail(path) if path is not None and k < MAX_THUMBNAILS else None,
+                "is_selectable": compare_link is not None or k < MAX_COMPARED,
+                "date": _date(row["run"]),
+                "seconds": row.get("seconds"),
+                "duration": duration_text(row.get("seconds")),
+            }
+        )
+    newest = [row for row in rows[::-1][:MAX_COMPARED] if row["metrics"]]
+    compared = {row["run"]: row["metrics"] for row in newest}
+    directions = {
+        name: metrics.better(name, row["metric_info"])
+        for row in newest
+        for name in row.get("metric_info", {})
+        if metrics.better(name, row["metric_info"])
+    }
+    return _render(
+        "index.html",
+        title="Runs",
+        rows=lines,
+        compared=compared if compare_link is None else {},
+        directions=directions if compare_link is None else {},
+        compare_link=compare_link,
+        refresh=refresh,
+    )
+
+
+def _date(name: str) -> str:
+    """Return the date and time in the name of a run directory, in UTC; empty if it has none."""
+    match = re.match(r"(\d{8}-\d{6})-", name)
+    try:
+        return datetime.strptime(match[1], "%Y%m%d-%H%M%S").strftime("%Y-%m-%d %H:%M") if match else ""
+    except ValueError:
+        return ""
+
+
+def _utc(time: object) -> str:
+    """Return an ISO 8601 time as date and minute in UTC; empty if it is none."""
+    try:
+        moment = datetime.fromisoformat(time) if isinstance(time, str) else None
+        return moment.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if moment is not None else ""
+    except (ValueError, OverflowError):
+        return ""
+
+
+def duration_text(seconds: float | None) -> str:
+    """Format a duration: `0.8 s`, `42 s`, `3 min 5 s`, `2 h 10 min`; empty for None."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def links_from(file: Path, root: Path) -> Links:
+    """Return the addresses of the list and of the pages of runs below `root`, relative to a page in a file."""
+    folder = urllib.parse.quote(os.path.relpath(root, file.parent).replace(os.sep, "/") + "/").removeprefix("./")
+    return Links(home=f"{folder}{INDEX}", run=f"{folder}{{name}}/{FILE}")
 
 
 def write_run(path: Path) -> None:
-    """Write a run's page into its directory."""
-    atomic.write_text(path / FILE, run_page(path, home=f"../{INDEX}"))
+    """Write a run's page and thumbnail into its directory; the page of a trial links to that of its sweep."""
+    is_trial = path.parent.name == "trials" and is_run(path.parent.parent)
+    links = Links(f"../../{FILE}", "sweep") if is_trial else Links(f"../{INDEX}")
+    embedded.write_thumbnail(path)
+    atomic.write_text(path / FILE, run_page(path, links))
 
 
 def write_index(root: Path, rows: Sequence[Row]) -> None:
     """Write the list of all runs below `root`."""
-    atomic.write_text(root / INDEX, index_page(rows))
+    atomic.write_text(root / INDEX, index_page(rows, root=root))
 
 
 def suppress_errors(work: Callable[..., None], *arguments: Any) -> str | None:

@@ -26,4 +26,12 @@ def _run_row(path: Path) -> Row:
     if state in ("running", "interrupted") and "step" in status:
         result = [f"step {status['step']} of {status.get('total_steps', '?')}"]
     known = {"status": state, "experiment": status.get("experiment"), "data": status.get("data")}
-    return row | known | {"result": ", ".join(result), "metrics": values}
+    return (
+        row
+        | known
+        | {"result": ", ".join(result), "metrics": values}
+        | {
+            "metric_info": summary.get("metric_info", {}),
+            "seconds": summary.get("seconds"),
+        }
+    )

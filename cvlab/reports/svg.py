@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cvlab.reports import colors
+from cvlab.reports.colors import Style
 from cvlab.reports.curves import Curve
 
 WIDTH, HEIGHT = 480, 260
@@ -15,10 +17,10 @@ MAX_ROWS = 12  # of the table below a chart
 
 @dataclass(frozen=True)
 class Line:
-    """A curve in a chart: its name, its series number, the points of its polyline, and its values."""
+    """A curve in a chart: its name, how it is drawn, the points of its polyline, and its values."""
 
     name: str
-    series: int
+    style: Style
     path: str
     xs: list[float]
     ys: list[float]
@@ -46,13 +48,23 @@ class Chart:
     rows: list[tuple[str, list[str]]]  # an x and the value of each line there
 
 
-def chart(title: str, curves: Mapping[str, Curve], x_name: str = "step") -> Chart | None:
-    """Return a chart of curves, None if none of them has a finite value."""
+def chart(
+    title: str, curves: Mapping[str, Curve], styles: Mapping[str, Style] | None = None, x_name: str = "step"
+) -> Chart | None:
+    """Return a chart of curves, None if none of them has a finite value.
+
+    Args:
+        title: What the curves show.
+        curves: The curves by name.
+        styles: How they are drawn; None: as metrics.
+        x_name: What x is; its values are whole numbers.
+    """
+    styles = styles or colors.of_metrics(curves)
     finite = {name: _finite(curve) for name, curve in curves.items()}
     shown = {name: _thinned(curve) for name, curve in finite.items() if curve[0]}
     if not shown:
         return None
-    x_ticks = ticks([x for xs, _ in shown.values() for x in xs])
+    x_ticks = ticks([x for xs, _ in shown.values() for x in xs], is_whole=True)
     y_ticks = ticks([y for _, ys in shown.values() for y in ys])
     low_x, high_x, low_y, high_y = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
 
@@ -63,8 +75,8 @@ def chart(title: str, curves: Mapping[str, Curve], x_name: str = "step") -> Char
         return round(HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM), 1)
 
     lines = [
-        Line(name, k, " ".join(f"{to_px_x(x)},{to_px_y(y)}" for x, y in zip(xs, ys, strict=True)), xs, ys)
-        for k, (name, (xs, ys)) in enumerate(shown.items())
+        Line(name, styles[name], " ".join(f"{to_px_x(x)},{to_px_y(y)}" for x, y in zip(xs, ys, strict=True)), xs, ys)
+        for name, (xs, ys) in shown.items()
     ]
     return Chart(
         title,
@@ -78,15 +90,26 @@ def chart(title: str, curves: Mapping[str, Curve], x_name: str = "step") -> Char
     )
 
 
-def ticks(values: list[float]) -> list[float]:
-    """Return round numbers, at least two, from below the smallest value to above the largest."""
+def ticks(values: list[float], is_whole: bool = False) -> list[float]:
+    """Return round numbers, at least two, from below the smallest value to above the largest.
+
+    Args:
+        values: Numbers on the axis; if all of them are 0, the axis ends at 1.
+        is_whole: Whether the numbers are to be whole.
+    """
     low, high = min(values), max(values)
+    if low == high == 0:
+        high = 1.0
+    if is_whole and high - low < 1:
+        low, high = math.floor(low), math.floor(low) + 1.0
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
         spread = abs(high) or 1.0
         low, high = low - spread / 2, high + spread / 2
     raw = (high - low) / (TICKS - 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if raw <= power * factor * (1 + 1e-9))
+    factors = (1, 2, 5, 10) if is_whole and power < 10 else (1, 2, 2.5, 5, 10)
+    step = next(power * factor for factor in factors if raw <= power * factor * (1 + 1e-9))
+    step = max(1.0, step) if is_whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [k * step for k in range(first, max(last, first + 1) + 1)]
 

@@ -1,17 +1,19 @@
 """The pages about runs: self-contained, safe whatever a name holds, complete without a script; served read-only."""
 
+import base64
 import html as entities
 import http.client
+import io
 import json
 import re
 import threading
 from html.parser import HTMLParser
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from cvlab.api import serve
-from cvlab.reports import html, svg
+from cvlab.reports import colors, embedded, html, index, svg
 from cvlab.runs.run_dir import RunDir
 
 COLUMNS = [
@@ -112,10 +114,10 @@ class TestRun:
         assert "img" not in read(html.run_page(path)).tags
 
     def test_more_pictures_than_fit_are_counted(self, root, monkeypatch):
-        monkeypatch.setattr(html, "MAX_IMAGES", 3)
+        monkeypatch.setattr(embedded, "MAX_IMAGES", 3)
         path = made(root)
         for k in range(5):
-            Image.new("RGB", (8, 8)).save(path / "images" / f"{k}.png")
+            Image.new("RGB", (8, 8), (k, 0, 0)).save(path / "images" / f"{k}.png")
         text = html.run_page(path)
         assert read(text).tags.count("img") == 3
         assert "2 more images" in text
@@ -125,6 +127,150 @@ class TestRun:
         path = made(root, status=status)
         (path / "summary.json").unlink()
         assert "classify" in html.run_page(path)
+
+    def test_curves_and_images_come_before_tables(self, root):
+        path = made(root, metrics=[{"step": k, "train_loss": 1.0} for k in (1, 2)])
+        Image.new("RGB", (8, 8)).save(path / "images" / "a.png")
+        text = html.run_page(path)
+        places = [text.index(f"<h2>{title}</h2>") for title in ("Curves", "Images", "Metrics", "Configuration")]
+        assert places == sorted(places)
+        assert "<table" not in text[: text.index("<h2>Curves")]
+
+    def test_the_same_image_is_shown_once(self, root):
+        columns = [{"name": "panel", "title": "panel", "is_file": True}, *COLUMNS]
+        columns += [{"name": "map", "title": "map", "is_file": True, "is_part": True}]
+        result = {"image": "/photos/cat.png", "panel": "images/panel.png", "map": "images/map.png"}
+        path = made(root, results=[result, result], columns=columns)
+        for name, color in (("panel", "red"), ("map", "blue"), ("copy", "red"), ("preview", "lime"), ("else", "pink")):
+            Image.new("RGB", (8, 8), color).save(path / "images" / f"{name}.png")
+        text = html.run_page(path)
+        assert re.findall(r"<figcaption>([^<]*)</figcaption>", text) == ["panel", "images/else.png"]
+        assert "in the run directory: images/map.png" in text
+
+    def test_a_part_is_shown_where_there_is_no_panel(self, root):
+        columns = [{"name": "map", "title": "map", "is_file": True, "is_part": True}]
+        path = made(root, results=[{"image": "/photos/cat.png", "map": "images/map.png"}], columns=columns)
+        Image.new("RGB", (8, 8)).save(path / "images" / "map.png")
+        assert "<figcaption>map</figcaption>" in html.run_page(path)
+
+    def test_an_image_that_the_run_made_comes_first(self, root):
+        columns = [{"name": "animation", "title": "animation", "is_file": True}]
+        path = made(root, results=[{"image": "images/a.png", "animation": "images/a.gif"}], columns=columns)
+        Image.new("RGB", (8, 8)).save(path / "images" / "a.png")
+        Image.new("RGB", (8, 8)).save(path / "images" / "a.gif")
+        text = html.run_page(path)
+        assert re.findall(r"<figcaption>([^<]*)</figcaption>", text) == ["result", "animation"]
+
+    def test_a_failed_run_tells_what_failed_where_and_what_to_do(self, root):
+        path = made(root, status="failed")
+        (path / "summary.json").unlink()
+        out = RunDir(path)
+        out.append_text("log.txt", "Traceback: line 7\n")
+        out.set_status("failed", experiment="classify", step=7, total_steps=20, error="the loss is <nan>; lower lr")
+        text = html.run_page(path)
+        assert "<h2>Failed at step 7 of 20</h2>" in text
+        assert "the loss is &lt;nan&gt;; lower lr" in text
+        assert f"<code>cvlab resume {path.name}</code>" in text
+        assert "<details open data-open>" in text
+        assert "Traceback: line 7" in text
+        assert "resume" not in html.run_page(made(root, "20261125-120000-y-0002"))
+
+    def test_a_sweep_links_its_trials(self, root):
+        trials = [
+            {"trial": "000-lr", "status": "done", "diverged": False, "metrics": {"val_loss": 1.25}, "seed": 0},
+            {"trial": "001-gone", "status": "failed", "diverged": False, "metrics": {}, "seed": 1},
+            {"trial": "../../other", "status": "done", "diverged": False, "metrics": {}, "seed": 1},
+        ]
+        path = made(root, trials=trials)
+        made(path / "trials", "000-lr")
+        made(root, "other")
+        found = read(html.run_page(path, html.Links(home="../index.html")))
+        assert [a for a in found.addresses if not a.startswith("data:")] == [
+            "../index.html",
+            "trials/000-lr/report.html",
+        ]
+        assert "1.25" in found.words
+        html.write_run(path / "trials" / "000-lr")
+        trial = (path / "trials" / "000-lr" / "report.html").read_text()
+        assert '<a href="../../report.html">sweep</a>' in trial
+
+
+class TestComparison:
+    @pytest.fixture
+    def runs(self, root):
+        info = {"val_accuracy": {"unit": "fraction", "better": "higher"}, "test_loss": {"better": "lower"}}
+        for k, values in enumerate(((0.5, 1.0, 3), (0.75, 2.0, 4), (0.75, 3.0, 5))):
+            metrics = dict(zip(("val_accuracy", "test_loss", "epochs"), values, strict=True))
+            rows = [{"step": 1, "val_loss": k}, {"step": 2, "val_loss": k + 1.5}]
+            path = made(root, f"20261125-120000-x{k}-000{k}", rows)
+            RunDir(path).write_json("summary.json", {"metrics": metrics, "metric_info": info, "seconds": 65.0})
+        return {path.name: path for path in sorted(root.iterdir())}
+
+    def test_it_links_to_the_runs_and_marks_the_best_values(self, runs, root):
+        text = html.comparison_page(runs, html.links_from(root / "comparison.html", root))
+        found = read(text)
+        links = [address for address in found.addresses if not address.startswith("data:")]
+        assert links == ["index.html", *(f"{name}/report.html" for name in runs)]
+        assert re.findall(r'class="number best">([^<]*)<', text) == ["0.75", "0.75", "1"]
+        assert "1 min 5 s" in found.words
+        assert found.words.count("smoothing ") == 1
+        assert {"log y axis", "log x axis"} <= {word.strip() for word in found.words}
+
+    def test_links_from_another_folder(self, root, tmp_path):
+        links = html.links_from(tmp_path / "out dir" / "c.html", root)
+        assert links.home == "../runs/index.html"
+        assert links.run == "../runs/{name}/report.html"
+
+    def test_equal_values_are_not_marked(self):
+        assert html.best_values([1.0, 1.0], "higher") == [False, False]
+        assert html.best_values([None, 2, "x"], "lower") == [False, False, False]
+        assert html.best_values([3, None, 2], "lower") == [False, False, True]
+        assert html.best_values([3, 2], "") == [False, False]
+
+
+class TestIndex:
+    def test_dates_durations_and_previews(self, root):
+        path = made(root, "20261126-134501-x-0001", seconds=3725.0)
+        Image.new("RGB", (600, 300), "red").save(path / "images" / "a.png")
+        columns = [{"name": "picture", "title": "picture", "is_file": True}]
+        results = [{"image": "/a.png", "picture": "images/a.png"}]
+        RunDir(path).write_json("summary.json", {"seconds": 3725.0, "results": results, "columns": columns})
+        html.write_run(path)
+        html.write_index(root, index.runs(root))
+        found = read((root / "index.html").read_text())
+        assert {"2026-11-26 13:45", "1 h 2 min", "1 run"} <= set(found.words)
+        (source,) = [address for address in found.addresses if address.startswith("data:image/png")]
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+            assert image.size == (192, 96)
+            assert image.getpixel((90, 50)) == (255, 0, 0)
+
+    def test_curves_are_previewed(self, root):
+        info = {"val_accuracy": {"unit": "fraction", "better": "higher"}}
+        path = made(root, metrics=[{"step": k, "val_accuracy": k / 10} for k in range(1, 9)], metric_info=info)
+        embedded.write_thumbnail(path)
+        with Image.open(path / "thumbnail.png") as image:
+            assert image.getpixel((0, 0))[3] == 0
+            width, height = image.size
+            assert image.getpixel((5, height - 6))[:3] == ImageColor.getrgb(colors.LIGHT[1])
+            assert image.getpixel((width - 6, 6))[3] == 255
+
+    def test_a_thumbnail_is_an_image_of_bounded_size(self, root):
+        path = made(root)
+        for content in (b"<svg onload=alert(1)>", embedded.PNG_SIGNATURE + bytes(embedded.MAX_THUMBNAIL_BYTES)):
+            (path / "thumbnail.png").write_bytes(content)
+            assert embedded.read_thumbnail(path) is None
+
+    def test_a_run_without_a_page_is_not_linked(self, root):
+        path = made(root, status="failed")
+        html.write_index(root, index.runs(root))
+        assert f'<span class="name">{path.name}</span>' in (root / "index.html").read_text()
+        html.write_run(path)
+        html.write_index(root, index.runs(root))
+        assert f'<a href="{path.name}/report.html">{path.name}</a>' in (root / "index.html").read_text()
+
+    def test_durations(self):
+        shown = [html.duration_text(seconds) for seconds in (None, 0.04, 9.97, 59.4, 61, 3599.6, 7300)]
+        assert shown == ["", "0.0 s", "10 s", "59 s", "1 min 1 s", "1 h 0 min", "2 h 1 min"]
 
 
 class TestChart:
@@ -224,6 +370,25 @@ class TestServer:
         status, text = ask("/20261125-120000-x-0001/")
         assert status == 200
         assert "val_accuracy" in text
+
+    def test_chosen_runs_are_compared(self, ask, root):
+        made(root, "20261126-120000-y-0002")
+        status, text = ask("/compare?run=20261125-120000-x-0001&run=20261126-120000-y-0002&run=../secret.txt")
+        assert status == 200
+        assert 'href="/20261126-120000-y-0002/"' in text
+        assert "Comparison of 2 runs" in text
+        assert ask("/compare")[0] == 404
+
+    def test_trials_of_a_sweep(self, ask, root):
+        sweep = root / "20261125-120000-x-0001"
+        made(sweep / "trials", "000-a")
+        trial = {"trial": "000-a", "status": "done", "metrics": {}, "seed": 0}
+        RunDir(sweep).write_json("summary.json", {"trials": [trial]})
+        assert f'href="/{sweep.name}/trials/000-a/"' in ask(f"/{sweep.name}/")[1]
+        status, text = ask(f"/{sweep.name}/trials/000-a/")
+        assert status == 200
+        assert f'<a href="/{sweep.name}/">sweep</a>' in text
+        assert ask(f"/{sweep.name}/trials/../")[0] == 404
 
     @pytest.mark.parametrize(
         "path", ["/../secret.txt", "/%2e%2e/secret.txt", "/x/../../secret.txt", "//etc/passwd", "/nothing/"]
