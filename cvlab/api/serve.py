@@ -89,7 +89,7 @@ def _page(root: Path, name: str, compared: Sequence[str]) -> str | None:
         )
     runs = {path.name: path for path in list_runs(root)}
     if name == COMPARE:
-        paths = [runs[run] for run in dict.fromkeys(compared) if run in runs]
+        paths = [path for run, path in runs.items() if run in compared]
         links = html.Links(home="/", run="/{name}/")
         return html.comparison_page(compare.labels(paths), links) if paths else None
     run, _, trial = name.partition("/trials/")

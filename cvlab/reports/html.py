@@ -281,8 +281,9 @@ def index_page(
         path = root / row["run"] if root is not None else None
         has_page = path is None or compare_link is not None or (path / FILE).is_file()
         lines.append(
-            {key: row[key] or "" for key in ("run", "status", "experiment", "data", "result")}
+            {key: row[key] or "" for key in ("run", "status", "experiment", "data")}
             | {
+                "result": _unbroken(row["result"]) if row["metrics"] else row["result"],
                 "status_class": STATUS_CLASSES.get(row["status"], ""),
                 "link": link.format(name=urllib.parse.quote(row["run"])) if has_page else None,
                 "thumbnail": embedded.read_thumbnail(path) if path is not None and k < MAX_THUMBNAILS else None,
@@ -309,6 +310,11 @@ def index_page(
         compare_link=compare_link,
         refresh=refresh,
     )
+
+
+def _unbroken(result: str) -> str:
+    """Return names and values, separated by commas, with no line break between a name and its value."""
+    return result.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
 
 
 def _date(name: str) -> str:

@@ -1,6 +1,8 @@
 """The pages about runs in a real browser: Debian's chromium, driven through its own driver."""
 
+import itertools
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -10,10 +12,11 @@ import urllib.error
 import urllib.request
 
 import pytest
+from PIL import ImageColor
 
 from cvlab.api import serve
 from cvlab.cli.main import run_command_line
-from cvlab.reports import html, index
+from cvlab.reports import colors, html, index
 from cvlab.runs import records
 from cvlab.runs.run_dir import RunDir
 
@@ -37,9 +40,18 @@ class Browser:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
-    def open(self, path, width=1400, height=900):
-        self.ask("POST", "/window/rect", {"width": width, "height": height})
+    def open_page(self, path):
         self.ask("POST", "/url", {"url": path.as_uri()})
+
+    def emulate(self, color_scheme, width=1400):
+        """Set the color scheme that pages see, and the width of the window, also below what windows allow."""
+        features = [{"name": "prefers-color-scheme", "value": color_scheme}]
+        self.devtools("Emulation.setEmulatedMedia", {"features": features})
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.devtools("Emulation.setDeviceMetricsOverride", size)
+
+    def devtools(self, command, parameters):
+        return self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def run(self, script, *arguments):
         return self.ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
@@ -77,9 +89,15 @@ def browser():
         process.wait()
 
 
+@pytest.fixture(autouse=True)
+def light_and_wide(request):
+    """Give each test a light page of 1400 px."""
+    request.getfixturevalue("browser").emulate("light")
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A training and an attack as the program leaves them, and a run with a name that is markup."""
+    """Two training runs and an attack as the program leaves them, a failed run whose name is markup, a comparison."""
     root = tmp_path_factory.mktemp("runs")
     short = [
         "duration={steps: 20}",
@@ -94,30 +112,205 @@ def root(tmp_path_factory):
         patch.setenv("CVLAB_OFFLINE", "1")
         assert run_command_line(["train", "quickstart", *short, "--runs-dir", str(root), "-q"]) == 0
         assert run_command_line(["attack", "sample", "--target", "ostrich", "--runs-dir", str(root), "-q"]) == 0
+        more = [*short, "optimizer.lr=0.004", "--runs-dir", str(root), "-q"]
+        assert run_command_line(["train", "quickstart", "name=second", *more]) == 0
     path = root / "20991231-120000-<b>odd-0001"
     path.mkdir()
     (path / "config.yaml").write_text("experiment: classify\nseed: 3\n")
-    RunDir(path).set_status("failed", experiment="classify", data="scenes10")
+    error = "the loss is not finite; lower optimizer.lr"
+    RunDir(path).set_status("failed", experiment="classify", data="scenes10", step=3, total_steps=9, error=error)
     html.write_run(path)
     html.write_index(root, index.runs(root))
+    names = sorted(path.name for path in root.iterdir() if "quickstart" in path.name or "second" in path.name)
+    page = html.comparison_page({name: root / name for name in names}, html.links_from(root / "c.html", root))
+    (root / html.COMPARISON).write_text(page)
     return root
 
 
+NO_BROKEN_WORD = """
+const walker = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+const broken = [];
+while (walker.nextNode()) {
+  const node = walker.currentNode;
+  for (const match of node.data.matchAll(/[^\\s-]+/g)) {
+    const range = document.createRange();
+    range.setStart(node, match.index);
+    range.setEnd(node, match.index + match[0].length);
+    const tops = new Set([...range.getClientRects()].filter((r) => r.width > 1).map((r) => Math.round(r.top)));
+    if (tops.size > 1) broken.push(match[0]);
+  }
+}
+return broken
+"""
+PAGES = ("quickstart", "attack", "odd", "index.html", "comparison.html")
+
+
+def page_of(root, name):
+    return root / name if name.endswith(".html") else next(root.glob(f"*{name}-*")) / "report.html"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize(("name", "pictures"), [("quickstart", 0), ("attack", 2)])
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_fit_and_can_be_read(browser, root, name, width, scheme):
+    browser.emulate(scheme, width)
+    browser.open_page(page_of(root, name))
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert browser.run(NO_BROKEN_WORD) == []
+    shown = browser.run(
+        "return ['body', 'h1', 'a', 'td', 'th'].map((t) => document.querySelector(t)).filter(Boolean)"
+        ".map((e) => getComputedStyle(e).color).concat(getComputedStyle(document.body).backgroundColor)"
+    )
+    *inks, ground = [luminance(color) for color in shown]
+    assert (ground > 0.5) == (scheme == "light")
+    assert all((max(ink, ground) + 0.05) / (min(ink, ground) + 0.05) >= 4.5 for ink in inks)
+
+
+def luminance(color):
+    """Return the relative luminance of a color of CSS, by WCAG 2."""
+    channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize(("scheme", "palette"), [("light", colors.LIGHT), ("dark", colors.DARK)])
+def test_curves_have_the_colors_of_their_splits(browser, root, scheme, palette):
+    browser.emulate(scheme)
+    browser.open_page(page_of(root, "quickstart"))
+    strokes = browser.run(
+        "const lines = {};"
+        "for (const svg of document.querySelectorAll('svg')) {"
+        "  const names = JSON.parse(svg.dataset.chart).lines.map((line) => line.name);"
+        "  svg.querySelectorAll('.lines > *').forEach((e, k) => { lines[names[k]] = getComputedStyle(e).stroke; });"
+        "}"
+        "return lines"
+    )
+    for name, number in (("train_loss", 0), ("train_accuracy", 0), ("val_loss", 1), ("val_accuracy", 1)):
+        assert strokes[name] == f"rgb{ImageColor.getrgb(palette[number])}", name
+
+
+CONTROLS = """
+const set = (selector, change) => {
+  const input = document.querySelector(`.controls ${selector}`);
+  change(input);
+  input.dispatchEvent(new Event('input', {bubbles: true}));
+};
+const state = () => {
+  const svg = document.querySelector('svg');
+  const texts = [...svg.querySelectorAll('.axes text')];
+  const numbers = (anchor) => texts.filter((t) => t.getAttribute('text-anchor') === anchor)
+    .map((t) => Number(t.textContent.replace(/,/g, '')));
+  return {
+    y: numbers('end'),
+    x: numbers('middle'),
+    lines: [...svg.querySelectorAll('.lines > :not(.faint)')].map((l) => l.getAttribute('points') ?? ''),
+    faint: svg.querySelectorAll('.faint').length,
+    hidden: document.querySelector('.controls').hidden,
+  };
+};
+"""
+
+
+@pytest.mark.parametrize("name", ["comparison.html", "quickstart"])
+def test_curves_are_smoothed_and_have_logarithmic_axes(browser, root, name):
+    browser.open_page(page_of(root, name))
+    before = browser.run(f"{CONTROLS} return state()")
+    assert not before["hidden"]
+    redrawn = browser.run(f"{CONTROLS} set('input[type=range]', (i) => {{ i.value = 0; }}); return state()")
+    assert redrawn["x"] == before["x"], "the script draws what the page has"
+    assert redrawn["y"] == before["y"]
+    assert points(redrawn["lines"][0]) == pytest.approx(points(before["lines"][0]), abs=0.2)
+    smooth = browser.run(f"{CONTROLS} set('input[type=range]', (i) => {{ i.value = 0.9; }}); return state()")
+    assert smooth["faint"] == len(smooth["lines"])
+    assert roughness(smooth["lines"][0]) < 0.7 * roughness(before["lines"][0])
+    log = browser.run(
+        f"{CONTROLS} for (const a of 'xy') set(`[data-log=${{a}}]`, (i) => {{ i.checked = true; }}); return state()"
+    )
+    for axis in "xy":
+        assert all(re.fullmatch(r"[125]0*", f"{tick:.9f}".replace(".", "").strip("0") + "0") for tick in log[axis])
+        assert log[axis] != before[axis]
+        assert log[axis] == sorted(log[axis])
+    assert all(0 <= x <= 480 and 0 <= y <= 260 for x, y in zip(*[iter(points(log["lines"][0]))] * 2, strict=True))
+
+
+def points(text):
+    return [float(number) for pair in text.split() for number in pair.split(",")]
+
+
+def roughness(text):
+    heights = points(text)[1::2]
+    return sum(abs(b - a) for a, b in itertools.pairwise(heights))
+
+
+def test_chosen_runs_are_compared_without_a_server(browser, root):
+    browser.open_page(root / "index.html")
+    disabled = "return document.querySelector('form.compare button').disabled"
+    assert browser.run(disabled)
+    names = browser.run(
+        "const inputs = [...document.querySelectorAll('input[name=run]')]"
+        "  .filter((i) => /quickstart|second/.test(i.value));"
+        "for (const input of inputs) input.click();"
+        "return inputs.map((i) => i.value)"
+    )
+    assert len(names) == 2
+    assert not browser.run(disabled)
+    browser.run("document.querySelector('form.compare button').click()")
+    table = browser.run(
+        "const t = document.querySelector('#comparison table');"
+        "return [...t.rows].map((r) => [...r.cells].map((c) => [c.textContent, c.className.includes('best')]))"
+    )
+    assert [text for text, _ in table[0]] == ["metric", *sorted(names)]
+    rows = {row[0][0]: row[1:] for row in table[1:]}
+    losses = [json.loads((root / name / "summary.json").read_text())["metrics"]["val_loss"] for name in sorted(names)]
+    assert [best for _, best in rows["val_loss"]] == [loss == min(losses) for loss in losses]
+    assert not any(best for _, best in rows["steps"])
+    assert browser.run("return document.querySelector('#comparison').checkVisibility()")
+    assert browser.run("return document.querySelector('#comparison code').textContent").startswith("cvlab report ")
+    browser.run("document.querySelector('#comparison th a').click()")
+    assert browser.run("return document.querySelector('h1').innerText") == sorted(names)[0]
+
+
+def test_the_server_compares_chosen_runs(browser, root):
+    with serve.Server(root, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.ask("POST", "/url", {"url": server.address})
+        browser.run(
+            "for (const i of document.querySelectorAll('input[name=run]'))"
+            "  if (/quickstart|second/.test(i.value)) i.click();"
+            "document.querySelector('form.compare button').click()"
+        )
+        assert browser.run("return document.querySelector('h1').innerText") == "Comparison of 2 runs"
+        assert browser.run("return document.querySelectorAll('.best').length") > 1
+        browser.run("document.querySelector('#compared-runs a').click()")
+        assert "quickstart" in browser.run("return document.querySelector('h1').innerText")
+        browser.run("document.querySelector('nav a').click()")
+        assert browser.run("return document.querySelector('h1').innerText") == "Runs"
+        server.shutdown()
+
+
+def test_a_failed_run_says_what_to_do(browser, root):
+    browser.open_page(page_of(root, "odd"))
+    text = browser.run("return document.querySelector('.failure').innerText")
+    assert "Failed at step 3 of 9" in text
+    assert "the loss is not finite; lower optimizer.lr" in text
+    assert "cvlab resume 20991231-120000-<b>odd-0001" in text
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize(("name", "pictures"), [("quickstart", 0), ("attack", 1)])
 def test_a_report_shows_its_pictures_and_asks_for_nothing(browser, root, width, name, pictures):
-    page = next(root.glob(f"*-{name}-*")) / "report.html"
+    page = page_of(root, name)
+    browser.emulate("light", width)
     browser.logged("browser"), browser.requested()
-    browser.open(page, width)
+    browser.open_page(page)
     assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth > 0)")
     assert browser.run("return document.images.length") == pictures
-    assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.requested() == [page.as_uri()]
     assert [entry for entry in browser.logged("browser") if entry["level"] == "SEVERE"] == []
 
 
 def test_values_are_read_by_keyboard(browser, root):
-    browser.open(next(root.glob("*quickstart*")) / "report.html")
+    browser.open_page(page_of(root, "quickstart"))
     said = browser.run(
         "const svg = document.querySelector('svg'); svg.focus();"
         "for (const key of ['ArrowRight', 'ArrowRight', 'ArrowRight'])"
@@ -136,21 +329,25 @@ def test_the_numbers_are_there_without_a_script(root):
 
 
 def test_runs_are_sorted_and_filtered(browser, root):
-    browser.open(root / "index.html")
+    browser.open_page(root / "index.html")
     names = (
-        "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.cells[0].innerText)"
+        "return [...document.querySelectorAll('#runs tbody tr')]"
+        ".filter((r) => !r.hidden).map((r) => r.cells[2].innerText)"
     )
     newest_first = browser.run(names)
-    assert len(newest_first) == 3
+    assert len(newest_first) == 4
     assert "<b>odd" in newest_first[0]
-    browser.run("document.querySelector('th button').click()")
+    browser.run("document.querySelector('#runs th button').click()")
     assert browser.run(names) == newest_first[::-1]
-    filtering = "const i = document.querySelector('input'); i.value = arguments[0]; i.dispatchEvent(new Event('input'))"
+    filtering = (
+        "const i = document.querySelector('input[type=search]');"
+        "i.value = arguments[0]; i.dispatchEvent(new Event('input'))"
+    )
     browser.run(filtering, "done quick")
     assert browser.run(names) == [name for name in newest_first if "quickstart" in name]
-    assert browser.run("return document.getElementById('count').textContent") == "1 of 3 runs"
+    assert browser.run("return document.getElementById('count').textContent") == "1 of 4 runs"
     browser.run(filtering, "")
-    browser.run("document.querySelector('tbody a').click()")
+    browser.run("document.querySelector('#runs tbody a').click()")
     assert browser.run("return document.querySelector('h1').innerText") == newest_first[-1]
 
 

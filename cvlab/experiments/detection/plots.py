@@ -71,35 +71,25 @@ def precision_recall_png(metrics: DetectionMetrics, classes: Sequence[str], titl
 
 
 def confusion_png(confusion: Tensor, classes: Sequence[str], title: str) -> bytes:
-    """Plot a confusion matrix (C + 1, C + 1), a row for each true class, as counts and as fractions of each row."""
+    """Plot a confusion matrix (C + 1, C + 1), a row for each true class: counts, fractions of each row as colors."""
     names = [plots.label(name) for name in (*classes, BACKGROUND)]
-    side = 2.2 + (0.45 if len(names) <= MAX_LEGEND_CLASSES + 1 else 0.2) * len(names)
-    figure = plots.new_figure(2 * max(side, 4) + 0.8, max(side, 4) + 0.8)
-    left, right = figure.subplots(1, 2)
+    has_texts = len(names) <= MAX_LEGEND_CLASSES + 1
+    side = max(5.0, 2.0 + (0.62 if has_texts else 0.2) * len(names))
+    figure = plots.new_figure(side + 1, side)
+    axes: Any = figure.subplots()
     fractions = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
-    largest = max(1, int(confusion[:-1, :-1].max()) if len(classes) else 1)
-    _draw_matrix(left, "counts", names, confusion.double(), [f"{count:.0f}" for count in confusion.flatten()], largest)
-    texts = [f"{fraction:.2f}" for fraction in fractions.flatten()]
-    _draw_matrix(right, "fractions of each true class", names, fractions, texts, 1.0)
-    meaning = f"row {BACKGROUND}: detections of no object; column {BACKGROUND}: objects that are not detected"
-    figure.suptitle(f"confusion matrix: {plots.label(title)}\n{meaning}", fontsize=plots.TITLE_SIZE)
-    return plots.to_png(figure)
-
-
-def _draw_matrix(
-    axes: Any, title: str, names: Sequence[str], values: Tensor, texts: Sequence[str], largest: float
-) -> None:
-    """Draw one matrix (C + 1, C + 1) with a text in each cell that is not 0, if there are not too many cells."""
-    axes.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=largest)
-    font_size = 9 if len(names) <= MAX_LEGEND_CLASSES + 1 else 6
+    image = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.7)
+    font_size = 10 if has_texts else 6
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=font_size)
     axes.set_yticks(range(len(names)), names, fontsize=font_size)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(title, fontsize=plots.TITLE_SIZE)
-    if len(names) > MAX_LEGEND_CLASSES + 1:
-        return
-    for k, (value, text) in enumerate(zip(values.flatten().tolist(), texts, strict=True)):
-        if value:
-            color = "white" if value > 0.6 * largest else "black"
-            row, column = divmod(k, len(names))
-            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    meaning = f"row {BACKGROUND}: detections of no object; column {BACKGROUND}: objects that were missed"
+    content = "count and fraction of the true class" if has_texts else "fraction of the true class"
+    heading = f"confusion matrix: {plots.label(title)}\n{content}\n{meaning}"
+    axes.set_title(heading, fontsize=plots.TITLE_SIZE)
+    for row, column in confusion.nonzero().tolist() if has_texts else []:
+        fraction = float(fractions[row, column])
+        text = f"{int(confusion[row, column])}\n{fraction:.2f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if fraction > 0.6 else "black")
+    return plots.to_png(figure)

@@ -1,5 +1,6 @@
 """Boxes on photos, their labels and legend; plots of an evaluation."""
 
+import io
 import itertools
 
 import numpy as np
@@ -119,15 +120,23 @@ class TestPlots:
         confusion = torch.tensor([[6, 2, 0], [0, 3, 1], [5, 0, 0]])
         plots.confusion_png(confusion, ["cat", "dog"], "my-run")
         (figure,) = figures
-        counts, fractions = figure.axes
-        for axes in (counts, fractions):
-            assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-            names = [text.get_text() for text in axes.get_yticklabels()]
-            assert names == ["cat", "dog", "background"]
-        assert [text.get_text() for text in counts.texts] == ["6", "2", "3", "1", "5"]
-        assert [text.get_text() for text in fractions.texts] == ["0.75", "0.25", "0.75", "0.25", "1.00"]
-        assert "my-run" in figure.get_suptitle()
-        assert "fractions" in fractions.get_title()
+        axes, color_bar = figure.axes
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+        assert color_bar.get_ylabel() == "fraction of the true class"
+        for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+            assert [text.get_text() for text in labels] == ["cat", "dog", "background"]
+        assert [text.get_text() for text in axes.texts] == ["6\n0.75", "2\n0.25", "3\n0.75", "1\n0.25", "5\n1.00"]
+        assert axes.images[0].get_array().tolist() == [[0.75, 0.25, 0], [0, 0.75, 0.25], [1, 0, 0]]
+        assert "my-run" in axes.get_title()
+        assert "row background: detections of no object" in axes.get_title()
+
+    def test_no_text_is_cut_off(self, monkeypatch):
+        png = plots.confusion_png(torch.ones(4, 4), ["a", "b", "a class with a long name"], "my-run")
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+        border = np.concatenate(
+            [pixels[:3].ravel(), pixels[-3:].ravel(), pixels[:, :3].ravel(), pixels[:, -3:].ravel()]
+        )
+        assert (border == 255).all()
 
     @pytest.mark.parametrize("count", [0, 1, 80])
     def test_any_number_of_classes(self, count):
