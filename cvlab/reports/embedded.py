@@ -16,7 +16,7 @@ from cvlab.storage import atomic
 MAX_IMAGES, MAX_PX = 48, 1400  # of a page; the files in the run directory have their full size
 MAX_GIF_BYTES = 2_000_000
 QUALITY = 85
-WIDE_RATIO = 1.8  # width to height of an image that takes the width of the page
+WIDE_RATIO = 1.4  # width to height of an image that takes the width of the page
 SUFFIXES = (".png", ".gif")
 PREVIEW = "images/preview.png"  # an intermediate state of a result
 THUMBNAIL = "thumbnail.png"

@@ -62,23 +62,24 @@ def load(path: Path, size_px: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size_px)
 
 
-def printable(text: str, installed: bool = True) -> str:
-    """Return text in composed form, the characters that cannot be drawn escaped.
-
-    Args:
-        text: The text; line breaks and other control characters are escaped too.
-        installed: Whether installed fonts are used beside the bundled one.
-    """
+def printable(text: str) -> str:
+    """Return text in composed form; control characters, line breaks, and characters that no font has are escaped."""
     return "".join(
-        character if _can_draw(character, installed) else character.encode("unicode_escape").decode()
+        character if _can_draw(character) else character.encode("unicode_escape").decode()
         for character in unicodedata.normalize("NFC", text).replace("\t", " ")
     )
 
 
-def _can_draw(character: str, installed: bool) -> bool:
+def _can_draw(character: str) -> bool:
     if unicodedata.category(character)[0] == "C" and character not in JOINERS:
         return False
-    return ord(character) in _characters(bundled_path()) or (installed and _path_with(character) is not None)
+    return _path_with(character) is not None
+
+
+def paths_for(text: str) -> list[Path]:
+    """Return the fonts that printable text is drawn with, the bundled one first."""
+    paths = [bundled_path(), *filter(None, map(_path_with, text))]
+    return list(dict.fromkeys(paths))
 
 
 def _pieces(text: str, size_px: int) -> list[tuple[ImageFont.FreeTypeFont, str]]:

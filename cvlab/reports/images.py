@@ -179,9 +179,9 @@ def captioned(image: Image.Image, caption: str, width: int = 0) -> Image.Image:
     tile = Image.new("RGB", (tile_width + MARGIN, image.height + head + MARGIN), "white")
     pen = ImageDraw.Draw(tile)
     for k, line in enumerate(lines):
-        left = (tile_width - fonts.width(line, TEXT_PX)) // 2
+        left = (tile.width - fonts.width(line, TEXT_PX)) // 2
         fonts.draw(pen, (left, k * fonts.line_px(TEXT_PX)), line, TEXT_PX)
-    tile.paste(image, ((tile_width - image.width) // 2, head))
+    tile.paste(image, ((tile.width - image.width) // 2, head))
     return tile
 
 

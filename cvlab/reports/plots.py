@@ -105,6 +105,16 @@ def new_figure(width: float, height: float) -> Any:
 
 def to_png(figure: Any) -> bytes:
     """Return a figure as PNG, with no text cut off at its edges."""
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    families = []
+    for path in fonts.paths_for("".join(sorted({*"".join(text.get_text() for text in texts)} - {"\n"}))):
+        font_manager.fontManager.addfont(path)
+        families.append(font_manager.FontProperties(fname=path).get_name())
+    for text in texts:
+        text.set_fontfamily(families)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     return buffer.getvalue()
@@ -112,7 +122,7 @@ def to_png(figure: Any) -> bytes:
 
 def label(text: str) -> str:
     """Return a name as text of a plot: nothing in it is a formula, and characters that cannot be drawn are escaped."""
-    return fonts.printable(text, installed=False).replace("$", r"\$")
+    return fonts.printable(text).replace("$", r"\$")
 
 
 def set_step_axis(axes: Any) -> None:

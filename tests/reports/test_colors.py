@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cvlab.reports import colors, html, plots, svg
+from cvlab.reports import colors, fonts, html, plots, svg
 from cvlab.runs.run_dir import RunDir
 
 
@@ -99,9 +99,20 @@ class TestAxes:
         figure = figure_of(monkeypatch, lambda: plots.draw({"loss": ([1, 2], [0.0, 1.0])}, "loss", "my-run"))
         assert figure.axes[0].get_title() == "loss: my-run"
 
-    def test_names_are_no_formulas_and_have_no_missing_glyphs(self):
+    def test_names_are_no_formulas_and_have_no_missing_glyphs(self, bundled_font_only):
         assert plots.label("a$x^2$") == r"a\$x^2\$"
         assert plots.label("猫") == "\\u732b"
         figure = Figure()
         figure.subplots().set_title(plots.label("$\\alpha 猫"))
         plots.to_png(figure)
+
+    def test_installed_fonts_are_used(self, only_fonts):
+        stix = fonts.bundled_path().with_name("STIXGeneral.ttf")
+        only_fonts(stix)
+        character = "\u231a"  # a watch, which DejaVu Sans lacks
+        assert plots.label(character) == character
+        assert fonts.paths_for(character) == [fonts.bundled_path(), stix]
+        figure = Figure()
+        title = figure.subplots().set_title(character)
+        plots.to_png(figure)  # a missing glyph would be a warning, and so an error
+        assert title.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]

@@ -9,15 +9,6 @@ from cvlab.reports import fonts
 PX = 20
 
 
-@pytest.fixture
-def no_installed_fonts(monkeypatch):
-    """Only the bundled font exists."""
-    monkeypatch.setattr(fonts, "_installed", tuple)
-    fonts._path_with.cache_clear()
-    yield
-    fonts._path_with.cache_clear()
-
-
 def drawn(text):
     """Return the ink of a line of text, bool (H, W)."""
     canvas = Image.new("L", (600, 60), "white")
@@ -34,7 +25,7 @@ def missing_glyph():
 
 
 @pytest.mark.parametrize("text", ["ü", "é", "Ω", "Я", "ж", "ł"])
-def test_latin_greek_and_cyrillic_have_glyphs(text, no_installed_fonts):
+def test_latin_greek_and_cyrillic_have_glyphs(text, bundled_font_only):
     assert fonts.printable(text) == text
     ink = drawn(text)
     assert ink.any()
@@ -46,26 +37,22 @@ def test_accents_are_above_their_letters():
     assert rows[1] < rows[0]
 
 
-def test_decomposed_accents_are_composed(no_installed_fonts):
+def test_decomposed_accents_are_composed(bundled_font_only):
     assert fonts.printable("Mu\u0308ller cafe\u0301.jpg") == "Müller café.jpg"
 
 
-def test_characters_of_no_font_are_escaped(no_installed_fonts):
+def test_characters_of_no_font_are_escaped(bundled_font_only):
     assert fonts.printable("日本.jpg") == "\\u65e5\\u672c.jpg"
     assert fonts.printable("a\nb\u202ec\U0001f9ff") == "a\\nb\\u202ec\\U0001f9ff"
 
 
-def test_an_installed_font_is_used_where_the_bundled_one_lacks_a_character(monkeypatch):
+def test_an_installed_font_is_used_where_the_bundled_one_lacks_a_character(only_fonts, monkeypatch):
     dejavu = fonts.bundled_path()
     monkeypatch.setattr(fonts, "bundled_path", lambda: dejavu.with_name("STIXSizOneSymReg.ttf"))
-    monkeypatch.setattr(fonts, "_installed", lambda: (dejavu.with_name("missing.ttf"), dejavu))
-    fonts._path_with.cache_clear()
-    try:
-        assert fonts.printable("Ж") == "Ж"
-        assert fonts.printable("Ж", installed=False) == "\\u0416"
-        assert fonts._pieces("Ж", PX)[0][0].getname()[0] == "DejaVu Sans"
-    finally:
-        fonts._path_with.cache_clear()
+    only_fonts(dejavu.with_name("missing.ttf"), dejavu)
+    assert fonts.printable("Ж") == "Ж"
+    assert fonts.paths_for("Ж") == [dejavu.with_name("STIXSizOneSymReg.ttf"), dejavu]
+    assert fonts._pieces("Ж", PX)[0][0].getname()[0] == "DejaVu Sans"
 
 
 def test_wrapping_loses_no_character():
