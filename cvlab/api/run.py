@@ -1,5 +1,6 @@
 """`cvlab run` and `cvlab resume`: from a valid configuration to a finished run directory."""
 
+import contextlib
 import time
 import traceback
 from pathlib import Path
@@ -261,7 +262,8 @@ def _record_failure(out: RunDir, error: BaseException) -> None:
             "interrupted" if is_interrupted else "failed", error=str(error) or type(error).__name__, code=code
         )
         if out.writable:
-            _publish(out)
+            with contextlib.suppress(Exception):  # whatever goes wrong with the page, the run's own error is reported
+                _publish(out)
     except (CvlabError, OSError) as write_error:
         console.info(f"warning: the status could not be written: {write_error}")
 

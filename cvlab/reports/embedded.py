@@ -16,7 +16,7 @@ from cvlab.storage import atomic
 MAX_IMAGES, MAX_PX = 48, 1400  # of a page; the files in the run directory have their full size
 MAX_GIF_BYTES = 2_000_000
 QUALITY = 85
-WIDE_RATIO = 1.4  # width to height of an image that takes the width of the page
+WIDE_RATIO, WIDE_PX = 1.4, 1000  # width to height, and width, of an image that takes the width of the page
 SUFFIXES = (".png", ".gif")
 PREVIEW = "images/preview.png"  # an intermediate state of a result
 THUMBNAIL = "thumbnail.png"
@@ -37,7 +37,7 @@ class EmbeddedImage:
     @property
     def is_wide(self) -> bool:
         """Whether the image takes the width of the page."""
-        return self.width > WIDE_RATIO * self.height
+        return self.width > WIDE_RATIO * self.height and self.width >= WIDE_PX
 
 
 @dataclass

@@ -18,7 +18,7 @@ from cvlab.errors import CvlabError
 from cvlab.reports import colors, compare, curves, embedded, metrics, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
-from cvlab.runs.records import Row, is_run, read_json, read_status, read_summary
+from cvlab.runs.records import Row, is_run, pruning_reason, read_json, read_status, read_summary
 from cvlab.runs.results import read_columns
 from cvlab.storage import atomic
 
@@ -147,9 +147,12 @@ def _failure(path: Path, status: Row) -> Row | None:
     """Return what made a run end early, where it was, and what to do; None of a run that has not failed."""
     if status.get("status") not in ("failed", "interrupted"):
         return None
+    pruned = pruning_reason(path)
     reached = f"step {status['step']} of {status.get('total_steps', '?')}" if "step" in status else ""
     has_checkpoint = any((path / "checkpoints").glob("*.pt"))
     is_interrupted = status["status"] == "interrupted"
+    if pruned is not None:
+        return {"title": "Pruned by the search", "message": pruned, "reached": reached, "commands": []}
     if has_checkpoint or is_interrupted:
         advice = "to continue where it stopped" if has_checkpoint else "to start it again in the same directory"
         commands = [(f"cvlab resume {path.name}", advice)]

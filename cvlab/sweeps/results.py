@@ -171,7 +171,8 @@ def draw(rows: Sequence[Row], metric: str, title: str) -> bytes:
     plots.set_value_axis(axes, [mean for points in lines.values() for _, mean, _ in points], is_fraction=False)
     has_spread = any(sd for points in lines.values() for _, _, sd in points)
     spread = " (mean and standard deviation over seeds)" if has_spread else ""
-    axes.set_title(plots.label(f"{metric} by {x_key or 'setting'}{spread}: {title}"), fontsize=plots.TITLE_SIZE)
+    heading = f"{metric} by {x_key or 'setting'}{spread}"
+    axes.set_title(f"{plots.label(heading)}\n{plots.label(title)}", fontsize=plots.TITLE_SIZE)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize=8)

@@ -12,7 +12,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image, ImageColor
 
+from cvlab import registry
 from cvlab.api import serve
+from cvlab.errors import DataError
 from cvlab.reports import colors, embedded, html, index, svg
 from cvlab.runs.run_dir import RunDir
 
@@ -175,6 +177,14 @@ class TestRun:
         assert "Traceback: line 7" in text
         assert "resume" not in html.run_page(made(root, "20261125-120000-y-0002"))
 
+    def test_a_pruned_trial_is_not_to_be_resumed(self, root):
+        path = made(root, status="interrupted")
+        (path / "prune.txt").write_text("worse than the median\n")
+        text = html.run_page(path)
+        assert "<h2>Pruned by the search</h2>" in text
+        assert "worse than the median" in text
+        assert "cvlab resume" not in text
+
     def test_a_sweep_links_its_trials(self, root):
         trials = [
             {"trial": "000-lr", "status": "done", "diverged": False, "metrics": {"val_loss": 1.25}, "seed": 0},
@@ -315,6 +325,28 @@ class TestCommands:
         assert "train_loss" in text
         assert "command line" in text
         assert f"{run.name}/report.html" in (tmp_path / "r" / "index.html").read_text()
+
+    def test_a_run_that_fails_has_a_page_and_is_listed(self, cvlab, tmp_path, monkeypatch):
+        def fail(*_):
+            raise DataError("broken.png: cannot be decoded", "remove it")
+
+        monkeypatch.setattr(registry.get_experiment("classify"), "run", fail)
+        assert cvlab("train", "quickstart", "--runs-dir", tmp_path / "r")[0] == DataError.code
+        (run,) = (path for path in (tmp_path / "r").iterdir() if path.is_dir() and not path.is_symlink())
+        text = (run / "report.html").read_text()
+        assert "<h2>Failed</h2>" in text
+        assert "broken.png: cannot be decoded; remove it" in text
+        assert f'href="{run.name}/report.html"' in (tmp_path / "r" / "index.html").read_text()
+
+    def test_an_error_of_the_page_does_not_hide_the_error_of_the_run(self, cvlab, tmp_path, monkeypatch):
+        def fail(*_):
+            raise DataError("broken.png: cannot be decoded", "remove it")
+
+        monkeypatch.setattr(registry.get_experiment("classify"), "run", fail)
+        monkeypatch.setattr(html, "run_page", lambda *_: {}["no such key"])
+        code, _, err = cvlab("train", "quickstart", "--runs-dir", tmp_path / "r")
+        assert code == DataError.code
+        assert "broken.png" in err
 
     def test_several_runs_are_compared(self, cvlab, root):
         for k in range(2):
