@@ -13,7 +13,7 @@ from cvlab.reports import fonts
 MARGIN = 8
 TEXT_PX, TITLE_PX = 15, 18
 MAX_TILE_PX = 480
-MIN_COLUMN_PX = 150
+MIN_COLUMN_PX, MAX_COLUMNS = 150, 4  # of a panel
 COLOR_BAR_PX = 56
 MAX_SHEET_FRAMES = 12
 LIGHTEST_SHADOW = 70  # gray level of black in a photo below an overlay
@@ -112,33 +112,47 @@ def panel(
     has_color_bar: bool = False,
     max_tile_px: int = MAX_TILE_PX,
 ) -> Image.Image:
-    """Arrange images of the same height side by side, each below its caption, all below a title.
+    """Arrange images of the same height side by side, in rows of up to MAX_COLUMNS, each below its caption.
 
     Args:
         tiles: The captions and images; the images are resized.
         title: Text above them.
-        has_color_bar: Draw the colors of `heat` from 0 to 1 to the right of the tiles.
+        has_color_bar: Draw the colors of `heat` from 0 to 1 to the right of the last tile.
         max_tile_px: Maximum of a tile's width and height; panels are previews of images that are saved in full size.
     """
     height = _tile_height([image for _, image in tiles], max_tile_px)
+    num_rows = -(-len(tiles) // MAX_COLUMNS)
+    columns = -(-len(tiles) // num_rows)
+    rows = [_panel_row(tiles[k : k + columns], height) for k in range(0, len(tiles), columns)]
+    if has_color_bar:
+        rows[-1] = _with_color_bar(rows[-1], height)
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return titled(sheet, title) if title else sheet
+
+
+def _panel_row(tiles: Sequence[tuple[str, Image.Image]], height: int) -> Image.Image:
     shown = [image.resize((max(1, round(image.width * height / image.height)), height), BICUBIC) for _, image in tiles]
     widths = [max(image.width, MIN_COLUMN_PX) for image in shown]
     wrapped = [fonts.wrap(caption, TEXT_PX, width) for (caption, _), width in zip(tiles, widths, strict=True)]
-    bar_px = COLOR_BAR_PX if has_color_bar else 0
-    sheet_width = sum(widths) + MARGIN * (len(shown) + 1) + bar_px
-    heading = fonts.wrap(title, TITLE_PX, sheet_width - 2 * MARGIN) if title else []
-    above = MARGIN + len(heading) * fonts.line_px(TITLE_PX)
     head = fonts.line_px(TEXT_PX) * max(map(len, wrapped)) + MARGIN // 2
-    sheet = Image.new("RGB", (sheet_width, above + head + height + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    fonts.draw_lines(pen, (MARGIN, MARGIN // 2), heading, TITLE_PX)
+    row = Image.new("RGB", (sum(widths) + MARGIN * (len(shown) + 1), head + height + MARGIN), "white")
+    pen = ImageDraw.Draw(row)
     x = MARGIN
     for image, lines, width in zip(shown, wrapped, widths, strict=True):
-        fonts.draw_lines(pen, (x, above), lines, TEXT_PX)
-        sheet.paste(image, (x, above + head))
+        fonts.draw_lines(pen, (x, 0), lines, TEXT_PX)
+        row.paste(image, (x, head))
         x += width + MARGIN
-    if has_color_bar:
-        sheet.paste(_color_bar(height), (x, above + head))
+    return row
+
+
+def _with_color_bar(row: Image.Image, height: int) -> Image.Image:
+    sheet = Image.new("RGB", (row.width + COLOR_BAR_PX, row.height), "white")
+    sheet.paste(row, (0, 0))
+    sheet.paste(_color_bar(height), (row.width, row.height - height - MARGIN))
     return sheet
 
 

@@ -75,6 +75,13 @@ class TestPanel:
         left, top, right, bottom = extent(images.panel([("a", plain(size, RED))]), RED)
         assert max(right - left, bottom - top) <= images.MAX_TILE_PX
 
+    def test_many_tiles_are_in_rows_of_one_height(self):
+        colors = [(10 * k, 0, 0) for k in range(1, 9)]
+        places = [extent(images.panel([("a", plain((300, 300), c)) for c in colors]), color) for color in colors]
+        assert len({top for _, top, _, _ in places}) == 2
+        assert len({bottom - top for _, top, _, bottom in places}) == 1
+        assert [place[0] for place in places[:4]] == [place[0] for place in places[4:]]
+
     def test_captions_are_not_cut(self, monkeypatch):
         lines = []
         monkeypatch.setattr(fonts, "draw", lambda _pen, xy, text, px, *_: lines.append((xy[0], text, px)))
