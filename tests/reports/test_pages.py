@@ -330,7 +330,7 @@ class TestCommands:
         def fail(*_):
             raise DataError("broken.png: cannot be decoded", "remove it")
 
-        monkeypatch.setattr(registry.get_experiment("classify"), "run", fail)
+        monkeypatch.setattr(type(registry.get_experiment("classify")), "run", fail)
         assert cvlab("train", "quickstart", "--runs-dir", tmp_path / "r")[0] == DataError.code
         (run,) = (path for path in (tmp_path / "r").iterdir() if path.is_dir() and not path.is_symlink())
         text = (run / "report.html").read_text()
@@ -342,7 +342,7 @@ class TestCommands:
         def fail(*_):
             raise DataError("broken.png: cannot be decoded", "remove it")
 
-        monkeypatch.setattr(registry.get_experiment("classify"), "run", fail)
+        monkeypatch.setattr(type(registry.get_experiment("classify")), "run", fail)
         monkeypatch.setattr(html, "run_page", lambda *_: {}["no such key"])
         code, _, err = cvlab("train", "quickstart", "--runs-dir", tmp_path / "r")
         assert code == DataError.code
