@@ -200,7 +200,9 @@ def _curve_thumbnail(path: Path, summary: Mapping[str, Any]) -> bytes:
     """Draw the headline curve of a run on a transparent background."""
     from PIL import Image, ImageDraw
 
-    lines = {name: curve for name, curve in curves.read(path).items() if len(curve[0]) > 1 and any(curve[1])}
+    lines = {
+        name: curve for name, curve in curves.read(path).items() if name != "lr" and len(curve[0]) > 1 and any(curve[1])
+    }
     ranked = metrics.headline({name: ys[-1] for name, (_, ys) in lines.items()}, summary.get("metric_info", {}))
     if not ranked:
         return b""
