@@ -124,7 +124,7 @@ def attack(
     target: Annotated[str | None, typer.Option(help="target class; default: any class but the predicted one")] = None,
     method: Annotated[str | None, typer.Option(help="l2, fgsm or pgd")] = None,
     eps: Annotated[float | None, typer.Option(help="fgsm, pgd: largest change of a pixel, in 1/255")] = None,
-    size: Annotated[str | None, typer.Option(help="original, or model: only the square input of the model")] = None,
+    size: Annotated[str | None, typer.Option(help="original, or model: first reduce to the model's input size")] = None,
     then: Annotated[str | None, typer.Option(help="saliency: also explain the attacked photos")] = None,
     seed: Seed = None,
     dry_run: DryRun = False,

@@ -19,7 +19,7 @@ from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import attacks, saliency
-from cvlab.ops.resample import DifferentiableResize, EvalTransform, build_resize
+from cvlab.ops.resample import DifferentiableResize, build_resize
 from cvlab.reports import images
 from cvlab.runs.records import Row
 from cvlab.runs.results import PhotoResult
@@ -34,8 +34,7 @@ class AdversarialExample:
 
     Attributes:
         photo: The photo.
-        image: The image that is changed: the photo, or the model's input for `size: model`.
-        transform: How the image becomes the model's input.
+        image: The image that is changed: the photo, or for `size: model` the photo reduced to the model's input size.
         resize: The differentiable resize of the cropped region to the model's input.
         original: Original pixels (3, h, w) in [0, 1] of the region of the image that the model sees.
         adversarial: Attacked pixels of that region.
@@ -47,7 +46,6 @@ class AdversarialExample:
 
     photo: Photo
     image: Image.Image
-    transform: EvalTransform
     resize: DifferentiableResize
     original: Tensor
     adversarial: Tensor
@@ -92,20 +90,21 @@ class Attack:
 
     def make_examples(self, batch: list[Photo]) -> list[AdversarialExample]:
         """Classify the photos and initialize their adversarial examples."""
-        inputs = [self.model.transform(photo.image) for photo in batch]
+        transform = self.model.transform
+        # An image of the model's input size is a photo too: whoever reads its file resizes and crops it.
+        is_reduced = self.config.size == "model"
+        attacked_images = [transform(photo.image) if is_reduced else photo.image for photo in batch]
+        inputs = [transform(image) for image in attacked_images]
         with torch.inference_mode():
             stacked = torch.stack([photos.to_tensor(model_input) for model_input in inputs]).to(self.ctx.device)
             probabilities = self.model.probabilities(stacked).cpu()
         examples = []
-        for photo, model_input, p in zip(batch, inputs, probabilities, strict=True):
-            image, transform = photo.image, self.model.transform
-            if self.config.size == "model":
-                image, transform = model_input, EvalTransform(transform.size_px, transform.size_px, transform.filter)
+        for photo, image, p in zip(batch, attacked_images, probabilities, strict=True):
             resize = build_resize(transform, *image.size, self.ctx.device)
             original = resize.crop(photos.to_tensor(image)).contiguous().to(self.ctx.device)
             attacked_class = int(p.argmax()) if self.target is None else self.target
             start = self._initial_pixels(photo, original)
-            examples.append(AdversarialExample(photo, image, transform, resize, original, start, p, attacked_class))
+            examples.append(AdversarialExample(photo, image, resize, original, start, p, attacked_class))
         return examples
 
     def _initial_pixels(self, photo: Photo, original: Tensor) -> Tensor:
@@ -168,12 +167,12 @@ class Attack:
         self.out.write_bytes(name, images.png(image))
         saved = photos.load(self.out.path / name)
         variants = [saved, *(_compress_jpeg(saved, quality) for quality in JPEG_QUALITIES)]
-        inputs = torch.stack([photos.to_tensor(example.transform(variant)) for variant in variants])
+        inputs = torch.stack([photos.to_tensor(self.model.transform(variant)) for variant in variants])
         with torch.inference_mode():
             probabilities = self.model.probabilities(inputs.to(self.ctx.device)).cpu()
         classes = torch.full((len(inputs),), example.attacked_class)
         success, *jpeg_success = attacks.attack_succeeded(probabilities, classes, self.target is not None).tolist()
-        input_distances = attacks.distances(photos.to_tensor(example.transform(example.image)), inputs[0])
+        input_distances = attacks.distances(photos.to_tensor(self.model.transform(example.image)), inputs[0])
         photo_distances = attacks.distances(photos.to_tensor(example.image), photos.to_tensor(saved))
         values = {
             **self._predictions(example, probabilities[0]),
@@ -218,7 +217,7 @@ class Attack:
 
     def _save_saliency(self, example: AdversarialExample, before: Image.Image, after: Image.Image) -> dict[str, str]:
         """Save a panel of the saliency maps of the predictions before and after the attack; return its path."""
-        inputs = torch.stack([photos.to_tensor(example.transform(image)) for image in (before, after)])
+        inputs = torch.stack([photos.to_tensor(self.model.transform(image)) for image in (before, after)])
         inputs = inputs.to(self.ctx.device).contiguous(memory_format=torch.channels_last)
         classes = self.model.module(inputs).argmax(1)
         maps = saliency.vanilla_gradient(self.model.module, inputs, classes)
@@ -226,7 +225,7 @@ class Attack:
         for when, image, values, index in zip(
             ("before", "after"), (before, after), maps, classes.tolist(), strict=True
         ):
-            box = example.transform.crop_box(*image.size)
+            box = self.model.transform.crop_box(*image.size)
             tiles += images.saliency_tiles(f"{when}: {self.model.classes[index]}", image, images.scaled(values), box)
         name = f"images/{example.photo.label}-saliency.png"
         title = f"gradient saliency before and after the attack: {example.photo.path.name}"

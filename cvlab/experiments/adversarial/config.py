@@ -21,7 +21,7 @@ class AttackConfig(PhotoConfig):
         description="gradient steps of a fixed L2 norm, or one step (fgsm) or many (pgd) within an L-infinity bound",
     )
     size: Literal["original", "model"] = Field(
-        "original", description="attack the photo at its own resolution, or the square crop that is the model's input"
+        "original", description="attack the photo at its own resolution, or reduced to the size of the model's input"
     )
     steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(100, description="l2, pgd: maximum number of steps")
     extra_steps: schema.NonNegativeInt = Field(3, description="further steps after the first success, for robustness")

@@ -132,14 +132,15 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 def compute_metrics(model: nn.Module, batch: tuple[Tensor, Tensor], tta: str = "none") -> dict[str, Tensor]:
     """Return sums over a batch: cross-entropy, correct predictions (also with test-time augmentation), image count."""
     images, labels = batch
-    logits = _at_least_float32(model(images))
+    views = [] if tta == "none" else tta_views(images, tta)
+    logits = _at_least_float32(model(images.clone() if views else images))  # a model may change its input in place
     sums = {
         "loss": F.cross_entropy(logits, labels, reduction="sum"),
         "accuracy": (logits.argmax(1) == labels).sum(),
         "count": torch.tensor(len(labels)),
     }
-    if tta != "none":
-        weighted = [weight * _at_least_float32(model(view)) for weight, view in tta_views(images, tta)]
+    if views:
+        weighted = [weight * _at_least_float32(model(view.clone())) for weight, view in views]
         sums["accuracy_tta"] = (torch.stack(weighted).sum(0).argmax(1) == labels).sum()
     return sums
 

@@ -74,8 +74,11 @@ class ImagesConfig(RunConfig):
         return absolute_image_paths(names)
 
 
-class PhotoConfig(ImagesConfig, PretrainedConfig):
-    """The keys of every experiment that applies an ImageNet-pretrained model to photos."""
+class PhotoConfig(PretrainedConfig, ImagesConfig):
+    """The keys of every experiment that applies an ImageNet-pretrained model to photos.
+
+    Of a key in both bases the first base has the default: photos are processed in float32.
+    """
 
 
 def absolute_image_paths(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def test_unreadable_photos_are_reported_and_the_others_processed(two_photos, cvl
         (["classify"], 2, "no photo is named"),
         (["classify", "gone.jpg", "gone too.jpg"], 4, "gone.jpg: no such file"),
         (["classvis", "--init", "image"], 2, "init: image starts from exactly one photo, 0 are named"),
-        (["attack", "sample", "--eps", "4"], 2, "eps: the method l2 has no such bound"),
+        (["attack", "sample", "--eps", "4"], 2, "eps has no effect with method l2"),
         (["classvis", "--target", "tick,tock"], 2, "no class 'tock'"),
         (["classvis", "--target", "tick", "octaves=2", "parametrization=pixels"], 2, "octaves"),
         (["eval", "latest"], 2, "no weights to evaluate"),

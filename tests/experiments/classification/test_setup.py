@@ -1,0 +1,30 @@
+"""Metrics of a batch, for models that users write."""
+
+import pytest
+import torch
+from torch import nn
+
+from cvlab.experiments.classification.setup import compute_metrics
+
+
+class Classifier(nn.Module):
+    """Scores the classes by the sums of channels, with inputs scaled in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, images):
+        images = images.mul_(4).sub_(1) if self.in_place else images * 4 - 1
+        return (images[:, :, :2, :2] ** 3).sum((2, 3))
+
+
+@pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
+def test_a_model_that_changes_its_input_in_place_gets_the_same_metrics(tta):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((200, 3, 8, 8), generator=generator)
+    labels = torch.randint(0, 3, (200,), generator=generator)
+    expected = compute_metrics(Classifier(in_place=False), (images.clone(), labels), tta)
+    measured = compute_metrics(Classifier(in_place=True), (images.clone(), labels), tta)
+    assert measured == expected
+    assert 0 < expected["accuracy"] < 200

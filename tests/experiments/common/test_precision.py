@@ -1,0 +1,21 @@
+"""The precision that shipped configurations compute in, on machines with and without hardware for bfloat16."""
+
+import pytest
+
+from cvlab.config import loading
+from cvlab.engine import device
+from cvlab.experiments.common.photo_config import PretrainedConfig
+
+
+def base_config(name):
+    config = loading.load(name).config
+    return config if hasattr(config, "precision") else None
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("name", [name for name in loading.shipped_names() if base_config(name) is not None])
+def test_photos_are_processed_in_float32_and_training_in_the_fast_precision(monkeypatch, name, is_fast):
+    monkeypatch.setattr(device, "fast_bfloat16", lambda _: is_fast)
+    config = base_config(name)
+    expected = "bfloat16" if is_fast and not isinstance(config, PretrainedConfig) else "float32"
+    assert device.select_device("cpu", config.precision).precision == expected
