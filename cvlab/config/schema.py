@@ -1,5 +1,6 @@
 """Base classes of configurations, and components `{name: ..., ...}` whose keys are the parameters of a builder."""
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -69,15 +70,18 @@ class Registry:
             ConfigError: if there is none, with the closest name.
         """
         if name in self.names:
-            signature = signatures.of_target(self.names[name], self.injected)
-        elif self.resolve is not None:
-            signature = signatures.of_builder(self.resolve(name, base), self.injected)
-        else:
+            return _registered_type(self.kind, name, self.names[name], self.injected)
+        if self.resolve is None:
             raise unknown_name_error(self.kind, name, self.names)
-        return component_type(self, name, signature)
+        return component_type(self.kind, name, signatures.of_builder(self.resolve(name, base), self.injected))
 
 
-def component_type(registry: Registry, name: str, signature: Signature) -> type[ComponentConfig]:
+@functools.cache  # pydantic takes milliseconds to build a schema, and a sweep validates every trial
+def _registered_type(kind: str, name: str, target: str, injected: frozenset[str]) -> type[ComponentConfig]:
+    return component_type(kind, name, signatures.of_target(target, injected))
+
+
+def component_type(kind: str, name: str, signature: Signature) -> type[ComponentConfig]:
     """Return the schema of a component, made from the annotations and defaults of its builder's parameters."""
     base: type[ComponentConfig] = ComponentConfig
     fields: dict[str, Any] = {"name": (Literal[name], name)}
@@ -87,7 +91,7 @@ def component_type(registry: Registry, name: str, signature: Signature) -> type[
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             fields[parameter.name] = (parameter.annotation, default)
-    return create_model(f"{registry.kind}_{name}", __base__=base, __doc__=signature.summary, **fields)
+    return create_model(f"{kind}_{name}", __base__=base, __doc__=signature.summary, **fields)
 
 
 def expand_names(config_type: type[BaseModel], raw: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Validate a raw configuration against the schema of its experiment; problems have paths, not yet lines."""
 
+import functools
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def _config_type(raw: dict[str, Any], base: Path) -> tuple[type[FrozenModel] | N
     except ConfigError as error:
         return None, [(("experiment",), str(error))]
     expand_names(config_type, raw)
-    fields: dict[str, Any] = {}
+    chosen_types: dict[str, type[ComponentConfig]] = {}
     problems: Problems = []
     for key, components in registries_of(config_type).items():
         info = config_type.model_fields[key]
@@ -94,12 +95,22 @@ def _config_type(raw: dict[str, Any], base: Path) -> tuple[type[FrozenModel] | N
                 problems.append(((key, "name"), f"{key}.name: give one of {', '.join(sorted(components.names))}"))
             continue
         try:
-            component = components.schema(chosen, base)
+            chosen_types[key] = components.schema(chosen, base)
         except CvlabError as error:
             problems.append(((key, "name"), str(error)))
-            continue
-        fields[key] = (component, ... if info.is_required() else _default(component))
-    return create_model(config_type.__name__, __base__=config_type, __doc__=config_type.__doc__, **fields), problems
+    return _with_components(config_type, tuple(chosen_types.items())), problems
+
+
+@functools.lru_cache(maxsize=256)  # building a schema takes pydantic longer than all the rest of a validation
+def _with_components(
+    config_type: type[FrozenModel], chosen_types: tuple[tuple[str, type[ComponentConfig]], ...]
+) -> type[FrozenModel]:
+    """Return the schema of an experiment with the schemas of its components."""
+    fields: dict[str, Any] = {
+        key: (component, ... if config_type.model_fields[key].is_required() else _default(component))
+        for key, component in chosen_types
+    }
+    return create_model(config_type.__name__, __base__=config_type, __doc__=config_type.__doc__, **fields)
 
 
 def _default(component: type[ComponentConfig]) -> Any:
