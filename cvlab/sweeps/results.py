@@ -149,8 +149,7 @@ def draw(rows: Sequence[Row], metric: str, title: str) -> bytes:
             point = (row["keys"][x_key] if x_key else index, row["metrics"][metric]["mean"])
             line = _label(other_keys) if x_key else metric
             lines.setdefault(line, []).append((*point, row["metrics"][metric]["sd"] or 0.0))
-    figure = plots.new_figure(7.5, 4.2)
-    axes: Any = figure.subplots()
+    figure, axes = plots.new_panel(7.5, 4.2)
     styles = colors.of_series(lines) if len(lines) > 1 else dict.fromkeys(lines, colors.of_metrics([metric])[metric])
     for label, points in lines.items():
         xs, ys, sds = zip(*sorted(points), strict=True)
