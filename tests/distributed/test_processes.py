@@ -146,7 +146,7 @@ def test_a_run_with_a_killed_process_restarts_bit_for_bit_identical(trained, ran
     os.kill(ranks_of(run)[rank], signal.SIGKILL)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
-    assert "all are started again" in err, err
+    assert "restarting all processes" in err, err
     assert "Traceback" not in err, err
     assert same(run, summary)
 
