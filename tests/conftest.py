@@ -39,15 +39,24 @@ def clean_environment(monkeypatch, tmp_path, data_root):
     monkeypatch.setenv("CVLAB_OFFLINE", "1")
     monkeypatch.delenv("CVLAB_RUNS", raising=False)
     console.set_level(quiet=False, verbose=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1" if IS_WORKER else "2")  # of the processes that a test starts
     torch.set_num_threads(1 if IS_WORKER else 2)
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def small_scene_captions(monkeypatch):
-    """Generate only a few images of scene_captions; all of them take most of a minute."""
-    from cvlab.experiments.captioning import scene_captions
+def small_scenes(request, monkeypatch, clean_environment, data_root):
+    """Generate only a few images of scenes and scene_captions; all of them take 15 s and most of a minute.
 
+    Slow tests train to the end, on all of them, in a folder of their own.
+    """
+    from cvlab.experiments.captioning import scene_captions
+    from cvlab.experiments.detection.data import scenes
+
+    if request.node.get_closest_marker("slow"):
+        monkeypatch.setenv("CVLAB_DATA", str(data_root / "whole"))
+        return
+    monkeypatch.setattr(scenes, "COUNTS", {"train": 40, "val": 8, "test": 8})
     monkeypatch.setattr(scene_captions, "COUNTS", {"train": 12, "val": 4, "test": 4})
 
 
@@ -120,6 +129,17 @@ base:
 grid:
   optimizer.lr: [1e-3, 1e-2]
 """
+
+
+@pytest.fixture(scope="session")
+def undisturbed_weights(tmp_path_factory, data_root):
+    """Return the digests of the weights of SMALL_SWEEP's trials, run to the end on this machine."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "s.yaml").write_text(SMALL_SWEEP)
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "CVLAB_DATA": str(data_root / "whole")}
+    command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", "-q"]
+    subprocess.run(command, cwd=folder, env=os.environ | environment, stdout=subprocess.DEVNULL, check=True)
+    return weights_of_trials(folder)
 
 
 @pytest.fixture

@@ -17,34 +17,30 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_takes_no_trial_with_it(started_sweep, tmp_path):
+def test_a_node_that_is_lost_takes_no_trial_with_it(started_sweep, undisturbed_weights, tmp_path):
     from ray.cluster_utils import Cluster
 
-    assert started_sweep().wait() == 0
-    wanted = weights_of_trials(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         lost = cluster.add_node(num_cpus=1)
-        process = started_sweep("--fresh", "--on", "ray", "--address", cluster.address)
-        until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+        process = started_sweep("--on", "ray", "--address", cluster.address)
+        until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
         cluster.remove_node(lost, allow_graceful=False)
         assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     finally:
         cluster.shutdown()
-    assert weights_of_trials(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == undisturbed_weights
     assert "try 2 of 3" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
+def test_a_driver_that_is_killed_and_started_again(started_sweep, undisturbed_weights, tmp_path):
     from ray.cluster_utils import Cluster
 
-    assert started_sweep().wait() == 0
-    wanted = weights_of_trials(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
-        process = started_sweep("--fresh", "--on", "ray", "--address", cluster.address)
-        until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+        process = started_sweep("--on", "ray", "--address", cluster.address)
+        until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
         process.kill()
         run = (tmp_path / "runs" / "latest").resolve()
         until(lambda: not any(map(is_held, run.glob("trials/*"))))
@@ -53,22 +49,20 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, tmp_path):
         assert started_sweep("--on", "ray", "--address", cluster.address).wait() == 0
     finally:
         cluster.shutdown()
-    assert weights_of_trials(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == undisturbed_weights
     assert "resuming" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, tmp_path):
-    assert started_sweep().wait() == 0
-    wanted = weights_of_trials(tmp_path)
-    process = started_sweep("--fresh", "--on", "ray")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, undisturbed_weights, tmp_path):
+    process = started_sweep("--on", "ray")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
     assert {read_status(trial)["status"] for trial in run.glob("trials/*")} == {"interrupted"}
     assert started_sweep("--on", "ray", "--workers", "1").wait() == 0
-    assert weights_of_trials(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == undisturbed_weights
 
 
 NET = """import os, pathlib

@@ -27,17 +27,15 @@ def children(pid):
 
 
 @pytest.mark.slow
-def test_a_job_that_is_preempted_goes_on(started_sweep, tmp_path):
-    assert started_sweep().wait() == 0
-    wanted = weights_of_trials(tmp_path)
-    process = started_sweep("--fresh", *LOCAL, "--workers", "1")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
+def test_a_job_that_is_preempted_goes_on(started_sweep, undisturbed_weights, tmp_path):
+    process = started_sweep(*LOCAL, "--workers", "1")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
     run = (tmp_path / "runs" / "latest").resolve()
     controller = controller_of(run)
     for job in children(controller):
         os.kill(job, signal.SIGUSR2)  # what Slurm sends before it takes the node away
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
-    assert weights_of_trials(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == undisturbed_weights
     first = min((run / "trials").iterdir())
     log = (first / "log.txt").read_text()
     assert "resumed step_" in log, log
@@ -62,16 +60,14 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
 
 
 @pytest.mark.slow
-def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, tmp_path):
-    assert started_sweep().wait() == 0
-    wanted = weights_of_trials(tmp_path)
-    process = started_sweep("--fresh", *LOCAL, "--workers", "2")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, undisturbed_weights, tmp_path):
+    process = started_sweep(*LOCAL, "--workers", "2")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
     process.kill()
     process.wait()
     assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
     said = (tmp_path / "said.txt").read_text()
-    assert weights_of_trials(tmp_path) == wanted, said
+    assert weights_of_trials(tmp_path) == undisturbed_weights, said
     assert "an earlier start of this sweep still runs" in said, said
     logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("trials/*/log.txt")]
     assert not any("resumed step_" in log for log in logs), "nobody else has touched them"
@@ -114,11 +110,9 @@ def fake_slurm(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
-    assert started_sweep().wait() == 0
-    wanted = weights_of_trials(tmp_path)
-    process = started_sweep("--fresh", "--on", "slurm", "--workers", "1")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 3)
+def test_by_the_commands_of_slurm(started_sweep, undisturbed_weights, fake_slurm, tmp_path):
+    process = started_sweep("--on", "slurm", "--workers", "1")
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
     job = next(fake_slurm.glob("*.pid")).read_text().strip()
     for path in Path("/proc").glob("[0-9]*/cmdline"):  # what a preemption or the end of its minutes sends to a job
         with contextlib.suppress(OSError):
@@ -126,11 +120,11 @@ def test_by_the_commands_of_slurm(started_sweep, fake_slurm, tmp_path):
                 os.kill(int(path.parent.name), signal.SIGUSR2)
     until((fake_slurm / "requeued").exists)
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
-    assert weights_of_trials(tmp_path) == wanted
+    assert weights_of_trials(tmp_path) == undisturbed_weights
     run = (tmp_path / "runs" / "latest").resolve()
     assert "resumed step_" in (min((run / "trials").iterdir()) / "log.txt").read_text()
     process = started_sweep("--fresh", "--on", "slurm", "base.duration.steps=100000")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 6)
+    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
