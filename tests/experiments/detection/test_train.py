@@ -50,7 +50,7 @@ class TestTraining:
         ("words", "says"),
         [
             (("data.name=cifar10",), "photos with boxes are needed"),
-            (("data.num_train=9999",), "has 480 photos"),
+            (("data.num_train=9999",), "has 40 photos"),
             (("model.name=yolo_fpm",), "did you mean 'yolo_fpn'"),
             (("expect=[ap51/star>0]",), "no metric"),
             (("data.name=boxes",), "requires a path"),
