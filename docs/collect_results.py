@@ -44,7 +44,8 @@ def machine(env: Mapping[str, Any]) -> str:
     cores = f"{env['cpu_count']} CPU cores ({env['cpu_capability']})"
     device = f"{env['cuda_device']}, {cores}" if env.get("cuda_device") else cores
     processes = f", {env['processes']} processes" if env.get("processes", 1) > 1 else ""
-    return f"{device}, {env['threads']} threads{processes}, torch {env['torch']}"
+    threads = f"{env['threads']} thread{'s' if env['threads'] > 1 else ''}"
+    return f"{device}, {threads}{processes}, torch {env['torch']}"
 
 
 def read_run(path: Path) -> Row | None:

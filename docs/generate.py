@@ -68,8 +68,13 @@ README_ROWS = (  # experiment, command, metric, what it is
     ("classify", "cvlab train quickstart", "test_accuracy", "ten classes of generated images"),
     ("classify", "cvlab train cifar_bn", "train_accuracy", "500 images of CIFAR-10, with BatchNorm"),
     ("classify", "cvlab train cifar_no_bn", "train_accuracy", "the same without"),
-    ("attack", "cvlab attack --target ostrich imagenet_samples", "success_rate", "45 ImageNet photos become ostriches"),
-    ("attack", "cvlab attack imagenet_samples", "success_rate", "45 ImageNet photos become anything else"),
+    (
+        "attack",
+        "cvlab attack --target ostrich imagenet_samples",
+        "success_rate",
+        "44 ImageNet photos, target class ostrich",
+    ),
+    ("attack", "cvlab attack imagenet_samples", "success_rate", "45 ImageNet photos, any other class"),
     ("style", "cvlab style style_images/tubingen.jpg style_images/starry_night.jpg", "ssim", "The Starry Night"),
     ("detector", "cvlab train yolo_scenes", "map50", "detector of ten shapes in generated scenes"),
     ("captioner", "cvlab train caption_scenes", "exact_match", "captions of generated scenes"),
@@ -530,7 +535,8 @@ def results_page() -> str:
         "only way into these tables: a configuration without a recorded run has no row. Mean ± standard deviation over "
         "the seeds; seconds are those of a whole run, with loading, evaluation and plots (the median over seeds). "
         "The last column names the machine, the date and the commit, listed at the end. "
-        "The files behind the tables are `docs/results/*.json`.\n\n"
+        "The files behind the tables are `docs/results/*.json`. `imagenet_samples` is a folder of 45 labeled ImageNet "
+        "photos, `style_images` one of photos and paintings.\n\n"
     )
     places: list[str] = []
     for path in sorted((DOCS / "results").glob("*.json")):
