@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 TARGET = Path(__file__).parent / "images" / "report.png"
-SIZE = (1200, 1000)
+SIZE = (1200, 625)  # the header and the curves
 COLORS = 128  # a palette makes the file a third as large
 
 
