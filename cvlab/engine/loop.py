@@ -8,6 +8,7 @@ bit-for-bit identical to one that was never stopped.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ class TrainState:
         model: The model to train.
         optimizer: Its optimizer; the learning rates it has now are those that `fit` scales.
         ema_decay: Decay of the exponential moving average of the weights; None for no average.
+
+    Attributes:
+        uses_ema: Whether the average is evaluated, saved as the result and exported, if there is one.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float | None = None) -> None:
@@ -38,25 +42,32 @@ class TrainState:
         self.optimizer = optimizer
         self.ema_decay = ema_decay
         self.ema_model = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
+        self.uses_ema = True
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.step = 0
         self.any_rank_flags = StepFlags()  # of the last step
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model to evaluate: the moving average of the weights if there is one, else the model itself."""
-        return self.model if self.ema_model is None else self.ema_model
+        """The model to evaluate: the moving average of the weights if there is one and it is used, else the model."""
+        return self.model if self.ema_model is None or not self.uses_ema else self.ema_model
 
     def update_ema(self) -> None:
-        """Move the average towards the weights; buffers (BatchNorm's statistics) are copied."""
+        """Move the average towards the weights and, since they belong to them, towards BatchNorm's statistics.
+
+        The decay rises from 2 / 11 at the first step, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`:
+        with a constant decay the random initial weights dominate the average for some 1 / (1 - decay) steps.
+        """
         if self.ema_model is None or self.ema_decay is None:
             return
+        weight = 1 - min(self.ema_decay, (2 + self.step) / (11 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.ema_model.parameters()), list(self.model.parameters()), weight=1 - self.ema_decay
-            )
+            torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.model.parameters()), weight=weight)
             for ema_buffer, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
-                ema_buffer.copy_(buffer)
+                if buffer.is_floating_point():
+                    ema_buffer.lerp_(buffer, weight)
+                else:
+                    ema_buffer.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state with that of the random generators; the tensors are the live ones, not copies."""
@@ -65,6 +76,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema_model": None if self.ema_model is None else self.ema_model.state_dict(),
+            "uses_ema": self.uses_ema,
             "rng": get_rng_state(),
         }
 
@@ -74,13 +86,14 @@ class TrainState:
         Raises:
             CheckpointError: A part of the state is missing.
         """
-        missing = [key for key in ("step", "model", "optimizer", "ema_model", "rng") if key not in state]
+        missing = [key for key in ("step", "model", "optimizer", "ema_model", "uses_ema", "rng") if key not in state]
         if missing or (state["ema_model"] is None) != (self.ema_model is None):
             raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or 'the moving average of the weights'}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema_model is not None:
             self.ema_model.load_state_dict(state["ema_model"])
+        self.uses_ema = state["uses_ema"]
         self.step = state["step"]
         set_rng_state(state["rng"])
 
@@ -160,6 +173,9 @@ def evaluate(
         batches: This rank's batches.
         measure: Called as `measure(model, batch)`; returns sums by name and, as `count`, the number of items.
         ctx: Device and precision.
+
+    Raises:
+        DivergedError: A mean is not finite.
     """
     was_training = model.training
     model.eval()
@@ -172,4 +188,8 @@ def evaluate(
     model.train(was_training)
     totals = collectives.all_reduce_sums(totals)
     count = totals.pop("count").item()
-    return {name: value.item() / count for name, value in totals.items()}
+    means = {name: value.item() / count for name, value in totals.items()}
+    for name, mean in means.items():
+        if not math.isfinite(mean):
+            raise DivergedError(f"{name} is not finite in the evaluation", "lower optimizer.lr, or check the weights")
+    return means

@@ -19,8 +19,11 @@ class TrainProgress:
     plan_history: PlanHistory = ()
     budget_seconds: float | None = None
     train_seconds: float = 0.0
-    loss_sums: dict[str, Tensor] = field(default_factory=dict)
+    loss_sums: dict[str, Tensor] = field(default_factory=dict)  # since the last row of metrics.jsonl
     loss_steps: int = 0
+    epoch_loss_sums: dict[str, Tensor] = field(default_factory=dict)  # since the start of the epoch
+    epoch_loss_steps: int = 0
+    epoch_losses: dict[str, float] = field(default_factory=dict)  # means of the last complete epoch
     best_value: float | None = None
     best_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -37,32 +40,44 @@ class TrainProgress:
     def move_to(self, device: torch.device) -> None:
         """Move the sums of losses to a device."""
         self.loss_sums = {name: value.to(device) for name, value in self.loss_sums.items()}
+        self.epoch_loss_sums = {name: value.to(device) for name, value in self.epoch_loss_sums.items()}
 
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add the losses of a step, on the device: reading a number would wait for it."""
-        for name, value in losses.items():
-            self.loss_sums[name] = self.loss_sums[name] + value if name in self.loss_sums else value
+        for sums in (self.loss_sums, self.epoch_loss_sums):
+            for name, value in losses.items():
+                sums[name] = sums[name] + value if name in sums else value
         self.loss_steps += 1
+        self.epoch_loss_steps += 1
 
     def take_mean_losses(self) -> dict[str, float]:
         """Return the mean losses since the last call, over all ranks."""
-        sums = collectives.all_reduce_sums(self.loss_sums)
-        means = {name: value.item() / (self.loss_steps * process_group.world().size) for name, value in sums.items()}
+        means = _mean_losses(self.loss_sums, self.loss_steps)
         self.loss_sums, self.loss_steps = {}, 0
         return means
 
+    def end_epoch(self) -> None:
+        """Keep the mean losses of the epoch, over all ranks, and start the next one."""
+        self.epoch_losses = _mean_losses(self.epoch_loss_sums, self.epoch_loss_steps)
+        self.epoch_loss_sums, self.epoch_loss_steps = {}, 0
+
     def final_metrics(self, step: int, task: TrainTask) -> dict[str, float]:
-        """Return the metrics of the last evaluation and the cost of `step` steps."""
+        """Return the losses of the last epoch, the metrics of the last evaluation, and the cost of `step` steps."""
         assert self.best_value is not None, "the last step is always evaluated"
-        return self.metrics | {
-            f"best_{task.monitor}": self.best_value,
-            "best_step": self.best_step,
-            "steps": step,
-            "epochs": step / task.steps_per_epoch,
-            "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-            "train_seconds": self.train_seconds,
-            "images_per_second": step * task.items_per_step / max(self.train_seconds, 1e-9),
-        }
+        losses = {"train_loss" if name == "loss" else name: value for name, value in self.epoch_losses.items()}
+        return (
+            losses
+            | self.metrics
+            | {
+                f"best_{task.monitor}": self.best_value,
+                "best_step": self.best_step,
+                "steps": step,
+                "epochs": step / task.steps_per_epoch,
+                "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+                "train_seconds": self.train_seconds,
+                "images_per_second": step * task.items_per_step / max(self.train_seconds, 1e-9),
+            }
+        )
 
     def text(self, losses: Mapping[str, Tensor], step: int, task: TrainTask, uncounted_seconds: float) -> str:
         """Return losses, last evaluation and images per second for the progress bar."""
@@ -70,3 +85,9 @@ class TrainProgress:
         parts = [f"{name} {value.item():.3f}" for name, value in losses.items()]
         parts += [f"{task.monitor} {self.metrics[task.monitor]:.3f}"] if task.monitor in self.metrics else []
         return "  ".join([*parts, f"{rate:,.0f} images/s"])
+
+
+def _mean_losses(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
+    """Return the means over all ranks of losses that were summed over a number of steps."""
+    totals = collectives.all_reduce_sums(sums)
+    return {name: value.item() / (steps * process_group.world().size) for name, value in totals.items()}

@@ -31,6 +31,8 @@ from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
 from cvlab.runs.records import PRUNE_FILE, pruning_reason
 from cvlab.runs.run_dir import RunDir
 
+LOSS_SUMS = ("loss_sums", "epoch_loss_sums")  # of the progress; each rank has its own
+
 
 def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Module, dict[str, float]]:
     """Train to the end, from the latest checkpoint of the run directory if it has one.
@@ -54,6 +56,8 @@ def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Mod
         trainer.run()
     trainer.record_duration()
     model = trainer.state.eval_model
+    if config.ema is not None:
+        run_dir.extra_summary["used_weights"] = "moving average" if trainer.state.uses_ema else "last step"
     run_dir.extra_summary["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
     return model, trainer.progress.final_metrics(trainer.step, task)
 
@@ -127,11 +131,10 @@ class Trainer:
 
     def state_dict(self) -> State:
         """Return everything that the remaining steps depend on."""
-        rng_other_ranks = collectives.all_gather_object(
-            device.get_rng_state() if not process_group.is_main() else None
-        )[1:]
+        own = {"rng": device.get_rng_state(), **{name: getattr(self.progress, name) for name in LOSS_SUMS}}
+        other_ranks = collectives.all_gather_object(own if not process_group.is_main() else None)[1:]
         return self.state.state_dict() | {
-            "rng_other_ranks": rng_other_ranks,
+            "other_ranks": other_ranks,
             "progress": vars(self.progress).copy(),
             "extra_state": self.task.extra_state,
         }
@@ -140,10 +143,13 @@ class Trainer:
         """Restore what `state_dict` returned."""
         checkpoint.match_model(self.state.model, state["model"], path)
         self._load(state, state["extra_state"])
-        rank = process_group.world().rank
-        if rank and rank <= len(state["rng_other_ranks"]):
-            device.set_rng_state(state["rng_other_ranks"][rank - 1])
         self.progress = TrainProgress(**state["progress"])
+        rank = process_group.world().rank
+        if rank and rank <= len(state["other_ranks"]):
+            own = state["other_ranks"][rank - 1]
+            device.set_rng_state(own["rng"])
+            for name in LOSS_SUMS:
+                setattr(self.progress, name, own[name])
         self.progress.move_to(self.task.ctx.device)
         self.last_replan = (self.step, self.progress.train_seconds)
 
@@ -207,7 +213,12 @@ class Trainer:
 
     def _is_due(self, step: int) -> bool:
         logs = step % self.config.log_every == 0
-        return logs or self._replan_due(step) or self._evaluation_due(step)
+        return logs or self._ends_epoch(step) or self._replan_due(step) or self._evaluation_due(step)
+
+    def _ends_epoch(self, step: int) -> bool:
+        """Return whether an epoch ends with a step; a run that is shorter than an epoch has one that ends with it."""
+        is_short = step == self.total_steps and not self.progress.epoch_losses
+        return is_short or step % self.task.steps_per_epoch == 0
 
     def _replan_due(self, step: int) -> bool:
         return self.config.duration.seconds is not None and self.progress.plan.is_replanned_after(step)
@@ -219,6 +230,8 @@ class Trainer:
         """Log, evaluate, replan and save, whichever is due; this is not counted as training time."""
         if step % self.config.log_every == 0 or step == self.total_steps:
             self._log_losses(step)
+        if self._ends_epoch(step):
+            self.progress.end_epoch()
         is_best = self._evaluation_due(step) and self._evaluate(step)
         is_changed = self._replan_due(step) and self._replan(step)  # saved, so that a resume follows the same plan
         if is_best or is_changed or save_due or step == self.total_steps:
@@ -251,15 +264,14 @@ class Trainer:
     def _log_losses(self, step: int) -> None:
         losses = self.progress.take_mean_losses()
         means = {"train_loss" if name == "loss" else name: value for name, value in losses.items()}
-        self.progress.metrics |= means
         lr = self.state.optimizer.param_groups[0]["lr"]
         self._append(step, {"lr": lr, **means})
 
     def _evaluate(self, step: int) -> bool:
         """Evaluate and log; return whether these weights are the best so far."""
-        collectives.broadcast_buffers(self.state.eval_model)
-        local_metrics = self.task.evaluate(self.state.eval_model)
-        metrics = collectives.broadcast_from_rank0(lambda: local_metrics)
+        metrics = self._measure(self.state.eval_model)
+        if step == self.total_steps and self.state.uses_ema and self.state.ema_model is not None:
+            metrics = self._choose_weights(metrics)
         self._append(step, metrics)
         not_finite = [name for name, value in metrics.items() if not math.isfinite(value)]
         if not_finite:
@@ -270,6 +282,29 @@ class Trainer:
             return False
         self.progress.best_value, self.progress.best_step = value, step
         return True
+
+    def _measure(self, model: nn.Module) -> dict[str, float]:
+        """Return the metrics of a model, the same on all ranks."""
+        collectives.broadcast_buffers(model)
+        local_metrics = self.task.evaluate(model)
+        return collectives.broadcast_from_rank0(lambda: local_metrics)
+
+    def _choose_weights(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Use the last weights instead of their average if they are better on validation; return the metrics.
+
+        An average is worse where it still contains much of the first steps. Without validation it is used in any case.
+        """
+        monitor = self.task.monitor
+        if monitor.startswith("val_"):
+            of_last_weights = self._measure(self.state.model)
+            if of_last_weights[monitor] > metrics[monitor]:
+                self.state.uses_ema = False
+                self.run_dir.log(
+                    f"{monitor} {of_last_weights[monitor]:.4g} of the last weights, {metrics[monitor]:.4g} of their "
+                    "moving average: the last weights are used"
+                )
+                metrics = of_last_weights
+        return metrics
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         seconds = round(self.progress.train_seconds, 4)

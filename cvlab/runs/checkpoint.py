@@ -263,11 +263,11 @@ def match_model(model: torch.nn.Module, weights: State, path: Path | str) -> Non
 
 
 def load_eval_weights(model: torch.nn.Module, state: State, path: Path | str) -> None:
-    """Load the weights to evaluate into a model: their moving average if present, else those that were trained.
+    """Load the weights to evaluate into a model: their moving average if present and used, else the trained ones.
 
     Raises:
         CheckpointError: They do not fit the model.
     """
-    weights = state["model"] if state["ema_model"] is None else state["ema_model"]
+    weights = state["model"] if state["ema_model"] is None or not state["uses_ema"] else state["ema_model"]
     match_model(model, weights, path)
     model.load_state_dict(weights)

@@ -11,7 +11,7 @@ from torch import nn
 from cvlab.engine import device as engine_device
 from cvlab.engine import loop
 from cvlab.engine.device import ComputeContext
-from cvlab.engine.loop import TrainState, fit
+from cvlab.engine.loop import TrainState, evaluate, fit
 from cvlab.errors import CheckpointError, DeviceError, DivergedError
 
 CPU = ComputeContext(torch.device("cpu"), "float32", 1)
@@ -54,11 +54,11 @@ def test_fit_matches_a_plain_training_loop():
         optimizer.step()
         expected.append(loss.item())
         for name, value in model.state_dict().items():
-            parameter = name in dict(model.named_parameters())
-            average[name] = 0.9 * average[name] + 0.1 * value if parameter else value.clone()
+            decay = min(0.5, (2 + step) / (11 + step))
+            average[name] = decay * average[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
 
     other = make()
-    training = TrainState(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), ema_decay=0.9)
+    training = TrainState(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), ema_decay=0.5)
     torch.manual_seed(1)
     losses = [
         step["loss"].item()
@@ -122,7 +122,7 @@ def test_all_random_generators_are_restored():
 def test_a_missing_key_of_the_state_is_reported():
     model = make()
     training = TrainState(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
-    for key in ("step", "model", "optimizer", "ema_model", "rng"):
+    for key in ("step", "model", "optimizer", "ema_model", "uses_ema", "rng"):
         state = training.state_dict()
         del state[key]
         with pytest.raises(CheckpointError, match=key):
@@ -147,3 +147,29 @@ def test_an_explicit_precision_is_kept():
     assert engine_device.select_device("cpu", "float64").dtype == torch.float64
     with engine_device.select_device("cpu", "bfloat16").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_the_average_of_a_short_training_is_near_the_weights():
+    model = make()
+    training = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.05), ema_decay=0.999)
+    first = {name: value.clone() for name, value in model.named_parameters()}
+    for _ in itertools.islice(fit(training, loss_fn, get_batch, lr_factor=lambda _: 1.0, ctx=CPU), 60):
+        pass
+    assert training.ema_model is not None
+    pairs = zip(training.ema_model.parameters(), model.parameters(), strict=True)
+    distance = sum((average - value).square().sum() for average, value in pairs)
+    moved = sum((first[name] - value).square().sum() for name, value in model.named_parameters())
+    assert distance < 0.25 * moved
+
+
+@pytest.mark.parametrize("is_nan", [True, False])
+def test_an_evaluation_that_is_not_finite_is_no_result(is_nan):
+    def measure(model, batch):
+        return {"loss": batch.sum() * (math.nan if is_nan else 1), "count": torch.tensor(len(batch))}
+
+    batches = [torch.ones(4), torch.ones(4)]
+    if not is_nan:
+        assert evaluate(make(), batches, measure, CPU) == {"loss": 1.0}
+        return
+    with pytest.raises(DivergedError, match="loss is not finite in the evaluation"):
+        evaluate(make(), batches, measure, CPU)

@@ -11,6 +11,7 @@ import torch
 
 from cvlab.config import strict_yaml
 from cvlab.engine import checkpointer
+from cvlab.engine.trainer import Trainer
 from cvlab.errors import CheckpointError, StoppedError
 from cvlab.runs import checkpoint
 from tests import tiny
@@ -68,7 +69,8 @@ STATE_KEYS = [
     "config_sha256",
     "fingerprint",
     "fingerprint.processes",
-    "rng_other_ranks",
+    "other_ranks",
+    "uses_ema",
     "rng.torch",
     "rng.numpy",
     "rng.python",
@@ -78,6 +80,9 @@ STATE_KEYS = [
     "progress.budget_seconds",
     "progress.train_seconds",
     "progress.loss_sums",
+    "progress.epoch_loss_sums",
+    "progress.epoch_loss_steps",
+    "progress.epoch_losses",
     "progress.loss_steps",
     "progress.best_value",
     "progress.best_step",
@@ -124,11 +129,11 @@ def test_every_key_of_the_state_is_tested(stopped):
 
 def test_a_budget_is_kept_and_its_recorded_plan_repeats_the_run(tmp_path):
     def slower(step):
-        time.sleep(0.002 if step < 60 else 0.006)
+        time.sleep(0.002 if step < 30 else 0.006)
 
     def stop_slower(step):
         slower(step)
-        stop_at(80)(step)
+        stop_at(45)(step)
 
     config = tiny.settings(duration={"seconds": 1.0})
     with pytest.raises(StoppedError):
@@ -216,3 +221,42 @@ def test_checkpoints_are_spaced_by_their_cost(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path / "often" / "checkpoints") == [31, 32]
     tiny.train(tmp_path / "seldom", tiny.settings())
     assert checkpoint.steps(tmp_path / "seldom" / "checkpoints")[-1] == 32
+
+
+def test_the_last_weights_are_used_where_they_are_better_on_validation(tmp_path, monkeypatch):
+    scores = {}
+
+    def evaluate(trainer):
+        real = trainer.task.evaluate
+
+        def scored(model):
+            is_average = model is trainer.state.ema_model
+            return real(model) | {"val_accuracy": scores["average" if is_average else "last"]}
+
+        return scored
+
+    real_begin = Trainer.begin
+
+    def begin(trainer):
+        object.__setattr__(trainer.task, "evaluate", evaluate(trainer))
+        object.__setattr__(trainer.task, "monitor", "val_accuracy")
+        real_begin(trainer)
+
+    monkeypatch.setattr(Trainer, "begin", begin)
+    digests = {}
+    for name, average, last in (("a", 0.5, 0.9), ("b", 0.9, 0.5)):
+        scores |= {"average": average, "last": last}
+        metrics, _ = tiny.train(tmp_path / name, tiny.settings())
+        assert metrics["val_accuracy"] == 0.9
+        state = checkpoint.load(checkpoint.path_of(tmp_path / name / "checkpoints", tiny.STEPS))
+        assert state["uses_ema"] is (average > last)
+        used = state["ema_model"] if average > last else state["model"]
+        digests[name] = checkpoint.weights_digest(used)
+        log = (tmp_path / name / "log.txt").read_text()
+        assert ("the last weights are used" in log) is (last > average)
+    assert digests["a"] != digests["b"]
+
+
+def test_the_train_loss_does_not_depend_on_how_often_it_is_logged(tmp_path):
+    every, *others = (tiny.train(tmp_path / str(n), tiny.settings(log_every=n))[0]["train_loss"] for n in (1, 3, 50))
+    assert others == [every, every]

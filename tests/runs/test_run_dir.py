@@ -132,7 +132,7 @@ def test_runs_are_found_by_path_name_part_and_latest(tmp_path):
     assert find_run(one.path.name, root) == one.path.resolve()
     assert find_run("one", root) == one.path.resolve()
     assert find_run("latest", root) == two.path.resolve()
-    with pytest.raises(RunDirError, match="fits 2 runs"):
+    with pytest.raises(RunDirError, match="matches 2 runs"):
         find_run("-", root)
     with pytest.raises(RunDirError, match="no run 'three'"):
         find_run("three", root)
