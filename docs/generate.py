@@ -75,7 +75,12 @@ README_ROWS = (  # experiment, command, metric, what it is
         "44 ImageNet photos, target class ostrich",
     ),
     ("attack", "cvlab attack imagenet_samples", "success_rate", "45 ImageNet photos, any other class"),
-    ("style", "cvlab style style_images/tubingen.jpg style_images/starry_night.jpg", "ssim", "The Starry Night"),
+    (
+        "style",
+        "cvlab style style_images/tubingen.jpg style_images/starry_night.jpg",
+        "style_loss_reduction",
+        "style of The Starry Night",
+    ),
     ("detector", "cvlab train yolo_scenes", "map50", "detector of ten shapes in generated scenes"),
     ("captioner", "cvlab train caption_scenes", "exact_match", "captions of generated scenes"),
 )
