@@ -47,7 +47,8 @@ def test_its_results_were_recorded():
     recorded = [row for path in ROOT.glob("docs/results/*.json") for row in json.loads(path.read_text())]
     for command, metric, value in rows:
         values = [row["metrics"][metric]["mean"] for row in recorded if row["command"] == command]
-        assert any(abs(mean - float(value)) < 1e-3 for mean in values), command
+        decimals = len(value.partition(".")[2])
+        assert any(round(mean, decimals) == float(value) for mean in values), command
     assert 0 < len(rows) <= 8
 
 
