@@ -143,8 +143,8 @@ def build_lite0(weights_file: str | None = None) -> tuple[nn.Module, dict[str, A
     """
     model = _compat.timm().create_model("tf_efficientnet_lite0")
     path = Path(weights_file) if weights_file else weights.lite0_path()
-    state_dict = weights.read_state_dict(path)
     expected = model.state_dict()
+    state_dict = weights.match_names(weights.read_state_dict(path), expected)
     if state_dict.keys() != expected.keys():
         shapes = [tensor.shape for tensor in expected.values()]
         if [tensor.shape for tensor in state_dict.values()] != shapes:
@@ -183,8 +183,8 @@ def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[s
 
 def _load(model: nn.Module, path: Path) -> None:
     """Load weights by name; those of parts that only training has, such as auxiliary heads, are left out."""
-    state_dict = weights.read_state_dict(path)
     expected = model.state_dict()
+    state_dict = weights.match_names(weights.read_state_dict(path), expected)
     missing = [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
     wrong = [key for key in expected if key in state_dict and state_dict[key].shape != expected[key].shape]
     if missing or wrong:

@@ -6,7 +6,7 @@ Only `fetch` opens a socket. Nothing that is read can run code: files are safete
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvlab import _compat
+from cvlab import _compat, console
 from cvlab.errors import ConfigError, CvlabError, DataError
 from cvlab.runs import checkpoint
 from cvlab.storage import atomic, download
 from cvlab.storage.cache import data_root
 
-WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "weights", "params")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "ema_model.", "ema.", "backbone.", "encoder.")
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+\Z")  # torchvision and timm: the first digits of the sha256
 HUGGING_FACE = "https://huggingface.co"
 
@@ -56,13 +58,15 @@ def lite0_path() -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state_dict from a file, or from within a checkpoint.
+    """Read a state_dict from a file, or from within a checkpoint, which may hold a moving average of the weights too.
+
+    The average is taken if there is one: it is what the training code evaluates.
 
     Args:
         path: a .safetensors file, or one of torch.save.
 
     Returns:
-        tensors by name, without the prefix of DataParallel.
+        tensors by name.
 
     Raises:
         DataError: the file is missing, damaged or holds no state_dict.
@@ -85,16 +89,64 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise DataError(
             f"{path}: not weights that can be read: {reason}", "give a .pth or .safetensors file"
         ) from error
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if (
-        not isinstance(content, Mapping)
-        or not all(isinstance(value, Tensor) for value in content.values())
-        or not content
-    ):
+    content = _unwrap(content, path)
+    if not _is_state_dict(content):
         raise DataError(f"{path}: holds no weights by name", "give a state_dict")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {str(key): value for key, value in content.items()}
+
+
+def _unwrap(content: Any, path: Path) -> Any:
+    """Return the state_dict inside a checkpoint: that of the moving average if there is one."""
+    while isinstance(content, Mapping) and not _is_state_dict(content):
+        averages = [key for key in AVERAGES if _has_weights(content.get(key))]
+        wrappers = [key for key in WRAPPERS if _has_weights(content.get(key))]
+        if not averages and not wrappers:
+            break
+        if averages and wrappers:
+            console.info(f"{path.name}: taking {averages[0]!r}, the moving average of the weights, not {wrappers[0]!r}")
+        content = content[(averages or wrappers)[0]]
+    return content
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def _has_weights(content: Any) -> bool:
+    """Return whether a value is a state_dict, or a block with one inside."""
+    if _is_state_dict(content):
+        return True
+    return isinstance(content, Mapping) and any(map(_is_state_dict, content.values()))
+
+
+def match_names(state_dict: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Remove the prefixes that wrappers have put before the names of a model's weights.
+
+    DataParallel and DDP add `module.`, `torch.compile` adds `_orig_mod.`, Lightning the attribute that holds the model.
+
+    Args:
+        state_dict: tensors by name.
+        expected: the names that the model has.
+
+    Returns:
+        tensors by name; without those of other parts, such as a loss, if a prefix was removed.
+    """
+    names = set(expected)
+
+    def count(tensors: Mapping[str, Tensor]) -> int:
+        return len(names & tensors.keys())
+
+    best = state_dict
+    while True:
+        stripped = [
+            {key.removeprefix(prefix): value for key, value in best.items() if key.startswith(prefix)}
+            for prefix in PREFIXES
+        ]
+        candidate = max(stripped, key=lambda tensors: (count(tensors), len(tensors)))
+        is_wrapped = len(candidate) > len(best) / 2 and count(best) < len(names)
+        if not is_wrapped or count(candidate) < count(best):
+            return best
+        best = candidate
 
 
 def find_timm(name: str, about: Mapping[str, Any], path: str | None = None) -> Path:

@@ -190,3 +190,54 @@ def test_classes_by_name_and_by_number():
     assert few.class_index("1") == 1
     with pytest.raises(ConfigError, match="classes 0 to 1, by number"):
         few.class_index("2")
+
+
+WRAPPINGS = {
+    "plain": lambda tensors: tensors,
+    "state_dict": lambda tensors: {"epoch": 3, "state_dict": tensors, "optimizer": {"state": {}}},
+    "model": lambda tensors: {"model": tensors},
+    "model_state_dict": lambda tensors: {"model_state_dict": tensors, "loss": 0.5},
+    "net": lambda tensors: {"net": tensors, "acc": 90.0, "epoch": 7},
+    "nested": lambda tensors: {"state": 1, "model": {"state_dict": tensors}},
+}
+PREFIXES = ("", "module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "_orig_mod.module.", "model._orig_mod.")
+
+
+@pytest.fixture(scope="module")
+def squeezenet():
+    from cvlab.models import zoo
+
+    return zoo.build_torchvision("squeezenet1_1", num_classes=1000)
+
+
+def _classify_noise(path):
+    images = torch.rand((1, 3, 224, 224), generator=torch.Generator().manual_seed(0))
+    pretrained.build.cache_clear()
+    return pretrained.build("torchvision:squeezenet1_1", str(path)).probabilities(images)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_checkpoints_of_training_code_are_unwrapped(squeezenet, tmp_path, wrapping, prefix):
+    from cvlab.models import weights
+
+    expected = squeezenet.state_dict()
+    tensors = {f"{prefix}{name}": tensor for name, tensor in expected.items()}
+    if prefix:
+        tensors["criterion.weight"] = torch.ones(3)  # of another part of the training code
+    torch.save(WRAPPINGS[wrapping](tensors), tmp_path / "a.pth")
+    read = weights.match_names(weights.read_state_dict(tmp_path / "a.pth"), expected)
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("average", "weights_key"), [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("ema", "model_state_dict")]
+)
+def test_the_moving_average_is_taken_and_that_is_said(squeezenet, tmp_path, capsys, average, weights_key):
+    averaged = {name: tensor + 0.01 for name, tensor in squeezenet.state_dict().items()}
+    last = {f"module.{name}": tensor for name, tensor in squeezenet.state_dict().items()}
+    torch.save({weights_key: last, average: {f"module.{k}": v for k, v in averaged.items()}}, tmp_path / "both.pth")
+    torch.save(averaged, tmp_path / "average.pth")
+    assert torch.equal(_classify_noise(tmp_path / "both.pth"), _classify_noise(tmp_path / "average.pth"))
+    assert f"both.pth: taking {average!r}, the moving average of the weights" in capsys.readouterr().err

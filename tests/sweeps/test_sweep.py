@@ -201,7 +201,7 @@ def test_interrupted_and_started_again_no_trial_that_ended_runs_again(cvlab, tmp
     assert 1 <= len(ended) < 4
     code, _, err = cvlab("sweep", name, "--workers", 2)
     assert code == 0
-    assert f"resuming runs/{run.name}" in err
+    assert f"resuming the interrupted sweep runs/{run.name}" in err
     assert len([path for path in run.glob("trials/*") if _ended(path)]) == 4
     assert all((trial / "summary.json").stat().st_mtime_ns == before for trial, before in ended.items())
     assert cvlab("sweep", name, "--dry-run")[0] == 0
