@@ -15,6 +15,7 @@ from cvlab.errors import RunDirError
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 PLAIN_EVERY_SECONDS = 5.0
 level = NORMAL
+_stdout: Any = None  # where documents go while `only_documents_on_stdout`
 
 
 def set_level(quiet: bool, verbose: bool) -> None:
@@ -27,6 +28,23 @@ def info(line: str) -> None:
     """Show a line unless the level is quiet; warnings and errors are always shown."""
     if level > QUIET or line.startswith(("warning:", "error:")):
         print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def only_documents_on_stdout() -> Iterator[None]:
+    """Send what is printed to stderr, also by the user's own code, except for what `document` prints."""
+    global _stdout  # noqa: PLW0603 - one standard output
+    _stdout = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout = None
+
+
+def document(text: str) -> None:
+    """Print a document on stdout."""
+    print(text, file=_stdout or sys.stdout, flush=True)
 
 
 def always(line: str) -> None:

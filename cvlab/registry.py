@@ -4,11 +4,13 @@ A registry is a plain `dict[str, "module:Name"]` whose modules are imported on f
 `./file.py:Name`. Nothing else can be imported from a configuration.
 """
 
+import ast
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +102,8 @@ def is_user_file(name: str) -> bool:
 def import_user_object(name: str, base: Path) -> Any:
     """Import `file.py:Name`, the path relative to `base`; exceptions of the file itself are not caught.
 
+    The file may import others of its folder, as it may when it is run as a script.
+
     Raises:
         ConfigError: if there is no such file or no such name in it.
     """
@@ -113,11 +117,54 @@ def import_user_object(name: str, base: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickling look their module up by name
-    spec.loader.exec_module(module)
+    with _importing_from(path.parent):
+        spec.loader.exec_module(module)
     if not hasattr(module, attribute):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown_name_error(f"name in {path.name}", attribute, public)
     return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let modules of a folder be imported; forget them afterwards, for another folder may have the same names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and Path(file).is_relative_to(folder):
+                del sys.modules[name]
+
+
+def local_imports(path: Path) -> list[Path]:
+    """Return the files beside a user's file that it imports, directly or indirectly, relative to its folder."""
+    folder, todo, files = path.parent, [path], {path}
+    while todo:
+        for name in _imported_modules(todo.pop()):
+            package = folder / name
+            candidates = [
+                folder / f"{name}.py",
+                *(package.rglob("*.py") if (package / "__init__.py").is_file() else ()),
+            ]
+            new = {candidate for candidate in candidates if candidate.is_file()} - files
+            files |= new
+            todo += new
+    return sorted(file.relative_to(folder) for file in files - {path})
+
+
+def _imported_modules(path: Path) -> set[str]:
+    """Return the first parts of the names of the modules that a file imports; none if it cannot be parsed."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names}
 
 
 def experiment_names() -> list[str]:

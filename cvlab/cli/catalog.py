@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cvlab import console
 from cvlab.cli.groups import RESOURCES, CommandGroup
 from cvlab.cli.options import (
     Output,
@@ -38,7 +39,7 @@ def show_config(
     from cvlab.reports import tables
 
     if schema:
-        print(json.dumps(json_schema.json_schema(), indent=2))
+        console.document(json.dumps(json_schema.json_schema(), indent=2))
         return
     if config is None:
         shipped = catalog.shipped()

@@ -52,7 +52,7 @@ def report_user_error(error: CvlabError, output: Output) -> int:
     if output.debug:
         traceback.print_exception(error)
     if output.as_json:
-        print(json.dumps({"ok": False, "error": error.document()}, indent=2))
+        console.document(json.dumps({"ok": False, "error": error.document()}, indent=2))
     for line in [error, *getattr(error, "further_errors", ())]:
         console.always(str(line) if isinstance(error, StoppedError) else f"error: {line}")
     return error.code
@@ -72,6 +72,6 @@ def report_internal_error(error: Exception, output: Output) -> int:
     message = f"{type(error).__name__}: {error}"
     if output.as_json:
         hint = "the traceback is on stderr"
-        print(json.dumps({"ok": False, "error": {"code": 1, "message": message, "hint": hint}}, indent=2))
+        console.document(json.dumps({"ok": False, "error": {"code": 1, "message": message, "hint": hint}}, indent=2))
     console.info(f"error: {message}; this is a bug in cvlab, or in your own file if the traceback ends there")
     return 1

@@ -1,5 +1,6 @@
 """The command line: its commands, its exit code. Nothing heavy is imported before a command needs it."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -78,6 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
 def run_command_line(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed, not raised."""
     output = Output(as_json="--json" in arguments)  # a command line that cannot be parsed has no options
+    with console.only_documents_on_stdout() if output.as_json else contextlib.nullcontext():
+        return _run_command_line(arguments, output)
+
+
+def _run_command_line(arguments: list[str], output: Output) -> int:
     try:
         signal.signal(signal.SIGTERM, _terminate)
         code = app(arguments, prog_name="cvlab", standalone_mode=False, obj=output)

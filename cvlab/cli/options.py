@@ -92,7 +92,7 @@ class Output(OptionGroup):
         if self.as_json:
             from cvlab.runs.records import to_json_value
 
-            print(json.dumps(to_json_value(document), indent=2))
+            console.document(json.dumps(to_json_value(document), indent=2))
         else:
             render()
 

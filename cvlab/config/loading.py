@@ -8,6 +8,7 @@ Errors name the file and line of every invalid value.
 
 import contextlib
 import copy
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,7 +179,7 @@ def _apply(document: Document, overrides: Iterable[str], experiment: "Experiment
                 path = (*dotted, ".".join(map(str, path[len(dotted) :])))
         if not equals or "" in path:
             raise ConfigError(f"override {text!r} is not of the form key=value", "for example optimizer.lr=1e-2")
-        parsed = strict_yaml.parse(value, f"override {text}").value
+        parsed = _from_current_folder(strict_yaml.parse_override(value, f"override {text}"))
         block = document.value
         for depth, part in enumerate(path[:-1], start=1):
             if path[:depth] in one_of_blocks and path[:depth] not in sources:
@@ -194,6 +195,15 @@ def _apply(document: Document, overrides: Iterable[str], experiment: "Experiment
         block[path[-1]] = parsed
         sources[path] = text
     return sources
+
+
+def _from_current_folder(value: Any) -> Any:
+    """Make the user's files in a value absolute: what is typed is relative to the current folder."""
+    if isinstance(value, str) and registry.is_user_file(value):
+        return os.path.abspath(value)
+    if isinstance(value, dict):
+        return {key: _from_current_folder(item) for key, item in value.items()}
+    return tuple(map(_from_current_folder, value)) if isinstance(value, tuple) else value
 
 
 def validate(document: Document, base: Path, sources: Mapping[KeyPath, str] | None = None) -> ExperimentConfig:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing_extensions import Self
 
 from cvlab.config import expectations, signatures
 from cvlab.config.signatures import Signature
+from cvlab.errors import ConfigError
 from cvlab.registry import unknown_name_error
 
 PositiveFloat = Annotated[float, Gt(0)]
@@ -23,6 +25,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 FractionBelowOne = Annotated[float, Ge(0), Lt(1)]
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
+RESERVED = ("name", "builder_arguments")  # keys of a block that cannot be parameters of its builder
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
@@ -37,8 +40,8 @@ class ComponentConfig(FrozenModel):
 
     name: str
 
-    def arguments(self) -> dict[str, Any]:
-        """Return all keys except the name, with defaults."""
+    def builder_arguments(self) -> dict[str, Any]:
+        """Return all keys except the name, with defaults: the arguments of the builder."""
         declared = {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
         return declared | (self.model_extra or {})
 
@@ -82,16 +85,26 @@ def _registered_type(kind: str, name: str, target: str, injected: frozenset[str]
 
 
 def component_type(kind: str, name: str, signature: Signature) -> type[ComponentConfig]:
-    """Return the schema of a component, made from the annotations and defaults of its builder's parameters."""
+    """Return the schema of a component, made from the annotations and defaults of its builder's parameters.
+
+    Raises:
+        ConfigError: if a parameter has a name that a block cannot have.
+    """
     base: type[ComponentConfig] = ComponentConfig
     fields: dict[str, Any] = {"name": (Literal[name], name)}
     for parameter in signature.parameters:
+        if parameter.name in RESERVED or parameter.name.startswith(("_", "model_")):
+            raise ConfigError(
+                f"{kind} {name}: it has a parameter {parameter.name!r}", "the name is reserved; rename it"
+            )
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             base = OpenComponentConfig
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             fields[parameter.name] = (parameter.annotation, default)
-    return create_model(f"{kind}_{name}", __base__=base, __doc__=signature.summary, **fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names such as `copy`, which hide methods of pydantic that are not used
+        return create_model(f"{kind}_{name}", __base__=base, __doc__=signature.summary, **fields)
 
 
 def expand_names(config_type: type[BaseModel], raw: dict[str, Any]) -> None:

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cvlab import registry
+from cvlab.errors import ConfigError
 
 FunctionNode = ast.FunctionDef
 
@@ -37,18 +40,53 @@ class Signature:
 
 
 def of_builder(builder: Callable[..., Any], ignored: Collection[str] = ()) -> Signature:
-    """Return the signature of a function or class without the parameters in `ignored`."""
+    """Return the signature of a function or class without the parameters in `ignored`.
+
+    Parameters whose default cannot be written in YAML, such as a class, are left out: they keep it. Any value is
+    accepted where an annotation cannot be evaluated, or has no meaning in YAML.
+
+    Raises:
+        ConfigError: if the builder has no signature.
+    """
     described = builder.func if isinstance(builder, functools.partial) else builder
     annotated = inspect.unwrap(described.__init__ if inspect.isclass(described) else described)
-    parameters = [p for p in inspect.signature(builder).parameters.values() if p.name not in ignored]
-    # The annotations of the other parameters may be known to type checkers only.
-    annotations = {p.name: p.annotation for p in parameters if p.annotation is not inspect.Parameter.empty}
-    stub = type("Annotations", (), {"__annotations__": annotations})
-    hints = typing.get_type_hints(stub, getattr(annotated, "__globals__", {}), include_extras=True)
+    try:
+        parameters = list(inspect.signature(builder).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{getattr(described, '__name__', described)}: {error}", "name a function or a class"
+        ) from error
+    namespace = getattr(annotated, "__globals__", {})
     return Signature(
-        tuple(p.replace(annotation=hints.get(p.name, Any)) for p in parameters),
+        tuple(
+            p.replace(annotation=_annotation(p, namespace))
+            for p in parameters
+            if p.name not in ignored and (p.default is inspect.Parameter.empty or _is_plain(p.default))
+        ),
         (inspect.getdoc(described) or "").partition("\n")[0],
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value can be written in YAML."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _annotation(parameter: inspect.Parameter, namespace: dict[str, Any]) -> Any:
+    """Return the evaluated annotation of a parameter; `Any` if there is none that a value can be checked with."""
+    if parameter.annotation is inspect.Parameter.empty:
+        return Any
+    stub = type("Annotations", (), {"__annotations__": {"value": parameter.annotation}})
+    try:
+        annotation = typing.get_type_hints(stub, namespace, include_extras=True)["value"]
+        TypeAdapter(annotation)
+    except Exception:  # of the user's annotation: a name for type checkers only, a class that pydantic does not know
+        return Any
+    return annotation | None if parameter.default is None else annotation
 
 
 def of_target(target: str, ignored: Collection[str] = ()) -> Signature:

@@ -19,8 +19,8 @@ MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
 MAX_NODES = 600
 MAX_BRACKETS = 400  # PyYAML's scanner takes quadratic time over unclosed ones
-INTEGER = re.compile(r"[-+]?[0-9][0-9_]*\Z")
-FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
+INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
+FLOAT = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
 CONSTANTS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "false": False}
 for _word in ("null", "true", "false"):
     CONSTANTS[_word.capitalize()] = CONSTANTS[_word.upper()] = CONSTANTS[_word]
@@ -120,6 +120,13 @@ def _build(text: str, source: str) -> Document:
         elif isinstance(event, yaml.CollectionEndEvent):
             _close(document, stack)
     return document
+
+
+def parse_override(text: str, source: str) -> Any:
+    """Parse the value of an override: as `parse`, but ` #` starts no comment, and is a part of plain text."""
+    if " #" in text and text.lstrip()[:1] not in ("[", "{", '"', "'"):
+        return text.strip()
+    return parse(text, source).value
 
 
 def _mark(event: yaml.Event) -> Mark:

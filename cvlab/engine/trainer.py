@@ -67,7 +67,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, task: TrainTask, run_dir: RunDir, stop: StopRequest) -> None:
         self.config, self.task, self.run_dir, self.stop = config, task, run_dir, stop
-        optimizer = optimizers.build_optimizer(config.optimizer.name, task.model, config.optimizer.arguments())
+        optimizer = optimizers.build_optimizer(config.optimizer.name, task.model, config.optimizer.builder_arguments())
         self.state = TrainState(task.model, optimizer, config.ema)
         self.progress = TrainProgress(0)
         self.checkpointer = Checkpointer(self, run_dir, task.ctx, config.save_seconds)
@@ -167,7 +167,7 @@ class Trainer:
 
     def _fit(self) -> Iterator[Losses]:
         schedule = registry.get("schedule", self.config.schedule.name, schedules.SCHEDULES.names)
-        arguments = self.config.schedule.arguments()
+        arguments = self.config.schedule.builder_arguments()
 
         def lr_factor(step: int) -> float:
             # the middle of the step, so that a schedule which starts or ends at 0 wastes none

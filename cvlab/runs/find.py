@@ -16,7 +16,9 @@ from cvlab.storage import atomic
 
 def runs_root(folder: str | None = None) -> Path:
     """Return the folder of all runs: the argument, else $CVLAB_RUNS, else ./runs."""
-    return Path(folder or os.environ.get("CVLAB_RUNS") or "runs")
+    return Path(
+        folder or os.environ.get("CVLAB_RUNS") or "runs"
+    ).expanduser()  # `--runs-dir=~/r` is not expanded by a shell
 
 
 def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = None) -> RunDir:

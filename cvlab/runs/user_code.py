@@ -47,8 +47,9 @@ def snapshot_user_code(value: Any, base: Path, folder: Path) -> None:
     """Copy the files that a value names into a folder, each to its `copy_path`."""
     for path in user_files(value):
         try:
-            (folder / copy_path(path)).parent.mkdir(parents=True, exist_ok=True)
-            (folder / copy_path(path)).write_bytes((base / path).read_bytes())
+            for source, copy in _files_and_copies(path, base, folder):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(source.read_bytes())
         except OSError as error:
             raise RunDirError(f"{base / path}: cannot be copied to {folder}: {error.strerror}") from error
 
@@ -73,14 +74,32 @@ def rewrite_paths(config: Config) -> Config:
 def is_unchanged(value: Any, base: Path, copies: Path) -> bool:
     """Return whether the files that a value names are unchanged since `snapshot_user_code`."""
     try:
-        return all((base / path).read_bytes() == (copies / copy_path(path)).read_bytes() for path in user_files(value))
+        return all(
+            source.read_bytes() == copy.read_bytes()
+            for path in user_files(value)
+            for source, copy in _files_and_copies(path, base, copies)
+        )
     except OSError:
         return False
 
 
+def _files_and_copies(path: Path, base: Path, folder: Path) -> list[tuple[Path, Path]]:
+    """Return a user's file and those of its folder that it imports, each with where its copy goes."""
+    source, copy = base / path, folder / copy_path(path)
+    return [(source, copy), *((source.parent / name, copy.parent / name) for name in registry.local_imports(source))]
+
+
 def _copy_named_file(name: str, base: Path, folder: Path) -> str:
+    """Copy a file and those of its folder that it imports, which keep their names; return the name of the copy."""
     file, _, attribute = name.rpartition(":")
-    return f"./{copy_file(base / file, folder)}:{attribute}"
+    source = base / file
+    for imported in registry.local_imports(source):
+        target = folder / imported
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and target.read_bytes() != (source.parent / imported).read_bytes():
+            raise RunDirError(f"{source.parent / imported}: another file of the run has this name", "rename it")
+        target.write_bytes((source.parent / imported).read_bytes())
+    return f"./{copy_file(source, folder)}:{attribute}"
 
 
 def copy_file(source: Path, folder: Path) -> str:

@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import Field, model_validator
 
 from cvlab.config import schema
-from cvlab.experiments.common.photo_config import PhotoConfig
+from cvlab.experiments.common.photo_config import ClassName, PhotoConfig
 
 JPEG_QUALITIES = (95, 85, 75)
 DEFAULT_EPS = 8.0  # in 1/255
@@ -15,7 +15,7 @@ DEFAULT_EPS = 8.0  # in 1/255
 class AttackConfig(PhotoConfig):
     """Configuration of an attack: the photos, the target class, the method."""
 
-    target: str | None = Field(None, description="target class; null: any class but the predicted one")
+    target: ClassName | None = Field(None, description="target class; null: any class but the predicted one")
     method: Literal["l2", "fgsm", "pgd"] = Field(
         "l2",
         description="gradient steps of a fixed L2 norm, or one step (fgsm) or many (pgd) within an L-infinity bound",

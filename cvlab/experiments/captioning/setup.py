@@ -43,7 +43,7 @@ def build_setup(config: CaptionerConfig) -> CaptioningSetup:
         config.strides, config.backbone, config.backbone_weights, ctx.device
     )
     metadata = CaptionerMetadata(
-        arguments=config.model.arguments() | {"layers": "torch"},  # a loaded captioner runs on torch's layers
+        arguments=config.model.builder_arguments() | {"layers": "torch"},  # a loaded captioner runs on torch's layers
         vocabulary=tokens,
         size_px=config.size,
         max_length=config.length,
@@ -53,7 +53,7 @@ def build_setup(config: CaptionerConfig) -> CaptioningSetup:
         trained_on=dataset.name,
     )
     captioner = captioner_checkpoint.build(metadata, extractor, ctx.device)
-    captioner.model.layers = config.model.arguments()["layers"]
+    captioner.model.layers = config.model.builder_arguments()["layers"]
     return CaptioningSetup(ctx, dataset, captioner)
 
 

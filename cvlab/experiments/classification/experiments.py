@@ -195,7 +195,7 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
         user_dataset = load_user_dataset(config, base)
         size = dataset_size(user_dataset) if user_dataset else datasets.get(config.data.name).size
         model = build_model(config, base, size)
-        optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.arguments())
+        optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.builder_arguments())
         num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
         steps_per_epoch = count_steps_per_epoch(num_train, config.batch_size)
         steps = config.duration.num_steps(steps_per_epoch)

@@ -100,7 +100,7 @@ def build_model(config: ClassifyConfig, base: Path, size: DatasetSize) -> nn.Mod
     device.seed_everything(config.seed)
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
     namespace = registry.get("layers", config.layers, layers.LAYERS)
-    model = model_registry.build(config.model.name, config.model.arguments(), base, layers=namespace, **shape)
+    model = model_registry.build(config.model.name, config.model.builder_arguments(), base, layers=namespace, **shape)
     model_registry.check_logits(model, config.model.name, **shape)
     return model
 

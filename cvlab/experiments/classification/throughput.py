@@ -45,7 +45,7 @@ def train_steps(
     get_batch: Callable[[int], tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[loop.Losses]:
     """Train step by step as a run of the configuration does, on its batches or on those of `get_batch`."""
-    optimizer = optimizers.build_optimizer(config.optimizer.name, built.model, config.optimizer.arguments())
+    optimizer = optimizers.build_optimizer(config.optimizer.name, built.model, config.optimizer.builder_arguments())
     return loop.fit(
         loop.TrainState(built.model, optimizer, config.ema),
         setup.build_loss_fn(config, built.train_loader),

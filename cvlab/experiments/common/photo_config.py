@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from cvlab.config.schema import PositiveInt, RunConfig
 from cvlab.config.validation import Problems
@@ -15,6 +15,15 @@ from cvlab.models import names
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
     from cvlab.models.pretrained import PretrainedClassifier
+
+
+def _as_text(name: object) -> object:
+    return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
+
+
+ClassName = Annotated[
+    str, BeforeValidator(_as_text)
+]  # by name, WordNet id or index; YAML reads an index as a number
 
 
 class PretrainedConfig(RunConfig):

@@ -45,7 +45,7 @@ def build(config: DetectorConfig) -> DetectionSetup:
     device.seed_everything(config.seed)
     metadata = DetectorMetadata(
         model=config.model.name,
-        arguments=config.model.arguments(),
+        arguments=config.model.builder_arguments(),
         classes=boxset.classes,
         size_px=config.size,
         backbone=config.backbone,

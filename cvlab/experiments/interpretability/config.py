@@ -8,13 +8,13 @@ from pydantic import Field, field_validator, model_validator
 from cvlab.config import schema
 from cvlab.data import photo_paths
 from cvlab.experiments.common import photo_config
-from cvlab.experiments.common.photo_config import PhotoConfig, PretrainedConfig
+from cvlab.experiments.common.photo_config import ClassName, PhotoConfig, PretrainedConfig
 
 
 class ClassVisualizationConfig(PretrainedConfig):
     """Configuration of class visualization: the classes, the parametrization, the regularization."""
 
-    targets: tuple[str, ...] = Field(("gorilla",), description="classes to visualize, one image each")
+    targets: tuple[ClassName, ...] = Field(("gorilla",), description="classes to visualize, one image each")
     init: Literal["noise", "image"] = Field("noise", description="start from noise or from the photo in `images`")
     images: tuple[str, ...] = Field((), description="with init: image, the photo to start from")
     parametrization: Literal["fourier", "pixels"] = Field(
@@ -103,7 +103,7 @@ class SaliencyConfig(PhotoConfig):
     method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
         "gradient", description="how the map is computed"
     )
-    target: str | None = Field(None, description="class to explain; null: the predicted class")
+    target: ClassName | None = Field(None, description="class to explain; null: the predicted class")
     objective: Literal["score", "loss"] = Field(
         "score", description="explain the logit of the class or its cross-entropy loss"
     )

@@ -1,0 +1,174 @@
+"""Models and functions that users write: their signatures, the files that they import, what they print."""
+
+import json
+
+import pytest
+
+from cvlab.runs.find import find_run, runs_root
+from cvlab.runs.records import read_json
+
+MODEL = """
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+class Kind(enum.Enum):
+    A = 1
+
+class Net(nn.Sequential):
+    def __init__(self, {parameters}):
+        super().__init__(nn.Flatten(), nn.Linear(3072, 10))
+"""
+TINY = ("data={name: scenes10, num_train: 40, val_fraction: 0.02}", "batch_size=20", "duration={steps: 2}", "threads=1")
+
+
+def train(cvlab, *arguments):
+    return cvlab("train", "quickstart", *TINY, "expect=[]", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "settings"),
+    [
+        ("activation=nn.ReLU", {}),
+        ("activation: type[nn.Module] = nn.ReLU, width=3", {"width": 3}),
+        ("path=Path('a')", {}),
+        ("kind: Kind = Kind.A", {}),
+        ("dtype: torch.dtype = torch.float32", {}),
+        ("device=torch.device('cpu'), norm=lambda n: nn.BatchNorm1d(n)", {}),
+        ("sizes: 'Sequence[int]' = (1, 2)", {"sizes": [1, 2]}),
+        ("hidden: int = None", {"hidden": None}),
+        ("hidden: Optional[int] = None", {"hidden": None}),
+        ("arguments=3, copy=1, json=2, schema=4", {"arguments": 3, "copy": 1, "json": 2, "schema": 4}),
+        ("options={'a': [1, 2]}", {"options": {"a": [1, 2]}}),
+        ("*, keep: float = 0.5, **others", {"keep": 0.5}),
+    ],
+)
+def test_any_signature_can_be_a_model(cvlab, tmp_path, parameters, settings):
+    (tmp_path / "net.py").write_text(MODEL.format(parameters=parameters))
+    code, out, err = train(cvlab, "model=./net.py:Net", "--json", "-q")
+    assert code == 0, err
+    run = tmp_path / json.loads(out)["run"]
+    assert run.name.split("-", 2)[2].startswith("quickstart")
+    code, out, err = cvlab("config", str(run), "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"]["model"] == {"name": "./net.py:Net", **settings}
+    assert cvlab("run", str(run), "-q")[0] == 0
+
+
+@pytest.mark.parametrize("override", ["model.hidden=5", "model.hidden=null"])
+def test_a_default_of_none_accepts_its_type_and_none(cvlab, tmp_path, override):
+    (tmp_path / "net.py").write_text(MODEL.format(parameters="hidden: int = None"))
+    assert cvlab("config", "quickstart", "model=./net.py:Net", override)[0] == 0
+    code, _, err = cvlab("config", "quickstart", "model=./net.py:Net", "model.hidden=x")
+    assert code == 2
+    assert "model.hidden: expected a whole number or null" in err
+
+
+@pytest.mark.parametrize("parameter", ["name", "builder_arguments", "model_config", "_private"])
+def test_a_reserved_parameter_is_refused_in_one_line(cvlab, tmp_path, parameter):
+    (tmp_path / "net.py").write_text(MODEL.format(parameters=f"{parameter}=1"))
+    code, _, err = cvlab("config", "quickstart", "model=./net.py:Net")
+    assert code == 2
+    assert f"it has a parameter {parameter!r}; the name is reserved" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_model_may_import_the_files_beside_it(cvlab, tmp_path):
+    folder = tmp_path / "code"
+    (folder / "parts" / "deep").mkdir(parents=True)
+    (folder / "net.py").write_text(
+        "from torch import nn\nfrom layers import head\nfrom parts import WIDTH\n"
+        "class Net(nn.Sequential):\n    def __init__(self):\n        super().__init__(nn.Flatten(), *head(WIDTH))\n"
+    )
+    (folder / "layers.py").write_text(
+        "import sizes\nfrom torch import nn\n"
+        "def head(n):\n    return [nn.Linear(3072, n), nn.Linear(n, sizes.CLASSES)]\n"
+    )
+    (folder / "sizes.py").write_text("CLASSES = 10\n")
+    (folder / "parts" / "__init__.py").write_text("from parts.deep.width import WIDTH\n")
+    (folder / "parts" / "deep" / "__init__.py").write_text("")
+    (folder / "parts" / "deep" / "width.py").write_text("WIDTH = 4\n")
+    (folder / "unused.py").write_text("raise RuntimeError\n")
+    code, _, err = train(cvlab, "model=code/net.py:Net", "-q")
+    assert code == 0, err
+    run = find_run("latest", runs_root())
+    for name in ("net.py", "layers.py", "sizes.py", "parts/__init__.py", "parts/deep/width.py"):
+        assert (run / name).read_text() == (folder / name).read_text()
+    assert not (run / "unused.py").exists()
+    digest = read_json(run / "summary.json")["weights_sha256"]
+    (folder / "sizes.py").write_text("raise RuntimeError\n")  # the run has its own copy
+    assert cvlab("run", str(run), "-q")[0] == 0
+    assert read_json(find_run("latest", runs_root()) / "summary.json")["weights_sha256"] == digest
+
+
+def test_what_user_code_prints_is_not_in_the_document(cvlab, tmp_path):
+    (tmp_path / "net.py").write_text(
+        MODEL.format(parameters="") + "        print('constructed')\n"
+        "    def forward(self, x):\n        print('called')\n        return super().forward(x)\n"
+    )
+    code, out, err = train(cvlab, "model=./net.py:Net", "--json", "-q")
+    assert code == 0, err
+    assert json.loads(out)["ok"]
+    assert "constructed" in err
+    assert "called" in err
+
+
+def test_a_file_that_is_typed_is_relative_to_the_current_folder(cvlab, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.yaml").write_text(
+        "experiment: classify\ndata: scenes10\nmodel: ./mine.py:Net\n"
+        "optimizer: sgd\nbatch_size: 10\nduration: {steps: 1}\n"
+    )
+    (tmp_path / "elsewhere" / "mine.py").write_text(MODEL.format(parameters="width=1"))
+    (tmp_path / "mine.py").write_text(MODEL.format(parameters="width=2"))
+    config = json.loads(cvlab("config", "elsewhere/a.yaml", "--json")[1])["config"]
+    assert config["model"]["width"] == 1
+    for override in ("model=./mine.py:Net", "model={name: './mine.py:Net'}", "model.name=mine.py:Net"):
+        config = json.loads(cvlab("config", "elsewhere/a.yaml", override, "--json")[1])["config"]
+        assert config["model"]["width"] == 2
+    code, _, err = cvlab("config", "quickstart", "model=./none.py:Net")
+    assert code == 2
+    assert str(tmp_path / "none.py") in err
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("name=20261126_", "20261126_"), ("name=a_1", "a_1"), ("seed=1_000", 1000), ("seed=12", 12)],
+)
+def test_underscores_in_numbers(cvlab, override, value):
+    config = json.loads(cvlab("config", "quickstart", override, "--json")[1])["config"]
+    assert config[override.partition("=")[0]] == value
+
+
+def test_odd_values_on_the_command_line(cvlab, tmp_path, monkeypatch):
+    code, _, err = cvlab("config", "quickstart", "seed=1_")
+    assert code == 2
+    assert "whole number" in err
+    code, _, err = cvlab("config", "quickstart", "name=a #b")
+    assert code == 2
+    assert "a run's name has letters" in err
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert train(cvlab, "--runs-dir=~/r", "-q")[0] == 0
+    assert list((tmp_path / "home" / "r").glob("*quickstart*"))
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "expected"),
+    [
+        ("attack", "target=9", "9"),
+        ("saliency", "target=9", "9"),
+        ("class_visualization", "targets=[1,130]", ["1", "130"]),
+    ],
+)
+def test_a_class_may_be_a_number(cvlab, command, override, expected):
+    code, out, err = cvlab("config", command, override, "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"][override.partition("=")[0]] == expected
+    assert cvlab("config", command, override.replace("9", "1000").replace("130", "1000"))[0] == 2
