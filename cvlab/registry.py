@@ -69,12 +69,13 @@ def unknown_name_error(kind: str, name: str, known: Iterable[str], listing: str 
     """
     known = sorted(known)
     close = closest_match(name, known)
+    quoted = [repr(other) if "," in other else other for other in known]
     question = f"did you mean {close!r}? " if close else ""
     if listing and len(known) > MAX_LISTED:
         similar = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
         nearest = question or (f"similar: {', '.join(similar)}; " if similar else "")
         return ConfigError(f"unknown {kind} {name!r}", f"{nearest}`{listing}` lists all {len(known)}")
-    return ConfigError(f"unknown {kind} {name!r}", f"{question}known: {', '.join(known)}")
+    return ConfigError(f"unknown {kind} {name!r}", f"{question}known: {', '.join(quoted)}")
 
 
 def import_name(target: str) -> Any:

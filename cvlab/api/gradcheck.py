@@ -1,5 +1,6 @@
 """`cvlab gradcheck`: check hand-written layers, losses, update rules and models, or a layer of the user."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def run(names: Sequence[str], seed: int) -> dict[str, Any]:
         seed: Seed of the random inputs.
 
     Returns:
-        `ok`, and `checks`: `name`, `numeric_error`, `torch_error`, `tolerance` and `ok` of each.
+        `ok`, and `checks`: `name`, `numeric_error`, `torch_error`, `tolerance`, `ok` and `wrong_gradients` of each.
 
     Raises:
         ConfigError: If there is no such layer.
@@ -99,7 +100,7 @@ def run(names: Sequence[str], seed: int) -> dict[str, Any]:
         verdicts = _check_named(names) + _check_models(names or None)
     finally:
         torch.set_num_threads(threads)
-    rows = [vars(verdict) | {"ok": verdict.ok} for verdict in verdicts]
+    rows = [dataclasses.asdict(verdict) | {"ok": verdict.ok} for verdict in verdicts]
     return {"ok": all(verdict.ok for verdict in verdicts), "checks": rows}
 
 

@@ -266,7 +266,8 @@ def show_export(result: Mapping[str, Any]) -> None:
 
 
 def show_gradients(checks: Iterable[Mapping[str, Any]]) -> None:
-    """Print the errors of a gradient check."""
+    """Print the errors of a gradient check, and what is wrong with each gradient that is wrong."""
+    checks = list(checks)
     keys = ("numeric_error", "tolerance", "torch_error")
     rows = [
         (
@@ -277,3 +278,10 @@ def show_gradients(checks: Iterable[Mapping[str, Any]]) -> None:
         for check in checks
     ]
     table("", ("layer", "differences", "tolerance", "torch", "verdict"), rows)
+    for check in checks:
+        for wrong in check["wrong_gradients"]:
+            print(f"{check['name']}: {wrong['name']} {wrong['problem']}")
+            if wrong["position"] is not None:
+                where = ", ".join(map(str, wrong["position"]))
+                values = f"{wrong['value']:.6g}; autograd {wrong['expected']:.6g}, differences {wrong['numeric']:.6g}"
+                print(f"  largest error at [{where}]: {values}")

@@ -198,3 +198,97 @@ def test_a_users_own_layer(cvlab, tmp_path):
     code, _, err = cvlab("gradcheck", "./mine.py:Nothing")
     assert code == 2
     assert "has no forward, backward, example" in err
+
+
+LINEAR = """import torch
+
+class Linear:
+    @staticmethod
+    def forward(x, w, b):
+        return x @ w + b, (x, w)
+
+    @staticmethod
+    def backward(dout, cache):
+        x, w = cache
+        dx, dw, db = dout @ w.T, x.T @ dout, dout.sum(0)
+        MISTAKE
+        return dx, dw, db
+
+    @staticmethod
+    def example():
+        return torch.randn(5, SIZE), torch.randn(SIZE, 4), torch.randn(4)
+"""
+
+MISTAKES = {  # what the student wrote, and what is said about it
+    "dw = 0.5 * dw": "dw is 0.5 times what it should be; a constant factor is missing or too many",
+    "dw = dw / 5": "dw is 0.2 times what it should be; do not divide by the batch size (5)",
+    "db = db * 5": "db is 5 times what it should be; divide by the batch size (5)",
+    "dx = -dx": "dx is -1 times what it should be; the sign is wrong",
+    "dw = dw.T": "dw has the shape (4, 3), not (3, 4); it is the transpose of what it should be",
+    "db = dout[0]": "db is that of the first sample only; add up the gradients of all samples",
+    "dw = x[-1:].T @ dout[-1:]": "dw is that of the last sample only",
+    "dx = torch.zeros_like(dx)": "dx is 0 everywhere",
+    "dx = dx * float('nan')": "dx is not finite",
+    "dx[0, 0] += 1": "dx differs in 7% of its elements",
+    "db = dout": "db has the shape (5, 4), not (4,)",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_usual_mistakes_are_named(cvlab, tmp_path, mistake):
+    (tmp_path / "mine.py").write_text(LINEAR.replace("MISTAKE", mistake).replace("SIZE", "3"))
+    code, out, err = cvlab("gradcheck", "./mine.py:Linear")
+    assert code == 3, err
+    wrong = [line for line in out.splitlines() if line.startswith("./mine.py:Linear: ")]
+    assert len(wrong) == 1
+    assert MISTAKES[mistake] in wrong[0]
+    (row,) = json.loads(cvlab("gradcheck", "./mine.py:Linear", "--json")[1])["checks"]
+    (gradient,) = row["wrong_gradients"]
+    assert gradient["name"] == wrong[0].split()[1]
+    if gradient["position"] is not None:
+        assert gradient["numeric"] == pytest.approx(gradient["expected"], rel=1e-5, abs=1e-7)
+        assert "largest error at [" in out
+
+
+def test_a_square_transpose_is_named(cvlab, tmp_path):
+    (tmp_path / "mine.py").write_text(LINEAR.replace("MISTAKE", "dw = dw.T").replace("SIZE", "4"))
+    assert "dw is the transpose of what it should be" in cvlab("gradcheck", "./mine.py:Linear")[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("MISTAKE", "raise ValueError('no idea')", "backward raises ValueError: no idea; "),
+        ("MISTAKE", "dw = dw @ dw", "backward raises RuntimeError: "),
+        ("return x @ w + b, (x, w)", "return x @ w.T, 0", "forward raises RuntimeError: "),
+        ("return torch.randn(5, SIZE)", "return undefined", "example raises NameError: "),
+    ],
+)
+def test_exceptions_of_a_layer_are_one_line_with_their_place(cvlab, tmp_path, old, new, message):
+    (tmp_path / "mine.py").write_text(LINEAR.replace(old, new).replace("MISTAKE", "pass").replace("SIZE", "3"))
+    code, _, err = cvlab("gradcheck", "./mine.py:Linear")
+    assert code == 2
+    assert f"./mine.py:Linear: {message}" in err
+    assert "mine.py:" in err.partition("; ")[2]
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_a_layer_may_change_its_input_in_place_and_have_self(cvlab, tmp_path, is_static):
+    text = LINEAR.replace("MISTAKE", "pass").replace("SIZE", "3")
+    text = text.replace(
+        "return x @ w + b, (x, w)", "kept = x.clone()\n        x *= 2\n        return x @ w + b, (kept, w)"
+    )
+    text = text.replace("dout @ w.T, x.T @ dout", "2 * dout @ w.T, 2 * x.T @ dout")
+    if not is_static:
+        text = text.replace("    @staticmethod\n", "")
+        for part in ("forward(", "backward(", "example("):
+            text = text.replace(f"def {part}", f"def {part}self, ").replace("self, )", "self)")
+    (tmp_path / "mine.py").write_text(text)
+    code, out, err = cvlab("gradcheck", "./mine.py:Linear")
+    assert code == 0, out + err
+
+
+def test_unknown_names_with_commas_are_quoted(cvlab):
+    err = cvlab("gradcheck", "SGDx momentum")[2]
+    assert "'SGD, momentum'" in err or "'deep_convnet, BatchNorm'" in err

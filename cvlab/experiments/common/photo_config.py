@@ -21,9 +21,7 @@ def _as_text(name: object) -> object:
     return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
 
 
-ClassName = Annotated[
-    str, BeforeValidator(_as_text)
-]  # by name, WordNet id or index; YAML reads an index as a number
+ClassName = Annotated[str, BeforeValidator(_as_text)]  # by name, WordNet id or index; YAML reads an index as a number
 
 
 class PretrainedConfig(RunConfig):
