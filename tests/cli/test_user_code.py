@@ -172,3 +172,91 @@ def test_a_class_may_be_a_number(cvlab, command, override, expected):
     assert code == 0, err
     assert json.loads(out)["config"][override.partition("=")[0]] == expected
     assert cvlab("config", command, override.replace("9", "1000").replace("130", "1000"))[0] == 2
+
+
+NETWORK = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 20)
+        self.fc2 = nn.Linear(20, 10)
+        EXTRA
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = x.view(x.size(0), -1)
+        x = F.relu(self.fc1(x))
+        return LAST
+"""
+
+
+def write_network(tmp_path, extra="pass", last="self.fc2(x)"):
+    (tmp_path / "net.py").write_text(NETWORK.replace("EXTRA", extra).replace("LAST", last))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "pass",
+        "self.volume = nn.Parameter(torch.zeros(1, 2, 3, 4, 5))",
+        "self.register_buffer('volume', torch.zeros(1, 2, 3, 4, 5))",
+        "self.conv1 = nn.LazyConv2d(6, 5)",
+    ],
+)
+def test_a_network_of_a_tutorial_trains(cvlab, tmp_path, extra):
+    write_network(tmp_path, extra)
+    code, _, err = train(cvlab, "model=./net.py:Net")
+    assert code == 0, err
+    assert "trained on contiguous tensors, because it cannot take channels_last ones" in err
+
+
+@pytest.mark.parametrize(
+    ("extra", "last", "overrides", "message"),
+    [
+        ("pass", "(self.fc2(x), x) if self.training else self.fc2(x)", (), "returns tuple in training"),
+        ("pass", "self.fc2(x)[:, :3]", (), "returns (2, 3), expected logits (N, 10)"),
+        ("self.fc1 = nn.Linear(16 * 4 * 4, 20)", "self.fc2(x)", (), "fails on images of 3 x 32 x 32: RuntimeError: "),
+        (
+            "self.norm = nn.BatchNorm1d(20)",
+            "self.fc2(self.norm(x))",
+            ("batch_size=1",),
+            "ValueError: Expected more than 1",
+        ),
+        ("pass", "self.fc2(x) if not self.training else 1 / 0", (), "ZeroDivisionError: division by zero; "),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_before_the_run(cvlab, tmp_path, extra, last, overrides, message):
+    write_network(tmp_path, extra, last)
+    for dry in ((), ("--dry-run",)):
+        code, _, err = train(cvlab, "model=./net.py:Net", *overrides, *dry)
+        assert code == 2, err
+        assert message in err
+        assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+        assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_check_changes_neither_weights_nor_random_numbers(tmp_path):
+    import torch
+    from torch import nn
+
+    from cvlab.experiments.classification.models import checks
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3600, 10))
+
+    expected, state = build().state_dict(), torch.get_rng_state()
+    model = checks.prepare(build(), "net", 8, 3, 32, 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)

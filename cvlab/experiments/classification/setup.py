@@ -26,6 +26,7 @@ from cvlab.experiments.classification.data.images import (
     eval_batches,
     split,
 )
+from cvlab.experiments.classification.models import checks
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.storage.cache import data_root
 
@@ -72,7 +73,7 @@ def build(config: ClassifyConfig, base: Path, dataset: ImageDataset | None = Non
     loader = functools.partial(HardExampleLoader, skip_easy=config.skip_easy) if config.skip_easy else TrainLoader
     train_loader = loader(*splits["train"], config.batch_size, config.seed, normalize, augment)
     model = build_model(config, base, dataset_size(dataset))
-    model = model.to(ctx.device, ctx.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(ctx.device, ctx.dtype)
     if hasattr(model, "init_from_images"):
         model.init_from_images(normalize(splits["train"][0][:MAX_INIT_IMAGES].permute(0, 3, 1, 2)))
     return ClassificationSetup(ctx, dataset, model, train_loader, splits)
@@ -93,7 +94,7 @@ def load_user_dataset(config: ClassifyConfig, base: Path) -> ImageDataset | None
 
 
 def build_model(config: ClassifyConfig, base: Path, size: DatasetSize) -> nn.Module:
-    """Build the model for a data set of a size, on the CPU, with weights initialized from the seed."""
+    """Build and check the model for a data set of a size, on the CPU, with weights initialized from the seed."""
     for key in ("translate_px", "cutout_px"):
         if (pixels := getattr(config.augment, key)) >= size.image_px:
             raise ConfigError(f"augment.{key} {pixels}: the images have {size.image_px} px")
@@ -101,8 +102,7 @@ def build_model(config: ClassifyConfig, base: Path, size: DatasetSize) -> nn.Mod
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
     namespace = registry.get("layers", config.layers, layers.LAYERS)
     model = model_registry.build(config.model.name, config.model.builder_arguments(), base, layers=namespace, **shape)
-    model_registry.check_logits(model, config.model.name, **shape)
-    return model
+    return checks.prepare(model, config.model.name, config.batch_size, **shape)
 
 
 def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:

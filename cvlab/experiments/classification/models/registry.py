@@ -64,22 +64,6 @@ def _unknown_model(name: str) -> ConfigError:
     return error
 
 
-def check_logits(model: "nn.Module", name: str, in_channels: int, image_size: int, num_classes: int) -> None:
-    """Check that a model is trainable and maps two blank images to logits (2, >= num_classes). Raises ConfigError."""
-    import torch
-    from torch import Tensor
-
-    model.eval()
-    with torch.no_grad():
-        logits = model(torch.zeros(2, in_channels, image_size, image_size))
-    model.train()
-    output = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < num_classes:
-        raise ConfigError(f"model {name}: returns {output} for two images, expected logits (2, {num_classes})")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"model {name}: has no trainable weights")
-
-
 TABLE = Registry("model", MODELS, INJECTED, get_builder)
 
 
