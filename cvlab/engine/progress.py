@@ -63,21 +63,19 @@ class TrainProgress:
 
     def final_metrics(self, step: int, task: TrainTask) -> dict[str, float]:
         """Return the losses of the last epoch, the metrics of the last evaluation, and the cost of `step` steps."""
-        assert self.best_value is not None, "the last step is always evaluated"
+        best = {f"best_{task.monitor}": self.best_value} if self.best_value is not None else {}
         losses = {"train_loss" if name == "loss" else name: value for name, value in self.epoch_losses.items()}
-        return (
-            losses
-            | self.metrics
-            | {
-                f"best_{task.monitor}": self.best_value,
-                "best_step": self.best_step,
-                "steps": step,
-                "epochs": step / task.steps_per_epoch,
-                "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-                "train_seconds": self.train_seconds,
-                "images_per_second": step * task.items_per_step / max(self.train_seconds, 1e-9),
-            }
-        )
+        return {
+            **losses,
+            **self.metrics,
+            **best,
+            "best_step": self.best_step,
+            "steps": step,
+            "epochs": step / task.steps_per_epoch,
+            "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+            "train_seconds": self.train_seconds,
+            "images_per_second": step * task.items_per_step / max(self.train_seconds, 1e-9),
+        }
 
     def text(self, losses: Mapping[str, Tensor], step: int, task: TrainTask, uncounted_seconds: float) -> str:
         """Return losses, last evaluation and images per second for the progress bar."""

@@ -86,7 +86,7 @@ class Trainer:
     @property
     def best_step(self) -> int | None:
         """Step with the best evaluation so far, None before the first one."""
-        return self.progress.best_step if self.progress.best_value is not None else None
+        return self.progress.best_step or None
 
     def begin(self) -> None:
         """Restore the latest checkpoint, or plan the run and write a checkpoint before the first step."""
@@ -277,8 +277,8 @@ class Trainer:
         if not_finite:
             raise DivergedError(f"{not_finite[0]} is not finite at step {step}", "lower optimizer.lr")
         self.progress.metrics |= metrics
-        value = metrics[self.task.monitor]
-        if self.progress.best_value is not None and value <= self.progress.best_value:
+        value = metrics.get(self.task.monitor)  # None: undefined on this data, so that the last weights count as best
+        if value is not None and self.progress.best_value is not None and value <= self.progress.best_value:
             return False
         self.progress.best_value, self.progress.best_step = value, step
         return True
@@ -295,7 +295,7 @@ class Trainer:
         An average is worse where it still contains much of the first steps. Without validation it is used in any case.
         """
         monitor = self.task.monitor
-        if monitor.startswith("val_"):
+        if monitor.startswith("val_") and monitor in metrics:
             of_last_weights = self._measure(self.state.model)
             if of_last_weights[monitor] > metrics[monitor]:
                 self.state.uses_ema = False

@@ -128,6 +128,11 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
         with StopRequest() as stop:
             check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
             data = load_training_data(config, setup, check_interrupt)
+            split = config.final_split(setup.dataset.splits)
+            if split == "test":  # stored on the disk; a damaged photo ends the run before it is trained
+                load_backbone_features(config, setup, "test", check_interrupt)
+        if config.evaluate_test and split != "test":
+            run.log(f"warning: {setup.dataset.name} has no test split; val is evaluated at the end")
 
         def validate(model: "nn.Module") -> dict[str, float]:
             model = cast("Captioner", model)
@@ -153,7 +158,6 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
         run.write(
             captioner_checkpoint.WEIGHTS_FILE, lambda path: captioner_checkpoint.save(captioner.metadata, model, path)
         )
-        split = "test" if config.evaluate_test else "val"
         features = data.val_features if split == "val" else load_backbone_features(config, setup, "test")
         run.extra_summary |= {
             "bleu_rule": evaluation.BLEU_PROTOCOL,
@@ -194,6 +198,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
             "model": f"{model.cell}, layers {model.layers}",
             "parameters": sum(p.numel() for p in model.parameters()),
             "vocabulary": f"{len(setup.captioner.vocabulary)} tokens",
+            "evaluated_split": config.final_split(setup.dataset.splits),
             "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.dataset.splits.items()),
             "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",
             **setup.ctx.as_dict(),

@@ -1,8 +1,8 @@
 """Base configurations of training on the features of a frozen backbone: the photos and the backbone."""
 
 import os
-from collections.abc import Sequence
-from typing import ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -62,6 +62,10 @@ class BackboneTrainConfig(TrainConfig):
     backbone: str = Field(names.DEFAULT_MODEL, description="ImageNet-pretrained model, as in `cvlab classify --model`")
     backbone_weights: str | None = Field(None, description="file with its weights")
     evaluate_test: bool = Field(False, description="evaluate on the test split at the end; choose on validation")
+
+    def final_split(self, splits: Mapping[str, Sequence[Any]]) -> str:
+        """Return the split that is evaluated at the end: `test` if asked for and present, else `val`."""
+        return "test" if self.evaluate_test and splits.get("test") else "val"
 
     def check_final_epochs(self, name: str, epochs: int) -> None:
         """Raise ValueError if key `name` asks for more final epochs than the duration has, or if it is in seconds."""

@@ -77,9 +77,10 @@ def compute_metrics(
 
 
 def reported_metrics(metrics: DetectionMetrics, classes: Sequence[str]) -> dict[str, float]:
-    """Return the metrics that a run reports; classes without ground truth are left out."""
+    """Return the metrics that a run reports; those that are undefined, without ground truth, are left out."""
     by_class = {f"ap50/{name}": value for name, value in zip(classes, metrics.ap50.tolist(), strict=True)}
-    return {"map50": metrics.map50, "map50_95": metrics.map50_95} | {k: v for k, v in by_class.items() if v == v}
+    values = {"map50": metrics.map50, "map50_95": metrics.map50_95, **by_class}
+    return {name: value for name, value in values.items() if value == value}
 
 
 def confusion_matrix(

@@ -139,6 +139,8 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             cached_features,
             compute_metrics,
             make_loss_fn,
+            require_readable,
+            samples_of,
             seconds_per_photo,
         )
 
@@ -147,13 +149,21 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
             train = cached_features(config, setup, "train", config.views, check_interrupt)
             val = cached_features(config, setup, "val", 0, check_interrupt)
+            split = config.final_split(setup.boxset.splits)
+            if split == "test":
+                require_readable(samples_of(config, setup.boxset, split), check_interrupt)
+        if not any(sample.has_boxes for sample in samples_of(config, setup.boxset, "val")):
+            run.log("warning: val has no boxes: its mAP is undefined, and the last weights count as the best")
+        if config.evaluate_test and split != "test":
+            run.log(f"warning: {setup.boxset.name} has no test split; val is evaluated at the end")
         batches = CachedBatches(train, config.batch_size, config.seed, setup.ctx.device)
         if config.finetune_epochs:
             batches.finest_from = config.final_epochs_start(config.finetune_epochs, batches.sampler.steps_per_epoch)
 
         def evaluate(model: "nn.Module") -> dict[str, float]:
             head = cast("DetectionHead[Any]", model)
-            return {"val_map50": compute_metrics(config, setup, head, val, "val").map50}
+            map50 = compute_metrics(config, setup, head, val, "val").map50
+            return {"val_map50": map50} if map50 == map50 else {}  # undefined without boxes
 
         task = TrainTask(
             model=setup.detector.head,
@@ -168,7 +178,6 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)
         run.write(detector_model.WEIGHTS_FILE, lambda path: detector_model.save(setup.detector.metadata, head, path))
-        split = "test" if config.evaluate_test else "val"
         last = val if split == "val" else cached_features(config, setup, "test", 0, check_interrupt)
         run.extra_summary |= {
             "map_rule": config.map_rule,
@@ -237,6 +246,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             "parameters": sum(p.numel() for p in setup.detector.head.parameters()),
             "classes": ", ".join(setup.boxset.classes),
             "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.boxset.splits.items()),
+            "evaluated_split": config.final_split(setup.boxset.splits),
             "views": num_views,
             "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",
             **setup.ctx.as_dict(),

@@ -63,6 +63,13 @@ def samples_of(config: DetectorConfig, boxset: DetectionDataset, split: str) -> 
     return config.data.items(boxset.name, boxset.splits, split)
 
 
+def require_readable(samples: Sequence[DetectionSample], check_interrupt: Callable[[], None]) -> None:
+    """Decode photos that are evaluated at the end only, so that a damaged one ends the run before it is trained."""
+    for sample in samples:
+        check_interrupt()
+        photos.load(sample.path)
+
+
 def cached_features(
     config: DetectorConfig, setup: DetectionSetup, split: str, num_views: int, check_interrupt: Callable[[], None]
 ) -> FeatureCache:

@@ -74,3 +74,73 @@ class TestTraining:
         rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
         losses = [row["train_loss"] for row in rows if "train_loss" in row]
         assert losses[-1] < 0.4 * losses[0]
+
+
+def write_photos(folder, splits, with_boxes=lambda split, k: True):
+    """Write a YOLO data set of gray photos, each with a white square that its label names."""
+    from PIL import Image
+
+    for split, count in splits.items():
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        for k in range(count):
+            image = Image.new("RGB", (64, 64), (60 + k, 60, 60))
+            image.paste("white", (16, 16, 48, 48))
+            image.save(folder / "images" / split / f"{k}.png")
+            label = "0 0.5 0.5 0.5 0.5\n" if with_boxes(split, k) else ""
+            (folder / "labels" / split / f"{k}.txt").write_text(label)
+    (folder / "data.yaml").write_text("names: [square]\n" + "".join(f"{split}: images/{split}\n" for split in splits))
+    return folder
+
+
+def train_own(cvlab, folder, *words):
+    arguments = (*SHORT, "data={name: boxes, path: " + str(folder) + "}", "expect=[]", "batch_size=2", *words)
+    return cvlab("train", "yolo_scenes", *arguments, "--json")
+
+
+class TestWhatTheEndNeeds:
+    def test_without_a_test_split_val_is_evaluated_and_that_is_said(self, cvlab, tmp_path):
+        folder = write_photos(tmp_path / "own", {"train": 6, "val": 2})
+        code, out, err = train_own(cvlab, folder, "evaluate_test=true")
+        assert code == 0, err
+        assert "boxes has no test split; val is evaluated at the end" in err
+        assert "map50" in json.loads(out)["metrics"]
+        run = Path(json.loads(out)["run"])
+        assert json.loads((run / "summary.json").read_text())["evaluated_split"] == "val"
+        code, out, _ = train_own(cvlab, folder, "evaluate_test=true", "--dry-run")
+        assert json.loads(out)["evaluated_split"] == "val"
+
+    def test_a_damaged_test_photo_is_found_before_the_first_step(self, cvlab, tmp_path):
+        folder = write_photos(tmp_path / "own", {"train": 4, "val": 2, "test": 3})
+        path = folder / "images" / "test" / "2.png"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        code, _, err = train_own(cvlab, folder, "evaluate_test=true")
+        assert code == 4
+        assert "2.png" in err
+        assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
+
+    def test_without_boxes_in_val_the_map_is_undefined(self, cvlab, tmp_path):
+        folder = write_photos(tmp_path / "own", {"train": 4, "val": 2}, lambda split, _: split == "train")
+        code, out, err = train_own(cvlab, folder)
+        assert code == 0, err
+        assert "val has no boxes: its mAP is undefined" in err
+        metrics = json.loads(out)["metrics"]
+        assert not {"map50", "val_map50", "best_val_map50"} & metrics.keys()
+        assert metrics["best_step"] == metrics["steps"]
+        code, out, err = cvlab("eval", json.loads(out)["run"], "--json")
+        assert code == 0, err
+        code, _, err = train_own(cvlab, folder, "expect=[map50 > 0]")
+        assert code == 3
+
+    @pytest.mark.parametrize("count", [2, 3, 5])
+    def test_the_split_of_the_program_has_boxes_on_both_sides(self, tmp_path, count):
+        from cvlab.experiments.detection.data import dataset
+
+        for number in range(6):
+            folder = write_photos(
+                tmp_path / str(number), {"train": 30}, lambda _, k, number=number: k in range(number, number + count)
+            )
+            splits = dataset.load("boxes", tmp_path, str(folder), 0.1).splits
+            assert len(splits["val"]) == 3
+            assert any(sample.has_boxes for sample in splits["val"])
+            assert any(sample.has_boxes for sample in splits["train"])

@@ -54,6 +54,9 @@ class ImageDataset:
                 raise DataError(f"{self.name}: there are no {split} images")
             if labels.min() < 0 or labels.max() >= len(self.classes):
                 raise DataError(f"{self.name}: a {split} label lies outside 0..{len(self.classes) - 1}")
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            shapes = [tuple(images.shape[1:]) for images in (self.train_images, self.test_images)]
+            raise DataError(f"{self.name}: train images are {shapes[0]}, test images {shapes[1]} (H, W, C)")
         if len(self.classes) < 2:
             raise DataError(f"{self.name}: one class only", "a classifier needs at least two")
 

@@ -43,6 +43,11 @@ class DetectionSample:
     difficult: Tensor
     confidence: Tensor | None = None
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether there is a box that an evaluation counts."""
+        return not bool(self.difficult.all())
+
 
 @dataclass(frozen=True)
 class DetectionDataset:
@@ -173,11 +178,18 @@ def _count(files: list[Path]) -> str:
 def _split_off_val(
     train: tuple[DetectionSample, ...], fraction: float
 ) -> tuple[tuple[DetectionSample, ...], tuple[DetectionSample, ...]]:
-    """Return the samples that remain for training and those for validation."""
+    """Return the samples that remain for training and those for validation; both have boxes if two samples have."""
     order = rng.permutation(SPLIT_SEED, 0, len(train), torch.device("cpu")).tolist()
     num_val = min(len(train) - 1, max(1, round(len(train) * fraction)))
-    shuffled = tuple(train[k] for k in order)
-    return shuffled[: len(train) - num_val], shuffled[len(train) - num_val :]
+    shuffled = [train[k] for k in order]
+    num_train = len(train) - num_val
+    with_boxes = [k for k, sample in enumerate(shuffled) if sample.has_boxes]
+    in_train = [k for k in with_boxes if k < num_train]
+    if len(with_boxes) > 1 and len(in_train) in (0, len(with_boxes)):
+        first, last = with_boxes[0], with_boxes[-1]
+        a, b = (last, len(train) - 1) if in_train else (first, 0)
+        shuffled[a], shuffled[b] = shuffled[b], shuffled[a]
+    return tuple(shuffled[:num_train]), tuple(shuffled[num_train:])
 
 
 def _to_sample(image: ImageAnnotation, index: dict[str, int], irregularities: _Irregularities) -> DetectionSample:
