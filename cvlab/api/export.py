@@ -73,7 +73,8 @@ def export(path: Path, file_format: str, weights: str, file: Path | None) -> dic
 def _safetensors(spec: ExportSpec, metadata: dict[str, Any]) -> bytes:
     from safetensors.torch import save
 
-    tensors = {name: tensor.contiguous() for name, tensor in spec.weights.state_dict().items()}
+    # copies, for tied weights share their memory, which the format does not allow
+    tensors = {name: tensor.clone().contiguous() for name, tensor in spec.weights.state_dict().items()}
     content: bytes = save(tensors, {METADATA_KEY: json.dumps(metadata)})
     return content
 
@@ -93,16 +94,21 @@ def _onnx(spec: ExportSpec, model: nn.Module, metadata: dict[str, Any]) -> bytes
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own code
         example = spec.example.expand(max(BATCH_SIZES), *spec.example.shape[1:]).contiguous()
-        program: Any = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=list(spec.outputs),
-            dynamic_shapes={"images": {0: torch.export.Dim("photos", min=1, max=1024)}},
-            opset_version=OPSET,
-            verbose=False,
-        )
+        try:
+            program: Any = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=list(spec.outputs),
+                dynamic_shapes={"images": {0: torch.export.Dim("photos", min=1, max=1024)}},
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except Exception as error:  # of the exporter, whose errors are pages long
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            hint = "a branch on the values of a tensor is the usual reason; --to safetensors exports the weights"
+            raise ConfigError(f"onnx: this model cannot be exported: {reason[:200]}", hint) from error
     graph = program.model_proto
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
     onnx.checker.check_model(graph)

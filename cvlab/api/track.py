@@ -4,9 +4,11 @@ A tracker reads the run directory, after the run or during it, and is never part
 logged row as `NAME` at its step, the final metrics as `final/NAME`, the configuration by dotted key.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from cvlab.runs.records import Row, read_metrics, read_status, read_summary
 POLL_SECONDS = 1.0
 MAX_VALUE_CHARS = 250  # of a configuration's value in MLflow, whose limit has changed between versions
 FOLDER = "trackers"  # below a run directory
+INVALID = re.compile(r"[^\w\-. :/]", re.ASCII)  # characters that MLflow refuses in names of metrics
 
 
 class Tracker(Protocol):
@@ -73,13 +76,15 @@ class MLflow:
         for old in self.client.search_runs([experiment], f"attributes.run_name = '{path.name}'"):
             self.client.delete_run(old.info.run_id)
         self.run = self.client.create_run(experiment, run_name=path.name).info.run_id
-        params = [self.entities.Param(key, str(value)[:MAX_VALUE_CHARS]) for key, value in config.items()]
+        params = [
+            self.entities.Param(INVALID.sub("_", key), str(value)[:MAX_VALUE_CHARS]) for key, value in config.items()
+        ]
         self.client.log_batch(self.run, params=params)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log the metrics of a step."""
         now = int(1000 * time.time())
-        batch = [self.entities.Metric(name, value, now, step) for name, value in metrics.items()]
+        batch = [self.entities.Metric(INVALID.sub("_", name), value, now, step) for name, value in metrics.items()]
         self.client.log_batch(self.run, metrics=batch)
 
     def close(self, status: str) -> str:
@@ -140,11 +145,16 @@ def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] 
         raise ConfigError(f"{kind} is not installed", f"pip install -e '.[{tracker_type.extra}]'")
     tracker: Tracker = tracker_type(path, compare.read_config(path))
     last = 0
-    for last, metrics in _rows(path, follow, sleep):
-        tracker.log(metrics, last)
-    final = _numbers(read_summary(path).get("metrics", {}))
-    if final:
-        tracker.log({f"final/{name}": value for name, value in final.items()}, last)
+    try:
+        for last, metrics in _rows(path, follow, sleep):
+            tracker.log(metrics, last)
+        final = _numbers(read_summary(path).get("metrics", {}))
+        if final:
+            tracker.log({f"final/{name}": value for name, value in final.items()}, last)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            tracker.close("failed")  # a run that is not closed is shown as running for ever
+        raise
     return tracker.close(str(read_status(path).get("status")))
 
 

@@ -143,3 +143,42 @@ def test_refusals(cvlab, run, monkeypatch):
     code, _, err = cvlab("track", run, "--to", "wandb")
     assert code == 2
     assert "pip install -e '.[wandb]'" in err
+
+
+@needs("mlflow")
+@needs("sqlalchemy")
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_takes_any_name_of_a_class(run):
+    import mlflow
+
+    names = ("person (sitting)", "traffic light", "caf\u00e9", "a=b", "x,y", "100%")
+    metrics = {"train_loss": 0.5} | {f"ap50/{name}": 0.5 for name in names}
+    RunDir(run).write_json("summary.json", {"metrics": metrics, "expect": []})
+    track.log_run(run, "mlflow", follow=False)
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent}/mlflow.db")
+    (logged,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
+    assert len([name for name in logged.data.metrics if name.startswith("final/ap50/")]) == len(names)
+    assert "final/ap50/person _sitting_" in logged.data.metrics
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_tracker_that_fails_leaves_no_run_running(run, monkeypatch, error):
+    statuses = []
+
+    class Fake:
+        package = "json"
+        extra = "fake"
+
+        def __init__(self, path, config):
+            pass
+
+        def log(self, metrics, step):
+            raise error
+
+        def close(self, status):
+            statuses.append(status)
+
+    monkeypatch.setitem(track.TRACKERS, "fake", Fake)
+    with pytest.raises(error):
+        track.log_run(run, "fake", follow=False)
+    assert statuses == ["failed"]

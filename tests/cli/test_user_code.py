@@ -260,3 +260,45 @@ def test_the_check_changes_neither_weights_nor_random_numbers(tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert model.training
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+TIED = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.second.weight = self.first.weight
+        self.pool, self.last = nn.AdaptiveAvgPool2d(4), nn.Linear(48, 10)
+
+    def forward(self, x):
+        x = self.second(torch.relu(self.first(self.pool(x).flatten(1))))
+        BRANCH
+        return self.last(x)
+"""
+
+
+def test_tied_weights_are_exported(cvlab, tmp_path):
+    from safetensors.torch import load_file
+
+    (tmp_path / "net.py").write_text(TIED.replace("BRANCH", "pass"))
+    assert train(cvlab, "model=./net.py:Net", "-q")[0] == 0
+    code, out, err = cvlab("export", "latest", "--to", "safetensors", "--json")
+    assert code == 0, err
+    tensors = load_file(json.loads(out)["files"][0])
+    assert (tensors["first.weight"] == tensors["second.weight"]).all()
+
+
+def test_a_branch_on_values_cannot_become_a_graph_and_that_is_one_line(cvlab, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "net.py").write_text(TIED.replace("BRANCH", "x = x * 2 if x.sum() > 0 else x"))
+    assert train(cvlab, "model=./net.py:Net", "-q")[0] == 0
+    code, _, err = cvlab("export", "latest", "--to", "onnx")
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "onnx: this model cannot be exported" in errors[0]
+    assert "Traceback" not in err
