@@ -5,6 +5,7 @@ from typing import Any
 
 from cvlab import console, registry
 from cvlab.config import loading
+from cvlab.config.metrics import require_finite
 from cvlab.errors import CheckpointError, ConfigError, RunDirError
 from cvlab.experiments.base import Evaluable
 from cvlab.runs import checkpoint
@@ -30,12 +31,15 @@ def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | No
     Raises:
         ConfigError: If the experiment has no weights to evaluate.
         CheckpointError: If there is no such checkpoint.
+        DivergedError: If a metric is not finite.
     """
     config = loading.load(str(config_path(path)), [f"device={device}"] if device else []).config
     experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Evaluable):
         raise ConfigError(f"{path.name}: a run of {config.experiment} has no weights to evaluate")
     state = load_state(path, weights)
+    metrics = experiment.evaluate(config, path, state, splits)
+    require_finite(metrics)
     result = {
         "ok": True,
         "run": str(path),
@@ -43,7 +47,7 @@ def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | No
         "checkpoint": weights,
         "step": state.get("step"),
         "data": read_json(path / "summary.json").get("data"),
-        "metrics": experiment.evaluate(config, path, state, splits),
+        "metrics": metrics,
     }
     try:
         RunDir(path).write_json("eval.json", {key: value for key, value in result.items() if key != "ok"})

@@ -8,7 +8,7 @@ from typing import Any
 
 from cvlab import console, registry
 from cvlab.config import expectations, loading
-from cvlab.config.metrics import metric_info
+from cvlab.config.metrics import metric_info, require_finite
 from cvlab.config.schema import DataConfig, ExperimentConfig
 from cvlab.data import datasets
 from cvlab.data.resolve import DownloadPolicy, describe_data
@@ -203,6 +203,7 @@ def _execute(config: ExperimentConfig, out: RunDir) -> Result:
     experiment = registry.get_experiment(config.experiment)
     try:
         metrics = experiment.run(config, out)
+        require_finite(metrics)
     except BaseException as error:
         _record_failure(out, error)
         if isinstance(error, CvlabError):

@@ -1,9 +1,12 @@
 """Metrics that experiments declare: name, unit, and which direction is better."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+
+from cvlab.errors import DivergedError
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,10 @@ def metric_info(metrics: Iterable[Metric], names: Iterable[str]) -> dict[str, di
         if metric is not None and (metric.unit or metric.better):
             info[name] = {"unit": metric.unit, "better": metric.better}
     return info
+
+
+def require_finite(metrics: Mapping[str, Any]) -> None:
+    """Raise DivergedError if a metric is not finite."""
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DivergedError(f"{name} is not finite", "lower optimizer.lr, or check the weights and the data")

@@ -4,7 +4,6 @@ Every experiment that trains passes a `TrainTask`: its model, loss, batches and 
 """
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from cvlab import registry
+from cvlab.config.metrics import require_finite
 from cvlab.config.schema import Duration
 from cvlab.console import Progress
 from cvlab.distributed import collectives, process_group, sharding
@@ -131,8 +131,8 @@ class Trainer:
 
     def state_dict(self) -> State:
         """Return everything that the remaining steps depend on."""
-        own = {"rng": device.get_rng_state(), **{name: getattr(self.progress, name) for name in LOSS_SUMS}}
-        other_ranks = collectives.all_gather_object(own if not process_group.is_main() else None)[1:]
+        of_rank = {"rng": device.get_rng_state(), **{name: getattr(self.progress, name) for name in LOSS_SUMS}}
+        other_ranks = collectives.all_gather_object(of_rank if not process_group.is_main() else None)[1:]
         return self.state.state_dict() | {
             "other_ranks": other_ranks,
             "progress": vars(self.progress).copy(),
@@ -146,10 +146,10 @@ class Trainer:
         self.progress = TrainProgress(**state["progress"])
         rank = process_group.world().rank
         if rank and rank <= len(state["other_ranks"]):
-            own = state["other_ranks"][rank - 1]
-            device.set_rng_state(own["rng"])
+            of_rank = state["other_ranks"][rank - 1]
+            device.set_rng_state(of_rank["rng"])
             for name in LOSS_SUMS:
-                setattr(self.progress, name, own[name])
+                setattr(self.progress, name, of_rank[name])
         self.progress.move_to(self.task.ctx.device)
         self.last_replan = (self.step, self.progress.train_seconds)
 
@@ -273,9 +273,6 @@ class Trainer:
         if step == self.total_steps and self.state.uses_ema and self.state.ema_model is not None:
             metrics = self._choose_weights(metrics)
         self._append(step, metrics)
-        not_finite = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if not_finite:
-            raise DivergedError(f"{not_finite[0]} is not finite at step {step}", "lower optimizer.lr")
         self.progress.metrics |= metrics
         value = metrics.get(self.task.monitor)  # None: undefined on this data, so that the last weights count as best
         if value is not None and self.progress.best_value is not None and value <= self.progress.best_value:
@@ -286,7 +283,11 @@ class Trainer:
     def _measure(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of a model, the same on all ranks."""
         collectives.broadcast_buffers(model)
-        local_metrics = self.task.evaluate(model)
+        try:
+            local_metrics = self.task.evaluate(model)
+            require_finite(local_metrics)
+        except DivergedError as error:
+            raise DivergedError(f"{error.message} at step {self.step}", "lower optimizer.lr") from error
         return collectives.broadcast_from_rank0(lambda: local_metrics)
 
     def _choose_weights(self, metrics: dict[str, float]) -> dict[str, float]:

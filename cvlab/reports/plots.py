@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab.reports import colors, curves, fonts, metrics
+from cvlab.reports import colors, curves, metrics
 from cvlab.reports.colors import Style
 from cvlab.reports.curves import Curve
 from cvlab.reports.metrics import MetricInfo
@@ -115,6 +115,8 @@ def to_png(figure: Any) -> bytes:
     from matplotlib import font_manager
     from matplotlib.text import Text
 
+    from cvlab.reports import fonts
+
     texts = figure.findobj(Text)
     families = []
     for path in fonts.paths_for("".join(sorted({*"".join(text.get_text() for text in texts)} - {"\n"}))):
@@ -129,6 +131,8 @@ def to_png(figure: Any) -> bytes:
 
 def label(text: str) -> str:
     """Return a name as text of a plot: nothing in it is a formula, and characters that cannot be drawn are escaped."""
+    from cvlab.reports import fonts
+
     return fonts.printable(text).replace("$", r"\$")
 
 

@@ -341,7 +341,7 @@ def test_a_metric_that_is_not_finite_is_a_divergence(cvlab, tiny, tmp_path):
     )
     code, _, err = cvlab("train", tiny, "model={name: './net.py:Nan'}", "-q")
     assert code == 6
-    assert "val_loss is not finite at step 5" in err
+    assert "_loss is not finite at step 5" in err
 
 
 @pytest.mark.parametrize("width", [30, 58, 72, 93, 137])

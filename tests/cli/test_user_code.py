@@ -302,3 +302,17 @@ def test_a_branch_on_values_cannot_become_a_graph_and_that_is_one_line(cvlab, tm
     assert len(errors) == 1
     assert "onnx: this model cannot be exported" in errors[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("splits", ["val_fraction: 0", "val_fraction: 0.02"])
+def test_weights_that_are_not_finite_are_a_divergence(cvlab, tmp_path, splits):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(3072, 10)\n"
+        "    def forward(self, x):\n        x = super().forward(x.flatten(1))\n"
+        "        return x if self.training else x * float('nan')\n"
+    )
+    data = "data={name: scenes10, num_train: 40, " + splits + "}"
+    code, _, err = train(cvlab, "model=./net.py:Net", data, "evaluate_test=true", "-q")
+    assert code == 6
+    assert "is not finite at step 2" in err
+    assert "Traceback" not in err

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cvlab.config.metrics import require_finite
 from cvlab.engine import device as engine_device
 from cvlab.engine import loop
 from cvlab.engine.device import ComputeContext
-from cvlab.engine.loop import TrainState, evaluate, fit
+from cvlab.engine.loop import TrainState, fit
 from cvlab.errors import CheckpointError, DeviceError, DivergedError
 
 CPU = ComputeContext(torch.device("cpu"), "float32", 1)
@@ -162,14 +163,8 @@ def test_the_average_of_a_short_training_is_near_the_weights():
     assert distance < 0.25 * moved
 
 
-@pytest.mark.parametrize("is_nan", [True, False])
-def test_an_evaluation_that_is_not_finite_is_no_result(is_nan):
-    def measure(model, batch):
-        return {"loss": batch.sum() * (math.nan if is_nan else 1), "count": torch.tensor(len(batch))}
-
-    batches = [torch.ones(4), torch.ones(4)]
-    if not is_nan:
-        assert evaluate(make(), batches, measure, CPU) == {"loss": 1.0}
-        return
-    with pytest.raises(DivergedError, match="loss is not finite in the evaluation"):
-        evaluate(make(), batches, measure, CPU)
+def test_a_metric_that_is_not_finite_is_no_result():
+    require_finite({"a": 1.0, "b": 0})
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(DivergedError, match="test_loss is not finite"):
+            require_finite({"a": 1.0, "test_loss": value})

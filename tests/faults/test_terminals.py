@@ -117,7 +117,7 @@ def test_ctrl_c_saves_logs_and_restores_the_terminal(training):
     terminal.type(CTRL_C)
     assert terminal.wait() == 130
     assert saved_all(run)
-    assert b"checkpoint saved; cvlab resume" in terminal.shown
+    assert b"checkpoint saved; continue with `cvlab resume" in terminal.shown
     assert b"Traceback" not in terminal.shown
     hidden, shown = terminal.shown.rfind(b"\x1b[?25l"), terminal.shown.rfind(SHOW_CURSOR)
     assert hidden < shown, "the cursor is seen again"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab import layers, registry
+from cvlab.config.metrics import require_finite
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
 from cvlab.engine import device, loop
@@ -155,6 +156,8 @@ def build_evaluator(setup: ClassificationSetup, tta: str) -> Callable[[nn.Module
         batches = eval_batches(images[:limit], labels[:limit], setup.train_loader.normalize)
         metrics_fn = functools.partial(compute_metrics, tta="none" if is_train else tta)
         metrics = loop.evaluate(model, batches, metrics_fn, setup.ctx)
-        return {f"{split_name}_{key}": value for key, value in metrics.items()}
+        metrics = {f"{split_name}_{key}": value for key, value in metrics.items()}
+        require_finite(metrics)
+        return metrics
 
     return evaluate

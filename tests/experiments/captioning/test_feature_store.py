@@ -42,7 +42,7 @@ def test_features_are_stored_verified_and_reused(store, capsys):
     raw[-1] ^= 1
     path.write_bytes(raw)
     assert torch.equal(load(), first)
-    assert "computed again" in capsys.readouterr().err
+    assert "computing it again" in capsys.readouterr().err
 
 
 def test_a_changed_photo_of_the_same_name_gets_new_features(store):
@@ -57,7 +57,7 @@ def test_features_stay_in_memory_if_the_disk_cannot_be_written(store, tmp_path, 
     load, _, _ = store
     (tmp_path / "data").write_text("a file where the folder should be")
     assert load().shape == (2, 4, 1280)
-    assert "not kept" in capsys.readouterr().err
+    assert "could not be cached" in capsys.readouterr().err
 
 
 def test_the_first_feature_map_defines_the_spatial_positions():

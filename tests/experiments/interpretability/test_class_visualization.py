@@ -64,7 +64,7 @@ def test_interrupted_run_resumes_bit_for_bit(cvlab, tmp_path, monkeypatch, kind)
     monkeypatch.setattr(image_optimizer, "optimization_steps", interrupting)
     code, out, _ = cvlab(*args)
     assert code == 143
-    assert "after step 4" in json.loads(out)["error"]["message"]
+    assert "at step 4" in json.loads(out)["error"]["message"]
     monkeypatch.setattr(image_optimizer, "optimization_steps", real)
     code, out, err = cvlab("resume", "latest", "--json")
     assert code == 0

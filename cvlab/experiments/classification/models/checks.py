@@ -83,5 +83,5 @@ def _check_logits(logits: object, name: str, num_classes: int, when: str) -> Non
     if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] >= num_classes:
         return
     output = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    hint = "a model with auxiliary outputs needs to be told to leave them out, such as model.aux_logits=false"
+    hint = "a model with auxiliary outputs needs a key that leaves them out, such as model.aux_logits=false"
     raise ConfigError(f"model {name}: returns {output}{when}, expected logits (N, {num_classes})", hint if when else "")
