@@ -215,7 +215,7 @@ def test_dropout_as_a_module():
 
 
 CURVE = (
-    "precision=float64 duration.steps=20 log_every=1 batch_size=20 data.num_train=100 data.val_fraction=0.004 "
+    "precision=float64 duration.steps=20 log_every=1 batch_size=5 data.num_train=100 data.val_fraction=0.004 "
     "evaluate_test=false"
 )
 
