@@ -39,7 +39,7 @@ def clean_environment(monkeypatch, tmp_path, data_root):
     monkeypatch.setenv("CVLAB_OFFLINE", "1")
     monkeypatch.delenv("CVLAB_RUNS", raising=False)
     console.set_level(quiet=False, verbose=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1" if IS_WORKER else "2")  # of the processes that a test starts
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that a test starts, several in most cases
     torch.set_num_threads(1 if IS_WORKER else 2)
     torch.manual_seed(0)
 
