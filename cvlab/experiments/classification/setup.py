@@ -76,7 +76,7 @@ def build(config: ClassifyConfig, base: Path, dataset: ImageDataset | None = Non
     model = build_model(config, base, dataset_size(dataset))
     model = model.to(ctx.device, ctx.dtype)
     if hasattr(model, "init_from_images"):
-        model.init_from_images(normalize(splits["train"][0][:MAX_INIT_IMAGES].permute(0, 3, 1, 2)))
+        model.init_from_images(normalize(splits["train"][0][:MAX_INIT_IMAGES].permute(0, 3, 1, 2)))  # type: ignore[operator]
     return ClassificationSetup(ctx, dataset, model, train_loader, splits)
 
 
