@@ -13,11 +13,12 @@ from cvlab.runs.find import config_path, list_runs
 from cvlab.runs.records import read_json
 
 
-def train(make: Callable[[], Path]) -> api_run.Result:
+def train(make: Callable[[], Path], allow_changes: bool = False) -> api_run.Result:
     """Train as one of several processes, in the run directory that process 0 creates.
 
     Args:
         make: Creates the run directory; called in process 0 only.
+        allow_changes: See `api.run.resume`.
 
     Returns:
         The result of the run in process 0, an empty dictionary in the others.
@@ -31,7 +32,7 @@ def train(make: Callable[[], Path]) -> api_run.Result:
     try:
         with process_group.init_process_group():
             path = collectives.broadcast_from_rank0(make)
-            return api_run.resume(path)
+            return api_run.resume(path, allow_changes=allow_changes)
     except process_group.PeerLostError as error:
         error.hint = f"`cvlab resume {path.name if path else 'RUN'}` continues from the last checkpoint"
         raise

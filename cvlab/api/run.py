@@ -151,12 +151,13 @@ def has_ended(path: Path) -> bool:
     return read_json(path / "status.json").get("status") in ENDED
 
 
-def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
+def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: bool = False) -> Result:
     """Resume a run from its newest checkpoint; a run that has ended is only reported.
 
     Args:
         path: The run directory.
         changed: Configuration keys with new values on which the result does not depend.
+        allow_changes: Continue although the data or the user's code was changed.
 
     Returns:
         The result of the run, see `result`.
@@ -165,6 +166,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None) -> Result:
         CvlabError: If the run cannot be resumed, or fails or is interrupted again.
     """
     out = RunDir(path, console.info, writable=process_group.is_main())
+    out.allow_changes = allow_changes
     source = config_path(path)
     with out.locked():
         status = collectives.broadcast_from_rank0(lambda: read_json(path / "status.json").get("status"))

@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run_command_line(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are printed, not raised."""
     output = Output(as_json="--json" in arguments)  # a command line that cannot be parsed has no options
-    with console.only_documents_on_stdout() if output.as_json else contextlib.nullcontext():
+    prints_document = output.as_json and not {"-h", "--help"} & set(arguments)
+    with console.only_documents_on_stdout() if prints_document else contextlib.nullcontext():
         return _run_command_line(arguments, output)
 
 

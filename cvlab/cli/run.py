@@ -71,7 +71,16 @@ def run(
 
 @app.command(rich_help_panel=TRAIN)
 @expand_options
-def resume(run: ResumeArgument = None, runs_dir: RunsDir = None, *, processes: ProcessOptions, output: Output) -> None:
+def resume(
+    run: ResumeArgument = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="continue although the data or your own code was changed")
+    ] = False,
+    runs_dir: RunsDir = None,
+    *,
+    processes: ProcessOptions,
+    output: Output,
+) -> None:
     """Resume an interrupted run. It continues from its newest checkpoint; the result is bit-for-bit identical."""
     from cvlab.api import launch
     from cvlab.api import run as api_run
@@ -82,11 +91,12 @@ def resume(run: ResumeArgument = None, runs_dir: RunsDir = None, *, processes: P
     path = find_run(run, root) if run is not None else find_interrupted_run(root)
     count = launch.require_processes(path, processes.nproc)
     if process_group.world().size > 1:
-        finish(launch.train(lambda: path), output)
+        finish(launch.train(lambda: path, allow_changes), output)
     elif count > 1 and not api_run.has_ended(path):
-        raise typer.Exit(launcher.run(path, count, processes.max_restarts, output.flags()))
+        flags = (*output.flags(), *(("--allow-changes",) if allow_changes else ()))
+        raise typer.Exit(launcher.run(path, count, processes.max_restarts, flags))
     else:
-        finish(api_run.resume(path), output)
+        finish(api_run.resume(path, allow_changes=allow_changes), output)
 
 
 @app.command("eval", rich_help_panel=TRAIN)

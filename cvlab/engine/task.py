@@ -24,6 +24,7 @@ class TrainTask:
         monitor: The metric by which the best weights are chosen; higher is better.
         ctx: Device and precision.
         extra_state: Tensors that the batches or the loss change in place from step to step; saved in every checkpoint.
+        data_digest: The digest of the data; a run is not resumed on other data.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class TrainTask:
     monitor: str
     ctx: ComputeContext
     extra_state: dict[str, Tensor] = field(default_factory=dict)
+    data_digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from cvlab.engine.loop import Losses, TrainState
 from cvlab.engine.progress import TrainProgress
 from cvlab.engine.task import TrainTask
 from cvlab.engine.time_budget import Plan
-from cvlab.errors import DivergedError, StoppedError
-from cvlab.runs import checkpoint
+from cvlab.errors import CheckpointError, DivergedError, StoppedError
+from cvlab.runs import checkpoint, user_code
 from cvlab.runs.checkpoint import State
 from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
 from cvlab.runs.records import PRUNE_FILE, pruning_reason
@@ -137,10 +137,31 @@ class Trainer:
             "other_ranks": other_ranks,
             "progress": vars(self.progress).copy(),
             "extra_state": self.task.extra_state,
+            "inputs": self._inputs(),
         }
+
+    def _inputs(self) -> dict[str, str]:
+        """Return the digests of what a run is not resumed with if it was changed."""
+        return {"data": self.task.data_digest, "code": user_code.digest(self.config, self.run_dir.path)}
+
+    def _require_same_inputs(self, state: State, path: Path) -> None:
+        """Raise CheckpointError if data or user code was changed since a checkpoint, unless that is allowed."""
+        inputs = self._inputs()
+        changed = [name for name, digest in inputs.items() if digest != state["inputs"][name]]
+        if not changed:
+            return
+        what = " and ".join({"data": "the data", "code": "the code of the model or data set"}[name] for name in changed)
+        if not self.run_dir.allow_changes:
+            raise CheckpointError(
+                f"{path}: {what} was changed since the run began, so that its result would be that of neither",
+                f"`cvlab resume {self.run_dir.path.name} --allow-changes` continues nevertheless",
+            )
+        self.run_dir.log(f"warning: {what} was changed since the run began")
+        self.run_dir.extra_summary["changed_inputs"] = changed
 
     def load_state_dict(self, state: State, path: Path) -> None:
         """Restore what `state_dict` returned."""
+        self._require_same_inputs(state, path)
         checkpoint.match_model(self.state.model, state["model"], path)
         self._load(state, state["extra_state"])
         self.progress = TrainProgress(**state["progress"])

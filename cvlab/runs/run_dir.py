@@ -36,6 +36,7 @@ class RunDir:
         self.on_log = on_log
         self.writable = writable
         self.extra_summary: dict[str, Any] = {}
+        self.allow_changes = False  # of data and code, when the run is resumed
         self._lock = RunLock(path)
         self._status: Row = {}
         self._metrics_descriptor: int | None = None

@@ -1,5 +1,7 @@
 """Copy the user's Python files into a run directory, so that the run can be repeated from it alone."""
 
+import contextlib
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,6 +83,16 @@ def is_unchanged(value: Any, base: Path, copies: Path) -> bool:
         )
     except OSError:
         return False
+
+
+def digest(config: ExperimentConfig, folder: Path) -> str:
+    """Return the digest of the user's files that a configuration names, and of those that they import."""
+    content = hashlib.blake2b(digest_size=16)
+    for path in user_files(config.model_dump()):
+        for source, _ in _files_and_copies(path, folder, folder):
+            with contextlib.suppress(OSError):  # what is missing fails when it is imported
+                content.update(source.name.encode() + source.read_bytes())
+    return content.hexdigest()
 
 
 def _files_and_copies(path: Path, base: Path, folder: Path) -> list[tuple[Path, Path]]:

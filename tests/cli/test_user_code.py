@@ -316,3 +316,65 @@ def test_weights_that_are_not_finite_are_a_divergence(cvlab, tmp_path, splits):
     assert code == 6
     assert "is not finite at step 2" in err
     assert "Traceback" not in err
+
+
+def interrupt(cvlab, monkeypatch, *arguments):
+    """Train until a signal arrives in the second step; return the run directory."""
+    import signal
+
+    from cvlab.engine import trainer
+
+    real = trainer.Trainer._between_steps
+
+    def interrupting(self, step, save_due):
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, step, save_due)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_between_steps", interrupting)
+        code, _, err = cvlab("train", "quickstart", *arguments, "expect=[]", "log_every=1")
+    assert code == 130, err
+    return find_run("latest", runs_root())
+
+
+OWN_DATA = """
+import torch
+from cvlab import ImageDataset
+
+def data():
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (60,), generator=generator)
+    return ImageDataset("own", images, labels, images[:9], labels[:9], tuple("abcdefghij"))
+"""
+
+
+@pytest.mark.parametrize("what", ["data", "code", "sibling", "nothing"])
+def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch, what):
+    (tmp_path / "data.py").write_text(OWN_DATA.replace("SEED", "0"))
+    (tmp_path / "size.py").write_text("WIDTH = 192\n")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom size import WIDTH\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(WIDTH, 10))\n"
+    )
+    arguments = ("model=./net.py:Net", "data=./data.py:data", "batch_size=20", "duration={steps: 6}", "threads=1")
+    run = interrupt(cvlab, monkeypatch, *arguments)
+    if what == "data":
+        (run / "data.py").write_text(OWN_DATA.replace("SEED", "1"))
+    elif what == "code":
+        (run / "net.py").write_text((run / "net.py").read_text() + "\n# changed\n")
+    elif what == "sibling":
+        (run / "size.py").write_text("WIDTH = 192  # changed\n")
+    code, _, err = cvlab("resume")
+    if what == "nothing":
+        assert code == 0, err
+        assert "changed_inputs" not in read_json(run / "summary.json")
+        return
+    assert code == 7
+    assert "was changed since the run began" in err
+    assert len([line for line in err.splitlines() if "error" in line]) == 1
+    code, _, err = cvlab("resume", run.name, "--allow-changes")
+    assert code == 0, err
+    changed = read_json(run / "summary.json")["changed_inputs"]
+    assert changed == (["data", "code"] if what == "data" else ["code"])

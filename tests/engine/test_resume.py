@@ -71,6 +71,7 @@ STATE_KEYS = [
     "fingerprint.processes",
     "other_ranks",
     "uses_ema",
+    "inputs",
     "rng.torch",
     "rng.numpy",
     "rng.python",
@@ -129,11 +130,11 @@ def test_every_key_of_the_state_is_tested(stopped):
 
 def test_a_budget_is_kept_and_its_recorded_plan_repeats_the_run(tmp_path):
     def slower(step):
-        time.sleep(0.002 if step < 30 else 0.006)
+        time.sleep(0.002 if step < 12 else 0.006)
 
     def stop_slower(step):
         slower(step)
-        stop_at(45)(step)
+        stop_at(20)(step)
 
     config = tiny.settings(duration={"seconds": 1.0})
     with pytest.raises(StoppedError):

@@ -16,6 +16,7 @@ import torch
 from cvlab.data import datasets, rng
 from cvlab.data.captions import read_coco, read_csv
 from cvlab.data.datasets import DatasetSize, DatasetSource
+from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import scene_captions
 from cvlab.storage.cache import install_folder, temporary_folder
@@ -40,6 +41,14 @@ class CaptionDataset:
 
     name: str
     splits: dict[str, tuple[CaptionSample, ...]]
+
+    def digest(self) -> str:
+        """Return the digest of all photos and captions."""
+        digest = DataDigest()
+        for split, samples in self.splits.items():
+            digest.add_values([split, *(sample.captions for sample in samples)])
+            digest.add_files(sample.path for sample in samples)
+        return digest.hex()
 
 
 def load_flickr8k(root: Path) -> CaptionDataset:

@@ -152,6 +152,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
             evaluate=validate,
             monitor="val_bleu4",
             ctx=setup.ctx,
+            data_digest=setup.dataset.digest(),
         )
         trained, metrics = trainer.train(config, task, run)
         model = cast("Captioner", trained)

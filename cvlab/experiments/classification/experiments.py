@@ -136,6 +136,7 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
 
     def run(self, config: ClassifyConfig, run: RunDir) -> dict[str, float]:
         """Train, or resume training; return the metrics."""
+        from cvlab.data.digest import DataDigest
         from cvlab.engine import trainer
         from cvlab.engine.task import TrainTask
         from cvlab.experiments.classification.setup import build, build_evaluator, build_loss_fn
@@ -156,6 +157,7 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
             items_per_step=config.batch_size,
             evaluate=evaluate_train_and_val,
             extra_state=setup.train_loader.extra_state,
+            data_digest=DataDigest().add_tensors(setup.dataset.tensors()).hex(),
             monitor=config.monitor,
             ctx=setup.ctx,
         )

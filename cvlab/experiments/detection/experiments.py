@@ -137,10 +137,9 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         from cvlab.experiments.detection.setup import (
             build,
             cached_features,
+            choose_final_split,
             compute_metrics,
             make_loss_fn,
-            require_readable,
-            samples_of,
             seconds_per_photo,
         )
 
@@ -149,13 +148,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
             train = cached_features(config, setup, "train", config.views, check_interrupt)
             val = cached_features(config, setup, "val", 0, check_interrupt)
-            split = config.final_split(setup.boxset.splits)
-            if split == "test":
-                require_readable(samples_of(config, setup.boxset, split), check_interrupt)
-        if not any(sample.has_boxes for sample in samples_of(config, setup.boxset, "val")):
-            run.log("warning: val has no boxes: its mAP is undefined, and the last weights count as the best")
-        if config.evaluate_test and split != "test":
-            run.log(f"warning: {setup.boxset.name} has no test split; val is evaluated at the end")
+            split = choose_final_split(config, setup, run, check_interrupt)
         batches = CachedBatches(train, config.batch_size, config.seed, setup.ctx.device)
         if config.finetune_epochs:
             batches.finest_from = config.final_epochs_start(config.finetune_epochs, batches.sampler.steps_per_epoch)
@@ -174,6 +167,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
             evaluate=evaluate,
             monitor="val_map50",
             ctx=setup.ctx,
+            data_digest=setup.boxset.digest(),
         )
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)

@@ -21,6 +21,7 @@ from cvlab.experiments.detection.models import detector as detector_model
 from cvlab.experiments.detection.models.base import DetectionHead, Targets
 from cvlab.experiments.detection.models.detector import Detector, DetectorMetadata
 from cvlab.ops.average_precision import DetectionMetrics
+from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
 
 Batch = tuple[list[Tensor], Targets]
@@ -63,11 +64,19 @@ def samples_of(config: DetectorConfig, boxset: DetectionDataset, split: str) -> 
     return config.data.items(boxset.name, boxset.splits, split)
 
 
-def require_readable(samples: Sequence[DetectionSample], check_interrupt: Callable[[], None]) -> None:
-    """Decode photos that are evaluated at the end only, so that a damaged one ends the run before it is trained."""
-    for sample in samples:
+def choose_final_split(
+    config: DetectorConfig, setup: DetectionSetup, run: RunDir, check_interrupt: Callable[[], None]
+) -> str:
+    """Return the split that is evaluated at the end. DataError, before anything is trained, if it cannot be read."""
+    split = config.final_split(setup.boxset.splits)
+    if config.evaluate_test and split != "test":
+        run.log(f"warning: {setup.boxset.name} has no test split; val is evaluated at the end")
+    if not any(sample.has_boxes for sample in samples_of(config, setup.boxset, "val")):
+        run.log("warning: val has no boxes: its mAP is undefined, and the last weights count as the best")
+    for sample in samples_of(config, setup.boxset, split) if split == "test" else ():
         check_interrupt()
         photos.load(sample.path)
+    return split
 
 
 def cached_features(

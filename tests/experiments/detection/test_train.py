@@ -144,3 +144,19 @@ class TestWhatTheEndNeeds:
             assert len(splits["val"]) == 3
             assert any(sample.has_boxes for sample in splits["val"])
             assert any(sample.has_boxes for sample in splits["train"])
+
+    @pytest.mark.parametrize("change", ["annotation", "photo", "added"])
+    def test_the_digest_notices_changed_data(self, tmp_path, change):
+        from cvlab.experiments.detection.data import dataset
+
+        folder = write_photos(tmp_path / "own", {"train": 4, "val": 2})
+        before = dataset.load("boxes", tmp_path, str(folder)).digest()
+        assert dataset.load("boxes", tmp_path, str(folder)).digest() == before
+        if change == "annotation":
+            (folder / "labels" / "train" / "0.txt").write_text("0 0.5 0.5 0.4 0.5\n")
+        elif change == "photo":
+            (folder / "images" / "train" / "0.png").write_bytes((folder / "images" / "train" / "1.png").read_bytes())
+        else:
+            (folder / "images" / "train" / "9.png").write_bytes((folder / "images" / "train" / "1.png").read_bytes())
+            (folder / "labels" / "train" / "9.txt").write_text("0 0.5 0.5 0.4 0.5\n")
+        assert dataset.load("boxes", tmp_path, str(folder)).digest() != before

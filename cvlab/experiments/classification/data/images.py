@@ -40,6 +40,10 @@ class ImageDataset:
     test_labels: Tensor
     classes: tuple[str, ...]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the images and labels of both splits."""
+        return self.train_images, self.train_labels, self.test_images, self.test_labels
+
     def __post_init__(self) -> None:
         """Check shapes, dtypes and ranges. Raises DataError."""
         for split in ("train", "test"):

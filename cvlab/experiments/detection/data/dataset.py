@@ -16,6 +16,7 @@ from torch import Tensor
 from cvlab import console, registry
 from cvlab.data import datasets, photos, rng
 from cvlab.data.datasets import DatasetSource
+from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.detection.data import annotations
 from cvlab.experiments.detection.data.annotations import SPLITS, AnnotationSet, ImageAnnotation, ObjectAnnotation
@@ -56,6 +57,15 @@ class DetectionDataset:
     name: str
     classes: tuple[str, ...]
     splits: dict[str, tuple[DetectionSample, ...]]
+
+    def digest(self) -> str:
+        """Return the digest of all photos and boxes."""
+        digest = DataDigest().add_values([self.classes])
+        for split, samples in self.splits.items():
+            digest.add_values([split]).add_files(sample.path for sample in samples)
+            for sample in samples:
+                digest.add_tensors((sample.boxes_xyxy, sample.labels, sample.difficult))
+        return digest.hex()
 
     def load(self, sample: DetectionSample) -> Image.Image:
         """Decode an image."""
