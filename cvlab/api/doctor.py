@@ -14,6 +14,7 @@ from cvlab.config import loading
 from cvlab.data import datasets
 from cvlab.runs.find import runs_root
 from cvlab.storage.cache import data_root
+from cvlab.storage.lock import no_locks_error, try_lock
 
 Check = tuple[str, bool, str]
 
@@ -68,6 +69,10 @@ def _disk(folder: Path) -> str:
         file.flush()
         os.fsync(file.fileno())
         milliseconds = 1000 * (time.perf_counter() - start)
+        try:
+            try_lock(file.fileno())
+        except OSError as error:
+            raise no_locks_error(existing, error) from error
     free = shutil.disk_usage(existing).free
     return f"{folder}: writable, {console.format_bytes(free)} free, fsync of 1 MiB: {milliseconds:.1f} ms"
 

@@ -106,20 +106,16 @@ def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
             link_best(path)
         reach("before_gc")
         for old in steps(folder)[:-KEEP]:
-            path_of(folder, old).unlink(missing_ok=True)
+            with atomic.ignore_unsupported():  # of a folder whose files cannot be removed all checkpoints stay
+                path_of(folder, old).unlink(missing_ok=True)
     except OSError as error:
         raise atomic.disk_error(path, error) from error
     return path
 
 
 def link_best(path: Path) -> None:
-    """Make a checkpoint the best one by a hard link."""
-    temporary = path.parent / f".{BEST}{atomic.TEMPORARY}"
-    temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
-    temporary.replace(path.parent / BEST)
-    temporary.unlink(missing_ok=True)  # rename(2) does nothing if both names are links to the same file already
-    atomic.sync_directory(path.parent)
+    """Make a checkpoint the best one by a hard link, or a copy where the file system has no hard links."""
+    atomic.link_or_copy(path, path.parent / BEST)
 
 
 def require_finite(state: State) -> None:

@@ -79,9 +79,7 @@ class RunDir:
             self._status = read_json(self.path / "status.json")
             yield self
         finally:
-            if self._metrics_descriptor is not None:
-                os.close(self._metrics_descriptor)
-                self._metrics_descriptor = None
+            self._close_metrics()
             self._lock.release()
 
     def _remove_stale_temporaries(self) -> None:
@@ -145,7 +143,7 @@ class RunDir:
         path, descriptor = self.path / "metrics.jsonl", self._metrics_descriptor
         if descriptor is None:
             return path.stat().st_size if path.exists() else 0
-        self.write("metrics.jsonl", lambda _: os.fsync(descriptor))
+        self.write("metrics.jsonl", lambda path: atomic.sync_file(descriptor, path))
         return os.fstat(descriptor).st_size
 
     def truncate_metrics(self, length: int) -> None:
@@ -160,7 +158,7 @@ class RunDir:
             if size < length:
                 raise RunDirError(f"{path}: {size} bytes, but the checkpoint knows of {length}", "the file was changed")
             if size > length:
-                os.truncate(path, length)
+                self._truncate(path, length)
 
         self.write("metrics.jsonl", truncate)
 
@@ -171,6 +169,22 @@ class RunDir:
             if path.exists():
                 complete = complete_size(path)
                 if complete < path.stat().st_size:
-                    os.truncate(path, complete)
+                    self._truncate(path, complete)
 
         self.write("metrics.jsonl", repair)
+
+    def _truncate(self, path: Path, length: int) -> None:
+        """Cut the metrics; they are written anew where the file system cannot cut a file."""
+        try:
+            os.truncate(path, length)
+        except OSError as error:
+            if error.errno not in atomic.UNSUPPORTED:
+                raise
+            content = path.read_bytes()[:length]
+            self._close_metrics()  # of the file that is replaced
+            atomic.write(path, lambda file: file.write(content))
+
+    def _close_metrics(self) -> None:
+        if self._metrics_descriptor is not None:
+            os.close(self._metrics_descriptor)
+            self._metrics_descriptor = None

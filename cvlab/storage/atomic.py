@@ -6,16 +6,22 @@ these, simulated power cuts lose acknowledged writes (tests/storage/test_atomic.
 
 import contextlib
 import errno
+import functools
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from cvlab import console
 from cvlab.errors import RunDirError
 from cvlab.storage.failpoints import reach
 
 TEMPORARY = ".tmp"
+UNSUPPORTED = frozenset(  # what file systems answer that lack a system call: network shares, cloud drives, FAT
+    (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOLCK, errno.EINVAL, errno.ENOTTY)
+)
 
 
 def _umask() -> int:
@@ -62,7 +68,8 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             reach("open")
-            os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp creates it with mode 0600
+            with ignore_unsupported():
+                os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp creates it with mode 0600
             recorder = _FirstError(file)
             try:
                 fill(recorder)  # type: ignore[arg-type]
@@ -72,7 +79,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
                 raise
             file.flush()
             reach("before_fsync")
-            os.fsync(file.fileno())
+            sync_file(file.fileno(), path)
         reach("before_rename")
         os.replace(temporary, path)
         reach("after_rename")
@@ -90,14 +97,57 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def sync_directory(folder: Path) -> None:
-    """Make renames, links and removals in a folder durable."""
-    reach("before_dirsync")
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def ignore_unsupported() -> Iterator[None]:
+    """Go on if the file system lacks a system call that a run can do without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def sync_file(descriptor: int, path: Path) -> None:
+    """Make the content of an open file durable; a file system that cannot do this is reported once."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_not_durable(path.parent, error.strerror or str(error))
+
+
+@functools.cache
+def _warn_not_durable(folder: Path, reason: str) -> None:
+    console.info(f"warning: {folder}: its file system has no fsync ({reason}): a power cut may lose files")
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames, links and removals in a folder durable, where its file system has this for folders."""
+    reach("before_dirsync")
+    with ignore_unsupported():
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, replacing it; a durable copy where the file system has no hard links."""
+    temporary = target.parent / f".{target.name}{TEMPORARY}"
+    try:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        os.link(source, temporary)
+    except OSError:  # whatever the reason; if the disk refuses, the copy says so
+        with source.open("rb") as content:
+            write(target, lambda file: shutil.copyfileobj(content, file))
+        return
+    temporary.replace(target)
+    with contextlib.suppress(OSError):
+        temporary.unlink()  # rename(2) does nothing if both names are links to the same file already
+    sync_directory(target.parent)
 
 
 def remove_stale_temporaries(folder: Path) -> None:
@@ -114,4 +164,6 @@ def disk_error(path: Path, error: OSError, hint: str = DISK_HINT) -> RunDirError
     """Return the error of a disk as a RunDirError of one line."""
     if error.errno == errno.ENOENT and hint == DISK_HINT and not path.parent.exists():
         hint = "its folder was removed; start again"
+    if error.errno in UNSUPPORTED:
+        hint = "the file system does not support this; choose another folder with --runs-dir"
     return RunDirError(f"{path}: {error.strerror or error}", hint)

@@ -6,7 +6,6 @@ With `wait` a slow source is waited for.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import os
@@ -24,6 +23,7 @@ from typing import Any
 from cvlab import __version__, console
 from cvlab.errors import DataError
 from cvlab.storage import atomic
+from cvlab.storage.lock import try_lock
 
 ANSWER_SECONDS = 5.0
 STALL_SECONDS = 30.0  # longest pause of a source with `wait`, else ANSWER_SECONDS
@@ -151,9 +151,12 @@ def _exclusive(partial: Path) -> Iterator[None]:
     """Let only one process at a time append to a partial file; DataError in the others."""
     with partial.open("ab") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{partial}: another process is downloading it", "wait until it has finished") from None
+            is_locked = try_lock(file.fileno())
+        except OSError as error:
+            reason = f"its file system has no file locks ({error.strerror or error})"
+            raise DataError(f"{partial}: {reason}", "choose a folder on a local disk with CVLAB_DATA") from error
+        if not is_locked:
+            raise DataError(f"{partial}: another process is downloading it", "wait until it has finished")
         yield
 
 

@@ -4,6 +4,7 @@
 descriptor of it would release the lock.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from cvlab.errors import RunDirError
 from cvlab.storage import atomic
 
+HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either for a lock that another process holds
 WAITS = (0.01, 0.05, 0.1, 0.0)  # seconds after each attempt
 
 
@@ -32,17 +34,24 @@ class RunLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise atomic.disk_error(self.path, error) from error
-        if not _lock(descriptor):
-            holder = os.read(descriptor, 1000).decode(errors="replace")
+        try:
+            is_locked = _lock(descriptor)
+            holder = "" if is_locked else os.read(descriptor, 1000).decode(errors="replace")
+        except OSError as error:
+            os.close(descriptor)
+            raise no_locks_error(self.path.parent, error) from error
+        if not is_locked:
             os.close(descriptor)
             raise RunDirError(f"{self.path.parent}: already running ({_describe(holder)})", "wait for it")
         self.descriptor = descriptor
         start = datetime.now(timezone.utc).isoformat(timespec="seconds")
         note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start})
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, note.encode(), 0)
+            with atomic.ignore_unsupported():  # the note only tells other processes who holds the lock
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, note.encode(), 0)
         except OSError as error:
+            self.release()
             raise atomic.disk_error(self.path, error) from error
 
     def release(self) -> None:
@@ -52,14 +61,31 @@ class RunLock:
             self.descriptor = None
 
 
+def no_locks_error(folder: Path, error: OSError) -> RunDirError:
+    """Return the error of a file system that cannot lock files."""
+    return RunDirError(
+        f"{folder}: its file system has no file locks ({error.strerror or error})",
+        "choose a folder on a local disk with --runs-dir",
+    )
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file; return False if another process holds its lock. OSError if there are no file locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in HELD:
+            raise
+        return False
+    return True
+
+
 def _lock(descriptor: int) -> bool:
     """Return whether the lock could be taken; waits for a process in `is_held`, which takes it for a moment."""
     for wait in WAITS:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(descriptor):
             return True
-        except OSError:
-            time.sleep(wait)
+        time.sleep(wait)
     return False
 
 
@@ -71,12 +97,11 @@ def is_held(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        return not try_lock(descriptor)
+    except OSError:  # no process can hold a lock that the file system does not have
+        return False
     finally:
         os.close(descriptor)
-    return False
 
 
 def _describe(note: str) -> str:
