@@ -10,7 +10,7 @@ from cvlab.errors import CheckpointError, ConfigError, RunDirError
 from cvlab.experiments.base import Evaluable
 from cvlab.runs import checkpoint
 from cvlab.runs.find import config_path
-from cvlab.runs.records import read_json
+from cvlab.runs.records import read_json, require_folder
 from cvlab.runs.run_dir import RunDir
 
 CHOICES = ("last", "best")
@@ -60,7 +60,7 @@ def load_state(path: Path, weights: str) -> dict[str, Any]:
     """Load the `last` or `best` checkpoint of a run. CheckpointError if there is none."""
     if weights not in CHOICES:
         raise ConfigError(f"--checkpoint {weights}: unknown", f"known: {', '.join(CHOICES)}")
-    folder = path / "checkpoints"
+    folder = require_folder(path / "checkpoints")
     if weights == "last":
         return checkpoint.load_latest(folder, console.info)[1]
     best = folder / checkpoint.BEST

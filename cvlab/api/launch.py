@@ -1,5 +1,6 @@
 """Train in several processes: create the run directory once and resume it in every rank."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from cvlab.api import run as api_run
 from cvlab.config import loading
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.distributed import collectives, process_group
-from cvlab.errors import ConfigError
+from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs.find import config_path, list_runs
 from cvlab.runs.records import read_json
 
@@ -42,8 +43,9 @@ def run_dir_of_launch(load: Callable[[], loading.Loaded], policy: DownloadPolicy
     """Create a run directory; after a restart by torchrun return the one that its processes had."""
     if process_group.is_restarted():
         for path in reversed(list_runs(root)):
-            if read_json(path / "env.json").get("launch") == process_group.launch_id():
-                return path
+            with contextlib.suppress(RunDirError):  # another run, which is damaged
+                if read_json(path / "env.json").get("launch") == process_group.launch_id():
+                    return path
     return api_run.make(load(), policy, root, process_group.world().size)
 
 

@@ -227,9 +227,11 @@ def _execute(config: ExperimentConfig, out: RunDir) -> Result:
         **out.extra_summary,
     }
     out.write_json("summary.json", summary)
-    from cvlab.reports import plots
+    from cvlab.reports import html, plots
 
-    plots.plot_run(out)
+    problem = html.suppress_errors(plots.plot_run, out)
+    if problem:
+        out.log(f"warning: the plots could not be drawn: {problem}")
     out.set_status(status, data=data, error=None, code=None)
     _publish(out)
     return result(out.path)

@@ -44,12 +44,13 @@ def find_unfinished(loaded: loading.Loaded, root: Path) -> Path | None:
     """Return the newest interrupted sweep below `root` with the same configuration and user files; None without one."""
     config = loaded.config
     for path in reversed(list_runs(root)):
-        status = read_status(path)
-        if status.get("experiment") != SweepExperiment.name or status.get("status") not in ("interrupted", "failed"):
-            continue
         try:
+            status = read_status(path)
+            is_sweep = status.get("experiment") == SweepExperiment.name
+            if not is_sweep or status.get("status") not in ("interrupted", "failed"):
+                continue
             other = loading.load(str(config_path(path))).config
-        except Exception:  # importing the user's file of an old sweep may raise anything
+        except Exception:  # it is damaged; or importing the user's file, which may raise anything
             continue
         is_same = _identity(other) == _identity(user_code.rewrite_paths(config)) and (path / "trials").is_dir()
         if is_same and user_code.is_unchanged(config.model_dump(), loaded.base, path):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from cvlab import registry
 from cvlab.errors import ConfigError
 from cvlab.reports import compare, curves
-from cvlab.runs.records import Row, read_metrics, read_status, read_summary
+from cvlab.runs.records import Row, read_metrics, read_status, read_summary, require_folder
 
 POLL_SECONDS = 1.0
 MAX_VALUE_CHARS = 250  # of a configuration's value in MLflow, whose limit has changed between versions
@@ -143,6 +143,7 @@ def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] 
     tracker_type = TRACKERS[kind]
     if importlib.util.find_spec(tracker_type.package) is None:
         raise ConfigError(f"{kind} is not installed", f"pip install -e '.[{tracker_type.extra}]'")
+    require_folder(require_folder(path / FOLDER) / "tensorboard")
     tracker: Tracker = tracker_type(path, compare.read_config(path))
     last = 0
     try:

@@ -9,6 +9,7 @@ from cvlab import _compat
 from cvlab.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+MAX_PIXELS = 50_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SAMPLE = "sample"
 SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_painting.py

@@ -14,10 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from cvlab.data.photo_paths import FORMAT_HINT, FORMATS
+from cvlab.data.photo_paths import FORMAT_HINT, FORMATS, MAX_PIXELS
 from cvlab.errors import DataError
-
-MAX_PIXELS = 50_000_000
 
 
 def load(path: Path) -> Image.Image:

@@ -1,20 +1,27 @@
 """The images of a run inside a page: reduced, as data URIs, each once; and the thumbnail of a run."""
 
 import base64
+import contextlib
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+import struct
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cvlab.data.photo_paths import FORMATS, MAX_PIXELS
 from cvlab.reports import colors, curves, metrics, tables
 from cvlab.runs.records import Row, read_summary
 from cvlab.runs.results import Column, read_columns
-from cvlab.storage import atomic
+from cvlab.storage import atomic, regular_files
 
 MAX_IMAGES, MAX_PX = 48, 1400  # of a page; the files in the run directory have their full size
 MAX_GIF_BYTES = 2_000_000
+MAX_FILE_BYTES = 200_000_000  # of an image: 50 megapixels, not compressed
+MAX_PAGE_PIXELS = 250_000_000  # of all images of a page together: decoding them takes about 5 s
+GIF_SIGNATURES = (b"GIF87a", b"GIF89a")
 QUALITY = 85
 WIDE_RATIO, WIDE_PX = 1.4, 1000  # width to height, and width, of an image that takes the width of the page
 SUFFIXES = (".png", ".gif")
@@ -65,6 +72,7 @@ class ImageGroups:
         self.groups: list[ImageGroup] = []
         self.num_omitted = 0
         self._num_images = 0
+        self._pixels_left = MAX_PAGE_PIXELS
 
     def add_results(self, rows: Sequence[Row], columns: Sequence[Column]) -> None:
         """Add the images of all results: their files, or what the run made; parts of panels are only named."""
@@ -92,6 +100,8 @@ class ImageGroups:
         group = ImageGroup("" if not self.groups else "other images")
         excluded = excluded | ({PREVIEW} if self.groups else set())
         for folder in ("images", "plots"):
+            if (self._path / folder).is_symlink():
+                continue
             for file in sorted((self._path / folder).glob("*")):
                 name = str(file.relative_to(self._path))
                 if file.is_file() and file.suffix in SUFFIXES and name not in excluded:
@@ -109,11 +119,17 @@ class ImageGroups:
             return
         content = read_file(self._path, name)
         digest = hashlib.sha256(content).digest()
-        if content and digest not in self._digests:
-            self._digests.add(digest)
-            images = _embed(content, title, name.endswith(".gif"))
-            group.images += images
-            self._num_images += len(images)
+        if not content or digest in self._digests:
+            return
+        self._digests.add(digest)
+        count = num_pixels(content)
+        if count > min(MAX_PIXELS, self._pixels_left):
+            self.num_omitted += 1
+            return
+        self._pixels_left -= count
+        images = _embed(content, title)
+        group.images += images
+        self._num_images += len(images)
 
 
 def describe(row: Row, columns: Sequence[Column]) -> str:
@@ -128,25 +144,60 @@ def describe(row: Row, columns: Sequence[Column]) -> str:
 
 def read_file(path: Path, name: str) -> bytes:
     """Return the bytes of a file in a run directory; none if it cannot be read, or lies outside of it."""
-    file = path / name
     try:
-        return file.read_bytes() if file.resolve().is_relative_to(path.resolve()) else b""
+        regular_files.require_no_links(path, name)
+        is_inside = (path / name).resolve().is_relative_to(path.resolve())
+        return regular_files.read_bytes(path / name, MAX_FILE_BYTES) if is_inside else b""
     except (OSError, ValueError):
         return b""
 
 
-def _embed(content: bytes, title: str, is_gif: bool) -> list[EmbeddedImage]:
-    """Return an image, reduced, as bytes in the page; nothing if it cannot be decoded."""
+def num_pixels(content: bytes) -> int:
+    """Return the number of pixels that an image's header gives, 0 if it is no image that is shown."""
+    if content.startswith(GIF_SIGNATURES):  # its decoder is not among those of photos
+        width, height = struct.unpack("<HH", content[6:10].ljust(4, b"\0"))
+        return int(width * height)
+    with _opened(content) as image:
+        return image.width * image.height if image is not None else 0
+
+
+@contextlib.contextmanager
+def _opened(content: bytes) -> Iterator[Any]:
+    """Open an image by the decoders of photos, without decoding it; None if that is not possible."""
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            if is_gif and len(content) <= MAX_GIF_BYTES:
-                return [EmbeddedImage(title, to_uri("image/gif", content), width, height)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about sizes, which are checked
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        except Exception:  # decoders raise many types of errors for damaged files
+            yield None
+            return
+        with image:
+            yield image
+
+
+def reduce(content: bytes, size: tuple[int, int]) -> Any:
+    """Return an image in RGB, reduced to fit into `size`; None if it cannot be decoded or has too many pixels."""
+    with _opened(content) as image:
+        if image is None or image.width * image.height > MAX_PIXELS:
+            return None
+        try:
             reduced = image.convert("RGB")
-            reduced.thumbnail((MAX_PX, MAX_PX))
-    except (OSError, ValueError):
+            reduced.thumbnail(size)
+        except Exception:  # decoders raise many types of errors for damaged files
+            return None
+        return reduced
+
+
+def _embed(content: bytes, title: str) -> list[EmbeddedImage]:
+    """Return an image, reduced, as bytes in the page; nothing if it cannot be decoded."""
+    if content.startswith(GIF_SIGNATURES):
+        width, height = struct.unpack("<HH", content[6:10].ljust(4, b"\0"))
+        is_shown = len(content) <= MAX_GIF_BYTES and 0 < width * height <= MAX_PIXELS
+        return [EmbeddedImage(title, to_uri("image/gif", content), width, height)] if is_shown else []
+    reduced = reduce(content, (MAX_PX, MAX_PX))
+    if reduced is None:
         return []
     buffer = io.BytesIO()
     reduced.save(buffer, "WEBP", quality=QUALITY)
@@ -169,30 +220,25 @@ def write_thumbnail(path: Path) -> None:
 def read_thumbnail(path: Path) -> str | None:
     """Return the thumbnail of a run as a data URI, None if it has none."""
     try:
-        if (path / THUMBNAIL).stat().st_size > MAX_THUMBNAIL_BYTES:
-            return None
+        content = regular_files.read_bytes(path / THUMBNAIL, MAX_THUMBNAIL_BYTES)
     except OSError:
         return None
-    content = read_file(path, THUMBNAIL)
-    return to_uri("image/png", content) if content.startswith(PNG_SIGNATURE) else None
+    if not content.startswith(PNG_SIGNATURE) or len(content) < 24:
+        return None
+    width, height = struct.unpack(">II", content[16:24])
+    is_small = width <= THUMBNAIL_SIZE[0] and height <= THUMBNAIL_SIZE[1]
+    return to_uri("image/png", content) if is_small else None
 
 
 def _image_thumbnail(path: Path, summary: Mapping[str, Any]) -> bytes:
-    from PIL import Image
-
     columns = read_columns(summary)
     for row in summary.get("results", []):
         files = [str(row[column.name]) for column in columns if column.is_file and column.name in row]
         for name in (row["image"], *files):
             content = b"" if Path(name).is_absolute() or not name.endswith(".png") else read_file(path, name)
-            try:
-                if content:
-                    with Image.open(io.BytesIO(content)) as image:
-                        reduced = image.convert("RGB")
-                        reduced.thumbnail(THUMBNAIL_SIZE)
-                    return _png(reduced)
-            except (OSError, ValueError):
-                continue
+            reduced = reduce(content, THUMBNAIL_SIZE) if content else None
+            if reduced is not None:
+                return _png(reduced)
     return b""
 
 

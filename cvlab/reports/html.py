@@ -20,7 +20,7 @@ from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
 from cvlab.runs.records import Row, is_run, pruning_reason, read_json, read_status, read_summary
 from cvlab.runs.results import read_columns
-from cvlab.storage import atomic
+from cvlab.storage import atomic, regular_files
 
 FILE, INDEX, COMPARISON = "report.html", "index.html", "comparison.html"
 STATUS_CLASSES = {  # of CSS
@@ -31,7 +31,7 @@ STATUS_CLASSES = {  # of CSS
     "running": "wait",
     "interrupted": "wait",
 }
-LOG_LINES = 200
+LOG_LINES, MAX_LOG_BYTES = 200, 2**18  # of its end
 MAX_THUMBNAILS = 200  # of the list of runs: those of the newest
 MAX_TRIAL_METRICS = 6
 MAX_COMPARED = 300  # newest runs, those whose metrics the list of runs holds
@@ -201,7 +201,8 @@ def _charts(lines: Mapping[str, Curve]) -> list[Chart]:
 
 def _log(path: Path) -> str:
     try:
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        text = regular_files.read_tail(path, MAX_LOG_BYTES).decode(errors="replace")
+        return "\n".join(text.splitlines()[-LOG_LINES:])
     except OSError:
         return ""
 
@@ -369,10 +370,12 @@ def write_index(root: Path, rows: Sequence[Row]) -> None:
     atomic.write_text(root / INDEX, index_page(rows, root=root))
 
 
-def suppress_errors(work: Callable[..., None], *arguments: Any) -> str | None:
+def suppress_errors(work: Callable[..., object], *arguments: Any) -> str | None:
     """Call a function that a run can do without; return the message of an error instead of raising it."""
     try:
         work(*arguments)
-    except (CvlabError, OSError, ValueError) as error:
+    except CvlabError as error:
         return str(error)
+    except Exception as error:  # whatever other runs hold, or a library makes of it
+        return f"{type(error).__name__}: {error}"
     return None

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from cvlab.errors import CheckpointError, DivergedError
-from cvlab.storage import atomic
+from cvlab.storage import atomic, regular_files
 from cvlab.storage.failpoints import reach
 
 State = dict[str, Any]
@@ -28,6 +28,7 @@ BEST = "best.pt"
 CHUNK_BYTES = 1024**2
 CHECKSUM_PREFIX = b"cvlab sha256 "
 CHECKSUM_BYTES = len(CHECKSUM_PREFIX) + 64
+MAX_FILE_BYTES = 100 * 1024**3
 MAX_PICKLE_BYTES = 64 * 1024**2  # names, shapes and numbers of a state; tensors are separate members of the zip
 
 
@@ -76,6 +77,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps(folder: Path) -> list[int]:
     """Return the steps that have a checkpoint file, ascending; the files are not verified."""
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: it is a link", "the run directory was changed")
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for path in folder.iterdir() if (match := STEP_FILE.match(path.name)))
@@ -138,9 +141,11 @@ def load(path: Path) -> State:
         CheckpointError: It is damaged, not a checkpoint, or holds more than tensors and plain values.
     """
     try:
-        verify(path)
-        # explicit: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD can only change the default
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with regular_files.open_binary(path, MAX_FILE_BYTES) as file:
+            verify(path, file)
+            file.seek(0)
+            # explicit: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD can only change the default
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:
@@ -152,17 +157,21 @@ def load(path: Path) -> State:
     return state
 
 
-def verify(path: Path) -> None:
-    """Raise CheckpointError unless the checksum footer is right and the zip is plain, see `require_plain`."""
-    with path.open("rb") as file:
-        body_bytes = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
-        file.seek(max(body_bytes, 0))
-        footer = file.read()
-        file.seek(0)
-        actual = hashlib.sha256()
-        while body_bytes > 0 and (chunk := file.read(min(CHUNK_BYTES, body_bytes))):
-            actual.update(chunk)
-            body_bytes -= len(chunk)
+def verify(path: Path, file: BinaryIO) -> None:
+    """Raise CheckpointError unless the checksum footer is right and the zip is plain, see `require_plain`.
+
+    Args:
+        path: The checkpoint, for messages.
+        file: The same, opened.
+    """
+    body_bytes = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
+    file.seek(max(body_bytes, 0))
+    footer = file.read(CHECKSUM_BYTES)
+    file.seek(0)
+    actual = hashlib.sha256()
+    while body_bytes > 0 and (chunk := file.read(min(CHUNK_BYTES, body_bytes))):
+        actual.update(chunk)
+        body_bytes -= len(chunk)
     if not footer.startswith(CHECKSUM_PREFIX):
         raise CheckpointError(f"{path}: damaged: incomplete, or not a checkpoint of cvlab")
     if footer != CHECKSUM_PREFIX + actual.hexdigest().encode():

@@ -58,6 +58,8 @@ def _point_latest(root: Path, path: Path) -> None:
 def config_path(path: Path) -> Path:
     """Return the path of a run's config.yaml; RunDirError if it is missing."""
     file = path / "config.yaml"
+    if file.is_symlink():
+        raise RunDirError(f"{file}: it is a link", "the run directory was changed")
     if not file.is_file():
         raise RunDirError(f"{path}: has no config.yaml", "it stopped before it was set up; start it again")
     return file

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.errors import RunDirError
-from cvlab.storage import atomic
+from cvlab.storage import atomic, regular_files
 from cvlab.storage.lock import is_held
 
 STATES = ("running", "done", "failed", "interrupted", "expectations_failed")
 ENDED = ("done", "expectations_failed")  # those of a run that has its result
+MAX_JSON_BYTES, MAX_METRICS_BYTES, MAX_LINE_BYTES = 32 * 2**20, 256 * 2**20, 2**20  # of what is read
 PRUNE_FILE = "prune.txt"  # in a run directory: why the run is to end early
 
 Row = dict[str, Any]
@@ -21,7 +22,7 @@ Row = dict[str, Any]
 
 def complete_size(path: Path, chunk: int = 65536) -> int:
     """Return the number of bytes up to and including the last newline, reading from the end."""
-    with path.open("rb") as file:
+    with regular_files.open_binary(path, MAX_METRICS_BYTES) as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:
             start = max(0, end - chunk)
@@ -46,10 +47,10 @@ def to_json_value(value: Any) -> Any:
 
 def read_json(path: Path) -> Row:
     """Read one of a run's JSON files; empty if missing, RunDirError if damaged."""
-    if not path.exists():
-        return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(regular_files.read_bytes(path, MAX_JSON_BYTES))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise RunDirError(f"{path}: cannot be read: {error}", "the file was changed or the disk is damaged") from error
     if not isinstance(value, dict):
@@ -99,25 +100,45 @@ def request_pruning(path: Path, reason: str) -> None:
 def pruning_reason(path: Path) -> str | None:
     """Return why a run is to end early, None if nobody has asked for that."""
     try:
-        return (path / PRUNE_FILE).read_text(errors="replace").strip()
+        return regular_files.read_bytes(path / PRUNE_FILE, MAX_LINE_BYTES).decode(errors="replace").strip()
     except OSError:
         return None
 
 
 def read_metrics(path: Path) -> Iterator[Row]:
-    """Yield the rows of metrics.jsonl; an incomplete last line is skipped."""
+    """Yield the rows of metrics.jsonl; lines that are incomplete, too long or not valid are skipped.
+
+    Raises:
+        RunDirError: The file is a link, not a regular file, or too large.
+    """
     file_path = path / "metrics.jsonl"
-    if not file_path.exists():
+    try:
+        file = regular_files.open_binary(file_path, MAX_METRICS_BYTES)
+    except FileNotFoundError:
         return
-    with file_path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                with contextlib.suppress(ValueError):
-                    row = json.loads(line)
-                    if isinstance(row, dict):
-                        yield row
+    except OSError as error:
+        raise RunDirError(f"{file_path}: cannot be read: {error}", "the file was changed") from error
+    is_continued = False  # the rest of a line that is too long is no line
+    with file:
+        while line := file.readline(MAX_LINE_BYTES):
+            is_whole = line.endswith(b"\n") and not is_continued
+            is_continued = not line.endswith(b"\n")
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line) if is_whole else None
+                if isinstance(row, dict):
+                    yield row
 
 
 def is_run(path: Path) -> bool:
     """Return whether a folder is a run directory."""
-    return (path / "status.json").is_file() or (path / "config.yaml").is_file()
+    try:
+        return (path / "status.json").is_file() or (path / "config.yaml").is_file()
+    except OSError:  # a folder that cannot be searched, or a name that is too long
+        return False
+
+
+def require_folder(path: Path) -> Path:
+    """Return a folder of a run directory; RunDirError if it is a link, which would lead outside."""
+    if path.is_symlink():
+        raise RunDirError(f"{path}: it is a link", "the run directory was changed")
+    return path

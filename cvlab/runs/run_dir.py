@@ -14,7 +14,7 @@ from typing import Any
 
 from cvlab.errors import RunDirError
 from cvlab.runs.records import STATES, Row, complete_size, is_run, read_json, to_json_value
-from cvlab.storage import atomic
+from cvlab.storage import atomic, regular_files
 from cvlab.storage.lock import RunLock
 
 
@@ -58,6 +58,7 @@ class RunDir:
             return
         path = self.path / name
         try:
+            regular_files.require_no_links(self.path, name)
             action(path)
         except OSError as error:
             raise atomic.disk_error(path, error) from error
@@ -122,7 +123,8 @@ class RunDir:
         """Append to a text file."""
 
         def append(path: Path) -> None:
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            descriptor = regular_files.open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
 
         self.write(name, append)
@@ -133,7 +135,8 @@ class RunDir:
 
         def append(path: Path) -> None:
             if self._metrics_descriptor is None:
-                self._metrics_descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                self._metrics_descriptor = regular_files.open_regular(path, flags)
             os.write(self._metrics_descriptor, line)
 
         self.write("metrics.jsonl", append)
@@ -142,7 +145,10 @@ class RunDir:
         """Make the metrics durable and return their length in bytes, for a checkpoint to record."""
         path, descriptor = self.path / "metrics.jsonl", self._metrics_descriptor
         if descriptor is None:
-            return path.stat().st_size if path.exists() else 0
+            try:
+                return regular_files.size_of(path)
+            except OSError as error:
+                raise atomic.disk_error(path, error) from error
         self.write("metrics.jsonl", lambda path: atomic.sync_file(descriptor, path))
         return os.fstat(descriptor).st_size
 
@@ -154,7 +160,7 @@ class RunDir:
         """
 
         def truncate(path: Path) -> None:
-            size = path.stat().st_size if path.exists() else 0
+            size = regular_files.size_of(path)
             if size < length:
                 raise RunDirError(f"{path}: {size} bytes, but the checkpoint knows of {length}", "the file was changed")
             if size > length:
@@ -166,17 +172,21 @@ class RunDir:
         """Remove a last line that is not complete."""
 
         def repair(path: Path) -> None:
-            if path.exists():
-                complete = complete_size(path)
-                if complete < path.stat().st_size:
-                    self._truncate(path, complete)
+            size = regular_files.size_of(path)
+            complete = complete_size(path) if size else 0
+            if complete < size:
+                self._truncate(path, complete)
 
         self.write("metrics.jsonl", repair)
 
     def _truncate(self, path: Path, length: int) -> None:
         """Cut the metrics; they are written anew where the file system cannot cut a file."""
         try:
-            os.truncate(path, length)
+            descriptor = regular_files.open_regular(path, os.O_WRONLY)
+            try:
+                os.ftruncate(descriptor, length)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             if error.errno not in atomic.UNSUPPORTED:
                 raise

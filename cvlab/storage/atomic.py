@@ -17,6 +17,7 @@ from typing import BinaryIO
 from cvlab import console
 from cvlab.errors import RunDirError
 from cvlab.storage.failpoints import reach
+from cvlab.storage.regular_files import IrregularFileError
 
 TEMPORARY = ".tmp"
 UNSUPPORTED = frozenset(  # what file systems answer that lack a system call: network shares, cloud drives, FAT
@@ -164,6 +165,8 @@ def disk_error(path: Path, error: OSError, hint: str = DISK_HINT) -> RunDirError
     """Return the error of a disk as a RunDirError of one line."""
     if error.errno == errno.ENOENT and hint == DISK_HINT and not path.parent.exists():
         hint = "its folder was removed; start again"
-    if error.errno in UNSUPPORTED:
+    if isinstance(error, IrregularFileError):
+        hint = "the run directory was changed; remove it, or start again with --runs-dir"
+    elif error.errno in UNSUPPORTED:
         hint = "the file system does not support this; choose another folder with --runs-dir"
     return RunDirError(f"{path}: {error.strerror or error}", hint)

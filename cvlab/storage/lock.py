@@ -16,6 +16,7 @@ from typing import Any
 
 from cvlab.errors import RunDirError
 from cvlab.storage import atomic
+from cvlab.storage.regular_files import open_regular
 
 HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either for a lock that another process holds
 WAITS = (0.01, 0.05, 0.1, 0.0)  # seconds after each attempt
@@ -31,7 +32,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock; RunDirError with the holder if another process has it."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise atomic.disk_error(self.path, error) from error
         try:
@@ -93,7 +94,7 @@ def is_held(folder: Path) -> bool:
     """Return whether a process other than this one holds the lock of a run directory."""
     path = folder / "run.lock"
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = open_regular(path, os.O_RDWR)
     except OSError:
         return False
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cvlab.config import strict_yaml
 from cvlab.errors import RunDirError
-from cvlab.runs.records import pruning_reason, read_metrics, request_pruning, to_json_value
+from cvlab.runs.records import pruning_reason, read_metrics, request_pruning, require_folder, to_json_value
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, results, search
@@ -27,7 +27,8 @@ def trial_dirs(run: Path) -> list[Path]:
     Raises:
         RunDirError: if one of them is missing.
     """
-    dirs = sorted(path.parent for path in (run / "trials").glob(f"*/{FILE}"))
+    dirs = sorted(path.parent for path in require_folder(run / "trials").glob(f"*/{FILE}"))
+    dirs = [require_folder(path) for path in dirs]
     numbers = [path.name.partition("-")[0] for path in dirs]
     missing = [number for number in range(len(dirs)) if f"{number:03d}" != numbers[number]]
     if missing:

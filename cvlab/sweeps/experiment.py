@@ -17,6 +17,7 @@ from cvlab.errors import CvlabError, RunDirError
 from cvlab.experiments.base import Experiment
 from cvlab.runs import user_code
 from cvlab.runs.interrupt import StopRequest
+from cvlab.runs.records import require_folder
 from cvlab.runs.run_dir import RunDir
 from cvlab.sweeps import adaptive, executors, results, trials
 from cvlab.sweeps.config import SweepConfig, flatten_block
@@ -36,10 +37,10 @@ def trial_dirs(config: SweepConfig, out: RunDir) -> list[Path]:
         return adaptive.trial_dirs(out.path)
     dirs = []
     for number, trial in enumerate(config.trials()):
-        match = sorted((out.path / "trials").glob(f"{number:03d}-*"))
+        match = sorted(require_folder(out.path / "trials").glob(f"{number:03d}-*"))
         if not match:
             raise RunDirError(f"{out.path}: the trial {trial.name} is missing", "start the sweep again with --fresh")
-        dirs.append(match[0])
+        dirs.append(require_folder(match[0]))
     return dirs
 
 

@@ -20,9 +20,10 @@ from cvlab.errors import DataError
 from cvlab.experiments.common.photo_config import ImagesConfig, PhotoConfig
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.runs.interrupt import StopRequest
-from cvlab.runs.records import Row
+from cvlab.runs.records import MAX_METRICS_BYTES, Row
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage import regular_files
 from cvlab.storage.file_names import file_stem
 
 
@@ -143,12 +144,14 @@ def _restore_results(
 ) -> list[PhotoResult]:
     """Return the results of the complete batches in metrics.jsonl, and truncate the file after them."""
     metrics_path = run_dir.path / "metrics.jsonl"
-    lines = metrics_path.read_bytes().splitlines(keepends=True) if metrics_path.exists() else []
+    has_rows = run_dir.sync_metrics() > 0
+    content = regular_files.read_bytes(metrics_path, MAX_METRICS_BYTES) if has_rows else b""
+    lines = content.splitlines(keepends=True)
     results: list[PhotoResult] = []
     for line, path in zip(lines, paths, strict=False):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or row.get("image") != str(path):
             break

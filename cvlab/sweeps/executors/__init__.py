@@ -10,6 +10,7 @@ A trial leaves all its results in its run directory, so any executor works that 
 """
 
 import importlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Generator
@@ -24,10 +25,12 @@ from cvlab import registry
 from cvlab.config.schema import FrozenModel, NonNegativeInt, PositiveInt
 from cvlab.errors import ConfigError
 from cvlab.runs.interrupt import StopRequest
+from cvlab.storage import regular_files
 
 POLL_SECONDS = 0.2
 EXIT_LOST = 137  # the exit code of a trial whose node or process was lost
 ERRORS = "stderr.txt"  # the standard error of a trial, in its run directory until it ends
+MAX_ERROR_BYTES = 2**16  # of its end
 TOKEN = "driver.txt"  # a random token in the sweep's directory: a node that can read it shares the storage
 EXECUTORS = {
     "local": "cvlab.sweeps.executors.local:run",
@@ -121,10 +124,17 @@ def require_package(package: str, extra: str) -> None:
         raise ConfigError(f"{package} is not installed", f"pip install -e '.[{extra}]'") from None
 
 
+def open_errors(trial: Path) -> int:
+    """Open the file for a trial's standard error, emptied; return its descriptor."""
+    descriptor = regular_files.open_regular(trial / ERRORS, os.O_WRONLY | os.O_CREAT)
+    os.ftruncate(descriptor, 0)
+    return descriptor
+
+
 def read_last_error(trial: Path) -> str:
     """Return the last line of a trial's standard error, and remove the file."""
     try:
-        lines = (trial / ERRORS).read_text(errors="replace").splitlines()
+        lines = regular_files.read_tail(trial / ERRORS, MAX_ERROR_BYTES).decode(errors="replace").splitlines()
         (trial / ERRORS).unlink()
     except OSError:
         return ""

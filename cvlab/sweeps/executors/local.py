@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.runs.interrupt import StopRequest
-from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, Events, Limits, NextTask, Task, TaskResult, read_last_error
+from cvlab.sweeps.executors import (
+    POLL_SECONDS,
+    Events,
+    Limits,
+    NextTask,
+    Task,
+    TaskResult,
+    open_errors,
+    read_last_error,
+)
 
 PRELOADED = (  # imports that would cost each trial seconds
     "cvlab.cli.main",
@@ -79,8 +88,7 @@ def _run(trial: Path, environment: dict[str, str], folder: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    for descriptor, path, flags in ((1, os.devnull, os.O_WRONLY), (2, trial / ERRORS, os.O_WRONLY | os.O_CREAT)):
-        opened = os.open(path, flags, 0o666)
+    for descriptor, opened in ((1, os.open(os.devnull, os.O_WRONLY)), (2, open_errors(trial))):
         os.dup2(opened, descriptor)
         os.close(opened)
     sys.argv = ["cvlab", "resume", str(trial), "-q"]

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 from cvlab.errors import RunDirError
 from cvlab.runs.interrupt import STOP_WITH_INPUT
-from cvlab.sweeps.executors import ERRORS, POLL_SECONDS, TOKEN, Task, TaskResult, read_last_error
+from cvlab.storage.regular_files import read_bytes
+from cvlab.sweeps.executors import POLL_SECONDS, TOKEN, Task, TaskResult, open_errors, read_last_error
 
 STORAGE_TIMEOUT_SECONDS = 10.0  # for a network file system to show what another node has written
+MAX_TOKEN_BYTES = 1000
 RemoteResult = tuple[int | None, str]  # exit code and last message; None as code: the node does not share the storage
 
 
@@ -42,7 +44,7 @@ class TrialProcess:
     def __init__(self, remote: RemoteTask) -> None:
         trial = remote.task.trial
         environment = {**os.environ, **remote.environment, STOP_WITH_INPUT: "1"}
-        with (trial / ERRORS).open("wb") as errors:
+        with os.fdopen(open_errors(trial), "wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cvlab", "resume", str(trial), "-q"],
                 stdin=subprocess.PIPE,
@@ -87,7 +89,7 @@ def shares_storage(task: Task) -> bool:
     deadline = time.monotonic() + STORAGE_TIMEOUT_SECONDS
     while True:
         try:
-            if (task.trial.parents[1] / TOKEN).read_text() == task.token:
+            if read_bytes(task.trial.parents[1] / TOKEN, MAX_TOKEN_BYTES) == task.token.encode():
                 return True
         except OSError:
             pass
