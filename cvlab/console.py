@@ -1,10 +1,12 @@
-"""Messages and the progress bar, all on stderr."""
+"""Messages and the progress bar, all on stderr; and how text from files is made fit for a terminal."""
 
 import contextlib
 import errno
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +16,28 @@ from cvlab.errors import RunDirError
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 PLAIN_EVERY_SECONDS = 5.0
+UNPRINTABLE = re.compile(  # control characters, line separators, marks that reorder text, parts of surrogate pairs
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 level = NORMAL
 _stdout: Any = None  # where documents go while `only_documents_on_stdout`
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def printable(text: str) -> str:
+    """Return text as one line in which nothing is an instruction to a terminal: control characters are escaped."""
+    return UNPRINTABLE.sub(_escape, text)
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines, each made `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def set_level(quiet: bool, verbose: bool) -> None:
@@ -27,7 +49,7 @@ def set_level(quiet: bool, verbose: bool) -> None:
 def info(line: str) -> None:
     """Show a line unless the level is quiet; warnings and errors are always shown."""
     if level > QUIET or line.startswith(("warning:", "error:")):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -47,9 +69,19 @@ def document(text: str) -> None:
     print(text, file=_stdout or sys.stdout, flush=True)
 
 
+def show(text: str, end: str = "\n") -> None:
+    """Print text for people on stdout, whose lines are made printable."""
+    print(printable_lines(text), end=end)
+
+
 def always(line: str) -> None:
     """Show a line at every level."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def show_traceback(error: BaseException) -> None:
+    """Show the traceback of an error."""
+    print(printable_lines("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
 
 
 def debug(line: str) -> None:
@@ -130,7 +162,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
-        self.label, self.total, self.first = label, total, done
+        self.label, self.total, self.first = printable(label), total, done
         self.start = self.shown = time.monotonic()
         self.last: tuple[float, str] | None = None
         self.bar: Any = None
@@ -146,10 +178,10 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
             transient=True,
@@ -170,7 +202,7 @@ class Progress:
 
     def update(self, done: float, text: str) -> None:
         """Show that `done` steps are done, and a text."""
-        self.shown = time.monotonic()
+        self.shown, text = time.monotonic(), printable(text)
         if self.bar is not None:
             self.bar.update(self.task, total=self.total, completed=done, text=text)
         elif level > QUIET and (done, text) != self.last:

@@ -53,9 +53,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(http.HTTPStatus.FORBIDDEN, "this server answers to this machine only\n", "text/plain")
             return
         address = urllib.parse.urlsplit(self.path)
-        name = urllib.parse.unquote(address.path).strip("/")
+        name = urllib.parse.unquote(address.path, errors="surrogateescape").strip("/")
         try:
-            page = _page(self.server.root, name, urllib.parse.parse_qs(address.query).get("run", []))
+            query = urllib.parse.parse_qs(address.query, errors="surrogateescape")
+            page = _page(self.server.root, name, query.get("run", []))
         except CvlabError as error:
             self._send(http.HTTPStatus.INTERNAL_SERVER_ERROR, f"{error}\n", "text/plain")
             return
@@ -67,7 +68,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def _send(self, status: http.HTTPStatus, text: str, kind: str) -> None:
-        content = text.encode("utf-8", "replace")
+        content = text.encode(errors="backslashreplace")
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
@@ -96,10 +97,10 @@ def _page(root: Path, name: str, compared: Sequence[str]) -> str | None:
     path, home = runs.get(run), ("/", "all runs")
     if trial and path is not None:
         trials = {child.name: child for child in list_runs(path / "trials")}
-        path, home = trials.get(trial), (f"/{urllib.parse.quote(run)}/", "sweep")
+        path, home = trials.get(trial), (f"/{html.quote(run)}/", "sweep")
     if path is None:
         return None
-    links = html.Links(*home, trial=f"/{urllib.parse.quote(run)}/trials/{{name}}/")
+    links = html.Links(*home, trial=f"/{html.quote(run)}/trials/{{name}}/")
     is_running = read_status(path).get("status") == "running"
     return html.run_page(path, links, refresh=REFRESH_SECONDS if is_running else None)
 

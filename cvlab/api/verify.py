@@ -1,7 +1,6 @@
 """Run configurations and check their expectations."""
 
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def verify(loaded: Sequence[loading.Loaded], policy: DownloadPolicy, root: Path)
             rows.append(_failed(name, str(error), error.code, start, error.run))
             continue
         except Exception as error:  # of the user's own code; the other configurations are run nevertheless
-            traceback.print_exception(error)
+            console.show_traceback(error)
             rows.append(_failed(name, f"{type(error).__name__}: {error}", 1, start, None))
             continue
         shared = {"config": name, "data": result["data"], "run": result["run"]}

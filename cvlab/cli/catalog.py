@@ -47,7 +47,7 @@ def show_config(
         output.show({"ok": True, "configs": shipped}, lambda: tables.table("", ("name", "shows"), rows))
         return
     loaded = loading.load(config, gather_overrides(overrides, RunOptions(set_))).config
-    output.show({"ok": True, "config": loaded.model_dump()}, lambda: print(loaded.to_yaml(), end=""))
+    output.show({"ok": True, "config": loaded.model_dump()}, lambda: console.show(loaded.to_yaml(), end=""))
 
 
 @app.command(rich_help_panel=RESOURCES)
@@ -86,7 +86,7 @@ def models_fetch(
     from cvlab.models import weights
 
     path = weights.fetch(name, origin)
-    output.show({"ok": True, "name": name, "file": str(path)}, lambda: print(f"{name} is ready: {path}"))
+    output.show({"ok": True, "name": name, "file": str(path)}, lambda: console.show(f"{name} is ready: {path}"))
 
 
 @data_app.command("list")
@@ -114,7 +114,7 @@ def data_fetch(
     from cvlab.api import catalog
 
     result = catalog.fetch(name, origin)
-    output.show(result, lambda: print(f"{name} is ready in {result['root']}: {result['found']}"))
+    output.show(result, lambda: console.show(f"{name} is ready in {result['root']}: {result['found']}"))
 
 
 @data_app.command("check")

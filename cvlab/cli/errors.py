@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import time
-import traceback
 from typing import Any
 
 from cvlab import console
@@ -50,7 +49,7 @@ def report_user_error(error: CvlabError, output: Output) -> int:
     if not process_group.is_main():
         return _report_of_rank(error)
     if output.debug:
-        traceback.print_exception(error)
+        console.show_traceback(error)
     if output.as_json:
         console.document(json.dumps({"ok": False, "error": error.document()}, indent=2))
     for line in [error, *getattr(error, "further_errors", ())]:
@@ -68,7 +67,7 @@ def _report_of_rank(error: CvlabError) -> int:
 
 def report_internal_error(error: Exception, output: Output) -> int:
     """Print the traceback of a fault of cvlab or of the user's own code; return the exit code."""
-    traceback.print_exception(error)
+    console.show_traceback(error)
     message = f"{type(error).__name__}: {error}"
     if output.as_json:
         hint = "the traceback is on stderr"

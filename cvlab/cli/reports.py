@@ -37,7 +37,7 @@ def report(
     else:
         file = out or root / html.COMPARISON
         atomic.write_text(file, html.comparison_page(compare.labels(paths), html.links_from(file, root)))
-    output.show({"ok": True, "files": [str(file)]}, lambda: print(console.relative_path(file)))
+    output.show({"ok": True, "files": [str(file)]}, lambda: console.show(console.relative_path(file)))
 
 
 @app.command(rich_help_panel=RUNS)
@@ -71,7 +71,7 @@ def track(
     from cvlab.runs.find import find_run, runs_root
 
     command = api_track.log_run(find_run(run, runs_root(runs_dir)), to, follow)
-    output.show({"ok": True, "tracker": to, "look": command}, lambda: print(command))
+    output.show({"ok": True, "tracker": to, "look": command}, lambda: console.show(command))
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.config import strict_yaml
+from cvlab.reports.tables import csv_cell
 from cvlab.runs.find import config_path
 from cvlab.runs.records import read_metrics, read_status, read_summary
 
@@ -88,8 +89,8 @@ def to_csv(comparison: Mapping[str, Any]) -> str:
     """Write a comparison as CSV: one line per key and metric, one column per run."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["kind", "name", *(run["label"] for run in comparison["runs"])])
+    writer.writerow(["kind", "name", *(csv_cell(run["label"]) for run in comparison["runs"])])
     for kind, block in (("config", "differences"), ("metric", "metrics")):
         for name, values in comparison[block].items():
-            writer.writerow([kind, name, *("" if value is None else value for value in values)])
+            writer.writerow([kind, csv_cell(name), *map(csv_cell, values)])
     return buffer.getvalue()

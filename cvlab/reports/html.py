@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from cvlab import console
 from cvlab.errors import CvlabError
 from cvlab.reports import colors, compare, curves, embedded, metrics, svg, tables
 from cvlab.reports.curves import Curve
@@ -64,6 +65,7 @@ def _templates() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: console.printable_lines(value) if type(value) is str else value,
     )
     margins = {"left": svg.LEFT, "right": svg.RIGHT, "top": svg.TOP, "bottom": svg.BOTTOM}
     environment.globals |= {
@@ -183,7 +185,7 @@ def _trials(path: Path, links: Links, trials: object) -> Row | None:
     for trial in rows:
         name = trial["trial"]
         is_linked = Path(name).name == name and (path / "trials" / name / "config.yaml").is_file()
-        link = links.trial.format(name=urllib.parse.quote(name)) if is_linked and links.trial else None
+        link = links.trial.format(name=quote(name)) if is_linked and links.trial else None
         status = "diverged" if trial.get("diverged") else str(trial.get("status", ""))
         values = [tables.number(trial["metrics"].get(key)) for key in shown]
         lines.append({"name": name, "link": link, "cells": [status, tables.number(trial.get("seed")), *values]})
@@ -231,7 +233,7 @@ def comparison_page(runs: Mapping[str, Path], links: Links | None = None) -> str
             {
                 "label": run["label"],
                 "style": styles[run["label"]],
-                "link": links.run.format(name=urllib.parse.quote(path.name)) if links.run else None,
+                "link": links.run.format(name=quote(path.name)) if links.run else None,
                 "cells": (run["status"] or "-", run["data"] or "-", duration_text(read_summary(path).get("seconds"))),
                 "status_class": STATUS_CLASSES.get(run["status"], ""),
             }
@@ -289,7 +291,7 @@ def index_page(
             | {
                 "result": _unbroken(row["result"]) if row["metrics"] else row["result"],
                 "status_class": STATUS_CLASSES.get(row["status"], ""),
-                "link": link.format(name=urllib.parse.quote(row["run"])) if has_page else None,
+                "link": link.format(name=quote(row["run"])) if has_page else None,
                 "thumbnail": embedded.read_thumbnail(path) if path is not None and k < MAX_THUMBNAILS else None,
                 "is_selectable": compare_link is not None or k < MAX_COMPARED,
                 "date": _date(row["run"]),
@@ -351,9 +353,17 @@ def duration_text(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def quote(name: str) -> str:
+    """Return a file's name as part of an address, byte by byte if it is not UTF-8."""
+    try:
+        return urllib.parse.quote(os.fsencode(name))
+    except UnicodeEncodeError:  # it is no file's name
+        return urllib.parse.quote(name, errors="replace")
+
+
 def links_from(file: Path, root: Path) -> Links:
     """Return the addresses of the list and of the pages of runs below `root`, relative to a page in a file."""
-    folder = urllib.parse.quote(os.path.relpath(root, file.parent).replace(os.sep, "/") + "/").removeprefix("./")
+    folder = quote(os.path.relpath(root, file.parent).replace(os.sep, "/") + "/").removeprefix("./")
     return Links(home=f"{folder}{INDEX}", run=f"{folder}{{name}}/{FILE}")
 
 

@@ -13,6 +13,7 @@ from cvlab.reports import metrics
 from cvlab.runs.records import read_summary
 from cvlab.runs.results import Column, read_columns
 
+FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also the full-width ones
 GAP = 3  # between columns, at most
 MIN_TEXT = 24  # characters in a line of a column that is wrapped
 NUMBER = re.compile(r"[-+]?([\d,]+(\.\d+)?|\.\d+|inf|nan)(e[-+]?\d+)?( ?[%A-Za-z/]{1,8})?( ± \S+)?")
@@ -47,9 +48,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
+    cells = [[console.printable(cell if isinstance(cell, str) else number(cell)) for cell in row] for row in rows]
+    columns = [console.printable(column) for column in columns]
     if title:
-        print(title)
+        print(console.printable(title))
     widths = _widths(columns, cells, _available_width())
     if widths is None:
         for row in cells:
@@ -61,9 +63,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         grid.add_column(Text(column), overflow="fold", justify=justify, width=width)
     for row in cells:
         grid.add_row(*map(Text, row))
-    console = Console(width=sum(widths) + GAP * len(widths))
-    with console.capture() as capture:
-        console.print(grid)
+    terminal = Console(width=sum(widths) + GAP * len(widths))
+    with terminal.capture() as capture:
+        terminal.print(grid)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()), end="\n\n")
 
 
@@ -170,13 +172,28 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
     if rows:
         table(title, ("metric", "value", "unit"), rows)
     else:
-        print(title)
+        print(console.printable(title))
     if "reason" in result:
-        print(f"reason: {result['reason']}\nwhat to do: {result['hint']}")
+        print(console.printable(f"reason: {result['reason']}"))
+        print(console.printable(f"what to do: {result['hint']}"))
     if result["expect"] and with_verdicts:
         verdicts = [(v["rule"], format_measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
-    print(f"run directory {console.relative_path(path)}")
+    print(console.printable(f"run directory {console.relative_path(path)}"))
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value of a CSV file that no spreadsheet takes for a formula; empty for None.
+
+    Text that begins like a formula gets an apostrophe, unless it is a number; control characters are escaped.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, (int, float)):
+        return value
+    text = console.printable(str(value))
+    is_formula = text.lstrip().startswith(FORMULA_SIGNS) and not NUMBER.fullmatch(text)
+    return f"'{text}" if is_formula else text
 
 
 def show_photos(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
@@ -186,13 +203,13 @@ def show_photos(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) ->
     used = [column for column in used if any(column.values_of(row) for row in rows)]
     lines: list[list[str]] = []
     for row in rows:
-        cells = [_cell_lines(column, row) for column in used]
+        cells = [_cell_lines(column, row) for column in used] or [["-"]]
         if "error" in row:
             cells = [["not read"], *cells[1:]]
         name = _shortened(Path(row["image"]).name)
         for k in range(max(map(len, cells), default=1)):
             lines.append([name if k == 0 else "", *(cell[k] if k < len(cell) else "" for cell in cells)])
-    headings = [column.heading for column in used]
+    headings = [column.heading for column in used] or ["result"]
     if len(lines) == 1:
         table("", ("photo", lines[0][0]), list(zip(headings, lines[0][1:], strict=True)))
     else:

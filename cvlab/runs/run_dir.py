@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from cvlab import console
 from cvlab.errors import RunDirError
 from cvlab.runs.records import STATES, Row, complete_size, is_run, read_json, to_json_value
 from cvlab.storage import atomic, regular_files
@@ -117,7 +118,7 @@ class RunDir:
         if self.writable and self.on_log is not None:
             self.on_log(line)
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.append_text("log.txt", f"{stamp} {line}\n")
+        self.append_text("log.txt", f"{stamp} {console.printable(line)}\n")
 
     def append_text(self, name: str, text: str) -> None:
         """Append to a text file."""

@@ -94,8 +94,8 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically and durably, in UTF-8."""
-    write(path, lambda file: file.write(text.encode()))
+    """Write a text file atomically and durably, in UTF-8; what it cannot encode is escaped."""
+    write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 @contextlib.contextmanager

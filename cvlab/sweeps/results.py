@@ -11,7 +11,7 @@ from cvlab.config.expectations import GroupedResult
 from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import colors, plots
 from cvlab.reports.compare import read_config
-from cvlab.reports.tables import number
+from cvlab.reports.tables import csv_cell, number
 from cvlab.runs.records import pruning_reason, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 
@@ -110,11 +110,11 @@ def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["trial", "status", *keys, *names])
+    writer.writerow(["trial", "status", *map(csv_cell, [*keys, *names])])
     for row in rows:
         state = "diverged" if row["diverged"] else row["status"]
         values = [row["config"].get(key) for key in keys] + [row["metrics"].get(name) for name in names]
-        writer.writerow([row["trial"], state, *("" if value is None else value for value in values)])
+        writer.writerow(map(csv_cell, [row["trial"], state, *values]))
     return buffer.getvalue()
 
 
