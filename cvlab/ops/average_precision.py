@@ -27,6 +27,7 @@ AREA_RANGES = {  # in square pixels, of COCO
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, float("inf")),
 }
+MAX_MIN_IOU = 1 - 1e-10  # the limit that pycocotools puts on a threshold
 MAX_CHUNK_ELEMENTS = 500_000  # in a tensor of IoUs
 
 
@@ -41,14 +42,27 @@ class Detections:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The ground truth of one image: boxes_xyxy (M, 4) in pixels, labels int64 (M,), difficult bool (M,).
+    """The ground truth of one image: boxes_xyxy (M, 4) in pixels, labels int64 (M,), difficult and crowd bool (M,).
 
-    Difficult boxes are ignored: finding one is neither right nor wrong, missing one neither.
+    Difficult boxes are ignored: finding one is neither right nor wrong, missing one neither. So are crowds, boxes
+    around many objects (None: there are none); their overlap with a detection is the fraction of the detection that
+    they cover, and a crowd ignores all detections that match no other box.
     """
 
     boxes_xyxy: Tensor
     labels: Tensor
     difficult: Tensor
+    crowd: Tensor | None = None
+
+    @property
+    def is_crowd(self) -> Tensor:
+        """Which boxes are crowds, bool (M,)."""
+        return torch.zeros_like(self.difficult) if self.crowd is None else self.crowd
+
+    @property
+    def is_ignored(self) -> Tensor:
+        """Which boxes are not counted, bool (M,): difficult ones and crowds."""
+        return self.difficult | self.is_crowd
 
 
 @dataclass(frozen=True)
@@ -127,13 +141,15 @@ def evaluate(
     detected = _group([d.boxes_xyxy for d in detections], keys, order)
     keys = _group_keys([t.labels for t in truths], num_classes)
     true = _group([t.boxes_xyxy for t in truths], keys, torch.argsort(keys, stable=True))
-    difficult = torch.cat([t.difficult for t in truths]) if truths else torch.empty(0, dtype=torch.bool)
-    difficult = difficult[true.order]
-    outcomes = _Matcher(detected, true, difficult, torch.tensor(thresholds).double(), rule == "coco").match()
+    ignored, crowd = (
+        torch.cat(flags)[true.order] if flags else torch.empty(0, dtype=torch.bool)
+        for flags in ([t.is_ignored for t in truths], [t.is_crowd for t in truths])
+    )
+    outcomes = _Matcher(detected, true, ignored, crowd, torch.tensor(thresholds).double(), rule == "coco").match()
     rank = torch.arange(len(detected.keys)) - torch.repeat_interleave(detected.starts, detected.counts)
     is_counted = rank < COCO_MAX_DETECTIONS if rule == "coco" else torch.ones_like(rank, dtype=torch.bool)
     true_labels = true.keys % num_classes if num_classes else true.keys
-    num_truths = torch.bincount(true_labels[~difficult], minlength=num_classes)
+    num_truths = torch.bincount(true_labels[~ignored], minlength=num_classes)
     return _summarize(detected, scores, outcomes, is_counted, num_truths, rule)
 
 
@@ -143,7 +159,8 @@ class _Matcher:
 
     detected: _GroupedBoxes
     true: _GroupedBoxes
-    difficult: Tensor  # bool (M,), of the sorted ground truth
+    ignored: Tensor  # bool (M,), of the sorted ground truth: difficult or a crowd
+    crowd: Tensor  # bool (M,), of the sorted ground truth
     thresholds: Tensor  # float64 (T,)
     is_coco: bool
 
@@ -173,10 +190,19 @@ class _Matcher:
         columns, is_truth = _padded_indices(self.true, pairs[:, 1], max_truths)  # (G, M)
         detected_xyxy, true_xyxy = self.detected.boxes_xyxy[rows], self.true.boxes_xyxy[columns]
         iou = boxes.paired_iou(detected_xyxy[:, :, None], true_xyxy[:, None])  # (G, D, M)
-        iou[~is_truth[:, None].expand_as(iou)] = -1
-        difficult = self.difficult[columns] & is_truth  # (G, M)
+        crowd = (self.crowd[columns] & is_truth)[:, None].expand_as(iou)
+        if crowd.any():
+            coverage = boxes.paired_coverage(detected_xyxy[:, :, None], true_xyxy[:, None])
+            crowd_overlap = torch.where(crowd, coverage, -1.0).amax(2)  # (G, D)
+        else:
+            crowd_overlap = torch.full_like(iou[..., 0], -1.0)
+        iou[~is_truth[:, None].expand_as(iou) | crowd] = -1
+        difficult = self.ignored[columns] & is_truth  # (G, M)
         match = _match_coco if self.is_coco else _match_voc
-        return rows[is_detection], match(iou, difficult, self.thresholds)[is_detection]
+        outcomes = match(iou, difficult, self.thresholds)
+        min_overlap = self.thresholds.clamp(max=MAX_MIN_IOU) if self.is_coco else self.thresholds
+        is_in_crowd = (crowd_overlap[..., None] >= min_overlap) & (outcomes == 0)
+        return rows[is_detection], outcomes.masked_fill(is_in_crowd, -1)[is_detection]
 
 
 def _padded_indices(grouped: _GroupedBoxes, groups: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +237,7 @@ def _match_coco(iou: Tensor, difficult: Tensor, thresholds: Tensor) -> Tensor:
     """
     num_groups, num_detections, num_boxes = iou.shape
     is_free = torch.ones(num_groups, len(thresholds), num_boxes, dtype=torch.bool)
-    min_iou = thresholds.clamp(max=1 - 1e-10)[None, :, None]
+    min_iou = thresholds.clamp(max=MAX_MIN_IOU)[None, :, None]
     outcomes = torch.zeros(num_groups, num_detections, len(thresholds), dtype=torch.int8)
     is_counted = ~difficult[:, None]
     # Of equal overlaps the last one wins, as in pycocotools.
@@ -299,7 +325,7 @@ def confusion_matrix(
     """Count which class is detected as which, with one more row and column for background.
 
     Detections, the highest-scoring first, each take the free box that they overlap most, whatever its class. A
-    difficult box and the detection that takes it are not counted.
+    difficult box and the detection that takes it are not counted, nor are detections in a crowd that take no box.
 
     Args:
         detections: one for each image.
@@ -313,7 +339,8 @@ def confusion_matrix(
     """
     table = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for detected, true in zip(detections, truths, strict=True):
-        is_free = torch.ones(len(true.labels), dtype=torch.bool)
+        is_free = ~true.is_crowd
+        in_crowd = _covered_by_crowd(detected, true) >= iou_threshold
         order = torch.argsort(detected.scores, descending=True, stable=True)
         iou = boxes.iou(detected.boxes_xyxy.double(), true.boxes_xyxy.double())
         for k in order[detected.scores[order] >= score_threshold].tolist():
@@ -323,11 +350,18 @@ def confusion_matrix(
                 is_free[best] = False
                 if not true.difficult[best]:
                     table[true.labels[best], detected.labels[k]] += 1
-            else:
+            elif not in_crowd[k]:
                 table[num_classes, detected.labels[k]] += 1
         for label in true.labels[is_free & ~true.difficult].tolist():
             table[label, num_classes] += 1
     return table
+
+
+def _covered_by_crowd(detected: Detections, true: GroundTruth) -> Tensor:
+    """Return the largest fraction of each detection of an image that one crowd covers (N,)."""
+    crowds_xyxy = true.boxes_xyxy[true.is_crowd].double()
+    coverage = boxes.paired_coverage(detected.boxes_xyxy.double()[:, None], crowds_xyxy[None])
+    return torch.cat([torch.zeros(len(coverage), 1).double(), coverage], 1).amax(1)
 
 
 def recall_by_size(
@@ -337,7 +371,7 @@ def recall_by_size(
 
     Args:
         detections: one for each image.
-        truths: the ground truth of the same images; difficult boxes are left out.
+        truths: the ground truth of the same images; difficult boxes and crowds are left out.
         score_threshold: detections with a lower score are left out, in [0, 1].
         iou_threshold: the smallest IoU of a detection of the same class, in [0, 1].
 
@@ -350,8 +384,8 @@ def recall_by_size(
         iou = boxes.iou(true.boxes_xyxy.double(), detected.boxes_xyxy[keep].double())
         same_class = true.labels[:, None] == detected.labels[keep][None]
         is_hit = ((iou >= iou_threshold) & same_class).any(1)
-        areas.append(boxes.area(true.boxes_xyxy)[~true.difficult])
-        hits.append(is_hit[~true.difficult])
+        areas.append(boxes.area(true.boxes_xyxy)[~true.is_ignored])
+        hits.append(is_hit[~true.is_ignored])
     area = torch.cat(areas) if areas else torch.empty(0)
     is_hit = torch.cat(hits).double() if hits else torch.empty(0).double()
     in_range = {name: (area >= low) & (area < high) for name, (low, high) in AREA_RANGES.items()}

@@ -58,6 +58,20 @@ def paired_iou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
     return _safe_divide(intersection, union)
 
 
+def paired_coverage(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
+    """Return which fraction of each box another one covers, element by element.
+
+    Args:
+        boxes_xyxy: (..., 4).
+        other_xyxy: (..., 4); the arguments are broadcast.
+
+    Returns:
+        intersection over the area of the first box (...) in [0, 1]; 0 where that has no area.
+    """
+    intersection, _ = _intersection_and_union(boxes_xyxy, other_xyxy)
+    return _safe_divide(intersection, area(boxes_xyxy).expand_as(intersection))
+
+
 def paired_giou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
     """Return the generalized intersection over union of boxes, element by element.
 

@@ -179,6 +179,88 @@ def test_each_class_and_threshold_of_faster_coco_eval_with_difficult_ones(seed):
     torch.testing.assert_close(metrics.ap50_95, precision.mean((0, 1)), atol=1e-9, rtol=0)
 
 
+def crowded_picture(generator, num_classes):
+    """Objects and crowds (30 %) of any place and size, with detections near objects and inside crowds."""
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    count = int(uniform(1) * 9)
+    low = uniform(count, 2) * 250
+    true = torch.cat([low, low + 30 + uniform(count, 2) * 200], 1)
+    labels = (uniform(count) * num_classes).long()
+    crowd = uniform(count) < 0.3
+    near, inside = torch.empty(0, 4), torch.empty(0, 4)
+    near_labels = inside_labels = torch.empty(0, dtype=torch.int64)
+    if count:
+        picked = (uniform(int(uniform(1) * 10)) * count).long()
+        near, near_labels = true[picked] + (uniform(len(picked), 4) - 0.5) * 24, labels[picked]
+        picked = (uniform(int(uniform(1) * 10)) * count).long()
+        sides = (true[picked, 2:] - true[picked, :2]) * 0.4
+        corner = true[picked, :2] + sides * uniform(len(picked), 2) * 2
+        inside, inside_labels = torch.cat([corner, corner + sides], 1), labels[picked]
+    stray = torch.cat([uniform(3, 2) * 300, 310 + uniform(3, 2) * 40], 1)
+    boxes = torch.cat([near, inside, stray])
+    scores = (uniform(len(boxes)) * 30).round() / 30
+    named = torch.cat([near_labels, inside_labels, (uniform(3) * num_classes).long()])
+    return Detections(boxes, scores, named), GroundTruth(true, labels, crowd, crowd)
+
+
+def crowds_to_coco(detections, truths):
+    """The same pictures as COCO's JSON, in which the crowds have `iscrowd`."""
+    content, results = to_coco(detections, truths)
+    flags = torch.cat([t.is_crowd for t in truths]).tolist()
+    for annotation, flag in zip(content["annotations"], flags, strict=True):
+        annotation |= {"iscrowd": int(flag), "area": annotation["bbox"][2] * annotation["bbox"][3]}
+    return content, results
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_crowds_equal_an_independent_evaluation_exactly(seed):
+    oracle = pytest.importorskip("faster_coco_eval")
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [crowded_picture(generator, 4) for _ in range(30)]
+    detections, truths = [list(side) for side in zip(*pairs, strict=True)]
+    content, results = crowds_to_coco(detections, truths)
+    assert 0.1 < sum(a["iscrowd"] for a in content["annotations"]) / len(content["annotations"]) < 0.5
+    known = oracle.COCO(content)
+    judge = oracle.COCOeval_faster(known, known.loadRes(results), "bbox", print_function=lambda *_: None)
+    judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
+    judge.params.maxDets = [100]
+    judge.evaluate()
+    judge.accumulate()
+    precision = torch.from_numpy(np.asarray(judge.eval["precision"]))[..., 0, 0]  # (T, 101, C)
+    metrics = ap.evaluate(detections, truths, 4, "coco")
+    torch.testing.assert_close(metrics.ap50, precision[0].mean(0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(metrics.ap50_95, precision.mean((0, 1)), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ap.RULES)
+def test_detections_inside_a_crowd_are_ignored(rule):
+    """One object is detected; the crowd's four detections, of higher scores, are neither right nor wrong."""
+    inside = [[100 + 20 * k, 100, 115 + 20 * k, 115] for k in range(4)]
+    detections = one([*inside, A], [0.9, 0.8, 0.7, 0.6, 0.5])
+    truth = one([[100, 100, 200, 200], A])
+    crowd = GroundTruth(truth.boxes_xyxy, truth.labels, truth.difficult, torch.tensor([True, False]))
+    metrics = ap.evaluate([detections], [crowd], 1, rule)
+    assert metrics.map50 == pytest.approx(1)
+    assert metrics.map50_95 == pytest.approx(1)
+    assert int(metrics.num_truths[0]) == 1
+    assert ap.confusion_matrix([detections], [crowd], 1, 0.1).tolist() == [[1, 0], [0, 0]]
+    assert ap.recall_by_size([detections], [crowd], 0.1)["small"] == 1
+    beside = one([[190, 100, 220, 115], A], [0.9, 0.5])  # a third of it is inside
+    assert ap.evaluate([beside], [crowd], 1, rule).map50 == pytest.approx(0.5, abs=0.01)
+    assert ap.confusion_matrix([beside], [crowd], 1, 0.1).tolist() == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("rule", ap.RULES)
+def test_an_object_in_front_of_a_crowd_is_matched(rule):
+    truth = one([A, [0, 0, 300, 300], B])
+    crowd = GroundTruth(truth.boxes_xyxy, truth.labels, truth.difficult, torch.tensor([False, True, False]))
+    metrics = ap.evaluate([one([[0, 0, 9, 10], B], [0.9, 0.8])], [crowd], 1, rule)
+    assert metrics.map50 == pytest.approx(1)
+
+
 def test_thresholds_are_those_of_pycocotools():
     assert np.linspace(0.5, 0.95, 10).tolist() == list(ap.IOU_THRESHOLDS)
 

@@ -66,7 +66,7 @@ def predict_cached(
 
 def ground_truths(samples: Sequence[DetectionSample]) -> list[GroundTruth]:
     """Return the ground truth of each sample."""
-    return [GroundTruth(sample.boxes_xyxy, sample.labels, sample.difficult) for sample in samples]
+    return [GroundTruth(sample.boxes_xyxy, sample.labels, sample.difficult, sample.crowd) for sample in samples]
 
 
 def compute_metrics(

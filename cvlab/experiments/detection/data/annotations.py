@@ -31,13 +31,15 @@ class ObjectAnnotation:
         location: Where in the file it is, for messages.
         name: Its class.
         box_xyxy: A box of zero width and height if the file gives one without area.
-        difficult: Ignored in evaluation: VOC's `difficult`, COCO's `iscrowd`.
+        difficult: Ignored in evaluation and not used in training: VOC's `difficult`, COCO's `iscrowd`.
+        crowd: Also a box around many objects, COCO's `iscrowd`, of which every one may be detected.
     """
 
     location: str
     name: str
     box_xyxy: Box
     difficult: bool = False
+    crowd: bool = False
 
 
 @dataclass(frozen=True)

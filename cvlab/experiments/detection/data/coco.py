@@ -69,9 +69,8 @@ def read(path: Path) -> tuple[list[ImageAnnotation], list[str]]:
         if not coco.is_key(category, names):
             raise DataError(f"{location}: category_id {str(category)[:40]} is in no category", HINT)
         box_xyxy = _parse_box(location, record.get("bbox"))
-        objects[record["image_id"]].append(
-            ObjectAnnotation(location, names[category], box_xyxy, record.get("iscrowd") == 1)
-        )
+        is_crowd = record.get("iscrowd") == 1
+        objects[record["image_id"]].append(ObjectAnnotation(location, names[category], box_xyxy, is_crowd, is_crowd))
     finder = _ImageFinder(path)
     annotated = []
     for key, record in images.items():

@@ -36,6 +36,7 @@ class DetectionSample:
         labels: int64 (N,), indices into the classes.
         difficult: bool (N,): not used in training, ignored in evaluation.
         confidence: (N,), in [0, 1], of pseudo-labels; None for boxes drawn by people.
+        crowd: bool (N,): around many objects, also difficult; None if there is no such box.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class DetectionSample:
     labels: Tensor
     difficult: Tensor
     confidence: Tensor | None = None
+    crowd: Tensor | None = None
 
     @property
     def has_boxes(self) -> bool:
@@ -213,7 +215,7 @@ def _to_sample(image: ImageAnnotation, index: dict[str, int], irregularities: _I
     if image.size not in (None, stored, displayed):
         irregularities.other_size.append(image.file)
     width, height = stored if rotate else displayed
-    boxes, labels, difficult = [], [], []
+    boxes, labels, difficult, crowd = [], [], [], []
     for obj in image.objects:
         box = _clip_box(obj, image, (width, height), irregularities)
         if box is None:
@@ -221,10 +223,17 @@ def _to_sample(image: ImageAnnotation, index: dict[str, int], irregularities: _I
         boxes.append(box)
         labels.append(_label_of(obj, index))
         difficult.append(obj.difficult)
+        crowd.append(obj.crowd)
     boxes_xyxy = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
     if rotate:
         boxes_xyxy = apply_orientation(boxes_xyxy, header.orientation, stored)
-    return DetectionSample(image.image, boxes_xyxy, torch.tensor(labels).long(), torch.tensor(difficult).bool())
+    return DetectionSample(
+        image.image,
+        boxes_xyxy,
+        torch.tensor(labels).long(),
+        torch.tensor(difficult).bool(),
+        crowd=torch.tensor(crowd).bool() if any(crowd) else None,
+    )
 
 
 def _label_of(obj: ObjectAnnotation, index: dict[str, int]) -> int:

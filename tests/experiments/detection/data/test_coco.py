@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cvlab.errors import DataError
+from cvlab.experiments.detection import evaluation
 from tests.experiments.detection.data.box_files import BOXES, coco_set, load, of, write
 
 
@@ -53,7 +54,10 @@ def test_a_crowd_is_difficult(tmp_path):
     content = json.loads(path.read_text())
     content["annotations"][1]["iscrowd"] = 1
     path.write_text(json.dumps(content))
-    assert of(load(tmp_path), "a").difficult.tolist() == [False, True, False]
+    sample = of(load(tmp_path), "a")
+    assert sample.difficult.tolist() == sample.crowd.tolist() == [False, True, False]
+    assert evaluation.ground_truths([sample])[0].is_crowd.tolist() == [False, True, False]
+    assert of(load(tmp_path), "b").crowd is None
 
 
 @pytest.mark.parametrize(
