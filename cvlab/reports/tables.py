@@ -165,7 +165,7 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
     if "settings" in result:
         show_settings(result["settings"])
     if "results" in result:
-        show_photos(result["results"], read_columns(summary))
+        show_photos(result["results"], read_columns(summary), path)
     info = summary.get("metric_info", {})
     rows = [(name, number(value), metrics.unit(name, info)) for name, value in result["metrics"].items()]
     title = f"{result['experiment']}{note}: {result['status'].replace('_', ' ')}"
@@ -196,14 +196,14 @@ def csv_cell(value: Any) -> Any:
     return f"'{text}" if is_formula else text
 
 
-def show_photos(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
-    """Print a line for each image; of a single one all values, one below the other."""
+def show_photos(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], folder: Path) -> None:
+    """Print a line for each image; of a single one all values, one below the other. Files lie below `folder`."""
     details = len(rows) == 1
     used = [column for column in columns if details or not (column.is_detail or column.is_file)]
     used = [column for column in used if any(column.values_of(row) for row in rows)]
     lines: list[list[str]] = []
     for row in rows:
-        cells = [_cell_lines(column, row) for column in used] or [["-"]]
+        cells = [_cell_lines(column, row, folder) for column in used] or [["-"]]
         if "error" in row:
             cells = [["not read"], *cells[1:]]
         name = _shortened(Path(row["image"]).name)
@@ -216,8 +216,10 @@ def show_photos(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) ->
         table("", ("photo", *headings), lines)
 
 
-def _cell_lines(column: Column, row: Mapping[str, Any]) -> list[str]:
+def _cell_lines(column: Column, row: Mapping[str, Any], folder: Path) -> list[str]:
     values = column.values_of(row)
+    if column.is_file:
+        return [", ".join(console.relative_path(folder / str(value)) for value in values) or "-"]
     if column.has_lines and values and isinstance(values[0], list) and values[0]:
         return [format_result(item) for item in values[0]]
     return [", ".join(map(format_result, values)) or "-"]

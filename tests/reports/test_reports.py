@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -102,16 +103,19 @@ def test_photos_in_a_table(capsys):
     attacked = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "success": True}
     attacked |= {"steps": 6, "l2": 1.5, "success_jpeg95": True, "success_jpeg85": False, "success_jpeg75": False}
     rows = [{"image": "/a/cat.jpg", **attacked}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
-    tables.show_photos(rows, experiments.COLUMNS)
+    tables.show_photos(rows, experiments.COLUMNS, Path("runs/a"))
     out = capsys.readouterr().out
     assert "tabby 0.80" in out
     assert "ostrich 0.99" in out
     assert "not read" in out
     assert "veryveryver..eryvery.jpg" in out
-    tables.show_photos(rows[:1], experiments.COLUMNS)
-    assert "true, false, false" in capsys.readouterr().out
+    rows[0]["panel"] = "images/cat-panel.png"
+    tables.show_photos(rows[:1], experiments.COLUMNS, Path("runs/a"))
+    out = capsys.readouterr().out
+    assert "true, false, false" in out
+    assert "runs/a/images/cat-panel.png" in out
     top = [{"label": "tabby", "score": 0.8}, {"label": "lynx", "score": 0.1}]
-    tables.show_photos([{"image": "cat.jpg", **top[0], "top": top}], classification_experiments.COLUMNS)
+    tables.show_photos([{"image": "cat.jpg", **top[0], "top": top}], classification_experiments.COLUMNS, Path("runs/a"))
     assert "lynx 0.10" in capsys.readouterr().out
 
 
