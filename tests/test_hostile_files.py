@@ -236,7 +236,7 @@ def test_a_name_that_no_disk_has(tmp_path, name):
     told = json.loads(coco.read_text())
     told["images"][0]["file_name"] = name
     coco.write_text(json.dumps(told))
-    assert "is not there" in refusal(boxes, coco)
+    assert "no object in any photo; a detector needs some to train on; photos that are not in" in refusal(boxes, coco)
 
 
 def test_brackets_without_end(tmp_path):

@@ -13,7 +13,9 @@ from cvlab.errors import DataError
 
 MAX_BYTES = 600_000_000  # COCO's own train2017 has 470 MB
 HINT = "correct the file, or download it again"
+MAX_DIGITS = 18
 Record = dict[str, Any]
+Id = int | str
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,24 @@ class CocoFile:
             raise DataError(f"{self.path}: has no list of {key}", "COCO's JSON has images, annotations and categories")
         return records
 
-    def by_id(self, key: str) -> dict[int, Record]:
-        """Return the records of the list called `key` by their ids, which must be unique integers."""
-        records: dict[int, Record] = {}
+    def by_id(self, key: str) -> dict[Id, Record]:
+        """Return the records of the list called `key` by their unique ids. Raises DataError if one has none."""
+        records: dict[Id, Record] = {}
         for k, record in enumerate(self.records(key)):
-            number = record.get("id") if isinstance(record, dict) else None
-            if type(number) is not int or number in records:
-                raise DataError(f"{self.path}: {key}[{k}]: id is not a unique integer: {str(number)[:40]}", HINT)
+            number = parse_id(record.get("id")) if isinstance(record, dict) else None
+            if number is None or records.get(number, record) != record:
+                shown = str(record.get("id"))[:40] if isinstance(record, dict) else "missing"
+                raise DataError(f"{self.path}: {key}[{k}]: id is not a unique integer: {shown}", HINT)
             records[number] = record
         return records
 
-    def annotations(self, images: dict[int, Record]) -> list[tuple[str, Record]]:
-        """Return the annotations, each of which must refer to one of the images, with their locations for messages."""
+    def annotations(self, images: dict[Id, Record]) -> list[tuple[str, Id | None, Record]]:
+        """Return the annotations: where each is, for messages, the image that it is of (None: of none), itself."""
         annotations = []
         for k, record in enumerate(self.records("annotations")):
-            location = f"{self.path}: annotations[{k}]"
-            if not isinstance(record, dict) or not is_key(record.get("image_id"), images):
-                raise DataError(f"{location}: image_id is not the id of an image", HINT)
-            annotations.append((location, record))
+            record = record if isinstance(record, dict) else {}
+            image = parse_id(record.get("image_id"))
+            annotations.append((f"{self.path}: annotations[{k}]", image if image in images else None, record))
         return annotations
 
     def text(self, name: str, record: Record, key: str) -> str:
@@ -58,9 +60,14 @@ class CocoFile:
         return value
 
 
-def is_key(value: Any, records: dict[int, Any]) -> bool:
-    """Whether a value from a file is the id of one of the records."""
-    return isinstance(value, int | float) and value in records
+def parse_id(value: Any) -> Id | None:
+    """Return an id: a whole number, also if a program has written it as text or as 7.0, or a word; else None."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str):
+        text = value.strip()
+        value = int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS else text or None
+    return value if type(value) is int or isinstance(value, str) else None
 
 
 def read(path: Path) -> CocoFile:

@@ -16,9 +16,25 @@ SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_p
 FORMAT_HINT = "give a JPEG, PNG, BMP or WEBP file"
 
 
+def split_pattern(name: str) -> tuple[str, str]:
+    """Return a pattern as a folder that exists, whose name may have brackets, and what is to match within it."""
+    folder, pattern = name, ""
+    while folder and not os.path.isdir(folder):
+        folder, part = os.path.split(folder.rstrip(os.sep))
+        pattern = f"{part}{os.sep}{pattern}" if pattern else part
+        if not part:
+            break
+    return folder, pattern
+
+
+def _has_pattern(name: str) -> bool:
+    """Whether a name is a pattern: it has `*`, `?` or `[` in what is no folder's or file's own name."""
+    return not os.path.lexists(name) and glob.has_magic(split_pattern(name)[1])
+
+
 def _is_missing(name: str) -> bool:
     """Whether a name means a file, and there is none."""
-    is_file = name not in (SAMPLE, SAMPLE_PAINTING) and "://" not in name and not glob.has_magic(name)
+    is_file = name not in (SAMPLE, SAMPLE_PAINTING) and "://" not in name and not _has_pattern(name)
     return is_file and not os.path.lexists(name)
 
 
@@ -57,8 +73,10 @@ def find_images(names: Iterable[str]) -> list[Path]:
             raise DataError(f"{name}: URLs are not downloaded", "save the photo and give its file")
         elif os.path.isdir(name):
             paths += _list_folder(path)
-        elif glob.has_magic(name) and not os.path.lexists(name):
-            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
+        elif _has_pattern(name):
+            folder, pattern = split_pattern(name)
+            matched = sorted(glob.glob(pattern, root_dir=folder or None, recursive=True))
+            matches = [path for match in matched if (path := Path(folder, match)).is_file()]
             if not matches:
                 raise DataError(f"{name}: matches no file", FORMAT_HINT)
             paths += matches

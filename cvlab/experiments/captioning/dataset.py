@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from cvlab.data import captions as captions_files
 from cvlab.data import datasets, rng
-from cvlab.data.captions import read_coco, read_csv
 from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
@@ -64,7 +64,7 @@ def load_flickr8k(root: Path) -> CaptionDataset:
     hint = "`cvlab data fetch flickr8k --from FOLDER` copies yours"
     if not folder.is_dir():
         raise DataError(f"flickr8k is not in {root}", hint)
-    captions = read_csv(folder / "captions.txt")
+    captions = captions_files.read_csv(folder / "captions.txt")
     by_stem = {Path(name).stem: values for name, values in captions.items()}
     splits = {}
     for split, official_name in FLICKR8K_SPLITS.items():
@@ -95,7 +95,7 @@ def load_custom(path: Path, val_fraction: float) -> CaptionDataset:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file", f"name {FORMATS}")
-    captions = read_coco(path) if path.suffix == ".json" else read_csv(path)
+    captions = captions_files.read(path)
     folders = [path.parent, path.parent / "images", path.parent / "Images", path.parent.parent / "images"]
     samples = [CaptionSample(_find_image(name, folders, path), tuple(values)) for name, values in captions.items()]
     order = rng.permutation(SPLIT_SEED, 0, len(samples), torch.device("cpu")).tolist()
@@ -121,7 +121,7 @@ def load_scene_captions(root: Path) -> CaptionDataset:
     """Load the generated scenes with one caption each; they are generated at first use."""
     folder = scene_captions.GENERATED.folder(root)
     splits: dict[str, list[CaptionSample]] = {split: [] for split in SPLITS}
-    for name, captions in read_csv(folder / "captions.csv").items():
+    for name, captions in captions_files.read_csv(folder / "captions.csv").items():
         splits[name.partition("_")[0]].append(CaptionSample(folder / "images" / name, tuple(captions)))
     return CaptionDataset("scene_captions", {split: tuple(samples) for split, samples in splits.items()})
 

@@ -5,18 +5,26 @@ voc.py, coco.py and yolo.py read one format each; dataset.py makes tensors of wh
 
 import math
 import os
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from cvlab.data import photo_paths
+from cvlab.data import files, photo_paths
 from cvlab.errors import DataError
 
 SPLITS = ("train", "val", "test")
-SPLIT_ALIASES = {"val": ("val", "valid", "validation"), "train": ("train",), "test": ("test",)}
+SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes"), ("0", "false", "no", "")
+SHOWN_LOCATIONS = 3
 PNG_SIGNATURE_BYTES = 8
 PNG_ORIENTATION_CHUNKS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 
@@ -62,12 +70,41 @@ class ImageAnnotation:
 
 
 @dataclass(frozen=True)
+class Irregularities:
+    """What was repaired or left out: the location of each case, by a description of its kind."""
+
+    cases: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, location: str | Path) -> None:
+        """Record a case."""
+        self.cases.setdefault(kind, []).append(str(location))
+
+    def lines(self) -> list[str]:
+        """Return one line for each kind: how many cases, and where the first ones are."""
+        return [f"{kind}: {count_locations(locations)}" for kind, locations in self.cases.items()]
+
+
+def count_locations(locations: Sequence[str]) -> str:
+    """Return how many locations there are, and the first of them."""
+    shown = ", ".join(locations[:SHOWN_LOCATIONS])
+    return f"{len(locations)} ({shown}{', ...' if len(locations) > SHOWN_LOCATIONS else ''})"
+
+
+@dataclass(frozen=True)
 class AnnotationSet:
-    """A folder as read: the name of its format, the images of each split, and the classes if its files list them."""
+    """A folder as read.
+
+    Attributes:
+        format: The name of its format.
+        splits: The images of each split.
+        classes: The classes if its files list them.
+        irregularities: What the reader repaired or left out.
+    """
 
     format: str
     splits: dict[str, list[ImageAnnotation]]
     classes: tuple[str, ...] | None = None
+    irregularities: Irregularities = field(default_factory=Irregularities)
 
 
 @dataclass(frozen=True)
@@ -109,33 +146,63 @@ def _has_orientation_chunk(path: Path) -> bool:
     return False
 
 
-def images_by_stem(folder: Path) -> dict[str, Path]:
-    """Return the images of a folder by file stem; of several with one stem, the one whose suffix comes first."""
-    images: dict[str, Path] = {}
-    for path in sorted(_list_images(folder), key=lambda path: photo_paths.SUFFIXES[::-1].index(path.suffix.lower())):
-        images[path.stem] = path
-    return images
+class PhotoIndex:
+    """The photos of a folder, by the names that annotation files give them.
+
+    Attributes:
+        photos: Without those that share their folder and stem with another photo whose suffix comes earlier in
+            `photo_paths.SUFFIXES`; sorted by folder and stem.
+        duplicates: The photos left out for that reason.
+    """
+
+    def __init__(self, folder: Path, is_recursive: bool = True) -> None:
+        self.folder = folder
+        by_stem: dict[tuple[Path, str], list[Path]] = {}
+        for path in files.list_files(folder, photo_paths.SUFFIXES, is_recursive):
+            by_stem.setdefault((path.parent, path.stem), []).append(path)
+        for paths in by_stem.values():
+            paths.sort(key=lambda path: (photo_paths.SUFFIXES.index(path.suffix.lower()), path.name))
+        self.photos = [by_stem[key][0] for key in sorted(by_stem)]
+        self.duplicates = [path for key in sorted(by_stem) for path in by_stem[key][1:]]
+        self._by_name: dict[str, list[Path]] = {}
+        for path in [*self.photos, *self.duplicates]:
+            relative = path.relative_to(folder)
+            for name in {str(relative), str(relative.with_suffix("")), path.name, path.stem}:
+                self._by_name.setdefault(name, []).append(path)
+
+    def find(self, *names: str) -> Path | None:
+        """Return the photo with the first of some names, relative paths or file names with or without suffix."""
+        for name in names:
+            candidates = self._by_name.get(name.replace("\\", "/").removeprefix("./"), [])
+            folders = {path.parent for path in candidates}
+            if len(folders) == 1 or (candidates and self.folder in folders):
+                return next(path for path in candidates if len(folders) == 1 or path.parent == self.folder)
+        return None
 
 
-def _list_images(folder: Path) -> list[Path]:
+def parse_number(value: object) -> float | None:
+    """Return a finite number that a file has as a number or as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
     try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}", "name a folder that can be read") from error
-    return [folder / name for name in names if name.lower().endswith(photo_paths.SUFFIXES) and name[0] != "."]
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
-def parse_number(text: str | None, location: str, key: str) -> float:
-    """Parse a finite number. DataError with the location and the key otherwise."""
-    try:
-        value = float(text or "")
-        if math.isfinite(value):
-            return value
-    except ValueError:
-        pass
-    raise DataError(f"{location}: {key} is {(text or '')[:40]!r}, not a number", "correct it")
+def parse_flag(value: object) -> bool | None:
+    """Return a flag that a file has as a number, a boolean or a word; None if it is neither true nor false."""
+    if value is None:
+        return False
+    if not isinstance(value, bool | int | float | str):
+        return None
+    word = str(value).strip().lower().removesuffix(".0")
+    return True if word in TRUE_WORDS else False if word in FALSE_WORDS else None
 
 
 def split_named(name: str) -> str | None:
-    """Return the split that a folder or file called `name` holds, or None."""
-    return next((split for split in SPLITS if name.lower() in SPLIT_ALIASES[split]), None)
+    """Return the split that a folder or file called `name` holds, as `train`, `val2017`, `images_test`, or None."""
+    tokens = re.findall(r"[a-z]+", name.lower())
+    splits = {split for split in SPLITS for token in tokens if token in SPLIT_ALIASES[split]}
+    return splits.pop() if len(splits) == 1 else None

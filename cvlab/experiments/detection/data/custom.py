@@ -11,7 +11,7 @@ from cvlab.experiments.detection.data.annotations import AnnotationSet
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionDatasetSource, from_annotations
 
 FORMATS = (
-    "VOC (Annotations/*.xml and JPEGImages), YOLO (images/train, labels/train, data.yaml) "
+    "VOC (Annotations/*.xml and JPEGImages), YOLO (data.yaml, or images/train and labels/train) "
     "or COCO (a JSON file, or annotations/*.json and images)"
 )
 
@@ -20,13 +20,14 @@ def read(path: Path) -> AnnotationSet:
     """Read a folder or file in whichever format it has. DataError if it has none of them."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder", f"name {FORMATS}")
-    folder = path.parent if path.suffix in (".yaml", ".yml") else path
-    if folder.is_dir() and voc.matches(folder):
-        annotation_set = voc.read_folder(folder)
-    elif folder.is_dir() and yolo.matches(folder):
-        annotation_set = yolo.read_folder(folder)
-    elif coco.matches(folder):
-        annotation_set = coco.read_path(folder)
+    if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
+        annotation_set = yolo.read_path(path)
+    elif path.is_dir() and voc.matches(path):
+        annotation_set = voc.read_folder(path)
+    elif path.is_dir() and yolo.matches(path) and (yolo.has_classes(path) or not coco.matches(path)):
+        annotation_set = yolo.read_path(path)
+    elif coco.matches(path):
+        annotation_set = coco.read_path(path)
     else:
         raise DataError(f"{path}: in none of the layouts that are known", f"name {FORMATS}")
     console.debug(f"{path}: read as {annotation_set.format}")

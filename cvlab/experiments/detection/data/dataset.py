@@ -1,12 +1,16 @@
 """Detection data sets: what the readers return, checked against the images and made into tensors.
 
-Boxes that reach beyond their image are clipped, boxes wholly outside raise DataError, boxes without area are dropped
-and counted.
+Boxes that reach beyond their image are clipped. Boxes wholly outside or without area, repeated boxes and photos that
+cannot be read are left out, and reported with what the reader has left out: how many, and where the first ones are.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +23,18 @@ from cvlab.data.datasets import DatasetSource
 from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.detection.data import annotations
-from cvlab.experiments.detection.data.annotations import SPLITS, AnnotationSet, ImageAnnotation, ObjectAnnotation
+from cvlab.experiments.detection.data.annotations import (
+    SPLITS,
+    AnnotationSet,
+    ImageAnnotation,
+    ImageHeader,
+    Irregularities,
+    ObjectAnnotation,
+)
 
 SPLIT_SEED = 0  # of the images that become `val`
-TOLERANCE_PX = 0.02  # beyond an edge, from rounded fractions
+TOLERANCE_PX = 0.02  # beyond an edge, or between two boxes that are the same, from rounded fractions
+CLIPPED = "boxes clipped at the edge of their photo"
 
 
 @dataclass(frozen=True)
@@ -133,58 +145,87 @@ def from_annotations(
 
     If the annotation files do not list the classes, these are the names of all objects, sorted.
     """
-    classes = annotation_set.classes
-    if classes is None:
-        images = (image for split in annotation_set.splits.values() for image in split)
-        classes = tuple(sorted({obj.name for image in images for obj in image.objects}))
-    index = {known: k for k, known in enumerate(classes)}
-    if len(index) < len(classes):
-        duplicate = next(known for known in classes if classes.count(known) > 1)
-        raise DataError(f"{name}: the class {duplicate!r} is named twice", "rename one of the two")
-    irregularities = _Irregularities()
-    splits = {
-        split: tuple(_to_sample(image, index, irregularities) for image in annotation_set.splits.get(split, ()))
-        for split in SPLITS
-    }
-    if warn:
-        irregularities.report(name)
+    irregularities = annotation_set.irregularities
+    spelling = _class_spellings(name, annotation_set)
+    listed = annotation_set.classes
+    classes = tuple(dict.fromkeys(spelling[known] for known in listed or sorted(set(spelling.values()))))
+    index = {written: classes.index(known) for written, known in spelling.items() if known in classes}
+    for obj in (obj for images in annotation_set.splits.values() for image in images for obj in image.objects):
+        if obj.name != spelling[obj.name]:
+            irregularities.add(f"objects of class {obj.name!r} counted as {spelling[obj.name]!r}", obj.location)
+    splits = {split: _to_samples(annotation_set.splits.get(split, []), index, irregularities) for split in SPLITS}
     if not splits["train"]:
         counts = ", ".join(f"{len(samples)} photos in {split}" for split, samples in splits.items())
-        raise DataError(f"{name}: no photos to train on", f"the {annotation_set.format} layout has {counts}")
-    if not index:
-        raise DataError(f"{name}: no object in any photo", "a detector needs some to train on")
+        hint = "; ".join([f"the {annotation_set.format} layout has {counts}", *irregularities.lines()])
+        raise DataError(f"{name}: no photos to train on", hint)
+    if not any(len(sample.labels) for samples in splits.values() for sample in samples):
+        hint = "; ".join(["a detector needs some to train on", *irregularities.lines()])
+        raise DataError(f"{name}: no object in any photo", hint)
     if not splits["val"] and val_fraction > 0:
         splits["train"], splits["val"] = _split_off_val(splits["train"], val_fraction)
+    _report_shared_photos(splits, irregularities)
+    if warn:
+        for line in irregularities.lines():
+            if line.startswith(CLIPPED):
+                console.debug(f"{name}: {line}")
+            else:
+                _warn_once(f"{name}: {line}")
     return DetectionDataset(name, classes, splits)
 
 
-@dataclass
-class _Irregularities:
-    """The files in which something was irregular, one entry for each box or image."""
+def _class_spellings(name: str, annotation_set: AnnotationSet) -> dict[str, str]:
+    """Return the class that each name in the files stands for: one for names that differ in capitals or spaces.
 
-    without_area: list[Path] = field(default_factory=list)
-    clipped: list[Path] = field(default_factory=list)
-    other_size: list[Path] = field(default_factory=list)
+    It is the spelling in the list of classes if one is there, else the most frequent one. Single letters differ in
+    capitals. DataError if the list has a name twice.
+    """
+    objects = (obj for images in annotation_set.splits.values() for image in images for obj in image.objects)
+    counts = Counter(obj.name for obj in objects)
+    listed = annotation_set.classes or ()
+    plain_listed = [_plain(known) for known in listed]
+    duplicate = next((known for known in plain_listed if plain_listed.count(known) > 1), None)
+    if duplicate is not None and annotation_set.format != "COCO":
+        raise DataError(f"{name}: the class {duplicate!r} is named twice", "rename one of the two")
+    groups: dict[str, list[str]] = {}
+    for written in dict.fromkeys([*listed, *sorted(counts)]):
+        plain = _plain(written)
+        groups.setdefault(plain.casefold() if len(plain) > 1 else plain, []).append(written)
+    spelling: dict[str, str] = {}
+    for group in groups.values():
+        candidates = [written for written in group if written in listed] or group
+        total = Counter[str]()
+        for written in candidates:
+            total[_plain(written)] += counts[written]
+        known = max(total, key=lambda plain: total[plain])
+        spelling |= dict.fromkeys(group, known)
+    return spelling
 
-    def report(self, name: str) -> None:
-        """Log one line for each kind of irregularity."""
-        if self.without_area:
-            _warn_once(f"{name}: boxes without area left out: {_count(self.without_area)}")
-        if self.other_size:
-            problem = "photos of another size than their annotation claims"
-            _warn_once(f"{name}: {problem}, boxes taken as they are: {_count(self.other_size)}")
-        if self.clipped:
-            console.debug(f"{name}: boxes clipped at the edge of their photo: {_count(self.clipped)}")
+
+def _plain(name: str) -> str:
+    """Return a class name in composed characters, with single spaces between its words and none around it."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def _report_shared_photos(splits: dict[str, tuple[DetectionSample, ...]], irregularities: Irregularities) -> None:
+    """Report the photos that are in more than one split, under the same or another name."""
+    by_size: dict[int, list[tuple[str, Path]]] = {}
+    for split, samples in splits.items():
+        for path in dict.fromkeys(sample.path for sample in samples):
+            by_size.setdefault(path.stat().st_size, []).append((split, path))
+    for photos_of_size in by_size.values():
+        if len({split for split, _ in photos_of_size}) == 1:
+            continue
+        first: dict[bytes, str] = {}
+        for split, path in photos_of_size:
+            digest = hashlib.blake2b(path.read_bytes()).digest()
+            if first.setdefault(digest, split) != split:
+                irregularities.add(f"photos of {split} that are in {first[digest]} too", path)
 
 
 @functools.cache
 def _warn_once(text: str) -> None:
     """Log a warning the first time only: a plan and its run read the same annotations."""
     console.info(f"warning: {text}")
-
-
-def _count(files: list[Path]) -> str:
-    return f"{len(files)}, the first in {files[0]}"
 
 
 def _split_off_val(
@@ -204,36 +245,77 @@ def _split_off_val(
     return tuple(shuffled[:num_train]), tuple(shuffled[num_train:])
 
 
-def _to_sample(image: ImageAnnotation, index: dict[str, int], irregularities: _Irregularities) -> DetectionSample:
+def _to_samples(
+    images: Sequence[ImageAnnotation], index: dict[str, int], irregularities: Irregularities
+) -> tuple[DetectionSample, ...]:
+    """Make samples of the images of a split; the annotations of one photo become one sample."""
+    by_path: dict[Path, ImageAnnotation] = {}
+    for image in images:
+        if image.image in by_path:
+            irregularities.add("photos with several annotations, which were joined", image.image)
+            image = dataclasses.replace(image, objects=by_path[image.image].objects + image.objects)
+        by_path[image.image] = image
+    samples = []
+    for image in by_path.values():
+        try:
+            header = annotations.read_header(image.image)
+        except DataError as error:
+            irregularities.add("photos that cannot be read left out", error.message)
+            continue
+        samples.append(_to_sample(image, header, index, irregularities))
+    return tuple(samples)
+
+
+def _to_sample(
+    image: ImageAnnotation, header: ImageHeader, index: dict[str, int], irregularities: Irregularities
+) -> DetectionSample:
     """Make tensors of one image's boxes, rotated as its EXIF orientation says, clipped, without empty ones."""
-    header = annotations.read_header(image.image)
     stored = (header.width, header.height)
     is_quarter_turn = header.orientation >= 5
     displayed = stored[::-1] if is_quarter_turn else stored
     # If the annotation claims the stored size, its boxes were drawn on the unrotated pixels.
     rotate = is_quarter_turn and image.size == stored and stored != displayed
     if image.size not in (None, stored, displayed):
-        irregularities.other_size.append(image.file)
-    width, height = stored if rotate else displayed
-    boxes, labels, difficult, crowd = [], [], [], []
-    for obj in image.objects:
-        box = _clip_box(obj, image, (width, height), irregularities)
-        if box is None:
-            continue
-        boxes.append(box)
-        labels.append(_label_of(obj, index))
-        difficult.append(obj.difficult)
-        crowd.append(obj.crowd)
-    boxes_xyxy = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        kind = "photos of another size than their annotation claims, boxes taken as they are"
+        irregularities.add(kind, image.image)
+    boxed = _unique_boxes(image, stored if rotate else displayed, index, irregularities)
+    boxes_xyxy = torch.tensor([box for _, box in boxed], dtype=torch.float32).view(-1, 4)
     if rotate:
         boxes_xyxy = apply_orientation(boxes_xyxy, header.orientation, stored)
+    crowd = torch.tensor([obj.crowd for obj in boxed.values()]).bool()
     return DetectionSample(
         image.image,
         boxes_xyxy,
-        torch.tensor(labels).long(),
-        torch.tensor(difficult).bool(),
-        crowd=torch.tensor(crowd).bool() if any(crowd) else None,
+        torch.tensor([label for label, _ in boxed]).long(),
+        torch.tensor([obj.difficult for obj in boxed.values()]).bool(),
+        crowd=crowd if crowd.any() else None,
     )
+
+
+def _unique_boxes(
+    image: ImageAnnotation, size: tuple[int, int], index: dict[str, int], irregularities: Irregularities
+) -> dict[tuple[int, annotations.Box], ObjectAnnotation]:
+    """Return the objects of an image of `size` (width, height) by label and box in pixels, each of them once."""
+    boxed: dict[tuple[int, annotations.Box], ObjectAnnotation] = {}
+    nearby: dict[tuple[int, int], list[annotations.Box]] = {}  # boxes by label and left edge in whole pixels
+    for obj in image.objects:
+        box = _clip_box(obj, image, size, irregularities)
+        if box is None:
+            continue
+        label, left = _label_of(obj, index), int(box[0])
+        candidates = (other for x in (left - 1, left, left + 1) for other in nearby.get((label, x), ()))
+        key = (label, next((other for other in candidates if _is_same_box(other, box)), box))
+        if key in boxed:
+            irregularities.add("repeated boxes read once", obj.location)
+        else:
+            nearby.setdefault((label, left), []).append(box)
+        if key not in boxed or boxed[key].difficult:
+            boxed[key] = obj
+    return boxed
+
+
+def _is_same_box(one: annotations.Box, other: annotations.Box) -> bool:
+    return all(abs(a - b) <= TOLERANCE_PX for a, b in zip(one, other, strict=True))
 
 
 def _label_of(obj: ObjectAnnotation, index: dict[str, int]) -> int:
@@ -245,21 +327,21 @@ def _label_of(obj: ObjectAnnotation, index: dict[str, int]) -> int:
 
 
 def _clip_box(
-    obj: ObjectAnnotation, image: ImageAnnotation, size: tuple[int, int], irregularities: _Irregularities
+    obj: ObjectAnnotation, image: ImageAnnotation, size: tuple[int, int], irregularities: Irregularities
 ) -> annotations.Box | None:
-    """Return a box in pixels, clipped to its image of `size` (width, height); None if it has no area."""
+    """Return a box in pixels, clipped to its image of `size` (width, height); None if it has no area there."""
     width, height = size
     scale_x, scale_y = size if image.relative else (1, 1)
     x1, x2 = obj.box_xyxy[0] * scale_x, obj.box_xyxy[2] * scale_x
     y1, y2 = obj.box_xyxy[1] * scale_y, obj.box_xyxy[3] * scale_y
     if x2 <= x1 or y2 <= y1:
-        irregularities.without_area.append(image.file)
+        irregularities.add("boxes without area left out", obj.location)
         return None
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-        problem = f"the box {x1:g} {y1:g} {x2:g} {y2:g} lies outside the photo of {width} x {height} px"
-        raise DataError(f"{obj.location}: {problem}", "correct or remove it")
+        irregularities.add("boxes outside their photo left out", obj.location)
+        return None
     if min(x1, y1) < -TOLERANCE_PX or x2 > width + TOLERANCE_PX or y2 > height + TOLERANCE_PX:
-        irregularities.clipped.append(image.file)
+        irregularities.add("boxes clipped at the edge of their photo", obj.location)
     return max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
 
 

@@ -1,5 +1,6 @@
 """Small data sets with boxes in VOC's, YOLO's and COCO's format, for tests."""
 
+import zlib
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ def photo(path, size=SIZE, orientation=None, mode="RGB"):
     exif = Image.Exif()
     if orientation is not None:
         exif[Base.Orientation] = orientation
-    Image.new(mode, size).save(path, **({"exif": exif} if orientation is not None else {}))
+    color = tuple(zlib.crc32(str(path).encode()).to_bytes(4, "big")[:3]) if mode == "RGB" else 0  # no two are alike
+    Image.new(mode, size, color).save(path, **({"exif": exif} if orientation is not None else {}))
     return path
 
 

@@ -47,10 +47,10 @@ def edges(xmin, ymin, xmax, ymax):
 
 
 @pytest.mark.parametrize("box", [(60, 0, 70, 9), (-9, 0, 0, 9), (0, 40, 9, 50), (0, -9, 9, 0)])
-def test_a_box_outside_its_image_is_rejected(tmp_path, box):
+def test_a_box_outside_its_image_is_left_out_and_counted(tmp_path, capsys, box):
     write(voc_set(tmp_path) / "Annotations/a.xml", edges(*box))
-    with pytest.raises(DataError, match=r"a.xml:\d: object 1: the box .* lies outside the photo of 60 x 40 px"):
-        load(tmp_path)
+    assert len(of(load(tmp_path), "a").boxes_xyxy) == 0
+    assert f"boxes outside their photo left out: 1 ({tmp_path}/Annotations/a.xml:4)" in capsys.readouterr().err
 
 
 def test_a_box_beyond_the_edge_is_clipped_and_counted(tmp_path, capsys):
@@ -61,7 +61,7 @@ def test_a_box_beyond_the_edge_is_clipped_and_counted(tmp_path, capsys):
     assert of(found, "a").boxes_xyxy.tolist() == [[0, 10, 20, 40]]
     assert of(found, "b").boxes_xyxy.tolist() == [[59, 0, 60, 1]]
     err = capsys.readouterr().err
-    assert f"clipped at the edge of their photo: 2, the first in {tmp_path}/Annotations/a.xml" in err
+    assert f"clipped at the edge of their photo: 2 ({tmp_path}/Annotations/a.xml:4, " in err
     console.set_level(quiet=False, verbose=False)
     load(tmp_path)
     assert capsys.readouterr().err == ""
@@ -78,8 +78,9 @@ def test_a_box_without_area_is_dropped_and_counted(tmp_path, capsys, box):
     found = load(tmp_path)
     assert len(of(found, "a").labels) == 3
     assert of(found, "b").boxes_xyxy.shape == (0, 4)
+    places = f"{tmp_path}/Annotations/b.xml:2, {tmp_path}/Annotations/c.xml:2"
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"warning: boxes: boxes without area left out: 2, the first in {tmp_path}/Annotations/b.xml"]
+    assert lines == [f"warning: boxes: boxes without area left out: 2 ({places})"]
 
 
 @pytest.mark.parametrize("bbox", [[5, 5, 0, 9], [5, 5, 9, 0], [5, 5, -1, 9], [5, 5, 9, -1]])
@@ -92,7 +93,7 @@ def test_a_box_without_area_in_coco_and_yolo(tmp_path, capsys, bbox):
     write(yolo_set(tmp_path / "yolo") / "labels/train/a.txt", f"1 .5 .5 .5 .5\n0 {fractions}\n1 .5 .5 .2 .2\n")
     assert of(load(tmp_path / "coco"), "a").labels.tolist() == [1, 1]
     assert of(load(tmp_path / "yolo"), "a").labels.tolist() == [1, 1]
-    assert capsys.readouterr().err.count("boxes without area left out: 1, the first in") == 2
+    assert capsys.readouterr().err.count("boxes without area left out: 1 (") == 2
 
 
 @pytest.mark.parametrize(("size", "odd"), [((0, 0), 0), ((60, 0), 0), (SIZE, 0), ((40, 60), 1), ((600, 400), 1)])

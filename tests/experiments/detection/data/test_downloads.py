@@ -177,7 +177,7 @@ def test_an_altered_archive_of_voc07_is_rejected(tmp_path, tars):
 def test_unknown_class_in_voc07(tmp_path):
     folder = voc_set(tmp_path / "VOCdevkit/VOC2007")
     write(folder / "Annotations/a.xml", VOC_XML.replace("cat", "cta"))
-    with pytest.raises(DataError, match=r"a.xml:2: object 1: unknown class 'cta'; did you mean 'cat'"):
+    with pytest.raises(DataError, match=r"a.xml:2: unknown class 'cta'; did you mean 'cat'"):
         dataset.load("voc07", tmp_path)
 
 

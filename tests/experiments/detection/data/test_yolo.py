@@ -46,12 +46,12 @@ def test_layouts(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("0 0.5 0.5 0.5", r"a.txt:2: 4 words where `class x y w h`"),
-        ("0 .1 .1 .2 .2 .3 .3", r"a.txt:2: 7 words .*outlines and points are not boxes"),
         ("2 0.5 0.5 0.5 0.5", r"a.txt:2: class '2' is none of 0..1"),
         ("-1 0.5 0.5 0.5 0.5", r"a.txt:2: class '-1' is none"),
-        ("0 0.5 0.5 wide 0.5", r"a.txt:2: w is 'wide', not a number"),
-        ("0 0.5 1.5 0.5 0.5", r"a.txt:2: the box .* lies outside the photo of 60 x 40"),
+        ("00000000099 0.5 0.5 0.5 0.5", r"a.txt:2: class '00000000099' is none of 0..1"),
+        ("1e300 0.5 0.5 0.5 0.5", r"a.txt:2: class '1e300' is none"),
+        ("0.5 0.5 0.5 0.5 0.5", r"a.txt:2: class '0.5' is none"),
+        ("bird 0.5 0.5 0.5 0.5\n7 .5 .5 .5 .5", r"a.txt:2: class 'bird' is none of 0..1, as in 1 more line"),
     ],
 )
 def test_broken_lines(tmp_path, line, message):
@@ -62,7 +62,7 @@ def test_broken_lines(tmp_path, line, message):
 
 def test_broken_folders(tmp_path):
     write(yolo_set(tmp_path) / "data.yaml", "names: 3\n")
-    with pytest.raises(DataError, match=r"data.yaml:1:1: names is no list"):
+    with pytest.raises(DataError, match=r"data.yaml:1:8: names is no list"):
         load(tmp_path)
     write(tmp_path / "data.yaml", "names: [a,\n")
     with pytest.raises(DataError, match=r"data.yaml:\d:\d+: not valid YAML"):
@@ -74,6 +74,4 @@ def test_broken_folders(tmp_path):
     with pytest.raises(DataError, match=r"neither data\.yaml nor classes\.txt"):
         load(tmp_path)
     write(tmp_path / "classes.txt", "dog\ncat\n")
-    write(tmp_path / "labels/train/z.txt", "")
-    with pytest.raises(DataError, match=r"z.txt: .*images/train has no photo z"):
-        load(tmp_path)
+    assert load(tmp_path).classes == ("dog", "cat")
