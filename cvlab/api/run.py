@@ -13,7 +13,7 @@ from cvlab.config.schema import DataConfig, ExperimentConfig
 from cvlab.data import datasets
 from cvlab.data.resolve import DownloadPolicy, describe_data
 from cvlab.distributed import collectives, process_group
-from cvlab.errors import ConfigError, CvlabError, StoppedError
+from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
 from cvlab.runs.environment import environment
 from cvlab.runs.find import config_path, create_run
 from cvlab.runs.records import ENDED, is_run, read_json, read_status, read_summary
@@ -21,6 +21,7 @@ from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
 
 Result = dict[str, Any]
+MAX_PROCESSES, MAX_THREADS = 1024, 4096  # that env.json may ask for
 
 
 def used_data(config: ExperimentConfig) -> str | None:
@@ -142,8 +143,18 @@ def require_processes(loaded: loading.Loaded, processes: int) -> None:
 
 def processes_of(path: Path) -> int:
     """Return the number of processes in which a run was started."""
-    count = read_json(path / "env.json").get("processes", 1)
-    return count if isinstance(count, int) else 1
+    return _count(path, read_json(path / "env.json"), "processes", MAX_PROCESSES) or 1
+
+
+def _count(path: Path, env: Result, key: str, largest: int) -> int | None:
+    """Return a number of env.json, None if it has none. RunDirError if it is no whole number from 1 to `largest`."""
+    value = env.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest):
+        shown = f"{value!r:.40}"
+        raise RunDirError(
+            f"{path / 'env.json'}: {key} is {shown}, not a number up to {largest}", "the file was changed"
+        )
+    return value
 
 
 def has_ended(path: Path) -> bool:
@@ -182,8 +193,10 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         if has_started and not saved and registry.get_experiment(config.experiment).saves_checkpoints:
             out.log("no checkpoint was saved before the run stopped: it starts from the beginning")
         env = collectives.broadcast_from_rank0(lambda: read_json(path / "env.json"))
-        _pin_threads(env.get("threads"))
-        resumed = {"resumed": [*env.get("resumed", []), environment()]} if env else environment()
+        _pin_threads(_count(path, env, "threads", MAX_THREADS))
+        before = env.get("resumed")
+        resumes = [*(before if isinstance(before, list) else []), environment()]
+        resumed = {"resumed": resumes} if env else environment()
         out.write_json("env.json", env | resumed)
         return _execute(config, out)
 

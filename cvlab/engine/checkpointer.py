@@ -9,6 +9,7 @@ from typing import NoReturn, Protocol
 from cvlab import __version__, console
 from cvlab.distributed import collectives, process_group
 from cvlab.engine.device import ComputeContext
+from cvlab.errors import CheckpointError, CvlabError
 from cvlab.runs import checkpoint
 from cvlab.runs.checkpoint import State
 from cvlab.runs.interrupt import StopRequest
@@ -16,6 +17,7 @@ from cvlab.runs.run_dir import RunDir
 
 FORMAT = 1
 MAX_CHECKPOINT_OVERHEAD = 1 / 50  # the largest share of the running time that goes into writing checkpoints
+UNCHECKED = ("model", "optimizer", "fingerprint", "rng", "other_ranks", "ema_model")  # they are checked when loaded
 BLOCKS = ("rng", "progress", "fingerprint", "extra_state")  # parts of a state whose own keys never vary
 
 
@@ -133,10 +135,13 @@ class Checkpointer:
         if path is None:
             return False
         state = latest[1] if latest else checkpoint.load(path)
-        checkpoint.check_complete(missing_keys(self._state(), state), path)
-        digest = self.job.config_digest(state)
-        checkpoint.check_same_config(state, digest, self.fingerprint(), path, self.run_dir.log)
-        self.job.load_state_dict(state, path)
+        try:
+            self._load(state, path)
+        except CvlabError:
+            raise
+        except Exception as error:  # whatever a changed file makes of torch and of the job
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path}: cannot be restored: {reason}", "the file was changed") from error
         self.run_dir.truncate_metrics(state["metrics_bytes"])
         self.schedule.saved_step = self.job.step
         step_path = checkpoint.path_of(self.run_dir.checkpoints, self.job.step)
@@ -145,6 +150,18 @@ class Checkpointer:
             self.run_dir.write(checkpoint.BEST, lambda _: checkpoint.link_best(step_path))
         self.run_dir.log(f"resumed {path.name}: {self.job.step} of {self.job.total_steps} steps are done")
         return True
+
+    def _load(self, state: State, path: Path) -> None:
+        """Load a state into the job if it is complete, has the right types, and belongs to the configuration."""
+        expected = self._state()
+        checkpoint.check_complete(missing_keys(expected, state), path)
+        checkpoint.check_types({**expected, **dict.fromkeys(UNCHECKED)}, state, path)
+        checkpoint.check_weights(state["model"], path)
+        digest = self.job.config_digest(state)
+        checkpoint.check_same_config(state, digest, self.fingerprint(), path, self.run_dir.log)
+        self.job.load_state_dict(state, path)
+        if self.job.step > self.job.total_steps:
+            raise CheckpointError(f"{path}: step {self.job.step} of {self.job.total_steps}", "the file was changed")
 
     def _load_latest(self) -> tuple[Path, State] | None:
         """Return the latest valid checkpoint, None if the run has not begun."""
@@ -157,6 +174,6 @@ def missing_keys(expected: State, state: State) -> list[str]:
     """Return the keys that a state lacks; those of a block are dotted."""
     missing = [key for key in expected if key not in state]
     for block in BLOCKS:
-        if block in expected and block in state:
+        if block in expected and isinstance(state.get(block), dict):
             missing += [f"{block}.{key}" for key in expected[block] if key not in state[block]]
     return missing

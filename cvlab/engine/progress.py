@@ -28,6 +28,18 @@ class TrainProgress:
     best_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise ValueError if a value that was restored is not of its type."""
+        sums = [*self.loss_sums.values(), *self.epoch_loss_sums.values()]
+        if not all(isinstance(value, Tensor) and value.numel() == 1 for value in sums):
+            raise ValueError("sums of losses are not scalars")
+        optional = [value for value in (self.best_value, self.budget_seconds) if value is not None]
+        numbers = [*self.epoch_losses.values(), *self.metrics.values(), *optional]
+        if not all(isinstance(value, (int, float)) for value in numbers):
+            raise ValueError("metrics are not numbers")
+        if not all(len(pair) == 2 and all(isinstance(step, int) for step in pair) for pair in self.plan_history):
+            raise ValueError("plan_history has no pairs of steps")
+
     @property
     def plan(self) -> Plan:
         """The number of steps and how it came about."""

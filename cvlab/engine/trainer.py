@@ -31,6 +31,8 @@ from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
 from cvlab.runs.records import PRUNE_FILE, pruning_reason
 from cvlab.runs.run_dir import RunDir
 
+MAX_STEPS = 10**9  # the names of checkpoints have nine digits
+
 LOSS_SUMS = ("loss_sums", "epoch_loss_sums")  # of the progress; each rank has its own
 
 
@@ -60,6 +62,11 @@ def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Mod
         run_dir.extra_summary["used_weights"] = "moving average" if trainer.state.uses_ema else "last step"
     run_dir.extra_summary["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
     return model, trainer.progress.final_metrics(trainer.step, task)
+
+
+def _hyperparameters(group: State) -> State:
+    """Return what a group of parameters of an optimizer has beside its parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 class Trainer:
@@ -113,7 +120,7 @@ class Trainer:
     def _plan_seconds(self, seconds: float) -> Plan:
         """Measure the time of a step, restore the state, and plan the steps that fit into the budget."""
         before, extra_state = copy.deepcopy((self.state.state_dict(), self.task.extra_state))
-        self.progress.total_steps = 10**9  # so that the schedule is at its start
+        self.progress.total_steps = MAX_STEPS  # so that the schedule is at its start
 
         def steps() -> Iterator[Losses]:
             for losses in self._fit():
@@ -163,8 +170,12 @@ class Trainer:
         """Restore what `state_dict` returned."""
         self._require_same_inputs(state, path)
         checkpoint.match_model(self.state.model, state["model"], path)
+        groups = [_hyperparameters(group) for group in self.state.optimizer.param_groups]
         self._load(state, state["extra_state"])
+        self._check_optimizer(groups, path)
         self.progress = TrainProgress(**state["progress"])
+        self.progress.check()
+        self._check_plan(path)
         rank = process_group.world().rank
         if rank and rank <= len(state["other_ranks"]):
             of_rank = state["other_ranks"][rank - 1]
@@ -173,6 +184,26 @@ class Trainer:
                 setattr(self.progress, name, of_rank[name])
         self.progress.move_to(self.task.ctx.device)
         self.last_replan = (self.step, self.progress.train_seconds)
+
+    def _check_optimizer(self, groups: list[State], path: Path) -> None:
+        """Raise CheckpointError unless the restored optimizer has its hyperparameters and state of its shapes."""
+        optimizer = self.state.optimizer
+        for expected, group in zip(groups, optimizer.param_groups, strict=True):
+            checkpoint.check_types(expected, _hyperparameters(group), path, "optimizer")
+            for parameter in group["params"]:
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    shape = value.shape if isinstance(value, torch.Tensor) else None
+                    if value is not None and shape not in (parameter.shape, torch.Size(), torch.Size([1])):
+                        raise CheckpointError(f"{path}: optimizer.{name} has another shape", "the file was changed")
+
+    def _check_plan(self, path: Path) -> None:
+        """Raise CheckpointError unless the number of steps is that of the configuration, or a budget's."""
+        duration = self.config.duration
+        expected = duration.steps if duration.epochs is None else duration.epochs * self.task.steps_per_epoch
+        if self.progress.budget_seconds is not None or expected is None:
+            expected = min(self.total_steps, MAX_STEPS)
+        if self.total_steps != expected:
+            raise CheckpointError(f"{path}: {self.total_steps} steps instead of {expected}", "the file was changed")
 
     def _load(self, state: State, extra_state: dict[str, torch.Tensor]) -> None:
         self.state.load_state_dict(state)

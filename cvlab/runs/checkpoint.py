@@ -29,6 +29,7 @@ CHUNK_BYTES = 1024**2
 CHECKSUM_PREFIX = b"cvlab sha256 "
 CHECKSUM_BYTES = len(CHECKSUM_PREFIX) + 64
 MAX_FILE_BYTES = 100 * 1024**3
+MAX_NUMBER = 2**53  # of steps, bytes and seconds
 MAX_PICKLE_BYTES = 64 * 1024**2  # names, shapes and numbers of a state; tensors are separate members of the zip
 
 
@@ -222,6 +223,43 @@ def check_complete(missing: list[str], path: Path) -> None:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}", "it was not written by this version of cvlab")
 
 
+def check_types(expected: Any, value: Any, path: Path, key: str = "") -> None:
+    """Raise CheckpointError unless a state has the structure of another one.
+
+    Args:
+        expected: The state of a job that has not begun; None and empty collections allow any content.
+        value: The state that was read.
+        path: Where it was read from.
+        key: The dotted key of the value.
+    """
+    kind = next((kind for kind in (bool, int, float, str, dict, torch.Tensor) if isinstance(expected, kind)), None)
+    kind = (list, tuple) if isinstance(expected, (list, tuple)) else kind
+    if kind is None:
+        return
+    is_valid = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True)
+    if kind in (int, float) and is_valid:
+        is_valid = not isinstance(value, bool) and 0 <= value < MAX_NUMBER
+    if kind is torch.Tensor and is_valid:
+        is_valid = value.shape == expected.shape and value.dtype == expected.dtype
+    if not is_valid:
+        raise CheckpointError(f"{path}: {key or 'its content'} is not what it should be", "the file was changed")
+    if isinstance(expected, dict) and expected:
+        unknown = sorted(map(str, value.keys() - expected.keys()))
+        if unknown:
+            raise CheckpointError(f"{path}: {key}{'.' * bool(key)}{unknown[0]} is unknown", "the file was changed")
+        for name, item in expected.items():
+            if name in value:
+                check_types(item, value[name], path, f"{key}{'.' * bool(key)}{name}")
+
+
+def check_weights(weights: Any, path: Path | str) -> None:
+    """Raise CheckpointError unless weights are tensors by name."""
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()
+    ):
+        raise CheckpointError(f"{path}: its weights are not tensors by name", "the file was changed")
+
+
 def check_same_config(state: State, digest: str, fingerprint: State, path: Path, report: Callable[[str], None]) -> None:
     """Raise CheckpointError unless a state belongs to the configuration with this digest.
 
@@ -248,6 +286,7 @@ def weights_digest(weights: State) -> str:
 
 def match_model(model: torch.nn.Module, weights: State, path: Path | str) -> None:
     """Raise CheckpointError unless names, shapes and dtypes of `weights` are those of `model`."""
+    check_weights(weights, path)
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
@@ -273,6 +312,7 @@ def load_eval_weights(model: torch.nn.Module, state: State, path: Path | str) ->
     Raises:
         CheckpointError: They do not fit the model.
     """
+    check_complete([key for key in ("model", "ema_model", "uses_ema") if key not in state], Path(path))
     weights = state["model"] if state["ema_model"] is None or not state["uses_ema"] else state["ema_model"]
     match_model(model, weights, path)
     model.load_state_dict(weights)

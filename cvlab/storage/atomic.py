@@ -100,7 +100,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def ignore_unsupported() -> Iterator[None]:
-    """Go on if the file system lacks a system call that a run can do without."""
+    """Continue if the file system lacks a system call that a run can do without."""
     try:
         yield
     except OSError as error:
@@ -141,7 +141,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         os.link(source, temporary)
-    except OSError:  # whatever the reason; if the disk refuses, the copy says so
+    except OSError:  # for whatever reason; if the disk refuses, the copy raises the error
         with source.open("rb") as content:
             write(target, lambda file: shutil.copyfileobj(content, file))
         return
