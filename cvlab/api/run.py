@@ -218,7 +218,7 @@ def _execute(config: ExperimentConfig, out: RunDir) -> Result:
     experiment = registry.get_experiment(config.experiment)
     try:
         metrics = experiment.run(config, out)
-        require_finite(metrics)
+        require_finite(metrics, allow_infinite=True)
     except BaseException as error:
         _record_failure(out, error)
         if isinstance(error, CvlabError):

@@ -41,8 +41,8 @@ def metric_info(metrics: Iterable[Metric], names: Iterable[str]) -> dict[str, di
     return info
 
 
-def require_finite(metrics: Mapping[str, Any]) -> None:
-    """Raise DivergedError if a metric is not finite."""
+def require_finite(metrics: Mapping[str, Any], allow_infinite: bool = False) -> None:
+    """Raise DivergedError if a metric is not finite; infinity, the PSNR of equal images, may be allowed."""
     for name, value in metrics.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and not (allow_infinite and math.isinf(value)):
             raise DivergedError(f"{name} is not finite", "lower optimizer.lr, or check the weights and the data")

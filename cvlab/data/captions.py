@@ -1,7 +1,7 @@
 """Readers of caption files: a CSV, and COCO's JSON.
 
-A caption is read whole or not at all: in a CSV of two columns everything after the first comma is the caption, quoted or
-not; an opening quote without a closing one, or a JSON value that is no text, is an error with its place.
+A caption is read whole or not at all: in a CSV of two columns everything after the first comma is the caption, quoted
+or not; an opening quote without a closing one, or a JSON value that is no text, is an error with its place.
 
 Reference: Chen et al., 2015, "Microsoft COCO captions: data collection and evaluation server".
 """

@@ -23,7 +23,8 @@ class DataDigest:
         """Add the shapes and contents of tensors."""
         for tensor in tensors:
             self.add_values([tuple(tensor.shape), str(tensor.dtype)])
-            self._hash.update(memoryview(tensor.detach().cpu().contiguous().numpy().reshape(-1).view("uint8")))
+            array = tensor.detach().cpu().contiguous().numpy()
+            self._hash.update(array.reshape(-1).view("uint8").data)
         return self
 
     def add_files(self, paths: Iterable[Path]) -> "DataDigest":

@@ -232,7 +232,8 @@ def check_types(expected: Any, value: Any, path: Path, key: str = "") -> None:
         path: Where it was read from.
         key: The dotted key of the value.
     """
-    kind = next((kind for kind in (bool, int, float, str, dict, torch.Tensor) if isinstance(expected, kind)), None)
+    types = (bool, int, float, str, dict, torch.Tensor)
+    kind: Any = next((kind for kind in types if isinstance(expected, kind)), None)
     kind = (list, tuple) if isinstance(expected, (list, tuple)) else kind
     if kind is None:
         return

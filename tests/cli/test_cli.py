@@ -227,8 +227,8 @@ def test_a_users_own_error_shows_its_traceback(cvlab, tiny, tmp_path):
         ("batch_size=1000", "batch_size 1000 is larger"),
         ("optimizer={name: sgd, nesterov: true}", "optimizer sgd"),
         ("augment.translate_px=16", None),
-        ("model={name: './net.py:pair'}", "returns tuple for two images, expected logits (2, 10)"),
-        ("model={name: './net.py:few'}", "returns (2, 3) for two images, expected logits (2, 10)"),
+        ("model={name: './net.py:pair'}", "returns tuple, expected logits (N, 10)"),
+        ("model={name: './net.py:few'}", "returns (2, 3), expected logits (N, 10)"),
         ("model={name: './net.py:weightless'}", "has no trainable weights"),
     ],
 )

@@ -29,7 +29,8 @@ DETECTOR = (
     *("duration={steps: 15}", "save_seconds=0", "eval_every=1000", "evaluate_test=false", "threads=1", "expect=[]"),
 )
 CAPTIONER = (
-    *("train", "caption_scenes", "model={name: captioner, words: 8, hidden: 16}", "strides=[32]", "size=64", "beam=2"),
+    *("train", "caption_scenes", "model={name: captioner, embed_dim: 8, hidden_dim: 16}", "strides=[32]"),
+    *("size=64", "beam=2"),
     *("batch_size=4", "duration={steps: 24}", "reward_epochs=2", "save_seconds=0", "eval_every=1000", "threads=1"),
     *("evaluate_test=false", "expect=[]"),
 )
