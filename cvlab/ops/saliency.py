@@ -10,7 +10,11 @@ References:
     Selvaraju et al., 2017, "Grad-CAM", section 3 (`gradcam`).
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +24,8 @@ from torch import Tensor, nn
 from cvlab.errors import ConfigError
 
 Classifier = Callable[[Tensor], Tensor]
+MAX_PREFIX_TOKENS = 5  # class and register tokens before those of the patches
+OTHER_METHOD = "choose another method"
 
 
 def class_score(logits: Tensor, classes: Tensor) -> Tensor:
@@ -127,7 +133,33 @@ def integrated_gradients(
     return total * (images - baseline)
 
 
-def gradcam(model: nn.Module, images: Tensor, classes: Tensor, objective: str = "score", *, layer: nn.Module) -> Tensor:
+@dataclass(frozen=True)
+class FeatureLayer:
+    """The output of a module as feature maps.
+
+    Attributes:
+        module: The module.
+        axes: `NCHW`, `NHWC`, or `tokens`: (N, P + h * h, C), P tokens without a position, then a square grid by row.
+        call: Which of the module's outputs, for modules that a forward pass calls several times.
+    """
+
+    module: nn.Module
+    axes: str = "NCHW"
+    call: int = 0
+
+    def to_maps(self, output: Tensor) -> Tensor:
+        """Return the feature maps (N, C, h, w) in an output of the module, or in its gradient."""
+        if self.axes == "NHWC":
+            return output.permute(0, 3, 1, 2)
+        if self.axes == "tokens":
+            side = math.isqrt(output.shape[1])
+            return output[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
+        return output
+
+
+def gradcam(
+    model: nn.Module, images: Tensor, classes: Tensor, objective: str = "score", *, layer: FeatureLayer
+) -> Tensor:
     """Return ReLU(sum_k a_k A_k) of a layer's feature maps A, resized to the images.
 
     a_k is the spatial mean of d objective / d A_k; for the loss, of its negative, so that the map shows what speaks
@@ -138,59 +170,137 @@ def gradcam(model: nn.Module, images: Tensor, classes: Tensor, objective: str = 
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
         objective: one of `OBJECTIVES`.
-        layer: a module of the model whose output is (N, K, h, w).
+        layer: whose feature maps.
 
     Returns:
         saliency (N, H, W), not negative.
     """
     outputs: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+
+    def record(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        outputs.append(output)
+        return output.clone()  # what follows may work in place
+
+    hook = layer.module.register_forward_hook(record)
     try:
         x = images.detach().requires_grad_(True)
         value = OBJECTIVES[objective](model(x), classes).sum()
     finally:
         hook.remove()
-    activations = outputs[0]
-    (gradient,) = torch.autograd.grad(value, activations)
+    (gradient,) = torch.autograd.grad(value, outputs[layer.call])
+    maps, gradient = layer.to_maps(outputs[layer.call]), layer.to_maps(gradient)
     gradient = -gradient if objective == "loss" else gradient
-    cam = (gradient.mean((2, 3), keepdim=True) * activations).sum(1, keepdim=True).relu()  # (N, 1, h, w)
+    cam = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu()  # (N, 1, h, w)
     resized = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)
     return resized[:, 0].detach()
 
 
-def find_last_feature_layer(model: nn.Module, size_px: int) -> nn.Module:
-    """Return the last module of a model whose output is a feature map (N, C, h, w) with h * w > 1.
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module in a forward pass, and the node of its output in the autograd graph."""
+
+    module: nn.Module
+    call: int
+    output: Tensor
+    node: Any
+    output_number: int  # of the node
+
+
+def find_last_feature_layer(model: nn.Module, size_px: int) -> FeatureLayer:
+    """Return the layer before the pooling: the last one through whose feature maps everything passes.
+
+    A branch of a concatenation or a residual connection is no such layer, as the logits depend on the image past it;
+    nor are maps whose positions no longer matter, such as the patch tokens behind the last attention of a transformer
+    that classifies its class token.
 
     Args:
         model: from images (N, 3, S, S) to logits (N, C).
         size_px: S.
 
     Returns:
-        A module without children.
+        The layer, with its axes.
 
     Raises:
-        ConfigError: the model has no feature maps, as a transformer.
+        ConfigError: the model has no feature maps, or has them in an order that is not known.
     """
-    feature_layers: list[nn.Module] = []
+    calls, image, logits = _record_calls(model, size_px)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+    num_maps = sum(_is_spatial(call.output) for call in calls)
+    num_behind = 0
+    for call in reversed(calls):
+        if not _is_spatial(call.output) or not _is_bottleneck(call, logits.grad_fn, image):
+            num_behind += _is_spatial(call.output)
+            continue
+        axes = _axes(call.output)
+        layer = FeatureLayer(call.module, axes or "NCHW", call.call)
+        (gradient,) = torch.autograd.grad((logits * weights).sum(), call.output, retain_graph=True)
+        if axes is None and gradient.any():
+            raise ConfigError(
+                f"method=gradcam: axes of the feature maps {tuple(call.output.shape)} unknown", OTHER_METHOD
+            )
+        if axes is not None and layer.to_maps(gradient).any():
+            if 2 * num_behind > num_maps:
+                break
+            return layer
+        num_behind += 1
+    raise ConfigError("method=gradcam: this model has no feature maps before its pooling", OTHER_METHOD)
+
+
+def _record_calls(model: nn.Module, size_px: int) -> tuple[list[_Call], Tensor, Tensor]:
+    """Return the calls of all modules with a differentiable output, in order, with the image and the logits."""
+    calls: list[_Call] = []
+    counts: Counter[nn.Module] = Counter()
 
     def record(module: nn.Module, _args: object, output: object) -> None:
-        if (
-            isinstance(output, Tensor)
-            and output.ndim == 4
-            and output.shape[2] * output.shape[3] > 1
-            and output.shape[1] > 3
-        ):
-            feature_layers.append(module)
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            calls.append(_Call(module, counts[module], output, output.grad_fn, output.output_nr))
+        counts[module] += 1
 
-    leaves = [module for module in model.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(record) for module in leaves]
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
+    parameter = next(model.parameters())
+    image = torch.rand(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            model(torch.zeros(1, 3, size_px, size_px, device=device))
+        image.requires_grad_(True)
+        with torch.enable_grad():
+            logits: Tensor = model(image)
     finally:
         for hook in hooks:
             hook.remove()
-    if not feature_layers:
-        raise ConfigError("method=gradcam: this model has no feature maps", "choose another method")
-    return feature_layers[-1]
+    return calls, image, logits
+
+
+def _is_spatial(output: Tensor) -> bool:
+    """Whether an output may have positions: it has more than two axes of more than one element."""
+    return output.ndim > 2 and sum(side > 1 for side in output.shape[1:]) > 1 and 3 not in output.shape[1:2]
+
+
+def _axes(output: Tensor) -> str | None:
+    """Return the axes of an output of one square image; None if they are not certain."""
+    if output.shape[0] != 1:
+        return None
+    if output.ndim == 3:
+        num_tokens = output.shape[1]
+        side = math.isqrt(num_tokens)
+        return "tokens" if side > 1 and num_tokens - side**2 <= MAX_PREFIX_TOKENS else None
+    if output.ndim != 4:
+        return None
+    is_channels_first, is_channels_last = output.shape[2] == output.shape[3], output.shape[1] == output.shape[2]
+    if is_channels_first == is_channels_last:
+        return None
+    return "NCHW" if is_channels_first else "NHWC"
+
+
+def _is_bottleneck(call: _Call, last: Any, image: Tensor) -> bool:
+    """Whether every path in the autograd graph from the last node to the image passes the output of a call."""
+    if last is call.node:
+        return True
+    pending, visited = [last], {last}
+    while pending:
+        for parent, output_number in pending.pop().next_functions:
+            if getattr(parent, "variable", None) is image:
+                return False
+            is_output = parent is call.node and output_number == call.output_number
+            if parent is not None and not is_output and parent not in visited:
+                visited.add(parent)
+                pending.append(parent)
+    return True

@@ -6,7 +6,7 @@ from torch import nn
 
 from cvlab.data import photo_paths, photos
 from cvlab.errors import ConfigError
-from cvlab.models import pretrained
+from cvlab.models import pretrained, zoo
 from cvlab.ops import saliency
 
 attr = pytest.importorskip("captum.attr")
@@ -41,7 +41,9 @@ def test_gradcam_equals_captum(small_model):
     model, x, classes = small_model
     cam = attr.LayerGradCam(model, model[3]).attribute(x, target=classes, relu_attributions=True)
     expected = attr.LayerAttribution.interpolate(cam, (16, 16), "bilinear")[:, 0]
-    torch.testing.assert_close(saliency.gradcam(model, x, classes, layer=model[3]), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        saliency.gradcam(model, x, classes, layer=saliency.FeatureLayer(model[3])), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_smoothgrad_is_the_mean_over_noise(small_model):
@@ -89,3 +91,114 @@ def test_model_without_feature_maps_has_no_gradcam():
 
     with pytest.raises(ConfigError, match="no feature maps"):
         saliency.find_last_feature_layer(Flat(), 8)
+
+
+LAYERS = {  # model -> the layer before its pooling, its axes
+    "timm:resnet18": ("layer4", "NCHW"),
+    "timm:vit_tiny_patch16_224": ("blocks.10", "tokens"),
+    "timm:deit_tiny_patch16_224": ("blocks.10", "tokens"),
+    "timm:deit_tiny_distilled_patch16_224": ("blocks.10", "tokens"),
+    "timm:swin_tiny_patch4_window7_224": ("norm", "NHWC"),
+    "timm:cait_xxs24_224": ("blocks", "tokens"),
+    "timm:mixer_s32_224": ("norm", "tokens"),
+    "timm:xcit_nano_12_p16_224": ("cls_attn_blocks.0", "tokens"),
+    "timm:convnext_atto": ("norm_pre", "NCHW"),
+    "timm:mobilenetv3_small_050": ("blocks", "NCHW"),
+    "torchvision:mobilenet_v3_small": ("features", "NCHW"),
+    "torchvision:googlenet": ("inception5b", "NCHW"),
+    "torchvision:inception_v3": ("Mixed_7c", "NCHW"),
+    "torchvision:densenet121": ("features", "NCHW"),
+    "torchvision:squeezenet1_1": ("classifier.2", "NCHW"),
+    "torchvision:shufflenet_v2_x0_5": ("conv5", "NCHW"),
+}
+
+
+def random_model(name):
+    """A model with random weights, also in a classifier that would begin with zeros; and the side of its images."""
+    library, _, model_name = name.partition(":")
+    torch.manual_seed(0)
+    if library == "timm":
+        model = zoo.build_timm(model_name)
+    else:
+        extra = {"init_weights": False} if model_name in ("googlenet", "inception_v3") else {}
+        model = zoo.build_torchvision(model_name, **extra)
+    for parameter in list(model.parameters())[-2:]:
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval().requires_grad_(False), 299 if "inception" in name else 224
+
+
+class AsMaps(nn.Module):
+    """A layer whose feature maps pass an identity as (N, C, h, w), which captum takes."""
+
+    def __init__(self, layer, axes):
+        super().__init__()
+        self.layer, self.axes, self.maps = layer, axes, nn.Identity()
+
+    def forward(self, x, *args, **options):
+        output = self.layer(x, *args, **options)
+        if self.axes == "NCHW":
+            return self.maps(output)
+        if self.axes == "NHWC":
+            return self.maps(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        side = int(output.shape[1] ** 0.5)
+        prefix, patches = output.split([output.shape[1] - side**2, side**2], 1)
+        maps = patches.reshape(len(output), side, side, -1).permute(0, 3, 1, 2)
+        return torch.cat([prefix, self.maps(maps).flatten(2).transpose(1, 2)], 1)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradcam_takes_the_layer_before_the_pooling(name):
+    model, size_px = random_model(name)
+    layer_name, axes = LAYERS[name]
+    expected_layer = model.get_submodule(layer_name)
+    layer = saliency.find_last_feature_layer(model, size_px)
+    assert {module: key for key, module in model.named_modules()}[layer.module] == layer_name
+    assert layer.axes == axes
+    images, classes = torch.rand(3, 3, size_px, size_px), torch.tensor([1, 3, 5])
+    values = saliency.gradcam(model, images, classes, layer=layer)
+    parent, _, key = layer_name.rpartition(".")
+    wrapped = AsMaps(expected_layer, axes)
+    setattr(model.get_submodule(parent), key, wrapped)
+    cam = attr.LayerGradCam(model, wrapped.maps).attribute(images, target=classes, relu_attributions=True)
+    expected = attr.LayerAttribution.interpolate(cam, (size_px, size_px), "bilinear")[:, 0].detach()
+    assert values.max() > 0
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.parametrize("name", ["timm:tnt_s_legacy_patch16_224", "timm:crossvit_9_240"])
+def test_a_model_without_one_last_map_is_refused_in_one_line(name):
+    model, _ = random_model(name)
+    with pytest.raises(ConfigError, match=r"method=gradcam: .*; choose another method") as refused:
+        saliency.find_last_feature_layer(model, 240 if "crossvit" in name else 224)
+    assert "\n" not in str(refused.value)
+
+
+class Branches(nn.Module):
+    """Two branches, joined and activated in place by a module that is called twice; then whatever `head` is."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(3, 6, 3, 2)
+        self.relu, self.head = nn.ReLU(inplace=True), head
+
+    def forward(self, x):
+        return self.head(self.relu(torch.cat([self.relu(self.left(x)), self.right(x)], 1)))
+
+
+def test_a_module_that_is_called_twice():
+    torch.manual_seed(0)
+    model = Branches(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 2))).eval()
+    layer = saliency.find_last_feature_layer(model, 16)
+    assert (layer.module, layer.call, layer.axes) == (model.relu, 1, "NCHW")
+    x = torch.rand(2, 3, 16, 16)
+    values = saliency.gradcam(model, x, torch.tensor([0, 1]), layer=layer)
+    maps = torch.cat([model.left(x).relu(), model.right(x)], 1).relu()
+    cam = torch.einsum("nkhw,nk->nhw", maps, model.head[2].weight[[0, 1]]).relu() / maps[0, 0].numel()
+    expected = nn.functional.interpolate(cam[:, None], (16, 16), mode="bilinear")[:, 0]
+    torch.testing.assert_close(values, expected.detach())
+
+
+def test_axes_that_are_not_certain_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 2))
+    with pytest.raises(ConfigError, match=r"axes of the feature maps \(1, 7, 7, 7\) unknown"):
+        saliency.find_last_feature_layer(model, 9)
