@@ -84,6 +84,14 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
         return _execute(config, out)
 
 
+def create(loaded: loading.Loaded, root: Path) -> Path:
+    """Create the run directory of a prepared configuration, which is then resumed; return it."""
+    out = _create(loaded.config, loaded, root)
+    with out.locked():
+        _write_inputs(loaded.config, loaded, out)
+    return out.path
+
+
 def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: int) -> Path:
     """Create the run directory of a training run in several processes, each of which then resumes it.
 
@@ -159,7 +167,7 @@ def _count(path: Path, env: Result, key: str, largest: int) -> int | None:
 
 def has_ended(path: Path) -> bool:
     """Whether a run has its result."""
-    return read_json(path / "status.json").get("status") in ENDED
+    return read_json(path / "status.json").get("status") in ENDED and (path / "summary.json").exists()
 
 
 def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: bool = False) -> Result:
@@ -182,7 +190,9 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
     with out.locked():
         status = collectives.broadcast_from_rank0(lambda: read_json(path / "status.json").get("status"))
         has_started = status is not None
-        if status in ENDED:
+        if status in ENDED and not (path / "summary.json").exists():
+            out.log("summary.json is missing: the run is completed again")
+        elif status in ENDED:
             console.info(f"{path} has already finished; nothing to resume")
             return result(path)
         config = loading.load(str(source)).config
@@ -196,7 +206,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         _pin_threads(_count(path, env, "threads", MAX_THREADS))
         before = env.get("resumed")
         resumes = [*(before if isinstance(before, list) else []), environment()]
-        resumed = {"resumed": resumes} if env else environment()
+        resumed = {"resumed": resumes} if env and has_started else environment()
         out.write_json("env.json", env | resumed)
         return _execute(config, out)
 

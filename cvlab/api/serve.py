@@ -4,13 +4,18 @@ The server is read-only. A name in an address is only compared with those of the
 the folder; a request that names another host, as one from a foreign page would, is rejected.
 """
 
+import contextlib
 import http
 import http.server
+import re
+import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from cvlab import __version__
+from cvlab import __version__, console
 from cvlab.errors import CvlabError, RunDirError
 from cvlab.reports import compare, html, index
 from cvlab.runs.find import list_runs
@@ -19,7 +24,17 @@ from cvlab.runs.records import read_status
 HOST = "127.0.0.1"
 REFRESH_SECONDS = 3
 COMPARE = "compare"
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")
+MAX_THREADS = 16  # requests at a time
+IDLE_SECONDS = 10  # after which a connection without a request is closed
+LIST_SECONDS = 1.0  # for which the list of runs is kept
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -29,7 +44,35 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, root: Path, port: int) -> None:
         self.root = root
+        self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
+        self._list_lock = threading.Lock()
+        self._list: tuple[float, str] | None = None
         super().__init__((HOST, port), Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Handle a request in a thread of its own; reject it if MAX_THREADS are at work."""
+        if not self._free_threads.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Handle a request."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free_threads.release()
+
+    def list_page(self) -> str:
+        """Return the list of runs, which is built at most once in LIST_SECONDS."""
+        with self._list_lock:
+            if self._list is None or time.monotonic() - self._list[0] >= LIST_SECONDS:
+                rows, links = index.runs(self.root), {"link": "/{name}/", "compare_link": f"/{COMPARE}"}
+                page = html.index_page(rows, refresh=REFRESH_SECONDS, root=self.root, **links)
+                self._list = (time.monotonic(), page)
+            return self._list[1]
 
     @property
     def address(self) -> str:
@@ -44,21 +87,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """
 
     server: Server
+    timeout = IDLE_SECONDS
     server_version = f"cvlab/{__version__}"
 
     def do_GET(self) -> None:
         """Send a page."""
-        host = self.headers.get("Host", "")
-        if host.rpartition(":")[0] not in LOCAL_HOSTS and host not in LOCAL_HOSTS:
+        if not LOCAL_HOST.fullmatch(self.headers.get("Host", "")):
             self._send(http.HTTPStatus.FORBIDDEN, "this server answers to this machine only\n", "text/plain")
             return
         address = urllib.parse.urlsplit(self.path)
         name = urllib.parse.unquote(address.path, errors="surrogateescape").strip("/")
         try:
             query = urllib.parse.parse_qs(address.query, errors="surrogateescape")
-            page = _page(self.server.root, name, query.get("run", []))
-        except CvlabError as error:
-            self._send(http.HTTPStatus.INTERNAL_SERVER_ERROR, f"{error}\n", "text/plain")
+            page = self.server.list_page() if name == "" else _page(self.server.root, name, query.get("run", []))
+        except Exception as error:  # of the files of a run; the server stays
+            message = str(error) if isinstance(error, CvlabError) else f"{type(error).__name__}: {error}"
+            self._send(http.HTTPStatus.INTERNAL_SERVER_ERROR, f"{console.printable(message)}\n", "text/plain")
             return
         if page is None:
             self._send(http.HTTPStatus.NOT_FOUND, "no such run\n", "text/plain")
@@ -72,7 +116,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
-        for key, value in (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")):
+        for key, value in HEADERS.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -83,11 +127,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _page(root: Path, name: str, compared: Sequence[str]) -> str | None:
-    """Return the page of a run, the list of runs for an empty name, or None if there is no such run."""
-    if name == "":
-        return html.index_page(
-            index.runs(root), link="/{name}/", refresh=REFRESH_SECONDS, root=root, compare_link=f"/{COMPARE}"
-        )
+    """Return the page of a run or of a comparison, or None if there is no such run."""
     runs = {path.name: path for path in list_runs(root)}
     if name == COMPARE:
         paths = [path for run, path in runs.items() if run in compared]

@@ -192,8 +192,10 @@ class Trainer:
             checkpoint.check_types(expected, _hyperparameters(group), path, "optimizer")
             for parameter in group["params"]:
                 for name, value in optimizer.state.get(parameter, {}).items():
-                    shape = value.shape if isinstance(value, torch.Tensor) else None
-                    if value is not None and shape not in (parameter.shape, torch.Size(), torch.Size([1])):
+                    is_valid = value is None or isinstance(value, (int, float))
+                    if isinstance(value, torch.Tensor):
+                        is_valid = value.numel() == 1 or value.shape == parameter.shape
+                    if not is_valid:
                         raise CheckpointError(f"{path}: optimizer.{name} has another shape", "the file was changed")
 
     def _check_plan(self, path: Path) -> None:

@@ -4,9 +4,11 @@ All numbers can be read without JavaScript, which only adds values under the poi
 sorting, filtering, and the selection of runs to compare.
 """
 
+import contextlib
 import functools
 import os
 import re
+import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ STATUS_CLASSES = {  # of CSS
     "interrupted": "wait",
 }
 LOG_LINES, MAX_LOG_BYTES = 200, 2**18  # of its end
+LEFTOVER_SECONDS = 600.0
 MAX_THUMBNAILS = 200  # of the list of runs: those of the newest
 MAX_TRIAL_METRICS = 6
 MAX_COMPARED = 300  # newest runs, those whose metrics the list of runs holds
@@ -376,7 +379,11 @@ def write_run(path: Path) -> None:
 
 
 def write_index(root: Path, rows: Sequence[Row]) -> None:
-    """Write the list of all runs below `root`."""
+    """Write the list of all runs below `root`; remove what killed processes have left of earlier lists."""
+    for leftover in (*root.glob(f".{INDEX}-*{atomic.TEMPORARY}"), *root.glob(".latest-*")):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:  # younger ones are being written
+                leftover.unlink()
     atomic.write_text(root / INDEX, index_page(rows, root=root))
 
 

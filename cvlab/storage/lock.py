@@ -4,12 +4,14 @@
 descriptor of it would release the lock.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,31 @@ def _lock(descriptor: int) -> bool:
             return True
         time.sleep(wait)
     return False
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock of a file, which is created if missing; RunDirError if it cannot be had within some seconds."""
+    try:
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise atomic.disk_error(path, error) from error
+    try:
+        _wait_for(descriptor, path, seconds)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    try:
+        while not try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise RunDirError(f"{path}: another process holds it", "wait for it")
+            time.sleep(max(WAITS))
+    except OSError as error:
+        raise no_locks_error(path.parent, error) from error
 
 
 def is_held(folder: Path) -> bool:
