@@ -129,11 +129,13 @@ def import_user_object(name: str, base: Path) -> Any:
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
     """Let modules of a folder be imported; forget them afterwards, for another folder may have the same names."""
-    before = set(sys.modules)
+    before, writes_no_bytecode = set(sys.modules), sys.dont_write_bytecode
     sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True  # in a run directory it would be code that its signature does not have
     try:
         yield
     finally:
+        sys.dont_write_bytecode = writes_no_bytecode
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
             file = getattr(sys.modules[name], "__file__", None)

@@ -14,6 +14,7 @@ from cvlab.data import datasets
 from cvlab.data.resolve import DownloadPolicy, describe_data
 from cvlab.distributed import collectives, process_group
 from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
+from cvlab.runs import trust
 from cvlab.runs.environment import environment
 from cvlab.runs.find import config_path, create_run
 from cvlab.runs.records import ENDED, is_run, read_json, read_status, read_summary
@@ -136,7 +137,8 @@ def _write_inputs(
     launched = {"processes": processes, "launch": process_group.launch_id()}
     data = config.data_config()
     fallback = {"data.name": "fallback"} if data is not None and data.fallback_for else {}
-    out.write_json("env.json", environment() | launched | {"provenance": {**loaded.provenance, **fallback}})
+    provenance = {"provenance": {**loaded.provenance, **fallback}}
+    out.write_json("env.json", environment() | launched | provenance | {trust.SIGNATURE: trust.sign(out.path)})
     return config
 
 
@@ -207,7 +209,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         before = env.get("resumed")
         resumes = [*(before if isinstance(before, list) else []), environment()]
         resumed = {"resumed": resumes} if env and has_started else environment()
-        out.write_json("env.json", env | resumed)
+        out.write_json("env.json", env | resumed | {trust.SIGNATURE: trust.sign(path)})
         return _execute(config, out)
 
 

@@ -11,7 +11,7 @@ from cvlab.api import run
 from cvlab.config import loading
 from cvlab.config.schema import ExperimentConfig
 from cvlab.data.resolve import DownloadPolicy
-from cvlab.runs import user_code
+from cvlab.runs import trust, user_code
 from cvlab.runs.find import config_path, list_runs
 from cvlab.runs.records import ENDED, read_status
 from cvlab.storage import atomic, lock
@@ -66,8 +66,9 @@ def find_unfinished(loaded: loading.Loaded, root: Path) -> Path | None:
             status = read_status(path)
             if status.get("experiment", SweepExperiment.name) != SweepExperiment.name or status.get("status") in ENDED:
                 continue
+            trust.require_trust(path, is_trusted=False)
             other = loading.load(str(config_path(path))).config
-        except Exception:  # it is damaged; or importing the user's file, which may raise anything
+        except Exception:  # it is damaged or from elsewhere; or importing the user's file, which may raise anything
             continue
         is_same = _identity(other) == _identity(user_code.rewrite_paths(config)) and (path / "trials").is_dir()
         if is_same and user_code.is_unchanged(config.model_dump(), loaded.base, path):

@@ -13,9 +13,11 @@ from cvlab.cli.options import (
     Overrides,
     RunOptions,
     SetOption,
+    Trust,
     complete_config,
     expand_options,
     gather_overrides,
+    require_trust,
 )
 
 app = typer.Typer()
@@ -30,6 +32,7 @@ def show_config(
     overrides: Overrides = None,
     set_: SetOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema for completion in editors")] = False,
+    trust: Trust = False,
     *,
     output: Output,
 ) -> None:
@@ -46,6 +49,7 @@ def show_config(
         rows = [(row["name"], row["shows"]) for row in shipped]
         output.show({"ok": True, "configs": shipped}, lambda: tables.table("", ("name", "shows"), rows))
         return
+    require_trust(config, trust)
     loaded = loading.load(config, gather_overrides(overrides, RunOptions(set_))).config
     output.show({"ok": True, "config": loaded.model_dump()}, lambda: console.show(loaded.to_yaml(), end=""))
 

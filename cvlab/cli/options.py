@@ -63,6 +63,11 @@ RunsDir = Annotated[str | None, typer.Option(help="folder of the runs; default: 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan without writing anything")]
 
 
+Trust = Annotated[
+    bool, typer.Option("--trust", help="run the Python files of a run directory that was not made on this machine")
+]
+
+
 def _keep(context: typer.Context, parameter: typer.CallbackParam, value: bool) -> bool:
     """Keep an option of `Output` in the context, also if another option turns out to be wrong."""
     if value and isinstance(context.obj, Output) and parameter.name:
@@ -181,6 +186,17 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = annotations
     return wrapper
+
+
+def require_trust(reference: str, is_trusted: bool) -> None:
+    """Raise RunDirError if a run directory, or the configuration in one, has code of others that is not trusted."""
+    from cvlab.runs.trust import require_trust
+
+    path = Path(reference)
+    if (path / "config.yaml").exists():
+        require_trust(path, is_trusted)
+    elif path.name == "config.yaml" and any((path.parent / name).exists() for name in ("env.json", "status.json")):
+        require_trust(path.parent, is_trusted)
 
 
 def gather_overrides(

@@ -7,7 +7,7 @@ import typer
 
 from cvlab import console
 from cvlab.cli.groups import RUNS, TRAIN
-from cvlab.cli.options import Output, RunArgument, RunsDir, complete_run, expand_options
+from cvlab.cli.options import Output, RunArgument, RunsDir, Trust, complete_run, expand_options, require_trust
 
 app = typer.Typer()
 
@@ -81,6 +81,7 @@ def export(
     to: Annotated[str, typer.Option(help="safetensors or onnx")],
     out: Annotated[Path | None, typer.Option(help="file to write; default: export.FORMAT of the run")] = None,
     checkpoint: Annotated[str, typer.Option(help="last or best weights")] = "last",
+    trust: Trust = False,
     runs_dir: RunsDir = None,
     *,
     output: Output,
@@ -90,5 +91,7 @@ def export(
     from cvlab.reports import tables
     from cvlab.runs.find import find_run, runs_root
 
-    result = api_export.export(find_run(run, runs_root(runs_dir)), to, checkpoint, out)
+    path = find_run(run, runs_root(runs_dir))
+    require_trust(str(path), trust)
+    result = api_export.export(path, to, checkpoint, out)
     output.show(result, lambda: tables.show_export(result))

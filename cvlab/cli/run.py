@@ -18,9 +18,11 @@ from cvlab.cli.options import (
     RunOptions,
     RunsDir,
     Seed,
+    Trust,
     expand_options,
     finish,
     gather_overrides,
+    require_trust,
     show_plan,
     show_verdict,
 )
@@ -40,6 +42,7 @@ def run(
     overrides: Overrides = None,
     seed: Seed = None,
     dry_run: DryRun = False,
+    trust: Trust = False,
     *,
     options: RunOptions,
     processes: ProcessOptions,
@@ -54,6 +57,7 @@ def run(
     from cvlab.runs.find import runs_root
 
     root, policy = runs_root(options.runs_dir), data.policy()
+    require_trust(config, trust)
 
     def load() -> loading.Loaded:
         return loading.load(config, gather_overrides(overrides, options, seed=seed))
@@ -76,6 +80,7 @@ def resume(
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="continue although the data or your own code was changed")
     ] = False,
+    trust: Trust = False,
     runs_dir: RunsDir = None,
     *,
     processes: ProcessOptions,
@@ -89,11 +94,12 @@ def resume(
 
     root = runs_root(runs_dir)
     path = find_run(run, root) if run is not None else find_interrupted_run(root)
+    require_trust(str(path), trust)
     count = launch.require_processes(path, processes.nproc)
     if process_group.world().size > 1:
         finish(launch.train(lambda: path, allow_changes), output)
     elif count > 1 and not api_run.has_ended(path):
-        flags = (*output.flags(), *(("--allow-changes",) if allow_changes else ()))
+        flags = (*output.flags(), *(("--allow-changes",) if allow_changes else ()), *(("--trust",) if trust else ()))
         raise typer.Exit(launcher.run(path, count, processes.max_restarts, flags))
     else:
         finish(api_run.resume(path, allow_changes=allow_changes), output)
@@ -106,6 +112,7 @@ def evaluate(
     split: Annotated[list[str] | None, typer.Option(help="train, val or test; may be repeated")] = None,
     checkpoint: Annotated[str, typer.Option(help="last or best weights")] = "last",
     device: Device = None,
+    trust: Trust = False,
     runs_dir: RunsDir = None,
     *,
     output: Output,
@@ -116,6 +123,7 @@ def evaluate(
     from cvlab.runs.find import find_run, runs_root
 
     path = find_run(run, runs_root(runs_dir))
+    require_trust(str(path), trust)
     result = api_evaluate.evaluate(path, tuple(split or ()), checkpoint, device)
     title = f"{path.name}, {checkpoint} weights, step {result['step']}"
     output.show(result, lambda: tables.show_block(title, result["metrics"]))

@@ -12,10 +12,12 @@ from cvlab.cli.options import (
     Output,
     Overrides,
     RunOptions,
+    Trust,
     complete_config,
     expand_options,
     finish,
     gather_overrides,
+    require_trust,
     show_plan,
     show_verdict,
 )
@@ -34,6 +36,7 @@ def sweep(
     address: Annotated[str | None, typer.Option(help="address of a Ray cluster: auto or host:port")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start anew even if the same sweep was interrupted")] = False,
     dry_run: DryRun = False,
+    trust: Trust = False,
     *,
     options: RunOptions,
     data: DataOptions,
@@ -51,6 +54,7 @@ def sweep(
     from cvlab.runs.find import runs_root
     from cvlab.sweeps.experiment import load_sweep
 
+    require_trust(config, trust)
     flags = {"workers": workers, "submit.on": on, "submit.address": address}
     loaded = load_sweep(config, gather_overrides(overrides, options, "base.", **flags))
     root = runs_root(options.runs_dir)
@@ -65,6 +69,7 @@ def sweep(
 def verify(
     configs: Annotated[list[str], typer.Argument(help="configurations to run", autocompletion=complete_config)],
     workers: Workers = None,
+    trust: Trust = False,
     *,
     options: RunOptions,
     data: DataOptions,
@@ -79,6 +84,7 @@ def verify(
 
     loaded = []
     for name in configs:
+        require_trust(name, trust)
         is_sweep = isinstance(loading.load(name).config, SweepConfig)
         flags = {"workers": workers} if is_sweep else {}
         loaded.append(loading.load(name, gather_overrides(None, options, "base." if is_sweep else "", **flags)))

@@ -91,7 +91,7 @@ def _run(trial: Path, environment: dict[str, str], folder: str) -> None:
     for descriptor, opened in ((1, os.open(os.devnull, os.O_WRONLY)), (2, open_errors(trial))):
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.argv = ["cvlab", "resume", str(trial), "-q"]
+    sys.argv = ["cvlab", "resume", str(trial), "-q", "--trust"]
     runpy.run_module("cvlab", run_name="__main__", alter_sys=True)
 
 

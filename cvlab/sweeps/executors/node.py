@@ -46,7 +46,7 @@ class TrialProcess:
         environment = {**os.environ, **remote.environment, STOP_WITH_INPUT: "1"}
         with os.fdopen(open_errors(trial), "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cvlab", "resume", str(trial), "-q"],
+                [sys.executable, "-m", "cvlab", "resume", str(trial), "-q", "--trust"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
