@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.code)
     if is_distributed:  # before torch is loaded: DDP would warn of what it was asked to do
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        process_group.watch_launcher()
     code = run_command_line(arguments)
     try:
         sys.stdout.flush()

@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 
 from cvlab import console
+from cvlab.distributed.process_group import LAUNCHER
 
 RETRIED_CODES = (1, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)  # failures that may not happen again
 SHUTDOWN_SECONDS = 60  # for the processes to save when all are asked to stop
@@ -57,6 +58,7 @@ def start(command: tuple[str, ...], processes: int) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP would warn of find_unused_parameters
     if "lo" in [name for _, name in socket.if_nameindex()]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing leaves the machine, whatever its name resolves to
+    os.environ[LAUNCHER] = str(os.getpid())
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

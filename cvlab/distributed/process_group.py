@@ -14,6 +14,7 @@ import datetime
 import functools
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,7 +24,13 @@ from cvlab.errors import ConfigError, CvlabError, StoppedError
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(seconds=60)  # of a collective: a rank that hangs for longer is given up
 REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER = "CVLAB_LAUNCHER"  # the process id of the launcher, which may have died when a rank first asks for its parent
+ORPHAN_EXIT = 143
+POLL_SECONDS = 0.5
 DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+_joined = threading.Event()  # set when the ranks are connected
 
 
 class PeerLostError(CvlabError):
@@ -55,7 +62,9 @@ class World:
             raise ConfigError(
                 f"one of the variables {', '.join(DEFAULTS)} is no number", "start it with torchrun"
             ) from error
-        return cls(rank, size, local_rank, local_size, os.getppid()) if size > 1 else cls()
+        launcher = environment.get(LAUNCHER, "")
+        parent = int(launcher) if launcher.isdecimal() else os.getppid()
+        return cls(rank, size, local_rank, local_size, parent) if size > 1 else cls()
 
 
 @functools.cache
@@ -99,6 +108,7 @@ def init_process_group() -> Iterator[None]:
 
     try:
         _connect()
+        _joined.set()
         try:
             yield
         except StoppedError:  # all ranks stop after the same step
@@ -126,6 +136,18 @@ def _connect() -> None:
         number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {number}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def watch_launcher() -> None:
+    """End this process if its launcher dies before the ranks have joined, when no step asks for `pending_signal`."""
+    if world().size > 1:
+        threading.Thread(target=_exit_if_orphaned, daemon=True).start()
+
+
+def _exit_if_orphaned() -> None:
+    while not _joined.wait(POLL_SECONDS):
+        if os.getppid() != world().launcher:
+            os._exit(ORPHAN_EXIT)  # the main thread may be waiting for the other ranks
 
 
 def pending_signal(received: int | None) -> int | None:
