@@ -272,7 +272,8 @@ def detect(
     explain: Annotated[
         str | None, typer.Option(help="also draw the grid, anchors or targets of YOLO, or the proposals of stage one")
     ] = None,
-    save_json: Annotated[bool, typer.Option("--save-json", help="also write all boxes as COCO JSON")] = False,
+    save_json: Annotated[bool, typer.Option("--save-json", help="also write all boxes as COCO results")] = False,
+    save_coco: Annotated[bool, typer.Option("--save-coco", help="also write all boxes as a COCO data set")] = False,
     save_txt: Annotated[bool, typer.Option("--save-txt", help="also write each photo's boxes as YOLO txt")] = False,
     save_xml: Annotated[bool, typer.Option("--save-xml", help="also write each photo's boxes as VOC XML")] = False,
     dry_run: DryRun = False,
@@ -285,6 +286,7 @@ def detect(
 
     names, overrides = split_arguments(images)
     photo_paths.require_any(names)
-    save = [kind for kind, is_given in (("json", save_json), ("txt", save_txt), ("xml", save_xml)) if is_given]
+    kinds = {"json": save_json, "coco": save_coco, "txt": save_txt, "xml": save_xml}
+    save = [kind for kind, is_given in kinds.items() if is_given]
     values = {"images": names, "model": model, "weights": weights, "conf": conf, "iou": iou, "explain": explain}
     start("detect", values | {"save": save or None}, overrides, options, dry_run, output)

@@ -4,6 +4,8 @@ Every photo becomes 8-bit RGB. Reading cannot take unbounded memory: the size is
 only four well-known decoders are enabled.
 """
 
+import functools
+import io
 import os
 import warnings
 from pathlib import Path
@@ -14,8 +16,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from cvlab import console
 from cvlab.data.photo_paths import FORMAT_HINT, FORMATS, MAX_PIXELS
 from cvlab.errors import DataError
+
+JPEG_END = b"\xff\xd9"
 
 
 def load(path: Path) -> Image.Image:
@@ -28,7 +33,14 @@ def load(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's, about sizes, which are checked below, and about EXIF
             with Image.open(path, formats=FORMATS) as image:
                 _check_size(path, image.size)
-                image.load()
+                try:
+                    image.load()
+                except OSError:
+                    completed = _complete_jpeg(path) if image.format == "JPEG" else None
+                    if completed is None:
+                        raise
+                    _warn_once(f"{path}: lacks the end marker of a JPEG; every pixel could be read")
+                    return to_rgb(ImageOps.exif_transpose(completed))
                 return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
@@ -41,6 +53,28 @@ def load(path: Path) -> Image.Image:
     except Exception as error:  # decoders raise many types of errors for damaged files
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(f"{path}: cannot be decoded: {reason}", "the file is damaged") from error
+
+
+def _complete_jpeg(path: Path) -> Image.Image | None:
+    """Decode a JPEG of which only the end marker, the last two bytes, is missing; None if pixels are missing too.
+
+    Where pixels are missing, the decoder takes them from what is put in front of the marker.
+    """
+    raw = path.read_bytes().removesuffix(b"\xff")
+    images = []
+    for filler in (b"", b"\x55" * 64, b"\xa9\x13" * 32):
+        image = Image.open(io.BytesIO(raw + filler + JPEG_END), formats=["JPEG"])
+        try:
+            image.load()
+        except OSError:
+            return None
+        images.append(image)
+    return images[0] if all(image.tobytes() == images[0].tobytes() for image in images) else None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    console.info(f"warning: {text}")
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:

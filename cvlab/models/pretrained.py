@@ -66,9 +66,22 @@ class PretrainedClassifier:
     classes: tuple[str, ...]
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return the softmax (N, num_classes), float32, of images (N, 3, S, S) in [0, 1]."""
+        """Return the softmax (N, num_classes), float32, of images (N, 3, S, S) in [0, 1].
+
+        Raises:
+            ConfigError: the model has no classifier.
+        """
+        self.require_classes()
         logits: Tensor = self.module(images.contiguous(memory_format=torch.channels_last))
         return logits.float().softmax(1)
+
+    def require_classes(self) -> None:
+        """Raise ConfigError if the model has no classifier, as a backbone that is trained without labels."""
+        if not self.classes:
+            raise ConfigError(
+                f"model {self.name}: has no classifier, its outputs are features",
+                "name a model that classifies; as a backbone of detectors and captioners it needs none",
+            )
 
     def class_score(self, index: int, probability: float) -> dict[str, Any]:
         """Return the fields of a result that describe a class and its probability in [0, 1]."""
@@ -76,6 +89,7 @@ class PretrainedClassifier:
 
     def class_index(self, name: str) -> int:
         """Return the index of a class, given by name or number. Raise ConfigError if there is no such class."""
+        self.require_classes()
         if self.classes == imagenet.labels():
             return imagenet.resolve(name)
         if name.isdecimal() and int(name) < len(self.classes):

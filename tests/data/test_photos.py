@@ -162,3 +162,30 @@ def test_conversion_to_tensors_and_back(corners_image):
     assert 0.98 < tensor.max() < 0.981
     assert photos.to_image(tensor).tobytes() == corners_image.tobytes()
     assert photos.to_image(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).getpixel((0, 0)) == (0, 128, 255)
+
+
+def noisy_jpeg(path, size=(61, 43), **options):
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    smooth = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    smooth.save(path, quality=80, **options)
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_jpeg_without_its_end_marker_is_read_with_a_warning(tmp_path, capsys, options, missing):
+    path = noisy_jpeg(tmp_path / "a.jpg", **options)
+    expected = photos.load(path).tobytes()
+    path.write_bytes(path.read_bytes()[:-missing])
+    assert photos.load(path).tobytes() == expected
+    assert photos.load(path).tobytes() == expected
+    assert capsys.readouterr().err.count(f"warning: {path}: lacks the end marker of a JPEG") == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+@pytest.mark.parametrize("missing", [12, 20, 50, 300])
+def test_a_jpeg_that_lacks_pixels_is_refused(tmp_path, options, missing):
+    path = noisy_jpeg(tmp_path / "a.jpg", **options)
+    path.write_bytes(path.read_bytes()[:-missing])
+    with pytest.raises(DataError, match="truncated"):
+        photos.load(path)

@@ -12,6 +12,7 @@ from cvlab.errors import ConfigError, DataError
 from cvlab.models import names, pretrained, weights
 from cvlab.storage import download
 from tests.fake_cifar import send, server
+from tests.models.random_models import random_model
 
 
 def test_bundled_model_classifies_a_photo():
@@ -241,3 +242,17 @@ def test_the_moving_average_is_taken_and_that_is_said(squeezenet, tmp_path, caps
     torch.save(averaged, tmp_path / "average.pth")
     assert torch.equal(_classify_noise(tmp_path / "both.pth"), _classify_noise(tmp_path / "average.pth"))
     assert f"both.pth: taking {average!r}, the moving average of the weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [("classify",), ("saliency",), ("attack",), ("classvis", "targets=[1]"), ("classify", "--dry-run")]
+)
+def test_a_model_without_a_classifier_is_refused_in_one_line(cvlab, tmp_path, words):
+    name = "timm:eva02_tiny_patch14_224"  # its weights are published without a classifier
+    assert random_model(name, tmp_path).classes == ()
+    photo = [] if words[0] == "classvis" else ["sample"]
+    code, _, err = cvlab(words[0], *photo, *words[1:], f"model={name}", f"weights={tmp_path / 'weights.pth'}")
+    assert code == 2, err
+    line = f"model {name}: has no classifier, its outputs are features; name a model that classifies"
+    assert line in err
+    assert "Traceback" not in err

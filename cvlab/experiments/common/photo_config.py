@@ -87,6 +87,12 @@ class PhotoConfig(PretrainedConfig, ImagesConfig):
     Of a key in both bases the first base has the default: photos are processed in float32.
     """
 
+    def build(self) -> "tuple[ComputeContext, PretrainedClassifier]":
+        """Select the device, seed the random number generators and build the model, which must have a classifier."""
+        ctx, model = super().build()
+        model.require_classes()
+        return ctx, model
+
 
 def absolute_image_paths(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the absolute paths of photos, so that a configuration means the same in any working directory."""

@@ -39,8 +39,8 @@ class DetectConfig(ImagesConfig):
     iou: schema.Fraction = Field(
         0.5, description="of detections of one class that overlap by more, the highest-scoring one stays"
     )
-    save: tuple[Literal["json", "txt", "xml"], ...] = Field(
-        (), description="also write the boxes: COCO's JSON, YOLO's txt, PASCAL VOC's XML"
+    save: tuple[Literal["json", "coco", "txt", "xml"], ...] = Field(
+        (), description="also write the boxes: COCO's results, a COCO data set, YOLO's txt, PASCAL VOC's XML"
     )
     explain: Literal["grid", "anchors", "targets", "proposals"] | None = Field(
         None,

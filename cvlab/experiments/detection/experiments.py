@@ -72,8 +72,7 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
             return metrics
         work = PhotoDetector(detector, run, config.conf, config.iou, config.save, config.explain)
         results = photo_batches.run(config, run, work, "detect", self.columns)
-        if "json" in config.save:
-            inference.save_coco(detector, results, run)
+        inference.save_coco(detector, results, run, [kind for kind in ("json", "coco") if kind in config.save])
         num_objects = sum(len(result.values["objects"]) for result in results)
         return {"num_photos": len(results), "num_objects": num_objects}
 
@@ -212,6 +211,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         import torch
 
         from cvlab.engine.task import ExportSpec
+        from cvlab.experiments.detection.data.augment import preprocessing
         from cvlab.experiments.detection.models.detector import DetectorGraph
         from cvlab.experiments.detection.setup import build
         from cvlab.runs import checkpoint
@@ -219,7 +219,8 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         setup = build(config)
         checkpoint.load_eval_weights(setup.detector.head, state, str(base))
         about = {
-            "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1]: photos made to fit, gray below",
+            "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1], RGB",
+            "preprocessing": preprocessing(config.size),
             "classes": setup.boxset.classes,
         }
         graph = DetectorGraph(setup.detector)

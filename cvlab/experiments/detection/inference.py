@@ -1,5 +1,6 @@
 """Inference with trained detectors: loading them, prediction on photos, drawings and annotation files."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ BUNDLED_DETECTORS = {  # by the name that `--model` takes
     "yolo": BundledWeights("everyday", "scenes"),
     "faster_rcnn": BundledWeights("faster_rcnn_everyday", "faster_rcnn_scenes"),
 }
+MAX_ID_DIGITS = 12  # of an image id in COCO's file names
+CLASSES_FILE = "boxes/classes.txt"
 MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
 
 PredictFn = Callable[[Sequence[Image.Image], float, float], list[Detections]]  # photos, score_threshold, nms_iou
@@ -273,8 +276,11 @@ class PhotoDetector:
         for kind in self.save:
             if kind in writer_of:
                 self.out.folder("boxes")
-                files[kind] = f"boxes/{photo.label}.{kind}"
+                name = f"boxes/{photo.label}.{kind}"
+                files[kind] = f"boxes/{photo.label}-boxes.txt" if name.lower() == CLASSES_FILE else name
                 self.out.write_text(files[kind], writer_of[kind]())
+            if kind == "txt":
+                self.out.write_text(CLASSES_FILE, "".join(f"{name}\n" for name in self.detector.classes))
         return files
 
     def _draw_diagram(self, kind: str, photo: Photo, detections: Detections, names: Sequence[str]) -> Image.Image:
@@ -292,20 +298,46 @@ def labeled_boxes(detections: Detections, classes: Sequence[str]) -> list[Labele
     return [LabeledBox(tuple(box), f"{classes[label]} {score:.2f}", label) for box, score, label in triples]
 
 
-def save_coco(detector: LoadedDetector, results: Sequence[PhotoResult], out: RunDir) -> None:
-    """Write one COCO JSON of all photos."""
+def save_coco(detector: LoadedDetector, results: Sequence[PhotoResult], out: RunDir, kinds: Sequence[str]) -> None:
+    """Write the boxes of all photos: `json` as COCO's list of results, `coco` as a COCO data set.
+
+    An image's id is the number that its file is called, if all files are, as in COCO, else its position from 1. The
+    category ids of COCO's own 80 classes are COCO's, others count from 1.
+    """
+    if not kinds:
+        return
     index = {name: k for k, name in enumerate(detector.classes)}
+    names = _file_names([Path(result.image) for result in results])
     images = []
-    for result in results:
+    for result, name in zip(results, names, strict=True):
         objects = result.values["objects"]
         images.append(
             writers.ImageBoxes(
-                Path(result.image).name,
+                name,
                 (result.values["width"], result.values["height"]),
                 torch.tensor([obj["box_xyxy"] for obj in objects]).view(-1, 4),
                 torch.tensor([index[obj["label"]] for obj in objects], dtype=torch.int64),
                 torch.tensor([obj["score"] for obj in objects]),
             )
         )
+    stems = [Path(result.image).stem for result in results]
+    has_numbers = all(stem.isascii() and stem.isdecimal() and len(stem) <= MAX_ID_DIGITS for stem in stems)
+    image_ids = [int(stem) for stem in stems] if has_numbers else []
+    if len(set(image_ids)) < len(stems):
+        image_ids = list(range(1, len(stems) + 1))
+    is_coco = detector.classes == COCO_CLASSES
+    ids = writers.CocoIds(image_ids, writers.COCO_CATEGORY_IDS if is_coco else range(1, len(detector.classes) + 1))
     out.folder("boxes")
-    out.write_text("boxes/detections.json", writers.write_coco_json(images, detector.classes))
+    if "json" in kinds:
+        out.write_text("boxes/detections.json", writers.write_coco_results(images, ids))
+    if "coco" in kinds:
+        out.write_text("boxes/dataset.json", writers.write_coco_json(images, detector.classes, ids))
+
+
+def _file_names(paths: Sequence[Path]) -> list[str]:
+    """Return the names of photos, with as much of their folders as tells photos of one name apart."""
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]

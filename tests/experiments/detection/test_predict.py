@@ -8,7 +8,12 @@ import torch
 from PIL import Image
 
 from cvlab.data import photos
+from cvlab.data.scenes.render import SHAPES
 from cvlab.experiments.detection import inference
+from cvlab.experiments.detection.data import augment
+from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
+from cvlab.runs.results import PhotoResult
+from cvlab.runs.run_dir import RunDir
 from tests.experiments.detection.short_run import train
 
 
@@ -34,7 +39,10 @@ class TestDetect:
         run = Path(found["run"])
         assert photos.load(run / row["picture"]).size == (90, 40)
         assert len((run / row["txt"]).read_text().splitlines()) == len(row["objects"])
-        assert len(json.loads((run / "boxes" / "detections.json").read_text())["images"]) == 2
+        detections = json.loads((run / "boxes" / "detections.json").read_text())
+        assert len(detections) == sum(len(result["objects"]) for result in found["results"])
+        assert [record["score"] for record in detections[: len(scores)]] == [round(score, 6) for score in scores]
+        assert (run / "boxes" / "classes.txt").read_text().split() == sorted({*SHAPES}, key=list(SHAPES).index)
         assert (run / row["xml"]).read_text().count("<object>") == len(row["objects"])
 
     def test_proposals_are_drawn(self, cvlab):
@@ -101,3 +109,75 @@ class TestDetect:
         assert got == code, err
         assert says in err, err
         assert "Traceback" not in err, err
+
+
+def detector(classes):
+    return inference.LoadedDetector("a detector", classes, 0, lambda *_: [])
+
+
+def result(path, label="dog", count=1):
+    objects = [{"label": label, "score": 0.5, "box_xyxy": [1.0, 2.0, 11.0, 22.0]}] * count
+    return PhotoResult(str(path), {"objects": objects, "width": 60, "height": 40})
+
+
+@pytest.mark.parametrize(
+    ("names", "image_ids", "file_names"),
+    [
+        (["000000000139.jpg", "000000000285.jpg"], [139, 285], ["000000000139.jpg", "000000000285.jpg"]),
+        (["a.jpg", "7.jpg"], [1, 2], ["a.jpg", "7.jpg"]),
+        (["x/a.jpg", "y/a.jpg", "b.jpg"], [1, 2, 3], ["x/a.jpg", "y/a.jpg", "b.jpg"]),
+        (["x/7.jpg", "y/7.jpg"], [1, 2], ["x/7.jpg", "y/7.jpg"]),
+        (["7.jpg", "007.png"], [1, 2], ["7.jpg", "007.png"]),
+    ],
+)
+def test_results_are_what_the_tools_of_coco_take(tmp_path, names, image_ids, file_names):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    results = [result(tmp_path / name) for name in names]
+    inference.save_coco(detector(("cat", "dog")), results, run, ["json", "coco"])
+    detections = json.loads((run.path / "boxes/detections.json").read_text())
+    assert [record["image_id"] for record in detections] == image_ids
+    assert [record["file_name"] for record in detections] == file_names
+    assert detections[0] == {
+        "image_id": image_ids[0],
+        "category_id": 2,
+        "bbox": [1, 2, 10, 20],
+        "score": 0.5,
+        "file_name": file_names[0],
+    }
+    content = json.loads((run.path / "boxes/dataset.json").read_text())
+    assert [image["id"] for image in content["images"]] == image_ids
+    assert [image["file_name"] for image in content["images"]] == file_names
+    oracle = pytest.importorskip("faster_coco_eval")
+    truth = oracle.COCO(content)
+    judge = oracle.COCOeval_faster(truth, truth.loadRes(detections), "bbox", print_function=lambda *_: None)
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert judge.stats[0] == pytest.approx(1)
+
+
+def test_the_categories_of_coco_are_those_of_its_files(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    results = [result(tmp_path / f"{name}.jpg", name) for name in ("person", "stop sign", "bench", "toothbrush")]
+    inference.save_coco(detector(COCO_CLASSES), results, run, ["json"])
+    detections = json.loads((run.path / "boxes/detections.json").read_text())
+    assert [record["category_id"] for record in detections] == [1, 13, 15, 90]
+    assert not (run.path / "boxes/dataset.json").exists()
+
+
+def test_numpy_code_of_the_guide_brings_photos_in_and_boxes_back():
+    text = (Path(__file__).parents[3] / "docs/guides/export.md").read_text()
+    code = text.partition('```python title="letterbox.py"\n')[2].partition("```")[0]
+    namespace = {}
+    exec(code, namespace)
+    for width, height in ((90, 40), (41, 77), (64, 64), (301, 200), (7, 500)):
+        noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        photo = Image.fromarray(noise.numpy())
+        transform = augment.whole_photo(width, height, 64)
+        image, scale, shift = namespace["letterbox"](photo, 64)
+        assert torch.equal(torch.from_numpy(image[0]), photos.to_tensor(transform.render(photo)))
+        boxes = torch.tensor([[1.0, 2.0, 60.0, 50.0], [10.0, 5.0, 30.0, 60.0]])
+        expected = transform.inverse_transform_boxes(boxes)
+        torch.testing.assert_close(torch.from_numpy(namespace["to_photo"](boxes.numpy(), scale, shift)), expected)

@@ -90,6 +90,18 @@ def whole_photo(width: int, height: int, size_px: int) -> ViewTransform:
     return ViewTransform(size_px, scale, scale, (size_px - scale * width) / 2, (size_px - scale * height) / 2)
 
 
+def preprocessing(size_px: int) -> dict[str, str | int]:
+    """Describe `whole_photo` for those who run an exported detector: how a photo is brought in, how boxes go back."""
+    return {
+        "size_px": size_px,
+        "scale": "size_px / max(width, height), with which width and height are multiplied; bilinear",
+        "left": "(size_px - scale * width) / 2: the photo is centered; rounded for pasting",
+        "top": "(size_px - scale * height) / 2",
+        "fill": GRAY[0],
+        "boxes": "x of the photo = (x - left) / scale, y of the photo = (y - top) / scale",
+    }
+
+
 def random_view(
     width: int, height: int, size_px: int, config: AugmentConfig, seed: int, photo: int, number: int
 ) -> ViewTransform:

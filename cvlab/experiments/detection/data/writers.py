@@ -4,7 +4,7 @@ Every boxes_xyxy is (N, 4), in pixels from 0, right and bottom edges exclusive.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 from torch import Tensor
 
 DECIMALS = 3  # of coordinates in pixels
+COCO_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # of 1 to 90, between those of COCO's 80 classes
+COCO_CATEGORY_IDS = tuple(k for k in range(1, 91) if k not in COCO_UNUSED_IDS)
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,14 @@ class ImageBoxes:
     boxes_xyxy: Tensor
     labels: Tensor
     scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CocoIds:
+    """The ids of images, and of categories by label, in COCO's files."""
+
+    images: Sequence[int]
+    categories: Sequence[int]
 
 
 def write_voc_xml(
@@ -61,21 +71,34 @@ def write_yolo_txt(boxes_xyxy: Tensor, labels: Tensor, size: tuple[int, int], sc
     return "".join(lines)
 
 
-def write_coco_json(images: Sequence[ImageBoxes], classes: Sequence[str]) -> str:
-    """Return COCO's JSON of many images; ids count from 1, in the order of `images` and `classes`."""
+def write_coco_json(images: Sequence[ImageBoxes], classes: Sequence[str], ids: CocoIds | None = None) -> str:
+    """Return a COCO data set; without `ids` they count from 1, in the order of `images` and `classes`."""
+    ids = ids or CocoIds(range(1, len(images) + 1), range(1, len(classes) + 1))
     annotations: list[dict[str, Any]] = []
-    for image_id, image in enumerate(images, 1):
-        for k, (x1, y1, x2, y2) in enumerate(image.boxes_xyxy.tolist()):
-            box = [round(value, DECIMALS) for value in (x1, y1, x2 - x1, y2 - y1)]
-            record = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(image.labels[k]) + 1}
-            score = {"score": round(float(image.scores[k]), 6)} if image.scores is not None else {}
-            annotations.append({**record, "bbox": box, "area": round(box[2] * box[3], DECIMALS), "iscrowd": 0, **score})
+    for record in _coco_records(images, ids):
+        area = round(record["bbox"][2] * record["bbox"][3], DECIMALS)
+        annotations.append({"id": len(annotations) + 1, **record, "area": area, "iscrowd": 0})
     files = [
         {"id": image_id, "file_name": image.filename, "width": image.size[0], "height": image.size[1]}
-        for image_id, image in enumerate(images, 1)
+        for image_id, image in zip(ids.images, images, strict=True)
     ]
-    categories = [{"id": k, "name": name} for k, name in enumerate(classes, 1)]
+    categories = [{"id": k, "name": name} for k, name in zip(ids.categories, classes, strict=True)]
     return json.dumps({"images": files, "annotations": annotations, "categories": categories})
+
+
+def write_coco_results(images: Sequence[ImageBoxes], ids: CocoIds) -> str:
+    """Return COCO's list of results, which `COCO.loadRes` takes; each names its file too."""
+    names = dict(zip(ids.images, (image.filename for image in images), strict=True))
+    return json.dumps([{**record, "file_name": names[record["image_id"]]} for record in _coco_records(images, ids)])
+
+
+def _coco_records(images: Sequence[ImageBoxes], ids: CocoIds) -> Iterator[dict[str, Any]]:
+    """Yield the boxes of images as records of image, category, box and, if there is one, score."""
+    for image_id, image in zip(ids.images, images, strict=True):
+        for k, (x1, y1, x2, y2) in enumerate(image.boxes_xyxy.tolist()):
+            box = [round(value, DECIMALS) for value in (x1, y1, x2 - x1, y2 - y1)]
+            score = {"score": round(float(image.scores[k]), 6)} if image.scores is not None else {}
+            yield {"image_id": image_id, "category_id": ids.categories[int(image.labels[k])], "bbox": box, **score}
 
 
 def _number(value: float, decimals: int = DECIMALS) -> str:
