@@ -4,6 +4,7 @@ Every photo becomes 8-bit RGB. Reading cannot take unbounded memory: the size is
 only four well-known decoders are enabled.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 from torch import Tensor
 
 from cvlab import console
 from cvlab.data.photo_paths import FORMAT_HINT, FORMATS, MAX_PIXELS
 from cvlab.errors import DataError
 
+MAX_METADATA_BYTES = 1_000_000
 JPEG_END = b"\xff\xd9"
 
 
@@ -53,6 +56,26 @@ def load(path: Path) -> Image.Image:
     except Exception as error:  # decoders raise many types of errors for damaged files
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(f"{path}: cannot be decoded: {reason}", "the file is damaged") from error
+
+
+def read_metadata(path: Path) -> dict[str, bytes]:
+    """Return the EXIF data and the color profile of a photo for a copy that `load` has rotated and made RGB.
+
+    The keys are those that Pillow's `save` takes. The orientation is left out, and so is a profile that is not of RGB,
+    and what is damaged or larger than `MAX_METADATA_BYTES`.
+    """
+    metadata: dict[str, bytes] = {}
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # decoders raise many types of errors
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as image:
+            profile = image.info.get("icc_profile") or b""
+            if profile[16:20] == b"RGB ":
+                metadata["icc_profile"] = profile
+            exif = image.getexif()
+            exif.pop(Base.Orientation, None)
+            if len(exif):
+                metadata["exif"] = exif.tobytes()
+    return {key: value for key, value in metadata.items() if len(value) <= MAX_METADATA_BYTES}
 
 
 def _complete_jpeg(path: Path) -> Image.Image | None:

@@ -153,7 +153,7 @@ class FeatureLayer:
             return output.permute(0, 3, 1, 2)
         if self.axes == "tokens":
             side = math.isqrt(output.shape[1])
-            return output[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
+            return output[:, -(side**2) :].transpose(1, 2).reshape(len(output), -1, side, side)
         return output
 
 

@@ -1,7 +1,7 @@
 """Images of a run: PNG files, heat maps, overlays, panels with captions, animations."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,10 +35,13 @@ HEAT = (  # the colors of matplotlib's inferno at 0, 1/8, .. 1
 )
 
 
-def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG; level 1 takes a fifth of the time of the default 6 for a tenth more bytes."""
+def png(image: Image.Image, metadata: Mapping[str, bytes] | None = None) -> bytes:
+    """Encode an image as PNG, with metadata as `photos.read_metadata` returns it.
+
+    Level 1 takes a fifth of the time of the default 6 for a tenth more bytes.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
+    image.save(buffer, format="PNG", compress_level=1, **(metadata or {}))
     return buffer.getvalue()
 
 

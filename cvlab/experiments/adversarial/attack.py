@@ -164,7 +164,7 @@ class Attack:
         if not self._is_target(example):
             image.paste(photos.to_image(example.adversarial), example.resize.region[:2])
         name = f"images/{example.photo.label}-attacked.png"
-        self.out.write_bytes(name, images.png(image))
+        self.out.write_bytes(name, images.png(image, photos.read_metadata(example.photo.path)))
         saved = photos.load(self.out.path / name)
         variants = [saved, *(_compress_jpeg(saved, quality) for quality in JPEG_QUALITIES)]
         inputs = torch.stack([photos.to_tensor(self.model.transform(variant)) for variant in variants])

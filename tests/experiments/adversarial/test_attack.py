@@ -6,9 +6,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.ExifTags import IFD, Base
 
-from cvlab.data import photos
+from cvlab.data import photo_paths, photos
 from cvlab.models import pretrained
 
 
@@ -90,3 +91,32 @@ def test_signal_stops_between_two_steps(two_photos, cvlab, monkeypatch):
     code, out, _ = cvlab("resume", "latest", "--json")
     assert code == 0
     assert json.loads(out)["metrics"]["success_rate"] == 1
+
+
+@pytest.mark.parametrize("size", ["original", "model"])
+def test_the_attacked_picture_keeps_camera_date_and_color_profile(cvlab, tmp_path, size):
+    sample = Image.open(photo_paths.find_images(["sample"])[0]).convert("RGB").resize((300, 200))
+    exif = Image.Exif()
+    exif[Base.Make], exif[Base.DateTime], exif[Base.Orientation] = "Camera Works", "2026:11:26 10:00:00", 6
+    exif.get_ifd(IFD.Exif)[Base.DateTimeOriginal] = "2026:11:26 09:59:00"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    sample.save("photo.jpg", exif=exif, icc_profile=profile)
+    code, out, err = cvlab("attack", "photo.jpg", "--method", "fgsm", "--size", size, "--json")
+    assert code in (0, 3), err
+    result = json.loads(out)
+    with Image.open(tmp_path / result["run"] / result["results"][0]["attacked"]) as attacked:
+        assert attacked.size == ((200, 300) if size == "original" else (224, 224))
+        assert attacked.info["icc_profile"] == profile
+        written = attacked.getexif()
+        assert (written[Base.Make], written[Base.DateTime]) == ("Camera Works", "2026:11:26 10:00:00")
+        assert written.get_ifd(IFD.Exif)[Base.DateTimeOriginal] == "2026:11:26 09:59:00"
+        assert Base.Orientation not in written
+
+
+@pytest.mark.parametrize(("mode", "space"), [("CMYK", b"CMYK"), ("L", b"GRAY")])
+def test_a_color_profile_that_is_not_of_rgb_is_left_out(tmp_path, mode, space):
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[16:20] = space
+    Image.new(mode, (9, 9)).save(tmp_path / "a.jpg", icc_profile=bytes(profile))
+    assert photos.read_metadata(tmp_path / "a.jpg") == {}
+    assert photos.read_metadata(tmp_path / "none.jpg") == {}
