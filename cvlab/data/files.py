@@ -8,8 +8,6 @@ from cvlab.errors import DataError
 
 MAX_BYTES = 5_000_000  # of one image's annotation file, or of a list
 
-MAX_DEPTH = 8  # of folders within a folder
-
 
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES, hint: str = "name a file that can be read") -> bytes:
     """Read a file of at most `max_bytes`. Raises DataError otherwise, with `hint` if it cannot be read."""
@@ -52,26 +50,36 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def list_files(folder: Path, suffixes: Sequence[str], is_recursive: bool = False, depth: int = 0) -> list[Path]:
+def list_files(folder: Path, suffixes: Sequence[str], is_recursive: bool = False) -> list[Path]:
     """Return the files of a folder with one of the lower-case suffixes, in any case, sorted; hidden ones left out.
 
-    With `is_recursive` those of subfolders too, down to `MAX_DEPTH` levels, for links may lead in circles.
+    With `is_recursive` those of subfolders too, also of linked ones, unless a link leads back.
 
     Raises:
-        DataError: The folder cannot be read.
+        DataError: A folder cannot be read.
     """
+    return _list_files(folder, tuple(suffixes), is_recursive, frozenset())
+
+
+def _list_files(
+    folder: Path, suffixes: tuple[str, ...], is_recursive: bool, ancestors: frozenset[tuple[int, int]]
+) -> list[Path]:
     try:
+        status = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}", "name a folder that can be read") from error
+    identity = (status.st_dev, status.st_ino)
+    if identity in ancestors:
+        return []
     paths: list[Path] = []
     for entry in entries:
         if is_hidden(entry.name):
             continue
         if entry.is_file():
-            paths += [folder / entry.name] if entry.name.lower().endswith(tuple(suffixes)) else []
-        elif is_recursive and depth < MAX_DEPTH and entry.is_dir():
-            paths += list_files(folder / entry.name, suffixes, is_recursive, depth + 1)
+            paths += [folder / entry.name] if entry.name.lower().endswith(suffixes) else []
+        elif is_recursive and entry.is_dir():
+            paths += _list_files(folder / entry.name, suffixes, is_recursive, ancestors | {identity})
     return paths
 
 

@@ -9,6 +9,7 @@ An image without a label file has no objects.
 
 import glob
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -59,7 +60,8 @@ def read_path(path: Path) -> AnnotationSet:
             raise DataError(f"{path}: names no photos to train on", "write `train: images/train`, or name a folder")
     reader = _Reader(classes, irregularities, data_file.box_columns if data_file else None)
     splits = {split: reader.read(items) for split, items in sources.items()}
-    reader.report_unused(folder, sources)
+    root = data_file.root if data_file is not None else None
+    reader.report_unused([base for base in (folder, root) if base is not None])
     return AnnotationSet("YOLO", splits, classes, irregularities)
 
 
@@ -318,18 +320,34 @@ class _Reader:
         is_class = number.is_integer() and 0 <= number < len(self.classes) and not word.startswith("-")
         return int(number) if is_class else None
 
-    def report_unused(self, folder: Path, sources: dict[str, list[_Source]]) -> None:
-        """Report label files without a photo, and photos beside the folders of splits."""
-        folders = [source.folder for items in sources.values() for source in items if source.folder is not None]
+    def report_unused(self, bases: Sequence[Path]) -> None:
+        """Report label files without a photo, and photos in no split: in the same folders, or elsewhere in `images`.
+
+        Of folders called `images` those below one of `bases` are searched.
+        """
         for image_folder in sorted(self.photo_stems):
             stems = {path.stem for path in files.list_files(image_folder, photo_paths.SUFFIXES)}
             for label_folder in _label_folders(image_folder)[:-1]:
                 for stem, path in sorted(self._list(label_folder).items()):
                     if path not in self.used and stem not in stems and Path(stem).stem not in stems:
                         self.irregularities.add("label files without a photo left out", path)
-        for root in {path.parent for path in folders if path.parent not in folders} - {folder.parent}:
-            for path in files.list_files(root, photo_paths.SUFFIXES):
-                self.irregularities.add("photos in no split left out", path)
+        roots = {_images_root(folder, bases) for folder in self.photo_stems}
+        unused = {
+            path
+            for root in roots
+            for path in files.list_files(root, photo_paths.SUFFIXES, is_recursive=True)
+            if path.stem not in self.photo_stems.get(path.parent, ())
+        }
+        for path in sorted(unused):
+            self.irregularities.add("photos in no split left out", path)
+
+
+def _images_root(folder: Path, bases: Sequence[Path]) -> Path:
+    """Return the folder called `images` that has a folder in it and lies below one of `bases`, else the folder."""
+    for parent in folder.parents:
+        if parent.name in LABEL_FOLDERS and any(parent.is_relative_to(base) for base in bases):
+            return parent
+    return folder
 
 
 def _label_folders(image_folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What annotation programs write differently: repaired or left out, always reported with counts and places."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -115,6 +116,31 @@ def test_what_data_yaml_names_is_followed_or_refused(tmp_path, text, message):
     write(tmp_path / "data.yaml", f"{text}names: [dog, cat]\n")
     with pytest.raises(DataError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("entries", ["train: images/a\n", "train: a.txt\n", "train: [images/a]\nval: images/a\n"])
+def test_photos_that_data_yaml_does_not_name_are_reported(tmp_path, capsys, entries):
+    photos_with_labels(tmp_path / "images/a", "a1", "a2")
+    photos_with_labels(tmp_path / "images/b/deep", "b1")
+    write(tmp_path / "a.txt", "images/a/a1.png\nimages/a/a2.png\n")
+    write(tmp_path / "data.yaml", f"names: [dog, cat]\n{entries}")
+    load(tmp_path)
+    assert f"photos in no split left out: 1 ({tmp_path}/images/b/deep/b1.png)" in capsys.readouterr().err
+
+
+def test_links_that_lead_back_end(tmp_path):
+    folder = yolo_set(tmp_path) / "images/train"
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    photos_with_labels(tmp_path / "elsewhere/images", "linked")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere/images", target_is_directory=True)
+    assert names(load(tmp_path), "train") == ["a.png", "b.png", "linked.png"]
+
+
+def test_files_that_are_no_files_are_not_opened(tmp_path):
+    yolo_set(tmp_path)
+    for path in ("images/train/z.png", "labels/train/a.TXT", "labels/train/z.txt"):
+        os.mkfifo(tmp_path / path)
+    assert counts(load(tmp_path)) == [2, 1, 1]
 
 
 def test_folders_called_like_splits(tmp_path, capsys):
