@@ -43,7 +43,7 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, fresh: boo
         unfinished = find_unfinished(loaded, root)
         path = unfinished or run.create(loaded, root)
     if unfinished is not None:
-        console.info(f"resuming the sweep {unfinished}; --fresh starts a new one")
+        console.info(f"resuming the interrupted sweep {unfinished}; --fresh starts a new one")
     return run.resume(path, {key: getattr(loaded.config, key) for key in EXECUTION_KEYS})
 
 

@@ -12,6 +12,7 @@ The options of `Output` are also kept in the context of the command line, where 
 import functools
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -193,9 +194,11 @@ def require_trust(reference: str, is_trusted: bool) -> None:
     from cvlab.runs.trust import require_trust
 
     path = Path(reference)
-    if (path / "config.yaml").exists():
+    if os.path.lexists(path / "config.yaml"):
         require_trust(path, is_trusted)
-    elif path.name == "config.yaml" and any((path.parent / name).exists() for name in ("env.json", "status.json")):
+    elif path.name == "config.yaml" and any(
+        os.path.lexists(path.parent / name) for name in ("env.json", "status.json")
+    ):
         require_trust(path.parent, is_trusted)
 
 

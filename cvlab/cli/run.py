@@ -94,7 +94,7 @@ def resume(
 
     root = runs_root(runs_dir)
     path = find_run(run, root) if run is not None else find_interrupted_run(root)
-    require_trust(str(path), trust)
+    require_trust(str(path), trust or allow_changes)  # also of code that the user has changed since
     count = launch.require_processes(path, processes.nproc)
     if process_group.world().size > 1:
         finish(launch.train(lambda: path, allow_changes), output)

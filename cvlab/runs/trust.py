@@ -92,5 +92,5 @@ def require_trust(path: Path, is_trusted: bool) -> None:
     if signature is None or recorded != signature:
         raise RunDirError(
             f"{path}: its code ({names[0]}) was not written by a run of yours on this machine, or was changed since",
-            "read it, then use --trust to run it",
+            "read it, then use --trust to run it; to resume on changed code, --allow-changes",
         )

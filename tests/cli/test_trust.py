@@ -163,3 +163,21 @@ def test_a_run_without_code_needs_no_trust(tmp_path):
     run = next(tmp_path.glob("2*"))
     (run / "env.json").unlink()
     assert main.run_command_line(["train", str(run), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--trust", "--allow-changes"])
+def test_code_that_the_user_has_changed_is_named_and_run_with_a_flag(run, tmp_path, canary, flag):
+    copy = shutil.copytree(run, tmp_path / "run")
+    other_code(copy)
+    (copy / "status.json").write_text('{"status": "interrupted"}')
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "metrics.jsonl").unlink()
+    assert main.run_command_line(["resume", str(copy)]) == 5
+    assert not canary.exists()
+    assert main.run_command_line(["resume", str(copy), flag]) == 0
+    assert main.run_command_line(["eval", str(copy), "--split=val"]) == 0  # signed again
+    assert canary.exists()
+
+
+def test_a_configuration_with_a_long_name_is_no_run(tmp_path):
+    assert main.run_command_line(["train", "x" * 5000]) == 2

@@ -371,6 +371,9 @@ def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch
         assert code == 0, err
         assert "changed_inputs" not in read_json(run / "summary.json")
         return
+    assert code == 5
+    assert "--trust" in err
+    code, _, err = cvlab("resume", run.name, "--trust")
     assert code == 7
     assert "was changed since the run began" in err
     assert len([line for line in err.splitlines() if "error" in line]) == 1

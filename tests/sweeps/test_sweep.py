@@ -264,7 +264,10 @@ def test_a_trial_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     assert [results.read_trial(trial)["status"] for trial in sorted((run / "trials").iterdir())] == ["failed", "done"]
     for copied in (run / "net.py", *run.glob("trials/*/net.py")):
         copied.write_text(copied.read_text().replace("width != 5", "True"))
-    assert cvlab("resume", run)[0] == 0
+    code, _, err = cvlab("resume", run)
+    assert code == 5, err
+    assert "was changed since" in err
+    assert cvlab("resume", run, "--trust")[0] == 0
 
 
 def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
