@@ -78,6 +78,8 @@ class Trainer:
         self.state = TrainState(task.model, optimizer, config.ema)
         self.progress = TrainProgress(0)
         self.checkpointer = Checkpointer(self, run_dir, task.ctx, config.save_seconds)
+        # Of what a run is not resumed with if it was changed. Taken once: what is loaded now is what is trained with.
+        self.inputs = {"data": task.data_digest, "code": user_code.digest(config, run_dir.path)}
         self.last_replan = (0, 0.0)  # step and training time
 
     @property
@@ -144,17 +146,12 @@ class Trainer:
             "other_ranks": other_ranks,
             "progress": vars(self.progress).copy(),
             "extra_state": self.task.extra_state,
-            "inputs": self._inputs(),
+            "inputs": self.inputs,
         }
-
-    def _inputs(self) -> dict[str, str]:
-        """Return the digests of what a run is not resumed with if it was changed."""
-        return {"data": self.task.data_digest, "code": user_code.digest(self.config, self.run_dir.path)}
 
     def _require_same_inputs(self, state: State, path: Path) -> None:
         """Raise CheckpointError if data or user code was changed since a checkpoint, unless that is allowed."""
-        inputs = self._inputs()
-        changed = [name for name, digest in inputs.items() if digest != state["inputs"][name]]
+        changed = [name for name, digest in self.inputs.items() if digest != state["inputs"][name]]
         if not changed:
             return
         what = " and ".join({"data": "the data", "code": "the code of the model or data set"}[name] for name in changed)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cvlab import _compat, console
 from cvlab.errors import ConfigError, CvlabError, DataError
+from cvlab.models import zoo
 from cvlab.runs import checkpoint
 from cvlab.storage import atomic, download
 from cvlab.storage.cache import data_root
@@ -255,7 +256,7 @@ def _source(name: str) -> tuple[str, Path]:
     prefix, _, rest = name.partition(":")
     if prefix == "torchvision":
         models = _compat.torchvision().models
-        if rest not in models.list_models(module=models):
+        if rest not in zoo.list_models("torchvision"):
             raise ConfigError(f"unknown torchvision model {rest!r}", "`cvlab models` says which there are")
         url = models.get_model_weights(rest).DEFAULT.url
         return url, weights_folder() / Path(url).name

@@ -42,12 +42,8 @@ def prepare(
             model.train()
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise ConfigError(f"model {name}: has no trainable weights")
-            batch = images[: min(2, batch_size)]
-            reason = _channels_last_problem(model, batch)
-            trial = copy.deepcopy(model)
-            if reason is None:
-                batch, trial = batch.to(memory_format=torch.channels_last), _to_channels_last(trial)
-            _check_logits(trial(batch), name, num_classes, " in training")
+            logits, reason = _train_forward(model, images[: min(2, batch_size)])
+            _check_logits(logits, name, num_classes, " in training")
         except ConfigError:
             raise
         except Exception as error:  # of the user's model
@@ -62,13 +58,17 @@ def prepare(
     return model
 
 
-def _channels_last_problem(model: nn.Module, images: Tensor) -> str | None:
-    """Return why a copy of a model fails on channels_last tensors; None if it does not."""
+def _train_forward(model: nn.Module, images: Tensor) -> tuple[object, str | None]:
+    """Call a copy of a model on channels_last tensors, or on contiguous ones if that fails.
+
+    Returns:
+        What the model returns, and why it fails on channels_last tensors; None if it does not.
+    """
     try:
-        _to_channels_last(copy.deepcopy(model))(images.to(memory_format=torch.channels_last))
+        return _to_channels_last(copy.deepcopy(model))(images.to(memory_format=torch.channels_last)), None
     except Exception as error:  # of the user's model
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-    return None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    return copy.deepcopy(model)(images), reason
 
 
 def _to_channels_last(model: nn.Module) -> nn.Module:
