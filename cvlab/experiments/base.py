@@ -4,7 +4,7 @@ May import `config`, `data`, `runs` and below; the types of `engine` only for an
 configuration and a subclass of `Experiment`; `cvlab.registry.EXPERIMENTS` names it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -117,6 +117,11 @@ class Evaluable(Generic[C]):
             The metrics, each name preceded by its split.
         """
         raise NotImplementedError
+
+
+def default_splits(splits: Mapping[str, Any]) -> list[str]:
+    """Return which of `val` and `test` a data set has: those that are evaluated if none is named."""
+    return [name for name in ("val", "test") if splits.get(name)]
 
 
 class Exportable(Generic[C]):

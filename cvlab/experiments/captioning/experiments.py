@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.experiments.base import Evaluable, Experiment, PhotoExperiment, State
+from cvlab.experiments.base import Evaluable, Experiment, PhotoExperiment, State, default_splits
 from cvlab.experiments.captioning.config import SCENE_CAPTIONS, CaptionConfig, CaptionerConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column
@@ -179,7 +179,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
         model = setup.captioner.model
         checkpoint.load_eval_weights(model, state, str(base))
         metrics: dict[str, float] = {}
-        for split in splits or [split for split in ("val", "test") if setup.dataset.splits.get(split)]:
+        for split in splits or default_splits(setup.dataset.splits):
             features = load_backbone_features(config, setup, split)
             samples = samples_of(config, setup.dataset, split)
             captions = EncodedCaptions(samples, setup.captioner.vocabulary, config.length)

@@ -14,7 +14,7 @@ from cvlab.data import datasets
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.engine.config import TRAIN_METRICS
 from cvlab.errors import ConfigError
-from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State
+from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State, default_splits
 from cvlab.experiments.classification.config import ClassifyConfig, ClassifyPhotosConfig
 from cvlab.experiments.classification.profiles import expand_profiles
 from cvlab.runs.results import Column, PhotoResult
@@ -218,7 +218,7 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
         setup = build(config, base)
         checkpoint.load_eval_weights(setup.model, state, str(base))
         evaluate = build_evaluator(setup, config.tta)
-        splits = splits or tuple(name for name in ("val", "test") if name in setup.splits)
+        splits = splits or default_splits(setup.splits)
         unknown = [name for name in splits if name not in setup.splits]
         if unknown:
             raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(setup.splits)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State
+from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State, default_splits
 from cvlab.experiments.detection.config import DetectConfig, DetectorConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column, PhotoResult, summarize
@@ -194,7 +194,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         head, classes = setup.detector.head, setup.boxset.classes
         checkpoint.load_eval_weights(head, state, str(base))
         metrics: dict[str, float] = {}
-        for split in splits or tuple(name for name in ("val", "test") if setup.boxset.splits.get(name)):
+        for split in splits or default_splits(setup.boxset.splits):
             cache = cached_features(config, setup, split, 0, lambda: None)
             samples = samples_of(config, setup.boxset, split)
             detections = evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
