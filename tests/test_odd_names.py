@@ -105,7 +105,7 @@ def test_a_run_directory_of_any_name_is_listed_shown_served_and_compared(tmp_pat
 def test_the_server_answers_for_a_run_of_any_name(tmp_path, name):
     path, other = run_named(tmp_path, name), run_named(tmp_path, "other")
     server = serve.Server(tmp_path, 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         links = re.findall(r'href="(/[^"]*)"', answer(server, "/")[1])
         assert {html.quote(path.name), html.quote(other.name)} <= {link.strip("/") for link in links}

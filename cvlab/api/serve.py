@@ -41,6 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves the runs below a folder to this machine."""
 
     daemon_threads = True
+    request_queue_size = 4 * MAX_THREADS  # the default of 5 delays a burst of connections by seconds
 
     def __init__(self, root: Path, port: int) -> None:
         self.root = root

@@ -272,7 +272,7 @@ def test_chosen_runs_are_compared_without_a_server(browser, root):
 
 def test_the_server_compares_chosen_runs(browser, root):
     with serve.Server(root, 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         browser.ask("POST", "/url", {"url": server.address})
         browser.run(
             "for (const i of document.querySelectorAll('input[name=run]'))"
@@ -359,7 +359,7 @@ def test_ui_shows_a_run_go_on(browser, root, monkeypatch):
     path.mkdir()
     (path / "config.yaml").write_text("experiment: classify\n")
     with serve.Server(root, 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         out = RunDir(path)
         out.set_status("running", experiment="classify")
         out.append({"step": 1, "train_loss": 0.5})

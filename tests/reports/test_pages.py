@@ -381,7 +381,7 @@ class TestServer:
         made(root)
         (root.parent / "secret.txt").write_text("secret")
         with serve.Server(root, 0) as server:
-            thread = threading.Thread(target=server.serve_forever)
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
 
             def call(path, host=None, method="GET"):
