@@ -19,7 +19,8 @@ PHOTOS = (
 EXPERIMENTS = {name: loading.load(name).config.experiment for name in NAMES}
 DETECTORS = [name for name in NAMES if EXPERIMENTS[name] == "detector"]
 CAPTIONERS = [name for name in NAMES if EXPERIMENTS[name] == "captioner"]
-TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS)]
+OWN_DATA = ("photos",)  # need the user's own photos: tests/experiments/classification/test_photos.py
+TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS, *OWN_DATA)]
 SHORT_ENOUGH = {  # that the expectations of the whole run still hold
     "class_visualization": ("targets=[tick]", "frames=2", "steps=30"),
     "class_visualization_course": ("targets=[tick]", "frames=2", "steps=30"),
@@ -59,17 +60,19 @@ class TestEach:
         header = [line for line in text.splitlines() if line.startswith("#")]
         assert re.match(r"# Shows: .{20,}", header[0])
         joined = "\n".join(header)
-        assert f"# Command: cvlab {verb(name)} configs/{name}.yaml" in joined
+        command = f"{name} data.path=" if name in OWN_DATA else f"configs/{name}.yaml"
+        assert f"# Command: cvlab {verb(name)} {command}" in joined
         assert re.search(r"# Result: .+", joined), "the header gives device, seconds and result"
         assert 10 <= len(text.splitlines()) <= 40
 
     def test_expectations_for_the_real_set_and_for_its_fallback(self, name):
         chosen = loading.load(name).config
-        assert chosen.expect
+        assert bool(chosen.expect) == (name not in OWN_DATA)
         assert bool(chosen.expect_fallback) == bool(getattr(chosen, "data", None) and chosen.data.fallback)
 
     def test_plan(self, name, cvlab):
         named = ["data={name: scenes}", "expect=[]", "expect_fallback=[]"] if name in DETECTORS else []
+        named = ["data={name: scenes10}"] if name in OWN_DATA else named
         if name in CAPTIONERS:
             named = ["data={name: scene_captions}", "min_word_count=1", "expect=[]", "expect_fallback=[]"]
         code, out, _ = cvlab("train", name, *named, "--dry-run", "--json")

@@ -238,7 +238,8 @@ def _execute(config: ExperimentConfig, out: RunDir) -> Result:
         raise
     if not out.writable:
         return {}
-    verdicts = expectations.check_expectations(rules(config), metrics, experiment.grouped_results(config, out))
+    known = metrics | out.extra_summary.get("class_metrics", {})
+    verdicts = expectations.check_expectations(rules(config), known, experiment.grouped_results(config, out))
     status = "done" if all(verdict["met"] for verdict in verdicts) else "expectations_failed"
     summary = {
         "experiment": config.experiment,

@@ -75,7 +75,7 @@ def _bare_loop(
     model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.builder_arguments())
     images, labels = parts.splits["train"]
-    floats = parts.train_loader.normalize(images.permute(0, 3, 1, 2)).contiguous(memory_format=layout)
+    floats = parts.train_loader.normalize(images[:].permute(0, 3, 1, 2)).contiguous(memory_format=layout)
     for group in optimizer.param_groups:
         group["lr"] *= 1e-3
 

@@ -14,7 +14,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -151,14 +151,33 @@ class ProcessOptions(OptionGroup):
 class ModelOptions(OptionGroup):
     """Which pretrained classifier is used."""
 
-    model: Annotated[str | None, typer.Option(help="efficientnet_lite0 (bundled), timm:NAME or torchvision:NAME")] = (
-        None
-    )
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="efficientnet_lite0 (bundled), timm:NAME, torchvision:NAME, or a run of a classifier; `latest`: the "
+            "newest one",
+            autocompletion=complete_run,
+        ),
+    ] = None
     weights: Annotated[str | None, typer.Option(help="file with the model's weights")] = None
+    trust: Trust = False
 
-    def values(self) -> dict[str, Any]:
-        """Return the options as values of the configuration keys with the same names."""
-        return asdict(self)
+    def values(self, options: RunOptions) -> dict[str, Any]:
+        """Return the options as values of configuration keys; a run is looked for where `options` say that runs are.
+
+        Raises:
+            ConfigError: The model is unknown.
+            RunDirError: It is a run with code of others that is not trusted.
+        """
+        model = self.model
+        if model is not None:
+            from cvlab.experiments.common import run_classifier
+            from cvlab.runs.find import runs_root
+
+            model = run_classifier.resolve_model(model, runs_root(options.runs_dir))
+            if run_classifier.is_run_of_classifier(model):
+                require_trust(model, self.trust)
+        return {"model": model, "weights": self.weights}
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -85,7 +85,7 @@ def classify(
     """Classify images. Example: `cvlab classify photos/*.jpg`."""
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
-    values = {"images": names or None, "top": top, **model.values()}
+    values = {"images": names or None, "top": top, **model.values(options)}
     start("classify_photos", values, overrides, options, dry_run, output)
 
 
@@ -112,7 +112,7 @@ def saliency(
         "objective": objective,
         "method": method,
         "seed": seed,
-        **model.values(),
+        **model.values(options),
     }
     start("saliency", values, overrides, options, dry_run, output)
 
@@ -138,7 +138,7 @@ def attack(
     require_photos(names, overrides, options)
     values = {"images": names or None, "target": target, "method": method, "eps": eps, "size": size, "then": then}
     overrides = ["target=null", *overrides] if target is None else overrides  # the shipped configuration has a target
-    values |= {"seed": seed, **model.values()}
+    values |= {"seed": seed, **model.values(options)}
     start("attack", values, overrides, options, dry_run, output, _attack_failure)
 
 
@@ -177,7 +177,7 @@ def classvis(
     photo_paths.require_any(names)
     targets = [part.strip() for part in target.split(",")] if target else None
     values = {"images": names or None, "targets": targets, "init": init, "steps": steps, "seed": seed}
-    start("class_visualization", values | model.values(), overrides, options, dry_run, output)
+    start("class_visualization", values | model.values(options), overrides, options, dry_run, output)
 
 
 @app.command(rich_help_panel=PHOTOS)
@@ -218,7 +218,7 @@ def style(
     photo_paths.require_all([*names, *(mask or []), *(style_mask or [])])
     values: Values = {"content": names[0], "styles": names[1:], "strength": strength, "size": size, "init": init}
     values |= {"keep_colors": keep_colors or None, "mix": _numbers(mix, "--mix"), "masks": mask}
-    values |= {"style_masks": style_mask, "seed": seed, **model.values()}
+    values |= {"style_masks": style_mask, "seed": seed, **model.values(options)}
     start(_preset_config(preset), values, overrides, options, dry_run, output)
 
 

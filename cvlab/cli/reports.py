@@ -88,10 +88,11 @@ def export(
 ) -> None:
     """Export a trained model. The file is read back and compared with the model."""
     from cvlab.api import export as api_export
+    from cvlab.experiments.base import Exportable, has_capability
     from cvlab.reports import tables
     from cvlab.runs.find import find_run, runs_root
 
-    path = find_run(run, runs_root(runs_dir))
+    path = find_run(run, runs_root(runs_dir), has_capability(Exportable), "a training run")
     require_trust(str(path), trust)
     result = api_export.export(path, to, checkpoint, out)
     output.show(result, lambda: tables.show_export(result))

@@ -119,10 +119,11 @@ def evaluate(
 ) -> None:
     """Evaluate a run's weights on the validation and test splits."""
     from cvlab.api import evaluate as api_evaluate
+    from cvlab.experiments.base import Evaluable, has_capability
     from cvlab.reports import tables
     from cvlab.runs.find import find_run, runs_root
 
-    path = find_run(run, runs_root(runs_dir))
+    path = find_run(run, runs_root(runs_dir), has_capability(Evaluable), "a training run")
     require_trust(str(path), trust)
     result = api_evaluate.evaluate(path, tuple(split or ()), checkpoint, device)
     title = f"{path.name}, {checkpoint} weights, step {result['step']}"

@@ -27,7 +27,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
 }
 COMPARISON = re.compile(r"(>=|<=|==|>|<)")
-METRIC = re.compile(r"[A-Za-z_][\w/.@-]*\Z")
+METRIC = re.compile(r"[A-Za-z_][\w.@-]*(/.*)?\Z")  # what follows the slash is the name of a class
 CALL = re.compile(r"([a-z]+)\((.*)\)\Z", re.DOTALL)
 Numbers = Sequence[float]
 

@@ -19,6 +19,7 @@ BY_KIND = {
     "images": {
         "cifar10": "cvlab.experiments.classification.data.cifar10:SOURCE",
         "scenes10": "cvlab.experiments.classification.data.scenes10:SOURCE",
+        "folder": "cvlab.experiments.classification.data.folder:SOURCE",
     },
     "boxes": {
         "scenes": "cvlab.experiments.detection.data.scenes:SCENES",

@@ -53,6 +53,3 @@ class TrainConfig(RunConfig):
         sharding.require_divisible(self.batch_size, processes)
         if processes > 1 and self.duration.seconds is not None:
             raise ConfigError("duration.seconds: several processes need a number of steps", "give steps or epochs")
-
-
-pass  # REMOVED IMPORT

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from cvlab import registry
 from cvlab.config import validation
 from cvlab.config.expectations import GroupedResult
 from cvlab.config.loading import Loaded
@@ -15,12 +16,15 @@ from cvlab.config.metrics import Metric
 from cvlab.config.schema import ExperimentConfig
 from cvlab.config.validation import Problems
 from cvlab.data.resolve import DownloadPolicy, resolve_dataset
+from cvlab.errors import CvlabError
 from cvlab.runs import user_code
+from cvlab.runs.records import read_status
 from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from cvlab.engine.task import ExportSpec
+    from cvlab.models.pretrained import PretrainedClassifier
 
 C = TypeVar("C", bound=ExperimentConfig)
 State = dict[str, Any]
@@ -119,9 +123,31 @@ class Evaluable(Generic[C]):
         raise NotImplementedError
 
 
+def has_capability(capability: type) -> Callable[[Path], bool]:
+    """Return a function that tells whether a run is of an experiment with a capability and has a checkpoint."""
+
+    def fits(path: Path) -> bool:
+        try:
+            experiment = read_status(path).get("experiment")
+            is_capable = experiment is not None and isinstance(registry.get_experiment(experiment), capability)
+        except CvlabError:  # a damaged status, or an experiment of another version
+            return False
+        return is_capable and any((path / "checkpoints").glob("*.pt"))
+
+    return fits
+
+
 def default_splits(splits: Mapping[str, Any]) -> list[str]:
     """Return which of `val` and `test` a data set has: those that are evaluated if none is named."""
     return [name for name in ("val", "test") if splits.get(name)]
+
+
+class ClassifiesPhotos(Generic[C]):
+    """An experiment whose model can be asked about photos: `--model RUN`."""
+
+    def photo_classifier(self, config: C, base: Path, state: State, device: str) -> "PretrainedClassifier":
+        """Return the model of a checkpoint, in evaluation mode, and how it takes photos."""
+        raise NotImplementedError
 
 
 class Exportable(Generic[C]):

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvlab import _compat
+from cvlab import _compat, registry
 from cvlab.data import imagenet
 from cvlab.errors import ConfigError, DataError
 from cvlab.models import weights, zoo
 from cvlab.models.names import DEFAULT_MODEL, check_name
-from cvlab.ops.resample import EvalTransform
+from cvlab.ops.resample import FILTERS, EvalTransform
 
-FILTERS = ("bilinear", "bicubic")
+MAX_SHOWN_CLASSES = 12  # in an error message
 FOLDED_TOLERANCE = 1e-3  # of the largest logit; rounding gives 1e-5, a wrong order of the modules much more
 
 
@@ -75,6 +75,12 @@ class PretrainedClassifier:
         logits: Tensor = self.module(images.contiguous(memory_format=torch.channels_last))
         return logits.float().softmax(1)
 
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the mean and standard deviation per channel by which images in [0, 1] are normalized."""
+        std = 1 / self.module.scale.double()
+        mean = -self.module.shift.double() * std
+        return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+
     def require_classes(self) -> None:
         """Raise ConfigError if the model has no classifier, as a backbone that is trained without labels."""
         if not self.classes:
@@ -92,9 +98,14 @@ class PretrainedClassifier:
         self.require_classes()
         if self.classes == imagenet.labels():
             return imagenet.resolve(name)
+        by_name = {label.casefold(): index for index, label in enumerate(self.classes)}
+        if name.casefold() in by_name:
+            return by_name[name.casefold()]
         if name.isdecimal() and int(name) < len(self.classes):
             return int(name)
-        raise ConfigError(f"no class {name!r}", f"{self.name} has classes 0 to {len(self.classes) - 1}, by number")
+        close = registry.closest_match(name, self.classes)
+        known = f"{self.name} has {len(self.classes)} classes: {', '.join(self.classes[:MAX_SHOWN_CLASSES])}"
+        raise ConfigError(f"no class {name!r}", f"did you mean {close!r}?" if close else known)
 
 
 @functools.lru_cache(maxsize=1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 CropBox = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
 FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}  # in pixels
+FILTERS = tuple(FILTER_RADIUS)
 
 
 @dataclass(frozen=True)

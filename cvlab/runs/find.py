@@ -13,6 +13,8 @@ from cvlab.runs.records import is_run, read_status
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 
+LATEST = "latest"  # instead of a run's name
+
 
 def runs_root(folder: str | None = None) -> Path:
     """Return the folder of all runs: the argument, else $CVLAB_RUNS, else ./runs."""
@@ -90,12 +92,15 @@ def find_interrupted_run(root: Path) -> Path:
     raise RunDirError(f"no interrupted run in {root}", "name the run to resume; `cvlab runs` lists all")
 
 
-def find_run(reference: str, root: Path) -> Path:
+def find_run(reference: str, root: Path, fits: Callable[[Path], bool] | None = None, what: str = "run") -> Path:
     """Return the run that a reference names.
 
     Args:
         reference: A path, `latest`, the name of a run, or a part of the name that only one run has.
         root: The folder of all runs.
+        fits: Whether a run is of the kind that is meant; `latest` is the newest such run, and of several runs that have
+            a part in their names the one that fits is taken. A run that is named in full is returned in any case.
+        what: What is meant, for error messages.
 
     Raises:
         RunDirError: No run fits, or several do.
@@ -103,12 +108,17 @@ def find_run(reference: str, root: Path) -> Path:
     if not reference.strip():
         raise RunDirError("no run is named", "give a run directory, `latest`, or part of a run's name")
     for path in (Path(reference), root / reference):
-        if _is_folder(path) and is_run(path):
+        if (fits is None or reference != LATEST) and _is_folder(path) and is_run(path):
             return path.resolve()
     runs = list_runs(root)
-    if reference == "latest" and runs:
-        return runs[-1].resolve()  # the link is missing, or its run
+    if reference == LATEST and runs:  # the link is missing, or its run, or a run of some kind is meant
+        newest = next((path for path in reversed(runs) if fits is None or fits(path)), None)
+        if newest is None:
+            raise RunDirError(f"none of the {len(runs)} runs in {root} is {what}", "`cvlab runs` lists them")
+        return newest.resolve()
     matches = [path for path in runs if reference in path.name]
+    if fits is not None and len(matches) > 1:
+        matches = [path for path in matches if fits(path)] or matches
     if len(matches) == 1:
         return matches[0].resolve()
     if matches:

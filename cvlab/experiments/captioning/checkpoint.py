@@ -14,7 +14,6 @@ from cvlab.models import names, pretrained
 from cvlab.models.features import FeatureExtractor
 from cvlab.runs import weights_file
 
-WEIGHTS_FILE = "captioner.safetensors"  # in the run directory of a training run
 METADATA_KEY = "cvlab_captioner"
 LOAD_HINT = "give a run of `cvlab train` that trained a captioner, or its captioner.safetensors"
 

@@ -10,6 +10,7 @@ from cvlab.config.schema import Registry
 from cvlab.experiments.common import backbone_config, weights
 from cvlab.experiments.common.photo_config import ImagesConfig
 
+WEIGHTS_FILE = "captioner.safetensors"  # in the run directory of a training run
 SCENE_CAPTIONS = "scene_captions"  # the generated data set, whose scenes are known
 CAPTIONERS = Registry(
     "captioner", {"captioner": "cvlab.experiments.captioning.model:Captioner"}, frozenset({"in_channels", "vocab_size"})
@@ -31,10 +32,7 @@ class CaptionConfig(ImagesConfig):
     @field_validator("weights")
     @classmethod
     def _absolute_weights(cls, name: str | None) -> str | None:
-        return weights.absolute_weights_path(name)
-
-
-pass  # REMOVED IMPORT
+        return weights.absolute_weights_path(name, WEIGHTS_FILE, "a captioner")
 
 
 class CaptionDataConfig(backbone_config.PhotoDatasetConfig):

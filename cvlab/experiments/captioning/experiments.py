@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
 from cvlab.experiments.base import Evaluable, Experiment, PhotoExperiment, State, default_splits
-from cvlab.experiments.captioning.config import SCENE_CAPTIONS, CaptionConfig, CaptionerConfig
+from cvlab.experiments.captioning.config import SCENE_CAPTIONS, WEIGHTS_FILE, CaptionConfig, CaptionerConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
@@ -156,9 +156,7 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
         )
         trained, metrics = trainer.train(config, task, run)
         model = cast("Captioner", trained)
-        run.write(
-            captioner_checkpoint.WEIGHTS_FILE, lambda path: captioner_checkpoint.save(captioner.metadata, model, path)
-        )
+        run.write(WEIGHTS_FILE, lambda path: captioner_checkpoint.save(captioner.metadata, model, path))
         features = data.val_features if split == "val" else load_backbone_features(config, setup, "test")
         run.extra_summary |= {
             "bleu_rule": evaluation.BLEU_PROTOCOL,

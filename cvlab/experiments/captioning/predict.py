@@ -7,7 +7,7 @@ from cvlab.engine import device
 from cvlab.errors import ConfigError
 from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_store
 from cvlab.experiments.captioning.checkpoint import LoadedCaptioner
-from cvlab.experiments.captioning.config import CaptionConfig
+from cvlab.experiments.captioning.config import WEIGHTS_FILE, CaptionConfig
 from cvlab.experiments.captioning.decoding import Hypothesis
 from cvlab.experiments.common import weights
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
@@ -59,8 +59,8 @@ class CaptionPhotos:
 def load_captioner(config: CaptionConfig) -> tuple[device.ComputeContext, LoadedCaptioner]:
     """Select the device and load the captioner. Raises ConfigError if attention is asked for and it has none."""
     ctx = device.select_device(config.device, config.precision, config.threads)
-    name = config.weights or str(weights.BUNDLED_WEIGHTS / checkpoint.WEIGHTS_FILE)
-    path = weights.resolve_weights_path(name, checkpoint.WEIGHTS_FILE, "captioner")
+    name = config.weights or str(weights.BUNDLED_WEIGHTS / WEIGHTS_FILE)
+    path = weights.resolve_weights_path(name, WEIGHTS_FILE, "captioner")
     captioner = checkpoint.load(path, ctx.device)
     if config.attention and not captioner.model.has_attention:
         raise ConfigError(

@@ -1,8 +1,10 @@
 """Configurations of classification: training a classifier, classifying photos."""
 
+import os
+from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Le
+from annotated_types import Ge, Gt, Le
 from pydantic import Field, field_validator, model_validator
 
 from cvlab import layers, registry
@@ -13,13 +15,26 @@ from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.profiles import AUTO, Profile
 from cvlab.experiments.common.photo_config import PhotoConfig
 
+FOLDER = "folder"
+PRETRAINED = "pretrained"
+
 
 class ImageDataConfig(schema.DataConfig):
     """The data set, its splits and its normalization."""
 
+    path: str | None = Field(None, description="folder: where the photos are, a folder or a CSV file")
     num_train: schema.PositiveInt | None = Field(None, description="train on the first N images; null: on all")
     val_fraction: schema.FractionBelowOne = Field(
-        0.2, description="fraction of the training images, the last ones, used for validation; 0: no validation split"
+        0.2,
+        description="fraction of the training images used for validation, the last ones, of a folder some of each "
+        "class; 0: no validation split; without effect if the data set has one",
+    )
+    test_fraction: schema.FractionBelowOne = Field(
+        0.0, description="folder: fraction of each class used as test split, if the folder has no splits"
+    )
+    split_seed: schema.NonNegativeInt = Field(0, description="folder: which photos are used for validation and test")
+    image_px: Annotated[schema.PositiveInt, Ge(8), Le(1024)] | None = Field(
+        None, description="folder: height and width of the images; null: those of the pretrained model, else 64"
     )
     normalize: Literal["mean", "mean_std"] = Field(
         "mean", description="subtract the mean of each channel; mean_std: also divide by its standard deviation"
@@ -32,15 +47,40 @@ class ImageDataConfig(schema.DataConfig):
             datasets.check_kind(name, "images")
         return name
 
+    @field_validator("path")
+    @classmethod
+    def _absolute_path(cls, path: str | None) -> str | None:
+        return os.path.abspath(Path(path).expanduser()) if path else path
+
+    @model_validator(mode="after")
+    def _check_folder(self) -> "ImageDataConfig":
+        if (self.name == FOLDER) != (self.path is not None):
+            raise ValueError(f"name: {FOLDER} requires a path; no other data set takes one")
+        if self.name != FOLDER and (self.image_px is not None or self.test_fraction):
+            raise ValueError(f"image_px and test_fraction are of name: {FOLDER}")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction leave nothing to train on")
+        return self
+
 
 class AugmentConfig(schema.FrozenModel):
     """Augmentation of the training images."""
 
+    crop: tuple[Annotated[float, Gt(0), Le(1)], Annotated[float, Gt(0), Le(1)]] | None = Field(
+        None, description="zoom into a random square whose area is this fraction of the image, from least to most"
+    )
     flip: bool | Literal["alternating"] = Field(
         False, description="mirror images at random; alternating: at random in the first epoch, then in turn"
     )
     translate_px: Annotated[schema.NonNegativeInt, Le(16)] = Field(0, description="translate by up to N pixels")
     cutout_px: schema.NonNegativeInt = Field(0, description="set a random square with sides of N pixels to the mean")
+
+    @field_validator("crop")
+    @classmethod
+    def _check_crop(cls, crop: tuple[float, float] | None) -> tuple[float, float] | None:
+        if crop is not None and crop[0] > crop[1]:
+            raise ValueError("give the smaller fraction first")
+        return crop
 
 
 class ClassifyConfig(TrainConfig):
@@ -75,12 +115,35 @@ class ClassifyConfig(TrainConfig):
             raise ValueError(f"auto needs a budget in duration.seconds; else name one of {', '.join(self.profiles)}")
         return self
 
+    @model_validator(mode="after")
+    def _check_finetuning(self) -> "ClassifyConfig":
+        epochs = self.finetune_epochs
+        if epochs and self.duration.seconds is not None:
+            raise ValueError(
+                "model.finetune_epochs are counted from the end, which is unknown for a duration in seconds"
+            )
+        if self.duration.epochs is not None and epochs > self.duration.epochs:
+            raise ValueError(f"model.finetune_epochs: {epochs} is more than duration.epochs: {self.duration.epochs}")
+        if self.is_transfer and (self.augment.cutout_px or self.skip_easy or self.tta != "none"):
+            raise ValueError("augment.cutout_px, skip_easy and tta are not for features of a pretrained model")
+        return self
+
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, name: str) -> str:
         if name not in layers.LAYERS:
             raise ValueError(str(registry.unknown_name_error("layers", name, layers.LAYERS)))
         return name
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether a pretrained backbone is used, whose features are computed once."""
+        return self.model.name == PRETRAINED
+
+    @property
+    def finetune_epochs(self) -> int:
+        """Number of final epochs in which the last stages of a pretrained backbone are trained."""
+        return int(self.model.builder_arguments().get("finetune_epochs", 0))
 
     @property
     def has_validation(self) -> bool:

@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvlab.config.loading import Loaded
-from cvlab.config.metrics import Metric
-from cvlab.data import datasets
+from cvlab.config.metrics import Metric, require_finite
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.engine.config import TRAIN_METRICS
 from cvlab.errors import ConfigError
-from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State, default_splits
+from cvlab.experiments.base import (
+    ClassifiesPhotos,
+    Evaluable,
+    Experiment,
+    Exportable,
+    PhotoExperiment,
+    State,
+    default_splits,
+)
 from cvlab.experiments.classification.config import ClassifyConfig, ClassifyPhotosConfig
 from cvlab.experiments.classification.profiles import expand_profiles
+from cvlab.runs.interrupt import StopRequest
+from cvlab.runs.records import is_run
 from cvlab.runs.results import Column, PhotoResult
 from cvlab.runs.run_dir import RunDir
 
@@ -24,7 +33,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cvlab.engine.task import ExportSpec
+    from cvlab.experiments.classification.setup import ClassificationSetup
     from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
+    from cvlab.models.pretrained import PretrainedClassifier
 
 COLUMNS = (Column("top", "prediction", has_lines=True),)
 
@@ -92,7 +103,19 @@ def _has_tta(config: ClassifyConfig) -> bool:
     return config.tta != "none"
 
 
-class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], Exportable[ClassifyConfig]):
+def _split_metrics(split: str, when: Callable[[ClassifyConfig], bool]) -> tuple[Metric, ...]:
+    """Return the metrics of a split beside loss and accuracy; those with a class at the end are of that class."""
+    return (
+        Metric(f"{split}_top5_accuracy", "fraction", "higher", when),
+        Metric(f"{split}_macro_f1", "fraction", "higher", when),
+        Metric(f"{split}_ece", "fraction", "lower", when),
+        *(Metric(f"{split}_{name}/*", "fraction", "higher", when) for name in ("precision", "recall", "f1")),
+    )
+
+
+class ClassifyExperiment(
+    Experiment[ClassifyConfig], Evaluable[ClassifyConfig], Exportable[ClassifyConfig], ClassifiesPhotos[ClassifyConfig]
+):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
     References:
@@ -115,9 +138,11 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
         Metric("best_val_accuracy", "fraction", "higher", _has_val),
         Metric("val_loss", better="lower", when=_has_val),
         Metric("val_accuracy", "fraction", "higher", _has_val),
+        *_split_metrics("val", _has_val),
         Metric("val_accuracy_tta", "fraction", "higher", lambda config: _has_val(config) and _has_tta(config)),
         Metric("test_loss", better="lower", when=_has_test),
         Metric("test_accuracy", "fraction", "higher", _has_test),
+        *_split_metrics("test", _has_test),
         Metric("test_accuracy_tta", "fraction", "higher", lambda config: _has_test(config) and _has_tta(config)),
     )
 
@@ -136,12 +161,16 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
 
     def run(self, config: ClassifyConfig, run: RunDir) -> dict[str, float]:
         """Train, or resume training; return the metrics."""
-        from cvlab.data.digest import DataDigest
         from cvlab.engine import trainer
         from cvlab.engine.task import TrainTask
+        from cvlab.experiments.classification import photo_model
+        from cvlab.experiments.classification.data import manifest
         from cvlab.experiments.classification.setup import build, build_evaluator, build_loss_fn
 
-        setup = build(config, run.path)
+        with StopRequest() as stop:
+            setup = build(config, run.path, check_interrupt=lambda: stop.raise_if_set(0, run.path.name, "image"))
+        manifest.record(run, setup.dataset)
+        photo_model.write(run, setup)
         evaluate = build_evaluator(setup, config.tta)
 
         def evaluate_train_and_val(model: "nn.Module") -> dict[str, float]:
@@ -157,54 +186,84 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
             items_per_step=config.batch_size,
             evaluate=evaluate_train_and_val,
             extra_state=setup.train_loader.extra_state,
-            data_digest=DataDigest().add_tensors(setup.dataset.tensors()).hex(),
-            monitor=config.monitor,
+            data_digest=setup.dataset.digest(),
+            monitor="val_accuracy" if "val" in setup.splits else "train_accuracy",
             ctx=setup.ctx,
         )
         model, metrics = trainer.train(config, task, run)
-        return metrics | (evaluate(model, "test") if config.evaluate_test else {})
+        splits = ["val", *(["test"] if config.evaluate_test else [])]
+        return metrics | self._report(config, setup, model, [name for name in splits if name in setup.splits], run)
+
+    def _report(
+        self,
+        config: ClassifyConfig,
+        setup: "ClassificationSetup",
+        model: "nn.Module",
+        splits: Sequence[str],
+        run: RunDir,
+        has_files: bool = True,
+    ) -> dict[str, float]:
+        """Return the metrics of splits, in float32; write predictions and pictures, unless the run is a trial."""
+        from cvlab.experiments.classification import report
+        from cvlab.experiments.classification.evaluation import predict
+
+        metrics: dict[str, float] = {}
+        class_metrics: dict[str, float] = {}
+        for name in splits:
+            images, labels = setup.splits[name]
+            dataset = setup.dataset
+            files = dataset.files.get(name, ())[: len(labels)]
+            tta = "none" if name == "train" else config.tta
+            predictions = predict(model, images, labels, setup.normalize, setup.ctx, dataset.classes, files, tta)
+            scores = report.scores(predictions, name)
+            metrics |= scores.metrics
+            class_metrics |= scores.class_metrics
+            require_finite(metrics)
+            if has_files and run.writable and not is_run(run.path.parent.parent):
+                report.write(run, predictions, images, name)
+        run.extra_summary["class_metrics"] = class_metrics
+        return metrics
 
     def export_spec(self, config: ClassifyConfig, base: Path, state: State) -> "ExportSpec":
         """Return the model of a checkpoint with its normalization included: it takes images in [0, 1]."""
         import torch
 
         from cvlab.engine.task import ExportSpec
-        from cvlab.experiments.classification.data.images import dataset_size
-        from cvlab.experiments.classification.setup import build
-        from cvlab.models.pretrained import NormalizedModel
-        from cvlab.runs import checkpoint
 
-        setup = build(config, base)
-        checkpoint.load_eval_weights(setup.model, state, str(base))
-        size = dataset_size(setup.dataset)
-        mean, std = setup.train_loader.normalize.mean_and_std()
+        model = self.photo_classifier(config, base, state, "cpu")
+        mean, std = model.mean_and_std()
+        channels, size = len(mean), model.transform.size_px
         metadata = {
-            "takes": f"images, float32 (N, {size.channels}, {size.image_px}, {size.image_px}) in [0, 1]",
-            "gives": f"logits (N, {size.num_classes})",
+            "takes": f"images, float32 (N, {channels}, {size}, {size}) in [0, 1]",
+            "gives": f"logits (N, {len(model.classes)})",
             "normalised_inside": {"mean": mean, "std": std},
-            "classes": setup.dataset.classes,
+            "classes": model.classes,
         }
-        example = torch.rand(1, size.channels, size.image_px, size.image_px)
-        return ExportSpec(NormalizedModel(setup.model, mean, std), setup.model, example, ("scores",), metadata)
+        example = torch.rand(1, channels, size, size)
+        return ExportSpec(model.module, model.module.model, example, ("scores",), metadata)
+
+    def photo_classifier(self, config: ClassifyConfig, base: Path, state: State, device: str) -> "PretrainedClassifier":
+        """Return the model of a checkpoint, with the size and normalization of its images and its classes."""
+        from cvlab.experiments.classification import photo_model
+
+        return photo_model.load(config, base, state, device)
 
     def plan(self, config: ClassifyConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; nothing is written, and only a user's own data set is loaded."""
         from cvlab.engine import device, optimizers
-        from cvlab.experiments.classification.data.images import count_steps_per_epoch, dataset_size, split_sizes
-        from cvlab.experiments.classification.setup import build_model, load_user_dataset
+        from cvlab.experiments.classification.data.images import count_steps_per_epoch
+        from cvlab.experiments.classification.setup import build_model, expected_size
 
         ctx = device.select_device(config.device, config.precision, config.threads)
-        user_dataset = load_user_dataset(config, base)
-        size = dataset_size(user_dataset) if user_dataset else datasets.get(config.data.name).size
+        size, counts = expected_size(config, base)
         model = build_model(config, base, size)
         optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.builder_arguments())
-        num_train, num_val = split_sizes(size.train_images, config.data.val_fraction, config.data.num_train)
-        steps_per_epoch = count_steps_per_epoch(num_train, config.batch_size)
+        steps_per_epoch = count_steps_per_epoch(counts["train"], config.batch_size)
         steps = config.duration.num_steps(steps_per_epoch)
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "train_images": num_train,
-            "val_images": num_val,
+            "train_images": counts["train"],
+            "val_images": counts["val"],
             "steps_per_epoch": steps_per_epoch,
             "steps": steps or f"as many as fit in {config.duration.seconds:g} s",
             **ctx.as_dict(),
@@ -212,17 +271,13 @@ class ClassifyExperiment(Experiment[ClassifyConfig], Evaluable[ClassifyConfig], 
 
     def evaluate(self, config: ClassifyConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
         """Evaluate the weights of a checkpoint on splits; on validation and test if none is given."""
-        from cvlab.experiments.classification.setup import build, build_evaluator
+        from cvlab.experiments.classification.setup import build
         from cvlab.runs import checkpoint
 
         setup = build(config, base)
         checkpoint.load_eval_weights(setup.model, state, str(base))
-        evaluate = build_evaluator(setup, config.tta)
         splits = splits or default_splits(setup.splits)
         unknown = [name for name in splits if name not in setup.splits]
         if unknown:
             raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(setup.splits)}")
-        metrics: dict[str, float] = {}
-        for name in splits:
-            metrics |= evaluate(setup.model, name)
-        return metrics
+        return self._report(config, setup, setup.model, splits, RunDir(base))

@@ -1,36 +1,48 @@
 """What a classification configuration builds: data, model, loss and evaluation."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvlab import layers, registry
+from cvlab import console, layers, registry
 from cvlab.config.metrics import require_finite
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
 from cvlab.engine import device, loop
 from cvlab.errors import ConfigError
-from cvlab.experiments.classification.config import ClassifyConfig
+from cvlab.experiments.classification.config import FOLDER, ClassifyConfig, ImageDataConfig
+from cvlab.experiments.classification.data import folder
 from cvlab.experiments.classification.data.augment import Augmentation, tta_views
+from cvlab.experiments.classification.data.features import FeatureLoader, FeatureStore, Views
 from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import (
     ImageDataset,
     ImageDatasetSource,
+    Images,
+    Normalization,
     TrainLoader,
     build_normalization,
     dataset_size,
     eval_batches,
+    normalization,
+    select_rows,
     split,
+    split_sizes,
 )
 from cvlab.experiments.classification.models import checks
 from cvlab.experiments.classification.models import registry as model_registry
+from cvlab.experiments.classification.models.transfer import TransferClassifier
+from cvlab.models import pretrained
+from cvlab.models.pretrained import PretrainedClassifier
+from cvlab.ops.resample import EvalTransform
 from cvlab.storage.cache import data_root
 
+DEFAULT_IMAGE_PX = 64  # of photos, for models that take any size
 MAX_TRAIN_EVAL_IMAGES = 10_000  # train_accuracy is that of the first N training images
 MAX_INIT_IMAGES = 5_000  # training images for a model that initializes weights from data
 
@@ -43,45 +55,135 @@ class ClassificationSetup:
         ctx: Device and precision.
         dataset: The data set, on the CPU.
         model: The initialized model.
+        splits: Images, uint8 (N, H, W, C), and labels, int64 (N,), of `train`, `val` and `test` (if present).
+        normalize: The normalization of the images.
         train_loader: The training batches.
-        splits: Images, uint8 (N, H, W, C), and labels, int64 (N,), of `train`, `val` (if present) and `test`.
+        stores: The features of the images by split, if the model is a `TransferClassifier`.
     """
 
     ctx: device.ComputeContext
     dataset: ImageDataset
     model: nn.Module
+    splits: dict[str, tuple[Images, Tensor]]
+    normalize: Normalization
     train_loader: TrainLoader
-    splits: dict[str, tuple[Tensor, Tensor]]
+    stores: dict[str, FeatureStore] = field(default_factory=dict)
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether the backbone of a `TransferClassifier` is trained, at some time."""
+        return isinstance(self.train_loader, FeatureLoader) and self.train_loader.finetune_from is not None
+
+    def eval_batches(self, split_name: str, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's shard of a split in order: what the model takes and labels (N,)."""
+        images, labels = self.splits[split_name]
+        if split_name in self.stores:
+            return self.stores[split_name].batches("maps" if self.is_finetuning else "features", labels, limit)
+        return eval_batches(select_rows(images, slice(limit)), labels[:limit], self.normalize)
 
 
-def build(config: ClassifyConfig, base: Path, dataset: ImageDataset | None = None) -> ClassificationSetup:
+def build(
+    config: ClassifyConfig,
+    base: Path,
+    dataset: ImageDataset | None = None,
+    check_interrupt: Callable[[], None] = lambda: None,
+) -> ClassificationSetup:
     """Load the data and build the seeded model.
 
     Args:
         config: The configuration.
         base: The folder that paths to user files are relative to.
         dataset: Used instead of the data set that the configuration names.
+        check_interrupt: Called often while photos are decoded and features computed; may raise to stop.
 
     Returns:
         Data and model.
     """
     ctx = device.select_device(config.device, config.precision, config.threads)
-    dataset = dataset or load_user_dataset(config, base) or _load_dataset(config)
+    dataset = dataset or load_dataset(config, base, check_interrupt)
     splits = split(dataset, config.data.val_fraction, config.data.num_train)
+    if config.evaluate_test and "test" not in splits:
+        console.info(f"warning: {dataset.name} has no test split; it is not evaluated")
     splits = {name: (x.to(ctx.device), y.to(ctx.device)) for name, (x, y) in splits.items()}
-    normalize = build_normalization(dataset.train_images, config.data.normalize, ctx.dtype, ctx.device)
-    augment = Augmentation(**config.augment.model_dump())
-    loader = functools.partial(HardExampleLoader, skip_easy=config.skip_easy) if config.skip_easy else TrainLoader
-    train_loader = loader(*splits["train"], config.batch_size, config.seed, normalize, augment)
-    model = build_model(config, base, dataset_size(dataset))
-    model = model.to(ctx.device, ctx.dtype)
+    normalize = _normalization(config, dataset, ctx)
+    model = build_model(config, base, dataset_size(dataset)).to(ctx.device, ctx.dtype)
+    images, labels = splits["train"]
     if hasattr(model, "init_from_images"):
-        model.init_from_images(normalize(splits["train"][0][:MAX_INIT_IMAGES].permute(0, 3, 1, 2)))  # type: ignore[operator]
-    return ClassificationSetup(ctx, dataset, model, train_loader, splits)
+        model.init_from_images(normalize(images[:MAX_INIT_IMAGES].permute(0, 3, 1, 2)))  # type: ignore[operator]
+    augment = Augmentation(**config.augment.model_dump())
+    if isinstance(model, TransferClassifier):
+        stores = _feature_stores(config, model, splits, augment, normalize, ctx, check_interrupt)
+        feature_loader = FeatureLoader(stores["train"], labels, config.batch_size, config.seed)
+        feature_loader.finetune_from = _finetune_from(config, feature_loader.steps_per_epoch)
+        return ClassificationSetup(ctx, dataset, model, splits, normalize, feature_loader, stores)
+    loader = functools.partial(HardExampleLoader, skip_easy=config.skip_easy) if config.skip_easy else TrainLoader
+    train_loader = loader(images, labels, config.batch_size, config.seed, normalize, augment)
+    return ClassificationSetup(ctx, dataset, model, splits, normalize, train_loader)
 
 
-def _load_dataset(config: ClassifyConfig) -> ImageDataset:
-    return datasets.get_of_kind(config.data.name, ImageDatasetSource).load(data_root())
+def _normalization(config: ClassifyConfig, dataset: ImageDataset, ctx: device.ComputeContext) -> Normalization:
+    """Return the normalization of a pretrained model's images, else that of the training images."""
+    backbone = backbone_of(config)
+    if backbone is not None:
+        return normalization(*backbone.mean_and_std(), ctx.dtype, ctx.device)
+    return build_normalization(dataset.train_images, config.data.normalize, ctx.dtype, ctx.device)
+
+
+def _feature_stores(
+    config: ClassifyConfig,
+    model: TransferClassifier,
+    splits: dict[str, tuple[Images, Tensor]],
+    augment: Augmentation,
+    normalize: Normalization,
+    ctx: device.ComputeContext,
+    check_interrupt: Callable[[], None],
+) -> dict[str, FeatureStore]:
+    """Compute the features that training and validation need, and standardize the model's by them."""
+    num_views = config.model.builder_arguments()["views"]
+    stores: dict[str, FeatureStore] = {}
+    for name in ("train", "val"):
+        if name in splits:
+            views = Views(num_views if name == "train" else 1, augment, config.seed)
+            stores[name] = FeatureStore(model, splits[name][0], views, normalize, ctx, name, check_interrupt)
+            if name == "train":
+                model.standardize(stores[name].rows("features"))
+            stores[name].rows("maps" if config.finetune_epochs else "features")
+    return stores
+
+
+def _finetune_from(config: ClassifyConfig, steps_per_epoch: int) -> int | None:
+    """Return the step from which on the backbone's last stages are trained, None if they never are."""
+    if not config.finetune_epochs:
+        return None
+    return max(0, config.duration.num_steps(steps_per_epoch) - config.finetune_epochs * steps_per_epoch)
+
+
+def load_dataset(
+    config: ClassifyConfig, base: Path, check_interrupt: Callable[[], None] = lambda: None
+) -> ImageDataset:
+    """Load the data set that a configuration names; the images of a pretrained model are as it takes them."""
+    dataset = load_user_dataset(config, base)
+    if dataset is None and config.data.name == FOLDER:
+        dataset = folder.load(scan_folder(config.data), folder_transform(config), check_interrupt)
+    elif dataset is None:
+        dataset = datasets.get_of_kind(config.data.name, ImageDatasetSource).load(data_root())
+    backbone = backbone_of(config)
+    if backbone is not None and dataset.transform != backbone.transform:
+        dataset = dataset.transformed(backbone.transform)
+    return dataset
+
+
+def scan_folder(data: ImageDataConfig) -> folder.PhotoListing:
+    """List the photos that a configuration names."""
+    assert data.path is not None
+    split_config = folder.SplitConfig(data.val_fraction, data.test_fraction, data.split_seed)
+    return folder.scan(Path(data.path), split_config)
+
+
+def folder_transform(config: ClassifyConfig) -> EvalTransform:
+    """Return how photos become images: as the pretrained model takes them, else resized and cropped to image_px."""
+    backbone, size = backbone_of(config), config.data.image_px or DEFAULT_IMAGE_PX
+    return EvalTransform(size, size) if backbone is None else backbone.transform
 
 
 def load_user_dataset(config: ClassifyConfig, base: Path) -> ImageDataset | None:
@@ -94,6 +196,40 @@ def load_user_dataset(config: ClassifyConfig, base: Path) -> ImageDataset | None
     return dataset
 
 
+def expected_size(config: ClassifyConfig, base: Path) -> tuple[DatasetSize, dict[str, int]]:
+    """Return the size of the data set, and the number of images of each split, without decoding photos.
+
+    Raises:
+        ConfigError: A split would be empty, or the training split has fewer than `num_train` images.
+    """
+    dataset, backbone, data = load_user_dataset(config, base), backbone_of(config), config.data
+    num_val: int | None = None
+    if dataset is not None:
+        size = dataset_size(dataset)
+        num_val = None if dataset.val_images is None else len(dataset.val_images)
+    elif data.name == FOLDER:
+        listing = scan_folder(data)
+        num_val = listing.count("val")
+        num_train, num_test = listing.count("train"), listing.count("test")
+        size = DatasetSize(num_train, num_test, folder_transform(config).size_px, 3, len(listing.classes))
+    else:
+        size = datasets.get(data.name).size
+    if num_val is None:
+        num_train, num_val = split_sizes(size.train_images, data.val_fraction, data.num_train)
+    else:
+        num_train, _ = split_sizes(size.train_images, 0.0, data.num_train)
+    size = size if backbone is None else replace(size, image_px=backbone.transform.size_px, channels=3)
+    return size, {"train": num_train, "val": num_val, "test": size.test_images}
+
+
+def backbone_of(config: ClassifyConfig) -> PretrainedClassifier | None:
+    """Return the pretrained network that a configuration builds on; None if it builds on none."""
+    if not config.is_transfer:
+        return None
+    arguments = config.model.builder_arguments()
+    return pretrained.build(arguments["backbone"], arguments["weights"])
+
+
 def build_model(config: ClassifyConfig, base: Path, size: DatasetSize) -> nn.Module:
     """Build and check the model for a data set of a size, on the CPU, with weights initialized from the seed."""
     for key in ("translate_px", "cutout_px"):
@@ -103,6 +239,8 @@ def build_model(config: ClassifyConfig, base: Path, size: DatasetSize) -> nn.Mod
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
     namespace = registry.get("layers", config.layers, layers.LAYERS)
     model = model_registry.build(config.model.name, config.model.builder_arguments(), base, layers=namespace, **shape)
+    if isinstance(model, TransferClassifier):  # checked when it was split
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return checks.prepare(model, config.model.name, config.batch_size, **shape)
 
 
@@ -151,11 +289,9 @@ def build_evaluator(setup: ClassificationSetup, tta: str) -> Callable[[nn.Module
 
     def evaluate(model: nn.Module, split_name: str) -> dict[str, float]:
         is_train = split_name == "train"
-        images, labels = setup.splits[split_name]
-        limit = MAX_TRAIN_EVAL_IMAGES if is_train else len(images)
-        batches = eval_batches(images[:limit], labels[:limit], setup.train_loader.normalize)
+        limit = MAX_TRAIN_EVAL_IMAGES if is_train else len(setup.splits[split_name][1])
         metrics_fn = functools.partial(compute_metrics, tta="none" if is_train else tta)
-        metrics = loop.evaluate(model, batches, metrics_fn, setup.ctx)
+        metrics = loop.evaluate(model, setup.eval_batches(split_name, limit), metrics_fn, setup.ctx)
         metrics = {f"{split_name}_{key}": value for key, value in metrics.items()}
         require_finite(metrics)
         return metrics

@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cvlab.config.schema import PositiveInt, RunConfig
 from cvlab.config.validation import Problems
 from cvlab.data import imagenet, photo_paths
 from cvlab.errors import ConfigError
+from cvlab.experiments.common import run_classifier
 from cvlab.models import names
+from cvlab.runs.find import runs_root
 
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
@@ -27,7 +30,10 @@ ClassName = Annotated[str, BeforeValidator(_as_text)]  # by name, WordNet id or 
 class PretrainedConfig(RunConfig):
     """The keys of every experiment that uses an ImageNet-pretrained model."""
 
-    model: str = Field(names.DEFAULT_MODEL, description=f"{names.DEFAULT_MODEL}, timm:NAME or torchvision:NAME")
+    model: str = Field(
+        names.DEFAULT_MODEL,
+        description=f"{names.DEFAULT_MODEL}, timm:NAME, torchvision:NAME, or a training run of a classifier",
+    )
     weights: str | None = Field(None, description="file with the model's weights; null: those found on this machine")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32", description="of the optimization; results are always evaluated in float32"
@@ -36,8 +42,13 @@ class PretrainedConfig(RunConfig):
     @field_validator("model")
     @classmethod
     def _known(cls, name: str) -> str:
-        names.check_name(name)
-        return name
+        return run_classifier.resolve_model(name, runs_root())
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "PretrainedConfig":
+        if self.weights is not None and run_classifier.is_run_of_classifier(self.model):
+            raise ValueError("model: a run has its own weights, so weights cannot be given too")
+        return self
 
     @field_validator("weights")
     @classmethod
@@ -46,7 +57,8 @@ class PretrainedConfig(RunConfig):
 
     def class_problems(self, key: str, class_names: Sequence[str | None]) -> Problems:
         """Return the names in `key` that are no class of ImageNet, if the model certainly has those classes."""
-        if self.weights is not None or self.model.startswith("timm:"):
+        is_run = run_classifier.is_run_of_classifier(self.model)
+        if self.weights is not None or is_run or self.model.startswith("timm:"):
             return []  # they may be of another data set
         problems: Problems = []
         for name in class_names:
@@ -64,6 +76,8 @@ class PretrainedConfig(RunConfig):
 
         ctx = select_device(self.device, self.precision, self.threads)
         seed_everything(self.seed)
+        if run_classifier.is_run_of_classifier(self.model):
+            return ctx, run_classifier.load(Path(self.model), str(ctx.device))
         return ctx, pretrained.build(self.model, self.weights, ctx.device)
 
 

@@ -9,12 +9,18 @@ from cvlab.runs.find import find_run, runs_root
 BUNDLED_WEIGHTS = Path(__file__).parent.parent.parent / "assets" / "weights"
 
 
-def absolute_weights_path(name: str | None) -> str | None:
-    """Return the absolute path of weights that are given as a file, a run directory or the name of a run."""
+def absolute_weights_path(name: str | None, file_name: str, what: str) -> str | None:
+    """Return the absolute path of weights that are given as a file, a run directory or the name of a run.
+
+    Args:
+        name: What is given; `latest` is the newest run that has the file.
+        file_name: The file with the weights in a run directory.
+        what: What such a run is, for error messages.
+    """
     if name is None or os.path.lexists(name):
         return os.path.abspath(name) if name else name
     try:
-        return str(find_run(name, runs_root(None)).absolute())
+        return str(find_run(name, runs_root(None), lambda path: (path / file_name).is_file(), what).absolute())
     except RunDirError:
         return os.path.abspath(name)
 

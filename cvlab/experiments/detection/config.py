@@ -11,6 +11,8 @@ from cvlab.experiments.common import backbone_config, photo_config, weights
 from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.experiments.detection.models import registry as detector_registry
 
+WEIGHTS_FILE = "detector.safetensors"  # in the run directory of a training run
+
 
 class AugmentConfig(schema.FrozenModel):
     """How much random views of a photo differ."""
@@ -55,10 +57,7 @@ class DetectConfig(ImagesConfig):
     @field_validator("weights")
     @classmethod
     def _absolute_weights(cls, name: str | None) -> str | None:
-        return weights.absolute_weights_path(name)
-
-
-pass  # REMOVED IMPORT
+        return weights.absolute_weights_path(name, WEIGHTS_FILE, "a detector")
 
 
 class DetectionDataConfig(backbone_config.PhotoDatasetConfig):

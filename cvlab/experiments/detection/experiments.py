@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
 from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State, default_splits
-from cvlab.experiments.detection.config import DetectConfig, DetectorConfig
+from cvlab.experiments.detection.config import WEIGHTS_FILE, DetectConfig, DetectorConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
@@ -170,7 +170,7 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         )
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)
-        run.write(detector_model.WEIGHTS_FILE, lambda path: detector_model.save(setup.detector.metadata, head, path))
+        run.write(WEIGHTS_FILE, lambda path: detector_model.save(setup.detector.metadata, head, path))
         last = val if split == "val" else cached_features(config, setup, "test", 0, check_interrupt)
         run.extra_summary |= {
             "map_rule": config.map_rule,

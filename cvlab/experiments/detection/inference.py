@@ -16,7 +16,7 @@ from cvlab.errors import ConfigError, CvlabError
 from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.experiments.detection import diagrams, drawing
-from cvlab.experiments.detection.config import DetectConfig
+from cvlab.experiments.detection.config import WEIGHTS_FILE, DetectConfig
 from cvlab.experiments.detection.data import augment, writers
 from cvlab.experiments.detection.data.augment import ViewTransform
 from cvlab.experiments.detection.drawing import LabeledBox
@@ -103,7 +103,7 @@ def load_detector(
         name = bundled.evaluation if for_evaluation else bundled.photos
         path, source = common_weights.BUNDLED_WEIGHTS / f"{name}.safetensors", f"{name}, bundled weights"
     else:
-        path = common_weights.resolve_weights_path(weights_name, detector_model.WEIGHTS_FILE, "detector")
+        path = common_weights.resolve_weights_path(weights_name, WEIGHTS_FILE, "detector")
         source = str(path)
     detector = detector_model.load(path, ctx.device)
     metadata = detector.metadata

@@ -13,9 +13,11 @@ ALTERNATING_FLIP = "alternating"
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random horizontal flip, translation and cutout.
+    """Random zoom, horizontal flip, translation and cutout.
 
     Attributes:
+        crop: Least and largest area of a random square, as fractions of the image's, which is resized to the image's
+            size (Szegedy et al., 2015, section 6, without changes of the aspect ratio).
         flip: False, True (each image with probability 1/2 in every epoch), or "alternating": at random in the first
             epoch, then in turn, so that any two consecutive epochs show both orientations (Jordan, 2024, section 3.6).
         translate_px: Largest translation along each axis, with reflected borders.
@@ -25,9 +27,12 @@ class Augmentation:
     flip: bool | str = False
     translate_px: int = 0
     cutout_px: int = 0
+    crop: tuple[float, float] | None = None
 
     def __call__(self, images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
-        """Flip and translate images (N, H, W, C); `indices` (N,) are their indices in the data set."""
+        """Zoom, flip and translate uint8 images (N, H, W, C); `indices` (N,) are their indices in the data set."""
+        if self.crop is not None:
+            images = self._zoom(images, indices, seed, epoch)
         if not self.flip and not self.translate_px:
             return images
         n, h, w, _ = images.shape
@@ -40,6 +45,20 @@ class Augmentation:
         rows = _reflect(rows + self._offset(indices, seed, epoch, "down")[:, None], h)
         columns = _reflect(columns + self._offset(indices, seed, epoch, "right")[:, None], w)
         return images[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _zoom(self, images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
+        """Return a random square of each image, resized to its size, uint8 (N, H, W, C)."""
+        assert self.crop is not None
+        low, high = self.crop
+        side = (low + (high - low) * uniform(seed, epoch, indices, "crop area")).sqrt().float()
+        theta = torch.zeros(len(images), 2, 3, device=images.device)
+        for axis, stream in enumerate(("crop right", "crop down")):
+            theta[:, axis, axis] = side
+            theta[:, axis, 2] = (2 * uniform(seed, epoch, indices, stream).float() - 1) * (1 - side)
+        pixels = images.permute(0, 3, 1, 2).float()
+        grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+        zoomed = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+        return zoomed.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def _is_flipped(self, indices: Tensor, seed: int, epoch: int) -> Tensor:
         if not self.flip:

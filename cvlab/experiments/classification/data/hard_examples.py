@@ -14,7 +14,7 @@ from torch import Tensor
 from cvlab.data.rng import permutation
 from cvlab.distributed import collectives
 from cvlab.experiments.classification.data.augment import Augmentation
-from cvlab.experiments.classification.data.images import Normalization, TrainLoader
+from cvlab.experiments.classification.data.images import Images, Normalization, TrainLoader
 
 
 class HardExampleLoader(TrainLoader):
@@ -26,7 +26,7 @@ class HardExampleLoader(TrainLoader):
 
     def __init__(
         self,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         batch_size: int,
         seed: int,

@@ -4,20 +4,107 @@ Images are stored as (N, H, W, C), so that a batch permuted to (N, C, H, W) is c
 for convolutions. There are no worker processes: a batch is one gather.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cvlab.data.datasets import DatasetSize, DatasetSource
+from cvlab.data.digest import DataDigest
 from cvlab.data.rng import permutation
 from cvlab.distributed import sharding
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.classification.data.augment import Augmentation
+from cvlab.ops.resample import EvalTransform
 
 EVAL_BATCH_SIZE = 500
+
+
+class ImageRows:
+    """Some rows of a tensor that may be larger than memory: a gather that is done where rows are asked for.
+
+    Args:
+        pixels: uint8 (N, H, W, C).
+        index: int64 (M,): which rows of `pixels`, in which order.
+        digests: What the content of each of the M rows is known by, so that it need not be read for that.
+    """
+
+    def __init__(self, pixels: Tensor, index: Tensor, digests: tuple[str, ...]) -> None:
+        self.pixels, self.index, self.digests = pixels, index, digests
+        self.shape = torch.Size((len(index), *pixels.shape[1:]))
+        self.dtype, self.device, self.ndim = pixels.dtype, pixels.device, pixels.ndim
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Tensor":
+        return self.pixels[self.index[rows]]
+
+    def rows(self, selection: slice) -> "ImageRows":
+        """Return a part of the rows, without reading them."""
+        return ImageRows(self.pixels, self.index[selection], self.digests[selection])
+
+    def to(self, device: torch.device) -> "Images":
+        """Return the rows on a device; where they are already there, none is read."""
+        return self if device == self.device else self[:].to(device)
+
+
+class TransformedImages:
+    """Images of another size, each resized and cropped as a photo would be where it is asked for.
+
+    Args:
+        images: uint8 (N, H, W, C), in grayscale or RGB.
+        transform: How an image becomes one of `size_px`.
+    """
+
+    def __init__(self, images: "Tensor | ImageRows", transform: EvalTransform) -> None:
+        self.images, self.transform = images, transform
+        self.shape = torch.Size((len(images), transform.size_px, transform.size_px, 3))
+        self.dtype, self.device, self.ndim = images.dtype, images.device, images.ndim
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        originals = self.images[rows].cpu()
+        if originals.shape[-1] == 1:
+            originals = originals.expand(-1, -1, -1, 3)
+        pictures = [np.asarray(self.transform(Image.fromarray(pixels[..., :3].numpy()))) for pixels in originals]
+        stacked = np.stack(pictures) if pictures else np.empty((0, *self.shape[1:]), np.uint8)
+        return torch.from_numpy(stacked).to(self.device)
+
+    def rows(self, selection: slice) -> "TransformedImages":
+        """Return a part of the images, without reading them."""
+        return TransformedImages(select_rows(self.images, selection), self.transform)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> "TransformedImages":
+        """Return the images on a device."""
+        return TransformedImages(self.images.to(device), self.transform)  # type: ignore[arg-type]
+
+
+Images = Tensor | ImageRows | TransformedImages
+
+
+def select_rows(images: Images, selection: slice) -> Images:
+    """Return some of the images; those of `ImageRows` are not read."""
+    return images[selection] if isinstance(images, Tensor) else images.rows(selection)
+
+
+def add_images(digest: DataDigest, images: Images) -> None:
+    """Add images to a digest: their contents, or what these are known by."""
+    if isinstance(images, ImageRows):
+        digest.add_values([tuple(images.shape), images.digests])
+    elif isinstance(images, TransformedImages):
+        digest.add_values([images.transform])
+        add_images(digest, images.images)
+    else:
+        digest.add_tensors([images])
 
 
 @dataclass(frozen=True)
@@ -28,26 +115,58 @@ class ImageDataset:
         name: Name of the data set, for messages.
         train_images: uint8 (N, H, H, C).
         train_labels: int64 (N,), from 0.
-        test_images: uint8 (M, H, H, C).
+        test_images: uint8 (M, H, H, C); M may be 0.
         test_labels: int64 (M,), from 0.
         classes: Names of the classes.
+        val_images: uint8 (V, H, H, C) if the data set has a validation split of its own; else None.
+        val_labels: int64 (V,), from 0, or None.
+        files: Names of the images' files by split, if they have any.
+        transform: How a photo becomes one of the images; None: resized to H, then cropped.
     """
 
     name: str
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     classes: tuple[str, ...]
+    val_images: Images | None = None
+    val_labels: Tensor | None = None
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transform: EvalTransform | None = None
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return the images and labels of both splits."""
-        return self.train_images, self.train_labels, self.test_images, self.test_labels
+    def transformed(self, transform: EvalTransform) -> "ImageDataset":
+        """Return a data set of the images as a transform makes them."""
+
+        def change(images: Images | None) -> TransformedImages | None:
+            return None if images is None else TransformedImages(images, transform)  # type: ignore[arg-type]
+
+        images = {name: change(getattr(self, name)) for name in ("train_images", "val_images", "test_images")}
+        return replace(self, transform=transform, **images)  # type: ignore[arg-type]
+
+    def splits(self) -> dict[str, tuple[Images, Tensor]]:
+        """Return images and labels by split; `val` and `test` only if the data set has them."""
+        pairs = {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+        if self.val_images is not None and self.val_labels is not None:
+            pairs["val"] = (self.val_images, self.val_labels)
+        return {name: pair for name, pair in pairs.items() if name == "train" or len(pair[0])}
+
+    def digest(self) -> str:
+        """Return a digest of the images and labels of all splits."""
+        digest = DataDigest()
+        for images, labels in self.splits().values():
+            add_images(digest, images)
+            digest.add_tensors([labels])
+        return digest.hex()
+
+    def photo_transform(self) -> EvalTransform:
+        """Return how a photo becomes an image of this data set."""
+        side = self.train_images.shape[1]
+        return self.transform or EvalTransform(side, side)
 
     def __post_init__(self) -> None:
         """Check shapes, dtypes and ranges. Raises DataError."""
-        for split in ("train", "test"):
-            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+        for split, (images, labels) in self.splits().items():
             if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
                 raise DataError(f"{self.name}: {split} images must be uint8 (N, H, W, C) with as many labels")
             if images.shape[1] != images.shape[2]:
@@ -58,9 +177,9 @@ class ImageDataset:
                 raise DataError(f"{self.name}: there are no {split} images")
             if labels.min() < 0 or labels.max() >= len(self.classes):
                 raise DataError(f"{self.name}: a {split} label lies outside 0..{len(self.classes) - 1}")
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            shapes = [tuple(images.shape[1:]) for images in (self.train_images, self.test_images)]
-            raise DataError(f"{self.name}: train images are {shapes[0]}, test images {shapes[1]} (H, W, C)")
+            if images.shape[1:] != self.train_images.shape[1:]:
+                shapes = [tuple(x.shape[1:]) for x in (self.train_images, images)]
+                raise DataError(f"{self.name}: train images are {shapes[0]}, {split} images {shapes[1]} (H, W, C)")
         if len(self.classes) < 2:
             raise DataError(f"{self.name}: one class only", "a classifier needs at least two")
 
@@ -73,7 +192,7 @@ class ImageDatasetSource(DatasetSource[ImageDataset]):
 
     read: Callable[[Path], ImageDataset]
 
-    def load(self, root: Path) -> ImageDataset:
+    def load(self, root: Path, *args: Any, **options: Any) -> ImageDataset:
         """Read and verify the data set below `root`. Raises DataError."""
         return self.read(root)
 
@@ -96,7 +215,7 @@ class Normalization:
         return tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
 
 
-def build_normalization(images: Tensor, kind: str, dtype: torch.dtype, device: torch.device) -> Normalization:
+def build_normalization(images: Images, kind: str, dtype: torch.dtype, device: torch.device) -> Normalization:
     """Compute the normalization of uint8 images (N, H, W, C).
 
     Args:
@@ -108,22 +227,29 @@ def build_normalization(images: Tensor, kind: str, dtype: torch.dtype, device: t
     Returns:
         The normalization.
     """
-    channels = images.shape[-1]
-    count = images.numel() // channels
+    count = math.prod(images.shape[:-1])
     mean = _channel_sums(images, 1) / count / 255
     std = torch.ones_like(mean)
     if kind == "mean_std":
         std = (_channel_sums(images, 2) / count / 255**2 - mean.square()).clamp(min=0).sqrt()
         std[std < 1e-4] = 1.0  # a constant channel, such as alpha: only subtract its mean
+    return normalization(mean, std, dtype, device)
+
+
+def normalization(
+    mean: Tensor | Sequence[float], std: Tensor | Sequence[float], dtype: torch.dtype, device: torch.device
+) -> Normalization:
+    """Return the normalization that subtracts a mean and divides by a standard deviation per channel."""
+    mean, std = torch.as_tensor(mean), torch.as_tensor(std)
     scale, shift = 1 / (255 * std), -mean / std
     return Normalization(scale.to(device, dtype).view(1, -1, 1, 1), shift.to(device, dtype).view(1, -1, 1, 1))
 
 
-def _channel_sums(images: Tensor, power: int) -> Tensor:
+def _channel_sums(images: Images, power: int) -> Tensor:
     """Return the sums of x^power over all pixels of each channel, float64 (C,)."""
-    total = torch.zeros(images[0].numel(), dtype=torch.float64)
-    for chunk in images.flatten(1).split(256):  # 256 * 255^2 < 2^24: exact in float32, which is fast to sum
-        total += chunk.float().pow_(power).sum(0)
+    total = torch.zeros(math.prod(images.shape[1:]), dtype=torch.float64)
+    for start in range(0, len(images), 256):  # 256 * 255^2 < 2^24: exact in float32, which is fast to sum
+        total += images[start : start + 256].flatten(1).float().pow_(power).sum(0)
     return total.view(-1, images.shape[-1]).sum(0)
 
 
@@ -132,7 +258,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         batch_size: int,
         seed: int,
@@ -170,7 +296,7 @@ class TrainLoader:
         return self.augment.cutout(images, indices, self.seed, epoch), self.labels[indices]
 
 
-def eval_batches(images: Tensor, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(images: Images, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's shard of all images once, in order: normalized images (N, C, H, W) and labels (N,)."""
     first, end = sharding.shard_range(len(images))
     for start in range(first, end, EVAL_BATCH_SIZE):
@@ -210,15 +336,22 @@ def split_sizes(count: int, val_fraction: float, num_train: int | None) -> tuple
     return num_train, num_val
 
 
-def split(dataset: ImageDataset, val_fraction: float, num_train: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Split a data set into `train`, `val` (unless `val_fraction` is 0) and `test`: images and labels.
+def split(dataset: ImageDataset, val_fraction: float, num_train: int | None) -> dict[str, tuple[Images, Tensor]]:
+    """Split a data set into `train`, `val` (unless `val_fraction` is 0) and `test` (if present): images and labels.
 
-    The last `val_fraction` of the training images is `val`, the first `num_train` of the rest are `train`.
+    Without a validation split of its own, the last `val_fraction` of the training images is `val`. The first
+    `num_train` of the rest are `train`.
     """
-    num_train, num_val = split_sizes(len(dataset.train_images), val_fraction, num_train)
-    x, y = dataset.train_images, dataset.train_labels
-    val = {"val": (x[-num_val:], y[-num_val:])} if num_val else {}
-    return {"train": (x[:num_train], y[:num_train]), **val, "test": (dataset.test_images, dataset.test_labels)}
+    splits = dataset.splits()
+    x, y = splits.pop("train")
+    if "val" in splits:
+        num_train, _ = split_sizes(len(x), 0.0, num_train)
+    else:
+        num_train, num_val = split_sizes(len(x), val_fraction, num_train)
+        if num_val:
+            splits["val"] = (select_rows(x, slice(len(x) - num_val, None)), y[-num_val:])
+    train = (select_rows(x, slice(num_train)), y[:num_train])
+    return {"train": train, **{name: splits[name] for name in ("val", "test") if name in splits}}
 
 
 def count_steps_per_epoch(num_images: int, batch_size: int) -> int:

@@ -116,7 +116,7 @@ def load(root: Path) -> ImageDataset:
         except (OSError, CvlabError) as error:
             console.debug(f"scenes10 is not cached: {error}")
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return ImageDataset(name="scenes10", classes=tuple(SHAPES), **tensors)
+    return ImageDataset(name="scenes10", classes=tuple(SHAPES), **tensors)  # type: ignore[arg-type]
 
 
 def check(root: Path) -> str:

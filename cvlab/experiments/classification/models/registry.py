@@ -26,6 +26,7 @@ MODELS = {
     "api_module": "cvlab.experiments.classification.models.api_levels:ApiModule",
     "api_sequential": "cvlab.experiments.classification.models.api_levels:api_sequential",
     "preact_resnet": "cvlab.experiments.classification.models.resnet:preact_resnet",
+    "pretrained": "cvlab.experiments.classification.models.transfer:pretrained_classifier",
     "whiten_net": "cvlab.experiments.classification.models.whiten_net:whiten_net",
 }
 PREFIXES = {

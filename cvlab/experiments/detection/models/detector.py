@@ -16,7 +16,6 @@ from cvlab.models.backbone import PROBE_PX, feature_layers
 from cvlab.models.features import FeatureExtractor
 from cvlab.runs import weights_file
 
-WEIGHTS_FILE = "detector.safetensors"  # in the run directory of a training run
 METADATA_KEY = "cvlab_detector"
 LOAD_HINT = "give a run of `cvlab train` that trained a detector, or its detector.safetensors"
 

@@ -1,8 +1,7 @@
 """A detection head together with the backbone's last stages, so that both are trained.
 
 Only the layers after the highest-resolution feature map are trained. Their batch normalizations and depthwise filters
-stay frozen: the latter hold few of the weights, and their gradient takes most of the time (5x5, bfloat16: 117 of 124 ms
-for 32 maps of 672 x 20 x 20 on two cores).
+stay frozen, see `models.depthwise`.
 """
 
 import copy
@@ -10,39 +9,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.models.base import DetectionHead, Targets, TwoStageHead
+from cvlab.models.depthwise import freeze_depthwise
 from cvlab.ops.average_precision import Detections
 
 HINT = "finetune_epochs=0 leaves the backbone frozen"
-
-
-class _InFloat32(nn.Module):
-    """A layer that runs outside of autocast."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return self.inner(x.float()).to(x.dtype)  # type: ignore[no-any-return]
-
-
-def _freeze_depthwise(stages: nn.Module) -> None:
-    """Freeze the depthwise filters and run strided ones in float32, where their gradient is 30 times as fast.
-
-    Measured with oneDNN's bfloat16 kernels on a CPU: 143 ms and 2.5 ms for 32 maps of 672 x 20 x 20.
-    """
-    for module in list(stages.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Conv2d) and child.groups == child.in_channels > 1:
-                child.requires_grad_(False)
-                if max(child.stride) > 1:
-                    setattr(module, name, _InFloat32(child))
 
 
 class FineTunedDetector(TwoStageHead[Any]):
@@ -76,7 +50,7 @@ class FineTunedDetector(TwoStageHead[Any]):
             for start, stop in itertools.pairwise(stops)
         )
         self.stages.requires_grad_(True)
-        _freeze_depthwise(self.stages)
+        freeze_depthwise(self.stages)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "FineTunedDetector":

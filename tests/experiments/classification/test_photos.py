@@ -1,0 +1,260 @@
+"""From a folder of photos to a trained classifier, its mistakes, and its answers about new photos."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.data import datasets
+from cvlab.experiments.classification.data import scenes10
+from tests.conftest import weights_digest
+
+CLASSES = ("circle", "ring", "square")
+FAST = ("model.views=2", "duration={steps: 12}", "batch_size=8", "threads=1")
+
+
+def read_rows(path):
+    """Return the rows of a table of predictions."""
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def scene_photos(root, count, data_root, first=0):
+    """Write photos of three classes of scenes10, in a folder for each class."""
+    dataset = datasets.get("scenes10").load(data_root)
+    for label, name in enumerate(CLASSES):
+        folder = root / name
+        folder.mkdir(parents=True)
+        indices = (dataset.train_labels == label).nonzero()[first : first + count, 0].tolist()
+        for k in indices:
+            Image.fromarray(dataset.train_images[k].numpy()).resize((64, 48)).save(folder / f"{k}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_root):
+    """Train on photos once; return the folder of the photos, and that of the runs."""
+    import os
+
+    from cvlab.cli import main
+
+    base = tmp_path_factory.mktemp("trained")
+    scene_photos(base / "photos", 10, data_root)
+    before, environment = Path.cwd(), dict(os.environ)
+    os.chdir(base)
+    os.environ |= {"CVLAB_DATA": str(base / "data"), "CVLAB_OFFLINE": "1"}
+    try:
+        arguments = ["train", "photos", "data.path=photos", "data.test_fraction=0.2", *FAST, "-q"]
+        assert main.run_command_line(arguments) == 0
+    finally:
+        os.chdir(before)
+        os.environ.clear()
+        os.environ.update(environment)
+    return base
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    """Return a copy of the trained run, in the runs of this test."""
+    path = next(trained.glob("runs/2*"))
+    copied = Path(shutil.copytree(path, tmp_path / "runs" / path.name))
+    monkeypatch.setenv("CVLAB_DATA", str(trained / "data"))
+    return copied
+
+
+def test_the_run_has_its_mistakes(run):
+    summary = json.loads((run / "summary.json").read_text())
+    for split, count in (("val", 6), ("test", 6)):
+        rows = read_rows(run / f"predictions-{split}.csv")
+        assert len(rows) == count
+        assert {row["label"] for row in rows} == set(CLASSES)
+        accuracy = sum(row["correct"] == "1" for row in rows) / count
+        assert summary["metrics"][f"{split}_accuracy"] == pytest.approx(accuracy)
+        document = json.loads((run / f"evaluation-{split}.json").read_text())
+        assert sum(map(sum, document["confusion"])) == count
+        assert (run / "plots" / f"{split}_confusion.png").is_file()
+        assert (run / "plots" / f"{split}_reliability.png").is_file()
+    page = (run / "report.html").read_text()
+    assert "val_confusion" in page or "confusion" in page
+    assert set(summary["class_metrics"]) >= {f"val_recall/{name}" for name in CLASSES}
+
+
+def test_classify_says_what_eval_says(run, trained, cvlab):
+    rows = {row["image"]: row for row in read_rows(run / "predictions-test.csv")}
+    paths = [trained / "photos" / name for name in rows]
+    code, out, err = cvlab("classify", *paths, "--model", "latest", "--top", 3, "--json")
+    assert code == 0, err
+    for path, result in zip(paths, json.loads(out)["results"], strict=True):
+        row = rows[path.relative_to(trained / "photos").as_posix()]
+        assert result["label"] == row["prediction"]
+        assert result["score"] == pytest.approx(float(row["probability_1"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["latest", "photos", "path"])
+def test_a_run_is_named_as_everywhere(run, trained, cvlab, name):
+    photo = next((trained / "photos" / "ring").iterdir())
+    assert cvlab("classify", photo, "--model", "latest")[0] == 0  # is `latest` itself afterwards
+    name = str(run) if name == "path" else name
+    code, out, err = cvlab("classify", photo, "--model", name, "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["label"] in CLASSES
+
+
+def test_the_verbs_on_photos_take_a_run(run, trained, cvlab):
+    photo = next((trained / "photos" / "circle").iterdir())
+    for arguments in (
+        ("saliency", photo),
+        ("saliency", photo, "--method", "gradcam"),
+        ("attack", photo, "--target", "Ring"),
+        ("classvis", "--target", "ring", "--steps", "2"),
+    ):
+        code, _, err = cvlab(*arguments, "--model", run.name)
+        assert code in (0, 3), err
+        assert "ImageNet" not in err
+
+
+def test_eval_and_export_say_the_same(run, cvlab):
+    summary = json.loads((run / "summary.json").read_text())
+    code, out, err = cvlab("eval", "latest", "--json")
+    assert code == 0, err
+    for name, value in json.loads(out)["metrics"].items():
+        assert value == pytest.approx(summary["metrics"][name], abs=1e-6)
+    code, out, err = cvlab("export", "latest", "--to", "safetensors", "--json")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--model", "nosuch"), "unknown model"),
+        (("--model", "latest", "--weights", "w.pth"), "its own weights"),
+        (("--model", "./nosuch"), "no run"),
+    ],
+)
+def test_what_is_no_model_is_one_line(run, trained, cvlab, arguments, text):
+    photo = next((trained / "photos" / "circle").iterdir())
+    code, _, err = cvlab("classify", photo, *arguments)
+    assert code == 2
+    assert text in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_run_of_another_kind_is_one_line(run, trained, cvlab):
+    photo = next((trained / "photos" / "circle").iterdir())
+    assert cvlab("classify", photo)[0] == 0
+    other = next(path for path in run.parent.glob("2*") if "classify_photos" in path.name)
+    code, _, err = cvlab("classify", photo, "--model", other.name)
+    assert code == 2
+    assert "no classifier" in err
+    code, _, err = cvlab("classify", photo, "--model", "latest", "--target", "x")
+    assert code == 2
+
+
+def test_a_class_that_is_not_there_is_one_line(run, trained, cvlab):
+    photo = next((trained / "photos" / "circle").iterdir())
+    code, _, err = cvlab("attack", photo, "--target", "rign", "--model", "latest")
+    assert code == 2
+    assert "did you mean 'ring'?" in err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": ["a"]},
+        {"mean": [0.5, 0.5]},
+        {"std": [0.0, 1.0, 1.0]},
+        {"transform": {"size_px": 10**9, "resize_px": 10**9}},
+        {"transform": {"size_px": "x"}},
+        {"transform": None},
+        {"classes": [1, 2, 3]},
+    ],
+)
+def test_a_changed_classifier_file_is_one_line(run, trained, cvlab, change):
+    path = run / "classifier.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    code, _, err = cvlab("classify", next((trained / "photos" / "circle").iterdir()), "--model", "latest")
+    assert code == 5
+    assert "classifier.json" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_expectations_on_a_class(trained, cvlab, monkeypatch):
+    monkeypatch.setenv("CVLAB_DATA", str(trained / "data"))
+    rules = "expect=['val_recall/ring >= 0', 'val_f1/circle <= 1']"
+    code, out, err = cvlab("train", "photos", f"data.path={trained / 'photos'}", *FAST, rules, "--json")
+    assert code == 0, err
+    assert [verdict["met"] for verdict in json.loads(out)["expect"]] == [True, True]
+    code, _, err = cvlab("train", "photos", f"data.path={trained / 'photos'}", *FAST, "expect=['val_recal/ring > 0']")
+    assert code == 2
+    assert "val_recall" in err
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(stopped_and_resumed, tmp_path, data_root):
+    scene_photos(tmp_path / "photos", 6, data_root)
+    arguments = ("photos", "data.path=photos", "duration={epochs: 3}", "model.finetune_epochs=2", "batch_size=8")
+    whole, resumed = stopped_and_resumed(*arguments, "model.views=2", "model.trainable_stages=1", "save_seconds=0")
+    assert weights_digest(whole) == weights_digest(resumed)
+    assert whole["metrics"]["val_loss"] == resumed["metrics"]["val_loss"]
+
+
+@pytest.mark.parametrize("change", ["changed", "removed", "added"])
+def test_photos_that_were_changed_are_named(tmp_path, data_root, cvlab, monkeypatch, change):
+    from cvlab.engine import trainer
+    from cvlab.errors import StoppedError
+
+    scene_photos(tmp_path / "photos", 5, data_root)
+    between = trainer.Trainer._between_steps
+
+    def stop(session, step, save_due):
+        between(session, step, save_due)
+        raise StoppedError("stopped for a test", "", 130)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_between_steps", stop)
+        assert cvlab("train", "photos", "data.path=photos", *FAST, "log_every=1", "save_seconds=0")[0] == 130
+    victim = sorted((tmp_path / "photos" / "circle").iterdir())[1]
+    if change == "added":
+        victim = victim.with_name("new.png")
+    if change == "removed":
+        victim.unlink()
+    else:
+        Image.new("RGB", (30, 30), "red").save(victim)
+    code, _, err = cvlab("resume", "latest")
+    assert code == 7
+    assert victim.name in err
+    assert change in err
+    assert cvlab("resume", "latest", "--allow-changes")[0] in (0, 5)
+
+
+def test_an_own_network_on_photos(tmp_path, data_root, cvlab):
+    scene_photos(tmp_path / "photos", 6, data_root)
+    model = "model={name: deep_convnet, filters: [4], pools: [0]}"
+    options = ("data.image_px=24", model, "augment={flip: true}", "duration={steps: 3}", "batch_size=8", "tta=flip")
+    code, out, err = cvlab("train", "photos", "data.path=photos", *options, "--json")
+    assert code == 0, err
+    photo = next((tmp_path / "photos" / "ring").iterdir())
+    code, out, err = cvlab("classify", photo, "--model", "latest", "--top", 3, "--json")
+    assert code == 0, err
+    assert torch.tensor([row["score"] for row in json.loads(out)["results"][0]["top"]]).sum() == pytest.approx(1)
+
+
+def test_a_classifier_of_generated_images_takes_photos(cvlab, tmp_path, data_root):
+    overrides = ("data.num_train=200", "data.val_fraction=0.02", "duration={steps: 3}", "precision=auto")
+    code, out, err = cvlab("train", "quickstart", *overrides, "expect=[]", "--json")
+    assert code == 0, err
+    run = Path(json.loads(out)["run"])
+    dataset = scenes10.load(data_root)
+    paths = []
+    for k in range(10):
+        Image.fromarray(dataset.test_images[k].numpy()).save(tmp_path / f"{k}.png")
+        paths.append(tmp_path / f"{k}.png")
+    code, out, err = cvlab("classify", *paths, "--model", "latest", "--json")
+    assert code == 0, err
+    rows = (read_rows(run / "predictions-test.csv"))[:10]
+    for row, result in zip(rows, json.loads(out)["results"], strict=True):
+        assert result["label"] == row["prediction"]
+        assert result["score"] == pytest.approx(float(row["probability_1"]), abs=1e-5)
