@@ -13,6 +13,7 @@ from cvlab.runs.records import read_summary
 from cvlab.runs.run_dir import RunDir
 
 DPI = 120
+PADDING = 0.1  # inches around a plot
 TITLE_SIZE = 10
 MAX_MARKERS = 30  # points of a curve that are marked
 
@@ -106,7 +107,7 @@ def new_panel(width: float, height: float) -> tuple[Any, Any]:
     """Return an empty figure, its size in inches, and its only axes, which need no slow layout engine."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), dpi=DPI)
     return figure, figure.add_axes((0.11, 0.125, 0.87, 0.795))
 
 
@@ -124,8 +125,11 @@ def to_png(figure: Any) -> bytes:
         families.append(font_manager.FontProperties(fname=path).get_name())
     for text in texts:
         text.set_fontfamily(families)
+    crop: Any = "tight"
+    if figure.get_layout_engine() is None:
+        crop = figure.get_tightbbox().padded(PADDING)  # "tight" would draw the figure once more
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches=crop)
     return buffer.getvalue()
 
 
