@@ -1,5 +1,6 @@
 """Trials beside each other on this machine, in processes forked from one that has torch loaded."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,9 +28,12 @@ PRELOADED = (  # imports that would cost each trial seconds
     "cvlab.cli.main",
     "cvlab.api.run",
     "cvlab.experiments.classification.setup",
+    "cvlab.reports.html",
     "cvlab.reports.plots",
+    "jinja2",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "rich.progress",
     "torch._dynamo",
 )
 
@@ -84,6 +88,7 @@ def _terminate(running: Mapping[Any, tuple[Task, Any]]) -> None:
 def _run(trial: Path, environment: dict[str, str], folder: str) -> None:
     """Run `python -m cvlab resume TRIAL` in a forked process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # the garbage collector need not copy and search the memory of what is imported
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
