@@ -1,5 +1,6 @@
 """Shared fixtures. Tests are offline, write to their own folder only, and do not depend on the number of cores."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 REAL_DATA = os.environ.get("CVLAB_DATA")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -22,10 +24,19 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """Return the data folder that all tests share, so that generated data sets are generated once."""
+    """Return the data folder that all tests share, so that generated data sets are generated once.
+
+    It has a fifth of scenes10, also for the processes that tests start: each run reads and hashes all of its data.
+    """
+    from cvlab.experiments.classification.data import scenes10
+
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if IS_WORKER else base) / "data"  # `scenes` alone takes 15 s of CPU time
     root.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes10, "NUM_TRAIN", 2_500)
+        patch.setattr(scenes10, "NUM_TEST", 500)
+        scenes10.load(root)
     return root
 
 
@@ -48,7 +59,7 @@ def clean_environment(monkeypatch, tmp_path, data_root):
 def small_scenes(request, monkeypatch, clean_environment, data_root):
     """Generate only a few images of scenes and scene_captions; all of them take 15 s and most of a minute.
 
-    Slow tests train to the end, on all of them, in a folder of their own.
+    Slow tests train to the end, on all images of the built-in data sets, in a folder of their own.
     """
     from cvlab.experiments.captioning import scene_captions
     from cvlab.experiments.detection.data import scenes
@@ -58,6 +69,24 @@ def small_scenes(request, monkeypatch, clean_environment, data_root):
         return
     monkeypatch.setattr(scenes, "COUNTS", {"train": 40, "val": 8, "test": 8})
     monkeypatch.setattr(scene_captions, "COUNTS", {"train": 12, "val": 4, "test": 4})
+
+
+@pytest.fixture
+def drawn_plots():
+    """Draw the plots of runs as they are; see `blank_plots`."""
+
+
+BLANK_PLOT = io.BytesIO()
+Image.new("RGB", (84, 48), "white").save(BLANK_PLOT, "png")
+
+
+@pytest.fixture(autouse=True)
+def blank_plots(request, monkeypatch):
+    """Build the plots of runs, but render none of them, which takes longer than all else that a tiny run does."""
+    from cvlab.reports import plots
+
+    if "drawn_plots" not in request.fixturenames:
+        monkeypatch.setattr(plots, "to_png", lambda figure: BLANK_PLOT.getvalue())
 
 
 @pytest.fixture

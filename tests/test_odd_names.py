@@ -82,6 +82,7 @@ def test_printable_text_keeps_what_can_be_printed():
 
 
 @pytest.mark.parametrize("name", TEXTS, ids=ascii)
+@pytest.mark.usefixtures("drawn_plots")
 def test_a_run_directory_of_any_name_is_listed_shown_served_and_compared(tmp_path, name, capsys):
     root = tmp_path / "runs"
     path, other = run_named(root, name), run_named(root, "other")

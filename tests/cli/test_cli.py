@@ -40,6 +40,7 @@ def error_of(out):
     return document["error"]
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_a_run_from_start_to_report(cvlab, tiny, tmp_path):
     code, out, err = cvlab("train", tiny)
     assert code == 0
@@ -406,6 +407,7 @@ def test_eval_shows_test_and_keeps_it(cvlab, tiny, tmp_path):
     assert cvlab("eval", "latest", "--checkpoint", "best")[0] == 7
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_runs_show_and_compare(cvlab, tiny, tmp_path):
     for lr in ("1e-2", "1e-3"):
         cvlab("train", tiny, f"optimizer.lr={lr}", "-q")

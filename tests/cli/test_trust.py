@@ -25,13 +25,16 @@ TRAINING = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, data_root):
     """A run of an own network, made on this machine."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "net.py").write_text(NET.replace("nn.LazyLinear(WIDTH)", "nn.Linear(3072, WIDTH)"))
     (folder / "parts.py").write_text("WIDTH = 4\n")
     model = f"model={folder}/net.py:net"
-    assert main.run_command_line(["train", "quickstart", model, *TRAINING, f"--runs-dir={folder / 'runs'}", "-q"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CVLAB_DATA", str(data_root))
+        arguments = ["train", "quickstart", model, *TRAINING, f"--runs-dir={folder / 'runs'}", "-q"]
+        assert main.run_command_line(arguments) == 0
     return next((folder / "runs").glob("2*"))
 
 

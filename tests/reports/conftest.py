@@ -5,6 +5,11 @@ import pytest
 from cvlab.reports import fonts
 
 
+@pytest.fixture(autouse=True)
+def blank_plots():
+    """Draw all plots: here they are what is tested."""
+
+
 @pytest.fixture
 def only_fonts(monkeypatch):
     """Set the fonts that are installed beside the bundled one."""

@@ -179,6 +179,7 @@ def setting(**keys):
         ([setting(lr=x) for x in (1e-3, 1e-2)], "lr"),
     ],
 )
+@pytest.mark.usefixtures("drawn_plots")
 def test_what_a_metric_is_drawn_over(found, expected):
     assert results._x_key(found) == expected
     assert results.draw(found, "val_accuracy", "title")[:4] == b"\x89PNG"

@@ -100,6 +100,7 @@ def evaluation():
     return average_precision.evaluate(detections, truths, 3, "coco")
 
 
+@pytest.mark.usefixtures("drawn_plots")
 class TestPlots:
     def test_the_mean_curve_is_the_mean_over_classes_with_ground_truth(self):
         metrics = evaluation()

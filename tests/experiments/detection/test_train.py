@@ -29,6 +29,7 @@ class TestTraining:
         assert weights_digest(whole) == weights_digest(again)
         assert whole["run"] != again["run"]
 
+    @pytest.mark.usefixtures("drawn_plots")
     def test_eval_draws_curves_and_confusion_matrices(self, cvlab):
         found = train(cvlab)
         code, out, err = cvlab("eval", found["run"], "--split", "val", "--json")

@@ -12,6 +12,7 @@ from cvlab.data.scenes import render
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data import scenes10
 from cvlab.experiments.classification.models.convnet import deep_convnet
+from cvlab.storage.cache import data_root
 
 
 def test_drawing_is_a_pure_function_of_the_seed():
@@ -49,10 +50,13 @@ def test_shapes_differ():
         assert all((one - other).abs().sum() > 30 for other in drawn[:k])
 
 
-def test_the_data_set_is_cached_and_checked(tmp_path):
+def test_the_data_set_is_cached_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes10, "NUM_TRAIN", 250)
+    monkeypatch.setattr(scenes10, "NUM_TEST", 50)
+    monkeypatch.setattr(scenes10, "CHUNK", 100)
     dataset = scenes10.load(tmp_path)
     assert scenes10.ready(tmp_path)
-    assert len(dataset.train_images) == scenes10.NUM_TRAIN
+    assert (len(dataset.train_images), len(dataset.test_images)) == (250, 50)
     again = scenes10.load(tmp_path)
     assert torch.equal(dataset.train_images, again.train_images)
     assert torch.equal(dataset.test_labels, again.test_labels)
@@ -68,18 +72,11 @@ def test_the_data_set_is_cached_and_checked(tmp_path):
         scenes10.load(tmp_path)
 
 
-def test_a_read_only_folder_does_not_matter(tmp_path, monkeypatch):
+def test_a_read_only_folder_does_not_matter(tmp_path, data_root, monkeypatch):
     (tmp_path / "file").touch()
-    small = {name: array[:50] for name, array in scenes10._read(scenes10_root()).items()}
+    small = {name: array[:50] for name, array in scenes10._read(data_root).items()}
     monkeypatch.setattr(scenes10, "generate", lambda: small)
     assert len(scenes10.load(tmp_path / "file").train_images) == 50
-
-
-def scenes10_root():
-    from cvlab.storage.cache import data_root
-
-    scenes10.load(data_root())
-    return data_root()
 
 
 def test_a_cache_cannot_run_code(tmp_path):
@@ -94,9 +91,10 @@ def test_a_cache_cannot_run_code(tmp_path):
     assert not os.path.exists("canary")
 
 
+@pytest.mark.slow
 def test_a_linear_model_stays_below_half_and_a_convnet_exceeds_nine_tenths():
     torch.set_num_threads(1)  # with batches this small threads would only wait for each other
-    dataset = scenes10.load(scenes10_root())
+    dataset = scenes10.load(data_root())
     x, y = ((t.permute(0, 3, 1, 2).float() / 255 - 0.45) for t in (dataset.train_images, dataset.test_images))
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
