@@ -23,12 +23,14 @@ OWN_DATA = ("photos",)  # need the user's own photos: tests/experiments/classifi
 TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS, *OWN_DATA)]
 SHORT_ENOUGH = {  # that the expectations of the whole run still hold
     "class_visualization": ("targets=[tick]", "frames=2", "steps=30"),
-    "class_visualization_course": ("targets=[tick]", "frames=2", "steps=30"),
     "feature_inversion": ("layers=[blocks.0,blocks.3]", "steps=60"),
     "style": ("size=128", "steps=100"),
-    "style_sketch": ("size=128", "steps=80"),
-    "style_texture": ("size=128", "steps=120"),
-    "style_texture_synthesis": ("size=192", "steps=240"),
+}
+VARIANTS = {  # of one in SHORT_ENOUGH; a few steps, after which nothing can be expected yet
+    "class_visualization_course": ("targets=[tick]", "frames=2", "steps=2", "expect=[]"),
+    "style_sketch": ("size=64", "steps=2", "expect=[]"),
+    "style_texture": ("size=64", "steps=2", "expect=[]"),
+    "style_texture_synthesis": ("size=64", "steps=2", "expect=[]"),
 }
 FALLBACK_BUDGET = {"data.num_train": 64, "batch_size": 8, "duration.steps": 2, "log_every": 1}
 
@@ -122,7 +124,7 @@ def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
 
 @pytest.mark.parametrize("name", [name for name in PHOTOS if name not in COURSE_STYLES])
 def test_each_on_photos_does_what_it_expects(name, cvlab):
-    code, out, err = cvlab("run", name, "--json", *SHORT_ENOUGH.get(name, ()))
+    code, out, err = cvlab("run", name, "--json", *(SHORT_ENOUGH | VARIANTS).get(name, ()))
     assert code == 0, err
     assert json.loads(out)["results"]
     assert loading.load(name).config.expect
@@ -162,7 +164,8 @@ def test_expectations_hold_on_the_fallback(name, cvlab):
 
 @pytest.mark.realdata
 @pytest.mark.parametrize(
-    "name", ["cifar_bn", pytest.param("cifar_no_bn", marks=pytest.mark.slow), "cifar_overfit_small"]
+    "name",
+    ["cifar_overfit_small", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar_bn", "cifar_no_bn"))],
 )
 def test_expectations_hold_on_real_data(name, cvlab, real_cifar10):
     code, out, err = cvlab("train", name, "--json", "-q")
