@@ -77,7 +77,9 @@ class TestOnnx:
         assert about["normalised_inside"]["std"]
         assert len(about["classes"]) == 10
 
-    @pytest.mark.parametrize("more", [(), ("finetune_epochs=1", "duration={epochs: 1}")])
+    @pytest.mark.parametrize(
+        "more", [(), pytest.param(("finetune_epochs=1", "duration={epochs: 1}"), marks=pytest.mark.slow)]
+    )
     def test_a_detector_finds_the_same_boxes(self, cvlab, trained, more):
         import onnxruntime
 
