@@ -38,7 +38,11 @@ def wait_for(condition, seconds):
 
 @pytest.mark.parametrize(  # without the id of its launcher, a rank that starts after its death cannot know of it
     ("kind", "seconds"),
-    [*(("with its id", seconds) for seconds in (0.0, 1.0, 4.0)), *(("as torchrun", seconds) for seconds in (1.0, 4.0))],
+    [
+        *(("with its id", 0.0), ("as torchrun", 4.0)),
+        *(pytest.param(*case, marks=pytest.mark.faults) for case in (("with its id", 1.0), ("with its id", 4.0))),
+        pytest.param("as torchrun", 1.0, marks=pytest.mark.faults),
+    ],
 )
 def test_a_rank_that_waits_for_others_ends_with_its_launcher(tmp_path, seconds, kind):
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

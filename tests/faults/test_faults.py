@@ -39,7 +39,7 @@ def both(few, many):
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.faults)])
 
 
-@both(30, 120)
+@both(15, 120)
 def test_a_run_killed_at_any_time_resumes_bit_for_bit_identical(tmp_path, count):
     found = scenario("kills", tmp_path, count)
     assert found["kills"] >= count
@@ -47,7 +47,7 @@ def test_a_run_killed_at_any_time_resumes_bit_for_bit_identical(tmp_path, count)
     assert (found["corrupt"], found["different"]) == (0, 0), found
 
 
-@both(15, 40)
+@both(6, 40)
 def test_the_harness_detects_a_writer_that_is_not_durable(tmp_path, count):
     assert scenario("naive", tmp_path, count)["corrupt"] >= count // 3
 
