@@ -7,8 +7,18 @@ import torch
 from benchmarks import detection, layers, photos
 from cvlab.ops.roi_align import roi_align
 
+REFERENCE = """experiment: classify
+data: scenes10
+model: {name: deep_convnet, filters: [4, 6], pools: [1], batchnorm: true}
+optimizer: sgd
+batch_size: 4
+duration: {steps: 1}
+"""
 
-def test_layers(capsys, monkeypatch):
+
+def test_layers(capsys, monkeypatch, tmp_path):
+    (tmp_path / "reference.yaml").write_text(REFERENCE)
+    monkeypatch.setattr(layers, "REFERENCE", str(tmp_path / "reference.yaml"))
     monkeypatch.setattr(layers, "CAPTIONS", (6, 3, 4, 8, 5, 2))
     layers.main(["--rounds", "1", "--json"])
     rows = json.loads(capsys.readouterr().out)["layers"]

@@ -49,9 +49,9 @@ def test_starts_from_a_photo(cvlab, tmp_path):
         assert difference <= 6 / 255
 
 
-@pytest.mark.parametrize("kind", ["fourier", "pixels"])
-def test_interrupted_run_resumes_bit_for_bit(cvlab, tmp_path, monkeypatch, kind):
-    args = ("classvis", *SHORT, f"parametrization={kind}", "jitter_px=4", "--json")
+@pytest.mark.parametrize(("kind", "targets"), [("fourier", "tick,9"), ("pixels", "tick")])
+def test_interrupted_run_resumes_bit_for_bit(cvlab, tmp_path, monkeypatch, kind, targets):
+    args = ("classvis", *SHORT, "--target", targets, f"parametrization={kind}", "jitter_px=4", "--json")
     uninterrupted = json.loads(cvlab(*args)[1])
     real = image_optimizer.optimization_steps
 
