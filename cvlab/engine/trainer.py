@@ -17,13 +17,14 @@ from cvlab.config.schema import Duration
 from cvlab.console import Progress
 from cvlab.distributed import collectives, process_group, sharding
 from cvlab.distributed.step_flags import StepFlags
-from cvlab.engine import device, loop, optimizers, schedules, time_budget
+from cvlab.engine import device, loop, optimizers, schedules, time_budget, unsaved_state
 from cvlab.engine.checkpointer import Checkpointer
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.loop import Losses, TrainState
 from cvlab.engine.progress import TrainProgress
 from cvlab.engine.task import TrainTask
 from cvlab.engine.time_budget import Plan
+from cvlab.engine.unsaved_state import UnsavedState
 from cvlab.errors import CheckpointError, DivergedError, StoppedError
 from cvlab.runs import checkpoint, user_code
 from cvlab.runs.checkpoint import State
@@ -81,6 +82,7 @@ class Trainer:
         # Of what a run is not resumed with if it was changed. Taken once: what is loaded now is what is trained with.
         self.inputs = {"data": task.data_digest, "code": user_code.digest(config, run_dir.path)}
         self.last_replan = (0, 0.0)  # step and training time
+        self.unsaved_state = UnsavedState(task.model) if process_group.is_main() else None
 
     @property
     def step(self) -> int:
@@ -243,6 +245,7 @@ class Trainer:
             start = time.perf_counter()
             while self.step < self.total_steps:
                 losses = next(steps)
+                self._report_unsaved_state()
                 self.progress.add_losses(losses)
                 step, flags = self.step, self.state.any_rank_flags
                 if flags.save or self._is_due(step):
@@ -256,6 +259,16 @@ class Trainer:
                 if flags.stop:
                     self.progress.train_seconds += time.perf_counter() - start
                     self._stop_if(flags.stop)
+
+    def _report_unsaved_state(self) -> None:
+        """Warn, after the first steps, about state of the model that no checkpoint has."""
+        if self.unsaved_state is None:
+            return
+        names = self.unsaved_state.observe_step(is_last=self.step == self.total_steps)
+        if names is not None:
+            self.unsaved_state = None
+            if names:
+                self.run_dir.log(unsaved_state.warning(names))
 
     def _local_flags(self) -> StepFlags:
         """Return the signal that this rank has received and, on rank 0, whether a checkpoint is due."""

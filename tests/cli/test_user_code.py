@@ -381,3 +381,26 @@ def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch
     assert code == 0, err
     changed = read_json(run / "summary.json")["changed_inputs"]
     assert changed == (["data", "code"] if what == "data" else ["code"])
+
+
+@pytest.mark.parametrize(
+    ("construct", "use", "names"),
+    [
+        ("self.calls = 0", "self.calls += 1", ["calls"]),
+        ("self.generator = torch.Generator()", "x = x + torch.rand(1, generator=self.generator)", ["generator"]),
+        ("self.a = self.b = None", "self.a, self.b = [1], torch.zeros(1)", []),
+        ("self.register_buffer('calls', torch.zeros(1))", "self.calls += 1", []),
+    ],
+)
+def test_state_that_no_checkpoint_has_is_warned_of_once(cvlab, tmp_path, construct, use, names):
+    (tmp_path / "net.py").write_text(
+        MODEL.format(parameters="") + f"        {construct}\n    def forward(self, x):\n"
+        f"        if self.training:\n            {use}\n        return super().forward(x)\n"
+    )
+    code, _, err = train(cvlab, "model=./net.py:Net", "duration={steps: 5}", "ema=0.9")
+    assert code == 0, err
+    warnings = [line for line in err.splitlines() if "warning: the model's" in line]
+    assert len(warnings) == len(names)
+    assert all(f"`{name}`" in warnings[0] for name in names)
+    log = (find_run("latest", runs_root()) / "log.txt").read_text()
+    assert log.count("outside its state_dict") == len(names)

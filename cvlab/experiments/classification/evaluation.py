@@ -184,7 +184,7 @@ def suspicious(predictions: Predictions) -> list[int]:
     """Return the images whose label is probably wrong, the most suspicious first.
 
     An image counts if its probability of another class is at least the mean probability of that class over the images
-    that are labelled so (confident learning), and it is not predicted as labelled.
+    that are labeled so (confident learning), and it is not predicted as labeled.
     """
     probabilities, labels = predictions.probabilities, predictions.labels
     num_classes = probabilities.shape[1]
