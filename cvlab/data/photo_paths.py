@@ -10,6 +10,7 @@ from cvlab.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MAX_PIXELS = 50_000_000
+MAX_FILE_BYTES = 200_000_000  # of an image that a run has written: MAX_PIXELS, not compressed
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SAMPLE = "sample"
 SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_painting.py

@@ -31,15 +31,24 @@ def load(path: Path) -> Image.Image:
     if not path.is_file():
         hint = "no photo at hand? `sample` is a bundled one" if not os.path.lexists(path) else FORMAT_HINT
         raise DataError(f"{path}: no such file" if not os.path.lexists(path) else f"{path}: not a file", hint)
+    return _decode(path, path)
+
+
+def decode(content: bytes, path: Path) -> Image.Image:
+    """Return the photo in a file's content as `load` does; `path` names it in errors. Raises DataError."""
+    return _decode(io.BytesIO(content), path)
+
+
+def _decode(source: Path | io.BytesIO, path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about sizes, which are checked below, and about EXIF
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 _check_size(path, image.size)
                 try:
                     image.load()
                 except OSError:
-                    completed = _complete_jpeg(path) if image.format == "JPEG" else None
+                    completed = _complete_jpeg(source) if image.format == "JPEG" else None
                     if completed is None:
                         raise
                     _warn_once(f"{path}: lacks the end marker of a JPEG; every pixel could be read")
@@ -78,12 +87,12 @@ def read_metadata(path: Path) -> dict[str, bytes]:
     return {key: value for key, value in metadata.items() if len(value) <= MAX_METADATA_BYTES}
 
 
-def _complete_jpeg(path: Path) -> Image.Image | None:
+def _complete_jpeg(source: Path | io.BytesIO) -> Image.Image | None:
     """Decode a JPEG of which only the end marker, the last two bytes, is missing; None if pixels are missing too.
 
     Where pixels are missing, the decoder takes them from what is put in front of the marker.
     """
-    raw = path.read_bytes().removesuffix(b"\xff")
+    raw = (source.read_bytes() if isinstance(source, Path) else source.getvalue()).removesuffix(b"\xff")
     images = []
     for filler in (b"", b"\x55" * 64, b"\xa9\x13" * 32):
         image = Image.open(io.BytesIO(raw + filler + JPEG_END), formats=["JPEG"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cvlab.data.photo_paths import FORMATS, MAX_PIXELS
+from cvlab.data.photo_paths import FORMATS, MAX_FILE_BYTES, MAX_PIXELS
 from cvlab.reports import colors, curves, metrics, tables
 from cvlab.runs.records import Row, read_summary
 from cvlab.runs.results import Column, read_columns
@@ -19,7 +19,6 @@ from cvlab.storage import atomic, regular_files
 
 MAX_IMAGES, MAX_PX = 48, 1400  # of a page; the files in the run directory have their full size
 MAX_GIF_BYTES = 2_000_000
-MAX_FILE_BYTES = 200_000_000  # of an image: 50 megapixels, not compressed
 MAX_PAGE_PIXELS = 250_000_000  # of all images of a page together: decoding them takes about 5 s
 GIF_SIGNATURES = (b"GIF87a", b"GIF89a")
 QUALITY = 85
@@ -145,9 +144,7 @@ def describe(row: Row, columns: Sequence[Column]) -> str:
 def read_file(path: Path, name: str) -> bytes:
     """Return the bytes of a file in a run directory; none if it cannot be read, or lies outside of it."""
     try:
-        regular_files.require_no_links(path, name)
-        is_inside = (path / name).resolve().is_relative_to(path.resolve())
-        return regular_files.read_bytes(path / name, MAX_FILE_BYTES) if is_inside else b""
+        return regular_files.read_below(path, name, MAX_FILE_BYTES)
     except (OSError, ValueError):
         return b""
 

@@ -4,6 +4,7 @@ Only regular files of bounded size are opened, and never through a link: a FIFO 
 link would let the folder's author read or change files outside of it.
 """
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -56,6 +57,35 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     """Return the content of a regular file of at most `max_bytes` bytes; raises as `open_regular`."""
     with open_binary(path, max_bytes) as file:
         return file.read(max_bytes)
+
+
+def read_below(folder: Path, name: str, max_bytes: int) -> bytes:
+    """Return the content of a regular file of at most `max_bytes` bytes below a folder, whose path has no link.
+
+    Each folder on the way is opened in the one before, so that no change in between leads elsewhere.
+
+    Raises:
+        IrregularFileError: A part of the path is a link, `..` or absolute, or the file is not regular or too large.
+        OSError: It cannot be opened for another reason.
+    """
+    require_no_links(folder, name)
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise IrregularFileError("it is not below the run directory")
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, descriptor)
+        for part in parts[:-1]:
+            descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=descriptor)
+            stack.callback(os.close, descriptor)
+        descriptor = os.open(parts[-1], os.O_RDONLY | FLAGS, dir_fd=descriptor)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise IrregularFileError("it is not a regular file")
+            if status.st_size > max_bytes:
+                raise IrregularFileError(f"it has {status.st_size} bytes, more than {max_bytes}")
+            return file.read(max_bytes)
 
 
 def read_tail(path: Path, max_bytes: int) -> bytes:

@@ -16,6 +16,7 @@ from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.adversarial import drawing
 from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
+from cvlab.experiments.common import saved_images
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import attacks, saliency
@@ -165,7 +166,7 @@ class Attack:
             image.paste(photos.to_image(example.adversarial), example.resize.region[:2])
         name = f"images/{example.photo.label}-attacked.png"
         self.out.write_bytes(name, images.png(image, photos.read_metadata(example.photo.path)))
-        saved = photos.load(self.out.path / name)
+        saved = saved_images.load(self.out, name)
         variants = [saved, *(_compress_jpeg(saved, quality) for quality in JPEG_QUALITIES)]
         inputs = torch.stack([photos.to_tensor(self.model.transform(variant)) for variant in variants])
         with torch.inference_mode():
@@ -209,7 +210,7 @@ class Attack:
     def _save_panels(self, example: AdversarialExample, result: PhotoResult) -> dict[str, str]:
         """Save the panel of the attack, and the saliency maps if they are configured; return their paths."""
         values = result.values
-        before, after = example.image, photos.load(self.out.path / result.files["attacked"])
+        before, after = example.image, saved_images.load(self.out, result.files["attacked"])
         panel = drawing.attack_panel(example.photo.path.name, values, before, after, example.resize.region)
         name = f"images/{example.photo.label}-panel.png"
         self.out.write_bytes(name, images.png(panel))

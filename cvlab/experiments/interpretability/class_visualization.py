@@ -11,6 +11,7 @@ from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
+from cvlab.experiments.common import saved_images
 from cvlab.experiments.interpretability.config import ClassVisualizationConfig
 from cvlab.models import pretrained
 from cvlab.models.pretrained import PretrainedClassifier
@@ -113,10 +114,8 @@ class ClassVisualizer:
 
     def save_frames(self, step: int, state: ImageState) -> None:
         """Save the intermediate images, one file for each class."""
-        folder = self.run.folder("images") / "frames"
-        folder.mkdir(exist_ok=True)
         for name, image in zip(self.names, self._to_images(state), strict=True):
-            self.run.write_bytes(f"images/frames/{name}-{step:06d}.png", images.png(image))
+            saved_images.save_frame(self.run, f"{name}-", step, images.png(image))
 
     def save_and_evaluate(self, state: ImageState) -> list[PhotoResult]:
         """Save the images, their strips of frames and animations; return the predictions for the saved files."""
@@ -134,15 +133,14 @@ class ClassVisualizer:
     def _save_animation(self, name: str, class_name: str) -> dict[str, str]:
         """Save the frames of a class as a sheet and as an animation; return their paths."""
         files = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
-        paths = sorted((self.run.path / "images" / "frames").glob(f"{name}-*.png"))
-        frames = [(int(path.stem.rpartition("-")[2]), photos.load(path)) for path in paths]
+        frames = saved_images.load_frames(self.run, f"{name}-")
         title = f"class visualization of {class_name} by {self.config.model}"
         self.run.write_bytes(files["frames"], images.png(images.frames_sheet(title, frames)))
         self.run.write_bytes(files["animation"], images.gif([image for _, image in frames]))
         return files
 
     def _load(self, paths: list[str]) -> Tensor:
-        return torch.stack([photos.to_tensor(photos.load(self.run.path / path)) for path in paths]).to(self.ctx.device)
+        return torch.stack([photos.to_tensor(saved_images.load(self.run, path)) for path in paths]).to(self.ctx.device)
 
     def evaluate_second(self, second: Callable[[Tensor], Tensor], results: list[PhotoResult]) -> None:
         """Add the second model's predicted class and the rank of the target, from 1, to the results."""

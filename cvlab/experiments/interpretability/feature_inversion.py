@@ -10,6 +10,7 @@ from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
+from cvlab.experiments.common import saved_images
 from cvlab.experiments.interpretability.config import FeatureInversionConfig
 from cvlab.models.features import FeatureExtractor
 from cvlab.models.pretrained import PretrainedClassifier
@@ -80,7 +81,7 @@ def save_and_evaluate(inverter: FeatureInverter, state: ImageState, run: RunDir)
     for layer, pixels in zip(inverter.config.layers, state.tensors, strict=True):
         path = f"images/{layer.replace('/', '_')}.png"
         run.write_bytes(path, images.png(photos.to_image(pixels)))
-        image = photos.load(run.path / path)
+        image = saved_images.load(run, path)
         psnr_db = style.psnr_db(photos.to_tensor(image), inverter.photo_pixels.cpu())
         tiles.append((f"{layer}: {psnr_db:.1f} dB", image))
         results.append(PhotoResult(path, {"layer": layer, "psnr_db": psnr_db}, {"panel": "images/panel.png"}))

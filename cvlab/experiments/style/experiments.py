@@ -56,6 +56,7 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
     def run(self, config: StyleConfig, run: RunDir) -> dict[str, float]:
         """Optimize the image, save and evaluate it."""
         from cvlab.engine import image_optimizer
+        from cvlab.experiments.common import saved_images
         from cvlab.experiments.style.drawing import save_frame, write_panel_and_animation
         from cvlab.experiments.style.transfer import prepare
         from cvlab.reports import images
@@ -74,7 +75,7 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
         last = image_optimizer.optimize_image(task, run, "style")
         image = transfer.to_image(task.state.tensors[0])
         run.write_bytes("images/style.png", images.png(image))
-        metrics = transfer.evaluate(run.path / "images" / "style.png")
+        metrics = transfer.evaluate(saved_images.load(run, "images/style.png"))
         files = write_panel_and_animation(transfer, run)
         values = {"content": config.content, "styles": list(config.styles), **metrics}
         run.extra_summary |= summarize([PhotoResult("images/style.png", values, files)], self.columns)

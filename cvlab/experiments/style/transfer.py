@@ -3,7 +3,6 @@
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -175,9 +174,9 @@ class StyleTransfer:
         return photos.to_image(image)
 
     @torch.no_grad()
-    def evaluate(self, path: Path) -> dict[str, float]:
+    def evaluate(self, saved: Image.Image) -> dict[str, float]:
         """Return the losses of a saved image, the reduction of the style loss, and the SSIM with the photo."""
-        image = photos.to_tensor(photos.load(path)).to(self.ctx.device)
+        image = photos.to_tensor(saved).to(self.ctx.device)
         finest = self.scales[-1]
         target = self.target(finest)
         metrics = {name: value.item() for name, value in self.losses(self._image_to_values(image), target).items()}
