@@ -9,7 +9,7 @@ from cvlab.reports.colors import Style
 from cvlab.reports.curves import Curve
 
 WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 64, 18, 12, 36
 TICKS = 5
 MAX_POINTS = 400  # of a line in a page; metrics.jsonl has all of them
 MAX_ROWS = 12  # of the table below a chart

@@ -20,6 +20,7 @@ TEXT_PX, SMALL_PX = 15, 12
 MAX_LABELED = 30  # classes with names and counts; of more only the colors are drawn
 MAX_NAME_PX = 150
 TILE_PX = 128
+MIN_WIDTH = 480  # of a picture, for its title
 MAX_MISTAKES = 24
 NUM_PAIRS, IMAGES_OF_PAIR = 4, 6
 BLUE = (8, 48, 107)
@@ -82,7 +83,7 @@ def confusion_matrix(counts: "Tensor", classes: Sequence[str], title: str) -> Im
                     x = left + (cell - fonts.width(text, SMALL_PX)) / 2
                     fonts.draw(pen, (x, top + 6 + line * 16), text, SMALL_PX, color)
     what = "count, and fraction of the true class" if is_labeled else "fraction of the true class"
-    return images.titled(_at_least(picture, 420), title, f"{what}; darker is more")
+    return images.titled(_at_least(picture, MIN_WIDTH), title, f"{what}; darker is more")
 
 
 def _at_least(picture: Image.Image, width: int) -> Image.Image:
@@ -158,7 +159,8 @@ def _tile(predictions: "Predictions", pixels: "Images", index: int) -> tuple[str
 
 def gallery(predictions: "Predictions", pixels: "Images", indices: Sequence[int], title: str) -> Image.Image:
     """Draw images with their label, prediction, probability and name; `pixels` are uint8 (N, H, W, C)."""
-    return images.panel([_tile(predictions, pixels, index) for index in indices], title, max_tile_px=TILE_PX)
+    sheet = images.panel([_tile(predictions, pixels, index) for index in indices], max_tile_px=TILE_PX)
+    return images.titled(_at_least(sheet, MIN_WIDTH), title)
 
 
 def largest_losses(predictions: "Predictions") -> list[int]:

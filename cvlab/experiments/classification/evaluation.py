@@ -161,11 +161,14 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     return float(((confidence - accuracy).abs() * counts).sum() / counts.sum())
 
 
-def best_temperature(logits: Tensor, labels: Tensor) -> float:
+def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Return the temperature T that minimizes the cross-entropy of logits / T (Guo et al., 2017, section 4.2).
 
-    The cross-entropy is convex in 1 / T, so its derivative has one root, which is found by bisection.
+    The cross-entropy is convex in 1 / T, so its derivative has one root, which is found by bisection. None if every
+    prediction is correct: the cross-entropy then has no minimum.
     """
+    if bool((logits.argmax(1) == labels).all()):
+        return None
     logits = logits.double()
 
     def slope(inverse: float) -> float:

@@ -61,11 +61,11 @@ def write(run: RunDir, predictions: Predictions, pixels: Images, split: str) -> 
         run.write_bytes(f"plots/{split}_confusion.png", png(matrix))
         temperature = evaluation.best_temperature(predictions.logits, labels)
         error = evaluation.expected_calibration_error(probabilities, labels)
-        after = evaluation.expected_calibration_error((predictions.logits / temperature).softmax(1), labels)
-        lines = (
-            f"reliability: {title}",
-            f"expected calibration error {error:.3f}, {after:.3f} if the logits are divided by {temperature:.2f}",
-        )
+        text = f"expected calibration error {error:.3f}"
+        if temperature is not None:
+            after = evaluation.expected_calibration_error((predictions.logits / temperature).softmax(1), labels)
+            text += f", {after:.3f} if the logits are divided by {temperature:.2f}"
+        lines = (f"reliability: {title}", text)
         diagram = drawing.reliability_diagram(*evaluation.reliability(probabilities, labels), lines)
         run.write_bytes(f"plots/{split}_reliability.png", png(diagram))
         galleries = {

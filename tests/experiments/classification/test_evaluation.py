@@ -59,6 +59,11 @@ def test_the_temperature_has_the_smallest_loss(temperature):
     assert float(grid[int(torch.stack(losses).argmin())]) == pytest.approx(recovered, rel=0.01)
 
 
+def test_without_mistakes_there_is_no_temperature():
+    predictions = random_predictions()
+    assert evaluation.best_temperature(predictions.logits, predictions.predicted) is None
+
+
 def test_swapped_labels_are_suspicious():
     predictions = random_predictions(scale=6.0)
     labels = predictions.labels.clone()
