@@ -15,6 +15,8 @@ import yaml
 from cvlab import errors
 from cvlab.cli import main
 from cvlab.config import loading, overrides, strict_yaml
+from cvlab.data import photos
+from cvlab.data.scenes import generator
 from cvlab.runs.records import STATES
 from cvlab.sweeps.experiment import load_sweep
 from tests.markdown import ROOT, blocks_of, commands_of, pages
@@ -162,6 +164,47 @@ class TestExamples:
         assert cvlab("export", "latest", "--to", "onnx", "--out", "classifier.onnx")[0] == 0
         command = [sys.executable, "run_onnx.py", "classifier.onnx"]
         assert "(2, 2)" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_exported_detector_gives_the_boxes_of_detect(self, tmp_path, monkeypatch):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        import torch
+
+        from cvlab.api import export
+        from cvlab.engine import device
+        from cvlab.engine.task import ExportSpec
+        from cvlab.experiments.common import weights
+        from cvlab.experiments.detection import inference
+        from cvlab.experiments.detection.models import detector as detector_model
+
+        write_files("docs/guides/export.md", tmp_path)
+        detector = detector_model.load(weights.BUNDLED_WEIGHTS / "scenes.safetensors", torch.device("cpu"))
+        graph = detector_model.DetectorGraph(detector).eval().requires_grad_(False)
+        example = torch.rand(1, 3, detector.metadata.size_px, detector.metadata.size_px)
+        spec = ExportSpec(graph, detector.head, example, graph.output_names, {})
+        content = export._onnx(spec, graph, {"classes": detector.metadata.classes})
+        (tmp_path / "detector.onnx").write_bytes(content)
+        monkeypatch.syspath_prepend(tmp_path)
+        namespace = {"__name__": "detect_onnx"}
+        exec((tmp_path / "detect_onnx.py").read_text(), namespace)
+        session = onnxruntime.InferenceSession(content)
+        predict = inference.make_predictor(detector, device.select_device("cpu", "float32"))
+        scene = photos.decode(generator.generate_scene(2, 3).png(), tmp_path / "scene.png")
+        # the sides of the last two are not whole pixels in the square
+        for photo in (scene, scene.resize((500, 500)), scene.crop((0, 0, 224, 150)), scene.resize((177, 161))):
+            (expected,) = predict([photo], 0.1, 0.5)
+            boxes, scores, labels = namespace["detect"](session, photo, 0.1)
+            assert len(expected.labels) > 4
+            assert labels.tolist() == expected.labels.tolist()
+            assert scores == pytest.approx(expected.scores.numpy(), abs=1e-3)
+            assert boxes == pytest.approx(expected.boxes_xyxy.numpy(), abs=0.1)
+        scene.save(tmp_path / "scene.png")
+        command = [sys.executable, "detect_onnx.py", "detector.onnx", "scene.png"]
+        lines = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+        (expected,) = predict([scene], 0.25, 0.5)
+        names = [detector.metadata.classes[label] for label in expected.labels.tolist()]
+        assert [line.split()[0] for line in lines] == names != []
 
     def test_own_data(self, cvlab, tmp_path):
         write_files("docs/guides/own-data.md", tmp_path)
