@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from cvlab import console
-from cvlab.cli.groups import RESOURCES, CommandGroup
+from cvlab.cli.groups import PHOTOS, RESOURCES, CommandGroup
 from cvlab.cli.options import (
+    ConfigArgument,
+    DataOptions,
+    ModelOptions,
     Output,
     Overrides,
     RunOptions,
@@ -19,6 +22,7 @@ from cvlab.cli.options import (
     gather_overrides,
     require_trust,
 )
+from cvlab.errors import ConfigError
 
 app = typer.Typer()
 models_app = typer.Typer(help="List models, download weights.", cls=CommandGroup)
@@ -104,6 +108,54 @@ def data_list(*, output: Output) -> None:
     rows = [(row["name"], row["state"], row["summary"], row["license"]) for row in lines]
     columns = ("name", "state", "description", "license")
     output.show({"ok": True, "data": lines}, lambda: tables.table("", columns, rows))
+
+
+@data_app.command("show")
+@expand_options
+def data_show(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write to; default: data-NAME")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=200, help="number of training images to show")] = 16,
+    trust: Trust = False,
+    *,
+    options: RunOptions,
+    data: DataOptions,
+    output: Output,
+) -> None:
+    """Show a data set before training: samples, augmentation, classes, sizes, copies of images."""
+    from cvlab.api import data_overview
+    from cvlab.config import loading
+    from cvlab.reports import tables
+
+    require_trust(config, trust)
+    loaded = loading.load(config, gather_overrides(overrides, options))
+    result = data_overview.show(loaded, data.policy(), out, samples)
+    output.show(result, lambda: tables.show_data(result))
+
+
+@app.command(rich_help_panel=PHOTOS)
+@expand_options
+def embed(
+    images: Annotated[list[str], typer.Argument(help="photos, folders or patterns")],
+    out: Annotated[Path | None, typer.Option(help=".npz file to write: `features` and `files`")] = None,
+    nearest: Annotated[str | None, typer.Option(help="a photo whose nearest photos are listed")] = None,
+    top: Annotated[int, typer.Option(min=1, help="with --nearest: how many")] = 5,
+    *,
+    model: ModelOptions,
+    options: RunOptions,
+    output: Output,
+) -> None:
+    """Compute features of images, and find similar ones. Example: `cvlab embed photos --nearest photo.jpg`."""
+    from cvlab.api import data_overview
+    from cvlab.models.names import DEFAULT_MODEL
+    from cvlab.reports import tables
+
+    if out is None and nearest is None:
+        raise ConfigError("nothing to do", "--out FILE.npz writes the features, --nearest PHOTO lists similar photos")
+    values = model.values(options)
+    result = data_overview.embed(images, values["model"] or DEFAULT_MODEL, values["weights"], out, nearest, top)
+    output.show(result, lambda: tables.show_embedding(result))
 
 
 @data_app.command("fetch")

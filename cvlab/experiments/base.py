@@ -24,6 +24,7 @@ from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from cvlab.engine.task import ExportSpec
+    from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.models.pretrained import PretrainedClassifier
 
 C = TypeVar("C", bound=ExperimentConfig)
@@ -147,6 +148,14 @@ class ClassifiesPhotos(Generic[C]):
 
     def photo_classifier(self, config: C, base: Path, state: State, device: str) -> "PretrainedClassifier":
         """Return the model of a checkpoint, in evaluation mode, and how it takes photos."""
+        raise NotImplementedError
+
+
+class ShowsData(Experiment[C]):
+    """An experiment whose data set can be looked at: `cvlab data show`."""
+
+    def data_overview(self, config: C, base: Path, num_samples: int) -> "DataOverview":
+        """Return what the data set consists of, with some training images before and after augmentation."""
         raise NotImplementedError
 
 

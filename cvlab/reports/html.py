@@ -4,8 +4,10 @@ All numbers can be read without JavaScript, which only adds values under the poi
 sorting, filtering, and the selection of runs to compare.
 """
 
+import base64
 import contextlib
 import functools
+import io
 import os
 import re
 import time
@@ -16,9 +18,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from cvlab import console
 from cvlab.errors import CvlabError
-from cvlab.reports import colors, compare, curves, embedded, metrics, svg, tables
+from cvlab.reports import colors, compare, curves, data_summary, embedded, metrics, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
 from cvlab.runs.records import Row, is_run, pruning_reason, read_json, read_status, read_summary
@@ -146,6 +150,23 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         "log": _log(path / "log.txt"),
     }
     return _render("run.html", title=path.name, run=run, links=links, refresh=refresh)
+
+
+def data_page(document: Row, picture: bytes) -> str:
+    """Return the page about a data set: the sheet of samples, a PNG, and its numbers."""
+    columns, lines = data_summary.class_table(document)
+    with Image.open(io.BytesIO(picture)) as image:
+        width, height = image.size
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    return _render(
+        "data.html",
+        title=f"data set {document['data']}",
+        picture=embedded.EmbeddedImage("training images", source, width, height),
+        splits={"columns": columns, "rows": lines},
+        sizes=list(data_summary.size_lines(document).items()),
+        copies=data_summary.copy_lines(document),
+        notes=document["notes"],
+    )
 
 
 def _failure(path: Path, status: Row) -> Row | None:

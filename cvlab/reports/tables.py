@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import console
-from cvlab.reports import metrics
+from cvlab.reports import data_summary, metrics
 from cvlab.runs.records import read_summary
 from cvlab.runs.results import Column, read_columns
 
@@ -267,6 +267,28 @@ def metric_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def show_block(title: str, block: Mapping[str, Any]) -> None:
     """Print keys and values."""
     table(title, ("", "value"), [(key, value) for key, value in block.items()])
+
+
+def show_data(result: Mapping[str, Any]) -> None:
+    """Print what `cvlab data show` shows of a data set."""
+    columns, rows = data_summary.class_table(result)
+    table(str(result["data"]), columns, rows)
+    sizes = data_summary.size_lines(result)
+    if sizes:
+        show_block("", sizes)
+    for line in [*data_summary.copy_lines(result), *result["notes"]]:
+        console.show(console.printable(line))
+    console.show("\n" + "\n".join(console.relative_path(Path(file)) for file in result["files"]))
+
+
+def show_embedding(result: Mapping[str, Any]) -> None:
+    """Print what `cvlab embed` computed."""
+    if "nearest" in result:
+        rows = [(console.relative_path(Path(row["image"])), f"{row['similarity']:.3f}") for row in result["nearest"]]
+        table("nearest photos", ("image", "cosine similarity"), rows)
+    if "file" in result:
+        text = f"{result['features']} features of {result['photos']} photos: {result['file']}"
+        console.show(console.printable(text))
 
 
 def show_export(result: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.experiments.base import Evaluable, Experiment, PhotoExperiment, State, default_splits
+from cvlab.experiments.base import Evaluable, PhotoExperiment, ShowsData, State, default_splits
 from cvlab.experiments.captioning.config import SCENE_CAPTIONS, WEIGHTS_FILE, CaptionConfig, CaptionerConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cvlab.experiments.captioning.model import Captioner
+    from cvlab.experiments.common.data_overview import DataOverview
 
 COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
 
@@ -73,7 +74,7 @@ def _has_scenes(config: CaptionerConfig) -> bool:
     return SCENE_CAPTIONS in (config.data.name, config.data.fallback)
 
 
-class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig]):
+class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]):
     """Train an image captioner: an RNN, an LSTM or an LSTM with attention on the features of a frozen backbone.
 
     References:
@@ -106,6 +107,14 @@ class CaptionerExperiment(Experiment[CaptionerConfig], Evaluable[CaptionerConfig
         *(Metric(f"bleu{n}", "fraction", "higher") for n in range(1, 5)),
         *(Metric(f"{part}_right", "fraction", "higher", _has_scenes) for part in ("shapes", "colours", "relations")),
     )
+
+    def data_overview(self, config: CaptionerConfig, base: Path, num_samples: int) -> "DataOverview":
+        """Return what the data set consists of, with some training photos and captions."""
+        from cvlab.experiments.captioning import dataset, overview
+        from cvlab.storage.cache import data_root
+
+        loaded = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
+        return overview.build(loaded, num_samples)
 
     def run(self, config: CaptionerConfig, run: RunDir) -> dict[str, float]:
         """Compute features, train, and evaluate generated captions; save the weights in a file of their own."""

@@ -16,9 +16,9 @@ from cvlab.errors import ConfigError
 from cvlab.experiments.base import (
     ClassifiesPhotos,
     Evaluable,
-    Experiment,
     Exportable,
     PhotoExperiment,
+    ShowsData,
     State,
     default_splits,
 )
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from cvlab.engine.task import ExportSpec
     from cvlab.experiments.classification.setup import ClassificationSetup
+    from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
     from cvlab.models.pretrained import PretrainedClassifier
 
@@ -114,7 +115,7 @@ def _split_metrics(split: str, when: Callable[[ClassifyConfig], bool]) -> tuple[
 
 
 class ClassifyExperiment(
-    Experiment[ClassifyConfig], Evaluable[ClassifyConfig], Exportable[ClassifyConfig], ClassifiesPhotos[ClassifyConfig]
+    ShowsData[ClassifyConfig], Evaluable[ClassifyConfig], Exportable[ClassifyConfig], ClassifiesPhotos[ClassifyConfig]
 ):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
@@ -223,6 +224,13 @@ class ClassifyExperiment(
                 report.write(run, predictions, images, name)
         run.extra_summary["class_metrics"] = class_metrics
         return metrics
+
+    def data_overview(self, config: ClassifyConfig, base: Path, num_samples: int) -> "DataOverview":
+        """Return what the data set consists of, with some training images before and after augmentation."""
+        from cvlab.experiments.classification.data import overview
+        from cvlab.experiments.classification.setup import load_dataset
+
+        return overview.build(config, load_dataset(config, base), num_samples)
 
     def export_spec(self, config: ClassifyConfig, base: Path, state: State) -> "ExportSpec":
         """Return the model of a checkpoint with its normalization included: it takes images in [0, 1]."""

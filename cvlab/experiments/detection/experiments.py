@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.experiments.base import Evaluable, Experiment, Exportable, PhotoExperiment, State, default_splits
+from cvlab.experiments.base import Evaluable, Exportable, PhotoExperiment, ShowsData, State, default_splits
 from cvlab.experiments.detection.config import WEIGHTS_FILE, DetectConfig, DetectorConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column, PhotoResult, summarize
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cvlab.engine.task import ExportSpec
+    from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.detection.models.base import DetectionHead
 
 COLUMNS = (
@@ -93,7 +94,7 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
         }
 
 
-class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig]):
+class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig]):
     """Train an object detector: a head on the feature maps of an ImageNet-pretrained backbone.
 
     References:
@@ -125,6 +126,14 @@ class DetectorExperiment(Experiment[DetectorConfig], Evaluable[DetectorConfig], 
         Metric("seconds_per_photo", "s", "lower"),
         Metric("*_loss", better="lower"),
     )
+
+    def data_overview(self, config: DetectorConfig, base: Path, num_samples: int) -> "DataOverview":
+        """Return what the data set consists of, with some training photos and their boxes."""
+        from cvlab.experiments.detection.data import dataset, overview
+        from cvlab.storage.cache import data_root
+
+        loaded = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
+        return overview.build(config, loaded, num_samples)
 
     def run(self, config: DetectorConfig, run: RunDir) -> dict[str, float]:
         """Compute the feature maps, train the head, evaluate it, and save its weights in a file of their own."""

@@ -373,6 +373,7 @@ def load(
         val_labels=targets["val"],
         files=files,
         transform=transform,
+        photo_sizes=Counter((width, height) for note in array.notes for width, height in [note["size"]] if width),
     )
 
 
@@ -397,18 +398,19 @@ def _decode(
         return load_or_compute(data_root() / CACHE_FOLDER / _key(listing, transform), spec, compute)
 
 
-def _decode_one(path: Path, transform: EvalTransform) -> tuple[np.ndarray, dict[str, str | None]]:
+def _decode_one(path: Path, transform: EvalTransform) -> tuple[np.ndarray, dict[str, Any]]:
     """Return a photo as the model takes it, or zeros and the error; the digest is of the file."""
-    pixels, error = np.zeros((transform.size_px, transform.size_px, 3), np.uint8), None
+    pixels, error, size = np.zeros((transform.size_px, transform.size_px, 3), np.uint8), None, (0, 0)
     try:
-        pixels = np.asarray(transform(photos.load(path)))
+        photo = photos.load(path)
+        pixels, size = np.asarray(transform(photo)), photo.size
     except DataError as data_error:
         error = data_error.message.partition(": ")[2] or data_error.message
     try:
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     except OSError:  # it has vanished
         digest = ""
-    return pixels, {"error": error, "digest": digest}
+    return pixels, {"error": error, "digest": digest, "size": size}
 
 
 def _key(listing: PhotoListing, transform: EvalTransform) -> str:

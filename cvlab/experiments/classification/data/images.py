@@ -122,6 +122,7 @@ class ImageDataset:
         val_labels: int64 (V,), from 0, or None.
         files: Names of the images' files by split, if they have any.
         transform: How a photo becomes one of the images; None: resized to H, then cropped.
+        photo_sizes: Width and height of the photos in pixels, with their number, if the images were made from photos.
     """
 
     name: str
@@ -134,6 +135,7 @@ class ImageDataset:
     val_labels: Tensor | None = None
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transform: EvalTransform | None = None
+    photo_sizes: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def transformed(self, transform: EvalTransform) -> "ImageDataset":
         """Return a data set of the images as a transform makes them."""

@@ -1,0 +1,65 @@
+"""What `cvlab data show` shows of a detection data set."""
+
+from collections import Counter
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cvlab.data import photos
+from cvlab.experiments.common.data_overview import DataOverview, DataSample, Item, digest_bytes
+from cvlab.experiments.detection import drawing
+from cvlab.experiments.detection.config import DetectorConfig
+from cvlab.experiments.detection.data import augment
+from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
+from cvlab.experiments.detection.drawing import LabeledBox
+
+MAX_SHOWN_PX = 640  # longer side of a photo on the sheet
+
+
+def build(config: DetectorConfig, dataset: DetectionDataset, num_samples: int) -> DataOverview:
+    """Return the splits, the number of boxes of each class, and photos with their boxes, as they are and augmented."""
+    items, sizes = [], Counter[tuple[int, int]]()
+    for split, samples in dataset.splits.items():
+        for sample in samples:
+            with Image.open(sample.path) as image:
+                sizes[image.size] += 1
+            digest = digest_bytes(sample.path.read_bytes())
+            items.append(Item(split, sample.path.name, partial(photos.load, sample.path), digest))
+    train = dataset.splits["train"]
+    indices = torch.linspace(0, len(train) - 1, min(num_samples, len(train))).long().tolist()
+    return DataOverview(
+        name=dataset.name,
+        num_images={split: len(samples) for split, samples in dataset.splits.items()},
+        classes={split: _box_counts(samples, dataset.classes) for split, samples in dataset.splits.items()},
+        sizes=sizes,
+        samples=[_sample(config, dataset, index, train[index]) for index in indices],
+        items=items,
+        notes=("the numbers of the classes are those of their boxes",),
+    )
+
+
+def _box_counts(samples: tuple[DetectionSample, ...], classes: tuple[str, ...]) -> dict[str, int]:
+    counts = Counter(label for sample in samples for label in sample.labels.tolist())
+    return {name: counts[index] for index, name in enumerate(classes)}
+
+
+def _labeled(boxes_xyxy: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[LabeledBox]:
+    pairs = zip(boxes_xyxy.tolist(), labels.tolist(), strict=True)
+    return [LabeledBox(tuple(box), classes[label], label) for box, label in pairs]
+
+
+def _sample(config: DetectorConfig, dataset: DetectionDataset, index: int, sample: DetectionSample) -> DataSample:
+    photo = photos.load(sample.path)
+    scale = min(1.0, MAX_SHOWN_PX / max(photo.size))
+    shown = photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))))
+    boxes = _labeled(sample.boxes_xyxy * scale, sample.labels, dataset.classes)
+    view = augment.random_view(photo.width, photo.height, config.size, config.augment, config.seed, index, 0)
+    pixels = augment.color_jitter(photos.to_tensor(view.render(photo)), config.augment, config.seed, index, 0)
+    visible, indices = view.visible_boxes(sample.boxes_xyxy)
+    return DataSample(
+        sample.path.name,
+        drawing.draw(shown, boxes),
+        drawing.draw(photos.to_image(pixels), _labeled(visible, sample.labels[indices], dataset.classes)),
+    )
