@@ -83,10 +83,13 @@ Image.new("RGB", (84, 48), "white").save(BLANK_PLOT, "png")
 @pytest.fixture(autouse=True)
 def blank_plots(request, monkeypatch):
     """Build the plots of runs, but render none of them, which takes longer than all else that a tiny run does."""
+    from cvlab.experiments.classification import drawing
     from cvlab.reports import plots
 
     if "drawn_plots" not in request.fixturenames:
         monkeypatch.setattr(plots, "to_png", lambda figure: BLANK_PLOT.getvalue())
+        for name in ("confusion_matrix", "reliability_diagram", "gallery"):
+            monkeypatch.setattr(drawing, name, lambda *_: Image.new("RGB", (84, 48), "white"))
 
 
 @pytest.fixture

@@ -151,5 +151,11 @@ def _disk_errors() -> Iterator[None]:
 
 
 def _map(path: Path, spec: RowSpec) -> np.ndarray:
-    # copy-on-write: torch needs memory that it could write to
-    return np.memmap(path.with_suffix(".rows"), spec.dtype, "c", shape=(spec.count, *spec.shape))
+    """Map the rows into memory, copy-on-write; unlike `np.memmap` this keeps no file open."""
+    import torch
+
+    content = torch.from_file(
+        str(path.with_suffix(".rows")), shared=False, size=spec.count * spec.row_bytes, dtype=torch.uint8
+    )
+    rows: np.ndarray = content.numpy().view(spec.dtype).reshape(spec.count, *spec.shape)
+    return rows

@@ -149,7 +149,8 @@ def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
     assert not any(key.startswith("val_") for key in metrics)
     code, out, err = cvlab("eval", "latest", "--json")
     assert code == 0, err
-    assert json.loads(out)["metrics"].keys() == {"test_loss", "test_accuracy", "test_accuracy_tta"}
+    names = ("loss", "accuracy", "accuracy_tta", "top5_accuracy", "macro_f1", "ece")
+    assert json.loads(out)["metrics"].keys() == {f"test_{name}" for name in names}
     assert json.loads(out)["metrics"]["test_accuracy_tta"] == metrics["test_accuracy_tta"]
     assert cvlab("eval", "latest", "--split", "val")[0] == 2
     code, _, err = cvlab("train", tiny, *arguments, "expect=[val_accuracy > 0]")
@@ -394,7 +395,8 @@ def test_eval_shows_test_and_keeps_it(cvlab, tiny, tmp_path):
     code, out, _ = cvlab("eval", "latest", "--json")
     found = json.loads(out)
     assert code == 0
-    assert set(found["metrics"]) == {"val_loss", "val_accuracy", "test_loss", "test_accuracy"}
+    names = ("loss", "accuracy", "top5_accuracy", "macro_f1", "ece")
+    assert set(found["metrics"]) == {f"{split}_{name}" for split in ("val", "test") for name in names}
     assert found["metrics"]["val_accuracy"] == trained["metrics"]["val_accuracy"]
     assert read_json(tmp_path / "runs" / "latest" / "eval.json")["metrics"] == found["metrics"]
     best = json.loads(cvlab("eval", "latest", "--checkpoint", "best", "--split", "val", "--json")[1])
@@ -656,7 +658,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
     assert [section.partition(":")[0] for section in sections] == list(groups.GROUPS)
     lines = [line.split(maxsplit=1) for section in sections for line in section.splitlines()[1:]]
     commands, texts = zip(*lines, strict=True)
-    assert len(set(commands)) == len(commands) == 27
+    assert len(set(commands)) == len(commands) == 28
     assert len(set(texts)) == len(texts)
     assert not any(text.endswith("...") for text in texts)
 
@@ -664,10 +666,10 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["foo"], "unknown command 'foo'; similar: doctor; `cvlab --help` lists all 27"),
+        (["foo"], "unknown command 'foo'; similar: doctor; `cvlab --help` lists all 28"),
         (["data", "fech"], "unknown command 'fech'; did you mean 'fetch'? known: check, fetch, list"),
         (["train", "quickstart", "--sede", "3"], "similar: --debug, --seed, --set; see `cvlab train --help`"),
-        (["train", "yolo_scene"], "did you mean 'yolo_scenes'? `cvlab config` lists all 59"),
+        (["train", "yolo_scene"], "did you mean 'yolo_scenes'? `cvlab config` lists all 60"),
         (["train", "scenes_yolo"], "unknown configuration 'scenes_yolo'; similar: "),
         (["config", "quickstart", "model=resnet18"], "did you mean timm:resnet18 or torchvision:resnet18?"),
         (["train", "quickstart", "model=timm:resnet18", "model.foo=3"], "it has no parameter 'foo'"),

@@ -189,7 +189,7 @@ def test_classes_by_name_and_by_number():
     assert model.class_index("ostrich") == 9
     few = pretrained.PretrainedClassifier("mine", model.module, model.transform, ("class 0", "class 1"))
     assert few.class_index("1") == 1
-    with pytest.raises(ConfigError, match="classes 0 to 1, by number"):
+    with pytest.raises(ConfigError, match="2 classes: class 0, class 1"):
         few.class_index("2")
 
 

@@ -111,16 +111,16 @@ def metrics(predictions: Predictions) -> dict[str, float]:
     labels, logits = predictions.labels, predictions.logits
     values = {
         "loss": float(predictions.losses.mean()),
-        "accuracy": float((predictions.predicted == labels).float().mean()),
+        "accuracy": float((predictions.predicted == labels).double().mean()),
     }
     if logits.shape[1] > NUM_TOP:
         top = logits.topk(NUM_TOP, 1).indices
-        values["top5_accuracy"] = float((top == labels[:, None]).any(1).float().mean())
+        values["top5_accuracy"] = float((top == labels[:, None]).any(1).double().mean())
     scores = [score for score in class_scores(predictions) if score.count]
     values["macro_f1"] = sum(score.f1 for score in scores) / len(scores)
     values["ece"] = expected_calibration_error(predictions.probabilities, labels)
     if predictions.tta_logits is not None:
-        values["accuracy_tta"] = float((predictions.tta_logits.argmax(1) == labels).float().mean())
+        values["accuracy_tta"] = float((predictions.tta_logits.argmax(1) == labels).double().mean())
     return values
 
 

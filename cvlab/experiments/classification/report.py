@@ -50,8 +50,9 @@ def write(run: RunDir, predictions: Predictions, pixels: Images, split: str) -> 
         split: Name of the split.
     """
     chosen = evaluation.suspicious(predictions)[:MAX_SUSPICIOUS]
+    temperature = evaluation.best_temperature(predictions.logits, predictions.labels)
     run.write_text(f"predictions-{split}.csv", evaluation.to_csv(predictions))
-    run.write_json(f"evaluation-{split}.json", _document(predictions, chosen, split))
+    run.write_json(f"evaluation-{split}.json", _document(predictions, chosen, split, temperature))
     run.folder("plots")
     title = f"{split} of {run.path.name}"
     probabilities, labels = predictions.probabilities, predictions.labels
@@ -59,7 +60,6 @@ def write(run: RunDir, predictions: Predictions, pixels: Images, split: str) -> 
         confusion = evaluation.confusion_matrix(predictions)
         matrix = drawing.confusion_matrix(confusion, predictions.classes, f"confusion matrix: {title}")
         run.write_bytes(f"plots/{split}_confusion.png", png(matrix))
-        temperature = evaluation.best_temperature(predictions.logits, labels)
         error = evaluation.expected_calibration_error(probabilities, labels)
         text = f"expected calibration error {error:.3f}"
         if temperature is not None:
@@ -83,8 +83,7 @@ def write(run: RunDir, predictions: Predictions, pixels: Images, split: str) -> 
         run.log(f"warning: the pictures about {split} could not be drawn: {error}")
 
 
-def _document(predictions: Predictions, suspicious: list[int], split: str) -> dict[str, Any]:
-    temperature = evaluation.best_temperature(predictions.logits, predictions.labels)
+def _document(predictions: Predictions, suspicious: list[int], split: str, temperature: float | None) -> dict[str, Any]:
     report = scores(predictions, split)
     return {
         "split": split,

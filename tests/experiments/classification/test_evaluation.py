@@ -96,6 +96,7 @@ def test_names_are_no_formulas_in_a_spreadsheet():
     assert {row["prediction"] for row in rows} <= {"'=1+1", "'@x"}
 
 
+@pytest.mark.usefixtures("drawn_plots")
 @pytest.mark.parametrize("num_classes", [2, 9, 40])
 def test_pictures_of_any_number_of_classes(num_classes):
     predictions = random_predictions(num_classes=num_classes)

@@ -170,15 +170,15 @@ def test_every_data_set_is_listed_and_classify_rejects_detection_data(cvlab, tmp
     assert rows["fruit"]["state"] == "not on the disk"
     for name in datasets.DATASETS:
         assert name in datasets.BY_KIND[datasets.get(name).kind]
-    assert list(datasets.BY_KIND["images"]) == ["cifar10", "scenes10"]
+    assert list(datasets.BY_KIND["images"]) == ["cifar10", "scenes10", "folder"]
     for name in datasets.BY_KIND["boxes"]:
         code, _, err = cvlab("train", "quickstart", f"data.name={name}", "-q")
         assert code == 2
         assert f"data set '{name}' has photos with boxes" in err
-        assert "known: cifar10, scenes10" in err
+        assert "known: cifar10, folder, scenes10" in err
     code, _, err = cvlab("train", "quickstart", "data.name=cifar", "-q")
     assert code == 2
-    assert "did you mean 'cifar10'? known: cifar10, scenes10" in err
+    assert "did you mean 'cifar10'? known: cifar10, folder, scenes10" in err
     code, _, err = cvlab("data", "fetch", "boxes")
     assert code == 2
     assert "path is missing" in err
