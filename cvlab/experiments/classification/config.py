@@ -100,6 +100,10 @@ class ClassifyConfig(TrainConfig):
     label_smoothing: schema.FractionBelowOne = Field(
         0.0, description="probability mass of the target that is spread over all classes"
     )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: weight the loss of each image by N / (C * images of its class), for uneven classes",
+    )
     augment: AugmentConfig = Field(AugmentConfig())
     skip_easy: schema.FractionBelowOne = Field(
         0.0, description="after the first epoch skip this fraction of the images, those with the smallest loss"

@@ -249,11 +249,17 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
 
     A `HardExampleLoader` records the cross-entropy of each image.
     """
+    weights_of_classes = balanced_weights(train_loader.labels) if config.class_weights == "balanced" else None
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> loop.Losses:
         images, labels = batch
         logits = model(images)
-        loss = F.cross_entropy(_at_least_float32(logits), labels, label_smoothing=config.label_smoothing)
+        smoothing = {"label_smoothing": config.label_smoothing}
+        if weights_of_classes is None:
+            loss = F.cross_entropy(_at_least_float32(logits), labels, **smoothing)
+        else:  # not torch's weighted mean, whose divisor differs from batch to batch and from rank to rank
+            losses = F.cross_entropy(_at_least_float32(logits), labels, reduction="none", **smoothing)
+            loss = (weights_of_classes[labels] * losses).mean()
         if config.reg > 0:
             weights = [p for p in model.parameters() if p.ndim > 1]
             loss = loss + config.reg * torch.stack([w.square().sum() for w in weights]).sum()
@@ -262,6 +268,12 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
         return {"loss": loss, "batch_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
 
     return loss_fn
+
+
+def balanced_weights(labels: Tensor) -> Tensor:
+    """Return a weight for each class, N / (C * images of the class): the mean weight of the N images is 1."""
+    counts = torch.bincount(labels)
+    return len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Metrics of a batch, for models that users write."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from cvlab.experiments.classification import setup
 from cvlab.experiments.classification.setup import compute_metrics
 
 
@@ -28,3 +31,22 @@ def test_a_model_that_changes_its_input_in_place_gets_the_same_metrics(tta):
     measured = compute_metrics(Classifier(in_place=True), (images.clone(), labels), tta)
     assert measured == expected
     assert 0 < expected["accuracy"] < 200
+
+
+def test_balanced_weights_are_those_of_the_definition():
+    labels = torch.tensor([0] * 6 + [1] * 3 + [3])
+    weights = setup.balanced_weights(labels)
+    assert torch.allclose(weights[labels].mean(), torch.tensor(1.0))
+    sums = [float(weights[labels][labels == k].sum()) for k in (0, 1, 3)]
+    assert sums == pytest.approx([10 / 3] * 3)
+
+
+def test_uneven_classes_weigh_the_same(cvlab):
+    arguments = ("quickstart", "data.num_train=300", "data.val_fraction=0.02", "duration={steps: 3}", "expect=[]")
+    results = {}
+    for value in ("none", "balanced"):
+        code, out, err = cvlab("train", *arguments, f"class_weights={value}", "--json")
+        assert code == 0, err
+        results[value] = json.loads(out)["metrics"]["train_loss"]
+    assert results["none"] != results["balanced"]
+    assert results["none"] == pytest.approx(results["balanced"], rel=0.1)  # scenes10 is nearly even
