@@ -195,7 +195,11 @@ class RunDir:
             self._close_metrics()  # of the file that is replaced
             atomic.write(path, lambda file: file.write(content))
 
+    def __del__(self) -> None:
+        self._close_metrics()  # of a run directory that is used without its lock
+
     def _close_metrics(self) -> None:
-        if self._metrics_descriptor is not None:
-            os.close(self._metrics_descriptor)
+        descriptor: int | None = getattr(self, "_metrics_descriptor", None)  # missing if __init__ failed
+        if descriptor is not None:
+            os.close(descriptor)
             self._metrics_descriptor = None

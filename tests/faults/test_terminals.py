@@ -39,11 +39,16 @@ class Terminal:
 
     def read(self):
         """Take what has been shown; a terminal that is full would stop the program."""
-        while self.master is not None and select.select([self.master], [], [], 0)[0]:
+        while self.master is not None and self._has_output():
             try:
                 self.shown += os.read(self.master, 65536)
             except OSError:  # the other side has closed
                 break
+
+    def _has_output(self):
+        poll = select.poll()  # select() takes no descriptor beyond 1023
+        poll.register(self.master, select.POLLIN)
+        return bool(poll.poll(0))
 
     def until(self, holds, seconds=60):
         deadline = time.monotonic() + seconds
