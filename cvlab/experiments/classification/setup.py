@@ -254,11 +254,11 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> loop.Losses:
         images, labels = batch
         logits = model(images)
-        smoothing = {"label_smoothing": config.label_smoothing}
+        logits32 = _at_least_float32(logits)
         if weights_of_classes is None:
-            loss = F.cross_entropy(_at_least_float32(logits), labels, **smoothing)
+            loss = F.cross_entropy(logits32, labels, label_smoothing=config.label_smoothing)
         else:  # not torch's weighted mean, whose divisor differs from batch to batch and from rank to rank
-            losses = F.cross_entropy(_at_least_float32(logits), labels, reduction="none", **smoothing)
+            losses = F.cross_entropy(logits32, labels, reduction="none", label_smoothing=config.label_smoothing)
             loss = (weights_of_classes[labels] * losses).mean()
         if config.reg > 0:
             weights = [p for p in model.parameters() if p.ndim > 1]
