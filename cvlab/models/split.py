@@ -65,7 +65,7 @@ def split(model: PretrainedClassifier, trainable_stages: int) -> SplitBackbone:
     if trainable_stages >= len(names):
         raise ConfigError(
             f"model.trainable_stages {trainable_stages}: {model.name} has {len(names)} stages",
-            f"at most {len(names) - 1}; a smaller model.freeze is no use",
+            f"at most {len(names) - 1}",
         )
     size = model.transform.size_px
     image = torch.rand((1, 3, size, size), generator=torch.Generator().manual_seed(0))

@@ -1,25 +1,16 @@
 """What `cvlab data show` shows of a data set of captioned photos."""
 
-from collections import Counter
-from functools import partial
-
 import torch
-from PIL import Image
 
 from cvlab.data import photos
 from cvlab.experiments.captioning.dataset import CaptionDataset
-from cvlab.experiments.common.data_overview import DataOverview, DataSample, Item, digest_bytes
+from cvlab.experiments.common.data_overview import DataOverview, DataSample, photo_items
 
 
 def build(dataset: CaptionDataset, num_samples: int) -> DataOverview:
     """Return the splits and some photos with a caption."""
-    items, sizes = [], Counter[tuple[int, int]]()
-    for split, samples in dataset.splits.items():
-        for sample in samples:
-            with Image.open(sample.path) as image:
-                sizes[image.size] += 1
-            digest = digest_bytes(sample.path.read_bytes())
-            items.append(Item(split, sample.path.name, partial(photos.load, sample.path), digest))
+    paths = {split: [sample.path for sample in samples] for split, samples in dataset.splits.items()}
+    items, sizes = photo_items(paths)
     train = dataset.splits["train"]
     indices = torch.linspace(0, len(train) - 1, min(num_samples, len(train))).long().tolist()
     counts = {split: sum(len(sample.captions) for sample in samples) for split, samples in dataset.splits.items()}

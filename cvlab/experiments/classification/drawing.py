@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
+from cvlab.experiments.classification.data.images import to_image
 from cvlab.reports import colors, fonts, images
 
 if TYPE_CHECKING:
@@ -140,10 +141,7 @@ def reliability_diagram(
 
 def _tile(predictions: "Predictions", pixels: "Images", index: int) -> tuple[str, Image.Image]:
     """Return an image with what it is, what it is taken for, and its name."""
-    import torch
-
-    array = pixels[torch.tensor([index])][0].numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array[..., :3]).convert("RGB")
+    image = to_image(pixels, index)
     image = image.resize(
         (TILE_PX, TILE_PX), images.BICUBIC if image.width >= TILE_PX // 2 else Image.Resampling.NEAREST
     )

@@ -221,7 +221,7 @@ class ClassifyExperiment(
             class_metrics |= scores.class_metrics
             require_finite(metrics)
             if has_files and run.writable and not is_run(run.path.parent.parent):
-                report.write(run, predictions, images, name)
+                report.write(run, predictions, scores.metrics, images, name)
         run.extra_summary["class_metrics"] = class_metrics
         return metrics
 

@@ -40,19 +40,20 @@ def scores(predictions: Predictions, split: str) -> SplitReport:
     )
 
 
-def write(run: RunDir, predictions: Predictions, pixels: Images, split: str) -> None:
+def write(run: RunDir, predictions: Predictions, metrics: dict[str, float], pixels: Images, split: str) -> None:
     """Write the files about a split; where a picture fails, a warning is logged.
 
     Args:
         run: The run directory.
         predictions: The predictions.
+        metrics: Their metrics, see `scores`.
         pixels: Their images, uint8 (N, H, W, C).
         split: Name of the split.
     """
     chosen = evaluation.suspicious(predictions)[:MAX_SUSPICIOUS]
     temperature = evaluation.best_temperature(predictions.logits, predictions.labels)
     run.write_text(f"predictions-{split}.csv", evaluation.to_csv(predictions))
-    run.write_json(f"evaluation-{split}.json", _document(predictions, chosen, split, temperature))
+    run.write_json(f"evaluation-{split}.json", _document(predictions, metrics, chosen, split, temperature))
     run.folder("plots")
     title = f"{split} of {run.path.name}"
     probabilities, labels = predictions.probabilities, predictions.labels
@@ -83,12 +84,13 @@ def write(run: RunDir, predictions: Predictions, pixels: Images, split: str) -> 
         run.log(f"warning: the pictures about {split} could not be drawn: {error}")
 
 
-def _document(predictions: Predictions, suspicious: list[int], split: str, temperature: float | None) -> dict[str, Any]:
-    report = scores(predictions, split)
+def _document(
+    predictions: Predictions, metrics: dict[str, float], suspicious: list[int], split: str, temperature: float | None
+) -> dict[str, Any]:
     return {
         "split": split,
         "images": len(predictions.labels),
-        "metrics": report.metrics,
+        "metrics": metrics,
         "classes": [
             {"class": name, **asdict(score)}
             for name, score in zip(predictions.classes, evaluation.class_scores(predictions), strict=True)

@@ -4,10 +4,13 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from cvlab.data import photos
 from cvlab.reports import images
 
 MAX_EMBEDDED = 2000  # images of a data set whose features are compared
@@ -61,6 +64,17 @@ class DataOverview:
 def digest_bytes(content: bytes) -> str:
     """Return a digest of an image's content."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def photo_items(paths: Mapping[str, Sequence[Path]]) -> tuple[list[Item], Counter[tuple[int, int]]]:
+    """Return the photos of a data set, given by split, and how many there are of each width and height in pixels."""
+    items, sizes = [], Counter[tuple[int, int]]()
+    for split, files in paths.items():
+        for path in files:
+            with Image.open(path) as image:
+                sizes[image.size] += 1
+            items.append(Item(split, path.name, partial(photos.load, path), digest_bytes(path.read_bytes())))
+    return items, sizes
 
 
 def exact_copies(items: Sequence[Item]) -> list[list[Item]]:

@@ -96,6 +96,12 @@ def select_rows(images: Images, selection: slice) -> Images:
     return images[selection] if isinstance(images, Tensor) else images.rows(selection)
 
 
+def to_image(images: Images, index: int) -> Image.Image:
+    """Return one of the images, in grayscale or RGB (alpha is left out), as an RGB picture."""
+    array = images[torch.tensor([index])][0].numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array[..., :3]).convert("RGB")
+
+
 def add_images(digest: DataDigest, images: Images) -> None:
     """Add images to a digest: their contents, or what these are known by."""
     if isinstance(images, ImageRows):

@@ -4,12 +4,11 @@ from collections import Counter
 from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cvlab.experiments.classification.config import ClassifyConfig
 from cvlab.experiments.classification.data.augment import Augmentation
-from cvlab.experiments.classification.data.images import ImageDataset, ImageRows, Images, split
+from cvlab.experiments.classification.data.images import ImageDataset, ImageRows, Images, split, to_image
 from cvlab.experiments.common.data_overview import DataOverview, DataSample, Item, digest_bytes
 
 CHUNK = 2000  # images that are read at a time
@@ -41,11 +40,6 @@ def _class_counts(labels: Tensor, classes: tuple[str, ...]) -> dict[str, int]:
     return {name: counts[index] for index, name in enumerate(classes)}
 
 
-def _read(pixels: Images, index: int) -> Image.Image:
-    array = pixels[torch.tensor([index])][0].numpy()
-    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array[..., :3]).convert("RGB")
-
-
 def _items(name: str, pixels: Images, dataset: ImageDataset) -> list[Item]:
     files = dataset.files.get(name, ())
     if isinstance(pixels, ImageRows):
@@ -55,7 +49,7 @@ def _items(name: str, pixels: Images, dataset: ImageDataset) -> list[Item]:
         for start in range(0, len(pixels), CHUNK):
             digests += [digest_bytes(row.tobytes()) for row in pixels[start : start + CHUNK].numpy()]
     return [
-        Item(name, files[k] if k < len(files) else str(k), partial(_read, pixels, k), digest)
+        Item(name, files[k] if k < len(files) else str(k), partial(to_image, pixels, k), digest)
         for k, digest in enumerate(digests)
     ]
 
@@ -73,8 +67,8 @@ def _samples(
     return [
         DataSample(
             dataset.classes[int(labels[index])],
-            _read(originals, k),
-            _read(changed, k) if is_augmented else None,
+            to_image(originals, k),
+            to_image(changed, k) if is_augmented else None,
         )
         for k, index in enumerate(indices)
     ]

@@ -1,14 +1,12 @@
 """What `cvlab data show` shows of a detection data set."""
 
 from collections import Counter
-from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cvlab.data import photos
-from cvlab.experiments.common.data_overview import DataOverview, DataSample, Item, digest_bytes
+from cvlab.experiments.common.data_overview import DataOverview, DataSample, photo_items
 from cvlab.experiments.detection import drawing
 from cvlab.experiments.detection.config import DetectorConfig
 from cvlab.experiments.detection.data import augment
@@ -20,13 +18,8 @@ MAX_SHOWN_PX = 640  # longer side of a photo on the sheet
 
 def build(config: DetectorConfig, dataset: DetectionDataset, num_samples: int) -> DataOverview:
     """Return the splits, the number of boxes of each class, and photos with their boxes, as they are and augmented."""
-    items, sizes = [], Counter[tuple[int, int]]()
-    for split, samples in dataset.splits.items():
-        for sample in samples:
-            with Image.open(sample.path) as image:
-                sizes[image.size] += 1
-            digest = digest_bytes(sample.path.read_bytes())
-            items.append(Item(split, sample.path.name, partial(photos.load, sample.path), digest))
+    paths = {split: [sample.path for sample in samples] for split, samples in dataset.splits.items()}
+    items, sizes = photo_items(paths)
     train = dataset.splits["train"]
     indices = torch.linspace(0, len(train) - 1, min(num_samples, len(train))).long().tolist()
     return DataOverview(
