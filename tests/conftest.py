@@ -163,6 +163,19 @@ grid:
 """
 
 
+SLOW_NET = """import os
+import time
+
+from cvlab.experiments.classification.models.convnet import deep_convnet
+
+
+def net():
+    model = deep_convnet(filters=(4,), pools=(0,))
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.02 * os.path.exists(os.environ["CVLAB_TEST_SLOW"])))
+    return model
+"""
+
+
 @pytest.fixture(scope="session")
 def undisturbed_weights(tmp_path_factory, data_root):
     """Return the digests of the weights of SMALL_SWEEP's trials, run to the end on this machine."""
@@ -176,12 +189,19 @@ def undisturbed_weights(tmp_path_factory, data_root):
 
 @pytest.fixture
 def started_sweep(tmp_path):
-    """Return a function that starts `cvlab sweep s.yaml` in another process, with standard error in `said.txt`."""
-    (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
+    """Return a function that starts `cvlab sweep s.yaml` in another process, with standard error in `said.txt`.
+
+    While a file `slow` is there, each step takes 20 ms, so that no trial ends before a test has disturbed it.
+    """
+    model = "{name: deep_convnet, filters: [4], pools: [0]}"
+    assert model in SMALL_SWEEP
+    (tmp_path / "net.py").write_text(SLOW_NET)
+    (tmp_path / "s.yaml").write_text(SMALL_SWEEP.replace(model, "{name: './net.py:net'}"))
     started = []
 
     def start(*words):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | environment | {"CVLAB_TEST_SLOW": str(tmp_path / "slow")}
         with (tmp_path / "said.txt").open("ab") as said:
             command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", *words]
             started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said))

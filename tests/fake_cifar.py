@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from cvlab.experiments.classification.data import cifar10
+from cvlab.experiments.classification.data.cifar import CIFAR10_FILES
 
 
 def batch(count, seed):
@@ -20,13 +20,13 @@ def batch(count, seed):
 
 
 def write(folder, count=40):
-    """Write all files of a small CIFAR-10; return their md5 sums."""
+    """Write all files of a small CIFAR-10; return their checksums."""
     folder.mkdir(parents=True)
     sums = {}
-    for seed, name in enumerate(cifar10.MD5):
+    for seed, name in enumerate(CIFAR10_FILES.checksums):
         raw = pickle.dumps(batch(count, seed), protocol=3)
         (folder / name).write_bytes(raw)
-        sums[name] = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+        sums[name] = f"md5:{hashlib.md5(raw, usedforsecurity=False).hexdigest()}"
     return sums
 
 
@@ -34,7 +34,7 @@ def tar_of(folder):
     """Pack a folder as the official archive does; return its bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        tar.add(folder, cifar10.FOLDER)
+        tar.add(folder, CIFAR10_FILES.folder)
     return buffer.getvalue()
 
 

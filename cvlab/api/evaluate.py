@@ -7,7 +7,7 @@ from cvlab import console, registry
 from cvlab.config import loading
 from cvlab.config.metrics import require_finite
 from cvlab.errors import CheckpointError, ConfigError, RunDirError
-from cvlab.experiments.base import Evaluable
+from cvlab.experiments.base import Evaluable, EvaluatesOtherData
 from cvlab.runs import checkpoint
 from cvlab.runs.find import config_path
 from cvlab.runs.records import read_json, require_folder
@@ -16,7 +16,9 @@ from cvlab.runs.run_dir import RunDir
 CHOICES = ("last", "best")
 
 
-def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | None) -> dict[str, Any]:
+def evaluate(
+    path: Path, splits: tuple[str, ...], weights: str, device: str | None, data: str | None = None
+) -> dict[str, Any]:
     """Evaluate a run and write the result to its eval.json.
 
     Args:
@@ -24,6 +26,7 @@ def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | No
         splits: `train`, `val`, `test`; empty for validation and test, if present.
         weights: `last` or `best`.
         device: Where to evaluate; None for the device of the run's configuration.
+        data: Another data set, by name or as `folder:PATH`; None for the run's own.
 
     Returns:
         `ok`, `run`, `experiment`, `checkpoint`, `step`, `data` and `metrics`.
@@ -37,8 +40,13 @@ def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | No
     experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Evaluable):
         raise ConfigError(f"{path.name}: a run of {config.experiment} has no weights to evaluate")
+    if data is not None and not isinstance(experiment, EvaluatesOtherData):
+        raise ConfigError(f"{path.name}: a run of {config.experiment} is evaluated on its own data only")
     state = load_state(path, weights)
-    metrics = experiment.evaluate(config, path, state, splits)
+    if data is not None and isinstance(experiment, EvaluatesOtherData):
+        metrics = experiment.evaluate_on(config, path, state, data, splits)
+    else:
+        metrics = experiment.evaluate(config, path, state, splits)
     require_finite(metrics)
     result = {
         "ok": True,
@@ -46,7 +54,7 @@ def evaluate(path: Path, splits: tuple[str, ...], weights: str, device: str | No
         "experiment": config.experiment,
         "checkpoint": weights,
         "step": state.get("step"),
-        "data": read_json(path / "summary.json").get("data"),
+        "data": data or read_json(path / "summary.json").get("data"),
         "metrics": metrics,
     }
     try:

@@ -154,8 +154,8 @@ class ModelOptions(OptionGroup):
     model: Annotated[
         str | None,
         typer.Option(
-            help="efficientnet_lite0 (bundled), timm:NAME, torchvision:NAME, or a run of a classifier; `latest`: the "
-            "newest one",
+            help="efficientnet_lite0 (bundled), efficientnet_lite2, timm:NAME, torchvision:NAME, or a run of a "
+            "classifier; `latest`: the newest one",
             autocompletion=complete_run,
         ),
     ] = None

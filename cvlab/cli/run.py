@@ -111,13 +111,14 @@ def evaluate(
     run: RunArgument,
     split: Annotated[list[str] | None, typer.Option(help="train, val or test; may be repeated")] = None,
     checkpoint: Annotated[str, typer.Option(help="last or best weights")] = "last",
+    data: Annotated[str | None, typer.Option(help="another data set: folder:PATH, or a name; classifiers only")] = None,
     device: Device = None,
     trust: Trust = False,
     runs_dir: RunsDir = None,
     *,
     output: Output,
 ) -> None:
-    """Evaluate a run's weights on the validation and test splits."""
+    """Evaluate a run's weights on validation, test or other data."""
     from cvlab.api import evaluate as api_evaluate
     from cvlab.experiments.base import Evaluable, has_capability
     from cvlab.reports import tables
@@ -125,8 +126,8 @@ def evaluate(
 
     path = find_run(run, runs_root(runs_dir), has_capability(Evaluable), "a training run")
     require_trust(str(path), trust)
-    result = api_evaluate.evaluate(path, tuple(split or ()), checkpoint, device)
-    title = f"{path.name}, {checkpoint} weights, step {result['step']}"
+    result = api_evaluate.evaluate(path, tuple(split or ()), checkpoint, device, data)
+    title = f"{path.name}, {checkpoint} weights, step {result['step']}{f', {data}' if data else ''}"
     output.show(result, lambda: tables.show_block(title, result["metrics"]))
 
 

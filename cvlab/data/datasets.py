@@ -17,7 +17,13 @@ Dataset = TypeVar("Dataset", covariant=True)
 
 BY_KIND = {
     "images": {
-        "cifar10": "cvlab.experiments.classification.data.cifar10:SOURCE",
+        "cifar10": "cvlab.experiments.classification.data.cifar:CIFAR10",
+        "cifar100": "cvlab.experiments.classification.data.cifar:CIFAR100",
+        "mnist": "cvlab.experiments.classification.data.mnist:MNIST",
+        "mnist5k": "cvlab.experiments.classification.data.mnist:MNIST5K",
+        "fashion_mnist": "cvlab.experiments.classification.data.mnist:FASHION_MNIST",
+        "svhn": "cvlab.experiments.classification.data.svhn:SOURCE",
+        "imagenette": "cvlab.experiments.classification.data.imagenette:SOURCE",
         "scenes10": "cvlab.experiments.classification.data.scenes10:SOURCE",
         "folder": "cvlab.experiments.classification.data.folder:SOURCE",
     },

@@ -124,6 +124,25 @@ class Evaluable(Generic[C]):
         raise NotImplementedError
 
 
+class EvaluatesOtherData(Generic[C]):
+    """An experiment whose weights can be evaluated on another data set: `cvlab eval RUN --data NAME`."""
+
+    def evaluate_on(self, config: C, base: Path, state: State, data: str, splits: Sequence[str]) -> Metrics:
+        """Evaluate the weights of a checkpoint on a data set.
+
+        Args:
+            config: the run's configuration.
+            base: the run directory.
+            state: the checkpoint.
+            data: name of a data set, or `folder:PATH`.
+            splits: its splits; empty for all that are not for training.
+
+        Returns:
+            The metrics, each name preceded by its split.
+        """
+        raise NotImplementedError
+
+
 def has_capability(capability: type) -> Callable[[Path], bool]:
     """Return a function that tells whether a run is of an experiment with a capability and has a checkpoint."""
 

@@ -7,9 +7,9 @@ from cvlab.models import features, names
 from cvlab.models.pretrained import PretrainedClassifier
 
 LAYERS_BY_STRIDE = {  # the last layer of each stride
-    names.DEFAULT_MODEL: {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}
+    name: {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"} for name in names.BY_PIP
 }
-LAST_LAYER = {names.DEFAULT_MODEL: "bn2"}  # 1280 channels at stride 32, as the course's MobileNetV2 has them
+LAST_LAYER = dict.fromkeys(names.BY_PIP, "bn2")  # 1280 channels at stride 32, as the course's MobileNetV2 has them
 PROBE_PX = 64  # side of the image that tells the number of channels
 
 

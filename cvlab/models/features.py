@@ -25,8 +25,10 @@ class StyleLayers:
     content: str
 
 
+EFFICIENTNET_LITE = StyleLayers(("blocks.0", "blocks.1", "blocks.3", "blocks.5"), "blocks.4")
 STYLE_LAYERS = {  # VGG's are the paper's: relu1_1 to relu5_1, relu4_2; SqueezeNet 1.1's are those of EECS 498
-    "efficientnet_lite0": StyleLayers(("blocks.0", "blocks.1", "blocks.3", "blocks.5"), "blocks.4"),
+    "efficientnet_lite0": EFFICIENTNET_LITE,
+    "efficientnet_lite2": EFFICIENTNET_LITE,
     "torchvision:vgg16": StyleLayers(tuple(f"features.{k}" for k in (1, 6, 11, 18, 25)), "features.20"),
     "torchvision:vgg19": StyleLayers(tuple(f"features.{k}" for k in (1, 6, 11, 20, 29)), "features.22"),
     "torchvision:squeezenet1_0": StyleLayers(tuple(f"features.{k}" for k in (1, 4, 7, 9)), "features.5"),

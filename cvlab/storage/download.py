@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,13 @@ class _Response:
     offset: int
 
 
-def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, wait: bool) -> Path:
+def fetch(urls: Sequence[str], target: Path, checksum: str, size: int, wait: bool) -> Path:
     """Download a file unless it exists.
 
     Args:
         urls: Sources of the same file.
         target: Where to put it.
-        sha256: Its checksum, or the first digits of it.
+        checksum: Its checksum, as `verify` takes it.
         size: Its size in bytes.
         wait: Wait for slow sources.
 
@@ -75,12 +75,12 @@ def fetch(urls: Sequence[str], target: Path, sha256: str, size: int, wait: bool)
         DataError: No source has it, or it differs from the checksum.
     """
     if target.is_file():
-        verify(target, sha256)
+        verify(target, checksum)
         return target
     partial = target.with_name(f"{target.name}.partial")
     _receive(urls, partial, size, wait)
     try:
-        verify(partial, sha256)
+        verify(partial, checksum)
     except DataError:
         partial.unlink()
         raise
@@ -233,17 +233,31 @@ def _chunks(body: Any) -> Iterator[bytes]:
         yield chunk
 
 
-def verify(path: Path, sha256: str) -> None:
-    """Raise DataError unless a file has the published checksum, of which the first digits are enough."""
+def algorithm_of(checksum: str) -> str:
+    """Return the algorithm of a checksum: that before a colon, else sha256."""
+    return checksum.rpartition(":")[0] or "sha256"
+
+
+def matches(chunks: Iterable[bytes], checksum: str) -> bool:
+    """Return whether a content has a checksum: hexadecimal digits of its SHA-256, or `md5:` and those of its MD5.
+
+    The first digits are enough.
+    """
+    digest = hashlib.new(algorithm_of(checksum), usedforsecurity=False)
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest().startswith(checksum.rpartition(":")[2])
+
+
+def verify(path: Path, checksum: str) -> None:
+    """Raise DataError unless a file has the published checksum, see `matches`."""
     try:
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(1024**2):
-                digest.update(chunk)
+            is_intact = matches(iter(lambda: file.read(1024**2), b""), checksum)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}", "name a file that can be read") from error
-    if not digest.hexdigest().startswith(sha256):
-        raise DataError(f"{path}: differs from the published file (sha256)", "get it again")
+    if not is_intact:
+        raise DataError(f"{path}: differs from the published file ({algorithm_of(checksum)})", "get it again")
 
 
 def is_online() -> bool:

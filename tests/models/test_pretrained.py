@@ -40,7 +40,7 @@ def test_random_numbers_do_not_depend_on_the_cache():
 
 def test_folded_batchnorm_keeps_the_logits():
     original = _compat.timm().create_model("tf_efficientnet_lite0").eval()
-    given = weights.read_state_dict(weights.lite0_path())
+    given = weights.read_state_dict(weights.path_by_pip())
     original.load_state_dict(dict(zip(original.state_dict(), given.values(), strict=True)))
     small = pretrained.fold_batchnorm(original.requires_grad_(False), 224)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in small.modules())

@@ -14,8 +14,10 @@ from cvlab.engine.config import TrainConfig
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.profiles import AUTO, Profile
 from cvlab.experiments.common.photo_config import PhotoConfig
+from cvlab.models.names import BY_PIP, PREFIXES
 
 FOLDER = "folder"
+PHOTO_DATASETS = (FOLDER, "imagenette")  # photos of any size, which `image_px` brings to one
 PRETRAINED = "pretrained"
 
 
@@ -34,11 +36,16 @@ class ImageDataConfig(schema.DataConfig):
     )
     split_seed: schema.NonNegativeInt = Field(0, description="folder: which photos are used for validation and test")
     image_px: Annotated[schema.PositiveInt, Ge(8), Le(1024)] | None = Field(
-        None, description="folder: height and width of the images; null: those of the pretrained model, else 64"
+        None, description="photos: height and width of the images; null: those of the pretrained model, else 64"
     )
     normalize: Literal["mean", "mean_std"] = Field(
         "mean", description="subtract the mean of each channel; mean_std: also divide by its standard deviation"
     )
+
+    @property
+    def has_photos(self) -> bool:
+        """Whether the data set consists of photos of any size."""
+        return self.name in PHOTO_DATASETS
 
     @field_validator("name", "fallback")
     @classmethod
@@ -56,8 +63,8 @@ class ImageDataConfig(schema.DataConfig):
     def _check_folder(self) -> "ImageDataConfig":
         if (self.name == FOLDER) != (self.path is not None):
             raise ValueError(f"name: {FOLDER} requires a path; no other data set takes one")
-        if self.name != FOLDER and (self.image_px is not None or self.test_fraction):
-            raise ValueError(f"image_px and test_fraction are of name: {FOLDER}")
+        if not self.has_photos and (self.image_px is not None or self.test_fraction):
+            raise ValueError(f"image_px and test_fraction are of name: {' or '.join(PHOTO_DATASETS)}")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction leave nothing to train on")
         return self
@@ -128,6 +135,8 @@ class ClassifyConfig(TrainConfig):
             )
         if self.duration.epochs is not None and epochs > self.duration.epochs:
             raise ValueError(f"model.finetune_epochs: {epochs} is more than duration.epochs: {self.duration.epochs}")
+        if self.is_transfer and self.data.image_px is not None:
+            raise ValueError("data.image_px: the images of model: pretrained have the size that its backbone takes")
         if self.is_transfer and (self.augment.cutout_px or self.skip_easy or self.tta != "none"):
             raise ValueError("augment.cutout_px, skip_easy and tta are not for features of a pretrained model")
         return self
@@ -143,6 +152,13 @@ class ClassifyConfig(TrainConfig):
     def is_transfer(self) -> bool:
         """Whether a pretrained backbone is used, whose features are computed once."""
         return self.model.name == PRETRAINED
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether a network of timm or torchvision starts from pretrained weights and is trained as a whole."""
+        arguments = self.model.builder_arguments()
+        is_from_zoo = self.model.name in BY_PIP or self.model.name.startswith(tuple(f"{name}:" for name in PREFIXES))
+        return is_from_zoo and arguments.get("weights") is not None
 
     @property
     def finetune_epochs(self) -> int:

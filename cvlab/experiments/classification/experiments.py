@@ -16,6 +16,7 @@ from cvlab.errors import ConfigError
 from cvlab.experiments.base import (
     ClassifiesPhotos,
     Evaluable,
+    EvaluatesOtherData,
     Exportable,
     PhotoExperiment,
     ShowsData,
@@ -115,7 +116,11 @@ def _split_metrics(split: str, when: Callable[[ClassifyConfig], bool]) -> tuple[
 
 
 class ClassifyExperiment(
-    ShowsData[ClassifyConfig], Evaluable[ClassifyConfig], Exportable[ClassifyConfig], ClassifiesPhotos[ClassifyConfig]
+    ShowsData[ClassifyConfig],
+    Evaluable[ClassifyConfig],
+    EvaluatesOtherData[ClassifyConfig],
+    Exportable[ClassifyConfig],
+    ClassifiesPhotos[ClassifyConfig],
 ):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
@@ -282,10 +287,21 @@ class ClassifyExperiment(
         from cvlab.experiments.classification.setup import build
         from cvlab.runs import checkpoint
 
-        setup = build(config, base)
+        setup = build(config, base, is_restored=True)
         checkpoint.load_eval_weights(setup.model, state, str(base))
         splits = splits or default_splits(setup.splits)
         unknown = [name for name in splits if name not in setup.splits]
         if unknown:
             raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(setup.splits)}")
         return self._report(config, setup, setup.model, splits, RunDir(base))
+
+    def evaluate_on(
+        self, config: ClassifyConfig, base: Path, state: State, data: str, splits: Sequence[str]
+    ) -> dict[str, float]:
+        """Evaluate the weights of a checkpoint on another data set with the same names of classes."""
+        from cvlab.engine import device
+        from cvlab.experiments.classification import other_data
+
+        ctx = device.select_device(config.device, config.precision, config.threads)
+        model = self.photo_classifier(config, base, state, str(ctx.device))
+        return other_data.evaluate(model, data, splits, ctx, RunDir(base))

@@ -50,7 +50,7 @@ def load(config: ClassifyConfig, base: Path, state: dict[str, Any], device: str)
     about = _read(base)
     mean, std, transform = about["mean"], about["std"], about["transform"]
     size = DatasetSize(0, 0, transform.size_px, len(mean), len(about["classes"]))
-    model = setup.build_model(config, base, size)
+    model = setup.build_model(config, base, size, is_restored=True)
     checkpoint.load_eval_weights(model, state, str(base))
     model = model.float().eval().requires_grad_(False)
     module = NormalizedModel(GrayscaleModel(model) if len(mean) == 1 else model, tuple(mean), tuple(std)).eval()

@@ -15,7 +15,7 @@ from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
 from cvlab.engine import device, loop
 from cvlab.errors import ConfigError
-from cvlab.experiments.classification.config import FOLDER, ClassifyConfig, ImageDataConfig
+from cvlab.experiments.classification.config import ClassifyConfig, ImageDataConfig
 from cvlab.experiments.classification.data import folder
 from cvlab.experiments.classification.data.augment import Augmentation, tta_views
 from cvlab.experiments.classification.data.features import FeatureLoader, FeatureStore, Views
@@ -38,7 +38,7 @@ from cvlab.experiments.classification.models import checks
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.models.transfer import TransferClassifier
 from cvlab.models import pretrained
-from cvlab.models.pretrained import PretrainedClassifier
+from cvlab.models.pretrained import Preprocessing, PretrainedClassifier
 from cvlab.ops.resample import EvalTransform
 from cvlab.storage.cache import data_root
 
@@ -87,6 +87,7 @@ def build(
     base: Path,
     dataset: ImageDataset | None = None,
     check_interrupt: Callable[[], None] = lambda: None,
+    is_restored: bool = False,
 ) -> ClassificationSetup:
     """Load the data and build the seeded model.
 
@@ -95,6 +96,7 @@ def build(
         base: The folder that paths to user files are relative to.
         dataset: Used instead of the data set that the configuration names.
         check_interrupt: Called often while photos are decoded and features computed; may raise to stop.
+        is_restored: See `build_model`.
 
     Returns:
         Data and model.
@@ -106,7 +108,7 @@ def build(
         console.info(f"warning: {dataset.name} has no test split; it is not evaluated")
     splits = {name: (x.to(ctx.device), y.to(ctx.device)) for name, (x, y) in splits.items()}
     normalize = _normalization(config, dataset, ctx)
-    model = build_model(config, base, dataset_size(dataset)).to(ctx.device, ctx.dtype)
+    model = build_model(config, base, dataset_size(dataset), is_restored).to(ctx.device, ctx.dtype)
     images, labels = splits["train"]
     if hasattr(model, "init_from_images"):
         model.init_from_images(normalize(images[:MAX_INIT_IMAGES].permute(0, 3, 1, 2)))  # type: ignore[operator]
@@ -123,9 +125,9 @@ def build(
 
 def _normalization(config: ClassifyConfig, dataset: ImageDataset, ctx: device.ComputeContext) -> Normalization:
     """Return the normalization of a pretrained model's images, else that of the training images."""
-    backbone = backbone_of(config)
-    if backbone is not None:
-        return normalization(*backbone.mean_and_std(), ctx.dtype, ctx.device)
+    about = preprocessing_of(config)
+    if about is not None:
+        return normalization(about.mean, about.std, ctx.dtype, ctx.device)
     return build_normalization(dataset.train_images, config.data.normalize, ctx.dtype, ctx.device)
 
 
@@ -163,8 +165,8 @@ def load_dataset(
 ) -> ImageDataset:
     """Load the data set that a configuration names; the images of a pretrained model are as it takes them."""
     dataset = load_user_dataset(config, base)
-    if dataset is None and config.data.name == FOLDER:
-        dataset = folder.load(scan_folder(config.data), folder_transform(config), check_interrupt)
+    if dataset is None and config.data.has_photos:
+        dataset = folder.load(list_photos(config.data), photo_transform(config), check_interrupt)
     elif dataset is None:
         dataset = datasets.get_of_kind(config.data.name, ImageDatasetSource).load(data_root())
     backbone = backbone_of(config)
@@ -173,17 +175,23 @@ def load_dataset(
     return dataset
 
 
-def scan_folder(data: ImageDataConfig) -> folder.PhotoListing:
+def list_photos(data: ImageDataConfig) -> folder.PhotoListing:
     """List the photos that a configuration names."""
-    assert data.path is not None
     split_config = folder.SplitConfig(data.val_fraction, data.test_fraction, data.split_seed)
-    return folder.scan(Path(data.path), split_config)
+    source = datasets.get_of_kind(data.name, folder.PhotoSource)
+    return source.list_photos(data_root(), Path(data.path) if data.path else None, split_config)
 
 
-def folder_transform(config: ClassifyConfig) -> EvalTransform:
+def photo_transform(config: ClassifyConfig) -> EvalTransform:
     """Return how photos become images: as the pretrained model takes them, else resized and cropped to image_px."""
-    backbone, size = backbone_of(config), config.data.image_px or DEFAULT_IMAGE_PX
-    return EvalTransform(size, size) if backbone is None else backbone.transform
+    about, size = preprocessing_of(config), config.data.image_px
+    if about is None:
+        size = size or DEFAULT_IMAGE_PX
+        return EvalTransform(size, size)
+    transform = about.transform
+    if size in (None, transform.size_px):
+        return transform
+    return replace(transform, size_px=size, resize_px=round(size * transform.resize_px / transform.size_px))
 
 
 def load_user_dataset(config: ClassifyConfig, base: Path) -> ImageDataset | None:
@@ -207,11 +215,11 @@ def expected_size(config: ClassifyConfig, base: Path) -> tuple[DatasetSize, dict
     if dataset is not None:
         size = dataset_size(dataset)
         num_val = None if dataset.val_images is None else len(dataset.val_images)
-    elif data.name == FOLDER:
-        listing = scan_folder(data)
+    elif data.has_photos:
+        listing = list_photos(data)
         num_val = listing.count("val")
         num_train, num_test = listing.count("train"), listing.count("test")
-        size = DatasetSize(num_train, num_test, folder_transform(config).size_px, 3, len(listing.classes))
+        size = DatasetSize(num_train, num_test, photo_transform(config).size_px, 3, len(listing.classes))
     else:
         size = datasets.get(data.name).size
     if num_val is None:
@@ -222,6 +230,14 @@ def expected_size(config: ClassifyConfig, base: Path) -> tuple[DatasetSize, dict
     return size, {"train": num_train, "val": num_val, "test": size.test_images}
 
 
+def preprocessing_of(config: ClassifyConfig) -> Preprocessing | None:
+    """Return how the pretrained network takes images that a configuration starts from; None if it starts from none."""
+    arguments = config.model.builder_arguments()
+    if config.is_transfer:
+        return pretrained.preprocessing(arguments["backbone"])
+    return pretrained.preprocessing(config.model.name) if config.is_pretrained else None
+
+
 def backbone_of(config: ClassifyConfig) -> PretrainedClassifier | None:
     """Return the pretrained network that a configuration builds on; None if it builds on none."""
     if not config.is_transfer:
@@ -230,15 +246,25 @@ def backbone_of(config: ClassifyConfig) -> PretrainedClassifier | None:
     return pretrained.build(arguments["backbone"], arguments["weights"])
 
 
-def build_model(config: ClassifyConfig, base: Path, size: DatasetSize) -> nn.Module:
-    """Build and check the model for a data set of a size, on the CPU, with weights initialized from the seed."""
+def build_model(config: ClassifyConfig, base: Path, size: DatasetSize, is_restored: bool = False) -> nn.Module:
+    """Build and check the model for a data set of a size, on the CPU, with weights initialized from the seed.
+
+    Args:
+        config: The configuration.
+        base: The folder that paths to user files are relative to.
+        size: Size of the data set.
+        is_restored: The weights will be those of a checkpoint, so the file of pretrained ones need not be there.
+    """
     for key in ("translate_px", "cutout_px"):
         if (pixels := getattr(config.augment, key)) >= size.image_px:
             raise ConfigError(f"augment.{key} {pixels}: the images have {size.image_px} px")
     device.seed_everything(config.seed)
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
     namespace = registry.get("layers", config.layers, layers.LAYERS)
-    model = model_registry.build(config.model.name, config.model.builder_arguments(), base, layers=namespace, **shape)
+    arguments = config.model.builder_arguments()
+    if is_restored and config.is_pretrained:
+        arguments["weights"] = None
+    model = model_registry.build(config.model.name, arguments, base, layers=namespace, **shape)
     if isinstance(model, TransferClassifier):  # checked when it was split
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return checks.prepare(model, config.model.name, config.batch_size, **shape)

@@ -32,7 +32,7 @@ class PretrainedConfig(RunConfig):
 
     model: str = Field(
         names.DEFAULT_MODEL,
-        description=f"{names.DEFAULT_MODEL}, timm:NAME, torchvision:NAME, or a training run of a classifier",
+        description=f"{', '.join(names.BY_PIP)}, timm:NAME, torchvision:NAME, or a training run of a classifier",
     )
     weights: str | None = Field(None, description="file with the model's weights; null: those found on this machine")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -258,3 +258,59 @@ def test_a_classifier_of_generated_images_takes_photos(cvlab, tmp_path, data_roo
     for row, result in zip(rows, json.loads(out)["results"], strict=True):
         assert result["label"] == row["prediction"]
         assert result["score"] == pytest.approx(float(row["probability_1"]), abs=1e-5)
+
+
+def test_evaluated_on_another_folder(run, trained, cvlab, tmp_path):
+    rows = {row["image"]: row for row in read_rows(run / "predictions-test.csv")}
+    for image in rows:
+        (tmp_path / "more" / image).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(trained / "photos" / image, tmp_path / "more" / image)
+    code, out, err = cvlab("eval", "latest", "--data", "folder:more", "--json")
+    assert code == 0, err
+    metrics = json.loads(out)["metrics"]
+    own = json.loads((run / "summary.json").read_text())["metrics"]
+    assert metrics["test_accuracy"] == pytest.approx(own["test_accuracy"])
+    assert metrics["test_loss"] == pytest.approx(own["test_loss"], abs=1e-5)
+    again = {row["image"]: row for row in read_rows(run / "predictions-more-test.csv")}
+    for image, row in rows.items():
+        assert again[image]["prediction"] == row["prediction"]
+        assert float(again[image]["probability_1"]) == pytest.approx(float(row["probability_1"]), abs=1e-5)
+    assert (run / "plots" / "more-test_confusion.png").is_file()
+    assert json.loads((run / "eval.json").read_text())["data"] == "folder:more"
+
+
+def test_a_folder_with_splits_and_one_with_a_single_class(run, trained, cvlab, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(trained / "photos", tmp_path / "split" / split)
+    code, out, err = cvlab("eval", "latest", "--data", "folder:split", "--json")
+    assert code == 0, err
+    assert {name.partition("_")[0] for name in json.loads(out)["metrics"]} == {"val"}
+    code, out, err = cvlab("eval", "latest", "--data", "folder:split", "--split", "train", "--json")
+    assert code == 0, err
+    assert "train_accuracy" in json.loads(out)["metrics"]
+    shutil.copytree(trained / "photos" / "ring", tmp_path / "single" / "ring")
+    code, out, err = cvlab("eval", "latest", "--data", "folder:single", "--json")
+    assert code == 0, err
+    rows = read_rows(run / "predictions-single-test.csv")
+    expected = sum(row["correct"] == "1" for row in rows) / len(rows)
+    assert json.loads(out)["metrics"]["test_accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "text"),
+    [
+        ("folder:odd", 2, "knows no class 'rings'; did you mean 'ring'?"),
+        ("folder:gone", 4, "gone: no such folder"),
+        ("folder:", 2, "give --data folder:PATH"),
+        ("cifar11", 2, "did you mean 'cifar10'?"),
+        ("fruit", 2, "images with a class each are needed here"),
+        ("scenes10", 2, "knows no class"),
+    ],
+)
+def test_other_data_that_does_not_fit_is_one_line(run, trained, cvlab, tmp_path, data, code, text):
+    shutil.copytree(trained / "photos" / "ring", tmp_path / "odd" / "rings")
+    actual, _, err = cvlab("eval", "latest", "--data", data)
+    assert actual == code, err
+    assert text in err
+    assert len([line for line in err.splitlines() if line.startswith("error")]) == 1
+    assert not list(run.glob("predictions-odd*"))

@@ -22,10 +22,12 @@ def test_a_node_that_is_lost_takes_no_trial_with_it(started_sweep, undisturbed_w
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
+        (tmp_path / "slow").touch()
         lost = cluster.add_node(num_cpus=1)
         process = started_sweep("--on", "ray", "--address", cluster.address)
         until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
         cluster.remove_node(lost, allow_graceful=False)
+        (tmp_path / "slow").unlink()
         assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     finally:
         cluster.shutdown()
@@ -38,6 +40,7 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, undisturbed_we
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    (tmp_path / "slow").touch()
     try:
         process = started_sweep("--on", "ray", "--address", cluster.address)
         until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
@@ -46,6 +49,7 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, undisturbed_we
         until(lambda: not any(map(is_held, run.glob("trials/*"))))
         stopped = [read_json(trial / "status.json") for trial in sorted(run.glob("trials/*"))]
         assert [status["status"] for status in stopped] == ["interrupted"] * 2, "they saved; nothing was killed"
+        (tmp_path / "slow").unlink()
         assert started_sweep("--on", "ray", "--address", cluster.address).wait() == 0
     finally:
         cluster.shutdown()
@@ -55,12 +59,14 @@ def test_a_driver_that_is_killed_and_started_again(started_sweep, undisturbed_we
 
 @pytest.mark.slow
 def test_a_cluster_of_its_own_and_a_request_to_stop(started_sweep, undisturbed_weights, tmp_path):
+    (tmp_path / "slow").touch()
     process = started_sweep("--on", "ray")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
     assert {read_status(trial)["status"] for trial in run.glob("trials/*")} == {"interrupted"}
+    (tmp_path / "slow").unlink()
     assert started_sweep("--on", "ray", "--workers", "1").wait() == 0
     assert weights_of_trials(tmp_path) == undisturbed_weights
 

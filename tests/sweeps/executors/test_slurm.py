@@ -28,12 +28,14 @@ def children(pid):
 
 @pytest.mark.slow
 def test_a_job_that_is_preempted_goes_on(started_sweep, undisturbed_weights, tmp_path):
+    (tmp_path / "slow").touch()
     process = started_sweep(*LOCAL, "--workers", "1")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
     run = (tmp_path / "runs" / "latest").resolve()
     controller = controller_of(run)
     for job in children(controller):
         os.kill(job, signal.SIGUSR2)  # what Slurm sends before it takes the node away
+    (tmp_path / "slow").unlink()
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights
     first = min((run / "trials").iterdir())
@@ -44,6 +46,7 @@ def test_a_job_that_is_preempted_goes_on(started_sweep, undisturbed_weights, tmp
 
 @pytest.mark.slow
 def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(started_sweep, tmp_path):
+    (tmp_path / "slow").touch()
     process = started_sweep(*LOCAL, "--workers", "1")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
     run = (tmp_path / "runs" / "latest").resolve()
@@ -61,10 +64,12 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
 
 @pytest.mark.slow
 def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, undisturbed_weights, tmp_path):
+    (tmp_path / "slow").touch()
     process = started_sweep(*LOCAL, "--workers", "2")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
     process.kill()
     process.wait()
+    (tmp_path / "slow").unlink()
     assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
     said = (tmp_path / "said.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights, said
@@ -111,6 +116,7 @@ def fake_slurm(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_by_the_commands_of_slurm(started_sweep, undisturbed_weights, fake_slurm, tmp_path):
+    (tmp_path / "slow").touch()
     process = started_sweep("--on", "slurm", "--workers", "1")
     until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
     job = next(fake_slurm.glob("*.pid")).read_text().strip()
@@ -119,6 +125,7 @@ def test_by_the_commands_of_slurm(started_sweep, undisturbed_weights, fake_slurm
             if b"submitit.core._submit" in path.read_bytes() and os.getpgid(int(path.parent.name)) == int(job):
                 os.kill(int(path.parent.name), signal.SIGUSR2)
     until((fake_slurm / "requeued").exists)
+    (tmp_path / "slow").unlink()
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights
     run = (tmp_path / "runs" / "latest").resolve()

@@ -38,7 +38,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SPLITS = ("train", "val", "test")
-CACHE_FOLDER = "photos-v1"
+CACHE_FOLDER = "photos-v2"
 BLOCK = 64  # photos that are decoded and written at a time
 NUM_EXAMPLES = 3  # of each kind of problem, that a message names
 LAYOUT_HINT = "data.path=PATH names a folder with a folder for each class, or with train/ and val/ of them, or a CSV"
@@ -83,13 +83,14 @@ class SplitConfig:
     seed: int = 0
 
 
-def scan(path: Path, config: SplitConfig) -> PhotoListing:
+def scan(path: Path, config: SplitConfig, min_classes: int = 2) -> PhotoListing:
     """List the photos of a data set and divide them into splits; nothing is decoded.
 
     Args:
         path: A folder or a CSV file.
         config: How the photos are divided if the data set has no splits. The choice depends on the names of the files
             alone, so a new photo does not move the others; equal files are kept together.
+        min_classes: Smallest number of classes.
 
     Returns:
         The photos.
@@ -105,7 +106,7 @@ def scan(path: Path, config: SplitConfig) -> PhotoListing:
         problem = "not a folder, nor a CSV file" if os.path.lexists(path) else "no such folder"
         raise DataError(f"{path}: {problem}", LAYOUT_HINT)
     listed = [_with_status(photo) for photo in listed]
-    classes = _check_classes(path, listed)
+    classes = _check_classes(path, listed, min_classes)
     copies = _find_copies(listed)
     notes += _describe_copies(path, listed, copies)
     if all(photo.split is None for photo in listed):
@@ -216,13 +217,13 @@ def _with_status(photo: LabeledPhoto) -> LabeledPhoto:
     return replace(photo, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
 
-def _check_classes(path: Path, listed: Sequence[LabeledPhoto]) -> tuple[str, ...]:
-    """Return the classes in order; DataError if there are fewer than two, or one cannot be named or has no training."""
+def _check_classes(path: Path, listed: Sequence[LabeledPhoto], min_classes: int) -> tuple[str, ...]:
+    """Return the classes in order; DataError if there are too few, or one cannot be named or has no training."""
     classes = tuple(sorted({photo.label for photo in listed}))
     for name in classes:
         if not name.isprintable():
             raise DataError(f"{path}: class {name!r} has a character that cannot be printed", "rename the class")
-    if len(classes) < 2:
+    if len(classes) < min_classes:
         raise DataError(f"{path}: one class only, {classes[0]}", LAYOUT_HINT)
     trained = {photo.label for photo in listed if photo.split in (None, "train")}
     for photo in listed:
@@ -422,26 +423,35 @@ def _key(listing: PhotoListing, transform: EvalTransform) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderSource(ImageDatasetSource):
-    """The user's own photos; `load` needs to know where they are and how they become images."""
+class PhotoSource(ImageDatasetSource):
+    """A data set of photos of any size, which become images of the size that a configuration asks for.
 
-    def load(self, root: Path, *args: Any, **options: Any) -> ImageDataset:
-        """Read the photos at `path`, see `scan` and `load`."""
-        listing = scan(options["path"], options["split_config"])
-        return load(listing, options["transform"], options.get("check_interrupt", lambda: None))
+    Attributes:
+        list_photos: Called with the root folder, the path that the configuration names and how to divide photos
+            without splits.
+    """
 
-
-def _no_files(_root: Path) -> Any:
-    raise DataError("a data set of your own is loaded from data.path", LAYOUT_HINT)
+    list_photos: Callable[[Path, Path | None, SplitConfig], PhotoListing]
 
 
-SOURCE = FolderSource(
+def _list_own(_root: Path, path: Path | None, config: SplitConfig) -> PhotoListing:
+    assert path is not None, "the configuration was validated"
+    return scan(path, config)
+
+
+def not_loadable(_root: Path) -> Any:
+    """Stand for `read`: photos are loaded by `load`, at the size that is asked for."""
+    raise DataError("photos are loaded from a listing", LAYOUT_HINT)
+
+
+SOURCE = PhotoSource(
     name="folder",
     summary="your own photos in class folders, or a CSV of image,label",
     license="your own",
     size=DatasetSize(train_images=0, test_images=0, image_px=0, channels=3, num_classes=0),
     ready=lambda _: False,
     check=lambda _: "your own",
-    read=_no_files,
+    read=not_loadable,
+    list_photos=_list_own,
     is_custom=True,
 )

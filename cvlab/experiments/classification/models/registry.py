@@ -27,11 +27,13 @@ MODELS = {
     "api_sequential": "cvlab.experiments.classification.models.api_levels:api_sequential",
     "preact_resnet": "cvlab.experiments.classification.models.resnet:preact_resnet",
     "pretrained": "cvlab.experiments.classification.models.transfer:pretrained_classifier",
+    "efficientnet_lite0": "cvlab.experiments.classification.models.finetune:efficientnet_lite0",
+    "efficientnet_lite2": "cvlab.experiments.classification.models.finetune:efficientnet_lite2",
     "whiten_net": "cvlab.experiments.classification.models.whiten_net:whiten_net",
 }
 PREFIXES = {
-    "timm": "cvlab.models.zoo:build_timm",
-    "torchvision": "cvlab.models.zoo:build_torchvision",
+    "timm": "cvlab.experiments.classification.models.finetune:timm_model",
+    "torchvision": "cvlab.experiments.classification.models.finetune:torchvision_model",
 }
 INJECTED = frozenset({"in_channels", "image_size", "num_classes", "layers", "model_name"})
 

@@ -11,7 +11,7 @@ from cvlab.config.schema import NonNegativeInt, PositiveInt
 from cvlab.errors import ConfigError
 from cvlab.models import pretrained
 from cvlab.models.depthwise import freeze_depthwise
-from cvlab.models.names import DEFAULT_MODEL
+from cvlab.models.names import DEFAULT_MODEL, WeightsFile
 from cvlab.models.split import split
 
 
@@ -84,7 +84,7 @@ class TransferClassifier(nn.Module):
 
 def pretrained_classifier(
     backbone: str = DEFAULT_MODEL,
-    weights: str | None = None,
+    weights: WeightsFile | None = None,
     trainable_stages: NonNegativeInt = 2,
     finetune_epochs: NonNegativeInt = 0,
     finetune_lr: Annotated[float, Gt(0), Le(10)] = 0.1,
@@ -95,8 +95,8 @@ def pretrained_classifier(
     """Build a linear classifier on a pretrained backbone.
 
     Args:
-        backbone: efficientnet_lite0, timm:NAME or torchvision:NAME.
-        weights: File with its weights; None: those found on this machine.
+        backbone: efficientnet_lite0, efficientnet_lite2, timm:NAME or torchvision:NAME.
+        weights: File with its weights; None or `auto`: those found on this machine.
         trainable_stages: Last stages of the backbone that are trained in the last `finetune_epochs`.
         finetune_epochs: Number of final epochs in which they are trained; 0: the backbone stays frozen.
         finetune_lr: Their learning rate as a fraction of the classifier's.

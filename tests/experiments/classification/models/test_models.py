@@ -25,7 +25,8 @@ ARGUMENTS = {
     "preact_resnet": {"stem": 4, "stages": ((4, 1), (8, 2))},
     "whiten_net": {"widths": (8, 8)},
 }
-FROM_SCRATCH = [name for name in model_registry.MODELS if name != "pretrained"]  # see test_transfer.py
+PRETRAINED = {"pretrained", "efficientnet_lite0", "efficientnet_lite2"}  # see test_transfer.py, test_finetune.py
+FROM_SCRATCH = [name for name in model_registry.MODELS if name not in PRETRAINED]
 
 
 @pytest.mark.parametrize("name", FROM_SCRATCH)
@@ -201,7 +202,7 @@ def test_models_of_timm_and_torchvision(name):
         ("torchvision:resnet19", {}, "did you mean 'resnet1"),
         ("timm:resnet10t", {"widht": 3}, "widht"),
         ("torchvision:resnet18", {"widht": 3}, "widht"),
-        ("timm:resnet10t", {"pretrained": True}, "not fetched"),
+        ("timm:resnet10t", {"pretrained": True}, "model.weights=auto"),
         ("keras:resnet", {}, "unknown model 'keras:resnet'"),
     ],
 )

@@ -12,20 +12,21 @@ import torch
 
 from cvlab.api import catalog
 from cvlab.errors import DataError, RunDirError
-from cvlab.experiments.classification.data import cifar10
+from cvlab.experiments.classification.data import cifar
+from cvlab.experiments.classification.data.cifar import CIFAR10_FILES as FILES
 from cvlab.storage import download
 from tests import fake_cifar
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    sums = fake_cifar.write(tmp_path / "good" / cifar10.FOLDER)
-    monkeypatch.setattr(cifar10, "MD5", sums)
+    sums = fake_cifar.write(tmp_path / "good" / FILES.folder)
+    monkeypatch.setattr(FILES, "checksums", sums)
     return tmp_path / "good"
 
 
 def test_pixels_and_labels_are_where_they_belong(root):
-    dataset = cifar10.load(root)
+    dataset = cifar.load_cifar10(root)
     assert dataset.train_images.shape == (200, 32, 32, 3)
     assert dataset.test_images.shape == (40, 32, 32, 3)
     third = fake_cifar.batch(40, 2)
@@ -36,20 +37,20 @@ def test_pixels_and_labels_are_where_they_belong(root):
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 def test_a_missing_or_altered_file_is_named(root, name):
-    path = root / cifar10.FOLDER / name
+    path = root / FILES.folder / name
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + b"\xff")
     with pytest.raises(DataError, match=rf"{name}: differs from the published file.*cvlab data fetch cifar10"):
-        cifar10.check(root)
+        FILES.check(root)
     path.unlink()
-    assert not cifar10.ready(root)
+    assert not FILES.ready(root)
     with pytest.raises(DataError, match=rf"{name}: No such file"):
-        cifar10.check(root)
+        FILES.check(root)
 
 
 def test_a_fetch_replaces_damaged_files(root, monkeypatch, tmp_path):
-    path = root / cifar10.FOLDER / "data_batch_3"
-    good = shutil.copytree(root / cifar10.FOLDER, tmp_path / "copy" / cifar10.FOLDER)
+    path = root / FILES.folder / "data_batch_3"
+    good = shutil.copytree(root / FILES.folder, tmp_path / "copy" / FILES.folder)
     path.write_bytes(b"damaged")
     monkeypatch.setenv("CVLAB_DATA", str(root))
     monkeypatch.setattr(download, "is_online", lambda: True)
@@ -57,9 +58,9 @@ def test_a_fetch_replaces_damaged_files(root, monkeypatch, tmp_path):
 
     def fetch(root, origin, wait):
         waited.append(wait)
-        cifar10._install_folder(good, root)
+        FILES._install_folder(good, root)
 
-    monkeypatch.setattr(cifar10, "SOURCE", dataclasses.replace(cifar10.SOURCE, fetch=fetch))
+    monkeypatch.setattr(cifar, "CIFAR10", dataclasses.replace(cifar.CIFAR10, fetch=fetch))
     assert catalog.fetch("cifar10", None)["ok"]
     assert waited == [True]
     assert catalog.fetch("cifar10", None)["ok"], "intact files are not fetched again"
@@ -69,17 +70,17 @@ def test_a_fetch_replaces_damaged_files(root, monkeypatch, tmp_path):
 def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / cifar10.FOLDER).symlink_to(root / cifar10.FOLDER)
-    cifar10.fetch(elsewhere, root, True)
-    assert not (elsewhere / cifar10.FOLDER).is_symlink()
-    assert cifar10.ready(elsewhere)
-    assert cifar10.ready(root)
+    (elsewhere / FILES.folder).symlink_to(root / FILES.folder)
+    FILES.fetch(elsewhere, root, True)
+    assert not (elsewhere / FILES.folder).is_symlink()
+    assert FILES.ready(elsewhere)
+    assert FILES.ready(root)
 
 
 def test_a_data_folder_that_is_a_file(root, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="choose another folder with CVLAB_DATA"):
-        cifar10.fetch(tmp_path / "file", root, True)
+        FILES.fetch(tmp_path / "file", root, True)
 
 
 class Canary:
@@ -100,55 +101,48 @@ class Canary:
 )
 def test_hostile_and_wrong_batches_are_rejected_after_their_checksum(root, content, monkeypatch, tmp_path):
     raw = pickle.dumps(content, protocol=3)
-    (root / cifar10.FOLDER / "data_batch_1").write_bytes(raw)
-    good = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(cifar10.MD5, "data_batch_1", good)
-    with pytest.raises(DataError, match="data_batch_1: not a CIFAR-10 batch"):
-        cifar10.load(root)
+    (root / FILES.folder / "data_batch_1").write_bytes(raw)
+    good = f"md5:{hashlib.md5(raw, usedforsecurity=False).hexdigest()}"
+    monkeypatch.setitem(FILES.checksums, "data_batch_1", good)
+    with pytest.raises(DataError, match="data_batch_1: not a CIFAR batch"):
+        cifar.load_cifar10(root)
     assert not (tmp_path / "canary").exists()
 
 
 def forms(tmp_path, root, monkeypatch):
-    archive = fake_cifar.tar_of(root / cifar10.FOLDER)
-    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
+    archive = fake_cifar.tar_of(root / FILES.folder)
+    checksum = hashlib.sha256(archive).hexdigest()
+    monkeypatch.setattr(FILES, "downloads", [dataclasses.replace(FILES.downloads[0], checksum=checksum)])
     (tmp_path / "file.tgz").write_bytes(archive)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / cifar10.ARCHIVE).write_bytes(archive)
-    return (tmp_path / "file.tgz", tmp_path / "folder", root, root / cifar10.FOLDER)
+    (tmp_path / "folder" / FILES.downloads[0].name).write_bytes(archive)
+    return (tmp_path / "file.tgz", tmp_path / "folder", root, root / FILES.folder)
 
 
 def test_every_form_of_the_files_can_be_installed(root, tmp_path, monkeypatch):
     for number, origin in enumerate(forms(tmp_path, root, monkeypatch)):
         target = tmp_path / f"target{number}"
-        cifar10.fetch(target, origin, True)
-        assert cifar10.check(target) == "7 files equal to the published ones"
-        assert [path.name for path in target.iterdir()] == [cifar10.FOLDER]
-    cifar10.fetch(target, root, True)  # over existing files
+        FILES.fetch(target, origin, True)
+        assert FILES.check(target) == "7 files equal to the published ones"
+        assert [path.name for path in target.iterdir()] == [FILES.folder]
+    FILES.fetch(target, root, True)  # over existing files
 
 
 def test_wrong_origins_install_nothing(root, tmp_path, monkeypatch):
     forms(tmp_path, root, monkeypatch)
     (tmp_path / "other.tgz").write_bytes(b"x")
-    shutil.copytree(root / cifar10.FOLDER, tmp_path / "altered")
+    shutil.copytree(root / FILES.folder, tmp_path / "altered")
     (tmp_path / "altered" / "test_batch").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     for origin, text in (("other.tgz", "sha256"), ("altered", "md5"), ("empty", "neither"), ("gone", "neither")):
         with pytest.raises(DataError, match=text):
-            cifar10.fetch(tmp_path / "target", tmp_path / origin, True)
+            FILES.fetch(tmp_path / "target", tmp_path / origin, True)
         assert not list((tmp_path / "target").rglob("*"))
-
-
-def test_sources_are_https_and_as_published():
-    assert all(url.startswith("https://") for url in cifar10.URLS)
-    assert len(cifar10.URLS) >= 2
-    assert cifar10.URLS[0] == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    assert len(cifar10.ARCHIVE_SHA256) == 64
-    assert download.LONGEST_SECONDS == 600
 
 
 @pytest.mark.realdata
 def test_the_real_set(real_cifar10):
-    images = cifar10.load(real_cifar10)
+    images = cifar.load_cifar10(real_cifar10)
     assert images.train_images.shape == (50_000, 32, 32, 3)
     assert torch.bincount(images.train_labels).tolist() == [5000] * 10
     assert torch.bincount(images.test_labels).tolist() == [1000] * 10
