@@ -123,12 +123,15 @@ def evaluate(
     from cvlab.experiments.base import Evaluable, has_capability
     from cvlab.reports import tables
     from cvlab.runs.find import find_run, runs_root
+    from cvlab.runs.records import read_summary
 
     path = find_run(run, runs_root(runs_dir), has_capability(Evaluable), "a training run")
     require_trust(str(path), trust)
     result = api_evaluate.evaluate(path, tuple(split or ()), checkpoint, device, data)
     title = f"{path.name}, {checkpoint} weights, step {result['step']}{f', {data}' if data else ''}"
-    output.show(result, lambda: tables.show_block(title, result["metrics"]))
+    output.show(
+        result, lambda: tables.show_metrics(title, result["metrics"], read_summary(path).get("metric_info", {}))
+    )
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -138,7 +138,12 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
             {"rule": row["rule"], "measured": tables.format_measured(row), "met": row["met"]}
             for row in summary.get("expect", [])
         ],
-        "metrics": [(n, tables.number(v), metrics.unit(n, info), metrics.better(n, info)) for n, v in values.items()],
+        "metrics": [
+            (name, tables.number(value), metrics.unit(name, info), metrics.better(name, info))
+            for name, value in values.items()
+            if "/" not in name
+        ],
+        "class_tables": tables.class_tables({**values, **summary.get("class_metrics", {})}),
         "settings": _settings(summary.get("settings", [])),
         "trials": _trials(path, links, summary.get("trials", [])),
         "charts": _charts(lines),

@@ -21,6 +21,10 @@ LONGEST_NAME = 24  # characters of an image's name
 MAX_PREDICTIONS = 8  # of one cell
 
 
+MAX_CLASSES = 20  # in a table on the terminal
+SPLITS = ("train", "val", "test")
+
+
 def number(value: Any) -> str:
     """Format a value of a table: integers in full, other numbers with four digits, lists and blocks in brackets."""
     if value is None:
@@ -167,10 +171,9 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
     if "results" in result:
         show_photos(result["results"], read_columns(summary), path)
     info = summary.get("metric_info", {})
-    rows = [(name, number(value), metrics.unit(name, info)) for name, value in result["metrics"].items()]
     title = f"{result['experiment']}{note}: {result['status'].replace('_', ' ')}"
-    if rows:
-        table(title, ("metric", "value", "unit"), rows)
+    if result["metrics"]:
+        show_metrics(title, {**result["metrics"], **summary.get("class_metrics", {})}, info)
     else:
         print(console.printable(title))
     if "reason" in result:
@@ -180,6 +183,43 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
         verdicts = [(v["rule"], format_measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
     print(console.printable(f"run directory {console.relative_path(path)}"))
+
+
+def show_metrics(title: str, values: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Print metrics with their units, and those of classes in a table with a row for each class."""
+    plain = {name: value for name, value in values.items() if "/" not in name}
+    table(title, ("metric", "value", "unit"), [(n, number(v), metrics.unit(n, info)) for n, v in plain.items()])
+    for split, columns, rows in class_tables(values):
+        table(split, columns, rows[:MAX_CLASSES])
+        if len(rows) > MAX_CLASSES:
+            print(f"and {len(rows) - MAX_CLASSES} more classes")
+
+
+def class_tables(values: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return title, columns and rows of the metrics called `MEASURE/CLASS` or `SPLIT_MEASURE/CLASS`.
+
+    There is a table for each split and a row for each class, those with the lowest values first.
+    """
+    by_split: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, value in values.items():
+        measure, slash, label = name.partition("/")
+        if not slash:
+            continue
+        split, _, rest = measure.partition("_")
+        split, measure = (split, rest) if split in SPLITS else ("", measure)
+        by_split.setdefault(split, {}).setdefault(label, {})[measure] = value
+    return [(split, *_class_rows(by_class)) for split, by_class in by_split.items()]
+
+
+def _class_rows(by_class: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    measures = list(dict.fromkeys(measure for row in by_class.values() for measure in row))
+
+    def mean(label: str) -> float:
+        numbers = [value for value in by_class[label].values() if isinstance(value, (int, float))]
+        return sum(numbers) / len(numbers) if numbers else 0.0
+
+    rows = [[label, *(number(by_class[label].get(key)) for key in measures)] for label in sorted(by_class, key=mean)]
+    return ["class", *measures], rows
 
 
 def csv_cell(value: Any) -> Any:

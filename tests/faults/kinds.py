@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,11 @@ KINDS = {  # of experiment -> a short command line of it
     "detect": ("detect", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
     "sweep": ("sweep", "{folder}/sweep.yaml"),
     "caption": ("caption", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
+    "photos": (
+        *("train", "photos", "data.path={folder}/classes", "batch_size=4", "duration={steps: 60}", "save_seconds=0"),
+        *("model={name: pretrained, views: 2, trainable_stages: 1, finetune_epochs: 1}", "evaluate_test=false"),
+        *("expect=[]", "eval_every=1000", "threads=1"),
+    ),
 }
 SWEEP = """experiment: sweep
 base:
@@ -77,6 +83,11 @@ base:
   threads: 1
 grid: {optimizer.lr: [1e-3, 1e-2]}
 """
+PHOTOS = (
+    *("duration={epochs: 4}", "batch_size=16", "save_seconds=0", "log_every=1", "eval_every=1000", "threads=1"),
+    *("evaluate_test=false", "expect=[]"),
+)
+HEAD_STEPS = 2 * (76 // 16)  # of the first two epochs, before the backbone's last stage is trained
 UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_of_steps")
 
 
@@ -97,12 +108,22 @@ def difference(wanted, found):
     return [f"{a} != {b}" for a, b in zip(wanted, found, strict=True) if a != b]
 
 
+def classes_of_noise(folder, count):
+    """Write photos of two classes, coarse noise and fine noise."""
+    for k in range(count):
+        path = folder / "classes" / ("coarse", "fine")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = Image.effect_noise((20, 16) if k % 2 else (200, 160), 20 + k)
+        noise.resize((200, 160)).convert("RGB").save(path)
+
+
 def command_lines(folder):
     """Return a short command line of each kind of experiment, which saves after every step, by name."""
     photos = folder / "photos"
     photos.mkdir()
     for k in range(3):
         Image.effect_noise((90 + 10 * k, 80), 60 + 20 * k).convert("RGB").save(photos / f"{k}.png")
+    classes_of_noise(folder, 12)
     (folder / "sweep.yaml").write_text(SWEEP)
     scene_captions.COUNTS = {"train": 12, "val": 4, "test": 4}
     checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
@@ -134,6 +155,48 @@ def kinds(folder, count):
         left = [path.name for path in (killed / "latest").resolve().rglob(".*.tmp")]
         found[name] = {"kills": kills_done, "differ": differ, "left": left, "corrupt": corrupt_files(killed / "latest")}
     return found
+
+
+def phases(folder, _count):
+    """Kill a training run on photos while it decodes, computes features, trains its head and fine-tunes; resume it."""
+    classes_of_noise(folder, 96)
+    checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
+    model = "model={name: pretrained, views: 2, trainable_stages: 1, finetune_epochs: 2}"
+    arguments = ("train", "photos", f"data.path={folder / 'classes'}", model, *PHOTOS)
+
+    def start(command, name):
+        def run():
+            os.environ["CVLAB_DATA"] = str(folder / name / "data")
+            return main.main([*command, "--runs-dir", str(folder / name / "runs"), "-q"])
+
+        return in_child(run)
+
+    assert wait(start(arguments, "whole")) == 0
+    killed = folder / "killed"
+
+    def lines(pattern):
+        return sum(len(path.read_bytes().splitlines()) for path in killed.glob(pattern))
+
+    moments = {  # of the phase -> whether it has begun
+        "decode": lambda: any(killed.glob("data/photos-*/*.rows")),
+        "features": lambda: lines("data/features-*/*-features.jsonl") > 0,
+        "head": lambda: lines("runs/latest/metrics.jsonl") > 2,
+        "finetune": lambda: lines("runs/latest/metrics.jsonl") > HEAD_STEPS + 2,
+    }
+    found, command = {}, arguments
+    for name, has_begun in moments.items():
+        pid = start(command, "killed")
+        while not has_begun():
+            assert not os.waitpid(pid, os.WNOHANG)[0], f"it ended before {name}"
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        found[name] = {"code": wait(pid), "cached": lines("data/*/*.jsonl")}
+        command = ["resume", "latest"]
+    assert wait(start(command, "killed")) == 0
+    whole, again = folder / "whole" / "runs" / "latest", killed / "runs" / "latest"
+    rows = {path.name: path.read_bytes() for path in (folder / "whole" / "data").rglob("*.rows")}
+    same = rows == {path.name: path.read_bytes() for path in (killed / "data").rglob("*.rows")}
+    return found | {"end": {"differ": difference(outcome(whole), outcome(again)), "same_cache": same}}
 
 
 def _mount(options, path):
@@ -242,7 +305,7 @@ def removed(folder, count):
     return found
 
 
-SCENARIOS = {f.__name__: f for f in (kinds, small_disks, read_only, removed)}
+SCENARIOS = {f.__name__: f for f in (kinds, phases, small_disks, read_only, removed)}
 
 if __name__ == "__main__":
     print(json.dumps(SCENARIOS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))

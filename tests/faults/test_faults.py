@@ -153,6 +153,17 @@ def test_a_run_whose_folder_is_removed_exits_with_5(tmp_path, scenes):
 
 
 @pytest.mark.faults
+def test_training_on_photos_is_killed_in_each_of_its_phases(tmp_path):
+    found = scenario("phases", tmp_path, 1, timeout=600, module="kinds")
+    end = found.pop("end")
+    assert {name: entry["code"] for name, entry in found.items()} == dict.fromkeys(
+        ("decode", "features", "head", "finetune"), -9
+    )
+    assert end == {"differ": [], "same_cache": True}, found
+    assert found["decode"]["cached"] <= found["features"]["cached"] <= found["head"]["cached"], "nothing is lost"
+
+
+@pytest.mark.faults
 def test_every_kind_of_experiment_is_killed_and_resumed(tmp_path, scenes):
     found = scenario("kinds", tmp_path, 2, timeout=900, module="kinds")
     assert len(found) >= 10, found

@@ -141,10 +141,6 @@ def reliability_diagram(
 
 def _tile(predictions: "Predictions", pixels: "Images", index: int) -> tuple[str, Image.Image]:
     """Return an image with what it is, what it is taken for, and its name."""
-    image = to_image(pixels, index)
-    image = image.resize(
-        (TILE_PX, TILE_PX), images.BICUBIC if image.width >= TILE_PX // 2 else Image.Resampling.NEAREST
-    )
     names = predictions.classes
     predicted = int(predictions.predicted[index])
     name = names[predicted] if predicted < len(names) else f"class {predicted}"
@@ -152,13 +148,26 @@ def _tile(predictions: "Predictions", pixels: "Images", index: int) -> tuple[str
     caption = (
         f"is {names[int(predictions.labels[index])]}, predicted {name} {probability:.2f}: {predictions.files[index]}"
     )
-    return caption, image
+    return caption, to_image(pixels, index)
 
 
 def gallery(predictions: "Predictions", pixels: "Images", indices: Sequence[int], title: str) -> Image.Image:
     """Draw images with their label, prediction, probability and name; `pixels` are uint8 (N, H, W, C)."""
-    sheet = images.panel([_tile(predictions, pixels, index) for index in indices], max_tile_px=TILE_PX)
-    return images.titled(_at_least(sheet, MIN_WIDTH), title)
+    return sheet([_tile(predictions, pixels, index) for index in indices], title)
+
+
+def sheet(tiles: Sequence[tuple[str, Image.Image]], title: str) -> Image.Image:
+    """Draw captions and square images below a title."""
+    scaled = [
+        (
+            caption,
+            image.resize(
+                (TILE_PX, TILE_PX), images.BICUBIC if image.width >= TILE_PX // 2 else Image.Resampling.NEAREST
+            ),
+        )
+        for caption, image in tiles
+    ]
+    return images.titled(_at_least(images.panel(scaled, max_tile_px=TILE_PX), MIN_WIDTH), title)
 
 
 def largest_losses(predictions: "Predictions") -> list[int]:

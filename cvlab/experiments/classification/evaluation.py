@@ -224,13 +224,15 @@ def to_csv(predictions: Predictions) -> str:
     )
     for file, label, top, scores, loss in rows:
         pairs: list[Any] = [
-            value for k, score in zip(top, scores, strict=True) for value in (_cell(names[k]), f"{score:.6f}")
+            value for k, score in zip(top, scores, strict=True) for value in (csv_text(names[k]), f"{score:.6f}")
         ]
         is_correct = int(top[0] == label)
-        writer.writerow([_cell(file), _cell(names[label]), _cell(names[top[0]]), is_correct, *pairs, f"{loss:.6f}"])
+        writer.writerow(
+            [csv_text(file), csv_text(names[label]), csv_text(names[top[0]]), is_correct, *pairs, f"{loss:.6f}"]
+        )
     return out.getvalue()
 
 
-def _cell(text: str) -> str:
+def csv_text(text: str) -> str:
     """Return a name as a cell that no spreadsheet takes as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

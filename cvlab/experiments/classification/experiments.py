@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cvlab.engine.task import ExportSpec
+    from cvlab.experiments.classification.report import Scores
     from cvlab.experiments.classification.setup import ClassificationSetup
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
@@ -198,7 +199,10 @@ class ClassifyExperiment(
         )
         model, metrics = trainer.train(config, task, run)
         splits = ["val", *(["test"] if config.evaluate_test else [])]
-        return metrics | self._report(config, setup, model, [name for name in splits if name in setup.splits], run)
+        scores = self._report(config, setup, model, [name for name in splits if name in setup.splits], run)
+        run.extra_summary["class_metrics"] = scores.class_metrics
+        self._check_labels(setup, run)
+        return metrics | scores.metrics
 
     def _report(
         self,
@@ -207,14 +211,12 @@ class ClassifyExperiment(
         model: "nn.Module",
         splits: Sequence[str],
         run: RunDir,
-        has_files: bool = True,
-    ) -> dict[str, float]:
+    ) -> "Scores":
         """Return the metrics of splits, in float32; write predictions and pictures, unless the run is a trial."""
         from cvlab.experiments.classification import report
         from cvlab.experiments.classification.evaluation import predict
 
-        metrics: dict[str, float] = {}
-        class_metrics: dict[str, float] = {}
+        total = report.Scores({}, {})
         for name in splits:
             images, labels = setup.splits[name]
             dataset = setup.dataset
@@ -222,13 +224,27 @@ class ClassifyExperiment(
             tta = "none" if name == "train" else config.tta
             predictions = predict(model, images, labels, setup.normalize, setup.ctx, dataset.classes, files, tta)
             scores = report.scores(predictions, name)
-            metrics |= scores.metrics
-            class_metrics |= scores.class_metrics
-            require_finite(metrics)
-            if has_files and run.writable and not is_run(run.path.parent.parent):
+            require_finite(scores.metrics)
+            total = total | scores
+            if run.writable and not is_run(run.path.parent.parent):
                 report.write(run, predictions, scores.metrics, images, name)
-        run.extra_summary["class_metrics"] = class_metrics
-        return metrics
+        return total
+
+    def _check_labels(self, setup: "ClassificationSetup", run: RunDir) -> None:
+        """Write which training labels are probably wrong, if the features of the images are there anyway."""
+        from cvlab.experiments.classification import label_check, report
+
+        labels = setup.splits["train"][1].cpu()
+        store = setup.stores.get("train")
+        if store is None or len(labels) > label_check.MAX_IMAGES or not run.writable or is_run(run.path.parent.parent):
+            return
+        features = store.rows("features")[:: store.views.count].float()
+        suspicious = label_check.suspicious_labels(features, labels, len(setup.dataset.classes))
+        files = setup.dataset.files.get("train") or tuple(map(str, range(len(labels))))
+        report.write_labels_to_check(run, suspicious, files, labels.tolist(), setup.dataset)
+        if suspicious:
+            noun = "training label is" if len(suspicious) == 1 else "training labels are"
+            run.log(f"{len(suspicious)} {noun} contradicted by all other images: {report.LABELS_TO_CHECK}")
 
     def data_overview(self, config: ClassifyConfig, base: Path, num_samples: int) -> "DataOverview":
         """Return what the data set consists of, with some training images before and after augmentation."""
@@ -293,7 +309,8 @@ class ClassifyExperiment(
         unknown = [name for name in splits if name not in setup.splits]
         if unknown:
             raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(setup.splits)}")
-        return self._report(config, setup, setup.model, splits, RunDir(base))
+        scores = self._report(config, setup, setup.model, splits, RunDir(base))
+        return scores.metrics | scores.class_metrics
 
     def evaluate_on(
         self, config: ClassifyConfig, base: Path, state: State, data: str, splits: Sequence[str]

@@ -56,7 +56,7 @@ def evaluate(
         files = dataset.files.get(name, ())
         predictions = predict(model.module, images, labels, plain, ctx, model.classes, files)
         scores = report.scores(predictions, shown)
-        metrics |= scores.metrics
+        metrics |= scores.metrics | scores.class_metrics
         report.write(run, predictions, scores.metrics, images, f"{file_stem(dataset.name)}-{shown}")
     return metrics
 

@@ -4,31 +4,42 @@ For each split: `predictions-SPLIT.csv`, `evaluation-SPLIT.json`, and below `plo
 reliability diagram and the galleries of mistakes.
 """
 
+import csv
+import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cvlab.errors import CvlabError
 from cvlab.experiments.classification import drawing, evaluation
-from cvlab.experiments.classification.data.images import Images
+from cvlab.experiments.classification.data.images import ImageDataset, Images, to_image
 from cvlab.experiments.classification.evaluation import Predictions
+from cvlab.experiments.classification.label_check import SuspiciousLabel
 from cvlab.reports.images import png
 from cvlab.runs.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MAX_SUSPICIOUS = 24
+LABELS_TO_CHECK = "labels-to-check.csv"
 
 
 @dataclass(frozen=True)
-class SplitReport:
-    """The metrics of a split, and those of its classes by names such as `recall/cat`."""
+class Scores:
+    """The metrics of splits, and those of their classes by names such as `val_recall/cat`."""
 
     metrics: dict[str, float]
     class_metrics: dict[str, float]
 
+    def __or__(self, other: "Scores") -> "Scores":
+        return Scores(self.metrics | other.metrics, self.class_metrics | other.class_metrics)
 
-def scores(predictions: Predictions, split: str) -> SplitReport:
+
+def scores(predictions: Predictions, split: str) -> Scores:
     """Return the metrics of predictions; every name is preceded by the split."""
     by_class = zip(predictions.classes, evaluation.class_scores(predictions), strict=True)
-    return SplitReport(
+    return Scores(
         {f"{split}_{name}": value for name, value in evaluation.metrics(predictions).items()},
         {
             f"{split}_{measure}/{name}": value
@@ -108,3 +119,36 @@ def _document(
             if int(predictions.predicted[k]) < len(predictions.classes)
         ],
     }
+
+
+def write_labels_to_check(
+    run: RunDir,
+    suspicious: Sequence[SuspiciousLabel],
+    files: Sequence[str],
+    labels: Sequence[int],
+    dataset: ImageDataset,
+) -> None:
+    """Write the training images whose label all others contradict: a table, and a sheet of the first ones.
+
+    Args:
+        run: The run directory.
+        suspicious: See `label_check.suspicious_labels`.
+        files: Names of the training images.
+        labels: Their labels.
+        dataset: The data set.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["image", "label", "suggestion", "margin"])
+    tiles: list[tuple[str, Image.Image]] = []
+    for each in suspicious:
+        label, suggestion = dataset.classes[labels[each.index]], dataset.classes[each.suggestion]
+        cells = [evaluation.csv_text(text) for text in (files[each.index], label, suggestion)]
+        writer.writerow([*cells, f"{each.margin:.3f}"])
+        if len(tiles) < MAX_SUSPICIOUS:
+            caption = f"labeled {label}, others suggest {suggestion} ({each.margin:.2f}): {files[each.index]}"
+            tiles.append((caption, to_image(dataset.train_images, each.index)))
+    run.write_text(LABELS_TO_CHECK, out.getvalue())
+    if tiles:
+        title = f"training labels that all other images contradict: {run.path.name}"
+        run.write_bytes("plots/train_suspicious.png", png(drawing.sheet(tiles, title)))

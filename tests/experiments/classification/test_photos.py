@@ -121,8 +121,14 @@ def test_eval_and_export_say_the_same(run, cvlab):
     summary = json.loads((run / "summary.json").read_text())
     code, out, err = cvlab("eval", "latest", "--json")
     assert code == 0, err
-    for name, value in json.loads(out)["metrics"].items():
-        assert value == pytest.approx(summary["metrics"][name], abs=1e-6)
+    metrics = json.loads(out)["metrics"]
+    assert metrics == pytest.approx({name: (summary["metrics"] | summary["class_metrics"])[name] for name in metrics})
+    assert "val_recall/ring" in metrics
+    code, out, _ = cvlab("eval", "latest")
+    headers = [number for number, line in enumerate(out.splitlines()) if line.startswith("class ")]
+    assert len(headers) == 2
+    assert out.splitlines()[headers[0]].split() == ["class", "precision", "recall", "f1"]
+    assert {line.split()[0] for line in out.splitlines()[headers[1] + 2 :] if line} == set(CLASSES)
     code, out, err = cvlab("export", "latest", "--to", "safetensors", "--json")
     assert code == 0, err
 

@@ -170,7 +170,9 @@ def test_every_data_set_is_listed_and_classify_rejects_detection_data(cvlab, tmp
     assert rows["fruit"]["state"] == "not on the disk"
     for name in datasets.DATASETS:
         assert name in datasets.BY_KIND[datasets.get(name).kind]
-    assert list(datasets.BY_KIND["images"]) == ["cifar10", "scenes10", "folder"]
+    assert list(datasets.BY_KIND["images"]) == [
+        *("cifar10", "cifar100", "mnist", "mnist5k", "fashion_mnist", "svhn", "imagenette", "scenes10", "folder")
+    ]
     for name in datasets.BY_KIND["boxes"]:
         code, _, err = cvlab("train", "quickstart", f"data.name={name}", "-q")
         assert code == 2
