@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -128,17 +129,34 @@ def _fill(path: Path, spec: RowSpec, compute: ComputeRows, notes: Notes) -> Note
     notes = list(notes)
     with _disk_errors(), path.with_suffix(".rows").open("ab") as file:
         os.ftruncate(file.fileno(), len(notes) * spec.row_bytes)
-    with path.with_suffix(".rows").open("ab") as rows_file, path.with_suffix(".jsonl").open("ab") as index_file:
-        for start, end in spec.blocks(len(notes)):
-            rows, block_notes = compute(start, end)
-            content = np.ascontiguousarray(rows, spec.dtype).tobytes()
+    with (
+        path.with_suffix(".rows").open("ab") as rows_file,
+        path.with_suffix(".jsonl").open("ab") as index_file,
+        ThreadPoolExecutor(1) as writer,  # a block is written while the next one is computed
+    ):
+
+        def write(content: memoryview, end: int, block_notes: Notes) -> None:
             line = json.dumps({"end": end, "crc32": zlib.crc32(content), "notes": block_notes}) + "\n"
             with _disk_errors():
-                for file, chunk in ((rows_file, content), (index_file, line.encode())):
+                chunks: tuple[tuple[BinaryIO, memoryview | bytes], ...] = (
+                    (rows_file, content),
+                    (index_file, line.encode()),
+                )
+                for file, chunk in chunks:
                     file.write(chunk)
                     file.flush()
                     atomic.sync_file(file.fileno(), path)
+
+        written: Future[None] | None = None
+        for start, end in spec.blocks(len(notes)):
+            rows, block_notes = compute(start, end)
+            if written is not None:
+                written.result()
+            content = np.ascontiguousarray(rows, spec.dtype).data.cast("B")
+            written = writer.submit(write, content, end, block_notes)
             notes += block_notes
+        if written is not None:
+            written.result()
     return notes
 
 

@@ -231,7 +231,7 @@ def small_disks(folder, count):
         whole, used = outcome(root / "latest"), shutil.disk_usage(disk).used
         subprocess.run(["umount", str(disk)], check=True)
         for number in range(count):
-            share = (number + (0.15, 0.5, 0.85)[index % 3]) / count
+            share = (number + (0.15, 0.4, 0.6)[index % 3]) / count
             _mount(f"size={max(8192, int(share * used))}", disk)
             code, lines = _said(lambda a=arguments, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), said)
             entry = {"code": code, "errors": [line for line in lines if line.startswith("error:")]}

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ def test_a_full_disk_is_no_error(tmp_path, monkeypatch):
     check(load_or_compute(tmp_path / "key", SPEC, Computer()))
 
 
-def test_a_killed_process_leaves_valid_rows(tmp_path):
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_killed_process_leaves_valid_rows(tmp_path, is_written):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
         "from tests.storage.test_row_cache import *\n"
@@ -105,9 +107,11 @@ def test_a_killed_process_leaves_valid_rows(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "key"), root], stdout=subprocess.PIPE, text=True
     )
     assert [process.stdout.readline() for _ in range(3)] == ["0\n", "4\n", "8\n"]
+    while is_written and (tmp_path / "key.jsonl").read_bytes().count(b"\n") < 2:
+        time.sleep(0.01)  # a block is written while the next one is computed
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     second = Computer()
     check(load_or_compute(tmp_path / "key", SPEC, second))
-    assert second.calls == [(8, 10)]
+    assert second.calls in ([(8, 10)], *([] if is_written else [[(4, 8), (8, 10)]]))

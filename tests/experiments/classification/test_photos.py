@@ -12,7 +12,8 @@ from PIL import Image
 
 from cvlab.data import datasets
 from cvlab.experiments.classification.data import scenes10
-from tests.conftest import weights_digest
+from tests import photo_sets
+from tests.conftest import REAL_DATA, weights_digest
 
 CLASSES = ("circle", "ring", "square")
 FAST = ("model.views=2", "duration={steps: 12}", "batch_size=8", "threads=1")
@@ -320,3 +321,14 @@ def test_other_data_that_does_not_fit_is_one_line(run, trained, cvlab, tmp_path,
     assert text in err
     assert len([line for line in err.splitlines() if line.startswith("error")]) == 1
     assert not list(run.glob("predictions-odd*"))
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_real_fruit(tmp_path, cvlab, monkeypatch):
+    if not (Path(REAL_DATA or "/nowhere") / "VOC" / "fruit").is_dir():
+        pytest.skip("CVLAB_DATA has no VOC/fruit")
+    photo_sets.fruit(Path(REAL_DATA), tmp_path / "fruit")
+    code, out, err = cvlab("train", "photos", "data.path=fruit", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["test_accuracy"] >= 0.97

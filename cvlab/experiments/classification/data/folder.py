@@ -8,12 +8,11 @@ The photos are decoded once, to squares of the model's input size, into a cache 
 """
 
 import csv
-import functools
 import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ SPLIT_NAMES = {
 SPLITS = ("train", "val", "test")
 CACHE_FOLDER = "photos-v2"
 BLOCK = 64  # photos that are decoded and written at a time
+PHOTOS_PER_TASK = 8  # of a thread
 NUM_EXAMPLES = 3  # of each kind of problem, that a message names
 LAYOUT_HINT = "data.path=PATH names a folder with a folder for each class, or with train/ and val/ of them, or a CSV"
 CSV_HINT = "the first line names the columns: image,label or image,label,split"
@@ -384,34 +384,63 @@ def _decode(
     """Return a row for each path, from the cache or decoded by as many threads as there are cores."""
     size = transform.size_px
     spec = RowSpec(len(paths), (size, size, 3), np.dtype(np.uint8), BLOCK)
+    pending: dict[int, tuple[np.ndarray, list[Future[list[dict[str, Any]]]]]] = {}  # by the first row of their block
     with (
         ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool,
         Progress("decode photos", len(paths), 0) as progress,
     ):
 
+        def start_block(start: int) -> None:
+            block = paths[start : start + BLOCK]
+            rows = np.empty((len(block), size, size, 3), np.uint8)
+            parts = range(0, len(block), PHOTOS_PER_TASK)
+            tasks = [
+                pool.submit(_decode_into, rows[k : k + PHOTOS_PER_TASK], block[k : k + PHOTOS_PER_TASK], transform)
+                for k in parts
+            ]
+            pending[start] = rows, tasks
+
         def compute(start: int, end: int) -> tuple[np.ndarray, list[Any]]:
-            decoded = list(pool.map(functools.partial(_decode_one, transform=transform), paths[start:end]))
+            for each in (start, end):  # the threads have the next block to do while this one is written
+                if each < len(paths) and each not in pending:
+                    start_block(each)
+            rows, tasks = pending.pop(start)
+            notes = [note for task in tasks for note in task.result()]
             check_interrupt()
             if progress.due():
                 progress.update(end, paths[end - 1].name)
-            return np.stack([pixels for pixels, _ in decoded]), [note for _, note in decoded]
+            return rows, notes
 
-        return load_or_compute(data_root() / CACHE_FOLDER / _key(listing, transform), spec, compute)
+        try:
+            return load_or_compute(data_root() / CACHE_FOLDER / _key(listing, transform), spec, compute)
+        finally:
+            for _, tasks in pending.values():
+                for task in tasks:
+                    task.cancel()
 
 
-def _decode_one(path: Path, transform: EvalTransform) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return a photo as the model takes it, or zeros and the error; the digest is of the file."""
-    pixels, error, size = np.zeros((transform.size_px, transform.size_px, 3), np.uint8), None, (0, 0)
+def _decode_into(rows: np.ndarray, paths: Sequence[Path], transform: EvalTransform) -> list[dict[str, Any]]:
+    """Decode photos into rows (N, S, S, 3); return the note of each."""
+    return [_decode_one(row, path, transform) for row, path in zip(rows, paths, strict=True)]
+
+
+def _decode_one(row: np.ndarray, path: Path, transform: EvalTransform) -> dict[str, Any]:
+    """Write a photo as the model takes it into a row, or zeros; return its error, digest and size."""
+    error, size = None, (0, 0)
     try:
         photo = photos.load(path)
-        pixels, size = np.asarray(transform(photo)), photo.size
+        row[...], size = transform(photo), photo.size
     except DataError as data_error:
-        error = data_error.message.partition(": ")[2] or data_error.message
+        row[...], error = 0, data_error.message.partition(": ")[2] or data_error.message
     try:
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    except OSError:  # it has vanished
+    except FileNotFoundError as missing:
+        raise DataError(
+            f"{path}: was removed while the photos were decoded", "restore it, or start again without it"
+        ) from missing
+    except OSError:  # it may not be read: the error is that of loading it
         digest = ""
-    return pixels, {"error": error, "digest": digest, "size": size}
+    return {"error": error, "digest": digest, "size": size}
 
 
 def _key(listing: PhotoListing, transform: EvalTransform) -> str:

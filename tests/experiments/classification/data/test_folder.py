@@ -237,3 +237,21 @@ def test_decoded_photos_are_kept_and_read_again_where_they_have_changed(class_fo
     second = folder.load(scan(class_folders, SplitConfig(0.4)), TRANSFORM)
     assert "3.png" in names
     assert first.digest() != second.digest()
+
+
+def test_a_photo_that_is_removed_while_photos_are_decoded_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+    for k in range(200):
+        path = tmp_path / "photos" / ("a", "b")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (k, 0, 0)).save(path)
+    listing = folder.scan(tmp_path / "photos", folder.SplitConfig())
+    last = max(photo.path for photo in listing.photos)
+    content = last.read_bytes()
+    last.unlink()
+    with pytest.raises(
+        DataError, match=rf"{last.name}: was removed while the photos were decoded; restore it, or start"
+    ):
+        folder.load(listing, EvalTransform(16, 16))
+    last.write_bytes(content)
+    assert len(folder.load(listing, EvalTransform(16, 16)).train_images) == listing.count("train")

@@ -177,10 +177,10 @@ def test_every_data_set_is_listed_and_classify_rejects_detection_data(cvlab, tmp
         code, _, err = cvlab("train", "quickstart", f"data.name={name}", "-q")
         assert code == 2
         assert f"data set '{name}' has photos with boxes" in err
-        assert "known: cifar10, folder, scenes10" in err
+        assert "known: cifar10, cifar100, fashion_mnist" in err
     code, _, err = cvlab("train", "quickstart", "data.name=cifar", "-q")
     assert code == 2
-    assert "did you mean 'cifar10'? known: cifar10, folder, scenes10" in err
+    assert "did you mean 'cifar10'? known: cifar10, cifar100, fashion_mnist" in err
     code, _, err = cvlab("data", "fetch", "boxes")
     assert code == 2
     assert "path is missing" in err
