@@ -1,6 +1,6 @@
 """Class folders made from real photos: `python -m tests.photo_sets FOLDER` links them below FOLDER.
 
-`fruit` has the photos of the fruit set with one kind of fruit only, `sports` those of COCO whose captions agree on a sport.
+`fruit` has photos of the fruit set that show one kind of fruit, `sports` those of COCO whose captions name one sport.
 """
 
 import collections
