@@ -20,7 +20,8 @@ from cvlab.engine import device as engine_device
 from cvlab.experiments.adversarial import config as adversarial_config
 from cvlab.experiments.adversarial.attack import Attack
 from cvlab.experiments.common.photo_batches import Photo
-from cvlab.models import pretrained, zoo
+from cvlab.models import pretrained
+from cvlab.models.efficientnet import EfficientNetLite
 from cvlab.models.names import DEFAULT_MODEL
 from cvlab.ops import saliency
 from cvlab.runs.run_dir import RunDir
@@ -33,7 +34,7 @@ SMALL = 1e-9  # a step so short that no attack succeeds before all steps are mea
 
 def bare_model(device: torch.device) -> nn.Module:
     """Build the bundled model unchanged: float32, contiguous, batch normalization not folded."""
-    model, about = zoo.build_timm(f"tf_{DEFAULT_MODEL}", num_classes=None), pretrained.preprocessing(DEFAULT_MODEL)
+    model, about = EfficientNetLite(DEFAULT_MODEL), pretrained.preprocessing(DEFAULT_MODEL)
     pretrained.load_weights(model, DEFAULT_MODEL)
     return pretrained.NormalizedModel(model.eval().requires_grad_(False), about.mean, about.std).to(device)
 

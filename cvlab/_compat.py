@@ -1,4 +1,4 @@
-"""The only place that imports torchvision and timm.
+"""The only place that imports torchvision and timm, and that works around what torch does.
 
 With a CPU build of torch and the registry's build of torchvision, `import torchvision` raises `RuntimeError: operator
 torchvision::nms does not exist`: its C++ operators were built against another torch. Declaring the two operators that
@@ -9,6 +9,7 @@ torchvision registers fake implementations for lets it import; models, transform
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -70,3 +71,31 @@ def _folder(package: str) -> Path:
     assert spec is not None, package
     assert spec.origin is not None, package
     return Path(spec.origin).parent
+
+
+def skip_dynamo() -> None:
+    """Keep torch's optimizers from importing the compiler, which takes a second and compiles nothing here.
+
+    Methods that `torch._disable_dynamo` wraps look for an attribute that says how to call them without the compiler;
+    where the compiler is not loaded that is the method itself.
+    """
+    from torch.optim import Optimizer
+
+    if "torch._dynamo" in sys.modules:
+        return
+    for method in vars(Optimizer).values():
+        function = getattr(method, "__wrapped__", None)
+        if function is not None and getattr(method, "__globals__", {}).get("__name__") == "torch._compile":
+            setattr(function, "__dynamo_disable", function)
+
+
+def optimizer_step(optimizer: "torch.optim.Optimizer") -> None:
+    """Update the weights as `optimizer.step()` does, without the wrapper that imports the compiler.
+
+    Hooks of the optimizer are not called.
+    """
+    import torch
+
+    name = f"Optimizer.step#{type(optimizer).__name__}.step"  # as torch names it in profiles
+    with torch.no_grad(), torch.autograd.profiler.record_function(name):
+        inspect.unwrap(type(optimizer).step)(optimizer)

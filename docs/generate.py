@@ -542,7 +542,8 @@ def results_page() -> str:
         "the seeds; seconds are those of a whole run, with loading, evaluation and plots (the median over seeds). "
         "The last column names the machine, the date and the commit, listed at the end. "
         "The files behind the tables are `docs/results/*.json`. `imagenet_samples` is a folder of 45 labeled ImageNet "
-        "photos, `style_images` one of photos and paintings; `fruit` and `sports` are class folders that `python -m tests.photo_sets FOLDER` makes.\n\n"
+        "photos, `style_images` one of photos and paintings; `fruit` and `sports` "
+        "are class folders that `python -m tests.photo_sets FOLDER` makes.\n\n"
     )
     places: list[str] = []
     for path in sorted((DOCS / "results").glob("*.json")):

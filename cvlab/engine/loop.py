@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cvlab import _compat
 from cvlab.distributed import collectives, ddp
 from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
@@ -142,7 +143,7 @@ def fit(
             raise _diverged_error(losses, state)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)
-        optimizer.step()
+        _compat.optimizer_step(optimizer)
         state.update_ema()
         state.step += 1
         yield {name: value.detach() for name, value in losses.items()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from cvlab import registry
+from cvlab import _compat, registry
 from cvlab.config.schema import Registry
 from cvlab.errors import ConfigError
 
@@ -159,6 +159,7 @@ def build_optimizer(name: str, model: "nn.Module", arguments: dict[str, Any]) ->
     Raises:
         ConfigError: The optimizer rejects an argument.
     """
+    _compat.skip_dynamo()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         optimizer: optim.Optimizer = registry.get("optimizer", name, OPTIMIZERS.names)(trainable, **arguments)

@@ -1,16 +1,15 @@
 """Intermediate features of pretrained classifiers, by the names of their modules."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
-from cvlab import _compat, registry
+from cvlab import registry
 from cvlab.errors import ConfigError
+from cvlab.models import graph
 from cvlab.models.pretrained import PretrainedClassifier
 
 PROBE_PX = 224
@@ -124,15 +123,13 @@ class _HookedFeatures(nn.Module):
 
 def _trace(model: PretrainedClassifier, names: Sequence[str]) -> nn.Module:
     """Return a model cut after the last of some layers; with hooks if its control flow depends on its input."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # auxiliary classifiers differ between training and evaluation
-        try:
-            traced: nn.Module = _compat.timm().models.create_feature_extractor(model.module.model, list(names))
-        except (torch.fx.proxy.TraceError, TypeError, NameError, AttributeError):
-            traced = _HookedFeatures(model.module.model, names)
-        except ValueError as error:
-            missing = next((name for name in names if f"'{name}'" in str(error)), names[0])
-            raise _no_feature_map(model, missing) from error
+    try:
+        traced: nn.Module = graph.trace(model.module.model, {name: name for name in names})
+    except graph.TRACE_FAILURES:
+        traced = _HookedFeatures(model.module.model, names)
+    except ValueError as error:
+        missing = next((name for name in names if f"'{name}'" in str(error)), names[0])
+        raise _no_feature_map(model, missing) from error
     return traced.eval()
 
 

@@ -21,6 +21,7 @@ from cvlab import registry
 from cvlab.data import imagenet
 from cvlab.errors import ConfigError, DataError
 from cvlab.models import weights, zoo
+from cvlab.models.efficientnet import VARIANTS, EfficientNetLite
 from cvlab.models.names import AUTO, BY_PIP, DEFAULT_MODEL, check_name
 from cvlab.ops.resample import FILTERS, EvalTransform
 
@@ -132,7 +133,7 @@ def build(
     prefix, _, rest = name.partition(":")
     with torch.random.fork_rng(devices=[]):
         if name in BY_PIP:
-            model = zoo.build_timm(f"tf_{name}", num_classes=None)
+            model: nn.Module = EfficientNetLite(name)
         elif prefix == "timm":
             model = zoo.build_timm(rest, num_classes=None)
         else:
@@ -174,13 +175,17 @@ def preprocessing(name: str) -> Preprocessing:
         ConfigError: Unknown name, or a model of torchvision that is no classifier of ImageNet's classes.
     """
     prefix, _, rest = name.partition(":")
-    if prefix != "torchvision":
-        about = weights.timm_config(f"tf_{name}" if name in BY_PIP else rest)
+    if name in BY_PIP:
+        variant = VARIANTS[name]
+        transform = EvalTransform(variant.size_px, math.floor(variant.size_px / variant.crop_fraction), "bicubic")
+        return Preprocessing(transform, (0.5,) * 3, (0.5,) * 3)
+    if prefix == "timm":
+        about = weights.timm_config(rest)
         size = about["input_size"][-1]
         filter_name = about["interpolation"] if about["interpolation"] in FILTERS else "bicubic"
         resize_px, squash = math.floor(size / about["crop_pct"]), about.get("crop_mode") == "squash"
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if name in BY_PIP else (tuple(about["mean"]), tuple(about["std"]))
-        return Preprocessing(EvalTransform(size, resize_px, filter_name, squash), mean, std)
+        transform = EvalTransform(size, resize_px, filter_name, squash)
+        return Preprocessing(transform, tuple(about["mean"]), tuple(about["std"]))
     published = weights.torchvision_weights(rest)
     if "categories" not in published.meta or len(published.meta["categories"]) != imagenet.NUM_CLASSES:
         raise ConfigError(f"{name}: not a classifier of ImageNet's classes", "name another model")

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from cvlab import _compat
 from cvlab.errors import ConfigError
+from cvlab.models import graph
 from cvlab.models.pretrained import PretrainedClassifier
 
 CUT, FEATURES = "cut", "features"
@@ -104,14 +103,11 @@ def _remove_classifier(module: nn.Module, name: str) -> None:
 
 def _split_after(module: nn.Module, layer: str) -> tuple[nn.Module, nn.Module] | None:
     """Return the parts before and after the output of a layer; None if the graph cannot be cut there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            create = _compat.timm().models.create_feature_extractor
-            whole = create(module, {layer: CUT})
-            traced = create(module, {layer: CUT, _last_node(module): FEATURES})
-        except (torch.fx.proxy.TraceError, TypeError, NameError, AttributeError, ValueError):
-            return None
+    try:
+        whole = graph.trace(module, {layer: CUT})
+        traced = graph.trace(module, {layer: CUT}, FEATURES)
+    except (*graph.TRACE_FAILURES, ValueError):
+        return None
     trunk, tail = _part(whole, CUT), _part(traced, FEATURES, start=CUT)
     return None if tail is None or trunk is None else (trunk, tail)
 
@@ -128,32 +124,27 @@ def _use_defaults(graph: torch.fx.Graph) -> None:
             user.kwargs = torch.fx.node.map_arg(user.kwargs, default_of)
 
 
-def _last_node(module: nn.Module) -> str:
-    names: list[str] = _compat.timm().models.get_graph_node_names(module)[1]
-    return names[-1]
-
-
 def _part(traced: torch.fx.GraphModule, key: str, start: str | None = None) -> nn.Module | None:
     """Return the module that computes one output of a graph, from its output `start` if given; None if it cannot."""
     module = torch.fx.GraphModule(copy.deepcopy(traced), copy.deepcopy(traced.graph))
-    graph = module.graph
-    _use_defaults(graph)
-    output = next(node for node in graph.nodes if node.op == "output")
+    nodes = module.graph
+    _use_defaults(nodes)
+    output = next(node for node in nodes.nodes if node.op == "output")
     results = output.args[0]
     if start is not None:
         origin = results[start]
-        with graph.inserting_before(next(iter(graph.nodes))):
-            placeholder = graph.placeholder("maps")
+        with nodes.inserting_before(next(iter(nodes.nodes))):
+            placeholder = nodes.placeholder("maps")
         origin.replace_all_uses_with(placeholder, delete_user_cb=lambda user: user is not output)
-        for node in [node for node in graph.nodes if node.target is torch._assert]:  # of the size of the images
-            graph.erase_node(node)
+        for node in [node for node in nodes.nodes if node.target is torch._assert]:  # of the size of the images
+            nodes.erase_node(node)
     output.args = (results[key],)
-    graph.eliminate_dead_code()
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    nodes.eliminate_dead_code()
+    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
     for node in placeholders:
         if not node.users:
-            graph.erase_node(node)
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+            nodes.erase_node(node)
+    if sum(node.op == "placeholder" for node in nodes.nodes) != 1:
         return None  # a path from the images goes around the layer
     module.delete_all_unused_submodules()
     module.recompile()

@@ -256,7 +256,10 @@ def test_models_of_others_take_the_keys_of_their_builders(tmp_path):
     text = GOOD.replace("deep_convnet\n  filters: [16, 32]\n  pools: [0]", "timm:resnet10t\n  drop_rate: 0.1")
     chosen = load(tmp_path, text)
     assert chosen.model.name == "timm:resnet10t"
-    assert chosen.model.builder_arguments() == {"drop_rate": 0.1}
+    assert chosen.model.builder_arguments() == {
+        **{"weights": None, "freeze": 0, "layer_decay": 1.0},
+        "drop_rate": 0.1,
+    }
     assert load(tmp_path, chosen.to_yaml()).to_yaml() == chosen.to_yaml()
     assert load(tmp_path, text.replace("timm:resnet10t", "torchvision:resnet18")).model.drop_rate == 0.1
 

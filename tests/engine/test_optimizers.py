@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cvlab import registry
+from cvlab import _compat, registry
 from cvlab.engine import muon, optimizers, schedules
 from cvlab.errors import ConfigError
 
@@ -132,3 +132,19 @@ def test_values_of_schedules():
     assert schedules.warmed_up(1.0, 0.05, 0.1) == 0.5
     assert schedules.warmed_up(0.3, 0.5, 0.1) == 0.3
     assert math.isclose(schedules.warmed_up(0.7, 0.0, 0.0), 0.7)
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS.names)
+def test_a_step_without_the_compiler_is_torchs_step(name):
+    weights = []
+    for step in (_compat.optimizer_step, lambda optimizer: optimizer.step()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        optimizer = optimizers.build_optimizer(name, model, {})
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(6, 4)).square().sum().backward()
+            step(optimizer)
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    for ours, theirs in zip(*weights, strict=True):
+        assert torch.equal(ours, theirs)

@@ -9,6 +9,7 @@ from cvlab import _compat
 from cvlab.config.schema import NonNegativeInt
 from cvlab.errors import ConfigError
 from cvlab.models import pretrained, zoo
+from cvlab.models.efficientnet import EfficientNetLite
 from cvlab.models.names import AUTO, WeightsFile
 from cvlab.models.split import stages
 
@@ -91,7 +92,7 @@ def efficientnet_lite2(
 def _efficientnet(
     name: str, weights: str | None, freeze: int, layer_decay: float, in_channels: int, num_classes: int
 ) -> nn.Module:
-    model = zoo.build_timm(f"tf_{name}", in_channels=in_channels, num_classes=num_classes)
+    model = EfficientNetLite(name, num_classes, in_channels)
     return _prepare(model, name, weights, freeze, layer_decay)
 
 

@@ -57,13 +57,13 @@ class TransferClassifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
         self.map_shape = parts.map_shape
         self.image_shape = (3, backbone.transform.size_px, backbone.transform.size_px)
-        self.train(self.training)
+        self.trunk.eval()
+        self.tail.eval()
 
     def train(self, mode: bool = True) -> "TransferClassifier":
         """Set the mode of the classifier; trunk and tail always stay in evaluation mode."""
-        super().train(mode)
-        self.trunk.eval()
-        self.tail.eval()
+        self.training = mode  # trunk and tail are in evaluation mode already: a step need not visit all their modules
+        self.classifier.train(mode)
         return self
 
     def standardize(self, features: Tensor) -> None:
