@@ -17,7 +17,6 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first optimizer imports it: a second and a half that no child should spend
 
 os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: the failpoints are compiled in
 

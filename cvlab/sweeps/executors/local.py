@@ -34,7 +34,6 @@ PRELOADED = (  # imports that would cost each trial seconds
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "rich.progress",
-    "torch._dynamo",
 )
 
 
