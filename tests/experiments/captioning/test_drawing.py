@@ -1,11 +1,14 @@
 """Attention maps of a caption."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cvlab.experiments.captioning import drawing
-from cvlab.reports import fonts
+from cvlab.data.vocabulary import PAD, START, UNKNOWN
+from cvlab.experiments.captioning import decoding, drawing
+from cvlab.experiments.captioning.model import Captioner
+from cvlab.reports import fonts, images
 
 
 @pytest.mark.parametrize("size", [(640, 480), (60, 600), (3000, 100)])
@@ -19,3 +22,46 @@ def test_the_sheet_has_the_file_name_the_sentence_and_all_words_uncut(monkeypatc
     heading = " ".join(texts[16:])
     assert heading == f'attention by word: Müller café.jpg "{" ".join(tokens)}"'
     assert all(x >= 0 and x + fonts.width(text, px) <= sheet.width for x, text, px in lines)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 500)])
+def test_a_planted_cell_is_where_its_word_is_bright(monkeypatch, size):
+    cells = [(0, 0), (0, 6), (6, 0), (3, 3), (5, 1), (2, 6)]
+    weights = torch.full((len(cells), 7, 7), 0.001)
+    for k, (row, column) in enumerate(cells):
+        weights[k, row, column] = 0.95
+    tokens = [f"word{k}" for k in range(len(cells))]
+    tiles = {}
+    draw = images.captioned
+
+    def captioned(image, text, width):
+        tiles[text] = image
+        return draw(image, text, width)
+
+    monkeypatch.setattr(images, "captioned", captioned)
+    drawing.attention_sheet(Image.new("RGB", size, (90, 90, 90)), tokens, weights, "photo.jpg")
+    for token, (row, column) in zip(tokens, cells, strict=True):
+        pixels = np.asarray(tiles[token]).astype(float)
+        heat = np.abs(pixels[..., 0] - pixels[..., 2])
+        heat[heat < heat.max() / 2] = 0
+        ys, xs = np.mgrid[: heat.shape[0], : heat.shape[1]]
+        center = (ys * heat).sum() / heat.sum() / heat.shape[0], (xs * heat).sum() / heat.sum() / heat.shape[1]
+        assert center == pytest.approx(((row + 0.5) / 7, (column + 0.5) / 7), abs=0.06), token
+
+
+def test_a_word_is_drawn_with_the_weights_that_it_was_chosen_with():
+    """Attention of a word is that of the step whose logits chose it, not that of the step after."""
+    torch.manual_seed(0)
+    model = Captioner(6, 20, cell="attention_lstm", embed_dim=8, hidden_dim=12).eval()
+    features = torch.randn(1, 9, 6)
+    (hypothesis,) = decoding.beam_search(model, features, 1, 6)
+    weights = decoding.attention_weights(model, features, hypothesis.token_ids)
+    state, previous = model.initial_state(features), START
+    for k, token_id in enumerate(hypothesis.token_ids):
+        context = state.context[0]
+        expected = torch.softmax(context @ state.h[0] / context.shape[1] ** 0.5, 0)
+        torch.testing.assert_close(weights[k], expected)
+        logits, state, _ = model.step(state, torch.tensor([previous]))
+        allowed = logits[0].index_fill(0, torch.tensor([PAD, START, UNKNOWN]), float("-inf"))
+        assert int(allowed.argmax()) == token_id or k == len(hypothesis.token_ids) - 1
+        previous = token_id
