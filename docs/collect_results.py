@@ -28,13 +28,16 @@ Row = dict[str, Any]
 
 
 def plain_command(recorded: str) -> str:
-    """Return a recorded command line without its seed, without flags of the output, and without absolute paths."""
+    """Return a recorded command line without its seed, flags of the output, absolute paths and number of threads.
+
+    The threads are in the description of the machine.
+    """
     words = iter(shlex.split(recorded))
     chosen = []
     for word in words:
         if word in FLAGS_WITH_VALUE:
             next(words, None)
-        elif word not in FLAGS and not word.startswith(tuple(f"{flag}=" for flag in FLAGS_WITH_VALUE)):
+        elif word not in FLAGS and not word.startswith(("threads=", *(f"{flag}=" for flag in FLAGS_WITH_VALUE))):
             chosen.append(Path(word).name if word.startswith("/") else word)
     return shlex.join(chosen)
 
