@@ -10,7 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from cvlab.errors import ConfigError
-from cvlab.models import graph
+from cvlab.models.graph import TRACE_FAILURES, trace
 from cvlab.models.pretrained import PretrainedClassifier
 
 CUT, FEATURES = "cut", "features"
@@ -104,9 +104,9 @@ def _remove_classifier(module: nn.Module, name: str) -> None:
 def _split_after(module: nn.Module, layer: str) -> tuple[nn.Module, nn.Module] | None:
     """Return the parts before and after the output of a layer; None if the graph cannot be cut there."""
     try:
-        whole = graph.trace(module, {layer: CUT})
-        traced = graph.trace(module, {layer: CUT}, FEATURES)
-    except (*graph.TRACE_FAILURES, ValueError):
+        whole = trace(module, {layer: CUT})
+        traced = trace(module, {layer: CUT}, FEATURES)
+    except (*TRACE_FAILURES, ValueError):
         return None
     trunk, tail = _part(whole, CUT), _part(traced, FEATURES, start=CUT)
     return None if tail is None or trunk is None else (trunk, tail)
@@ -127,24 +127,24 @@ def _use_defaults(graph: torch.fx.Graph) -> None:
 def _part(traced: torch.fx.GraphModule, key: str, start: str | None = None) -> nn.Module | None:
     """Return the module that computes one output of a graph, from its output `start` if given; None if it cannot."""
     module = torch.fx.GraphModule(copy.deepcopy(traced), copy.deepcopy(traced.graph))
-    nodes = module.graph
-    _use_defaults(nodes)
-    output = next(node for node in nodes.nodes if node.op == "output")
+    graph = module.graph
+    _use_defaults(graph)
+    output = next(node for node in graph.nodes if node.op == "output")
     results = output.args[0]
     if start is not None:
         origin = results[start]
-        with nodes.inserting_before(next(iter(nodes.nodes))):
-            placeholder = nodes.placeholder("maps")
+        with graph.inserting_before(next(iter(graph.nodes))):
+            placeholder = graph.placeholder("maps")
         origin.replace_all_uses_with(placeholder, delete_user_cb=lambda user: user is not output)
-        for node in [node for node in nodes.nodes if node.target is torch._assert]:  # of the size of the images
-            nodes.erase_node(node)
+        for node in [node for node in graph.nodes if node.target is torch._assert]:  # of the size of the images
+            graph.erase_node(node)
     output.args = (results[key],)
-    nodes.eliminate_dead_code()
-    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
+    graph.eliminate_dead_code()
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node in placeholders:
         if not node.users:
-            nodes.erase_node(node)
-    if sum(node.op == "placeholder" for node in nodes.nodes) != 1:
+            graph.erase_node(node)
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         return None  # a path from the images goes around the layer
     module.delete_all_unused_submodules()
     module.recompile()

@@ -85,8 +85,7 @@ def _load(model: PretrainedClassifier, data: str) -> tuple[ImageDataset, bool]:
         train_labels=index[dataset.train_labels],
         test_labels=index[dataset.test_labels],
     )
-    size = model.transform.size_px
-    if dataset.train_images.shape[1] != size or model.transform != dataset.photo_transform():
+    if model.transform != dataset.photo_transform():
         dataset = dataset.transformed(model.transform)
     return dataset, True
 

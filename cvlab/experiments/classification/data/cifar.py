@@ -16,7 +16,7 @@ import torch
 
 from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
-from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
+from cvlab.experiments.classification.data.images import ImageDataset
 from cvlab.experiments.classification.data.published import Download, PublishedFiles
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -145,23 +145,15 @@ def load_cifar100(root: Path) -> ImageDataset:
     return replace(dataset, classes=classes)
 
 
-CIFAR10 = ImageDatasetSource(
-    name="cifar10",
+CIFAR10 = CIFAR10_FILES.source(
+    load_cifar10,
+    DatasetSize(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=10),
     summary="60,000 photos of 32x32 px in 10 classes; 50,000 to train on",
     license="none stated (Krizhevsky, 2009)",
-    size=DatasetSize(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=10),
-    ready=CIFAR10_FILES.ready,
-    read=load_cifar10,
-    check=CIFAR10_FILES.check,
-    fetch=CIFAR10_FILES.fetch,
 )
-CIFAR100 = ImageDatasetSource(
-    name="cifar100",
+CIFAR100 = CIFAR100_FILES.source(
+    load_cifar100,
+    DatasetSize(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=100),
     summary="60,000 photos of 32x32 px in 100 classes; 50,000 to train on",
     license="none stated (Krizhevsky, 2009)",
-    size=DatasetSize(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=100),
-    ready=CIFAR100_FILES.ready,
-    read=load_cifar100,
-    check=CIFAR100_FILES.check,
-    fetch=CIFAR100_FILES.fetch,
 )

