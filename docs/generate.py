@@ -446,9 +446,7 @@ def datasets_page() -> str:
     for name in datasets.DATASETS:
         source = datasets.get(name)
         origin = "your own" if source.is_custom else "generated" if source.is_builtin else "downloaded"
-        rows.append(
-            (code(name), datasets.CONTENTS[source.kind], origin, cell(sentence(source.summary)), cell(source.license))
-        )
+        rows.append((code(name), datasets.contents(name), origin, cell(sentence(source.summary)), cell(source.license)))
     text += table(("Name", "Contains", "Origin", "Description", "License"), rows)
     return text + (
         "They lie below `$CVLAB_DATA`, by default `~/.cache/cvlab`. Downloads are installed only if their SHA-256 is "

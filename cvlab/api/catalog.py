@@ -82,14 +82,19 @@ def fetch(name: str, origin: Path | None) -> Row:
         source.fetch(root, origin, True)
     elif source.is_builtin:
         source.load(root)
-    return {"ok": True, "name": name, "root": str(root), "found": source.check(root)}
+    return {"ok": True, "name": name, "root": str(root), "found": _check_all(name, root)}
+
+
+def _check_all(name: str, root: Path) -> str:
+    """Check a data set as each of its kinds. Raises DataError."""
+    return "; ".join(dict.fromkeys(source.check(root) for source in datasets.get_all(name)))
 
 
 def _is_intact(source: datasets.AnySource, root: Path) -> bool:
     if not source.ready(root):
         return False
     try:
-        source.check(root)
+        _check_all(source.name, root)
     except DataError as error:
         console.info(f"{error.message}; downloading it again")
         return False
@@ -100,4 +105,4 @@ def check(name: str | None) -> Row:
     """Compare a data set with its checksums, or all that are on the disk; return a description by name."""
     root = data_root()
     names = [name] if name else [each for each in datasets.DATASETS if datasets.get(each).ready(root)]
-    return {each: datasets.get(each).check(root) for each in names}
+    return {each: _check_all(each, root) for each in names}

@@ -2,6 +2,7 @@
 
 Every task has a subclass of `DatasetSource` whose `load` says which options it takes and what it returns:
 `ImageDatasetSource`, `DetectionDatasetSource` and `CaptionDatasetSource`, each beside the data set that it loads.
+A data set with boxes and captions has a row of each kind under one name.
 """
 
 from abc import ABC, abstractmethod
@@ -33,16 +34,18 @@ BY_KIND = {
         "bccd": "cvlab.experiments.detection.data.downloads:BCCD",
         "voc07": "cvlab.experiments.detection.data.downloads:VOC07",
         "everyday": "cvlab.experiments.detection.data.everyday:SOURCE",
+        "coco_people": "cvlab.experiments.detection.data.published_coco:COCO_PEOPLE",
         "boxes": "cvlab.experiments.detection.data.custom:BOXES",
     },
     "captions": {
         "flickr8k": "cvlab.experiments.captioning.dataset:FLICKR8K",
+        "coco_people": "cvlab.experiments.captioning.dataset:COCO_PEOPLE",
         "scene_captions": "cvlab.experiments.captioning.dataset:SCENE_CAPTIONS",
         "captions": "cvlab.experiments.captioning.dataset:CAPTIONS",
     },
 }
 CONTENTS = {"images": "images with a class each", "boxes": "photos with boxes", "captions": "captioned photos"}
-DATASETS = {name: target for table in BY_KIND.values() for name, target in table.items()}
+DATASETS = tuple(dict.fromkeys(name for table in BY_KIND.values() for name in table))
 
 
 @dataclass(frozen=True)
@@ -100,18 +103,29 @@ AnySource = DatasetSource[Any]
 Source = TypeVar("Source", bound=AnySource)
 
 
+def get_all(name: str) -> list[AnySource]:
+    """Return the data set called `name`, once for each kind that it is of. Raises ConfigError with the closest name."""
+    if name not in DATASETS:
+        raise registry.unknown_name_error("data set", name, DATASETS)
+    return [registry.import_name(table[name]) for table in BY_KIND.values() if name in table]
+
+
 def get(name: str) -> AnySource:
-    """Return the data set called `name`. Raises ConfigError with the closest name."""
-    source: AnySource = registry.get("data set", name, DATASETS)
-    return source
+    """Return the data set called `name`, as the first of its kinds: its files and how they are fetched are the same."""
+    return get_all(name)[0]
 
 
 def get_of_kind(name: str, source_type: type[Source]) -> Source:
     """Return the data set called `name`, which must be of the kind of `source_type`. Raises ConfigError otherwise."""
     require_kind(name, source_type.kind)
-    source = get(name)
+    source = registry.import_name(BY_KIND[source_type.kind][name])
     assert isinstance(source, source_type), name
     return source
+
+
+def contents(name: str) -> str:
+    """Return what a data set has: `photos with boxes and captioned photos`."""
+    return " and ".join(CONTENTS[kind] for kind, table in BY_KIND.items() if name in table)
 
 
 def require_kind(name: str, kind: str) -> None:
@@ -121,8 +135,7 @@ def require_kind(name: str, kind: str) -> None:
     error = registry.unknown_name_error("data set", name, BY_KIND[kind])
     if name not in DATASETS:
         raise error
-    contents = next(CONTENTS[other] for other, table in BY_KIND.items() if name in table)
-    raise ConfigError(f"data set {name!r} has {contents}, {CONTENTS[kind]} are needed here", error.hint)
+    raise ConfigError(f"data set {name!r} has {contents(name)}, {CONTENTS[kind]} are needed here", error.hint)
 
 
 def check_kind(name: str, kind: str) -> None:

@@ -1,10 +1,11 @@
-"""Captioned photos: Flickr8k, your own (a CSV or COCO's JSON), and generated scenes.
+"""Captioned photos: Flickr8k, COCO, your own (a CSV or COCO's JSON), and generated scenes.
 
 References:
     Hodosh et al., 2013, "Framing image description as a ranking task" (Flickr8k and its splits).
     Chen et al., 2015, "Microsoft COCO captions: data collection and evaluation server".
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 
 from cvlab.data import captions as captions_files
-from cvlab.data import datasets, rng
+from cvlab.data import coco_sets, datasets, rng
+from cvlab.data.coco_sets import CocoSet
 from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
@@ -80,6 +82,24 @@ def load_flickr8k(root: Path) -> CaptionDataset:
             samples.append(CaptionSample(folder / "Images" / name, tuple(by_stem[Path(name).stem])))
         splits[split] = tuple(samples)
     return CaptionDataset("flickr8k", splits)
+
+
+def load_coco(coco_set: CocoSet, root: Path) -> CaptionDataset:
+    """Load the captions of a data set in COCO's layout; a split that it does not have is empty.
+
+    Args:
+        coco_set: The data set.
+        root: The folder of all data sets.
+
+    Raises:
+        DataError: It is not there, or damaged.
+    """
+    splits: dict[str, tuple[CaptionSample, ...]] = dict.fromkeys(SPLITS, ())
+    for split, path in coco_set.annotation_files(root, coco_sets.CAPTIONS).items():
+        images = root / coco_set.name / coco_set.splits[split].images
+        captions = captions_files.read_coco(path)
+        splits[split] = tuple(CaptionSample(images / name, tuple(values)) for name, values in captions.items())
+    return CaptionDataset(coco_set.name, splits)
 
 
 def load_custom(path: Path, val_fraction: float) -> CaptionDataset:
@@ -195,6 +215,25 @@ FLICKR8K = CaptionDatasetSource(
     read=load_flickr8k,
     check=lambda root: _check(load_flickr8k, root),
     fetch=_fetch_flickr8k,
+)
+
+
+def _check_coco(coco_set: CocoSet, root: Path) -> str:
+    """Return the number of photos and captions. DataError if photos are missing."""
+    loaded = load_coco(coco_set, root)
+    coco_set.check_counts(root, {split: len(samples) for split, samples in loaded.splits.items()})
+    return _check(lambda _: loaded, root)
+
+
+COCO_PEOPLE = CaptionDatasetSource(
+    name=coco_sets.COCO_PEOPLE.name,
+    summary="2,500 photos of COCO with people, with five captions each",
+    license="CC BY 4.0 (the annotations; the photos are under Flickr's terms)",
+    size=DatasetSize(train_images=2000, test_images=300, image_px=448, channels=3, num_classes=1),
+    ready=coco_sets.COCO_PEOPLE.ready,
+    read=functools.partial(load_coco, coco_sets.COCO_PEOPLE),
+    check=functools.partial(_check_coco, coco_sets.COCO_PEOPLE),
+    fetch=coco_sets.fetch_people,
 )
 
 

@@ -1,11 +1,16 @@
 """Captioned data sets: your own, Flickr8k, and the built-in scenes."""
 
+import json
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
-from cvlab.data import photos
+from cvlab.data import coco_sets, photos
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import dataset, scene_captions
+from tests.coco_files import write_coco_set
+from tests.conftest import REAL_DATA
 
 COUNTS = {"train": 6, "val": 2, "test": 2}
 
@@ -58,3 +63,39 @@ def test_scene_captions(tmp_path, monkeypatch):
     assert len(words) in (3, 7, 8)
     images = {sample.path.read_bytes() for samples in loaded.splits.values() for sample in samples}
     assert len(images) == sum(COUNTS.values())
+
+
+def captions_of(document):
+    """Return the captions of each photo, without cvlab's readers."""
+    files = {record["id"]: record["file_name"] for record in document["images"]}
+    captions = {}
+    for record in document["annotations"]:
+        captions.setdefault(files[record["image_id"]], []).append(record["caption"].strip())
+    return captions
+
+
+def test_coco_people_has_the_captions_of_its_files(tmp_path):
+    with pytest.raises(DataError, match="coco_people is not in"):
+        dataset.load("coco_people", tmp_path)
+    counts = {"train": 4, "val": 2, "test": 3}
+    written = write_coco_set(tmp_path, coco_sets.COCO_PEOPLE, counts)
+    loaded = dataset.load("coco_people", tmp_path)
+    for split in counts:
+        assert {sample.path.name: list(sample.captions) for sample in loaded.splits[split]} == captions_of(
+            written["captions", split]
+        )
+        assert all(sample.path.is_file() for sample in loaded.splits[split])
+    with pytest.raises(DataError, match="4 photos of train, not 2000"):
+        dataset.COCO_PEOPLE.check(tmp_path)
+
+
+@pytest.mark.realdata
+def test_the_real_coco_people():
+    root = Path(REAL_DATA or "none")
+    if not dataset.COCO_PEOPLE.ready(root):
+        pytest.skip("CVLAB_DATA has no coco_people")
+    assert dataset.COCO_PEOPLE.check(root) == "2500 photos, 12506 captions"
+    loaded = dataset.load("coco_people", root)
+    assert {split: len(samples) for split, samples in loaded.splits.items()} == coco_sets.PEOPLE_SPLITS
+    document = json.loads((root / "coco_people/annotations/captions_test.json").read_text())
+    assert {sample.path.name: list(sample.captions) for sample in loaded.splits["test"]} == captions_of(document)

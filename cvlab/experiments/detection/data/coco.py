@@ -7,6 +7,7 @@ cvlab/data/coco.py, which captions share.
 
 import os
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -51,6 +52,11 @@ def read_path(path: Path) -> AnnotationSet:
             problem = f"{by_split[split].name} is {split} too" if split else "no split (train, val, test) in its name"
             raise DataError(f"{file}: {problem}", "name one JSON file, or leave one for each split")
         by_split[split] = file
+    return read_splits(by_split, path)
+
+
+def read_splits(by_split: Mapping[str, Path], path: Path) -> AnnotationSet:
+    """Read the JSON file of each split; `path` is the file or folder that messages about all of them name."""
     irregularities = Irregularities()
     splits: dict[str, list[ImageAnnotation]] = {}
     categories: dict[str, set[str]] = {}  # name -> the names of its supercategories
