@@ -58,10 +58,11 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
 
 
 def _data_plan(block: DataConfig) -> Result:
-    source = None if registry.is_user_file(block.name) else datasets.get(block.name)
-    ready = source is None or source.is_builtin or source.ready(data_root())
-    missing = {} if ready else {"fallback": block.fallback, "to get it": f"cvlab data fetch {block.name}"}
-    return {"data": describe_data(block), "data_root": str(data_root()), "data_ready": ready, **missing}
+    sources = [datasets.get(name) for name in block.names if not registry.is_user_file(name)]
+    missing = [source.name for source in sources if not (source.is_builtin or source.ready(data_root()))]
+    to_get = {"fallback": block.fallback, "to get it": "; ".join(f"cvlab data fetch {name}" for name in missing)}
+    used = {"data": describe_data(block), "data_root": str(data_root()), "data_ready": not missing}
+    return used | to_get if missing else used
 
 
 def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:

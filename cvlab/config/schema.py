@@ -174,6 +174,16 @@ class DataConfig(FrozenModel):
     fallback: str | None = Field(None, description="the built-in data set to use if this one cannot be fetched quickly")
     fallback_for: str | None = Field(None, description="set by cvlab: the data set that the fallback replaces")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all data sets that the block asks for."""
+        return (self.name,)
+
+    def on_fallback(self) -> Self:
+        """Return the block with its fallback instead of what it asks for."""
+        replaced = " + ".join(self.names)
+        return self.model_copy(update={"name": self.fallback, "fallback": None, "fallback_for": replaced})
+
 
 class ExperimentConfig(FrozenModel):
     """The keys of every configuration."""

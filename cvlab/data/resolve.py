@@ -40,17 +40,17 @@ def resolve_dataset(block: Block, policy: DownloadPolicy) -> Block:
     """
     if block.fallback_for is not None or "." in block.name:
         return block
-    source = datasets.get(block.name)
-    if source.is_builtin or source.ready(data_root()):
-        return block
-    reason = _try_to_fetch(source, policy)
-    if reason is None:
-        return block
-    hint = f"`cvlab data fetch {block.name}` gets it"
-    if block.fallback is None or policy.no_fallback:
-        raise DataError(f"{block.name} is not in {data_root()}: {reason}", hint)
-    console.info(f"{block.name} is not on the disk ({reason}); falling back to {block.fallback}; {hint}")
-    return block.model_copy(update={"name": block.fallback, "fallback": None, "fallback_for": block.name})
+    for name in block.names:
+        source = datasets.get(name)
+        reason = None if source.is_builtin or source.ready(data_root()) else _try_to_fetch(source, policy)
+        if reason is None:
+            continue
+        hint = f"`cvlab data fetch {name}` gets it"
+        if block.fallback is None or policy.no_fallback:
+            raise DataError(f"{name} is not in {data_root()}: {reason}", hint)
+        console.info(f"{name} is not on the disk ({reason}); falling back to {block.fallback}; {hint}")
+        return block.on_fallback()
+    return block
 
 
 def _try_to_fetch(source: datasets.AnySource, policy: DownloadPolicy) -> str | None:
@@ -70,4 +70,5 @@ def _try_to_fetch(source: datasets.AnySource, policy: DownloadPolicy) -> str | N
 
 def describe_data(block: DataConfig) -> str:
     """Return the `data` entry of summary.json, for example `scenes10 (fallback for cifar10)`."""
-    return f"{block.name} (fallback for {block.fallback_for})" if block.fallback_for else block.name
+    names = " + ".join(block.names)
+    return f"{names} (fallback for {block.fallback_for})" if block.fallback_for else names

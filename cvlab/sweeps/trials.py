@@ -157,7 +157,7 @@ def resolve_datasets(sweep: SweepConfig, base: Path, policy: DownloadPolicy) -> 
         DataError: if one of them is not available.
     """
     blocks = [getattr(config, "data", None) for _, config in trial_configs(sweep, base)]
-    for name in sorted({block.name for block in blocks if isinstance(block, DataConfig)}):
+    for name in sorted({name for block in blocks if isinstance(block, DataConfig) for name in block.names}):
         resolve_dataset(DataConfig(name=name), policy)
 
 

@@ -4,9 +4,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from cvlab.config import schema
 from cvlab.config.schema import Registry
+from cvlab.data import datasets
 from cvlab.experiments.common import backbone_config, weights
 from cvlab.experiments.common.photo_config import ImagesConfig
 
@@ -39,10 +41,37 @@ class CaptionDataConfig(backbone_config.PhotoDatasetConfig):
     """Which captioned photos."""
 
     kind = "captions"
+    extra: tuple[str, ...] = Field(
+        (), description="further data sets, whose training photos are added and whose final metrics are reported too"
+    )
     val_fraction: schema.FractionBelowOne = Field(0.1, description="share of your own photos used for validation")
     sentences: schema.PositiveInt | None = Field(
         None, description="train on this number of captions per photo; null: all"
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all data sets that are read."""
+        return (self.name, *self.extra)
+
+    def on_fallback(self) -> Self:
+        """Return the block with its fallback instead of all of its data sets."""
+        return super().on_fallback().model_copy(update={"extra": ()})
+
+    @field_validator("extra")
+    @classmethod
+    def _known_extra(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            datasets.check_kind(name, cls.kind)
+        return names
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.names)) < len(self.names) or self.kind in self.extra:
+            raise ValueError(f"extra: names each data set once, and not {self.kind}, which is {{name: {self.kind}}}")
+        if self.extra and self.num_train is not None:
+            raise ValueError("num_train and extra exclude each other")
+        return self
 
 
 class CaptionerConfig(backbone_config.BackboneTrainConfig):

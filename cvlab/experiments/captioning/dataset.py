@@ -8,7 +8,7 @@ References:
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import scene_captions
+from cvlab.experiments.captioning.config import CaptionDataConfig
 from cvlab.storage.cache import install_folder, temporary_folder
 
 SPLITS = ("train", "val", "test")
@@ -39,10 +40,17 @@ class CaptionSample:
 
 @dataclass(frozen=True)
 class CaptionDataset:
-    """A data set of captioned photos; `splits` has the keys `train`, `val` and `test`."""
+    """A data set of captioned photos.
+
+    Attributes:
+        name: Its name.
+        splits: `train`, `val` and `test`.
+        extra: The further data sets that a combined one has; their `train` is part of its own.
+    """
 
     name: str
     splits: dict[str, tuple[CaptionSample, ...]]
+    extra: tuple["CaptionDataset", ...] = ()
 
     def digest(self) -> str:
         """Return the digest of all photos and captions."""
@@ -50,6 +58,7 @@ class CaptionDataset:
         for split, samples in self.splits.items():
             digest.add_values([split, *(sample.captions for sample in samples)])
             digest.add_files(sample.path for sample in samples)
+        digest.add_values(extra.digest() for extra in self.extra)
         return digest.hex()
 
 
@@ -182,6 +191,21 @@ class CaptionDatasetSource(DatasetSource[CaptionDataset]):
 def load(name: str, root: Path, path: str | None = None, val_fraction: float = 0.1) -> CaptionDataset:
     """Load a captioned data set by name; arguments and errors are those of `CaptionDatasetSource.load`."""
     return datasets.get_of_kind(name, CaptionDatasetSource).load(root, path, val_fraction)
+
+
+def combine(first: CaptionDataset, extra: Sequence[CaptionDataset]) -> CaptionDataset:
+    """Add the training photos of further data sets to one; `val` and `test` remain those of the first."""
+    if not extra:
+        return first
+    name = " + ".join(each.name for each in (first, *extra))
+    train = tuple(sample for each in (first, *extra) for sample in each.splits["train"])
+    return CaptionDataset(name, first.splits | {"train": train}, tuple(extra))
+
+
+def load_configured(config: CaptionDataConfig, root: Path) -> CaptionDataset:
+    """Load the data set of a configuration, with its `extra` ones; errors are those of `load`."""
+    first = load(config.name, root, config.path, config.val_fraction)
+    return combine(first, [load(name, root) for name in config.extra])
 
 
 def _check(load_dataset: Callable[[Path], CaptionDataset], root: Path) -> str:

@@ -70,8 +70,19 @@ class CaptionExperiment(PhotoExperiment[CaptionConfig]):
         }
 
 
+CAPTION_METRICS = (
+    Metric("cider", better="higher"),
+    Metric("exact_match", "fraction", "higher"),
+    *(Metric(f"bleu{n}", "fraction", "higher") for n in range(1, 5)),
+)
+
+
 def _has_scenes(config: CaptionerConfig) -> bool:
     return SCENE_CAPTIONS in (config.data.name, config.data.fallback)
+
+
+def _has_extra(config: CaptionerConfig) -> bool:
+    return bool(config.data.extra)
 
 
 class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]):
@@ -86,9 +97,8 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
 
     Metrics:
         `val_loss`, `val_bleu4` (greedy) while training; at the end, by beam search on the evaluated split (`test`
-        with evaluate_test, else `val`), `bleu1` to `bleu4`, `cider`, `exact_match`; on scene_captions also
-        `shapes_right`,
-        `colours_right`, `relations_right`.
+        with evaluate_test, else `val`), `bleu1` to `bleu4`, `cider`, `exact_match`, with `extra` data sets also as
+        `coco_people_bleu4`; on scene_captions also `shapes_right`, `colours_right`, `relations_right`.
 
     Command:
         cvlab train configs/caption_scenes.yaml
@@ -102,9 +112,8 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
         Metric("val_bleu4", "fraction", "higher"),
         Metric("best_val_bleu4", "fraction", "higher"),
         Metric("word_loss", better="lower"),
-        Metric("cider", better="higher"),
-        Metric("exact_match", "fraction", "higher"),
-        *(Metric(f"bleu{n}", "fraction", "higher") for n in range(1, 5)),
+        *CAPTION_METRICS,
+        *(Metric(f"*_{metric.name}", metric.unit, metric.better, _has_extra) for metric in CAPTION_METRICS),
         *(Metric(f"{part}_right", "fraction", "higher", _has_scenes) for part in ("shapes", "colours", "relations")),
     )
 
@@ -113,8 +122,7 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
         from cvlab.experiments.captioning import dataset, overview
         from cvlab.storage.cache import data_root
 
-        loaded = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
-        return overview.build(loaded, num_samples)
+        return overview.build(dataset.load_configured(config.data, data_root()), num_samples)
 
     def run(self, config: CaptionerConfig, run: RunDir) -> dict[str, float]:
         """Compute features, train, and evaluate generated captions; save the weights in a file of their own."""
@@ -124,9 +132,12 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
         from cvlab.experiments.captioning import evaluation
         from cvlab.experiments.captioning.setup import (
             build_setup,
+            evaluate_extra,
             evaluate_split,
+            extra_samples,
             generate,
             load_backbone_features,
+            load_photo_features,
             load_training_data,
             make_loss_fn,
             samples_of,
@@ -140,6 +151,9 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
             split = config.final_split(setup.dataset.splits)
             if split == "test":  # stored on the disk; a damaged photo ends the run before it is trained
                 load_backbone_features(config, setup, "test", check_interrupt)
+            extra = extra_samples(config, setup)
+            for samples in extra.values():
+                load_photo_features(config, setup, samples, check_interrupt)
         if config.evaluate_test and split != "test":
             run.log(f"warning: {setup.dataset.name} has no test split; val is evaluated at the end")
 
@@ -172,14 +186,23 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
             "beam": config.beam,
             "alpha": config.alpha,
             "evaluated_split": split,
+            **{f"evaluated_split_{each.name}": config.final_split(each.splits) for each in setup.dataset.extra},
         }
-        return metrics | evaluate_split(config, setup, model, features, split)
+        metrics |= evaluate_split(config, setup, model, features, split)
+        return metrics | evaluate_extra(config, setup, model, extra)
 
     def evaluate(self, config: CaptionerConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
         """Evaluate the weights of a checkpoint by beam search; the name of each metric is prefixed by its split."""
         from cvlab.experiments.captioning import evaluation
         from cvlab.experiments.captioning.batches import EncodedCaptions
-        from cvlab.experiments.captioning.setup import build_setup, evaluate_split, load_backbone_features, samples_of
+        from cvlab.experiments.captioning.setup import (
+            build_setup,
+            evaluate_extra,
+            evaluate_split,
+            extra_samples,
+            load_backbone_features,
+            samples_of,
+        )
         from cvlab.runs import checkpoint
 
         setup = build_setup(config)
@@ -192,6 +215,8 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
             captions = EncodedCaptions(samples, setup.captioner.vocabulary, config.length)
             of_split = evaluate_split(config, setup, model, features, split)
             of_split["loss"] = evaluation.mean_loss(model, features, captions, setup.ctx)
+            if split != "train":  # that of the extra data sets is part of it
+                of_split |= evaluate_extra(config, setup, model, extra_samples(config, setup, split))
             metrics |= {f"{split}_{name}": value for name, value in of_split.items()}
         return metrics
 

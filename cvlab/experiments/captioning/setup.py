@@ -1,20 +1,21 @@
 """What a captioning configuration builds: data, captioner, loss and evaluation."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
 
-from cvlab.data import datasets, vocabulary
+from cvlab.data import vocabulary
 from cvlab.engine import device, loop
 from cvlab.experiments.captioning import checkpoint as captioner_checkpoint
+from cvlab.experiments.captioning import dataset as captions_dataset
 from cvlab.experiments.captioning import evaluation, feature_store, self_critical
 from cvlab.experiments.captioning.batches import CaptionBatch, CaptionLoader, EncodedCaptions
 from cvlab.experiments.captioning.checkpoint import CaptionerMetadata, LoadedCaptioner
 from cvlab.experiments.captioning.config import SCENE_CAPTIONS, CaptionerConfig
-from cvlab.experiments.captioning.dataset import CaptionDataset, CaptionDatasetSource, CaptionSample
+from cvlab.experiments.captioning.dataset import CaptionDataset, CaptionSample
 from cvlab.experiments.captioning.feature_store import FeatureSpec
 from cvlab.experiments.captioning.model import Captioner
 from cvlab.experiments.captioning.self_critical import CiderReward
@@ -33,8 +34,7 @@ class CaptioningSetup:
 def build_setup(config: CaptionerConfig) -> CaptioningSetup:
     """Load the captions, build the vocabulary, and build the captioner with seeded random weights."""
     ctx = device.select_device(config.device, config.precision, config.threads)
-    source = datasets.get_of_kind(config.data.name, CaptionDatasetSource)
-    dataset = source.load(data_root(), config.data.path, config.data.val_fraction)
+    dataset = captions_dataset.load_configured(config.data, data_root())
     train = samples_of(config, dataset, "train")
     captions = (vocabulary.tokenize(text) for sample in train for text in sample.captions[: config.data.sentences])
     tokens = vocabulary.build_vocabulary(captions, config.min_word_count).tokens
@@ -69,8 +69,20 @@ def load_backbone_features(
     check_interrupt: Callable[[], None] = lambda: None,
     mirrored: bool = False,
 ) -> Tensor:
-    """Return the backbone's features of the photos of a split, float16 (N, L, C), computed if they are not stored."""
-    paths = [sample.path for sample in samples_of(config, setup.dataset, split)]
+    """Return the features of the photos of a split; see `load_photo_features`."""
+    samples = samples_of(config, setup.dataset, split)
+    return load_photo_features(config, setup, samples, check_interrupt, mirrored)
+
+
+def load_photo_features(
+    config: CaptionerConfig,
+    setup: CaptioningSetup,
+    samples: Sequence[CaptionSample],
+    check_interrupt: Callable[[], None] = lambda: None,
+    mirrored: bool = False,
+) -> Tensor:
+    """Return the backbone's features of photos, float16 (N, L, C), computed if they are not stored."""
+    paths = [sample.path for sample in samples]
     spec = FeatureSpec(config.size, not setup.captioner.model.has_attention, mirrored)
     return feature_store.load_features(setup.captioner.feature_extractor, paths, setup.ctx, spec, check_interrupt)
 
@@ -133,6 +145,28 @@ def evaluate_split(
     samples = samples_of(config, setup.dataset, split)
     captions = generate(config, setup, model, features, config.beam)
     metrics = evaluation.compute_metrics(captions, samples)
-    if setup.dataset.name == SCENE_CAPTIONS:
+    if config.data.name == SCENE_CAPTIONS:
         metrics |= evaluation.compute_scene_accuracy(captions, samples)
+    return metrics
+
+
+def extra_samples(
+    config: CaptionerConfig, setup: CaptioningSetup, split: str | None = None
+) -> dict[str, Sequence[CaptionSample]]:
+    """Return the photos of a split of each `extra` data set that has it; None: of the one evaluated at the end."""
+    samples = {extra.name: extra.splits[split or config.final_split(extra.splits)] for extra in setup.dataset.extra}
+    return {name: of_set for name, of_set in samples.items() if of_set}
+
+
+def evaluate_extra(
+    config: CaptionerConfig,
+    setup: CaptioningSetup,
+    model: Captioner,
+    samples: Mapping[str, Sequence[CaptionSample]],
+) -> dict[str, float]:
+    """Score photos of `extra` data sets; the name of its data set precedes each metric: `coco_people_bleu4`."""
+    metrics: dict[str, float] = {}
+    for name, of_set in samples.items():
+        captions = generate(config, setup, model, load_photo_features(config, setup, of_set), config.beam)
+        metrics |= {f"{name}_{key}": value for key, value in evaluation.compute_metrics(captions, of_set).items()}
     return metrics

@@ -9,6 +9,7 @@ from PIL import Image
 from cvlab.data import coco_sets, photos
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import dataset, scene_captions
+from cvlab.experiments.captioning.config import CaptionDataConfig
 from tests.coco_files import write_coco_set
 from tests.conftest import REAL_DATA
 
@@ -99,3 +100,32 @@ def test_the_real_coco_people():
     assert {split: len(samples) for split, samples in loaded.splits.items()} == coco_sets.PEOPLE_SPLITS
     document = json.loads((root / "coco_people/annotations/captions_test.json").read_text())
     assert {sample.path.name: list(sample.captions) for sample in loaded.splits["test"]} == captions_of(document)
+
+
+def test_extra_data_sets_add_training_photos(tmp_path, monkeypatch):
+    monkeypatch.setattr(scene_captions, "COUNTS", COUNTS)
+    write_coco_set(tmp_path, coco_sets.COCO_PEOPLE, {"train": 4, "val": 2, "test": 3})
+    config = CaptionDataConfig(name="coco_people", extra=("scene_captions",))
+    combined = dataset.load_configured(config, tmp_path)
+    people, scenes = dataset.load("coco_people", tmp_path), dataset.load("scene_captions", tmp_path)
+    assert combined.name == "coco_people + scene_captions"
+    assert combined.splits["train"] == people.splits["train"] + scenes.splits["train"]
+    assert (combined.splits["val"], combined.splits["test"]) == (people.splits["val"], people.splits["test"])
+    assert combined.extra == (scenes,)
+    assert combined.digest() != people.digest()
+    assert dataset.load_configured(CaptionDataConfig(name="coco_people"), tmp_path) == people
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"extra": ("flickr",)}, "unknown data set 'flickr'"),
+        ({"extra": ("voc07",)}, "has photos with boxes, captioned photos are needed"),
+        ({"extra": ("flickr8k",)}, "names each data set once"),
+        ({"extra": ("captions",)}, "and not captions, which is"),
+        ({"extra": ("coco_people",), "num_train": 3}, "num_train and extra exclude each other"),
+    ],
+)
+def test_wrong_extra_data_sets(keys, message):
+    with pytest.raises(ValueError, match=message):
+        CaptionDataConfig(name="flickr8k", **keys)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cvlab.experiments.captioning import checkpoint
+from cvlab.data import coco_sets
+from cvlab.experiments.captioning import checkpoint, dataset
+from tests.coco_files import write_coco_set
 from tests.conftest import weights_digest
 
 SHORT = (
@@ -66,6 +68,53 @@ def test_eval_repeats_the_metrics_of_the_run(cvlab):
     metrics = json.loads(out)["metrics"]
     assert metrics["val_bleu1"] == pytest.approx(report["metrics"]["bleu1"])
     assert metrics["val_loss"] > 0
+
+
+@pytest.fixture
+def with_people(data_root, tmp_path, monkeypatch):
+    """A data folder with the scenes and a tiny coco_people."""
+    dataset.load("scene_captions", data_root)
+    (tmp_path / "data").mkdir()
+    for folder in data_root.iterdir():
+        (tmp_path / "data" / folder.name).symlink_to(folder)
+    write_coco_set(tmp_path / "data", coco_sets.COCO_PEOPLE, {"train": 8, "val": 3, "test": 4})
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_extra_data_sets_are_trained_on_and_evaluated(cvlab, with_people):
+    rule = "expect=[coco_people_bleu4 >= 0]"
+    report = train(cvlab, "data={name: scene_captions, extra: [coco_people]}", rule, "evaluate_test=true")
+    assert {"bleu4", "shapes_right", "coco_people_bleu4", "coco_people_cider"} <= report["metrics"].keys()
+    summary = json.loads((Path(report["run"]) / "summary.json").read_text())
+    assert summary["data"] == "scene_captions + coco_people"
+    captioner = checkpoint.load(Path(report["run"]) / "captioner.safetensors", torch.device("cpu"))
+    assert captioner.metadata.trained_on == "scene_captions + coco_people"
+    assert {"circle", "caption"} <= set(captioner.metadata.vocabulary)
+    code, out, err = cvlab("eval", report["run"], "--json")
+    assert code == 0, err
+    metrics = json.loads(out)["metrics"]
+    assert metrics["test_coco_people_bleu1"] == pytest.approx(report["metrics"]["coco_people_bleu1"])
+    assert metrics["test_bleu1"] == pytest.approx(report["metrics"]["bleu1"])
+    assert "val_coco_people_bleu1" in metrics
+    code, _, err = cvlab("train", "caption_scenes", "expect=[coco_people_bleu4 >= 0]")
+    assert code == 2
+    assert "no metric 'coco_people_bleu4'" in err
+
+
+def test_a_missing_extra_data_set_means_the_fallback(cvlab):
+    data = "data={name: scene_captions, extra: [coco_people], fallback: scene_captions}"
+    code, out, err = cvlab("train", "caption_scenes", *SHORT, data, "expect_fallback=[]", "--json")
+    assert code == 0, err
+    assert "coco_people is not on the disk (offline); falling back to scene_captions" in err
+    assert "coco_people_bleu4" not in json.loads(out)["metrics"]
+    summary = json.loads((Path(json.loads(out)["run"]) / "summary.json").read_text())
+    assert summary["data"] == "scene_captions (fallback for scene_captions + coco_people)"
+    code, _, err = cvlab("train", "caption_scenes", *SHORT, data, "--no-fallback")
+    assert code == 4
+    assert "`cvlab data fetch coco_people` gets it" in err
+    code, out, err = cvlab("train", "caption_scenes", *SHORT, data, "--dry-run")
+    assert code == 4, "the plan reads the captions"
 
 
 def test_self_critical_training_raises_the_reward(cvlab):
