@@ -34,11 +34,13 @@ BY_KIND = {
         "bccd": "cvlab.experiments.detection.data.downloads:BCCD",
         "voc07": "cvlab.experiments.detection.data.downloads:VOC07",
         "everyday": "cvlab.experiments.detection.data.everyday:SOURCE",
+        "coco": "cvlab.experiments.detection.data.published_coco:COCO",
         "coco_people": "cvlab.experiments.detection.data.published_coco:COCO_PEOPLE",
         "boxes": "cvlab.experiments.detection.data.custom:BOXES",
     },
     "captions": {
         "flickr8k": "cvlab.experiments.captioning.dataset:FLICKR8K",
+        "coco": "cvlab.experiments.captioning.dataset:COCO",
         "coco_people": "cvlab.experiments.captioning.dataset:COCO_PEOPLE",
         "scene_captions": "cvlab.experiments.captioning.dataset:SCENE_CAPTIONS",
         "captions": "cvlab.experiments.captioning.dataset:CAPTIONS",

@@ -260,6 +260,17 @@ COCO_PEOPLE = CaptionDatasetSource(
     fetch=coco_sets.fetch_people,
 )
 
+COCO = CaptionDatasetSource(
+    name=coco_sets.COCO.name,
+    summary="COCO 2017: 118,287 photos to train on, 5,000 to validate, with five captions each; 19 GB",
+    license="CC BY 4.0 (the annotations; the photos are under Flickr's terms)",
+    size=DatasetSize(train_images=118_287, test_images=0, image_px=640, channels=3, num_classes=1),
+    ready=coco_sets.COCO.ready,
+    read=functools.partial(load_coco, coco_sets.COCO),
+    check=functools.partial(_check_coco, coco_sets.COCO),
+    fetch=coco_sets.fetch_coco,
+)
+
 
 SCENE_CAPTIONS = CaptionDatasetSource(
     name="scene_captions",

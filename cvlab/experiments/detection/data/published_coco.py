@@ -33,3 +33,13 @@ COCO_PEOPLE = AnnotatedSource(
     check=functools.partial(check, coco_sets.COCO_PEOPLE),
     fetch=coco_sets.fetch_people,
 )
+COCO = AnnotatedSource(
+    name=coco_sets.COCO.name,
+    summary="COCO 2017: 118,287 photos to train on, 5,000 to validate: boxes in 80 classes, five captions each; 19 GB",
+    license="CC BY 4.0 (the annotations; the photos are under Flickr's terms)",
+    size=DatasetSize(train_images=118_287, test_images=0, image_px=640, channels=3, num_classes=80),
+    read=functools.partial(read, coco_sets.COCO),
+    ready=coco_sets.COCO.ready,
+    check=functools.partial(check, coco_sets.COCO),
+    fetch=coco_sets.fetch_coco,
+)

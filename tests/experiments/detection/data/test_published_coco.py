@@ -1,5 +1,7 @@
 """Published data sets in COCO's layout as detection sets: read, checked and installed."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -12,8 +14,10 @@ from cvlab.api import catalog
 from cvlab.data import coco_sets, datasets
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset
+from cvlab.storage import download
 from tests.coco_files import CATEGORIES, set_counts, write_coco_set
 from tests.conftest import REAL_DATA
+from tests.fake_cifar import send, server
 
 COUNTS = {"train": 4, "val": 2, "test": 3}
 
@@ -104,3 +108,99 @@ def test_the_real_coco_people(capsys):
         assert loaded.classes == tuple(record["name"] for record in document["categories"])
         assert_same_boxes(loaded, split, document)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A tiny COCO 2017 as published: returns the archives by their path on the server, and the documents in them."""
+    counts = {"train": 4, "val": 2}
+    written = write_coco_set(tmp_path / "made", coco_sets.COCO, counts)
+    set_counts(monkeypatch, coco_sets.COCO, counts)
+    contents, archives = {}, []
+    for archive in coco_sets.ARCHIVES:
+        path = shutil.make_archive(
+            str(tmp_path / "zips" / archive.folder), "zip", tmp_path / "made/coco", archive.folder
+        )
+        raw = Path(path).read_bytes()
+        md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+        contents[f"/{archive.path}"] = raw
+        archives.append(dataclasses.replace(archive, size=len(raw), checksum=f"md5:{md5}", unpacked_bytes=100_000))
+    monkeypatch.setattr(coco_sets, "ARCHIVES", tuple(archives))
+    monkeypatch.setattr(coco_sets, "URL", "")
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "root"))
+    monkeypatch.setenv("CVLAB_OFFLINE", "0")
+    return contents, written
+
+
+def test_coco_is_downloaded_and_an_interrupted_fetch_goes_on(tmp_path, monkeypatch, published):
+    contents, written = published
+    train = coco_sets.ARCHIVES[2]
+
+    def cut_off(handler):
+        raw = contents[handler.path]
+        send(handler, raw, cut=len(raw) // 2 if handler.path.endswith(train.name) else None)
+
+    with server(cut_off) as (url, _):
+        monkeypatch.setattr(coco_sets, "URL", url)
+        with pytest.raises(DataError, match="cut off after"):
+            catalog.fetch("coco", None)
+    assert sorted(os.listdir(tmp_path / "root/coco")) == ["annotations", "val2017"]
+    assert not datasets.get("coco").ready(tmp_path / "root")
+    with server(lambda handler: send(handler, contents[handler.path])) as (url, requests):
+        monkeypatch.setattr(coco_sets, "URL", url)
+        found = catalog.fetch("coco", None)["found"]
+        assert requests == [(f"/{train.path}", f"bytes={train.size // 2}-")], "what is there is not downloaded again"
+        assert catalog.fetch("coco", None)["found"] == found
+        assert len(requests) == 1
+    assert found.startswith("6 photos, ")
+    assert found.endswith("6 photos, 30 captions")
+    assert os.listdir(tmp_path / "root/downloads/coco") == []
+    loaded = dataset.load("coco", tmp_path / "root")
+    assert {split: len(samples) for split, samples in loaded.splits.items()} == {"train": 4, "val": 2, "test": 0}
+    for split in ("train", "val"):
+        assert_same_boxes(loaded, split, written["instances", split])
+
+
+def test_coco_from_archives(tmp_path, monkeypatch, published):
+    contents, _ = published
+    for archive in coco_sets.ARCHIVES:
+        (tmp_path / "given" / archive.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "given" / archive.name).write_bytes(contents[f"/{archive.path}"])
+    assert catalog.fetch("coco", tmp_path / "given")["found"].startswith("6 photos, ")
+    val = tmp_path / "given/val2017.zip"
+    coco_sets.fetch_coco(tmp_path / "single", val, True)
+    assert os.listdir(tmp_path / "single/coco") == ["val2017"]
+    with pytest.raises(DataError, match=r"no archive of COCO; name a folder with annotations_trainval2017\.zip"):
+        coco_sets.fetch_coco(tmp_path / "other", tmp_path / "made", True)
+    val.write_bytes(val.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"differs from the published file \(md5\)"):
+        coco_sets.fetch_coco(tmp_path / "other", val, True)
+    set_counts(monkeypatch, coco_sets.COCO, {"train": 5})
+    with pytest.raises(DataError, match="4 photos, not 5"):
+        coco_sets.fetch_coco(tmp_path / "other", tmp_path / "given/train2017.zip", True)
+    assert not (tmp_path / "other/coco").exists()
+
+
+def test_coco_needs_space_before_the_first_byte(tmp_path, monkeypatch, published):
+    contents, _ = published
+    needed = sum(archive.unpacked_bytes for archive in coco_sets.ARCHIVES) + coco_sets.ARCHIVES[2].size
+    usage = shutil.disk_usage(tmp_path)
+    with server(lambda handler: send(handler, contents[handler.path])) as (url, requests):
+        monkeypatch.setattr(coco_sets, "URL", url)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+        with pytest.raises(DataError, match=r"coco needs .* are free; free space, or choose another folder"):
+            catalog.fetch("coco", None)
+        assert requests == []
+        assert not (tmp_path / "root").exists()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+        catalog.fetch("coco", None)
+
+
+def test_sources_of_coco_are_the_official_ones():
+    assert [f"{coco_sets.URL}/{archive.path}" for archive in coco_sets.ARCHIVES] == [
+        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+        "http://images.cocodataset.org/zips/val2017.zip",
+        "http://images.cocodataset.org/zips/train2017.zip",
+    ]
+    assert all(archive.unpacked_bytes > archive.size for archive in coco_sets.ARCHIVES)
