@@ -450,7 +450,8 @@ def datasets_page() -> str:
     text += table(("Name", "Contains", "Origin", "Description", "License"), rows)
     return text + (
         "They lie below `$CVLAB_DATA`, by default `~/.cache/cvlab`. Downloads are installed only if their checksum is "
-        "the published one (of `coco`, which publishes none, the MD5 that other projects have recorded); `cvlab data check` compares the files again, `cvlab data fetch NAME --from FILE` uses a "
+        "the published one (of `coco`, which publishes none, the MD5 that other projects have recorded); "
+        "`cvlab data check` compares the files again, `cvlab data fetch NAME --from FILE` uses a "
         "copy you have. For your own see [your own data](../guides/own-data.md).\n"
     )
 

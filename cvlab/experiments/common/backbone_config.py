@@ -47,10 +47,12 @@ class PhotoDatasetConfig(DataConfig):
     def items(self, name: str, splits: dict[str, tuple[Item, ...]], split: str) -> Sequence[Item]:
         """Return the photos of a split of the data set `name`, for training the first `num_train`.
 
-        Raises ConfigError if the split is empty or has fewer photos than `num_train`.
+        Raises ConfigError if the split is empty or has fewer photos than `num_train`, which a fallback may have.
         """
         photos = splits.get(split, ())
         limit = self.num_train if split == "train" else None
+        if limit is not None and self.fallback_for is not None:
+            limit = min(limit, len(photos))  # it was chosen for the data set that the fallback replaces
         if not photos or (limit is not None and limit > len(photos)):
             raise ConfigError(f"{name} has {len(photos)} photos in {split!r}", "name another split, or lower num_train")
         return photos[:limit]

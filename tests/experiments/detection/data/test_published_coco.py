@@ -93,6 +93,30 @@ def test_coco_people_is_copied_from_a_folder_or_a_zip_file(tmp_path, monkeypatch
     assert not os.listdir(tmp_path / "other")
 
 
+SHORT = ("size=64", "batch_size=2", "duration={steps: 2}", "expect=[]", "threads=1")
+
+
+def test_yolo_coco_is_planned_and_trains_on_a_tiny_coco(cvlab, tmp_path, monkeypatch):
+    write_coco_set(tmp_path / "data", coco_sets.COCO, {"train": 5, "val": 2})
+    monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
+    code, _, err = cvlab("train", "yolo_coco", "--dry-run")
+    assert code == 2
+    assert "coco has 5 photos in 'train'; name another split, or lower num_train" in err
+    code, out, err = cvlab("train", "yolo_coco", "data.num_train=4", "--dry-run", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["data"], json.loads(out)["data_ready"]) == ("coco", True)
+    code, out, err = cvlab("train", "yolo_coco", "data.num_train=4", *SHORT, "--json")
+    assert code == 0, err
+    assert {"map50", "map50_95", "ap50/car"} <= json.loads(out)["metrics"].keys()
+
+
+def test_the_fallback_of_yolo_coco_may_have_fewer_photos_than_num_train(cvlab):
+    code, out, err = cvlab("train", "yolo_coco", *SHORT, "expect_fallback=[]", "--json")
+    assert code == 0, err
+    assert "coco is not on the disk (offline); falling back to scenes" in err
+    assert json.loads(out)["data"] == "scenes (fallback for coco)"
+
+
 @pytest.mark.realdata
 def test_the_real_coco_people(capsys):
     root = Path(REAL_DATA or "none")
