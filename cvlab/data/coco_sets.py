@@ -144,7 +144,7 @@ MAX_MEMBERS = 130_000
 def fetch_coco(root: Path, origin: Path | None, wait: bool) -> None:
     """Install the parts of COCO that are missing: from the network, or from `origin`.
 
-    An archive is removed when its folder is installed, so that an interrupted fetch goes on where it was.
+    An archive is removed when its folder is installed, so that an interrupted fetch resumes where it was.
 
     Args:
         root: The folder of all data sets.
@@ -157,12 +157,12 @@ def fetch_coco(root: Path, origin: Path | None, wait: bool) -> None:
     missing = [archive for archive in ARCHIVES if not (root / COCO.name / archive.folder).is_dir()]
     if origin is not None:
         paths = {archive: origin / archive.name if origin.is_dir() else origin for archive in ARCHIVES}
-        given = {archive: path for archive, path in paths.items() if path.is_file() and path.name == archive.name}
-        if not given:
+        local = {archive: path for archive, path in paths.items() if path.is_file() and path.name == archive.name}
+        if not local:
             names = ", ".join(archive.name for archive in ARCHIVES)
             raise DataError(f"{origin}: no archive of COCO", f"name a folder with {names}, or one of them")
-        _require_space(root, sum(archive.unpacked_bytes for archive in given))
-        for archive, path in given.items():
+        _require_space(root, sum(archive.unpacked_bytes for archive in local))
+        for archive, path in local.items():
             download.verify(path, archive.checksum)
             _install(archive, path, root)
         return

@@ -14,8 +14,6 @@ from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from cvlab.experiments.captioning.model import Captioner
     from cvlab.experiments.common.data_overview import DataOverview
 
@@ -135,12 +133,11 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
             evaluate_extra,
             evaluate_split,
             extra_samples,
-            generate,
             load_backbone_features,
             load_photo_features,
             load_training_data,
             make_loss_fn,
-            samples_of,
+            validate,
         )
 
         setup = build_setup(config)
@@ -157,22 +154,13 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
         if config.evaluate_test and split != "test":
             run.log(f"warning: {setup.dataset.name} has no test split; val is evaluated at the end")
 
-        def validate(model: "nn.Module") -> dict[str, float]:
-            model = cast("Captioner", model)
-            captions = generate(config, setup, model, data.val_features, beam_width=1)
-            loss = evaluation.mean_loss(model, data.val_features, data.val_captions, setup.ctx)
-            return {
-                "val_loss": loss,
-                "val_bleu4": evaluation.compute_metrics(captions, samples_of(config, setup.dataset, "val"))["bleu4"],
-            }
-
         task = TrainTask(
             model=captioner.model,
             loss_fn=make_loss_fn(config, data.reward),
             get_batch=data.loader.get_batch,
             steps_per_epoch=data.loader.sampler.steps_per_epoch,
             items_per_step=data.loader.sampler.batch_size,
-            evaluate=validate,
+            evaluate=functools.partial(validate, config, setup, data),
             monitor="val_bleu4",
             ctx=setup.ctx,
             data_digest=setup.dataset.digest(),

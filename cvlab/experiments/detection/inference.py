@@ -298,6 +298,12 @@ def labeled_boxes(detections: Detections, classes: Sequence[str]) -> list[Labele
     return [LabeledBox(tuple(box), f"{classes[label]} {score:.2f}", label) for box, score, label in triples]
 
 
+def category_ids(classes: tuple[str, ...]) -> Sequence[int]:
+    """Return the ids of categories in COCO's files: COCO's own for its 80 classes, in either spelling, else from 1."""
+    is_coco = tuple(yolov3_tiny.DARKNET_NAMES.get(name, name) for name in classes) == COCO_CLASSES
+    return writers.COCO_CATEGORY_IDS if is_coco else range(1, len(classes) + 1)
+
+
 def save_coco(detector: LoadedDetector, results: Sequence[PhotoResult], out: RunDir, kinds: Sequence[str]) -> None:
     """Write the boxes of all photos: `json` as COCO's list of results, `coco` as a COCO data set.
 
@@ -325,8 +331,7 @@ def save_coco(detector: LoadedDetector, results: Sequence[PhotoResult], out: Run
     image_ids = [int(stem) for stem in stems] if has_numbers else []
     if len(set(image_ids)) < len(stems):
         image_ids = list(range(1, len(stems) + 1))
-    is_coco = detector.classes == COCO_CLASSES
-    ids = writers.CocoIds(image_ids, writers.COCO_CATEGORY_IDS if is_coco else range(1, len(detector.classes) + 1))
+    ids = writers.CocoIds(image_ids, category_ids(detector.classes))
     out.folder("boxes")
     if "json" in kinds:
         out.write_text("boxes/detections.json", writers.write_coco_results(images, ids))

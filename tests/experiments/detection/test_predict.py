@@ -11,6 +11,7 @@ from cvlab.data import photos
 from cvlab.data.scenes.render import SHAPES
 from cvlab.experiments.detection import inference
 from cvlab.experiments.detection.data import augment
+from cvlab.experiments.detection.models import yolov3_tiny
 from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
@@ -181,3 +182,14 @@ def test_numpy_code_of_the_guide_brings_photos_in_and_boxes_back():
         boxes = torch.tensor([[1.0, 2.0, 60.0, 50.0], [10.0, 5.0, 30.0, 60.0]])
         expected = transform.inverse_transform_boxes(boxes)
         torch.testing.assert_close(torch.from_numpy(namespace["to_photo"](boxes.numpy(), scale, shift)), expected)
+
+
+def test_the_classes_of_coco_have_its_ids_in_either_spelling():
+    official = {darknet: name for name, darknet in yolov3_tiny.DARKNET_NAMES.items()}
+    assert set(official) <= set(COCO_CLASSES)
+    names = tuple(official.get(name, name) for name in COCO_CLASSES)
+    for classes in (COCO_CLASSES, names):
+        ids = dict(zip(classes, inference.category_ids(classes), strict=True))
+        assert (ids["person"], ids["stop sign"], ids["couch" if classes is names else "sofa"]) == (1, 13, 63)
+        assert ids["toothbrush"] == 90
+    assert list(inference.category_ids(("couch", "tv"))) == [1, 2]

@@ -34,6 +34,14 @@ SIZE_PX = 416
 STRIDE = 32  # of the coarse head: sides are multiples of it
 ANCHORS = ((10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319))  # width, height in pixels
 HEADS = ((32, (3, 4, 5)), (16, (1, 2, 3)))  # stride and anchor indices of each
+DARKNET_NAMES = {  # of the classes that COCO's own files call otherwise
+    "motorcycle": "motorbike",
+    "airplane": "aeroplane",
+    "couch": "sofa",
+    "potted plant": "pottedplant",
+    "dining table": "diningtable",
+    "tv": "tvmonitor",
+}
 VALUES_PER_ANCHOR = 5 + len(COCO_CLASSES)  # x, y, width, height, objectness, class logits
 HEAD_CHANNELS = 3 * VALUES_PER_ANCHOR
 MAX_LOG_SCALE = 10.0  # e^10 anchors: larger than any photo, and far from overflow
