@@ -263,9 +263,7 @@ def caption(
 @expand_options
 def detect(
     images: Images = None,
-    model: Annotated[
-        str | None, typer.Option(help="yolo, faster_rcnn or yolov3_tiny; default: yolov3_tiny if fetched, else yolo")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="yolo, faster_rcnn or yolov3_tiny; default: yolo")] = None,
     weights: Annotated[str | None, typer.Option(help="run of a detector, or a file with weights")] = None,
     conf: Annotated[float | None, typer.Option(help="score threshold of detections")] = None,
     iou: Annotated[float | None, typer.Option(help="IoU threshold of non-maximum suppression")] = None,

@@ -8,7 +8,7 @@ from cvlab.models.pretrained import PretrainedClassifier
 
 LAYERS_BY_STRIDE = {  # the last layer of each stride
     name: {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"} for name in names.BY_PIP
-}
+} | {names.NANODET: {4: "stages.0", 8: "stages.1", 16: "stages.2", 32: "stages.3"}}
 LAST_LAYER = dict.fromkeys(names.BY_PIP, "bn2")  # 1280 channels at stride 32, as the course's MobileNetV2 has them
 PROBE_PX = 64  # side of the image that tells the number of channels
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cvlab import registry
 from cvlab.data import imagenet
 from cvlab.errors import ConfigError, DataError
-from cvlab.models import weights, zoo
+from cvlab.models import nanodet, weights, zoo
 from cvlab.models.efficientnet import VARIANTS, EfficientNetLite
-from cvlab.models.names import AUTO, BY_PIP, DEFAULT_MODEL, check_name
+from cvlab.models.names import AUTO, BY_PIP, DEFAULT_MODEL, NANODET, check_name
 from cvlab.ops.resample import FILTERS, EvalTransform
 
 MAX_SHOWN_CLASSES = 12  # in an error message
@@ -118,7 +118,7 @@ def build(
     The global random generator is left as it was: what is drawn afterwards must not depend on the cache.
 
     Args:
-        name: efficientnet_lite0, efficientnet_lite2, timm:NAME or torchvision:NAME.
+        name: efficientnet_lite0, efficientnet_lite2, nanodet_g, timm:NAME or torchvision:NAME.
         weights_file: a .pth or .safetensors file; None or `auto`: the weights that were fetched or cached.
         device: where to put it.
 
@@ -134,6 +134,8 @@ def build(
     with torch.random.fork_rng(devices=[]):
         if name in BY_PIP:
             model: nn.Module = EfficientNetLite(name)
+        elif name == NANODET:
+            model = nanodet.CspBackbone()
         elif prefix == "timm":
             model = zoo.build_timm(rest, num_classes=None)
         else:
@@ -179,6 +181,9 @@ def preprocessing(name: str) -> Preprocessing:
         variant = VARIANTS[name]
         transform = EvalTransform(variant.size_px, math.floor(variant.size_px / variant.crop_fraction), "bicubic")
         return Preprocessing(transform, (0.5,) * 3, (0.5,) * 3)
+    if name == NANODET:
+        transform = EvalTransform(nanodet.SIZE_PX, nanodet.SIZE_PX, "bilinear", squash=True)
+        return Preprocessing(transform, nanodet.MEAN, nanodet.STD)
     if prefix == "timm":
         about = weights.timm_config(rest)
         size = about["input_size"][-1]
@@ -209,6 +214,8 @@ def load_weights(model: nn.Module, name: str, file: str | None = None, skip: Seq
     prefix, _, rest = name.partition(":")
     if name in BY_PIP:
         path = Path(file) if file and file != AUTO else weights.path_by_pip(name)
+    elif name == NANODET:
+        path = Path(file) if file and file != AUTO else nanodet.BUNDLED_WEIGHTS
     elif prefix == "timm":
         path = weights.find_timm(rest, weights.timm_config(rest), file)
     else:

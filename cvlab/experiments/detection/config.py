@@ -12,6 +12,7 @@ from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.experiments.detection.models import registry as detector_registry
 
 WEIGHTS_FILE = "detector.safetensors"  # in the run directory of a training run
+AUTO: Literal["auto"] = "auto"  # a size that is chosen by the data set, see sizing.py
 
 
 class AugmentConfig(schema.FrozenModel):
@@ -32,7 +33,7 @@ class DetectConfig(ImagesConfig):
         (photo_paths.SAMPLE,), description="files, folders, patterns; none: the detector's validation photos"
     )
     model: Literal["auto", "yolo", "faster_rcnn", "yolov3_tiny"] = Field(
-        "auto", description="auto: yolov3_tiny if its weights are on the disk, else yolo"
+        "auto", description="auto: yolov3_tiny for a weights file of darknet, else yolo"
     )
     weights: str | None = Field(
         None, description="a run that trained a detector, or its weights file; null: bundled weights"
@@ -71,11 +72,17 @@ class DetectorConfig(backbone_config.BackboneTrainConfig):
 
     data: DetectionDataConfig
     model: Annotated[schema.ComponentConfig, detector_registry.TABLE]
-    size: Annotated[int, Ge(64), Le(2048)] = Field(320, description="side of the square input images in pixels")
+    size: Annotated[int, Ge(64), Le(2048)] | Literal["auto"] = Field(
+        320, description="side of the square input images in pixels; auto: by the sizes of the boxes"
+    )
     finetune_epochs: Annotated[int, Ge(0)] = Field(
         0, description="in the last N epochs the backbone's layers after the highest-resolution map are trained too"
     )
-    views: schema.PositiveInt = Field(16, description="random views of each photo whose feature maps are cached")
+    views: Annotated[int, Ge(0)] | Literal["auto"] = Field(
+        16,
+        description="random views of each photo whose feature maps are cached; 0: new views in every epoch; "
+        "auto: by the number of photos",
+    )
     augment: AugmentConfig = Field(AugmentConfig())
     map_rule: Literal["voc07", "voc", "coco"] = Field("voc", description="how precision is averaged over recall")
     score_threshold: schema.Fraction = Field(0.001, description="detections of lower scores are dropped")

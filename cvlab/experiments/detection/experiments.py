@@ -140,7 +140,6 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
         from cvlab.engine import trainer
         from cvlab.engine.task import TrainTask
         from cvlab.experiments.detection import evaluation
-        from cvlab.experiments.detection.feature_cache import CachedBatches
         from cvlab.experiments.detection.models import detector as detector_model
         from cvlab.experiments.detection.setup import (
             build,
@@ -149,17 +148,15 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
             compute_metrics,
             make_loss_fn,
             seconds_per_photo,
+            training_batches,
         )
 
         setup = build(config)
         with StopRequest() as stop:
             check_interrupt = functools.partial(stop.raise_if_set, 0, run.path.name)
-            train = cached_features(config, setup, "train", config.views, check_interrupt)
+            batches = training_batches(config, setup, check_interrupt)
             val = cached_features(config, setup, "val", 0, check_interrupt)
             split = choose_final_split(config, setup, run, check_interrupt)
-        batches = CachedBatches(train, config.batch_size, config.seed, setup.ctx.device)
-        if config.finetune_epochs:
-            batches.finest_from = config.final_epochs_start(config.finetune_epochs, batches.sampler.steps_per_epoch)
 
         def evaluate(model: "nn.Module") -> dict[str, float]:
             head = cast("DetectionHead[Any]", model)
@@ -168,7 +165,7 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
 
         task = TrainTask(
             model=setup.detector.head,
-            loss_fn=make_loss_fn(config.size),
+            loss_fn=make_loss_fn(setup.size_px),
             get_batch=batches,
             steps_per_epoch=batches.sampler.steps_per_epoch,
             items_per_step=batches.sampler.batch_size,
@@ -206,7 +203,7 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
         for split in splits or default_splits(setup.boxset.splits):
             cache = cached_features(config, setup, split, 0, lambda: None)
             samples = samples_of(config, setup.boxset, split)
-            detections = evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
+            detections = evaluation.predict_cached(head, cache, setup.size_px, setup.rules, setup.ctx)
             result = evaluation.compute_metrics(detections, samples, len(classes), setup.rules)
             confusion = evaluation.confusion_matrix(detections, samples, len(classes), SHOWN_SCORE_THRESHOLD)
             plots.write(RunDir(base), result, confusion, classes, f"{split}_")
@@ -228,14 +225,14 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
         setup = build(config)
         checkpoint.load_eval_weights(setup.detector.head, state, str(base))
         about = {
-            "takes": f"images, float32 (N, 3, {config.size}, {config.size}) in [0, 1], RGB",
-            "preprocessing": preprocessing(config.size),
+            "takes": f"images, float32 (N, 3, {setup.size_px}, {setup.size_px}) in [0, 1], RGB",
+            "preprocessing": preprocessing(setup.size_px),
             "classes": setup.boxset.classes,
         }
         graph = DetectorGraph(setup.detector)
         if graph.output_names:
             about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, before NMS"
-        example = torch.rand(1, 3, config.size, config.size)
+        example = torch.rand(1, 3, setup.size_px, setup.size_px)
         return ExportSpec(graph, setup.detector.head, example, graph.output_names, about)
 
     def plan(self, config: DetectorConfig, base: Path) -> dict[str, Any]:
@@ -243,7 +240,7 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
         from cvlab.experiments.detection.setup import build, samples_of
 
         setup = build(config)
-        num_views = len(samples_of(config, setup.boxset, "train")) * config.views
+        num_views = len(samples_of(config, setup.boxset, "train")) * max(1, setup.num_views)
         steps_per_epoch = max(1, num_views // config.batch_size)
         return {
             "model": config.model.name,
@@ -251,6 +248,7 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
             "classes": ", ".join(setup.boxset.classes),
             "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.boxset.splits.items()),
             "evaluated_split": config.final_split(setup.boxset.splits),
+            "size": setup.size_px,
             "views": num_views,
             "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",
             **setup.ctx.as_dict(),

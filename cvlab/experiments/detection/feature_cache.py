@@ -32,12 +32,14 @@ MAX_FREE_FRACTION = 0.6  # of the free memory, that the maps may take
 class CachedView:
     """The ground truth of one view, in its pixels, and where it lies in its photo.
 
-    boxes_xyxy: (K, 4). labels: int64 (K,). confidence: (K,), in [0, 1]. photo_size: width and height.
+    boxes_xyxy: (K, 4). labels: int64 (K,). confidence: (K,), in [0, 1]. ignored: bool (K,), of difficult boxes.
+    photo_size: width and height.
     """
 
     boxes_xyxy: Tensor
     labels: Tensor
     confidence: Tensor
+    ignored: Tensor
     transform: ViewTransform
     photo_size: tuple[int, int]
 
@@ -55,10 +57,7 @@ class FeatureCache:
     def batch(self, indices: Tensor, num_levels: int | None = None) -> tuple[list[Tensor], Targets]:
         """Return maps (N, C, H, W), channels_last, of all or the first `num_levels` levels, and targets of views."""
         views = [self.views[k] for k in indices.tolist()]
-        targets = collate_targets(
-            [view.boxes_xyxy for view in views], [view.labels for view in views], [view.confidence for view in views]
-        )
-        return [level[indices].permute(0, 3, 1, 2) for level in self.maps[:num_levels]], targets
+        return [level[indices].permute(0, 3, 1, 2) for level in self.maps[:num_levels]], _collate_views(views)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def build(
     config: FeatureCacheConfig,
     check_interrupt: Callable[[], None],
 ) -> FeatureCache:
-    """Compute the maps of all views; difficult boxes are left out of their targets.
+    """Compute the maps of all views; difficult boxes are ignored.
 
     `check_interrupt` is called after every photo. ConfigError if the maps would not fit into memory.
     """
@@ -148,14 +147,15 @@ def _render_view(
 
 
 def _cached_view(sample: DetectionSample, transform: ViewTransform, photo_size: tuple[int, int]) -> CachedView:
-    """Return the ground truth of a view: the boxes visible in it that are not difficult."""
+    """Return the ground truth of a view: the boxes visible in it."""
     boxes_xyxy, index = transform.visible_boxes(sample.boxes_xyxy)
-    easy = ~sample.difficult[index]
     confidence = torch.ones(len(sample.labels)) if sample.confidence is None else sample.confidence
-    return CachedView(boxes_xyxy[easy], sample.labels[index][easy], confidence[index][easy], transform, photo_size)
+    return CachedView(
+        boxes_xyxy, sample.labels[index], confidence[index], sample.difficult[index], transform, photo_size
+    )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _compute_maps(features: FeatureExtractor, batch: Tensor, ctx: ComputeContext) -> list[Tensor]:
     """Return each level's maps (N, H, W, C) of views (N, 3, S, S), in the training precision."""
     with ctx.autocast():
@@ -193,3 +193,46 @@ class CachedBatches:
         is_finest_only = self.finest_from is not None and step >= self.finest_from
         maps, targets = self.cache.batch(indices, 1 if is_finest_only else None)
         return maps, targets.to(self.device)
+
+
+class FreshBatches:
+    """The batch of every step as a pure function of (seed, step): new random views of every photo in each epoch.
+
+    The backbone computes the maps of a batch when it is asked for, so that nothing is kept in memory.
+    """
+
+    def __init__(
+        self,
+        features: FeatureExtractor,
+        samples: Sequence[DetectionSample],
+        ctx: ComputeContext,
+        config: FeatureCacheConfig,
+        batch_size: int,
+    ) -> None:
+        self.features, self.samples, self.ctx, self.config = features, samples, ctx, config
+        self.sampler = rng.BatchSampler(config.seed, len(samples), batch_size, ctx.device)
+        self.finest_from: int | None = None
+
+    def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
+        """Return this rank's shard of a step's maps and targets."""
+        epoch, indices = self.sampler(step)
+        images, views = [], []
+        for index in sharding.shard(indices).tolist():
+            sample = self.samples[index]
+            photo = photos.load(sample.path)
+            image, transform = _render_view(photo, self.config, index, epoch)
+            images.append(image)
+            views.append(_cached_view(sample, transform, photo.size))
+        maps = [level.permute(0, 3, 1, 2) for level in _compute_maps(self.features, torch.stack(images), self.ctx)]
+        is_finest_only = self.finest_from is not None and step >= self.finest_from
+        return maps[:1] if is_finest_only else maps, _collate_views(views).to(self.ctx.device)
+
+
+def _collate_views(views: Sequence[CachedView]) -> Targets:
+    """Return the targets of some views."""
+    return collate_targets(
+        [view.boxes_xyxy for view in views],
+        [view.labels for view in views],
+        [view.confidence for view in views],
+        [view.ignored for view in views],
+    )

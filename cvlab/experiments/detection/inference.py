@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
-from cvlab.errors import ConfigError, CvlabError
+from cvlab.errors import ConfigError
 from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.experiments.detection import diagrams, drawing
@@ -26,7 +26,6 @@ from cvlab.experiments.detection.models import yolov3_tiny
 from cvlab.experiments.detection.models.base import TwoStageHead
 from cvlab.experiments.detection.models.detector import Detector
 from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
-from cvlab.models import weights
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
 from cvlab.reports import images as reports_images
@@ -83,7 +82,7 @@ def load_detector(
     """Load a detector.
 
     Args:
-        model: `yolo`, `faster_rcnn` or `yolov3_tiny`; `auto` is yolov3_tiny if its weights are on the disk, else yolo.
+        model: `yolo`, `faster_rcnn` or `yolov3_tiny`; `auto` is yolov3_tiny for a file of darknet, else yolo.
         weights_name: A weights file, a run or its name; None for the bundled weights.
         ctx: Where to run it.
         for_evaluation: Prefer the bundled weights that belong to a built-in validation set.
@@ -94,8 +93,7 @@ def load_detector(
     """
     if model == "auto":
         is_darknet = weights_name is not None and weights_name.endswith(".weights")
-        on_disk = weights_name is None and not for_evaluation and _has_yolov3_tiny()
-        model = yolov3_tiny.NAME if is_darknet or on_disk else "yolo"
+        model = yolov3_tiny.NAME if is_darknet else "yolo"
     if model == yolov3_tiny.NAME:
         return _load_yolov3_tiny(weights_name, ctx)
     if weights_name is None:
@@ -128,15 +126,6 @@ def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> Loade
     if config.explain == diagrams.PROPOSALS and detector.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
     return detector
-
-
-def _has_yolov3_tiny() -> bool:
-    """Whether the weights of YOLOv3-tiny are on the disk."""
-    try:
-        weights.find_pinned(yolov3_tiny.NAME, None)
-    except CvlabError:
-        return False
-    return True
 
 
 def _head_outputs(

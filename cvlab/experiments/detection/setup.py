@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from cvlab.data import photos
 from cvlab.engine import device, loop
-from cvlab.experiments.detection import evaluation, feature_cache, inference
+from cvlab.experiments.detection import evaluation, feature_cache, inference, sizing
 from cvlab.experiments.detection.config import DetectorConfig
 from cvlab.experiments.detection.data import dataset
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
 from cvlab.experiments.detection.evaluation import EvaluationRules
-from cvlab.experiments.detection.feature_cache import FeatureCache, FeatureCacheConfig
+from cvlab.experiments.detection.feature_cache import CachedBatches, FeatureCache, FeatureCacheConfig, FreshBatches
 from cvlab.experiments.detection.models import detector as detector_model
 from cvlab.experiments.detection.models.base import DetectionHead, Targets
 from cvlab.experiments.detection.models.detector import Detector, DetectorMetadata
+from cvlab.models.features import FeatureExtractor
 from cvlab.ops.average_precision import DetectionMetrics
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
@@ -31,32 +32,39 @@ SHOWN_SCORE_THRESHOLD = 0.25  # of what is drawn and counted, as in `cvlab detec
 
 @dataclass(frozen=True)
 class DetectionSetup:
-    """What a configuration builds."""
+    """What a configuration builds.
+
+    `size_px` and `num_views` are the configuration's `size` and `views`, or what suits the data set.
+    """
 
     ctx: device.ComputeContext
     boxset: DetectionDataset
     detector: Detector
     rules: EvaluationRules
+    size_px: int
+    num_views: int
 
 
 def build(config: DetectorConfig) -> DetectionSetup:
-    """Read the data set's annotations and build the detector, with seeded random weights."""
+    """Read the data set's annotations and build the detector, with pretrained weights or seeded random ones."""
     ctx = device.select_device(config.device, config.precision, config.threads)
     boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
     device.seed_everything(config.seed)
+    size_px = sizing.input_size(config, boxset)
     metadata = DetectorMetadata(
         model=config.model.name,
         arguments=config.model.builder_arguments(),
         classes=boxset.classes,
-        size_px=config.size,
+        size_px=size_px,
         backbone=config.backbone,
         backbone_weights=config.backbone_weights,
         trained_on=boxset.name,
         is_finetuned=config.finetune_epochs > 0,
     )
     detector = detector_model.build(metadata, ctx.device)
+    detector.base_head.load_pretrained(boxset.classes)
     rules = EvaluationRules(config.map_rule, config.score_threshold, config.nms_iou)
-    return DetectionSetup(ctx, boxset, detector, rules)
+    return DetectionSetup(ctx, boxset, detector, rules, size_px, sizing.num_views(config, boxset))
 
 
 def samples_of(config: DetectorConfig, boxset: DetectionDataset, split: str) -> Sequence[DetectionSample]:
@@ -83,17 +91,38 @@ def cached_features(
     config: DetectorConfig, setup: DetectionSetup, split: str, num_views: int, check_interrupt: Callable[[], None]
 ) -> FeatureCache:
     """Compute the feature maps of a split: of random views, or, if `num_views` is 0, of each photo whole."""
-    needs_all_levels = num_views > 0 and config.finetune_epochs != config.duration.epochs
-    features = setup.detector.all_features if needs_all_levels else setup.detector.features
+    features = _features(config, setup) if num_views else setup.detector.features
     samples = samples_of(config, setup.boxset, split)
     cache_config = FeatureCacheConfig(
-        size_px=config.size,
+        size_px=setup.size_px,
         num_views=max(1, num_views),
         augment=config.augment if num_views else None,
         seed=config.seed,
         title=f"maps of {split}",
     )
     return feature_cache.build(features, samples, setup.ctx, cache_config, check_interrupt)
+
+
+def _features(config: DetectorConfig, setup: DetectionSetup) -> FeatureExtractor:
+    """Return what extracts the maps that training needs: all of them before the backbone is fine-tuned."""
+    is_always_finetuned = config.finetune_epochs == config.duration.epochs
+    return setup.detector.features if is_always_finetuned else setup.detector.all_features
+
+
+def training_batches(
+    config: DetectorConfig, setup: DetectionSetup, check_interrupt: Callable[[], None]
+) -> CachedBatches | FreshBatches:
+    """Return the batches of training: of cached maps, or, with `views: 0`, of new views in every epoch."""
+    if setup.num_views:
+        cache = cached_features(config, setup, "train", setup.num_views, check_interrupt)
+        batches: CachedBatches | FreshBatches = CachedBatches(cache, config.batch_size, config.seed, setup.ctx.device)
+    else:
+        samples = samples_of(config, setup.boxset, "train")
+        views = FeatureCacheConfig(setup.size_px, 1, config.augment, config.seed, "")
+        batches = FreshBatches(_features(config, setup), samples, setup.ctx, views, config.batch_size)
+    if config.finetune_epochs:
+        batches.finest_from = config.final_epochs_start(config.finetune_epochs, batches.sampler.steps_per_epoch)
+    return batches
 
 
 def make_loss_fn(size_px: int) -> loop.LossFn[Batch]:
@@ -124,6 +153,6 @@ def compute_metrics(
     config: DetectorConfig, setup: DetectionSetup, head: DetectionHead[Any], cache: FeatureCache, split: str
 ) -> DetectionMetrics:
     """Evaluate a head on a split whose feature maps are cached."""
-    detections = evaluation.predict_cached(head, cache, config.size, setup.rules, setup.ctx)
+    detections = evaluation.predict_cached(head, cache, setup.size_px, setup.rules, setup.ctx)
     samples = samples_of(config, setup.boxset, split)
     return evaluation.compute_metrics(detections, samples, len(setup.boxset.classes), setup.rules)

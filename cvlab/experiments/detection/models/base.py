@@ -17,20 +17,26 @@ class Targets:
     """The ground truth of N images, padded to M boxes each.
 
     boxes_xyxy: (N, M, 4), in pixels. labels: int64 (N, M), -1 for padding. confidence: (N, M), in [0, 1]; 1 for boxes
-    drawn by people, the teacher's confidence for pseudo-labels.
+    drawn by people, the teacher's confidence for pseudo-labels. ignored: bool (N, M), boxes that are neither to be
+    detected nor background: difficult ones, crowds, and what only a teacher detects.
     """
 
     boxes_xyxy: Tensor
     labels: Tensor
     confidence: Tensor
+    ignored: Tensor
 
     def to(self, device: torch.device) -> "Targets":
         """Return a copy on a device."""
-        return Targets(self.boxes_xyxy.to(device), self.labels.to(device), self.confidence.to(device))
+        return Targets(*(getattr(self, name).to(device) for name in ("boxes_xyxy", "labels", "confidence", "ignored")))
+
+    def counted_labels(self) -> Tensor:
+        """Return the labels (N, M), -1 for padding and for ignored boxes."""
+        return self.labels.masked_fill(self.ignored, -1)
 
     def unpad(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the boxes (K, 4), labels (K,) and confidences (K,) of each image, without the padding."""
-        images = zip(self.boxes_xyxy, self.labels, self.confidence, strict=True)
+        """Return the boxes (K, 4), labels (K,) and confidences (K,) of each image, without padding and ignored ones."""
+        images = zip(self.boxes_xyxy, self.counted_labels(), self.confidence, strict=True)
         return [(boxes[labels >= 0], labels[labels >= 0], conf[labels >= 0]) for boxes, labels, conf in images]
 
     def __len__(self) -> int:
@@ -38,11 +44,14 @@ class Targets:
 
 
 def collate_targets(
-    boxes: Sequence[Tensor], labels: Sequence[Tensor], confidence: Sequence[Tensor] | None = None
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    confidence: Sequence[Tensor] | None = None,
+    ignored: Sequence[Tensor] | None = None,
 ) -> Targets:
-    """Pad the boxes (K_i, 4), labels (K_i,) and confidences (K_i,) of several images to a common length of at least 1.
+    """Pad the boxes (K_i, 4), labels, confidences and ignored flags (K_i,) of several images to a length of at least 1.
 
-    Without confidences all are 1.
+    Without confidences all are 1; without flags no box is ignored.
     """
     max_boxes = max(1, *(len(image_labels) for image_labels in labels), 0) if labels else 1
     padded_boxes = torch.zeros(len(labels), max_boxes, 4)
@@ -53,7 +62,10 @@ def collate_targets(
     padded_confidence = torch.ones(len(labels), max_boxes)
     for k, image_confidence in enumerate(confidence or ()):
         padded_confidence[k, : len(image_confidence)] = image_confidence
-    return Targets(padded_boxes, padded_labels, padded_confidence)
+    padded_ignored = torch.zeros(len(labels), max_boxes, dtype=torch.bool)
+    for k, image_ignored in enumerate(ignored or ()):
+        padded_ignored[k, : len(image_ignored)] = image_ignored
+    return Targets(padded_boxes, padded_labels, padded_confidence, padded_ignored)
 
 
 class DetectionHead(nn.Module, Generic[Outputs]):
@@ -67,6 +79,9 @@ class DetectionHead(nn.Module, Generic[Outputs]):
     strides: ClassVar[tuple[int, ...]]
     uses_last_layer: ClassVar[bool] = False  # stride 32 from the backbone's last, widest layer
     output_names: ClassVar[tuple[str, ...]] = ()  # of `export_outputs`; empty: cannot be exported as a graph
+
+    def load_pretrained(self, classes: Sequence[str]) -> None:
+        """Load the weights that this head has for its backbone and for some of `classes`, if it has any."""
 
     def losses(self, outputs: Outputs, targets: Targets, size_px: int) -> dict[str, Tensor]:
         """Return `loss`, which is minimized, and its parts, for square images of `size_px` pixels."""

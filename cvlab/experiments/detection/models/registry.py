@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 DETECTORS = {
+    "nanodet": "cvlab.experiments.detection.models.nanodet:NanoDet",
     "yolo_fpn": "cvlab.experiments.detection.models.yolo_fpn:YoloFpn",
     "faster_rcnn": "cvlab.experiments.detection.models.faster_rcnn:FasterRcnn",
     "faster_rcnn_course": "cvlab.experiments.detection.models.faster_rcnn_course:FasterRcnnCourse",

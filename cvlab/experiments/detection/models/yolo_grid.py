@@ -118,7 +118,7 @@ class YoloGrid(DetectionHead[YoloGridOutputs]):
         centers = self._centers(outputs)
         gt_boxes = targets.boxes_xyxy.to(centers) / self.strides[0]  # (N, M, 4), in cells
         matched, _ = anchors.match_anchors_to_boxes(gt_boxes.flatten(0, 1), centers, self.shapes)
-        image, box = (targets.labels >= 0).nonzero(as_tuple=True)
+        image, box = (targets.counted_labels() >= 0).nonzero(as_tuple=True)
         anchor = matched.view_as(targets.labels)[image, box]
         positives = PositiveAnchors(image, anchor, gt_boxes[image, box], targets.labels[image, box])
         all_anchors = anchors.generate_anchors(centers, self.shapes).flatten(0, 2)[None, :, None]  # (1, P, 1, 4)

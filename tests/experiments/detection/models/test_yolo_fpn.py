@@ -3,7 +3,8 @@
 import torch
 
 from cvlab.experiments.detection.models.base import collate_targets
-from cvlab.experiments.detection.models.yolo_fpn import YoloFpn, YoloFpnOutputs
+from cvlab.experiments.detection.models.dense import DenseOutputs
+from cvlab.experiments.detection.models.yolo_fpn import YoloFpn
 
 
 class TestYoloFpn:
@@ -11,14 +12,14 @@ class TestYoloFpn:
         torch.manual_seed(0)
         model = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(2, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
-        scores, boxes_xyxy, points = model(maps)
+        scores, boxes_xyxy, points, _ = model(maps)
         assert scores.shape == (2, 84, 3)
         assert boxes_xyxy.shape == (2, 84, 4)
         assert points.shape == (84, 3)
         assert scores.sigmoid().mean().item() < 0.01
         assert bool((boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all())
         losses = model.losses(
-            YoloFpnOutputs(scores, boxes_xyxy, points),
+            DenseOutputs(scores, boxes_xyxy, points),
             collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2),
             64,
         )
@@ -29,12 +30,12 @@ class TestYoloFpn:
     def test_perfect_outputs_have_a_small_loss_and_give_the_ground_truth(self):
         model = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
-        _, _, points = model(maps)
+        points = model(maps).points
         expected = torch.tensor([[8.0, 8, 40, 40]])
         scores = torch.full((1, 84, 3), -12.0)
         inside = (points[:, :2] > 8).all(1) & (points[:, :2] < 40).all(1)
         scores[0, inside, 2] = 12.0
-        perfect = YoloFpnOutputs(scores, expected.expand(1, 84, 4).clone(), points)
+        perfect = DenseOutputs(scores, expected.expand(1, 84, 4).clone(), points)
         targets = collate_targets([expected], [torch.tensor([2])])
         losses = model.losses(perfect, targets, 64)
         wrong = model.losses(perfect, collate_targets([expected], [torch.tensor([1])]), 64)
