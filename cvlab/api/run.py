@@ -308,7 +308,7 @@ def result(path: Path) -> Result:
 
     Returns:
         `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings` and
-        `trials`, of an experiment on images also `results`; of a run without a result `reason` and `hint`.
+        `trials`, of an experiment on images also `results`, of a detector's `headline` and `class_counts`; of a run without a result `reason` and `hint`.
     """
     summary, record = read_summary(path), read_status(path)
     status = record.get("status", "unknown")
@@ -321,7 +321,7 @@ def result(path: Path) -> Result:
         "data": summary.get("data") or record.get("data"),
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
-        **{key: summary[key] for key in ("settings", "trials", "results") if key in summary},
+        **{key: summary[key] for key in ("settings", "trials", "results", "headline", "class_counts") if key in summary},
         **_reason(path, record),
         "files": files,
     }

@@ -240,6 +240,14 @@ def _numbers(text: str | None, flag: str) -> list[float] | None:
         raise ConfigError(f"{flag} {text}: not numbers separated by commas", f"{flag} 0.7,0.3") from error
 
 
+def _names(text: str | None, flag: str) -> list[str] | None:
+    """Return the names in an option's value; ConfigError if one of them is empty."""
+    names = [part.strip() for part in text.split(",")] if text is not None else None
+    if names is not None and not all(names):
+        raise ConfigError(f"{flag} {text}: an empty name", f"{flag} person,dog")
+    return names
+
+
 @app.command(rich_help_panel=PHOTOS)
 @expand_options
 def caption(
@@ -265,6 +273,9 @@ def detect(
     images: Images = None,
     model: Annotated[str | None, typer.Option(help="yolo, faster_rcnn or yolov3_tiny; default: yolo")] = None,
     weights: Annotated[str | None, typer.Option(help="run of a detector, or a file with weights")] = None,
+    class_: Annotated[
+        str | None, typer.Option("--class", help="classes to detect, separated by commas; default: all")
+    ] = None,
     conf: Annotated[float | None, typer.Option(help="score threshold of detections")] = None,
     iou: Annotated[float | None, typer.Option(help="IoU threshold of non-maximum suppression")] = None,
     explain: Annotated[
@@ -272,8 +283,10 @@ def detect(
     ] = None,
     save_json: Annotated[bool, typer.Option("--save-json", help="also write all boxes as COCO results")] = False,
     save_coco: Annotated[bool, typer.Option("--save-coco", help="also write all boxes as a COCO data set")] = False,
+    save_csv: Annotated[bool, typer.Option("--save-csv", help="also write all boxes as a table")] = False,
     save_txt: Annotated[bool, typer.Option("--save-txt", help="also write each photo's boxes as YOLO txt")] = False,
     save_xml: Annotated[bool, typer.Option("--save-xml", help="also write each photo's boxes as VOC XML")] = False,
+    save_crop: Annotated[bool, typer.Option("--save-crop", help="also write each detection as an image")] = False,
     dry_run: DryRun = False,
     *,
     options: RunOptions,
@@ -284,7 +297,15 @@ def detect(
 
     names, overrides = split_arguments(images)
     photo_paths.require_any(names)
-    kinds = {"json": save_json, "coco": save_coco, "txt": save_txt, "xml": save_xml}
-    save = [kind for kind, is_given in kinds.items() if is_given]
-    values = {"images": names, "model": model, "weights": weights, "conf": conf, "iou": iou, "explain": explain}
-    start("detect", values | {"save": save or None}, overrides, options, dry_run, output)
+    kinds = {"json": save_json, "coco": save_coco, "csv": save_csv, "txt": save_txt, "xml": save_xml, "crop": save_crop}
+    values = {
+        "images": names,
+        "model": model,
+        "weights": weights,
+        "classes": _names(class_, "--class"),
+        "conf": conf,
+        "iou": iou,
+        "explain": explain,
+        "save": [kind for kind, is_given in kinds.items() if is_given] or None,
+    }
+    start("detect", values, overrides, options, dry_run, output)

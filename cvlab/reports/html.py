@@ -131,6 +131,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         "status_class": STATUS_CLASSES.get(state, ""),
         "experiment": summary.get("experiment") or config.get("experiment", ""),
         "data": summary.get("data") or status.get("data"),
+        "headline": summary.get("headline"),
         "duration": duration_text(summary.get("seconds")),
         "time": _utc(env.get("time")),
         "failure": _failure(path, status),

@@ -183,6 +183,8 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
         verdicts = [(v["rule"], format_measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
     print(console.printable(f"run directory {console.relative_path(path)}"))
+    if summary.get("headline"):
+        print(console.printable(summary["headline"]))
 
 
 def show_metrics(title: str, values: Mapping[str, Any], info: Mapping[str, Any]) -> None:

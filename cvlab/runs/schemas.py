@@ -74,6 +74,7 @@ class Summary(_Record):
 
     experiment: str | None = None
     data: str | None = None
+    headline: str | None = None
     seconds: Number = None
     metrics: dict[str, Value] = {}
     metric_info: dict[str, MetricRecord] = {}

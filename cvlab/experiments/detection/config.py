@@ -42,8 +42,11 @@ class DetectConfig(ImagesConfig):
     iou: schema.Fraction = Field(
         0.5, description="of detections of one class that overlap by more, the highest-scoring one stays"
     )
-    save: tuple[Literal["json", "coco", "txt", "xml"], ...] = Field(
-        (), description="also write the boxes: COCO's results, a COCO data set, YOLO's txt, PASCAL VOC's XML"
+    classes: tuple[str, ...] = Field((), description="names of the classes to detect; none: all of the detector's")
+    save: tuple[Literal["json", "coco", "csv", "txt", "xml", "crop"], ...] = Field(
+        (),
+        description="also write the boxes: COCO's results, a COCO data set, a table, YOLO's txt, PASCAL VOC's XML; "
+        "crop: an image of each detection",
     )
     explain: Literal["grid", "anchors", "targets", "proposals"] | None = Field(
         None,

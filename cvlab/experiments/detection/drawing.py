@@ -1,6 +1,7 @@
 """Draw labeled boxes on photos, and contact sheets of photos."""
 
 import colorsys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,14 @@ def draw(photo: Image.Image, boxes: Sequence[LabeledBox], gt_boxes: Sequence[Box
             placed.append(_place_label(_inside(item.box_xyxy, photo), size, photo.size, placed))
             _draw_label(pen, item, placed[-1], text_px)
     return sheet
+
+
+def crop(photo: Image.Image, box_xyxy: Box) -> Image.Image:
+    """Return the pixels that a box touches, at least one."""
+    left, top = min(math.floor(box_xyxy[0]), photo.width - 1), min(math.floor(box_xyxy[1]), photo.height - 1)
+    left, top = max(left, 0), max(top, 0)
+    right, bottom = max(math.ceil(box_xyxy[2]), left + 1), max(math.ceil(box_xyxy[3]), top + 1)
+    return photo.crop((left, top, min(right, photo.width), min(bottom, photo.height)))
 
 
 def _draw_ground_truth(pen: ImageDraw.ImageDraw, box: Box, line: int) -> None:

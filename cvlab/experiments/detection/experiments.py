@@ -74,8 +74,12 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
         work = PhotoDetector(detector, run, config.conf, config.iou, config.save, config.explain)
         results = photo_batches.run(config, run, work, "detect", self.columns)
         inference.save_coco(detector, results, run, [kind for kind in ("json", "coco") if kind in config.save])
-        num_objects = sum(len(result.values["objects"]) for result in results)
-        return {"num_photos": len(results), "num_objects": num_objects}
+        if "csv" in config.save:
+            inference.save_csv(results, run)
+        counts = inference.class_counts(thing["label"] for result in results for thing in result.values["objects"])
+        photos = f"{len(results)} photo{'s' * (len(results) != 1)}"
+        run.extra_summary |= {"class_counts": counts, "headline": inference.headline(counts, "object", photos)}
+        return {"num_photos": len(results), "num_objects": sum(counts.values())}
 
     def plan(self, config: DetectConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. DataError if the weights or all of the photos are missing."""
@@ -88,7 +92,7 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
         return {
             "photos": len(photo_batches.resolve_images(config.images)[1]) if config.images else "its validation photos",
             "detector": detector.description,
-            "classes": len(detector.classes),
+            "classes": ", ".join(config.classes or detector.classes),
             "parameters": detector.num_parameters,
             **ctx.as_dict(),
         }

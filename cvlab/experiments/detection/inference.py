@@ -1,8 +1,11 @@
 """Inference with trained detectors: loading them, prediction on photos, drawings and annotation files."""
 
+import csv
+import io
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cvlab import registry
 from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
@@ -29,8 +33,10 @@ from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
 from cvlab.reports import images as reports_images
+from cvlab.reports import tables
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
+from cvlab.storage.file_names import file_stem
 
 
 class BundledWeights(NamedTuple):
@@ -46,6 +52,7 @@ BUNDLED_DETECTORS = {  # by the name that `--model` takes
 }
 MAX_ID_DIGITS = 12  # of an image id in COCO's file names
 CLASSES_FILE = "boxes/classes.txt"
+CROPS, CROP_QUALITY = "crops", 95
 MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
 
 PredictFn = Callable[[Sequence[Image.Image], float, float], list[Detections]]  # photos, score_threshold, nms_iou
@@ -121,11 +128,52 @@ def load_detector(
 
 
 def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> LoadedDetector:
-    """Load the detector of a configuration. ConfigError if its proposals are to be drawn and it has none."""
+    """Load the detector of a configuration, which predicts only the configured classes.
+
+    Raises:
+        ConfigError: The detector has no such class, or no proposals that could be drawn.
+    """
     detector = load_detector(config.model, config.weights, ctx, for_evaluation=not config.images)
     if config.explain == diagrams.PROPOSALS and detector.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
-    return detector
+    return select_classes(detector, config.classes)
+
+
+def select_classes(detector: LoadedDetector, names: Sequence[str]) -> LoadedDetector:
+    """Return a detector that predicts only the classes with these names; all of them if there are none.
+
+    Raises:
+        ConfigError: The detector has no such class.
+    """
+    for name in names:
+        if name not in detector.classes:
+            raise registry.unknown_name_error("class", name, detector.classes, "cvlab detect sample --dry-run")
+    if not names:
+        return detector
+    selected = torch.tensor([detector.classes.index(name) for name in names])
+
+    def predict(images: Sequence[Image.Image], score_threshold: float, nms_iou: float) -> list[Detections]:
+        predictions = detector.predict(images, score_threshold, nms_iou)
+        return [select(detections, torch.isin(detections.labels, selected)) for detections in predictions]
+
+    return replace(detector, predict=predict)
+
+
+def select(detections: Detections, keep: Tensor) -> Detections:
+    """Return the detections that a mask (N,) or indices (K,) name."""
+    return Detections(detections.boxes_xyxy[keep], detections.scores[keep], detections.labels[keep])
+
+
+def class_counts(labels: Iterable[str]) -> dict[str, int]:
+    """Return how often each label occurs, the most frequent first."""
+    return dict(Counter(labels).most_common())
+
+
+def headline(counts: Mapping[str, int], what: str, where: str) -> str:
+    """Return what was detected in one line: `12 objects in 3 photos: person 7, dog 5`."""
+    total = sum(counts.values())
+    text = ", ".join(f"{label} {count}" for label, count in counts.items())
+    return f"{total} {what}{'s' * (total != 1)} in {where}{': ' * bool(text)}{text}"
 
 
 def _head_outputs(
@@ -211,7 +259,7 @@ class PhotoDetector:
         out: The run directory to write into.
         score_threshold: Detections of lower scores are dropped.
         nms_iou: Of detections of one class that overlap by more, the highest-scoring one stays.
-        save: Annotation files to write for each photo, `txt` or `xml`; other kinds are ignored.
+        save: What to write for each photo, `txt`, `xml` or `crop`; other kinds are ignored.
         diagram: One of `diagrams.KINDS` or `diagrams.PROPOSALS`, to be drawn for each photo; None for none.
     """
 
@@ -249,6 +297,9 @@ class PhotoDetector:
             {"label": name, "score": score, "box_xyxy": [round(edge, 2) for edge in box]}
             for name, score, box in triples
         ]
+        if "crop" in self.save:
+            for k, thing in enumerate(objects):
+                thing["crop"] = self._save_crop(photo, k + 1, thing["label"], thing["box_xyxy"])
         width, height = photo.image.size
         return PhotoResult(str(photo.path), {"objects": objects, "width": width, "height": height}, files)
 
@@ -271,6 +322,17 @@ class PhotoDetector:
             if kind == "txt":
                 self.out.write_text(CLASSES_FILE, "".join(f"{name}\n" for name in self.detector.classes))
         return files
+
+    def _save_crop(self, photo: Photo, number: int, label: str, box_xyxy: drawing.Box) -> str:
+        """Write what is inside a box as an image in the folder of its class; return its name."""
+        folder = f"{CROPS}/{file_stem(label) or 'class'}"
+        self.out.folder(CROPS)
+        self.out.folder(folder)
+        name = f"{folder}/{photo.label}-{number}.jpg"
+        buffer = io.BytesIO()
+        drawing.crop(photo.image, box_xyxy).save(buffer, "JPEG", quality=CROP_QUALITY)
+        self.out.write_bytes(name, buffer.getvalue())
+        return name
 
     def _draw_diagram(self, kind: str, photo: Photo, detections: Detections, names: Sequence[str]) -> Image.Image:
         """Draw a diagram of a photo; of targets with the boxes of its annotation, else with the detections."""
@@ -326,6 +388,25 @@ def save_coco(detector: LoadedDetector, results: Sequence[PhotoResult], out: Run
         out.write_text("boxes/detections.json", writers.write_coco_results(images, ids))
     if "coco" in kinds:
         out.write_text("boxes/dataset.json", writers.write_coco_json(images, detector.classes, ids))
+
+
+def save_csv(results: Sequence[PhotoResult], out: RunDir) -> None:
+    """Write the boxes of all photos as a table, a row for each."""
+    rows: list[tuple[Any, ...]] = [("image", "class", "score", "x1", "y1", "x2", "y2")]
+    names = _file_names([Path(result.image) for result in results])
+    for name, result in zip(names, results, strict=True):
+        for thing in result.values["objects"]:
+            score = round(thing["score"], 6)
+            rows.append((tables.csv_cell(name), tables.csv_cell(thing["label"]), score, *thing["box_xyxy"]))
+    out.folder("boxes")
+    out.write_text("boxes/detections.csv", csv_lines(rows))
+
+
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as the lines of a CSV file."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
 
 
 def _file_names(paths: Sequence[Path]) -> list[str]:
