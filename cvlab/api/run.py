@@ -321,7 +321,9 @@ def result(path: Path) -> Result:
         "data": summary.get("data") or record.get("data"),
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
-        **{key: summary[key] for key in ("settings", "trials", "results", "headline", "class_counts") if key in summary},
+        **{
+            key: summary[key] for key in ("settings", "trials", "results", "headline", "class_counts") if key in summary
+        },
         **_reason(path, record),
         "files": files,
     }

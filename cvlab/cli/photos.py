@@ -276,6 +276,9 @@ def detect(
     class_: Annotated[
         str | None, typer.Option("--class", help="classes to detect, separated by commas; default: all")
     ] = None,
+    tile: Annotated[
+        str | None, typer.Option(help="also detect on tiles of this side in pixels, or `auto`; for large photos")
+    ] = None,
     conf: Annotated[float | None, typer.Option(help="score threshold of detections")] = None,
     iou: Annotated[float | None, typer.Option(help="IoU threshold of non-maximum suppression")] = None,
     explain: Annotated[
@@ -303,6 +306,7 @@ def detect(
         "model": model,
         "weights": weights,
         "classes": _names(class_, "--class"),
+        "tile": int(tile) if tile and tile.isdecimal() else tile,
         "conf": conf,
         "iou": iou,
         "explain": explain,

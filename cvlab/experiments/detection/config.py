@@ -43,6 +43,11 @@ class DetectConfig(ImagesConfig):
         0.5, description="of detections of one class that overlap by more, the highest-scoring one stays"
     )
     classes: tuple[str, ...] = Field((), description="names of the classes to detect; none: all of the detector's")
+    tile: Annotated[int, Ge(32), Le(8192)] | Literal["auto"] | None = Field(
+        None,
+        description="also detect on overlapping tiles of this side in pixels, for small objects in large photos; auto: "
+        "the side of the detector's input, or more in photos of more than 8 such tiles in a row",
+    )
     save: tuple[Literal["json", "coco", "csv", "txt", "xml", "crop"], ...] = Field(
         (),
         description="also write the boxes: COCO's results, a COCO data set, a table, YOLO's txt, PASCAL VOC's XML; "

@@ -19,7 +19,7 @@ from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
 from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
-from cvlab.experiments.detection import diagrams, drawing
+from cvlab.experiments.detection import diagrams, drawing, tiling
 from cvlab.experiments.detection.config import WEIGHTS_FILE, DetectConfig
 from cvlab.experiments.detection.data import augment, writers
 from cvlab.experiments.detection.data.augment import ViewTransform
@@ -67,6 +67,7 @@ class LoadedDetector:
         description: Which detector with which weights, for people.
         classes: Names of the classes, by label.
         num_parameters: Without those of a frozen backbone.
+        size_px: Side of its square input.
         predict: `predict(photos, score_threshold, nms_iou)` returns each photo's detections, in its pixels.
         trained_on: Name of the data set, on whose validation split the detector is evaluated.
         path: Where that data set lies if it is the user's own.
@@ -77,6 +78,7 @@ class LoadedDetector:
     description: str
     classes: tuple[str, ...]
     num_parameters: int
+    size_px: int
     predict: PredictFn
     trained_on: str = ""
     path: str | None = None
@@ -120,6 +122,7 @@ def load_detector(
         description=f"{metadata.model} ({source}): {properties}",
         classes=metadata.classes,
         num_parameters=sum(p.numel() for p in detector.head.parameters()),
+        size_px=metadata.size_px,
         predict=make_predictor(detector, ctx),
         trained_on=metadata.trained_on,
         path=metadata.notes.get("path"),
@@ -128,7 +131,7 @@ def load_detector(
 
 
 def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> LoadedDetector:
-    """Load the detector of a configuration, which predicts only the configured classes.
+    """Load the detector of a configuration, which predicts only the configured classes, on tiles if there are some.
 
     Raises:
         ConfigError: The detector has no such class, or no proposals that could be drawn.
@@ -136,6 +139,9 @@ def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> Loade
     detector = load_detector(config.model, config.weights, ctx, for_evaluation=not config.images)
     if config.explain == diagrams.PROPOSALS and detector.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
+    if config.tile is not None:
+        predict = tiling.tiled(detector.predict, config.tile, detector.size_px, config.batch_size)
+        detector = replace(detector, predict=predict)
     return select_classes(detector, config.classes)
 
 
@@ -240,7 +246,8 @@ def _load_yolov3_tiny(weights_file: str | None, ctx: ComputeContext) -> LoadedDe
         return results
 
     description = f"{yolov3_tiny.NAME}: {len(COCO_CLASSES)} classes, {yolov3_tiny.SIZE_PX} px, trained on COCO"
-    return LoadedDetector(description, COCO_CLASSES, sum(p.numel() for p in model.parameters()), predict)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return LoadedDetector(description, COCO_CLASSES, num_parameters, yolov3_tiny.SIZE_PX, predict)
 
 
 def to_photo_coordinates(detections: Detections, transform: ViewTransform, photo_size: tuple[int, int]) -> Detections:

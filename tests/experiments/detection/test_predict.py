@@ -113,7 +113,7 @@ class TestDetect:
 
 
 def detector(classes):
-    return inference.LoadedDetector("a detector", classes, 0, lambda *_: [])
+    return inference.LoadedDetector("a detector", classes, 0, 64, lambda *_: [])
 
 
 def result(path, label="dog", count=1):
