@@ -157,11 +157,11 @@ class Progress:
 
     Args:
         label: What is in progress.
-        total: Number of steps.
+        total: Number of steps, None if unknown.
         done: Number of steps done at the start.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
+    def __init__(self, label: str, total: int | None, done: int = 0) -> None:
         self.label, self.total, self.first = printable(label), total, done
         self.start = self.shown = time.monotonic()
         self.last: tuple[float, str] | None = None
@@ -208,5 +208,6 @@ class Progress:
         elif level > QUIET and (done, text) != self.last:
             self.last = (done, text)
             rate = (done - self.first) / max(self.shown - self.start, 1e-9)
-            left = f"  {format_seconds((self.total - done) / rate)} left" if rate > 0 else ""
-            info(f"{self.label} {int(done)}/{self.total}  {text}{left}")
+            left = f"  {format_seconds((self.total - done) / rate)} left" if self.total is not None and rate > 0 else ""
+            of_total = f"/{self.total}" if self.total is not None else ""
+            info(f"{self.label} {int(done)}{of_total}  {text}{left}")

@@ -308,7 +308,8 @@ def result(path: Path) -> Result:
 
     Returns:
         `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings` and
-        `trials`, of an experiment on images also `results`, of a detector's `headline` and `class_counts`; of a run without a result `reason` and `hint`.
+        `trials`, of an experiment on images also `results`, of one that detects objects `headline` and `class_counts`;
+        of a run without a result `reason` and `hint`.
     """
     summary, record = read_summary(path), read_status(path)
     status = record.get("status", "unknown")

@@ -273,6 +273,9 @@ def detect(
     images: Images = None,
     model: Annotated[str | None, typer.Option(help="yolo, faster_rcnn or yolov3_tiny; default: yolo")] = None,
     weights: Annotated[str | None, typer.Option(help="run of a detector, or a file with weights")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="a video file, or the number of a camera, in place of images")
+    ] = None,
     class_: Annotated[
         str | None, typer.Option("--class", help="classes to detect, separated by commas; default: all")
     ] = None,
@@ -290,12 +293,17 @@ def detect(
     save_txt: Annotated[bool, typer.Option("--save-txt", help="also write each photo's boxes as YOLO txt")] = False,
     save_xml: Annotated[bool, typer.Option("--save-xml", help="also write each photo's boxes as VOC XML")] = False,
     save_crop: Annotated[bool, typer.Option("--save-crop", help="also write each detection as an image")] = False,
+    every: Annotated[int | None, typer.Option(help="with --source: detect in every N-th frame")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="with --source: stop after N of these frames")] = None,
+    track: Annotated[
+        bool | None, typer.Option("--track/--no-track", help="with --source: one id for an object in all frames")
+    ] = None,
     dry_run: DryRun = False,
     *,
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Detect objects in images. Without images, evaluates the detector on its validation split."""
+    """Detect objects in images or a video. Without both, evaluates the detector on its validation split."""
     from cvlab.data import photo_paths
 
     names, overrides = split_arguments(images)
@@ -305,11 +313,15 @@ def detect(
         "images": names,
         "model": model,
         "weights": weights,
+        "source": source,
         "classes": _names(class_, "--class"),
         "tile": int(tile) if tile and tile.isdecimal() else tile,
         "conf": conf,
         "iou": iou,
         "explain": explain,
         "save": [kind for kind, is_given in kinds.items() if is_given] or None,
+        "every": every,
+        "max_frames": max_frames,
+        "track": track,
     }
     start("detect", values, overrides, options, dry_run, output)

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from cvlab.models.pretrained import PretrainedClassifier
 
 
-def _as_text(name: object) -> object:
+def as_text(name: object) -> object:
+    """Return a number as text: YAML reads an index as a number."""
     return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
 
 
-ClassName = Annotated[str, BeforeValidator(_as_text)]  # by name, WordNet id or index; YAML reads an index as a number
+ClassName = Annotated[str, BeforeValidator(as_text)]  # by name, WordNet id or index
 
 
 class PretrainedConfig(RunConfig):

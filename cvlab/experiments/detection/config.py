@@ -1,12 +1,13 @@
 """Configurations of detection: training a detector, detecting objects in photos."""
 
-from typing import Annotated, Literal
+import os
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cvlab.config import schema
-from cvlab.data import photo_paths
+from cvlab.data import photo_paths, videos
 from cvlab.experiments.common import backbone_config, photo_config, weights
 from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.experiments.detection.models import registry as detector_registry
@@ -58,15 +59,57 @@ class DetectConfig(ImagesConfig):
         description="also draw a diagram: the 7 x 7 grid of EECS 498, its anchors or targets, or proposals",
     )
 
+    source: Annotated[str, BeforeValidator(photo_config.as_text)] | None = Field(
+        None, description="in place of photos: a video file, or the number of a camera"
+    )
+    every: schema.PositiveInt = Field(1, description="of a video, detect in every N-th frame")
+    max_frames: schema.PositiveInt | None = Field(None, description="of a video, stop after N of these frames")
+    track: bool = Field(True, description="in a video, give an object the same id in all frames")
+    track_buffer: Annotated[int, Ge(0), Le(100_000)] = Field(
+        30, description="an object that returns after at most N frames without a detection has the same id"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_photos(cls, values: Any) -> Any:
+        """Without `images` a configuration with a `source` has no photos, not the sample."""
+        if isinstance(values, dict) and values.get("source") is not None:
+            return {"images": (), **values}
+        return values
+
     @field_validator("images")
     @classmethod
     def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name.lower().endswith(videos.SUFFIXES) and not os.path.isdir(name):
+                raise ValueError(f"{name} is a video: give it as source, `cvlab detect --source {name}`")
         return photo_config.absolute_image_paths(names) if names else names
+
+    @field_validator("source")
+    @classmethod
+    def _absolute_source(cls, name: str | None) -> str | None:
+        is_path = name is not None and not videos.is_camera(name) and "://" not in name
+        return os.path.abspath(name) if is_path and name else name
 
     @field_validator("weights")
     @classmethod
     def _absolute_weights(cls, name: str | None) -> str | None:
         return weights.absolute_weights_path(name, WEIGHTS_FILE, "a detector")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "DetectConfig":
+        if self.source is not None and self.images:
+            raise ValueError("source: give photos or a video, not both")
+        if self.source is not None and (self.save or self.explain):
+            raise ValueError(
+                f"{'save' if self.save else 'explain'}: is for photos; tracks.csv has the boxes of a video"
+            )
+        if self.source is None and (self.every != 1 or self.max_frames or not self.track):
+            raise ValueError("every, max_frames and track are for videos: give a source")
+        if self.source is None and not self.images and (self.classes or self.tile):
+            key = "classes" if self.classes else "tile"
+            raise ValueError(f"{key}: is for photos and videos, and none is given")
+        return self
 
 
 class DetectionDataConfig(backbone_config.PhotoDatasetConfig):

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     Column("objects", "objects"),
+    Column("frames", "frames"),
     Column("picture", "picture", is_file=True),
+    Column("video", "video", is_file=True),
+    Column("tracks", "tracks", is_file=True),
     Column("explained", "diagram", is_file=True),
     Column("txt", "YOLO txt", is_file=True),
     Column("xml", "VOC XML", is_file=True),
@@ -30,16 +33,18 @@ COLUMNS = (
 
 
 class DetectExperiment(PhotoExperiment[DetectConfig]):
-    """Detect objects in photos and draw their boxes; without photos, evaluate the detector on its validation split.
+    """Detect objects in photos or a video and draw their boxes; without them, evaluate on the validation split.
 
     References:
-        Redmon et al., 2016, "You only look once"; Redmon and Farhadi, 2018, "YOLOv3" (yolov3_tiny).
+        Redmon et al., 2016, "You only look once"; Redmon and Farhadi, 2018, "YOLOv3" (yolov3_tiny);
+        Akyon et al., 2022, "Slicing aided hyper inference" (tile); Zhang et al., 2022, "ByteTrack" (track).
 
     Differences from the paper:
         A weights file says which detector it belongs to, its classes and what it was trained on.
 
     Metrics:
-        `num_photos`, `num_objects`; without photos `map50`, `map50_95` and `ap50/CLASS` on the validation photos.
+        `num_photos`, `num_objects`; of a video `num_frames`, `frames_per_second` and `num_tracks`, without tracking
+        `num_objects`; without both `map50`, `map50_95` and `ap50/CLASS` on the validation photos.
 
     Command:
         cvlab detect photo.jpg
@@ -49,23 +54,30 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
     Config = DetectConfig
     columns = COLUMNS
     metrics = (
-        Metric("num_photos"),
-        Metric("num_objects", when=lambda config: bool(config.images)),
-        Metric("map50", "fraction", "higher", lambda config: not config.images),
-        Metric("map50_95", "fraction", "higher", lambda config: not config.images),
+        Metric("num_photos", when=lambda config: config.source is None),
+        Metric(
+            "num_objects", when=lambda config: bool(config.images) or (config.source is not None and not config.track)
+        ),
+        Metric("num_frames", when=lambda config: config.source is not None),
+        Metric("num_tracks", when=lambda config: config.source is not None and config.track),
+        Metric("frames_per_second", "frames/s", "higher", lambda config: config.source is not None),
+        Metric("map50", "fraction", "higher", lambda config: not config.images and config.source is None),
+        Metric("map50_95", "fraction", "higher", lambda config: not config.images and config.source is None),
     )
 
     def run(self, config: DetectConfig, run: RunDir) -> dict[str, float]:
-        """Detect objects in all photos, or evaluate the detector."""
+        """Detect objects in all photos or all frames of a video, or evaluate the detector."""
         from cvlab.engine import device
         from cvlab.experiments.common import photo_batches
-        from cvlab.experiments.detection import evaluation, inference
+        from cvlab.experiments.detection import evaluation, inference, video
         from cvlab.experiments.detection.inference import PhotoDetector, load_configured_detector
 
         ctx = device.select_device(config.device, config.precision, config.threads)
         detector = load_configured_detector(config, ctx)
         run.log(f"detecting with {detector.description}")
         run.folder("images")
+        if config.source is not None:
+            return video.run(config, detector, run, self.columns)
         if not config.images:
             metrics = evaluation.evaluate_on_validation(detector, run, config.batch_size, config.conf)
             sheet = PhotoResult(evaluation.SHEET, files={"picture": evaluation.SHEET})
@@ -82,15 +94,22 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
         return {"num_photos": len(results), "num_objects": sum(counts.values())}
 
     def plan(self, config: DetectConfig, base: Path) -> dict[str, Any]:
-        """Return what a run would do. DataError if the weights or all of the photos are missing."""
+        """Return what a run would do. DataError if the weights, or all of the photos or the video, are missing."""
+        from cvlab.data import videos
         from cvlab.engine import device
         from cvlab.experiments.common import photo_batches
         from cvlab.experiments.detection.inference import load_configured_detector
 
         ctx = device.select_device(config.device, config.precision, config.threads)
         detector = load_configured_detector(config, ctx)
+        inputs: dict[str, Any] = {"photos": "its validation photos"}
+        if config.source is not None:
+            info = videos.probe(config.source)
+            inputs = {"video": config.source, "frames": info.num_frames, "frames per second": float(info.rate)}
+        elif config.images:
+            inputs = {"photos": len(photo_batches.resolve_images(config.images)[1])}
         return {
-            "photos": len(photo_batches.resolve_images(config.images)[1]) if config.images else "its validation photos",
+            **inputs,
             "detector": detector.description,
             "classes": ", ".join(config.classes or detector.classes),
             "parameters": detector.num_parameters,

@@ -136,7 +136,7 @@ def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> Loade
     Raises:
         ConfigError: The detector has no such class, or no proposals that could be drawn.
     """
-    detector = load_detector(config.model, config.weights, ctx, for_evaluation=not config.images)
+    detector = load_detector(config.model, config.weights, ctx, for_evaluation=not (config.images or config.source))
     if config.explain == diagrams.PROPOSALS and detector.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
     if config.tile is not None:

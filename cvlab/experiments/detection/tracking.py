@@ -34,7 +34,7 @@ VELOCITY_STD = 1 / 160  # of the change of velocity from frame to frame
 
 
 class KalmanFilter:
-    """A box that moves with constant velocity: for each of center x, center y, width and height one filter of two states.
+    """A box that moves with constant velocity: one filter for each of center x, center y, width and height.
 
     Attributes:
         mean: (4, 2), value and velocity per frame of each.
@@ -52,7 +52,8 @@ class KalmanFilter:
 
     def _size(self) -> Floats:
         """Return width, height, width, height: what the noise of each value is proportional to."""
-        return np.maximum(np.tile(self.mean[2:, 0], 2), 1.0)
+        size: Floats = np.maximum(np.tile(self.mean[2:, 0], 2), 1.0)
+        return size
 
     def predict(self) -> None:
         """Advance by a frame."""
@@ -73,7 +74,7 @@ class KalmanFilter:
 
 @dataclass(eq=False)
 class Track:
-    """An object: its motion, its class, its id (0 until it is confirmed), in how many frames it has not been detected."""
+    """An object: its motion, class and id (0 until it is confirmed), and for how many frames it has been lost."""
 
     motion: KalmanFilter
     label: int
