@@ -1,5 +1,7 @@
 """`cvlab detect`: on photos, with weights of a run or bundled ones, and on a validation split."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from cvlab.experiments.detection import inference
 from cvlab.experiments.detection.data import augment
 from cvlab.experiments.detection.models import yolov3_tiny
 from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
+from cvlab.ops.average_precision import Detections
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 from tests.experiments.detection.short_run import train
@@ -110,6 +113,99 @@ class TestDetect:
         assert got == code, err
         assert says in err, err
         assert "Traceback" not in err, err
+
+
+class TestClasses:
+    def test_only_the_named_classes_are_detected(self, cvlab):
+        trained = train(cvlab)
+        words = ("sample", "--weights", trained["run"], "--conf", "0", "--json")
+        everything = json.loads(cvlab("detect", *words)[1])
+        code, out, err = cvlab("detect", *words, "--class", "circle, star")
+        assert code == 0, err
+        result = json.loads(out)
+        expected = [thing for thing in everything["results"][0]["objects"] if thing["label"] in ("circle", "star")]
+        assert result["results"][0]["objects"] == expected
+        assert set(result["class_counts"]) <= {"circle", "star"}
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("--class", "circle,stra"), "unknown class 'stra'; did you mean 'star'?"),
+            (("--class", "circle,"), "--class circle,: an empty name"),
+            (("--class", ""), "an empty name"),
+        ],
+    )
+    def test_an_unknown_class_is_refused_before_a_photo_is_read(self, cvlab, monkeypatch, words, says):
+        trained = train(cvlab)
+        monkeypatch.setattr(photos, "load", lambda path: pytest.fail("a photo was read"))
+        code, _, err = cvlab("detect", "sample", "--weights", trained["run"], *words)
+        assert code == 2
+        assert says in err
+        assert "Traceback" not in err
+
+    def test_without_photos_there_is_nothing_to_filter(self, cvlab):
+        for words in (("--class", "circle"), ("--tile", "auto")):
+            code, _, err = cvlab("detect", *words)
+            assert code == 2
+            assert "is for photos and videos" in err
+
+    def test_the_counts_are_the_last_line_and_in_the_summary(self, cvlab, monkeypatch):
+        def predict(images, *_):
+            labels = [0, 1, 1] if images[0].width == 90 else [1]
+            return [
+                Detections(torch.ones(len(labels), 4), torch.ones(len(labels)), torch.tensor(labels)) for _ in images
+            ]
+
+        loaded = inference.LoadedDetector("a planted detector", ("cat", "dog"), 0, 64, predict)
+        monkeypatch.setattr(inference, "load_detector", lambda *_, **__: loaded)
+        for name, width in (("a.png", 90), ("b.png", 90), ("c.png", 30)):
+            Image.new("RGB", (width, 40)).save(name)
+        code, out, _ = cvlab("detect", "a.png", "b.png", "c.png", "batch_size=1")
+        assert code == 0
+        assert out.splitlines()[-1] == "7 objects in 3 photos: dog 5, cat 2"
+        summary = json.loads(Path("runs/latest/summary.json").read_text())
+        assert summary["class_counts"] == {"dog": 5, "cat": 2}
+        _, out, _ = cvlab("detect", "c.png")
+        assert out.splitlines()[-1] == "1 object in 1 photo: dog 1"
+
+
+class TestTablesAndCrops:
+    BOXES = torch.tensor(
+        [[10.2, 5.0, 40.0, 20.0], [0.0, 0.0, 90.0, 40.0], [89.9, 39.9, 90.0, 40.0], [5.0, 5.0, 5.0, 5.0]]
+    )
+
+    @pytest.fixture
+    def result(self, cvlab, monkeypatch):
+        classes = ("person", "../=cmd|'x'", "???")
+        labels, scores = torch.tensor([0, 1, 2, 0]), torch.tensor([0.9, 0.8, 0.7, 0.6])
+        predict = lambda images, *_: [Detections(self.BOXES, scores, labels) for _ in images]  # noqa: E731
+        loaded = inference.LoadedDetector("a planted detector", classes, 0, 64, predict)
+        monkeypatch.setattr(inference, "load_detector", lambda *_, **__: loaded)
+        Path("x").mkdir()
+        for name in ("a.png", "x/a.png"):
+            Image.new("RGB", (90, 40), "green").save(name)
+        code, out, err = cvlab("detect", "a.png", "x/a.png", "--save-csv", "--save-crop", "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    def test_a_row_for_each_object(self, result):
+        text = (Path(result["run"]) / "boxes/detections.csv").read_text()
+        rows = list(csv.reader(io.StringIO(text)))
+        assert rows[0] == ["image", "class", "score", "x1", "y1", "x2", "y2"]
+        assert rows[1] == ["a.png", "person", "0.9", "10.2", "5.0", "40.0", "20.0"]
+        assert len(rows) == 9
+        assert {row[0] for row in rows[1:]} == {"a.png", "x/a.png"}
+        assert not any(cell.startswith("=") for row in rows for cell in row)
+
+    def test_crops_in_a_folder_of_each_class(self, result):
+        run = Path(result["run"])
+        crops = [thing["crop"] for row in result["results"] for thing in row["objects"]]
+        assert crops[0] == "crops/person/a-1.jpg"
+        assert len({*crops}) == 8
+        assert sorted(str(path.relative_to(run)) for path in (run / "crops").rglob("*.jpg")) == sorted(crops)
+        assert {path.name for path in (run / "crops").iterdir()} == {"person", "cmd_x", "class"}
+        assert [photos.load(run / name).size for name in crops[:4]] == [(30, 15), (90, 40), (1, 1), (1, 1)]
+        assert photos.load(run / crops[0]).getpixel((5, 5)) == pytest.approx((0, 128, 0), abs=3)
 
 
 def detector(classes):
