@@ -88,8 +88,10 @@ class DetectConfig(ImagesConfig):
     @field_validator("source")
     @classmethod
     def _absolute_source(cls, name: str | None) -> str | None:
+        if name == "":
+            raise ValueError("give a video file, or the number of a camera")
         is_path = name is not None and not videos.is_camera(name) and "://" not in name
-        return os.path.abspath(name) if is_path and name else name
+        return os.path.abspath(name) if is_path else name
 
     @field_validator("weights")
     @classmethod
@@ -99,7 +101,7 @@ class DetectConfig(ImagesConfig):
     @model_validator(mode="after")
     def _check_source(self) -> "DetectConfig":
         if self.source is not None and self.images:
-            raise ValueError("source: give photos or a video, not both")
+            raise ValueError("source: give photos or a video, not both; `images=[]` leaves the photos out")
         if self.source is not None and (self.save or self.explain):
             raise ValueError(
                 f"{'save' if self.save else 'explain'}: is for photos; tracks.csv has the boxes of a video"

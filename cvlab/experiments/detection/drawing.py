@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from cvlab.reports import fonts, images
 
 GOLDEN_RATIO = 0.618034  # a hue step that keeps the colors of consecutive classes distinct
 TEXT_FRACTION = 0.026  # of the photo's longer side
+BOX_TEXT_FRACTION = 0.2  # at most, of the median of the boxes' longer sides
 MIN_TEXT_PX = 12
 MAX_LABEL_ROWS = 16  # below each other, in which a label may move away from the corner of its box
 LEGEND_PX, LEGEND_TEXT_PX = 34, 16
@@ -37,7 +39,7 @@ def draw(photo: Image.Image, boxes: Sequence[LabeledBox], gt_boxes: Sequence[Box
     """Draw boxes on a photo, the first on top; `gt_boxes` are drawn in thin white below them."""
     sheet = photo.copy()
     pen = ImageDraw.Draw(sheet)
-    text_px = max(MIN_TEXT_PX, round(TEXT_FRACTION * max(photo.size)))
+    text_px = _text_px(photo, boxes)
     line = max(2, round(text_px / 6))
     for box in gt_boxes:
         _draw_ground_truth(pen, _inside(box, photo), line)
@@ -50,6 +52,13 @@ def draw(photo: Image.Image, boxes: Sequence[LabeledBox], gt_boxes: Sequence[Box
             placed.append(_place_label(_inside(item.box_xyxy, photo), size, photo.size, placed))
             _draw_label(pen, item, placed[-1], text_px)
     return sheet
+
+
+def _text_px(photo: Image.Image, boxes: Sequence[LabeledBox]) -> int:
+    """Return the size of labels: by the photo's, but less if its objects are small, so that labels do not hide them."""
+    sizes = [max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (item.box_xyxy for item in boxes)]
+    of_boxes = BOX_TEXT_FRACTION * statistics.median(sizes) if sizes else float("inf")
+    return max(MIN_TEXT_PX, round(min(TEXT_FRACTION * max(photo.size), of_boxes)))
 
 
 def crop(photo: Image.Image, box_xyxy: Box) -> Image.Image:

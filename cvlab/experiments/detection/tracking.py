@@ -110,7 +110,7 @@ class ByteTracker:
         """
         for track in self.tracks:
             if track.num_lost:
-                track.motion.mean[2:, 1] = 0  # an occluded object does not go on growing or shrinking
+                track.motion.mean[2:, 1] = 0  # an occluded object is assumed to keep its size
             track.motion.predict()
         confirmed = [track for track in self.tracks if track.id]
         new = [track for track in self.tracks if not track.id]

@@ -63,6 +63,14 @@ class TestLabels:
         places = labels_of(monkeypatch, [LabeledBox((0, 0, 5, 5), "a 1.00", 0)], Image.new("RGB", (40, 6)))
         assert places["a 1.00"][:2] == (0, 0)
 
+    def test_labels_of_small_objects_in_a_large_photo_are_small(self, monkeypatch):
+        photo = Image.new("RGB", (3000, 2000))
+        (large,) = labels_of(monkeypatch, [LabeledBox((100, 200, 1100, 1200), "cat", 0)], photo).values()
+        boxes = [LabeledBox((100 * k, 200, 100 * k + 80, 260), f"cat {k}", 0) for k in range(5)]
+        small = labels_of(monkeypatch, boxes, photo)["cat 0"]
+        assert large[3] - large[1] >= 0.026 * 3000
+        assert small[3] - small[1] <= 40
+
     def test_class_names_of_any_script(self):
         plain = np.asarray(drawing.draw(PHOTO, [LabeledBox((100, 100, 300, 200), "", 0)]))
         accents = np.asarray(drawing.draw(PHOTO, [LabeledBox((100, 100, 300, 200), "Жöé", 0)]))
