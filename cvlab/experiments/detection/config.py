@@ -90,8 +90,9 @@ class DetectConfig(ImagesConfig):
     def _absolute_source(cls, name: str | None) -> str | None:
         if name == "":
             raise ValueError("give a video file, or the number of a camera")
-        is_path = name is not None and not videos.is_camera(name) and "://" not in name
-        return os.path.abspath(name) if is_path else name
+        if name is None or videos.is_camera(name) or "://" in name:
+            return name
+        return os.path.abspath(name)
 
     @field_validator("weights")
     @classmethod

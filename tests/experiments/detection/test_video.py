@@ -159,6 +159,22 @@ class TestPlanted:
         assert json.loads(out)["metrics"]["num_frames"] == 20
         assert len(table_of(run)) == 40
 
+    def test_a_camera_is_read_frame_by_frame(self, cvlab, monkeypatch):
+        """A clip in place of a camera: it says nothing about its length, and each frame is detected as it comes."""
+        clip = write_clip("clip.mp4", squares())
+        monkeypatch.setattr(videos, "_open_camera", lambda module, number: module.open(clip))
+        sizes = []
+        monkeypatch.setattr(
+            videos, "probe", lambda source, probe=videos.probe: sizes.append(probe(source)) or sizes[-1]
+        )
+        result = detect(cvlab, "3", "--max-frames", "9")
+        assert result["metrics"]["num_frames"] == 9
+        assert result["class_counts"] == {"cat": 1, "dog": 1}
+        assert {info.num_frames for info in sizes} == {None}
+        code, out, _ = cvlab("detect", "--source", "3", "--dry-run")
+        assert code == 0
+        assert "video" in out
+
     def test_a_full_disk_is_one_line(self, cvlab, monkeypatch):
         clip = write_clip("clip.mp4", squares(4))
 
