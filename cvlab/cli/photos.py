@@ -282,7 +282,7 @@ def detect(
     tile: Annotated[
         str | None, typer.Option(help="also detect on tiles of this side in pixels, or `auto`; for large photos")
     ] = None,
-    conf: Annotated[float | None, typer.Option(help="score threshold of detections")] = None,
+    conf: Annotated[float | None, typer.Option(help="score threshold; default: one that suits the weights")] = None,
     iou: Annotated[float | None, typer.Option(help="IoU threshold of non-maximum suppression")] = None,
     explain: Annotated[
         str | None, typer.Option(help="also draw the grid, anchors or targets of YOLO, or the proposals of stage one")

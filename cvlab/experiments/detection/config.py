@@ -13,7 +13,7 @@ from cvlab.experiments.common.photo_config import ImagesConfig
 from cvlab.experiments.detection.models import registry as detector_registry
 
 WEIGHTS_FILE = "detector.safetensors"  # in the run directory of a training run
-AUTO: Literal["auto"] = "auto"  # a size that is chosen by the data set, see sizing.py
+AUTO: Literal["auto"] = "auto"  # a size that is chosen by the data set, see data/sizing.py
 
 
 class AugmentConfig(schema.FrozenModel):
@@ -39,7 +39,9 @@ class DetectConfig(ImagesConfig):
     weights: str | None = Field(
         None, description="a run that trained a detector, or its weights file; null: bundled weights"
     )
-    conf: schema.Fraction = Field(0.25, description="detections of lower scores are dropped")
+    conf: schema.Fraction | None = Field(
+        None, description="detections of lower scores are dropped; null: a threshold that suits the weights"
+    )
     iou: schema.Fraction = Field(
         0.5, description="of detections of one class that overlap by more, the highest-scoring one stays"
     )

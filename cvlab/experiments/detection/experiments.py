@@ -79,11 +79,11 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
         if config.source is not None:
             return video.run(config, detector, run, self.columns)
         if not config.images:
-            metrics = evaluation.evaluate_on_validation(detector, run, config.batch_size, config.conf)
+            metrics = evaluation.evaluate_on_validation(detector, run, config.batch_size, detector.score_threshold)
             sheet = PhotoResult(evaluation.SHEET, files={"picture": evaluation.SHEET})
             run.extra_summary |= summarize([sheet], self.columns)
             return metrics
-        work = PhotoDetector(detector, run, config.conf, config.iou, config.save, config.explain)
+        work = PhotoDetector(detector, run, config.iou, config.save, config.explain)
         results = photo_batches.run(config, run, work, "detect", self.columns)
         inference.save_coco(detector, results, run, [kind for kind in ("json", "coco") if kind in config.save])
         if "csv" in config.save:
@@ -169,7 +169,9 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
             cached_features,
             choose_final_split,
             compute_metrics,
+            final_metadata,
             make_loss_fn,
+            samples_of,
             seconds_per_photo,
             training_batches,
         )
@@ -199,7 +201,8 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
         )
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)
-        run.write(WEIGHTS_FILE, lambda path: detector_model.save(setup.detector.metadata, head, path))
+        metadata = final_metadata(setup, head, val, samples_of(config, setup.boxset, "val"))
+        run.write(WEIGHTS_FILE, lambda path: detector_model.save(metadata, head, path))
         last = val if split == "val" else cached_features(config, setup, "test", 0, check_interrupt)
         run.extra_summary |= {
             "map_rule": config.map_rule,

@@ -29,7 +29,7 @@ from cvlab.experiments.detection.models import registry as detector_registry
 from cvlab.experiments.detection.models import yolov3_tiny
 from cvlab.experiments.detection.models.base import TwoStageHead
 from cvlab.experiments.detection.models.detector import Detector
-from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
+from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES, DARKNET_NAMES
 from cvlab.ops import nms
 from cvlab.ops.average_precision import Detections
 from cvlab.reports import images as reports_images
@@ -54,6 +54,7 @@ MAX_ID_DIGITS = 12  # of an image id in COCO's file names
 CLASSES_FILE = "boxes/classes.txt"
 CROPS, CROP_QUALITY = "crops", 95
 MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
+DEFAULT_SCORE_THRESHOLD = 0.25  # of weights that do not name one
 
 PredictFn = Callable[[Sequence[Image.Image], float, float], list[Detections]]  # photos, score_threshold, nms_iou
 ProposeFn = Callable[[Image.Image], tuple[Tensor, Tensor]]
@@ -69,6 +70,7 @@ class LoadedDetector:
         num_parameters: Without those of a frozen backbone.
         size_px: Side of its square input.
         predict: `predict(photos, score_threshold, nms_iou)` returns each photo's detections, in its pixels.
+        score_threshold: From which score on detections count if the user does not say.
         trained_on: Name of the data set, on whose validation split the detector is evaluated.
         path: Where that data set lies if it is the user's own.
         propose: `propose(photo)` returns the first stage's proposals (K, 4), in the photo's pixels, before and after
@@ -80,6 +82,7 @@ class LoadedDetector:
     num_parameters: int
     size_px: int
     predict: PredictFn
+    score_threshold: float = DEFAULT_SCORE_THRESHOLD
     trained_on: str = ""
     path: str | None = None
     propose: ProposeFn | None = None
@@ -124,6 +127,7 @@ def load_detector(
         num_parameters=sum(p.numel() for p in detector.head.parameters()),
         size_px=metadata.size_px,
         predict=make_predictor(detector, ctx),
+        score_threshold=metadata.notes.get("score_threshold", DEFAULT_SCORE_THRESHOLD),
         trained_on=metadata.trained_on,
         path=metadata.notes.get("path"),
         propose=_make_proposer(detector, ctx) if is_two_stage else None,
@@ -139,6 +143,8 @@ def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> Loade
     detector = load_detector(config.model, config.weights, ctx, for_evaluation=not (config.images or config.source))
     if config.explain == diagrams.PROPOSALS and detector.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
+    if config.conf is not None:
+        detector = replace(detector, score_threshold=config.conf)
     if config.tile is not None:
         predict = tiling.tiled(detector.predict, config.tile, detector.size_px, config.batch_size)
         detector = replace(detector, predict=predict)
@@ -151,6 +157,7 @@ def select_classes(detector: LoadedDetector, names: Sequence[str]) -> LoadedDete
     Raises:
         ConfigError: The detector has no such class.
     """
+    names = [name if name in detector.classes else DARKNET_NAMES.get(name, name) for name in names]
     for name in names:
         if name not in detector.classes:
             raise registry.unknown_name_error("class", name, detector.classes, "cvlab detect sample --dry-run")
@@ -264,7 +271,6 @@ class PhotoDetector:
     Args:
         detector: The detector.
         out: The run directory to write into.
-        score_threshold: Detections of lower scores are dropped.
         nms_iou: Of detections of one class that overlap by more, the highest-scoring one stays.
         save: What to write for each photo, `txt`, `xml` or `crop`; other kinds are ignored.
         diagram: One of `diagrams.KINDS` or `diagrams.PROPOSALS`, to be drawn for each photo; None for none.
@@ -274,19 +280,18 @@ class PhotoDetector:
         self,
         detector: LoadedDetector,
         out: RunDir,
-        score_threshold: float,
         nms_iou: float,
         save: Sequence[str] = (),
         diagram: str | None = None,
     ) -> None:
         self.detector, self.out, self.save, self.diagram = detector, out, save, diagram
-        self.score_threshold, self.nms_iou = score_threshold, nms_iou
+        self.nms_iou = nms_iou
 
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return a result for each photo: `objects`, highest score first, and the picture with their boxes."""
         check_interrupt()
         images = [photo.image for photo in batch]
-        predictions = self.detector.predict(images, self.score_threshold, self.nms_iou)
+        predictions = self.detector.predict(images, self.detector.score_threshold, self.nms_iou)
         return [self._result(photo, detections) for photo, detections in zip(batch, predictions, strict=True)]
 
     def _result(self, photo: Photo, detections: Detections) -> PhotoResult:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cvlab.data import photos
 from cvlab.engine import device, loop
-from cvlab.experiments.detection import evaluation, feature_cache, inference, sizing
+from cvlab.experiments.detection import evaluation, feature_cache, inference
 from cvlab.experiments.detection.config import DetectorConfig
-from cvlab.experiments.detection.data import dataset
+from cvlab.experiments.detection.data import dataset, sizing
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
 from cvlab.experiments.detection.evaluation import EvaluationRules
 from cvlab.experiments.detection.feature_cache import CachedBatches, FeatureCache, FeatureCacheConfig, FreshBatches
@@ -147,6 +147,16 @@ def seconds_per_photo(config: DetectorConfig, setup: DetectionSetup, head: Detec
         setup.ctx.synchronize()
         durations.append(time.perf_counter() - start)
     return statistics.median(durations)
+
+
+def final_metadata(
+    setup: DetectionSetup, head: DetectionHead[Any], val: FeatureCache, samples: Sequence[DetectionSample]
+) -> DetectorMetadata:
+    """Return the detector's metadata with the score threshold that suits it on the validation photos."""
+    detections = evaluation.predict_cached(head, val, setup.size_px, setup.rules, setup.ctx)
+    threshold = evaluation.best_score_threshold(detections, samples, len(setup.boxset.classes))
+    notes = {} if threshold is None else {"score_threshold": threshold}
+    return dataclasses.replace(setup.detector.metadata, notes=setup.detector.metadata.notes | notes)
 
 
 def compute_metrics(

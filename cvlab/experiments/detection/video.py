@@ -117,7 +117,7 @@ class AnnotatedVideo:
         self.num_frames = 0
         self.counts: Counter[str] = Counter()
         self._config, self._detector, self._out, self._info = config, detector, out, info
-        self._tracker = ByteTracker(config.conf, config.track_buffer) if config.track else None
+        self._tracker = ByteTracker(detector.score_threshold, config.track_buffer) if config.track else None
         self._num_counted = 0  # tracks; their ids count from 1
         self._writer: VideoWriter | None = None
         self._has_picture = False
@@ -132,7 +132,7 @@ class AnnotatedVideo:
 
     def predict(self, batch: Sequence[Frame]) -> list[Detections]:
         """Return the detections in frames; with tracking also those of low scores, which may continue a track."""
-        threshold = self._tracker.low_score if self._tracker else self._config.conf
+        threshold = self._tracker.low_score if self._tracker else self._detector.score_threshold
         return self._detector.predict([frame.image for frame in batch], threshold, self._config.iou)
 
     def add(self, frame: Frame, detections: Detections) -> None:

@@ -11,8 +11,9 @@ from PIL import Image
 
 from cvlab.data import photos
 from cvlab.data.scenes.render import SHAPES
-from cvlab.experiments.detection import inference
+from cvlab.experiments.detection import evaluation, inference
 from cvlab.experiments.detection.data import augment
+from cvlab.experiments.detection.data.dataset import DetectionSample
 from cvlab.experiments.detection.models import yolov3_tiny
 from cvlab.experiments.detection.models.yolov3_tiny import COCO_CLASSES
 from cvlab.ops.average_precision import Detections
@@ -88,7 +89,7 @@ class TestDetect:
     def test_bundled_weights_detect_objects(self, cvlab, model):
         code, out, err = cvlab("detect", "sample", "--model", model, "--conf", "0.01", "--json")
         assert code == 0, err
-        assert model in err.replace("yolo_fpn", "yolo"), err
+        assert f"({inference.BUNDLED_DETECTORS[model].photos}, bundled weights)" in err
         assert {thing["label"] for thing in json.loads(out)["results"][0]["objects"]} >= {"person"}
 
     @pytest.mark.parametrize(
@@ -289,3 +290,26 @@ def test_the_classes_of_coco_have_its_ids_in_either_spelling():
         assert (ids["person"], ids["stop sign"], ids["couch" if classes is names else "sofa"]) == (1, 13, 63)
         assert ids["toothbrush"] == 90
     assert list(inference.category_ids(("couch", "tv"))) == [1, 2]
+
+
+def test_the_threshold_has_the_best_f_score():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
+    sample = DetectionSample(Path("x.png"), boxes, torch.zeros(3).long(), torch.zeros(3).bool())
+    off = boxes + 100
+    scores = torch.tensor([0.72, 0.62, 0.32, 0.52, 0.42, 0.22])  # three right, three wrong detections
+    detections = Detections(torch.cat([boxes, off]), scores, torch.zeros(6).long())
+    by_threshold = {}
+    for threshold in evaluation.THRESHOLDS:
+        is_above = scores >= threshold
+        right, number = int(is_above[:3].sum()), int(is_above.sum())
+        precision, recall = right / max(number, 1), right / 3
+        by_threshold[threshold] = 1.25 * precision * recall / max(0.25 * precision + recall, 1e-9)
+    best = max(by_threshold, key=lambda threshold: by_threshold[threshold])
+    assert evaluation.best_score_threshold([detections], [sample], 1) == best == 0.55
+    empty = DetectionSample(Path("x.png"), torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
+    assert evaluation.best_score_threshold([detections], [empty], 1) is None
+
+
+def test_the_official_names_of_coco_select_its_classes(cvlab):
+    code, _, err = cvlab("detect", "sample", "--class", "couch,tv", "--dry-run")
+    assert code == 0, err

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from cvlab.data import photos
 from cvlab.experiments.common.data_overview import DataOverview, DataSample, photo_items
-from cvlab.experiments.detection import drawing, sizing
+from cvlab.experiments.detection import drawing
 from cvlab.experiments.detection.config import DetectorConfig
-from cvlab.experiments.detection.data import augment
+from cvlab.experiments.detection.data import augment, sizing
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionSample
 from cvlab.experiments.detection.drawing import LabeledBox
 

@@ -16,6 +16,7 @@ from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.detection.models import dense
 from cvlab.experiments.detection.models.dense import DenseHead, DenseOutputs
 from cvlab.experiments.detection.models.detector import METADATA_KEY, DetectorMetadata
+from cvlab.experiments.detection.models.yolov3_tiny import DARKNET_NAMES
 from cvlab.models.nanodet import conv_act
 from cvlab.ops import assignment
 from cvlab.runs import weights_file
@@ -25,14 +26,6 @@ BUNDLED_WEIGHTS = common_weights.BUNDLED_WEIGHTS / "nanodet_coco.safetensors"
 WIDTH = 128  # channels of the pyramid
 NUM_BINS = 11  # of a distance: 0 to 10 strides
 HINT = "install cvlab again"
-COCO_ALIASES = {  # names in COCO's own files -> in the weights, which have the names of darknet
-    "motorcycle": "motorbike",
-    "airplane": "aeroplane",
-    "couch": "sofa",
-    "potted plant": "pottedplant",
-    "dining table": "diningtable",
-    "tv": "tvmonitor",
-}
 PRIOR_PROBABILITY = 1e-2  # of a class that COCO does not have, at every point at the start
 
 
@@ -51,11 +44,13 @@ class NanoDet(DenseHead):
         self.num_classes = num_classes
         self.lateral = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in channels)
         self.towers = nn.ModuleList(conv_act(WIDTH, WIDTH) for _ in channels)
-        self.class_predictors = nn.ModuleList(nn.Conv2d(WIDTH, num_classes, 1) for _ in channels)
+        class_predictors = [nn.Conv2d(WIDTH, num_classes, 1) for _ in channels]
         self.distance_predictors = nn.ModuleList(nn.Conv2d(WIDTH, 4 * NUM_BINS, 1) for _ in channels)
-        for predictor in self.class_predictors:
+        for predictor in class_predictors:
+            assert predictor.bias is not None
             nn.init.normal_(predictor.weight, std=0.01)
             nn.init.constant_(predictor.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        self.class_predictors = nn.ModuleList(class_predictors)
 
     def pyramid(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the mixed maps (N, WIDTH, H_k, W_k) of feature maps (N, C_k, H_k, W_k)."""
@@ -90,7 +85,7 @@ class NanoDet(DenseHead):
         if state["lateral.0.weight"].shape != tensors["lateral.0.weight"].shape:
             return
         coco = {name: k for k, name in enumerate(metadata.classes)}
-        spelled = [COCO_ALIASES.get(name.casefold(), name.casefold()) for name in classes]
+        spelled = [DARKNET_NAMES.get(name.casefold(), name.casefold()) for name in classes]
         rows = {k: coco[name] for k, name in enumerate(spelled) if name in coco}
         for name, tensor in tensors.items():
             if not name.startswith("class_predictors."):

@@ -99,7 +99,7 @@ SHORT = ("size=64", "batch_size=2", "duration={steps: 2}", "expect=[]", "threads
 def test_yolo_coco_is_planned_and_trains_on_a_tiny_coco(cvlab, tmp_path, monkeypatch):
     write_coco_set(tmp_path / "data", coco_sets.COCO, {"train": 5, "val": 2})
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
-    code, _, err = cvlab("train", "yolo_coco", "--dry-run")
+    code, _, err = cvlab("train", "yolo_coco", "data.num_train=9", "--dry-run")
     assert code == 2
     assert "coco has 5 photos in 'train'; name another split, or lower num_train" in err
     code, out, err = cvlab("train", "yolo_coco", "data.num_train=4", "--dry-run", "--json")
@@ -111,7 +111,7 @@ def test_yolo_coco_is_planned_and_trains_on_a_tiny_coco(cvlab, tmp_path, monkeyp
 
 
 def test_the_fallback_of_yolo_coco_may_have_fewer_photos_than_num_train(cvlab):
-    code, out, err = cvlab("train", "yolo_coco", *SHORT, "expect_fallback=[]", "--json")
+    code, out, err = cvlab("train", "yolo_coco", "data.num_train=16000", *SHORT, "expect_fallback=[]", "--json")
     assert code == 0, err
     assert "coco is not on the disk (offline); falling back to scenes" in err
     assert json.loads(out)["data"] == "scenes (fallback for coco)"
