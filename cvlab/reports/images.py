@@ -61,10 +61,16 @@ def heat(values: Tensor) -> Image.Image:
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
-def overlay(photo: Image.Image, values: Tensor, box: Box) -> Image.Image:
+def overlay(photo: Image.Image, values: Tensor, box: Box, stretch: bool = True) -> Image.Image:
     """Overlay a map (h, w) in [0, 1] on the part of a photo that it belongs to, around which a line is drawn.
 
     The photo is shown in light gray, the map smoothed: single bright pixels would be lost in the photo's texture.
+
+    Args:
+        photo: the photo.
+        values: the map.
+        box: where the map belongs, in pixels of the photo.
+        stretch: scale the smoothed map to [0, 1]; False for maps that are compared with each other.
     """
     left, top, right, bottom = (round(edge) for edge in box)
     size = (max(1, right - left), max(1, bottom - top))
@@ -72,7 +78,8 @@ def overlay(photo: Image.Image, values: Tensor, box: Box) -> Image.Image:
     canvas = gray.convert("RGB")
     strength = _to_gray(values).resize(size, BICUBIC)
     strength = strength.filter(ImageFilter.GaussianBlur(SMOOTHING * min(size)))
-    smooth = scaled(torch.from_numpy(np.asarray(strength) / 255.0), OVERLAY_QUANTILE)
+    smooth = torch.from_numpy(np.asarray(strength) / 255.0)
+    smooth = scaled(smooth, OVERLAY_QUANTILE) if stretch else smooth
     mask = _to_gray(smooth).point([round(MAX_OPACITY * level) for level in range(256)])
     canvas.paste(heat(smooth), (left, top), mask)
     return outline(canvas, box)

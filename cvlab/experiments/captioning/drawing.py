@@ -10,6 +10,7 @@ from cvlab.reports import fonts, images
 TILE_PX = 224  # longer side of each tile
 MIN_COLUMN_PX = 120
 COLUMNS = 6
+MIN_TOP_EXCESS = 2.0  # the brightest color is at least 1 + 2 times the uniform weight
 
 
 def attention_sheet(photo: Image.Image, tokens: Sequence[str], weights: Tensor, name: str) -> Image.Image:
@@ -18,7 +19,7 @@ def attention_sheet(photo: Image.Image, tokens: Sequence[str], weights: Tensor, 
     Args:
         photo: The photo.
         tokens: The T tokens of the caption.
-        weights: Attention weights (T, h, w) over the whole photo; each map is scaled by its own maximum.
+        weights: Attention weights (T, h, w) over the whole photo; drawn as `excess_over_uniform`.
         name: The photo's file name.
 
     Returns:
@@ -27,9 +28,25 @@ def attention_sheet(photo: Image.Image, tokens: Sequence[str], weights: Tensor, 
     factor = TILE_PX / max(photo.size)
     tile = photo.resize((max(1, round(photo.width * factor)), max(1, round(photo.height * factor))))
     overlays = [
-        images.overlay(tile, images.scaled(attention_map, 1.0), (0, 0, *tile.size)) for attention_map in weights
+        images.overlay(tile, excess, (0, 0, *tile.size), stretch=False) for excess in excess_over_uniform(weights)
     ]
     captions = ["photo", *tokens]
     width = max(tile.width, MIN_COLUMN_PX, *(round(fonts.width(text, images.TEXT_PX)) + 1 for text in captions))
     tiles = [images.captioned(image, text, width) for text, image in zip(captions, [tile, *overlays], strict=True)]
     return images.titled(images.strip(tiles, COLUMNS), f"attention by word: {name}", f'"{" ".join(tokens)}"')
+
+
+def excess_over_uniform(weights: Tensor) -> Tensor:
+    """Return by how much attention exceeds uniform attention, in units that all words of a photo share.
+
+    A map that is nearly uniform stays nearly 0 everywhere: it does not say where the model looks.
+
+    Args:
+        weights: Attention weights (T, h, w); each map sums to 1.
+
+    Returns:
+        float32 (T, h, w) in [0, 1]: 0 where a weight is at most 1 / (h w); 1 is the largest weight of all T maps, or
+        `1 + MIN_TOP_EXCESS` times 1 / (h w) if that is more.
+    """
+    excess = (weights.float() * weights[0].numel() - 1).clamp(min=0)
+    return excess / excess.amax().clamp(min=MIN_TOP_EXCESS)

@@ -49,6 +49,32 @@ def test_a_planted_cell_is_where_its_word_is_bright(monkeypatch, size):
         assert center == pytest.approx(((row + 0.5) / 7, (column + 0.5) / 7), abs=0.06), token
 
 
+def test_maps_are_drawn_relative_to_uniform_attention_on_one_scale():
+    weights = torch.full((3, 4, 4), 1 / 16)
+    weights[1, 2, 3], weights[1, 0, 0] = 2 / 16, 0  # twice as much as uniform
+    weights[2] = 0
+    weights[2, 1, 1], weights[2, 1, 2] = 12 / 16, 4 / 16
+    excess = drawing.excess_over_uniform(weights)
+    assert excess[0].max() == 0
+    expected = torch.zeros(2, 4, 4)
+    expected[0, 2, 3], expected[1, 1, 1], expected[1, 1, 2] = 1 / 11, 1, 3 / 11
+    torch.testing.assert_close(excess[1:], expected)
+    torch.testing.assert_close(drawing.excess_over_uniform(weights[:2])[1, 2, 3], torch.tensor(1 / 2))
+
+
+def test_a_nearly_uniform_map_is_drawn_flat(monkeypatch):
+    tiles = []
+    draw = images.captioned
+    monkeypatch.setattr(images, "captioned", lambda image, text, width: tiles.append(image) or draw(image, text, width))
+    weights = torch.full((2, 7, 7), 1 / 49) + 0.02 / 49 * torch.rand(2, 7, 7)
+    weights[1] = 0
+    weights[1, 3, 3] = 1
+    drawing.attention_sheet(Image.new("RGB", (300, 200), (90, 90, 90)), ["a", "dog"], weights, "photo.jpg")
+    uniform, peaked = (np.asarray(tile).astype(int) for tile in tiles[1:])
+    assert np.ptp(uniform, axis=(0, 1)).max() <= 2
+    assert np.ptp(peaked, axis=(0, 1)).max() > 60
+
+
 def test_a_word_is_drawn_with_the_weights_that_it_was_chosen_with():
     """Attention of a word is that of the step whose logits chose it, not that of the step after."""
     torch.manual_seed(0)
