@@ -1,7 +1,7 @@
 """Tokenization of captions, and the mapping between tokens (words) and their ids.
 
-The tokenization is part of every score that is reported: lower-cased, split on white space, tokens without a letter or
-digit dropped.
+The tokenization is part of every score that is reported: lower-cased, split on white space, punctuation dropped, both as
+tokens and at the ends of words (apostrophes and hyphens stay).
 """
 
 from collections import Counter
@@ -15,11 +15,13 @@ from cvlab.errors import DataError
 
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_TOKENS = ("<null>", "<start>", "<end>", "<unk>")
+PUNCTUATION = '.,!?;:"()`'
 
 
 def tokenize(caption: str) -> list[str]:
     """Split a caption into tokens: its words in lower case."""
-    return [token for token in caption.lower().split() if any(character.isalnum() for character in token)]
+    tokens = (token.strip(PUNCTUATION) for token in caption.lower().split())
+    return [token for token in tokens if any(character.isalnum() for character in token)]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from cvlab.errors import DataError
 
 def test_tokenize_lower_cases_and_drops_punctuation():
     assert vocabulary.tokenize("A dog 's  ball , 2 cats .") == ["a", "dog", "'s", "ball", "2", "cats"]
+    assert vocabulary.tokenize('A "stop" sign, (red) on St. John\'s t-shirt.') == (
+        ["a", "stop", "sign", "red", "on", "st", "john's", "t-shirt"]
+    )
 
 
 def test_frequent_words_come_first_and_rare_ones_are_unknown():
