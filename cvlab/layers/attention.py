@@ -1,4 +1,4 @@
-"""Dot-product attention and an LSTM with attention, with hand-written forward and backward passes.
+"""Dot-product attention, for an LSTM and for transformers, with hand-written forward and backward passes.
 
 A feature map is (L, H): features of size H at L spatial positions. There are M feature maps for N sequences; N is a
 multiple of M, and N / M successive sequences belong to the same map.
@@ -62,6 +62,49 @@ class DotAttention:
 def _by_map(rows: Tensor, a: Tensor) -> Tensor:
     """Return rows (N, ...) grouped by their feature map of a (M, L, H): (M, N / M, ...)."""
     return rows.view(len(a), -1, *rows.shape[1:])
+
+
+class ScaledDotProductAttention:
+    """Attention of B sequences of queries over keys, which is what each head of a transformer does."""
+
+    class Cache(NamedTuple):
+        """What backward needs; each row of `weights` (B, T, L) sums to 1."""
+
+        q: Tensor
+        k: Tensor
+        v: Tensor
+        weights: Tensor
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> tuple[Tensor, Cache]:
+        """Return softmax(q k^T / sqrt(D)) v.
+
+        Args:
+            q: queries (B, T, D).
+            k: keys (B, L, D).
+            v: values (B, L, D).
+            is_causal: query t attends to the keys 0 to t only; L is T.
+
+        Returns:
+            attended values (B, T, D), and the cache. The softmax is float32 at least.
+        """
+        scores = torch.bmm(q, k.mT)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(q.shape[2] ** -0.5)
+        if is_causal:
+            is_later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu_(1)
+            scores.masked_fill_(is_later, -torch.inf)
+        weights = scores.sub_(scores.amax(2, keepdim=True)).exp_()
+        weights = weights.div_(weights.sum(2, keepdim=True)).to(v.dtype)
+        return torch.bmm(weights, v), ScaledDotProductAttention.Cache(q, k, v, weights)
+
+    @staticmethod
+    def backward(dout: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq (B, T, D), dk and dv (B, L, D), for dout (B, T, D)."""
+        dv = torch.bmm(cache.weights.mT, dout)
+        dweights = torch.bmm(dout, cache.v.mT)
+        dscores = cache.weights * (dweights - (cache.weights * dweights).sum(2, keepdim=True))
+        dscores *= cache.q.shape[2] ** -0.5  # weights are 0 where the mask is, so are their gradients
+        return torch.bmm(dscores, cache.k), torch.bmm(dscores.mT, cache.q), dv
 
 
 class AttentionLSTM:

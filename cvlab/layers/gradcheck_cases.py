@@ -140,6 +140,14 @@ def _sequence_cases() -> list[GradCheckCase]:
         inputs = (h if count == n else _randn(count, hidden), _randn(n, positions, hidden))
         return _case(name, attention.DotAttention, inputs, reference.attention, 1e-8)
 
+    def dot_products(name: str, num_keys: int, is_causal: bool) -> GradCheckCase:
+        inputs = (_randn(n, steps, d), _randn(n, num_keys, d), _randn(n, num_keys, d))
+
+        def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+        return _case(name, attention.ScaledDotProductAttention, inputs, sdpa, 1e-8, (is_causal,))
+
     def attention_lstm(name: str, count: int) -> GradCheckCase:
         inputs = (_randn(count, steps, d), _randn(n, positions, hidden), *attention_weights)
         return _case(name, attention.AttentionLSTM, inputs, reference.attention_lstm, 1e-7)
@@ -153,6 +161,8 @@ def _sequence_cases() -> list[GradCheckCase]:
         attention_lstm("Attention LSTM", n),
         attend("Attention, shared maps", 2 * n),
         attention_lstm("Attention LSTM, shared maps", 2 * n),
+        dot_products("Scaled dot products", positions, False),
+        dot_products("Scaled dot products, causal", steps, True),
         _case("Embedding", sequence.Embedding, (_randn(5, d), token_ids), embedding, 1e-8),
         _case("Temporal softmax", sequence.TemporalSoftmax, (_randn(2, 3, 5), token_ids), temporal_softmax, 1e-7, (0,)),
     ]
