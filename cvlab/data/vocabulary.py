@@ -1,7 +1,7 @@
 """Tokenization of captions, and the mapping between tokens (words) and their ids.
 
-The tokenization is part of every score that is reported: lower-cased, split on white space, punctuation dropped, both as
-tokens and at the ends of words (apostrophes and hyphens stay).
+The tokenization is part of every score that is reported: lower-cased, split on white space, punctuation dropped, as a
+token and at the ends of words; apostrophes and hyphens stay.
 """
 
 from collections import Counter

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from cvlab import registry
 from cvlab.data.vocabulary import Vocabulary
-from cvlab.experiments.captioning.model import Captioner
+from cvlab.experiments.captioning.base import CaptionModel
+from cvlab.experiments.captioning.config import CAPTIONERS
 from cvlab.models import backbone as models_backbone
 from cvlab.models import names, pretrained
 from cvlab.models.features import FeatureExtractor
@@ -23,14 +25,15 @@ class CaptionerMetadata:
     """What is needed to rebuild a captioner; stored as JSON in the header of its weights file.
 
     Attributes:
-        arguments: Keyword arguments of `Captioner`, without `in_channels` and `vocab_size`.
+        arguments: Keyword arguments of the model's class, without `in_channels` and `vocab_size`.
         vocabulary: The tokens of the vocabulary, special ones excluded.
         size_px: Photos are resized to squares of this size.
         max_length: Maximum number of tokens of a caption, START and END included.
         strides: Strides of the backbone's feature maps; the first one defines the spatial positions.
         backbone: Name of the pretrained classifier.
         backbone_weights: File of the backbone's weights; None for the default ones.
-        trained_on: Name of the data set.
+        model: Name of the model in `CAPTIONERS`.
+        trained_on: Names of the data sets.
         notes: Anything else worth recording.
     """
 
@@ -41,6 +44,7 @@ class CaptionerMetadata:
     strides: tuple[int, ...] = (32,)
     backbone: str = names.DEFAULT_MODEL
     backbone_weights: str | None = None
+    model: str = "captioner"
     trained_on: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -52,7 +56,7 @@ class LoadedCaptioner:
     metadata: CaptionerMetadata
     feature_extractor: FeatureExtractor
     vocabulary: Vocabulary
-    model: Captioner
+    model: CaptionModel
 
 
 def build_feature_extractor(
@@ -80,11 +84,12 @@ def build(metadata: CaptionerMetadata, feature_extractor: FeatureExtractor, devi
     with torch.inference_mode():
         probe = torch.full((1, 3, models_backbone.PROBE_PX, models_backbone.PROBE_PX), 0.5, device=device)
         in_channels = sum(features.shape[1] for features in feature_extractor.batch(probe).values())
-    model = Captioner(in_channels=in_channels, vocab_size=len(vocabulary), **metadata.arguments)
+    model_type: type[CaptionModel] = registry.get("captioner", metadata.model, CAPTIONERS)
+    model = model_type(in_channels=in_channels, vocab_size=len(vocabulary), **metadata.arguments)
     return LoadedCaptioner(metadata, feature_extractor, vocabulary, model.to(device))
 
 
-def save(metadata: CaptionerMetadata, model: Captioner, path: Path) -> None:
+def save(metadata: CaptionerMetadata, model: CaptionModel, path: Path) -> None:
     """Write a captioner's weights, as float16, and its metadata.
 
     Raises:

@@ -14,9 +14,11 @@ from cvlab.experiments.common.photo_config import ImagesConfig
 
 WEIGHTS_FILE = "captioner.safetensors"  # in the run directory of a training run
 SCENE_CAPTIONS = "scene_captions"  # the generated data set, whose scenes are known
-CAPTIONERS = Registry(
-    "captioner", {"captioner": "cvlab.experiments.captioning.model:Captioner"}, frozenset({"in_channels", "vocab_size"})
-)
+CAPTIONERS = {
+    "captioner": "cvlab.experiments.captioning.model:Captioner",
+    "transformer": "cvlab.experiments.captioning.transformer:TransformerCaptioner",
+}
+CAPTIONER_REGISTRY = Registry("captioner", CAPTIONERS, frozenset({"in_channels", "vocab_size"}))
 
 
 class CaptionConfig(ImagesConfig):
@@ -78,7 +80,7 @@ class CaptionerConfig(backbone_config.BackboneTrainConfig):
     """A captioner, its data and its training. `batch_size` counts photos, each with all of its captions."""
 
     data: CaptionDataConfig
-    model: Annotated[schema.ComponentConfig, CAPTIONERS]
+    model: Annotated[schema.ComponentConfig, CAPTIONER_REGISTRY]
     size: Annotated[int, Ge(64), Le(2048)] = Field(
         224, description="photos are resized to squares of this many pixels, without keeping the aspect ratio"
     )

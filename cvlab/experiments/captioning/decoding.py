@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
-from cvlab.experiments.captioning.model import Captioner
+from cvlab.experiments.captioning.base import CaptionModel
 
 SUPPRESSED = (PAD, START, UNKNOWN)  # tokens that are never generated
 MINUS_INF = -1e9  # finite, so that sums of it stay comparable
@@ -27,7 +27,7 @@ class Hypothesis:
 
 @torch.inference_mode()
 def beam_search(
-    model: Captioner, features: Tensor, beam_width: int = 5, max_length: int = 16, length_penalty: float = 0.7
+    model: CaptionModel, features: Tensor, beam_width: int = 5, max_length: int = 16, length_penalty: float = 0.7
 ) -> list[Hypothesis]:
     """Find the best caption of each photo by beam search.
 
@@ -86,7 +86,7 @@ def _until_end(token_ids: list[int]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def sample(model: Captioner, features: Tensor, num_samples: int, max_length: int) -> Tensor:
+def sample(model: CaptionModel, features: Tensor, num_samples: int, max_length: int) -> Tensor:
     """Sample captions from the model's distribution.
 
     Args:
@@ -103,8 +103,8 @@ def sample(model: Captioner, features: Tensor, num_samples: int, max_length: int
     device = features.device
     state = model.initial_state(features)
     state = state.select(torch.arange(len(features), device=device).repeat_interleave(num_samples))
-    columns = [torch.full((len(state.h),), START, device=device)]
-    has_ended = torch.zeros(len(state.h), dtype=torch.bool, device=device)
+    columns = [torch.full((len(features) * num_samples,), START, device=device)]
+    has_ended = torch.zeros(len(features) * num_samples, dtype=torch.bool, device=device)
     for t in range(max_length):
         logits, state, _ = model.step(state, columns[-1])
         logits[:, SUPPRESSED] = MINUS_INF
@@ -125,7 +125,7 @@ def _sample_categorical(logits: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def attention_weights(model: Captioner, features: Tensor, token_ids: tuple[int, ...]) -> Tensor:
+def attention_weights(model: CaptionModel, features: Tensor, token_ids: tuple[int, ...]) -> Tensor:
     """Return the attention weights of each token of a caption.
 
     Args:

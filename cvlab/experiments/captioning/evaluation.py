@@ -8,9 +8,9 @@ from torch import Tensor
 from cvlab.data.vocabulary import Vocabulary, tokenize
 from cvlab.engine.device import ComputeContext
 from cvlab.experiments.captioning import decoding, scene_captions
+from cvlab.experiments.captioning.base import CaptionModel
 from cvlab.experiments.captioning.batches import EncodedCaptions
 from cvlab.experiments.captioning.dataset import CaptionSample
-from cvlab.experiments.captioning.model import Captioner
 from cvlab.ops import bleu, cider
 
 BATCH_SIZE = 64
@@ -20,7 +20,7 @@ BLEU_PROTOCOL = (
 
 
 @torch.inference_mode()
-def mean_loss(model: Captioner, features: Tensor, captions: EncodedCaptions, ctx: ComputeContext) -> float:
+def mean_loss(model: CaptionModel, features: Tensor, captions: EncodedCaptions, ctx: ComputeContext) -> float:
     """Return the mean cross-entropy per caption.
 
     Args:
@@ -45,7 +45,7 @@ def mean_loss(model: Captioner, features: Tensor, captions: EncodedCaptions, ctx
 
 
 def generate_captions(
-    model: Captioner,
+    model: CaptionModel,
     features: Tensor,
     vocabulary: Vocabulary,
     ctx: ComputeContext,

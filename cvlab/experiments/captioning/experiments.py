@@ -14,7 +14,7 @@ from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from cvlab.experiments.captioning.model import Captioner
+    from cvlab.experiments.captioning.base import CaptionModel
     from cvlab.experiments.common.data_overview import DataOverview
 
 COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
@@ -166,7 +166,7 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
             data_digest=setup.dataset.digest(),
         )
         trained, metrics = trainer.train(config, task, run)
-        model = cast("Captioner", trained)
+        model = cast("CaptionModel", trained)
         run.write(WEIGHTS_FILE, lambda path: captioner_checkpoint.save(captioner.metadata, model, path))
         features = data.val_features if split == "val" else load_backbone_features(config, setup, "test")
         run.extra_summary |= {
@@ -216,7 +216,7 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
         model = setup.captioner.model
         steps_per_epoch = max(1, len(samples_of(config, setup.dataset, "train")) // config.batch_size)
         return {
-            "model": f"{model.cell}, layers {model.layers}",
+            "model": f"{model.label}, layers {model.layers}",
             "parameters": sum(p.numel() for p in model.parameters()),
             "vocabulary": f"{len(setup.captioner.vocabulary)} tokens",
             "evaluated_split": config.final_split(setup.dataset.splits),

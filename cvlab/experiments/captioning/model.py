@@ -12,7 +12,6 @@ Differences from the paper:
     Layer normalization (Ba et al., 2016) before the output projection; attention is scaled dot-product attention.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
-from cvlab.data.vocabulary import PAD
+from cvlab.experiments.captioning.base import CaptionModel, Layers, Projection, feature_projection, upcast
 from cvlab.layers import attention, modules, recurrent, reference, sequence
 
 FORGET_BIAS = 1.0  # initially the cell state is kept (Jozefowicz et al., 2015)
@@ -30,7 +29,7 @@ Cell = Literal["rnn", "lstm", "attention_lstm"]
 
 
 @dataclass(frozen=True)
-class DecoderState:
+class RecurrentState:
     """The recurrent state of M captions that are being decoded.
 
     Attributes:
@@ -43,16 +42,16 @@ class DecoderState:
     c: Tensor
     context: Tensor
 
-    def select(self, indices: Tensor) -> "DecoderState":
+    def select(self, indices: Tensor) -> "RecurrentState":
         """Return the state of some of the captions, by index, the same number for each photo; indices may repeat."""
-        return DecoderState(self.h[indices], self.c[indices], self.context)
+        return RecurrentState(self.h[indices], self.c[indices], self.context)
 
 
-class Captioner(nn.Module):
+class Captioner(CaptionModel):
     """Next-token logits from photo features and the tokens so far.
 
     The gates of the LSTM are ordered input, forget, output, candidate (torch.nn.LSTM: input, forget, candidate,
-    output). `layers` selects torch's kernels or the hand-written ones; both have the same state_dict.
+    output).
 
     Args:
         in_channels: Channels C of the features.
@@ -76,61 +75,27 @@ class Captioner(nn.Module):
         hidden_dim: PositiveInt = 512,
         dropout: FractionBelowOne = 0.5,
         feature_dropout: FractionBelowOne = 0.3,
-        layers: Literal["torch", "manual"] = "torch",
+        layers: Layers = "torch",
         positional: bool = False,
-        projection: Literal["linear", "mlp"] = "linear",
+        projection: Projection = "linear",
     ) -> None:
-        super().__init__()
-        self.cell, self.layers, self.positional = cell, layers, positional
+        super().__init__(hidden_dim, dropout, feature_dropout, layers, positional)
+        self.cell: Cell = cell
+        self.label, self.has_attention = cell, cell == "attention_lstm"
         num_gates = NUM_GATES[cell] * hidden_dim
         self.embedding = nn.Embedding(vocab_size, embed_dim)
-        in_channels += 2 * positional
-        self.projection: nn.Module = nn.Linear(in_channels, hidden_dim)
-        if projection == "mlp":
-            self.projection = nn.Sequential(
-                nn.LayerNorm(in_channels),
-                nn.Linear(in_channels, hidden_dim),
-                nn.ReLU(),
-                nn.Linear(hidden_dim, hidden_dim),
-            )
+        self.projection = feature_projection(in_channels + 2 * positional, hidden_dim, projection)
         self.weight_ih = nn.Parameter(torch.empty(num_gates, embed_dim))
         self.weight_hh = nn.Parameter(torch.empty(num_gates, hidden_dim))
         self.bias = nn.Parameter(torch.zeros(num_gates))
         # context (what attention returns) to hidden
         self.weight_ch = nn.Parameter(torch.empty(num_gates, hidden_dim)) if cell == "attention_lstm" else None
-        self.norm = nn.LayerNorm(hidden_dim)
         self.output_projection = nn.Linear(hidden_dim, vocab_size)
-        self.dropout, self.feature_dropout = nn.Dropout(dropout), nn.Dropout(feature_dropout)
         for weight in (self.weight_ih, self.weight_hh, self.weight_ch):
             if weight is not None:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         if cell != "rnn":
             nn.init.constant_(self.bias[hidden_dim : 2 * hidden_dim].detach(), FORGET_BIAS)
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether the model attends to spatial positions; if not, it takes pooled features."""
-        return self.weight_ch is not None
-
-    def project(self, features: Tensor) -> Tensor:
-        """Project features (N, L, C) to the size of the recurrent state, (N, L, H)."""
-        features = self.feature_dropout(features)
-        if self.positional:
-            coordinates = _grid_coordinates(features.shape[1], features)
-            features = torch.cat([features, coordinates.expand(len(features), -1, -1)], 2)
-        context: Tensor = self.projection(features)
-        return context
-
-    def _project_for(self, features: Tensor, photo_indices: Tensor) -> Tensor:
-        """Return the projected features for captions of the photos `photo_indices` (M,): (N, L, H) or (M, L, H).
-
-        If all photos have the same number of captions, in order, each photo's features are shared by its captions:
-        that takes a third of the time.
-        """
-        context = self.project(features)
-        captions_per_photo = len(photo_indices) // len(features)
-        in_order = torch.arange(len(features), device=photo_indices.device).repeat_interleave(captions_per_photo)
-        return context if torch.equal(photo_indices, in_order) else context[photo_indices]
 
     def hidden_states(self, context: Tensor, token_ids: Tensor) -> Tensor:
         """Run the recurrent layer over whole captions.
@@ -162,65 +127,18 @@ class Captioner(nn.Module):
             return modules.apply_layer(layer, x, h0, weight_ih, weight_hh, bias)
         return _torch_rnn(self.cell, x, h0, weight_ih, weight_hh, bias)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Return next-token logits (..., V) for hidden states (..., H)."""
-        logits: Tensor = self.output_projection(self.dropout(self.norm(hidden_states)))
+    def project_output(self, hidden_states: Tensor) -> Tensor:
+        """Return next-token logits (..., V) for normalized hidden states (..., H)."""
+        logits: Tensor = self.output_projection(hidden_states)
         return logits
 
-    def forward(self, features: Tensor, token_ids: Tensor, photo_indices: Tensor) -> Tensor:
-        """Return next-token logits after every token (teacher forcing).
-
-        Args:
-            features: Photo features (N, L, C).
-            token_ids: int64 (M, T).
-            photo_indices: int64 (M,): caption m is about the photo `features[photo_indices[m]]`.
-
-        Returns:
-            Logits (M, T, V).
-        """
-        return self.logits(self.hidden_states(self._project_for(features, photo_indices), token_ids))
-
-    def loss(self, features: Tensor, token_ids: Tensor, photo_indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of captions; arguments as for `forward`.
-
-        The targets are all tokens but the first of each caption; PAD is ignored.
-
-        Returns:
-            The loss (summed over the tokens of a caption, averaged over captions) and, detached, the mean per token.
-        """
-        if self.layers == "manual":
-            logits, targets, _ = self._next_token_logits_and_targets(features, token_ids, photo_indices)
-            total = modules.apply_layer(sequence.TemporalSoftmax, logits[None], targets[None], options=(PAD,))
-            loss = total / len(token_ids)
-        else:
-            loss = -self.log_prob(features, token_ids, photo_indices).mean()
-        return loss, loss.detach() * len(token_ids) / (token_ids[:, 1:] != PAD).sum()
-
-    def log_prob(self, features: Tensor, token_ids: Tensor, photo_indices: Tensor) -> Tensor:
-        """Return the log-probability of each whole caption, (M,); arguments as for `forward`. PAD is ignored."""
-        logits, targets, caption_indices = self._next_token_logits_and_targets(features, token_ids, photo_indices)
-        token_log_probs = -F.cross_entropy(logits, targets, reduction="none")
-        return token_log_probs.new_zeros(len(token_ids)).index_add(0, caption_indices, token_log_probs)
-
-    def _next_token_logits_and_targets(
-        self, features: Tensor, token_ids: Tensor, photo_indices: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for the K target tokens that are not PAD: logits (K, V), targets (K,) and caption indices (K,).
-
-        PAD is left out before the output projection, which is most of the work.
-        """
-        targets = token_ids[:, 1:]
-        hidden_states = self.hidden_states(self._project_for(features, photo_indices), token_ids[:, :-1])
-        is_token = targets != PAD
-        return _upcast(self.logits(hidden_states[is_token])), targets[is_token], is_token.nonzero()[:, 0]
-
-    def initial_state(self, features: Tensor) -> DecoderState:
+    def initial_state(self, features: Tensor) -> RecurrentState:
         """Return the state before the first token, for one caption of each photo (N, L, C)."""
         context = self.project(features)
         mean = context.mean(1)
-        return DecoderState(mean, mean if self.has_attention else torch.zeros_like(mean), context)
+        return RecurrentState(mean, mean if self.has_attention else torch.zeros_like(mean), context)
 
-    def step(self, state: DecoderState, token_ids: Tensor) -> tuple[Tensor, DecoderState, Tensor | None]:
+    def step(self, state: RecurrentState, token_ids: Tensor) -> tuple[Tensor, RecurrentState, Tensor | None]:
         """Decode one token of M captions.
 
         Args:
@@ -239,26 +157,13 @@ class Captioner(nn.Module):
             h, c = torch.tanh(gates), state.c
         else:
             h, c = reference.lstm_step(gates, state.c)
-        return _upcast(self.logits(h)), DecoderState(h, c, state.context), weights
-
-
-def _grid_coordinates(count: int, like: Tensor) -> Tensor:
-    """Return x and y in [-1, 1] of the `count` positions of a square feature map, row by row: (count, 2)."""
-    side = math.isqrt(count)
-    axis = torch.linspace(-1, 1, side, dtype=like.dtype, device=like.device) if side > 1 else like.new_zeros(1)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([x, y], 2).view(-1, 2)
+        return upcast(self.logits(h)), RecurrentState(h, c, state.context), weights
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     """Return autocast's dtype if autocast is enabled, else the dtype of the weight."""
     device_type = weight.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    """Return bfloat16 logits as float32, precise enough for a softmax."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
 def _torch_rnn(cell: Cell, x: Tensor, h0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ def load_captioner(config: CaptionConfig) -> tuple[device.ComputeContext, Loaded
     captioner = checkpoint.load(path, ctx.device)
     if config.attention and not captioner.model.has_attention:
         raise ConfigError(
-            f"attention: a captioner with cell {captioner.model.cell} has no attention weights",
-            "leave attention out, or use a captioner with cell attention_lstm",
+            f"attention: a captioner of kind {captioner.model.label} has no attention weights",
+            "leave attention out, or use a captioner with cell attention_lstm, or a transformer",
         )
     return ctx, captioner
 
@@ -74,4 +74,4 @@ def describe(config: CaptionConfig, captioner: LoadedCaptioner) -> str:
     """Describe a captioner in one line."""
     source = config.weights or "bundled weights"
     trained_on = captioner.metadata.trained_on
-    return f"{captioner.model.cell} ({source}): {len(captioner.vocabulary)} words, trained on {trained_on}"
+    return f"{captioner.model.label} ({source}): {len(captioner.vocabulary)} words, trained on {trained_on}"

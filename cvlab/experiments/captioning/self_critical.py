@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cvlab.data.vocabulary import END, PAD, UNKNOWN, Vocabulary, tokenize
 from cvlab.experiments.captioning import decoding
+from cvlab.experiments.captioning.base import CaptionModel
 from cvlab.experiments.captioning.batches import CaptionBatch
 from cvlab.experiments.captioning.dataset import CaptionSample
-from cvlab.experiments.captioning.model import Captioner
 from cvlab.ops import cider
 
 
@@ -56,7 +56,7 @@ class CiderReward:
 
 
 def self_critical_loss(
-    model: Captioner, batch: CaptionBatch, reward: CiderReward, num_samples: int, max_length: int
+    model: CaptionModel, batch: CaptionBatch, reward: CiderReward, num_samples: int, max_length: int
 ) -> dict[str, Tensor]:
     """Sample captions and return the loss whose gradient is the policy gradient.
 

@@ -12,12 +12,12 @@ from cvlab.engine import device, loop
 from cvlab.experiments.captioning import checkpoint as captioner_checkpoint
 from cvlab.experiments.captioning import dataset as captions_dataset
 from cvlab.experiments.captioning import evaluation, feature_store, self_critical
+from cvlab.experiments.captioning.base import CaptionModel
 from cvlab.experiments.captioning.batches import CaptionBatch, CaptionLoader, EncodedCaptions
 from cvlab.experiments.captioning.checkpoint import CaptionerMetadata, LoadedCaptioner
 from cvlab.experiments.captioning.config import SCENE_CAPTIONS, CaptionerConfig
 from cvlab.experiments.captioning.dataset import CaptionDataset, CaptionSample
 from cvlab.experiments.captioning.feature_store import FeatureSpec
-from cvlab.experiments.captioning.model import Captioner
 from cvlab.experiments.captioning.self_critical import CiderReward
 from cvlab.storage.cache import data_root
 
@@ -50,6 +50,7 @@ def build_setup(config: CaptionerConfig) -> CaptioningSetup:
         strides=config.strides,
         backbone=config.backbone,
         backbone_weights=config.backbone_weights,
+        model=config.model.name,
         trained_on=dataset.name,
     )
     captioner = captioner_checkpoint.build(metadata, extractor, ctx.device)
@@ -120,7 +121,7 @@ def make_loss_fn(config: CaptionerConfig, reward: CiderReward | None) -> loop.Lo
     """Return the loss of a batch: cross-entropy, or the policy gradient in self-critical training."""
 
     def loss_fn(model: nn.Module, batch: CaptionBatch) -> loop.Losses:
-        captioner = cast("Captioner", model)
+        captioner = cast("CaptionModel", model)
         if batch.is_self_critical and reward is not None:
             return self_critical.self_critical_loss(captioner, batch, reward, config.reward_samples, config.length)
         loss, word_loss = captioner.loss(batch.features, batch.token_ids, batch.photo_indices)
@@ -130,7 +131,7 @@ def make_loss_fn(config: CaptionerConfig, reward: CiderReward | None) -> loop.Lo
 
 
 def generate(
-    config: CaptionerConfig, setup: CaptioningSetup, model: Captioner, features: Tensor, beam_width: int
+    config: CaptionerConfig, setup: CaptioningSetup, model: CaptionModel, features: Tensor, beam_width: int
 ) -> list[list[str]]:
     """Generate the tokens of a caption for each photo whose features are given."""
     return evaluation.generate_captions(
@@ -148,7 +149,7 @@ def validate(config: CaptionerConfig, setup: CaptioningSetup, data: TrainingData
 
 
 def evaluate_split(
-    config: CaptionerConfig, setup: CaptioningSetup, model: Captioner, features: Tensor, split: str
+    config: CaptionerConfig, setup: CaptioningSetup, model: CaptionModel, features: Tensor, split: str
 ) -> dict[str, float]:
     """Generate captions by beam search for the photos of a split, whose features are given, and score them."""
     samples = samples_of(config, setup.dataset, split)
@@ -170,7 +171,7 @@ def extra_samples(
 def evaluate_extra(
     config: CaptionerConfig,
     setup: CaptioningSetup,
-    model: Captioner,
+    model: CaptionModel,
     samples: Mapping[str, Sequence[CaptionSample]],
 ) -> dict[str, float]:
     """Score photos of `extra` data sets; the name of its data set precedes each metric: `coco_people_bleu4`."""

@@ -8,14 +8,17 @@ import torch
 from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
 from cvlab.experiments.captioning import decoding
 from cvlab.experiments.captioning.model import Captioner
+from cvlab.experiments.captioning.transformer import TransformerCaptioner
 
 VOCAB_SIZE = 7  # of which three are words
 MAX_LENGTH = 4
 
 
-@pytest.fixture(params=["rnn", "lstm", "attention_lstm"])
+@pytest.fixture(params=["rnn", "lstm", "attention_lstm", "transformer"])
 def model(request):
     torch.manual_seed(3)
+    if request.param == "transformer":
+        return TransformerCaptioner(5, VOCAB_SIZE, hidden_dim=8, num_layers=2, num_heads=2).eval()
     captioner = Captioner(5, VOCAB_SIZE, request.param, embed_dim=6, hidden_dim=8).eval()
     with torch.no_grad():
         captioner.output_projection.weight.mul_(3)

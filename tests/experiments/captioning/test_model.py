@@ -3,22 +3,26 @@
 import pytest
 import torch
 
+from cvlab.errors import ConfigError
 from cvlab.experiments.captioning.model import Captioner
+from cvlab.experiments.captioning.transformer import TransformerCaptioner
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "attention_lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "attention_lstm", "transformer"])
 class TestCaptioner:
     def build(self, cell):
         """Return a model of torch's layers, the same of hand-written ones, and the arguments of `forward`."""
         torch.manual_seed(0)
         models = []
         for layers in ("torch", "manual"):
-            model = Captioner(
-                6, 9, cell, embed_dim=4, hidden_dim=3, dropout=0.0, feature_dropout=0.0, layers=layers
-            ).double()
-            models.append(model)
+            options = {"dropout": 0.0, "feature_dropout": 0.0, "layers": layers}
+            if cell == "transformer":
+                model = TransformerCaptioner(6, 9, hidden_dim=8, num_layers=2, num_heads=2, **options)
+            else:
+                model = Captioner(6, 9, cell, embed_dim=4, hidden_dim=3, **options)
+            models.append(model.double())
         models[1].load_state_dict(models[0].state_dict())
-        positions = 5 if cell == "attention_lstm" else 1
+        positions = 9 if models[0].has_attention else 1
         token_ids = torch.tensor([[1, 5, 6, 2, 0], [1, 7, 2, 0, 0], [1, 4, 8, 5, 2]])
         return *models, torch.randn(2, positions, 6, dtype=torch.float64), token_ids, torch.tensor([0, 1, 1])
 
@@ -47,7 +51,9 @@ class TestCaptioner:
         for t in range(4):
             logits, state, weights = model.step(state, token_ids[:, t])
             torch.testing.assert_close(logits.log_softmax(1), whole[:, t])
-            assert (weights is None) == (cell != "attention_lstm")
+            assert (weights is not None) == model.has_attention
+            if weights is not None:
+                torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("layers", ["torch", "manual"])
@@ -61,3 +67,17 @@ def test_positional_features_and_the_mlp_projection(layers):
     loss, _ = model.train().loss(features, token_ids, torch.arange(2))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_token_of_a_transformer_does_not_depend_on_those_after_it():
+    torch.manual_seed(0)
+    model = TransformerCaptioner(6, 9, hidden_dim=8, num_heads=2, layers="manual").eval()
+    features, photo_indices = torch.randn(1, 4, 6), torch.tensor([0, 0])
+    logits = model(features, torch.tensor([[1, 4, 5, 6], [1, 4, 7, 8]]), photo_indices)
+    torch.testing.assert_close(logits[0, :2], logits[1, :2])
+    assert not torch.allclose(logits[0, 2], logits[1, 2])
+
+
+def test_the_size_of_a_transformer_is_a_multiple_of_its_heads():
+    with pytest.raises(ConfigError, match="hidden_dim 10 is not an even multiple of num_heads 4"):
+        TransformerCaptioner(6, 9, hidden_dim=10, num_heads=4)
