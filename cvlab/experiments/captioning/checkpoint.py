@@ -1,6 +1,6 @@
 """Build, save and load captioners: the model, the backbone whose features it takes, and its vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,8 @@ def build(metadata: CaptionerMetadata, feature_extractor: FeatureExtractor, devi
     with torch.inference_mode():
         probe = torch.full((1, 3, models_backbone.PROBE_PX, models_backbone.PROBE_PX), 0.5, device=device)
         in_channels = sum(features.shape[1] for features in feature_extractor.batch(probe).values())
-    model_type: type[CaptionModel] = registry.get("captioner", metadata.model, CAPTIONERS)
-    model = model_type(in_channels=in_channels, vocab_size=len(vocabulary), **metadata.arguments)
+    builder: Callable[..., CaptionModel] = registry.get("captioner", metadata.model, CAPTIONERS)
+    model = builder(in_channels=in_channels, vocab_size=len(vocabulary), **metadata.arguments)
     return LoadedCaptioner(metadata, feature_extractor, vocabulary, model.to(device))
 
 

@@ -15,6 +15,7 @@ Differences from the paper:
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ class MultiHeadAttention(nn.Module):
         return self._split_heads(self.key(x)), self._split_heads(self.value(x))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        n, length, _ = x.shape
+        return x.view(n, length, self.num_heads, -1).transpose(1, 2)
 
     def forward(self, x: Tensor, keys_values: KeysValues, is_causal: bool = False, layers: Layers = "torch") -> Tensor:
         """Attend with queries from x.
@@ -99,8 +101,9 @@ class MultiHeadAttention(nn.Module):
         """
         keys, values = keys_values
         queries = self._queries(x, len(keys))
-        heads = (tensor.flatten(0, 1) for tensor in (queries, keys, values))
-        attended, cache = ScaledDotProductAttention.forward(*heads)
+        attended, cache = ScaledDotProductAttention.forward(
+            queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+        )
         weights = cache.weights.unflatten(0, (len(keys), -1)).mean(1).flatten(0, 1)
         return self._merge_heads(attended.view(queries.shape), x), weights
 
@@ -217,6 +220,9 @@ class TransformerCaptioner(CaptionModel):
         self.decoder = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, dropout) for _ in range(num_layers))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
 
+    def _layers(self) -> list[DecoderLayer]:
+        return [cast("DecoderLayer", layer) for layer in self.decoder]
+
     def _embed(self, token_ids: Tensor, start: int) -> Tensor:
         """Return embeddings (M, T, H) of tokens (M, T), of which the first is at position `start`."""
         x = self.embedding(token_ids) * math.sqrt(self.hidden_dim)
@@ -225,12 +231,12 @@ class TransformerCaptioner(CaptionModel):
 
     def _features_keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         context = self.context_norm(context)
-        return tuple(layer.cross_attention.keys_values(context) for layer in self.decoder)
+        return tuple(layer.cross_attention.keys_values(context) for layer in self._layers())
 
     def hidden_states(self, context: Tensor, token_ids: Tensor) -> Tensor:
         """Run the decoder over whole captions; see `CaptionModel.hidden_states`."""
         x = self._embed(token_ids, 0)
-        for layer, features in zip(self.decoder, self._features_keys_values(context), strict=True):
+        for layer, features in zip(self._layers(), self._features_keys_values(context), strict=True):
             x = layer(x, features, self.layers)
         return x
 
@@ -248,7 +254,7 @@ class TransformerCaptioner(CaptionModel):
         """Decode one token of M captions; see `CaptionModel.step`. The weights are those of the last layer."""
         x = self._embed(token_ids[:, None], state.self_attention[0][0].shape[2])
         all_keys_values, weights = [], None
-        for layer, previous, features in zip(self.decoder, state.self_attention, state.cross_attention, strict=True):
+        for layer, previous, features in zip(self._layers(), state.self_attention, state.cross_attention, strict=True):
             x, keys_values, weights = layer.step(x, previous, features)
             all_keys_values.append(keys_values)
         return upcast(self.logits(x[:, 0])), TransformerState(tuple(all_keys_values), state.cross_attention), weights
