@@ -6,6 +6,7 @@ H is the size of the hidden states and of the projected features. Where M > N, e
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from typing_extensions import Self
 from cvlab.data.vocabulary import PAD
 from cvlab.layers import modules, sequence
 
+MINUS_INF = -1e9  # finite, so that sums of it stay comparable
 Layers = Literal["torch", "manual"]
 Projection = Literal["linear", "mlp"]
 
@@ -146,9 +148,20 @@ class CaptionModel(nn.Module, ABC):
             loss = -self.log_prob(features, token_ids, photo_indices).mean()
         return loss, loss.detach() * len(token_ids) / (token_ids[:, 1:] != PAD).sum()
 
-    def log_prob(self, features: Tensor, token_ids: Tensor, photo_indices: Tensor) -> Tensor:
-        """Return the log-probability of each whole caption, (M,); arguments as for `forward`. PAD is ignored."""
+    def log_prob(
+        self, features: Tensor, token_ids: Tensor, photo_indices: Tensor, suppressed: Sequence[int] = ()
+    ) -> Tensor:
+        """Return the log-probability of each whole caption, (M,). PAD is ignored.
+
+        Args:
+            features: Photo features (N, L, C).
+            token_ids: int64 (M, T).
+            photo_indices: int64 (M,): caption m is about the photo `features[photo_indices[m]]`.
+            suppressed: Tokens that have probability 0, none of which occurs in the captions.
+        """
         logits, targets, caption_indices = self._next_token_logits_and_targets(features, token_ids, photo_indices)
+        if suppressed:
+            logits = logits.index_fill(1, torch.tensor(suppressed, device=logits.device), MINUS_INF)
         token_log_probs = -F.cross_entropy(logits, targets, reduction="none")
         return token_log_probs.new_zeros(len(token_ids)).index_add(0, caption_indices, token_log_probs)
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
-from cvlab.experiments.captioning.base import CaptionModel
+from cvlab.experiments.captioning.base import MINUS_INF, CaptionModel
 
 SUPPRESSED = (PAD, START, UNKNOWN)  # tokens that are never generated
-MINUS_INF = -1e9  # finite, so that sums of it stay comparable
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def beam_search(
     for t in range(max_length):
         num_beams = beam_log_p.shape[1]
         logits, state, _ = model.step(state, beams[:, :, -1].flatten())
+        logits[:, SUPPRESSED] = MINUS_INF
         log_p = logits.log_softmax(1)
-        log_p[:, SUPPRESSED] = MINUS_INF
         if t == max_length - 1:  # only END is left
             log_p[:, END + 1 :] = MINUS_INF
         candidates = beam_log_p[:, :, None] + log_p.view(n, num_beams, -1)  # (N, B, V)

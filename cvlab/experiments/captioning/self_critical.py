@@ -73,5 +73,7 @@ def self_critical_loss(
     token_ids = decoding.sample(model, batch.features, num_samples, max_length - 1)
     photo_indices = torch.arange(len(batch.features), device=token_ids.device).repeat_interleave(num_samples)
     advantages, mean_reward = reward.advantages(token_ids, batch.photo_ids)
-    log_p = model.log_prob(batch.features, token_ids, photo_indices)
+    # Probabilities are those that the samples were drawn with. If the tokens that are never drawn had a share, the
+    # gradient would move probability to them, whose captions are never scored.
+    log_p = model.log_prob(batch.features, token_ids, photo_indices, decoding.SUPPRESSED)
     return {"loss": -(advantages.to(log_p) * log_p).mean(), "reward": log_p.new_tensor(mean_reward)}

@@ -1,13 +1,17 @@
 """Beam search, sampling and attention weights, on a vocabulary small enough to enumerate all captions."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
-from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
-from cvlab.experiments.captioning import decoding
+from cvlab.data.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
+from cvlab.experiments.captioning import decoding, self_critical
+from cvlab.experiments.captioning.batches import CaptionBatch
+from cvlab.experiments.captioning.dataset import CaptionSample
 from cvlab.experiments.captioning.model import Captioner
+from cvlab.experiments.captioning.self_critical import CiderReward
 from cvlab.experiments.captioning.transformer import TransformerCaptioner
 
 VOCAB_SIZE = 7  # of which three are words
@@ -29,11 +33,13 @@ def make_features(model, n=3):
     return torch.randn(n, 4 if model.has_attention else 1, 5, generator=torch.Generator().manual_seed(1))
 
 
-def log_prob(model, features, token_ids):
+def log_prob(model, features, token_ids, suppressed=decoding.SUPPRESSED):
     """Sum the log-probabilities of a caption, from one forward pass over all of it."""
     inputs = torch.tensor([[START, *token_ids[:-1]]])
     with torch.no_grad():
-        log_p = model(features[None], inputs, torch.tensor([0])).log_softmax(-1)[0]
+        logits = model(features[None], inputs, torch.tensor([0]))[0]
+    logits[:, suppressed] = -torch.inf
+    log_p = logits.log_softmax(1)
     return sum(log_p[t, token_id].item() for t, token_id in enumerate(token_ids))
 
 
@@ -59,9 +65,10 @@ def test_one_beam_is_greedy(model):
             total = 0.0
             for t in range(MAX_LENGTH):
                 logits, state, _ = model.step(state, token_id)
+                logits[:, [PAD, START, UNKNOWN]] = -1e9
                 log_p = logits.log_softmax(1)
                 finished.append((total + log_p[0, END].item(), (*words, END)))
-                log_p[:, [PAD, START, UNKNOWN, END]] = -1e9
+                log_p[:, END] = -1e9
                 if t == MAX_LENGTH - 1:
                     break
                 total += log_p.max().item()
@@ -109,6 +116,21 @@ def test_samples_follow_the_distribution_of_the_model(model):
 def test_the_log_prob_of_a_caption_is_the_sum_over_its_tokens(model):
     token_ids = torch.tensor([[START, 4, 5, END, PAD], [START, 6, END, PAD, PAD]])
     features = make_features(model, 2)
-    expected = [log_prob(model, features[1], (4, 5, END)), log_prob(model, features[0], (6, END))]
-    actual = model.log_prob(features, token_ids, torch.tensor([1, 0]))
-    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=0)
+    for suppressed in ((), decoding.SUPPRESSED):
+        captions = [(features[1], (4, 5, END)), (features[0], (6, END))]
+        expected = [log_prob(model, *caption, suppressed) for caption in captions]
+        actual = model.log_prob(features, token_ids, torch.tensor([1, 0]), suppressed)
+        torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_the_policy_gradient_moves_no_probability_to_tokens_that_are_never_generated(model):
+    """It once did: bad samples lost probability to UNKNOWN, which is never sampled and so never scored."""
+    vocabulary = Vocabulary(("a", "b", "c"))
+    samples = [CaptionSample(Path("photo.png"), captions) for captions in (("a b",), ("c",))]
+    features = make_features(model, 2)
+    batch = CaptionBatch(features, torch.arange(2), torch.zeros(0, 3), torch.zeros(0), is_self_critical=True)
+    losses = self_critical.self_critical_loss(model, batch, CiderReward(samples, vocabulary), 20, MAX_LENGTH)
+    losses["loss"].backward()
+    bias = model.output_bias if isinstance(model, TransformerCaptioner) else model.output_projection.bias
+    assert not bias.grad[list(decoding.SUPPRESSED)].any()
+    assert bias.grad[END:].any()
