@@ -10,7 +10,7 @@ from cvlab.reports import fonts, images
 TILE_PX = 224  # longer side of each tile
 MIN_COLUMN_PX = 120
 COLUMNS = 6
-MIN_TOP_EXCESS = 2.0  # the brightest color is at least 1 + 2 times the uniform weight
+TOP_WEIGHT = 3.0  # the brightest color, in units of the uniform weight
 
 
 def attention_sheet(photo: Image.Image, tokens: Sequence[str], weights: Tensor, name: str) -> Image.Image:
@@ -37,7 +37,7 @@ def attention_sheet(photo: Image.Image, tokens: Sequence[str], weights: Tensor, 
 
 
 def excess_over_uniform(weights: Tensor) -> Tensor:
-    """Return by how much attention exceeds uniform attention, in units that all words of a photo share.
+    """Return by how much attention exceeds uniform attention, on one scale for all words and photos.
 
     A map that is nearly uniform stays nearly 0 everywhere: it does not say where the model looks.
 
@@ -45,8 +45,7 @@ def excess_over_uniform(weights: Tensor) -> Tensor:
         weights: Attention weights (T, h, w); each map sums to 1.
 
     Returns:
-        float32 (T, h, w) in [0, 1]: 0 where a weight is at most 1 / (h w); 1 is the largest weight of all T maps, or
-        `1 + MIN_TOP_EXCESS` times 1 / (h w) if that is more.
+        float32 (T, h, w): 0 where a weight is at most 1 / (h w), 1 where it is at least `TOP_WEIGHT` times as much.
     """
-    excess = (weights.float() * weights[0].numel() - 1).clamp(min=0)
-    return excess / excess.amax().clamp(min=MIN_TOP_EXCESS)
+    relative = weights.float() * weights[0].numel()
+    return ((relative - 1) / (TOP_WEIGHT - 1)).clamp(0, 1)
