@@ -15,12 +15,13 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cvlab.data.photo_paths import MAX_PIXELS
 from cvlab.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONTAINERS = ("mov", "mp4", "m4v", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif")
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv")
@@ -29,11 +30,6 @@ OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS
 CODECS = ("libx264", "mpeg4")  # of written videos, the first that PyAV has
 MAX_MPEG4_TIME_BASE = 65535  # of the mpeg4 codec: ticks per second
 DEFAULT_RATE = Fraction(25)  # of a video that does not say it
-ROTATIONS = {  # counterclockwise, as Pillow's and the display matrix's angles are
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    270: Image.Transpose.ROTATE_270,
-}
 POLL_SECONDS = 0.1  # in which a thread that waits looks whether it is to stop
 JOIN_SECONDS = 5.0  # in which a camera may block its thread
 T = TypeVar("T")
@@ -66,7 +62,7 @@ class Frame:
 
     index: int
     time_s: float
-    image: Image.Image
+    image: "Image.Image"
 
 
 def is_camera(source: str) -> bool:
@@ -206,11 +202,11 @@ def read(source: str, every: int = 1, max_frames: int | None = None) -> Generato
             ) from error
 
 
-def _upright(frame: Any) -> Image.Image:
+def _upright(frame: Any) -> "Image.Image":
     """Return a frame as RGB, rotated as its display matrix says: phones write it."""
     image: Image.Image = frame.to_image()
-    rotation = ROTATIONS.get(90 * round(frame.rotation / 90) % 360)
-    return image.transpose(rotation) if rotation is not None else image
+    degrees = 90 * round(frame.rotation / 90) % 360  # counterclockwise, as Pillow counts
+    return image.rotate(degrees, expand=True) if degrees else image
 
 
 def read_ahead(
@@ -298,7 +294,7 @@ class VideoWriter:
         self._stream.codec_context.time_base = time_base
         self._last = -1
 
-    def write(self, image: Image.Image, time_s: float) -> None:
+    def write(self, image: "Image.Image", time_s: float) -> None:
         """Append a frame that is shown from `time_s` on."""
         if image.size != self.size:
             image = image.crop((0, 0, *self.size))  # black where the photo does not reach

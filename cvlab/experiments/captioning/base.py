@@ -7,7 +7,7 @@ H is the size of the hidden states and of the projected features. Where M > N, e
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cvlab.data.vocabulary import PAD
+from cvlab.experiments.captioning.config import Layers, Projection
 from cvlab.layers import modules, sequence
 
 MINUS_INF = -1e9  # finite, so that sums of it stay comparable
-Layers = Literal["torch", "manual"]
-Projection = Literal["linear", "mlp"]
 
 
 class DecoderState(Protocol):

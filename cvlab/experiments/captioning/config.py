@@ -13,6 +13,8 @@ from cvlab.experiments.common import backbone_config, weights
 from cvlab.experiments.common.photo_config import ImagesConfig
 
 WEIGHTS_FILE = "captioner.safetensors"  # in the run directory of a training run
+Layers = Literal["torch", "manual"]  # whose kernels: torch's, or the hand-written ones
+Projection = Literal["linear", "mlp"]
 SCENE_CAPTIONS = "scene_captions"  # the generated data set, whose scenes are known
 CAPTIONERS = {
     "captioner": "cvlab.experiments.captioning.model:Captioner",

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
-from cvlab.experiments.captioning.base import CaptionModel, Layers, Projection, feature_projection, upcast
+from cvlab.experiments.captioning.base import CaptionModel, feature_projection, upcast
+from cvlab.experiments.captioning.config import Layers, Projection
 from cvlab.layers import attention, modules, recurrent, reference, sequence
 
 FORGET_BIAS = 1.0  # initially the cell state is kept (Jozefowicz et al., 2015)

@@ -141,7 +141,7 @@ def generate(
 
 def validate(config: CaptionerConfig, setup: CaptioningSetup, data: TrainingData, model: nn.Module) -> dict[str, float]:
     """Return `val_loss` and the `val_bleu4` of greedy decoding."""
-    captioner = cast("Captioner", model)
+    captioner = cast("CaptionModel", model)
     captions = generate(config, setup, captioner, data.val_features, beam_width=1)
     loss = evaluation.mean_loss(captioner, data.val_features, data.val_captions, setup.ctx)
     metrics = evaluation.compute_metrics(captions, samples_of(config, setup.dataset, "val"))

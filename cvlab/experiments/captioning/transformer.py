@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
 from cvlab.errors import ConfigError
-from cvlab.experiments.captioning.base import CaptionModel, Layers, Projection, feature_projection, upcast
+from cvlab.experiments.captioning.base import CaptionModel, feature_projection, upcast
+from cvlab.experiments.captioning.config import Layers, Projection
 from cvlab.layers import modules
 from cvlab.layers.attention import ScaledDotProductAttention
 

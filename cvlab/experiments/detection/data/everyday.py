@@ -171,7 +171,7 @@ class EverydaySource(DetectionDatasetSource):
 SOURCE = EverydaySource(
     name=NAME,
     summary="2,700 photos of coco_people and the fruit set with boxes of COCO's 80 classes",
-    license="annotations CC BY 4.0, photos under their Flickr licences; the fruit set states none",
+    license="annotations CC BY 4.0, photos under their Flickr licenses; the fruit set states none",
     size=DatasetSize(train_images=2768, test_images=300, image_px=448, channels=3, num_classes=80),
     ready=is_ready,
     check=check,
