@@ -29,7 +29,7 @@ BATCH_SIZE = 16
 SHEET = "images/sheet.png"
 SHEET_PHOTOS = 12
 BETA = 0.5  # of the F score by which a threshold is chosen
-THRESHOLDS = tuple(k / 20 for k in range(2, 19))  # of scores, 0.1 to 0.9
+THRESHOLDS = tuple(k / 20 for k in range(1, 19))  # of scores, 0.05 to 0.9
 
 
 @dataclass(frozen=True)
