@@ -13,6 +13,7 @@ from torch import nn
 
 from cvlab import _compat
 from cvlab.models.efficientnet import BatchNormAct2d, Conv2dSame, EfficientNetLite
+from cvlab.models.nanodet import CspBackbone
 
 TRACE_FAILURES = (torch.fx.proxy.TraceError, TypeError, NameError, AttributeError)
 
@@ -48,7 +49,7 @@ def trace(module: nn.Module, layers: Mapping[str, str], whole: str | None = None
         ValueError: A layer is not computed, or its output is no tensor.
         torch.fx.proxy.TraceError, TypeError, NameError, AttributeError: The control flow depends on the input.
     """
-    if isinstance(module, EfficientNetLite):
+    if isinstance(module, (EfficientNetLite, CspBackbone)):
         return _trace_own(module, layers, whole)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # auxiliary classifiers differ between training and evaluation

@@ -21,8 +21,8 @@ def input_size(config: DetectorConfig, boxset: DetectionDataset) -> int:
     sides = torch.cat([_relative_sides(sample) for sample in samples])
     if not len(sides):
         return SIZES_PX[0]
-    wanted = SMALL_BOX_PX / max(sides.quantile(SMALL_QUANTILE).item(), 1e-6)
-    return next((size for size in SIZES_PX if size >= wanted), SIZES_PX[-1])
+    min_size = SMALL_BOX_PX / max(sides.quantile(SMALL_QUANTILE).item(), 1e-6)
+    return next((size for size in SIZES_PX if size >= min_size), SIZES_PX[-1])
 
 
 def _relative_sides(sample: DetectionSample) -> torch.Tensor:
