@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvlab import console
+from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
 from cvlab.storage import archives, download
 from cvlab.storage.cache import install_folder, temporary_folder
 
 INSTANCES, CAPTIONS = "instances", "captions"  # what the annotation files of a split hold
+LICENSE = "CC BY 4.0 (the annotations; the photos are under Flickr's terms)"
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,19 @@ class CocoSplit:
 
 @dataclass(frozen=True)
 class CocoSet:
-    """A data set in the folder `name` below the root folder; `splits` by the names train, val and test."""
+    """A data set in the folder `name` below the root folder; `splits` by the names train, val and test.
+
+    `image_px` is the longer side of its photos.
+    """
 
     name: str
     splits: Mapping[str, CocoSplit]
+    image_px: int
+
+    def size(self, num_classes: int) -> DatasetSize:
+        """Return the size of the data set, known without reading it."""
+        train, test = (self.splits[name].num_images if name in self.splits else 0 for name in ("train", "test"))
+        return DatasetSize(train, test, self.image_px, channels=3, num_classes=num_classes)
 
     def annotation_files(self, root: Path, content: str) -> dict[str, Path]:
         """Return the file of each split with `content`, INSTANCES or CAPTIONS. Raises DataError if one is missing."""
@@ -73,7 +84,7 @@ class CocoSet:
 
 PEOPLE_SPLITS = {"train": 2000, "val": 200, "test": 300}
 COCO_PEOPLE = CocoSet(
-    "coco_people", {split: CocoSplit(split, "images", count) for split, count in PEOPLE_SPLITS.items()}
+    "coco_people", {split: CocoSplit(split, "images", count) for split, count in PEOPLE_SPLITS.items()}, image_px=448
 )
 
 
@@ -98,7 +109,9 @@ def fetch_people(root: Path, origin: Path | None, _wait: bool) -> None:
 
 
 COCO = CocoSet(
-    "coco", {"train": CocoSplit("train2017", "train2017", 118_287), "val": CocoSplit("val2017", "val2017", 5_000)}
+    "coco",
+    {"train": CocoSplit("train2017", "train2017", 118_287), "val": CocoSplit("val2017", "val2017", 5_000)},
+    image_px=640,
 )
 
 

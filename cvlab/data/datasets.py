@@ -50,6 +50,9 @@ CONTENTS = {"images": "images with a class each", "boxes": "photos with boxes", 
 DATASETS = tuple(dict.fromkeys(name for table in BY_KIND.values() for name in table))
 
 
+FetchFn = Callable[[Path, Path | None, bool], None]  # see `DatasetSource.fetch`
+
+
 @dataclass(frozen=True)
 class DatasetSize:
     """The size of a data set, known without loading it."""
@@ -82,7 +85,7 @@ class DatasetSource(ABC, Generic[Dataset]):
     size: DatasetSize
     ready: Callable[[Path], bool]
     check: Callable[[Path], str]
-    fetch: Callable[[Path, Path | None, bool], None] | None = None
+    fetch: FetchFn | None = None
     is_custom: bool = False
 
     @abstractmethod

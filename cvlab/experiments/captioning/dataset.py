@@ -17,7 +17,7 @@ import torch
 from cvlab.data import captions as captions_files
 from cvlab.data import coco_sets, datasets, rng
 from cvlab.data.coco_sets import CocoSet
-from cvlab.data.datasets import DatasetSize, DatasetSource
+from cvlab.data.datasets import DatasetSize, DatasetSource, FetchFn
 from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import scene_captions
@@ -249,26 +249,26 @@ def _check_coco(coco_set: CocoSet, root: Path) -> str:
     return _check(lambda _: loaded, root)
 
 
-COCO_PEOPLE = CaptionDatasetSource(
-    name=coco_sets.COCO_PEOPLE.name,
-    summary="2,500 photos of COCO with people, with five captions each",
-    license="CC BY 4.0 (the annotations; the photos are under Flickr's terms)",
-    size=DatasetSize(train_images=2000, test_images=300, image_px=448, channels=3, num_classes=1),
-    ready=coco_sets.COCO_PEOPLE.ready,
-    read=functools.partial(load_coco, coco_sets.COCO_PEOPLE),
-    check=functools.partial(_check_coco, coco_sets.COCO_PEOPLE),
-    fetch=coco_sets.fetch_people,
-)
+def _coco_source(coco_set: CocoSet, summary: str, fetch: FetchFn) -> CaptionDatasetSource:
+    return CaptionDatasetSource(
+        name=coco_set.name,
+        summary=summary,
+        license=coco_sets.LICENSE,
+        size=coco_set.size(num_classes=1),
+        ready=coco_set.ready,
+        read=functools.partial(load_coco, coco_set),
+        check=functools.partial(_check_coco, coco_set),
+        fetch=fetch,
+    )
 
-COCO = CaptionDatasetSource(
-    name=coco_sets.COCO.name,
-    summary="COCO 2017: 118,287 photos to train on, 5,000 to validate, with five captions each; 19 GB",
-    license="CC BY 4.0 (the annotations; the photos are under Flickr's terms)",
-    size=DatasetSize(train_images=118_287, test_images=0, image_px=640, channels=3, num_classes=1),
-    ready=coco_sets.COCO.ready,
-    read=functools.partial(load_coco, coco_sets.COCO),
-    check=functools.partial(_check_coco, coco_sets.COCO),
-    fetch=coco_sets.fetch_coco,
+
+COCO_PEOPLE = _coco_source(
+    coco_sets.COCO_PEOPLE, "2,500 photos of COCO with people, with five captions each", coco_sets.fetch_people
+)
+COCO = _coco_source(
+    coco_sets.COCO,
+    "COCO 2017: 118,287 photos to train on, 5,000 to validate, with five captions each; 19 GB",
+    coco_sets.fetch_coco,
 )
 
 

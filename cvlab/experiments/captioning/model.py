@@ -140,15 +140,7 @@ class Captioner(CaptionModel):
         return RecurrentState(mean, mean if self.has_attention else torch.zeros_like(mean), context)
 
     def step(self, state: RecurrentState, token_ids: Tensor) -> tuple[Tensor, RecurrentState, Tensor | None]:
-        """Decode one token of M captions.
-
-        Args:
-            state: The state before the token.
-            token_ids: int64 (M,).
-
-        Returns:
-            Next-token logits (M, V), the new state, and the attention weights (M, L), None without attention.
-        """
+        """Decode one token of M captions; see `CaptionModel.step`."""
         gates = F.linear(self.embedding(token_ids), self.weight_ih, self.bias) + F.linear(state.h, self.weight_hh)
         weights = None
         if self.weight_ch is not None:

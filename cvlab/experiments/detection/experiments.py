@@ -201,16 +201,21 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
         )
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)
-        metadata = final_metadata(setup, head, val, samples_of(config, setup.boxset, "val"))
+        samples = samples_of(config, setup.boxset, "val")
+        detections = evaluation.predict_cached(head, val, setup.size_px, setup.rules, setup.ctx)
+        metadata = final_metadata(setup, detections, samples)
         run.write(WEIGHTS_FILE, lambda path: detector_model.save(metadata, head, path))
-        last = val if split == "val" else cached_features(config, setup, "test", 0, check_interrupt)
+        if split == "test":
+            test = cached_features(config, setup, "test", 0, check_interrupt)
+            samples = samples_of(config, setup.boxset, "test")
+            detections = evaluation.predict_cached(head, test, setup.size_px, setup.rules, setup.ctx)
         run.extra_summary |= {
             "map_rule": config.map_rule,
             "score_threshold": config.score_threshold,
             "evaluated_split": split,
         }
         metrics["seconds_per_photo"] = seconds_per_photo(config, setup, head, split)
-        final = compute_metrics(config, setup, head, last, split)
+        final = evaluation.compute_metrics(detections, samples, len(setup.boxset.classes), setup.rules)
         return metrics | evaluation.reported_metrics(final, setup.boxset.classes)
 
     def evaluate(self, config: DetectorConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from cvlab.experiments.detection.models import detector as detector_model
 from cvlab.experiments.detection.models.base import DetectionHead, Targets
 from cvlab.experiments.detection.models.detector import Detector, DetectorMetadata
 from cvlab.models.features import FeatureExtractor
-from cvlab.ops.average_precision import DetectionMetrics
+from cvlab.ops.average_precision import DetectionMetrics, Detections
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
 
@@ -150,10 +150,9 @@ def seconds_per_photo(config: DetectorConfig, setup: DetectionSetup, head: Detec
 
 
 def final_metadata(
-    setup: DetectionSetup, head: DetectionHead[Any], val: FeatureCache, samples: Sequence[DetectionSample]
+    setup: DetectionSetup, detections: Sequence[Detections], samples: Sequence[DetectionSample]
 ) -> DetectorMetadata:
-    """Return the detector's metadata with the score threshold that suits it on the validation photos."""
-    detections = evaluation.predict_cached(head, val, setup.size_px, setup.rules, setup.ctx)
+    """Return the detector's metadata with the score threshold that suits its detections in the validation photos."""
     threshold = evaluation.best_score_threshold(detections, samples, len(setup.boxset.classes))
     notes = {} if threshold is None else {"score_threshold": threshold}
     return dataclasses.replace(setup.detector.metadata, notes=setup.detector.metadata.notes | notes)

@@ -7,7 +7,7 @@ be learned nor background. Val and test are those of coco_people, with its boxes
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -144,14 +144,9 @@ def _add_ignored(sample: DetectionSample, rows: Sequence[Detection], classes: Se
     )
 
 
-def _all_samples(loaded: DetectionDataset) -> Iterator[DetectionSample]:
-    for samples in loaded.splits.values():
-        yield from samples
-
-
 def check(root: Path) -> str:
     """Read everything and return a line about it."""
-    samples = list(_all_samples(load(root)))
+    samples = [sample for split in load(root).splits.values() for sample in split]
     num_ignored = sum(int(sample.difficult.sum()) for sample in samples)
     return (
         f"{len(samples)} photos, {sum(len(sample.labels) for sample in samples)} boxes, of which {num_ignored} ignored"

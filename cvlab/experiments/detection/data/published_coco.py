@@ -5,10 +5,12 @@ from pathlib import Path
 
 from cvlab.data import coco_sets
 from cvlab.data.coco_sets import CocoSet
-from cvlab.data.datasets import DatasetSize
+from cvlab.data.datasets import FetchFn
 from cvlab.experiments.detection.data import coco, dataset
 from cvlab.experiments.detection.data.annotations import AnnotationSet
 from cvlab.experiments.detection.data.dataset import AnnotatedSource
+
+NUM_CLASSES = 80
 
 
 def read(coco_set: CocoSet, root: Path) -> AnnotationSet:
@@ -23,23 +25,26 @@ def check(coco_set: CocoSet, root: Path) -> str:
     return dataset.summarize(loaded)
 
 
-COCO_PEOPLE = AnnotatedSource(
-    name=coco_sets.COCO_PEOPLE.name,
-    summary="2,500 photos of COCO with people: 23,421 boxes in 80 classes, five captions each; 2,000 to train on",
-    license="CC BY 4.0 (the annotations; the photos are under Flickr's terms)",
-    size=DatasetSize(train_images=2000, test_images=300, image_px=448, channels=3, num_classes=80),
-    read=functools.partial(read, coco_sets.COCO_PEOPLE),
-    ready=coco_sets.COCO_PEOPLE.ready,
-    check=functools.partial(check, coco_sets.COCO_PEOPLE),
-    fetch=coco_sets.fetch_people,
+def _source(coco_set: CocoSet, summary: str, fetch: FetchFn) -> AnnotatedSource:
+    return AnnotatedSource(
+        name=coco_set.name,
+        summary=summary,
+        license=coco_sets.LICENSE,
+        size=coco_set.size(NUM_CLASSES),
+        read=functools.partial(read, coco_set),
+        ready=coco_set.ready,
+        check=functools.partial(check, coco_set),
+        fetch=fetch,
+    )
+
+
+COCO_PEOPLE = _source(
+    coco_sets.COCO_PEOPLE,
+    "2,500 photos of COCO with people: 23,421 boxes in 80 classes, five captions each; 2,000 to train on",
+    coco_sets.fetch_people,
 )
-COCO = AnnotatedSource(
-    name=coco_sets.COCO.name,
-    summary="COCO 2017: 118,287 photos to train on, 5,000 to validate: boxes in 80 classes, five captions each; 19 GB",
-    license="CC BY 4.0 (the annotations; the photos are under Flickr's terms)",
-    size=DatasetSize(train_images=118_287, test_images=0, image_px=640, channels=3, num_classes=80),
-    read=functools.partial(read, coco_sets.COCO),
-    ready=coco_sets.COCO.ready,
-    check=functools.partial(check, coco_sets.COCO),
-    fetch=coco_sets.fetch_coco,
+COCO = _source(
+    coco_sets.COCO,
+    "COCO 2017: 118,287 photos to train on, 5,000 to validate: boxes in 80 classes, five captions each; 19 GB",
+    coco_sets.fetch_coco,
 )
