@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import html
 import os
 import re
 import sys
@@ -46,10 +47,31 @@ def set_level(quiet: bool, verbose: bool) -> None:
     level = QUIET if quiet else VERBOSE if verbose else NORMAL
 
 
+@contextlib.contextmanager
+def shown(is_shown: bool) -> Iterator[None]:
+    """Show the default amount, or warnings and errors only, and go back to the level of before."""
+    before = level
+    set_level(quiet=not is_shown, verbose=False)
+    try:
+        yield
+    finally:
+        set_level(quiet=before == QUIET, verbose=before == VERBOSE)
+
+
+def notebook_display() -> Any:
+    """Return IPython's module `display` in a notebook, None elsewhere."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return sys.modules.get("IPython.display") if getattr(shell, "kernel", None) is not None else None
+
+
 def info(line: str) -> None:
     """Show a line unless the level is quiet; warnings and errors are always shown."""
-    if level > QUIET or line.startswith(("warning:", "error:")):
-        print(printable(line), file=sys.stderr, flush=True)
+    is_problem = line.startswith(("warning:", "error:"))
+    if level > QUIET or is_problem:
+        # a notebook shows what is on stderr on red ground
+        stream = sys.stderr if is_problem or notebook_display() is None else sys.stdout
+        print(printable(line), file=stream, flush=True)
 
 
 @contextlib.contextmanager
@@ -153,7 +175,7 @@ def ignore_broken_pipe() -> None:
 
 
 class Progress:
-    """A progress bar on a terminal, a line every few seconds elsewhere, nothing if the level is quiet.
+    """A progress bar on a terminal or in a notebook, a line every few seconds elsewhere, nothing if the level is quiet.
 
     Args:
         label: What is in progress.
@@ -167,9 +189,13 @@ class Progress:
         self.last: tuple[float, str] | None = None
         self.bar: Any = None
         self.task: Any = None
+        self.cell: Any = None  # the handle of a notebook's output
 
     def __enter__(self) -> "Progress":
-        if level > QUIET and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        display = notebook_display()
+        if level > QUIET and display is not None:
+            self.cell = display.display(display.HTML(self._html(self.first, "")), display_id=True)
+        elif level > QUIET and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._open_bar()
         return self
 
@@ -195,10 +221,30 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+        if self.cell is not None and error is None:
+            self._update_cell(self.total or (self.last or (self.first, ""))[0], format_seconds(self._seconds()))
 
     def due(self) -> bool:
         """Return whether an update is due, so that its text need not be built each time."""
-        return level > QUIET and time.monotonic() - self.shown >= (0.2 if self.bar is not None else PLAIN_EVERY_SECONDS)
+        return level > QUIET and time.monotonic() - self.shown >= self._interval()
+
+    def _interval(self) -> float:
+        if self.bar is not None:
+            return 0.2
+        return 0.5 if self.cell is not None else PLAIN_EVERY_SECONDS
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def _html(self, done: float, text: str) -> str:
+        value = f' value="{done:g}" max="{max(self.total, 1)}"' if self.total is not None else ""
+        count = f"{int(done)}/{self.total}" if self.total is not None else f"{int(done)}"
+        label = html.escape(f"{self.label} {count}  {text}")
+        return f'<div style="font-family:monospace;white-space:pre-wrap"><progress{value}></progress> {label}</div>'
+
+    def _update_cell(self, done: float, text: str) -> None:
+        display = sys.modules["IPython.display"]
+        self.cell.update(display.HTML(self._html(done, text)))
 
     def update(self, done: float, text: str) -> None:
         """Show that `done` steps are done, and a text."""
@@ -207,7 +253,10 @@ class Progress:
             self.bar.update(self.task, total=self.total, completed=done, text=text)
         elif level > QUIET and (done, text) != self.last:
             self.last = (done, text)
-            rate = (done - self.first) / max(self.shown - self.start, 1e-9)
+            rate = (done - self.first) / max(self._seconds(), 1e-9)
             left = f"  {format_seconds((self.total - done) / rate)} left" if self.total is not None and rate > 0 else ""
+            if self.cell is not None:
+                self._update_cell(done, f"{text}{left}")
+                return
             of_total = f"/{self.total}" if self.total is not None else ""
             info(f"{self.label} {int(done)}{of_total}  {text}{left}")

@@ -6,14 +6,12 @@ from typing import Any
 from cvlab import console, registry
 from cvlab.config import loading
 from cvlab.config.metrics import require_finite
-from cvlab.errors import CheckpointError, ConfigError, RunDirError
+from cvlab.errors import ConfigError, RunDirError
 from cvlab.experiments.base import Evaluable, EvaluatesOtherData
 from cvlab.runs import checkpoint
 from cvlab.runs.find import config_path
-from cvlab.runs.records import read_json, require_folder
+from cvlab.runs.records import read_json
 from cvlab.runs.run_dir import RunDir
-
-CHOICES = ("last", "best")
 
 
 def evaluate(
@@ -42,7 +40,7 @@ def evaluate(
         raise ConfigError(f"{path.name}: a run of {config.experiment} has no weights to evaluate")
     if data is not None and not isinstance(experiment, EvaluatesOtherData):
         raise ConfigError(f"{path.name}: a run of {config.experiment} is evaluated on its own data only")
-    state = load_state(path, weights)
+    state = checkpoint.load_of_run(path, weights)
     if data is not None and isinstance(experiment, EvaluatesOtherData):
         metrics = experiment.evaluate_on(config, path, state, data, splits)
     else:
@@ -62,16 +60,3 @@ def evaluate(
     except RunDirError as error:
         console.info(f"warning: the result could not be saved: {error.message}")
     return result
-
-
-def load_state(path: Path, weights: str) -> dict[str, Any]:
-    """Load the `last` or `best` checkpoint of a run. CheckpointError if there is none."""
-    if weights not in CHOICES:
-        raise ConfigError(f"--checkpoint {weights}: unknown", f"known: {', '.join(CHOICES)}")
-    folder = require_folder(path / "checkpoints")
-    if weights == "last":
-        return checkpoint.load_latest(folder, console.info)[1]
-    best = folder / checkpoint.BEST
-    if not best.is_file():
-        raise CheckpointError(f"{best}: no such checkpoint", "use --checkpoint last, or resume the run")
-    return checkpoint.load(best)

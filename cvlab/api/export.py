@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from cvlab import registry
-from cvlab.api import evaluate
 from cvlab.config import loading
 from cvlab.engine.task import ExportSpec
 from cvlab.errors import CheckpointError, ConfigError
@@ -56,7 +55,7 @@ def export(path: Path, file_format: str, weights: str, file: Path | None) -> dic
     experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Exportable):
         raise ConfigError(f"{path.name}: a run of {config.experiment} has no model to export")
-    spec = experiment.export_spec(config, path, evaluate.load_state(path, weights))
+    spec = experiment.export_spec(config, path, checkpoint.load_of_run(path, weights))
     metadata = {"run": path.name, "checkpoint": weights, "experiment": config.experiment, **spec.metadata}
     file = file or path / f"export.{file_format}"
     model = spec.model.eval().requires_grad_(False)

@@ -12,7 +12,6 @@ The options of `Output` are also kept in the context of the command line, where 
 import functools
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -169,14 +168,12 @@ class ModelOptions(OptionGroup):
             ConfigError: The model is unknown.
             RunDirError: It is a run with code of others that is not trusted.
         """
-        model = self.model
-        if model is not None:
-            from cvlab.experiments.common import run_classifier
-            from cvlab.runs.find import runs_root
+        if self.model is None:
+            return {"model": None, "weights": self.weights}
+        from cvlab.api import photos
+        from cvlab.runs.find import runs_root
 
-            model = run_classifier.resolve_model(model, runs_root(options.runs_dir))
-            if run_classifier.is_run_of_classifier(model):
-                require_trust(model, self.trust)
+        model = photos.resolve_model(self.model, runs_root(options.runs_dir), self.trust)
         return {"model": model, "weights": self.weights}
 
 
@@ -210,15 +207,9 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def require_trust(reference: str, is_trusted: bool) -> None:
     """Raise RunDirError if a run directory, or the configuration in one, has code of others that is not trusted."""
-    from cvlab.runs.trust import require_trust
+    from cvlab.runs.trust import require_trust_of
 
-    path = Path(reference)
-    if os.path.lexists(path / "config.yaml"):
-        require_trust(path, is_trusted)
-    elif path.name == "config.yaml" and any(
-        os.path.lexists(path.parent / name) for name in ("env.json", "status.json")
-    ):
-        require_trust(path.parent, is_trusted)
+    require_trust_of(reference, is_trusted)
 
 
 def gather_overrides(

@@ -1,6 +1,5 @@
 """The commands on photos; each runs its shipped configuration with the keys that the command line changes."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -8,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from cvlab import registry
 from cvlab.cli.groups import PHOTOS
 from cvlab.cli.options import DryRun, ModelOptions, Output, RunOptions, Seed, expand_options, finish, show_plan
 from cvlab.errors import ConfigError
@@ -21,7 +19,6 @@ Images = Annotated[
 ]
 Values = dict[str, Any]  # of configuration keys; None: not given
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
-STYLE = "style"  # the configuration, and what the names of its presets begin with
 
 
 def split_arguments(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -41,34 +38,25 @@ def start(
 ) -> None:
     """Run a shipped configuration with `values` of its keys and overrides `key=value`, or print its plan.
 
-    The expectations of the shipped configuration are those of its own photos, so they are left out.
     `get_failure` returns why a result is no success, "" if it is one; the exit code is 3 then.
     """
-    from cvlab.api import run
-    from cvlab.config import loading
-    from cvlab.data.resolve import DownloadPolicy
+    from cvlab.api import photos
     from cvlab.runs.find import runs_root
 
-    values = values | {"device": options.device}
-    # JSON is YAML, and quotes any name
-    texts = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-    path = loading.shipped_folder() / f"{name}.yaml"
-    loaded = loading.load(str(path), ["expect=[]", *texts, *overrides, *(options.set_ or [])])
+    loaded = photos.load(name, values | {"device": options.device}, [*overrides, *(options.set_ or [])])
     root = runs_root(options.runs_dir)
     if dry_run:
         show_plan(loaded, root, output)
     else:
-        result = run.start(loaded, DownloadPolicy(True, False, False), root)
+        result = photos.start(loaded, root)
         finish(result, output, get_failure(result) if get_failure is not None else "")
 
 
 def require_photos(images: list[str], overrides: list[str], options: RunOptions) -> None:
     """Raise ConfigError unless a photo is named, DataError if none of those that are named exists."""
-    from cvlab.data import photo_paths
+    from cvlab.api import photos
 
-    if not images and not any(text.startswith("images=") for text in [*overrides, *(options.set_ or [])]):
-        raise ConfigError("no photo is named", "give files, folders or patterns, or `sample` for a bundled photo")
-    photo_paths.require_any(images)
+    photos.require_photos(images, [*overrides, *(options.set_ or [])])
 
 
 @app.command(rich_help_panel=PHOTOS)
@@ -134,24 +122,13 @@ def attack(
     output: Output,
 ) -> None:
     """Change the prediction for an image imperceptibly. Example: `cvlab attack --target ostrich img.jpg`."""
+    from cvlab.api import photos
+
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
     values = {"images": names or None, "target": target, "method": method, "eps": eps, "size": size, "then": then}
-    overrides = ["target=null", *overrides] if target is None else overrides  # the shipped configuration has a target
     values |= {"seed": seed, **model.values(options)}
-    start("attack", values, overrides, options, dry_run, output, _attack_failure)
-
-
-def _attack_failure(result: dict[str, Any]) -> str:
-    """Return the message of an attack that changed the prediction of no photo; "" if it changed one, or had none to."""
-    metrics = result["metrics"]
-    if not metrics["num_attacked"] or metrics["success_rate"] > 0:
-        return ""
-    attacked = [row for row in result["results"] if "error" not in row and not row["already"]]
-    photos = "the photo" if len(attacked) == 1 else f"any of the {len(attacked)} photos"
-    best = max((row["target_after"] for row in attacked if "target_after" in row), default=None)
-    target = f" to {attacked[0]['target']!r} (highest probability {best:.2f})" if best is not None else ""
-    return f"the attack did not change the prediction for {photos}{target}; try more steps, or a larger lr or --eps"
+    start("attack", values, overrides, options, dry_run, output, photos.attack_failure)
 
 
 @app.command(rich_help_panel=PHOTOS)
@@ -209,28 +186,14 @@ def style(
     output: Output,
 ) -> None:
     """Transfer the style of one image to another. Example: `cvlab style photo.jpg painting.jpg`."""
-    from cvlab.data import photo_paths
+    from cvlab.api import photos
 
     names, overrides = split_arguments(arguments)
-    if len(names) < 2:
-        missing = "photo is named" if not names else "style is named"
-        raise ConfigError(f"no {missing}", "`cvlab style photo.jpg painting.jpg`; `sample` and `whirls` are bundled")
-    photo_paths.require_all([*names, *(mask or []), *(style_mask or [])])
+    photos.require_style_images(names, [*(mask or []), *(style_mask or [])])
     values: Values = {"content": names[0], "styles": names[1:], "strength": strength, "size": size, "init": init}
     values |= {"keep_colors": keep_colors or None, "mix": _numbers(mix, "--mix"), "masks": mask}
     values |= {"style_masks": style_mask, "seed": seed, **model.values(options)}
-    start(_preset_config(preset), values, overrides, options, dry_run, output)
-
-
-def _preset_config(preset: str | None) -> str:
-    """Return the name of the shipped configuration of a preset of `style`."""
-    from cvlab.config import loading
-
-    presets = {name.removeprefix(f"{STYLE}_"): name for name in loading.shipped_names() if name.startswith(f"{STYLE}_")}
-    presets = {"painting": STYLE, **presets}
-    if preset is not None and preset not in presets:
-        raise registry.unknown_name_error("preset", preset, presets)
-    return presets[preset or "painting"]
+    start(photos.style_config(preset), values, overrides, options, dry_run, output)
 
 
 def _numbers(text: str | None, flag: str) -> list[float] | None:

@@ -48,7 +48,7 @@ def resolve_dataset(block: Block, policy: DownloadPolicy) -> Block:
         hint = f"`cvlab data fetch {name}` gets it"
         if block.fallback is None or policy.no_fallback:
             raise DataError(f"{name} is not in {data_root()}: {reason}", hint)
-        console.info(f"{name} is not on the disk ({reason}); falling back to {block.fallback}; {hint}")
+        console.info(f"warning: {name} is not on the disk ({reason}); falling back to {block.fallback}; {hint}")
         return block.on_fallback()
     return block
 

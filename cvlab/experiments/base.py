@@ -25,6 +25,7 @@ from cvlab.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from cvlab.engine.task import ExportSpec
     from cvlab.experiments.common.data_overview import DataOverview
+    from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
 
 C = TypeVar("C", bound=ExperimentConfig)
@@ -183,4 +184,23 @@ class Exportable(Generic[C]):
 
     def export_spec(self, config: C, base: Path, state: State) -> "ExportSpec":
         """Return the model of a checkpoint and what it takes and returns."""
+        raise NotImplementedError
+
+
+class HasPhotoModule(Generic[C]):
+    """An experiment whose model takes images in memory: `Run.model()` and `Run.predict()` in Python."""
+
+    def photo_module(self, config: C, base: Path, weights: str, device: str) -> "PhotoModule":
+        """Return the model of a run, in evaluation mode.
+
+        Args:
+            config: the run's configuration.
+            base: the run directory.
+            weights: `last` or `best`.
+            device: where to put it.
+
+        Raises:
+            ConfigError: if the run has no such weights.
+            CheckpointError, DataError: if they are missing or damaged.
+        """
         raise NotImplementedError

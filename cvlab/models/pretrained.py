@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cvlab import registry
-from cvlab.data import imagenet
+from cvlab.data import imagenet, photos
 from cvlab.errors import ConfigError, DataError
 from cvlab.models import nanodet, weights, zoo
 from cvlab.models.efficientnet import VARIANTS, EfficientNetLite
@@ -75,6 +76,18 @@ class PretrainedClassifier:
         self.require_classes()
         logits: Tensor = self.module(images.contiguous(memory_format=torch.channels_last))
         return logits.float().softmax(1)
+
+    @torch.inference_mode()
+    def top_classes(self, images: Sequence[Image.Image], count: int) -> list[dict[str, Any]]:
+        """Return for each RGB photo its most likely class, and the `count` most likely ones as `top`."""
+        batch = torch.stack([photos.to_tensor(self.transform(image)) for image in images])
+        probabilities = self.probabilities(batch.to(self.module.scale.device))
+        values, indices = probabilities.topk(min(count, probabilities.shape[1]))
+        rows = []
+        for scores, classes in zip(values.tolist(), indices.tolist(), strict=True):
+            top = [self.class_score(k, score) for k, score in zip(classes, scores, strict=True)]
+            rows.append({**top[0], "top": top})
+        return rows
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the mean and standard deviation per channel by which images in [0, 1] are normalized."""

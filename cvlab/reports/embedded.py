@@ -57,15 +57,20 @@ class ImageGroup:
 
 
 class ImageGroups:
-    """Collects the images of a run, those of one result together, until the page has MAX_IMAGES.
+    """Collects the images of a run, those of one result together.
+
+    Args:
+        path: The run directory.
+        max_images: Maximum number of images.
+        max_px: Longest side to which they are reduced.
 
     Attributes:
         groups: The groups.
         num_omitted: Number of images that were left out.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, max_images: int = MAX_IMAGES, max_px: int = MAX_PX) -> None:
+        self._path, self._max_images, self._max_px = path, max_images, max_px
         self._names: set[str] = set()
         self._digests: set[bytes] = set()
         self.groups: list[ImageGroup] = []
@@ -91,7 +96,7 @@ class ImageGroups:
                     self._names.add(name)
                 else:
                     self._add(group, name, column.title)
-            if group.images or self._num_images < MAX_IMAGES:
+            if group.images or self._num_images < self._max_images:
                 self.groups.append(group)
 
     def add_rest(self, excluded: set[str]) -> None:
@@ -113,7 +118,7 @@ class ImageGroups:
         if name in self._names or not name.endswith(SUFFIXES):
             return
         self._names.add(name)
-        if self._num_images >= MAX_IMAGES:
+        if self._num_images >= self._max_images:
             self.num_omitted += 1
             return
         content = read_file(self._path, name)
@@ -126,7 +131,7 @@ class ImageGroups:
             self.num_omitted += 1
             return
         self._pixels_left -= count
-        images = _embed(content, title)
+        images = embed(content, title, self._max_px)
         group.images += images
         self._num_images += len(images)
 
@@ -187,13 +192,13 @@ def reduce(content: bytes, size: tuple[int, int]) -> Any:
         return reduced
 
 
-def _embed(content: bytes, title: str) -> list[EmbeddedImage]:
+def embed(content: bytes, title: str, max_px: int = MAX_PX) -> list[EmbeddedImage]:
     """Return an image, reduced, as bytes in the page; nothing if it cannot be decoded."""
     if content.startswith(GIF_SIGNATURES):
         width, height = struct.unpack("<HH", content[6:10].ljust(4, b"\0"))
         is_shown = len(content) <= MAX_GIF_BYTES and 0 < width * height <= MAX_PIXELS
         return [EmbeddedImage(title, to_uri("image/gif", content), width, height)] if is_shown else []
-    reduced = reduce(content, (MAX_PX, MAX_PX))
+    reduced = reduce(content, (max_px, max_px))
     if reduced is None:
         return []
     buffer = io.BytesIO()

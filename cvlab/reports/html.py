@@ -86,7 +86,8 @@ def _templates() -> Any:
     return environment
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """Return a page, or a part of one, from a template of `cvlab/assets/pages`."""
     text: str = _templates().get_template(template).render(**values)
     return text
 
@@ -147,7 +148,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         "class_tables": tables.class_tables({**values, **summary.get("class_metrics", {})}),
         "settings": _settings(summary.get("settings", [])),
         "trials": _trials(path, links, summary.get("trials", [])),
-        "charts": _charts(lines),
+        "charts": charts(lines),
         "groups": groups.groups,
         "num_omitted": groups.num_omitted,
         "changed": [row for row in rows if row[2] not in ("", "default")],
@@ -155,7 +156,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         "environment": [(k, str(v)) for k, v in env.items() if k not in ("provenance", "resumed") and v is not None],
         "log": _log(path / "log.txt"),
     }
-    return _render("run.html", title=path.name, run=run, links=links, refresh=refresh)
+    return render("run.html", title=path.name, run=run, links=links, refresh=refresh)
 
 
 def data_page(document: Row, picture: bytes) -> str:
@@ -164,7 +165,7 @@ def data_page(document: Row, picture: bytes) -> str:
     with Image.open(io.BytesIO(picture)) as image:
         width, height = image.size
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    return _render(
+    return render(
         "data.html",
         title=f"data set {document['data']}",
         picture=embedded.EmbeddedImage("training images", source, width, height),
@@ -222,7 +223,7 @@ def _trials(path: Path, links: Links, trials: object) -> Row | None:
     return {"columns": ["trial", "status", "seed", *shown], "rows": lines} if lines else None
 
 
-def _charts(lines: Mapping[str, Curve]) -> list[Chart]:
+def charts(lines: Mapping[str, Curve]) -> list[Chart]:
     """Return a chart per family of metrics."""
     groups = metrics.group(lines)
     charts = [
@@ -255,7 +256,7 @@ def comparison_page(runs: Mapping[str, Path], links: Links | None = None) -> str
         for name, curve in curves.read(path).items():
             lines.setdefault(name, {})[label] = curve
     charts = [svg.chart(name, curves_of_run, styles) for name, curves_of_run in lines.items()]
-    return _render(
+    return render(
         "comparison.html",
         title=f"Comparison of {len(runs)} runs",
         links=links,
@@ -337,7 +338,7 @@ def index_page(
         for name in row.get("metric_info", {})
         if metrics.better(name, row["metric_info"])
     }
-    return _render(
+    return render(
         "index.html",
         title="Runs",
         rows=lines,

@@ -17,7 +17,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from cvlab.errors import CheckpointError, DivergedError
+from cvlab import console
+from cvlab.errors import CheckpointError, ConfigError, DivergedError
+from cvlab.runs.records import require_folder
 from cvlab.storage import atomic, regular_files
 from cvlab.storage.failpoints import reach
 
@@ -25,6 +27,7 @@ State = dict[str, Any]
 KEEP = 2
 STEP_FILE = re.compile(r"step_(\d{9})\.pt\Z")
 BEST = "best.pt"
+CHOICES = ("last", "best")  # of a run's weights
 CHUNK_BYTES = 1024**2
 CHECKSUM_PREFIX = b"cvlab sha256 "
 CHECKSUM_BYTES = len(CHECKSUM_PREFIX) + 64
@@ -215,6 +218,25 @@ def load_latest(folder: Path, report: Callable[[str], None]) -> tuple[Path, Stat
             report(f"warning: {error.message}; trying the one before")
     reason = "all checkpoints are damaged" if candidates else "there is no checkpoint"
     raise CheckpointError(f"{folder}: {reason}", "start the run again with `cvlab run` on its config.yaml")
+
+
+def load_of_run(path: Path, weights: str) -> State:
+    """Load the `last` or `best` checkpoint of a run directory. CheckpointError if there is none."""
+    if weights not in CHOICES:
+        raise ConfigError(f"--checkpoint {weights}: unknown", f"known: {', '.join(CHOICES)}")
+    folder = require_folder(path / "checkpoints")
+    if weights == "last":
+        return load_latest(folder, console.info)[1]
+    best = folder / BEST
+    if not best.is_file():
+        raise CheckpointError(f"{best}: no such checkpoint", "use --checkpoint last, or resume the run")
+    return load(best)
+
+
+def require_last(weights: str, kind: str) -> None:
+    """Raise ConfigError if other weights than the last are asked for of a run that saves only these for photos."""
+    if weights != "last":
+        raise ConfigError(f"checkpoint {weights!r}: a run of {kind} has its last weights only", "leave it out")
 
 
 def check_complete(missing: list[str], path: Path) -> None:

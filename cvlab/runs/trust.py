@@ -94,3 +94,14 @@ def require_trust(path: Path, is_trusted: bool) -> None:
             f"{path}: its code ({names[0]}) was not written by a run of yours on this machine, or was changed since",
             "read it, then use --trust to run it; to resume on changed code, --allow-changes",
         )
+
+
+def require_trust_of(reference: str, is_trusted: bool) -> None:
+    """Raise RunDirError if a run directory, or the configuration in one, has code of others that is not trusted."""
+    path = Path(reference)
+    if os.path.lexists(path / "config.yaml"):
+        require_trust(path, is_trusted)
+    elif path.name == "config.yaml" and any(
+        os.path.lexists(path.parent / name) for name in ("env.json", "status.json")
+    ):
+        require_trust(path.parent, is_trusted)

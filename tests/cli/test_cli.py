@@ -163,7 +163,7 @@ def test_the_fallback_is_reported_everywhere(cvlab, tiny, tmp_path, monkeypatch)
     arguments = ("data={name: cifar10, fallback: scenes10, num_train: 100, val_fraction: 0.02}",)
     code, out, err = cvlab("train", tiny, *arguments, "expect_fallback=[train_accuracy <= 1]")
     assert code == 0
-    assert err.splitlines()[0].startswith("cifar10 is not on the disk (offline); falling back to scenes10")
+    assert err.splitlines()[0].startswith("warning: cifar10 is not on the disk (offline); falling back to scenes10")
     assert "`cvlab data fetch cifar10` gets it" in err
     assert "scenes10 (fallback for cifar10)" in out
     run = tmp_path / "runs" / "latest"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.experiments.base import Evaluable, PhotoExperiment, ShowsData, State, default_splits
+from cvlab.experiments.base import Evaluable, HasPhotoModule, PhotoExperiment, ShowsData, State, default_splits
 from cvlab.experiments.captioning.config import SCENE_CAPTIONS, WEIGHTS_FILE, CaptionConfig, CaptionerConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column
@@ -16,6 +16,7 @@ from cvlab.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from cvlab.experiments.captioning.base import CaptionModel
     from cvlab.experiments.common.data_overview import DataOverview
+    from cvlab.models.photo_module import PhotoModule
 
 COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
 
@@ -83,7 +84,7 @@ def _has_extra(config: CaptionerConfig) -> bool:
     return bool(config.data.extra)
 
 
-class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]):
+class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig], HasPhotoModule[CaptionerConfig]):
     """Train an image captioner: an RNN, an LSTM or an LSTM with attention on the features of a frozen backbone.
 
     References:
@@ -207,6 +208,16 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
                 of_split |= evaluate_extra(config, setup, model, extra_samples(config, setup, split))
             metrics |= {f"{split}_{name}": value for name, value in of_split.items()}
         return metrics
+
+    def photo_module(self, config: CaptionerConfig, base: Path, weights: str, device: str) -> "PhotoModule":
+        """Return the captioner of a completed run for images in memory."""
+        from cvlab.experiments.captioning.predict import CaptionerModule, load_captioner
+        from cvlab.runs import checkpoint
+
+        checkpoint.require_last(weights, self.name)
+        settings = CaptionConfig(experiment=CaptionExperiment.name, name="predict", weights=str(base), device=device)
+        ctx, captioner = load_captioner(settings)
+        return CaptionerModule(settings, captioner, ctx).eval()
 
     def plan(self, config: CaptionerConfig, base: Path) -> dict[str, Any]:
         """Describe what a run would do; captions are read, no photo is opened."""

@@ -1,8 +1,13 @@
 """Caption photos with a trained captioner, and draw what it attends to."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from PIL import Image
 from torch import Tensor
 
+from cvlab.data import photos
 from cvlab.engine import device
 from cvlab.errors import ConfigError
 from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_store
@@ -11,9 +16,45 @@ from cvlab.experiments.captioning.config import WEIGHTS_FILE, CaptionConfig
 from cvlab.experiments.captioning.decoding import Hypothesis
 from cvlab.experiments.common import weights
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
-from cvlab.reports import images
+from cvlab.models.photo_module import PhotoModule, require_batch
+from cvlab.reports import images as reports_images
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
+
+
+def generate(
+    images: Sequence[Image.Image], config: CaptionConfig, captioner: LoadedCaptioner, ctx: device.ComputeContext
+) -> tuple[Tensor, list[Hypothesis]]:
+    """Return the features (N, L, C) of RGB photos and their captions by beam search."""
+    size_px, max_length = captioner.metadata.size_px, captioner.metadata.max_length
+    squares = torch.stack([feature_store.resize_square(image, size_px) for image in images])
+    features = feature_store.extract_features(
+        captioner.feature_extractor, squares, ctx, not captioner.model.has_attention
+    ).to(ctx.device)
+    with ctx.autocast():
+        return features, decoding.beam_search(captioner.model, features, config.beam, max_length - 1, config.alpha)
+
+
+class CaptionerModule(PhotoModule):
+    """A captioner of images of any size, which are rounded to 8 bits, as photos are."""
+
+    def __init__(self, config: CaptionConfig, captioner: LoadedCaptioner, ctx: device.ComputeContext) -> None:
+        super().__init__()
+        self.config, self.captioner, self.ctx = config, captioner, ctx
+        self.model, self.backbone = captioner.model, captioner.feature_extractor.model.module
+
+    def forward(self, images: Tensor) -> list[str]:
+        """Return the captions of images (N, 3, H, W) in [0, 1]."""
+        return [row["sentence"] for row in self.predict([photos.to_image(image) for image in require_batch(images)])]
+
+    def predict_batch(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Return the `sentence` of each photo, and its length-normalized log-probability as `score`."""
+        _, hypotheses = generate(images, self.config, self.captioner, self.ctx)
+        vocabulary = self.captioner.vocabulary
+        return [
+            {"sentence": " ".join(vocabulary.decode(hypothesis.token_ids)), "score": hypothesis.score}
+            for hypothesis in hypotheses
+        ]
 
 
 class CaptionPhotos:
@@ -27,18 +68,10 @@ class CaptionPhotos:
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return the `sentence` of each photo, and its length-normalized log-probability as `score`."""
         check_interrupt()
-        captioner, metadata = self.captioner, self.captioner.metadata
-        squares = torch.stack([feature_store.resize_square(photo.image, metadata.size_px) for photo in batch])
-        features = feature_store.extract_features(
-            captioner.feature_extractor, squares, self.ctx, not captioner.model.has_attention
-        ).to(self.ctx.device)
-        with self.ctx.autocast():
-            hypotheses = decoding.beam_search(
-                captioner.model, features, self.config.beam, metadata.max_length - 1, self.config.alpha
-            )
+        features, hypotheses = generate([photo.image for photo in batch], self.config, self.captioner, self.ctx)
         results = []
         for k, (photo, hypothesis) in enumerate(zip(batch, hypotheses, strict=True)):
-            tokens = captioner.vocabulary.decode(hypothesis.token_ids)
+            tokens = self.captioner.vocabulary.decode(hypothesis.token_ids)
             result = PhotoResult(str(photo.path), {"sentence": " ".join(tokens), "score": hypothesis.score})
             if self.config.attention:
                 result.files["picture"] = self._draw_attention(photo, features[k : k + 1], hypothesis, tokens)
@@ -52,7 +85,7 @@ class CaptionPhotos:
         side = round(maps.shape[1] ** 0.5)
         name = f"images/{photo.label}-attention.png"
         sheet = drawing.attention_sheet(photo.image, tokens, maps.view(-1, side, side), photo.path.name)
-        self.run.write_bytes(name, images.png(sheet))
+        self.run.write_bytes(name, reports_images.png(sheet))
         return name
 
 

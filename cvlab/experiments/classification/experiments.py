@@ -18,6 +18,7 @@ from cvlab.experiments.base import (
     Evaluable,
     EvaluatesOtherData,
     Exportable,
+    HasPhotoModule,
     PhotoExperiment,
     ShowsData,
     State,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.classification.setup import ClassificationSetup
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
+    from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
 
 COLUMNS = (Column("top", "prediction", has_lines=True),)
@@ -64,23 +66,13 @@ class ClassifyPhotosExperiment(PhotoExperiment[ClassifyPhotosConfig]):
 
     def run(self, config: ClassifyPhotosConfig, run: RunDir) -> dict[str, float]:
         """Classify all photos."""
-        import torch
-
-        from cvlab.data import photos
         from cvlab.experiments.common import photo_batches
 
-        ctx, model = config.build()
+        _, model = config.build()
 
         def classify(batch: "list[Photo]", check_interrupt: "CheckInterrupt") -> list[PhotoResult]:
-            images = torch.stack([photos.to_tensor(model.transform(photo.image)) for photo in batch])
-            with torch.inference_mode():
-                probabilities = model.probabilities(images.to(ctx.device))
-            values, indices = probabilities.topk(min(config.top, probabilities.shape[1]))
-            results = []
-            for photo, scores, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
-                predictions = [model.class_score(k, score) for k, score in zip(classes, scores, strict=True)]
-                results.append(PhotoResult(str(photo.path), {**predictions[0], "top": predictions}))
-            return results
+            rows = model.top_classes([photo.image for photo in batch], config.top)
+            return [PhotoResult(str(photo.path), row) for photo, row in zip(batch, rows, strict=True)]
 
         results = photo_batches.run(config, run, classify, "classify", self.columns)
         mean = statistics.fmean(result.values["score"] for result in results)
@@ -122,6 +114,7 @@ class ClassifyExperiment(
     EvaluatesOtherData[ClassifyConfig],
     Exportable[ClassifyConfig],
     ClassifiesPhotos[ClassifyConfig],
+    HasPhotoModule[ClassifyConfig],
 ):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
@@ -276,6 +269,14 @@ class ClassifyExperiment(
         from cvlab.experiments.classification import photo_model
 
         return photo_model.load(config, base, state, device)
+
+    def photo_module(self, config: ClassifyConfig, base: Path, weights: str, device: str) -> "PhotoModule":
+        """Return the model of a run for images in memory."""
+        from cvlab.models.photo_module import PhotoClassifier
+        from cvlab.runs import checkpoint
+
+        state = checkpoint.load_of_run(base, weights)
+        return PhotoClassifier(self.photo_classifier(config, base, state, device)).eval()
 
     def plan(self, config: ClassifyConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; nothing is written, and only a user's own data set is loaded."""

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.experiments.base import Evaluable, Exportable, PhotoExperiment, ShowsData, State, default_splits
+from cvlab.experiments.base import (
+    Evaluable,
+    Exportable,
+    HasPhotoModule,
+    PhotoExperiment,
+    ShowsData,
+    State,
+    default_splits,
+)
 from cvlab.experiments.detection.config import WEIGHTS_FILE, DetectConfig, DetectorConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column, PhotoResult, summarize
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
     from cvlab.engine.task import ExportSpec
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.detection.models.base import DetectionHead
+    from cvlab.models.photo_module import PhotoModule
 
 COLUMNS = (
     Column("objects", "objects"),
@@ -117,7 +126,9 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
         }
 
 
-class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig]):
+class DetectorExperiment(
+    ShowsData[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig], HasPhotoModule[DetectorConfig]
+):
     """Train an object detector: a head on the feature maps of an ImageNet-pretrained backbone.
 
     References:
@@ -265,6 +276,14 @@ class DetectorExperiment(ShowsData[DetectorConfig], Evaluable[DetectorConfig], E
             about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, before NMS"
         example = torch.rand(1, 3, setup.size_px, setup.size_px)
         return ExportSpec(graph, setup.detector.head, example, graph.output_names, about)
+
+    def photo_module(self, config: DetectorConfig, base: Path, weights: str, device: str) -> "PhotoModule":
+        """Return the detector of a completed run for images in memory."""
+        from cvlab.experiments.detection import photo_module
+        from cvlab.runs import checkpoint
+
+        checkpoint.require_last(weights, self.name)
+        return photo_module.load(base, device)
 
     def plan(self, config: DetectorConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; annotations are read, no photo is opened."""

@@ -265,6 +265,15 @@ def to_photo_coordinates(detections: Detections, transform: ViewTransform, photo
     return Detections(boxes_xyxy, detections.scores.float().cpu(), detections.labels.cpu())
 
 
+def describe_objects(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return `label`, `score` and `box_xyxy`, in pixels of the photo, of each detection."""
+    names = [classes[label] for label in detections.labels.tolist()]
+    triples = zip(names, detections.scores.tolist(), detections.boxes_xyxy.tolist(), strict=True)
+    return [
+        {"label": name, "score": score, "box_xyxy": [round(edge, 2) for edge in box]} for name, score, box in triples
+    ]
+
+
 class PhotoDetector:
     """The work of `cvlab detect` on a batch of photos: predict, draw, save.
 
@@ -304,11 +313,7 @@ class PhotoDetector:
             files["explained"] = f"images/{photo.label}-{self.diagram}.png"
             image = self._draw_diagram(self.diagram, photo, detections, names)
             self.out.write_bytes(files["explained"], reports_images.png(image))
-        triples = zip(names, detections.scores.tolist(), detections.boxes_xyxy.tolist(), strict=True)
-        objects = [
-            {"label": name, "score": score, "box_xyxy": [round(edge, 2) for edge in box]}
-            for name, score, box in triples
-        ]
+        objects = describe_objects(detections, self.detector.classes)
         if "crop" in self.save:
             for k, thing in enumerate(objects):
                 thing["crop"] = self._save_crop(photo, k + 1, thing["label"], thing["box_xyxy"])

@@ -1,5 +1,6 @@
 """Trials beside each other on this machine, in processes forked from one that has torch loaded."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -7,9 +8,10 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing import connection, forkserver
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from cvlab.runs.interrupt import StopRequest
@@ -47,7 +49,8 @@ def run(next_task: NextTask, limits: Limits, stop: StopRequest) -> Events:
         while True:
             while stop.received is None and len(running) < (limits.workers or 1) and (task := next_task()) is not None:
                 process = context.Process(target=_run, args=(task.trial, dict(os.environ), str(Path.cwd())))
-                process.start()
+                with _without_main_module():
+                    process.start()
                 running[process.sentinel] = (task, process)
             if not running:
                 return
@@ -63,6 +66,17 @@ def run(next_task: NextTask, limits: Limits, stop: StopRequest) -> Events:
         _terminate(running)
         for _, process in running.values():
             process.join()
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide the program that runs: `multiprocessing` would run a script again in each trial, and with it the sweep."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def start_server() -> None:

@@ -1,0 +1,175 @@
+"""cvlab from Python: what the commands do, as functions that return runs; `library_photos` has those on photos.
+
+They write the same run directories and raise the same errors as the commands, print warnings only unless `progress` is
+set, and leave the caller's random numbers and threads as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cvlab.api.handles import Run, RunList
+from cvlab.errors import ConfigError
+from cvlab.runs.find import find_run, runs_root
+
+if TYPE_CHECKING:
+    from cvlab.config.loading import Loaded
+
+StrPath = str | PathLike[str]
+Overrides = Mapping[str, Any] | Iterable[str] | None
+
+
+def train(
+    config: StrPath | Mapping[str, Any],
+    overrides: Overrides = None,
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    download: bool = False,
+    offline: bool = False,
+    fallback: bool = True,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Run a configuration of any experiment, as `cvlab train` does.
+
+    A run whose expectations fail is returned as well, with the status `expectations_failed`; `Run.raise_for_status`
+    raises ExpectationError then. An interrupt (Ctrl-C, or a notebook's stop button) ends the run with a checkpoint and
+    raises StoppedError; `cvlab.load_run("latest").resume()` continues it.
+
+    Args:
+        config: Name of a shipped configuration, a YAML file, a run, or a dictionary with the content of such a file.
+        overrides: Values by dotted key, `{"optimizer.lr": 1e-2}`, or texts `key=value`.
+        seed: Seed of initialization, data order and augmentation.
+        device: auto, cpu, cuda, cuda:N or mps.
+        runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
+        download: Wait for the download of a data set that is not on the disk, no matter how long it takes.
+        offline: Do not access the network.
+        fallback: Use the fallback data set, with a warning, if the data set cannot be had quickly.
+        trust: Run the Python files of a run directory that was not made on this machine.
+        progress: Show messages and a progress bar.
+
+    Raises:
+        ConfigError: The configuration is invalid; `further_errors` are the other problems of it.
+        DataError: The data set is missing.
+        CvlabError: The run fails or is interrupted; `run` is its directory.
+    """
+    from cvlab.api import run
+    from cvlab.api.session import library_call
+    from cvlab.data.resolve import DownloadPolicy
+
+    policy = DownloadPolicy(offline, download, not fallback)
+    loaded = _load(config, overrides, {"seed": seed, "device": device}, trust)
+    with library_call(progress):
+        return Run(run.start(loaded, policy, root_of(runs_dir))["run"])
+
+
+def sweep(
+    config: StrPath,
+    overrides: Overrides = None,
+    *,
+    workers: int | None = None,
+    fresh: bool = False,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    download: bool = False,
+    offline: bool = False,
+    fallback: bool = True,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Run a grid or search over configurations, as `cvlab sweep` does: an interrupted one is resumed.
+
+    Args:
+        config: A sweep, or any other configuration, which becomes its base.
+        overrides: Axes and other keys: `{"grid.optimizer.lr": [1e-3, 1e-2], "seeds": [0, 1], "base.reg": 0}`.
+        workers: Number of trials at a time.
+        fresh: Start anew even if the same sweep was interrupted.
+        device: Device of the trials.
+        runs_dir: See `train`.
+        download: See `train`.
+        offline: See `train`.
+        fallback: See `train`.
+        trust: See `train`.
+        progress: Show messages and a progress bar.
+
+    Raises:
+        CvlabError: As `train`.
+    """
+    from cvlab.api import sweep as api_sweep
+    from cvlab.api.session import library_call
+    from cvlab.config.overrides import to_texts
+    from cvlab.data.resolve import DownloadPolicy
+    from cvlab.runs.trust import require_trust_of
+    from cvlab.sweeps.experiment import load_sweep
+
+    require_trust_of(fspath(config), trust)
+    loaded = load_sweep(fspath(config), [*to_texts(overrides), *not_none({"base.device": device, "workers": workers})])
+    with library_call(progress):
+        result = api_sweep.start(loaded, DownloadPolicy(offline, download, not fallback), root_of(runs_dir), fresh)
+    return Run(result["run"])
+
+
+def load_run(reference: StrPath = "latest", *, runs_dir: StrPath | None = None, trust: bool = False) -> Run:
+    """Return a run of the disk.
+
+    Args:
+        reference: A run directory, `latest`, or part of a run's name.
+        runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
+        trust: Run its Python files although they were not made on this machine.
+
+    Raises:
+        RunDirError: There is no such run, or several match.
+    """
+    return Run(find_run(fspath(reference), root_of(runs_dir)), trust)
+
+
+def runs(*, runs_dir: StrPath | None = None) -> RunList:
+    """Return the runs on the disk, oldest first.
+
+    Args:
+        runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
+
+    Raises:
+        RunDirError: `runs_dir` is not a folder.
+    """
+    from cvlab.reports import index
+
+    root = root_of(runs_dir)
+    return RunList(root, index.runs(root))
+
+
+def root_of(runs_dir: StrPath | None) -> Path:
+    """Return the folder of the runs; None: $CVLAB_RUNS or ./runs."""
+    return runs_root(fspath(runs_dir) if runs_dir is not None else None)
+
+
+def not_none(values: Mapping[str, Any]) -> list[str]:
+    """Return the values that are not None as overrides."""
+    from cvlab.config.overrides import to_texts
+
+    return to_texts({key: value for key, value in values.items() if value is not None})
+
+
+def _load(
+    config: StrPath | Mapping[str, Any], overrides: Overrides, values: Mapping[str, Any], is_trusted: bool
+) -> Loaded:
+    """Return a configuration, given by name, as a file, as a run or as a dictionary, with overrides."""
+    from cvlab.config import loading
+    from cvlab.config.overrides import to_plain, to_texts
+    from cvlab.config.strict_yaml import Document
+    from cvlab.runs.trust import require_trust_of
+
+    texts = [*to_texts(overrides), *not_none(values)]
+    if isinstance(config, Mapping):
+        value = to_plain(config, "configuration")
+        source = Path.cwd() / f"{value.get('name') or value.get('experiment') or 'run'}.yaml"
+        return loading.load_document(Document(value, {}, "configuration"), source, texts)
+    if not isinstance(config, (str, PathLike)):
+        raise ConfigError(f"{type(config).__name__} is no configuration", "give a name, a path or a dictionary")
+    require_trust_of(fspath(config), is_trusted)
+    return loading.load(fspath(config), texts)

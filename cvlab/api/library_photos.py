@@ -1,0 +1,383 @@
+"""cvlab from Python: the commands on photos, as functions that return runs; see `library`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal
+
+from cvlab.api import photos as api_photos
+from cvlab.api.handles import Run
+from cvlab.api.library import Overrides, StrPath, root_of
+from cvlab.errors import ConfigError, RunDirError
+from cvlab.runs.find import find_run
+
+Photos = StrPath | Sequence[StrPath]
+
+
+def classify(
+    photos: Photos,
+    *,
+    top: int | None = None,
+    model: StrPath | None = None,
+    weights: StrPath | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Classify photos: `classify("cat.jpg").results[0]["label"]`.
+
+    Args:
+        photos: Files, folders or patterns; `sample` is a bundled photo. A photo that cannot be read is a result with
+            an `error`, and a warning.
+        top: Number of classes to list.
+        model: A pretrained model, or a run of a classifier.
+        weights: File with the model's weights.
+        overrides: Other keys of the experiment.
+        device: auto, cpu, cuda, cuda:N or mps.
+        runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
+        trust: Run the Python files of a run that was not made on this machine.
+        progress: Show messages and a progress bar.
+
+    Raises:
+        DataError: No photo can be read.
+        CvlabError: As `train`.
+    """
+    values = {"images": _photos(photos, overrides), "top": top, **_model(model, weights, runs_dir, trust)}
+    return _run_photos("classify_photos", values, overrides, device, runs_dir, progress)
+
+
+def saliency(
+    photos: Photos,
+    *,
+    target: str | int | None = None,
+    objective: Literal["score", "loss"] | None = None,
+    method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] | None = None,
+    model: StrPath | None = None,
+    weights: StrPath | None = None,
+    seed: int | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Show which pixels a prediction depends on.
+
+    Args:
+        photos: See `classify`.
+        target: Class to explain, by name or index; None for the predicted one.
+        objective: Explain the score of the class, or its loss.
+        method: How.
+        model: See `classify`.
+        weights: See `classify`.
+        seed: Of the noise of `smoothgrad`.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        trust: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    values = {"images": _photos(photos, overrides), "target": target, "objective": objective, "method": method}
+    values |= {"seed": seed, **_model(model, weights, runs_dir, trust)}
+    return _run_photos("saliency", values, overrides, device, runs_dir, progress)
+
+
+def attack(
+    photos: Photos,
+    *,
+    target: str | int | None = None,
+    method: Literal["l2", "fgsm", "pgd"] | None = None,
+    eps: float | None = None,
+    size: Literal["original", "model"] | None = None,
+    then: Literal["saliency"] | None = None,
+    model: StrPath | None = None,
+    weights: StrPath | None = None,
+    seed: int | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Change the prediction for photos imperceptibly; `Run.raise_for_status` raises if it was changed for none.
+
+    Args:
+        photos: See `classify`.
+        target: Class that is to be predicted, by name or index; None for any but the predicted one.
+        method: How.
+        eps: fgsm, pgd: largest change of a pixel, in 1/255.
+        size: Attack the photo as it is, or first reduce it to the model's input size.
+        then: `saliency`: also explain the attacked photos.
+        model: See `classify`.
+        weights: See `classify`.
+        seed: Of the random start of `pgd`.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        trust: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    values = {"images": _photos(photos, overrides), "target": target, "method": method, "eps": eps, "size": size}
+    values |= {"then": then, "seed": seed, **_model(model, weights, runs_dir, trust)}
+    return _run_photos("attack", values, overrides, device, runs_dir, progress)
+
+
+def classvis(
+    targets: str | int | Sequence[str | int],
+    *,
+    init: Literal["noise", "image"] | None = None,
+    photo: StrPath | None = None,
+    steps: int | None = None,
+    model: StrPath | None = None,
+    weights: StrPath | None = None,
+    seed: int | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Generate images that maximize the score of a class.
+
+    Args:
+        targets: Classes, by name or index; one image for each.
+        init: Start from noise, or from `photo`.
+        photo: With `init="image"`, the photo to start from.
+        steps: Optimization steps.
+        model: See `classify`.
+        weights: See `classify`.
+        seed: Of the noise and the random transforms.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        trust: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    classes = [targets] if isinstance(targets, (str, int)) else list(targets)
+    images = _photos(photo, overrides) if photo is not None else None
+    values = {"targets": [str(name) for name in classes], "images": images, "init": init, "steps": steps}
+    values |= {"seed": seed, **_model(model, weights, runs_dir, trust)}
+    return _run_photos("class_visualization", values, overrides, device, runs_dir, progress)
+
+
+def style(
+    photo: StrPath,
+    styles: Photos,
+    *,
+    strength: float | None = None,
+    size: int | None = None,
+    preset: str | None = None,
+    keep_colors: bool | None = None,
+    init: Literal["content", "noise"] | None = None,
+    mix: Sequence[float] | None = None,
+    masks: Sequence[StrPath] | None = None,
+    style_masks: Sequence[StrPath] | None = None,
+    model: StrPath | None = None,
+    weights: StrPath | None = None,
+    seed: int | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Transfer the style of one or more images to a photo.
+
+    Args:
+        photo: The photo; `sample` is a bundled one.
+        styles: The style images; `whirls` is a bundled one.
+        strength: Factor of the style loss.
+        size: Longer side of the result in pixels.
+        preset: `painting`, or NAME of a shipped configuration `style_NAME`.
+        keep_colors: Keep the colors of the photo.
+        init: Start from the photo, or from noise.
+        mix: Weights of the styles.
+        masks: Images that are white where a style applies; one per style.
+        style_masks: Images that are white where the style is taken from; one per mask.
+        model: See `classify`.
+        weights: See `classify`.
+        seed: Of the noise.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        trust: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    content, paintings = _paths(photo), _paths(styles)
+    where, style_where = _paths(masks or ()), _paths(style_masks or ())
+    api_photos.require_style_images([*content, *paintings], [*where, *style_where])
+    values: dict[str, Any] = {
+        "content": content[0],
+        "styles": paintings,
+        "strength": strength,
+        "size": size,
+        "init": init,
+    }
+    values |= {"masks": where or None, "style_masks": style_where or None}
+    values |= {"keep_colors": keep_colors, "mix": mix, "seed": seed, **_model(model, weights, runs_dir, trust)}
+    return _run_photos(api_photos.style_config(preset), values, overrides, device, runs_dir, progress)
+
+
+def detect(
+    photos: Photos = (),
+    *,
+    model: Literal["auto", "yolo", "faster_rcnn", "yolov3_tiny"] | None = None,
+    weights: StrPath | None = None,
+    source: StrPath | int | None = None,
+    classes: str | Sequence[str] | None = None,
+    tile: int | Literal["auto"] | None = None,
+    conf: float | None = None,
+    iou: float | None = None,
+    explain: Literal["grid", "anchors", "targets", "proposals"] | None = None,
+    save: Sequence[Literal["json", "coco", "csv", "txt", "xml", "crop"]] | None = None,
+    every: int | None = None,
+    max_frames: int | None = None,
+    track: bool | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    progress: bool = False,
+) -> Run:
+    """Detect objects in photos or a video: `detect("street.jpg").results[0]["objects"]`.
+
+    Args:
+        photos: See `classify`; without photos and video the detector is evaluated on its validation split.
+        model: Which detector.
+        weights: A run of a detector, or a file with weights.
+        source: A video file, or the number of a camera, in place of photos.
+        classes: Classes to detect; None for all.
+        tile: Also detect on tiles of this side in pixels, or `auto`.
+        conf: Score threshold; None for one that suits the weights.
+        iou: IoU threshold of non-maximum suppression.
+        explain: Also draw the grid, anchors or targets of YOLO, or the proposals of the first stage.
+        save: Formats in which all boxes are also written; `crop`: each detection as an image.
+        every: With `source`, detect in every N-th frame.
+        max_frames: With `source`, stop after N of these frames.
+        track: With `source`, one id for an object in all frames.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    from cvlab.data import photo_paths
+
+    images = _paths(photos)
+    photo_paths.require_any(images)
+    values: dict[str, Any] = {
+        "images": images,
+        "model": model,
+        "weights": _run_or_file(weights, runs_dir),
+        "tile": tile,
+        "conf": conf,
+    }
+    values |= {"source": source, "classes": [classes] if isinstance(classes, str) else classes, "iou": iou}
+    values |= {"explain": explain, "save": save, "every": every, "max_frames": max_frames, "track": track}
+    return _run_photos("detect", values, overrides, device, runs_dir, progress)
+
+
+def caption(
+    photos: Photos,
+    *,
+    weights: StrPath | None = None,
+    beam: int | None = None,
+    attention: bool | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    progress: bool = False,
+) -> Run:
+    """Describe photos in a sentence: `caption("dog.jpg").results[0]["sentence"]`.
+
+    Args:
+        photos: See `classify`.
+        weights: A run of a captioner, or a file with weights.
+        beam: Beam width; 1 is greedy decoding.
+        attention: Also draw the attention of each word.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    values = {"images": _photos(photos, overrides), "weights": _run_or_file(weights, runs_dir), "beam": beam}
+    return _run_photos("caption", values | {"attention": attention}, overrides, device, runs_dir, progress)
+
+
+def _paths(photos: Photos) -> list[str]:
+    """Return one path, or a sequence of them, as texts. ConfigError for anything else."""
+    each = [photos] if isinstance(photos, (str, PathLike)) else photos
+    is_sequence = isinstance(each, Sequence) and not isinstance(each, bytes)
+    if not is_sequence or not all(isinstance(path, (str, PathLike)) for path in each):
+        first = next((item for item in each if not isinstance(item, (str, PathLike))), each) if is_sequence else each
+        raise ConfigError(
+            f"{type(first).__name__} is no path of a photo", "save the image, or use `predict` of a run for images"
+        )
+    return [fspath(path) for path in each]
+
+
+def _photos(photos: Photos, overrides: Overrides) -> list[str] | None:
+    """Return the paths of photos, None if overrides have them. Raises an error if none is named, or none exists."""
+    from cvlab.config.overrides import to_texts
+
+    paths = _paths(photos)
+    api_photos.require_photos(paths, to_texts(overrides))
+    return paths or None
+
+
+def _model(
+    model: StrPath | None, weights: StrPath | None, runs_dir: StrPath | None, is_trusted: bool
+) -> dict[str, Any]:
+    """Return the keys of a pretrained model, or of a run of a classifier."""
+    name = fspath(model) if model is not None else None
+    return {"model": api_photos.resolve_model(name, root_of(runs_dir), is_trusted), "weights": weights}
+
+
+def _run_or_file(weights: StrPath | None, runs_dir: StrPath | None) -> str | None:
+    """Return weights that are given as a run of `runs_dir`, or as a file, in a way that a configuration takes."""
+    if weights is None:
+        return None
+    name = fspath(weights)
+    if runs_dir is None or Path(name).exists():
+        return name
+    try:
+        return str(find_run(name, root_of(runs_dir)))
+    except RunDirError:
+        return name
+
+
+def _run_photos(
+    name: str,
+    values: Mapping[str, Any],
+    overrides: Overrides,
+    device: str | None,
+    runs_dir: StrPath | None,
+    progress: bool,
+) -> Run:
+    """Run a shipped configuration on photos."""
+    from cvlab.api.session import library_call
+    from cvlab.config.overrides import to_texts
+
+    loaded = api_photos.load(name, {**values, "device": device}, to_texts(overrides))
+    with library_call(progress):
+        return Run(api_photos.start(loaded, root_of(runs_dir))["run"])

@@ -1,0 +1,89 @@
+"""The verbs on photos: each runs its shipped configuration with the keys that the caller changes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cvlab import registry
+from cvlab.api import run
+from cvlab.config import loading
+from cvlab.config.overrides import to_texts
+from cvlab.data import photo_paths
+from cvlab.data.resolve import DownloadPolicy
+from cvlab.errors import ConfigError
+from cvlab.experiments.common import run_classifier
+from cvlab.runs import trust
+
+STYLE = "style"  # the configuration, and what the names of its presets begin with
+Values = dict[str, Any]  # of configuration keys; None: not given
+
+
+def load(name: str, values: Mapping[str, Any], overrides: Sequence[str]) -> loading.Loaded:
+    """Return a shipped configuration with `values` of its keys, those that are None left out, and overrides.
+
+    The expectations of the shipped configuration are those of its own photos, so they are left out.
+
+    Raises:
+        ConfigError: With all problems.
+    """
+    texts = to_texts({key: value for key, value in values.items() if value is not None})
+    path = loading.shipped_folder() / f"{name}.yaml"
+    # the shipped attack has a target class
+    without_target = ["target=null"] if name == "attack" and values.get("target") is None else []
+    return loading.load(str(path), ["expect=[]", *without_target, *texts, *overrides])
+
+
+def start(loaded: loading.Loaded, root: Path) -> run.Result:
+    """Run such a configuration in a new run directory below `root`; see `api.run.start`."""
+    return run.start(loaded, DownloadPolicy(True, False, False), root)
+
+
+def require_photos(images: Sequence[str], overrides: Sequence[str]) -> None:
+    """Raise ConfigError unless a photo is named, DataError if none of those that are named exists."""
+    if not images and not any(text.startswith("images=") for text in overrides):
+        raise ConfigError("no photo is named", "give files, folders or patterns, or `sample` for a bundled photo")
+    photo_paths.require_any(images)
+
+
+def require_style_images(images: Sequence[str], masks: Sequence[str]) -> None:
+    """Raise ConfigError unless a photo and a style image are named, DataError if one of the files does not exist."""
+    if len(images) < 2:
+        missing = "photo is named" if not images else "style is named"
+        raise ConfigError(f"no {missing}", "`cvlab style photo.jpg painting.jpg`; `sample` and `whirls` are bundled")
+    photo_paths.require_all([*images, *masks])
+
+
+def resolve_model(model: str | None, root: Path, is_trusted: bool) -> str | None:
+    """Return the name of a pretrained model, or the absolute path of the run below `root` that is meant.
+
+    Raises:
+        ConfigError: The model is unknown.
+        RunDirError: It is a run with code of others that is not trusted.
+    """
+    if model is None:
+        return None
+    name = run_classifier.resolve_model(model, root)
+    if run_classifier.is_run_of_classifier(name):
+        trust.require_trust_of(name, is_trusted)
+    return name
+
+
+def style_config(preset: str | None) -> str:
+    """Return the name of the shipped configuration of a preset of `style`. ConfigError if there is no such preset."""
+    presets = {name.removeprefix(f"{STYLE}_"): name for name in loading.shipped_names() if name.startswith(f"{STYLE}_")}
+    presets = {"painting": STYLE, **presets}
+    if preset is not None and preset not in presets:
+        raise registry.unknown_name_error("preset", preset, presets)
+    return presets[preset or "painting"]
+
+
+def attack_failure(result: Mapping[str, Any]) -> str:
+    """Return the message of an attack that changed the prediction of no photo; "" if it changed one, or had none to."""
+    metrics = result["metrics"]
+    if not metrics["num_attacked"] or metrics["success_rate"] > 0:
+        return ""
+    attacked = [row for row in result["results"] if "error" not in row and not row["already"]]
+    photos = "the photo" if len(attacked) == 1 else f"any of the {len(attacked)} photos"
+    best = max((row["target_after"] for row in attacked if "target_after" in row), default=None)
+    target = f" to {attacked[0]['target']!r} (highest probability {best:.2f})" if best is not None else ""
+    return f"the attack did not change the prediction for {photos}{target}; try more steps, or a larger lr or --eps"
