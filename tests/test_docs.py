@@ -295,7 +295,8 @@ def test_environment_variables_of_the_code_are_in_the_reference():
 
 def test_every_page_is_in_the_navigation():
     entries = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
-    assert sorted(entries) == sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("**/*.md"))
+    files = [*DOCS.glob("**/*.md"), *(path.with_suffix(".md") for path in DOCS.glob("notebooks/*.ipynb"))]
+    assert sorted(entries) == sorted(str(path.relative_to(DOCS)) for path in files)
 
 
 class TestCollectResults:
