@@ -345,3 +345,30 @@ def test_a_run_without_checkpoint_has_no_model(trained, tmp_path):
         (tmp_path / name).write_bytes((trained.path / name).read_bytes())
     with pytest.raises(CheckpointError):
         cvlab.load_run(tmp_path).model()
+
+
+def test_a_notebook_has_a_progress_bar_in_its_output(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from cvlab import console
+
+    outputs = []
+
+    def display(html, display_id):
+        outputs.append(html)
+        return SimpleNamespace(update=outputs.append)
+
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display, HTML=str))
+    with console.Progress("<train>", 10) as progress:
+        progress.update(4, "loss 2")
+    assert 'value="0"' in outputs[0]
+    assert 'value="4" max="10"></progress> &lt;train&gt; 4/10  loss 2' in outputs[1]
+    assert "10/10" in outputs[-1]
+    console.info("a line")
+    console.info("warning: a problem")
+    assert capsys.readouterr() == ("a line\n", "warning: a problem\n")
+    with console.shown(False), console.Progress("hidden", 10):
+        pass
+    assert not any("hidden" in html for html in outputs)
