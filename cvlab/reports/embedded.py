@@ -61,7 +61,7 @@ class ImageGroups:
 
     Args:
         path: The run directory.
-        max_images: Maximum number of images.
+        max_images: Maximum number of images; None: MAX_IMAGES.
         max_px: Longest side to which they are reduced.
 
     Attributes:
@@ -69,8 +69,9 @@ class ImageGroups:
         num_omitted: Number of images that were left out.
     """
 
-    def __init__(self, path: Path, max_images: int = MAX_IMAGES, max_px: int = MAX_PX) -> None:
-        self._path, self._max_images, self._max_px = path, max_images, max_px
+    def __init__(self, path: Path, max_images: int | None = None, max_px: int = MAX_PX) -> None:
+        self._path, self._max_px = path, max_px
+        self._max_images = MAX_IMAGES if max_images is None else max_images
         self._names: set[str] = set()
         self._digests: set[bytes] = set()
         self.groups: list[ImageGroup] = []
