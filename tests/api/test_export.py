@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from cvlab import registry
-from cvlab.api import evaluate, export
+from cvlab.api import export
 from cvlab.config import loading
 from cvlab.errors import CheckpointError
 from cvlab.ops import nms
+from cvlab.runs import checkpoint
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="no onnx"
@@ -37,7 +38,7 @@ def trained(cvlab):
 
 def net_of(run):
     chosen = loading.load(str(run), ["device=cpu", "precision=float32"]).config
-    made = registry.get_experiment(chosen.experiment).export_spec(chosen, run, evaluate.load_state(run, "last"))
+    made = registry.get_experiment(chosen.experiment).export_spec(chosen, run, checkpoint.load_of_run(run, "last"))
     return made, made.model.eval()
 
 
