@@ -20,13 +20,15 @@ SLOW = (
 TRAIN = ("train", "quickstart", "duration={steps: 2}", "data.num_train=100", "batch_size=20", "evaluate_test=false")
 COMMANDS = {  # with the packages that are allowed beside torch
     ("classify", "sample"): (),
-    ("detect", "sample"): ("matplotlib",),
+    ("detect", "sample"): (),
     ("caption", "sample"): (),
-    ("saliency", "sample"): ("matplotlib",),
+    ("saliency", "sample"): (),
+    ("attack", "sample"): (),
+    ("classvis", "--target", "gorilla", "steps=1"): ("matplotlib",),
     ("embed", "sample", "--out", "features.npz"): (),
     (*TRAIN, "expect=[]"): ("matplotlib",),
 }
-WITHOUT_TORCH = (("--help",), ("config", "cifar_bn"), ("runs",))
+WITHOUT_TORCH = (("--help",), ("config", "cifar_bn"), ("runs",), ("show", "latest"))
 CODE = f"""
 import json, os, sys
 first, *commands = json.loads(sys.argv[1])
@@ -64,5 +66,6 @@ def test_commands_that_compute_import_no_slow_package(tmp_path, data_root):
 
 
 def test_commands_that_only_list_import_no_torch(tmp_path, data_root):
+    imports_of("torch", [("classify", "sample")], tmp_path, data_root)  # the run that is shown
     lines = imports_of("", WITHOUT_TORCH, tmp_path, data_root)
     assert lines == [[0, []]] * len(WITHOUT_TORCH)

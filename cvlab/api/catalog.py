@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import console, registry
-from cvlab.config import loading
 from cvlab.data import datasets
 from cvlab.errors import DataError
 from cvlab.reports import compare
@@ -22,6 +21,8 @@ def show(path: Path) -> Row:
 
 def shipped() -> list[Row]:
     """Return the shipped configurations with the first line of their header."""
+    from cvlab.config import loading
+
     rows = []
     for name in loading.shipped_names():
         text = (loading.shipped_folder() / f"{name}.yaml").read_text()

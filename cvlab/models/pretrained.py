@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cvlab import registry
 from cvlab.data import imagenet, photos
@@ -122,6 +123,19 @@ class PretrainedClassifier:
         raise ConfigError(f"no class {name!r}", f"did you mean {close!r}?" if close else known)
 
 
+class _WithoutInit(TorchFunctionMode):
+    """Skips the random initialization of layers whose weights are loaded afterwards."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch; those of `torch.nn.init` return their tensor as it is."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 @functools.lru_cache(maxsize=1)
 def build(
     name: str = DEFAULT_MODEL, weights_file: str | None = None, device: torch.device | str = "cpu"
@@ -144,7 +158,7 @@ def build(
     """
     check_name(name)
     prefix, _, rest = name.partition(":")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _WithoutInit():
         if name in BY_PIP:
             model: nn.Module = EfficientNetLite(name)
         elif name == NANODET:
@@ -154,10 +168,14 @@ def build(
         else:
             extra = {"init_weights": False} if rest in ("googlenet", "inception_v3") else {}
             model = zoo.build_torchvision(rest, num_classes=imagenet.NUM_CLASSES, **extra)
-        about = preprocessing(name)
-        load_weights(model, name, weights_file)
+    about = preprocessing(name)
+    load_weights(model, name, weights_file)
     transform = about.transform
-    model = fold_batchnorm(model.eval().requires_grad_(False), transform.size_px)
+    model.eval().requires_grad_(False)
+    if name in BY_PIP or name == NANODET:  # whose modules are registered in the order in which they are called
+        _fold_in_place(model)
+    else:
+        model = fold_batchnorm(model, transform.size_px)
     wrapped = NormalizedModel(model, about.mean, about.std).eval()
     wrapped = wrapped.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return PretrainedClassifier(name, wrapped, transform, _classes(model, transform.size_px))
@@ -264,18 +282,24 @@ def fold_batchnorm(model: nn.Module, size_px: int) -> nn.Module:
         A folded copy, or the model itself if the logits of the copy differ.
     """
     folded = copy.deepcopy(model)
-    for module in list(folded.modules()):
+    _fold_in_place(folded)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, size_px, size_px, generator=generator)
+    logits, folded_logits = model(image), folded(image)
+    is_same = bool((logits - folded_logits).abs().max() <= FOLDED_TOLERANCE * logits.abs().max())
+    return folded if is_same else model
+
+
+@torch.no_grad()
+def _fold_in_place(model: nn.Module) -> None:
+    """Fold each batch normalization that is registered right after a convolution."""
+    for module in list(model.modules()):
         previous: nn.Module | None = None
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d) and _is_foldable(previous, child):
                 _fold(previous, child)
                 setattr(module, name, getattr(child, "act", nn.Identity()))  # timm's has its activation inside
             previous = child
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, size_px, size_px, generator=generator)
-    logits, folded_logits = model(image), folded(image)
-    is_same = bool((logits - folded_logits).abs().max() <= FOLDED_TOLERANCE * logits.abs().max())
-    return folded if is_same else model
 
 
 def _is_foldable(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:

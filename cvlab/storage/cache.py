@@ -13,8 +13,11 @@ from cvlab.storage import atomic
 def data_root() -> Path:
     """Return the folder of data sets and weights: $CVLAB_DATA, else `cvlab` in the user's cache directory."""
     folder = os.environ.get("CVLAB_DATA")
-    if folder:
-        return Path(folder)
+    return Path(folder) if folder else user_cache()
+
+
+def user_cache() -> Path:
+    """Return `cvlab` in the user's cache directory. RuntimeError if the user has no home directory."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "cvlab"
 

@@ -9,7 +9,8 @@ from torch import nn
 from cvlab import _compat
 from cvlab.data import imagenet, photo_paths, photos
 from cvlab.errors import ConfigError, DataError
-from cvlab.models import names, pretrained, weights
+from cvlab.models import names, nanodet, pretrained, weights
+from cvlab.models.efficientnet import EfficientNetLite
 from cvlab.storage import download
 from tests.fake_cifar import send, server
 from tests.models.random_models import random_model
@@ -46,6 +47,18 @@ def test_folded_batchnorm_keeps_the_logits():
     assert not any(isinstance(part, nn.BatchNorm2d) for part in small.modules())
     x = torch.rand(2, 3, 224, 224)
     torch.testing.assert_close(small(x), original(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", names.NANODET])
+def test_folding_keeps_the_logits_of_bundled_networks(name):
+    pretrained.build.cache_clear()
+    folded = pretrained.build(name).module.model
+    whole = EfficientNetLite(name) if name in names.BY_PIP else nanodet.CspBackbone()
+    pretrained.load_weights(whole, name)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    x = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(x), whole.eval()(x), rtol=1e-3, atol=1e-3)
 
 
 def test_folding_is_skipped_if_it_changes_the_logits():

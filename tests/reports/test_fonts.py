@@ -69,3 +69,9 @@ def test_the_width_is_that_of_the_ink():
     bottom = np.flatnonzero(drawn("ÅÄgjpqy").any(1))
     assert bottom[0] >= 10
     assert bottom[-1] < 10 + fonts.line_px(PX)
+
+
+def test_characters_of_the_bundled_font_are_those_that_matplotlib_reads():
+    ft2font = pytest.importorskip("matplotlib.ft2font")
+    path = fonts.bundled_path()
+    assert fonts._characters(path) == frozenset(ft2font.FT2Font(str(path)).get_charmap())

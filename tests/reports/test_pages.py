@@ -442,3 +442,22 @@ class TestServer:
     def test_a_port_that_is_taken(self, root):
         with serve.Server(root, 0) as server, pytest.raises(serve.RunDirError, match="--port"):
             serve.serve(root, server.server_port, lambda address: None)
+
+
+def test_compiled_templates_are_stored_for_this_user_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert html._bytecode_cache() is not None
+    folder = tmp_path / "cvlab" / "pages"
+    assert folder.stat().st_mode & 0o077 == 0
+    folder.chmod(0o777)
+    assert html._bytecode_cache() is None
+
+
+def test_pages_are_written_if_compiled_templates_cannot_be_stored(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    html._templates.cache_clear()
+    html._templates()
+    (tmp_path / "cvlab" / "pages").rmdir()
+    html._templates().get_template("index.html")  # compiles it
+    assert not (tmp_path / "cvlab" / "pages").exists()
+    html._templates.cache_clear()
