@@ -6,7 +6,7 @@ from typing import Any
 from cvlab import console, registry
 from cvlab.data import datasets
 from cvlab.errors import DataError
-from cvlab.reports import compare
+from cvlab.runs.find import read_config
 from cvlab.storage.cache import data_root
 
 Row = dict[str, Any]
@@ -16,7 +16,7 @@ def show(path: Path) -> Row:
     """Return one run: status, configuration, metrics, expectations, files."""
     from cvlab.api import run
 
-    return {**run.result(path), "ok": True, "config": compare.read_config(path)}
+    return {**run.result(path), "ok": True, "config": read_config(path)}
 
 
 def shipped() -> list[Row]:

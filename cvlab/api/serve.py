@@ -43,8 +43,9 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 4 * MAX_THREADS  # the default of 5 delays a burst of connections by seconds
 
-    def __init__(self, root: Path, port: int) -> None:
+    def __init__(self, root: Path, port: int, query: str = "") -> None:
         self.root = root
+        self.query = query
         self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
         self._list_lock = threading.Lock()
         self._list: tuple[float, str] | None = None
@@ -70,7 +71,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Return the list of runs, which is built at most once in LIST_SECONDS."""
         with self._list_lock:
             if self._list is None or time.monotonic() - self._list[0] >= LIST_SECONDS:
-                rows, links = index.runs(self.root), {"link": "/{name}/", "compare_link": f"/{COMPARE}"}
+                rows, links = index.runs(self.root, self.query), {"link": "/{name}/", "compare_link": f"/{COMPARE}"}
                 page = html.index_page(rows, refresh=REFRESH_SECONDS, root=self.root, **links)
                 self._list = (time.monotonic(), page)
             return self._list[1]
@@ -146,19 +147,22 @@ def _page(root: Path, name: str, compared: Sequence[str]) -> str | None:
     return html.run_page(path, links, refresh=REFRESH_SECONDS if is_running else None)
 
 
-def serve(root: Path, port: int, ready: Callable[[str], None]) -> None:
-    """Serve pages about all runs until Ctrl-C.
+def serve(root: Path, port: int, ready: Callable[[str], None], query: str = "") -> None:
+    """Serve pages about runs until Ctrl-C.
 
     Args:
         root: The folder of the runs.
         port: The port; 0 for any free one.
         ready: Called with the server's address when it listens.
+        query: Which runs the list shows; empty for all.
 
     Raises:
+        ConfigError: If the query is not valid.
         RunDirError: If the port is taken.
     """
+    index.runs(root, query)
     try:
-        server = Server(root, port)
+        server = Server(root, port, query)
     except (OSError, OverflowError) as error:
         raise RunDirError(f"port {port}: {error}", "choose another one with --port; 0 takes any free one") from error
     with server:

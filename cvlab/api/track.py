@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from cvlab import registry
 from cvlab.errors import ConfigError
-from cvlab.reports import compare, curves
+from cvlab.reports import curves
+from cvlab.runs.find import read_config
 from cvlab.runs.records import Row, read_metrics, read_status, read_summary, require_folder
 
 POLL_SECONDS = 1.0
@@ -144,7 +145,7 @@ def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] 
     if importlib.util.find_spec(tracker_type.package) is None:
         raise ConfigError(f"{kind} is not installed", f"pip install -e '.[{tracker_type.extra}]'")
     require_folder(require_folder(path / FOLDER) / "tensorboard")
-    tracker: Tracker = tracker_type(path, compare.read_config(path))
+    tracker: Tracker = tracker_type(path, read_config(path))
     last = 0
     try:
         for last, metrics in _rows(path, follow, sleep):

@@ -45,3 +45,17 @@ class CommandGroup(typer.core.TyperGroup):
         if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             raise unknown_name_error("command", args[0], self.list_commands(ctx), f"{ctx.command_path} --help")
         return super().resolve_command(ctx, args)
+
+
+class RunsGroup(CommandGroup):
+    """The commands about runs; without a command, `list`: `cvlab runs "status=done"` lists runs."""
+
+    default = "list"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the default command where none is named."""
+        first = args[0] if args else ""
+        is_option_or_query = not args or first.startswith("-") or any(c in first for c in "=<>~")
+        if is_option_or_query and first not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)

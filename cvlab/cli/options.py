@@ -55,6 +55,17 @@ ResumeArgument = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(help="a run directory, `latest`, or part of a run's name", autocompletion=complete_run)
 ]
+RunsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help='runs, each by name or path, or a query such as "status=done val_accuracy>0.7"',
+        autocompletion=complete_run,
+    ),
+]
+QueryArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help='conditions on runs, for example "status=done val_accuracy>0.7 age<2d"; default: all'),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optimizer.lr=1e-2")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="same as the argument key=value")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]

@@ -7,7 +7,16 @@ import typer
 
 from cvlab import console
 from cvlab.cli.groups import RUNS, TRAIN
-from cvlab.cli.options import Output, RunArgument, RunsDir, Trust, complete_run, expand_options, require_trust
+from cvlab.cli.options import (
+    Output,
+    QueryArgument,
+    RunArgument,
+    RunsArgument,
+    RunsDir,
+    Trust,
+    expand_options,
+    require_trust,
+)
 
 app = typer.Typer()
 
@@ -15,7 +24,7 @@ app = typer.Typer()
 @app.command(rich_help_panel=RUNS)
 @expand_options
 def report(
-    runs: Annotated[list[str], typer.Argument(help="one run, or several to compare", autocompletion=complete_run)],
+    runs: RunsArgument,
     out: Annotated[Path | None, typer.Option(help="file to write; default: report.html of the run")] = None,
     runs_dir: RunsDir = None,
     *,
@@ -23,11 +32,12 @@ def report(
 ) -> None:
     """Write an HTML report on a run, or a comparison of several."""
     from cvlab.reports import compare, html
-    from cvlab.runs.find import find_run, runs_root
+    from cvlab.runs import query
+    from cvlab.runs.find import runs_root
     from cvlab.storage import atomic
 
     root = runs_root(runs_dir)
-    paths = [find_run(run, root) for run in runs]
+    paths = query.select(runs, root, query.MAX_SELECTED)
     if len(paths) == 1:
         file = out or paths[0] / html.FILE
         if out is None:
@@ -43,6 +53,7 @@ def report(
 @app.command(rich_help_panel=RUNS)
 @expand_options
 def ui(
+    query: QueryArgument = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8123,
     runs_dir: RunsDir = None,
     *,
@@ -53,7 +64,12 @@ def ui(
     from cvlab.runs.find import runs_root
 
     root = runs_root(runs_dir)
-    serve.serve(root, port, lambda address: console.info(f"{address} shows the runs below {root}; Ctrl-C ends it"))
+    serve.serve(
+        root,
+        port,
+        lambda address: console.info(f"{address} shows the runs below {root}; Ctrl-C ends it"),
+        " ".join(query or []),
+    )
 
 
 @app.command(rich_help_panel=RUNS)

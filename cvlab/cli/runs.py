@@ -1,33 +1,142 @@
-"""The commands about runs on the disk: runs, show, compare."""
+"""The commands about runs on the disk: runs and its subcommands, show, compare."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cvlab.cli.groups import RUNS
-from cvlab.cli.options import Output, RunArgument, RunsDir, complete_run, expand_options
+from cvlab import console
+from cvlab.cli.groups import RUNS, RunsGroup
+from cvlab.cli.options import DryRun, Output, QueryArgument, RunArgument, RunsArgument, RunsDir, expand_options
 
 app = typer.Typer()
+runs_app = typer.Typer(
+    help="List, tag and remove runs. The options of the list, such as --sort and --json: `cvlab runs list --help`.",
+    cls=RunsGroup,
+)
+SHOWN = 200  # of the runs that are listed, without --limit
 
 
-@app.command("runs", rich_help_panel=RUNS)
+@runs_app.command("list")
 @expand_options
 def list_runs(
-    last: Annotated[int, typer.Option(min=1, help="print the newest N runs; --json has all")] = 200,
+    query: QueryArgument = None,
+    sort: Annotated[
+        str | None, typer.Option(help="sort by a key; metrics best first, other keys ascending; default: newest last")
+    ] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="in the opposite order")] = False,
+    columns: Annotated[
+        str | None, typer.Option(help="keys to print, separated by commas: metrics, dotted keys, tags, age, note ...")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="print N runs: the first if sorted, else the newest; default: 200, all with --json"),
+    ] = None,
     runs_dir: RunsDir = None,
     *,
     output: Output,
 ) -> None:
-    """List runs, the newest last."""
+    """List runs, the newest last. This is what `cvlab runs` without a command does."""
     from cvlab.reports import index, tables
     from cvlab.runs.find import runs_root
 
-    rows = index.runs(runs_root(runs_dir))
-    columns = ("run", "status", "experiment", "data", "result")
-    title = f"the newest {last} of {len(rows)} runs; --last {len(rows)} shows all" if len(rows) > last else ""
-    lines = [[row[column] or "-" for column in columns] for row in rows[-last:]]
-    output.show({"ok": True, "runs": rows}, lambda: tables.table(title, columns, lines))
+    keys = tuple(key for key in (columns or "").split(",") if key)
+    shown = limit if limit is not None or output.as_json else SHOWN
+    rows, count = index.sorted_runs(runs_root(runs_dir), " ".join(query or []), keys, sort, reverse, shown)
+    title = f"{len(rows)} of {count} runs; --limit {count} shows all" if count > len(rows) else ""
+    output.show({"ok": True, "count": count, "runs": rows}, lambda: tables.table(title, *index.table_rows(rows, keys)))
+
+
+@runs_app.command("tag")
+@expand_options
+def tag_runs(
+    runs: RunsArgument,
+    add: Annotated[list[str] | None, typer.Option("--add", help="a tag to add; may be repeated")] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", help="a tag to remove; may be repeated")] = None,
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Tag runs, for example `cvlab runs tag latest --add baseline`."""
+    from cvlab.api import runs as api_runs
+    from cvlab.runs.find import runs_root
+
+    result = api_runs.tag(runs_root(runs_dir), runs, add or [], remove or [])
+    output.show(result, lambda: _show_annotations(result))
+
+
+@runs_app.command("note")
+@expand_options
+def note_run(
+    run: RunArgument,
+    text: Annotated[str, typer.Argument(help="the note, which replaces the one before; empty: none")],
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Write a note about a run."""
+    from cvlab.api import runs as api_runs
+    from cvlab.runs.find import runs_root
+
+    result = api_runs.note(runs_root(runs_dir), run, text)
+    output.show(result, lambda: _show_annotations(result))
+
+
+@runs_app.command("star")
+@expand_options
+def star_runs(
+    runs: RunsArgument,
+    remove: Annotated[bool, typer.Option("--remove", help="remove the star")] = False,
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Star runs, so that `cvlab runs starred=true` lists them."""
+    from cvlab.api import runs as api_runs
+    from cvlab.runs.find import runs_root
+
+    result = api_runs.star(runs_root(runs_dir), runs, not remove)
+    output.show(result, lambda: _show_annotations(result))
+
+
+@runs_app.command("rm")
+@expand_options
+def remove_runs(runs: RunsArgument, dry_run: DryRun = False, runs_dir: RunsDir = None, *, output: Output) -> None:
+    """Remove runs. A run in progress and a trial of a sweep are never removed."""
+    from cvlab.api import runs as api_runs
+    from cvlab.runs.find import runs_root
+
+    result = api_runs.remove(runs_root(runs_dir), runs, dry_run)
+    verb = "would be removed" if dry_run else "removed"
+    lines = [f"{row['run']}: {verb}, {api_runs.format_bytes(row['bytes'])}" for row in result["runs"]]
+    lines.append(f"{api_runs.format_bytes(result['bytes'])} {'would be ' if dry_run else ''}freed")
+    output.show(result, lambda: console.show("\n".join(lines)))
+
+
+@runs_app.command("prune")
+@expand_options
+def prune_runs(
+    query: QueryArgument = None, dry_run: DryRun = False, runs_dir: RunsDir = None, *, output: Output
+) -> None:
+    """Remove checkpoints of runs that have ended, all but the best and the last."""
+    from cvlab.api import runs as api_runs
+    from cvlab.runs.find import runs_root
+
+    result = api_runs.prune(runs_root(runs_dir), query or [], dry_run)
+    lines = [
+        f"{row['run']}: skipped: {row['skipped']}"
+        if "skipped" in row
+        else f"{row['run']}: {', '.join(row['removed'])}, {api_runs.format_bytes(row['bytes'])}"
+        for row in result["runs"]
+    ]
+    lines.append(f"{api_runs.format_bytes(result['bytes'])} {'would be ' if dry_run else ''}freed")
+    output.show(result, lambda: console.show("\n".join(lines)))
+
+
+def _show_annotations(result: dict[str, Any]) -> None:
+    for row in result["runs"]:
+        parts = [*(["starred"] if row["starred"] else []), *row["tags"], *([row["note"]] if row["note"] else [])]
+        console.show(f"{row['run']}: {', '.join(parts) or 'nothing noted'}")
 
 
 @app.command("show", rich_help_panel=RUNS)
@@ -50,7 +159,7 @@ def show_run(run: RunArgument, runs_dir: RunsDir = None, *, output: Output) -> N
 @app.command(rich_help_panel=RUNS)
 @expand_options
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="runs to compare", autocompletion=complete_run)],
+    runs: RunsArgument,
     out: Annotated[Path | None, typer.Option(help="write compare.csv, compare.json and compare.png there")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="print CSV on stdout")] = False,
     runs_dir: RunsDir = None,
@@ -61,10 +170,10 @@ def compare(
     from cvlab.api import compare as api_compare
     from cvlab.reports import compare as reports_compare
     from cvlab.reports import tables
-    from cvlab.runs.find import find_run, runs_root
+    from cvlab.runs import query
+    from cvlab.runs.find import runs_root
 
-    root = runs_root(runs_dir)
-    paths = reports_compare.labels([find_run(run, root) for run in runs])
+    paths = reports_compare.labels(query.select(runs, runs_root(runs_dir), query.MAX_SELECTED))
     comparison = {"ok": True, **reports_compare.compare(paths)}
     if out is not None:
         comparison["files"] = api_compare.write_comparison(comparison, paths, out)

@@ -116,3 +116,14 @@ def to_plain(value: Any, key: str) -> Any:
         f"{key}: {kind} cannot be written into a configuration",
         "give numbers, text, lists and dictionaries; your own class by its file, `./my_model.py:MyNet`",
     )
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested blocks into dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(item) if isinstance(item, tuple) else item
+    return flat

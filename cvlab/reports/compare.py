@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cvlab.config import strict_yaml
 from cvlab.reports.tables import csv_cell
-from cvlab.runs.find import config_path
+from cvlab.runs.find import read_config
 from cvlab.runs.records import read_metrics, read_status, read_summary
 
 TIME_STAMP = re.compile(r"^\d{8}-\d{6}-")
@@ -21,23 +20,6 @@ def labels(paths: Sequence[Path]) -> dict[str, Path]:
     short = [TIME_STAMP.sub("", path.name) for path in paths]
     names = short if len(set(short)) == len(set(paths)) else [str(path) for path in paths]
     return dict(zip(names, paths, strict=True))
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested blocks into dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= flatten(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(item) if isinstance(item, tuple) else item
-    return flat
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's configuration with dotted keys; RunDirError if it has none."""
-    value = strict_yaml.read(config_path(path)).value
-    return flatten(value) if isinstance(value, dict) else {}
 
 
 def compare(runs: Mapping[str, Path]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from cvlab.errors import CvlabError
 from cvlab.reports import colors, compare, curves, data_summary, embedded, metrics, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
-from cvlab.runs.records import Row, is_run, pruning_reason, read_json, read_status, read_summary
+from cvlab.runs.find import read_config
+from cvlab.runs.records import Row, is_trial, pruning_reason, read_json, read_status, read_summary
 from cvlab.runs.results import read_columns
 from cvlab.storage import atomic, regular_files
 from cvlab.storage.cache import user_cache
@@ -141,7 +142,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
     """
     links = links or Links(trial=None)
     summary, status, env = read_summary(path), read_status(path), read_json(path / "env.json")
-    config, lines = compare.read_config(path), curves.read(path)
+    config, lines = read_config(path), curves.read(path)
     groups = embedded.ImageGroups(path)
     groups.add_results(summary.get("results", []), read_columns(summary))
     groups.add_rest({metrics.file_name(key) for key in metrics.group(lines)})
@@ -427,8 +428,7 @@ def links_from(file: Path, root: Path) -> Links:
 
 def write_run(path: Path) -> None:
     """Write a run's page and thumbnail into its directory; the page of a trial links to that of its sweep."""
-    is_trial = path.parent.name == "trials" and is_run(path.parent.parent)
-    links = Links(f"../../{FILE}", "sweep") if is_trial else Links(f"../{INDEX}")
+    links = Links(f"../../{FILE}", "sweep") if is_trial(path) else Links(f"../{INDEX}")
     embedded.write_thumbnail(path)
     atomic.write_text(path / FILE, run_page(path, links))
 

@@ -2,17 +2,23 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from cvlab import registry
+from cvlab.config import overrides, strict_yaml
 from cvlab.errors import RunDirError
 from cvlab.runs.records import is_run, read_status
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 
+DIRECTORY = re.compile(r"\d{8}-\d{6}-(.+)-[0-9a-f]{4}")
 LATEST = "latest"  # instead of a run's name
 
 
@@ -43,18 +49,25 @@ def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = Non
                 path.mkdir()
             except FileExistsError:
                 continue
-            _point_latest(root, path)
+            point_latest(root, path)
             return RunDir(path, on_log)
     except OSError as error:
         raise atomic.disk_error(root, error) from error
     raise RunDirError(f"{root}: no free name for a run", "try again")
 
 
-def _point_latest(root: Path, path: Path) -> None:
+def point_latest(root: Path, path: Path) -> None:
+    """Point the link `latest` below `root` to a run, where the file system has links."""
     temporary = root / f".latest-{path.name}"
     with contextlib.suppress(OSError):  # without links the file system only lacks the shortcut
         temporary.symlink_to(path.name)
         temporary.replace(root / "latest")
+
+
+def configured_name(directory: str) -> str:
+    """Return the `name` of the configuration in the name of a run directory, which may be renamed."""
+    match = DIRECTORY.fullmatch(directory)
+    return match[1] if match else directory
 
 
 def config_path(path: Path) -> Path:
@@ -65,6 +78,12 @@ def config_path(path: Path) -> Path:
     if not file.is_file():
         raise RunDirError(f"{path}: has no config.yaml", "it stopped before it was set up; start it again")
     return file
+
+
+def read_config(path: Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """Return a run's configuration with dotted keys; RunDirError if it has none."""
+    value = strict_yaml.read(config_path(path), loader).value
+    return overrides.flatten(value) if isinstance(value, dict) else {}
 
 
 def _is_folder(path: Path) -> bool:
@@ -80,7 +99,8 @@ def list_runs(root: Path) -> list[Path]:
         if root.exists():
             raise RunDirError(f"{root}: not a folder", "name one with --runs-dir")
         return []
-    return sorted(path for path in root.iterdir() if not path.is_symlink() and path.is_dir() and is_run(path))
+    visible = (path for path in root.iterdir() if not path.name.startswith("."))  # a removed run is hidden at first
+    return sorted(path for path in visible if not path.is_symlink() and path.is_dir() and is_run(path))
 
 
 def find_interrupted_run(root: Path) -> Path:

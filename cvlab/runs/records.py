@@ -77,11 +77,17 @@ def read_status(path: Path) -> Row:
     Raises:
         RunDirError: The file is damaged or does not fit `schemas.Status`.
     """
+    status = read_recorded_status(path)
+    if status.get("status") == "running" and not is_held(path):
+        status["status"] = "interrupted"
+    return status
+
+
+def read_recorded_status(path: Path) -> Row:
+    """Return status.json as `read_status` does, but `running` as it was written."""
     status = read_json(path / "status.json")
     if _invalid_key("Status", status) is not None or status.get("status", STATES[0]) not in STATES:
         raise RunDirError(f"{path / 'status.json'}: not the status of a run", "the file was changed")
-    if status.get("status") == "running" and not is_held(path):
-        status["status"] = "interrupted"
     return status
 
 
@@ -135,6 +141,11 @@ def is_run(path: Path) -> bool:
         return (path / "status.json").is_file() or (path / "config.yaml").is_file()
     except OSError:  # a folder that cannot be searched, or a name that is too long
         return False
+
+
+def is_trial(path: Path) -> bool:
+    """Return whether a run is a trial of a sweep."""
+    return path.parent.name == "trials" and is_run(path.parent.parent)
 
 
 def require_folder(path: Path) -> Path:

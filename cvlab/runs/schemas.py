@@ -93,6 +93,14 @@ class Status(_Record):
     error: str | None = None
 
 
+class Annotations(_Record):
+    """annotations.json: what the user has noted about a run."""
+
+    tags: list[str] = []
+    note: str = ""
+    starred: bool = False
+
+
 def invalid_key(schema: type[_Record], record: dict[str, Any]) -> str | None:
     """Return the first key of a record that does not fit a schema, None if all do."""
     try:

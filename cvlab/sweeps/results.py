@@ -10,8 +10,8 @@ from typing import Any
 from cvlab.config.expectations import GroupedResult
 from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import colors, plots
-from cvlab.reports.compare import read_config
 from cvlab.reports.tables import csv_cell, number
+from cvlab.runs.find import read_config
 from cvlab.runs.records import pruning_reason, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from cvlab import registry
 from cvlab.config import expectations, overrides, validation
+from cvlab.config.overrides import flatten
 from cvlab.config.schema import DataConfig, Duration, ExperimentConfig, RunConfig
 from cvlab.config.strict_yaml import KeyPath
 from cvlab.config.validation import Problems, is_known, unknown_metric
 from cvlab.data.resolve import DownloadPolicy, resolve_dataset
 from cvlab.distributed import process_group
 from cvlab.errors import ConfigError
-from cvlab.reports.compare import flatten
 from cvlab.runs import user_code
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic

@@ -72,7 +72,7 @@ def test_no_page_can_be_framed_or_kept(server, address):
 def test_the_list_is_built_once_a_second(server, monkeypatch):
     calls = []
     runs = index.runs
-    monkeypatch.setattr(index, "runs", lambda root: (calls.append(1), runs(root))[1])
+    monkeypatch.setattr(index, "runs", lambda *args: (calls.append(1), runs(*args))[1])
     monkeypatch.setattr(serve, "LIST_SECONDS", 1000.0)
     for _ in range(5):
         assert get(server)[0].status == 200
@@ -108,7 +108,7 @@ def test_idle_connections_end(server, monkeypatch):
 
 
 def test_a_fault_of_a_page_is_an_answer(server, monkeypatch):
-    monkeypatch.setattr(index, "runs", lambda root: 1 / 0)
+    monkeypatch.setattr(index, "runs", lambda *_: 1 / 0)
     response, text = get(server)
     assert response.status == 500
     assert "ZeroDivisionError" in text

@@ -589,6 +589,8 @@ def test_all_commands_have_help(cvlab):
         "eval",
         "resume",
         "runs",
+        ("runs", "list"),
+        ("runs", "rm"),
         "show",
         "compare",
         "config",
@@ -606,13 +608,48 @@ def test_of_many_runs_the_newest_are_shown_and_all_are_told(cvlab, tmp_path):
         folder = tmp_path / f"2026112{k}-120000-x-000{k}"
         folder.mkdir()
         (folder / "config.yaml").write_text("experiment: classify\n")
-    code, out, _ = cvlab("runs", "--last", 2, "--runs-dir", tmp_path)
+    code, out, _ = cvlab("runs", "--limit", 2, "--runs-dir", tmp_path)
     assert code == 0
     assert "x-0004" in out
     assert "x-0003" in out
     assert "x-0002" not in out
     assert "2 of 5 runs" in out
-    assert len(json.loads(cvlab("runs", "--json", "--last", 2, "--runs-dir", tmp_path)[1])["runs"]) == 5
+    listed = json.loads(cvlab("runs", "--json", "--runs-dir", tmp_path)[1])
+    assert listed["count"] == len(listed["runs"]) == 5
+    assert len(json.loads(cvlab("runs", "--json", "--limit", 2, "--runs-dir", tmp_path)[1])["runs"]) == 2
+
+
+def test_runs_are_chosen_tagged_and_removed(cvlab, tmp_path):
+    for k in range(3):
+        folder = tmp_path / f"2026112{k}-120000-x-000{k}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"experiment: classify\nseed: {k}\n")
+        (folder / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": k / 10}}))
+        (folder / "status.json").write_text('{"status": "done"}')
+    here = ("--runs-dir", tmp_path)
+    code, out, _ = cvlab("runs", "val_accuracy>0", "--sort", "seed", "--columns", "seed", "--reverse", "--json", *here)
+    assert code == 0
+    assert [row["values"]["seed"] for row in json.loads(out)["runs"]] == [2, 1]
+    assert (
+        "starred, good"
+        in cvlab("runs", "star", "seed=1", *here)[1] + cvlab("runs", "tag", "seed=1", "--add", "good", *here)[1]
+    )
+    assert "a note" in cvlab("runs", "note", "x-0001", "a note", *here)[1]
+    assert "x-0001" in cvlab("runs", "tags=good starred=true", *here)[1]
+    assert "would be removed" in cvlab("runs", "rm", "tags!=good", "--dry-run", *here)[1]
+    assert len(list(tmp_path.glob("2*"))) == 3
+    code, out, _ = cvlab("runs", "rm", "tags!=good", "--json", *here)
+    assert (code, len(json.loads(out)["runs"]), json.loads(out)["bytes"] > 0) == (0, 2, True)
+    assert [path.name[-1] for path in tmp_path.glob("2*")] == ["1"]
+    assert "0 B freed" in cvlab("runs", "prune", *here)[1]
+    for command in (("compare", "seed=1"), ("report", "seed=1", "--out", tmp_path / "page.html")):
+        assert cvlab(*command, *here)[0] == 0, command
+    for wrong in ("seed=7 sed=1", "status"):
+        code, _, err = cvlab("runs", wrong, *here) if "=" in wrong else cvlab("runs", "list", wrong, *here)
+        assert code == 2
+        assert "column" in err
+    assert cvlab("runs", "rm", "seed=7", *here)[0] == 5
+    assert "did you mean 'prune'" in cvlab("runs", "prun", *here)[2]
 
 
 LONG = "x" * 300

@@ -1,0 +1,90 @@
+"""`cvlab runs COMMAND`: tag, note, star, remove and prune runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cvlab.errors import ConfigError
+from cvlab.runs import annotations, query, removal
+from cvlab.runs.annotations import Annotations
+from cvlab.runs.find import find_run, list_runs
+
+Result = dict[str, Any]
+
+
+def _annotate(paths: Sequence[Path], change: Callable[[Annotations], Annotations]) -> Result:
+    rows = [{"run": path.name, **asdict(annotations.update(path, change))} for path in paths]
+    return {"ok": True, "runs": rows}
+
+
+def tag(root: Path, runs: Sequence[str], add: Sequence[str], remove: Sequence[str]) -> Result:
+    """Add tags to runs and remove tags; return the annotations of each.
+
+    Raises:
+        ConfigError: A tag is not valid, or there is nothing to do.
+        RunDirError: There is no such run, or the disk refuses.
+    """
+    if not add and not remove:
+        raise ConfigError("no tag is named", "--add TAG adds one, --remove TAG removes one")
+    added, removed = tuple(map(annotations.check_tag, add)), tuple(map(annotations.check_tag, remove))
+    return _annotate(query.select(runs, root), lambda current: annotations.with_tags(current, added, removed))
+
+
+def note(root: Path, run: str, text: str) -> Result:
+    """Replace the note of a run; an empty text removes it."""
+    return _annotate([find_run(run, root)], lambda current: replace(current, note=text.strip()))
+
+
+def star(root: Path, runs: Sequence[str], starred: bool) -> Result:
+    """Star runs, or remove their stars."""
+    return _annotate(query.select(runs, root), lambda current: replace(current, starred=starred))
+
+
+def remove(root: Path, runs: Sequence[str], dry_run: bool) -> Result:
+    """Remove runs; all are checked before the first is removed.
+
+    Returns:
+        `runs`: name and bytes of each; `bytes`: all that is freed, also of leftovers of removals that were killed.
+
+    Raises:
+        RunDirError: A run is running or a trial of a sweep, or the disk refuses.
+    """
+    paths = query.select(runs, root)
+    for path in paths:
+        removal.require_removable(path)
+    if dry_run:
+        rows = [{"run": path.name, "bytes": removal.num_bytes(path)} for path in paths]
+        return {"ok": True, "dry_run": True, "runs": rows, "bytes": sum(row["bytes"] for row in rows)}
+    leftover = removal.empty_trash(root)
+    rows = [{"run": path.name, "bytes": removal.remove(path)} for path in paths]
+    for folder in {root, *(path.parent for path in paths)}:
+        removal.repoint_latest(folder)
+    return {"ok": True, "dry_run": False, "runs": rows, "bytes": leftover + sum(row["bytes"] for row in rows)}  # type: ignore[misc]
+
+
+def prune(root: Path, runs: Sequence[str], dry_run: bool) -> Result:
+    """Remove checkpoints of runs that have ended, but the best and the last of each.
+
+    Args:
+        root: The folder of the runs.
+        runs: Runs and queries; empty for all runs.
+        dry_run: Remove nothing.
+
+    Returns:
+        `runs`: of each run with something to remove, and of each named run that is skipped, see `removal.prune`;
+        `bytes`: all that is freed.
+    """
+    paths = query.select(runs, root) if runs else list_runs(root)
+    rows = [removal.prune(path, dry_run) for path in paths]
+    freed = sum(row["bytes"] for row in rows) + (0 if dry_run else removal.empty_trash(root))
+    shown = [row for row in rows if row["removed"] or (runs and "skipped" in row)]
+    return {"ok": True, "dry_run": dry_run, "runs": shown, "bytes": freed}
+
+
+def format_bytes(count: int) -> str:
+    """Format a number of bytes: `12 B`, `3.4 MB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
