@@ -377,6 +377,8 @@ def components_page() -> str:
     columns = ("Name", "Keys and defaults", "Description")
     text = "# Optimizers, schedules and other components\n\nA component is a block: `{name: NAME, KEY: VALUE}`.\n\n"
     text += "## Optimizers\n\n" + table(columns, component_rows(components_of("classify", "optimizer")))
+    text += "`torch:NAME` is any optimizer of `torch.optim` with its own arguments, for example "
+    text += "`{name: 'torch:NAdam', lr: 2e-3}`; not LBFGS and SparseAdam.\n\n"
     text += "## Schedules\n\nThe factor of the learning rate, a function of the progress of the run from 0 to 1. "
     text += "`warmup` multiplies it by a linear increase at the start.\n\n"
     text += table(columns, component_rows(components_of("classify", "schedule")))

@@ -44,9 +44,18 @@ class TrainConfig(RunConfig):
     ema: FractionBelowOne | None = Field(
         None, description="decay of the moving average of the weights, which is evaluated; null: none"
     )
+    patience: PositiveInt | None = Field(
+        None, description="stop after N evaluations without a better validation metric; null: train to the end"
+    )
     eval_every: PositiveInt = Field(1, description="epochs between two evaluations")
     log_every: PositiveInt = Field(10, description="steps between two rows of metrics.jsonl")
     save_seconds: NonNegativeFloat = Field(60.0, description="minimum seconds between two checkpoints")
+
+    def require_validation(self, has_validation: bool) -> None:
+        """Raise ConfigError if a validation metric is needed and there is no validation split."""
+        key = "patience" if self.patience is not None else f"schedule {schedules.PLATEAU}"
+        if not has_validation and (self.patience is not None or self.schedule.name == schedules.PLATEAU):
+            raise ConfigError(f"{key}: there is no validation split to watch", "raise data.val_fraction")
 
     def require_shares(self, processes: int) -> None:
         """Raise ConfigError unless the configuration can be trained in a number of processes."""

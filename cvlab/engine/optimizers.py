@@ -3,6 +3,11 @@
 The signatures are the schema of the `optimizer` block, so that torch is imported where an optimizer is built, not here.
 """
 
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -10,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from cvlab import _compat, registry
 from cvlab.config.schema import Registry
 from cvlab.errors import ConfigError
+from cvlab.registry import unknown_name_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,10 +28,69 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
 
 _NAMES = ("sgd", "rmsprop", "adam", "adamw", "muon", "manual_sgd", "manual_rmsprop", "manual_adam")
+TORCH_PREFIX = "torch:"
+_UNSUPPORTED = {
+    "LBFGS": "it evaluates the loss several times per step",
+    "SparseAdam": "it takes sparse gradients only",
+}
+_NOT_CONFIGURABLE = ("capturable", "differentiable")  # arguments for CUDA graphs and for gradients through the step
+
+
+def _resolve(name: str, base: Path) -> Callable[..., Any]:  # noqa: ARG001 - of a registry; there are no user files
+    """Return the class of `torch:NAME`, with a signature that a configuration can be checked with."""
+    from torch import optim
+
+    classes: Mapping[str, Any] = {
+        f"{TORCH_PREFIX}{key}": value
+        for key, value in vars(optim).items()
+        if inspect.isclass(value) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
+    }
+    reason = _UNSUPPORTED.get(name.removeprefix(TORCH_PREFIX))
+    if name in classes and reason is not None:
+        raise ConfigError(f"optimizer {name}: {reason}", "choose another optimizer")
+    if name not in classes:
+        known = [*OPTIMIZERS.names, *(key for key in classes if key.removeprefix(TORCH_PREFIX) not in _UNSUPPORTED)]
+        raise unknown_name_error("optimizer", name, known)
+    optimizer: Any = classes[name]
+
+    def build(*args: Any, **kwargs: Any) -> "optim.Optimizer":
+        built: optim.Optimizer = optimizer(*args, **kwargs)
+        return built
+
+    build.__doc__ = f"{optimizer.__name__} of torch.optim."
+    build.__signature__ = _plain_signature(optimizer)  # type: ignore[attr-defined]
+    return build
+
+
+def _plain_signature(optimizer: Any) -> inspect.Signature:
+    """Return the signature of an optimizer of torch without tensors, which YAML does not have."""
+    hints = typing.get_type_hints(optimizer.__init__)
+    parameters = [
+        parameter.replace(annotation=_without_tensors(hints[name]))
+        for name, parameter in inspect.signature(optimizer).parameters.items()
+        if name not in _NOT_CONFIGURABLE
+    ]
+    first = parameters[0].replace(name="parameters", annotation=Any)
+    return inspect.Signature([first, *parameters[1:]])
+
+
+def _without_tensors(annotation: Any) -> Any:
+    """Return an annotation such as `tuple[float | Tensor, float]` without the tensors."""
+    from torch import Tensor
+
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        return tuple[tuple(map(_without_tensors, arguments))]  # type: ignore[misc]
+    if Tensor in arguments:
+        return functools.reduce(lambda one, other: one | other, (kind for kind in arguments if kind is not Tensor))
+    return annotation
+
+
 OPTIMIZERS = Registry(
     "optimizer",
     {name: f"cvlab.engine.optimizers:{name}" for name in _NAMES},
     injected=frozenset({"parameters"}),
+    resolve=_resolve,
 )
 
 
@@ -152,7 +217,7 @@ def build_optimizer(name: str, model: "nn.Module", arguments: dict[str, Any]) ->
     """Return an optimizer of the parameters of a model that require gradients.
 
     Args:
-        name: One of `OPTIMIZERS`.
+        name: One of `OPTIMIZERS`, or `torch:NAME`.
         model: The model.
         arguments: Arguments of the builder.
 
@@ -161,10 +226,11 @@ def build_optimizer(name: str, model: "nn.Module", arguments: dict[str, Any]) ->
     """
     _compat.skip_dynamo()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    builder = registry.import_name(OPTIMIZERS.names[name]) if name in OPTIMIZERS.names else _resolve(name, Path())
     try:
-        optimizer: optim.Optimizer = registry.get("optimizer", name, OPTIMIZERS.names)(trainable, **arguments)
-    except ValueError as error:
-        raise ConfigError(f"optimizer {name}: {error}") from error
+        optimizer: optim.Optimizer = builder(trainable, **arguments)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a fused or foreach implementation that does not exist
+        raise ConfigError(f"optimizer {name}: {str(error).splitlines()[0]}") from error
     _apply_lr_factors(optimizer, model)
     return optimizer
 

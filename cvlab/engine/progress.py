@@ -26,6 +26,10 @@ class TrainProgress:
     epoch_losses: dict[str, float] = field(default_factory=dict)  # means of the last complete epoch
     best_value: float | None = None
     best_step: int = 0
+    stale_evaluations: int = 0  # since the best one
+    stale_evaluations_at_lr: int = 0  # since the best one or the last reduction of the learning rate
+    lr_reductions: int = 0  # by the schedule `plateau`
+    stop_reason: str = ""  # why the run has ended before its last step
     metrics: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -72,6 +76,19 @@ class TrainProgress:
         """Keep the mean losses of the epoch, over all ranks, and start the next one."""
         self.epoch_losses = _mean_losses(self.epoch_loss_sums, self.epoch_loss_steps)
         self.epoch_loss_sums, self.epoch_loss_steps = {}, 0
+
+    def add_evaluation(self, step: int, value: float | None) -> bool:
+        """Count an evaluation after a step; return whether its value of the monitored metric is the best so far.
+
+        None, where the metric is undefined on the data, counts as best: the last weights are then the best ones.
+        """
+        if value is not None and self.best_value is not None and value <= self.best_value:
+            self.stale_evaluations += 1
+            self.stale_evaluations_at_lr += 1
+            return False
+        self.best_value, self.best_step = value, step
+        self.stale_evaluations = self.stale_evaluations_at_lr = 0
+        return True
 
     def final_metrics(self, step: int, task: TrainTask) -> dict[str, float]:
         """Return the losses of the last epoch, the metrics of the last evaluation, and the cost of `step` steps."""

@@ -58,6 +58,7 @@ def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Mod
         trainer.begin()
         trainer.run()
     trainer.record_duration()
+    trainer.report_early_stop()
     model = trainer.state.eval_model
     if config.ema is not None:
         run_dir.extra_summary["used_weights"] = "moving average" if trainer.state.uses_ema else "last step"
@@ -68,6 +69,12 @@ def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Mod
 def _hyperparameters(group: State) -> State:
     """Return what a group of parameters of an optimizer has beside its parameters."""
     return {name: value for name, value in group.items() if name != "params"}
+
+
+def _has_shape_of(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Return whether state has the shape of its parameter, or is one number per row or column (Adafactor)."""
+    pairs = zip(value.shape, parameter.shape, strict=False)
+    return value.ndim == parameter.ndim and all(size in (1, full) for size, full in pairs)
 
 
 class Trainer:
@@ -103,6 +110,7 @@ class Trainer:
         """Restore the latest checkpoint, or plan the run and write a checkpoint before the first step."""
         size = process_group.world().size
         self.config.require_shares(size)
+        self.config.require_validation(self.task.monitor.startswith("val_"))
         sharding.require_divisible(self.task.items_per_step, size)  # less than batch_size if there is less data
         self.checkpointer.begin(self._start)
 
@@ -193,7 +201,7 @@ class Trainer:
                 for name, value in optimizer.state.get(parameter, {}).items():
                     is_valid = value is None or isinstance(value, (int, float))
                     if isinstance(value, torch.Tensor):
-                        is_valid = value.numel() == 1 or value.shape == parameter.shape
+                        is_valid = value.numel() == 1 or _has_shape_of(value, parameter)
                     if not is_valid:
                         raise CheckpointError(f"{path}: optimizer.{name} has another shape", "the file was changed")
 
@@ -225,6 +233,8 @@ class Trainer:
         def lr_factor(step: int) -> float:
             # the middle of the step, so that a schedule which starts or ends at 0 wastes none
             progress = self.progress.plan.progress(step + 0.5)
+            if self.config.schedule.name == schedules.PLATEAU:
+                arguments["num_reductions"] = self.progress.lr_reductions
             return schedules.warmed_up(schedule(progress, **arguments), progress, self.config.warmup)
 
         return loop.fit(
@@ -243,7 +253,7 @@ class Trainer:
             self._stop_if(max(collectives.all_gather_object(self.stop.received or 0)))
             steps = self._fit()
             start = time.perf_counter()
-            while self.step < self.total_steps:
+            while not self._is_last(self.step):
                 losses = next(steps)
                 self._report_unsaved_state()
                 self.progress.add_losses(losses)
@@ -290,6 +300,9 @@ class Trainer:
     def _evaluation_due(self, step: int) -> bool:
         return step % (self.task.steps_per_epoch * self.config.eval_every) == 0 or step == self.total_steps
 
+    def _is_last(self, step: int) -> bool:
+        return step == self.total_steps or bool(self.progress.stop_reason)
+
     def _between_steps(self, step: int, save_due: bool) -> None:
         """Log, evaluate, replan and save, whichever is due; this is not counted as training time."""
         if step % self.config.log_every == 0 or step == self.total_steps:
@@ -298,9 +311,12 @@ class Trainer:
             self.progress.end_epoch()
         is_best = self._evaluation_due(step) and self._evaluate(step)
         is_changed = self._replan_due(step) and self._replan(step)  # saved, so that a resume follows the same plan
-        if is_best or is_changed or save_due or step == self.total_steps:
+        is_last = self._is_last(step)
+        if is_last and self.progress.loss_steps:
+            self._log_losses(step)
+        if is_best or is_changed or save_due or is_last:
             self.checkpointer.save(is_best)
-        if self._evaluation_due(step) and step < self.total_steps:
+        if self._evaluation_due(step) and not is_last:
             self._stop_if_pruned(step)
 
     def _replan(self, step: int) -> bool:
@@ -314,6 +330,12 @@ class Trainer:
         is_changed = plan != self.progress.plan
         self.progress.set_plan(plan)
         return is_changed
+
+    def report_early_stop(self) -> None:
+        """Log why the run has ended before its last step, if it has."""
+        if self.progress.stop_reason:
+            self.run_dir.log(f"stopped after step {self.step} of {self.total_steps}: {self.progress.stop_reason}")
+            self.run_dir.extra_summary["stopped_early"] = self.progress.stop_reason
 
     def record_duration(self) -> None:
         """Write the steps of a time budget into config.yaml, so that `cvlab run` on it repeats them."""
@@ -334,15 +356,29 @@ class Trainer:
     def _evaluate(self, step: int) -> bool:
         """Evaluate and log; return whether these weights are the best so far."""
         metrics = self._measure(self.state.eval_model)
-        if step == self.total_steps and self.state.uses_ema and self.state.ema_model is not None:
+        is_best = self.progress.add_evaluation(step, metrics.get(self.task.monitor))
+        if not is_best and step < self.total_steps:
+            self._react_to_stale_metric()
+        if self._is_last(step) and self.state.uses_ema and self.state.ema_model is not None:
             metrics = self._choose_weights(metrics)
+            if not self.state.uses_ema:
+                is_best |= self.progress.add_evaluation(step, metrics[self.task.monitor])
         self._append(step, metrics)
         self.progress.metrics |= metrics
-        value = metrics.get(self.task.monitor)  # None: undefined on this data, so that the last weights count as best
-        if value is not None and self.progress.best_value is not None and value <= self.progress.best_value:
-            return False
-        self.progress.best_value, self.progress.best_step = value, step
-        return True
+        return is_best
+
+    def _react_to_stale_metric(self) -> None:
+        """End the run after `patience` evaluations without a better one; reduce the learning rate of `plateau`."""
+        progress, schedule = self.progress, self.config.schedule
+        if self.config.patience is not None and progress.stale_evaluations >= self.config.patience:
+            progress.stop_reason = (
+                f"{self.task.monitor} has not improved in {progress.stale_evaluations} evaluations "
+                f"since step {progress.best_step}"
+            )
+        elif schedule.name == schedules.PLATEAU:
+            if progress.stale_evaluations_at_lr >= schedule.builder_arguments()["patience"]:
+                progress.stale_evaluations_at_lr = 0
+                progress.lr_reductions += 1
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of a model, the same on all ranks."""

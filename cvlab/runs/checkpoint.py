@@ -261,7 +261,7 @@ def check_types(expected: Any, value: Any, path: Path, key: str = "") -> None:
         return
     is_valid = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True)
     if kind in (int, float) and is_valid:
-        is_valid = not isinstance(value, bool) and 0 <= value < MAX_NUMBER
+        is_valid = not isinstance(value, bool) and min(expected, 0) <= value < MAX_NUMBER
     if kind is torch.Tensor and is_valid:
         is_valid = value.shape == expected.shape and value.dtype == expected.dtype
     if not is_valid:

@@ -1,9 +1,11 @@
 """Optimizers and schedules by name, against torch and their formulas."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from cvlab import _compat, registry
@@ -11,7 +13,14 @@ from cvlab.engine import muon, optimizers, schedules
 from cvlab.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS.names)
+TORCH_NAMES = tuple(
+    f"torch:{name}"
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
+)
+
+
+@pytest.mark.parametrize("name", (*optimizers.OPTIMIZERS.names, *TORCH_NAMES))
 def test_every_optimizer_lowers_a_quadratic(name):
     model = nn.Linear(3, 1)
     rates = {"lr": 1e-2, **({"bias_lr": 1e-2, "head_lr": 1e-2} if name == "muon" else {})}
@@ -128,13 +137,21 @@ def test_values_of_schedules():
     assert schedules.triangle(0.1) == pytest.approx(0.5)
     assert schedules.triangle(0.6) == pytest.approx(0.5)
     assert [schedules.bend(p) for p in (0.25, 0.5, 0.75, 1.0)] == pytest.approx([0.55, 0.1, 0.05, 0.0])
+    assert schedules.polynomial(0.5) == 0.25
+    assert schedules.exponential(0.5, final=0.01) == pytest.approx(0.1)
+    assert [schedules.step(p) for p in (0.29, 0.3, 0.6, 0.95)] == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert [schedules.cosine_restarts(p, cycles=2) for p in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx(
+        [1, 0.5, 1, 0.5, 0]
+    )
+    assert [schedules.cosine_restarts(p, 2, growth=3) for p in (0.125, 0.25, 0.625)] == pytest.approx([0.5, 1, 0.5])
+    assert schedules.plateau(0.5, 2, factor=0.5) == 0.25
     assert [schedules.multistep(p) for p in (0.5, 0.6, 0.9)] == pytest.approx([1, 0.1, 0.01])
     assert schedules.warmed_up(1.0, 0.05, 0.1) == 0.5
     assert schedules.warmed_up(0.3, 0.5, 0.1) == 0.3
     assert math.isclose(schedules.warmed_up(0.7, 0.0, 0.0), 0.7)
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS.names)
+@pytest.mark.parametrize("name", (*optimizers.OPTIMIZERS.names, *TORCH_NAMES))
 def test_a_step_without_the_compiler_is_torchs_step(name):
     weights = []
     for step in (_compat.optimizer_step, lambda optimizer: optimizer.step()):
@@ -148,3 +165,47 @@ def test_a_step_without_the_compiler_is_torchs_step(name):
         weights.append([parameter.detach() for parameter in model.parameters()])
     for ours, theirs in zip(*weights, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_one_cycle_is_torchs():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=101, cycle_momentum=False)
+    for step in range(101):
+        # torch ends the increase at step 0.3 * total_steps - 1, which is not the progress 0.3 of its last step
+        ours = schedules.one_cycle(step / 100, peak=0.293)
+        assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch:adam", "did you mean 'torch:Adam'"),
+        ("torch:LBFGS", "several times per step"),
+        ("torch:Optimizer", "unknown optimizer"),
+        ("adm", "did you mean 'adam'"),
+    ],
+)
+def test_names_of_torch_that_do_not_exist_or_cannot_be_used(name, message):
+    with pytest.raises(ConfigError) as error:
+        optimizers.OPTIMIZERS.schema(name, Path())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", TORCH_NAMES)
+def test_arguments_of_torchs_optimizers_are_checked_by_their_signature(name):
+    schema = optimizers.OPTIMIZERS.schema(name, Path())
+    assert schema(lr=0.5).builder_arguments()["lr"] == 0.5
+    for wrong in ({"lr": "fast"}, {"learning_rate": 0.1}, {"capturable": True}):
+        with pytest.raises(ValidationError):
+            schema(**wrong)
+
+
+def test_what_torch_rejects_is_a_config_error():
+    for arguments in ({"lr": -1.0}, {"weight_decay": -1.0}):
+        with pytest.raises(ConfigError, match="torch:Adam: Invalid"):
+            optimizers.build_optimizer("torch:Adam", nn.Linear(1, 1), arguments)
+    with pytest.raises(ConfigError, match="only supports 2D"):
+        optimizers.build_optimizer("torch:Muon", nn.Linear(1, 1), {})

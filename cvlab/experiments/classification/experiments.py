@@ -286,6 +286,7 @@ class ClassifyExperiment(
 
         ctx = device.select_device(config.device, config.precision, config.threads)
         size, counts = expected_size(config, base)
+        config.require_validation(counts["val"] > 0)
         model = build_model(config, base, size)
         optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.builder_arguments())
         steps_per_epoch = count_steps_per_epoch(counts["train"], config.batch_size)
