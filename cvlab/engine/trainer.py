@@ -375,10 +375,11 @@ class Trainer:
                 f"{self.task.monitor} has not improved in {progress.stale_evaluations} evaluations "
                 f"since step {progress.best_step}"
             )
-        elif schedule.name == schedules.PLATEAU:
-            if progress.stale_evaluations_at_lr >= schedule.builder_arguments()["patience"]:
-                progress.stale_evaluations_at_lr = 0
-                progress.lr_reductions += 1
+        if schedule.name == schedules.PLATEAU and (
+            progress.stale_evaluations_at_lr >= schedule.builder_arguments()["patience"]
+        ):
+            progress.stale_evaluations_at_lr = 0
+            progress.lr_reductions += 1
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of a model, the same on all ranks."""

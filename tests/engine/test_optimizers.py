@@ -12,7 +12,6 @@ from cvlab import _compat, registry
 from cvlab.engine import muon, optimizers, schedules
 from cvlab.errors import ConfigError
 
-
 TORCH_NAMES = tuple(
     f"torch:{name}"
     for name, value in vars(torch.optim).items()
@@ -20,7 +19,7 @@ TORCH_NAMES = tuple(
 )
 
 
-@pytest.mark.parametrize("name", (*optimizers.OPTIMIZERS.names, *TORCH_NAMES))
+@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS.names, *TORCH_NAMES])
 def test_every_optimizer_lowers_a_quadratic(name):
     model = nn.Linear(3, 1)
     rates = {"lr": 1e-2, **({"bias_lr": 1e-2, "head_lr": 1e-2} if name == "muon" else {})}
@@ -151,7 +150,7 @@ def test_values_of_schedules():
     assert math.isclose(schedules.warmed_up(0.7, 0.0, 0.0), 0.7)
 
 
-@pytest.mark.parametrize("name", (*optimizers.OPTIMIZERS.names, *TORCH_NAMES))
+@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS.names, *TORCH_NAMES])
 def test_a_step_without_the_compiler_is_torchs_step(name):
     weights = []
     for step in (_compat.optimizer_step, lambda optimizer: optimizer.step()):

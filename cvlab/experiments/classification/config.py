@@ -82,6 +82,22 @@ class AugmentConfig(schema.FrozenModel):
     translate_px: Annotated[schema.NonNegativeInt, Le(16)] = Field(0, description="translate by up to N pixels")
     cutout_px: schema.NonNegativeInt = Field(0, description="set a random square with sides of N pixels to the mean")
 
+    rotate: Annotated[float, Ge(0), Le(180)] = Field(0.0, description="rotate by up to N degrees")
+    color: schema.Fraction = Field(
+        0.0,
+        description="strength of random changes of brightness, contrast and saturation; the hue's is a quarter of it",
+    )
+    policy: Literal["trivial", "rand"] | None = Field(
+        None, description="random operations of TrivialAugment or RandAugment; null: none"
+    )
+    erase: schema.Fraction = Field(0.0, description="probability that a random rectangle is set to the mean")
+    mixup: Annotated[float, Ge(0), Le(10)] = Field(
+        0.0, description="mix pairs of images and of targets, with weights from Beta(mixup, mixup); 0: none"
+    )
+    cutmix: Annotated[float, Ge(0), Le(10)] = Field(
+        0.0, description="replace a rectangle by another image's, its area from Beta(cutmix, cutmix); 0: none"
+    )
+
     @field_validator("crop")
     @classmethod
     def _check_crop(cls, crop: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -139,6 +155,10 @@ class ClassifyConfig(TrainConfig):
             raise ValueError("data.image_px: the images of model: pretrained have the size that its backbone takes")
         if self.is_transfer and (self.augment.cutout_px or self.skip_easy or self.tta != "none"):
             raise ValueError("augment.cutout_px, skip_easy and tta are not for features of a pretrained model")
+        if self.is_transfer and (self.augment.erase or self.augment.mixup or self.augment.cutmix):
+            raise ValueError("augment.erase, mixup and cutmix are not for features of a pretrained model")
+        if self.skip_easy and (self.augment.mixup or self.augment.cutmix):
+            raise ValueError("skip_easy compares the losses of single images: it cannot be used with mixup or cutmix")
         return self
 
     @field_validator("layers")

@@ -120,6 +120,7 @@ def build(
         return ClassificationSetup(ctx, dataset, model, splits, normalize, feature_loader, stores)
     loader = functools.partial(HardExampleLoader, skip_easy=config.skip_easy) if config.skip_easy else TrainLoader
     train_loader = loader(images, labels, config.batch_size, config.seed, normalize, augment)
+    train_loader.num_classes = len(dataset.classes)
     return ClassificationSetup(ctx, dataset, model, splits, normalize, train_loader)
 
 
@@ -258,6 +259,8 @@ def build_model(config: ClassifyConfig, base: Path, size: DatasetSize, is_restor
     for key in ("translate_px", "cutout_px"):
         if (pixels := getattr(config.augment, key)) >= size.image_px:
             raise ConfigError(f"augment.{key} {pixels}: the images have {size.image_px} px")
+    if (config.augment.color or config.augment.policy) and size.channels not in (1, 3):
+        raise ConfigError(f"augment.color and policy: the images have {size.channels} channels", "they take 1 or 3")
     device.seed_everything(config.seed)
     shape = {"in_channels": size.channels, "image_size": size.image_px, "num_classes": size.num_classes}
     namespace = registry.get("layers", config.layers, layers.LAYERS)
@@ -273,9 +276,12 @@ def build_model(config: ClassifyConfig, base: Path, size: DatasetSize, is_restor
 def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:
     """Return the training loss: cross-entropy + reg * sum(W^2), and the accuracy on the batch.
 
-    A `HardExampleLoader` records the cross-entropy of each image.
+    A `HardExampleLoader` records the cross-entropy of each image. Labels are classes (N,), or probabilities of classes
+    (N, K) of mixtures, whose accuracy is the probability of the predicted class.
     """
-    weights_of_classes = balanced_weights(train_loader.labels) if config.class_weights == "balanced" else None
+    weights_of_classes: Tensor | None = None
+    if config.class_weights == "balanced":
+        weights_of_classes = balanced_weights(train_loader.labels, train_loader.num_classes)
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> loop.Losses:
         images, labels = batch
@@ -285,20 +291,28 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
             loss = F.cross_entropy(logits32, labels, label_smoothing=config.label_smoothing)
         else:  # not torch's weighted mean, whose divisor differs from batch to batch and from rank to rank
             losses = F.cross_entropy(logits32, labels, reduction="none", label_smoothing=config.label_smoothing)
-            loss = (weights_of_classes[labels] * losses).mean()
+            weights_of_images = weights_of_classes[labels] if labels.ndim == 1 else labels @ weights_of_classes
+            loss = (weights_of_images * losses).mean()
         if config.reg > 0:
             weights = [p for p in model.parameters() if p.ndim > 1]
             loss = loss + config.reg * torch.stack([w.square().sum() for w in weights]).sum()
         if isinstance(train_loader, HardExampleLoader):
             train_loader.record(F.cross_entropy(_at_least_float32(logits.detach()), labels, reduction="none"))
-        return {"loss": loss, "batch_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
+        return {"loss": loss, "batch_accuracy": batch_accuracy(logits.detach(), labels)}
 
     return loss_fn
 
 
-def balanced_weights(labels: Tensor) -> Tensor:
+def batch_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over a batch of the probability that the label (N,), or (N, K) of a mixture, is the predicted."""
+    predicted = logits.argmax(1)
+    is_correct = predicted == labels if labels.ndim == 1 else labels.gather(1, predicted[:, None])
+    return is_correct.float().mean()
+
+
+def balanced_weights(labels: Tensor, num_classes: int = 0) -> Tensor:
     """Return a weight for each class, N / (C * images of the class): the mean weight of the N images is 1."""
-    counts = torch.bincount(labels)
+    counts = torch.bincount(labels, minlength=num_classes)
     return len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
 
 

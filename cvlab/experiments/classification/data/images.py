@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -278,6 +279,7 @@ class TrainLoader:
         self.batch_size, self.seed = batch_size, seed
         self.normalize, self.augment = normalize, augment or Augmentation()
         self.steps_per_epoch = count_steps_per_epoch(len(images), batch_size)
+        self.num_classes = int(labels.max()) + 1  # of the targets of mixtures
         self.extra_state: dict[str, Tensor] = {}
         self._order: tuple[int, Tensor] = (-1, labels)  # epoch, indices
 
@@ -297,9 +299,22 @@ class TrainLoader:
         return self._order[1][index * self.batch_size : (index + 1) * self.batch_size]
 
     def get_batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return this rank's shard of the batch of a step: normalized images (N, C, H, W) and labels (N,)."""
-        indices = sharding.shard(self.batch_indices(step))
+        """Return this rank's shard of the batch of a step: normalized images (N, C, H, W) and labels (N,).
+
+        Of a mixture the labels are probabilities of classes (N, K). Each image is mixed with the one before it in the
+        whole batch, so the mixtures do not depend on the number of ranks.
+        """
         epoch, _ = self.locate(step)
+        batch = self.batch_indices(step)
+        if not self.augment.has_mixtures:
+            return self._load(sharding.shard(batch), epoch)
+        first, end = sharding.shard_range(len(batch))
+        extended = torch.cat([batch[-1:], batch])[first : end + 1]  # with the one before the first of the shard
+        images, labels = self._load(extended, epoch)
+        targets = F.one_hot(labels, self.num_classes).to(images.dtype)
+        return self.augment.mix(images, targets, self.seed, step)
+
+    def _load(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         images = self.normalize(self.augment(self.images[indices], indices, self.seed, epoch).permute(0, 3, 1, 2))
         return self.augment.cutout(images, indices, self.seed, epoch), self.labels[indices]
 
