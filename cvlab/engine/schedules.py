@@ -58,7 +58,7 @@ def cosine_restarts(
 
 def polynomial(progress: float, power: PositiveFloat = 2.0, final: Small = 0.0) -> float:
     """Decrease from 1 to `final` as (1 - progress)^power (Chen et al., 2017, "DeepLab", section 4.1)."""
-    return final + (1.0 - final) * (1.0 - progress) ** power
+    return final + (1.0 - final) * float((1.0 - progress) ** power)
 
 
 def exponential(progress: float, final: FinalFactor = 0.01) -> float:

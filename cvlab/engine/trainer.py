@@ -360,8 +360,9 @@ class Trainer:
         if not is_best and step < self.total_steps:
             self._react_to_stale_metric()
         if self._is_last(step) and self.state.uses_ema and self.state.ema_model is not None:
-            metrics = self._choose_weights(metrics)
-            if not self.state.uses_ema:
+            chosen = self._choose_weights(metrics)
+            if chosen is not metrics:
+                metrics = chosen
                 is_best |= self.progress.add_evaluation(step, metrics[self.task.monitor])
         self._append(step, metrics)
         self.progress.metrics |= metrics
