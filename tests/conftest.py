@@ -22,6 +22,12 @@ def pytest_xdist_auto_num_workers(config):
     return min(os.cpu_count() or 1, 4) if is_whole else 0
 
 
+def pytest_runtest_setup(item):
+    """Skip the tests of a GPU where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """Return the data folder that all tests share, so that generated data sets are generated once.

@@ -33,6 +33,7 @@ def settings(optimizer="adamw", **more):
             "experiment": "tiny",
             "name": "tiny",
             "seed": 3,
+            "device": "cpu",
             "threads": 1,
             "precision": "float32",
             "optimizer": part(OPTIMIZERS, name=optimizer, lr=1e-2, **chosen),
@@ -51,25 +52,25 @@ def settings(optimizer="adamw", **more):
 
 def job(config, on_step=lambda step: None):
     """Return the task of the tiny training run; `on_step(step)` is called before the batch of a step is built."""
-    ctx = device.select_device("cpu", config.precision, config.threads)
+    ctx = config.compute_context()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 3, (60,), generator=generator)
+    images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator).to(ctx.device)
+    labels = torch.randint(0, 3, (60,), generator=generator).to(ctx.device)
     normalize = build_normalization(images, "mean", ctx.dtype, ctx.device)
     arguments = (images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation("alternating", 1, 2))
     batches = HardExampleLoader(*arguments, skip_easy=0.4)
     device.seed_everything(config.seed)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(144, 3)
-    ).to(ctx.dtype)
+    ).to(ctx.device, ctx.dtype)
 
     def loss_fn(model, batch):
-        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        losses = F.cross_entropy(model(batch[0]).to(ctx.dtype), batch[1], reduction="none")
         batches.record(losses.detach())
         return {"loss": losses.mean()}
 
     def measure(model, batch):
-        scores = model(batch[0])
+        scores = model(batch[0]).to(ctx.dtype)
         right = (scores.argmax(1) == batch[1]).sum()
         loss = F.cross_entropy(scores, batch[1], reduction="sum")
         return {"loss": loss, "accuracy": right, "count": torch.tensor(len(batch[1]))}

@@ -49,7 +49,7 @@ def copy_loop(ctx: ComputeContext) -> Callable[[], None]:
 
 def machine(rounds: int, device: str) -> dict[str, Any]:
     """Measure the rates that bound training: GFLOP/s of matrix products and convolutions, GB/s of copies."""
-    ctx = engine_device.select_device(device)
+    ctx = engine_device.select_device(device, scales_loss=True)
     names = dict.fromkeys(("float32", ctx.precision))
     loops = {f"product/{name}": matmul_loop(ctx, engine_device.DTYPES[name]) for name in names}
     loops |= {f"convolution/{name}": convolution_loop(ctx, engine_device.DTYPES[name]) for name in names}

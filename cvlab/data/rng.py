@@ -33,7 +33,7 @@ def hashes(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
     key = torch.zeros((), dtype=torch.int64)
     for part in start:
         key = _mix((key ^ part) + GOLDEN)
-    return _mix(_mix((indices ^ key.to(indices.device)) + GOLDEN) + GOLDEN)
+    return _mix(_mix((indices ^ int(key)) + GOLDEN) + GOLDEN)  # a number: copying a tensor waits for the device
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:

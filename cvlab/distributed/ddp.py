@@ -31,6 +31,13 @@ class SingleProcessStep:
         """Return, after the backward pass, the flags of all ranks and whether the loss is finite on all of them."""
         return self.local_flags(), math.isfinite(losses["loss"].item())
 
+    def reduce_later(self, losses: Mapping[str, Tensor], is_read: bool) -> tuple[StepFlags, Tensor]:  # noqa: ARG002
+        """Return the same without waiting for the device: whether the loss is not finite stays a bool tensor there.
+
+        With several ranks, the flags are read if `is_read`, else there are none: a rank requests until it is heard.
+        """
+        return self.local_flags(), ~torch.isfinite(losses["loss"].detach())
+
 
 class _LossModule(nn.Module):
     """The loss as a module that owns the model, for DDP, and a parameter whose gradient carries the flags.
@@ -82,6 +89,14 @@ class DDPStep(SingleProcessStep):
         *requested, diverged = (self.module.flags.grad > 0).tolist()
         self.module.flags.grad = None
         return StepFlags.decode(requested), not diverged
+
+    def reduce_later(self, losses: Mapping[str, Tensor], is_read: bool) -> tuple[StepFlags, Tensor]:  # noqa: ARG002
+        """Return the flags of all ranks if `is_read`, and whether the loss is not finite on any, a bool tensor."""
+        assert self.module.flags.grad is not None
+        any_rank = self.module.flags.grad > 0
+        self.module.flags.grad = None
+        flags = StepFlags.decode(any_rank[:-1].tolist()) if is_read else StepFlags()
+        return flags, any_rank[-1]
 
 
 def make_step(

@@ -17,7 +17,15 @@ from cvlab.runs.run_dir import RunDir
 
 FORMAT = 1
 MAX_CHECKPOINT_OVERHEAD = 1 / 50  # the largest share of the running time that goes into writing checkpoints
-UNCHECKED = ("model", "optimizer", "fingerprint", "rng", "other_ranks", "ema_model")  # they are checked when loaded
+UNCHECKED = (
+    "model",
+    "optimizer",
+    "scaler",
+    "fingerprint",
+    "rng",
+    "other_ranks",
+    "ema_model",
+)  # they are checked when loaded
 BLOCKS = ("rng", "progress", "fingerprint", "extra_state")  # parts of a state whose own keys never vary
 
 

@@ -1,6 +1,6 @@
 """Configuration keys that all training experiments share."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ from cvlab.config.schema import (
 from cvlab.distributed import sharding
 from cvlab.engine import optimizers, schedules
 from cvlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cvlab.engine.device import ComputeContext
 
 TRAIN_METRICS = (  # of every training run
     Metric("train_loss", better="lower"),
@@ -50,6 +53,23 @@ class TrainConfig(RunConfig):
     eval_every: PositiveInt = Field(1, description="epochs between two evaluations")
     log_every: PositiveInt = Field(10, description="steps between two rows of metrics.jsonl")
     save_seconds: NonNegativeFloat = Field(60.0, description="minimum seconds between two checkpoints")
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="auto: bfloat16 if the device is fast at it, else float16 on a GPU that is, else float32"
+    )
+    compile: bool = Field(
+        False, description="compile the model's forward and backward pass with torch.compile, before the first step"
+    )
+    deterministic: bool = Field(
+        True, description="on CUDA, give bit-for-bit identical runs; false: cuDNN chooses its algorithms by measuring"
+    )
+
+    def compute_context(self) -> "ComputeContext":
+        """Return device, precision and threads of the training. Raises DeviceError."""
+        from cvlab.engine import device
+
+        return device.select_device(
+            self.device, self.precision, self.threads, scales_loss=True, deterministic=self.deterministic
+        )
 
     def require_validation(self, has_validation: bool) -> None:
         """Raise ConfigError if a validation metric is needed and there is no validation split."""

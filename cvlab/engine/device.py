@@ -13,7 +13,14 @@ import torch
 from cvlab.distributed import process_group
 from cvlab.errors import DeviceError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+CUDA_READ_EVERY = 20  # steps
+TENSOR_CORES = (7, 0)  # compute capability of the first GPUs that multiply float16 in hardware
 
 
 @dataclass(frozen=True)
@@ -22,13 +29,18 @@ class ComputeContext:
 
     Attributes:
         device: The device.
-        precision: float32, bfloat16 (autocast; weights stay float32) or float64.
+        precision: float32, bfloat16 or float16 (autocast; weights stay float32), or float64.
         threads: Number of CPU threads.
+        deterministic: Whether runs on CUDA are bit-for-bit identical; otherwise cuDNN measures which convolution
+            algorithm is fastest.
+        read_every: Steps between two reads of the losses by the training loop. On CUDA every read waits for the device.
     """
 
     device: torch.device
     precision: str
     threads: int
+    deterministic: bool = True
+    read_every: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,13 +49,19 @@ class ComputeContext:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context manager for a forward pass."""
-        if self.precision != "bfloat16":
+        if self.precision not in ("bfloat16", "float16"):
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+
+    def make_scaler(self) -> torch.amp.GradScaler | None:
+        """Return what scales the loss so that gradients do not underflow in float16; None for other precisions."""
+        return torch.amp.GradScaler(self.device.type) if self.precision == "float16" else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return device, precision and threads for plans and records."""
-        return {"device": str(self.device), "precision": self.precision, "threads": self.threads}
+        """Return device, precision and threads for plans and records, and how CUDA computes."""
+        about = {"device": str(self.device), "precision": self.precision, "threads": self.threads}
+        on_cuda = {"tf32": False, "deterministic": self.deterministic} if self.device.type == "cuda" else {}
+        return about | on_cuda
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be equal for two results to be bit-for-bit identical."""
@@ -55,13 +73,23 @@ class ComputeContext:
             torch.cuda.synchronize(self.device)
 
 
-def select_device(device: str = "auto", precision: str = "auto", threads: int | None = None) -> ComputeContext:
+def select_device(
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    *,
+    scales_loss: bool = False,
+    deterministic: bool = True,
+) -> ComputeContext:
     """Choose device, precision and number of threads.
 
     Args:
         device: cpu, cuda, cuda:N, mps or auto; in a distributed run, cuda and auto are the GPU of this rank.
-        precision: float32, bfloat16, float64, or auto: bfloat16 if the device has hardware for it.
+        precision: float32, bfloat16, float16, float64, or auto: bfloat16 if the device has hardware for it, else
+            float16 if a GPU has hardware for that and the caller scales its loss, else float32.
         threads: Number of CPU threads; None for torch's default.
+        scales_loss: Whether the caller can train in float16, see `ComputeContext.make_scaler`.
+        deterministic: See `ComputeContext`.
 
     Raises:
         DeviceError: The device does not exist.
@@ -80,8 +108,30 @@ def select_device(device: str = "auto", precision: str = "auto", threads: int | 
     if selected.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device mps is not available", hint)
     if precision == "auto":
-        precision = "bfloat16" if fast_bfloat16(selected) else "float32"
-    return ComputeContext(selected, precision, torch.get_num_threads())
+        precision = _fast_precision(selected, scales_loss)
+    if selected.type == "cuda":
+        _configure_cuda(deterministic)
+    read_every = CUDA_READ_EVERY if selected.type == "cuda" else 1
+    return ComputeContext(selected, precision, torch.get_num_threads(), deterministic, read_every)
+
+
+def _fast_precision(device: torch.device, scales_loss: bool) -> str:
+    """Return the precision that a device is fast in."""
+    if fast_bfloat16(device):
+        return "bfloat16"
+    has_float16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return "float16" if scales_loss and has_float16 else "float32"
+
+
+def _configure_cuda(deterministic: bool) -> None:
+    """Choose how CUDA computes: float32 without TF32, so that it agrees with the CPU; cuDNN's algorithms.
+
+    By default torch rounds the inputs of float32 convolutions to the 10 bits of TF32 and those of matrix products not.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # what is fastest in one run need not be in the next
 
 
 @functools.cache
@@ -106,6 +156,13 @@ def fast_bfloat16(device: torch.device) -> bool:
         return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; to CUDA it is copied from pinned memory, without waiting for the device."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def seed_everything(seed: int) -> None:

@@ -23,6 +23,28 @@ from cvlab.errors import CheckpointError, DivergedError
 Batch = TypeVar("Batch")
 Losses = dict[str, Tensor]
 LossFn = Callable[[nn.Module, Batch], Losses]
+STATE_KEYS = ("step", "model", "optimizer", "ema_model", "uses_ema", "scaler", "rng")
+
+
+class UnreadLosses:
+    """The losses of the last steps, on the device, until they are read together: each read waits for the device."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, float, Losses, Tensor]] = []
+
+    def add(self, step: int, lr: float, losses: Losses, diverged: Tensor) -> None:
+        """Add the losses of a step; `diverged` is a bool tensor, whether the loss is not finite on any rank."""
+        self._steps.append((step, lr, {name: value.detach() for name, value in losses.items()}, diverged))
+
+    def require_finite(self) -> None:
+        """Read the losses that were added since the last call. Raises DivergedError about the first bad step."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        diverged = torch.stack([flag for *_, flag in steps]).tolist()
+        for (step, lr, losses, _), is_bad in zip(steps, diverged, strict=True):
+            if is_bad:
+                raise _diverged_error(losses, step, lr)
 
 
 class TrainState:
@@ -32,14 +54,24 @@ class TrainState:
         model: The model to train.
         optimizer: Its optimizer; the learning rates it has now are those that `fit` scales.
         ema_decay: Decay of the exponential moving average of the weights; None for no average.
+        scaler: Scales the loss of float16; None for other precisions.
 
     Attributes:
         uses_ema: Whether the average is evaluated, saved as the result and exported, if there is one.
+        unread: The losses that were not read yet.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema_decay: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.scaler = scaler
+        self.unread = UnreadLosses()
         self.ema_decay = ema_decay
         self.ema_model = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
         self.uses_ema = True
@@ -70,13 +102,19 @@ class TrainState:
                     ema_buffer.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with that of the random generators; the tensors are the live ones, not copies."""
+        """Return the state with that of the random generators; the tensors are the live ones, not copies.
+
+        Raises:
+            DivergedError: The loss of a step since the last read is not finite.
+        """
+        self.unread.require_finite()
         return {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema_model": None if self.ema_model is None else self.ema_model.state_dict(),
             "uses_ema": self.uses_ema,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "rng": get_rng_state(),
         }
 
@@ -86,7 +124,7 @@ class TrainState:
         Raises:
             CheckpointError: A part of the state is missing.
         """
-        missing = [key for key in ("step", "model", "optimizer", "ema_model", "uses_ema", "rng") if key not in state]
+        missing = [key for key in STATE_KEYS if key not in state]
         if missing or (state["ema_model"] is None) != (self.ema_model is None):
             raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or 'the moving average of the weights'}")
         self.model.load_state_dict(state["model"])
@@ -94,6 +132,9 @@ class TrainState:
         if self.ema_model is not None:
             self.ema_model.load_state_dict(state["ema_model"])
         self.uses_ema = state["uses_ema"]
+        if self.scaler is not None and state["scaler"] is not None:  # None: it ran on a device with bfloat16
+            self.scaler.load_state_dict(state["scaler"])
+        self.unread = UnreadLosses()
         self.step = state["step"]
         set_rng_state(state["rng"])
 
@@ -107,27 +148,32 @@ def fit(
     ctx: ComputeContext,
     clip_norm: float | None = None,
     local_flags: Callable[[], StepFlags] = StepFlags,
+    forward_model: nn.Module | None = None,
 ) -> Iterator[Losses]:
     """Train from `state.step` on, one step for each item that the caller takes, without end.
+
+    With `ctx.read_every` above 1, the losses and the requests of other ranks are read once in that number of steps, and
+    by `state.state_dict()`, so that no checkpoint is written after a loss that is not finite.
 
     Args:
         state: Model, optimizer and step; changed in place.
         loss_fn: Called as `loss_fn(model, batch)`; returns scalars by name, of which `loss` is minimized.
         get_batch: Returns the batch of a step; of a distributed run, this rank's shard of it.
         lr_factor: Returns what the learning rate of every parameter group is multiplied by at a step.
-        ctx: Device and precision.
+        ctx: Device, precision, and how often the losses are read.
         clip_norm: Largest L2 norm of the gradient; None for no limit.
         local_flags: Returns what this rank requests; `state.any_rank_flags` is what all ranks together requested.
+        forward_model: Passed to `loss_fn` instead of the model whose weights it shares, for example a compiled one.
 
     Yields:
         The losses of the step, detached, after the update.
 
     Raises:
-        DivergedError: The loss is not finite; the weights are those before the update.
+        DivergedError: The loss is not finite; the weights are those before the update if every loss is read.
     """
     model, optimizer = state.model, state.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
-    train_step = ddp.make_step(model, loss_fn, ctx.device, local_flags)
+    train_step = ddp.make_step(forward_model or model, loss_fn, ctx.device, local_flags)
     while True:
         model.train()
         factor = lr_factor(state.step)
@@ -137,24 +183,48 @@ def fit(
         with ctx.autocast():
             losses = train_step.losses(batch)
         optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        state.any_rank_flags, is_finite = train_step.reduce(losses)
-        if not is_finite:
-            raise _diverged_error(losses, state)
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
-        _compat.optimizer_step(optimizer)
+        loss = losses["loss"] if state.scaler is None else state.scaler.scale(losses["loss"])
+        loss.backward()
+        if ctx.read_every == 1:
+            state.any_rank_flags, is_finite = train_step.reduce(losses)
+            if not is_finite:
+                raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"])
+        else:
+            _reduce_later(state, train_step, losses, ctx.read_every)
+        _update_weights(state, parameters, clip_norm)
         state.update_ema()
         state.step += 1
         yield {name: value.detach() for name, value in losses.items()}
 
 
-def _diverged_error(losses: Losses, state: TrainState) -> DivergedError:
+def _reduce_later(state: TrainState, train_step: ddp.SingleProcessStep, losses: Losses, read_every: int) -> None:
+    """Store the losses of a step, and read those of the last `read_every` steps if it ends a group of them."""
+    is_read = (state.step + 1) % read_every == 0
+    state.any_rank_flags, diverged = train_step.reduce_later(losses, is_read)
+    state.unread.add(state.step, state.optimizer.param_groups[0]["lr"], losses, diverged)
+    if is_read:
+        state.unread.require_finite()
+
+
+def _update_weights(state: TrainState, parameters: list[nn.Parameter], clip_norm: float | None) -> None:
+    """Clip the gradients and take the optimizer's step; in float16 it is skipped if a gradient is not finite."""
+    scaler = state.scaler
+    if scaler is not None and clip_norm is not None:
+        scaler.unscale_(state.optimizer)
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if scaler is None:
+        _compat.optimizer_step(state.optimizer)
+    else:
+        scaler.step(state.optimizer)
+        scaler.update()
+
+
+def _diverged_error(losses: Losses, step: int, lr: float) -> DivergedError:
     """Return the error about a loss that is not finite, with its step, learning rate and parts."""
     parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-    lr = state.optimizer.param_groups[0]["lr"]
     return DivergedError(
-        f"the loss is not finite at step {state.step} (batch {state.step}, lr {lr:g}): {parts}",
+        f"the loss is not finite at step {step} (batch {step}, lr {lr:g}): {parts}",
         "lower optimizer.lr; the last checkpoint is valid",
     )
 

@@ -17,7 +17,7 @@ from cvlab.config.schema import Duration
 from cvlab.console import Progress
 from cvlab.distributed import collectives, process_group, sharding
 from cvlab.distributed.step_flags import StepFlags
-from cvlab.engine import device, loop, optimizers, schedules, time_budget, unsaved_state
+from cvlab.engine import compilation, device, loop, optimizers, schedules, time_budget, unsaved_state
 from cvlab.engine.checkpointer import Checkpointer
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.loop import Losses, TrainState
@@ -83,7 +83,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, task: TrainTask, run_dir: RunDir, stop: StopRequest) -> None:
         self.config, self.task, self.run_dir, self.stop = config, task, run_dir, stop
         optimizer = optimizers.build_optimizer(config.optimizer.name, task.model, config.optimizer.builder_arguments())
-        self.state = TrainState(task.model, optimizer, config.ema)
+        self.state = TrainState(task.model, optimizer, config.ema, task.ctx.make_scaler())
+        self.forward_model = compilation.compile_model(task.model) if config.compile else task.model
         self.progress = TrainProgress(0)
         self.checkpointer = Checkpointer(self, run_dir, task.ctx, config.save_seconds)
         # Of what a run is not resumed with if it was changed. Taken once: what is loaded now is what is trained with.
@@ -112,6 +113,9 @@ class Trainer:
         self.config.require_shares(size)
         self.config.require_validation(self.task.monitor.startswith("val_"))
         sharding.require_divisible(self.task.items_per_step, size)  # less than batch_size if there is less data
+        if self.config.compile:
+            seconds = compilation.warm_up(self.task, self.forward_model)
+            self.run_dir.log(f"compiled the model in {seconds:.1f} s, not counted as training")
         self.checkpointer.begin(self._start)
 
     def _start(self) -> None:
@@ -245,6 +249,7 @@ class Trainer:
             ctx=self.task.ctx,
             clip_norm=self.config.clip_norm,
             local_flags=self._local_flags,
+            forward_model=self.forward_model,
         )
 
     def run(self) -> None:
@@ -305,6 +310,7 @@ class Trainer:
 
     def _between_steps(self, step: int, save_due: bool) -> None:
         """Log, evaluate, replan and save, whichever is due; this is not counted as training time."""
+        self.state.unread.require_finite()
         if step % self.config.log_every == 0 or step == self.total_steps:
             self._log_losses(step)
         if self._ends_epoch(step):

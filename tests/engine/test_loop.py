@@ -123,7 +123,7 @@ def test_all_random_generators_are_restored():
 def test_a_missing_key_of_the_state_is_reported():
     model = make()
     training = TrainState(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
-    for key in ("step", "model", "optimizer", "ema_model", "uses_ema", "rng"):
+    for key in loop.STATE_KEYS:
         state = training.state_dict()
         del state[key]
         with pytest.raises(CheckpointError, match=key):

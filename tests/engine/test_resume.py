@@ -59,6 +59,7 @@ STATE_KEYS = [
     "model",
     "optimizer",
     "ema_model",
+    "scaler",
     "rng",
     "format",
     "progress",

@@ -9,6 +9,7 @@ from torch import Tensor
 from cvlab.data import rng
 from cvlab.data.vocabulary import PAD, Vocabulary, tokenize
 from cvlab.distributed import sharding
+from cvlab.engine.device import upload
 from cvlab.experiments.captioning.dataset import CaptionSample
 
 
@@ -105,9 +106,9 @@ class CaptionLoader:
             features[is_mirrored] = self.mirrored[photo_ids[is_mirrored]]
         token_ids, photo_indices = self.captions.select(photo_ids)
         return CaptionBatch(
-            features=features.float().to(self.device),
+            features=upload(features.float(), self.device),
             photo_ids=photo_ids,
-            token_ids=token_ids.to(self.device),
-            photo_indices=photo_indices.to(self.device),
+            token_ids=upload(token_ids, self.device),
+            photo_indices=upload(photo_indices, self.device),
             is_self_critical=self.self_critical_from is not None and step >= self.self_critical_from,
         )

@@ -83,6 +83,7 @@ class CaptionerConfig(backbone_config.BackboneTrainConfig):
 
     data: CaptionDataConfig
     model: Annotated[schema.ComponentConfig, CAPTIONER_REGISTRY]
+    compile: Literal[False] = Field(False, description="captioners are not compiled: the length of a batch varies")
     size: Annotated[int, Ge(64), Le(2048)] = Field(
         224, description="photos are resized to squares of this many pixels, without keeping the aspect ratio"
     )

@@ -33,7 +33,7 @@ class CaptioningSetup:
 
 def build_setup(config: CaptionerConfig) -> CaptioningSetup:
     """Load the captions, build the vocabulary, and build the captioner with seeded random weights."""
-    ctx = device.select_device(config.device, config.precision, config.threads)
+    ctx = config.compute_context()
     dataset = captions_dataset.load_configured(config.data, data_root())
     train = samples_of(config, dataset, "train")
     captions = (vocabulary.tokenize(text) for sample in train for text in sample.captions[: config.data.sentences])

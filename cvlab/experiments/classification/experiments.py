@@ -280,11 +280,11 @@ class ClassifyExperiment(
 
     def plan(self, config: ClassifyConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; nothing is written, and only a user's own data set is loaded."""
-        from cvlab.engine import device, optimizers
+        from cvlab.engine import optimizers
         from cvlab.experiments.classification.data.images import count_steps_per_epoch
         from cvlab.experiments.classification.setup import build_model, expected_size
 
-        ctx = device.select_device(config.device, config.precision, config.threads)
+        ctx = config.compute_context()
         size, counts = expected_size(config, base)
         config.require_validation(counts["val"] > 0)
         model = build_model(config, base, size)
@@ -318,9 +318,8 @@ class ClassifyExperiment(
         self, config: ClassifyConfig, base: Path, state: State, data: str, splits: Sequence[str]
     ) -> dict[str, float]:
         """Evaluate the weights of a checkpoint on another data set with the same names of classes."""
-        from cvlab.engine import device
         from cvlab.experiments.classification import other_data
 
-        ctx = device.select_device(config.device, config.precision, config.threads)
+        ctx = config.compute_context()
         model = self.photo_classifier(config, base, state, str(ctx.device))
         return other_data.evaluate(model, data, splits, ctx, RunDir(base))

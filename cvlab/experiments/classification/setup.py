@@ -101,7 +101,7 @@ def build(
     Returns:
         Data and model.
     """
-    ctx = device.select_device(config.device, config.precision, config.threads)
+    ctx = config.compute_context()
     dataset = dataset or load_dataset(config, base, check_interrupt)
     splits = split(dataset, config.data.val_fraction, config.data.num_train)
     if config.evaluate_test and "test" not in splits:

@@ -11,7 +11,7 @@ from cvlab.config.loading import Loaded
 from cvlab.config.schema import DataConfig
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
-from cvlab.engine import loop, optimizers, time_budget
+from cvlab.engine import compilation, loop, optimizers, time_budget
 from cvlab.experiments.classification import setup
 from cvlab.experiments.classification.config import ClassifyConfig
 from cvlab.experiments.classification.data.images import ImageDataset, split_sizes
@@ -47,12 +47,13 @@ def train_steps(
     """Train step by step as a run of the configuration does, on its batches or on those of `get_batch`."""
     optimizer = optimizers.build_optimizer(config.optimizer.name, built.model, config.optimizer.builder_arguments())
     return loop.fit(
-        loop.TrainState(built.model, optimizer, config.ema),
+        loop.TrainState(built.model, optimizer, config.ema, built.ctx.make_scaler()),
         setup.build_loss_fn(config, built.train_loader),
         get_batch or built.train_loader.get_batch,
         lr_factor=lambda _: 1e-3,  # the weights do not matter but must stay finite
         ctx=built.ctx,
         clip_norm=config.clip_norm,
+        forward_model=compilation.compile_model(built.model) if config.compile else None,
     )
 
 

@@ -15,7 +15,7 @@ from cvlab.console import Progress
 from cvlab.data import photos, rng
 from cvlab.distributed import sharding
 from cvlab.engine import memory
-from cvlab.engine.device import ComputeContext
+from cvlab.engine.device import ComputeContext, upload
 from cvlab.errors import ConfigError
 from cvlab.experiments.detection.config import AugmentConfig
 from cvlab.experiments.detection.data import augment
@@ -57,6 +57,7 @@ class FeatureCache:
     def batch(self, indices: Tensor, num_levels: int | None = None) -> tuple[list[Tensor], Targets]:
         """Return maps (N, C, H, W), channels_last, of all or the first `num_levels` levels, and targets of views."""
         views = [self.views[k] for k in indices.tolist()]
+        indices = upload(indices, self.maps[0].device)
         return [level[indices].permute(0, 3, 1, 2) for level in self.maps[:num_levels]], _collate_views(views)
 
 
@@ -184,7 +185,7 @@ class CachedBatches:
 
     def __init__(self, cache: FeatureCache, batch_size: int, seed: int, device: torch.device) -> None:
         self.cache, self.device = cache, device
-        self.sampler = rng.BatchSampler(seed, len(cache), batch_size, device)
+        self.sampler = rng.BatchSampler(seed, len(cache), batch_size, torch.device("cpu"))  # as the views are
         self.finest_from: int | None = None
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:
@@ -210,7 +211,7 @@ class FreshBatches:
         batch_size: int,
     ) -> None:
         self.features, self.samples, self.ctx, self.config = features, samples, ctx, config
-        self.sampler = rng.BatchSampler(config.seed, len(samples), batch_size, ctx.device)
+        self.sampler = rng.BatchSampler(config.seed, len(samples), batch_size, torch.device("cpu"))
         self.finest_from: int | None = None
 
     def __call__(self, step: int) -> tuple[list[Tensor], Targets]:

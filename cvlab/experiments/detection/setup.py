@@ -47,7 +47,7 @@ class DetectionSetup:
 
 def build(config: DetectorConfig) -> DetectionSetup:
     """Read the data set's annotations and build the detector, with pretrained weights or seeded random ones."""
-    ctx = device.select_device(config.device, config.precision, config.threads)
+    ctx = config.compute_context()
     boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
     device.seed_everything(config.seed)
     size_px = sizing.input_size(config, boxset)

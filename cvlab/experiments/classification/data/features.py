@@ -17,7 +17,7 @@ from torch import Tensor
 from cvlab.console import Progress
 from cvlab.data.digest import DataDigest
 from cvlab.distributed import sharding
-from cvlab.engine.device import ComputeContext
+from cvlab.engine.device import ComputeContext, upload
 from cvlab.experiments.classification.data.augment import Augmentation
 from cvlab.experiments.classification.data.images import (
     EVAL_BATCH_SIZE,
@@ -131,7 +131,7 @@ class FeatureStore:
         for start in range(first, end, EVAL_BATCH_SIZE):
             stop = min(start + EVAL_BATCH_SIZE, end)
             chosen = torch.arange(start, stop) * self.views.count
-            yield rows[chosen].to(self.ctx.device), labels[start:stop]
+            yield upload(rows[chosen], self.ctx.device), labels[start:stop]
 
 
 class FeatureLoader(TrainLoader):
@@ -154,4 +154,5 @@ class FeatureLoader(TrainLoader):
         indices = sharding.shard(self.batch_indices(step))
         views = self.store.views.count
         chosen = indices.cpu() * views + self.locate(step)[0] % views
-        return self.store.rows(self.part_at(step))[chosen].to(self.store.ctx.device), self.labels[indices]
+        rows = self.store.rows(self.part_at(step))
+        return upload(rows[chosen], self.store.ctx.device), self.labels[indices]

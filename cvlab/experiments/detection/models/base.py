@@ -7,6 +7,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cvlab.engine.device import upload
 from cvlab.ops.average_precision import Detections
 
 Outputs = TypeVar("Outputs")
@@ -28,7 +29,9 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """Return a copy on a device."""
-        return Targets(*(getattr(self, name).to(device) for name in ("boxes_xyxy", "labels", "confidence", "ignored")))
+        return Targets(
+            *(upload(getattr(self, name), device) for name in ("boxes_xyxy", "labels", "confidence", "ignored"))
+        )
 
     def counted_labels(self) -> Tensor:
         """Return the labels (N, M), -1 for padding and for ignored boxes."""

@@ -1,0 +1,175 @@
+"""What a GPU computes: as the CPU does within tolerances, the same in every run, without a wait in each step."""
+
+import itertools
+import math
+import time
+
+import pytest
+import torch
+
+from cvlab.config import loading
+from cvlab.data import rng
+from cvlab.engine import device, muon
+from cvlab.errors import DivergedError, StoppedError
+from cvlab.experiments.classification import throughput
+from cvlab.ops import nms
+from cvlab.runs import checkpoint
+from tests import tiny
+from tests.engine.test_precision import broken_from, make_training
+from tests.engine.test_resume import stop_at
+
+pytestmark = pytest.mark.cuda
+
+PRECISIONS = ["float32", "bfloat16", "float16"]
+CONFIGURATIONS = ["cifar_94", "cifar_96"]
+SMALL = ["device=cuda", "batch_size=32"]
+
+
+def steps_of(name, *overrides):
+    loaded = loading.load(name, [*SMALL, *overrides])
+    setup = throughput.build_on_synthetic_images(loaded.config, loaded.base)
+    return setup, throughput.train_steps(loaded.config, setup)
+
+
+def test_random_numbers_are_those_of_the_cpu():
+    indices = torch.arange(10_000)
+    on_gpu = rng.uniform(3, 5, indices.cuda(), "flip").cpu()
+    assert torch.equal(on_gpu, rng.uniform(3, 5, indices, "flip"))
+    assert torch.equal(
+        rng.permutation(3, 5, 999, torch.device("cuda")).cpu(), rng.permutation(3, 5, 999, indices.device)
+    )
+
+
+def test_float32_is_not_rounded_to_tf32():
+    ctx = device.select_device("cuda", "float32")
+    assert ctx.as_dict()["tf32"] is False
+    torch.manual_seed(0)
+    a, b = torch.randn(256, 512), torch.randn(512, 256)
+    exact = (a.double() @ b.double()).float()
+    assert ((a.cuda() @ b.cuda()).cpu() - exact).abs().max() < 1e-3
+    x, w = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    exact = torch.nn.functional.conv2d(x.double(), w.double()).float()
+    assert (torch.nn.functional.conv2d(x.cuda(), w.cuda()).cpu() - exact).abs().max() < 1e-3
+
+
+def test_training_follows_the_cpu(tmp_path):
+    losses = {}
+    for name in ("cpu", "cuda"):
+        config = tiny.settings(device=name, duration={"steps": 6}, optimizer=tiny.settings("sgd").optimizer)
+        task = tiny.job(config)
+        task.model[4].p = 0.0  # each device draws its own dropout masks
+        tiny_fit = throughput.loop.fit(
+            throughput.loop.TrainState(task.model, torch.optim.SGD(task.model.parameters(), lr=0.01)),
+            task.loss_fn,
+            task.get_batch,
+            lr_factor=lambda _: 1.0,
+            ctx=task.ctx,
+        )
+        losses[name] = [step["loss"].item() for step in itertools.islice(tiny_fit, 6)]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_runs_and_a_resumed_one_have_the_same_bits(tmp_path, precision, optimizer):
+    config = tiny.settings(optimizer, device="cuda", precision=precision)
+    metrics, summary = tiny.train(tmp_path / "one", config)
+    again, again_summary = tiny.train(tmp_path / "two", config)
+    assert again_summary == summary
+    assert tiny.untimed(again) == tiny.untimed(metrics)
+    with pytest.raises(StoppedError):
+        tiny.train(tmp_path / "stopped", config, stop_at(13))
+    resumed, resumed_summary = tiny.train(tmp_path / "stopped", config)
+    assert resumed_summary == summary
+    assert tiny.untimed(resumed) == tiny.untimed(metrics)
+    assert tiny.rows(tmp_path / "stopped") == tiny.rows(tmp_path / "one")
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_two_starts_of_a_shipped_configuration_have_the_same_bits(name):
+    digests = []
+    for _ in range(2):
+        setup, steps = steps_of(name)
+        for _ in itertools.islice(steps, 12):
+            pass
+        digests.append(checkpoint.weights_digest(setup.model.state_dict()))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("overrides", [(), ("optimizer={name: sgd, lr: 0.01}",), ("skip_easy=0.5",)])
+def test_a_step_does_not_wait_for_the_device(overrides):
+    setup, steps = steps_of("cifar_96", *overrides)
+    assert setup.ctx.read_every == device.CUDA_READ_EVERY
+    for _ in itertools.islice(steps, device.CUDA_READ_EVERY):
+        pass
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in itertools.islice(steps, device.CUDA_READ_EVERY - 1):
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_step():
+    training = make_training()
+    training.model.cuda()
+    loss_fn = broken_from(training, 5)
+    batch = torch.randn(6, 3, device="cuda")
+
+    def on_gpu(model, batch):
+        losses = loss_fn(lambda x: model(x).cpu(), batch)
+        return {name: value.cuda() for name, value in losses.items()}
+
+    ctx = device.select_device("cuda", "float32")
+    steps = throughput.loop.fit(training, on_gpu, lambda _: batch, lr_factor=lambda _: 1.0, ctx=ctx)
+    with pytest.raises(DivergedError, match="at step 5 "):
+        for _ in steps:
+            assert training.step <= device.CUDA_READ_EVERY
+
+
+def test_images_and_weights_are_channels_last():
+    setup, _ = steps_of("cifar_94")
+    images, _ = setup.train_loader.get_batch(0)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    weights = [weight for weight in setup.model.parameters() if weight.ndim == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_cudnn_measures_only_if_bits_may_differ():
+    for deterministic in (False, True):
+        device.select_device("cuda", deterministic=deterministic)
+        assert torch.backends.cudnn.deterministic is deterministic
+        assert torch.backends.cudnn.benchmark is not deterministic
+
+
+def test_uploads_do_not_wait():
+    tensor = torch.arange(1000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        uploaded = device.upload(tensor, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(uploaded.cpu(), tensor)
+
+
+def test_operations_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    corners = torch.rand(200, 2) * 100
+    boxes, scores = torch.cat([corners, corners + 5 + torch.rand(200, 2) * 40], 1), torch.rand(200)
+    assert torch.equal(nms.nms(boxes.cuda(), scores.cuda(), 0.5).cpu(), nms.nms(boxes, scores, 0.5))
+    matrix = torch.randn(30, 50)
+    expected = muon.orthogonalize(matrix, 3)
+    torch.testing.assert_close(muon.orthogonalize(matrix.cuda(), 3).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_run_resumes_bitwise(tmp_path):
+    pytest.importorskip("triton")
+    config = tiny.settings(device="cuda", compile=True)
+    start = time.perf_counter()
+    metrics, summary = tiny.train(tmp_path / "whole", config)
+    assert metrics["train_seconds"] < time.perf_counter() - start
+    with pytest.raises(StoppedError):
+        tiny.train(tmp_path / "stopped", config, stop_at(13))
+    _, resumed_summary = tiny.train(tmp_path / "stopped", config)
+    assert resumed_summary == summary
+    assert math.isfinite(metrics["train_loss"])
