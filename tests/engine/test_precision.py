@@ -211,7 +211,7 @@ def test_a_model_that_cannot_be_compiled_is_refused_before_the_first_step(tmp_pa
 
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile_with(model, backend=without_compiler))
-    with pytest.raises(ConfigError, match="compile: the model cannot be compiled: .*No working C") as refused:
+    with pytest.raises(ConfigError, match=r"compile: the model cannot be compiled: .*No working C") as refused:
         tiny.train(tmp_path / "run", tiny.settings(compile=True))
     assert "compile: false" in refused.value.hint
     assert not checkpoint.steps(tmp_path / "run" / "checkpoints")

@@ -1,0 +1,323 @@
+"""Measure everything that needs a GPU, within a number of minutes and without network, and write one JSON.
+
+    python benchmarks/gpu.py --out gpu.json                        # at most 8 minutes
+    python benchmarks/gpu.py --packs PACKS --out gpu.json          # unpack CIFAR-10 first, see cifar_pack.py
+    python benchmarks/gpu.py --tiny --device cpu --out gpu.json    # that everything runs, on any machine
+
+Each part runs in a process of its own, so that one that fails or hangs ends alone. A part stops when its share of the
+time is used or the whole is; what it has measured until then is in the JSON, with the reason for what is missing.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cifar_pack, photos
+from cvlab.bench import harness, training
+from cvlab.data import photo_paths
+from cvlab.data import photos as photo_files
+from cvlab.engine import device as engine_device
+from cvlab.engine import loop, optimizers
+from cvlab.experiments.detection import inference
+from cvlab.experiments.detection.models import base as detector_base
+from cvlab.experiments.detection.models import detector as detector_model
+from cvlab.experiments.detection.setup import make_loss_fn
+from cvlab.runs.environment import environment
+from cvlab.storage.cache import data_root
+
+ROOT = Path(__file__).parent.parent
+RESERVED_SECONDS = 10.0  # to end a part and to write the JSON
+MIN_SECONDS = 5.0  # less is not worth the start of a process
+FAST = ("deterministic=false",)
+TINY = ("model.widths=[4,8]", "model.depth=1", "data.num_train=200", "batch_size=100", "duration={epochs: 1}")
+METRICS = ("test_accuracy_tta", "test_accuracy", "train_seconds", "images_per_second", "steps")
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a part is called with."""
+
+    device: str
+    tiny: bool
+    deadline: float  # of `time.monotonic`, which is the same in all processes
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the part has to end."""
+        return self.deadline - time.monotonic()
+
+
+def train_once(options: Options, name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Train a shipped configuration; return what its JSON says of accuracy and time."""
+    from cvlab.cli import main
+
+    out = io.StringIO()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out):
+        command = ["train", name, f"seed={seed}", f"device={options.device}", *overrides, "--runs-dir", folder]
+        code = main.run_command_line([*command, "--json", "-q"])
+    document = json.loads(out.getvalue())
+    row = {"config": name, "seed": seed, "overrides": list(overrides), "exit_code": code}
+    if "metrics" not in document:
+        return row | {"error": document.get("error")}
+    row |= {key: document["metrics"][key] for key in METRICS if key in document["metrics"]}
+    return row | {"wall_seconds": time.perf_counter() - start}
+
+
+def train_many(options: Options, name: str, variants: Sequence[tuple[int, Sequence[str]]]) -> Rows:
+    """Train (runs, overrides) of a configuration with seeds from 0; leave out runs that would not end in time."""
+    longest = 0.0
+    for runs, overrides in variants:
+        for seed in range(1 if options.tiny else runs):
+            if options.seconds_left() < 1.1 * longest:
+                yield {"config": name, "seed": seed, "overrides": list(overrides), "skipped": "no time is left"}
+                continue
+            start = time.perf_counter()
+            yield train_once(options, name, seed, (*overrides, *(TINY if options.tiny else ())))
+            longest = max(longest, time.perf_counter() - start)
+
+
+def cifar_94(options: Options) -> Rows:
+    """Yield ten runs with the fastest algorithms, then some as shipped and compiled."""
+    compiled = () if options.tiny else ((3, (*FAST, "compile=true")),)
+    return train_many(options, "cifar_94", ((10, FAST), (3, ()), *compiled))
+
+
+def cifar_96(options: Options) -> Rows:
+    """Yield three runs with the fastest algorithms."""
+    return train_many(options, "cifar_96", ((3, FAST),))
+
+
+def cifar_60s(options: Options) -> Rows:
+    """Yield three runs of a minute each, of the largest profile."""
+    profile = "small" if options.tiny else "large"
+    overrides = (f"profile={profile}", *FAST)
+    if not options.tiny:
+        yield from train_many(options, "cifar_60s", ((3, overrides),))
+        return
+    sizes = ("model.widths=[4,8]", "data.num_train=500", "batch_size=50", "duration={seconds: 2}")
+    yield train_once(options, "cifar_60s", 0, (*overrides, *sizes))
+
+
+def engine(options: Options) -> Rows:
+    """Yield the engine's step against a bare loop, for the shapes of several configurations."""
+    rounds, steps = (1, 1) if options.tiny else (5, 40)
+    for name in ("quickstart",) if options.tiny else ("cifar_vgg_half_60s", "cifar_94", "cifar_96"):
+        result = training.engine(rounds, steps, options.device, name)
+        yield {"config": name, **result}
+
+
+def yolo(options: Options) -> Rows:
+    """Yield a training step of yolo_fpn on maps of noise, and one photo from pixels to boxes."""
+    ctx = engine_device.select_device(options.device, scales_loss=True)
+    size, batch, steps = (128, 2, 2) if options.tiny else (416, 32, 20)
+    yield {
+        "what": "yolo_fpn training step",
+        "size_px": size,
+        "batch_size": batch,
+        **_yolo_step(ctx, size, batch, steps),
+    }
+    detector = inference.load_detector("yolo", None, ctx)
+    photo = photo_files.load(photo_paths.find_images([photo_paths.SAMPLE])[0])
+    rounds = 2 if options.tiny else 15
+    predict = harness.synchronized(ctx, lambda: detector.predict([photo], 0.25, 0.5))
+    measured = harness.alternate(
+        {"photo": harness.synchronized(ctx, lambda: detector.predict([photo], 0.25, 0.5))}, rounds
+    )
+    yield {"what": "yolo, one photo", "seconds": statistics.median(measured["photo"]), "n": rounds}
+
+
+def _yolo_step(ctx: engine_device.ComputeContext, size: int, batch: int, steps: int) -> dict[str, Any]:
+    """Return the median seconds of a training step on random maps and boxes."""
+    torch.manual_seed(0)
+    metadata = detector_model.DetectorMetadata("yolo_fpn", {}, tuple("abcdefgh"), size)
+    detector = detector_model.build(metadata, ctx.device)
+    with torch.no_grad():
+        by_name = detector.features.batch(torch.rand(batch, 3, size, size, device=ctx.device))
+    maps = [by_name[name].float() for name in detector.features.names]
+    corners = [torch.rand(4, 2) * size / 2 for _ in range(batch)]
+    boxes = [torch.cat([corner, corner + size / 4], 1) for corner in corners]
+    targets = detector_base.collate_targets(boxes, [torch.randint(0, 8, (4,)) for _ in range(batch)])
+    optimizer = optimizers.build_optimizer("adamw", detector.head, {})
+    state = loop.TrainState(detector.head, optimizer, 0.99, ctx.make_scaler())
+    training_steps = loop.fit(
+        state,
+        make_loss_fn(size),
+        lambda _: (maps, targets.to(ctx.device)),
+        lr_factor=lambda _: 1.0,
+        ctx=ctx,
+    )
+
+    def take_steps() -> None:
+        for _ in range(steps):
+            next(training_steps)
+
+    seconds = harness.alternate({"step": harness.synchronized(ctx, take_steps)}, 3)["step"]
+    return {"seconds": statistics.median(seconds) / steps, "n": 3 * steps, "precision": ctx.precision}
+
+
+def attack(options: Options) -> Rows:
+    """Yield attack and saliency steps against bare loops, and PGD against torchattacks if it is installed."""
+    yield photos.run(1 if options.tiny else 7, options.device, 1 if options.tiny else 8)
+    if importlib.util.find_spec("torchattacks") is None:
+        yield {"what": "torchattacks", "skipped": "torchattacks is not installed"}
+        return
+    ctx = engine_device.select_device(options.device, "float32")
+    model = photos.bare_model(ctx.device)
+    method = importlib.import_module("torchattacks").PGD(model, steps=photos.STEPS)
+    images = torch.rand(1 if options.tiny else 8, 3, photos.SIZE_PX, photos.SIZE_PX, device=ctx.device)
+    labels = torch.full((len(images),), photos.TARGET, device=ctx.device)
+    measured = harness.alternate({"pgd": harness.synchronized(ctx, lambda: method(images, labels))}, 3)
+    yield {"what": "torchattacks", "seconds_per_step": statistics.median(measured["pgd"]) / photos.STEPS}
+
+
+def tests(options: Options) -> Rows:
+    """Yield the outcome of each test marked `cuda`, and the end of what pytest has printed."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "cuda", "-q", "-rA", "--tb=short"]
+    command += ["-W", "default", "--show-capture=no", "tests/engine/test_cuda.py"]
+    limit = max(1.0, options.seconds_left())
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+        output, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = (error.stdout or b"").decode(), -1
+    outcomes = ("PASSED", "FAILED", "SKIPPED", "ERROR")
+    lines = [line for line in output.splitlines() if line.startswith(outcomes)]
+    counts = {outcome: sum(line.startswith(outcome) for line in lines) for outcome in outcomes}
+    yield {"exit_code": code, "lines": counts, "outcomes": lines, "output_end": output[-6000:]}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part and the seconds that it may take."""
+
+    measure: Callable[[Options], Rows]
+    seconds: float
+
+
+PARTS: Mapping[str, Part] = {
+    "cifar_94": Part(cifar_94, 130),
+    "engine": Part(engine, 40),
+    "tests": Part(tests, 100),
+    "cifar_96": Part(cifar_96, 90),
+    "yolo": Part(yolo, 30),
+    "attack": Part(attack, 40),
+    "cifar_60s": Part(cifar_60s, 240),
+}
+
+
+def run_part(name: str, options: Options, rows_path: Path) -> None:
+    """Run a part in this process; append each of its rows to a file as a line of JSON."""
+    with rows_path.open("a") as file:
+        for row in PARTS[name].measure(options):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+
+def start_part(name: str, seconds: float, device: str, tiny: bool) -> dict[str, Any]:
+    """Run a part in a process of its own, for a number of seconds at most; return its rows and what went wrong."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rows_path = Path(folder) / "rows.jsonl"
+        rows_path.touch()
+        command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--rows", str(rows_path)]
+        command += ["--device", device, "--deadline", str(start + seconds), *(["--tiny"] if tiny else [])]
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        problem = None
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": paths, "CVLAB_OFFLINE": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=seconds,
+                check=False,
+            )
+            if done.returncode:
+                problem = {"exit_code": done.returncode, "stderr_end": done.stderr[-3000:]}
+        except subprocess.TimeoutExpired:
+            problem = {"stopped": f"its {seconds:.0f} s were used"}
+        rows = [json.loads(line) for line in rows_path.read_text().splitlines() if line.endswith("}")]
+    return {"seconds": time.monotonic() - start, "rows": rows, "problem": problem}
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean, standard deviation and median of trainings with the same configuration and overrides."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "train_seconds" in row:
+            groups.setdefault((row["config"], *row["overrides"]), []).append(row)
+    summaries = []
+    for (config, *overrides), group in groups.items():
+        summary: dict[str, Any] = {"config": config, "overrides": overrides, "n": len(group)}
+        for key in ("test_accuracy_tta", "train_seconds"):
+            values = [row[key] for row in group if key in row]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                numbers = {"mean": statistics.fmean(values), "sd": spread, "median": statistics.median(values)}
+                summary[key] = numbers
+        summaries.append(summary)
+    return summaries
+
+
+def run(minutes: float, device: str, tiny: bool, out: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Run the parts in turn; write the JSON after each of them."""
+    end = time.monotonic() + 60 * minutes - RESERVED_SECONDS
+    ctx = engine_device.select_device(device, scales_loss=True)
+    result: dict[str, Any] = {"ok": True, "environment": environment(), "compute": ctx.as_dict(), "tiny": tiny}
+    result["parts"] = {}
+    for name in names:
+        seconds = min(PARTS[name].seconds, end - time.monotonic())
+        if seconds < MIN_SECONDS:
+            part: dict[str, Any] = {"skipped": f"{max(0.0, seconds):.0f} s are left of {minutes:g} minutes"}
+        else:
+            part = start_part(name, seconds, device, tiny)
+            part["summary"] = summarize(part["rows"])
+        result["parts"][name] = part
+        result["ok"] = result["ok"] and not part.get("problem") and "skipped" not in part
+        out.write_text(json.dumps(result, indent=1))
+        print(f"{name}: {json.dumps({key: value for key, value in part.items() if key != 'rows'})}", flush=True)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all parts, or one of them in the process that `start_part` has started."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON to write")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything, unpacking included")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--packs", type=Path, help="folder of the two parts of CIFAR-10, to unpack into CVLAB_DATA")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="some of the parts")
+    for name in ("--part", "--rows", "--deadline"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.part:
+        run_part(options.part, Options(options.device, options.tiny, float(options.deadline)), Path(options.rows))
+        return
+    start = time.monotonic()
+    if options.packs:
+        cifar_pack.unpack(options.packs, data_root())
+    minutes = options.minutes - (time.monotonic() - start) / 60
+    run(minutes, options.device, options.tiny, options.out, options.only)
+
+
+if __name__ == "__main__":
+    main()
