@@ -1,4 +1,4 @@
-"""CIFAR-10 without loss in two zip files of about 50 MiB each, for a machine without network that takes little at a time.
+"""CIFAR-10 without loss in two zip files of about 50 MiB each, for a machine without network that takes little.
 
     python benchmarks/cifar_pack.py pack DATA_FOLDER PACKS
     python benchmarks/cifar_pack.py unpack PACKS DATA_FOLDER

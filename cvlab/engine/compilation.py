@@ -1,4 +1,4 @@
-"""Compile the model of a training run before its first step, so that the time is not counted and failures come early."""
+"""Compile the model of a training run before its first step: failures come early, and the time is not counted."""
 
 import copy
 import time

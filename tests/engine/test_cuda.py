@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step():
 
     ctx = device.select_device("cuda", "float32")
     steps = throughput.loop.fit(training, on_gpu, lambda _: batch, lr_factor=lambda _: 1.0, ctx=ctx)
-    with pytest.raises(DivergedError, match="at step 5 "):
+    with pytest.raises(DivergedError, match="at step 5 "):  # noqa: PT012
         for _ in steps:
             assert training.step <= device.CUDA_READ_EVERY
 

@@ -45,7 +45,7 @@ def steps_of(training, first_bad):
 def test_a_loss_that_is_read_later_is_reported_with_its_step(first_bad):
     training = make_training()
     message = rf"not finite at step {first_bad} \(batch {first_bad}, lr 0.1\): loss nan, part"
-    with pytest.raises(DivergedError, match=message):
+    with pytest.raises(DivergedError, match=message):  # noqa: PT012
         for _ in steps_of(training, first_bad):
             assert training.step < 4 * (first_bad // 4 + 1), "the group of steps was not read"
 
@@ -84,8 +84,8 @@ def test_no_checkpoint_is_written_between_a_bad_loss_and_its_report(tmp_path, mo
     job = tiny.job
 
     def broken_job(config, on_step):
-        task = job(config, lambda step: steps.append(step))
         steps = []
+        task = job(config, steps.append)
 
         def loss_fn(model, batch):
             losses = task.loss_fn(model, batch)
