@@ -53,7 +53,7 @@ class TrainConfig(RunConfig):
     eval_every: PositiveInt = Field(1, description="epochs between two evaluations")
     log_every: PositiveInt = Field(10, description="steps between two rows of metrics.jsonl")
     save_seconds: NonNegativeFloat = Field(60.0, description="minimum seconds between two checkpoints")
-    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(  # type: ignore[assignment]
         "auto", description="auto: bfloat16 if the device is fast at it, else float16 on a GPU that is, else float32"
     )
     compile: bool = Field(
