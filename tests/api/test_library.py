@@ -221,16 +221,15 @@ def test_predictions_are_those_of_the_command(trained, photo):
 @pytest.mark.parametrize(
     "wrong",
     [
-        torch.rand(3, 9, 9) * 255,
-        torch.full((3, 9, 9), float("nan")),
-        torch.zeros(3, 9, 9, dtype=torch.int64),
-        torch.zeros(4, 9, 9),
-        np.zeros((9, 9, 4), np.uint8),
-        np.zeros((0, 9, 3), np.uint8),
-        3,
-        b"photo.jpg",
+        pytest.param(torch.full((3, 9, 9), 254.5), id="above 1"),
+        pytest.param(torch.full((3, 9, 9), float("nan")), id="nan"),
+        pytest.param(torch.zeros(3, 9, 9, dtype=torch.int64), id="int64"),
+        pytest.param(torch.zeros(4, 9, 9), id="four channels"),
+        pytest.param(np.zeros((9, 9, 4), np.uint8), id="array of four channels"),
+        pytest.param(np.zeros((0, 9, 3), np.uint8), id="empty"),
+        pytest.param(3, id="number"),
+        pytest.param(b"photo.jpg", id="bytes"),
     ],
-    ids=str,
 )
 def test_what_is_no_image_is_rejected(trained, wrong):
     with pytest.raises(ConfigError, match="give paths, PIL images"):
