@@ -10,7 +10,8 @@ import torch
 from cvlab import registry
 from cvlab.data.vocabulary import Vocabulary
 from cvlab.experiments.captioning.base import CaptionModel
-from cvlab.experiments.captioning.config import CAPTIONERS
+from cvlab.experiments.captioning.config import CAPTIONERS, ExtraFeaturesConfig
+from cvlab.experiments.captioning.feature_store import FeatureSource
 from cvlab.models import backbone as models_backbone
 from cvlab.models import names, pretrained
 from cvlab.models.features import FeatureExtractor
@@ -35,6 +36,7 @@ class CaptionerMetadata:
         model: Name of the model in `CAPTIONERS`.
         trained_on: Names of the data sets.
         notes: Anything else worth recording.
+        extra_features: Keys of `ExtraFeaturesConfig` for each further backbone.
     """
 
     arguments: dict[str, Any]
@@ -47,14 +49,15 @@ class CaptionerMetadata:
     model: str = "captioner"
     trained_on: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    extra_features: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class LoadedCaptioner:
-    """A captioner with the feature extractor and the vocabulary that it needs."""
+    """A captioner with the backbones and the vocabulary that it needs."""
 
     metadata: CaptionerMetadata
-    feature_extractor: FeatureExtractor
+    feature_sources: tuple[FeatureSource, ...]
     vocabulary: Vocabulary
     model: CaptionModel
 
@@ -78,15 +81,42 @@ def build_feature_extractor(
     return FeatureExtractor(classifier, layers)
 
 
-def build(metadata: CaptionerMetadata, feature_extractor: FeatureExtractor, device: torch.device) -> LoadedCaptioner:
-    """Build a captioner with random weights on top of a feature extractor."""
+def build_feature_sources(metadata: CaptionerMetadata, device: torch.device) -> tuple[FeatureSource, ...]:
+    """Build the backbones that a captioner takes features from.
+
+    Raises:
+        ConfigError: A backbone has no feature map of one of the strides.
+    """
+    blocks = (
+        ExtraFeaturesConfig(
+            backbone=metadata.backbone,
+            backbone_weights=metadata.backbone_weights,
+            strides=metadata.strides,
+            size=metadata.size_px,
+        ),
+        # JSON has no tuples
+        *(ExtraFeaturesConfig(**block | {"strides": tuple(block["strides"])}) for block in metadata.extra_features),
+    )
+    return tuple(
+        FeatureSource(
+            build_feature_extractor(block.strides, block.backbone, block.backbone_weights, device), block.size
+        )
+        for block in blocks
+    )
+
+
+def build(
+    metadata: CaptionerMetadata, feature_sources: tuple[FeatureSource, ...], device: torch.device
+) -> LoadedCaptioner:
+    """Build a captioner with random weights on top of its backbones."""
     vocabulary = Vocabulary(metadata.vocabulary)
     with torch.inference_mode():
         probe = torch.full((1, 3, models_backbone.PROBE_PX, models_backbone.PROBE_PX), 0.5, device=device)
-        in_channels = sum(features.shape[1] for features in feature_extractor.batch(probe).values())
+        maps = [m for source in feature_sources for m in source.extractor.batch(probe).values()]
+        in_channels = sum(feature_map.shape[1] for feature_map in maps)
     builder: Callable[..., CaptionModel] = registry.get("captioner", metadata.model, CAPTIONERS)
     model = builder(in_channels=in_channels, vocab_size=len(vocabulary), **metadata.arguments)
-    return LoadedCaptioner(metadata, feature_extractor, vocabulary, model.to(device))
+    return LoadedCaptioner(metadata, feature_sources, vocabulary, model.to(device))
 
 
 def save(metadata: CaptionerMetadata, model: CaptionModel, path: Path) -> None:
@@ -105,7 +135,6 @@ def load(path: Path, device: torch.device) -> LoadedCaptioner:
         DataError: The file is missing, damaged or not a captioner.
     """
     metadata, tensors = weights_file.read(path, METADATA_KEY, CaptionerMetadata, "a captioner", LOAD_HINT)
-    feature_extractor = build_feature_extractor(metadata.strides, metadata.backbone, metadata.backbone_weights, device)
-    captioner = build(metadata, feature_extractor, device)
+    captioner = build(metadata, build_feature_sources(metadata, device), device)
     weights_file.load_weights(captioner.model, tensors, path, LOAD_HINT)
     return captioner

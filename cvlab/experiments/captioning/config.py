@@ -11,6 +11,7 @@ from cvlab.config.schema import Registry
 from cvlab.data import datasets
 from cvlab.experiments.common import backbone_config, weights
 from cvlab.experiments.common.photo_config import ImagesConfig
+from cvlab.models import names
 
 WEIGHTS_FILE = "captioner.safetensors"  # in the run directory of a training run
 Layers = Literal["torch", "manual"]  # whose kernels: torch's, or the hand-written ones
@@ -78,17 +79,39 @@ class CaptionDataConfig(backbone_config.PhotoDatasetConfig):
         return self
 
 
+Strides = Annotated[tuple[Literal[4, 8, 16, 32], ...], MinLen(1)]
+SizePx = Annotated[int, Ge(64), Le(2048)]
+
+
+class ExtraFeaturesConfig(schema.FrozenModel):
+    """The feature maps of a further backbone."""
+
+    backbone: str = Field(description="pretrained model, as `backbone`")
+    backbone_weights: str | None = Field(None, description="file with its weights")
+    strides: Strides = Field((32,), description="strides of its feature maps")
+    size: SizePx = Field(224, description="photos are resized to squares of this many pixels for it")
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        names.check_name(name)
+        return name
+
+
 class CaptionerConfig(backbone_config.BackboneTrainConfig):
     """A captioner, its data and its training. `batch_size` counts photos, each with all of its captions."""
 
     data: CaptionDataConfig
     model: Annotated[schema.ComponentConfig, CAPTIONER_REGISTRY]
     compile: Literal[False] = Field(False, description="captioners are not compiled: the length of a batch varies")
-    size: Annotated[int, Ge(64), Le(2048)] = Field(
+    size: SizePx = Field(
         224, description="photos are resized to squares of this many pixels, without keeping the aspect ratio"
     )
-    strides: Annotated[tuple[Literal[4, 8, 16, 32], ...], MinLen(1)] = Field(
+    strides: Strides = Field(
         (32,), description="strides of the backbone's feature maps; the first one defines the spatial positions"
+    )
+    extra_features: tuple[ExtraFeaturesConfig, ...] = Field(
+        (), description="feature maps of further backbones, averaged or repeated to the same spatial positions"
     )
     mirror: bool = Field(False, description="flip half of the photos horizontally; takes twice the space on the disk")
     min_word_count: schema.PositiveInt = Field(

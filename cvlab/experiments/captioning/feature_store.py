@@ -30,6 +30,27 @@ from cvlab.storage.cache import data_root
 FOLDER = "features-v1"
 BATCH_SIZE = 32
 CHUNK_BYTES = 2**24
+EPSILON = 1e-12  # of a mean square
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """The feature maps of a backbone.
+
+    Attributes:
+        extractor: The backbone's layers.
+        size_px: Photos are resized to squares of this size.
+    """
+
+    extractor: FeatureExtractor
+    size_px: int
+
+    def maps(self, images: Sequence[Image.Image], ctx: ComputeContext, mirrored: bool = False) -> list[Tensor]:
+        """Return the maps (N, C_k, H_k, W_k) of N photos, float32, one for each layer."""
+        squares = torch.stack([resize_square(image, self.size_px, mirrored) for image in images])
+        with ctx.autocast():
+            by_layer = self.extractor.batch(squares.to(ctx.device))
+        return [by_layer[name].float() for name in self.extractor.names]
 
 
 @dataclass(frozen=True)
@@ -37,12 +58,10 @@ class FeatureSpec:
     """How features are computed.
 
     Attributes:
-        size_px: Photos are resized to squares of this size.
         pool: Average over the spatial positions, L = 1.
         mirrored: Flip the photos horizontally.
     """
 
-    size_px: int
     pool: bool
     mirrored: bool = False
 
@@ -60,29 +79,38 @@ def resize_square(photo: Image.Image, size_px: int, mirrored: bool = False) -> T
 
 
 @torch.inference_mode()
-def extract_features(extractor: FeatureExtractor, images: Tensor, ctx: ComputeContext, pool: bool) -> Tensor:
-    """Compute the features of a batch of images.
+def extract_features(
+    sources: Sequence[FeatureSource], images: Sequence[Image.Image], ctx: ComputeContext, spec: FeatureSpec
+) -> Tensor:
+    """Compute the features of a batch of photos.
 
     Args:
-        extractor: Its first layer defines the spatial positions; finer feature maps are averaged to this resolution,
-            coarser ones are repeated, and all are concatenated.
-        images: (N, 3, S, S) in [0, 1].
+        sources: The first layer of the first one defines the spatial positions; finer feature maps are averaged to this
+            resolution, coarser ones are repeated, and all are concatenated. The maps of several sources are then
+            scaled to a mean square of 1 in each photo: those of one backbone may be many times as large as another's.
+        images: N photos.
         ctx: Device and precision.
-        pool: Average over the spatial positions.
+        spec: How the features are computed.
 
     Returns:
         float32 (N, L, C) on the CPU, or (N, 1, C) if pooled.
     """
-    with ctx.autocast():
-        maps = extractor.batch(images.to(ctx.device))
-    height, width = maps[extractor.names[0]].shape[2:]
-    features = torch.cat([F.adaptive_avg_pool2d(maps[name].float(), (height, width)) for name in extractor.names], 1)
-    features = features.flatten(2).mT
-    return (features.mean(1, keepdim=True) if pool else features).cpu()
+    maps = [feature_map for source in sources for feature_map in source.maps(images, ctx, spec.mirrored)]
+    height, width = maps[0].shape[2:]
+    maps = [F.adaptive_avg_pool2d(feature_map, (height, width)) for feature_map in maps]
+    if len(sources) > 1:
+        maps = [_normalize_scale(feature_map) for feature_map in maps]
+    features = torch.cat(maps, 1).flatten(2).mT
+    return (features.mean(1, keepdim=True) if spec.pool else features).cpu()
+
+
+def _normalize_scale(feature_map: Tensor) -> Tensor:
+    """Divide the features of each photo by their root mean square."""
+    return feature_map * feature_map.square().mean((1, 2, 3), keepdim=True).clamp(min=EPSILON).rsqrt()
 
 
 def load_features(
-    extractor: FeatureExtractor,
+    sources: Sequence[FeatureSource],
     paths: Sequence[Path],
     ctx: ComputeContext,
     spec: FeatureSpec,
@@ -93,7 +121,7 @@ def load_features(
     If they cannot be kept, a warning is logged and they stay in memory.
 
     Args:
-        extractor: The backbone's layers.
+        sources: The backbones; see `extract_features`.
         paths: N photos.
         ctx: Device and precision.
         spec: How the features are computed.
@@ -105,7 +133,7 @@ def load_features(
     Raises:
         DataError: A photo cannot be read.
     """
-    key, description = _key(extractor, paths, ctx, spec)
+    key, description = _key(sources, paths, ctx, spec)
     path = data_root() / FOLDER / f"{key}.npy"
     try:
         return _read(path)
@@ -113,7 +141,7 @@ def load_features(
         pass
     except (OSError, ValueError, KeyError) as error:
         console.info(f"warning: {path}: {error}; computing it again")
-    features = _compute(extractor, paths, ctx, spec, check_interrupt)
+    features = _compute(sources, paths, ctx, spec, check_interrupt)
     try:
         _write(path, features, description)
         return _read(path)
@@ -123,7 +151,7 @@ def load_features(
 
 
 def _compute(
-    extractor: FeatureExtractor,
+    sources: Sequence[FeatureSource],
     paths: Sequence[Path],
     ctx: ComputeContext,
     spec: FeatureSpec,
@@ -133,8 +161,7 @@ def _compute(
     with Progress("features of photos", len(paths), 0) as progress:
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
-            images = [resize_square(photos.load(path), spec.size_px, spec.mirrored) for path in batch]
-            batch_features = extract_features(extractor, torch.stack(images), ctx, spec.pool).half()
+            batch_features = extract_features(sources, [photos.load(path) for path in batch], ctx, spec).half()
             if features is None:
                 features = torch.empty(len(paths), *batch_features.shape[1:], dtype=torch.float16)
             features[start : start + len(batch)] = batch_features
@@ -147,19 +174,18 @@ def _compute(
 
 
 def _key(
-    extractor: FeatureExtractor, paths: Sequence[Path], ctx: ComputeContext, spec: FeatureSpec
+    sources: Sequence[FeatureSource], paths: Sequence[Path], ctx: ComputeContext, spec: FeatureSpec
 ) -> tuple[str, dict[str, Any]]:
     """Return the key of features, and what they depend on besides the photos."""
-    description = {
-        "backbone": extractor.model.name,
-        "weights": checkpoint.weights_digest(extractor.model.module.state_dict()),
-        "layers": extractor.names,
-        "size_px": spec.size_px,
+    first, *extra = [_describe(source) for source in sources]
+    description = first | {
         "pool": spec.pool,
         "mirrored": spec.mirrored,
         "precision": ctx.precision,
         "photos": len(paths),
     }
+    if extra:
+        description["extra"] = extra
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for path in paths:
         try:
@@ -170,6 +196,15 @@ def _key(
             ) from error
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:24], description
+
+
+def _describe(source: FeatureSource) -> dict[str, Any]:
+    return {
+        "backbone": source.extractor.model.name,
+        "weights": checkpoint.weights_digest(source.extractor.model.module.state_dict()),
+        "layers": source.extractor.names,
+        "size_px": source.size_px,
+    }
 
 
 def _write(path: Path, features: Tensor, description: dict[str, Any]) -> None:

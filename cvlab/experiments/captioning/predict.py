@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvlab.data import photos
 from cvlab.engine import device
@@ -14,6 +13,7 @@ from cvlab.experiments.captioning import checkpoint, decoding, drawing, feature_
 from cvlab.experiments.captioning.checkpoint import LoadedCaptioner
 from cvlab.experiments.captioning.config import WEIGHTS_FILE, CaptionConfig
 from cvlab.experiments.captioning.decoding import Hypothesis
+from cvlab.experiments.captioning.feature_store import FeatureSpec
 from cvlab.experiments.common import weights
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.models.photo_module import PhotoModule, require_batch
@@ -26,11 +26,8 @@ def generate(
     images: Sequence[Image.Image], config: CaptionConfig, captioner: LoadedCaptioner, ctx: device.ComputeContext
 ) -> tuple[Tensor, list[Hypothesis]]:
     """Return the features (N, L, C) of RGB photos and their captions by beam search."""
-    size_px, max_length = captioner.metadata.size_px, captioner.metadata.max_length
-    squares = torch.stack([feature_store.resize_square(image, size_px) for image in images])
-    features = feature_store.extract_features(
-        captioner.feature_extractor, squares, ctx, not captioner.model.has_attention
-    ).to(ctx.device)
+    max_length, spec = captioner.metadata.max_length, FeatureSpec(pool=not captioner.model.has_attention)
+    features = feature_store.extract_features(captioner.feature_sources, images, ctx, spec).to(ctx.device)
     with ctx.autocast():
         return features, decoding.beam_search(captioner.model, features, config.beam, max_length - 1, config.alpha)
 
@@ -41,7 +38,8 @@ class CaptionerModule(PhotoModule):
     def __init__(self, config: CaptionConfig, captioner: LoadedCaptioner, ctx: device.ComputeContext) -> None:
         super().__init__()
         self.config, self.captioner, self.ctx = config, captioner, ctx
-        self.model, self.backbone = captioner.model, captioner.feature_extractor.model.module
+        self.model = captioner.model
+        self.backbones = nn.ModuleList(source.extractor.model.module for source in captioner.feature_sources)
 
     def forward(self, images: Tensor) -> list[str]:
         """Return the captions of images (N, 3, H, W) in [0, 1]."""

@@ -38,10 +38,6 @@ def build_setup(config: CaptionerConfig) -> CaptioningSetup:
     train = samples_of(config, dataset, "train")
     captions = (vocabulary.tokenize(text) for sample in train for text in sample.captions[: config.data.sentences])
     tokens = vocabulary.build_vocabulary(captions, config.min_word_count).tokens
-    device.seed_everything(config.seed)
-    extractor = captioner_checkpoint.build_feature_extractor(
-        config.strides, config.backbone, config.backbone_weights, ctx.device
-    )
     metadata = CaptionerMetadata(
         arguments=config.model.builder_arguments() | {"layers": "torch"},  # a loaded captioner runs on torch's layers
         vocabulary=tokens,
@@ -52,8 +48,11 @@ def build_setup(config: CaptionerConfig) -> CaptioningSetup:
         backbone_weights=config.backbone_weights,
         model=config.model.name,
         trained_on=dataset.name,
+        extra_features=tuple(block.model_dump() for block in config.extra_features),
     )
-    captioner = captioner_checkpoint.build(metadata, extractor, ctx.device)
+    sources = captioner_checkpoint.build_feature_sources(metadata, ctx.device)
+    device.seed_everything(config.seed)
+    captioner = captioner_checkpoint.build(metadata, sources, ctx.device)
     captioner.model.layers = config.model.builder_arguments()["layers"]
     return CaptioningSetup(ctx, dataset, captioner)
 
@@ -84,8 +83,8 @@ def load_photo_features(
 ) -> Tensor:
     """Return the backbone's features of photos, float16 (N, L, C), computed if they are not stored."""
     paths = [sample.path for sample in samples]
-    spec = FeatureSpec(config.size, not setup.captioner.model.has_attention, mirrored)
-    return feature_store.load_features(setup.captioner.feature_extractor, paths, setup.ctx, spec, check_interrupt)
+    spec = FeatureSpec(not setup.captioner.model.has_attention, mirrored)
+    return feature_store.load_features(setup.captioner.feature_sources, paths, setup.ctx, spec, check_interrupt)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from cvlab.data import photo_paths, photos
 from cvlab.engine import device
@@ -18,9 +19,11 @@ def store(tmp_path, monkeypatch):
     photos.load(photo_paths.find_images(("sample",))[0]).save(path)
     extractor, ctx = FeatureExtractor(build(), ["bn2"]), device.select_device("cpu", "float32", 1)
 
-    def load(pool=False, mirrored=False):
-        spec = feature_store.FeatureSpec(64, pool, mirrored)
-        return feature_store.load_features(extractor, [path, path], ctx, spec, lambda: None)
+    def load(pool=False, mirrored=False, extra=()):
+        spec = feature_store.FeatureSpec(pool, mirrored)
+        return feature_store.load_features(
+            [feature_store.FeatureSource(extractor, 64), *extra], [path, path], ctx, spec, lambda: None
+        )
 
     return load, tmp_path / "data" / feature_store.FOLDER, path
 
@@ -60,12 +63,29 @@ def test_features_stay_in_memory_if_the_disk_cannot_be_written(store, tmp_path, 
     assert "could not be cached" in capsys.readouterr().err
 
 
+def test_further_backbones_have_files_of_their_own(store):
+    load, folder, _ = store
+    first = load().clone()
+    nanodet = checkpoint.build_feature_extractor((32, 16), "nanodet_g", None, torch.device("cpu"))
+    for count, size_px in ((2, 64), (3, 96)):
+        features = load(extra=[feature_store.FeatureSource(nanodet, size_px)])
+        assert features.shape == (2, 4, 1280 + 512 + 256)
+        assert len(list(folder.glob("*.npy"))) == count
+    assert torch.equal(load(), first)
+
+
+def noise_photos(count, size_px):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, size_px, size_px, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(image.numpy()) for image in pixels]
+
+
 def test_the_first_feature_map_defines_the_spatial_positions():
     extractor = checkpoint.build_feature_extractor((16, 8, 32), "efficientnet_lite0", None, torch.device("cpu"))
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images, sources = noise_photos(2, 64), [feature_store.FeatureSource(extractor, 64)]
     ctx = device.select_device("cpu", "float32", 1)
-    features = feature_store.extract_features(extractor, images, ctx, False)
-    maps = extractor.batch(images)
+    features = feature_store.extract_features(sources, images, ctx, feature_store.FeatureSpec(pool=False))
+    maps = extractor.batch(torch.stack([photos.to_tensor(image) for image in images]))
     medium, fine, coarse = (maps[name].detach() for name in extractor.names)
     channels = [feature_map.shape[1] for feature_map in (medium, fine, coarse)]
     assert features.shape == (2, 16, sum(channels))
@@ -73,5 +93,24 @@ def test_the_first_feature_map_defines_the_spatial_positions():
     torch.testing.assert_close(parts[0], medium)
     torch.testing.assert_close(parts[1][..., 1, 2], fine[..., 2:4, 4:6].mean((2, 3)))
     torch.testing.assert_close(parts[2], coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    pooled = feature_store.extract_features(extractor, images, ctx, True)
+    pooled = feature_store.extract_features(sources, images, ctx, feature_store.FeatureSpec(pool=True))
     torch.testing.assert_close(pooled, features.mean(1, keepdim=True))
+
+
+def test_the_maps_of_several_backbones_have_the_same_scale_and_positions():
+    images, ctx = noise_photos(2, 64), device.select_device("cpu", "float32", 1)
+    cpu, spec = torch.device("cpu"), feature_store.FeatureSpec(pool=False)
+    sources = [
+        feature_store.FeatureSource(checkpoint.build_feature_extractor((16,), "efficientnet_lite0", None, cpu), 64),
+        feature_store.FeatureSource(checkpoint.build_feature_extractor((32, 16), "nanodet_g", None, cpu), 128),
+    ]
+    features = feature_store.extract_features(sources, images, ctx, spec)
+    first, stride_32, stride_16 = features.split([112, 512, 256], 2)
+    for part in (first, stride_32, stride_16):
+        torch.testing.assert_close(part.square().mean((1, 2)), torch.ones(2))
+    (alone,) = sources[0].maps(images, ctx)  # 4 x 4, as is stride 32 of twice the size
+    torch.testing.assert_close(first[0] / first[0].amax(), alone[0].flatten(1).mT / alone[0].amax())
+    raw_32, raw_16 = sources[1].maps(images, ctx)
+    torch.testing.assert_close(stride_32[0] / stride_32[0].amax(), raw_32[0].flatten(1).mT / raw_32[0].amax())
+    averaged = raw_16[0].unflatten(2, (4, 2)).unflatten(1, (4, 2)).mean((2, 4)).flatten(1).mT
+    torch.testing.assert_close(stride_16[0] / stride_16[0].amax(), averaged / averaged.amax())

@@ -11,6 +11,7 @@ from PIL import Image
 from cvlab.data import photo_paths, photos, vocabulary
 from cvlab.engine import device
 from cvlab.experiments.captioning import checkpoint, feature_store
+from cvlab.experiments.captioning.feature_store import FeatureSpec
 
 WORDS = ("a", "red", "blue", "star", "ring")
 
@@ -23,10 +24,10 @@ def weights(tmp_path):
     for cell in ("attention_lstm", "rnn"):
         arguments = {"cell": cell, "embed_dim": 8, "hidden_dim": 16}
         metadata = checkpoint.CaptionerMetadata(arguments, WORDS, 64, 12, trained_on="nothing")
-        extractor = checkpoint.build_feature_extractor(metadata.strides, metadata.backbone, None, cpu)
+        sources = checkpoint.build_feature_sources(metadata, cpu)
         files[cell] = tmp_path / f"{cell}.safetensors"
         torch.manual_seed(0)  # building the backbone draws random numbers the first time only
-        model = checkpoint.build(metadata, extractor, cpu).model
+        model = checkpoint.build(metadata, sources, cpu).model
         model.output_projection.bias.detach()[vocabulary.END] = -4.0
         checkpoint.save(metadata, model, files[cell])
     return files
@@ -63,9 +64,8 @@ def test_the_table_shows_the_caption(cvlab, weights):
 def test_one_beam_is_greedy(cvlab, weights):
     captioner = checkpoint.load(weights["attention_lstm"], torch.device("cpu"))
     photo = photos.load(photo_paths.find_images(("sample",))[0])
-    image = feature_store.resize_square(photo, captioner.metadata.size_px)
     ctx = device.select_device("cpu", "float32", 1)
-    features = feature_store.extract_features(captioner.feature_extractor, image[None], ctx, False)
+    features = feature_store.extract_features(captioner.feature_sources, [photo], ctx, FeatureSpec(False))
     state, token_ids = captioner.model.initial_state(features), [vocabulary.START]
     while len(token_ids) < captioner.metadata.max_length and token_ids[-1] != vocabulary.END:
         logits, state, _ = captioner.model.step(state, torch.tensor([token_ids[-1]]))

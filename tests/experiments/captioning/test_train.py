@@ -44,6 +44,38 @@ def test_metrics_and_weights_file(cvlab):
     assert summary["beam"] == 2
 
 
+EXTRA_FEATURES = "extra_features=[{backbone: nanodet_g, strides: [32, 16], size: 96}]"
+
+
+def test_a_captioner_on_the_features_of_two_backbones_captions_photos(cvlab):
+    report = train(cvlab, "strides=[32]", EXTRA_FEATURES)
+    path = Path(report["run"]) / "captioner.safetensors"
+    captioner = checkpoint.load(path, torch.device("cpu"))
+    assert [source.size_px for source in captioner.feature_sources] == [64, 96]
+    assert captioner.model.projection.in_features == 1280 + 512 + 256
+    code, out, err = cvlab("caption", "sample", "--weights", path, "--json")
+    assert code == 0, err
+    assert "score" in json.loads(out)["results"][0]
+    code, out, err = cvlab("eval", report["run"], "--split", "val", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["val_bleu4"] == pytest.approx(report["metrics"]["bleu4"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("{backbone: nanodet}", "nanodet_g"),
+        ("{strides: [32]}", "backbone"),
+        ("{backbone: nanodet_g, strides: []}", "strides"),
+        ("{backbone: nanodet_g, size: 9}", "size"),
+    ],
+)
+def test_extra_features_are_checked(cvlab, block, message):
+    code, _, err = cvlab("train", "caption_scenes", *SHORT, f"extra_features=[{block}]", "--dry-run")
+    assert code == 2
+    assert message in err
+
+
 def test_manual_layers_train_like_those_of_torch(cvlab):
     sizes = "embed_dim: 8, hidden_dim: 16, dropout: 0, feature_dropout: 0"
     losses = [
