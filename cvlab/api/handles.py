@@ -337,14 +337,14 @@ class Run:
 
 
 class RunList(Sequence[Run]):
-    """Runs, oldest first.
+    """Runs, oldest first unless they were sorted.
 
     Attributes:
         rows: What `cvlab runs --json` lists about each.
     """
 
-    def __init__(self, root: Path, rows: Sequence[Row], trust: bool = False) -> None:
-        self._root, self._is_trusted = root, trust
+    def __init__(self, root: Path, rows: Sequence[Row], trust: bool = False, is_sorted: bool = False) -> None:
+        self._root, self._is_trusted, self._is_sorted = root, trust, is_sorted
         self.rows = list(rows)
 
     @overload
@@ -355,7 +355,7 @@ class RunList(Sequence[Run]):
 
     def __getitem__(self, index: SupportsIndex | slice) -> Run | RunList:
         if isinstance(index, slice):
-            return RunList(self._root, self.rows[index], self._is_trusted)
+            return RunList(self._root, self.rows[index], self._is_trusted, self._is_sorted)
         return Run(self._root / self.rows[index]["run"], self._is_trusted)
 
     def __len__(self) -> int:
@@ -366,11 +366,15 @@ class RunList(Sequence[Run]):
 
     @property
     def table(self) -> Any:
-        """The runs with their metrics as a pandas DataFrame if pandas is installed, else as a list of dictionaries."""
+        """The runs with their metrics and the key that they are sorted by.
+
+        A pandas DataFrame if pandas is installed, else a list of dictionaries.
+        """
         columns = ("run", "status", "experiment", "data", "seconds")
-        return to_table([{key: row.get(key) for key in columns} | row["metrics"] for row in self.rows])
+        rows = [{key: row.get(key) for key in columns} | row["metrics"] | row["values"] for row in self.rows]
+        return to_table(rows)
 
     def _repr_html_(self) -> str:
         from cvlab.reports import inline
 
-        return inline.runs_html(self.rows)
+        return inline.runs_html(self.rows if self._is_sorted else self.rows[::-1])

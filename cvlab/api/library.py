@@ -128,19 +128,37 @@ def load_run(reference: StrPath = "latest", *, runs_dir: StrPath | None = None, 
     return Run(find_run(fspath(reference), root_of(runs_dir)), trust)
 
 
-def runs(*, runs_dir: StrPath | None = None) -> RunList:
-    """Return the runs on the disk, oldest first.
+def runs(
+    query: str = "",
+    *,
+    sort: str | None = None,
+    reverse: bool = False,
+    limit: int | None = None,
+    runs_dir: StrPath | None = None,
+) -> RunList:
+    """Return the runs on the disk, oldest first, as `cvlab runs` lists them.
 
     Args:
+        query: Conditions on runs, `status=done val_accuracy>0.7`; empty for all runs.
+        sort: A key to sort by: metrics best first, other keys ascending, runs without a value last.
+        reverse: The opposite order.
+        limit: Maximum number of runs: the first of a sorted list, else the newest.
         runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
 
     Raises:
+        ConfigError: The query or the limit is not valid, or no run has one of the keys.
         RunDirError: `runs_dir` is not a folder.
     """
     from cvlab.reports import index
 
+    for name, value in {"query": query, "sort": sort}.items():
+        if not isinstance(value, str) and not (name == "sort" and value is None):
+            raise ConfigError(f"{name}: {value!r:.80} is not text", "for example `status=done val_accuracy>0.7`")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ConfigError(f"limit: expected a whole number >= 1, got {limit!r:.80}", "None returns all runs")
     root = root_of(runs_dir)
-    return RunList(root, index.runs(root))
+    rows, _ = index.sorted_runs(root, query, (), sort, reverse, limit)
+    return RunList(root, rows, is_sorted=sort is not None or reverse)
 
 
 def root_of(runs_dir: StrPath | None) -> Path:

@@ -54,11 +54,11 @@ def results_html(path: Path, rows: Sequence[Row], columns: Sequence[Column]) -> 
 
 
 def runs_html(rows: Sequence[Row]) -> str:
-    """Return a table of runs as `cvlab runs --json` lists them, the newest first."""
-    newest = list(rows)[::-1][:MAX_RUNS]
+    """Return a table of runs as `cvlab runs --json` lists them, in their order."""
+    shown = rows[:MAX_RUNS]
     columns = ("run", "status", "experiment", "data", "result")
-    lines = [[row.get(column) or "" for column in columns] for row in newest]
-    return html.render("inline_runs.html", columns=columns, rows_=lines, num_more=len(rows) - len(newest))
+    lines = [[row.get(column) or "" for column in columns] for row in shown]
+    return html.render("inline_runs.html", columns=columns, rows_=lines, num_more=len(rows) - len(shown))
 
 
 def _groups(path: Path, rows: Sequence[Row], columns: Sequence[Column]) -> list[ImageGroup]:

@@ -171,6 +171,56 @@ assert {"torch", "numpy", "PIL"} & set(sys.modules) == set(), sys.modules.keys()
     subprocess.run([sys.executable, "-c", code, str(trained.path.parent)], env=environment, check=True)
 
 
+def test_runs_are_chosen_sorted_and_limited(tmp_path):
+    for number, accuracy in enumerate((0.6, 0.9, 0.8, None)):
+        path = tmp_path / f"2026112{number}-120000-net-000{number}"
+        path.mkdir()
+        (path / "config.yaml").write_text(f"experiment: classify\noptimizer: {{name: adam, lr: {10.0**-number}}}\n")
+        (path / "status.json").write_text(json.dumps({"status": "done" if accuracy else "failed"}))
+        info = {"val_accuracy": {"unit": "", "better": "higher"}}
+        summary = {"metrics": {"val_accuracy": accuracy}, "metric_info": info}
+        (path / "summary.json").write_text(json.dumps(summary if accuracy else {}))
+
+    def order(*query, **options):
+        runs = cvlab.runs(*query, runs_dir=tmp_path, **options)
+        assert all(run.path.parent == tmp_path for run in runs)
+        return "".join(run.name[-1] for run in runs)
+
+    assert order() == "0123"
+    assert order("status=done val_accuracy>0.7") == "12"
+    assert order("status=done", sort="val_accuracy", limit=2) == "12"
+    assert order(sort="val_accuracy") == "1203"
+    assert order(sort="optimizer.lr", reverse=True) == "0123"
+    assert order(limit=2) == "23"
+    assert order(reverse=True) == "3210"
+    best = cvlab.runs(sort="val_accuracy", runs_dir=tmp_path)
+    html = best._repr_html_()
+    assert html.index("net-0001") < html.index("net-0002") < html.index("net-0000")
+    table = cvlab.runs("status=done", sort="optimizer.lr", runs_dir=tmp_path).table
+    rows = table if isinstance(table, list) else table.to_dict("records")
+    assert [row["optimizer.lr"] for row in rows] == [0.01, 0.1, 1.0]
+    html = cvlab.runs(runs_dir=tmp_path)._repr_html_()
+    assert html.index("net-0003") < html.index("net-0000")  # without sorting, the newest at the top
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query": "status=fertig"}, "no status 'fertig'"),
+        ({"query": "val_acuracy>0.7"}, "no run in .* has the key 'val_acuracy'.*did you mean 'val_accuracy'"),
+        ({"query": Path("runs")}, "is not text"),
+        ({"query": "", "sort": "val_acuracy"}, "has the key 'val_acuracy'"),
+        ({"query": "", "sort": 3}, "sort: 3 is not text"),
+        ({"query": "", "limit": 0}, "limit: expected a whole number >= 1, got 0"),
+        ({"query": "", "limit": 2.5}, "limit: expected a whole number"),
+    ],
+)
+def test_a_wrong_query_is_one_line(trained, options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        cvlab.runs(runs_dir=trained.path.parent, **options)
+    assert "\n" not in str(error.value)
+
+
 def test_importing_cvlab_imports_nothing_heavy_and_names_are_completed():
     code = """import sys
 before = set(sys.modules)
