@@ -8,7 +8,7 @@ from cvlab.config.schema import Registry, registries_of
 
 
 def json_schema() -> dict[str, Any]:
-    """Return a JSON Schema of every configuration, for editors: one branch per experiment."""
+    """Return a JSON Schema of every configuration, for editors: one branch per experiment, one with a base."""
     branches: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for name in registry.experiment_names():
@@ -20,6 +20,8 @@ def json_schema() -> dict[str, Any]:
             schema["properties"][key] = {"anyOf": [*options, {"properties": {"name": {"pattern": "[:]"}}}]}
         definitions |= schema.pop("$defs", {})
         branches.append(schema)
+    inherits = {"type": "string", "description": "a shipped configuration or a file, over which the keys are merged"}
+    branches.append({"type": "object", "properties": {"base": inherits}, "required": ["base"]})
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cvlab configuration"}
     return {**head, "$defs": definitions, "anyOf": branches}
 

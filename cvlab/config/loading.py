@@ -10,14 +10,14 @@ import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvlab import registry
+from cvlab.config import inheritance, strict_yaml, validation
 from cvlab.config import overrides as config_overrides
-from cvlab.config import strict_yaml, validation
 from cvlab.config.overrides import ONE_OF_BLOCK
 from cvlab.config.schema import ExperimentConfig
 from cvlab.config.strict_yaml import Document, KeyPath
@@ -36,7 +36,7 @@ class Loaded:
         base: the folder that its relative paths start from.
         source: the file it was read from.
         variants: by override, if the experiment chooses one of them when it starts.
-        provenance: `file` or `command line` for each dotted key that is not a default.
+        provenance: `file`, `base NAME` or `command line` for each dotted key that is not a default.
     """
 
     config: ExperimentConfig
@@ -99,12 +99,39 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
     return load_document(document, source, list(overrides))
 
 
+def resolve_base(document: Document, source: Path) -> Document:
+    """Return a document that was read from `source`, merged over the configuration that its `base` names, if any."""
+    return inheritance.resolve(document, source, _find_base)
+
+
+def _find_base(reference: str, folder: Path, location: str) -> Path:
+    """Return the file that a `base` names: a path relative to `folder`, or the name of a shipped configuration."""
+    path = folder / reference
+    with contextlib.suppress(OSError, ValueError):  # a name that no disk takes
+        if path.is_dir():
+            raise ConfigError(f"{location}: base: {path} is a folder", "name a YAML file")
+        if path.name == "config.yaml" and any((path.parent / name).exists() for name in ("env.json", "status.json")):
+            # its code, if it has any, may be that of others
+            raise ConfigError(f"{location}: base: {path} belongs to a run", "copy it out of the run directory")
+        if path.is_file():
+            return path
+    if reference in shipped_names():
+        return shipped_folder() / f"{reference}.yaml"
+    known = [*(file.name for file in folder.glob("*.yaml")), *shipped_names()]
+    close = f"{reference}.yaml" if f"{reference}.yaml" in known else registry.closest_match(Path(reference).name, known)
+    hint = f"a path is relative to {folder}; `cvlab config` lists the names"
+    if close is not None and "/" not in reference:
+        hint = f"did you mean {close!r}?"
+    raise ConfigError(f"{location}: base: no configuration {reference!r:.80}", hint)
+
+
 def load_document(document: Document, source: Path, overrides: Sequence[str]) -> Loaded:
-    """Apply overrides to a document that was read from `source`, resolve `from:`, and validate.
+    """Resolve the `base` of a document that was read from `source`, apply overrides, resolve `from:`, and validate.
 
     Raises:
         ConfigError: with all problems, each with its file and line.
     """
+    document = resolve_base(document, source)
     original = copy.deepcopy(document)
     experiment = _experiment(document)
     variants = experiment.expand(document.value, overrides, _location_of(document)) if experiment else ()
@@ -116,7 +143,7 @@ def load_document(document: Document, source: Path, overrides: Sequence[str]) ->
             document.value[key] = _inherit(block, source.parent, document.location((key, "from")), key)
     config = validate(document, source.parent, sources)
     each = {text: load_document(copy.deepcopy(original), source, [*overrides, text]) for text in variants}
-    return Loaded(config, source.parent, source, each, provenance(document.value, sources))
+    return Loaded(config, source.parent, source, each, provenance(document, sources, source.parent))
 
 
 def run_name(source: Path, longest: int) -> str:
@@ -134,17 +161,40 @@ def _location_of(document: Document) -> Callable[[str], str]:
     return lambda key: document.location((key,))
 
 
-def provenance(value: Mapping[str, Any], sources: Mapping[KeyPath, str], prefix: KeyPath = ()) -> dict[str, str]:
-    """Return for each dotted key of a document whether it comes from the file or the command line."""
+def provenance(document: Document, sources: Mapping[KeyPath, str], folder: Path) -> dict[str, str]:
+    """Return for each dotted key of a document where it comes from.
+
+    Args:
+        document: The document.
+        sources: The override of each path that has one.
+        folder: The folder of the document, from which the names of other files start.
+
+    Returns:
+        `command line`, `file`, or `base NAME` with the shipped configuration or the file that it is inherited from.
+    """
     origins: dict[str, str] = {}
-    for key, item in value.items():
-        path = (*prefix, key)
-        if isinstance(item, dict):
-            origins |= provenance(item, sources, path)
+    for path in _leaves(document.value):
+        mark = document.mark(path)
+        if any(path[:end] in sources for end in range(1, len(path) + 1)):
+            origin = "command line"
+        elif mark is not None and mark.source:
+            origin = f"base {_base_name(Path(mark.source), folder)}"
         else:
-            is_override = any(path[:end] in sources for end in range(1, len(path) + 1))
-            origins[".".join(map(str, path))] = "command line" if is_override else "file"
+            origin = "file"
+        origins[".".join(map(str, path))] = origin
     return origins
+
+
+def _leaves(value: Mapping[str, Any], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _leaves(item, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def _base_name(path: Path, folder: Path) -> str:
+    return path.stem if path.parent == shipped_folder() else Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _inherit(block: dict[str, Any], folder: Path, location: str, key: str) -> dict[str, Any]:
@@ -153,9 +203,11 @@ def _inherit(block: dict[str, Any], folder: Path, location: str, key: str) -> di
     if not isinstance(reference, str):
         raise ConfigError(f"{location}: {key}.from: expected the name of a configuration")
     path = folder / reference
-    document = strict_yaml.read(path if path.is_file() else find(reference))
+    path = path if path.is_file() else find(reference)
+    document = strict_yaml.read(path)
     if not isinstance(document.value, dict):
         raise ConfigError(f"{location}: {reference} has no keys and values at its top")
+    document = resolve_base(document, path)
     experiment = _experiment(document)
     if experiment is not None:
         overrides = [f"{name}={value}" for name, value in block.items() if isinstance(value, str) and name != "from"]
@@ -163,7 +215,7 @@ def _inherit(block: dict[str, Any], folder: Path, location: str, key: str) -> di
         if variants:
             options = " or ".join(f"{key}.{text}" for text in variants)
             raise ConfigError(f"{location}: {reference} comes in several variants, of which a sweep takes one", options)
-    return config_overrides.inherit(block, document.value)
+    return config_overrides.inherit(block, inheritance.relocate(document.value, path.parent, folder))
 
 
 def _apply(document: Document, overrides: Iterable[str], experiment: "Experiment[Any] | None") -> dict[KeyPath, str]:

@@ -40,11 +40,18 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> Raw:
     """
     merged = dict(base)
     for key, value in override.items():
-        old = merged.get(key)
-        are_blocks = isinstance(old, Mapping) and isinstance(value, Mapping) and key != ONE_OF_BLOCK
-        is_other = are_blocks and "name" in value and value["name"] != old.get("name")  # type: ignore[union-attr]
-        merged[key] = merge(old, value) if are_blocks and not is_other else value  # type: ignore[arg-type]
+        block = mergeable_block(key, merged.get(key), value)
+        merged[key] = value if block is None else merge(block, value)
     return merged
+
+
+def mergeable_block(key: str, old: Any, value: Any) -> Mapping[str, Any] | None:
+    """Return the block `old` if the block `value` is merged with it, None if `value` replaces it."""
+    if isinstance(old, str):  # a component that is given by its name alone
+        old = {"name": old}
+    if not isinstance(old, Mapping) or not isinstance(value, Mapping) or key == ONE_OF_BLOCK:
+        return None
+    return None if "name" in value and value["name"] != old.get("name") else old
 
 
 def inherit(base: Mapping[str, Any], other: Mapping[str, Any]) -> Raw:

@@ -33,10 +33,11 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Mark:
-    """A position in a file, counted from 1."""
+    """A position in a file, counted from 1; `source` is the file if it is not the document's."""
 
     line: int
     column: int
+    source: str = ""
 
 
 @dataclass
@@ -49,10 +50,14 @@ class Document:
 
     def location(self, path: KeyPath) -> str:
         """Return `file:line:column` of the value at `path`, or of its nearest ancestor."""
+        mark = self.mark(path)
+        return f"{mark.source or self.source}:{mark.line}:{mark.column}" if mark else self.source
+
+    def mark(self, path: KeyPath) -> Mark | None:
+        """Return the position of the value at `path`, or of its nearest ancestor; None if none is known."""
         while path and path not in self.marks:
             path = path[:-1]
-        mark = self.marks.get(path)
-        return f"{self.source}:{mark.line}:{mark.column}" if mark else self.source
+        return self.marks.get(path)
 
 
 @dataclass

@@ -86,6 +86,14 @@ def require_trust(path: Path, is_trusted: bool) -> None:
     """Raise RunDirError if a run directory has code that was not signed on this machine, unless it is trusted."""
     config = strict_yaml.read(config_path(path)).value
     names = [str(file) for file in user_files(config)]
+    base = config.get("base") if isinstance(config, dict) else None
+    if isinstance(base, dict):  # of a sweep
+        base = base.get("from")
+    if base is not None and not is_trusted:  # its files may name code, which no signature covers
+        raise RunDirError(
+            f"{config_path(path)}: it is not complete, as that of a run is, but refers to {base!r:.80}",
+            "read that, then use --trust; or give the file another name",
+        )
     if is_trusted or not names:
         return
     recorded, signature = read_json(path / "env.json").get(SIGNATURE), sign(path)

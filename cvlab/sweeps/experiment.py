@@ -174,8 +174,9 @@ def load_sweep(reference: str, overrides: Sequence[str] = ()) -> Loaded:
         ConfigError: with all problems, each with its file and line.
     """
     source = loading.find(reference)
-    value = strict_yaml.read(source).value
-    if not isinstance(value, dict) or value.get("experiment") == SweepExperiment.name:
+    document = strict_yaml.read(source)
+    is_block = isinstance(document.value, dict)
+    if not is_block or loading.resolve_base(document, source).value.get("experiment") == SweepExperiment.name:
         return loading.load(reference, overrides)
     name = f"{loading.run_name(source, 50)}-sweep"
     text = {"experiment": SweepExperiment.name, "name": name, "base": {"from": str(source.resolve())}}
