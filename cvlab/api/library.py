@@ -114,6 +114,39 @@ def sweep(
     return Run(result["run"])
 
 
+def summary(
+    config: StrPath | Mapping[str, Any],
+    overrides: Overrides = None,
+    *,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Return the layers of a configuration's model, as `cvlab summary --json` does; nothing is written.
+
+    Args:
+        config: See `train`; a run may also be given as `latest` or by a part of its name.
+        overrides: See `train`.
+        runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
+        trust: See `train`.
+
+    Returns:
+        `layers`, each with `name`, `layer`, `output_shape`, `parameters`, `flops`, `activation_bytes` and
+        `receptive_field`, and the totals.
+
+    Raises:
+        ConfigError: The configuration is invalid, or its experiment has no model.
+        DataError: The model depends on data or weights that are not on the disk.
+    """
+    from cvlab.api import summary as api_summary
+    from cvlab.api.session import library_call
+
+    if isinstance(config, (str, PathLike)):
+        config = api_summary.source_of(fspath(config), root_of(runs_dir))
+    loaded = _load(config, overrides, {}, trust)
+    with library_call(progress=False):
+        return api_summary.summarize(loaded)
+
+
 def load_run(reference: StrPath = "latest", *, runs_dir: StrPath | None = None, trust: bool = False) -> Run:
     """Return a run of the disk.
 

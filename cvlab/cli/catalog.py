@@ -1,4 +1,4 @@
-"""The commands that list what there is: config, experiments, models, data."""
+"""The commands that list what there is: config, summary, experiments, models, data."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from cvlab.cli.options import (
     Output,
     Overrides,
     RunOptions,
+    RunsDir,
     SetOption,
     Trust,
     complete_config,
@@ -56,6 +57,29 @@ def show_config(
     require_trust(config, trust)
     loaded = loading.load(config, gather_overrides(overrides, RunOptions(set_))).config
     output.show({"ok": True, "config": loaded.model_dump()}, lambda: console.show(loaded.to_yaml(), end=""))
+
+
+@app.command(rich_help_panel=RESOURCES)
+@expand_options
+def summary(
+    config: Annotated[str, typer.Argument(help="a configuration or a run", autocompletion=complete_config)],
+    overrides: Overrides = None,
+    set_: SetOption = None,
+    trust: Trust = False,
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Print a model's layers: shapes, parameters, FLOPs, memory, receptive fields."""
+    from cvlab.api import summary as api_summary
+    from cvlab.config import loading
+    from cvlab.reports import tables
+    from cvlab.runs.find import runs_root
+
+    source = api_summary.source_of(config, runs_root(runs_dir))
+    require_trust(source, trust)
+    result = api_summary.summarize(loading.load(source, gather_overrides(overrides, RunOptions(set_))))
+    output.show(result, lambda: tables.show_summary(result))
 
 
 @app.command(rich_help_panel=RESOURCES)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
+    from cvlab.models.summary import SummarySpec
 
 C = TypeVar("C", bound=ExperimentConfig)
 State = dict[str, Any]
@@ -202,5 +203,17 @@ class HasPhotoModule(Generic[C]):
         Raises:
             ConfigError: if the run has no such weights.
             CheckpointError, DataError: if they are missing or damaged.
+        """
+        raise NotImplementedError
+
+
+class HasSummary(Generic[C]):
+    """An experiment whose model can be summarized layer by layer: `cvlab summary`."""
+
+    def summary_spec(self, config: C, base: Path) -> "SummarySpec":
+        """Return the untrained model of a configuration and an input of one image; no image of the data set is read.
+
+        Raises:
+            DataError: if the model depends on data or weights that are not on the disk.
         """
         raise NotImplementedError

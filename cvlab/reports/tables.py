@@ -81,8 +81,8 @@ def _available_width() -> int:
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    """Return whether the cells of a column are numbers, `-` for none; perhaps with a unit or a deviation."""
-    values = [cell for cell in cells if cell != "-"]
+    """Return whether the cells of a column are numbers, `-` or empty for none; perhaps with a unit or a deviation."""
+    values = [cell for cell in cells if cell not in ("-", "")]
     return bool(values) and all(map(NUMBER.fullmatch, values))
 
 
@@ -309,6 +309,39 @@ def metric_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def show_block(title: str, block: Mapping[str, Any]) -> None:
     """Print keys and values."""
     table(title, ("", "value"), [(key, value) for key, value in block.items()])
+
+
+def show_summary(result: Mapping[str, Any]) -> None:
+    """Print the layers of a model, and the totals."""
+    rows = [
+        (
+            layer["name"],
+            layer["layer"],
+            " x ".join(map(str, layer["output_shape"] or ())),
+            layer["parameters"] or "",
+            layer["flops"] or "",
+            console.format_bytes(layer["activation_bytes"]) if layer["activation_bytes"] else "",
+            _receptive_field(layer["receptive_field"]),
+        )
+        for layer in result["layers"]
+    ]
+    columns = ("name", "layer", "output", "parameters", "FLOPs", "activations", "receptive field")
+    table("", columns, rows)
+    totals = {
+        "input": " x ".join(map(str, result["input_shape"])),
+        "parameters": f"{result['parameters']:,}, {result['trainable_parameters']:,} of them trainable",
+        "memory of parameters": console.format_bytes(result["parameter_bytes"]),
+        "memory of activations": f"{console.format_bytes(result['activation_bytes'])} per image",
+        "FLOPs": f"{result['flops']:,} per image",
+    }
+    show_block("", totals)
+
+
+def _receptive_field(size: Sequence[int] | None) -> str:
+    if size is None:
+        return ""
+    height, width = size
+    return str(height) if height == width else f"{height} x {width}"
 
 
 def show_data(result: Mapping[str, Any]) -> None:

@@ -594,6 +594,7 @@ def test_all_commands_have_help(cvlab):
         "show",
         "compare",
         "config",
+        "summary",
         "experiments",
         ("models", "list"),
     ):
@@ -665,7 +666,14 @@ NAMING = (  # command lines with a name that no disk can have
     *("data fetch flickr8k --from {0}", "models fetch yolov3_tiny --from {0}", "runs --runs-dir {0}", "sweep {0}"),
     *("train quickstart --runs-dir {0}", "train quickstart model.name=./{0}.py:Net", "gradcheck ./{0}.py:Net"),
     *("train yolo_scenes data.name=boxes data.path={0}", "train caption_scenes data.name=captions data.path={0}"),
-    *("track {0} --to mlflow", "eval {0}", "verify {0}", "config {0}", "style sample whirls content_mask={0}"),
+    *(
+        "track {0} --to mlflow",
+        "eval {0}",
+        "verify {0}",
+        "config {0}",
+        "summary {0}",
+        "style sample whirls content_mask={0}",
+    ),
 )
 
 
@@ -697,7 +705,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
     assert [section.partition(":")[0] for section in sections] == list(groups.GROUPS)
     lines = [line.split(maxsplit=1) for section in sections for line in section.splitlines()[1:]]
     commands, texts = zip(*lines, strict=True)
-    assert len(set(commands)) == len(commands) == 28
+    assert len(set(commands)) == len(commands) == 29
     assert len(set(texts)) == len(texts)
     assert not any(text.endswith("...") for text in texts)
 
@@ -705,7 +713,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["foo"], "unknown command 'foo'; similar: doctor; `cvlab --help` lists all 28"),
+        (["foo"], "unknown command 'foo'; similar: doctor; `cvlab --help` lists all 29"),
         (["data", "fech"], "unknown command 'fech'; did you mean 'fetch'? known: check, fetch, list"),
         (["train", "quickstart", "--sede", "3"], "similar: --debug, --seed, --set; see `cvlab train --help`"),
         (["train", "yolo_scene"], "did you mean 'yolo_scenes'? `cvlab config` lists all 63"),

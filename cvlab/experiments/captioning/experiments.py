@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.experiments.base import Evaluable, HasPhotoModule, PhotoExperiment, ShowsData, State, default_splits
+from cvlab.experiments.base import (
+    Evaluable,
+    HasPhotoModule,
+    HasSummary,
+    PhotoExperiment,
+    ShowsData,
+    State,
+    default_splits,
+)
 from cvlab.experiments.captioning.config import SCENE_CAPTIONS, WEIGHTS_FILE, CaptionConfig, CaptionerConfig
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.results import Column
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.captioning.base import CaptionModel
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.models.photo_module import PhotoModule
+    from cvlab.models.summary import SummarySpec
 
 COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
 
@@ -84,7 +93,12 @@ def _has_extra(config: CaptionerConfig) -> bool:
     return bool(config.data.extra)
 
 
-class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig], HasPhotoModule[CaptionerConfig]):
+class CaptionerExperiment(
+    ShowsData[CaptionerConfig],
+    Evaluable[CaptionerConfig],
+    HasPhotoModule[CaptionerConfig],
+    HasSummary[CaptionerConfig],
+):
     """Train an image captioner: an RNN, an LSTM or an LSTM with attention on the features of a frozen backbone.
 
     References:
@@ -218,6 +232,32 @@ class CaptionerExperiment(ShowsData[CaptionerConfig], Evaluable[CaptionerConfig]
         settings = CaptionConfig(experiment=CaptionExperiment.name, name="predict", weights=str(base), device=device)
         ctx, captioner = load_captioner(settings)
         return CaptionerModule(settings, captioner, ctx).eval()
+
+    def summary_spec(self, config: CaptionerConfig, base: Path) -> "SummarySpec":
+        """Return backbones and decoder, and a black image, whose caption has `length` tokens; no photo is opened."""
+        import torch
+        import torch.nn.functional as F
+
+        from cvlab.experiments.captioning.feature_store import combine_maps
+        from cvlab.experiments.captioning.setup import build_setup
+        from cvlab.models.summary import SummarySpec
+
+        setup = build_setup(config.model_copy(update={"device": "cpu", "precision": "float32"}))
+        sources, model = setup.captioner.feature_sources, setup.captioner.model
+        token_ids = torch.ones(1, config.length - 1, dtype=torch.int64)  # the last token is predicted, not read
+
+        def forward(images: torch.Tensor) -> object:
+            by_layer = [
+                (source.extractor.names, source.extractor.module(F.interpolate(images, source.size_px)))
+                for source in sources
+            ]
+            maps = [maps_of[name] for names, maps_of in by_layer for name in names]
+            features = combine_maps(maps, not model.has_attention, len(sources) > 1)
+            return model(features, token_ids, torch.zeros(1, dtype=torch.int64))
+
+        example = torch.zeros(1, 3, config.size, config.size)
+        backbones = {f"backbone{k or ''}": source.extractor.module for k, source in enumerate(sources)}
+        return SummarySpec({**backbones, "decoder": model}, forward, example)
 
     def plan(self, config: CaptionerConfig, base: Path) -> dict[str, Any]:
         """Describe what a run would do; captions are read, no photo is opened."""

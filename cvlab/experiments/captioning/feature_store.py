@@ -6,7 +6,7 @@ weights, layers, size, and the photos' names, sizes and modification times. `<ke
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,15 @@ def extract_features(
         float32 (N, L, C) on the CPU, or (N, 1, C) if pooled.
     """
     maps = [feature_map for source in sources for feature_map in source.maps(images, ctx, spec.mirrored)]
+    return combine_maps(maps, spec.pool, len(sources) > 1).cpu()
+
+
+def combine_maps(maps: Sequence[Tensor], pool: bool, is_scaled: bool) -> Tensor:
+    """Return the features (N, L, C), or (N, 1, C) if pooled, of feature maps (N, C_k, H_k, W_k); see `extract_features`."""
     height, width = maps[0].shape[2:]
-    maps = [F.adaptive_avg_pool2d(feature_map, (height, width)) for feature_map in maps]
-    if len(sources) > 1:
-        maps = [_normalize_scale(feature_map) for feature_map in maps]
-    features = torch.cat(maps, 1).flatten(2).mT
-    return (features.mean(1, keepdim=True) if spec.pool else features).cpu()
+    resized = [F.adaptive_avg_pool2d(feature_map, (height, width)) for feature_map in maps]
+    features = torch.cat([_normalize_scale(m) for m in resized] if is_scaled else resized, 1).flatten(2).mT
+    return features.mean(1, keepdim=True) if pool else features
 
 
 def _normalize_scale(feature_map: Tensor) -> Tensor:

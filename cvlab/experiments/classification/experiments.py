@@ -19,6 +19,7 @@ from cvlab.experiments.base import (
     EvaluatesOtherData,
     Exportable,
     HasPhotoModule,
+    HasSummary,
     PhotoExperiment,
     ShowsData,
     State,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
+    from cvlab.models.summary import SummarySpec
 
 COLUMNS = (Column("top", "prediction", has_lines=True),)
 
@@ -115,6 +117,7 @@ class ClassifyExperiment(
     Exportable[ClassifyConfig],
     ClassifiesPhotos[ClassifyConfig],
     HasPhotoModule[ClassifyConfig],
+    HasSummary[ClassifyConfig],
 ):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
@@ -277,6 +280,17 @@ class ClassifyExperiment(
 
         state = checkpoint.load_of_run(base, weights)
         return PhotoClassifier(self.photo_classifier(config, base, state, device)).eval()
+
+    def summary_spec(self, config: ClassifyConfig, base: Path) -> "SummarySpec":
+        """Return the model and a black image of the size of the data set."""
+        import torch
+
+        from cvlab.experiments.classification.setup import build_model, expected_size
+        from cvlab.models.summary import SummarySpec
+
+        size, _ = expected_size(config, base)
+        model = build_model(config, base, size).float()
+        return SummarySpec({"": model}, model, torch.zeros(1, size.channels, size.image_px, size.image_px))
 
     def plan(self, config: ClassifyConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; nothing is written, and only a user's own data set is loaded."""

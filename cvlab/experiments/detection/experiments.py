@@ -11,6 +11,7 @@ from cvlab.experiments.base import (
     Evaluable,
     Exportable,
     HasPhotoModule,
+    HasSummary,
     PhotoExperiment,
     ShowsData,
     State,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.detection.models.base import DetectionHead
     from cvlab.models.photo_module import PhotoModule
+    from cvlab.models.summary import SummarySpec
 
 COLUMNS = (
     Column("objects", "objects"),
@@ -127,7 +129,11 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
 
 
 class DetectorExperiment(
-    ShowsData[DetectorConfig], Evaluable[DetectorConfig], Exportable[DetectorConfig], HasPhotoModule[DetectorConfig]
+    ShowsData[DetectorConfig],
+    Evaluable[DetectorConfig],
+    Exportable[DetectorConfig],
+    HasPhotoModule[DetectorConfig],
+    HasSummary[DetectorConfig],
 ):
     """Train an object detector: a head on the feature maps of an ImageNet-pretrained backbone.
 
@@ -284,6 +290,23 @@ class DetectorExperiment(
 
         checkpoint.require_last(weights, self.name)
         return photo_module.load(base, device)
+
+    def summary_spec(self, config: DetectorConfig, base: Path) -> "SummarySpec":
+        """Return backbone and head, and a black image; annotations are read, no photo is opened."""
+        import torch
+
+        from cvlab.experiments.detection.setup import build
+        from cvlab.models.summary import SummarySpec
+
+        setup = build(config.model_copy(update={"device": "cpu", "precision": "float32"}))
+        backbone, head = setup.detector.features, setup.detector.head
+
+        def forward(images: torch.Tensor) -> object:
+            maps = backbone.module(images)
+            return head([maps[name] for name in backbone.names])
+
+        example = torch.zeros(1, 3, setup.size_px, setup.size_px)
+        return SummarySpec({"backbone": backbone.module, "head": head}, forward, example)
 
     def plan(self, config: DetectorConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; annotations are read, no photo is opened."""
