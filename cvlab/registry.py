@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "detect": "cvlab.experiments.detection.experiments:DetectExperiment",
     "detector": "cvlab.experiments.detection.experiments:DetectorExperiment",
     "feature_inversion": "cvlab.experiments.interpretability.experiments:FeatureInversionExperiment",
+    "lr_range_test": "cvlab.experiments.common.lr_range_test:LrRangeTestExperiment",
     "saliency": "cvlab.experiments.interpretability.experiments:SaliencyExperiment",
     "style": "cvlab.experiments.style.experiments:StyleExperiment",
     "sweep": "cvlab.sweeps.experiment:SweepExperiment",

@@ -68,6 +68,57 @@ def train(
         return Run(run.start(loaded, policy, root_of(runs_dir))["run"])
 
 
+def lr(
+    config: StrPath,
+    overrides: Overrides = None,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    download: bool = False,
+    offline: bool = False,
+    fallback: bool = True,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Suggest a learning rate by a range test, as `cvlab lr` does: `run.summary["metrics"]["minimum_tenth_lr"]`.
+
+    Args:
+        config: A configuration that trains: a name, a YAML file or a run.
+        overrides: See `train`.
+        min: Learning rate of the first step; None for 1e-6.
+        max: Learning rate of the last step; None for 10.
+        steps: Number of steps; None for 100.
+        seed: See `train`.
+        device: See `train`.
+        runs_dir: See `train`.
+        download: See `train`.
+        offline: See `train`.
+        fallback: See `train`.
+        trust: See `train`.
+        progress: Show messages and a progress bar.
+
+    Raises:
+        ConfigError: The configuration is invalid, or has no learning rate.
+        CvlabError: As `train`.
+    """
+    from cvlab.api import run
+    from cvlab.api.session import library_call
+    from cvlab.config.overrides import to_texts
+    from cvlab.data.resolve import DownloadPolicy
+    from cvlab.experiments.common.lr_range_test import load_range_test
+    from cvlab.runs.trust import require_trust_of
+
+    require_trust_of(fspath(config), trust)
+    texts = [*to_texts(overrides), *not_none({"seed": seed, "device": device})]
+    loaded = load_range_test(fspath(config), texts, min=min, max=max, steps=steps)
+    with library_call(progress):
+        return Run(run.start(loaded, DownloadPolicy(offline, download, not fallback), root_of(runs_dir))["run"])
+
+
 def sweep(
     config: StrPath,
     overrides: Overrides = None,

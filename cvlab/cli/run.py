@@ -1,4 +1,4 @@
-"""The commands about one configuration: train (also called run), resume, eval, gradcheck."""
+"""The commands about one configuration: train (also called run), lr, resume, eval, gradcheck."""
 
 from typing import Annotated
 
@@ -71,6 +71,37 @@ def run(
         raise typer.Exit(launcher.run(path, processes.nproc, processes.max_restarts, output.flags()))
     else:
         finish(api_run.start(load(), policy, root), output)
+
+
+@app.command(rich_help_panel=TRAIN)
+@expand_options
+def lr(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    min: Annotated[float | None, typer.Option("--min", help="smallest learning rate; default: 1e-6")] = None,
+    max: Annotated[float | None, typer.Option("--max", help="largest learning rate; default: 10")] = None,
+    steps: Annotated[int | None, typer.Option(help="number of steps; default: 100")] = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    trust: Trust = False,
+    *,
+    options: RunOptions,
+    data: DataOptions,
+    output: Output,
+) -> None:
+    """Suggest a learning rate, by training a few steps while it rises. The last line is an override to paste."""
+    from cvlab.api import run as api_run
+    from cvlab.experiments.common.lr_range_test import load_range_test
+    from cvlab.runs.find import runs_root
+
+    require_trust(config, trust)
+    texts = gather_overrides(overrides, options, seed=seed)
+    loaded = load_range_test(config, texts, min=min, max=max, steps=steps)
+    root = runs_root(options.runs_dir)
+    if dry_run:
+        show_plan(loaded, root, output)
+    else:
+        finish(api_run.start(loaded, data.policy(), root), output)
 
 
 @app.command(rich_help_panel=TRAIN)

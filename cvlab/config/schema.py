@@ -212,6 +212,24 @@ class ExperimentConfig(FrozenModel):
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
 
+class NestedConfig(ExperimentConfig):
+    """The keys of every experiment that runs another configuration."""
+
+    base: dict[str, Any] = Field(description="an ordinary configuration; `from:` names one to inherit from")
+
+    @property
+    def data(self) -> DataConfig | None:
+        """The data block of the base, with the keys that every experiment has."""
+        block = self.base.get("data")
+        if not isinstance(block, Mapping):
+            return None
+        return DataConfig(**{key: block[key] for key in DataConfig.model_fields if key in block})
+
+    def with_data(self, data: DataConfig) -> Self:
+        """Return the configuration with other data."""
+        return self.model_copy(update={"base": {**self.base, "data": {**self.base["data"], **data.model_dump()}}})
+
+
 class RunConfig(ExperimentConfig):
     """The keys of every experiment that computes something itself."""
 

@@ -23,7 +23,7 @@ from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from cvlab.engine.task import ExportSpec
+    from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
@@ -215,5 +215,19 @@ class HasSummary(Generic[C]):
 
         Raises:
             DataError: if the model depends on data or weights that are not on the disk.
+        """
+        raise NotImplementedError
+
+
+class HasTrainTask(Generic[C]):
+    """An experiment whose training steps can be taken one by one: `cvlab lr`."""
+
+    def train_task(self, config: C, base: Path, check_interrupt: Callable[[], None]) -> "TrainTask":
+        """Return the untrained model, its loss and its batches; the evaluation of the task returns nothing.
+
+        Args:
+            config: the configuration, whose data set is on the disk.
+            base: the folder that paths to user files are relative to.
+            check_interrupt: called often while data is read; may raise to stop.
         """
         raise NotImplementedError

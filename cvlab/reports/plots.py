@@ -1,7 +1,7 @@
 """PNG plots of a run's curves, and of several runs over each other."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,38 @@ def draw_comparison(runs: Mapping[str, Path]) -> bytes:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8
         )
+    return to_png(figure)
+
+
+def draw_lr_range_test(
+    rates: Sequence[float], losses: Mapping[str, Sequence[float]], marks: Mapping[str, float], title: str
+) -> bytes:
+    """Draw losses over the learning rate, on a logarithmic axis; return the PNG.
+
+    Args:
+        rates: The learning rates, increasing.
+        losses: The losses at these rates by name; the last are those that count.
+        marks: Learning rates to mark, by name.
+        title: The title.
+    """
+    figure, axes = new_panel(7, 4)
+    styles = colors.of_series([*losses, *marks])
+    for name, values in losses.items():
+        is_last = name == list(losses)[-1]
+        axes.plot(rates, values, label=name, linewidth=2 if is_last else 0.8, **styles[name].line)
+    for name, rate in marks.items():
+        axes.axvline(rate, label=label(f"{name}: {rate:.2g}"), linewidth=1.2, **styles[name].line)
+    shown = sorted(list(losses.values())[-1])
+    if shown:
+        start, lowest = list(losses.values())[-1][0], shown[0]
+        margin = 0.1 * abs(start - lowest) or 0.1
+        axes.set_ylim(lowest - 2 * margin, min(shown[-1], start + 5 * abs(start - lowest)) + 2 * margin)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.set_title(label(title), fontsize=TITLE_SIZE)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return to_png(figure)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
-from cvlab.config.schema import DataConfig, ExperimentConfig, FrozenModel, NonNegativeInt
+from cvlab.config.schema import FrozenModel, NestedConfig, NonNegativeInt
 from cvlab.sweeps import grid as sweeps_grid
 from cvlab.sweeps.executors import SubmitConfig
 from cvlab.sweeps.search import SearchConfig
@@ -25,10 +25,9 @@ class Condition(FrozenModel):
     set: dict[str, Any] = Field(description="dotted keys and the values they get")
 
 
-class SweepConfig(ExperimentConfig):
+class SweepConfig(NestedConfig):
     """A base configuration and what varies."""
 
-    base: dict[str, Any] = Field(description="an ordinary configuration; `from:` names one to inherit from")
     grid: Values = Field({}, description="dotted keys with lists of values: every combination is a trial")
     zip: Values = Field({}, description="dotted keys with lists of equal length, which form one axis")
     conditions: tuple[Condition, ...] = Field((), description="keys that depend on others")
@@ -74,18 +73,6 @@ class SweepConfig(ExperimentConfig):
             if parents or varied.count(key) > 1:
                 raise ValueError(f"{key} is varied twice" + (f", also by {parents[0]}" if parents else ""))
         return self
-
-    @property
-    def data(self) -> DataConfig | None:
-        """The data block of the base, with the keys that every experiment has."""
-        block = self.base.get("data")
-        if not isinstance(block, Mapping):
-            return None
-        return DataConfig(**{key: block[key] for key in DataConfig.model_fields if key in block})
-
-    def with_data(self, data: DataConfig) -> "SweepConfig":
-        """Return the sweep with other data."""
-        return self.model_copy(update={"base": {**self.base, "data": {**self.base["data"], **data.model_dump()}}})
 
     def trials(self) -> list[sweeps_grid.Trial]:
         """Return the trials, not validated; for a search, trials with every bound and every choice."""

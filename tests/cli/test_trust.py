@@ -55,6 +55,7 @@ def commands(run, out):
         "export": ["export", str(run), "--to=safetensors"],
         "sweep": ["sweep", str(run), "seeds=[0]", "--dry-run"],
         "config": ["config", str(run)],
+        "lr": ["lr", str(run), "--steps=20", f"--runs-dir={out}"],
         "summary": ["summary", str(run)],
         "verify": ["verify", str(run), f"--runs-dir={out}"],
     }

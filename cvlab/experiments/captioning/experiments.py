@@ -1,7 +1,7 @@
 """Captioning: train an image captioner, caption photos. The methods import torch."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +11,7 @@ from cvlab.experiments.base import (
     Evaluable,
     HasPhotoModule,
     HasSummary,
+    HasTrainTask,
     PhotoExperiment,
     ShowsData,
     State,
@@ -22,6 +23,7 @@ from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from cvlab.engine.task import TrainTask
     from cvlab.experiments.captioning.base import CaptionModel
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.models.photo_module import PhotoModule
@@ -98,6 +100,7 @@ class CaptionerExperiment(
     Evaluable[CaptionerConfig],
     HasPhotoModule[CaptionerConfig],
     HasSummary[CaptionerConfig],
+    HasTrainTask[CaptionerConfig],
 ):
     """Train an image captioner: an RNN, an LSTM or an LSTM with attention on the features of a frozen backbone.
 
@@ -140,18 +143,17 @@ class CaptionerExperiment(
     def run(self, config: CaptionerConfig, run: RunDir) -> dict[str, float]:
         """Compute features, train, and evaluate generated captions; save the weights in a file of their own."""
         from cvlab.engine import trainer
-        from cvlab.engine.task import TrainTask
         from cvlab.experiments.captioning import checkpoint as captioner_checkpoint
         from cvlab.experiments.captioning import evaluation
         from cvlab.experiments.captioning.setup import (
             build_setup,
+            build_task,
             evaluate_extra,
             evaluate_split,
             extra_samples,
             load_backbone_features,
             load_photo_features,
             load_training_data,
-            make_loss_fn,
             validate,
         )
 
@@ -169,17 +171,7 @@ class CaptionerExperiment(
         if config.evaluate_test and split != "test":
             run.log(f"warning: {setup.dataset.name} has no test split; val is evaluated at the end")
 
-        task = TrainTask(
-            model=captioner.model,
-            loss_fn=make_loss_fn(config, data.reward),
-            get_batch=data.loader.get_batch,
-            steps_per_epoch=data.loader.sampler.steps_per_epoch,
-            items_per_step=data.loader.sampler.batch_size,
-            evaluate=functools.partial(validate, config, setup, data),
-            monitor="val_bleu4",
-            ctx=setup.ctx,
-            data_digest=setup.dataset.digest(),
-        )
+        task = build_task(config, setup, data, functools.partial(validate, config, setup, data))
         trained, metrics = trainer.train(config, task, run)
         model = cast("CaptionModel", trained)
         run.write(WEIGHTS_FILE, lambda path: captioner_checkpoint.save(captioner.metadata, model, path))
@@ -232,6 +224,13 @@ class CaptionerExperiment(
         settings = CaptionConfig(experiment=CaptionExperiment.name, name="predict", weights=str(base), device=device)
         ctx, captioner = load_captioner(settings)
         return CaptionerModule(settings, captioner, ctx).eval()
+
+    def train_task(self, config: CaptionerConfig, base: Path, check_interrupt: Callable[[], None]) -> "TrainTask":
+        """Return the untrained captioner, its loss and its batches; features of the photos are computed."""
+        from cvlab.experiments.captioning.setup import build_setup, build_task, load_training_data
+
+        setup = build_setup(config)
+        return build_task(config, setup, load_training_data(config, setup, check_interrupt), lambda _: {})
 
     def summary_spec(self, config: CaptionerConfig, base: Path) -> "SummarySpec":
         """Return backbones and decoder, and a black image, whose caption has `length` tokens; no photo is opened."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cvlab.data import vocabulary
 from cvlab.engine import device, loop
+from cvlab.engine.task import TrainTask
 from cvlab.experiments.captioning import checkpoint as captioner_checkpoint
 from cvlab.experiments.captioning import dataset as captions_dataset
 from cvlab.experiments.captioning import evaluation, feature_store, self_critical
@@ -114,6 +115,26 @@ def load_training_data(
         loader.self_critical_from = config.final_epochs_start(config.reward_epochs, loader.sampler.steps_per_epoch)
         reward = CiderReward(train, vocabulary)
     return TrainingData(loader, reward, val_features, EncodedCaptions(val, vocabulary, config.length))
+
+
+def build_task(
+    config: CaptionerConfig,
+    setup: CaptioningSetup,
+    data: TrainingData,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+) -> TrainTask:
+    """Return what is trained: the captioner, its loss and its batches."""
+    return TrainTask(
+        model=setup.captioner.model,
+        loss_fn=make_loss_fn(config, data.reward),
+        get_batch=data.loader.get_batch,
+        steps_per_epoch=data.loader.sampler.steps_per_epoch,
+        items_per_step=data.loader.sampler.batch_size,
+        evaluate=evaluate,
+        monitor="val_bleu4",
+        ctx=setup.ctx,
+        data_digest=setup.dataset.digest(),
+    )
 
 
 def make_loss_fn(config: CaptionerConfig, reward: CiderReward | None) -> loop.LossFn[CaptionBatch]:

@@ -20,6 +20,7 @@ from cvlab.experiments.base import (
     Exportable,
     HasPhotoModule,
     HasSummary,
+    HasTrainTask,
     PhotoExperiment,
     ShowsData,
     State,
@@ -35,7 +36,7 @@ from cvlab.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from torch import nn
 
-    from cvlab.engine.task import ExportSpec
+    from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.classification.report import Scores
     from cvlab.experiments.classification.setup import ClassificationSetup
     from cvlab.experiments.common.data_overview import DataOverview
@@ -118,6 +119,7 @@ class ClassifyExperiment(
     ClassifiesPhotos[ClassifyConfig],
     HasPhotoModule[ClassifyConfig],
     HasSummary[ClassifyConfig],
+    HasTrainTask[ClassifyConfig],
 ):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
@@ -165,10 +167,9 @@ class ClassifyExperiment(
     def run(self, config: ClassifyConfig, run: RunDir) -> dict[str, float]:
         """Train, or resume training; return the metrics."""
         from cvlab.engine import trainer
-        from cvlab.engine.task import TrainTask
         from cvlab.experiments.classification import photo_model
         from cvlab.experiments.classification.data import manifest
-        from cvlab.experiments.classification.setup import build, build_evaluator, build_loss_fn
+        from cvlab.experiments.classification.setup import build, build_evaluator, build_task
 
         with StopRequest() as stop:
             setup = build(config, run.path, check_interrupt=lambda: stop.raise_if_set(0, run.path.name, "image"))
@@ -181,18 +182,7 @@ class ClassifyExperiment(
             val = evaluate(model, "val") if "val" in setup.splits else {}
             return {"train_accuracy": train["train_accuracy"], **val}
 
-        task = TrainTask(
-            model=setup.model,
-            loss_fn=build_loss_fn(config, setup.train_loader),
-            get_batch=setup.train_loader.get_batch,
-            steps_per_epoch=setup.train_loader.steps_per_epoch,
-            items_per_step=config.batch_size,
-            evaluate=evaluate_train_and_val,
-            extra_state=setup.train_loader.extra_state,
-            data_digest=setup.dataset.digest(),
-            monitor="val_accuracy" if "val" in setup.splits else "train_accuracy",
-            ctx=setup.ctx,
-        )
+        task = build_task(config, setup, evaluate_train_and_val)
         model, metrics = trainer.train(config, task, run)
         splits = ["val", *(["test"] if config.evaluate_test else [])]
         scores = self._report(config, setup, model, [name for name in splits if name in setup.splits], run)
@@ -280,6 +270,12 @@ class ClassifyExperiment(
 
         state = checkpoint.load_of_run(base, weights)
         return PhotoClassifier(self.photo_classifier(config, base, state, device)).eval()
+
+    def train_task(self, config: ClassifyConfig, base: Path, check_interrupt: Callable[[], None]) -> "TrainTask":
+        """Return the untrained model, its loss and its batches."""
+        from cvlab.experiments.classification.setup import build, build_task
+
+        return build_task(config, build(config, base, check_interrupt=check_interrupt), lambda _: {})
 
     def summary_spec(self, config: ClassifyConfig, base: Path) -> "SummarySpec":
         """Return the model and a black image of the size of the data set."""

@@ -14,6 +14,7 @@ from cvlab.config.metrics import require_finite
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
 from cvlab.engine import device, loop
+from cvlab.engine.task import TrainTask
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification.config import ClassifyConfig, ImageDataConfig
 from cvlab.experiments.classification.data import folder
@@ -271,6 +272,24 @@ def build_model(config: ClassifyConfig, base: Path, size: DatasetSize, is_restor
     if isinstance(model, TransferClassifier):  # checked when it was split
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return checks.prepare(model, config.model.name, config.batch_size, **shape)
+
+
+def build_task(
+    config: ClassifyConfig, setup: ClassificationSetup, evaluate: Callable[[nn.Module], dict[str, float]]
+) -> TrainTask:
+    """Return what is trained: the model, its loss and its batches."""
+    return TrainTask(
+        model=setup.model,
+        loss_fn=build_loss_fn(config, setup.train_loader),
+        get_batch=setup.train_loader.get_batch,
+        steps_per_epoch=setup.train_loader.steps_per_epoch,
+        items_per_step=config.batch_size,
+        evaluate=evaluate,
+        extra_state=setup.train_loader.extra_state,
+        data_digest=setup.dataset.digest(),
+        monitor="val_accuracy" if "val" in setup.splits else "train_accuracy",
+        ctx=setup.ctx,
+    )
 
 
 def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """Detection: train an object detector, detect objects in photos. The methods import torch."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from cvlab.experiments.base import (
     Exportable,
     HasPhotoModule,
     HasSummary,
+    HasTrainTask,
     PhotoExperiment,
     ShowsData,
     State,
@@ -25,7 +26,7 @@ from cvlab.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from torch import nn
 
-    from cvlab.engine.task import ExportSpec
+    from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.detection.models.base import DetectionHead
     from cvlab.models.photo_module import PhotoModule
@@ -134,6 +135,7 @@ class DetectorExperiment(
     Exportable[DetectorConfig],
     HasPhotoModule[DetectorConfig],
     HasSummary[DetectorConfig],
+    HasTrainTask[DetectorConfig],
 ):
     """Train an object detector: a head on the feature maps of an ImageNet-pretrained backbone.
 
@@ -178,16 +180,15 @@ class DetectorExperiment(
     def run(self, config: DetectorConfig, run: RunDir) -> dict[str, float]:
         """Compute the feature maps, train the head, evaluate it, and save its weights in a file of their own."""
         from cvlab.engine import trainer
-        from cvlab.engine.task import TrainTask
         from cvlab.experiments.detection import evaluation
         from cvlab.experiments.detection.models import detector as detector_model
         from cvlab.experiments.detection.setup import (
             build,
+            build_task,
             cached_features,
             choose_final_split,
             compute_metrics,
             final_metadata,
-            make_loss_fn,
             samples_of,
             seconds_per_photo,
             training_batches,
@@ -205,17 +206,7 @@ class DetectorExperiment(
             map50 = compute_metrics(config, setup, head, val, "val").map50
             return {"val_map50": map50} if map50 == map50 else {}  # undefined without boxes
 
-        task = TrainTask(
-            model=setup.detector.head,
-            loss_fn=make_loss_fn(setup.size_px),
-            get_batch=batches,
-            steps_per_epoch=batches.sampler.steps_per_epoch,
-            items_per_step=batches.sampler.batch_size,
-            evaluate=evaluate,
-            monitor="val_map50",
-            ctx=setup.ctx,
-            data_digest=setup.boxset.digest(),
-        )
+        task = build_task(setup, batches, evaluate)
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)
         samples = samples_of(config, setup.boxset, "val")
@@ -290,6 +281,13 @@ class DetectorExperiment(
 
         checkpoint.require_last(weights, self.name)
         return photo_module.load(base, device)
+
+    def train_task(self, config: DetectorConfig, base: Path, check_interrupt: Callable[[], None]) -> "TrainTask":
+        """Return the untrained head, its loss and its batches; features of the training photos are computed."""
+        from cvlab.experiments.detection.setup import build, build_task, training_batches
+
+        setup = build(config)
+        return build_task(setup, training_batches(config, setup, check_interrupt), lambda _: {})
 
     def summary_spec(self, config: DetectorConfig, base: Path) -> "SummarySpec":
         """Return backbone and head, and a black image; annotations are read, no photo is opened."""

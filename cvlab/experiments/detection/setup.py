@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cvlab.data import photos
 from cvlab.engine import device, loop
+from cvlab.engine.task import TrainTask
 from cvlab.experiments.detection import evaluation, feature_cache, inference
 from cvlab.experiments.detection.config import DetectorConfig
 from cvlab.experiments.detection.data import dataset, sizing
@@ -123,6 +124,23 @@ def training_batches(
     if config.finetune_epochs:
         batches.finest_from = config.final_epochs_start(config.finetune_epochs, batches.sampler.steps_per_epoch)
     return batches
+
+
+def build_task(
+    setup: DetectionSetup, batches: CachedBatches | FreshBatches, evaluate: Callable[[nn.Module], dict[str, float]]
+) -> TrainTask:
+    """Return what is trained: the head, its loss and its batches."""
+    return TrainTask(
+        model=setup.detector.head,
+        loss_fn=make_loss_fn(setup.size_px),
+        get_batch=batches,
+        steps_per_epoch=batches.sampler.steps_per_epoch,
+        items_per_step=batches.sampler.batch_size,
+        evaluate=evaluate,
+        monitor="val_map50",
+        ctx=setup.ctx,
+        data_digest=setup.boxset.digest(),
+    )
 
 
 def make_loss_fn(size_px: int) -> loop.LossFn[Batch]:
