@@ -6,7 +6,7 @@ weights, layers, size, and the photos' names, sizes and modification times. `<ke
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def extract_features(
 
 
 def combine_maps(maps: Sequence[Tensor], pool: bool, is_scaled: bool) -> Tensor:
-    """Return the features (N, L, C), or (N, 1, C) if pooled, of feature maps (N, C_k, H_k, W_k); see `extract_features`."""
+    """Return the features of feature maps (N, C_k, H_k, W_k); see `extract_features`."""
     height, width = maps[0].shape[2:]
     resized = [F.adaptive_avg_pool2d(feature_map, (height, width)) for feature_map in maps]
     features = torch.cat([_normalize_scale(m) for m in resized] if is_scaled else resized, 1).flatten(2).mT
