@@ -14,6 +14,7 @@ from cvlab.data import datasets
 from cvlab.data.resolve import DownloadPolicy, describe_data
 from cvlab.distributed import collectives, process_group
 from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
+from cvlab.experiments.base import Experiment
 from cvlab.runs import trust
 from cvlab.runs.environment import environment
 from cvlab.runs.find import config_path, create_run
@@ -79,16 +80,17 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
     Raises:
         CvlabError: If the configuration cannot run, or the run fails or is interrupted.
     """
-    config = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
-    out = _create(config, loaded, root)
+    experiment = registry.get_experiment(loaded.config.experiment)
+    config = experiment.prepare(loaded, policy)
+    out = _create(experiment, config, loaded, root)
     with out.locked():
         config = _write_inputs(config, loaded, out)
-        return _execute(config, out)
+        return _execute(experiment, config, out)
 
 
 def create(loaded: loading.Loaded, root: Path) -> Path:
     """Create the run directory of a prepared configuration, which is then resumed; return it."""
-    out = _create(loaded.config, loaded, root)
+    out = _create(registry.get_experiment(loaded.config.experiment), loaded.config, loaded, root)
     with out.locked():
         _write_inputs(loaded.config, loaded, out)
     return out.path
@@ -110,21 +112,22 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
         ConfigError: If the experiment does not train, or the processes cannot share its batches.
     """
     require_processes(loaded, processes)
-    config = registry.get_experiment(loaded.config.experiment).prepare(loaded, policy)
+    experiment = registry.get_experiment(loaded.config.experiment)
+    config = experiment.prepare(loaded, policy)
     if getattr(config, "threads", None) is None:
         local = process_group.world().local_size if process_group.world().size > 1 else processes
         config = config.model_copy(update={"threads": process_group.threads_per_process(local)})
-    out = _create(config, loaded, root)
+    out = _create(experiment, config, loaded, root)
     with out.locked():
         _write_inputs(config, loaded, out, processes)
     return out.path
 
 
-def _create(config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+def _create(experiment: Experiment[Any], config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
     block = config.data_config()
     if block is None or not registry.is_user_file(block.name):
         # raises an error before the run directory exists
-        registry.get_experiment(config.experiment).plan(config, loaded.base)
+        experiment.plan(config, loaded.base)
     return create_run(root, config.name, console.info)
 
 
@@ -203,7 +206,8 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
             config = config.model_copy(update=changed)
             out.write_text("config.yaml", config.to_yaml())
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
-        if has_started and not saved and registry.get_experiment(config.experiment).saves_checkpoints:
+        experiment = registry.get_experiment(config.experiment)
+        if has_started and not saved and experiment.saves_checkpoints:
             out.log("no checkpoint was saved before the run stopped: it starts from the beginning")
         env = collectives.broadcast_from_rank0(lambda: read_json(path / "env.json"))
         _pin_threads(_count(path, env, "threads", MAX_THREADS))
@@ -211,7 +215,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         resumes = [*(before if isinstance(before, list) else []), environment()]
         resumed = {"resumed": resumes} if env and has_started else environment()
         out.write_json("env.json", env | resumed | {trust.SIGNATURE: trust.sign(path)})
-        return _execute(config, out)
+        return _execute(experiment, config, out)
 
 
 def _pin_threads(count: int | None) -> None:
@@ -222,13 +226,12 @@ def _pin_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _execute(config: ExperimentConfig, out: RunDir) -> Result:
+def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir) -> Result:
     """Run the experiment under the lock, and write how it ends to status.json."""
     out.log(f"run directory {out.path}")
     data = used_data(config)
     out.set_status("running", experiment=config.experiment, data=data)
     start_time = time.monotonic()
-    experiment = registry.get_experiment(config.experiment)
     try:
         metrics = experiment.run(config, out)
         require_finite(metrics, allow_infinite=True)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cvlab.models.summary import SummarySpec
 
 C = TypeVar("C", bound=ExperimentConfig)
+Model = TypeVar("Model")
 State = dict[str, Any]
 Metrics = dict[str, float]
 
@@ -106,6 +107,14 @@ class PhotoExperiment(Experiment[C]):
     """
 
     columns: ClassVar[tuple[Column, ...]]
+    _loaded: tuple[C, Any] | None = None
+
+    def load_once(self, config: C, load: Callable[[C], Model]) -> Model:
+        """Return `load(config)`, which `plan` and the `run` after it share; loaded again for another configuration."""
+        if self._loaded is None or self._loaded[0] != config:
+            self._loaded = config, load(config)
+        model: Model = self._loaded[1]
+        return model
 
 
 class Evaluable(Generic[C]):

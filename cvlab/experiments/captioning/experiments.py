@@ -58,7 +58,7 @@ class CaptionExperiment(PhotoExperiment[CaptionConfig]):
         from cvlab.experiments.captioning.predict import CaptionPhotos, describe, load_captioner
         from cvlab.experiments.common import photo_batches
 
-        ctx, captioner = load_captioner(config)
+        ctx, captioner = self.load_once(config, load_captioner)
         run.log(f"captioning with {describe(config, captioner)}")
         if config.attention:
             run.folder("images")
@@ -71,7 +71,7 @@ class CaptionExperiment(PhotoExperiment[CaptionConfig]):
         from cvlab.experiments.captioning.predict import describe, load_captioner
         from cvlab.experiments.common import photo_batches
 
-        ctx, captioner = load_captioner(config)
+        ctx, captioner = self.load_once(config, load_captioner)
         return {
             "photos": len(photo_batches.resolve_images(config.images)[1]),
             "captioner": describe(config, captioner),

@@ -79,13 +79,11 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
 
     def run(self, config: DetectConfig, run: RunDir) -> dict[str, float]:
         """Detect objects in all photos or all frames of a video, or evaluate the detector."""
-        from cvlab.engine import device
         from cvlab.experiments.common import photo_batches
         from cvlab.experiments.detection import evaluation, inference, video
         from cvlab.experiments.detection.inference import PhotoDetector, load_configured_detector
 
-        ctx = device.select_device(config.device, config.precision, config.threads)
-        detector = load_configured_detector(config, ctx)
+        _, detector = self.load_once(config, load_configured_detector)
         run.log(f"detecting with {detector.description}")
         run.folder("images")
         if config.source is not None:
@@ -108,12 +106,10 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
     def plan(self, config: DetectConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. DataError if the weights, or all of the photos or the video, are missing."""
         from cvlab.data import videos
-        from cvlab.engine import device
         from cvlab.experiments.common import photo_batches
         from cvlab.experiments.detection.inference import load_configured_detector
 
-        ctx = device.select_device(config.device, config.precision, config.threads)
-        detector = load_configured_detector(config, ctx)
+        ctx, detector = self.load_once(config, load_configured_detector)
         inputs: dict[str, Any] = {"photos": "its validation photos"}
         if config.source is not None:
             info = videos.probe(config.source)

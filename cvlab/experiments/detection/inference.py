@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cvlab import registry
 from cvlab.data import photos
-from cvlab.engine.device import ComputeContext
+from cvlab.engine.device import ComputeContext, select_device
 from cvlab.errors import ConfigError
 from cvlab.experiments.common import weights as common_weights
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
@@ -134,12 +134,13 @@ def load_detector(
     )
 
 
-def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> LoadedDetector:
-    """Load the detector of a configuration, which predicts only the configured classes, on tiles if there are some.
+def load_configured_detector(config: DetectConfig) -> tuple[ComputeContext, LoadedDetector]:
+    """Select the device and load the detector, which predicts only the configured classes, on tiles if there are some.
 
     Raises:
         ConfigError: The detector has no such class, or no proposals that could be drawn.
     """
+    ctx = select_device(config.device, config.precision, config.threads)
     detector = load_detector(config.model, config.weights, ctx, for_evaluation=not (config.images or config.source))
     if config.explain == diagrams.PROPOSALS and detector.propose is None:
         raise ConfigError("this detector has no first stage that proposes regions", "--model faster_rcnn has one")
@@ -148,7 +149,7 @@ def load_configured_detector(config: DetectConfig, ctx: ComputeContext) -> Loade
     if config.tile is not None:
         predict = tiling.tiled(detector.predict, config.tile, detector.size_px, config.batch_size)
         detector = replace(detector, predict=predict)
-    return select_classes(detector, config.classes)
+    return ctx, select_classes(detector, config.classes)
 
 
 def select_classes(detector: LoadedDetector, names: Sequence[str]) -> LoadedDetector:

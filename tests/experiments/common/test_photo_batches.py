@@ -23,6 +23,24 @@ def test_unreadable_photos_are_reported_and_the_others_processed(two_photos, cvl
     assert not (tmp_path / "runs" / "latest" / "x").exists()
 
 
+@pytest.mark.parametrize("verb", ["detect", "caption"])
+def test_plan_and_run_share_one_loaded_model(cvlab, monkeypatch, verb):
+    from cvlab.runs import weights_file
+
+    loads = []
+    read = weights_file.read
+
+    def counted(path, *arguments):
+        loads.append(path)
+        return read(path, *arguments)
+
+    monkeypatch.setattr(weights_file, "read", counted)
+    for count in (1, 2):  # no model outlives its command: the file may have changed
+        code, _, err = cvlab(verb, "sample")
+        assert code == 0, err
+        assert len(loads) == count
+
+
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
