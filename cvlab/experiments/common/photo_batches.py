@@ -4,9 +4,11 @@ A photo that cannot be read is reported, and the others are processed. An interr
 that is incomplete; batches always consist of the same photos, so that the results are bit-for-bit identical.
 """
 
+import contextlib
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -105,11 +107,13 @@ def run(
                 name = paths[min(len(results), len(paths) - 1)].name
                 progress.update(len(results) + fraction * len(batch), f"{name}, {note}" if note else name)
 
-        for batch in batches:
-            if batch.start >= len(results):
+        remaining = [batch for batch in batches if batch.start >= len(results)]
+        named = [[(paths[k], labels[k]) for k in batch] for batch in remaining]
+        with contextlib.closing(_read_ahead(named)) as photo_batches:
+            for batch in remaining:
                 check_interrupt()
-                batch_paths, batch_labels = [paths[k] for k in batch], [labels[k] for k in batch]
-                results += _process_batch(run_dir, batch_paths, batch_labels, batch_fn, check_interrupt)
+                batch_paths = [paths[k] for k in batch]
+                results += _process_batch(run_dir, batch_paths, next(photo_batches), batch_fn, check_interrupt)
     successful = [result for result in results if result.error is None]
     if not successful:
         detail = f"none of {len(results)} photos could be read" if len(results) > 1 else ""
@@ -118,17 +122,51 @@ def run(
     return successful
 
 
+def _read(path: Path, label: str) -> Photo | DataError:
+    """Read a photo; return the error if it cannot be read."""
+    try:
+        return Photo(path, label, photos.load(path))
+    except DataError as error:
+        return error
+
+
+def _read_ahead(batches: Sequence[Sequence[tuple[Path, str]]]) -> Iterator[list[Photo | DataError]]:
+    """Yield the photos of each batch; a thread decodes the next batch while the caller processes this one.
+
+    At most two batches are in memory. Closing the generator waits for the photo that is being decoded, not for others.
+
+    Args:
+        batches: Path and label of each photo.
+
+    Yields:
+        For each photo of a batch the photo, or why it cannot be read.
+    """
+    executor = ThreadPoolExecutor(max_workers=1)
+    ahead: deque[Future[Photo | DataError]] = deque()
+    try:
+        for batch, following in zip([(), *batches], [*batches, ()], strict=True):
+            ahead.extend(executor.submit(_read, path, label) for path, label in following)
+            if batch:
+                yield [ahead.popleft().result() for _ in batch]
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
 def _process_batch(
-    run_dir: RunDir, paths: list[Path], labels: list[str], batch_fn: BatchFn, check_interrupt: CheckInterrupt
+    run_dir: RunDir,
+    paths: list[Path],
+    photos_or_errors: list[Photo | DataError],
+    batch_fn: BatchFn,
+    check_interrupt: CheckInterrupt,
 ) -> list[PhotoResult]:
-    """Read the photos of a batch, apply the function, write a line of metrics.jsonl for each photo."""
+    """Apply the function to the photos of a batch, write a line of metrics.jsonl for each photo."""
     batch, errors = [], {}
-    for path, label in zip(paths, labels, strict=True):
-        try:
-            batch.append(Photo(path, label, photos.load(path)))
-        except DataError as error:
-            errors[path] = str(error)
-            run_dir.log(f"warning: {error}")
+    for path, photo in zip(paths, photos_or_errors, strict=True):
+        if isinstance(photo, Photo):
+            batch.append(photo)
+        else:
+            errors[path] = str(photo)
+            run_dir.log(f"warning: {photo}")
     batch_results = batch_fn(batch, check_interrupt) if batch else []
     by_path = dict(zip((photo.path for photo in batch), batch_results, strict=True))
     results = [by_path[path] if path in by_path else PhotoResult(str(path), error=errors[path]) for path in paths]

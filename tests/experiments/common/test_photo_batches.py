@@ -1,8 +1,15 @@
 """Commands on photos: unreadable photos, labels, errors, resuming."""
 
 import json
+import threading
+import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from cvlab.errors import DataError
+from cvlab.experiments.common import photo_batches
 
 
 def test_unreadable_photos_are_reported_and_the_others_processed(two_photos, cvlab, tmp_path):
@@ -110,3 +117,67 @@ def test_interrupted_run_resumes_bit_for_bit(two_photos, cvlab, tmp_path, monkey
     for row in whole["results"]:
         one, other = ((tmp_path / run["run"] / row["attacked"]).read_bytes() for run in (whole, again))
         assert one == other
+
+
+class TestReadAhead:
+    """The photos of the next batch are decoded while a batch is processed."""
+
+    @pytest.fixture
+    def loaded(self, monkeypatch):
+        """Return the numbers of the photos that were loaded; photo 4 cannot be read."""
+        loaded = []
+
+        def load(path):
+            loaded.append(int(path.name))
+            if path.name == "4":
+                raise DataError("4: not a photo")
+            return Image.new("RGB", (1, 1))
+
+        monkeypatch.setattr(photo_batches.photos, "load", load)
+        return loaded
+
+    def read_ahead(self, *sizes):
+        numbers = iter(range(sum(sizes)))
+        return photo_batches._read_ahead([[(Path(str(next(numbers))), "") for _ in range(size)] for size in sizes])
+
+    def test_one_batch_is_decoded_ahead_and_no_more(self, loaded):
+        for k, batch in enumerate(self.read_ahead(2, 2, 2, 1)):
+            expected = min(2 * k + 4, 7)
+            deadline = time.monotonic() + 20
+            while len(loaded) < expected and time.monotonic() < deadline:
+                time.sleep(0.001)  # while this batch is being processed
+            time.sleep(0.01)
+            assert loaded == list(range(expected))
+            names = [str(photo) if isinstance(photo, DataError) else photo.path.name for photo in batch]
+            assert names == [["0", "1"], ["2", "3"], ["4: not a photo", "5"], ["6"]][k]
+
+    def test_closing_it_ends_the_thread_after_the_current_photo(self, loaded, monkeypatch):
+        load, may_continue = photo_batches.photos.load, threading.Event()
+
+        def slow_load(path):
+            if path.name == "2":
+                may_continue.wait(20)
+            return load(path)
+
+        monkeypatch.setattr(photo_batches.photos, "load", slow_load)
+        before = threading.active_count()
+        batches = self.read_ahead(2, 5)
+        next(batches)
+        threading.Timer(0.05, may_continue.set).start()
+        batches.close()
+        assert loaded == [0, 1, 2]
+        assert threading.active_count() <= before + 1  # the timer may still be ending
+
+    def test_other_errors_are_raised_with_their_batch(self, loaded, monkeypatch):
+        load = photo_batches.photos.load
+
+        def failing_load(path):
+            if path.name == "2":
+                raise MemoryError
+            return load(path)
+
+        monkeypatch.setattr(photo_batches.photos, "load", failing_load)
+        batches = self.read_ahead(2, 2)
+        assert len(next(batches)) == 2
+        with pytest.raises(MemoryError):
+            next(batches)
