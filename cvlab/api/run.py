@@ -228,10 +228,12 @@ def _pin_threads(count: int | None) -> None:
 
 def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir) -> Result:
     """Run the experiment under the lock, and write how it ends to status.json."""
+    from cvlab.engine.memory import PeakMemory
+
     out.log(f"run directory {out.path}")
     data = used_data(config)
     out.set_status("running", experiment=config.experiment, data=data)
-    start_time = time.monotonic()
+    start_time, peak_memory = time.monotonic(), PeakMemory()
     try:
         metrics = experiment.run(config, out)
         require_finite(metrics, allow_infinite=True)
@@ -254,6 +256,7 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
         "metric_info": metric_info(experiment.reported_metrics(config), metrics),
         "expect": verdicts,
         "seconds": round(time.monotonic() - start_time, 3),
+        **peak_memory.megabytes(),
         **out.extra_summary,
     }
     out.write_json("summary.json", summary)

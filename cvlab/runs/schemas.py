@@ -76,6 +76,8 @@ class Summary(_Record):
     data: str | None = None
     headline: str | None = None
     seconds: Number = None
+    peak_rss_mb: Number = None
+    peak_cuda_mb: Number = None
     metrics: dict[str, Value] = {}
     metric_info: dict[str, MetricRecord] = {}
     expect: list[Verdict] = []

@@ -1,5 +1,8 @@
-"""Free memory of a machine and of its container."""
+"""Free memory of a machine and of its container; the peak of a run."""
 
+import sys
+
+import pytest
 import torch
 
 from cvlab.engine import memory
@@ -15,3 +18,18 @@ def test_free_memory_of_machine_and_container(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes(cpu, tmp_path, tmp_path) == 2000 * 1024
     assert memory.free_bytes(cpu, tmp_path / "none", tmp_path / "none") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the counter can be reset on Linux only")
+def test_peak_memory_counts_from_its_start():
+    torch.ones(400_000_000, dtype=torch.uint8)  # before: not counted
+    peak = memory.PeakMemory()
+    before = peak.megabytes()["peak_rss_mb"]
+    tensor = torch.ones(200_000_000, dtype=torch.uint8)
+    del tensor
+    assert 190 < peak.megabytes()["peak_rss_mb"] - before < 390
+    assert ("peak_cuda_mb" in peak.megabytes()) == torch.cuda.is_initialized()
+
+
+def test_peak_memory_without_proc(tmp_path):
+    assert memory.PeakMemory(tmp_path).megabytes()["peak_rss_mb"] > 50
