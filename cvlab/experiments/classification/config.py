@@ -132,6 +132,9 @@ class ClassifyConfig(TrainConfig):
         0.0, description="after the first epoch skip this fraction of the images, those with the smallest loss"
     )
     evaluate_test: bool = Field(False, description="report test_accuracy at the end; choose on validation")
+    eval_batch_size: schema.PositiveInt | None = Field(
+        None, description="images per batch of an evaluation; null: 500 of up to 32x32 px, fewer if they are larger"
+    )
     tta: Literal["none", "flip", "flip_shift"] = Field(
         "none", description="test-time augmentation: also report *_accuracy_tta, from logits averaged over views"
     )

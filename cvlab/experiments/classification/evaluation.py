@@ -73,14 +73,18 @@ def predict(
     classes: tuple[str, ...],
     files: Sequence[str] = (),
     tta: str = "none",
+    batch_size: int | None = None,
 ) -> Predictions:
-    """Compute the logits of images (N, H, W, C) in float32; of several ranks each computes its share."""
+    """Compute the logits of images (N, H, W, C) in float32; of several ranks each computes its share.
+
+    `batch_size` is by default `images.default_eval_batch_size`.
+    """
     was_training = model.training
     model.eval()
     in_float32 = Normalization(normalize.scale.float(), normalize.shift.float())
     dtype = next(model.parameters()).dtype
     logits, averaged = [], []
-    for batch, _ in eval_batches(images, labels, in_float32):
+    for batch, _ in eval_batches(images, labels, in_float32, batch_size):
         batch = batch.to(ctx.device, dtype)
         views = [] if tta == "none" else tta_views(batch, tta)
         logits.append(model(batch.clone() if views else batch).float())  # a model may change its input in place

@@ -208,7 +208,9 @@ class ClassifyExperiment(
             dataset = setup.dataset
             files = dataset.files.get(name, ())[: len(labels)]
             tta = "none" if name == "train" else config.tta
-            predictions = predict(model, images, labels, setup.normalize, setup.ctx, dataset.classes, files, tta)
+            predictions = predict(
+                model, images, labels, setup.normalize, setup.ctx, dataset.classes, files, tta, setup.eval_batch_size
+            )
             scores = report.scores(predictions, name)
             require_finite(scores.metrics)
             total = total | scores

@@ -29,6 +29,7 @@ from cvlab.experiments.classification.data.images import (
     TrainLoader,
     build_normalization,
     dataset_size,
+    default_eval_batch_size,
     eval_batches,
     normalization,
     select_rows,
@@ -59,6 +60,7 @@ class ClassificationSetup:
         splits: Images, uint8 (N, H, W, C), and labels, int64 (N,), of `train`, `val` and `test` (if present).
         normalize: The normalization of the images.
         train_loader: The training batches.
+        eval_batch_size: Images per batch of an evaluation, of this rank.
         stores: The features of the images by split, if the model is a `TransferClassifier`.
     """
 
@@ -68,6 +70,7 @@ class ClassificationSetup:
     splits: dict[str, tuple[Images, Tensor]]
     normalize: Normalization
     train_loader: TrainLoader
+    eval_batch_size: int
     stores: dict[str, FeatureStore] = field(default_factory=dict)
 
     @property
@@ -79,8 +82,9 @@ class ClassificationSetup:
         """Yield this rank's shard of a split in order: what the model takes and labels (N,)."""
         images, labels = self.splits[split_name]
         if split_name in self.stores:
-            return self.stores[split_name].batches("maps" if self.is_finetuning else "features", labels, limit)
-        return eval_batches(select_rows(images, slice(limit)), labels[:limit], self.normalize)
+            part = "maps" if self.is_finetuning else "features"
+            return self.stores[split_name].batches(part, labels, limit, self.eval_batch_size)
+        return eval_batches(select_rows(images, slice(limit)), labels[:limit], self.normalize, self.eval_batch_size)
 
 
 def build(
@@ -113,16 +117,17 @@ def build(
     images, labels = splits["train"]
     if hasattr(model, "init_from_images"):
         model.init_from_images(normalize(images[:MAX_INIT_IMAGES].permute(0, 3, 1, 2)))  # type: ignore[operator]
+    eval_batch_size = config.eval_batch_size or default_eval_batch_size(images, config.batch_size)
     augment = Augmentation(**config.augment.model_dump())
     if isinstance(model, TransferClassifier):
         stores = _feature_stores(config, model, splits, augment, normalize, ctx, check_interrupt)
         feature_loader = FeatureLoader(stores["train"], labels, config.batch_size, config.seed)
         feature_loader.finetune_from = _finetune_from(config, feature_loader.steps_per_epoch)
-        return ClassificationSetup(ctx, dataset, model, splits, normalize, feature_loader, stores)
+        return ClassificationSetup(ctx, dataset, model, splits, normalize, feature_loader, eval_batch_size, stores)
     loader = functools.partial(HardExampleLoader, skip_easy=config.skip_easy) if config.skip_easy else TrainLoader
     train_loader = loader(images, labels, config.batch_size, config.seed, normalize, augment)
     train_loader.num_classes = len(dataset.classes)
-    return ClassificationSetup(ctx, dataset, model, splits, normalize, train_loader)
+    return ClassificationSetup(ctx, dataset, model, splits, normalize, train_loader, eval_batch_size)
 
 
 def _normalization(config: ClassifyConfig, dataset: ImageDataset, ctx: device.ComputeContext) -> Normalization:

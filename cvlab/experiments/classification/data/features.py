@@ -20,7 +20,6 @@ from cvlab.distributed import sharding
 from cvlab.engine.device import ComputeContext, upload
 from cvlab.experiments.classification.data.augment import Augmentation
 from cvlab.experiments.classification.data.images import (
-    EVAL_BATCH_SIZE,
     Images,
     Normalization,
     TrainLoader,
@@ -124,12 +123,12 @@ class FeatureStore:
         add_images(pixels, self.images)
         return hashlib.sha256((json.dumps(about, sort_keys=True) + pixels.hex()).encode()).hexdigest()[:24]
 
-    def batches(self, part: str, labels: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, part: str, labels: Tensor, limit: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this rank's shard of the first view of the first `limit` images, in order, with their labels."""
         rows = self.rows(part)
         first, end = sharding.shard_range(min(limit, len(labels)))
-        for start in range(first, end, EVAL_BATCH_SIZE):
-            stop = min(start + EVAL_BATCH_SIZE, end)
+        for start in range(first, end, batch_size):
+            stop = min(start + batch_size, end)
             chosen = torch.arange(start, stop) * self.views.count
             yield upload(rows[chosen], self.ctx.device), labels[start:stop]
 

@@ -25,6 +25,7 @@ from cvlab.experiments.classification.data.augment import Augmentation
 from cvlab.ops.resample import EvalTransform
 
 EVAL_BATCH_SIZE = 500
+EVAL_BATCH_PIXELS = EVAL_BATCH_SIZE * 32 * 32
 
 
 class ImageRows:
@@ -319,11 +320,29 @@ class TrainLoader:
         return self.augment.cutout(images, indices, self.seed, epoch), self.labels[indices]
 
 
-def eval_batches(images: Images, labels: Tensor, normalize: Normalization) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's shard of all images once, in order: normalized images (N, C, H, W) and labels (N,)."""
+def default_eval_batch_size(images: Images, train_batch_size: int = 1) -> int:
+    """Return how many images are evaluated at a time: 500 up to 32x32 px, of larger ones as many as have those pixels.
+
+    Args:
+        images: (N, H, W, C).
+        train_batch_size: Of all ranks. A rank's share of it fits into memory even with gradients, so it is the minimum.
+    """
+    _, height, width, _ = images.shape
+    first, end = sharding.shard_range(train_batch_size)
+    return min(EVAL_BATCH_SIZE, max(EVAL_BATCH_PIXELS // (height * width), end - first, 1))
+
+
+def eval_batches(
+    images: Images, labels: Tensor, normalize: Normalization, batch_size: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's shard of all images once, in order: normalized images (N, C, H, W) and labels (N,).
+
+    `batch_size` is by default `default_eval_batch_size`.
+    """
+    size = batch_size or default_eval_batch_size(images)
     first, end = sharding.shard_range(len(images))
-    for start in range(first, end, EVAL_BATCH_SIZE):
-        stop = min(start + EVAL_BATCH_SIZE, end)
+    for start in range(first, end, size):
+        stop = min(start + size, end)
         yield normalize(images[start:stop].permute(0, 3, 1, 2)), labels[start:stop]
 
 

@@ -14,6 +14,7 @@ from cvlab.experiments.classification.data.images import (
     build_normalization,
     count_steps_per_epoch,
     dataset_size,
+    default_eval_batch_size,
     eval_batches,
     split,
 )
@@ -198,6 +199,21 @@ def test_evaluation_sees_all_images_in_order():
     batches = list(eval_batches(images, labels, normalize))
     assert torch.equal(torch.cat([y for _, y in batches]), labels)
     assert torch.equal(torch.cat([x for x, _ in batches]), normalize(images.permute(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("size_px", "train_batch_size", "expected"),
+    [(28, 64, 500), (32, 64, 500), (64, 64, 125), (160, 64, 64), (160, 8, 20), (2000, 1, 1), (160, 2000, 500)],
+)
+def test_batches_of_an_evaluation_have_a_bounded_number_of_pixels(size_px, train_batch_size, expected):
+    images = torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1203, size_px, size_px, 3)
+    assert default_eval_batch_size(images, train_batch_size) == expected
+
+
+def test_size_of_evaluation_batches_is_configurable():
+    images, labels = random_images(23), torch.arange(23)
+    normalize = build_normalization(images, "mean", torch.float32, CPU)
+    assert [len(y) for _, y in eval_batches(images, labels, normalize, batch_size=10)] == [10, 10, 3]
 
 
 def make_dataset(**changes):
