@@ -28,7 +28,7 @@ COMMANDS = {  # with the packages that are allowed beside torch
     ("embed", "sample", "--out", "features.npz"): (),
     (*TRAIN, "expect=[]"): ("matplotlib",),
 }
-WITHOUT_TORCH = (("--help",), ("config", "cifar_bn"), ("runs",), ("show", "latest"))
+WITHOUT_TORCH = (("--help",), ("config", "cifar_bn"), ("data", "list"), ("runs",), ("show", "latest"))
 CODE = f"""
 import json, os, sys
 first, *commands = json.loads(sys.argv[1])

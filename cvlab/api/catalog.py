@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import console, registry
-from cvlab.data import datasets
+from cvlab.data import datasets, descriptions
 from cvlab.errors import DataError
 from cvlab.runs.find import read_config
 from cvlab.storage.cache import data_root
@@ -58,9 +58,9 @@ def data_lines() -> list[Row]:
     """Return each data set with its state."""
     rows = []
     for name in datasets.DATASETS:
-        source = datasets.get(name)
-        state = source.state(data_root())
-        rows.append({"name": name, "state": state, "summary": source.summary, "license": source.license})
+        about = descriptions.get(name)
+        state = about.state(data_root())
+        rows.append({"name": name, "state": state, "summary": about.summary, "license": about.license})
     return rows
 
 

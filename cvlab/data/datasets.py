@@ -65,43 +65,49 @@ class DatasetSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetSource(ABC, Generic[Dataset]):
-    """One row of the table: where a data set comes from and how to load it.
+class DatasetDescription:
+    """What is known about a data set without loading it.
 
     Attributes:
-        kind: One of `BY_KIND`; also the name of the user's own data set of this kind.
         ready: Whether the data set lies below a root folder; quick.
-        check: Verifies the files below a root folder and returns one line about them; raises DataError.
-        fetch: Called with the root folder, an origin (a local copy, or None for the network) and whether to wait as
-            long as the download takes. None for a built-in data set, which is generated when it is loaded.
+        is_builtin: Whether nothing has to be fetched: cvlab generates the data set, or it is the user's own.
         is_custom: Whether the files are the user's own and lie where the configuration says.
     """
-
-    kind: ClassVar[str]
 
     name: str
     summary: str
     license: str
     size: DatasetSize
     ready: Callable[[Path], bool]
-    check: Callable[[Path], str]
-    fetch: FetchFn | None = None
+    is_builtin: bool = False
     is_custom: bool = False
-
-    @abstractmethod
-    def load(self, root: Path, *args: Any, **options: Any) -> Dataset:
-        """Read and verify the data set below `root`; subclasses declare their options. Raises DataError."""
-
-    @property
-    def is_builtin(self) -> bool:
-        """Whether nothing has to be fetched: cvlab generates the data set, or it is the user's own."""
-        return self.fetch is None
 
     def state(self, root: Path) -> str:
         """Describe whether the data set can be used."""
         if self.ready(root):
             return "ready"
         return "your own" if self.is_custom else "built in" if self.is_builtin else "not on the disk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource(DatasetDescription, ABC, Generic[Dataset]):
+    """One row of the table: a description of `cvlab.data.descriptions`, and how to load, check and fetch the data set.
+
+    Attributes:
+        kind: One of `BY_KIND`; also the name of the user's own data set of this kind.
+        check: Verifies the files below a root folder and returns one line about them; raises DataError.
+        fetch: Called with the root folder, an origin (a local copy, or None for the network) and whether to wait as
+            long as the download takes. None for a built-in data set, which is generated when it is loaded.
+    """
+
+    kind: ClassVar[str]
+
+    check: Callable[[Path], str]
+    fetch: FetchFn | None = None
+
+    @abstractmethod
+    def load(self, root: Path, *args: Any, **options: Any) -> Dataset:
+        """Read and verify the data set below `root`; subclasses declare their options. Raises DataError."""
 
 
 AnySource = DatasetSource[Any]

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from cvlab.data import captions as captions_files
-from cvlab.data import coco_sets, datasets, rng
+from cvlab.data import coco_sets, datasets, descriptions, rng
 from cvlab.data.coco_sets import CocoSet
-from cvlab.data.datasets import DatasetSize, DatasetSource, FetchFn
+from cvlab.data.datasets import DatasetSource, FetchFn
 from cvlab.data.digest import DataDigest
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.captioning import scene_captions
@@ -231,11 +231,7 @@ def _fetch_flickr8k(root: Path, origin: Path | None, wait: bool) -> None:
 
 
 FLICKR8K = CaptionDatasetSource(
-    name="flickr8k",
-    summary="8,000 everyday photos with five captions each, official splits",
-    license="research and education only",
-    size=DatasetSize(train_images=6000, test_images=1000, image_px=224, channels=3, num_classes=1),
-    ready=lambda root: (root / "flickr8k" / "captions.txt").is_file(),
+    **descriptions.of_source("captions", "flickr8k"),
     read=load_flickr8k,
     check=lambda root: _check(load_flickr8k, root),
     fetch=_fetch_flickr8k,
@@ -249,52 +245,25 @@ def _check_coco(coco_set: CocoSet, root: Path) -> str:
     return _check(lambda _: loaded, root)
 
 
-def _coco_source(coco_set: CocoSet, summary: str, fetch: FetchFn) -> CaptionDatasetSource:
+def _coco_source(coco_set: CocoSet, fetch: FetchFn) -> CaptionDatasetSource:
     return CaptionDatasetSource(
-        name=coco_set.name,
-        summary=summary,
-        license=coco_sets.LICENSE,
-        size=coco_set.size(num_classes=1),
-        ready=coco_set.ready,
+        **descriptions.of_source("captions", coco_set.name),
         read=functools.partial(load_coco, coco_set),
         check=functools.partial(_check_coco, coco_set),
         fetch=fetch,
     )
 
 
-COCO_PEOPLE = _coco_source(
-    coco_sets.COCO_PEOPLE, "2,500 photos of COCO with people, with five captions each", coco_sets.fetch_people
-)
-COCO = _coco_source(
-    coco_sets.COCO,
-    "COCO 2017: 118,287 photos to train on, 5,000 to validate, with five captions each; 19 GB",
-    coco_sets.fetch_coco,
-)
-
-
+COCO_PEOPLE = _coco_source(coco_sets.COCO_PEOPLE, coco_sets.fetch_people)
+COCO = _coco_source(coco_sets.COCO, coco_sets.fetch_coco)
 SCENE_CAPTIONS = CaptionDatasetSource(
-    name="scene_captions",
-    summary="8,500 generated images of 224x224 px with one caption each; built in",
-    license="MIT, as cvlab",
-    size=DatasetSize(
-        train_images=scene_captions.COUNTS["train"],
-        test_images=scene_captions.COUNTS["test"],
-        image_px=224,
-        channels=3,
-        num_classes=1,
-    ),
-    ready=scene_captions.GENERATED.ready,
+    **descriptions.of_source("captions", "scene_captions"),
     read=load_scene_captions,
     check=scene_captions.GENERATED.check,
 )
 
 
 CAPTIONS = CaptionDatasetSource(
-    name="captions",
-    summary="your own captioned photos: a CSV (image,caption) or COCO's JSON; data.path names it",
-    license="yours",
-    size=DatasetSize(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
-    ready=lambda _: False,
+    **descriptions.of_source("captions", "captions"),
     check=lambda _: "your own, read and checked by every run",
-    is_custom=True,
 )

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data.images import ImageDataset
 from cvlab.experiments.classification.data.published import Download, PublishedFiles
@@ -145,15 +144,5 @@ def load_cifar100(root: Path) -> ImageDataset:
     return replace(dataset, classes=classes)
 
 
-CIFAR10 = CIFAR10_FILES.source(
-    load_cifar10,
-    DatasetSize(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=10),
-    summary="60,000 photos of 32x32 px in 10 classes; 50,000 to train on",
-    license="none stated (Krizhevsky, 2009)",
-)
-CIFAR100 = CIFAR100_FILES.source(
-    load_cifar100,
-    DatasetSize(train_images=50_000, test_images=10_000, image_px=32, channels=3, num_classes=100),
-    summary="60,000 photos of 32x32 px in 100 classes; 50,000 to train on",
-    license="none stated (Krizhevsky, 2009)",
-)
+CIFAR10 = CIFAR10_FILES.source(load_cifar10)
+CIFAR100 = CIFAR100_FILES.source(load_cifar100)

@@ -22,8 +22,7 @@ import torch
 
 from cvlab import console
 from cvlab.console import Progress
-from cvlab.data import photos
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions, photos
 from cvlab.data.photo_paths import SUFFIXES
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource, ImageRows
@@ -474,13 +473,8 @@ def not_loadable(_root: Path) -> Any:
 
 
 SOURCE = PhotoSource(
-    name="folder",
-    summary="your own photos in class folders, or a CSV of image,label",
-    license="your own",
-    size=DatasetSize(train_images=0, test_images=0, image_px=0, channels=3, num_classes=0),
-    ready=lambda _: False,
+    **descriptions.of_source("images", "folder"),
     check=lambda _: "your own",
     read=not_loadable,
     list_photos=_list_own,
-    is_custom=True,
 )

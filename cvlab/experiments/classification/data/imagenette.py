@@ -6,7 +6,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data import folder
 from cvlab.experiments.classification.data.folder import PhotoListing, PhotoSource, SplitConfig
@@ -14,37 +14,20 @@ from cvlab.experiments.classification.data.published import Download
 from cvlab.storage import archives, download
 from cvlab.storage.cache import install_folder, temporary_folder
 
-FOLDER = "imagenette2-160"
+FOLDER, NAMES = descriptions.IMAGENETTE_FOLDER, descriptions.IMAGENETTE_NAMES
 ARCHIVE = Download(
     "imagenette2-160.tgz",
     "88daccb09b6fce93f45e6c09ddeb269cce705549e6bff322092a2a5a11489863",
     0,  # asked of the server
     ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",),
 )
-NAMES = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-}
 NUM_TRAIN, NUM_VAL = 9_469, 3_925
 HINT = "`cvlab data fetch imagenette` gets it"
 
 
-def ready(root: Path) -> bool:
-    """Return whether the folders of all classes are present."""
-    return all((root / FOLDER / split / name).is_dir() for split in ("train", "val") for name in NAMES)
-
-
 def list_photos(root: Path, _path: Path | None, config: SplitConfig) -> PhotoListing:
     """List the photos with the names of their classes; the published validation split is `val`."""
-    if not ready(root):
+    if not SOURCE.ready(root):
         raise DataError(f"imagenette is not in {root}", HINT)
     listing = folder.scan(root / FOLDER, config)
     photos = tuple(replace(photo, label=NAMES.get(photo.label, photo.label)) for photo in listing.photos)
@@ -83,11 +66,7 @@ def _install(path: Path, root: Path) -> None:
 
 
 SOURCE = PhotoSource(
-    name="imagenette",
-    summary="13,394 photos of ten easy classes of ImageNet, 160 px; 9,469 to train on",
-    license="Apache-2.0 (the annotations; the photos are ImageNet's)",
-    size=DatasetSize(train_images=NUM_TRAIN, test_images=0, image_px=160, channels=3, num_classes=len(NAMES)),
-    ready=ready,
+    **descriptions.of_source("images", "imagenette"),
     read=folder.not_loadable,
     check=check,
     fetch=fetch,

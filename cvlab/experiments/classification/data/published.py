@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
 from cvlab.storage import archives, download
@@ -52,24 +52,11 @@ class PublishedFiles:
         """The archive that holds the folder, if there is one."""
         return self.downloads[0] if self.downloads[0].name not in self.checksums else None
 
-    def source(
-        self, read: Callable[[Path], ImageDataset], size: DatasetSize, summary: str, license: str
-    ) -> ImageDatasetSource:
+    def source(self, read: Callable[[Path], ImageDataset]) -> ImageDatasetSource:
         """Return the row of the table of data sets; `read` makes a data set of the files below a root folder."""
         return ImageDatasetSource(
-            name=self.name,
-            summary=summary,
-            license=license,
-            size=size,
-            ready=self.ready,
-            read=read,
-            check=self.check,
-            fetch=self.fetch,
+            **descriptions.of_source("images", self.name), read=read, check=self.check, fetch=self.fetch
         )
-
-    def ready(self, root: Path) -> bool:
-        """Return whether all files are present."""
-        return all((root / self.folder / name).is_file() for name in self.checksums)
 
     def read(self, root: Path, name: str) -> bytes:
         """Return the content of a file. Raises DataError if it is missing or differs from the published one."""

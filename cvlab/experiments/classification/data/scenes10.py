@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cvlab import console
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions
 from cvlab.data.scenes.render import COLORS, SHAPES, blend, pixel_grid, shape_coverage, stripes
 from cvlab.errors import CvlabError, DataError
 from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
@@ -127,13 +127,7 @@ def check(root: Path) -> str:
 
 
 SOURCE = ImageDatasetSource(
-    name="scenes10",
-    summary="15,000 generated pictures of 32x32 px in 10 classes of shapes; built in",
-    license="MIT, as cvlab",
-    size=DatasetSize(
-        train_images=NUM_TRAIN, test_images=NUM_TEST, image_px=SIZE_PX, channels=3, num_classes=len(SHAPES)
-    ),
-    ready=ready,
+    **descriptions.of_source("images", "scenes10"),
     read=load,
     check=check,
 )

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cvlab.data.datasets import DatasetSize
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data.images import ImageDataset
 from cvlab.experiments.classification.data.published import Download, PublishedFiles
@@ -107,9 +106,4 @@ def load(root: Path) -> ImageDataset:
     return ImageDataset("svhn", *train, *test, classes=tuple("0123456789"))
 
 
-SOURCE = FILES.source(
-    load,
-    DatasetSize(train_images=73_257, test_images=26_032, image_px=32, channels=3, num_classes=10),
-    summary="99,289 digits of house numbers, 32x32 px; 73,257 to train on",
-    license="for non-commercial use (Netzer et al., 2011)",
-)
+SOURCE = FILES.source(load)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvlab import console
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.detection.data import coco, voc, yolo
 from cvlab.experiments.detection.data.annotations import AnnotationSet
@@ -46,11 +46,6 @@ class CustomSource(DetectionDatasetSource):
 
 
 BOXES = CustomSource(
-    name="boxes",
-    summary="your own photos with boxes, in VOC's, YOLO's or COCO's layout; data.path names them",
-    license="yours",
-    size=DatasetSize(train_images=1, test_images=0, image_px=1, channels=3, num_classes=1),
-    ready=lambda _: False,
+    **descriptions.of_source("boxes", "boxes"),
     check=lambda _: "your own, read and checked by every run",
-    is_custom=True,
 )

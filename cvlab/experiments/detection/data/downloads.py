@@ -9,8 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvlab.data import photo_paths
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions, photo_paths
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, voc
 from cvlab.experiments.detection.data.annotations import AnnotationSet
@@ -18,11 +17,7 @@ from cvlab.experiments.detection.data.dataset import AnnotatedSource
 from cvlab.storage import archives, download
 from cvlab.storage.cache import install_folder, temporary_folder
 
-FOLDERS = {  # below the root folder
-    "voc07": ("VOCdevkit/VOC2007", "VOC/VOC2007"),
-    "fruit": ("VOC/fruit",),
-    "bccd": ("VOC/bccd",),
-}
+FOLDERS, find_folder = descriptions.VOC_FOLDERS, descriptions.find_voc_folder
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -62,17 +57,6 @@ ARCHIVES = (
         "VOCtest_06-Nov-2007.tar", "6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892", 451_020_800
     ),
 )
-
-
-def find_folder(name: str, root: Path) -> Path | None:
-    """Return the folder of an installed data set, or None."""
-    folders = [root / below for below in FOLDERS[name]]
-    return next((folder for folder in folders if (folder / voc.SPLIT_LISTS / "train.txt").is_file()), None)
-
-
-def is_ready(name: str, root: Path) -> bool:
-    """Whether a data set is installed."""
-    return find_folder(name, root) is not None
 
 
 def read(name: str, classes: tuple[str, ...] | None, root: Path) -> AnnotationSet:
@@ -186,32 +170,20 @@ def _copy(folder: Path, target: Path) -> None:
 
 
 FRUIT = AnnotatedSource(
-    name="fruit",
-    summary="300 photos with 582 boxes: apple, banana, orange; 240 to train on",
-    license="none stated (duhee01/fruit_object_detection)",
-    size=DatasetSize(train_images=240, test_images=60, image_px=500, channels=3, num_classes=3),
+    **descriptions.of_source("boxes", "fruit"),
     read=functools.partial(read, "fruit", None),
-    ready=functools.partial(is_ready, "fruit"),
     check=functools.partial(check, "fruit"),
     fetch=functools.partial(fetch_small, "fruit"),
 )
 BCCD = AnnotatedSource(
-    name="bccd",
-    summary="364 microscope photos of blood with 4,888 boxes: red and white cells, platelets; 205 to train on",
-    license="MIT (Shenggan/BCCD_Dataset)",
-    size=DatasetSize(train_images=205, test_images=72, image_px=640, channels=3, num_classes=3),
+    **descriptions.of_source("boxes", "bccd"),
     read=functools.partial(read, "bccd", None),
-    ready=functools.partial(is_ready, "bccd"),
     check=functools.partial(check, "bccd"),
     fetch=functools.partial(fetch_small, "bccd"),
 )
 VOC07 = AnnotatedSource(
-    name="voc07",
-    summary="PASCAL VOC 2007: 9,963 photos with 30,638 boxes in 20 classes; 2,501 to train on; 900 MB",
-    license="Flickr's terms (Everingham et al., 2007)",
-    size=DatasetSize(train_images=2501, test_images=4952, image_px=500, channels=3, num_classes=20),
+    **descriptions.of_source("boxes", "voc07"),
     read=functools.partial(read, "voc07", VOC_CLASSES),
-    ready=functools.partial(is_ready, "voc07"),
     check=functools.partial(check, "voc07"),
     fetch=fetch_voc07,
 )

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 
 from cvlab.console import Progress
-from cvlab.data import photos
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions, photos
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import augment, dataset
 from cvlab.experiments.detection.data.dataset import DetectionDataset, DetectionDatasetSource, DetectionSample
@@ -47,11 +46,6 @@ class Detection(NamedTuple):
     y1: float
     x2: float
     y2: float
-
-
-def is_ready(root: Path) -> bool:
-    """Whether the detections have been written."""
-    return (root / FOLDER / LABELS_FILE).is_file()
 
 
 def create(root: Path, origin: Path | None, wait: bool) -> None:
@@ -164,11 +158,7 @@ class EverydaySource(DetectionDatasetSource):
 
 
 SOURCE = EverydaySource(
-    name=NAME,
-    summary="2,700 photos of coco_people and the fruit set with boxes of COCO's 80 classes",
-    license="annotations CC BY 4.0, photos under their Flickr licenses; the fruit set states none",
-    size=DatasetSize(train_images=2768, test_images=300, image_px=448, channels=3, num_classes=80),
-    ready=is_ready,
+    **descriptions.of_source("boxes", "everyday"),
     check=check,
     fetch=create,
 )

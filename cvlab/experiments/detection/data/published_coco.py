@@ -3,14 +3,12 @@
 import functools
 from pathlib import Path
 
-from cvlab.data import coco_sets
+from cvlab.data import coco_sets, descriptions
 from cvlab.data.coco_sets import CocoSet
 from cvlab.data.datasets import FetchFn
 from cvlab.experiments.detection.data import coco, dataset
 from cvlab.experiments.detection.data.annotations import AnnotationSet
 from cvlab.experiments.detection.data.dataset import AnnotatedSource
-
-NUM_CLASSES = 80
 
 
 def read(coco_set: CocoSet, root: Path) -> AnnotationSet:
@@ -25,26 +23,14 @@ def check(coco_set: CocoSet, root: Path) -> str:
     return dataset.summarize(loaded)
 
 
-def _source(coco_set: CocoSet, summary: str, fetch: FetchFn) -> AnnotatedSource:
+def _source(coco_set: CocoSet, fetch: FetchFn) -> AnnotatedSource:
     return AnnotatedSource(
-        name=coco_set.name,
-        summary=summary,
-        license=coco_sets.LICENSE,
-        size=coco_set.size(NUM_CLASSES),
+        **descriptions.of_source("boxes", coco_set.name),
         read=functools.partial(read, coco_set),
-        ready=coco_set.ready,
         check=functools.partial(check, coco_set),
         fetch=fetch,
     )
 
 
-COCO_PEOPLE = _source(
-    coco_sets.COCO_PEOPLE,
-    "2,500 photos of COCO with people: 23,421 boxes in 80 classes, five captions each; 2,000 to train on",
-    coco_sets.fetch_people,
-)
-COCO = _source(
-    coco_sets.COCO,
-    "COCO 2017: 118,287 photos to train on, 5,000 to validate: boxes in 80 classes, five captions each; 19 GB",
-    coco_sets.fetch_coco,
-)
+COCO_PEOPLE = _source(coco_sets.COCO_PEOPLE, coco_sets.fetch_people)
+COCO = _source(coco_sets.COCO, coco_sets.fetch_coco)

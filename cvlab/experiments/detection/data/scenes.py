@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cvlab.data.datasets import DatasetSize
+from cvlab.data import descriptions
 from cvlab.data.generated import GeneratedDataset
 from cvlab.data.scenes import generator
 from cvlab.data.scenes.render import SHAPES
@@ -53,17 +53,7 @@ def read(root: Path) -> AnnotationSet:
 
 
 SCENES = AnnotatedSource(
-    name="scenes",
-    summary="800 generated pictures of 224x224 px with boxes, 10 classes of shapes; built in",
-    license="MIT, as cvlab",
-    size=DatasetSize(
-        train_images=COUNTS["train"],
-        test_images=COUNTS["test"],
-        image_px=generator.SIZE_PX,
-        channels=3,
-        num_classes=len(SHAPES),
-    ),
+    **descriptions.of_source("boxes", "scenes"),
     read=read,
-    ready=SET.ready,
     check=SET.check,
 )

