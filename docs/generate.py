@@ -261,6 +261,7 @@ def component_link(info: FieldInfo) -> str | None:
     """Return a link to the table of a component's names, None if the field is no component."""
     marker = next((item for item in info.metadata if isinstance(item, schema.Registry)), None)
     pages = {"optimizer": "components.md#optimizers", "schedule": "components.md#schedules"}
+    pages |= {"loss": "components.md#losses-of-classifiers"}
     pages |= {"model": "models.md#classifiers", "detector": "models.md#detectors", "captioner": "models.md#captioner"}
     return f"[{marker.kind}]({pages[marker.kind]})" if marker else None
 
@@ -383,6 +384,8 @@ def components_page() -> str:
     text += "## Schedules\n\nThe factor of the learning rate, a function of the progress of the run from 0 to 1. "
     text += "`warmup` multiplies it by a linear increase at the start.\n\n"
     text += table(columns, component_rows(components_of("classify", "schedule")))
+    text += "## Losses of classifiers\n\n`loss` of `classify`, described in [losses](losses.md).\n\n"
+    text += table(columns, component_rows(components_of("classify", "loss")))
     text += "## Augmentation\n\n"
     for name in ("classify", "detector"):
         block = block_type(registry.get_experiment(name).Config.model_fields["augment"])

@@ -21,8 +21,9 @@ def targets():
     """Return the strings of the form `cvlab.module` or `cvlab.module.Name`; tables too."""
     from cvlab.engine.optimizers import OPTIMIZERS
     from cvlab.engine.schedules import SCHEDULES
+    from cvlab.experiments.classification.losses import LOSSES
 
-    texts = {*OPTIMIZERS.names.values(), *SCHEDULES.names.values()}
+    texts = {*OPTIMIZERS.names.values(), *SCHEDULES.names.values(), *LOSSES.names.values()}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and TARGET.fullmatch(node.value):

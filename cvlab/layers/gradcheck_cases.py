@@ -72,9 +72,13 @@ class SeededDropout:
             return x * (torch.rand(x.shape) >= 0.4).to(x.dtype) / 0.6
 
 
-def _multi_margin(scores: Tensor, labels: Tensor) -> Tensor:
+def _multi_margin(scores: Tensor, labels: Tensor, margin: float = 1.0) -> Tensor:
     """Return the SVM loss: torch divides it by the number of classes too."""
-    return F.multi_margin_loss(scores, labels) * scores.shape[1]
+    return F.multi_margin_loss(scores, labels, margin=margin) * scores.shape[1]
+
+
+def _wide_margin(scores: Tensor, labels: Tensor) -> Tensor:
+    return _multi_margin(scores, labels, 3.0)
 
 
 def cases() -> list[GradCheckCase]:
@@ -104,6 +108,7 @@ def _feed_forward_cases() -> list[GradCheckCase]:
         _case("MaxPool2d", conv.MaxPool2d, [_randn(2, 3, 6, 6)], lambda x: F.max_pool2d(x, 2), 1e-10, (2,)),
         _case("Softmax", losses.Softmax, [_randn(4, 5), labels], F.cross_entropy, 1e-6),
         _case("SVM", losses.SVM, [_randn(4, 5), labels], _multi_margin, 1e-7),
+        _case("SVM, margin 3", losses.SVM, [_randn(4, 5), labels], _wide_margin, 1e-7, (3.0,)),
     ]
     for name, tolerance, layer, x in (
         ("BatchNorm", 1e-9, batchnorm.BatchNorm, _randn(7, 3)),

@@ -11,6 +11,7 @@ from cvlab import layers, registry
 from cvlab.config import schema
 from cvlab.data import datasets
 from cvlab.engine.config import TrainConfig
+from cvlab.experiments.classification import losses
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.profiles import AUTO, Profile
 from cvlab.experiments.common.photo_config import PhotoConfig
@@ -37,6 +38,10 @@ class ImageDataConfig(schema.DataConfig):
     split_seed: schema.NonNegativeInt = Field(0, description="folder: which photos are used for validation and test")
     image_px: Annotated[schema.PositiveInt, Ge(8), Le(1024)] | None = Field(
         None, description="photos: height and width of the images; null: those of the pretrained model, else 64"
+    )
+    sampling: Literal["shuffle", "balanced"] = Field(
+        "shuffle",
+        description="each epoch has every training image once; balanced: as many images, each class equally often",
     )
     normalize: Literal["mean", "mean_std"] = Field(
         "mean", description="subtract the mean of each channel; mean_std: also divide by its standard deviation"
@@ -120,6 +125,10 @@ class ClassifyConfig(TrainConfig):
     reg: schema.NonNegativeFloat = Field(
         0.0, description="L2 regularization: loss + reg * sum(W^2), over weights, not biases, gamma, beta"
     )
+    loss: Annotated[schema.ComponentConfig, losses.LOSSES] = Field(
+        schema.ComponentConfig(name=losses.CROSS_ENTROPY),
+        description="the training loss; val_loss and test_loss are cross-entropies whatever it is",
+    )
     label_smoothing: schema.FractionBelowOne = Field(
         0.0, description="probability mass of the target that is spread over all classes"
     )
@@ -162,6 +171,18 @@ class ClassifyConfig(TrainConfig):
             raise ValueError("augment.erase, mixup and cutmix are not for features of a pretrained model")
         if self.skip_easy and (self.augment.mixup or self.augment.cutmix):
             raise ValueError("skip_easy compares the losses of single images: it cannot be used with mixup or cutmix")
+        return self
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> "ClassifyConfig":
+        if self.loss.name == losses.SVM and (self.label_smoothing or self.augment.mixup or self.augment.cutmix):
+            raise ValueError("loss: svm takes one class per image: no label_smoothing, augment.mixup or cutmix")
+        if self.skip_easy and self.loss.name != losses.CROSS_ENTROPY:
+            raise ValueError(f"skip_easy compares cross-entropies: use loss: {losses.CROSS_ENTROPY}")
+        if self.data.sampling == "balanced" and self.class_weights == "balanced":
+            raise ValueError("data.sampling and class_weights: balanced by one of them, both would count twice")
+        if self.data.sampling == "balanced" and self.skip_easy:
+            raise ValueError("data.sampling: balanced and skip_easy both choose the images of an epoch: use one")
         return self
 
     @field_validator("layers")

@@ -16,6 +16,7 @@ from cvlab.data.datasets import DatasetSize
 from cvlab.engine import device, loop
 from cvlab.engine.task import TrainTask
 from cvlab.errors import ConfigError
+from cvlab.experiments.classification import losses
 from cvlab.experiments.classification.config import ClassifyConfig, ImageDataConfig
 from cvlab.experiments.classification.data import folder
 from cvlab.experiments.classification.data.augment import Augmentation, tta_views
@@ -122,11 +123,13 @@ def build(
     if isinstance(model, TransferClassifier):
         stores = _feature_stores(config, model, splits, augment, normalize, ctx, check_interrupt)
         feature_loader = FeatureLoader(stores["train"], labels, config.batch_size, config.seed)
+        feature_loader.sampling = config.data.sampling
         feature_loader.finetune_from = _finetune_from(config, feature_loader.steps_per_epoch)
         return ClassificationSetup(ctx, dataset, model, splits, normalize, feature_loader, eval_batch_size, stores)
     loader = functools.partial(HardExampleLoader, skip_easy=config.skip_easy) if config.skip_easy else TrainLoader
     train_loader = loader(images, labels, config.batch_size, config.seed, normalize, augment)
     train_loader.num_classes = len(dataset.classes)
+    train_loader.sampling = config.data.sampling
     return ClassificationSetup(ctx, dataset, model, splits, normalize, train_loader, eval_batch_size)
 
 
@@ -298,11 +301,15 @@ def build_task(
 
 
 def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:
-    """Return the training loss: cross-entropy + reg * sum(W^2), and the accuracy on the batch.
+    """Return the training loss: that of `config.loss` + reg * sum(W^2), and the accuracy on the batch.
 
     A `HardExampleLoader` records the cross-entropy of each image. Labels are classes (N,), or probabilities of classes
     (N, K) of mixtures, whose accuracy is the probability of the predicted class.
     """
+    arguments = config.loss.builder_arguments()
+    if config.loss.name != losses.SVM:
+        arguments["label_smoothing"] = config.label_smoothing
+    class_loss: losses.ClassLoss = registry.get("loss", config.loss.name, losses.LOSSES.names)(**arguments)
     weights_of_classes: Tensor | None = None
     if config.class_weights == "balanced":
         weights_of_classes = balanced_weights(train_loader.labels, train_loader.num_classes)
@@ -311,12 +318,10 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
         images, labels = batch
         logits = model(images)
         logits32 = _at_least_float32(logits)
-        if weights_of_classes is None:
-            loss = F.cross_entropy(logits32, labels, label_smoothing=config.label_smoothing)
-        else:  # not torch's weighted mean, whose divisor differs from batch to batch and from rank to rank
-            losses = F.cross_entropy(logits32, labels, reduction="none", label_smoothing=config.label_smoothing)
+        weights_of_images: Tensor | None = None
+        if weights_of_classes is not None:
             weights_of_images = weights_of_classes[labels] if labels.ndim == 1 else labels @ weights_of_classes
-            loss = (weights_of_images * losses).mean()
+        loss = class_loss(logits32, labels, weights_of_images)
         if config.reg > 0:
             weights = [p for p in model.parameters() if p.ndim > 1]
             loss = loss + config.reg * torch.stack([w.square().sum() for w in weights]).sum()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.data.digest import DataDigest
-from cvlab.data.rng import permutation
+from cvlab.data.rng import hashes, permutation
 from cvlab.distributed import sharding
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.classification.data.augment import Augmentation
@@ -281,6 +281,7 @@ class TrainLoader:
         self.normalize, self.augment = normalize, augment or Augmentation()
         self.steps_per_epoch = count_steps_per_epoch(len(images), batch_size)
         self.num_classes = int(labels.max()) + 1  # of the targets of mixtures
+        self.sampling = "shuffle"  # or balanced
         self.extra_state: dict[str, Tensor] = {}
         self._order: tuple[int, Tensor] = (-1, labels)  # epoch, indices
 
@@ -290,7 +291,8 @@ class TrainLoader:
 
     def epoch_order(self, epoch: int) -> Tensor:
         """Return the indices of the images of an epoch, in the order in which they are seen."""
-        return permutation(self.seed, epoch, len(self.images), self.images.device)
+        order = permutation(self.seed, epoch, len(self.images), self.images.device)
+        return balanced_order(self.labels, self.seed, epoch)[order] if self.sampling == "balanced" else order
 
     def batch_indices(self, step: int) -> Tensor:
         """Return the indices of the images of a step: int64 (batch_size,)."""
@@ -330,6 +332,35 @@ def default_eval_batch_size(images: Images, train_batch_size: int = 1) -> int:
     _, height, width, _ = images.shape
     first, end = sharding.shard_range(train_batch_size)
     return min(EVAL_BATCH_SIZE, max(EVAL_BATCH_PIXELS // (height * width), end - first, 1))
+
+
+def balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return which images an epoch with equally frequent classes consists of, ordered by class.
+
+    From epoch to epoch each class continues through its images in random order, each pass in another, so that all
+    images of a class are seen equally often.
+
+    Args:
+        labels: int64 (N,).
+        seed: Seed of the run.
+        epoch: The epoch, from 0.
+
+    Returns:
+        Indices of images, int64 (N,). The numbers of images of the classes that occur differ by at most 1.
+    """
+    count, classes = len(labels), labels.unique()
+    chosen = []
+    for position, label in enumerate(classes.tolist()):
+        images = (labels == label).nonzero().flatten()
+        # of the slots 0, 1, ... of all epochs, those that leave the remainder `position` belong to the class
+        start, end = (-((position - slot) // len(classes)) for slot in (epoch * count, (epoch + 1) * count))
+        uses = torch.arange(start, end, device=labels.device)
+        first_pass, last_pass = start // len(images), max(start, end - 1) // len(images)
+        passes = torch.arange(first_pass, last_pass + 1, device=labels.device)
+        numbers = passes[:, None] * len(images) + torch.arange(len(images), device=labels.device)  # (passes, images)
+        order = torch.argsort(hashes(seed, label, numbers, "balanced"), dim=1, stable=True)
+        chosen.append(images[order.flatten()[uses - first_pass * len(images)]])
+    return torch.cat(chosen)
 
 
 def eval_batches(
