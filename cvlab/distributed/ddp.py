@@ -1,5 +1,6 @@
 """One training step in a single process, or averaged over ranks by DistributedDataParallel."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +27,10 @@ class SingleProcessStep:
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Return the losses of a batch, or of this rank's shard of it."""
         return self.loss_fn(self.model, batch)
+
+    def part(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002 - for several ranks
+        """Return the context of the forward and the backward pass of a part of a batch; ranks meet in the last one."""
+        return contextlib.nullcontext()
 
     def reduce(self, losses: Mapping[str, Tensor]) -> tuple[StepFlags, bool]:
         """Return, after the backward pass, the flags of all ranks and whether the loss is finite on all of them."""
@@ -82,6 +87,10 @@ class DDPStep(SingleProcessStep):
         """Return the losses of this rank's shard of a batch."""
         losses: dict[str, Tensor] = self.ddp(batch, self.module.flags.new_tensor(self.local_flags().encode()))
         return losses
+
+    def part(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of the forward and the backward pass of a part of a batch; ranks meet in the last one."""
+        return contextlib.nullcontext() if is_last else self.ddp.no_sync()
 
     def reduce(self, losses: Mapping[str, Tensor]) -> tuple[StepFlags, bool]:  # noqa: ARG002 - as in the base class
         """Return, after the backward pass, the flags of all ranks and whether the loss is finite on all of them."""

@@ -36,6 +36,8 @@ def warm_up(task: TrainTask, compiled: nn.Module) -> float:
     before = copy.deepcopy((task.model.state_dict(), task.extra_state, device.get_rng_state()))
     task.model.train()
     batch = task.get_batch(0)
+    if task.split_batch is not None:
+        batch = task.split_batch(batch)[0]
     try:
         with task.ctx.autocast():
             loss = task.loss_fn(compiled, batch)["loss"]

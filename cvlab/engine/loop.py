@@ -8,7 +8,7 @@ bit-for-bit identical to one that was never stopped.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -149,6 +149,7 @@ def fit(
     clip_norm: float | None = None,
     local_flags: Callable[[], StepFlags] = StepFlags,
     forward_model: nn.Module | None = None,
+    split_batch: Callable[[Batch], Sequence[Batch]] | None = None,
 ) -> Iterator[Losses]:
     """Train from `state.step` on, one step for each item that the caller takes, without end.
 
@@ -164,6 +165,7 @@ def fit(
         clip_norm: Largest L2 norm of the gradient; None for no limit.
         local_flags: Returns what this rank requests; `state.any_rank_flags` is what all ranks together requested.
         forward_model: Passed to `loss_fn` instead of the model whose weights it shares, for example a compiled one.
+        split_batch: Returns the equal parts of a batch, whose gradients are averaged; None: the batch is one.
 
     Yields:
         The losses of the step, detached, after the update.
@@ -180,11 +182,7 @@ def fit(
         for group, base_lr in zip(optimizer.param_groups, state.base_lrs, strict=True):
             group["lr"] = base_lr * factor
         batch = get_batch(state.step)
-        with ctx.autocast():
-            losses = train_step.losses(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss = losses["loss"] if state.scaler is None else state.scaler.scale(losses["loss"])
-        loss.backward()
+        losses = _backward(state, train_step, [batch] if split_batch is None else split_batch(batch), ctx)
         if ctx.read_every == 1:
             state.any_rank_flags, is_finite = train_step.reduce(losses)
             if not is_finite:
@@ -194,7 +192,30 @@ def fit(
         _update_weights(state, parameters, clip_norm)
         state.update_ema()
         state.step += 1
-        yield {name: value.detach() for name, value in losses.items()}
+        yield losses
+
+
+def _backward(
+    state: TrainState, train_step: ddp.SingleProcessStep, parts: Sequence[Batch], ctx: ComputeContext
+) -> Losses:
+    """Replace the gradients by the mean of those of the parts of a batch; return the mean losses, detached.
+
+    The activations of one part at a time are in memory.
+    """
+    totals: Losses = {}
+    for index, part in enumerate(parts):
+        with train_step.part(is_last=index == len(parts) - 1):
+            with ctx.autocast():
+                losses = train_step.losses(part)
+            if index == 0:
+                state.optimizer.zero_grad(set_to_none=True)
+            loss = losses["loss"] if len(parts) == 1 else losses["loss"] / len(parts)
+            if state.scaler is not None:
+                loss = state.scaler.scale(loss)
+            loss.backward()
+        for name, value in losses.items():
+            totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+    return totals if len(parts) == 1 else {name: total / len(parts) for name, total in totals.items()}
 
 
 def _reduce_later(state: TrainState, train_step: ddp.SingleProcessStep, losses: Losses, read_every: int) -> None:

@@ -1,6 +1,6 @@
 """What an experiment gives to the engine: a task to train, or a trained model to export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ class TrainTask:
         monitor: The metric by which the best weights are chosen; higher is better.
         ctx: Device and precision.
         extra_state: Tensors that the batches or the loss change in place from step to step; saved in every checkpoint.
+        split_batch: Returns the equal parts of a batch that go through the model one after another; None: it is one.
         data_digest: The digest of the data; a run is not resumed on other data.
     """
 
@@ -36,6 +37,7 @@ class TrainTask:
     monitor: str
     ctx: ComputeContext
     extra_state: dict[str, Tensor] = field(default_factory=dict)
+    split_batch: Callable[[Any], Sequence[Any]] | None = None
     data_digest: str = ""
 
 

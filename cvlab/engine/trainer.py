@@ -250,6 +250,7 @@ class Trainer:
             clip_norm=self.config.clip_norm,
             local_flags=self._local_flags,
             forward_model=self.forward_model,
+            split_batch=self.task.split_batch,
         )
 
     def run(self) -> None:

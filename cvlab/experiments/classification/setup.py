@@ -279,7 +279,17 @@ def build_model(config: ClassifyConfig, base: Path, size: DatasetSize, is_restor
     model = model_registry.build(config.model.name, arguments, base, layers=namespace, **shape)
     if isinstance(model, TransferClassifier):  # checked when it was split
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-    return checks.prepare(model, config.model.name, config.batch_size, **shape)
+    return checks.prepare(model, config.model.name, config.batch_size // config.accumulate, **shape)
+
+
+def batch_splitter(count: int) -> Callable[[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] | None:
+    """Return what splits a batch into `count` equal parts; None for one part."""
+
+    def split_batch(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        images, labels = batch
+        return list(zip(images.chunk(count), labels.chunk(count), strict=True))
+
+    return split_batch if count > 1 else None
 
 
 def build_task(
@@ -294,6 +304,7 @@ def build_task(
         items_per_step=config.batch_size,
         evaluate=evaluate,
         extra_state=setup.train_loader.extra_state,
+        split_batch=batch_splitter(config.accumulate),
         data_digest=setup.dataset.digest(),
         monitor="val_accuracy" if "val" in setup.splits else "train_accuracy",
         ctx=setup.ctx,
