@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cvlab.bench.harness import alternate, describe, median_ratio
 from cvlab.bench.machine import machine
 from cvlab.config import loading as configs
-from cvlab.engine import optimizers
+from cvlab.engine import parameters
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification import throughput
@@ -73,7 +73,7 @@ def _bare_loop(
 ) -> Callable[[], None]:
     """Return a loop of plain PyTorch: images already converted to floats, drawn at random, not augmented."""
     model = copy.deepcopy(parts.model).to(memory_format=layout)  # type: ignore[call-overload]
-    optimizer = optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.builder_arguments())
+    optimizer = parameters.build_optimizer(config, model)
     images, labels = parts.splits["train"]
     floats = parts.train_loader.normalize(images[:].permute(0, 3, 1, 2)).contiguous(memory_format=layout)
     for group in optimizer.param_groups:

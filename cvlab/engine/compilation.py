@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cvlab.engine import device
+from cvlab.engine.parameters import set_train_mode
 from cvlab.engine.task import TrainTask
 from cvlab.errors import ConfigError
 
@@ -34,7 +35,7 @@ def warm_up(task: TrainTask, compiled: nn.Module) -> float:
 
     start = time.perf_counter()
     before = copy.deepcopy((task.model.state_dict(), task.extra_state, device.get_rng_state()))
-    task.model.train()
+    set_train_mode(task.model)
     batch = task.get_batch(0)
     if task.split_batch is not None:
         batch = task.split_batch(batch)[0]

@@ -47,6 +47,12 @@ class TrainConfig(RunConfig):
     ema: FractionBelowOne | None = Field(
         None, description="decay of the moving average of the weights, which is evaluated; null: none"
     )
+    freeze: tuple[str, ...] = Field(
+        (), description="patterns of names of parameters that are not trained, for example 'blocks.*'"
+    )
+    lr_factors: dict[str, PositiveFloat] = Field(
+        {}, description="factors of the learning rate by patterns of names of parameters; those of all matches multiply"
+    )
     patience: PositiveInt | None = Field(
         None, description="stop after N evaluations without a better validation metric; null: train to the end"
     )

@@ -18,6 +18,7 @@ from cvlab import _compat
 from cvlab.distributed import collectives, ddp
 from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
+from cvlab.engine.parameters import set_train_mode
 from cvlab.errors import CheckpointError, DivergedError
 
 Batch = TypeVar("Batch")
@@ -177,7 +178,7 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     train_step = ddp.make_step(forward_model or model, loss_fn, ctx.device, local_flags)
     while True:
-        model.train()
+        set_train_mode(model)
         factor = lr_factor(state.step)
         for group, base_lr in zip(optimizer.param_groups, state.base_lrs, strict=True):
             group["lr"] = base_lr * factor

@@ -239,12 +239,17 @@ def _apply_lr_factors(optimizer: "optim.Optimizer", model: "nn.Module") -> None:
     """Split the groups of an optimizer by the factors of the learning rate in `model.lr_factors`, if it has some."""
     factors: dict[str, float] = getattr(model, "lr_factors", None) or {}
     for prefix, factor in factors.items():
-        chosen = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(prefix)}
-        for group in list(optimizer.param_groups):
-            scaled = [parameter for parameter in group["params"] if id(parameter) in chosen]
-            rest = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            if scaled and rest:
-                group["params"] = rest
-                optimizer.add_param_group({**group, "params": scaled, "lr": group["lr"] * factor})
-            elif scaled:
-                group["lr"] *= factor
+        scale_lr(optimizer, (value for name, value in model.named_parameters() if name.startswith(prefix)), factor)
+
+
+def scale_lr(optimizer: "optim.Optimizer", parameters: "Iterable[Tensor]", factor: float) -> None:
+    """Multiply the learning rate of some parameters, splitting the groups that have others too."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        scaled = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        if scaled and rest:
+            group["params"] = rest
+            optimizer.add_param_group({**group, "params": scaled, "lr": group["lr"] * factor})
+        elif scaled:
+            group["lr"] *= factor

@@ -17,7 +17,7 @@ from cvlab.config.schema import Duration
 from cvlab.console import Progress
 from cvlab.distributed import collectives, process_group, sharding
 from cvlab.distributed.step_flags import StepFlags
-from cvlab.engine import compilation, device, loop, optimizers, schedules, time_budget, unsaved_state
+from cvlab.engine import compilation, device, loop, parameters, schedules, time_budget, unsaved_state
 from cvlab.engine.checkpointer import Checkpointer
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.loop import Losses, TrainState
@@ -82,7 +82,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, task: TrainTask, run_dir: RunDir, stop: StopRequest) -> None:
         self.config, self.task, self.run_dir, self.stop = config, task, run_dir, stop
-        optimizer = optimizers.build_optimizer(config.optimizer.name, task.model, config.optimizer.builder_arguments())
+        optimizer = parameters.build_optimizer(config, task.model)
         self.state = TrainState(task.model, optimizer, config.ema, task.ctx.make_scaler())
         self.forward_model = compilation.compile_model(task.model) if config.compile else task.model
         self.progress = TrainProgress(0)

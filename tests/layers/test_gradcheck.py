@@ -129,7 +129,7 @@ def test_the_command(cvlab):
     names = [check["name"] for check in found["checks"]]
     assert code == 0
     assert found["ok"]
-    assert len(names) == 36
+    assert len(names) == 37
     assert {"Conv2d", "SVM", "deep_convnet, BatchNorm, simplified", "fc_net"} <= set(names)
     code, out, _ = cvlab("gradcheck", "Conv2d", "fc_net")
     assert code == 0

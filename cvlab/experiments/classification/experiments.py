@@ -292,7 +292,7 @@ class ClassifyExperiment(
 
     def plan(self, config: ClassifyConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; nothing is written, and only a user's own data set is loaded."""
-        from cvlab.engine import optimizers
+        from cvlab.engine import parameters
         from cvlab.experiments.classification.data.images import count_steps_per_epoch
         from cvlab.experiments.classification.setup import build_model, expected_size
 
@@ -300,7 +300,7 @@ class ClassifyExperiment(
         size, counts = expected_size(config, base)
         config.require_validation(counts["val"] > 0)
         model = build_model(config, base, size)
-        optimizers.build_optimizer(config.optimizer.name, model, config.optimizer.builder_arguments())
+        parameters.build_optimizer(config, model)
         steps_per_epoch = count_steps_per_epoch(counts["train"], config.batch_size)
         steps = config.duration.num_steps(steps_per_epoch)
         return {

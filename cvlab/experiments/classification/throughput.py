@@ -11,7 +11,7 @@ from cvlab.config.loading import Loaded
 from cvlab.config.schema import DataConfig
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
-from cvlab.engine import compilation, loop, optimizers, time_budget
+from cvlab.engine import compilation, loop, parameters, time_budget
 from cvlab.experiments.classification import setup
 from cvlab.experiments.classification.config import ClassifyConfig
 from cvlab.experiments.classification.data.images import ImageDataset, split_sizes
@@ -45,7 +45,7 @@ def train_steps(
     get_batch: Callable[[int], tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[loop.Losses]:
     """Train step by step as a run of the configuration does, on its batches or on those of `get_batch`."""
-    optimizer = optimizers.build_optimizer(config.optimizer.name, built.model, config.optimizer.builder_arguments())
+    optimizer = parameters.build_optimizer(config, built.model)
     return loop.fit(
         loop.TrainState(built.model, optimizer, config.ema, built.ctx.make_scaler()),
         setup.build_loss_fn(config, built.train_loader),
