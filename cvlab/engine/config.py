@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cvlab.config.metrics import Metric
 from cvlab.config.schema import (
@@ -68,6 +68,19 @@ class TrainConfig(RunConfig):
     deterministic: bool = Field(
         True, description="on CUDA, give bit-for-bit identical runs; false: cuDNN chooses its algorithms by measuring"
     )
+
+    anomaly: bool = Field(
+        False, description="name the layer that returns the first value that is not finite; slower, for debugging"
+    )
+    log_gradients: bool = Field(
+        False, description="log grad_norm, before clipping, and update_ratio, the L2 norm of a step / of the weights"
+    )
+
+    @model_validator(mode="after")
+    def _check_anomaly(self) -> "TrainConfig":
+        if self.anomaly and self.compile:
+            raise ValueError("anomaly: a compiled model has no layers to observe; set compile: false")
+        return self
 
     def compute_context(self) -> "ComputeContext":
         """Return device, precision and threads of the training. Raises DeviceError."""

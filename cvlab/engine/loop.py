@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cvlab import _compat
 from cvlab.distributed import collectives, ddp
 from cvlab.distributed.step_flags import StepFlags
+from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
 from cvlab.engine.parameters import set_train_mode
 from cvlab.errors import CheckpointError, DivergedError
@@ -151,6 +152,8 @@ def fit(
     local_flags: Callable[[], StepFlags] = StepFlags,
     forward_model: nn.Module | None = None,
     split_batch: Callable[[Batch], Sequence[Batch]] | None = None,
+    anomaly: AnomalyRecorder | None = None,
+    log_gradients: bool = False,
 ) -> Iterator[Losses]:
     """Train from `state.step` on, one step for each item that the caller takes, without end.
 
@@ -167,6 +170,8 @@ def fit(
         local_flags: Returns what this rank requests; `state.any_rank_flags` is what all ranks together requested.
         forward_model: Passed to `loss_fn` instead of the model whose weights it shares, for example a compiled one.
         split_batch: Returns the equal parts of a batch, whose gradients are averaged; None: the batch is one.
+        anomaly: Names the layer in the error about a loss that is not finite; requires `ctx.read_every` 1.
+        log_gradients: Whether `grad_norm` and `update_ratio` are among the losses.
 
     Yields:
         The losses of the step, detached, after the update.
@@ -183,14 +188,22 @@ def fit(
         for group, base_lr in zip(optimizer.param_groups, state.base_lrs, strict=True):
             group["lr"] = base_lr * factor
         batch = get_batch(state.step)
+        if anomaly is not None:
+            anomaly.start_step()
         losses = _backward(state, train_step, [batch] if split_batch is None else split_batch(batch), ctx)
         if ctx.read_every == 1:
             state.any_rank_flags, is_finite = train_step.reduce(losses)
             if not is_finite:
-                raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"])
+                source = "" if anomaly is None else anomaly.source()
+                raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"], source)
         else:
             _reduce_later(state, train_step, losses, ctx.read_every)
-        _update_weights(state, parameters, clip_norm)
+        if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
+            _require_finite_gradients(state, anomaly)
+        before = [parameter.detach().clone() for parameter in parameters] if log_gradients else None
+        norm = _update_weights(state, parameters, clip_norm, log_gradients)
+        if before is not None and norm is not None:
+            losses |= _gradient_metrics(norm, before, parameters)
         state.update_ema()
         state.step += 1
         yield losses
@@ -228,25 +241,53 @@ def _reduce_later(state: TrainState, train_step: ddp.SingleProcessStep, losses: 
         state.unread.require_finite()
 
 
-def _update_weights(state: TrainState, parameters: list[nn.Parameter], clip_norm: float | None) -> None:
-    """Clip the gradients and take the optimizer's step; in float16 it is skipped if a gradient is not finite."""
-    scaler = state.scaler
-    if scaler is not None and clip_norm is not None:
+def _require_finite_gradients(state: TrainState, anomaly: AnomalyRecorder) -> None:
+    """Raise DivergedError about a gradient that is not finite, the same on all ranks."""
+    source = anomaly.gradient_source()
+    if source:
+        raise DivergedError(f"{source} is not finite at step {state.step}, the loss is", "lower optimizer.lr")
+
+
+def _gradient_metrics(norm: Tensor, before: list[Tensor], parameters: list[nn.Parameter]) -> Losses:
+    """Return the norm of the gradient before clipping, and that of the update divided by that of the weights.
+
+    A step that float16 skips counts as 0 in both.
+    """
+    after = [parameter.detach() for parameter in parameters]
+    update = torch.nn.utils.get_total_norm(torch._foreach_sub(after, before))
+    ratio = update / torch.nn.utils.get_total_norm(before).clamp(min=1e-12)
+    return {"grad_norm": norm.detach().nan_to_num(0.0, posinf=0.0), "update_ratio": ratio}
+
+
+def _update_weights(
+    state: TrainState, parameters: list[nn.Parameter], clip_norm: float | None, needs_norm: bool = False
+) -> Tensor | None:
+    """Clip the gradients and take the optimizer's step; in float16 it is skipped if a gradient is not finite.
+
+    Returns:
+        The norm of the gradient before clipping, if it is needed.
+    """
+    scaler, norm = state.scaler, None
+    if scaler is not None and (clip_norm is not None or needs_norm):
         scaler.unscale_(state.optimizer)
     if clip_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, clip_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    elif needs_norm:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if scaler is None:
         _compat.optimizer_step(state.optimizer)
     else:
         scaler.step(state.optimizer)
         scaler.update()
+    return norm
 
 
-def _diverged_error(losses: Losses, step: int, lr: float) -> DivergedError:
+def _diverged_error(losses: Losses, step: int, lr: float, source: str = "") -> DivergedError:
     """Return the error about a loss that is not finite, with its step, learning rate and parts."""
     parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+    origin = f"; the first value that is not finite came from {source}" if source else ""
     return DivergedError(
-        f"the loss is not finite at step {step} (batch {step}, lr {lr:g}): {parts}",
+        f"the loss is not finite at step {step} (batch {step}, lr {lr:g}): {parts}{origin}",
         "lower optimizer.lr; the last checkpoint is valid",
     )
 

@@ -4,6 +4,7 @@ Every experiment that trains passes a `TrainTask`: its model, loss, batches and 
 """
 
 import copy
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from cvlab.console import Progress
 from cvlab.distributed import collectives, process_group, sharding
 from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine import compilation, device, loop, parameters, schedules, time_budget, unsaved_state
+from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.checkpointer import Checkpointer
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.loop import Losses, TrainState
@@ -85,6 +87,7 @@ class Trainer:
         optimizer = parameters.build_optimizer(config, task.model)
         self.state = TrainState(task.model, optimizer, config.ema, task.ctx.make_scaler())
         self.forward_model = compilation.compile_model(task.model) if config.compile else task.model
+        self.anomaly = AnomalyRecorder(task.model) if config.anomaly else None
         self.progress = TrainProgress(0)
         self.checkpointer = Checkpointer(self, run_dir, task.ctx, config.save_seconds)
         # Of what a run is not resumed with if it was changed. Taken once: what is loaded now is what is trained with.
@@ -246,11 +249,13 @@ class Trainer:
             self.task.loss_fn,
             self.task.get_batch,
             lr_factor=lr_factor,
-            ctx=self.task.ctx,
+            ctx=dataclasses.replace(self.task.ctx, read_every=1) if self.anomaly else self.task.ctx,
             clip_norm=self.config.clip_norm,
             local_flags=self._local_flags,
             forward_model=self.forward_model,
             split_batch=self.task.split_batch,
+            anomaly=self.anomaly,
+            log_gradients=self.config.log_gradients,
         )
 
     def run(self) -> None:
