@@ -93,7 +93,7 @@ class TrainProgress:
     def final_metrics(self, step: int, task: TrainTask) -> dict[str, float]:
         """Return the losses of the last epoch, the metrics of the last evaluation, and the cost of `step` steps."""
         best = {f"best_{task.monitor}": self.best_value} if self.best_value is not None else {}
-        losses = {"train_loss" if name == "loss" else name: value for name, value in self.epoch_losses.items()}
+        losses = logged_losses(self.epoch_losses)
         return {
             **losses,
             **self.metrics,
@@ -112,6 +112,14 @@ class TrainProgress:
         parts = [f"{name} {value.item():.3f}" for name, value in losses.items()]
         parts += [f"{task.monitor} {self.metrics[task.monitor]:.3f}"] if task.monitor in self.metrics else []
         return "  ".join([*parts, f"{rate:,.0f} images/s"])
+
+
+def logged_losses(means: Mapping[str, float]) -> dict[str, float]:
+    """Return mean losses by the names they are logged as: `train_loss` is the loss without the regularization `reg`."""
+    named = {"train_loss" if name == "loss" else name: value for name, value in means.items()}
+    if "train_loss" in named and "reg" in named:
+        named["train_loss"] -= named["reg"]
+    return named
 
 
 def _mean_losses(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:

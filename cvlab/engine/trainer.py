@@ -23,7 +23,7 @@ from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.checkpointer import Checkpointer
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.loop import Losses, TrainState
-from cvlab.engine.progress import TrainProgress
+from cvlab.engine.progress import TrainProgress, logged_losses
 from cvlab.engine.task import TrainTask
 from cvlab.engine.time_budget import Plan
 from cvlab.engine.unsaved_state import UnsavedState
@@ -360,8 +360,7 @@ class Trainer:
         self.run_dir.log(f"{plan.total_steps} steps in {self.progress.train_seconds:.2f} s of training")
 
     def _log_losses(self, step: int) -> None:
-        losses = self.progress.take_mean_losses()
-        means = {"train_loss" if name == "loss" else name: value for name, value in losses.items()}
+        means = logged_losses(self.progress.take_mean_losses())
         lr = self.state.optimizer.param_groups[0]["lr"]
         self._append(step, {"lr": lr, **means})
 

@@ -103,7 +103,7 @@ def test_a_run_names_the_source(tmp_path, monkeypatch):
         return dataclasses.replace(task, loss_fn=loss_fn)
 
     monkeypatch.setattr(tiny, "job", broken_job)
-    with pytest.raises(DivergedError, match="step 0 .*came from the loss function"):
+    with pytest.raises(DivergedError, match=r"step 0 .*came from the loss function"):
         tiny.train(tmp_path / "run", tiny.settings(anomaly=True))
 
 

@@ -127,7 +127,8 @@ class ClassifyConfig(TrainConfig):
         1, description="split each batch into N parts and average their gradients: the same step in less memory"
     )
     reg: schema.NonNegativeFloat = Field(
-        0.0, description="L2 regularization: loss + reg * sum(W^2), over weights, not biases, gamma, beta"
+        0.0,
+        description="L2 regularization: adds reg * sum(W^2) to the loss, over weights, not biases, gamma, beta; logged as reg",
     )
     loss: Annotated[schema.ComponentConfig, losses.LOSSES] = Field(
         schema.ComponentConfig(name=losses.CROSS_ENTROPY),

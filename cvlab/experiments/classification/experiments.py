@@ -138,6 +138,7 @@ class ClassifyExperiment(
     Config = ClassifyConfig
     metrics = (
         *TRAIN_METRICS,
+        Metric("reg", better="lower", when=lambda config: config.reg > 0),
         Metric("train_accuracy", "fraction", "higher"),
         Metric("best_train_accuracy", "fraction", "higher", lambda config: not _has_val(config)),
         Metric("best_val_accuracy", "fraction", "higher", _has_val),

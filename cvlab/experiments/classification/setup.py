@@ -333,12 +333,15 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
         if weights_of_classes is not None:
             weights_of_images = weights_of_classes[labels] if labels.ndim == 1 else labels @ weights_of_classes
         loss = class_loss(logits32, labels, weights_of_images)
+        parts: loop.Losses = {}
         if config.reg > 0:
             weights = [p for p in model.parameters() if p.ndim > 1]
-            loss = loss + config.reg * torch.stack([w.square().sum() for w in weights]).sum()
+            penalty = config.reg * torch.stack([w.square().sum() for w in weights]).sum()
+            parts["reg"] = penalty.detach()
+            loss = loss + penalty
         if isinstance(train_loader, HardExampleLoader):
             train_loader.record(F.cross_entropy(_at_least_float32(logits.detach()), labels, reduction="none"))
-        return {"loss": loss, "batch_accuracy": batch_accuracy(logits.detach(), labels)}
+        return {"loss": loss, **parts, "batch_accuracy": batch_accuracy(logits.detach(), labels)}
 
     return loss_fn
 

@@ -145,3 +145,13 @@ def test_what_does_not_go_together_is_rejected(overrides, message, cvlab):
     code, _, err = cvlab("train", "quickstart", *SHORT, *overrides)
     assert code == 2
     assert re.search(message, err), err
+
+
+def test_the_regularization_is_logged_apart(cvlab):
+    plain, regularized = (
+        json.loads(cvlab("train", "quickstart", *SHORT, "duration={steps: 1}", f"reg={reg}", "--json")[1])["metrics"]
+        for reg in ("0.0", "0.01")
+    )
+    assert "reg" not in plain
+    assert regularized["reg"] > 0.01
+    assert regularized["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5), "of the same initial weights"
