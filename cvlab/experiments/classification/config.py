@@ -128,7 +128,8 @@ class ClassifyConfig(TrainConfig):
     )
     reg: schema.NonNegativeFloat = Field(
         0.0,
-        description="L2 regularization: adds reg * sum(W^2) to the loss, over weights, not biases, gamma, beta; logged as reg",
+        description="L2 regularization: adds reg * sum(W^2) to the loss, over weights, not biases, gamma, beta; "
+        "logged as reg, not in train_loss",
     )
     loss: Annotated[schema.ComponentConfig, losses.LOSSES] = Field(
         schema.ComponentConfig(name=losses.CROSS_ENTROPY),
