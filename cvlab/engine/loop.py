@@ -194,16 +194,10 @@ def fit(
         if ctx.read_every == 1:
             state.any_rank_flags, is_finite = train_step.reduce(losses)
             if not is_finite:
-                source = "" if anomaly is None else anomaly.source()
-                raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"], source)
+                raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"], anomaly)
         else:
             _reduce_later(state, train_step, losses, ctx.read_every)
-        if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
-            _require_finite_gradients(state, anomaly)
-        before = [parameter.detach().clone() for parameter in parameters] if log_gradients else None
-        norm = _update_weights(state, parameters, clip_norm, log_gradients)
-        if before is not None and norm is not None:
-            losses |= _gradient_metrics(norm, before, parameters)
+        losses |= _update_and_measure(state, parameters, clip_norm, anomaly, log_gradients)
         state.update_ema()
         state.step += 1
         yield losses
@@ -239,6 +233,21 @@ def _reduce_later(state: TrainState, train_step: ddp.SingleProcessStep, losses: 
     state.unread.add(state.step, state.optimizer.param_groups[0]["lr"], losses, diverged)
     if is_read:
         state.unread.require_finite()
+
+
+def _update_and_measure(
+    state: TrainState,
+    parameters: list[nn.Parameter],
+    clip_norm: float | None,
+    anomaly: AnomalyRecorder | None,
+    log_gradients: bool,
+) -> Losses:
+    """Check the gradients if `anomaly` is given, update the weights; return the metrics of `log_gradients`."""
+    if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
+        _require_finite_gradients(state, anomaly)
+    before = [parameter.detach().clone() for parameter in parameters] if log_gradients else None
+    norm = _update_weights(state, parameters, clip_norm, log_gradients)
+    return {} if before is None or norm is None else _gradient_metrics(norm, before, parameters)
 
 
 def _require_finite_gradients(state: TrainState, anomaly: AnomalyRecorder) -> None:
@@ -282,10 +291,10 @@ def _update_weights(
     return norm
 
 
-def _diverged_error(losses: Losses, step: int, lr: float, source: str = "") -> DivergedError:
+def _diverged_error(losses: Losses, step: int, lr: float, anomaly: AnomalyRecorder | None = None) -> DivergedError:
     """Return the error about a loss that is not finite, with its step, learning rate and parts."""
     parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-    origin = f"; the first value that is not finite came from {source}" if source else ""
+    origin = f"; the first value that is not finite came from {anomaly.source()}" if anomaly else ""
     return DivergedError(
         f"the loss is not finite at step {step} (batch {step}, lr {lr:g}): {parts}{origin}",
         "lower optimizer.lr; the last checkpoint is valid",
