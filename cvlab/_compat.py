@@ -40,6 +40,13 @@ def torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
+@functools.cache
+def transforms() -> ModuleType:
+    """Import torchvision's transforms of tensors and boxes, `torchvision.transforms.v2`."""
+    torchvision()
+    return importlib.import_module("torchvision.transforms.v2")
+
+
 def _declare_operators() -> None:
     import torch
 

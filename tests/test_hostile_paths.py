@@ -11,7 +11,6 @@ import zlib
 import pytest
 from PIL import Image
 
-from cvlab.api import evaluate
 from cvlab.api import run as api_run
 from cvlab.errors import CvlabError
 from cvlab.reports import compare, embedded, html, index, tables
@@ -102,8 +101,8 @@ def readers(path, other):
         lambda: html.comparison_page({"x": path, "y": other}),
         lambda: tables.show_comparison(compare.compare({"x": path, "y": other})),
         lambda: tables.show_result(api_run.result(path)),
-        lambda: evaluate.load_state(path, "last"),
-        lambda: evaluate.load_state(path, "best"),
+        lambda: checkpoint.load_of_run(path, "last"),
+        lambda: checkpoint.load_of_run(path, "best"),
         lambda: list(read_metrics(path)),
         lambda: pruning_reason(path),
         lambda: is_held(path),

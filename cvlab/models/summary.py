@@ -135,7 +135,7 @@ class _Recorder(TorchDispatchMode):
     alive: list[Tensor] = field(default_factory=list)  # so that no `id` and no storage is used twice
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def add_input(self, image: Tensor) -> None:
         """Begin at an input (1, C, H, W)."""
@@ -263,7 +263,7 @@ def _without_fused_kernels() -> Iterator[None]:
     """Compute attention and recurrent layers by matrix products, which the table of FLOPs has."""
     fast_attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # its `flags` would also set TF32, and warn of it
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # its `flags` would also set TF32, and warn of it
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield

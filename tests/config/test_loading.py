@@ -148,8 +148,8 @@ seed=4294967296|a whole number >= 0 and < 2147483648
 seed=a|a whole number >= 0
 device=gpu|text of the form
 device=cuda:x|text of the form
-precision=half|auto | float32 | bfloat16 | float64
-precision=16|auto | float32 | bfloat16 | float64
+precision=half|auto | float32 | bfloat16 | float16 | float64
+precision=16|auto | float32 | bfloat16 | float16 | float64
 threads=0|a whole number >= 1
 threads=two|a whole number >= 1
 model.filters=16|a list, each a whole number >= 1

@@ -7,7 +7,7 @@ that is incomplete; batches always consist of the same photos, so that the resul
 import contextlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +130,7 @@ def _read(path: Path, label: str) -> Photo | DataError:
         return error
 
 
-def _read_ahead(batches: Sequence[Sequence[tuple[Path, str]]]) -> Iterator[list[Photo | DataError]]:
+def _read_ahead(batches: Sequence[Sequence[tuple[Path, str]]]) -> Generator[list[Photo | DataError], None, None]:
     """Yield the photos of each batch; a thread decodes the next batch while the caller processes this one.
 
     At most two batches are in memory. Closing the generator waits for the photo that is being decoded, not for others.

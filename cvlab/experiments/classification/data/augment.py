@@ -55,7 +55,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         """Import torchvision where it is needed, before the first step is timed."""
         if self.rotate or self.color or self.policy or self.erase:
-            _transforms()
+            _compat.transforms()
 
     def __call__(self, images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
         """Change uint8 images (N, H, W, C); `indices` (N,) are their indices in the data set."""
@@ -69,7 +69,7 @@ class Augmentation:
 
     def _transform(self) -> Callable[[Tensor], Tensor]:
         """Return rotation, color jitter and policy as one transform of uint8 images (C, H, W)."""
-        v2 = _transforms()
+        v2 = _compat.transforms()
         chosen: list[Any] = []
         if self.rotate:
             chosen.append(functools.partial(_rotate, transform=v2.RandomRotation(self.rotate, _bilinear())))
@@ -157,7 +157,7 @@ class Augmentation:
         The position of the square is uniform among those where it lies entirely inside the image.
         """
         if self.erase:
-            erasing = _transforms().RandomErasing(self.erase)
+            erasing = _compat.transforms().RandomErasing(self.erase)
             images = _each(erasing, images, indices, seed, epoch, "erase")
         if not self.cutout_px:
             return images
@@ -170,15 +170,8 @@ class Augmentation:
         return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
-def _transforms() -> Any:
-    _compat.torchvision()
-    from torchvision.transforms import v2
-
-    return v2
-
-
 def _bilinear() -> Any:
-    return _transforms().InterpolationMode.BILINEAR
+    return _compat.transforms().InterpolationMode.BILINEAR
 
 
 def _rotate(image: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
