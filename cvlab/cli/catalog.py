@@ -70,7 +70,7 @@ def summary(
     *,
     output: Output,
 ) -> None:
-    """Print a model's layers: shapes, parameters, FLOPs, memory, receptive fields."""
+    """Print a model's layers: shapes, parameters, FLOPs, memory."""
     from cvlab.api import summary as api_summary
     from cvlab.config import loading
     from cvlab.reports import tables

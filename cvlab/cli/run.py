@@ -89,7 +89,7 @@ def lr(
     data: DataOptions,
     output: Output,
 ) -> None:
-    """Suggest a learning rate, by training a few steps while it rises. The last line is an override to paste."""
+    """Suggest a learning rate. It rises while a few steps are trained; the last line is an override to paste."""
     from cvlab.api import run as api_run
     from cvlab.experiments.common.lr_range_test import load_range_test
     from cvlab.runs.find import runs_root

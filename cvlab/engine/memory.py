@@ -40,7 +40,7 @@ class PeakMemory:
     """The largest memory that this process has used since this object was created.
 
     Linux counts resident memory from then on; elsewhere, and where the counter cannot be reset, from the start of the
-    process. Memory of other processes, such as the other ranks of a training or the trials of a sweep, is not counted.
+    process. Memory of other processes, such as the other ranks of a run or the trials of a sweep, is not counted.
 
     Args:
         proc: Where the proc file system is mounted.

@@ -547,7 +547,9 @@ def test_doctor(cvlab):
 
 def test_the_schema_knows_every_key(cvlab):
     schema = json.loads(cvlab("config", "--schema")[1])
-    branches = {branch["properties"]["experiment"]["const"]: branch for branch in schema["anyOf"]}
+    *of_experiments, inheriting = schema["anyOf"]
+    branches = {branch["properties"]["experiment"]["const"]: branch for branch in of_experiments}
+    assert inheriting["required"] == ["base"]
     branch = branches["classify"]
     assert "eps" in branches["attack"]["properties"]
     assert "grid" in branches["sweep"]["properties"]

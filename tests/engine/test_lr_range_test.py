@@ -130,7 +130,7 @@ def test_the_command_writes_a_run_and_changes_nothing_else(cvlab, tmp_path):
         (("quickstart", "--max", "1000"), 2, "max"),
         (("quickstart", "--min", "0"), 2, "min"),
         (("quickstart", "--steps", "3"), 2, "steps"),
-        (("quickstart", "optimizer.lr=1"), 2, "did you mean 'optimizer'?"),
+        (("quickstart", "optimizr.lr=1"), 2, "did you mean 'optimizer'?"),
         (("quickstat",), 2, "did you mean 'quickstart'?"),
     ],
 )
