@@ -43,7 +43,7 @@ def test_a_missing_or_altered_file_is_named(root, name):
     with pytest.raises(DataError, match=rf"{name}: differs from the published file.*cvlab data fetch cifar10"):
         FILES.check(root)
     path.unlink()
-    assert not FILES.ready(root)
+    assert not cifar.CIFAR10.ready(root)
     with pytest.raises(DataError, match=rf"{name}: No such file"):
         FILES.check(root)
 
@@ -73,8 +73,8 @@ def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
     (elsewhere / FILES.folder).symlink_to(root / FILES.folder)
     FILES.fetch(elsewhere, root, True)
     assert not (elsewhere / FILES.folder).is_symlink()
-    assert FILES.ready(elsewhere)
-    assert FILES.ready(root)
+    assert cifar.CIFAR10.ready(elsewhere)
+    assert cifar.CIFAR10.ready(root)
 
 
 def test_a_data_folder_that_is_a_file(root, tmp_path):
