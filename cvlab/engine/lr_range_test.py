@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cvlab.engine import loop, optimizers
+from cvlab.engine import loop, parameters
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.task import TrainTask
 from cvlab.errors import ConfigError, DivergedError
@@ -86,16 +86,17 @@ def run(
     Raises:
         DivergedError: The first loss is not finite.
     """
-    arguments = config.optimizer.builder_arguments()
-    optimizer = optimizers.build_optimizer(config.optimizer.name, task.model, arguments)
+    optimizer = parameters.build_optimizer(config, task.model)
     state = loop.TrainState(task.model, optimizer, None, task.ctx.make_scaler())
+    lr = config.optimizer.builder_arguments()["lr"]
     steps = loop.fit(
         state,
         task.loss_fn,
         task.get_batch,
-        lr_factor=lambda step: rates[step] / arguments["lr"],
+        lr_factor=lambda step: rates[step] / lr,
         ctx=task.ctx,
         clip_norm=config.clip_norm,
+        split_batch=task.split_batch,
     )
     losses: list[float] = []
     mean, smallest = 0.0, math.inf

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import torch
 from torch import nn
 
 from cvlab.engine import lr_range_test
@@ -101,6 +102,28 @@ def test_the_rates_are_those_of_the_optimizer():
     run(config.model_copy(update={"optimizer": plain}), loss_fn, rates)
     taken = [float((a - b)[0, 0]) for a, b in itertools.pairwise(weights)]
     assert taken == pytest.approx(rates[:-1], rel=1e-2)
+
+
+def test_frozen_parameters_and_parts_of_batches_are_those_of_the_training_run():
+    parts = []
+
+    def loss_fn(model, part):
+        parts.append(part)
+        return {"loss": model(torch.ones(1, 2)).sum()}
+
+    config = settings("sgd", clip_norm=None, freeze=("weight",), lr_factors={"bias": 0.5})
+    plain = config.optimizer.model_copy(update={"momentum": 0.0})
+    trained = TrainTask(
+        *(nn.Linear(2, 1), loss_fn, lambda step: (2 * step, 2 * step + 1), 10, 8, lambda _: {}, "val"),
+        config.compute_context(),
+        split_batch=list,
+    )
+    weight, bias = trained.model.weight.detach().clone(), trained.model.bias.item()
+    rates = lr_range_test.exponential_rates(1e-4, 1e-2, 20)
+    lr_range_test.run(config.model_copy(update={"optimizer": plain}), trained, rates, lambda *_: None)
+    assert parts == list(range(40))
+    assert torch.equal(trained.model.weight, weight)
+    assert bias - trained.model.bias.item() == pytest.approx(sum(rates) / 2, rel=1e-3)
 
 
 def test_the_command_writes_a_run_and_changes_nothing_else(cvlab, tmp_path):
