@@ -80,11 +80,3 @@ def prune(root: Path, runs: Sequence[str], dry_run: bool) -> Result:
     freed = sum(row["bytes"] for row in rows) + (0 if dry_run else removal.empty_trash(root))
     shown = [row for row in rows if row["removed"] or (runs and "skipped" in row)]
     return {"ok": True, "dry_run": dry_run, "runs": shown, "bytes": freed}
-
-
-def format_bytes(count: int) -> str:
-    """Format a number of bytes: `12 B`, `3.4 MB`."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -108,8 +108,8 @@ def remove_runs(runs: RunsArgument, dry_run: DryRun = False, runs_dir: RunsDir =
 
     result = api_runs.remove(runs_root(runs_dir), runs, dry_run)
     verb = "would be removed" if dry_run else "removed"
-    lines = [f"{row['run']}: {verb}, {api_runs.format_bytes(row['bytes'])}" for row in result["runs"]]
-    lines.append(f"{api_runs.format_bytes(result['bytes'])} {'would be ' if dry_run else ''}freed")
+    lines = [f"{row['run']}: {verb}, {console.format_bytes(row['bytes'])}" for row in result["runs"]]
+    lines.append(f"{console.format_bytes(result['bytes'])} {'would be ' if dry_run else ''}freed")
     output.show(result, lambda: console.show("\n".join(lines)))
 
 
@@ -126,10 +126,10 @@ def prune_runs(
     lines = [
         f"{row['run']}: skipped: {row['skipped']}"
         if "skipped" in row
-        else f"{row['run']}: {', '.join(row['removed'])}, {api_runs.format_bytes(row['bytes'])}"
+        else f"{row['run']}: {', '.join(row['removed'])}, {console.format_bytes(row['bytes'])}"
         for row in result["runs"]
     ]
-    lines.append(f"{api_runs.format_bytes(result['bytes'])} {'would be ' if dry_run else ''}freed")
+    lines.append(f"{console.format_bytes(result['bytes'])} {'would be ' if dry_run else ''}freed")
     output.show(result, lambda: console.show("\n".join(lines)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cvlab.data.photo_paths import MAX_FILE_BYTES
-from cvlab.reports import curves, embedded, html, metrics, tables
+from cvlab.reports import curves, embedded, html, index, metrics, tables
 from cvlab.reports.embedded import ImageGroup, ImageGroups
 from cvlab.runs.records import Row, read_status, read_summary
 from cvlab.runs.results import Column, read_columns
@@ -56,9 +56,8 @@ def results_html(path: Path, rows: Sequence[Row], columns: Sequence[Column]) -> 
 def runs_html(rows: Sequence[Row]) -> str:
     """Return a table of runs as `cvlab runs --json` lists them, in their order."""
     shown = rows[:MAX_RUNS]
-    columns = ("run", "status", "experiment", "data", "result")
-    lines = [[row.get(column) or "" for column in columns] for row in shown]
-    return html.render("inline_runs.html", columns=columns, rows_=lines, num_more=len(rows) - len(shown))
+    lines = [[row.get(column) or "" for column in index.COLUMNS] for row in shown]
+    return html.render("inline_runs.html", columns=index.COLUMNS, rows_=lines, num_more=len(rows) - len(shown))
 
 
 def _groups(path: Path, rows: Sequence[Row], columns: Sequence[Column]) -> list[ImageGroup]:

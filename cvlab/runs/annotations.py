@@ -1,6 +1,5 @@
 """What a user notes about a run: tags, a note and a star, in `annotations.json` of the run directory."""
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -72,6 +71,5 @@ def with_tags(current: Annotations, added: tuple[str, ...], removed: tuple[str, 
     """Return annotations with tags added and removed; the order of the others stays."""
     tags = dict.fromkeys((*current.tags, *added))
     for tag in removed:
-        with contextlib.suppress(KeyError):
-            del tags[tag]
+        tags.pop(tag, None)
     return replace(current, tags=tuple(tags))

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,20 +46,14 @@ MAX_CHARS, MAX_CONDITIONS = 2000, 50
 MAX_SELECTED = 100  # runs that are compared with each other
 STATUSES = (*STATES, index.DAMAGED, index.NOT_BEGUN)
 
-TEXT_KEYS: dict[str, Callable[[RunRecord], Any]] = {
-    "run": lambda record: record.run,
-    "name": lambda record: record.name,
-    "kind": lambda record: record.experiment,
-    "experiment": lambda record: record.experiment,
-    "status": lambda record: record.status,
-    "data": lambda record: record.data,
-    "note": lambda record: record.note,
-    "tags": lambda record: record.tags,
-    "starred": lambda record: record.starred,
+Getter = Callable[[RunRecord], Any]
+TEXT_KEYS: dict[str, Getter] = {
+    name: attrgetter(name) for name in ("run", "name", "experiment", "status", "data", "note", "tags", "starred")
 }
-NUMBER_KEYS: dict[str, Callable[[RunRecord], Any]] = {
-    "seconds": lambda record: record.seconds,
-    "started": lambda record: record.started,
+TEXT_KEYS["kind"] = TEXT_KEYS["experiment"]
+NUMBER_KEYS: dict[str, Getter] = {
+    "seconds": attrgetter("seconds"),
+    "started": attrgetter("started"),
     "age": lambda record: None if record.started is None else time.time() - record.started,
 }
 BUILTIN_KEYS = TEXT_KEYS | NUMBER_KEYS
@@ -230,7 +225,7 @@ def matches(value: Any, condition: Condition) -> bool:
     return is_met != (condition.operator in ("!=", "!~"))
 
 
-def getters(keys: Sequence[str], records: list[RunRecord], root: Path) -> dict[str, Callable[[RunRecord], Any]]:
+def getters(keys: Sequence[str], records: list[RunRecord], root: Path) -> dict[str, Getter]:
     """Return for each key the function that reads it from a record; `records` are loaded with configurations if needed.
 
     Raises:
@@ -243,7 +238,7 @@ def getters(keys: Sequence[str], records: list[RunRecord], root: Path) -> dict[s
         if records[0].config is None:
             records[:] = index.load(root, with_config=True)
         names = {name for record in records for name in record.config or ()}
-    functions: dict[str, Callable[[RunRecord], Any]] = {}
+    functions: dict[str, Getter] = {}
     for key in keys:
         short = key.removeprefix("config.")
         if key in BUILTIN_KEYS:
@@ -263,7 +258,7 @@ def getters(keys: Sequence[str], records: list[RunRecord], root: Path) -> dict[s
     return functions
 
 
-def search(root: Path, query: str, other_keys: Iterable[str] = ()) -> tuple[list[RunRecord], dict[str, Any]]:
+def search(root: Path, query: str, other_keys: Iterable[str] = ()) -> tuple[list[RunRecord], dict[str, Getter]]:
     """Return the records of the runs that fulfill a query, oldest first, and a function for each key.
 
     Args:
