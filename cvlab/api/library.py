@@ -17,6 +17,7 @@ from cvlab.runs.find import find_run, runs_root
 
 if TYPE_CHECKING:
     from cvlab.config.loading import Loaded
+    from cvlab.data.resolve import DownloadPolicy
 
 StrPath = str | PathLike[str]
 Overrides = Mapping[str, Any] | Iterable[str] | None
@@ -58,14 +59,8 @@ def train(
         DataError: The data set is missing.
         CvlabError: The run fails or is interrupted; `run` is its directory.
     """
-    from cvlab.api import run
-    from cvlab.api.session import library_call
-    from cvlab.data.resolve import DownloadPolicy
-
-    policy = DownloadPolicy(offline, download, not fallback)
     loaded = _load(config, overrides, {"seed": seed, "device": device}, trust)
-    with library_call(progress):
-        return Run(run.start(loaded, policy, root_of(runs_dir))["run"])
+    return _start(loaded, _policy(download, offline, fallback), runs_dir, progress)
 
 
 def lr(
@@ -105,18 +100,14 @@ def lr(
         ConfigError: The configuration is invalid, or has no learning rate.
         CvlabError: As `train`.
     """
-    from cvlab.api import run
-    from cvlab.api.session import library_call
     from cvlab.config.overrides import to_texts
-    from cvlab.data.resolve import DownloadPolicy
     from cvlab.experiments.common.lr_range_test import load_range_test
     from cvlab.runs.trust import require_trust_of
 
     require_trust_of(fspath(config), trust)
     texts = [*to_texts(overrides), *not_none({"seed": seed, "device": device})]
     loaded = load_range_test(fspath(config), texts, min=min, max=max, steps=steps)
-    with library_call(progress):
-        return Run(run.start(loaded, DownloadPolicy(offline, download, not fallback), root_of(runs_dir))["run"])
+    return _start(loaded, _policy(download, offline, fallback), runs_dir, progress)
 
 
 def sweep(
@@ -154,14 +145,13 @@ def sweep(
     from cvlab.api import sweep as api_sweep
     from cvlab.api.session import library_call
     from cvlab.config.overrides import to_texts
-    from cvlab.data.resolve import DownloadPolicy
     from cvlab.runs.trust import require_trust_of
     from cvlab.sweeps.experiment import load_sweep
 
     require_trust_of(fspath(config), trust)
     loaded = load_sweep(fspath(config), [*to_texts(overrides), *not_none({"base.device": device, "workers": workers})])
     with library_call(progress):
-        result = api_sweep.start(loaded, DownloadPolicy(offline, download, not fallback), root_of(runs_dir), fresh)
+        result = api_sweep.start(loaded, _policy(download, offline, fallback), root_of(runs_dir), fresh)
     return Run(result["run"])
 
 
@@ -255,6 +245,22 @@ def not_none(values: Mapping[str, Any]) -> list[str]:
     from cvlab.config.overrides import to_texts
 
     return to_texts({key: value for key, value in values.items() if value is not None})
+
+
+def _policy(download: bool, offline: bool, fallback: bool) -> DownloadPolicy:
+    """Return how a missing data set is treated."""
+    from cvlab.data.resolve import DownloadPolicy
+
+    return DownloadPolicy(offline, download, not fallback)
+
+
+def _start(loaded: Loaded, policy: DownloadPolicy, runs_dir: StrPath | None, progress: bool) -> Run:
+    """Run a configuration in a new run directory."""
+    from cvlab.api import run
+    from cvlab.api.session import library_call
+
+    with library_call(progress):
+        return Run(run.start(loaded, policy, root_of(runs_dir))["run"])
 
 
 def _load(

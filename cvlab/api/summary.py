@@ -54,8 +54,7 @@ def summarize(loaded: Loaded) -> dict[str, Any]:
         raise ConfigError(
             f"{loaded.source.name}: {config.experiment} has no model to summarize", "give a configuration that trains"
         )
-    if loaded.variants:
-        raise ConfigError(f"{loaded.source.name} comes in several variants", f"add {' or '.join(loaded.variants)}")
+    loaded.require_one_variant()
     from cvlab.models import summary
 
     data = config.data_config()

@@ -45,6 +45,11 @@ class Loaded:
     variants: Mapping[str, "Loaded"] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 
+    def require_one_variant(self) -> None:
+        """Raise ConfigError if the configuration comes in variants of which none is chosen."""
+        if self.variants:
+            raise ConfigError(f"{self.source.name} comes in several variants", f"add {' or '.join(self.variants)}")
+
 
 def shipped_folder() -> Path:
     """Return the folder of the shipped configurations, in the wheel or in the working copy."""

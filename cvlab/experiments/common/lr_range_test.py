@@ -56,7 +56,7 @@ class LrRangeTestExperiment(Experiment[LrRangeTestConfig]):
         Smith, 2017, "Cyclical learning rates for training neural networks", section 3.3.
 
     Differences from the paper:
-        The rate rises exponentially, and the smoothed loss is judged, not the accuracy.
+        The rate rises exponentially, and the suggestions come from the smoothed loss, not from the accuracy.
 
     Metrics:
         `minimum_tenth_lr` (a tenth of the rate at the minimum of the smoothed loss), `steepest_lr` (where it falls
@@ -170,7 +170,7 @@ def _require_training(experiment: str, config: object) -> None:
 
 
 def _base_config(config: LrRangeTestConfig, base: Path) -> TrainConfig:
-    """Return the configuration whose learning rate is sought."""
+    """Return the configuration to find a learning rate for."""
     trained, problems = validation.check(dict(config.base), base)
     if trained is None:
         raise ConfigError(problems[0][1])
@@ -191,8 +191,7 @@ def load_range_test(reference: str, texts: Sequence[str], **values: float | int 
     """
     loaded = loading.load(reference, texts)
     config = loaded.config
-    if loaded.variants:
-        raise ConfigError(f"{loaded.source.name} comes in several variants", f"add {' or '.join(loaded.variants)}")
+    loaded.require_one_variant()
     _require_training(config.experiment, config)
     values = {key: value for key, value in values.items() if value is not None}
     raw = {
