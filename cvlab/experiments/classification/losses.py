@@ -33,9 +33,7 @@ def cross_entropy(label_smoothing: FractionBelowOne = 0.0) -> ClassLoss:
     def loss(logits: "Tensor", labels: "Tensor", weights: "Tensor | None") -> "Tensor":
         if weights is None:
             return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        # not torch's weighted mean, whose divisor differs from batch to batch and from rank to rank
-        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-        return (weights * losses).mean()
+        return _mean(F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing), weights)
 
     return loss
 
@@ -85,4 +83,5 @@ def _targets(logits: "Tensor", labels: "Tensor", label_smoothing: float) -> "Ten
 
 
 def _mean(losses: "Tensor", weights: "Tensor | None") -> "Tensor":
+    """Return the mean over N images; not torch's weighted mean, whose divisor differs between batches and ranks."""
     return losses.mean() if weights is None else (weights * losses).mean()

@@ -64,9 +64,10 @@ class Augmentation:
         images = self._flip_and_translate(images, indices, seed, epoch)
         if not (self.rotate or self.color or self.policy):
             return images
-        changed = _each(self._transform(), images.permute(0, 3, 1, 2), indices, seed, epoch, "transforms")
+        changed = _each(self._transform, images.permute(0, 3, 1, 2), indices, seed, epoch, "transforms")
         return changed.permute(0, 2, 3, 1)
 
+    @functools.cached_property
     def _transform(self) -> Callable[[Tensor], Tensor]:
         """Return rotation, color jitter and policy as one transform of uint8 images (C, H, W)."""
         v2 = _compat.transforms()
