@@ -110,3 +110,10 @@ def test_from_the_command_line(cvlab, tmp_path):
     code, _, err = cvlab("train", "quickstart", *SHORT, "freeze=['nothing.*']", "--dry-run")
     assert code == 2
     assert "freeze: 'nothing.*' matches no parameter" in err
+
+
+@pytest.mark.parametrize("name", ["yolo_scenes", "caption_scenes"])
+def test_the_plan_checks_the_patterns_of_detectors_and_captioners(cvlab, name):
+    code, out, err = cvlab("train", name, "lr_factors={'nothing.*': 2}", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "lr_factors: 'nothing.*' matches no parameter" in err

@@ -260,10 +260,12 @@ class CaptionerExperiment(
 
     def plan(self, config: CaptionerConfig, base: Path) -> dict[str, Any]:
         """Describe what a run would do; captions are read, no photo is opened."""
+        from cvlab.engine import parameters
         from cvlab.experiments.captioning.setup import build_setup, samples_of
 
         setup = build_setup(config)
         model = setup.captioner.model
+        parameters.build_optimizer(config, model)
         steps_per_epoch = max(1, len(samples_of(config, setup.dataset, "train")) // config.batch_size)
         return {
             "model": f"{model.label}, layers {model.layers}",

@@ -304,9 +304,11 @@ class DetectorExperiment(
 
     def plan(self, config: DetectorConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do; annotations are read, no photo is opened."""
+        from cvlab.engine import parameters
         from cvlab.experiments.detection.setup import build, samples_of
 
         setup = build(config)
+        parameters.build_optimizer(config, setup.detector.head)
         num_views = len(samples_of(config, setup.boxset, "train")) * max(1, setup.num_views)
         steps_per_epoch = max(1, num_views // config.batch_size)
         return {
