@@ -81,8 +81,8 @@ class Result(Mapping[str, Any]):
         """Return a picture.
 
         Args:
-            name: A key of `files`; None for the image if the run has made it, else for the first picture that the run
-                has made of it, else for the image.
+            name: A key of `files`; None for the image itself if the run generated it, else for the first picture that
+                the run drew of it, else for the photo.
 
         Raises:
             ConfigError: There is no such file.

@@ -15,7 +15,7 @@ from cvlab.runs.results import Column, read_columns
 from cvlab.storage import regular_files
 
 MAX_IMAGES, MAX_PX = 12, 900
-PHOTO_PX = 320  # of a photo about which a run has made no picture
+PHOTO_PX = 320  # of a photo of which a run drew no picture
 MAX_CHARTS, MAX_RUNS = 4, 50
 
 
@@ -61,7 +61,7 @@ def runs_html(rows: Sequence[Row]) -> str:
 
 
 def _groups(path: Path, rows: Sequence[Row], columns: Sequence[Column]) -> list[ImageGroup]:
-    """Return the results with their pictures; the photo itself where the run has made no picture of it."""
+    """Return the results with their pictures; the photo itself where the run drew no picture of it."""
     groups = ImageGroups(path, MAX_IMAGES, MAX_PX)
     groups.add_results(rows, columns)
     photos = {Path(row["image"]).name: Path(row["image"]) for row in rows if Path(row["image"]).is_absolute()}
