@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     """Return an RGB photo as float32 (3, H, W) in [0, 1]."""
     array: Any = np.asarray(image)
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float().div_(255).contiguous()
+
+
+def to_batch(images: Sequence[Image.Image]) -> Tensor:
+    """Return RGB photos of one size as float32 (N, 3, H, W) in [0, 1], channels last."""
+    batch = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return batch.permute(0, 3, 1, 2).float().div_(255)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -4,18 +4,15 @@ Only files of well-known containers are opened, and they cannot refer to other f
 one by one, so a long video takes no more memory than a short one.
 """
 
-import contextlib
 import itertools
 import os
-import queue
 import stat
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cvlab.data.photo_paths import MAX_PIXELS
 from cvlab.errors import ConfigError, DataError
@@ -30,9 +27,6 @@ OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS
 CODECS = ("libx264", "mpeg4")  # of written videos, the first that PyAV has
 MAX_MPEG4_TIME_BASE = 65535  # of the mpeg4 codec: ticks per second
 DEFAULT_RATE = Fraction(25)  # of a video that does not say it
-POLL_SECONDS = 0.1  # in which a thread that waits looks whether it is to stop
-JOIN_SECONDS = 5.0  # in which a camera may block its thread
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -207,63 +201,6 @@ def _upright(frame: Any) -> "Image.Image":
     image: Image.Image = frame.to_image()
     degrees = 90 * round(frame.rotation / 90) % 360  # counterclockwise, as Pillow counts
     return image.rotate(degrees, expand=True) if degrees else image
-
-
-def read_ahead(
-    items: Generator[T, None, None], count: int, check_interrupt: Callable[[], None]
-) -> Generator[T, None, None]:
-    """Yield items that a thread computes, up to `count` of them ahead.
-
-    Args:
-        items: A generator; it is advanced and closed in the thread only.
-        count: Number of items that wait to be taken.
-        check_interrupt: Called while there is no item to be taken.
-    """
-    results: queue.Queue[T | BaseException | None] = queue.Queue(count)
-    is_stopped = threading.Event()
-    thread = threading.Thread(target=_fill, args=(results, items, is_stopped), daemon=True)
-    thread.start()
-    try:
-        while True:
-            try:
-                item = results.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                check_interrupt()
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        is_stopped.set()
-        thread.join(JOIN_SECONDS)
-
-
-def _fill(
-    results: "queue.Queue[T | BaseException | None]", items: Generator[T, None, None], is_stopped: threading.Event
-) -> None:
-    """Put items into a queue, at last the error that ended them, or None."""
-    last: BaseException | None = None
-    try:
-        with contextlib.closing(items):
-            for item in items:
-                if not _put(results, item, is_stopped):
-                    return
-    except BaseException as error:
-        last = error
-    _put(results, last, is_stopped)
-
-
-def _put(
-    results: "queue.Queue[T | BaseException | None]", item: T | BaseException | None, is_stopped: threading.Event
-) -> bool:
-    """Put an item into a queue as soon as it has room; return False if the thread is to stop."""
-    while not is_stopped.is_set():
-        with contextlib.suppress(queue.Full):
-            results.put(item, timeout=POLL_SECONDS)
-            return True
-    return False
 
 
 class VideoWriter:

@@ -161,6 +161,9 @@ def test_conversion_to_tensors_and_back(corners_image):
     assert tensor.dtype == torch.float32
     assert 0.98 < tensor.max() < 0.981
     assert photos.to_image(tensor).tobytes() == corners_image.tobytes()
+    batch = photos.to_batch([corners_image, corners_image])
+    assert batch.equal(tensor.expand(2, -1, -1, -1))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
     assert photos.to_image(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).getpixel((0, 0)) == (0, 128, 255)
 
 

@@ -1,8 +1,6 @@
 """Read and write videos: time stamps, sizes, rotation; files that are no videos; decoding ahead."""
 
 import struct
-import threading
-import time
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -179,45 +177,3 @@ class TestErrors:
         monkeypatch.setitem(__import__("sys").modules, "av", None)
         with pytest.raises(ConfigError, match=r"PyAV, which is not installed; pip install -e '\.\[video\]'"):
             videos.probe(str(tmp_path))
-
-
-class TestReadAhead:
-    def test_items_in_order(self):
-        assert list(videos.read_ahead((k for k in range(50)), 4, lambda: None)) == list(range(50))
-
-    def test_no_more_items_are_computed_than_wait(self):
-        computed = []
-        items = (computed.append(k) or k for k in range(100))
-        ahead = videos.read_ahead(items, 3, lambda: None)
-        assert next(ahead) == 0
-        deadline = time.monotonic() + 10
-        while len(computed) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        assert len(computed) == 5  # one taken, three that wait, one in the hand of the thread
-        ahead.close()
-        assert len(computed) == 5
-
-    def test_an_error_is_raised_where_the_items_are_taken(self):
-        def items():
-            yield 1
-            raise DataError("broken")
-
-        ahead = videos.read_ahead(items(), 3, lambda: None)
-        assert next(ahead) == 1
-        with pytest.raises(DataError, match="broken"):
-            next(ahead)
-
-    def test_it_can_be_interrupted_while_nothing_comes(self):
-        released = threading.Event()
-
-        def items():
-            released.wait(10)
-            yield 1
-
-        def interrupt():
-            released.set()
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            next(videos.read_ahead(items(), 3, interrupt))

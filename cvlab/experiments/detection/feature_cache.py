@@ -4,7 +4,8 @@ A head on a frozen backbone reads nothing but these maps, so training it costs a
 whole network.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from cvlab.console import Progress
-from cvlab.data import photos, rng
+from cvlab.data import photos, prefetch, rng
 from cvlab.distributed import sharding
 from cvlab.engine import memory
 from cvlab.engine.device import ComputeContext, upload
@@ -82,24 +83,33 @@ def build(
     config: FeatureCacheConfig,
     check_interrupt: Callable[[], None],
 ) -> FeatureCache:
-    """Compute the maps of all views; difficult boxes are ignored.
+    """Compute the maps of all views; difficult boxes are ignored. A thread renders views while the backbone runs.
 
-    `check_interrupt` is called after every photo. ConfigError if the maps would not fit into memory.
+    `check_interrupt` is called after every view. ConfigError if the maps would not fit into memory.
     """
     writer = _MapWriter(features, ctx, len(samples), config.num_views)
     views: list[CachedView] = []
-    with Progress(config.title, len(samples) * config.num_views, 0) as progress:
-        for index, sample in enumerate(samples):
-            photo = photos.load(sample.path)
-            for number in range(config.num_views):
-                image, transform = _render_view(photo, config, index, number)
-                writer.add(image)
-                views.append(_cached_view(sample, transform, photo.size))
+    rendered = prefetch.read_ahead(_render_views(samples, config), 2 * BATCH_SIZE, check_interrupt)
+    with Progress(config.title, len(samples) * config.num_views, 0) as progress, contextlib.closing(rendered):
+        for sample, image, view in rendered:
+            writer.add(image)
+            views.append(view)
             check_interrupt()
             if progress.due():
                 progress.update(len(views), f"{sample.path.name}")
         writer.flush()
     return FeatureCache(writer.maps, views)
+
+
+def _render_views(
+    samples: Sequence[DetectionSample], config: FeatureCacheConfig
+) -> Generator[tuple[DetectionSample, Image.Image, CachedView], None, None]:
+    """Yield all views of each photo in turn; a photo is decoded once."""
+    for index, sample in enumerate(samples):
+        photo = photos.load(sample.path)
+        for number in range(config.num_views):
+            image, transform = _render_view(photo, config, index, number)
+            yield sample, image, _cached_view(sample, transform, photo.size)
 
 
 class _MapWriter:
@@ -108,11 +118,11 @@ class _MapWriter:
     def __init__(self, features: FeatureExtractor, ctx: ComputeContext, num_photos: int, num_views: int) -> None:
         self.features, self.ctx, self.num_photos, self.num_views = features, ctx, num_photos, num_views
         self.maps: list[Tensor] = []
-        self.pending: list[Tensor] = []
+        self.pending: list[Image.Image] = []
         self.num_written = 0
 
-    def add(self, image: Tensor) -> None:
-        """Add a view (3, S, S) in [0, 1]."""
+    def add(self, image: Image.Image) -> None:
+        """Add a view."""
         self.pending.append(image)
         if len(self.pending) == BATCH_SIZE:
             self.flush()
@@ -121,7 +131,7 @@ class _MapWriter:
         """Compute and write the maps of the pending views."""
         if not self.pending:
             return
-        batch_maps = _compute_maps(self.features, torch.stack(self.pending), self.ctx)
+        batch_maps = _compute_maps(self.features, self.pending, self.ctx)
         if not self.maps:
             count = self.num_photos * self.num_views
             _check_memory(batch_maps, count, self.ctx, self.num_views)
@@ -135,16 +145,16 @@ class _MapWriter:
 
 def _render_view(
     photo: Image.Image, config: FeatureCacheConfig, index: int, number: int
-) -> tuple[Tensor, ViewTransform]:
-    """Return view `number` of photo `index`, (3, S, S) in [0, 1], and its transform."""
+) -> tuple[Image.Image, ViewTransform]:
+    """Return view `number` of photo `index`, and its transform."""
     if config.augment is None:
         transform = augment.whole_photo(photo.width, photo.height, config.size_px)
-        return photos.to_tensor(transform.render(photo)), transform
+        return transform.render(photo), transform
     transform = augment.random_view(
         photo.width, photo.height, config.size_px, config.augment, config.seed, index, number
     )
-    image = photos.to_tensor(transform.render(photo))
-    return augment.color_jitter(image, config.augment, config.seed, index, number), transform
+    image = augment.color_jitter(transform.render(photo), config.augment, config.seed, index, number)
+    return image, transform
 
 
 def _cached_view(sample: DetectionSample, transform: ViewTransform, photo_size: tuple[int, int]) -> CachedView:
@@ -157,10 +167,10 @@ def _cached_view(sample: DetectionSample, transform: ViewTransform, photo_size: 
 
 
 @torch.no_grad()
-def _compute_maps(features: FeatureExtractor, batch: Tensor, ctx: ComputeContext) -> list[Tensor]:
-    """Return each level's maps (N, H, W, C) of views (N, 3, S, S), in the training precision."""
+def _compute_maps(features: FeatureExtractor, views: Sequence[Image.Image], ctx: ComputeContext) -> list[Tensor]:
+    """Return each level's maps (N, H, W, C) of N views, in the training precision."""
     with ctx.autocast():
-        maps = features.batch(batch.to(ctx.device))
+        maps = features.batch(photos.to_batch(views).to(ctx.device))
     dtype = torch.bfloat16 if ctx.precision == "bfloat16" else torch.float32
     return [maps[name].permute(0, 2, 3, 1).to(dtype).contiguous() for name in features.names]
 
@@ -224,7 +234,7 @@ class FreshBatches:
             image, transform = _render_view(photo, self.config, index, epoch)
             images.append(image)
             views.append(_cached_view(sample, transform, photo.size))
-        maps = [level.permute(0, 3, 1, 2) for level in _compute_maps(self.features, torch.stack(images), self.ctx)]
+        maps = [level.permute(0, 3, 1, 2) for level in _compute_maps(self.features, images, self.ctx)]
         is_finest_only = self.finest_from is not None and step >= self.finest_from
         return maps[:1] if is_finest_only else maps, _collate_views(views).to(self.ctx.device)
 

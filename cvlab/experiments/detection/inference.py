@@ -194,8 +194,8 @@ def _head_outputs(
     detector: Detector, images: Sequence[Image.Image], transforms: Sequence[ViewTransform], ctx: ComputeContext
 ) -> Any:
     """Return the head's outputs for views of photos."""
-    views = [photos.to_tensor(transform.render(image)) for transform, image in zip(transforms, images, strict=True)]
-    maps = detector.features.batch(torch.stack(views).to(ctx.device))
+    views = [transform.render(image) for transform, image in zip(transforms, images, strict=True)]
+    maps = detector.features.batch(photos.to_batch(views).to(ctx.device))
     return detector.head([maps[name] for name in detector.features.names])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from cvlab.console import Progress
-from cvlab.data import videos
+from cvlab.data import prefetch, videos
 from cvlab.data.videos import Frame, VideoInfo, VideoWriter
 from cvlab.errors import DataError, StoppedError
 from cvlab.experiments.detection import drawing, inference
@@ -100,7 +100,7 @@ def _batches(config: DetectConfig, check_interrupt: Callable[[], None]) -> Itera
     assert config.source is not None
     size = 1 if videos.is_camera(config.source) else config.batch_size
     frames = videos.read(config.source, config.every, config.max_frames)
-    with contextlib.closing(videos.read_ahead(frames, AHEAD * size, check_interrupt)) as ahead:
+    with contextlib.closing(prefetch.read_ahead(frames, AHEAD * size, check_interrupt)) as ahead:
         while batch := list(itertools.islice(ahead, size)):
             yield batch
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
 
 from cvlab.data import rng
@@ -116,10 +116,20 @@ def random_view(
     return ViewTransform(size_px, scale_x, scale_y, left, top, config.flip and u[4] < 0.5)
 
 
-def color_jitter(view: Tensor, config: AugmentConfig, seed: int, photo: int, number: int) -> Tensor:
-    """Change saturation, contrast and brightness of a view (3, S, S) in [0, 1] at random."""
+def color_jitter(view: Image.Image, config: AugmentConfig, seed: int, photo: int, number: int) -> Image.Image:
+    """Change saturation, contrast and brightness of an RGB view at random.
+
+    All three at once, by one matrix on 8-bit pixels: each color moves away from or towards its luminance (saturation),
+    the colors away from or towards the view's mean luminance (contrast), and that mean is scaled (brightness).
+    """
     u = (rng.uniform(seed, number, photo * 16 + 8 + torch.arange(3), "views") * 2 - 1).tolist()
-    gray = style.luminance(view)
-    view = torch.lerp(gray.expand_as(view), view, 1 + config.saturation * u[0])
-    view = (view - gray.mean()) * (1 + config.contrast * u[1]) + gray.mean() * (1 + config.brightness * u[2])
-    return view.clamp(0, 1)
+    strengths = (config.saturation, config.contrast, config.brightness)
+    saturation, contrast, brightness = (1 + strength * value for strength, value in zip(strengths, u, strict=True))
+    mean = sum(weight * value for weight, value in zip(style.LUMINANCE, ImageStat.Stat(view).mean, strict=True))
+    to_gray = [contrast * (1 - saturation) * weight for weight in style.LUMINANCE]
+    matrix: list[float] = []
+    for channel in range(3):
+        row = list(to_gray)
+        row[channel] += contrast * saturation
+        matrix += [*row, (brightness - contrast) * mean]
+    return view.convert("RGB", tuple(matrix))

@@ -72,7 +72,7 @@ def _detect(model: Detector, paths: Sequence[Path]) -> list[list[Detection]]:
     size_px, classes = model.metadata.size_px, model.metadata.classes
     images = [photos.load(path) for path in paths]
     views = [augment.whole_photo(*image.size, size_px) for image in images]
-    batch = torch.stack([photos.to_tensor(view.render(image)) for view, image in zip(views, images, strict=True)])
+    batch = photos.to_batch([view.render(image) for view, image in zip(views, images, strict=True)])
     maps = model.features.batch(batch)
     outputs = model.head([maps[name] for name in model.features.names])
     results = model.head.postprocess(outputs, size_px, MIN_SCORE, NMS_IOU, MAX_DETECTIONS)

@@ -52,10 +52,10 @@ def _sample(
     shown = photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))))
     boxes = _labeled(sample.boxes_xyxy * scale, sample.labels, dataset.classes)
     view = augment.random_view(photo.width, photo.height, size_px, config.augment, config.seed, index, 0)
-    pixels = augment.color_jitter(photos.to_tensor(view.render(photo)), config.augment, config.seed, index, 0)
+    image = augment.color_jitter(view.render(photo), config.augment, config.seed, index, 0)
     visible, indices = view.visible_boxes(sample.boxes_xyxy)
     return DataSample(
         sample.path.name,
         drawing.draw(shown, boxes),
-        drawing.draw(photos.to_image(pixels), _labeled(visible, sample.labels[indices], dataset.classes)),
+        drawing.draw(image, _labeled(visible, sample.labels[indices], dataset.classes)),
     )

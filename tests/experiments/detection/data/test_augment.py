@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cvlab.data import photos, rng
 from cvlab.experiments.detection import config as detection_config
 from cvlab.experiments.detection.data import augment
-from cvlab.ops import boxes
+from cvlab.ops import boxes, style
 
 
 def random_boxes(count, seed=0, span=100.0):
@@ -53,9 +54,25 @@ def test_views_are_a_pure_function_of_seed_photo_and_number():
     assert one == augment.random_view(300, 200, 128, config, 0, 5, 1)
     others = [augment.random_view(300, 200, 128, config, *key) for key in ((1, 5, 1), (0, 6, 1), (0, 5, 2))]
     assert all(one != other for other in others)
-    view = torch.rand(3, 8, 8)
-    assert augment.color_jitter(view, config, 0, 1, 2).equal(augment.color_jitter(view, config, 0, 1, 2))
-    assert not augment.color_jitter(view, config, 0, 1, 2).equal(augment.color_jitter(view, config, 0, 1, 3))
+    view = photos.to_image(torch.rand(3, 8, 8))
+    assert augment.color_jitter(view, config, 0, 1, 2) == augment.color_jitter(view, config, 0, 1, 2)
+    assert augment.color_jitter(view, config, 0, 1, 2) != augment.color_jitter(view, config, 0, 1, 3)
+
+
+@pytest.mark.parametrize("strengths", [(0.9, 0, 0), (0, 0.9, 0), (0, 0, 0.9), (0.5, 0.3, 0.4)])
+def test_color_jitter_equals_three_steps_in_float(strengths):
+    saturation, contrast, brightness = strengths
+    config = detection_config.AugmentConfig(saturation=saturation, contrast=contrast, brightness=brightness)
+    view = photos.to_image(torch.rand(3, 40, 30, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2)
+    for number in range(4):
+        u = (rng.uniform(5, number, 3 * 16 + 8 + torch.arange(3), "views") * 2 - 1).tolist()
+        pixels = photos.to_tensor(view)
+        gray = style.luminance(pixels)
+        pixels = gray + (pixels - gray) * (1 + saturation * u[0])
+        pixels = gray.mean() + (pixels - gray.mean()) * (1 + contrast * u[1])
+        pixels = (pixels + gray.mean() * brightness * u[2]).clamp(0, 1)
+        jittered = photos.to_tensor(augment.color_jitter(view, config, 5, 3, number))
+        assert (jittered - pixels).abs().max() <= 0.51 / 255
 
 
 def test_a_box_that_is_hardly_visible_is_dropped():
