@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cvlab import errors
     from cvlab.api.handles import Result, Run, RunList
-    from cvlab.api.library import load_run, lr, runs, summary, sweep, train
+    from cvlab.api.library import load_run, lr, robustness, runs, summary, sweep, train
     from cvlab.api.library_photos import attack, caption, classify, classvis, detect, saliency, style
     from cvlab.experiments.classification.data.images import ImageDataset
     from cvlab.ops.average_precision import Detections
@@ -34,6 +34,7 @@ __all__ = [
     "errors",
     "load_run",
     "lr",
+    "robustness",
     "runs",
     "saliency",
     "style",
@@ -45,7 +46,7 @@ _PUBLIC = {
     "Detections": "cvlab.ops.average_precision",
     "ImageDataset": "cvlab.experiments.classification.data.images",
     **dict.fromkeys(("Result", "Run", "RunList"), "cvlab.api.handles"),
-    **dict.fromkeys(("load_run", "lr", "summary", "sweep", "train"), "cvlab.api.library"),
+    **dict.fromkeys(("load_run", "lr", "robustness", "summary", "sweep", "train"), "cvlab.api.library"),
     **dict.fromkeys(("attack", "caption", "classify", "classvis", "detect"), "cvlab.api.library_photos"),
     **dict.fromkeys(("saliency", "style"), "cvlab.api.library_photos"),
 }

@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "detector": "cvlab.experiments.detection.experiments:DetectorExperiment",
     "feature_inversion": "cvlab.experiments.interpretability.experiments:FeatureInversionExperiment",
     "lr_range_test": "cvlab.experiments.common.lr_range_test:LrRangeTestExperiment",
+    "robustness": "cvlab.experiments.adversarial.robustness:RobustnessExperiment",
     "saliency": "cvlab.experiments.interpretability.experiments:SaliencyExperiment",
     "style": "cvlab.experiments.style.experiments:StyleExperiment",
     "sweep": "cvlab.sweeps.experiment:SweepExperiment",

@@ -17,6 +17,7 @@ from cvlab.cli import main
 from cvlab.config import loading, overrides, strict_yaml
 from cvlab.data import photos
 from cvlab.data.scenes import generator
+from cvlab.experiments.adversarial.config import RobustnessConfig
 from cvlab.runs.records import STATES
 from cvlab.sweeps.experiment import load_sweep
 from tests.markdown import ROOT, blocks_of, commands_of, pages
@@ -80,6 +81,9 @@ def check_configuration(words, folder):
             assert load_sweep(reference, texts)
         else:
             assert loading.load(reference, texts)
+    elif words[0] == "attack" and "--on" in words:
+        keys = [word.partition("=")[0] for word in words[1:] if OVERRIDE.match(word)]
+        assert set(keys) <= set(RobustnessConfig.model_fields)
     elif words[0] in PHOTO_COMMANDS:
         assert loading.load(PHOTO_COMMANDS[words[0]], [word for word in words[1:] if OVERRIDE.match(word)])
 

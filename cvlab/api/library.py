@@ -6,7 +6,7 @@ set, and leave the caller's random numbers and threads as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,50 @@ def lr(
     texts = [*to_texts(overrides), *not_none({"seed": seed, "device": device})]
     loaded = load_range_test(fspath(config), texts, min=min, max=max, steps=steps)
     return _start(loaded, _policy(download, offline, fallback), runs_dir, progress)
+
+
+def robustness(
+    runs: StrPath | Sequence[StrPath],
+    *,
+    on: str = "test",
+    methods: Sequence[str] | None = None,
+    eps: Sequence[float] | None = None,
+    corruptions: Sequence[str] | None = None,
+    overrides: Overrides = None,
+    seed: int | None = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Measure the accuracy of trained classifiers under attack and under corruptions, as `cvlab attack RUN --on` does.
+
+    Args:
+        runs: One or several training runs: paths, or names below `runs_dir`.
+        on: `train`, `val` or `test`.
+        methods: Of `fgsm`, `pgd`, `apgd_ce`, `apgd_dlr`, `square`; None for `fgsm` and `pgd`.
+        eps: Largest changes of a pixel, in 1/255; None for 0, 1, 2, 4 and 8.
+        corruptions: Of `noise`, `blur`, `contrast`, `jpeg`, or `all` alone; None for none.
+        overrides: Further keys, such as `num_images`; see `train`.
+        seed: See `train`.
+        device: See `train`.
+        runs_dir: See `train`.
+        trust: See `train`.
+        progress: Show messages and a progress bar.
+
+    Raises:
+        ConfigError: A run is no classifier, or a value is invalid.
+        CvlabError: As `train`.
+    """
+    from cvlab.api import photos
+    from cvlab.config.overrides import to_texts
+    from cvlab.data.resolve import DownloadPolicy
+
+    values = {"on": on, "methods": methods, "eps": eps, "corruptions": corruptions, "seed": seed, "device": device}
+    names = [runs] if isinstance(runs, (str, PathLike)) else list(runs)
+    root = root_of(runs_dir)
+    loaded = photos.load_robustness([fspath(name) for name in names], values, to_texts(overrides), root, trust)
+    return _start(loaded, DownloadPolicy(True, False, False), runs_dir, progress)
 
 
 def sweep(

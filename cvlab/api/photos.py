@@ -11,6 +11,7 @@ from cvlab.config.overrides import to_texts
 from cvlab.data import photo_paths
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.errors import ConfigError
+from cvlab.experiments.adversarial.config import CORRUPTIONS
 from cvlab.experiments.common import run_classifier
 from cvlab.runs import trust
 
@@ -66,6 +67,27 @@ def resolve_model(model: str | None, root: Path, is_trusted: bool) -> str | None
     if run_classifier.is_run_of_classifier(name):
         trust.require_trust_of(name, is_trusted)
     return name
+
+
+def load_robustness(
+    runs: Sequence[str], values: Mapping[str, Any], overrides: Sequence[str], root: Path, is_trusted: bool
+) -> loading.Loaded:
+    """Return the configuration that measures the robustness of training runs below `root`.
+
+    `values` are those of its keys, None for the default; corruptions may be `all`.
+
+    Raises:
+        ConfigError: With all problems.
+        RunDirError: A run has code of others that is not trusted.
+    """
+    from cvlab.experiments.adversarial.robustness import load_robustness
+
+    if not runs and not any(text.startswith("models=") for text in overrides):
+        raise ConfigError("no run is named", "`cvlab attack RUN --on test` attacks a training run on its test images")
+    paths = [resolve_model(name, root, is_trusted) for name in runs]
+    if values.get("corruptions") == ["all"]:
+        values = {**values, "corruptions": list(CORRUPTIONS)}
+    return load_robustness([path for path in paths if path is not None], overrides, **values)
 
 
 def style_config(preset: str | None) -> str:

@@ -110,10 +110,21 @@ def saliency(
 def attack(
     images: Images = None,
     target: Annotated[str | None, typer.Option(help="target class; default: any class but the predicted one")] = None,
-    method: Annotated[str | None, typer.Option(help="l2, fgsm or pgd")] = None,
-    eps: Annotated[float | None, typer.Option(help="fgsm, pgd: largest change of a pixel, in 1/255")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="l2, fgsm or pgd; with --on of fgsm, pgd, apgd_ce, apgd_dlr, square, with commas")
+    ] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="largest change of a pixel, in 1/255; with --on several, with commas")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="original, or model: first reduce to the model's input size")] = None,
     then: Annotated[str | None, typer.Option(help="saliency: also explain the attacked photos")] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="train, val or test: attack training runs, named instead of photos, on these images"),
+    ] = None,
+    corrupt: Annotated[
+        str | None, typer.Option(help="with --on: all, or of noise, blur, contrast, jpeg, with commas")
+    ] = None,
     seed: Seed = None,
     dry_run: DryRun = False,
     *,
@@ -125,10 +136,45 @@ def attack(
     from cvlab.api import photos
 
     names, overrides = split_arguments(images)
+    if on is not None:
+        photo_values = {"target": target, "size": size, "then": then, "model": model.model, "weights": model.weights}
+        unused = next((f"--{key}" for key, value in photo_values.items() if value is not None), None)
+        if unused is not None:
+            raise ConfigError(f"{unused} has no effect with --on", "name training runs instead of photos")
+        values: Values = {"on": on, "methods": _names(method, "--method"), "eps": _numbers(eps, "--eps"), "seed": seed}
+        values |= {"corruptions": _names(corrupt, "--corrupt"), "device": options.device}
+        _measure_robustness(names, values, overrides, model.trust, options, dry_run, output)
+        return
+    if corrupt is not None:
+        raise ConfigError("--corrupt needs --on", "`cvlab attack RUN --on test --corrupt all`")
     require_photos(names, overrides, options)
-    values = {"images": names or None, "target": target, "method": method, "eps": eps, "size": size, "then": then}
-    values |= {"seed": seed, **model.values(options)}
+    bounds = _numbers(eps, "--eps")
+    if bounds is not None and len(bounds) > 1:
+        raise ConfigError("--eps: one number for photos", "several need --on test and a training run")
+    values = {"images": names or None, "target": target, "method": method, "eps": bounds[0] if bounds else None}
+    values |= {"size": size, "then": then, "seed": seed, **model.values(options)}
     start("attack", values, overrides, options, dry_run, output, photos.attack_failure)
+
+
+def _measure_robustness(
+    runs: list[str],
+    values: Values,
+    overrides: Sequence[str],
+    is_trusted: bool,
+    options: RunOptions,
+    dry_run: bool,
+    output: Output,
+) -> None:
+    """Measure the robustness of training runs, or print the plan."""
+    from cvlab.api import photos
+    from cvlab.runs.find import runs_root
+
+    root = runs_root(options.runs_dir)
+    loaded = photos.load_robustness(runs, values, [*overrides, *(options.set_ or [])], root, is_trusted)
+    if dry_run:
+        show_plan(loaded, root, output)
+    else:
+        finish(photos.start(loaded, root), output)
 
 
 @app.command(rich_help_panel=PHOTOS)
@@ -152,8 +198,13 @@ def classvis(
 
     names, overrides = split_arguments(arguments)
     photo_paths.require_any(names)
-    targets = [part.strip() for part in target.split(",")] if target else None
-    values = {"images": names or None, "targets": targets, "init": init, "steps": steps, "seed": seed}
+    values = {
+        "images": names or None,
+        "targets": _names(target, "--target"),
+        "init": init,
+        "steps": steps,
+        "seed": seed,
+    }
     start("class_visualization", values | model.values(options), overrides, options, dry_run, output)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from cvlab.errors import DivergedError
 
+CLASS = "class"
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -18,12 +20,14 @@ class Metric:
         unit: `fraction` for a value in [0, 1], `s`, `dB`, `px` and the like; empty for counts and losses.
         better: whether higher or lower is better; None if neither is.
         when: whether a run of a configuration reports it; None if every run does.
+        label: what stands behind the slash of a name such as `ap50/dog`.
     """
 
     name: str
     unit: str = ""
     better: Literal["higher", "lower"] | None = None
     when: Callable[[Any], bool] | None = None
+    label: str = CLASS
 
     def matches(self, name: str) -> bool:
         """Whether `name` is this metric."""
@@ -31,13 +35,15 @@ class Metric:
 
 
 def metric_info(metrics: Iterable[Metric], names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return unit and direction of each name in `names` that is declared in `metrics`."""
+    """Return unit, direction and label, if it is no class, of each name in `names` that is declared in `metrics`."""
     declared = tuple(metrics)
     info = {}
     for name in names:
         metric = next((metric for metric in declared if metric.matches(name)), None)
         if metric is not None and (metric.unit or metric.better):
             info[name] = {"unit": metric.unit, "better": metric.better}
+            if metric.label != CLASS:
+                info[name]["label"] = metric.label
     return info
 
 

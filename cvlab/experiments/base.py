@@ -25,6 +25,7 @@ from cvlab.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.common.data_overview import DataOverview
+    from cvlab.experiments.common.labeled_classifier import LabeledClassifier
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
     from cvlab.models.summary import SummarySpec
@@ -178,6 +179,16 @@ class ClassifiesPhotos(Generic[C]):
 
     def photo_classifier(self, config: C, base: Path, state: State, device: str) -> "PretrainedClassifier":
         """Return the model of a checkpoint, in evaluation mode, and how it takes photos."""
+        raise NotImplementedError
+
+
+class MeasuresRobustness(Generic[C]):
+    """An experiment whose classifier can be attacked on its own data: `cvlab attack RUN --on test`."""
+
+    def labeled_classifier(
+        self, config: C, base: Path, state: State, split: str, device: str, check_interrupt: Callable[[], None]
+    ) -> "LabeledClassifier":
+        """Return the classifier of a checkpoint with a split of its data. ConfigError if there is no such split."""
         raise NotImplementedError
 
 

@@ -173,7 +173,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
             for name, value in values.items()
             if "/" not in name
         ],
-        "class_tables": tables.class_tables({**values, **summary.get("class_metrics", {})}),
+        "class_tables": tables.class_tables({**values, **summary.get("class_metrics", {})}, info),
         "settings": _settings(summary.get("settings", [])),
         "trials": _trials(path, links, summary.get("trials", [])),
         "charts": charts(lines),

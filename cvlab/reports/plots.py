@@ -45,12 +45,20 @@ def plotted_families(names: Iterable[str], info: MetricInfo) -> dict[str, list[s
     return {key: members for key, members in families.items() if metrics.is_plotted(key, members, info)}
 
 
-def draw(lines: Mapping[str, Curve], y_label: str, title: str, is_fraction: bool = False) -> bytes:
-    """Draw curves of metrics over the step into one plot, of fractions with the y axis from 0 to 1; return the PNG."""
+def draw(
+    lines: Mapping[str, Curve], y_label: str, title: str, is_fraction: bool = False, x_label: str | None = None
+) -> bytes:
+    """Draw curves of metrics over the step, or over what `x_label` says, into one plot; return the PNG.
+
+    The y axis of fractions is from 0 to 1.
+    """
     figure, axes = new_panel(7, 4)
     for name, style in colors.of_metrics(lines).items():
         _plot(axes, lines[name], name, style)
-    set_step_axis(axes)
+    if x_label is None:
+        set_step_axis(axes)
+    else:
+        axes.set_xlabel(x_label)
     axes.set_ylabel(label(y_label))
     set_value_axis(axes, [y for _, ys in lines.values() for y in ys], is_fraction)
     axes.set_title(label(f"{y_label}: {title}"), fontsize=TITLE_SIZE)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import console
+from cvlab.config.metrics import CLASS
 from cvlab.reports import data_summary, metrics
 from cvlab.runs.records import read_summary
 from cvlab.runs.results import Column, read_columns
@@ -191,37 +192,40 @@ def show_metrics(title: str, values: Mapping[str, Any], info: Mapping[str, Any])
     """Print metrics with their units, and those of classes in a table with a row for each class."""
     plain = {name: value for name, value in values.items() if "/" not in name}
     table(title, ("metric", "value", "unit"), [(n, number(v), metrics.unit(n, info)) for n, v in plain.items()])
-    for split, columns, rows in class_tables(values):
+    for split, columns, rows in class_tables(values, info):
         table(split, columns, rows[:MAX_CLASSES])
         if len(rows) > MAX_CLASSES:
             print(f"and {len(rows) - MAX_CLASSES} more classes")
 
 
-def class_tables(values: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def class_tables(values: Mapping[str, Any], info: metrics.MetricInfo) -> list[tuple[str, list[str], list[list[str]]]]:
     """Return title, columns and rows of the metrics called `MEASURE/CLASS` or `SPLIT_MEASURE/CLASS`.
 
-    There is a table for each split and a row for each class, those with the lowest values first.
+    There is a table for each split and a row for each class, those with the lowest values first. What is no class, such
+    as the strength of an attack, has tables of its own, in the given order.
     """
-    by_split: dict[str, dict[str, dict[str, Any]]] = {}
+    tables: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, value in values.items():
-        measure, slash, label = name.partition("/")
+        measure, slash, row = name.partition("/")
         if not slash:
             continue
         split, _, rest = measure.partition("_")
         split, measure = (split, rest) if split in SPLITS else ("", measure)
-        by_split.setdefault(split, {}).setdefault(label, {})[measure] = value
-    return [(split, *_class_rows(by_class)) for split, by_class in by_split.items()]
+        label = info.get(name, {}).get("label", CLASS)
+        tables.setdefault((split, label), {}).setdefault(row, {})[measure] = value
+    return [(split, *_class_rows(rows, label)) for (split, label), rows in tables.items()]
 
 
-def _class_rows(by_class: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _class_rows(by_class: Mapping[str, Mapping[str, Any]], label: str) -> tuple[list[str], list[list[str]]]:
     measures = list(dict.fromkeys(measure for row in by_class.values() for measure in row))
 
-    def mean(label: str) -> float:
-        numbers = [value for value in by_class[label].values() if isinstance(value, (int, float))]
+    def mean(name: str) -> float:
+        numbers = [value for value in by_class[name].values() if isinstance(value, (int, float))]
         return sum(numbers) / len(numbers) if numbers else 0.0
 
-    rows = [[label, *(number(by_class[label].get(key)) for key in measures)] for label in sorted(by_class, key=mean)]
-    return ["class", *measures], rows
+    names = sorted(by_class, key=mean) if label == CLASS else list(by_class)
+    rows = [[name, *(number(by_class[name].get(key)) for key in measures)] for name in names]
+    return [label, *measures], rows
 
 
 def csv_cell(value: Any) -> Any:

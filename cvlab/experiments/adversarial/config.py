@@ -1,13 +1,20 @@
 """Configuration of adversarial attacks on photos."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Le
-from pydantic import Field, model_validator
+from annotated_types import Ge, Gt, Le, Len
+from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
+from cvlab.config.schema import RunConfig
+from cvlab.experiments.common import run_classifier
 from cvlab.experiments.common.photo_config import ClassName, PhotoConfig
+from cvlab.runs.find import runs_root
 
+Corruption = Literal["noise", "blur", "contrast", "jpeg"]
+Method = Literal["fgsm", "pgd", "apgd_ce", "apgd_dlr", "square"]
+METHODS: tuple[Method, ...] = get_args(Method)
+CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 JPEG_QUALITIES = (95, 85, 75)
 DEFAULT_EPS = 8.0  # in 1/255
 
@@ -47,3 +54,55 @@ class AttackConfig(PhotoConfig):
     def bound(self) -> float:
         """The largest change of a pixel, in [0, 1]."""
         return (self.eps if self.eps is not None else DEFAULT_EPS) / 255
+
+
+class RobustnessConfig(RunConfig):
+    """Configuration of a measurement of robustness: trained classifiers, attacks on them, corruptions."""
+
+    models: Annotated[tuple[str, ...], Len(1, 8)] = Field(
+        description="training runs of classifiers; of several, examples against each are also tried on the others"
+    )
+    on: Literal["train", "val", "test"] = Field("test", description="split of the data that the runs were trained on")
+    weights: Literal["last", "best"] = Field("last", description="checkpoint of the runs")
+    num_images: schema.PositiveInt = Field(1000, description="number of images, the first ones of the split")
+    methods: tuple[Method, ...] = Field(
+        ("fgsm", "pgd"), description="attacks, all untargeted and within an L-infinity bound; square needs no gradients"
+    )
+    eps: Annotated[tuple[Annotated[float, Ge(0), Le(255)], ...], Len(1, 20)] = Field(
+        (0.0, 1.0, 2.0, 4.0, 8.0), description="largest changes of a pixel, in 1/255"
+    )
+    steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(20, description="pgd, apgd: steps from each start")
+    restarts: Annotated[schema.PositiveInt, Le(100)] = Field(
+        1, description="pgd, apgd: starts; the first one of pgd is the example of fgsm, the others are random"
+    )
+    alpha: Annotated[float, Gt(0), Le(255)] | None = Field(
+        None, description="pgd: step size, in 1/255; null: 2.5 eps / steps"
+    )
+    queries: Annotated[int, Ge(2), Le(100_000)] = Field(1000, description="square: evaluations of each image")
+    corruptions: tuple[Corruption, ...] = Field(
+        (), description="corruptions at severities 1 to 5 to measure the accuracy under"
+    )
+    batch_size: schema.PositiveInt = Field(250, description="images that are attacked at a time")
+    precision: Literal["float32"] = Field("float32", description="of the attacks and of the classifiers")
+
+    @field_validator("models")
+    @classmethod
+    def _known(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        paths = tuple(run_classifier.resolve_model(name, runs_root()) for name in models)
+        for name, path in zip(models, paths, strict=True):
+            if not run_classifier.is_run_of_classifier(path):
+                raise ValueError(f"{name} is a pretrained network; the robustness of training runs is measured")
+        if len(set(paths)) < len(paths):
+            raise ValueError("a run is named twice")
+        return paths
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> "RobustnessConfig":
+        if not self.methods and not self.corruptions:
+            raise ValueError("neither methods nor corruptions are given")
+        return self
+
+    @property
+    def bounds(self) -> list[float]:
+        """The L-infinity bounds above 0, in 1/255, ascending."""
+        return sorted({eps for eps in self.eps if eps > 0})

@@ -21,6 +21,7 @@ from cvlab.experiments.base import (
     HasPhotoModule,
     HasSummary,
     HasTrainTask,
+    MeasuresRobustness,
     PhotoExperiment,
     ShowsData,
     State,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.classification.report import Scores
     from cvlab.experiments.classification.setup import ClassificationSetup
     from cvlab.experiments.common.data_overview import DataOverview
+    from cvlab.experiments.common.labeled_classifier import LabeledClassifier
     from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
@@ -120,6 +122,7 @@ class ClassifyExperiment(
     HasPhotoModule[ClassifyConfig],
     HasSummary[ClassifyConfig],
     HasTrainTask[ClassifyConfig],
+    MeasuresRobustness[ClassifyConfig],
 ):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
@@ -315,17 +318,44 @@ class ClassifyExperiment(
 
     def evaluate(self, config: ClassifyConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
         """Evaluate the weights of a checkpoint on splits; on validation and test if none is given."""
+        setup = self._restore(config, base, state, splits)
+        splits = splits or default_splits(setup.splits)
+        scores = self._report(config, setup, setup.model, splits, RunDir(base))
+        return scores.metrics | scores.class_metrics
+
+    def _restore(
+        self,
+        config: ClassifyConfig,
+        base: Path,
+        state: State,
+        splits: Sequence[str],
+        check_interrupt: Callable[[], None] = lambda: None,
+    ) -> "ClassificationSetup":
+        """Return the data, which must have these splits, and the model with the weights of a checkpoint."""
         from cvlab.experiments.classification.setup import build
         from cvlab.runs import checkpoint
 
-        setup = build(config, base, is_restored=True)
+        setup = build(config, base, check_interrupt=check_interrupt, is_restored=True)
         checkpoint.load_eval_weights(setup.model, state, str(base))
-        splits = splits or default_splits(setup.splits)
         unknown = [name for name in splits if name not in setup.splits]
         if unknown:
             raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(setup.splits)}")
-        scores = self._report(config, setup, setup.model, splits, RunDir(base))
-        return scores.metrics | scores.class_metrics
+        return setup
+
+    def labeled_classifier(
+        self,
+        config: ClassifyConfig,
+        base: Path,
+        state: State,
+        split: str,
+        device: str,
+        check_interrupt: Callable[[], None],
+    ) -> "LabeledClassifier":
+        """Return the classifier of a checkpoint with a split of its data."""
+        from cvlab.experiments.classification.setup import labeled_classifier
+
+        on_device = config.model_copy(update={"device": device})
+        return labeled_classifier(self._restore(on_device, base, state, [split], check_interrupt), split)
 
     def evaluate_on(
         self, config: ClassifyConfig, base: Path, state: State, data: str, splits: Sequence[str]

@@ -40,6 +40,7 @@ from cvlab.experiments.classification.data.images import (
 from cvlab.experiments.classification.models import checks
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.models.transfer import TransferClassifier
+from cvlab.experiments.common.labeled_classifier import LabeledClassifier
 from cvlab.models import pretrained
 from cvlab.models.pretrained import Preprocessing, PretrainedClassifier
 from cvlab.ops.resample import EvalTransform
@@ -131,6 +132,26 @@ def build(
     train_loader.num_classes = len(dataset.classes)
     train_loader.sampling = config.data.sampling
     return ClassificationSetup(ctx, dataset, model, splits, normalize, train_loader, eval_batch_size)
+
+
+def labeled_classifier(setup: ClassificationSetup, split_name: str) -> LabeledClassifier:
+    """Return the model, in evaluation mode and without gradients of its weights, for images of a split in [0, 1]."""
+    model = setup.model.eval().requires_grad_(False)
+    scale, shift = 255 * setup.normalize.scale.float(), setup.normalize.shift.float()
+    dtype = next(model.parameters()).dtype
+    images, labels = setup.splits[split_name]
+
+    def compute_logits(pixels: Tensor) -> Tensor:
+        logits: Tensor = model((pixels * scale + shift).to(dtype, memory_format=torch.channels_last))
+        return logits.float()
+
+    def get_images(rows: slice) -> Tensor:
+        pixels = images[rows]
+        assert isinstance(pixels, Tensor)
+        return pixels
+
+    dataset = setup.dataset
+    return LabeledClassifier(compute_logits, get_images, labels, dataset.classes, dataset.name, setup.ctx.device)
 
 
 def _normalization(config: ClassifyConfig, dataset: ImageDataset, ctx: device.ComputeContext) -> Normalization:

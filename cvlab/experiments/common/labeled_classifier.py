@@ -1,0 +1,28 @@
+"""A trained classifier together with the labeled images that it is measured on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LabeledClassifier:
+    """A trained classifier and a split of the data set that it was trained on.
+
+    Attributes:
+        logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K) in float32, differentiable.
+        images: A function from a range of images to these, uint8 (N, H, W, C).
+        labels: int64 (M,), of all images of the split.
+        classes: Names of the K classes.
+        data: Name of the data set.
+        device: Where the images and the classifier are.
+    """
+
+    logits_fn: Callable[[Tensor], Tensor]
+    images: Callable[[slice], Tensor]
+    labels: Tensor
+    classes: tuple[str, ...]
+    data: str
+    device: torch.device
