@@ -1,6 +1,5 @@
 """Shared fixtures. Tests are offline, write to their own folder only, and do not depend on the number of cores."""
 
-import io
 import json
 import os
 import subprocess
@@ -10,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
+ROOT = Path(__file__).parent.parent
 REAL_DATA = os.environ.get("CVLAB_DATA")
+PROCESS_TESTS = ("distributed", "sweeps")  # folders of the tests of several processes
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
@@ -55,6 +55,7 @@ def clean_environment(monkeypatch, tmp_path, data_root):
     monkeypatch.setenv("CVLAB_DATA", str(data_root))
     monkeypatch.setenv("CVLAB_OFFLINE", "1")
     monkeypatch.delenv("CVLAB_RUNS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     console.set_level(quiet=False, verbose=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that a test starts, several in most cases
     torch.set_num_threads(1 if IS_WORKER else 2)
@@ -65,12 +66,14 @@ def clean_environment(monkeypatch, tmp_path, data_root):
 def small_scenes(request, monkeypatch, clean_environment, data_root):
     """Generate only a few images of scenes and scene_captions; all of them take 15 s and most of a minute.
 
-    Slow tests train to the end, on all images of the built-in data sets, in a folder of their own.
+    Slow tests train to the end, on all images of the built-in data sets, in a folder of their own, but not those of
+    PROCESS_TESTS: what they show does not depend on the number of images.
     """
     from cvlab.experiments.captioning import scene_captions
     from cvlab.experiments.detection.data import scenes
 
-    if request.node.get_closest_marker("slow"):
+    folder = request.path.relative_to(ROOT / "tests").parts[0]
+    if request.node.get_closest_marker("slow") and folder not in PROCESS_TESTS:
         monkeypatch.setenv("CVLAB_DATA", str(data_root / "whole"))
         return
     monkeypatch.setattr(scenes, "COUNTS", {"train": 40, "val": 8, "test": 8})
@@ -82,20 +85,15 @@ def drawn_plots():
     """Draw the plots of runs as they are; see `blank_plots`."""
 
 
-BLANK_PLOT = io.BytesIO()
-Image.new("RGB", (84, 48), "white").save(BLANK_PLOT, "png")
-
-
 @pytest.fixture(autouse=True)
 def blank_plots(request, monkeypatch):
-    """Build the plots of runs, but render none of them, which takes longer than all else that a tiny run does."""
-    from cvlab.experiments.classification import drawing
-    from cvlab.reports import plots
+    """Build the plots of runs, but render none of them; also in the trials of sweeps that this process starts."""
+    from cvlab.sweeps.executors import local
+    from tests import blank_plots
 
     if "drawn_plots" not in request.fixturenames:
-        monkeypatch.setattr(plots, "to_png", lambda figure: BLANK_PLOT.getvalue())
-        for name in ("confusion_matrix", "reliability_diagram", "gallery"):
-            monkeypatch.setattr(drawing, name, lambda *_: Image.new("RGB", (84, 48), "white"))
+        blank_plots.apply(monkeypatch.setattr)
+        monkeypatch.setattr(local, "PRELOADED", (*local.PRELOADED, "tests.blank_trials"))
 
 
 @pytest.fixture
@@ -187,7 +185,7 @@ def undisturbed_weights(tmp_path_factory, data_root):
     """Return the digests of the weights of SMALL_SWEEP's trials, run to the end on this machine."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "s.yaml").write_text(SMALL_SWEEP)
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "CVLAB_DATA": str(data_root / "whole")}
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "CVLAB_DATA": str(data_root)}
     command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", "-q"]
     subprocess.run(command, cwd=folder, env=os.environ | environment, stdout=subprocess.DEVNULL, check=True)
     return weights_of_trials(folder)

@@ -22,31 +22,43 @@ FORBIDDEN = (
 )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-class TestEachFile:
-    def test_size(self, path):
+def problems_of(path, text, nodes):
+    """Yield what breaks a rule in a file: sizes, imports that belong to `_compat`, calls that run what is read."""
+    if text.count("\n") > 500:
+        yield "more than 500 lines"
+    for node in nodes:
+        names = []
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+            yield f"{node.name}: more than 60 lines"
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        if any(name.split(".")[0] in ("torchvision", "timm") for name in names):
+            yield f"line {node.lineno}: imports {', '.join(names)}"
+    patterns = [p for p in FORBIDDEN if not (path == PACKAGE / RUNS_ITS_OWN_SOURCE and ("eval" in p or "exec" in p))]
+    for line in text.splitlines():
+        for pattern in patterns:
+            if re.search(pattern, line):
+                yield line
+
+
+def test_each_file():
+    problems, sizes = [], []
+    for path in FILES:
         text = path.read_text()
-        assert text.count("\n") <= 500
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, node.name
+        nodes = list(ast.walk(ast.parse(text)))
+        problems += [f"{path.relative_to(PACKAGE)}: {problem}" for problem in problems_of(path, text, nodes)]
+        sizes += [node.end_lineno - node.lineno + 1 for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert not problems, "\n".join(problems)
+    assert statistics.median(sizes) <= 10
 
-    def test_only_compat_imports_torchvision_and_timm(self, path):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            assert not any(name.split(".")[0] in ("torchvision", "timm") for name in names)
 
-    def test_nothing_that_could_run_what_it_reads(self, path):
-        patterns = [
-            p for p in FORBIDDEN if not (path == PACKAGE / RUNS_ITS_OWN_SOURCE and ("eval" in p or "exec" in p))
-        ]
-        for line in path.read_text().splitlines():
-            for pattern in patterns:
-                assert not re.search(pattern, line), line
+def test_what_breaks_a_rule_is_named():
+    long = "def f():\n" + "    x = 1\n" * 60
+    for text, problem in ((long, "f: more than 60 lines"), ("import timm.layers", "imports timm"), ("eval(x)", "eval")):
+        (found,) = problems_of(PACKAGE / "x.py", text, ast.walk(ast.parse(text)))
+        assert problem in found
 
 
 def packages(folder):
@@ -90,13 +102,3 @@ def test_every_experiment_is_complete():
             assert getattr(type(experiment), method) is not getattr(Experiment, method)
         for word in ("References:", "Metrics:", "Command:"):
             assert word in type(experiment).__doc__
-
-
-def test_functions_are_small():
-    sizes = [
-        node.end_lineno - node.lineno + 1
-        for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    ]
-    assert statistics.median(sizes) <= 10

@@ -247,16 +247,21 @@ def test_only_the_decoders_of_photos_open_the_images_of_a_run(tmp_path, monkeypa
     assert sources == without.count("data:image/") - without.count("data:image/svg")
 
 
-def test_many_large_images_do_not_stop_a_page(tmp_path):
+@pytest.mark.parametrize("scale", [0.2, pytest.param(1, marks=pytest.mark.slow)])
+def test_many_large_images_do_not_stop_a_page(tmp_path, monkeypatch, scale):
+    """Only so many pixels of an image, and of all images of a page together, are decoded."""
+    for name in ("MAX_PIXELS", "MAX_PAGE_PIXELS"):
+        monkeypatch.setattr(embedded, name, int(getattr(embedded, name) * scale**2))
     path = whole_run(tmp_path / "20261125-120000-x-0001")
-    for number, size in enumerate([(13_000, 13_000)] * 3 + [(7_000, 7_000)] * 6):
-        raw = encoded((size[0], size[1] - number))  # different, so that none is a copy
+    large, smaller = int(13_000 * scale), int(7_000 * scale)
+    for number, size in enumerate([large] * 3 + [smaller] * 6):
+        raw = encoded((size, size - number))  # different, so that none is a copy
         (path / "images" / f"{number:02d}.png").write_bytes(raw)
     start = time.monotonic()
     signal.alarm(60)
     page = html.run_page(path)
     assert "images" in page
-    assert page.count("data:image/webp") <= 2 + embedded.MAX_PAGE_PIXELS // (7_000 * 6_900)
+    assert page.count("data:image/webp") <= 2 + embedded.MAX_PAGE_PIXELS // (smaller * (smaller - 100 * scale))
     assert time.monotonic() - start < 40
 
 

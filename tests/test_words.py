@@ -7,8 +7,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 AFTER_TRAINING = "run|step|loop|set|image|batch|loss|epoch|experiment|config|split|state|task|process|accurac|data|time"
 
@@ -68,16 +66,19 @@ def identifiers(tree):
             yield node.lineno, node.attr
 
 
-@pytest.mark.parametrize("path", text_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_words_of_the_field_are_used(path):
-    problems = []
+def problems_of(path):
+    """Yield the words and phrases of a file that have a better one."""
     text = path.read_text()
     for number, line in enumerate(text.splitlines(), 1):
         for pattern, better in PHRASES.items():
             if hit := re.search(pattern, line, re.IGNORECASE):
-                problems.append(f"{path.name}:{number}: {hit[0]!r}: write {better}")
+                yield f"{path.relative_to(ROOT)}:{number}: {hit[0]!r}: write {better}"
     if path.suffix == ".py":
         for number, name in identifiers(ast.parse(text)):
             if name.strip("_") in IDENTIFIERS:
-                problems.append(f"{path.name}:{number}: {name}: call it {IDENTIFIERS[name.strip('_')]}")
+                yield f"{path.relative_to(ROOT)}:{number}: {name}: call it {IDENTIFIERS[name.strip('_')]}"
+
+
+def test_the_words_of_the_field_are_used():
+    problems = [problem for path in text_files() for problem in problems_of(path)]
     assert not problems, "\n".join(problems)

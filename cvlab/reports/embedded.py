@@ -21,7 +21,7 @@ MAX_IMAGES, MAX_PX = 48, 1400  # of a page; the files in the run directory have 
 MAX_GIF_BYTES = 2_000_000
 MAX_PAGE_PIXELS = 250_000_000  # of all images of a page together: decoding them takes about 5 s
 GIF_SIGNATURES = (b"GIF87a", b"GIF89a")
-QUALITY = 85
+WEBP = {"quality": 85, "method": 2}  # half of the time of the default method 4, for 2 % more bytes
 WIDE_RATIO, WIDE_PX = 1.4, 1000  # width to height, and width, of an image that takes the width of the page
 SUFFIXES = (".png", ".gif")
 PREVIEW = "images/preview.png"  # an intermediate state of a result
@@ -203,7 +203,7 @@ def embed(content: bytes, title: str, max_px: int = MAX_PX) -> list[EmbeddedImag
     if reduced is None:
         return []
     buffer = io.BytesIO()
-    reduced.save(buffer, "WEBP", quality=QUALITY)
+    reduced.save(buffer, "WEBP", **WEBP)
     return [EmbeddedImage(title, to_uri("image/webp", buffer.getvalue()), *reduced.size)]
 
 

@@ -30,10 +30,13 @@ def test_engine(file, cvlab):
     found = json.loads(out)
     assert code == 0, err
     assert [len(row["seconds"]) for row in found["loops"]] == [2, 2, 2]
+    assert found["loops"][0]["loop"] == "fit"
+    assert all(row["images_per_second"] > 0 for row in found["loops"])
     assert found["fit_against_bare"] > 0
     code, out, _ = cvlab("bench", "engine", file, "--rounds", 1, "--steps", 1)
     assert code == 0
     assert "float32, contiguous" in out
+    assert training.REFERENCE in loading.shipped_names(), "what is measured unless a configuration is named"
 
 
 def test_profile(file, cvlab):

@@ -78,11 +78,13 @@ def test_20_of_20_pairs_end_cleanly():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, data_root):
     """An undisturbed run in two processes: the folder of its configuration, and its summary."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "c.yaml").write_text(CONFIG)
-    process = start(folder, "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CVLAB_DATA", str(data_root))
+        process = start(folder, "whole")
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     return folder, read_summary(folder / "whole" / "latest")
@@ -256,7 +258,8 @@ def own_captions(folder):
 
 
 @pytest.mark.parametrize("kind", ["yolo_fpn", "faster_rcnn", "captioner"])
-def test_every_kind_of_training_runs_in_several_processes(tmp_path, data_root, kind):
+def test_every_kind_of_training_runs_in_several_processes(tmp_path, data_root, monkeypatch, kind):
+    monkeypatch.setenv("CVLAB_DATA", str(data_root / "whole"))  # the processes generate all of the scenes
     shared = ("size=64", "batch_size=4", "duration={steps: 6}", "eval_every=1000", "evaluate_test=false", "expect=[]")
     if kind == "captioner":
         words = (

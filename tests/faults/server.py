@@ -66,12 +66,12 @@ def kill_after(pid, seconds):
     return wait(pid) == -signal.SIGKILL
 
 
-def train(path):
+def train(path, num_steps=tiny.STEPS):
     """Train the tiny net, saving after every step, and leave its digest in a file."""
 
     def work():
         checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
-        metrics, facts = tiny.train(path, tiny.settings(save_seconds=0.0))
+        metrics, facts = tiny.train(path, tiny.settings(save_seconds=0.0, duration={"steps": num_steps}))
         (path / "digest").write_text(json.dumps([facts, tiny.untimed(metrics), tiny.rows(path)]))
 
     return work
@@ -88,9 +88,9 @@ def corrupt_files(path):
     return count
 
 
-def reference(folder):
+def reference(folder, num_steps=tiny.STEPS):
     """Train without a disturbance and return the digest."""
-    assert wait(in_child(train(folder / "reference"))) == 0
+    assert wait(in_child(train(folder / "reference", num_steps))) == 0
     return (folder / "reference" / "digest").read_text()
 
 
@@ -113,8 +113,9 @@ def kills(folder, count):
 
 
 def failpoints(folder, count):
-    """Die at each failpoint of the first `count` saves, then go on."""
-    expected = reference(folder)
+    """Die at each failpoint of the first `count` saves, then go on for a few steps."""
+    num_steps = 8 + count
+    expected = reference(folder, num_steps)
     found = {"died": 0, "corrupt": 0, "different": 0, "left": 0}
     for name in FAILPOINTS:
         for number in range(1, count + 1):
@@ -122,11 +123,11 @@ def failpoints(folder, count):
 
             def work(path=path, name=name, number=number):
                 os.environ["CVLAB_FAILPOINT"] = f"{name}:{number}"
-                train(path)()
+                train(path, num_steps)()
 
             found["died"] += wait(in_child(work)) == -signal.SIGKILL
             found["corrupt"] += corrupt_files(path)
-            assert wait(in_child(train(path))) == 0
+            assert wait(in_child(train(path, num_steps))) == 0
             found["different"] += (path / "digest").read_text() != expected
             found["left"] += len(list(path.rglob(".*.tmp")))
     return found
