@@ -12,10 +12,10 @@ import sys
 import uuid
 from pathlib import Path
 
-from cvlab import console
+from cvlab import console, portability
 from cvlab.distributed.process_group import LAUNCHER
 
-RETRIED_CODES = (1, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)  # failures that may not happen again
+RETRIED_CODES = (1, *(-number for number in portability.FATAL_SIGNALS))  # failures that may not happen again
 SHUTDOWN_SECONDS = 60  # for the processes to save when all are asked to stop
 
 
@@ -68,7 +68,7 @@ def start(command: tuple[str, ...], processes: int) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        signals_to_handle=",".join(number.name for number in portability.AGENT_SIGNALS),
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
     logging.disable(logging.ERROR)  # messages of the agent; the processes report their own errors
