@@ -53,7 +53,7 @@ CLOSED_STREAM = {errno.EPIPE, errno.EIO} | (set() if IS_POSIX else {errno.EINVAL
 START_METHOD = "forkserver" if IS_POSIX and sys.platform.startswith("linux") else "spawn"  # of multiprocessing
 
 LOCK_HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either for a lock that another process holds
-LOCKED_BYTE = 2**30  # of a file, on Windows, where no other process can read what is locked
+LOCKED_BYTE = 2**31 - 2  # of a file, on Windows, where no other process can read or write what is locked
 REPLACE_WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # seconds; on Windows a virus scanner may have the file open
 CGROUPS = (  # files with limit and use, of cgroup version 2 and version 1
     ("memory.max", "memory.current"),

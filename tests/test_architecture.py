@@ -20,6 +20,13 @@ FORBIDDEN = (
     r"allow_pickle=True",
     r"torch\.load\((?!.*weights_only=True)",
 )
+NOT_PORTABLE = (  # what Windows or macOS lacks
+    r"^\s*import (fcntl|msvcrt|resource|ctypes|pwd|grp|termios)\b",
+    r"\bos\.(O_(?!RDONLY|WRONLY|RDWR|CREAT|APPEND|EXCL|TRUNC)|(fork|getuid|fchmod|pwrite|pread|waitid|killpg)\b)",
+    r"\bos\.(sched_\w+|mkfifo|sysconf|nice|getpgid|setsid)\b",
+    r"\bsignal\.(SIG(?!INT|TERM|_)|pthread_|alarm|setitimer)",
+    r"\b(os\.name|sys\.platform) ==",
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -39,6 +46,11 @@ class TestEachFile:
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not any(name.split(".")[0] in ("torchvision", "timm") for name in names)
+
+    def test_only_portability_calls_what_systems_do_not_have_in_common(self, path):
+        for line in () if path == PACKAGE / "portability.py" else path.read_text().splitlines():
+            for pattern in NOT_PORTABLE:
+                assert not re.search(pattern, line), line
 
     def test_nothing_that_could_run_what_it_reads(self, path):
         patterns = [

@@ -7,6 +7,7 @@ from importlib.machinery import SourceFileLoader
 import yaml
 
 import cvlab
+from cvlab import errors
 from tests.markdown import ROOT
 
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -74,3 +75,10 @@ def test_the_workflow_runs_macos_and_windows():
     for step in jobs["portability"]["steps"]:
         for folder in re.findall(r"tests/\w+", step.get("run", "")):
             assert (ROOT / folder).is_dir()
+
+
+def test_extras_are_installed_from_where_cvlab_is(tmp_path, monkeypatch):
+    assert errors.install_command("onnx") == "pip install -e '.[onnx]'"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "cvlab" / "errors.py"))
+    name = re.search(r'^name = "([\w-]+)"', PROJECT, re.MULTILINE)[1]
+    assert errors.install_command("onnx") == f"pip install '{name}[onnx]'"
