@@ -71,7 +71,7 @@ def read_below(folder: Path, name: str, max_bytes: int) -> bytes:
     """
     require_no_links(folder, name)
     parts = Path(name).parts
-    if not parts or ".." in parts or Path(name).is_absolute():
+    if not parts or ".." in parts or Path(name).anchor:  # Windows' `C:name` is not absolute
         raise IrregularFileError("it is not below the run directory")
     if not OPENS_RELATIVE:
         return _read_all(open_regular(folder / name, os.O_RDONLY), max_bytes)
