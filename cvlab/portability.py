@@ -66,7 +66,7 @@ def try_lock(descriptor: int) -> bool:
     """Lock an open file until it is closed; return False if another process holds its lock.
 
     A record lock, which ends with the process and which child processes do not inherit. On Windows another descriptor
-    of the same process is refused, too.
+    of the same process cannot lock it, either.
 
     Raises:
         OSError: There are no file locks.
