@@ -3,7 +3,7 @@
 BIN ?= .venv/bin
 ARGS ?=
 
-.PHONY: help setup test test-slow faults browser lint format types imports docs bench check
+.PHONY: help setup test test-slow faults browser matrix package lint format types imports docs bench check
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -23,6 +23,12 @@ faults:  ## kills, full disks and damaged files in large numbers
 
 browser:  ## the HTML pages in a headless Chromium
 	$(BIN)/pytest -m browser $(ARGS)
+
+matrix:  ## the fast tests on other versions of Python, torch and Optuna; gigabytes are downloaded
+	python3 .ci/matrix -- $(ARGS)
+
+package:  ## build sdist and wheel, check them, and run the quick start from each in a clean environment
+	$(BIN)/python .ci/package
 
 lint:  ## ruff, its formatting, and spelling
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """Messages and the progress bar, all on stderr; and how text from files is made fit for a terminal."""
 
 import contextlib
-import errno
 import html
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cvlab import portability
 from cvlab.errors import RunDirError
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
@@ -165,7 +165,7 @@ class Stream:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())
             os.close(null)
-            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal was closed
+            if error.errno not in portability.CLOSED_STREAM:
                 raise RunDirError(f"{self.stream.name}: {error.strerror}", "free space") from error
 
 

@@ -4,6 +4,7 @@ Each message is one line: what is wrong, where, and what to do. Any other except
 code 1.
 """
 
+from pathlib import Path
 from typing import Any
 
 
@@ -99,3 +100,9 @@ class StoppedError(CvlabError):
     def __init__(self, message: str, hint: str, code: int) -> None:
         super().__init__(message, hint)
         self.code = code
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra: from the repository, or by name if it is a package."""
+    is_repository = (Path(__file__).parent.parent / "pyproject.toml").is_file()
+    return f"pip install -e '.[{extra}]'" if is_repository else f"pip install 'cvlab-runner[{extra}]'"

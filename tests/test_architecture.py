@@ -20,6 +20,13 @@ FORBIDDEN = (
     r"allow_pickle=True",
     r"torch\.load\((?!.*weights_only=True)",
 )
+NOT_PORTABLE = (  # what Windows or macOS lacks
+    r"^\s*import (fcntl|msvcrt|resource|ctypes|pwd|grp|termios)\b",
+    r"\bos\.(O_(?!RDONLY|WRONLY|RDWR|CREAT|APPEND|EXCL|TRUNC)|(fork|getuid|fchmod|pwrite|pread|waitid|killpg)\b)",
+    r"\bos\.(sched_\w+|mkfifo|sysconf|nice|getpgid|setsid)\b",
+    r"\bsignal\.(SIG(?!INT|TERM|_)|pthread_|alarm|setitimer)",
+    r"\b(os\.name|sys\.platform) ==",
+)
 
 
 def problems_of(path, text, nodes):
@@ -37,6 +44,7 @@ def problems_of(path, text, nodes):
         if any(name.split(".")[0] in ("torchvision", "timm") for name in names):
             yield f"line {node.lineno}: imports {', '.join(names)}"
     patterns = [p for p in FORBIDDEN if not (path == PACKAGE / RUNS_ITS_OWN_SOURCE and ("eval" in p or "exec" in p))]
+    patterns += NOT_PORTABLE if path != PACKAGE / "portability.py" else ()
     for line in text.splitlines():
         for pattern in patterns:
             if re.search(pattern, line):
@@ -56,7 +64,12 @@ def test_each_file():
 
 def test_what_breaks_a_rule_is_named():
     long = "def f():\n" + "    x = 1\n" * 60
-    for text, problem in ((long, "f: more than 60 lines"), ("import timm.layers", "imports timm"), ("eval(x)", "eval")):
+    for text, problem in (
+        (long, "f: more than 60 lines"),
+        ("import timm.layers", "imports timm"),
+        ("eval(x)", "eval"),
+        ("import fcntl", "fcntl"),
+    ):
         (found,) = problems_of(PACKAGE / "x.py", text, ast.walk(ast.parse(text)))
         assert problem in found
 

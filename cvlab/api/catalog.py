@@ -25,7 +25,7 @@ def shipped() -> list[Row]:
 
     rows = []
     for name in loading.shipped_names():
-        text = (loading.shipped_folder() / f"{name}.yaml").read_text()
+        text = (loading.shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
         first = next((line for line in text.splitlines() if line.startswith("#")), "#")
         rows.append({"name": name, "shows": first.lstrip("# ").removeprefix("Shows: ")})
     return rows

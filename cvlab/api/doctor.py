@@ -12,9 +12,10 @@ from cvlab import __version__, console
 from cvlab.api import fault_check
 from cvlab.config import loading
 from cvlab.data import datasets
+from cvlab.portability import try_lock
 from cvlab.runs.find import runs_root
 from cvlab.storage.cache import data_root
-from cvlab.storage.lock import no_locks_error, try_lock
+from cvlab.storage.lock import no_locks_error
 
 Check = tuple[str, bool, str]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cvlab import registry
 from cvlab.config import loading
 from cvlab.engine.task import ExportSpec
-from cvlab.errors import CheckpointError, ConfigError
+from cvlab.errors import CheckpointError, ConfigError, install_command
 from cvlab.experiments.base import Exportable
 from cvlab.runs import checkpoint
 from cvlab.runs.find import config_path
@@ -50,7 +50,7 @@ def export(path: Path, file_format: str, weights: str, file: Path | None) -> dic
         raise registry.unknown_name_error("format", file_format, FORMATS)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if file_format == "onnx" and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{package} is not installed", "pip install -e '.[onnx]'")
+            raise ConfigError(f"{package} is not installed", install_command("onnx"))
     config = loading.load(str(config_path(path)), ["device=cpu", "precision=float32"]).config
     experiment = registry.get_experiment(config.experiment)
     if not isinstance(experiment, Exportable):

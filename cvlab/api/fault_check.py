@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cvlab import portability
 from cvlab.errors import CheckpointError, CvlabError
-from cvlab.runs import checkpoint
+from cvlab.runs import checkpoint, find
 from cvlab.runs.records import read_summary
 from cvlab.storage import atomic
 
@@ -79,10 +79,10 @@ def _kill_repeatedly(root: Path, kills: int, generator: random.Random) -> tuple[
         process = _start(*arguments, root=root)
         _wait_for_a_new_step(root, process)
         time.sleep(generator.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-        for file in (root / "latest" / "checkpoints").glob("*.pt"):
+        killed += process.returncode == portability.KILLED_CODE
+        for file in _checkpoints(root).glob("*.pt"):
             try:
                 checkpoint.load(file)
             except CheckpointError:
@@ -99,4 +99,9 @@ def _wait_for_a_new_step(root: Path, process: "subprocess.Popen[str]") -> None:
 
 
 def _newest(root: Path) -> int:
-    return max(checkpoint.steps(root / "latest" / "checkpoints"), default=-1)
+    return max(checkpoint.steps(_checkpoints(root)), default=-1)
+
+
+def _checkpoints(root: Path) -> Path:
+    """Return the folder of the newest run's checkpoints, also where there is no link `latest`."""
+    return Path(root, *(run.name for run in find.list_runs(root)[-1:]), "checkpoints")

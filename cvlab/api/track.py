@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cvlab import registry
-from cvlab.errors import ConfigError
+from cvlab.errors import ConfigError, install_command
 from cvlab.reports import curves
 from cvlab.runs.find import read_config
 from cvlab.runs.records import Row, read_metrics, read_status, read_summary, require_folder
@@ -143,7 +143,7 @@ def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] 
         raise registry.unknown_name_error("tracker", kind, TRACKERS)
     tracker_type = TRACKERS[kind]
     if importlib.util.find_spec(tracker_type.package) is None:
-        raise ConfigError(f"{kind} is not installed", f"pip install -e '.[{tracker_type.extra}]'")
+        raise ConfigError(f"{kind} is not installed", install_command(tracker_type.extra))
     require_folder(require_folder(path / FOLDER) / "tensorboard")
     tracker: Tracker = tracker_type(path, read_config(path))
     last = 0

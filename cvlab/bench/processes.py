@@ -19,6 +19,7 @@ import torch
 from cvlab import console
 from cvlab.distributed import process_group
 from cvlab.errors import CvlabError
+from cvlab.runs.find import LATEST, find_run
 from cvlab.runs.records import read_summary
 
 SIZES_PREDICTED = (2, 4, 8, 16, 32)
@@ -65,7 +66,7 @@ def _train(arguments: list[str], processes: int, steps: int, folder: Path) -> di
     root = folder / f"{processes}"
     command = [sys.executable, "-m", "cvlab", "train", *arguments, *changed, "--runs-dir", str(root), "--json", "-q"]
     _run_command([*command, f"--nproc={processes}"])
-    metrics: dict[str, Any] = read_summary(root / "latest")["metrics"]
+    metrics: dict[str, Any] = read_summary(find_run(LATEST, root))["metrics"]
     return metrics
 
 

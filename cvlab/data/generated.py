@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cvlab import console
+from cvlab import console, portability
 from cvlab.errors import CvlabError, DataError
 from cvlab.storage import atomic
 from cvlab.storage.cache import temporary_folder
@@ -96,7 +96,7 @@ class GeneratedDataset:
             if target.exists() and not self.ready(root):
                 shutil.rmtree(target)
             try:
-                new.replace(target)
+                portability.replace(new, target)
             except OSError:
                 if not self.ready(root):  # otherwise another process was faster, with the same files
                     raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvlab.data.photo_paths import MAX_PIXELS
-from cvlab.errors import ConfigError, DataError
+from cvlab.errors import ConfigError, DataError, install_command
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,7 +68,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ConfigError("videos are read by PyAV, which is not installed", "pip install -e '.[video]'") from error
+        raise ConfigError("videos are read by PyAV, which is not installed", install_command("video")) from error
     return av
 
 

@@ -12,11 +12,11 @@ import sys
 import uuid
 from pathlib import Path
 
-from cvlab import console
+from cvlab import console, portability
 from cvlab.distributed.process_group import LAUNCHER
 
-RETRIED_CODES = (1, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)  # failures that may not happen again
-SHUTDOWN_SECONDS = 60  # for the processes to save when all are asked to stop
+RETRIED_CODES = (1, *(-number for number in portability.FATAL_SIGNALS))  # failures that may not happen again
+SHUTDOWN_SECONDS = "60"  # for the processes to save when all are asked to stop; torch before 2.11 gives them 30
 
 
 def run(path: Path, processes: int, restarts: int, flags: tuple[str, ...]) -> int:
@@ -58,6 +58,7 @@ def start(command: tuple[str, ...], processes: int) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP would warn of find_unused_parameters
     if "lo" in [name for _, name in socket.if_nameindex()]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing leaves the machine, whatever its name resolves to
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)  # torch 2.10 has no argument for it
     os.environ[LAUNCHER] = str(os.getpid())
     agent = LaunchConfig(
         min_nodes=1,
@@ -68,8 +69,7 @@ def start(command: tuple[str, ...], processes: int) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=SHUTDOWN_SECONDS,
+        signals_to_handle=",".join(number.name for number in portability.AGENT_SIGNALS),
     )
     logging.disable(logging.ERROR)  # messages of the agent; the processes report their own errors
     try:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cvlab import portability
 from cvlab.errors import ConfigError, CvlabError, StoppedError
 
 T = TypeVar("T")
@@ -90,8 +91,7 @@ def is_restarted() -> bool:
 
 def threads_per_process(processes: int) -> int:
     """Return how many cores of this machine each of its processes gets, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes)
+    return max(1, portability.num_cores() // processes)
 
 
 @contextlib.contextmanager

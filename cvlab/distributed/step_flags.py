@@ -1,17 +1,16 @@
 """Requests that a single rank makes and on which all ranks act after the same step."""
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the first that any rank received counts
+from cvlab.portability import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
 class StepFlags:
     """What a rank requests after a step."""
 
-    stop: int = 0  # one of STOP_SIGNALS, 0 for none
+    stop: int = 0  # one of STOP_SIGNALS, the first of those that any rank received; 0 for none
     save: bool = False
 
     def encode(self) -> list[float]:

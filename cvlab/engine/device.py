@@ -1,7 +1,6 @@
 """Device, precision and number of threads, and the state of the random number generators."""
 
 import contextlib
-import ctypes
 import functools
 import random
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvlab import portability
 from cvlab.distributed import process_group
 from cvlab.errors import DeviceError
 
@@ -141,11 +141,7 @@ def keep_freed_memory() -> None:
     By default it returns each to the kernel, which zeroes every page of the next one again: a quarter of the time of a
     small convolutional network on two cores. Without glibc nothing changes.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    portability.keep_freed_memory()
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -1,18 +1,12 @@
 """Free memory, what a forward and a backward pass need of it, and the peak of a run."""
 
-import contextlib
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-CGROUPS = (  # files with limit and use, of cgroup version 2 and version 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-RESET_PEAK_RSS = "5"  # what to write into /proc/self/clear_refs, see proc(5)
+from cvlab import portability
 
 
 def free_bytes(device: torch.device, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -25,15 +19,7 @@ def free_bytes(device: torch.device, proc: Path = Path("/proc"), cgroup: Path = 
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limits: list[int] = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line)
-        if "MemAvailable" in lines:
-            limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    for limit_file, use_file in CGROUPS:
-        with contextlib.suppress(OSError, ValueError):  # "max" instead of a number: no limit
-            limits.append(int((cgroup / limit_file).read_text()) - int((cgroup / use_file).read_text()))
-    return max(0, min(limits)) if limits else None
+    return portability.free_memory_bytes(proc, cgroup)
 
 
 class PeakMemory:
@@ -48,8 +34,7 @@ class PeakMemory:
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self.proc = proc
-        with contextlib.suppress(OSError):
-            (proc / "self" / "clear_refs").write_text(RESET_PEAK_RSS)
+        portability.reset_peak_memory(proc)
         if torch.cuda.is_initialized():
             for index in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(index)
@@ -59,23 +44,11 @@ class PeakMemory:
 
         The latter is the memory of the tensors on the GPU that had most of them.
         """
-        peaks: dict[str, int | None] = {"peak_rss_mb": self._peak_rss_bytes()}
+        peaks: dict[str, int | None] = {"peak_rss_mb": portability.peak_memory_bytes(self.proc)}
         if torch.cuda.is_initialized():
             allocated = [torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())]
             peaks["peak_cuda_mb"] = max(allocated)
         return {name: round(count / 1e6, 1) for name, count in peaks.items() if count is not None}
-
-    def _peak_rss_bytes(self) -> int | None:
-        with contextlib.suppress(OSError, ValueError):
-            for line in (self.proc / "self" / "status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        try:
-            import resource
-        except ImportError:  # Windows
-            return None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def estimate_activation_bytes(

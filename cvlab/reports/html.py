@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from cvlab import console
+from cvlab import console, portability
 from cvlab.errors import CvlabError
 from cvlab.reports import colors, compare, curves, data_summary, embedded, metrics, svg, tables
 from cvlab.reports.curves import Curve
@@ -83,7 +83,7 @@ def _bytecode_cache() -> Any:
         status = folder.stat()
     except (OSError, RuntimeError):
         return None
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+    if not portability.is_private(status):
         return None
     options = zlib.crc32(Path(__file__).read_bytes())  # compiled templates depend on those of the environment
     return BytecodeCache(str(folder), f"{jinja2.__version__}-{options:08x}-%s.bytecode")

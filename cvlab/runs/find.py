@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cvlab import registry
+from cvlab import portability, registry
 from cvlab.config import overrides, strict_yaml
 from cvlab.errors import RunDirError
 from cvlab.runs.records import is_run, read_status
@@ -58,10 +58,8 @@ def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = Non
 
 def point_latest(root: Path, path: Path) -> None:
     """Point the link `latest` below `root` to a run, where the file system has links."""
-    temporary = root / f".latest-{path.name}"
     with contextlib.suppress(OSError):  # without links the file system only lacks the shortcut
-        temporary.symlink_to(path.name)
-        temporary.replace(root / "latest")
+        portability.point_link(root / LATEST, path.name)
 
 
 def configured_name(directory: str) -> str:

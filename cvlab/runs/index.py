@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from cvlab import __version__
+from cvlab import __version__, portability
 from cvlab.config import strict_yaml
 from cvlab.errors import CvlabError
 from cvlab.runs import annotations, find
@@ -233,6 +233,6 @@ def _write_cache(root: Path, rows: dict[str, list[Any]]) -> None:
         body = json.dumps({"format": FORMAT, "runs": rows}, separators=(",", ":")).encode()
         try:
             temporary.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            temporary.replace(root / FILE)
+            portability.replace(temporary, root / FILE)
         finally:
             temporary.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-from cvlab.distributed.step_flags import STOP_SIGNALS
+from cvlab import portability
 from cvlab.errors import StoppedError
 
 EXIT_INTERRUPT = 130
@@ -19,7 +19,7 @@ class StopRequest:
     Outside the main thread, where Python allows no signal handlers, it has no effect.
     """
 
-    SIGNALS = STOP_SIGNALS
+    SIGNALS = portability.STOP_SIGNALS
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -32,7 +32,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            if number in portability.IGNORED_BY_NOHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # started by `nohup`, in order to outlive the terminal
             try:
                 self._before[number] = signal.signal(number, self._handle)
@@ -69,11 +69,11 @@ class StopRequest:
 def stop_with_input() -> None:
     """If STOP_WITH_INPUT is set, stop as after SIGTERM when the process at the other end of standard input dies."""
     if os.environ.pop(STOP_WITH_INPUT, None):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)  # the parent may have blocked them
+        portability.unblock_signals(StopRequest.SIGNALS)  # the parent may have blocked them
         threading.Thread(target=_wait_for_end, daemon=True).start()
 
 
 def _wait_for_end() -> None:
     while os.read(0, 1024):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    portability.terminate_self()

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cvlab import portability
 from cvlab.errors import CheckpointError, RunDirError
 from cvlab.runs import find
 from cvlab.runs.records import ENDED, is_trial, read_status
@@ -64,7 +65,9 @@ def remove(path: Path) -> int:
     try:
         if trash.exists():
             shutil.rmtree(trash)
-        path.rename(trash)
+        if not portability.IS_POSIX:
+            lock.release()  # no folder with an open file can be renamed there
+        portability.replace(path, trash)
         reach("after_trash")
         atomic.sync_directory(path.parent)
         shutil.rmtree(trash)

@@ -12,6 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
+from cvlab import portability
 from cvlab.config import strict_yaml
 from cvlab.errors import CvlabError, RunDirError
 from cvlab.runs.find import config_path
@@ -52,7 +53,7 @@ def _create_key(path: Path) -> None:
         except FileExistsError:
             pass
         except OSError:  # a disk without hard links
-            temporary.rename(path)
+            portability.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

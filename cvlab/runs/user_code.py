@@ -59,7 +59,7 @@ def snapshot_user_code(value: Any, base: Path, folder: Path) -> None:
 def rewrite_paths(config: Config) -> Config:
     """Return a configuration with the names of the copies of `snapshot_user_code`, also in its expectations."""
     values = config.model_dump()
-    moved = {str(path): f"./{copy_path(path)}" for path in user_files(values) if copy_path(path) != path}
+    moved = {str(path): f"./{copy_path(path).as_posix()}" for path in user_files(values) if copy_path(path) != path}
 
     def rename(value: Any) -> Any:
         if isinstance(value, str):

@@ -5,7 +5,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from cvlab.errors import DataError
 
@@ -15,7 +15,8 @@ ZIP_FAILURES = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeErro
 
 def _safe_path(name: str, archive: Path) -> PurePosixPath:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
+    leads_out = path.is_absolute() or ".." in path.parts or any(PureWindowsPath(part).drive for part in path.parts)
+    if leads_out or "\\" in name or "\0" in name or not path.parts:
         raise DataError(f"{archive}: the member {name[:80]!r} would be written outside", "get the archive again")
     return path
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cvlab import console
+from cvlab import console, portability
 from cvlab.errors import RunDirError
 from cvlab.storage.failpoints import reach
 from cvlab.storage.regular_files import IrregularFileError
@@ -70,7 +70,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         with os.fdopen(descriptor, "wb") as file:
             reach("open")
             with ignore_unsupported():
-                os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp creates it with mode 0600
+                portability.set_mode(file.fileno(), 0o666 & ~UMASK)  # mkstemp creates it with mode 0600
             recorder = _FirstError(file)
             try:
                 fill(recorder)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             reach("before_fsync")
             sync_file(file.fileno(), path)
         reach("before_rename")
-        os.replace(temporary, path)
+        portability.replace(Path(temporary), path)
         reach("after_rename")
         sync_directory(path.parent)
     except OSError as error:
@@ -127,11 +127,7 @@ def sync_directory(folder: Path) -> None:
     """Make renames, links and removals in a folder durable, where its file system has this for folders."""
     reach("before_dirsync")
     with ignore_unsupported():
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        portability.sync_folder(folder)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -145,7 +141,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         with source.open("rb") as content:
             write(target, lambda file: shutil.copyfileobj(content, file))
         return
-    temporary.replace(target)
+    portability.replace(temporary, target)
     with contextlib.suppress(OSError):
         temporary.unlink()  # rename(2) does nothing if both names are links to the same file already
     sync_directory(target.parent)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from cvlab import portability
 from cvlab.storage import atomic
 
 
@@ -40,5 +41,5 @@ def install_folder(complete: Path, target: Path) -> None:
         target.unlink()  # but not what it points to
     elif target.exists():
         shutil.rmtree(target)
-    complete.replace(target)
+    portability.replace(complete, target)
     atomic.sync_directory(target.parent)

@@ -22,8 +22,8 @@ from typing import Any
 
 from cvlab import __version__, console
 from cvlab.errors import DataError
+from cvlab.portability import replace, try_lock
 from cvlab.storage import atomic
-from cvlab.storage.lock import try_lock
 
 ANSWER_SECONDS = 5.0
 STALL_SECONDS = 30.0  # longest pause of a source with `wait`, else ANSWER_SECONDS
@@ -84,7 +84,7 @@ def fetch(urls: Sequence[str], target: Path, checksum: str, size: int, wait: boo
     except DataError:
         partial.unlink()
         raise
-    partial.replace(target)
+    replace(partial, target)
     atomic.sync_directory(target.parent)
     return target
 

@@ -4,8 +4,9 @@ Without the variable, as always outside of tests, `reach` does nothing.
 """
 
 import os
-import signal
 from collections.abc import Callable
+
+from cvlab import portability
 
 _counts: dict[str, int] = {}
 
@@ -15,7 +16,7 @@ def _reach(name: str) -> None:
     if name == selected:
         _counts[name] = _counts.get(name, 0) + 1
         if _counts[name] == int(count or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+            portability.kill_self()
 
 
 def _nothing(_name: str) -> None:

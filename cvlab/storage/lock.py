@@ -1,12 +1,9 @@
-"""The lock of a run directory: `run.lock`, a POSIX record lock that ends with the process that holds it.
+"""The lock of a run directory: `run.lock`, whose record lock ends with the process that holds it.
 
-`lockf` and not `flock`, because a child process must not inherit it. The file is opened once, because closing any other
-descriptor of it would release the lock.
+The file is opened once, because closing any other descriptor of it would release the lock on POSIX systems.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -17,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.errors import RunDirError
+from cvlab.portability import try_lock
 from cvlab.storage import atomic
 from cvlab.storage.regular_files import open_regular
 
-HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either for a lock that another process holds
 WAITS = (0.01, 0.05, 0.1, 0.0)  # seconds after each attempt
 
 
@@ -52,7 +49,7 @@ class RunLock:
         try:
             with atomic.ignore_unsupported():  # the note only tells other processes who holds the lock
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, note.encode(), 0)
+                os.write(descriptor, note.encode())  # at the start: nothing was read
         except OSError as error:
             self.release()
             raise atomic.disk_error(self.path, error) from error
@@ -70,17 +67,6 @@ def no_locks_error(folder: Path, error: OSError) -> RunDirError:
         f"{folder}: its file system has no file locks ({error.strerror or error})",
         "choose a folder on a local disk with --runs-dir",
     )
-
-
-def try_lock(descriptor: int) -> bool:
-    """Lock an open file; return False if another process holds its lock. OSError if there are no file locks."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in HELD:
-            raise
-        return False
-    return True
 
 
 def _lock(descriptor: int) -> bool:

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # non-blocking: opening a FIFO would wait
+from cvlab.portability import OPEN_FLAGS, OPEN_FOLDER_FLAGS, OPENS_RELATIVE
 
 
 class IrregularFileError(OSError):
@@ -28,7 +28,7 @@ def open_regular(path: Path, flags: int) -> int:
         raise IrregularFileError("it is a link")
     is_written = bool(flags & (os.O_WRONLY | os.O_RDWR))
     try:
-        descriptor = os.open(path, flags | FLAGS, 0o666)
+        descriptor = os.open(path, flags | OPEN_FLAGS, 0o666)
     except OSError:
         if os.path.lexists(path) and not path.is_file():  # a FIFO without a reader, a folder, a socket
             raise IrregularFileError("it is not a regular file") from None
@@ -62,7 +62,8 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 def read_below(folder: Path, name: str, max_bytes: int) -> bytes:
     """Return the content of a regular file of at most `max_bytes` bytes below a folder, whose path has no link.
 
-    Each folder on the way is opened in the one before, so that no change in between leads elsewhere.
+    Each folder on the way is opened in the one before, where the system can do this, so that no change in between leads
+    elsewhere.
 
     Raises:
         IrregularFileError: A part of the path is a link, `..` or absolute, or the file is not regular or too large.
@@ -70,22 +71,28 @@ def read_below(folder: Path, name: str, max_bytes: int) -> bytes:
     """
     require_no_links(folder, name)
     parts = Path(name).parts
-    if not parts or ".." in parts or Path(name).is_absolute():
+    if not parts or ".." in parts or Path(name).anchor:  # Windows' `C:name` is not absolute
         raise IrregularFileError("it is not below the run directory")
+    if not OPENS_RELATIVE:
+        return _read_all(open_regular(folder / name, os.O_RDONLY), max_bytes)
     with contextlib.ExitStack() as stack:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(folder, os.O_RDONLY | OPEN_FOLDER_FLAGS)
         stack.callback(os.close, descriptor)
         for part in parts[:-1]:
-            descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=descriptor)
+            descriptor = os.open(part, os.O_RDONLY | OPEN_FOLDER_FLAGS | OPEN_FLAGS, dir_fd=descriptor)
             stack.callback(os.close, descriptor)
-        descriptor = os.open(parts[-1], os.O_RDONLY | FLAGS, dir_fd=descriptor)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise IrregularFileError("it is not a regular file")
-            if status.st_size > max_bytes:
-                raise IrregularFileError(f"it has {status.st_size} bytes, more than {max_bytes}")
-            return file.read(max_bytes)
+        return _read_all(os.open(parts[-1], os.O_RDONLY | OPEN_FLAGS, dir_fd=descriptor), max_bytes)
+
+
+def _read_all(descriptor: int, max_bytes: int) -> bytes:
+    """Return the content of an open file and close it; IrregularFileError if it is not regular, or too large."""
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise IrregularFileError("it is not a regular file")
+        if status.st_size > max_bytes:
+            raise IrregularFileError(f"it has {status.st_size} bytes, more than {max_bytes}")
+        return file.read(max_bytes)
 
 
 def read_tail(path: Path, max_bytes: int) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlab import registry
+from cvlab import portability, registry
 from cvlab.config import expectations, overrides, validation
 from cvlab.config.overrides import flatten
 from cvlab.config.schema import DataConfig, Duration, ExperimentConfig, RunConfig
@@ -171,7 +171,7 @@ def create_trials(sweep: SweepConfig, base: Path, out: RunDir) -> None:
         (partial / name).mkdir(exist_ok=True)
         _write_trial(partial / name, config, base, _threads_per_trial(sweep))
     user_code.snapshot_user_code(sweep.model_dump(), base, out.path)
-    partial.replace(out.path / "trials")
+    portability.replace(partial, out.path / "trials")
     atomic.sync_directory(out.path)
 
 
@@ -192,7 +192,7 @@ def add_trial(sweep: SweepConfig, out: RunDir, number: int, changes: grid.Change
     _write_trial(partial, config, out.path, _threads_per_trial(sweep))
     adaptive.write_changes(partial, changes)
     path = Path(out.path, "trials", trial.name)
-    partial.replace(path)
+    portability.replace(partial, path)
     atomic.sync_directory(path.parent)
     return path
 

@@ -38,6 +38,8 @@ def test_files_and_folders_are_unpacked(tmp_path):
         ("../evil", tarfile.REGTYPE),
         ("a/../../evil", tarfile.REGTYPE),
         ("/evil", tarfile.REGTYPE),
+        ("C:/evil", tarfile.REGTYPE),
+        ("a/C:evil", tarfile.REGTYPE),
         ("a\\..\\evil", tarfile.REGTYPE),
         ("link", tarfile.SYMTYPE),
         ("hard", tarfile.LNKTYPE),

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from cvlab import registry
 from cvlab.config.schema import FrozenModel, NonNegativeInt, PositiveInt
-from cvlab.errors import ConfigError
+from cvlab.errors import ConfigError, install_command
 from cvlab.runs.interrupt import StopRequest
 from cvlab.storage import regular_files
 
@@ -121,7 +121,7 @@ def require_package(package: str, extra: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError:
-        raise ConfigError(f"{package} is not installed", f"pip install -e '.[{extra}]'") from None
+        raise ConfigError(f"{package} is not installed", install_command(extra)) from None
 
 
 def open_errors(trial: Path) -> int:

@@ -1,4 +1,4 @@
-"""Trials beside each other on this machine, in processes forked from one that has torch loaded."""
+"""Trials beside each other on this machine, on Linux in processes forked from one that has torch loaded."""
 
 import contextlib
 import gc
@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cvlab import portability
 from cvlab.runs.interrupt import StopRequest
 from cvlab.sweeps.executors import (
     POLL_SECONDS,
@@ -42,7 +43,7 @@ PRELOADED = (  # imports that would cost each trial seconds
 def run(next_task: NextTask, limits: Limits, stop: StopRequest) -> Events:
     """Run each trial in its own process, one at a time unless `limits.workers` is set."""
     start_server()
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(portability.START_METHOD)
     running: dict[Any, tuple[Task, Any]] = {}
     is_stopping = False
     try:
@@ -80,10 +81,14 @@ def _without_main_module() -> Iterator[None]:
 
 
 def start_server() -> None:
-    """Start the process that forks the trials, unless it runs; it imports torch in the background.
+    """Start the process that forks the trials, unless it runs or trials are not forked; it imports torch meanwhile.
 
     It ignores the signals that stop a sweep, because the trials are asked to stop one by one.
     """
+    if portability.START_METHOD != "forkserver":
+        return
+    from multiprocessing import forkserver
+
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
     before = {number: signal.signal(number, signal.SIG_IGN) for number in StopRequest.SIGNALS}
     try:
@@ -118,4 +123,4 @@ def _stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+    portability.terminate_self()

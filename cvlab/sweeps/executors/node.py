@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from cvlab import portability
 from cvlab.errors import RunDirError
 from cvlab.runs.interrupt import STOP_WITH_INPUT
 from cvlab.storage.regular_files import read_bytes
@@ -65,7 +66,7 @@ class TrialProcess:
         """Ask the trial to save and exit, and wait; also called from signal handlers that interrupt `wait`."""
         self.process.terminate()
         with contextlib.suppress(ChildProcessError):  # it has exited already
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            portability.wait_for_exit(self.process.pid)
 
 
 def run(remote: RemoteTask, on_start: Callable[[TrialProcess], None] = lambda _: None) -> RemoteResult:

@@ -11,6 +11,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from cvlab import portability
 from cvlab.errors import ConfigError
 from cvlab.runs.interrupt import StopRequest
 from cvlab.sweeps.executors import EXIT_LOST, POLL_SECONDS, Events, Limits, NextTask, Task, node
@@ -98,14 +99,12 @@ def _submit(executor: Any, task: Task) -> Any:
     """
     import submitit
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        return executor.submit(TrialJob(node.remote_task(task)))
+        with portability.block_signals([signal.SIGINT]):
+            return executor.submit(TrialJob(node.remote_task(task)))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         hint = "change submit.partition, submit.cpus, submit.gpus or submit.minutes"
         raise ConfigError(f"Slurm rejected the job: {str(error).strip().splitlines()[-1]}", hint) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cancel(job: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvlab import console
+from cvlab import console, portability
 from cvlab.console import Progress
 from cvlab.data import descriptions, photos
 from cvlab.data.photo_paths import SUFFIXES
@@ -385,7 +385,7 @@ def _decode(
     spec = RowSpec(len(paths), (size, size, 3), np.dtype(np.uint8), BLOCK)
     pending: dict[int, tuple[np.ndarray, list[Future[list[dict[str, Any]]]]]] = {}  # by the first row of their block
     with (
-        ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool,
+        ThreadPoolExecutor(portability.num_cores()) as pool,
         Progress("decode photos", len(paths), 0) as progress,
     ):
 

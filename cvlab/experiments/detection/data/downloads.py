@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from cvlab import portability
 from cvlab.data import descriptions, photo_paths
 from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, voc
@@ -107,7 +108,7 @@ def _move_parts(source: Path, target: Path) -> None:
     for part in PARTS:
         (target / part).mkdir(parents=True, exist_ok=True)
         for path in sorted((source / part).iterdir()) if (source / part).is_dir() else ():
-            path.replace(target / part / path.name)
+            portability.replace(path, target / part / path.name)
 
 
 def fetch_small(name: str, root: Path, origin: Path | None, wait: bool) -> None:
