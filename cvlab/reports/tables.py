@@ -182,6 +182,8 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
     if result["expect"] and with_verdicts:
         verdicts = [(v["rule"], format_measured(v), "met" if v["met"] else "NOT MET") for v in result["expect"]]
         table("", ("expected", "measured", "verdict"), verdicts)
+    if "continues" in result:
+        print(console.printable("continues {run} at step {step}".format(**result["continues"])))
     print(console.printable(f"run directory {console.relative_path(path)}"))
     if summary.get("headline"):
         print(console.printable(summary["headline"]))

@@ -83,6 +83,15 @@ def read_status(path: Path) -> Row:
     return status
 
 
+def read_continued(path: Path) -> tuple[str, int] | None:
+    """Return the name of the run that a run continues and the step at which it does; None if it began at step 0."""
+    record = read_json(path / "env.json").get("continues")
+    if not isinstance(record, dict):
+        return None
+    name, step = record.get("run"), record.get("step")
+    return (name, step) if isinstance(name, str) and isinstance(step, int) else None
+
+
 def read_recorded_status(path: Path) -> Row:
     """Return status.json as `read_status` does, but `running` as it was written."""
     status = read_json(path / "status.json")
