@@ -31,7 +31,7 @@ from cvlab.storage.lock import is_held
 
 MAY_CHANGE = re.compile(
     r"(duration|schedule)\..+|optimizer\.(\w+_)?lr|warmup|clip_norm|patience|eval_every|log_every|save_seconds|"
-    r"anomaly|log_gradients|device|threads|name|expect|expect_fallback|evaluate_test|eval_batch_size|tta|"
+    r"anomaly|log_gradients|trackers|device|threads|name|expect|expect_fallback|evaluate_test|eval_batch_size|tta|"
     r"(model\.)?finetune_epochs|reward_epochs"
 )
 FINAL_EPOCHS = ("finetune_epochs", "model.finetune_epochs", "reward_epochs")  # counted from the end of a run

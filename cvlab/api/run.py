@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import console, registry
+from cvlab.api import live_trackers, track
 from cvlab.config import expectations, loading
 from cvlab.config.metrics import metric_info, require_finite
 from cvlab.config.schema import DataConfig, ExperimentConfig
@@ -44,6 +45,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
         CvlabError: If the run could not start.
     """
     config = loaded.config
+    require_trackers(config)
     experiment = registry.get_experiment(config.experiment)
     block = config.data_config()
     used = _data_plan(block) if block is not None else {}
@@ -126,6 +128,7 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
 
 def create_directory(config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
     """Create the empty run directory of a prepared configuration, once it is known that the run could start."""
+    require_trackers(config)
     experiment = registry.get_experiment(config.experiment)
     block = config.data_config()
     if block is None or not registry.is_user_file(block.name):
@@ -160,6 +163,17 @@ def write_inputs(
     signature = {trust.SIGNATURE: trust.sign(out.path)}
     out.write_json("env.json", environment() | launched | provenance | signature | dict(record or {}))
     return config
+
+
+def trackers_of(config: ExperimentConfig) -> tuple[str, ...]:
+    """Return the names of the trackers of a run in progress."""
+    return getattr(config, "trackers", ())
+
+
+def require_trackers(config: ExperimentConfig) -> None:
+    """Raise ConfigError if a tracker of a configuration is not installed."""
+    for name in trackers_of(config):
+        track.require_installed(name)
 
 
 def require_processes(loaded: loading.Loaded, processes: int) -> None:
@@ -226,6 +240,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         if changed:
             config = config.model_copy(update=changed)
             out.write_text("config.yaml", config.to_yaml())
+        require_trackers(config)
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
         experiment = registry.get_experiment(config.experiment)
         if has_started and not saved and experiment.saves_checkpoints:
@@ -258,6 +273,7 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
     data = used_data(config)
     out.set_status("running", experiment=config.experiment, data=data)
     start_time, peak_memory = time.monotonic(), PeakMemory()
+    trackers = live_trackers.LiveTrackers(out, trackers_of(config))
     try:
         metrics = experiment.run(config, out)
         require_finite(metrics, allow_infinite=True)
@@ -265,6 +281,7 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
         _record_failure(out, error)
         if isinstance(error, CvlabError):
             error.run = str(out.path)
+        trackers.finish(has_ended=False)
         raise
     if not out.writable:
         return {}
@@ -292,6 +309,7 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
         out.log(f"warning: the plots could not be drawn: {problem}")
     out.set_status(status, data=data, error=None, code=None)
     _publish(out)
+    trackers.finish(has_ended=True)
     return result(out.path)
 
 
