@@ -15,7 +15,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 
 def _optional(module: str) -> Any:
@@ -145,6 +148,22 @@ def num_cores() -> int:
 def kill_self() -> None:
     """End this process at once, as `kill -9` does."""
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows SIGTERM runs no handler
+
+
+def kill_session(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process that was started in a session of its own, with those it has started; on Windows only itself."""
+    with contextlib.suppress(OSError):
+        if IS_POSIX:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
+
+
+def lower_priority() -> None:
+    """Let all other processes go before this one, where the system has priorities."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(19)
 
 
 def terminate_self() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from cvlab import registry
 from cvlab.errors import ConfigError, CvlabError, DataError, ExpectationError
 from cvlab.runs import trust
-from cvlab.runs.find import config_path
+from cvlab.runs.find import config_path, runs_root
 from cvlab.runs.records import read_json, read_metrics, read_status, read_summary
 from cvlab.runs.results import Column, read_columns, read_errors
 
@@ -256,23 +257,42 @@ class Run:
             raise ConfigError(f"{self.name}: a run of {config.experiment} has no model for images")
         return experiment.photo_module(config, self.path, checkpoint, str(select_device(device).device))
 
-    def resume(self, *, allow_changes: bool = False, progress: bool = False) -> Run:
-        """Resume an interrupted or failed run from its newest checkpoint; return it.
+    def resume(
+        self,
+        overrides: Mapping[str, Any] | Iterable[str] | None = None,
+        *,
+        runs_dir: str | PathLike[str] | None = None,
+        allow_changes: bool = False,
+        progress: bool = False,
+    ) -> Run:
+        """Resume an interrupted or failed run from its newest checkpoint, and return it.
+
+        With `overrides` return a new run that continues this one from its last checkpoint, `{"duration.epochs": 20}`
+        for example, whether it has ended or not. This one does not change.
 
         Args:
+            overrides: New values by dotted key, or texts `key=value`.
+            runs_dir: Folder of the new run; None for $CVLAB_RUNS or ./runs.
             allow_changes: Continue although the data or your own code was changed.
             progress: Show messages and a progress bar.
 
         Raises:
+            ConfigError: One of the overrides is for a run that begins anew only, such as the model's.
             CvlabError: The run cannot be resumed, or fails or is interrupted again.
         """
-        from cvlab.api import run
+        from cvlab.api import extend, run
         from cvlab.api.session import library_call
+        from cvlab.config.overrides import to_texts
 
         trust.require_trust(self.path, self._is_trusted or allow_changes)
+        texts = to_texts(overrides)
         with library_call(progress):
-            run.resume(self.path, allow_changes=allow_changes)
-        return self
+            path = self.path
+            if texts:
+                root = runs_root(None if runs_dir is None else fspath(runs_dir))
+                path = extend.create(extend.prepare(path, texts), root)
+            run.resume(path, allow_changes=allow_changes)
+        return Run(path, self._is_trusted) if texts else self
 
     def evaluate(
         self,

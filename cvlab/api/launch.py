@@ -7,7 +7,6 @@ from pathlib import Path
 from cvlab import console
 from cvlab.api import run as api_run
 from cvlab.config import loading
-from cvlab.data.resolve import DownloadPolicy
 from cvlab.distributed import collectives, process_group
 from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs.find import config_path, list_runs
@@ -39,14 +38,14 @@ def train(make: Callable[[], Path], allow_changes: bool = False) -> api_run.Resu
         raise
 
 
-def run_dir_of_launch(load: Callable[[], loading.Loaded], policy: DownloadPolicy, root: Path) -> Path:
-    """Create a run directory; after a restart by torchrun return the one that its processes had."""
+def run_dir_of_launch(create: Callable[[], Path], root: Path) -> Path:
+    """Create a run directory below `root`; after a restart by torchrun return the one that its processes had."""
     if process_group.is_restarted():
         for path in reversed(list_runs(root)):
             with contextlib.suppress(RunDirError):  # another run, which is damaged
                 if read_json(path / "env.json").get("launch") == process_group.launch_id():
                     return path
-    return api_run.make(load(), policy, root, process_group.world().size)
+    return create()
 
 
 def require_processes(path: Path, requested: int | None) -> int:

@@ -3,10 +3,12 @@
 import contextlib
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cvlab import console, registry
+from cvlab.api import live_trackers, track
 from cvlab.config import expectations, loading
 from cvlab.config.metrics import metric_info, require_finite
 from cvlab.config.schema import DataConfig, ExperimentConfig
@@ -18,7 +20,7 @@ from cvlab.experiments.base import Experiment
 from cvlab.runs import trust
 from cvlab.runs.environment import environment
 from cvlab.runs.find import config_path, create_run
-from cvlab.runs.records import ENDED, is_run, read_json, read_status, read_summary
+from cvlab.runs.records import ENDED, is_run, read_continued, read_json, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.cache import data_root
 
@@ -43,6 +45,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
         CvlabError: If the run could not start.
     """
     config = loaded.config
+    require_trackers(config)
     experiment = registry.get_experiment(config.experiment)
     block = config.data_config()
     used = _data_plan(block) if block is not None else {}
@@ -82,17 +85,17 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
     """
     experiment = registry.get_experiment(loaded.config.experiment)
     config = experiment.prepare(loaded, policy)
-    out = _create(experiment, config, loaded, root)
+    out = create_directory(config, loaded, root)
     with out.locked():
-        config = _write_inputs(config, loaded, out)
+        config = write_inputs(config, loaded, out)
         return _execute(experiment, config, out)
 
 
 def create(loaded: loading.Loaded, root: Path) -> Path:
     """Create the run directory of a prepared configuration, which is then resumed; return it."""
-    out = _create(registry.get_experiment(loaded.config.experiment), loaded.config, loaded, root)
+    out = create_directory(loaded.config, loaded, root)
     with out.locked():
-        _write_inputs(loaded.config, loaded, out)
+        write_inputs(loaded.config, loaded, out)
     return out.path
 
 
@@ -117,13 +120,16 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
     if getattr(config, "threads", None) is None:
         local = process_group.world().local_size if process_group.world().size > 1 else processes
         config = config.model_copy(update={"threads": process_group.threads_per_process(local)})
-    out = _create(experiment, config, loaded, root)
+    out = create_directory(config, loaded, root)
     with out.locked():
-        _write_inputs(config, loaded, out, processes)
+        write_inputs(config, loaded, out, processes)
     return out.path
 
 
-def _create(experiment: Experiment[Any], config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+def create_directory(config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+    """Create the empty run directory of a prepared configuration, once it is known that the run could start."""
+    require_trackers(config)
+    experiment = registry.get_experiment(config.experiment)
     block = config.data_config()
     if block is None or not registry.is_user_file(block.name):
         # raises an error before the run directory exists
@@ -131,19 +137,43 @@ def _create(experiment: Experiment[Any], config: ExperimentConfig, loaded: loadi
     return create_run(root, config.name, console.info)
 
 
-def _write_inputs(
-    config: ExperimentConfig, loaded: loading.Loaded, out: RunDir, processes: int = 1
+def write_inputs(
+    config: ExperimentConfig,
+    loaded: loading.Loaded,
+    out: RunDir,
+    processes: int = 1,
+    record: Mapping[str, Any] | None = None,
 ) -> ExperimentConfig:
-    """Write a run's configuration and environment; return the configuration, which names only files in its folder."""
+    """Write a run's configuration and environment; return the configuration, which names only files in its folder.
+
+    Args:
+        config: The prepared configuration.
+        loaded: Where it comes from.
+        out: The run directory; its lock is held.
+        processes: Number of processes.
+        record: Further entries of env.json.
+    """
     config = registry.get_experiment(config.experiment).write_inputs(config, loaded.base, out)
-    _pin_threads(getattr(config, "threads", None))
+    pin_threads(getattr(config, "threads", None))
     out.write_text("config.yaml", config.to_yaml())
     launched = {"processes": processes, "launch": process_group.launch_id()}
     data = config.data_config()
     fallback = {"data.name": "fallback"} if data is not None and data.fallback_for else {}
     provenance = {"provenance": {**loaded.provenance, **fallback}}
-    out.write_json("env.json", environment() | launched | provenance | {trust.SIGNATURE: trust.sign(out.path)})
+    signature = {trust.SIGNATURE: trust.sign(out.path)}
+    out.write_json("env.json", environment() | launched | provenance | signature | dict(record or {}))
     return config
+
+
+def trackers_of(config: ExperimentConfig) -> tuple[str, ...]:
+    """Return the names of the trackers of a run in progress."""
+    return getattr(config, "trackers", ())
+
+
+def require_trackers(config: ExperimentConfig) -> None:
+    """Raise ConfigError if a tracker of a configuration is not installed."""
+    for name in trackers_of(config):
+        track.require_installed(name)
 
 
 def require_processes(loaded: loading.Loaded, processes: int) -> None:
@@ -158,6 +188,11 @@ def require_processes(loaded: loading.Loaded, processes: int) -> None:
 def processes_of(path: Path) -> int:
     """Return the number of processes in which a run was started."""
     return _count(path, read_json(path / "env.json"), "processes", MAX_PROCESSES) or 1
+
+
+def threads_of(path: Path) -> int | None:
+    """Return the number of threads with which a run was started, None if it is not recorded."""
+    return _count(path, read_json(path / "env.json"), "threads", MAX_THREADS)
 
 
 def _count(path: Path, env: Result, key: str, largest: int) -> int | None:
@@ -205,12 +240,13 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         if changed:
             config = config.model_copy(update=changed)
             out.write_text("config.yaml", config.to_yaml())
+        require_trackers(config)
         saved = any(out.checkpoints.glob("*.pt")) or out.sync_metrics()
         experiment = registry.get_experiment(config.experiment)
         if has_started and not saved and experiment.saves_checkpoints:
             out.log("no checkpoint was saved before the run stopped: it starts from the beginning")
         env = collectives.broadcast_from_rank0(lambda: read_json(path / "env.json"))
-        _pin_threads(_count(path, env, "threads", MAX_THREADS))
+        pin_threads(_count(path, env, "threads", MAX_THREADS))
         before = env.get("resumed")
         resumes = [*(before if isinstance(before, list) else []), environment()]
         resumed = {"resumed": resumes} if env and has_started else environment()
@@ -218,7 +254,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         return _execute(experiment, config, out)
 
 
-def _pin_threads(count: int | None) -> None:
+def pin_threads(count: int | None) -> None:
     """Set the number of threads of a run: with another number its results differ in the last bits."""
     import torch
 
@@ -231,9 +267,13 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
     from cvlab.engine.memory import PeakMemory
 
     out.log(f"run directory {out.path}")
+    source = read_continued(out.path)
+    if source is not None:
+        out.log(f"continues {source[0]} at step {source[1]}")
     data = used_data(config)
     out.set_status("running", experiment=config.experiment, data=data)
     start_time, peak_memory = time.monotonic(), PeakMemory()
+    trackers = live_trackers.LiveTrackers(out, trackers_of(config))
     try:
         metrics = experiment.run(config, out)
         require_finite(metrics, allow_infinite=True)
@@ -241,6 +281,7 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
         _record_failure(out, error)
         if isinstance(error, CvlabError):
             error.run = str(out.path)
+        trackers.finish(has_ended=False)
         raise
     if not out.writable:
         return {}
@@ -257,6 +298,7 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
         "expect": verdicts,
         "seconds": round(time.monotonic() - start_time, 3),
         **peak_memory.megabytes(),
+        **_continues(out.path),
         **out.extra_summary,
     }
     out.write_json("summary.json", summary)
@@ -267,6 +309,7 @@ def _execute(experiment: Experiment[Any], config: ExperimentConfig, out: RunDir)
         out.log(f"warning: the plots could not be drawn: {problem}")
     out.set_status(status, data=data, error=None, code=None)
     _publish(out)
+    trackers.finish(has_ended=True)
     return result(out.path)
 
 
@@ -315,7 +358,8 @@ def result(path: Path) -> Result:
     Returns:
         `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings` and
         `trials`, of an experiment on images also `results`, of one that detects objects `headline` and `class_counts`;
-        of a run without a result `reason` and `hint`.
+        of a run that continues another one `continues`; of a run
+        without a result `reason` and `hint`.
     """
     summary, record = read_summary(path), read_status(path)
     status = record.get("status", "unknown")
@@ -331,9 +375,15 @@ def result(path: Path) -> Result:
         **{
             key: summary[key] for key in ("settings", "trials", "results", "headline", "class_counts") if key in summary
         },
+        **_continues(path),
         **_reason(path, record),
         "files": files,
     }
+
+
+def _continues(path: Path) -> Result:
+    source = read_continued(path)
+    return {} if source is None else {"continues": {"run": source[0], "step": source[1]}}
 
 
 def _reason(path: Path, record: Result) -> Result:

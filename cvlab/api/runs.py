@@ -1,4 +1,4 @@
-"""`cvlab runs COMMAND`: tag, note, star, remove and prune runs."""
+"""`cvlab runs COMMAND`: tag, note, star, remove, prune, export and import runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab.errors import ConfigError
-from cvlab.runs import annotations, query, removal
+from cvlab.runs import annotations, archive, query, removal
 from cvlab.runs.annotations import Annotations
 from cvlab.runs.find import find_run, list_runs
 
@@ -80,3 +80,24 @@ def prune(root: Path, runs: Sequence[str], dry_run: bool) -> Result:
     freed = sum(row["bytes"] for row in rows) + (0 if dry_run else removal.empty_trash(root))
     shown = [row for row in rows if row["removed"] or (runs and "skipped" in row)]
     return {"ok": True, "dry_run": dry_run, "runs": shown, "bytes": freed}
+
+
+def export_archive(root: Path, runs: Sequence[str], file: Path, with_checkpoints: bool) -> Result:
+    """Write runs into an archive.
+
+    Args:
+        root: The folder of the runs.
+        runs: Runs and queries.
+        file: The archive, which must not exist.
+        with_checkpoints: Without them the runs cannot be resumed from it.
+
+    Returns:
+        `file`, `bytes` (its size), and `runs`: name, number of files and bytes of each.
+    """
+    rows = archive.export_runs(query.select(runs, root), file, with_checkpoints)
+    return {"ok": True, "file": str(file), "bytes": file.stat().st_size, "runs": rows}
+
+
+def import_archive(root: Path, file: Path) -> Result:
+    """Unpack the runs of an archive below the folder of the runs; `runs` are their names and what they have."""
+    return {"ok": True, "runs": archive.import_runs(file, root)}

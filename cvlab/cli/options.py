@@ -252,9 +252,14 @@ def show_verdict(
 def show_plan(loaded: "Loaded", root: Path, output: Output) -> None:
     """Print what a run would do."""
     from cvlab.api import run
+
+    print_plan(run.plan(loaded, root), output)
+
+
+def print_plan(plan: dict[str, Any], output: Output) -> None:
+    """Print a plan."""
     from cvlab.reports import tables
 
-    plan = run.plan(loaded, root)
     output.show(plan, lambda: tables.show_block("plan; nothing was written", plan))
 
 

@@ -76,16 +76,18 @@ def ui(
 @expand_options
 def track(
     run: RunArgument,
-    to: Annotated[str, typer.Option(help="tensorboard, mlflow or wandb (offline)")],
+    to: Annotated[str, typer.Option(help="tensorboard, mlflow, wandb (offline) or trackio (local)")],
     follow: Annotated[bool, typer.Option("--follow", help="continue until the run ends")] = False,
     runs_dir: RunsDir = None,
     *,
     output: Output,
 ) -> None:
-    """Log a run to TensorBoard, MLflow or Weights & Biases."""
+    """Log a run to TensorBoard, MLflow, Weights & Biases or trackio."""
     from cvlab.api import track as api_track
     from cvlab.runs.find import find_run, runs_root
 
+    if follow:
+        api_track.yield_cpu()
     command = api_track.log_run(find_run(run, runs_root(runs_dir)), to, follow)
     output.show({"ok": True, "tracker": to, "look": command}, lambda: console.show(command))
 

@@ -1,5 +1,6 @@
 """The commands about one configuration: train (also called run), lr, resume, eval, gradcheck."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ from cvlab.cli.options import (
     expand_options,
     finish,
     gather_overrides,
+    print_plan,
     require_trust,
     show_plan,
     show_verdict,
@@ -65,7 +67,11 @@ def run(
     if dry_run:
         show_plan(load(), root, output)
     elif process_group.world().size > 1:
-        finish(launch.train(lambda: launch.run_dir_of_launch(load, policy, root)), output)
+        size = process_group.world().size
+        finish(
+            launch.train(lambda: launch.run_dir_of_launch(lambda: api_run.make(load(), policy, root, size), root)),
+            output,
+        )
     elif processes.nproc is not None and processes.nproc > 1:
         path = api_run.make(load(), policy, root, processes.nproc)
         raise typer.Exit(launcher.run(path, processes.nproc, processes.max_restarts, output.flags()))
@@ -108,32 +114,48 @@ def lr(
 @expand_options
 def resume(
     run: ResumeArgument = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, for example duration.epochs=20: continue the run in a new run directory"),
+    ] = None,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="continue although the data or your own code was changed")
     ] = False,
+    dry_run: DryRun = False,
     trust: Trust = False,
     runs_dir: RunsDir = None,
     *,
     processes: ProcessOptions,
     output: Output,
 ) -> None:
-    """Resume an interrupted run. It continues from its newest checkpoint; the result is bit-for-bit identical."""
-    from cvlab.api import launch
+    """Resume an interrupted run, bit for bit. With key=value, continue a run with other settings in a new directory."""
+    from cvlab.api import extend, launch
     from cvlab.api import run as api_run
     from cvlab.distributed import launcher, process_group
     from cvlab.runs.find import find_interrupted_run, find_run, runs_root
 
     root = runs_root(runs_dir)
+    extend.require_run_first(run)
     path = find_run(run, root) if run is not None else find_interrupted_run(root)
     require_trust(str(path), trust or allow_changes)  # also of code that the user has changed since
     count = launch.require_processes(path, processes.nproc)
-    if process_group.world().size > 1:
-        finish(launch.train(lambda: path, allow_changes), output)
-    elif count > 1 and not api_run.has_ended(path):
+    if dry_run:
+        print_plan(extend.plan(path, overrides or [], root), output)
+        return
+    is_distributed = process_group.world().size > 1
+
+    def run_to_resume() -> Path:
+        return extend.create(extend.prepare(path, overrides), root, count) if overrides else path
+
+    if is_distributed and overrides:
+        finish(launch.train(lambda: launch.run_dir_of_launch(run_to_resume, root), allow_changes), output)
+    elif is_distributed:
+        finish(launch.train(run_to_resume, allow_changes), output)
+    elif count > 1 and (overrides or not api_run.has_ended(path)):
         flags = (*output.flags(), *(("--allow-changes",) if allow_changes else ()), *(("--trust",) if trust else ()))
-        raise typer.Exit(launcher.run(path, count, processes.max_restarts, flags))
+        raise typer.Exit(launcher.run(run_to_resume(), count, processes.max_restarts, flags))
     else:
-        finish(api_run.resume(path, allow_changes=allow_changes), output)
+        finish(api_run.resume(run_to_resume(), allow_changes=allow_changes), output)
 
 
 @app.command("eval", rich_help_panel=TRAIN)

@@ -133,6 +133,55 @@ def prune_runs(
     output.show(result, lambda: console.show("\n".join(lines)))
 
 
+@runs_app.command("export")
+@expand_options
+def export_runs(
+    runs: Annotated[
+        list[str], typer.Argument(help="runs, each by name, path or query, and last the file to write, FILE.zip")
+    ],
+    without_checkpoints: Annotated[
+        bool, typer.Option("--without-checkpoints", help="leave checkpoints out: the runs cannot be resumed from it")
+    ] = False,
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Write runs into a zip file for `cvlab runs import`: `cvlab runs export RUN... FILE.zip`."""
+    from cvlab.api import runs as api_runs
+    from cvlab.errors import ConfigError
+    from cvlab.runs.find import runs_root
+
+    *names, file = runs
+    if not names or not file.endswith(".zip"):
+        raise ConfigError("name the runs, and last the file to write", f"cvlab runs export {runs[0]} FILE.zip")
+    result = api_runs.export_archive(runs_root(runs_dir), names, Path(file), not without_checkpoints)
+    lines = [f"{row['run']}: {row['files']} files, {console.format_bytes(row['bytes'])}" for row in result["runs"]]
+    lines.append(f"{console.relative_path(Path(file))}: {console.format_bytes(result['bytes'])}")
+    output.show(result, lambda: console.show("\n".join(lines)))
+
+
+@runs_app.command("import")
+@expand_options
+def import_runs(
+    file: Annotated[Path, typer.Argument(help="an archive that `cvlab runs export` wrote")],
+    runs_dir: RunsDir = None,
+    *,
+    output: Output,
+) -> None:
+    """Import runs from a zip file. All files are checked; no code in it is run."""
+    from cvlab.api import runs as api_runs
+    from cvlab.runs.find import runs_root
+
+    result = api_runs.import_archive(runs_root(runs_dir), file)
+    lines = [
+        f"{row['run']}: {row['files']} files, {console.format_bytes(row['bytes'])}"
+        f"{'' if row['has_checkpoints'] else ', without checkpoints'}"
+        f"{', with Python files, which --trust runs' if row['has_code'] else ''}"
+        for row in result["runs"]
+    ]
+    output.show(result, lambda: console.show("\n".join(lines)))
+
+
 def _show_annotations(result: dict[str, Any]) -> None:
     for row in result["runs"]:
         parts = [*(["starred"] if row["starred"] else []), *row["tags"], *([row["note"]] if row["note"] else [])]

@@ -76,6 +76,20 @@ class TrainConfig(RunConfig):
         False, description="log grad_norm, before clipping, and update_ratio, the L2 norm of a step / of the weights"
     )
 
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = Field(
+        (), description="log the run to these while it is running, each in a process of its own; see `cvlab track`"
+    )
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the resolved configuration but for its trackers, on which no result depends."""
+        return super(TrainConfig, self.model_copy(update={"trackers": ()})).digest()
+
+    @model_validator(mode="after")
+    def _check_trackers(self) -> "TrainConfig":
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError("trackers: names each tracker once")
+        return self
+
     @model_validator(mode="after")
     def _check_anomaly(self) -> "TrainConfig":
         if self.anomaly and self.compile:

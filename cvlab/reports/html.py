@@ -27,7 +27,7 @@ from cvlab.reports import colors, compare, curves, data_summary, embedded, metri
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
 from cvlab.runs.find import read_config
-from cvlab.runs.records import Row, is_trial, pruning_reason, read_json, read_status, read_summary
+from cvlab.runs.records import Row, is_trial, pruning_reason, read_continued, read_json, read_status, read_summary
 from cvlab.runs.results import read_columns
 from cvlab.storage import atomic, regular_files
 from cvlab.storage.cache import user_cache
@@ -41,6 +41,7 @@ STATUS_CLASSES = {  # of CSS
     "running": "wait",
     "interrupted": "wait",
 }
+HIDDEN_ENVIRONMENT = ("provenance", "resumed", "continues")  # entries of env.json that the page has elsewhere or not
 LOG_LINES, MAX_LOG_BYTES = 200, 2**18  # of its end
 LEFTOVER_SECONDS = 600.0
 MAX_THUMBNAILS = 200  # of the list of runs: those of the newest
@@ -163,6 +164,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         "headline": summary.get("headline"),
         "duration": duration_text(summary.get("seconds")),
         "time": _utc(env.get("time")),
+        "continues": read_continued(path),
         "failure": _failure(path, status),
         "verdicts": [
             {"rule": row["rule"], "measured": tables.format_measured(row), "met": row["met"]}
@@ -181,7 +183,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         "num_omitted": groups.num_omitted,
         "changed": [row for row in rows if row[2] not in ("", "default")],
         "config": rows,
-        "environment": [(k, str(v)) for k, v in env.items() if k not in ("provenance", "resumed") and v is not None],
+        "environment": [(k, str(v)) for k, v in env.items() if k not in HIDDEN_ENVIRONMENT and v is not None],
         "log": _log(path / "log.txt"),
     }
     return render("run.html", title=path.name, run=run, links=links, refresh=refresh)

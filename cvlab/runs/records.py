@@ -83,6 +83,15 @@ def read_status(path: Path) -> Row:
     return status
 
 
+def read_continued(path: Path) -> tuple[str, int] | None:
+    """Return the name of the run that a run continues and the step at which it does; None if it began at step 0."""
+    record = read_json(path / "env.json").get("continues")
+    if not isinstance(record, dict):
+        return None
+    name, step = record.get("run"), record.get("step")
+    return (name, step) if isinstance(name, str) and isinstance(step, int) else None
+
+
 def read_recorded_status(path: Path) -> Row:
     """Return status.json as `read_status` does, but `running` as it was written."""
     status = read_json(path / "status.json")
@@ -117,6 +126,14 @@ def read_metrics(path: Path) -> Iterator[Row]:
     Raises:
         RunDirError: The file is a link, not a regular file, or too large.
     """
+    return (row for row, _ in read_metrics_from(path, 0))
+
+
+def read_metrics_from(path: Path, start: int) -> Iterator[tuple[Row, int]]:
+    """Yield the rows of metrics.jsonl from a number of bytes on, each with the number of bytes up to its end.
+
+    A file that is shorter by now, since a run was resumed, is read from its beginning. Raises as `read_metrics`.
+    """
     file_path = path / "metrics.jsonl"
     try:
         file = regular_files.open_binary(file_path, MAX_METRICS_BYTES)
@@ -126,13 +143,14 @@ def read_metrics(path: Path) -> Iterator[Row]:
         raise RunDirError(f"{file_path}: cannot be read: {error}", "the file was changed") from error
     is_continued = False  # the rest of a line that is too long is no line
     with file:
+        file.seek(start if start <= file.seek(0, os.SEEK_END) else 0)
         while line := file.readline(MAX_LINE_BYTES):
             is_whole = line.endswith(b"\n") and not is_continued
             is_continued = not line.endswith(b"\n")
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line) if is_whole else None
                 if isinstance(row, dict):
-                    yield row
+                    yield row, file.tell()
 
 
 def is_run(path: Path) -> bool:

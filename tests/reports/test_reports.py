@@ -151,3 +151,15 @@ def test_families_of_curves():
         "learning rate",
     ]
     assert metrics.file_name("../x") == "plots/_x.png"
+
+
+def test_a_table_without_wrapping_is_that_of_rich():
+    columns = ["run", "val_accuracy", "a long title", "n"]
+    rows = [["a b", "0.5", "", "12"], ["x", "-", "text, and more of it", "3"], ["", "0.25", "-", "1,000"]]
+    for cells in (rows, rows[:1], []):
+        widths = tables._widths(columns, cells, 10**9)
+        is_right = [tables._is_numeric([row[k] for row in cells]) for k in range(len(columns))]
+        assert tables._fits(cells, widths)
+        assert tables._lines(columns, cells, widths, is_right) == tables._wrapped_lines(
+            columns, cells, widths, is_right
+        )
