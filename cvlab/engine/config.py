@@ -42,6 +42,9 @@ class TrainConfig(RunConfig):
     )
     warmup: Fraction = Field(0.0, description="share of the run over which the learning rate rises from 0")
     batch_size: PositiveInt = Field(description="items per step, over all processes")
+    accumulate: PositiveInt = Field(
+        1, description="split each batch into N parts and average their gradients: the same step in less memory"
+    )
     duration: Duration = Field(description="exactly one of steps, epochs, seconds")
     clip_norm: PositiveFloat | None = Field(None, description="largest L2 norm of the gradient; null: no limit")
     ema: FractionBelowOne | None = Field(
@@ -77,6 +80,12 @@ class TrainConfig(RunConfig):
     )
 
     @model_validator(mode="after")
+    def _check_accumulate(self) -> "TrainConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size: {self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
     def _check_anomaly(self) -> "TrainConfig":
         if self.anomaly and self.compile:
             raise ValueError("anomaly: a compiled model has no layers to observe; set compile: false")
@@ -101,3 +110,13 @@ class TrainConfig(RunConfig):
         sharding.require_divisible(self.batch_size, processes)
         if processes > 1 and self.duration.seconds is not None:
             raise ConfigError("duration.seconds: several processes need a number of steps", "give steps or epochs")
+        self.require_parts(self.batch_size, processes)
+
+    def require_parts(self, batch_size: int, processes: int) -> None:
+        """Raise ConfigError unless each process's share of a batch, smaller if there is less data, can be split."""
+        if batch_size // processes % self.accumulate:
+            raise ConfigError(
+                f"accumulate {self.accumulate}: {batch_size // processes} images per process have no "
+                f"{self.accumulate} equal parts",
+                f"give a batch_size that is a multiple of {processes * self.accumulate}",
+            )

@@ -116,6 +116,7 @@ class Trainer:
         self.config.require_shares(size)
         self.config.require_validation(self.task.monitor.startswith("val_"))
         sharding.require_divisible(self.task.items_per_step, size)  # less than batch_size if there is less data
+        self.config.require_parts(self.task.items_per_step, size)
         if self.config.compile:
             seconds = compilation.warm_up(self.task, self.forward_model)
             self.run_dir.log(f"compiled the model in {seconds:.1f} s, not counted as training")
