@@ -22,6 +22,7 @@ from cvlab.errors import ConfigError
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
 
+PER_LAYER = "layers"  # of log_gradients
 TRAIN_METRICS = (  # of every training run
     Metric("train_loss", better="lower"),
     Metric("best_step"),
@@ -75,8 +76,10 @@ class TrainConfig(RunConfig):
     anomaly: bool = Field(
         False, description="name the layer that returns the first value that is not finite; slower, for debugging"
     )
-    log_gradients: bool = Field(
-        False, description="log grad_norm, before clipping, and update_ratio, the L2 norm of a step / of the weights"
+    log_gradients: bool | Literal["layers"] = Field(
+        False,
+        description="log grad_norm, before clipping, and update_ratio, the L2 norm of a step / of the weights; layers: "
+        "of each layer too",
     )
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from cvlab.distributed import collectives, ddp
 from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
+from cvlab.engine.gradient_log import GradientLog
 from cvlab.engine.parameters import set_train_mode
 from cvlab.errors import CheckpointError, DivergedError
 
@@ -153,7 +154,7 @@ def fit(
     forward_model: nn.Module | None = None,
     split_batch: Callable[[Batch], Sequence[Batch]] | None = None,
     anomaly: AnomalyRecorder | None = None,
-    log_gradients: bool = False,
+    gradient_log: GradientLog | None = None,
 ) -> Iterator[Losses]:
     """Train from `state.step` on, one step for each item that the caller takes, without end.
 
@@ -171,7 +172,7 @@ def fit(
         forward_model: Passed to `loss_fn` instead of the model whose weights it shares, for example a compiled one.
         split_batch: Returns the equal parts of a batch, whose gradients are averaged; None: the batch is one.
         anomaly: Names the layer in the error about a loss that is not finite; requires `ctx.read_every` 1.
-        log_gradients: Whether `grad_norm` and `update_ratio` are among the losses.
+        gradient_log: Its metrics are among the losses; None for none.
 
     Yields:
         The losses of the step, detached, after the update.
@@ -197,7 +198,11 @@ def fit(
                 raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"], anomaly)
         else:
             _reduce_later(state, train_step, losses, ctx.read_every)
-        losses |= _update_and_measure(state, parameters, clip_norm, anomaly, log_gradients)
+        if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
+            _require_finite_gradients(state, anomaly)
+        _update_weights(state, parameters, clip_norm, gradient_log)
+        if gradient_log is not None:
+            losses |= gradient_log.metrics()
         state.update_ema()
         state.step += 1
         yield losses
@@ -235,21 +240,6 @@ def _reduce_later(state: TrainState, train_step: ddp.SingleProcessStep, losses: 
         state.unread.require_finite()
 
 
-def _update_and_measure(
-    state: TrainState,
-    parameters: list[nn.Parameter],
-    clip_norm: float | None,
-    anomaly: AnomalyRecorder | None,
-    log_gradients: bool,
-) -> Losses:
-    """Check the gradients if `anomaly` is given, update the weights; return the metrics of `log_gradients`."""
-    if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
-        _require_finite_gradients(state, anomaly)
-    before = [parameter.detach().clone() for parameter in parameters] if log_gradients else None
-    norm = _update_weights(state, parameters, clip_norm, log_gradients)
-    return {} if before is None or norm is None else _gradient_metrics(norm, before, parameters)
-
-
 def _require_finite_gradients(state: TrainState, anomaly: AnomalyRecorder) -> None:
     """Raise DivergedError about a gradient that is not finite, the same on all ranks."""
     source = anomaly.gradient_source()
@@ -257,38 +247,22 @@ def _require_finite_gradients(state: TrainState, anomaly: AnomalyRecorder) -> No
         raise DivergedError(f"{source} is not finite at step {state.step}, the loss is", "lower optimizer.lr")
 
 
-def _gradient_metrics(norm: Tensor, before: list[Tensor], parameters: list[nn.Parameter]) -> Losses:
-    """Return the norm of the gradient before clipping, and that of the update divided by that of the weights.
-
-    A step that float16 skips counts as 0 in both.
-    """
-    after = [parameter.detach() for parameter in parameters]
-    update = torch.nn.utils.get_total_norm(torch._foreach_sub(after, before))
-    ratio = update / torch.nn.utils.get_total_norm(before).clamp(min=1e-12)
-    return {"grad_norm": norm.detach().nan_to_num(0.0, posinf=0.0), "update_ratio": ratio}
-
-
 def _update_weights(
-    state: TrainState, parameters: list[nn.Parameter], clip_norm: float | None, needs_norm: bool = False
-) -> Tensor | None:
-    """Clip the gradients and take the optimizer's step; in float16 it is skipped if a gradient is not finite.
-
-    Returns:
-        The norm of the gradient before clipping, if it is needed.
-    """
-    scaler, norm = state.scaler, None
-    if scaler is not None and (clip_norm is not None or needs_norm):
+    state: TrainState, parameters: list[nn.Parameter], clip_norm: float | None, gradient_log: GradientLog | None
+) -> None:
+    """Clip the gradients and take the optimizer's step; in float16 it is skipped if a gradient is not finite."""
+    scaler = state.scaler
+    if scaler is not None and (clip_norm is not None or gradient_log is not None):
         scaler.unscale_(state.optimizer)
+    if gradient_log is not None:
+        gradient_log.before_update()
     if clip_norm is not None:
-        norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    elif needs_norm:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
     if scaler is None:
         _compat.optimizer_step(state.optimizer)
     else:
         scaler.step(state.optimizer)
         scaler.update()
-    return norm
 
 
 def _diverged_error(losses: Losses, step: int, lr: float, anomaly: AnomalyRecorder | None = None) -> DivergedError:

@@ -21,7 +21,8 @@ from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine import compilation, device, loop, parameters, schedules, time_budget, unsaved_state
 from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.checkpointer import Checkpointer
-from cvlab.engine.config import TrainConfig
+from cvlab.engine.config import PER_LAYER, TrainConfig
+from cvlab.engine.gradient_log import GradientLog
 from cvlab.engine.loop import Losses, TrainState
 from cvlab.engine.progress import TrainProgress, logged_losses
 from cvlab.engine.task import TrainTask
@@ -88,6 +89,8 @@ class Trainer:
         self.state = TrainState(task.model, optimizer, config.ema, task.ctx.make_scaler())
         self.forward_model = compilation.compile_model(task.model) if config.compile else task.model
         self.anomaly = AnomalyRecorder(task.model) if config.anomaly else None
+        per_layer = config.log_gradients == PER_LAYER
+        self.gradient_log = GradientLog(task.model, per_layer) if config.log_gradients else None
         self.progress = TrainProgress(0)
         self.checkpointer = Checkpointer(self, run_dir, task.ctx, config.save_seconds)
         # Of what a run is not resumed with if it was changed. Taken once: what is loaded now is what is trained with.
@@ -256,7 +259,7 @@ class Trainer:
             forward_model=self.forward_model,
             split_batch=self.task.split_batch,
             anomaly=self.anomaly,
-            log_gradients=self.config.log_gradients,
+            gradient_log=self.gradient_log,
         )
 
     def run(self) -> None:
