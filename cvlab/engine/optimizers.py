@@ -27,7 +27,7 @@ Rate = Annotated[float, Gt(0), Le(100)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
 
-_NAMES = ("sgd", "rmsprop", "adam", "adamw", "muon", "manual_sgd", "manual_rmsprop", "manual_adam")
+_NAMES = ("sgd", "rmsprop", "adam", "adamw", "lion", "muon", "manual_sgd", "manual_rmsprop", "manual_adam")
 TORCH_PREFIX = "torch:"
 _UNSUPPORTED = {
     "LBFGS": "it evaluates the loss several times per step",
@@ -147,6 +147,16 @@ def adamw(
 
     params: Any = list(parameters)
     return optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_has_fused_kernel(params))
+
+
+def lion(
+    parameters: Parameters, lr: Rate = 1e-4, betas: tuple[Decay, Decay] = (0.9, 0.99), weight_decay: Small = 0.0
+) -> "optim.Optimizer":
+    """Build Lion (Chen et al., 2023, algorithm 2) of timm."""
+    optimizer: optim.Optimizer = _compat.timm_optimizers().Lion(
+        parameters, lr=lr, betas=betas, weight_decay=weight_decay
+    )
+    return optimizer
 
 
 def muon(
