@@ -48,6 +48,11 @@ class TrainConfig(RunConfig):
     )
     duration: Duration = Field(description="exactly one of steps, epochs, seconds")
     clip_norm: PositiveFloat | None = Field(None, description="largest L2 norm of the gradient; null: no limit")
+    sam: PositiveFloat | None = Field(
+        None,
+        description="radius of sharpness-aware minimization, for example 0.05: the gradient is that of the weights "
+        "moved by it, at the cost of a second backward pass; null: none",
+    )
     ema: FractionBelowOne | None = Field(
         None, description="decay of the moving average of the weights, which is evaluated; null: none"
     )

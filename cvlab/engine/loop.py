@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cvlab import _compat
 from cvlab.distributed import collectives, ddp
 from cvlab.distributed.step_flags import StepFlags
+from cvlab.engine import sharpness
 from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
 from cvlab.engine.gradient_log import GradientLog
@@ -155,6 +156,7 @@ def fit(
     split_batch: Callable[[Batch], Sequence[Batch]] | None = None,
     anomaly: AnomalyRecorder | None = None,
     gradient_log: GradientLog | None = None,
+    sam: float | None = None,
 ) -> Iterator[Losses]:
     """Train from `state.step` on, one step for each item that the caller takes, without end.
 
@@ -173,6 +175,7 @@ def fit(
         split_batch: Returns the equal parts of a batch, whose gradients are averaged; None: the batch is one.
         anomaly: Names the layer in the error about a loss that is not finite; requires `ctx.read_every` 1.
         gradient_log: Its metrics are among the losses; None for none.
+        sam: Radius of sharpness-aware minimization: the gradient of a second backward pass is used; None for none.
 
     Yields:
         The losses of the step, detached, after the update.
@@ -191,13 +194,13 @@ def fit(
         batch = get_batch(state.step)
         if anomaly is not None:
             anomaly.start_step()
-        losses = _backward(state, train_step, [batch] if split_batch is None else split_batch(batch), ctx)
-        if ctx.read_every == 1:
-            state.any_rank_flags, is_finite = train_step.reduce(losses)
-            if not is_finite:
-                raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"], anomaly)
-        else:
-            _reduce_later(state, train_step, losses, ctx.read_every)
+        parts = [batch] if split_batch is None else split_batch(batch)
+        losses = _backward(state, train_step, parts, ctx)
+        _reduce(state, train_step, losses, ctx.read_every, anomaly)
+        if sam is not None:
+            with sharpness.perturbed(model, parameters, sam):
+                perturbed_losses = _backward(state, train_step, parts, ctx)
+                _reduce(state, train_step, perturbed_losses, ctx.read_every, anomaly)
         if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
             _require_finite_gradients(state, anomaly)
         _update_weights(state, parameters, clip_norm, gradient_log)
@@ -231,8 +234,22 @@ def _backward(
     return totals if len(parts) == 1 else {name: total / len(parts) for name, total in totals.items()}
 
 
-def _reduce_later(state: TrainState, train_step: ddp.SingleProcessStep, losses: Losses, read_every: int) -> None:
-    """Store the losses of a step, and read those of the last `read_every` steps if it ends a group of them."""
+def _reduce(
+    state: TrainState,
+    train_step: ddp.SingleProcessStep,
+    losses: Losses,
+    read_every: int,
+    anomaly: AnomalyRecorder | None,
+) -> None:
+    """Exchange flags with the other ranks after a backward pass, and check that the loss is finite on all of them.
+
+    With `read_every` above 1 the losses are stored, and read if the step ends a group of that many.
+    """
+    if read_every == 1:
+        state.any_rank_flags, is_finite = train_step.reduce(losses)
+        if not is_finite:
+            raise _diverged_error(losses, state.step, state.optimizer.param_groups[0]["lr"], anomaly)
+        return
     is_read = (state.step + 1) % read_every == 0
     state.any_rank_flags, diverged = train_step.reduce_later(losses, is_read)
     state.unread.add(state.step, state.optimizer.param_groups[0]["lr"], losses, diverged)

@@ -260,6 +260,7 @@ class Trainer:
             split_batch=self.task.split_batch,
             anomaly=self.anomaly,
             gradient_log=self.gradient_log,
+            sam=self.config.sam,
         )
 
     def run(self) -> None:

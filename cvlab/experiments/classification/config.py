@@ -179,6 +179,8 @@ class ClassifyConfig(TrainConfig):
     def _check_parts(self) -> "ClassifyConfig":
         if self.accumulate > 1 and self.skip_easy:
             raise ValueError("accumulate: skip_easy needs the losses of the whole batch at once")
+        if self.sam is not None and self.skip_easy:
+            raise ValueError("sam: skip_easy would compare the losses of the moved weights; use one of them")
         return self
 
     @model_validator(mode="after")
