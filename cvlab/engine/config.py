@@ -94,6 +94,15 @@ class TrainConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_schedule_free(self) -> "TrainConfig":
+        name = self.optimizer.name
+        if name in optimizers.SCHEDULE_FREE and self.schedule.name != "constant":
+            raise ValueError(f"schedule: {name} takes none, only warmup; set schedule: constant")
+        if name in optimizers.SCHEDULE_FREE and self.ema is not None:
+            raise ValueError(f"ema: {name} averages the weights itself; set ema: null")
+        return self
+
+    @model_validator(mode="after")
     def _check_anomaly(self) -> "TrainConfig":
         if self.anomaly and self.compile:
             raise ValueError("anomaly: a compiled model has no layers to observe; set compile: false")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cvlab import _compat
 from cvlab.distributed import collectives, ddp
 from cvlab.distributed.step_flags import StepFlags
-from cvlab.engine import sharpness
+from cvlab.engine import optimizers, sharpness
 from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
 from cvlab.engine.gradient_log import GradientLog
@@ -61,6 +61,8 @@ class TrainState:
         scaler: Scales the loss of float16; None for other precisions.
 
     Attributes:
+        ema_model: A copy of the model with averaged weights: their moving average, or the average of a schedule-free
+            optimizer, which `refresh_average` copies; None if there is neither.
         uses_ema: Whether the average is evaluated, saved as the result and exported, if there is one.
         unread: The losses that were not read yet.
     """
@@ -77,7 +79,9 @@ class TrainState:
         self.scaler = scaler
         self.unread = UnreadLosses()
         self.ema_decay = ema_decay
-        self.ema_model = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
+        self.is_schedule_free = optimizers.averages_weights(optimizer)
+        has_average = ema_decay is not None or self.is_schedule_free
+        self.ema_model = copy.deepcopy(model).requires_grad_(False) if has_average else None
         self.uses_ema = True
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.step = 0
@@ -85,8 +89,25 @@ class TrainState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model to evaluate: the moving average of the weights if there is one and it is used, else the model."""
+        """The model to evaluate: the average of the weights if there is one and it is used, else the model."""
+        self.refresh_average()
         return self.model if self.ema_model is None or not self.uses_ema else self.ema_model
+
+    def refresh_average(self) -> None:
+        """Copy the average of a schedule-free optimizer, which it computes in place of the weights; these are restored.
+
+        BatchNorm's statistics are those of the weights that are trained.
+        """
+        if not self.is_schedule_free or self.ema_model is None:
+            return
+        optimizer: Any = self.optimizer
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        weights = [parameter.detach().clone() for parameter in trained]
+        optimizer.eval()
+        self.ema_model.load_state_dict(self.model.state_dict())
+        optimizer.train()
+        with torch.no_grad():
+            torch._foreach_copy_(trained, weights)
 
     def update_ema(self) -> None:
         """Move the average towards the weights and, since they belong to them, towards BatchNorm's statistics.
@@ -112,6 +133,7 @@ class TrainState:
             DivergedError: The loss of a step since the last read is not finite.
         """
         self.unread.require_finite()
+        self.refresh_average()
         return {
             "step": self.step,
             "model": self.model.state_dict(),

@@ -63,7 +63,9 @@ def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Mod
     trainer.record_duration()
     trainer.report_early_stop()
     model = trainer.state.eval_model
-    if config.ema is not None:
+    if trainer.state.is_schedule_free:
+        run_dir.extra_summary["used_weights"] = "schedule-free average"
+    elif config.ema is not None:
         run_dir.extra_summary["used_weights"] = "moving average" if trainer.state.uses_ema else "last step"
     run_dir.extra_summary["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
     return model, trainer.progress.final_metrics(trainer.step, task)
@@ -375,7 +377,7 @@ class Trainer:
         is_best = self.progress.add_evaluation(step, metrics.get(self.task.monitor))
         if not is_best and step < self.total_steps:
             self._react_to_stale_metric()
-        if self._is_last(step) and self.state.uses_ema and self.state.ema_model is not None:
+        if self._is_last(step) and self.state.uses_ema and self.config.ema is not None:
             chosen = self._choose_weights(metrics)
             if chosen is not metrics:
                 metrics = chosen

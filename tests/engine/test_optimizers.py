@@ -1,5 +1,6 @@
 """Optimizers and schedules by name, against torch and their formulas."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -18,8 +19,11 @@ TORCH_NAMES = tuple(
     if isinstance(value, type) and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 )
 
+HAS_SCHEDULE_FREE = importlib.util.find_spec("schedulefree") is not None
+NAMES = [name for name in optimizers.OPTIMIZERS.names if HAS_SCHEDULE_FREE or name not in optimizers.SCHEDULE_FREE]
 
-@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS.names, *TORCH_NAMES])
+
+@pytest.mark.parametrize("name", [*NAMES, *TORCH_NAMES])
 def test_every_optimizer_lowers_a_quadratic(name):
     model = nn.Linear(3, 1)
     rates = {"lr": 1e-2, **({"bias_lr": 1e-2, "head_lr": 1e-2} if name == "muon" else {})}
@@ -165,7 +169,7 @@ def test_values_of_schedules():
     assert math.isclose(schedules.warmed_up(0.7, 0.0, 0.0), 0.7)
 
 
-@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS.names, *TORCH_NAMES])
+@pytest.mark.parametrize("name", [*NAMES, *TORCH_NAMES])
 def test_a_step_without_the_compiler_is_torchs_step(name):
     weights = []
     for step in (_compat.optimizer_step, lambda optimizer: optimizer.step()):
