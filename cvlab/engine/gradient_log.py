@@ -35,7 +35,7 @@ class GradientLog:
         A step that float16 skips counts as 0 in all of them.
         """
         weight_norms = _norms(self.weights)
-        update_norms = _norms(torch._foreach_sub([p.detach() for p in self.parameters], self.weights))
+        update_norms = _norms(list(torch._foreach_sub([p.detach() for p in self.parameters], self.weights)))
         everything = list(range(len(self.parameters)))
         metrics: dict[str, Tensor] = {}
         for suffix, indices in {"": everything, **{f"/{name}": of for name, of in self.layers.items()}}.items():

@@ -36,7 +36,8 @@ def perturbed(model: nn.Module, parameters: Sequence[nn.Parameter], radius: floa
     scale = radius / nn.utils.get_total_norm(gradients).clamp(min=TINY)
     offsets = torch._foreach_mul(gradients, scale)
     with torch.no_grad():
-        torch._foreach_add_(moved, [offset.nan_to_num_(0.0, posinf=0.0, neginf=0.0) for offset in offsets])
+        for parameter, offset in zip(moved, offsets, strict=True):
+            parameter.add_(offset.nan_to_num_(0.0, posinf=0.0, neginf=0.0))
     try:
         yield
     finally:
