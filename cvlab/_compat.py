@@ -63,6 +63,12 @@ def timm() -> ModuleType:
     return importlib.import_module("timm")
 
 
+def timm_optimizers() -> ModuleType:
+    """Import the optimizers of timm, `timm.optim`."""
+    timm()
+    return importlib.import_module("timm.optim")
+
+
 def timm_text(name: str) -> str:
     """Read one of the lists of classes that come with timm, without importing it."""
     return (_folder("timm") / "data" / "_info" / name).read_text(encoding="utf-8")

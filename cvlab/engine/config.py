@@ -22,6 +22,7 @@ from cvlab.errors import ConfigError
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
 
+PER_LAYER = "layers"  # of log_gradients
 TRAIN_METRICS = (  # of every training run
     Metric("train_loss", better="lower"),
     Metric("best_step"),
@@ -42,8 +43,16 @@ class TrainConfig(RunConfig):
     )
     warmup: Fraction = Field(0.0, description="share of the run over which the learning rate rises from 0")
     batch_size: PositiveInt = Field(description="items per step, over all processes")
+    accumulate: PositiveInt = Field(
+        1, description="split each batch into N parts and average their gradients: the same step in less memory"
+    )
     duration: Duration = Field(description="exactly one of steps, epochs, seconds")
     clip_norm: PositiveFloat | None = Field(None, description="largest L2 norm of the gradient; null: no limit")
+    sam: PositiveFloat | None = Field(
+        None,
+        description="radius of sharpness-aware minimization, for example 0.05: the gradient is that of the weights "
+        "moved by it, at the cost of a second backward pass; null: none",
+    )
     ema: FractionBelowOne | None = Field(
         None, description="decay of the moving average of the weights, which is evaluated; null: none"
     )
@@ -72,8 +81,10 @@ class TrainConfig(RunConfig):
     anomaly: bool = Field(
         False, description="name the layer that returns the first value that is not finite; slower, for debugging"
     )
-    log_gradients: bool = Field(
-        False, description="log grad_norm, before clipping, and update_ratio, the L2 norm of a step / of the weights"
+    log_gradients: bool | Literal["layers"] = Field(
+        False,
+        description="log grad_norm, before clipping, and update_ratio, the L2 norm of a step / of the weights; layers: "
+        "of each layer too",
     )
 
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = Field(
@@ -88,6 +99,21 @@ class TrainConfig(RunConfig):
     def _check_trackers(self) -> "TrainConfig":
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError("trackers: names each tracker once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_accumulate(self) -> "TrainConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size: {self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule_free(self) -> "TrainConfig":
+        name = self.optimizer.name
+        if name in optimizers.SCHEDULE_FREE and self.schedule.name != "constant":
+            raise ValueError(f"schedule: {name} takes none, only warmup; set schedule: constant")
+        if name in optimizers.SCHEDULE_FREE and self.ema is not None:
+            raise ValueError(f"ema: {name} averages the weights itself; set ema: null")
         return self
 
     @model_validator(mode="after")
@@ -115,3 +141,13 @@ class TrainConfig(RunConfig):
         sharding.require_divisible(self.batch_size, processes)
         if processes > 1 and self.duration.seconds is not None:
             raise ConfigError("duration.seconds: several processes need a number of steps", "give steps or epochs")
+        self.require_parts(self.batch_size, processes)
+
+    def require_parts(self, batch_size: int, processes: int) -> None:
+        """Raise ConfigError unless each process's share of a batch, smaller if there is less data, can be split."""
+        if batch_size // processes % self.accumulate:
+            raise ConfigError(
+                f"accumulate {self.accumulate}: {batch_size // processes} images per process have no "
+                f"{self.accumulate} equal parts",
+                f"give a batch_size that is a multiple of {processes * self.accumulate}",
+            )

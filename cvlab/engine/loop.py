@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from cvlab import _compat
 from cvlab.distributed import collectives, ddp
 from cvlab.distributed.step_flags import StepFlags
+from cvlab.engine import optimizers, sharpness
 from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.device import ComputeContext, get_rng_state, set_rng_state
+from cvlab.engine.gradient_log import GradientLog
 from cvlab.engine.parameters import set_train_mode
 from cvlab.errors import CheckpointError, DivergedError
 
@@ -59,6 +61,8 @@ class TrainState:
         scaler: Scales the loss of float16; None for other precisions.
 
     Attributes:
+        ema_model: A copy of the model with averaged weights: their moving average, or the average of a schedule-free
+            optimizer, which `refresh_average` copies; None if there is neither.
         uses_ema: Whether the average is evaluated, saved as the result and exported, if there is one.
         unread: The losses that were not read yet.
     """
@@ -75,7 +79,9 @@ class TrainState:
         self.scaler = scaler
         self.unread = UnreadLosses()
         self.ema_decay = ema_decay
-        self.ema_model = copy.deepcopy(model).requires_grad_(False) if ema_decay is not None else None
+        self.is_schedule_free = optimizers.averages_weights(optimizer)
+        has_average = ema_decay is not None or self.is_schedule_free
+        self.ema_model = copy.deepcopy(model).requires_grad_(False) if has_average else None
         self.uses_ema = True
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.step = 0
@@ -83,8 +89,25 @@ class TrainState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model to evaluate: the moving average of the weights if there is one and it is used, else the model."""
+        """The model to evaluate: the average of the weights if there is one and it is used, else the model."""
+        self.refresh_average()
         return self.model if self.ema_model is None or not self.uses_ema else self.ema_model
+
+    def refresh_average(self) -> None:
+        """Copy the average of a schedule-free optimizer, which it computes in place of the weights; these are restored.
+
+        BatchNorm's statistics are those of the weights that are trained.
+        """
+        if not self.is_schedule_free or self.ema_model is None:
+            return
+        optimizer: Any = self.optimizer
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        weights = [parameter.detach().clone() for parameter in trained]
+        optimizer.eval()
+        self.ema_model.load_state_dict(self.model.state_dict())
+        optimizer.train()
+        with torch.no_grad():
+            torch._foreach_copy_(trained, weights)
 
     def update_ema(self) -> None:
         """Move the average towards the weights and, since they belong to them, towards BatchNorm's statistics.
@@ -110,6 +133,7 @@ class TrainState:
             DivergedError: The loss of a step since the last read is not finite.
         """
         self.unread.require_finite()
+        self.refresh_average()
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -153,7 +177,8 @@ def fit(
     forward_model: nn.Module | None = None,
     split_batch: Callable[[Batch], Sequence[Batch]] | None = None,
     anomaly: AnomalyRecorder | None = None,
-    log_gradients: bool = False,
+    gradient_log: GradientLog | None = None,
+    sam: float | None = None,
 ) -> Iterator[Losses]:
     """Train from `state.step` on, one step for each item that the caller takes, without end.
 
@@ -171,7 +196,8 @@ def fit(
         forward_model: Passed to `loss_fn` instead of the model whose weights it shares, for example a compiled one.
         split_batch: Returns the equal parts of a batch, whose gradients are averaged; None: the batch is one.
         anomaly: Names the layer in the error about a loss that is not finite; requires `ctx.read_every` 1.
-        log_gradients: Whether `grad_norm` and `update_ratio` are among the losses.
+        gradient_log: Its metrics are among the losses; None for none.
+        sam: Radius of sharpness-aware minimization: the gradient of a second backward pass is used; None for none.
 
     Yields:
         The losses of the step, detached, after the update.
@@ -190,14 +216,18 @@ def fit(
         batch = get_batch(state.step)
         if anomaly is not None:
             anomaly.start_step()
-        losses = _backward(state, train_step, [batch] if split_batch is None else split_batch(batch), ctx)
-        if ctx.read_every == 1:
-            state.any_rank_flags, is_finite = train_step.reduce(losses)
-            if not is_finite:
-                raise _diverged_error(losses, state.step, optimizer.param_groups[0]["lr"], anomaly)
-        else:
-            _reduce_later(state, train_step, losses, ctx.read_every)
-        losses |= _update_and_measure(state, parameters, clip_norm, anomaly, log_gradients)
+        parts = [batch] if split_batch is None else split_batch(batch)
+        losses = _backward(state, train_step, parts, ctx)
+        _reduce(state, train_step, losses, ctx.read_every, anomaly)
+        if sam is not None:
+            with sharpness.perturbed(model, parameters, sam):
+                perturbed_losses = _backward(state, train_step, parts, ctx)
+                _reduce(state, train_step, perturbed_losses, ctx.read_every, anomaly)
+        if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
+            _require_finite_gradients(state, anomaly)
+        _update_weights(state, parameters, clip_norm, gradient_log)
+        if gradient_log is not None:
+            losses |= gradient_log.metrics()
         state.update_ema()
         state.step += 1
         yield losses
@@ -226,28 +256,27 @@ def _backward(
     return totals if len(parts) == 1 else {name: total / len(parts) for name, total in totals.items()}
 
 
-def _reduce_later(state: TrainState, train_step: ddp.SingleProcessStep, losses: Losses, read_every: int) -> None:
-    """Store the losses of a step, and read those of the last `read_every` steps if it ends a group of them."""
+def _reduce(
+    state: TrainState,
+    train_step: ddp.SingleProcessStep,
+    losses: Losses,
+    read_every: int,
+    anomaly: AnomalyRecorder | None,
+) -> None:
+    """Exchange flags with the other ranks after a backward pass, and check that the loss is finite on all of them.
+
+    With `read_every` above 1 the losses are stored, and read if the step ends a group of that many.
+    """
+    if read_every == 1:
+        state.any_rank_flags, is_finite = train_step.reduce(losses)
+        if not is_finite:
+            raise _diverged_error(losses, state.step, state.optimizer.param_groups[0]["lr"], anomaly)
+        return
     is_read = (state.step + 1) % read_every == 0
     state.any_rank_flags, diverged = train_step.reduce_later(losses, is_read)
     state.unread.add(state.step, state.optimizer.param_groups[0]["lr"], losses, diverged)
     if is_read:
         state.unread.require_finite()
-
-
-def _update_and_measure(
-    state: TrainState,
-    parameters: list[nn.Parameter],
-    clip_norm: float | None,
-    anomaly: AnomalyRecorder | None,
-    log_gradients: bool,
-) -> Losses:
-    """Check the gradients if `anomaly` is given, update the weights; return the metrics of `log_gradients`."""
-    if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
-        _require_finite_gradients(state, anomaly)
-    before = [parameter.detach().clone() for parameter in parameters] if log_gradients else None
-    norm = _update_weights(state, parameters, clip_norm, log_gradients)
-    return {} if before is None or norm is None else _gradient_metrics(norm, before, parameters)
 
 
 def _require_finite_gradients(state: TrainState, anomaly: AnomalyRecorder) -> None:
@@ -257,38 +286,22 @@ def _require_finite_gradients(state: TrainState, anomaly: AnomalyRecorder) -> No
         raise DivergedError(f"{source} is not finite at step {state.step}, the loss is", "lower optimizer.lr")
 
 
-def _gradient_metrics(norm: Tensor, before: list[Tensor], parameters: list[nn.Parameter]) -> Losses:
-    """Return the norm of the gradient before clipping, and that of the update divided by that of the weights.
-
-    A step that float16 skips counts as 0 in both.
-    """
-    after = [parameter.detach() for parameter in parameters]
-    update = torch.nn.utils.get_total_norm(torch._foreach_sub(after, before))
-    ratio = update / torch.nn.utils.get_total_norm(before).clamp(min=1e-12)
-    return {"grad_norm": norm.detach().nan_to_num(0.0, posinf=0.0), "update_ratio": ratio}
-
-
 def _update_weights(
-    state: TrainState, parameters: list[nn.Parameter], clip_norm: float | None, needs_norm: bool = False
-) -> Tensor | None:
-    """Clip the gradients and take the optimizer's step; in float16 it is skipped if a gradient is not finite.
-
-    Returns:
-        The norm of the gradient before clipping, if it is needed.
-    """
-    scaler, norm = state.scaler, None
-    if scaler is not None and (clip_norm is not None or needs_norm):
+    state: TrainState, parameters: list[nn.Parameter], clip_norm: float | None, gradient_log: GradientLog | None
+) -> None:
+    """Clip the gradients and take the optimizer's step; in float16 it is skipped if a gradient is not finite."""
+    scaler = state.scaler
+    if scaler is not None and (clip_norm is not None or gradient_log is not None):
         scaler.unscale_(state.optimizer)
+    if gradient_log is not None:
+        gradient_log.before_update()
     if clip_norm is not None:
-        norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    elif needs_norm:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
     if scaler is None:
         _compat.optimizer_step(state.optimizer)
     else:
         scaler.step(state.optimizer)
         scaler.update()
-    return norm
 
 
 def _diverged_error(losses: Losses, step: int, lr: float, anomaly: AnomalyRecorder | None = None) -> DivergedError:

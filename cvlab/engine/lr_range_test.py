@@ -96,6 +96,7 @@ def run(
         lr_factor=lambda step: rates[step] / lr,
         ctx=task.ctx,
         clip_norm=config.clip_norm,
+        sam=config.sam,
         split_batch=task.split_batch,
     )
     losses: list[float] = []

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
 Rate = Annotated[float, Gt(0), Le(100)]
 Decay = Annotated[float, Ge(0), Lt(1)]
+Momentum = Annotated[float, Gt(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
 
-_NAMES = ("sgd", "rmsprop", "adam", "adamw", "muon", "manual_sgd", "manual_rmsprop", "manual_adam")
+_NAMES = ("sgd", "rmsprop", "adam", "adamw", "lion", "muon", "manual_sgd", "manual_rmsprop", "manual_adam")
+SCHEDULE_FREE = ("schedule_free_sgd", "schedule_free_adamw")  # average the weights instead of lowering the rate
 TORCH_PREFIX = "torch:"
 _UNSUPPORTED = {
     "LBFGS": "it evaluates the loss several times per step",
@@ -88,7 +90,7 @@ def _without_tensors(annotation: Any) -> Any:
 
 OPTIMIZERS = Registry(
     "optimizer",
-    {name: f"cvlab.engine.optimizers:{name}" for name in _NAMES},
+    {name: f"cvlab.engine.optimizers:{name}" for name in (*_NAMES, *SCHEDULE_FREE)},
     injected=frozenset({"parameters"}),
     resolve=_resolve,
 )
@@ -149,6 +151,16 @@ def adamw(
     return optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_has_fused_kernel(params))
 
 
+def lion(
+    parameters: Parameters, lr: Rate = 1e-4, betas: tuple[Decay, Decay] = (0.9, 0.99), weight_decay: Small = 0.0
+) -> "optim.Optimizer":
+    """Build Lion (Chen et al., 2023, algorithm 2) of timm."""
+    optimizer: optim.Optimizer = _compat.timm_optimizers().Lion(
+        parameters, lr=lr, betas=betas, weight_decay=weight_decay
+    )
+    return optimizer
+
+
 def muon(
     parameters: Parameters,
     lr: Rate = 0.24,
@@ -186,6 +198,45 @@ def muon(
     ]
     dtype = torch.bfloat16 if device.fast_bfloat16(params[0].device) and params[0].dtype == torch.float32 else None
     return Muon(groups, iterations=iterations, dtype=dtype)
+
+
+def schedule_free_sgd(
+    parameters: Parameters, lr: Rate = 1.0, momentum: Momentum = 0.9, weight_decay: Small = 0.0
+) -> "optim.Optimizer":
+    """Build schedule-free SGD (Defazio et al., 2024, algorithm 1) of the package schedulefree."""
+    return _schedule_free("SGDScheduleFree", parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def schedule_free_adamw(
+    parameters: Parameters,
+    lr: Rate = 2.5e-3,
+    betas: tuple[Momentum, Decay] = (0.9, 0.999),
+    eps: Small = 1e-8,
+    weight_decay: Small = 0.0,
+) -> "optim.Optimizer":
+    """Build schedule-free AdamW (Defazio et al., 2024, algorithm 1 with Adam) of the package schedulefree."""
+    return _schedule_free("AdamWScheduleFree", parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def _schedule_free(name: str, parameters: Parameters, **arguments: Any) -> "optim.Optimizer":
+    """Return an optimizer of the package schedulefree, in training mode. ConfigError if it is not installed."""
+    try:
+        import schedulefree
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "optimizer: the package schedulefree is not installed", "`pip install -e '.[schedulefree]'`"
+        ) from error
+    optimizer: Any = getattr(schedulefree, name)(parameters, **arguments)
+    optimizer.train()
+    return optimizer  # type: ignore[no-any-return]
+
+
+def averages_weights(optimizer: "optim.Optimizer") -> bool:
+    """Whether an optimizer is schedule-free: `eval()` replaces the weights by their average, `train()` restores them.
+
+    The weights after both are equal to the ones before up to rounding only.
+    """
+    return callable(getattr(optimizer, "eval", None))
 
 
 def manual_sgd(parameters: Parameters, lr: Rate = 1e-2, momentum: Decay = 0.0) -> "optim.Optimizer":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from cvlab.distributed import collectives, process_group
 from cvlab.engine.task import TrainTask
 from cvlab.engine.time_budget import Plan, PlanHistory
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -93,7 +96,7 @@ class TrainProgress:
     def final_metrics(self, step: int, task: TrainTask) -> dict[str, float]:
         """Return the losses of the last epoch, the metrics of the last evaluation, and the cost of `step` steps."""
         best = {f"best_{task.monitor}": self.best_value} if self.best_value is not None else {}
-        losses = logged_losses(self.epoch_losses)
+        losses = logged_losses(_of_whole_model(self.epoch_losses))
         return {
             **losses,
             **self.metrics,
@@ -109,9 +112,14 @@ class TrainProgress:
     def text(self, losses: Mapping[str, Tensor], step: int, task: TrainTask, uncounted_seconds: float) -> str:
         """Return losses, last evaluation and images per second for the progress bar."""
         rate = step * task.items_per_step / max(self.train_seconds + uncounted_seconds, 1e-9)
-        parts = [f"{name} {value.item():.3f}" for name, value in losses.items()]
+        parts = [f"{name} {value.item():.3f}" for name, value in _of_whole_model(losses).items()]
         parts += [f"{task.monitor} {self.metrics[task.monitor]:.3f}"] if task.monitor in self.metrics else []
         return "  ".join([*parts, f"{rate:,.0f} images/s"])
+
+
+def _of_whole_model(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return values without those of single layers, `NAME/LAYER`, which are in metrics.jsonl only."""
+    return {name: value for name, value in values.items() if "/" not in name}
 
 
 def logged_losses(means: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,8 @@ from cvlab.distributed.step_flags import StepFlags
 from cvlab.engine import compilation, device, loop, parameters, schedules, time_budget, unsaved_state
 from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.checkpointer import Checkpointer
-from cvlab.engine.config import TrainConfig
+from cvlab.engine.config import PER_LAYER, TrainConfig
+from cvlab.engine.gradient_log import GradientLog
 from cvlab.engine.loop import Losses, TrainState
 from cvlab.engine.progress import TrainProgress, logged_losses
 from cvlab.engine.task import TrainTask
@@ -62,7 +63,9 @@ def train(config: TrainConfig, task: TrainTask, run_dir: RunDir) -> tuple[nn.Mod
     trainer.record_duration()
     trainer.report_early_stop()
     model = trainer.state.eval_model
-    if config.ema is not None:
+    if trainer.state.is_schedule_free:
+        run_dir.extra_summary["used_weights"] = "schedule-free average"
+    elif config.ema is not None:
         run_dir.extra_summary["used_weights"] = "moving average" if trainer.state.uses_ema else "last step"
     run_dir.extra_summary["weights_sha256"] = checkpoint.weights_digest(model.state_dict())
     return model, trainer.progress.final_metrics(trainer.step, task)
@@ -88,6 +91,8 @@ class Trainer:
         self.state = TrainState(task.model, optimizer, config.ema, task.ctx.make_scaler())
         self.forward_model = compilation.compile_model(task.model) if config.compile else task.model
         self.anomaly = AnomalyRecorder(task.model) if config.anomaly else None
+        per_layer = config.log_gradients == PER_LAYER
+        self.gradient_log = GradientLog(task.model, per_layer) if config.log_gradients else None
         self.progress = TrainProgress(0)
         self.checkpointer = Checkpointer(self, run_dir, task.ctx, config.save_seconds)
         # Of what a run is not resumed with if it was changed. Taken once: what is loaded now is what is trained with.
@@ -116,6 +121,7 @@ class Trainer:
         self.config.require_shares(size)
         self.config.require_validation(self.task.monitor.startswith("val_"))
         sharding.require_divisible(self.task.items_per_step, size)  # less than batch_size if there is less data
+        self.config.require_parts(self.task.items_per_step, size)
         if self.config.compile:
             seconds = compilation.warm_up(self.task, self.forward_model)
             self.run_dir.log(f"compiled the model in {seconds:.1f} s, not counted as training")
@@ -255,7 +261,8 @@ class Trainer:
             forward_model=self.forward_model,
             split_batch=self.task.split_batch,
             anomaly=self.anomaly,
-            log_gradients=self.config.log_gradients,
+            gradient_log=self.gradient_log,
+            sam=self.config.sam,
         )
 
     def run(self) -> None:
@@ -370,7 +377,7 @@ class Trainer:
         is_best = self.progress.add_evaluation(step, metrics.get(self.task.monitor))
         if not is_best and step < self.total_steps:
             self._react_to_stale_metric()
-        if self._is_last(step) and self.state.uses_ema and self.state.ema_model is not None:
+        if self._is_last(step) and self.state.uses_ema and self.config.ema is not None:
             chosen = self._choose_weights(metrics)
             if chosen is not metrics:
                 metrics = chosen

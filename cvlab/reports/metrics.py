@@ -42,8 +42,8 @@ def _rank(name: str) -> int:
 
 
 def family(name: str) -> str:
-    """Return what a metric has in common with others that are drawn with it: the last word of its name."""
-    return name.rpartition("_")[2]
+    """Return what a metric has in common with others that are drawn with it: the last word before any slash."""
+    return name.partition("/")[0].rpartition("_")[2]
 
 
 def group(names: Iterable[str]) -> dict[str, list[str]]:

@@ -126,6 +126,7 @@ def test_two_processes_with_parts_train_as_one_without(tmp_path):
     from cvlab.runs.records import read_metrics
 
     words = ("quickstart", MODEL, "data.num_train=200", "batch_size=100", "duration={steps: 6}", "log_every=1")
+    words = (*words, "sam=0.05")
     rows = {}
     for root, more in {"one": (), "two": ("accumulate=2", "--nproc", "2")}.items():
         process = start(tmp_path, root, command=("train", *words, "precision=float32", "threads=1", "expect=[]", *more))

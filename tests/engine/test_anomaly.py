@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from cvlab.engine import loop
 from cvlab.engine.anomaly import AnomalyRecorder
 from cvlab.engine.device import ComputeContext
+from cvlab.engine.gradient_log import GradientLog
 from cvlab.errors import DivergedError
 from tests import tiny
 
@@ -69,7 +71,7 @@ def test_a_gradient_that_is_not_finite_is_found_before_the_update():
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
 def test_norms_are_those_of_the_definition(clip_norm):
     torch.manual_seed(0)
-    model = nn.Linear(4, 2)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     state = loop.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.5))
     batch = torch.randn(3, 4)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -82,12 +84,18 @@ def test_norms_are_those_of_the_definition(clip_norm):
         lr_factor=lambda _: 1.0,
         ctx=CPU,
         clip_norm=clip_norm,
-        log_gradients=True,
+        gradient_log=GradientLog(model, per_layer=True),
     )
     (losses,) = itertools.islice(steps, 1)
     assert losses["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
     update = 0.5 * min(norm.item(), clip_norm or math.inf)
     assert losses["update_ratio"].item() == pytest.approx(update / weights.norm().item(), rel=1e-4)
+    parts = [losses[f"grad_norm/{name}"] for name in ("0", "2")]
+    assert parts[0].item() == pytest.approx(torch.cat([g.flatten() for g in gradients[:2]]).norm().item(), rel=1e-5)
+    assert torch.stack(parts).norm().item() == pytest.approx(norm.item(), rel=1e-5)
+    first = weights[: model[0].weight.numel() + 5].norm().item()
+    ratio = losses["update_ratio/0"].item()
+    assert ratio == pytest.approx(update * parts[0].item() / norm.item() / first, rel=1e-4)
 
 
 def test_a_run_names_the_source(tmp_path, monkeypatch):
@@ -109,15 +117,24 @@ def test_a_run_names_the_source(tmp_path, monkeypatch):
 
 def test_observing_changes_no_bit(tmp_path):
     plain = tiny.train(tmp_path / "plain")[1]
-    assert tiny.train(tmp_path / "observed", tiny.settings(anomaly=True, log_gradients=True))[1] == plain
-    assert all(row["grad_norm"] > 0 for row in tiny.rows(tmp_path / "observed") if "train_loss" in row)
+    assert tiny.train(tmp_path / "observed", tiny.settings(anomaly=True, log_gradients="layers"))[1] == plain
+    rows = [row for row in tiny.rows(tmp_path / "observed") if "train_loss" in row]
+    names = {name for name in rows[0] if name.startswith("grad_norm/")}
+    assert len(names) > 1
+    assert all(row[name] > 0 for row in rows for name in names)
+    for row in rows:
+        assert math.hypot(*(row[name] for name in names)) == pytest.approx(row["grad_norm"], rel=0.05)
 
 
 def test_from_the_command_line(cvlab):
-    short = ("data.num_train=100", "duration={steps: 4}", "batch_size=20", "expect=[]", "log_gradients=true")
+    short = ("data.num_train=100", "duration={steps: 4}", "batch_size=20", "expect=[]", "log_gradients=layers")
     code, out, err = cvlab("train", "quickstart", *short, "anomaly=true", "--json")
     assert code == 0, err
-    assert 0 < json.loads(out)["metrics"]["update_ratio"] < 1
+    report = json.loads(out)
+    assert 0 < report["metrics"]["update_ratio"] < 1
+    assert not [name for name in report["metrics"] if name.startswith("update_ratio/")], "of single layers"
+    assert "update_ratio/" in (Path(report["run"]) / "metrics.jsonl").read_text()
+    assert "grad_norm/" in (Path(report["run"]) / "report.html").read_text()
     code, _, err = cvlab("train", "quickstart", *short, "anomaly=true", "compile=true")
     assert code == 2
     assert "set compile: false" in err

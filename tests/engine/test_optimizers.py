@@ -1,5 +1,6 @@
 """Optimizers and schedules by name, against torch and their formulas."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -18,8 +19,11 @@ TORCH_NAMES = tuple(
     if isinstance(value, type) and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 )
 
+HAS_SCHEDULE_FREE = importlib.util.find_spec("schedulefree") is not None
+NAMES = [name for name in optimizers.OPTIMIZERS.names if HAS_SCHEDULE_FREE or name not in optimizers.SCHEDULE_FREE]
 
-@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS.names, *TORCH_NAMES])
+
+@pytest.mark.parametrize("name", [*NAMES, *TORCH_NAMES])
 def test_every_optimizer_lowers_a_quadratic(name):
     model = nn.Linear(3, 1)
     rates = {"lr": 1e-2, **({"bias_lr": 1e-2, "head_lr": 1e-2} if name == "muon" else {})}
@@ -100,6 +104,21 @@ def test_orthogonalize_matches_torch(shape):
     torch.testing.assert_close(muon.orthogonalize(matrix, 5, torch.bfloat16), theirs.float(), atol=0.02, rtol=0.02)
 
 
+def test_lion_is_algorithm_2_of_its_paper():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    made = optimizers.build_optimizer("lion", model, {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1})
+    weights, momentum = model.weight.detach().clone(), torch.zeros(3, 4, dtype=torch.float64)
+    for _ in range(5):
+        made.zero_grad()
+        model(torch.randn(8, 4, dtype=torch.float64)).square().sum().backward()
+        gradient = model.weight.grad.clone()
+        _compat.optimizer_step(made)
+        weights -= 0.01 * (torch.sign(0.9 * momentum + 0.1 * gradient) + 0.1 * weights)
+        momentum = 0.99 * momentum + 0.01 * gradient
+        torch.testing.assert_close(model.weight.detach(), weights, rtol=1e-12, atol=1e-12)
+
+
 def test_adam_first_step_is_the_learning_rate():
     model = nn.Linear(1, 1, bias=False)
     before = model.weight.item()
@@ -150,7 +169,7 @@ def test_values_of_schedules():
     assert math.isclose(schedules.warmed_up(0.7, 0.0, 0.0), 0.7)
 
 
-@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS.names, *TORCH_NAMES])
+@pytest.mark.parametrize("name", [*NAMES, *TORCH_NAMES])
 def test_a_step_without_the_compiler_is_torchs_step(name):
     weights = []
     for step in (_compat.optimizer_step, lambda optimizer: optimizer.step()):

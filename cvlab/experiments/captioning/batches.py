@@ -23,6 +23,9 @@ class CaptionBatch:
         token_ids: int64 (M, T), the captions, padded with PAD.
         photo_indices: int64 (M,), which of the B photos each caption is about.
         is_self_critical: Whether this step is one of self-critical training, which samples captions instead.
+        caption_weight: Of the loss, a mean over captions: M times the number of parts / captions of the whole batch,
+            so that the mean over the parts of a batch is the mean over its captions. 1 if the batch is no part.
+        token_weight: The same for the mean over tokens.
     """
 
     features: Tensor
@@ -30,6 +33,35 @@ class CaptionBatch:
     token_ids: Tensor
     photo_indices: Tensor
     is_self_critical: bool
+    caption_weight: float | Tensor = 1.0
+    token_weight: float | Tensor = 1.0
+
+    def split(self, count: int) -> "list[CaptionBatch]":
+        """Return `count` parts with equally many photos; M is not 0 in any."""
+        num_tokens = count_targets(self.token_ids)
+        num_photos = len(self.features) // count
+        parts = []
+        for number in range(count):
+            photos = slice(number * num_photos, (number + 1) * num_photos)
+            chosen = (self.photo_indices >= photos.start) & (self.photo_indices < photos.stop)
+            token_ids = self.token_ids[chosen]
+            parts.append(
+                CaptionBatch(
+                    features=self.features[photos],
+                    photo_ids=self.photo_ids[photos],
+                    token_ids=token_ids,
+                    photo_indices=self.photo_indices[chosen] - photos.start,
+                    is_self_critical=self.is_self_critical,
+                    caption_weight=len(token_ids) * count / len(self.token_ids),
+                    token_weight=count_targets(token_ids) * count / num_tokens,
+                )
+            )
+        return parts
+
+
+def count_targets(token_ids: Tensor) -> Tensor:
+    """Return the number of tokens of captions (M, T) that are to be predicted: all but PAD and the first ones."""
+    return (token_ids[:, 1:] != PAD).sum()
 
 
 class EncodedCaptions:

@@ -134,4 +134,6 @@ class CaptionerConfig(backbone_config.BackboneTrainConfig):
     @model_validator(mode="after")
     def _rewards_within(self) -> "CaptionerConfig":
         self.check_final_epochs("reward_epochs", self.reward_epochs)
+        if self.sam is not None and self.reward_epochs:
+            raise ValueError("sam: reward_epochs samples other captions in the second backward pass; use one of them")
         return self

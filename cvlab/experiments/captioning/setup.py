@@ -133,6 +133,7 @@ def build_task(
         evaluate=evaluate,
         monitor="val_bleu4",
         ctx=setup.ctx,
+        split_batch=functools.partial(CaptionBatch.split, count=config.accumulate) if config.accumulate > 1 else None,
         data_digest=setup.dataset.digest(),
     )
 
@@ -145,7 +146,7 @@ def make_loss_fn(config: CaptionerConfig, reward: CiderReward | None) -> loop.Lo
         if batch.is_self_critical and reward is not None:
             return self_critical.self_critical_loss(captioner, batch, reward, config.reward_samples, config.length)
         loss, word_loss = captioner.loss(batch.features, batch.token_ids, batch.photo_indices)
-        return {"loss": loss, "word_loss": word_loss}
+        return {"loss": loss * batch.caption_weight, "word_loss": word_loss * batch.token_weight}
 
     return loss_fn
 

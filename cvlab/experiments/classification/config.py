@@ -11,7 +11,6 @@ from cvlab import layers, registry
 from cvlab.config import schema
 from cvlab.data import datasets
 from cvlab.engine.config import TrainConfig
-from cvlab.errors import ConfigError
 from cvlab.experiments.classification import losses
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.profiles import AUTO, Profile
@@ -123,9 +122,6 @@ class ClassifyConfig(TrainConfig):
     data: ImageDataConfig
     model: Annotated[schema.ComponentConfig, model_registry.TABLE]
     layers: str = Field("torch", description="implementation of the layers: torch, or hand-written ones by name")
-    accumulate: schema.PositiveInt = Field(
-        1, description="split each batch into N parts and average their gradients: the same step in less memory"
-    )
     reg: schema.NonNegativeFloat = Field(
         0.0,
         description="L2 regularization: adds reg * sum(W^2) to the loss, over weights, not biases, gamma, beta; "
@@ -179,23 +175,12 @@ class ClassifyConfig(TrainConfig):
             raise ValueError("skip_easy compares the losses of single images: it cannot be used with mixup or cutmix")
         return self
 
-    def require_shares(self, processes: int) -> None:
-        """Raise ConfigError unless the batch can be divided among processes, and each share into its parts."""
-        super().require_shares(processes)
-        if self.batch_size // processes % self.accumulate:
-            parts = processes * self.accumulate
-            raise ConfigError(
-                f"accumulate {self.accumulate}: {self.batch_size // processes} images per process have no "
-                f"{self.accumulate} equal parts",
-                f"give a batch_size that is a multiple of {parts}",
-            )
-
     @model_validator(mode="after")
-    def _check_accumulate(self) -> "ClassifyConfig":
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size: {self.batch_size}")
+    def _check_parts(self) -> "ClassifyConfig":
         if self.accumulate > 1 and self.skip_easy:
             raise ValueError("accumulate: skip_easy needs the losses of the whole batch at once")
+        if self.sam is not None and self.skip_easy:
+            raise ValueError("sam: skip_easy would compare the losses of the moved weights; use one of them")
         return self
 
     @model_validator(mode="after")

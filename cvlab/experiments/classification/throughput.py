@@ -53,6 +53,7 @@ def train_steps(
         lr_factor=lambda _: 1e-3,  # the weights do not matter but must stay finite
         ctx=built.ctx,
         clip_norm=config.clip_norm,
+        sam=config.sam,
         split_batch=setup.batch_splitter(config.accumulate),
         forward_model=compilation.compile_model(built.model) if config.compile else None,
     )

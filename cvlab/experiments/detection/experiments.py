@@ -202,7 +202,7 @@ class DetectorExperiment(
             map50 = compute_metrics(config, setup, head, val, "val").map50
             return {"val_map50": map50} if map50 == map50 else {}  # undefined without boxes
 
-        task = build_task(setup, batches, evaluate)
+        task = build_task(config, setup, batches, evaluate)
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)
         samples = samples_of(config, setup.boxset, "val")
@@ -283,7 +283,7 @@ class DetectorExperiment(
         from cvlab.experiments.detection.setup import build, build_task, training_batches
 
         setup = build(config)
-        return build_task(setup, training_batches(config, setup, check_interrupt), lambda _: {})
+        return build_task(config, setup, training_batches(config, setup, check_interrupt), lambda _: {})
 
     def summary_spec(self, config: DetectorConfig, base: Path) -> "SummarySpec":
         """Return backbone and head, and a black image; annotations are read, no photo is opened."""

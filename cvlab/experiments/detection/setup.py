@@ -127,7 +127,10 @@ def training_batches(
 
 
 def build_task(
-    setup: DetectionSetup, batches: CachedBatches | FreshBatches, evaluate: Callable[[nn.Module], dict[str, float]]
+    config: DetectorConfig,
+    setup: DetectionSetup,
+    batches: CachedBatches | FreshBatches,
+    evaluate: Callable[[nn.Module], dict[str, float]],
 ) -> TrainTask:
     """Return what is trained: the head, its loss and its batches."""
     return TrainTask(
@@ -139,8 +142,23 @@ def build_task(
         evaluate=evaluate,
         monitor="val_map50",
         ctx=setup.ctx,
+        split_batch=batch_splitter(config.accumulate),
         data_digest=setup.boxset.digest(),
     )
+
+
+def batch_splitter(count: int) -> Callable[[Batch], list[Batch]] | None:
+    """Return what splits a batch into `count` equal parts; None for one part.
+
+    As with several processes, each part's loss is normalized by its own objects.
+    """
+
+    def split_batch(batch: Batch) -> list[Batch]:
+        maps, targets = batch
+        parts_of_maps = zip(*(level.chunk(count) for level in maps), strict=True)
+        return [(list(levels), part) for levels, part in zip(parts_of_maps, targets.chunk(count), strict=True)]
+
+    return split_batch if count > 1 else None
 
 
 def make_loss_fn(size_px: int) -> loop.LossFn[Batch]:

@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cvlab.config.loading import load
 from cvlab.data import coco_sets
+from cvlab.data.vocabulary import PAD
 from cvlab.experiments.captioning import checkpoint, dataset
+from cvlab.experiments.captioning.batches import CaptionBatch
+from cvlab.experiments.captioning.model import Captioner
+from cvlab.experiments.captioning.setup import make_loss_fn
 from tests.coco_files import write_coco_set
 from tests.conftest import weights_digest
 
@@ -87,8 +92,38 @@ def test_manual_layers_train_like_those_of_torch(cvlab):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_the_parts_of_a_batch_have_the_loss_and_gradient_of_the_whole():
+    torch.manual_seed(0)
+    model = Captioner(8, 12, cell="attention_lstm", embed_dim=6, hidden_dim=7, dropout=0.0, feature_dropout=0.0)
+    token_ids = torch.randint(4, 12, (7, 6))
+    token_ids[torch.arange(7), torch.tensor([3, 4, 5, 3, 5, 4, 3])] = PAD
+    token_ids[0, 3:] = token_ids[3, 3:] = PAD
+    photo_indices = torch.tensor([0, 1, 1, 1, 2, 3, 3])  # 1 + 3 captions in the first half, 1 + 2 in the second
+    batch = CaptionBatch(torch.randn(4, 9, 8), torch.arange(4), token_ids, photo_indices, is_self_critical=False)
+    loss_fn = make_loss_fn(load("caption_scenes").config, None)
+    results = []
+    for parts in ([batch], batch.split(2)):
+        model.zero_grad()
+        losses = [loss_fn(model, part) for part in parts]
+        sum(part["loss"] / len(parts) for part in losses).backward()
+        means = {name: sum(part[name].detach() for part in losses) / len(parts) for name in losses[0]}
+        results.append([*means.values(), *(parameter.grad for parameter in model.parameters())])
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_with_batches_in_parts_trains_as_the_whole(cvlab):
+    sizes = "embed_dim: 8, hidden_dim: 16, dropout: 0, feature_dropout: 0"
+    words = (f"model={{name: captioner, cell: lstm, {sizes}}}", "precision=float32")
+    whole, parts = (train(cvlab, *words, *more)["metrics"] for more in ((), ("accumulate=2",)))
+    for name in ("train_loss", "word_loss", "val_loss"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-6)
+
+
 def test_an_interrupted_run_resumes_to_the_same_weights(stopped_and_resumed):
-    whole, again = stopped_and_resumed("caption_scenes", *SHORT, "save_seconds=0", "mirror=true", "reward_epochs=1")
+    whole, again = stopped_and_resumed(
+        "caption_scenes", *SHORT, "save_seconds=0", "mirror=true", "reward_epochs=1", "accumulate=2"
+    )
     assert weights_digest(whole) == weights_digest(again)
     assert whole["run"] != again["run"]
 
@@ -176,6 +211,7 @@ def test_it_overfits_a_few_captions(cvlab):
         (("duration={seconds: 5}", "reward_epochs=1"), "reward_epochs are counted from the end"),
         (("min_word_count=99999",), "no word occurs 99999 times"),
         (("expect=[bleu5>0]",), "no metric"),
+        (("batch_size=4", "accumulate=3"), "3 does not divide batch_size: 4"),
     ],
 )
 def test_errors(cvlab, args, message):

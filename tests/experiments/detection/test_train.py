@@ -8,6 +8,7 @@ import torch
 
 from cvlab.data import photos
 from cvlab.experiments.detection.models import detector as detector_model
+from cvlab.experiments.detection.models.yolo_fpn import YoloFpn
 from tests.conftest import weights_digest
 from tests.experiments.detection.short_run import SHORT, train
 
@@ -23,6 +24,22 @@ class TestTraining:
         summary = json.loads((Path(found["run"]) / "summary.json").read_text())
         assert summary["map_rule"] == "voc"
         assert summary["score_threshold"] == 0.001
+
+    def test_the_gradient_is_the_mean_over_the_parts_of_a_batch(self, cvlab, monkeypatch):
+        sizes = []
+
+        def losses(head, outputs, targets, size_px):
+            sizes.append(len(targets))
+            return original(head, outputs, targets, size_px)
+
+        original = YoloFpn.losses
+        monkeypatch.setattr(YoloFpn, "losses", losses)
+        report = train(cvlab, "accumulate=2")
+        assert sizes == [2] * 8  # 4 steps of 2 x 2 images
+        assert report["metrics"]["train_loss"] > 0
+        code, _, err = cvlab("train", "yolo_scenes", *SHORT, "data.num_train=1", "views=2", "accumulate=4")
+        assert code == 2
+        assert "2 images per process have no 4 equal parts" in err
 
     def test_an_interrupted_run_ends_with_the_same_weights(self, stopped_and_resumed):
         whole, again = stopped_and_resumed("yolo_scenes", *SHORT, "save_seconds=0")
@@ -55,6 +72,7 @@ class TestTraining:
             (("model.name=yolo_fpm",), "did you mean 'yolo_fpn'"),
             (("expect=[ap51/star>0]",), "no metric"),
             (("data.name=boxes",), "requires a path"),
+            (("batch_size=4", "accumulate=3"), "3 does not divide batch_size: 4"),
         ],
     )
     def test_errors(self, cvlab, words, says):

@@ -33,6 +33,11 @@ class Targets:
             *(upload(getattr(self, name), device) for name in ("boxes_xyxy", "labels", "confidence", "ignored"))
         )
 
+    def chunk(self, count: int) -> "list[Targets]":
+        """Return the targets of `count` equal parts of the images; all stay padded to M boxes."""
+        fields = (self.boxes_xyxy, self.labels, self.confidence, self.ignored)
+        return [Targets(*part) for part in zip(*(field.chunk(count) for field in fields), strict=True)]
+
     def counted_labels(self) -> Tensor:
         """Return the labels (N, M), -1 for padding and for ignored boxes."""
         return self.labels.masked_fill(self.ignored, -1)
