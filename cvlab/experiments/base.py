@@ -23,6 +23,7 @@ from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from cvlab.engine.device import ComputeContext
     from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.models.photo_module import PhotoModule
@@ -178,6 +179,20 @@ class ClassifiesPhotos(Generic[C]):
 
     def photo_classifier(self, config: C, base: Path, state: State, device: str) -> "PretrainedClassifier":
         """Return the model of a checkpoint, in evaluation mode, and how it takes photos."""
+        raise NotImplementedError
+
+
+class DetectsObjects:
+    """An experiment with bundled detectors, which other tasks ask about photos."""
+
+    def bundled_detector(self, name: str, ctx: "ComputeContext", score_threshold: float) -> "PhotoModule":
+        """Return a bundled detector, whose `predict` returns the `objects` of each photo.
+
+        Args:
+            name: of its weights, for example `everyday`.
+            ctx: where to run it.
+            score_threshold: objects of lower scores are left out.
+        """
         raise NotImplementedError
 
 
