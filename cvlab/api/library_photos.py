@@ -299,6 +299,7 @@ def caption(
     *,
     weights: StrPath | None = None,
     beam: int | None = None,
+    guide: bool | None = None,
     attention: bool | None = None,
     overrides: Overrides = None,
     device: str | None = None,
@@ -311,6 +312,7 @@ def caption(
         photos: See `classify`.
         weights: A run of a captioner, or a file with weights.
         beam: Beam width; 1 is greedy decoding.
+        guide: Name what the bundled detector and the backbone's classifier see; None: with the bundled weights.
         attention: Also draw the attention of each word.
         overrides: See `classify`.
         device: See `classify`.
@@ -321,7 +323,8 @@ def caption(
         CvlabError: As `classify`.
     """
     values = {"images": _photos(photos, overrides), "weights": _run_or_file(weights, runs_dir), "beam": beam}
-    return _run_photos("caption", values | {"attention": attention}, overrides, device, runs_dir, progress)
+    values |= {"guide": guide, "attention": attention}
+    return _run_photos("caption", values, overrides, device, runs_dir, progress)
 
 
 def _paths(photos: Photos) -> list[str]:

@@ -268,6 +268,12 @@ def caption(
     images: Images = None,
     weights: Annotated[str | None, typer.Option(help="run of a captioner, or a file with weights")] = None,
     beam: Annotated[int | None, typer.Option(help="beam width; 1 is greedy decoding")] = None,
+    guide: Annotated[
+        bool | None,
+        typer.Option(
+            "--guide/--no-guide", help="name what a detector and a classifier see; default: with the bundled weights"
+        ),
+    ] = None,
     attention: Annotated[bool, typer.Option("--attention", help="also draw the attention of each word")] = False,
     dry_run: DryRun = False,
     *,
@@ -277,7 +283,8 @@ def caption(
     """Describe images in a sentence. Example: `cvlab caption photo.jpg`."""
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
-    values = {"images": names or None, "weights": weights, "beam": beam, "attention": attention or None}
+    values = {"images": names or None, "weights": weights, "beam": beam, "guide": guide}
+    values["attention"] = attention or None
     start("caption", values, overrides, options, dry_run, output)
 
 

@@ -28,6 +28,8 @@ def validation_problems(
     by_path: dict[KeyPath, str] = {}
     for item in error.errors(include_url=False):
         path = _real_path(item["loc"], raw)
+        if item["type"] == "too_short" and any(other[: len(path)] == path for other in by_path):
+            continue  # pydantic does not count invalid items, which have a message each
         if item["type"] == "missing" and isinstance(item["loc"][-1], str):
             path = (*path, item["loc"][-1])
             message = f"missing key {_dotted(path)!r} ({describe(_at(schema, path), schema)})"

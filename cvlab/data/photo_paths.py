@@ -2,6 +2,7 @@
 
 import glob
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,12 +10,22 @@ from cvlab import _compat
 from cvlab.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+PILLOW_MODULES = r"PIL\."
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 200_000_000  # of an image that a run has written: MAX_PIXELS, not compressed
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SAMPLE = "sample"
 SAMPLE_PAINTING = "whirls"  # a style image, drawn by experiments/style/sample_painting.py
 FORMAT_HINT = "give a JPEG, PNG, BMP or WEBP file"
+
+
+def ignore_pillow_warnings() -> None:
+    """Ignore the warnings of Pillow's modules: about sizes, which `photos.load` checks, and about EXIF.
+
+    `warnings.catch_warnings` would replace and restore the filters of all threads, in one of which photos are decoded.
+    """
+    if not any(getattr(module, "pattern", "") == PILLOW_MODULES for _, _, _, module, _ in warnings.filters):
+        warnings.filterwarnings("ignore", module=PILLOW_MODULES)
 
 
 def split_pattern(name: str) -> tuple[str, str]:

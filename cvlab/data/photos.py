@@ -8,7 +8,6 @@ import contextlib
 import functools
 import io
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from PIL.ExifTags import Base
 from torch import Tensor
 
 from cvlab import console
-from cvlab.data.photo_paths import FORMAT_HINT, FORMATS, MAX_PIXELS
+from cvlab.data.photo_paths import FORMAT_HINT, FORMATS, MAX_PIXELS, ignore_pillow_warnings
 from cvlab.errors import DataError
 
 MAX_METADATA_BYTES = 1_000_000
@@ -42,19 +41,18 @@ def decode(content: bytes, path: Path) -> Image.Image:
 
 def _decode(source: Path | io.BytesIO, path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about sizes, which are checked below, and about EXIF
-            with Image.open(source, formats=FORMATS) as image:
-                _check_size(path, image.size)
-                try:
-                    image.load()
-                except OSError:
-                    completed = _complete_jpeg(source) if image.format == "JPEG" else None
-                    if completed is None:
-                        raise
-                    _warn_once(f"{path}: lacks the end marker of a JPEG; every pixel could be read")
-                    return to_rgb(ImageOps.exif_transpose(completed))
-                return to_rgb(ImageOps.exif_transpose(image))
+        ignore_pillow_warnings()
+        with Image.open(source, formats=FORMATS) as image:
+            _check_size(path, image.size)
+            try:
+                image.load()
+            except OSError:
+                completed = _complete_jpeg(source) if image.format == "JPEG" else None
+                if completed is None:
+                    raise
+                _warn_once(f"{path}: lacks the end marker of a JPEG; every pixel could be read")
+                return to_rgb(ImageOps.exif_transpose(completed))
+            return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -75,16 +73,15 @@ def read_metadata(path: Path) -> dict[str, bytes]:
     and what is damaged or larger than `MAX_METADATA_BYTES`.
     """
     metadata: dict[str, bytes] = {}
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # decoders raise many types of errors
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:
-            profile = image.info.get("icc_profile") or b""
-            if profile[16:20] == b"RGB ":
-                metadata["icc_profile"] = profile
-            exif = image.getexif()
-            exif.pop(Base.Orientation, None)
-            if len(exif):
-                metadata["exif"] = exif.tobytes()
+    ignore_pillow_warnings()
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:  # decoders raise many types
+        profile = image.info.get("icc_profile") or b""
+        if profile[16:20] == b"RGB ":
+            metadata["icc_profile"] = profile
+        exif = image.getexif()
+        exif.pop(Base.Orientation, None)
+        if len(exif):
+            metadata["exif"] = exif.tobytes()
     return {key: value for key, value in metadata.items() if len(value) <= MAX_METADATA_BYTES}
 
 

@@ -23,6 +23,7 @@ from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from cvlab.engine.device import ComputeContext
     from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.common.labeled_classifier import LabeledClassifier
@@ -189,6 +190,20 @@ class MeasuresRobustness(Generic[C]):
         self, config: C, base: Path, state: State, split: str, device: str, check_interrupt: Callable[[], None]
     ) -> "LabeledClassifier":
         """Return the classifier of a checkpoint with a split of its data. ConfigError if there is no such split."""
+        raise NotImplementedError
+
+
+class DetectsObjects:
+    """An experiment with bundled detectors, which other tasks ask about photos."""
+
+    def bundled_detector(self, name: str, ctx: "ComputeContext", score_threshold: float) -> "PhotoModule":
+        """Return a bundled detector, whose `predict` returns the `objects` of each photo.
+
+        Args:
+            name: of its weights, for example `everyday`.
+            ctx: where to run it.
+            score_threshold: objects of lower scores are left out.
+        """
         raise NotImplementedError
 
 

@@ -28,6 +28,7 @@ AREA_RANGES = {  # in square pixels, of COCO
     "large": (96.0**2, float("inf")),
 }
 MAX_MIN_IOU = 1 - 1e-10  # the limit that pycocotools puts on a threshold
+BACKGROUND, IGNORED = -1, -2  # in place of the index of a box
 MAX_CHUNK_ELEMENTS = 500_000  # in a tensor of IoUs
 
 
@@ -339,22 +340,49 @@ def confusion_matrix(
     """
     table = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for detected, true in zip(detections, truths, strict=True):
-        is_free = ~true.is_crowd
-        in_crowd = _covered_by_crowd(detected, true) >= iou_threshold
-        order = torch.argsort(detected.scores, descending=True, stable=True)
-        iou = boxes.iou(detected.boxes_xyxy.double(), true.boxes_xyxy.double())
-        for k in order[detected.scores[order] >= score_threshold].tolist():
-            row = torch.where(is_free, iou[k], -1.0)
-            best = int(row.argmax()) if len(row) else -1
-            if best >= 0 and row[best] >= iou_threshold:
-                is_free[best] = False
-                if not true.difficult[best]:
-                    table[true.labels[best], detected.labels[k]] += 1
-            elif not in_crowd[k]:
-                table[num_classes, detected.labels[k]] += 1
-        for label in true.labels[is_free & ~true.difficult].tolist():
+        boxes_taken = match_any_class(detected, true, score_threshold, iou_threshold)
+        is_missed = ~true.is_ignored
+        for label, box in zip(detected.labels.tolist(), boxes_taken.tolist(), strict=True):
+            if box == BACKGROUND:
+                table[num_classes, label] += 1
+            elif box != IGNORED:
+                is_missed[box] = False
+                table[true.labels[box], label] += 1
+        for label in true.labels[is_missed].tolist():
             table[label, num_classes] += 1
     return table
+
+
+def match_any_class(
+    detected: Detections, true: GroundTruth, score_threshold: float, iou_threshold: float = 0.5
+) -> Tensor:
+    """Match the detections of an image with its boxes, as `confusion_matrix` counts them.
+
+    A detection gets the same box at every threshold up to its score.
+
+    Args:
+        detected: the detections.
+        true: the ground truth.
+        score_threshold: detections with a lower score are ignored, in [0, 1].
+        iou_threshold: the smallest IoU of a detection with its box, in [0, 1].
+
+    Returns:
+        int64 (N,): the box that each detection takes; BACKGROUND if it takes none, IGNORED if it is not counted.
+    """
+    taken = torch.full((len(detected.labels),), IGNORED)
+    is_free = ~true.is_crowd
+    in_crowd = _covered_by_crowd(detected, true) >= iou_threshold
+    order = torch.argsort(detected.scores, descending=True, stable=True)
+    iou = boxes.iou(detected.boxes_xyxy.double(), true.boxes_xyxy.double())
+    for k in order[detected.scores[order] >= score_threshold].tolist():
+        row = torch.where(is_free, iou[k], -1.0)
+        best = int(row.argmax()) if len(row) else -1
+        if best >= 0 and row[best] >= iou_threshold:
+            is_free[best] = False
+            taken[k] = IGNORED if true.difficult[best] else best
+        elif not in_crowd[k]:
+            taken[k] = BACKGROUND
+    return taken
 
 
 def _covered_by_crowd(detected: Detections, true: GroundTruth) -> Tensor:

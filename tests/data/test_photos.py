@@ -3,6 +3,7 @@
 import io
 import struct
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -192,3 +193,17 @@ def test_a_jpeg_that_lacks_pixels_is_refused(tmp_path, options, missing):
     path.write_bytes(path.read_bytes()[:-missing])
     with pytest.raises(DataError, match="truncated"):
         photos.load(path)
+
+
+def test_warnings_of_pillow_are_ignored_without_changing_the_filters_of_other_threads(tmp_path, monkeypatch):
+    path = tmp_path / "photo.jpg"
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + b"\xff" * 20  # more entries than there are bytes
+    Image.new("RGB", (8, 8)).save(path, exif=exif)
+    monkeypatch.setattr(warnings, "catch_warnings", None)
+    assert photos.load(path).size == (8, 8)
+    assert photos.read_metadata(path) is not None
+    filters = list(warnings.filters)
+    photos.load(path)
+    assert warnings.filters == filters
+    with pytest.raises(UserWarning, match="of others"):
+        warnings.warn("of others", stacklevel=1)

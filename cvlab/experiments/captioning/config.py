@@ -34,6 +34,11 @@ class CaptionConfig(ImagesConfig):
     alpha: schema.Fraction = Field(
         0.7, description="length normalization of beam search: scores are divided by length ** alpha"
     )
+    guide: bool | None = Field(
+        None,
+        description="name what the bundled detector and the backbone's classifier are sure of, and no animal or "
+        "vehicle that they rule out; null: with the bundled weights",
+    )
     attention: bool = Field(False, description="also draw the attention map of each word")
 
     @field_validator("weights")

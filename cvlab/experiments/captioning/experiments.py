@@ -55,28 +55,28 @@ class CaptionExperiment(PhotoExperiment[CaptionConfig]):
 
     def run(self, config: CaptionConfig, run: RunDir) -> dict[str, float]:
         """Caption every photo."""
-        from cvlab.experiments.captioning.predict import CaptionPhotos, describe, load_captioner
+        from cvlab.experiments.captioning.predict import CaptionPhotos, describe, load_predictor
         from cvlab.experiments.common import photo_batches
 
-        ctx, captioner = self.load_once(config, load_captioner)
-        run.log(f"captioning with {describe(config, captioner)}")
+        predictor = self.load_once(config, load_predictor)
+        run.log(f"captioning with {describe(predictor)}")
         if config.attention:
             run.folder("images")
-        results = photo_batches.run(config, run, CaptionPhotos(config, captioner, ctx, run), "caption", self.columns)
+        results = photo_batches.run(config, run, CaptionPhotos(predictor, run), "caption", self.columns)
         num_words = sum(len(result.values["sentence"].split()) for result in results)
         return {"num_photos": len(results), "mean_words": num_words / len(results)}
 
     def plan(self, config: CaptionConfig, base: Path) -> dict[str, Any]:
         """Describe what a run would do. Raises DataError if the weights or all photos are missing."""
-        from cvlab.experiments.captioning.predict import describe, load_captioner
+        from cvlab.experiments.captioning.predict import describe, load_predictor
         from cvlab.experiments.common import photo_batches
 
-        ctx, captioner = self.load_once(config, load_captioner)
+        predictor = self.load_once(config, load_predictor)
         return {
             "photos": len(photo_batches.resolve_images(config.images)[1]),
-            "captioner": describe(config, captioner),
-            "parameters": sum(p.numel() for p in captioner.model.parameters()),
-            **ctx.as_dict(),
+            "captioner": describe(predictor),
+            "parameters": sum(p.numel() for p in predictor.captioner.model.parameters()),
+            **predictor.ctx.as_dict(),
         }
 
 
@@ -217,13 +217,12 @@ class CaptionerExperiment(
 
     def photo_module(self, config: CaptionerConfig, base: Path, weights: str, device: str) -> "PhotoModule":
         """Return the captioner of a completed run for images in memory."""
-        from cvlab.experiments.captioning.predict import CaptionerModule, load_captioner
+        from cvlab.experiments.captioning.predict import CaptionerModule, load_predictor
         from cvlab.runs import checkpoint
 
         checkpoint.require_last(weights, self.name)
         settings = CaptionConfig(experiment=CaptionExperiment.name, name="predict", weights=str(base), device=device)
-        ctx, captioner = load_captioner(settings)
-        return CaptionerModule(settings, captioner, ctx).eval()
+        return CaptionerModule(load_predictor(settings)).eval()
 
     def train_task(self, config: CaptionerConfig, base: Path, check_interrupt: Callable[[], None]) -> "TrainTask":
         """Return the untrained captioner, its loss and its batches; features of the photos are computed."""

@@ -79,6 +79,14 @@ def resize_square(photo: Image.Image, size_px: int, mirrored: bool = False) -> T
 
 
 @torch.inference_mode()
+def compute_maps(
+    sources: Sequence[FeatureSource], images: Sequence[Image.Image], ctx: ComputeContext, mirrored: bool = False
+) -> list[Tensor]:
+    """Return the feature maps (N, C_k, H_k, W_k) of N photos, those of the first source first."""
+    return [feature_map for source in sources for feature_map in source.maps(images, ctx, mirrored)]
+
+
+@torch.inference_mode()
 def extract_features(
     sources: Sequence[FeatureSource], images: Sequence[Image.Image], ctx: ComputeContext, spec: FeatureSpec
 ) -> Tensor:
@@ -95,8 +103,7 @@ def extract_features(
     Returns:
         float32 (N, L, C) on the CPU, or (N, 1, C) if pooled.
     """
-    maps = [feature_map for source in sources for feature_map in source.maps(images, ctx, spec.mirrored)]
-    return combine_maps(maps, spec.pool, len(sources) > 1).cpu()
+    return combine_maps(compute_maps(sources, images, ctx, spec.mirrored), spec.pool, len(sources) > 1).cpu()
 
 
 def combine_maps(maps: Sequence[Tensor], pool: bool, is_scaled: bool) -> Tensor:

@@ -12,7 +12,7 @@ from cvlab.engine.device import ComputeContext
 from cvlab.errors import DataError
 from cvlab.experiments.detection import drawing, inference, plots
 from cvlab.experiments.detection.data import dataset
-from cvlab.experiments.detection.data.dataset import DetectionSample
+from cvlab.experiments.detection.data.dataset import DetectionDatasetSource, DetectionSample
 from cvlab.experiments.detection.feature_cache import FeatureCache
 from cvlab.experiments.detection.inference import LoadedDetector
 from cvlab.experiments.detection.models.base import DetectionHead
@@ -92,18 +92,27 @@ def confusion_matrix(
     return average_precision.confusion_matrix(detections, ground_truths(samples), num_classes, score_threshold)
 
 
-def best_score_threshold(
-    detections: Sequence[Detections], samples: Sequence[DetectionSample], num_classes: int
-) -> float | None:
+def best_score_threshold(detections: Sequence[Detections], samples: Sequence[DetectionSample]) -> float | None:
     """Return the score threshold of THRESHOLDS with the highest F0.5 over the boxes of all classes; None without boxes.
 
     F0.5 (van Rijsbergen, 1979) weights precision more than recall: people see a wrong box at once, a missing one later.
+    Boxes are matched as in `confusion_matrix`.
     """
+    scores, is_right, num_boxes = [], [], 0
+    for detected, true in zip(detections, ground_truths(samples), strict=True):
+        box = average_precision.match_any_class(detected, true, THRESHOLDS[0])
+        is_counted, is_matched = box != average_precision.IGNORED, box >= 0
+        matches_class = torch.zeros_like(is_matched)
+        matches_class[is_matched] = detected.labels[is_matched] == true.labels[box[is_matched]]
+        scores.append(detected.scores[is_counted])
+        is_right.append(matches_class[is_counted])
+        num_boxes += int((~true.is_ignored).sum())
+    all_scores, all_right = torch.cat(scores), torch.cat(is_right)
     best: tuple[float, float | None] = (0.0, None)
     for threshold in THRESHOLDS:
-        table = confusion_matrix(detections, samples, num_classes, threshold)
-        num_boxes, num_detections = table[:-1].sum().item(), table[:, :-1].sum().item()
-        f_score = (1 + BETA**2) * table.diagonal().sum().item() / max(BETA**2 * num_boxes + num_detections, 1)
+        is_above = all_scores >= threshold
+        num_right, num_detections = int(all_right[is_above].sum()), int(is_above.sum())
+        f_score = (1 + BETA**2) * num_right / max(BETA**2 * num_boxes + num_detections, 1)
         best = max(best, (f_score, threshold), key=lambda pair: pair[0])
     return best[1]
 
@@ -125,7 +134,12 @@ def evaluate_on_validation(
     """
     if not detector.trained_on:
         raise DataError("this detector has no validation photos", "name photos to detect objects in")
-    boxset = dataset.load(detector.trained_on, data_root(), detector.path)
+    if detector.trained_on == DetectionDatasetSource.kind:  # its folder is in the configuration of the training run
+        raise DataError(
+            "this detector was trained on photos of your own, which its weights do not name",
+            "`cvlab eval RUN` evaluates a training run on them; or name photos to detect in",
+        )
+    boxset = dataset.load(detector.trained_on, data_root())
     if tuple(boxset.classes) != tuple(detector.classes):
         raise DataError(f"{detector.trained_on}: its classes are not those that the detector was trained on")
     samples = boxset.splits["val"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cvlab.config.metrics import Metric
 from cvlab.engine.config import TRAIN_METRICS
 from cvlab.experiments.base import (
+    DetectsObjects,
     Evaluable,
     Exportable,
     HasPhotoModule,
@@ -26,6 +27,7 @@ from cvlab.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from torch import nn
 
+    from cvlab.engine.device import ComputeContext
     from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.common.data_overview import DataOverview
     from cvlab.experiments.detection.models.base import DetectionHead
@@ -44,7 +46,7 @@ COLUMNS = (
 )
 
 
-class DetectExperiment(PhotoExperiment[DetectConfig]):
+class DetectExperiment(PhotoExperiment[DetectConfig], DetectsObjects):
     """Detect objects in photos or a video and draw their boxes; without them, evaluate on the validation split.
 
     References:
@@ -123,6 +125,12 @@ class DetectExperiment(PhotoExperiment[DetectConfig]):
             "parameters": detector.num_parameters,
             **ctx.as_dict(),
         }
+
+    def bundled_detector(self, name: str, ctx: "ComputeContext", score_threshold: float) -> "PhotoModule":
+        """Return a bundled detector for photos in memory."""
+        from cvlab.experiments.detection import photo_module
+
+        return photo_module.load_bundled(name, ctx, score_threshold)
 
 
 class DetectorExperiment(

@@ -72,7 +72,6 @@ class LoadedDetector:
         predict: `predict(photos, score_threshold, nms_iou)` returns each photo's detections, in its pixels.
         score_threshold: From which score on detections count if the user does not say.
         trained_on: Name of the data set, on whose validation split the detector is evaluated.
-        path: Where that data set lies if it is the user's own.
         propose: `propose(photo)` returns the first stage's proposals (K, 4), in the photo's pixels, before and after
             non-maximum suppression; None for a one-stage detector.
     """
@@ -84,7 +83,6 @@ class LoadedDetector:
     predict: PredictFn
     score_threshold: float = DEFAULT_SCORE_THRESHOLD
     trained_on: str = ""
-    path: str | None = None
     propose: ProposeFn | None = None
 
 
@@ -129,7 +127,6 @@ def load_detector(
         predict=make_predictor(detector, ctx),
         score_threshold=metadata.notes.get("score_threshold", DEFAULT_SCORE_THRESHOLD),
         trained_on=metadata.trained_on,
-        path=metadata.notes.get("path"),
         propose=_make_proposer(detector, ctx) if is_two_stage else None,
     )
 

@@ -69,3 +69,11 @@ def load(base: Path, device: str) -> DetectorModule:
     path = weights.resolve_weights_path(str(base), WEIGHTS_FILE, "detector")
     module = DetectorModule(detector_model.load(path, ctx.device), ctx)
     return module.eval().requires_grad_(False)
+
+
+def load_bundled(name: str, ctx: engine_device.ComputeContext, score_threshold: float) -> DetectorModule:
+    """Return a bundled detector with a score threshold of its own; see `DetectsObjects.bundled_detector`."""
+    path = weights.BUNDLED_WEIGHTS / f"{name}.safetensors"
+    module = DetectorModule(detector_model.load(path, ctx.device), ctx)
+    module.score_threshold = score_threshold
+    return module.eval().requires_grad_(False)

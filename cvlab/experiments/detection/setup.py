@@ -189,7 +189,7 @@ def final_metadata(
     setup: DetectionSetup, detections: Sequence[Detections], samples: Sequence[DetectionSample]
 ) -> DetectorMetadata:
     """Return the detector's metadata with the score threshold that suits its detections in the validation photos."""
-    threshold = evaluation.best_score_threshold(detections, samples, len(setup.boxset.classes))
+    threshold = evaluation.best_score_threshold(detections, samples)
     notes = {} if threshold is None else {"score_threshold": threshold}
     return dataclasses.replace(setup.detector.metadata, notes=setup.detector.metadata.notes | notes)
 

@@ -56,6 +56,44 @@ def test_an_exhaustive_beam_finds_the_best_of_all_captions(model, length_penalty
         assert hypothesis.score == pytest.approx(best[0], abs=1e-4)
 
 
+def test_a_constrained_beam_finds_the_best_of_all_captions_that_satisfy_it(model):
+    """Five photos of a batch: nothing, one word, two words, two sets that share a word, and a forbidden word."""
+    sets = [((), ()), ((5,), ()), ((4,), (6,)), ((4, 5), (5, 6)), ((6,), ())]
+    forbidden_words = [(), (), (), (), (4, 5)]
+    required, forbidden = torch.zeros(5, 2, VOCAB_SIZE).bool(), torch.zeros(5, VOCAB_SIZE).bool()
+    for k in range(5):
+        forbidden[k, list(forbidden_words[k])] = True
+        for c in range(2):
+            required[k, c, list(sets[k][c])] = True
+    features = make_features(model, 5)
+    constraints = decoding.WordConstraints(required, forbidden)
+    hypotheses = decoding.beam_search(model, features, 100, MAX_LENGTH, 0.7, constraints)
+    unconstrained = decoding.beam_search(model, features, 100, MAX_LENGTH, 0.7)
+    assert hypotheses[0].token_ids == unconstrained[0].token_ids
+    assert [each.token_ids for each in hypotheses] != [each.token_ids for each in unconstrained]
+    for k, hypothesis in enumerate(hypotheses):
+        best = max(
+            (log_prob(model, features[k], (*words, END)) / (n + 1) ** 0.7, (*words, END))
+            for n in range(MAX_LENGTH)
+            for words in itertools.product(range(UNKNOWN + 1, VOCAB_SIZE), repeat=n)
+            if all(set(words) & set(of_set) for of_set in sets[k] if of_set)
+            and not set(words) & set(forbidden_words[k])
+        )
+        assert hypothesis.token_ids == best[1]
+        assert hypothesis.score == pytest.approx(best[0], abs=1e-4)
+
+
+def test_a_narrow_constrained_beam_satisfies_the_constraints_too(model):
+    required, forbidden = torch.zeros(3, 2, VOCAB_SIZE).bool(), torch.zeros(3, VOCAB_SIZE).bool()
+    required[:, 0, 4] = required[:, 1, 6] = True
+    constraints = decoding.WordConstraints(required, forbidden)
+    for max_length in (3, MAX_LENGTH):
+        for hypothesis in decoding.beam_search(model, make_features(model), 1, max_length, 0.7, constraints):
+            assert {4, 6} <= set(hypothesis.token_ids)
+            assert hypothesis.token_ids[-1] == END
+            assert -100 < hypothesis.score < 0
+
+
 def test_one_beam_is_greedy(model):
     for features in make_features(model):
         words = []

@@ -54,6 +54,14 @@ def test_each_photo_gets_a_caption_and_attention_maps(cvlab, weights, tmp_path):
         assert sheet.getbbox() is not None
 
 
+def test_own_captioners_are_guided_if_asked_for(cvlab, weights):
+    code, out, err = cvlab("caption", "sample", "--weights", weights["attention_lstm"], "--guide", "--json")
+    assert code == 0, err
+    assert "person" in [each["label"] for each in json.loads(out)["results"][0]["guide"]]
+    code, out, _ = cvlab("caption", "sample", "--weights", weights["attention_lstm"], "--json")
+    assert "guide" not in json.loads(out)["results"][0]
+
+
 def test_the_table_shows_the_caption(cvlab, weights):
     code, out, err = cvlab("caption", "sample", "--weights", weights["rnn"])
     assert code == 0, err

@@ -81,6 +81,13 @@ def test_extra_features_are_checked(cvlab, block, message):
     assert message in err
 
 
+def test_a_wrong_stride_of_extra_features_is_one_line(cvlab):
+    code, _, err = cvlab("train", "caption_scenes", "extra_features=[{backbone: nanodet_g, strides: [7]}]", "--dry-run")
+    assert code == 2
+    assert err.splitlines()[0].endswith("extra_features.0.strides.0: expected 4 | 8 | 16 | 32, got 7")
+    assert err.count("strides.0") == err.count("error:") == 1
+
+
 def test_manual_layers_train_like_those_of_torch(cvlab):
     sizes = "embed_dim: 8, hidden_dim: 16, dropout: 0, feature_dropout: 0"
     losses = [

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cvlab.data import photos
 from cvlab.data.scenes.render import SHAPES
+from cvlab.errors import DataError
 from cvlab.experiments.detection import evaluation, inference
 from cvlab.experiments.detection.data import augment
 from cvlab.experiments.detection.data.dataset import DetectionSample
@@ -305,9 +306,42 @@ def test_the_threshold_has_the_best_f_score():
         precision, recall = right / max(number, 1), right / 3
         by_threshold[threshold] = 1.25 * precision * recall / max(0.25 * precision + recall, 1e-9)
     best = max(by_threshold, key=lambda threshold: by_threshold[threshold])
-    assert evaluation.best_score_threshold([detections], [sample], 1) == best == 0.55
+    assert evaluation.best_score_threshold([detections], [sample]) == best == 0.55
     empty = DetectionSample(Path("x.png"), torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
-    assert evaluation.best_score_threshold([detections], [empty], 1) is None
+    assert evaluation.best_score_threshold([detections], [empty]) is None
+
+
+def test_the_threshold_is_that_of_the_confusion_matrices():
+    generator = torch.Generator().manual_seed(0)
+
+    def random_boxes(count):
+        corner = torch.rand(count, 2, generator=generator) * 30
+        return torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=generator) * 20], 1)
+
+    detections, samples = [], []
+    for _ in range(12):
+        boxes, labels = random_boxes(6), torch.randint(3, (6,), generator=generator)
+        difficult, crowd = (torch.rand(2, 6, generator=generator) < 0.2).unbind()
+        samples.append(DetectionSample(Path("x.png"), boxes, labels, difficult, crowd))
+        near = torch.cat([boxes + torch.randn(6, 4, generator=generator), random_boxes(10)])
+        detected = torch.cat([labels, torch.randint(3, (10,), generator=generator)])
+        scores = torch.cat([torch.rand(6, generator=generator), torch.rand(10, generator=generator) * 0.6])
+        detections.append(Detections(near, scores, detected))
+    f_scores = {}
+    for threshold in evaluation.THRESHOLDS:
+        table = evaluation.confusion_matrix(detections, samples, 3, threshold)
+        num_boxes, num_detections = table[:-1].sum().item(), table[:, :-1].sum().item()
+        f_scores[threshold] = 1.25 * table.diagonal().sum().item() / max(0.25 * num_boxes + num_detections, 1)
+    expected = max(f_scores, key=lambda threshold: f_scores[threshold])
+    assert 0.05 < expected < 0.9
+    assert evaluation.best_score_threshold(detections, samples) == expected
+
+
+def test_a_detector_of_own_photos_names_the_command_that_evaluates_it(tmp_path):
+    loaded = inference.LoadedDetector("d", ("a",), 1, 64, lambda *_: [], trained_on="boxes")
+    with pytest.raises(DataError, match="photos of your own") as error:
+        evaluation.evaluate_on_validation(loaded, None, 8, 0.5)
+    assert "cvlab eval" in error.value.hint
 
 
 def test_the_official_names_of_coco_select_its_classes(cvlab):

@@ -6,7 +6,6 @@ voc.py, coco.py and yolo.py read one format each; dataset.py makes tensors of wh
 import math
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,13 +118,12 @@ class ImageHeader:
 def read_header(path: Path) -> ImageHeader:
     """Read an image's size and orientation without decoding its pixels. DataError if it is not an image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about sizes, which photos.load checks, and about EXIF
-            with Image.open(path, formats=photo_paths.FORMATS) as image:
-                has_exif = image.format != "PNG" or "exif" in image.info or _has_orientation_chunk(path)
-                orientation = image.getexif().get(Base.Orientation, 1) if has_exif else 1
-                valid = isinstance(orientation, int) and 1 <= orientation <= 8
-                return ImageHeader(image.width, image.height, orientation if valid else 1)
+        photo_paths.ignore_pillow_warnings()
+        with Image.open(path, formats=photo_paths.FORMATS) as image:
+            has_exif = image.format != "PNG" or "exif" in image.info or _has_orientation_chunk(path)
+            orientation = image.getexif().get(Base.Orientation, 1) if has_exif else 1
+            valid = isinstance(orientation, int) and 1 <= orientation <= 8
+            return ImageHeader(image.width, image.height, orientation if valid else 1)
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not a photo that can be read", photo_paths.FORMAT_HINT) from error
     except OSError as error:
