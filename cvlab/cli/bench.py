@@ -159,6 +159,29 @@ def bench_profile(
     output.show(result, lambda: tables.table(result["what"], ("time spent on", "share"), rows))
 
 
+@app.command("knn")
+@expand_options
+def bench_knn(
+    rounds: Rounds = 3,
+    test: Annotated[int, typer.Option(min=1, max=100_000, help="number of test images")] = 50,
+    train: Annotated[int, typer.Option(min=1, max=100_000, help="number of training images")] = 500,
+    device: Device = None,
+    *,
+    output: Output,
+) -> None:
+    """Compare the distances of k-NN with two, one and no loops, and torch.cdist."""
+    from cvlab.bench import knn
+    from cvlab.reports import tables
+
+    result = knn.distances(rounds, test, train, device or "auto")
+    rows = [
+        (row["loop"], f"{1e3 * row['seconds']:.4g}", row["against_no_loops"], row["largest_error"])
+        for row in result["loops"]
+    ]
+    columns = ("distances with", "ms (median)", "time relative to no loops", "largest error")
+    output.show(result, lambda: tables.table(result["what"], columns, rows))
+
+
 @app.command("processes")
 @expand_options
 def bench_processes(

@@ -189,6 +189,15 @@ def test_steps_that_cannot_be_measured(arguments, message, cvlab):
     assert message in err
 
 
+def test_distances_with_two_one_and_no_loops(cvlab):
+    code, out, err = cvlab("bench", "knn", "--test", 3, "--train", 4, "--rounds", 1, "--json")
+    found = json.loads(out)["loops"]
+    assert code == 0, err
+    assert [row["loop"] for row in found] == ["two loops", "one loop", "no loops", "torch.cdist"]
+    assert all(row["seconds"] > 0 for row in found)
+    assert all(row["largest_error"] < 0.01 for row in found)
+
+
 def test_what_a_profile_counts_as_what():
     class Event:
         def __init__(self, name, parent=None):
@@ -204,5 +213,5 @@ def test_what_a_profile_counts_as_what():
 
 def test_the_command_has_all_of_them():
     assert {command.name for command in bench.app.registered_commands} == {
-        *("steps", "compare", "engine", "profile", "processes"),
+        *("steps", "compare", "engine", "profile", "processes", "knn"),
     }
