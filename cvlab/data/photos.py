@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,36 @@ MAX_METADATA_BYTES = 1_000_000
 JPEG_END = b"\xff\xd9"
 
 
+class _NoWarnings:
+    """Ignore warnings while a thread is inside.
+
+    `warnings.catch_warnings` changes what all threads share, and threads that overlap would leave it changed: so the
+    first one enters it, and the last one leaves it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._filters: warnings.catch_warnings[None] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._num_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0 and self._filters is not None:
+                self._filters.__exit__(None, None, None)
+
+
+_no_warnings = _NoWarnings()
+
+
 def load(path: Path) -> Image.Image:
     """Read a photo as 8-bit RGB, rotated as its EXIF orientation says, transparency over white. Raises DataError."""
     if not path.is_file():
@@ -42,19 +73,18 @@ def decode(content: bytes, path: Path) -> Image.Image:
 
 def _decode(source: Path | io.BytesIO, path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about sizes, which are checked below, and about EXIF
-            with Image.open(source, formats=FORMATS) as image:
-                _check_size(path, image.size)
-                try:
-                    image.load()
-                except OSError:
-                    completed = _complete_jpeg(source) if image.format == "JPEG" else None
-                    if completed is None:
-                        raise
-                    _warn_once(f"{path}: lacks the end marker of a JPEG; every pixel could be read")
-                    return to_rgb(ImageOps.exif_transpose(completed))
-                return to_rgb(ImageOps.exif_transpose(image))
+        # Pillow warns about sizes, which are checked below, and about EXIF
+        with _no_warnings, Image.open(source, formats=FORMATS) as image:
+            _check_size(path, image.size)
+            try:
+                image.load()
+            except OSError:
+                completed = _complete_jpeg(source) if image.format == "JPEG" else None
+                if completed is None:
+                    raise
+                _warn_once(f"{path}: lacks the end marker of a JPEG; every pixel could be read")
+                return to_rgb(ImageOps.exif_transpose(completed))
+            return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -75,16 +105,15 @@ def read_metadata(path: Path) -> dict[str, bytes]:
     and what is damaged or larger than `MAX_METADATA_BYTES`.
     """
     metadata: dict[str, bytes] = {}
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # decoders raise many types of errors
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:
-            profile = image.info.get("icc_profile") or b""
-            if profile[16:20] == b"RGB ":
-                metadata["icc_profile"] = profile
-            exif = image.getexif()
-            exif.pop(Base.Orientation, None)
-            if len(exif):
-                metadata["exif"] = exif.tobytes()
+    # decoders raise many types of errors
+    with contextlib.suppress(Exception), _no_warnings, Image.open(path, formats=FORMATS) as image:
+        profile = image.info.get("icc_profile") or b""
+        if profile[16:20] == b"RGB ":
+            metadata["icc_profile"] = profile
+        exif = image.getexif()
+        exif.pop(Base.Orientation, None)
+        if len(exif):
+            metadata["exif"] = exif.tobytes()
     return {key: value for key, value in metadata.items() if len(value) <= MAX_METADATA_BYTES}
 
 

@@ -2,7 +2,9 @@
 
 import io
 import struct
+import threading
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -192,3 +194,26 @@ def test_a_jpeg_that_lacks_pixels_is_refused(tmp_path, options, missing):
     path.write_bytes(path.read_bytes()[:-missing])
     with pytest.raises(DataError, match="truncated"):
         photos.load(path)
+
+
+def test_threads_that_read_photos_at_once_leave_the_warnings_as_they_were(monkeypatch):
+    """Each of two threads begins before the other ends, in an order in which `warnings.catch_warnings` would fail."""
+    first_decodes, second_decodes = threading.Event(), threading.Event()
+
+    def check_size(path, _size):
+        if path == "first":
+            first_decodes.set()
+            assert second_decodes.wait(20)
+        else:
+            second_decodes.set()
+            first.join(20)
+
+    monkeypatch.setattr(photos, "_check_size", check_size)
+    content = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(content, "PNG")
+    before = list(warnings.filters)
+    first = threading.Thread(target=photos.decode, args=(content.getvalue(), "first"))
+    first.start()
+    assert first_decodes.wait(20)
+    photos.decode(content.getvalue(), "second")
+    assert warnings.filters == before
