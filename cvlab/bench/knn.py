@@ -1,13 +1,18 @@
 """`cvlab bench knn`: Euclidean distances with two, one and no loops, against `torch.cdist`."""
 
+import functools
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cvlab.bench.harness import alternate, describe, median_ratio, synchronized
 from cvlab.engine import device as engine_device
 from cvlab.ops import nearest_neighbors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DIMENSIONS = 3 * 32 * 32  # of an image of CIFAR-10
 REFERENCE = "torch.cdist"
@@ -26,14 +31,15 @@ def distances(rounds: int, num_test: int, num_train: int, device: str) -> dict[s
         torch.randint(0, 256, (count, DIMENSIONS), generator=generator).to(ctx.device, ctx.dtype)
         for count in (num_test, num_train)
     )
-    ways = {
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "two loops": nearest_neighbors.distances_two_loops,
         "one loop": nearest_neighbors.distances_one_loop,
         "no loops": nearest_neighbors.distances_no_loops,
         REFERENCE: torch.cdist,
     }
     expected = torch.cdist(x.double(), y.double())
-    seconds = alternate({name: synchronized(ctx, lambda way=way: way(x, y)) for name, way in ways.items()}, rounds)  # type: ignore[misc]
+    loops = {name: synchronized(ctx, functools.partial(way, x, y)) for name, way in ways.items()}
+    seconds = alternate(loops, rounds)
     rows = [
         {
             "loop": name,

@@ -65,7 +65,7 @@ class NearestNeighborsConfig(schema.RunConfig):
     shuffle: bool = Field(
         True, description="divide the training images at random, by the seed; false: in their order, as the course does"
     )
-    precision: Literal["float32", "float64"] = Field("float32", description="of the distances")  # type: ignore[assignment]
+    precision: Literal["float32", "float64"] = Field("float32", description="of the distances")
 
     @field_validator("ks")
     @classmethod
