@@ -36,6 +36,7 @@ from cvlab.models import summary
 MAX_FLOOR_SHARE = 0.1  # of the time for all rows, that the floor of a single step may take
 MAX_SECONDS = 2.0  # of timed steps, for a row
 MAX_STEPS = 100
+HEAD_SECONDS = 1.0  # the quick ones are measured first: about the time of a step of a head on a backbone
 aten = torch.ops.aten
 
 
@@ -212,20 +213,20 @@ def run(names: Sequence[str], rounds: int, seconds: float, device: str) -> dict[
     Args:
         names: The configurations; none for all shipped ones that train.
         rounds: Measurements of each rate of the machine.
-        seconds: Time for all rows; each has at least one step.
+        seconds: Time for everything; each row has at least one step.
         device: Where.
 
     Returns:
         `machine`, `rows`, and `not_measured`: the configurations that would take too long or lack something, and why.
     """
+    end = time.perf_counter() + seconds
     loaded = configurations(names, device)
     rates = Rates(rounds, device)
     floors = {name: 0.0 if names else _estimated_floor(each, rates) for name, each in loaded.items()}
     rows: list[StepCost] = []
     skipped: list[dict[str, str]] = []
-    end = time.perf_counter() + seconds
     with Progress("bench", len(loaded), 0) as progress:
-        for done, name in enumerate(sorted(loaded, key=lambda name: floors[name])):  # the quick ones first
+        for done, name in enumerate(sorted(loaded, key=lambda name: floors[name] or HEAD_SECONDS)):
             progress.update(done, name)
             left = end - time.perf_counter()
             reason = "" if names else _too_long(floors[name], left, seconds)
@@ -266,7 +267,7 @@ def _too_long(floor: float, left: float, seconds: float) -> str:
 def _estimated_floor(loaded: Loaded, rates: Rates) -> float:
     """Return about how long the FLOPs of a step take: three times those of the forward pass of its images.
 
-    The steps of a head on a backbone, which are short, count as 0.
+    The steps of a head on a backbone, which are shorter, count as 0.
     """
     config = loaded.config
     if not isinstance(config, ClassifyConfig) or config.is_transfer or config.data.has_photos:

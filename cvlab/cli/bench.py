@@ -26,8 +26,8 @@ def bench_steps(
         typer.Argument(help="configurations that train; default: all shipped ones", autocompletion=complete_config),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="time for all configurations; those that are named are all measured")
-    ] = 120,
+        float, typer.Option(min=1, help="time for the whole table; configurations that are named are all measured")
+    ] = 150,
     rounds: Rounds = 9,
     out: Annotated[
         Path | None, typer.Option(help="also write the result as JSON to this file, for `cvlab bench compare`")

@@ -179,7 +179,7 @@ def test_comparison_of_something_else(text, cvlab, tmp_path):
     [
         (("cifar_optimizers",), "does not train a model by itself"),
         (("nosuch",), "unknown configuration 'nosuch'"),
-        (("proflie",), "unknown command 'proflie'; did you mean 'profile'?"),
+        (("profil",), "unknown command 'profil'; did you mean 'profile'?"),
         (("cifar_bn", "--out", "nosuch/a.json"), "no folder nosuch"),
     ],
 )
