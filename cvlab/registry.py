@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "detect": "cvlab.experiments.detection.experiments:DetectExperiment",
     "detector": "cvlab.experiments.detection.experiments:DetectorExperiment",
     "feature_inversion": "cvlab.experiments.interpretability.experiments:FeatureInversionExperiment",
+    "knn": "cvlab.experiments.classification.nearest_neighbors:NearestNeighborsExperiment",
     "lr_range_test": "cvlab.experiments.common.lr_range_test:LrRangeTestExperiment",
     "robustness": "cvlab.experiments.adversarial.robustness:RobustnessExperiment",
     "saliency": "cvlab.experiments.interpretability.experiments:SaliencyExperiment",

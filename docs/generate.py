@@ -51,6 +51,7 @@ SHARED_CONFIGS: dict[type[BaseModel], str] = {  # base class -> heading of its k
 RESULT_METRICS = {  # experiment -> the metrics that its table of results has
     "classify": ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_tta"),
     "sweep": ("train_accuracy", "val_accuracy"),
+    "knn": ("k", "val_accuracy", "test_accuracy"),
     "classify_photos": ("num_photos", "mean_probability"),
     "saliency": ("num_photos", "inside"),
     "attack": (

@@ -20,7 +20,8 @@ EXPERIMENTS = {name: loading.load(name).config.experiment for name in NAMES}
 DETECTORS = [name for name in NAMES if EXPERIMENTS[name] == "detector"]
 CAPTIONERS = [name for name in NAMES if EXPERIMENTS[name] == "captioner"]
 OWN_DATA = ("photos", "yolo", "faster_rcnn")  # need the user's own photos; on a built-in data set below
-TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS, *OWN_DATA)]
+WITHOUT_STEPS = ("knn",)
+TRAININGS = [name for name in NAMES if name not in (*PHOTOS, *DETECTORS, *CAPTIONERS, *OWN_DATA, *WITHOUT_STEPS)]
 SHORT_ENOUGH = {  # that the expectations of the whole run still hold
     "class_visualization": ("targets=[tick]", "frames=2", "steps=30"),
     "feature_inversion": ("layers=[blocks.0,blocks.3]", "steps=60"),
@@ -121,6 +122,14 @@ def test_two_steps_of_each_captioner_on_the_built_in_scenes(name, cvlab):
     found = json.loads(out)["metrics"]
     assert found["steps"] == 2
     assert 0 <= found["bleu1"] <= 1
+
+
+@pytest.mark.parametrize("name", WITHOUT_STEPS)
+def test_each_without_steps_on_the_fallback(name, cvlab):
+    short = ["data={name: scenes10, num_train: 60, num_test: 20}", "ks=[1,5]", "expect=[]", "expect_fallback=[]"]
+    code, out, err = cvlab("train", name, *short, "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["k"] in (1, 5)
 
 
 @pytest.mark.parametrize("name", [name for name in PHOTOS if name not in COURSE_STYLES])

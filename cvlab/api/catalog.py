@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlab import console, registry
-from cvlab.data import datasets, descriptions
+from cvlab.data import datasets
 from cvlab.errors import DataError
 from cvlab.runs.find import read_config
 from cvlab.storage.cache import data_root
@@ -56,6 +56,8 @@ def model_lines() -> list[Row]:
 
 def data_lines() -> list[Row]:
     """Return each data set with its state."""
+    from cvlab.data import descriptions
+
     rows = []
     for name in datasets.DATASETS:
         about = descriptions.get(name)

@@ -1,17 +1,15 @@
-"""Training speed: of every shipped configuration, and of the engine relative to a bare training loop."""
+"""Training speed of the engine relative to a bare training loop."""
 
 import copy
 import itertools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from cvlab.bench.harness import alternate, describe, median_ratio
-from cvlab.bench.machine import machine
 from cvlab.config import loading as configs
 from cvlab.engine import parameters
 from cvlab.engine.device import ComputeContext
@@ -21,29 +19,6 @@ from cvlab.experiments.classification.config import ClassifyConfig
 from cvlab.experiments.classification.setup import ClassificationSetup
 
 REFERENCE = "cifar_vgg_half_60s"
-
-
-def every_config(rates: Mapping[str, Any], device: str, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Measure images/s of the shipped training runs on noise, and their share of the machine's convolution rate."""
-    rows = []
-    for name in names or configs.shipped_names():
-        if configs.load(name).config.experiment != "classify":
-            continue
-        config, parts = training(name, device)
-        with FlopCounterMode(display=False) as counter:
-            next(throughput.train_steps(config, parts))
-        speed = throughput.images_per_second(config, parts)
-        gflops = counter.get_total_flops() / config.batch_size * speed / 1e9
-        rate = rates["convolution_gflops"][parts.ctx.precision]
-        row = {"config": name, "images_per_second": speed, "gflop_per_second": gflops, "share": gflops / rate}
-        rows.append(row | {"mflop_per_image": counter.get_total_flops() / config.batch_size / 1e6})
-    return rows
-
-
-def everything(rounds: int, device: str) -> dict[str, Any]:
-    """Measure the machine, then every shipped training run relative to it."""
-    rates = machine(rounds, device)
-    return {"ok": True, "machine": rates, "configs": every_config(rates, device)}
 
 
 def training(name: str, device: str) -> tuple[ClassifyConfig, ClassificationSetup]:

@@ -1,29 +1,55 @@
 """The command bench: measure this machine and the training runs on it."""
 
-from typing import Annotated
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from cvlab.cli.groups import CommandGroup
+from cvlab import console
+from cvlab.cli.groups import BenchGroup
 from cvlab.cli.options import Device, Output, Overrides, complete_config, expand_options
+from cvlab.errors import ConfigError
 
-app = typer.Typer(
-    help="Measure the speed of this machine and of training on it.", cls=CommandGroup, invoke_without_command=True
-)
+app = typer.Typer(help="Measure the speed of this machine and of training on it.", cls=BenchGroup)
 Rounds = Annotated[int, typer.Option(min=1, max=1000, help="measurements of each, taken in turns")]
 Training = Annotated[str, typer.Argument(help="configuration of a training run", autocompletion=complete_config)]
+Result = Annotated[Path, typer.Argument(help="file that `cvlab bench --out FILE` has written")]
 
 
-@app.callback()
+@app.command("steps")
 @expand_options
-def bench(context: typer.Context, rounds: Rounds = 9, device: Device = None, *, output: Output) -> None:
-    """Measure the machine's rates, and the images/s of every shipped training run as a share of them."""
-    if context.invoked_subcommand is not None:
-        return
-    from cvlab.bench import training
-    from cvlab.reports import tables
+def bench_steps(
+    configs: Annotated[
+        list[str] | None,
+        typer.Argument(help="configurations that train; default: all shipped ones", autocompletion=complete_config),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="time for the whole table; configurations that are named are all measured")
+    ] = 150,
+    rounds: Rounds = 9,
+    out: Annotated[
+        Path | None, typer.Option(help="also write the result as JSON to this file, for `cvlab bench compare`")
+    ] = None,
+    device: Device = None,
+    *,
+    output: Output,
+) -> None:
+    """Measure what a training step costs, and the least it could by the rates of this machine; the default command.
 
-    result = training.everything(rounds, device or "auto")
+    The data is generated: no data set is needed.
+    """
+    from cvlab.bench import steps
+    from cvlab.reports import tables
+    from cvlab.runs.records import to_json_value
+    from cvlab.storage import atomic
+
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: no folder {out.parent}", "create it, or name another file")
+    result = steps.run(configs or [], rounds, seconds, device or "auto")
+    if out is not None:
+        atomic.write_text(out, json.dumps(to_json_value(result), indent=2) + "\n")
 
     def render() -> None:
         rates = result["machine"]
@@ -31,11 +57,68 @@ def bench(context: typer.Context, rounds: Rounds = 9, device: Device = None, *, 
         lines = {f"matrix products, {name}": f"{rate:.0f} GFLOP/s" for name, rate in products}
         lines |= {f"convolutions, {name}": f"{rate:.0f} GFLOP/s" for name, rate in convolutions}
         tables.show_block(rates["about"], lines | {"copies": f"{rates['copy_gb_per_second']:.1f} GB/s"})
-        keys = ("config", "images_per_second", "mflop_per_image", "gflop_per_second", "share")
-        columns = ("configuration", "images/s", "MFLOP/image", "GFLOP/s", "share of convolutions")
-        tables.table("training, on noise", columns, [[row[key] for key in keys] for row in result["configs"]])
+        columns = ("configuration", "batch", "ms", "items/s", "GFLOP", "MB", "floor by FLOPs", "by bytes", "reached")
+        cells = [
+            (
+                f"{row['config']} {row['phase']}".strip(),
+                row["items"],
+                f"{1e3 * row['step_seconds']:.4g}",
+                row["items_per_second"],
+                row["flops"] / 1e9,
+                row["bytes"] / 1e6,
+                f"{1e3 * row['flop_seconds']:.3g} ms",
+                f"{1e3 * row['byte_seconds']:.3g} ms",
+                f"{row['share']:.0%}",
+            )
+            for row in result["rows"]
+        ]
+        tables.table("a training step, on generated data", columns, cells)
+        reasons = dict.fromkeys(row["reason"] for row in result["not_measured"])
+        for reason in reasons:
+            names = [row["config"] for row in result["not_measured"] if row["reason"] == reason]
+            console.show(f"not measured, {reason}: {', '.join(names)}")
 
     output.show(result, render)
+
+
+@app.command("compare")
+@expand_options
+def bench_compare(a: Result, b: Result, *, output: Output) -> None:
+    """Compare two results of `cvlab bench --out FILE`: times of the second relative to the first."""
+    from cvlab.bench import compare
+    from cvlab.reports import tables
+
+    result = compare.compare(a, b)
+
+    def render() -> None:
+        for name, (first, second) in result["differences"].items():
+            console.show(f"the machines differ in {name}: {first}, {second}")
+        rates = {name: f"{ratio:.2f}" for name, ratio in result["rates"].items()}
+        tables.show_block(f"rates of the machine, {b.name} / {a.name}", rates)
+        columns = ("configuration", f"ms, {a.name}", f"ms, {b.name}", "time for an item", "reached", "reached")
+        cells = [
+            (
+                " ".join(filter(None, (row["config"], row["phase"], _precisions(row)))),
+                f"{1e3 * row['step_seconds_a']:.4g}",
+                f"{1e3 * row['step_seconds_b']:.4g}",
+                f"{row['ratio']:.2f}",
+                f"{row['share_a']:.0%}",
+                f"{row['share_b']:.0%}",
+            )
+            for row in result["rows"]
+        ]
+        tables.table(f"{b.name} / {a.name}", columns, cells)
+        for path, key in ((a, "only_a"), (b, "only_b")):
+            if result[key]:
+                console.show(f"only in {path.name}: {', '.join(result[key])}")
+
+    output.show(result, render)
+
+
+def _precisions(row: Mapping[str, Any]) -> str:
+    """Return both precisions of a row in brackets if they differ."""
+    a, b = row["precision_a"], row["precision_b"]
+    return f"({a}, {b})" if a != b else ""
 
 
 @app.command("engine")
@@ -74,6 +157,29 @@ def bench_profile(
     result = profiler.shares(config, steps, device or "auto")
     rows = [(kind, f"{share:.1%}") for kind, share in result["shares"].items()]
     output.show(result, lambda: tables.table(result["what"], ("time spent on", "share"), rows))
+
+
+@app.command("knn")
+@expand_options
+def bench_knn(
+    rounds: Rounds = 3,
+    test: Annotated[int, typer.Option(min=1, max=100_000, help="number of test images")] = 50,
+    train: Annotated[int, typer.Option(min=1, max=100_000, help="number of training images")] = 500,
+    device: Device = None,
+    *,
+    output: Output,
+) -> None:
+    """Compare the distances of k-NN with two, one and no loops, and torch.cdist."""
+    from cvlab.bench import knn
+    from cvlab.reports import tables
+
+    result = knn.distances(rounds, test, train, device or "auto")
+    rows = [
+        (row["loop"], f"{1e3 * row['seconds']:.4g}", row["against_no_loops"], row["largest_error"])
+        for row in result["loops"]
+    ]
+    columns = ("distances with", "ms (median)", "time relative to no loops", "largest error")
+    output.show(result, lambda: tables.table(result["what"], columns, rows))
 
 
 @app.command("processes")

@@ -42,18 +42,21 @@ def show_config(
     output: Output,
 ) -> None:
     """List configurations, or print one with all defaults."""
-    from cvlab.api import catalog
-    from cvlab.config import json_schema, loading
-    from cvlab.reports import tables
-
     if schema:
+        from cvlab.config import json_schema
+
         console.document(json.dumps(json_schema.json_schema(), indent=2))
         return
     if config is None:
+        from cvlab.api import catalog
+        from cvlab.reports import tables
+
         shipped = catalog.shipped()
         rows = [(row["name"], row["shows"]) for row in shipped]
         output.show({"ok": True, "configs": shipped}, lambda: tables.table("", ("name", "shows"), rows))
         return
+    from cvlab.config import loading
+
     require_trust(config, trust)
     loaded = loading.load(config, gather_overrides(overrides, RunOptions(set_))).config
     output.show({"ok": True, "config": loaded.model_dump()}, lambda: console.show(loaded.to_yaml(), end=""))

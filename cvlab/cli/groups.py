@@ -5,7 +5,7 @@ from typing import Any
 import typer
 import typer.core
 
-from cvlab.registry import unknown_name_error
+from cvlab.registry import closest_match, unknown_name_error
 
 TRAIN = "Train and evaluate"
 PHOTOS = "Photos"
@@ -47,15 +47,40 @@ class CommandGroup(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-class RunsGroup(CommandGroup):
+class DefaultGroup(CommandGroup):
+    """A group in which the command called `default` need not be named; a subclass decides which arguments are its."""
+
+    default: str
+
+    def is_for_default(self, args: list[str], commands: list[str]) -> bool:
+        """Return whether arguments are those of the default command, given the names of all commands."""
+        raise NotImplementedError
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the default command where none is named."""
+        if (args[0] if args else "") not in ctx.help_option_names and self.is_for_default(
+            args, self.list_commands(ctx)
+        ):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+class RunsGroup(DefaultGroup):
     """The commands about runs; without a command, `list`: `cvlab runs "status=done"` lists runs."""
 
     default = "list"
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert the default command where none is named."""
+    def is_for_default(self, args: list[str], commands: list[str]) -> bool:  # noqa: ARG002
+        """Return whether there is nothing, an option or a query."""
         first = args[0] if args else ""
-        is_option_or_query = not args or first.startswith("-") or any(c in first for c in "=<>~")
-        if is_option_or_query and first not in ctx.help_option_names:
-            args = [self.default, *args]
-        return super().parse_args(ctx, args)
+        return not args or first.startswith("-") or any(c in first for c in "=<>~")
+
+
+class BenchGroup(DefaultGroup):
+    """The measurements; without a command, `steps`: `cvlab bench cifar_bn` measures a configuration."""
+
+    default = "steps"
+
+    def is_for_default(self, args: list[str], commands: list[str]) -> bool:
+        """Return whether there is nothing, an option, or something that is not nearly the name of a command."""
+        return not args or args[0].startswith("-") or closest_match(args[0], commands) is None

@@ -7,7 +7,6 @@ from cvlab import console
 from cvlab.config.schema import DataConfig
 from cvlab.data import datasets
 from cvlab.errors import ConfigError, DataError
-from cvlab.storage import download
 from cvlab.storage.cache import data_root
 
 Block = TypeVar("Block", bound=DataConfig)
@@ -55,6 +54,8 @@ def resolve_dataset(block: Block, policy: DownloadPolicy) -> Block:
 
 def _try_to_fetch(source: datasets.AnySource, policy: DownloadPolicy) -> str | None:
     """Fetch a data set if that is allowed and quick; return why it is missing, or None if it is there now."""
+    from cvlab.storage import download  # with http and ssl, which a configuration is loaded without
+
     if policy.offline or not download.is_online():
         return "offline"
     assert source.fetch is not None

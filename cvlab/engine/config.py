@@ -122,6 +122,11 @@ class TrainConfig(RunConfig):
             raise ValueError("anomaly: a compiled model has no layers to observe; set compile: false")
         return self
 
+    @property
+    def final_phase(self) -> tuple[str, int]:
+        """Name and number of the last epochs whose steps do other work than those before; none of them by default."""
+        return "", 0
+
     def compute_context(self) -> "ComputeContext":
         """Return device, precision and threads of the training. Raises DeviceError."""
         from cvlab.engine import device

@@ -255,7 +255,7 @@ class HasSummary(Generic[C]):
 
 
 class HasTrainTask(Generic[C]):
-    """An experiment whose training steps can be taken one by one: `cvlab lr`."""
+    """An experiment whose training steps can be taken one by one: `cvlab lr`, `cvlab bench`."""
 
     def train_task(self, config: C, base: Path, check_interrupt: Callable[[], None]) -> "TrainTask":
         """Return the untrained model, its loss and its batches; the evaluation of the task returns nothing.
@@ -265,4 +265,8 @@ class HasTrainTask(Generic[C]):
             base: the folder that paths to user files are relative to.
             check_interrupt: called often while data is read; may raise to stop.
         """
+        raise NotImplementedError
+
+    def synthetic_task(self, config: C, base: Path) -> "TrainTask":
+        """Return what `train_task` does, on a generated batch of the data set's shape: no data set is read."""
         raise NotImplementedError

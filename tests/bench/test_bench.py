@@ -1,13 +1,18 @@
 """The measurements have the form that they promise; what they measure is this machine's own affair."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from cvlab.bench import machine, profiler, training
+from cvlab.bench import machine, profiler, steps
 from cvlab.cli import bench
 from cvlab.config import loading
-from cvlab.experiments.classification import throughput
+from cvlab.engine import loop
 
 TEXT = """experiment: classify
 data: {name: scenes10}
@@ -55,31 +60,142 @@ def test_what_cannot_be_measured(cvlab):
     assert cvlab("bench", "engine", "nosuch")[0] == 2
 
 
-def test_the_whole(cvlab, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    """Measure little."""
     monkeypatch.setattr(machine, "MATRIX", 64)
     monkeypatch.setattr(machine, "COPIED_FLOATS", 1000)
-    monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.01)
-    monkeypatch.setattr(loading, "shipped_names", lambda: ["quickstart", "cifar_optimizers", "cifar_bn"])
-    code, out, err = cvlab("bench", "--rounds", 1, "--json")
+    monkeypatch.setattr(steps, "MAX_SECONDS", 0.01)
+
+
+def test_the_whole(cvlab, monkeypatch, tmp_path, quick):
+    names = ["quickstart", "cifar_optimizers", "cifar_bn", "cifar_fc_overfit_3", "attack"]
+    monkeypatch.setattr(loading, "shipped_names", lambda: names)
+    monkeypatch.setattr(steps, "_estimated_floor", lambda loaded, _: 13.0 * loaded.source.name.startswith("cifar_bn"))
+    code, out, err = cvlab("bench", "--rounds", 1, "--out", tmp_path / "a.json", "--json")
     found = json.loads(out)
     assert code == 0, err
+    assert json.loads((tmp_path / "a.json").read_text()) == found
     assert found["machine"]["product_gflops"]["float32"] > 0
     assert found["machine"]["copy_gb_per_second"] > 0
-    assert [row["config"] for row in found["configs"]] == ["quickstart", "cifar_bn"]
-    code, out, _ = cvlab("bench", "--rounds", 1)
+    assert [row["config"] for row in found["rows"]] == ["quickstart", "cifar_fc_overfit_3"]
+    assert found["not_measured"] == [
+        {"config": "cifar_bn", "reason": "a step takes 13 s or more; raise --seconds, or name it"}
+    ]
+    for row in found["rows"]:
+        floor = max(row["flop_seconds"], row["byte_seconds"])
+        assert row["share"] == pytest.approx(floor / row["step_seconds"])
+        assert row["bound"] == ("FLOPs" if floor == row["flop_seconds"] else "bytes")
+        assert row["timed_steps"] >= 1
+    code, out, _ = cvlab("bench", "cifar_bn", "--rounds", 1)  # that is named is measured
     assert code == 0
-    assert "share of convolutions" in out
+    assert "cifar_bn " in out
+    assert "not measured" not in out
 
 
-def test_flops_of_an_image_are_those_of_its_layers(monkeypatch):
+@pytest.mark.parametrize("name", ["yolo_fruit", "caption_flickr8k_lstm", "photos"])
+def test_the_last_epochs_are_rows_of_their_own(name, quick):
+    overrides = {
+        "yolo_fruit": ["batch_size=2", "size=64", "finetune_epochs=2"],
+        "caption_flickr8k_lstm": ["batch_size=2", "size=64", "reward_epochs=2"],
+        "photos": ["batch_size=2", "model.finetune_epochs=2", "model.views=1"],
+    }
+    loaded = loading.load(name, overrides[name])
+    rows = list(steps.measure(name, loaded, steps.Rates(1, "cpu"), 1.0))
+    assert [row.phase for row in rows] == ["", loaded.config.final_phase[0]]
+    assert rows[0].flops < rows[1].flops
+
+
+def test_flops_are_those_of_the_layers(quick):
     """Three convolutions and a linear layer, forward and twice backward, the first without its input's gradient."""
-    monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.01)
-    machine = {"convolution_gflops": {"float32": 1.0, "bfloat16": 1.0}}
-    row = training.every_config(machine, "cpu", ("quickstart",))[0]
+    row = steps.run(("quickstart",), 1, 1.0, "cpu")["rows"][0]
     convolutions = [3 * 16 * 9 * 32**2, 16 * 32 * 9 * 16**2, 32 * 64 * 9 * 8**2]
     products = 3 * (sum(convolutions) + 64 * 16 * 10) - convolutions[0]
-    assert row["mflop_per_image"] == pytest.approx(2 * products / 1e6)
-    assert row["share"] == pytest.approx(row["gflop_per_second"])
+    assert row["flops"] == 2 * products * row["items"]
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("rnn", 1), ("lstm", 4)])
+def test_flops_of_recurrent_layers_are_those_of_their_matrices(cell, gates):
+    module = {"rnn": nn.RNN, "lstm": nn.LSTM}[cell](5, 7)
+    x, *state = (torch.randn(n, 2, size, requires_grad=True) for n, size in ((3, 5), (1, 7), (1, 7)))
+    with FlopCounterMode(display=False, custom_mapping=steps.FUSED) as counter:
+        module(x, state[0] if cell == "rnn" else tuple(state))[0].sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (3 * 2) * gates * 7 * (5 + 7)
+
+
+def test_flops_of_attention():
+    query = torch.randn(2, 3, 4, 8, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=steps.FUSED) as counter:
+        F.scaled_dot_product_attention(query, query, query).sum().backward()
+    forward = 2 * 2 * 3 * 2 * 4 * 4 * 8
+    assert counter.get_total_flops() in (3 * forward, 3.5 * forward)  # with the scores computed again
+
+
+def test_bytes_of_a_linear_layer():
+    model = nn.Linear(10, 3, bias=False)
+    saved = steps.SavedTensors(SimpleNamespace(loss_fn=lambda model, batch: {"loss": model(batch).sum()}))
+    state = loop.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), ema_decay=0.9)
+    saved.loss_fn(model, torch.randn(4, 10))["loss"].backward()
+    state.optimizer.step()
+    assert saved.bytes == 4 * 10 * 4  # the input; the weight is not counted
+    weights = 3 * 10 * 4
+    assert steps.min_bytes(state, saved.bytes) == (6 + 2 + 2) * weights + 2 * saved.bytes
+
+
+def test_comparison(cvlab, tmp_path):
+    row = {"config": "c", "phase": "", "precision": "float32", "items": 10, "step_seconds": 1.0, "share": 0.5}
+    about = {"host": "h", "cpu": "p", "gpu": None, "threads": 2, "torch": "2", "copy_gb_per_second": 4.0}
+    a = {"machine": about | {"product_gflops": {"float32": 10.0}}, "rows": [row, row | {"phase": "finetune"}]}
+    b = {
+        "machine": about | {"product_gflops": {"float32": 20.0, "bfloat16": 9.0}, "threads": 4},
+        "rows": [row | {"items": 20, "step_seconds": 3.0, "precision": "bfloat16"}, row | {"config": "d"}],
+    }
+    for name, document in (("a.json", a), ("b.json", b)):
+        (tmp_path / name).write_text(json.dumps(document))
+    code, out, _ = cvlab("bench", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [row["ratio"] for row in found["rows"]] == [pytest.approx(1.5)]
+    assert found["differences"] == {"threads": [2, 4]}
+    assert found["rates"] == {"products, float32": 2.0, "copies": 1.0}
+    assert (found["only_a"], found["only_b"]) == (["c finetune"], ["d"])
+    _, out, _ = cvlab("bench", "compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert "the machines differ in threads: 2, 4" in out
+    assert "c (float32, bfloat16)" in out
+    assert "only in a.json: c finetune" in out
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"machine": {}, "rows": [{"config": "c"}]}', "\udcff"])
+def test_comparison_of_something_else(text, cvlab, tmp_path):
+    (tmp_path / "a.json").write_bytes(text.encode(errors="surrogateescape"))
+    code, _, err = cvlab("bench", "compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert code == 4
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cifar_optimizers",), "does not train a model by itself"),
+        (("nosuch",), "unknown configuration 'nosuch'"),
+        (("profil",), "unknown command 'profil'; did you mean 'profile'?"),
+        (("cifar_bn", "--out", "nosuch/a.json"), "no folder nosuch"),
+    ],
+)
+def test_steps_that_cannot_be_measured(arguments, message, cvlab):
+    code, _, err = cvlab("bench", *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_distances_with_two_one_and_no_loops(cvlab):
+    code, out, err = cvlab("bench", "knn", "--test", 3, "--train", 4, "--rounds", 1, "--json")
+    found = json.loads(out)["loops"]
+    assert code == 0, err
+    assert [row["loop"] for row in found] == ["two loops", "one loop", "no loops", "torch.cdist"]
+    assert all(row["seconds"] > 0 for row in found)
+    assert all(row["largest_error"] < 0.01 for row in found[:3])  # of a few vectors, cdist itself is less exact
 
 
 def test_what_a_profile_counts_as_what():
@@ -96,4 +212,6 @@ def test_what_a_profile_counts_as_what():
 
 
 def test_the_command_has_all_of_them():
-    assert {command.name for command in bench.app.registered_commands} == {"engine", "profile", "processes"}
+    assert {command.name for command in bench.app.registered_commands} == {
+        *("steps", "compare", "engine", "profile", "processes", "knn"),
+    }

@@ -136,6 +136,11 @@ class CaptionerConfig(backbone_config.BackboneTrainConfig):
         0.7, description="length normalization of beam search: scores are divided by length ** alpha"
     )
 
+    @property
+    def final_phase(self) -> tuple[str, int]:
+        """The last epochs, of self-critical training."""
+        return "reward", self.reward_epochs
+
     @model_validator(mode="after")
     def _rewards_within(self) -> "CaptionerConfig":
         self.check_final_epochs("reward_epochs", self.reward_epochs)

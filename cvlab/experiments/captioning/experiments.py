@@ -231,6 +231,12 @@ class CaptionerExperiment(
         setup = build_setup(config)
         return build_task(config, setup, load_training_data(config, setup, check_interrupt), lambda _: {})
 
+    def synthetic_task(self, config: CaptionerConfig, base: Path) -> "TrainTask":
+        """Return the untrained captioner, its loss and batches of one photo with random words."""
+        from cvlab.experiments.captioning import synthetic
+
+        return synthetic.build_task(config)
+
     def summary_spec(self, config: CaptionerConfig, base: Path) -> "SummarySpec":
         """Return backbones and decoder, and a black image, whose caption has `length` tokens; no photo is opened."""
         import torch

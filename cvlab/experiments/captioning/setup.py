@@ -32,10 +32,10 @@ class CaptioningSetup:
     captioner: LoadedCaptioner
 
 
-def build_setup(config: CaptionerConfig) -> CaptioningSetup:
-    """Load the captions, build the vocabulary, and build the captioner with seeded random weights."""
+def build_setup(config: CaptionerConfig, dataset: CaptionDataset | None = None) -> CaptioningSetup:
+    """Load the captions, if none are given; build the vocabulary, and the captioner with seeded random weights."""
     ctx = config.compute_context()
-    dataset = captions_dataset.load_configured(config.data, data_root())
+    dataset = dataset or captions_dataset.load_configured(config.data, data_root())
     train = samples_of(config, dataset, "train")
     captions = (vocabulary.tokenize(text) for sample in train for text in sample.captions[: config.data.sentences])
     tokens = vocabulary.build_vocabulary(captions, config.min_word_count).tokens
@@ -105,7 +105,17 @@ def load_training_data(
     load_split = functools.partial(load_backbone_features, config, setup, check_interrupt=check_interrupt)
     features = load_split("train")
     mirrored_features = load_split("train", mirrored=True) if config.mirror else None
-    val_features = load_split("val")
+    return make_training_data(config, setup, features, mirrored_features, load_split("val"))
+
+
+def make_training_data(
+    config: CaptionerConfig,
+    setup: CaptioningSetup,
+    features: Tensor,
+    mirrored_features: Tensor | None,
+    val_features: Tensor,
+) -> TrainingData:
+    """Encode the captions of the photos whose features (N, L, C) are given."""
     train, val = (samples_of(config, setup.dataset, split) for split in ("train", "val"))
     vocabulary = setup.captioner.vocabulary
     captions = EncodedCaptions(train, vocabulary, config.length, config.data.sentences)

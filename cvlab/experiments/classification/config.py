@@ -220,6 +220,11 @@ class ClassifyConfig(TrainConfig):
         return int(self.model.builder_arguments().get("finetune_epochs", 0))
 
     @property
+    def final_phase(self) -> tuple[str, int]:
+        """The last epochs, in which the backbone is trained too."""
+        return "finetune", self.finetune_epochs
+
+    @property
     def has_validation(self) -> bool:
         """Whether part of the training images is a validation split."""
         return self.data.val_fraction > 0

@@ -283,6 +283,12 @@ class ClassifyExperiment(
 
         return build_task(config, build(config, base, check_interrupt=check_interrupt), lambda _: {})
 
+    def synthetic_task(self, config: ClassifyConfig, base: Path) -> "TrainTask":
+        """Return the untrained model, its loss and batches of noise."""
+        from cvlab.experiments.classification import setup, throughput
+
+        return setup.build_task(config, throughput.build_on_synthetic_images(config, base), lambda _: {})
+
     def summary_spec(self, config: ClassifyConfig, base: Path) -> "SummarySpec":
         """Return the model and a black image of the size of the data set."""
         import torch

@@ -195,7 +195,7 @@ def load_dataset(
     config: ClassifyConfig, base: Path, check_interrupt: Callable[[], None] = lambda: None
 ) -> ImageDataset:
     """Load the data set that a configuration names; the images of a pretrained model are as it takes them."""
-    dataset = load_user_dataset(config, base)
+    dataset = load_user_dataset(config.data.name, base)
     if dataset is None and config.data.has_photos:
         dataset = folder.load(list_photos(config.data), photo_transform(config), check_interrupt)
     elif dataset is None:
@@ -225,13 +225,13 @@ def photo_transform(config: ClassifyConfig) -> EvalTransform:
     return replace(transform, size_px=size, resize_px=round(size * transform.resize_px / transform.size_px))
 
 
-def load_user_dataset(config: ClassifyConfig, base: Path) -> ImageDataset | None:
-    """Return the data set of the user's own function, or None if the configuration names no such function."""
-    if not registry.is_user_file(config.data.name):
+def load_user_dataset(name: str, base: Path) -> ImageDataset | None:
+    """Return the data set of the user's own function, or None if `name` is none."""
+    if not registry.is_user_file(name):
         return None
-    dataset = registry.import_user_object(config.data.name, base)()
+    dataset = registry.import_user_object(name, base)()
     if not isinstance(dataset, ImageDataset):
-        raise ConfigError(f"data {config.data.name}: expected a cvlab.ImageDataset, got {type(dataset).__name__}")
+        raise ConfigError(f"data {name}: expected a cvlab.ImageDataset, got {type(dataset).__name__}")
     return dataset
 
 
@@ -241,7 +241,7 @@ def expected_size(config: ClassifyConfig, base: Path) -> tuple[DatasetSize, dict
     Raises:
         ConfigError: A split would be empty, or the training split has fewer than `num_train` images.
     """
-    dataset, backbone, data = load_user_dataset(config, base), backbone_of(config), config.data
+    dataset, backbone, data = load_user_dataset(config.data.name, base), backbone_of(config), config.data
     num_val: int | None = None
     if dataset is not None:
         size = dataset_size(dataset)

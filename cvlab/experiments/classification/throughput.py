@@ -1,6 +1,7 @@
 """Measure how fast a configuration trains on this machine, and choose the profile that fits the time budget."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,14 +12,15 @@ from cvlab.config.loading import Loaded
 from cvlab.config.schema import DataConfig
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
-from cvlab.engine import compilation, loop, parameters, time_budget
+from cvlab.engine import loop, probe, time_budget
 from cvlab.experiments.classification import setup
-from cvlab.experiments.classification.config import ClassifyConfig
+from cvlab.experiments.classification.config import FOLDER, ClassifyConfig
 from cvlab.experiments.classification.data.images import ImageDataset, split_sizes
 from cvlab.experiments.classification.setup import ClassificationSetup
 
 MEASURED_SECONDS = 40.0  # the time budget whose calibration is measured: about a second
 NUM_SYNTHETIC_BATCHES = 4
+NUM_FOLDER_CLASSES = 10  # of a folder of photos, which is not read
 
 
 def synthetic_images(size: DatasetSize, count: int) -> ImageDataset:
@@ -31,10 +33,19 @@ def synthetic_images(size: DatasetSize, count: int) -> ImageDataset:
 
 
 def build_on_synthetic_images(config: ClassifyConfig, base: Path) -> ClassificationSetup:
-    """Build a configuration on noise instead of its data set; the user's own data set is loaded."""
+    """Build a configuration on noise instead of its data set; the user's own function is called."""
     if registry.is_user_file(config.data.name):
         return setup.build(config, base)
-    dataset = synthetic_images(datasets.get(config.data.name).size, NUM_SYNTHETIC_BATCHES * config.batch_size)
+    size = datasets.get(config.data.name).size
+    if config.data.name == FOLDER:
+        size = replace(size, channels=3, num_classes=NUM_FOLDER_CLASSES)
+    if config.data.has_photos:
+        size = replace(size, image_px=setup.photo_transform(config).size_px)
+    backbone = setup.backbone_of(config)
+    if backbone is not None:  # of which each image is computed by the whole network
+        size = replace(size, image_px=backbone.transform.size_px, channels=3)
+    batches = NUM_SYNTHETIC_BATCHES if backbone is None else 1
+    dataset = synthetic_images(size, batches * config.batch_size)
     data = config.data.model_copy(update={"num_train": None, "val_fraction": 0.0})
     return setup.build(config.model_copy(update={"data": data}), base, dataset)
 
@@ -45,18 +56,8 @@ def train_steps(
     get_batch: Callable[[int], tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[loop.Losses]:
     """Train step by step as a run of the configuration does, on its batches or on those of `get_batch`."""
-    optimizer = parameters.build_optimizer(config, built.model)
-    return loop.fit(
-        loop.TrainState(built.model, optimizer, config.ema, built.ctx.make_scaler()),
-        setup.build_loss_fn(config, built.train_loader),
-        get_batch or built.train_loader.get_batch,
-        lr_factor=lambda _: 1e-3,  # the weights do not matter but must stay finite
-        ctx=built.ctx,
-        clip_norm=config.clip_norm,
-        sam=config.sam,
-        split_batch=setup.batch_splitter(config.accumulate),
-        forward_model=compilation.compile_model(built.model) if config.compile else None,
-    )
+    task = setup.build_task(config, built, lambda _: {})
+    return probe.train_steps(config, task if get_batch is None else replace(task, get_batch=get_batch))[1]
 
 
 def images_per_second(config: ClassifyConfig, built: ClassificationSetup) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from PIL import Image
 
 from cvlab.console import Progress
@@ -27,6 +28,8 @@ from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import regular_files
 from cvlab.storage.file_names import file_stem
+
+MAX_DECODERS = 4
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def run(
 
         remaining = [batch for batch in batches if batch.start >= len(results)]
         named = [[(paths[k], labels[k]) for k in batch] for batch in remaining]
-        with contextlib.closing(_read_ahead(named)) as photo_batches:
+        with contextlib.closing(_read_ahead(named, _num_decoders())) as photo_batches:
             for batch in remaining:
                 check_interrupt()
                 batch_paths = [paths[k] for k in batch]
@@ -130,18 +133,27 @@ def _read(path: Path, label: str) -> Photo | DataError:
         return error
 
 
-def _read_ahead(batches: Sequence[Sequence[tuple[Path, str]]]) -> Generator[list[Photo | DataError], None, None]:
-    """Yield the photos of each batch; a thread decodes the next batch while the caller processes this one.
+def _num_decoders() -> int:
+    """Return how many threads decode: as many as the network may use, up to a number that few disks outrun."""
+    return min(MAX_DECODERS, torch.get_num_threads())
 
-    At most two batches are in memory. Closing the generator waits for the photo that is being decoded, not for others.
+
+def _read_ahead(
+    batches: Sequence[Sequence[tuple[Path, str]]], num_threads: int
+) -> Generator[list[Photo | DataError], None, None]:
+    """Yield the photos of each batch; threads decode the next batch while the caller processes this one.
+
+    At most two batches are in memory. Closing the generator waits for the photos that are being decoded, not for
+    others.
 
     Args:
         batches: Path and label of each photo.
+        num_threads: Number of threads; Pillow's decoders run in parallel.
 
     Yields:
         For each photo of a batch the photo, or why it cannot be read.
     """
-    executor = ThreadPoolExecutor(max_workers=1)
+    executor = ThreadPoolExecutor(max_workers=num_threads)
     ahead: deque[Future[Photo | DataError]] = deque()
     try:
         for batch, following in zip([(), *batches], [*batches, ()], strict=True):

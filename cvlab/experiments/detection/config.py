@@ -146,6 +146,11 @@ class DetectorConfig(backbone_config.BackboneTrainConfig):
         0.6, description="of detections of one class that overlap by more, the highest-scoring one stays"
     )
 
+    @property
+    def final_phase(self) -> tuple[str, int]:
+        """The last epochs, in which the backbone is trained too."""
+        return "finetune", self.finetune_epochs
+
     @model_validator(mode="after")
     def _check_finetune_epochs(self) -> "DetectorConfig":
         self.check_final_epochs("finetune_epochs", self.finetune_epochs)

@@ -293,6 +293,12 @@ class DetectorExperiment(
         setup = build(config)
         return build_task(config, setup, training_batches(config, setup, check_interrupt), lambda _: {})
 
+    def synthetic_task(self, config: DetectorConfig, base: Path) -> "TrainTask":
+        """Return the untrained head, its loss and batches of one photo with random boxes."""
+        from cvlab.experiments.detection import synthetic
+
+        return synthetic.build_task(config)
+
     def summary_spec(self, config: DetectorConfig, base: Path) -> "SummarySpec":
         """Return backbone and head, and a black image; annotations are read, no photo is opened."""
         import torch

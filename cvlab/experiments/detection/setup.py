@@ -46,10 +46,11 @@ class DetectionSetup:
     num_views: int
 
 
-def build(config: DetectorConfig) -> DetectionSetup:
-    """Read the data set's annotations and build the detector, with pretrained weights or seeded random ones."""
+def build(config: DetectorConfig, boxset: DetectionDataset | None = None) -> DetectionSetup:
+    """Read the data set's annotations, if none is given; build the detector, pretrained or with seeded weights."""
     ctx = config.compute_context()
-    boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
+    if boxset is None:
+        boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
     device.seed_everything(config.seed)
     size_px = sizing.input_size(config, boxset)
     metadata = DetectorMetadata(
@@ -114,8 +115,16 @@ def training_batches(
     config: DetectorConfig, setup: DetectionSetup, check_interrupt: Callable[[], None]
 ) -> CachedBatches | FreshBatches:
     """Return the batches of training: of cached maps, or, with `views: 0`, of new views in every epoch."""
-    if setup.num_views:
-        cache = cached_features(config, setup, "train", setup.num_views, check_interrupt)
+    views = setup.num_views
+    cache = cached_features(config, setup, "train", views, check_interrupt) if views else None
+    return make_batches(config, setup, cache)
+
+
+def make_batches(
+    config: DetectorConfig, setup: DetectionSetup, cache: FeatureCache | None
+) -> CachedBatches | FreshBatches:
+    """Return the batches of cached maps, or, without a cache, of new views in every epoch."""
+    if cache is not None:
         batches: CachedBatches | FreshBatches = CachedBatches(cache, config.batch_size, config.seed, setup.ctx.device)
     else:
         samples = samples_of(config, setup.boxset, "train")

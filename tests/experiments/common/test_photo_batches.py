@@ -136,9 +136,23 @@ class TestReadAhead:
         monkeypatch.setattr(photo_batches.photos, "load", load)
         return loaded
 
-    def read_ahead(self, *sizes):
+    def read_ahead(self, *sizes, num_threads=1):
         numbers = iter(range(sum(sizes)))
-        return photo_batches._read_ahead([[(Path(str(next(numbers))), "") for _ in range(size)] for size in sizes])
+        named = [[(Path(str(next(numbers))), "") for _ in range(size)] for size in sizes]
+        return photo_batches._read_ahead(named, num_threads)
+
+    def test_several_threads_decode_at_once_and_the_order_stays(self, loaded, monkeypatch):
+        load, all_started = photo_batches.photos.load, threading.Barrier(3)
+
+        def load_together(path):
+            if int(path.name) < 3:
+                all_started.wait(20)  # ends only if three photos are loaded at once
+            return load(path)
+
+        monkeypatch.setattr(photo_batches.photos, "load", load_together)
+        batches = list(self.read_ahead(3, 5, 1, num_threads=3))
+        names = [[str(p) if isinstance(p, DataError) else p.path.name for p in batch] for batch in batches]
+        assert names == [["0", "1", "2"], ["3", "4: not a photo", "5", "6", "7"], ["8"]]
 
     def test_one_batch_is_decoded_ahead_and_no_more(self, loaded):
         for k, batch in enumerate(self.read_ahead(2, 2, 2, 1)):
