@@ -23,6 +23,7 @@ from cvlab.sweeps import adaptive, executors, results, trials
 from cvlab.sweeps.config import SweepConfig, flatten_block
 from cvlab.sweeps.executors import Limits
 from cvlab.sweeps.scheduler import SweepScheduler, has_ended
+from cvlab.sweeps.search import SearchConfig
 
 
 def trial_dirs(config: SweepConfig, out: RunDir) -> list[Path]:
@@ -49,6 +50,12 @@ def trial_rows(config: SweepConfig, out: RunDir) -> list[dict[str, Any]]:
     dirs = trial_dirs(config, out)
     all_trials = config.apply_changes(map(adaptive.read_changes, dirs)) if config.search else config.trials()
     return [results.read_trial(path, flatten_block(trial.raw)) for path, trial in zip(dirs, all_trials, strict=True)]
+
+
+def _require_packages(search: SearchConfig) -> None:
+    """Raise ConfigError if the package of a search is not installed."""
+    if search.algorithm == "optuna":
+        executors.require_package("optuna", "optuna")
 
 
 def _search_metrics(search: adaptive.AdaptiveSearch, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
@@ -78,7 +85,7 @@ class SweepExperiment(Experiment[SweepConfig]):
     """Run one configuration many times with some keys changed: a grid, tied values, seeds or a search.
 
     References:
-        Bergstra and Bengio, 2012, on grids and their limits.
+        Bergstra and Bengio, 2012, on grids, their limits, and random search.
 
     Metrics:
         Functions over the trials, such as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
@@ -109,7 +116,7 @@ class SweepExperiment(Experiment[SweepConfig]):
         placement = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
         if config.search is None:
             return {"trials": len(config.trials()), **placement, "first trial": config.trials()[0].name}
-        executors.require_package("optuna", "optuna")
+        _require_packages(config.search)
         objective = f"{config.search.goal} {config.search.metric}"
         return {
             "trials": config.search.trials,
@@ -146,7 +153,7 @@ class SweepExperiment(Experiment[SweepConfig]):
         if config.search is None:
             search, scheduler = None, SweepScheduler(config.name, run, limits, run_dirs, len(run_dirs))
         else:
-            executors.require_package("optuna", "optuna")
+            _require_packages(config.search)
             search = adaptive.AdaptiveSearch(
                 run, config.search, config.diverged_values, functools.partial(trials.add_trial, config, run)
             )
