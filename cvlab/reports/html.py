@@ -27,8 +27,9 @@ from cvlab.reports import colors, compare, curves, data_summary, embedded, metri
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
 from cvlab.runs.find import read_config
-from cvlab.runs.records import Row, is_trial, pruning_reason, read_json, read_status, read_summary
+from cvlab.runs.records import Row, is_trial, read_json, read_status, read_summary
 from cvlab.runs.results import read_columns
+from cvlab.runs.rung import early_end_reason
 from cvlab.storage import atomic, regular_files
 from cvlab.storage.cache import user_cache
 
@@ -208,7 +209,7 @@ def _failure(path: Path, status: Row) -> Row | None:
     """Return what made a run end early, where it was, and what to do; None of a run that has not failed."""
     if status.get("status") not in ("failed", "interrupted"):
         return None
-    pruned = pruning_reason(path)
+    pruned = early_end_reason(path)
     reached = f"step {status['step']} of {status.get('total_steps', '?')}" if "step" in status else ""
     has_checkpoint = any((path / "checkpoints").glob("*.pt"))
     is_interrupted = status["status"] == "interrupted"

@@ -58,9 +58,18 @@ def _require_packages(search: SearchConfig) -> None:
         executors.require_package("optuna", "optuna")
 
 
+def _stops_trials(config: SweepConfig) -> bool:
+    return config.search is not None and config.search.stops_trials
+
+
 def _search_metrics(search: adaptive.AdaptiveSearch, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
     """Record the best trial; return the metrics that a search adds."""
     metrics = {"trials": len(rows), "pruned": sum(row["status"] == results.PRUNED for row in rows)}
+    if search.config.stops_trials:
+        steps, full = results.count_steps(adaptive.trial_dirs(out.path))
+        saved = 1 - steps / full if full else 0.0
+        metrics |= {"steps": steps, "full_steps": full, "steps_saved": saved}
+        out.log(f"{steps:,} steps in place of {full:,}, {saved:.0%} saved by stopping trials early")
     best = search.best()
     if best is None:
         return metrics
@@ -104,6 +113,9 @@ class SweepExperiment(Experiment[SweepConfig]):
         Metric("diverged", better="lower"),
         Metric("pruned", when=lambda config: config.search is not None),
         Metric("best", when=lambda config: config.search is not None),
+        Metric("steps", better="lower", when=_stops_trials),
+        Metric("full_steps", when=_stops_trials),
+        Metric("steps_saved", "fraction", "higher", _stops_trials),
     )
 
     def plan(self, config: SweepConfig, base: Path) -> dict[str, Any]:
@@ -155,11 +167,14 @@ class SweepExperiment(Experiment[SweepConfig]):
         else:
             _require_packages(config.search)
             search = adaptive.AdaptiveSearch(
-                run, config.search, config.diverged_values, functools.partial(trials.add_trial, config, run)
+                run,
+                config.search,
+                config.diverged_values,
+                functools.partial(trials.add_trial, config, run),
+                adaptive.rungs_of(config),
             )
-            scheduler = SweepScheduler(
-                config.name, run, limits, run_dirs, config.search.trials, search.next_trial, search.prune
-            )
+            total = config.search.trials
+            scheduler = SweepScheduler(config.name, run, limits, run_dirs, total, search.next_trial, search.prune)
         workers = config.workers or (1 if config.submit.on == "local" else "as many as fit")
         run.log(f"{scheduler.total} trials, {scheduler.done} already done, {workers} at a time on {config.submit.on}")
         with StopRequest() as stop:

@@ -12,8 +12,9 @@ from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import colors, plots
 from cvlab.reports.tables import csv_cell, number
 from cvlab.runs.find import read_config
-from cvlab.runs.records import pruning_reason, read_status, read_summary
+from cvlab.runs.records import read_metrics, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
+from cvlab.runs.rung import early_end_reason
 
 Row = dict[str, Any]
 SHOWN_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
@@ -37,11 +38,11 @@ def read_trial(trial: Path, config: Mapping[str, Any] | None = None) -> Row:
     try:
         status, summary = read_status(trial), read_summary(trial)
         row["config"] = {**read_config(trial), **row["config"]}
+        is_pruned = status.get("status") == "interrupted" and early_end_reason(trial) is not None
     except CvlabError:
         return row
     diverged = status.get("code") == DivergedError.code
-    state = status.get("status", "not started")
-    state = PRUNED if state == "interrupted" and pruning_reason(trial) is not None else state
+    state = PRUNED if is_pruned else status.get("status", "not started")
     return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
 
 
@@ -51,9 +52,25 @@ def outcome_text(trial: Path) -> str:
     if row["diverged"]:
         return "diverged"
     if row["status"] == PRUNED:
-        return f"{PRUNED}: {pruning_reason(trial)}"
+        return f"{PRUNED}: {early_end_reason(trial)}"
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN_METRICS if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
+
+
+def count_steps(trials: Sequence[Path]) -> tuple[int, int]:
+    """Return how many steps trials have trained, and how many they would have trained to their ends."""
+    trained = full = 0
+    for trial in trials:
+        try:
+            status = read_status(trial)
+            steps = [row["step"] for row in read_metrics(trial) if isinstance(row.get("step"), int)]
+        except CvlabError:  # it is damaged
+            continue
+        total = status.get("total_steps")
+        if isinstance(total, int):
+            full += total
+            trained += max([*steps[-1:], status.get("step", 0)])
+    return trained, full
 
 
 def group_rows(rows: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:

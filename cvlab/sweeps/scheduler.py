@@ -10,8 +10,9 @@ from pathlib import Path
 from cvlab.console import Progress
 from cvlab.errors import CvlabError, DivergedError
 from cvlab.runs.interrupt import StopRequest
-from cvlab.runs.records import ENDED, pruning_reason, read_status
+from cvlab.runs.records import ENDED, read_status
 from cvlab.runs.run_dir import RunDir
+from cvlab.runs.rung import early_end_reason
 from cvlab.storage.lock import is_held
 from cvlab.sweeps import executors, results
 from cvlab.sweeps.executors import POLL_SECONDS, TOKEN, Limits, Task, TaskResult
@@ -22,13 +23,13 @@ SAVE_SECONDS = 60.0  # for trials to save and exit when the sweep stops
 
 
 def has_ended(trial: Path) -> bool:
-    """Return whether a trial need not be run again: it has its result, was pruned, or diverged."""
+    """Return whether a trial need not be run again: it has its result, was pruned, waits at a rung, or diverged."""
     try:
         status = read_status(trial)
+        is_pruned = status.get("status") == "interrupted" and early_end_reason(trial) is not None
     except CvlabError:
         return False
-    pruned = status.get("status") == "interrupted" and pruning_reason(trial) is not None
-    return status.get("status") in ENDED or pruned or status.get("code") == DivergedError.code
+    return status.get("status") in ENDED or is_pruned or status.get("code") == DivergedError.code
 
 
 class SweepScheduler:
@@ -40,7 +41,8 @@ class SweepScheduler:
         limits: what the executor may use.
         trials: the run directories of the trials.
         total: the number of trials, including those that a search adds.
-        next_trial: creates one more trial when all others have been handed out; None if there are enough.
+        next_trial: returns one more trial when all others have been handed out: a new one, or one that has ended and
+            is to continue. None if there is none until another trial ends.
         prune: called regularly with the running trials.
 
     Attributes:
@@ -63,10 +65,16 @@ class SweepScheduler:
         self.running: set[Path] = set()
         self.tries: Counter[Path] = Counter()
         self.failed: dict[str, tuple[int, str]] = {}
-        self.done = len(trials) - len(self.waiting)
+        self.at_rest = {trial.resolve() for trial in trials} - {*self.waiting}
+        self.has_new_results = True  # since `next_trial` had none
         self.progress = Progress(name, total, self.done)
         self.pruned_at = time.monotonic()
         self.token = secrets.token_hex(16)
+
+    @property
+    def done(self) -> int:
+        """Number of trials that have ended."""
+        return len(self.at_rest)
 
     def run(self, stop: StopRequest) -> None:
         """Run all trials to their end, or until a signal asks to stop and they have saved."""
@@ -95,11 +103,17 @@ class SweepScheduler:
                 self._log_end(trial)
             else:
                 return self._start(trial)
-        trial_dir = None if self.waiting else self.next_trial()
-        return None if trial_dir is None else self._start(trial_dir.resolve())
+        while self.has_new_results and not self.waiting:
+            folder = self.next_trial()
+            if folder is None:
+                self.has_new_results = False
+            elif not has_ended(folder):  # one evaluation may have reached two rungs
+                return self._start(folder.resolve())
+        return None
 
     def _start(self, trial: Path) -> Task:
         self.running.add(trial)
+        self.at_rest.discard(trial)
         return Task(trial, self.token)
 
     def _await_orphans(self, stop: StopRequest) -> None:
@@ -136,7 +150,9 @@ class SweepScheduler:
 
     def _log_end(self, trial: Path) -> None:
         """Log how a trial has ended."""
-        self.done += has_ended(trial) or trial.name in self.failed
+        self.has_new_results = True
+        if has_ended(trial) or trial.name in self.failed:
+            self.at_rest.add(trial)
         self.out.log(f"{trial.name}: {results.outcome_text(trial)}")
         self.out.set_status("running", step=self.done, total_steps=self.total)
         self.progress.update(self.done, "")

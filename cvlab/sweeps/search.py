@@ -20,6 +20,7 @@ from annotated_types import Le
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from cvlab.config.schema import FrozenModel, NonNegativeInt, PositiveFloat, PositiveInt
+from cvlab.sweeps.asha import AshaConfig
 
 MAX_TRIALS = 1000
 Changes = dict[str, Any]
@@ -98,6 +99,9 @@ class SearchConfig(FrozenModel):
         "none",
         description="median: stop a trial at an evaluation at which it is worse than the median of the finished ones",
     )
+    asha: AshaConfig | None = Field(
+        None, description="successive halving: all trials train a little, the best further; null: all to the end"
+    )
     startup: PositiveInt = Field(
         10, description="number of random trials of optuna, and of finished trials before one is pruned"
     )
@@ -112,6 +116,8 @@ class SearchConfig(FrozenModel):
                 raise ValueError(f"space.{key}: the list of choices is empty")
             if not isinstance(choices, Range) and len(set(map(repr, choices))) < len(choices):
                 raise ValueError(f"space.{key}: a choice is listed twice")
+        if self.asha is not None and self.prune != "none":
+            raise ValueError("prune and asha: successive halving stops trials by itself; give one of the two")
         if self.algorithm == "random" and self.num_points() < self.trials:
             raise ValueError(f"trials: {self.trials}, but the space has {self.num_points():g} points; use grid for all")
         return self
@@ -120,6 +126,11 @@ class SearchConfig(FrozenModel):
         """Return the number of points of the space, infinity if a range is continuous."""
         sizes = (space.num_values() if isinstance(space, Range) else len(space) for space in self.space.values())
         return math.prod(sizes)
+
+    @property
+    def stops_trials(self) -> bool:
+        """Whether some trials do not train to their end."""
+        return self.asha is not None or self.prune != "none"
 
     def is_better(self, value: float, other: float) -> bool:
         """Return whether one value of the metric is better than another."""

@@ -181,7 +181,7 @@ def refusals(tmp_path, text, *overrides):
         (("high: 40", "high: 40.5"), "search.space.batch_size: int: low, high and step must be whole numbers"),
         (("trials: 4", "trials: 0"), "s.yaml:14:3: search.trials: expected a whole number >= 1 and <= 1000, got 0"),
         (("startup: 2", "metric: val_acuracy"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
-        (("optuna", "grid"), "s.yaml:13:3: search.algorithm: expected random or optuna, got"),
+        (("optuna", "grid"), "s.yaml:13:3: search.algorithm: expected random | optuna, got"),
         (("algorithm: optuna\n  trials: 4", "trials: 9\n  prune: 3"), "search.prune: expected"),
         (("search:", "seeds: [0, 1]\nsearch:"), "seeds and search: a search proposes all trials"),
         (("search:", "grid: {reg: [0.1]}\nsearch:"), "grid and search: a search proposes all trials"),
