@@ -313,9 +313,9 @@ def result(path: Path) -> Result:
         path: The run directory.
 
     Returns:
-        `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings` and
-        `trials`, of an experiment on images also `results`, of one that detects objects `headline` and `class_counts`;
-        of a run without a result `reason` and `hint`.
+        `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings`,
+        `trials` and `importance`, of an experiment on images also `results`, of one that detects objects `headline`
+        and `class_counts`; of a run without a result `reason` and `hint`.
     """
     summary, record = read_summary(path), read_status(path)
     status = record.get("status", "unknown")
@@ -329,7 +329,9 @@ def result(path: Path) -> Result:
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
         **{
-            key: summary[key] for key in ("settings", "trials", "results", "headline", "class_counts") if key in summary
+            key: summary[key]
+            for key in ("settings", "trials", "importance", "results", "headline", "class_counts")
+            if key in summary
         },
         **_reason(path, record),
         "files": files,

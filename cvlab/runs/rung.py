@@ -92,4 +92,4 @@ def early_end_reason(run: Path) -> str | None:
     value = read_value(run, rung) if rung is not None else None
     if rung is None or value is None:
         return reason
-    return f"{rung.metric} {value:.4g} after {rung.unit} {rung.limit} is not among the best of rung {rung.number + 1}"
+    return f"paused at rung {rung.number + 1}, {rung.metric} {value:.4g} after {rung.unit} {rung.limit}"

@@ -6,7 +6,7 @@ copied files and the steps that a budget in seconds became.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,13 @@ class AdaptiveSearch:
             records[folder] = trial
         return records
 
-    def next_trial(self) -> Path | None:
-        """Return a trial that is to continue, or create the next one; None if there are enough."""
-        promoted = self._promote()
+    def next_trial(self, running: Collection[Path] = ()) -> Path | None:
+        """Return a trial that is to continue, or create the next one; None if there are enough.
+
+        Args:
+            running: the trials whose processes have not ended.
+        """
+        promoted = self._promote({folder.name for folder in running})
         if promoted is not None:
             return promoted
         records = self.all()
@@ -139,9 +143,9 @@ class AdaptiveSearch:
         self.out.log(f"trial {len(records) + 1} of {self.config.trials}: {description}")
         return folder
 
-    def _promote(self) -> Path | None:
+    def _promote(self, running: Collection[str]) -> Path | None:
         """Grant one trial its next rung and return it; None if no trial is to continue."""
-        promoted = self.rungs.promote(trial_dirs(self.out.path)) if self.rungs is not None else None
+        promoted = self.rungs.promote(trial_dirs(self.out.path), running) if self.rungs is not None else None
         if promoted is None:
             return None
         folder, rung = promoted

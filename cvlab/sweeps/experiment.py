@@ -19,7 +19,7 @@ from cvlab.runs import user_code
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.records import require_folder
 from cvlab.runs.run_dir import RunDir
-from cvlab.sweeps import adaptive, executors, results, trials
+from cvlab.sweeps import adaptive, executors, importance, results, trials
 from cvlab.sweeps.config import SweepConfig, flatten_block
 from cvlab.sweeps.executors import Limits
 from cvlab.sweeps.scheduler import SweepScheduler, has_ended
@@ -77,6 +77,29 @@ def _search_metrics(search: adaptive.AdaptiveSearch, rows: list[dict[str, Any]],
     value = best[search.config.metric]
     out.log(f"best: {best['trial']}, {search.config.metric} {value:.4g}")
     return metrics | {"best": value}
+
+
+def _write_settings(config: SweepConfig, out: RunDir, rows: list[dict[str, Any]]) -> None:
+    """Add to summary.json what varies in each trial with the metric that it is judged by, and which keys matter."""
+    dirs = trial_dirs(config, out)
+    changes = [adaptive.read_changes(path) for path in dirs] if config.search else config.changes()
+    settings = [config.settings_of(change) for change in changes]
+    metric = config.search.metric if config.search else results.main_metric(rows)
+    if metric is None or not any(settings):
+        return
+    measured = [results.last_value(row, path, metric) for row, path in zip(rows, dirs, strict=True)]
+    for trial, keys, value in zip(out.extra_summary["trials"], settings, measured, strict=True):
+        trial |= {"keys": keys, "value": value}
+    rungs = adaptive.rungs_of(config)
+    compared = [results.trial_metrics(row, config.diverged_values).get(metric) for row in rows]
+    if rungs is not None:  # at the first rung all trials can be compared
+        compared = [rungs.first_value(path) for path in dirs]
+    pairs = [(keys, value) for keys, value in zip(settings, compared, strict=True) if results.is_finite(value)]
+    judged = {"metric": metric, "goal": config.search.goal if config.search else results.goal_of(rows, metric)}
+    if rungs is not None:
+        judged["after"] = f"{rungs.config.unit} {rungs.limits[0]}"
+    measures = importance.importance([keys for keys, _ in pairs], [value for _, value in pairs], config.log_keys())
+    out.extra_summary["importance"] = {**judged, "log_keys": config.log_keys(), **measures}
 
 
 def _failure(failed: Mapping[str, tuple[int, str]], out: RunDir) -> CvlabError:
@@ -183,6 +206,7 @@ class SweepExperiment(Experiment[SweepConfig]):
                 raise stop.error(sum(map(has_ended, trial_dirs(config, run))), run.path.name, "trial")
         rows = trial_rows(config, run)
         results.write(run, rows, config.varied_keys(), config.diverged_values)
+        _write_settings(config, run, rows)
         if scheduler.failed:
             raise _failure(scheduler.failed, run)
         metrics = {"trials": len(run_dirs), "diverged": sum(row["diverged"] for row in rows)}

@@ -1,7 +1,7 @@
 """The rungs of a search with successive halving, in the run directories of its trials."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from cvlab.runs import rung as runs_rung
@@ -34,9 +34,14 @@ class Rungs:
         limit = self.limits[number] if number < len(self.limits) else None
         return Rung(number, self.metric, self.config.unit, limit, tuple(values))
 
-    def promote(self, trial_dirs: Sequence[Path]) -> tuple[Path, Rung] | None:
-        """Grant one trial its next rung; return it, or None if no trial is to continue."""
-        trials = [self._read(folder) for folder in trial_dirs]
+    def promote(self, trial_dirs: Sequence[Path], running: Collection[str] = ()) -> tuple[Path, Rung] | None:
+        """Grant one trial its next rung; return it, or None if no trial is to continue.
+
+        Args:
+            trial_dirs: the run directories of all trials, in order.
+            running: names of those whose processes have not ended, also if they have written their results.
+        """
+        trials = [self._read(folder, folder.name in running) for folder in trial_dirs]
         number = promotion(trials, len(self.limits), self.config.factor, self.maximize)
         if number is None:
             return None
@@ -45,8 +50,14 @@ class Rungs:
         runs_rung.write(trial_dirs[number], rung)
         return trial_dirs[number], rung
 
-    def _read(self, folder: Path) -> TrialRungs:
+    def first_value(self, folder: Path) -> float | None:
+        """Return the metric of a trial at the first rung, None if it has none there."""
+        return self._read(folder, is_running=False).values.get(0)
+
+    def _read(self, folder: Path, is_running: bool) -> TrialRungs:
         rung = runs_rung.read(folder) or self.rung(0)
+        if is_running:
+            return TrialRungs(rung.number, dict(enumerate(rung.values)), can_continue=False)
         at_rest = self._at_rest.get((folder, rung.number))
         if at_rest is not None:
             return at_rest

@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from cvlab.console import Progress
@@ -41,8 +41,8 @@ class SweepScheduler:
         limits: what the executor may use.
         trials: the run directories of the trials.
         total: the number of trials, including those that a search adds.
-        next_trial: returns one more trial when all others have been handed out: a new one, or one that has ended and
-            is to continue. None if there is none until another trial ends.
+        next_trial: called with the running trials when all others have been handed out; returns a new one, or one
+            that has ended and is to continue. None if there is none until another trial ends.
         prune: called regularly with the running trials.
 
     Attributes:
@@ -56,12 +56,13 @@ class SweepScheduler:
         limits: Limits,
         trials: Sequence[Path],
         total: int,
-        next_trial: Callable[[], Path | None] = lambda: None,
+        next_trial: Callable[[Collection[Path]], Path | None] = lambda _: None,
         prune: Callable[[Iterable[Path]], None] = lambda _: None,
     ) -> None:
         self.out, self.limits, self.total = out, limits, total
         self.next_trial, self.prune = next_trial, prune
-        self.waiting = deque(trial.resolve() for trial in trials if not has_ended(trial))
+        # the process of a trial that has ended may still be writing its page
+        self.waiting = deque(trial.resolve() for trial in trials if is_held(trial) or not has_ended(trial))
         self.running: set[Path] = set()
         self.tries: Counter[Path] = Counter()
         self.failed: dict[str, tuple[int, str]] = {}
@@ -104,7 +105,7 @@ class SweepScheduler:
             else:
                 return self._start(trial)
         while self.has_new_results and not self.waiting:
-            folder = self.next_trial()
+            folder = self.next_trial(self.running)
             if folder is None:
                 self.has_new_results = False
             elif not has_ended(folder):  # one evaluation may have reached two rungs
