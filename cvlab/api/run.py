@@ -88,9 +88,9 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
         return _execute(experiment, config, out)
 
 
-def create(loaded: loading.Loaded, root: Path) -> Path:
+def create(loaded: loading.Loaded, root: Path, is_latest: bool = True) -> Path:
     """Create the run directory of a prepared configuration, which is then resumed; return it."""
-    out = _create(registry.get_experiment(loaded.config.experiment), loaded.config, loaded, root)
+    out = _create(registry.get_experiment(loaded.config.experiment), loaded.config, loaded, root, is_latest)
     with out.locked():
         _write_inputs(loaded.config, loaded, out)
     return out.path
@@ -123,12 +123,14 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
     return out.path
 
 
-def _create(experiment: Experiment[Any], config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+def _create(
+    experiment: Experiment[Any], config: ExperimentConfig, loaded: loading.Loaded, root: Path, is_latest: bool = True
+) -> RunDir:
     block = config.data_config()
     if block is None or not registry.is_user_file(block.name):
         # raises an error before the run directory exists
         experiment.plan(config, loaded.base)
-    return create_run(root, config.name, console.info)
+    return create_run(root, config.name, console.info, is_latest)
 
 
 def _write_inputs(

@@ -17,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 70, 34, 16
 NUM_COLORS = 8  # classes `v0`, the worst, to `v7` of the style sheet
 MAX_AXES, MAX_LINES, MAX_CHOICES = 10, 500, 20
 MAX_LABEL = 18  # characters
-MAX_MARKS = 6  # values of a key that are all labelled
+MAX_MARKS = 6  # values of a key that are all labeled
 MIN_GAP = 16.0  # between the labels at the ends of an axis and others
 
 

@@ -3,7 +3,7 @@
 References: Breiman, 2001, "Random Forests", section 10 (permutation importance); Ojala and Garriga, 2010, "Permutation
 Tests for Studying Classifier Performance". An alternative is fANOVA (Hutter et al., 2014, "An Efficient Approach for
 Assessing Hyperparameter Importance"), whose forests need hundreds of trials, and in Optuna another package.
-Differs: sweeps have tens of trials. The metric is modelled by a ridge regression, additive in the keys: quadratic in a
+Differs: sweeps have tens of trials. The metric is modeled by a ridge regression, additive in the keys: quadratic in a
 number, one constant for each choice. Errors are those of trials that the model was not fitted to (leave one out), over
 all pairs of trials rather than random permutations. Importances are returned only if the model predicts left-out trials
 better than after the metric was shuffled among the trials; otherwise the reason.

@@ -1,4 +1,4 @@
-"""The scheduler of a sweep: hands trials to an executor, retries those that were lost, and logs how each ended."""
+"""Schedulers of a sweep and of the queue: hand runs to an executor, retry those that were lost, log how each ended."""
 
 import contextlib
 import secrets
@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cvlab.console import Progress
 from cvlab.errors import CvlabError, DivergedError
@@ -32,12 +33,12 @@ def has_ended(trial: Path) -> bool:
     return status.get("status") in ENDED or is_pruned or status.get("code") == DivergedError.code
 
 
-class SweepScheduler:
-    """A sweep in progress.
+class Scheduler:
+    """Runs in progress, which are called trials here.
 
     Args:
         name: what the progress bar shows.
-        out: the run directory of the sweep.
+        log: called with each line about what happens.
         limits: what the executor may use.
         trials: the run directories of the trials.
         total: the number of trials, including those that a search adds.
@@ -52,14 +53,14 @@ class SweepScheduler:
     def __init__(
         self,
         name: str,
-        out: RunDir,
+        log: Callable[[str], None],
         limits: Limits,
         trials: Sequence[Path],
         total: int,
         next_trial: Callable[[Collection[Path]], Path | None] = lambda _: None,
         prune: Callable[[Iterable[Path]], None] = lambda _: None,
     ) -> None:
-        self.out, self.limits, self.total = out, limits, total
+        self.log, self.limits, self.total = log, limits, total
         self.next_trial, self.prune = next_trial, prune
         # the process of a trial that has ended may still be writing its page
         self.waiting = deque(trial.resolve() for trial in trials if is_held(trial) or not has_ended(trial))
@@ -80,7 +81,7 @@ class SweepScheduler:
     def run(self, stop: StopRequest) -> None:
         """Run all trials to their end, or until a signal asks to stop and they have saved."""
         executor = executors.get_executor(self.limits.submit)
-        self.out.write_text(TOKEN, self.token)
+        self.open()
         try:
             with self.progress:
                 has_more = True
@@ -91,11 +92,30 @@ class SweepScheduler:
                             self._prune() if result is None else self._handle(result, stop)
                     has_more = bool(self.waiting)
         finally:
-            (self.out.path / TOKEN).unlink(missing_ok=True)  # jobs that are still queued will not start
+            self.close()
             self._wait_for_saves()
+
+    def open(self) -> None:
+        """Prepare for the first trial."""
+
+    def close(self) -> None:
+        """Let no further trial start."""
+
+    def report(self) -> None:
+        """Record how many trials have ended."""
 
     def next_task(self) -> Task | None:
         """Return the next trial that no other process runs, None if there is none at present."""
+        task = self._waiting_task()
+        while task is None and self.has_new_results and not self.waiting:
+            folder = self.next_trial(self.running)
+            if folder is None:
+                self.has_new_results = False
+            elif not has_ended(folder):  # one evaluation may have reached two rungs
+                task = self._start(folder.resolve())
+        return task
+
+    def _waiting_task(self) -> Task | None:
         for _ in range(len(self.waiting)):
             trial = self.waiting.popleft()
             if is_held(trial):
@@ -104,12 +124,6 @@ class SweepScheduler:
                 self._log_end(trial)
             else:
                 return self._start(trial)
-        while self.has_new_results and not self.waiting:
-            folder = self.next_trial(self.running)
-            if folder is None:
-                self.has_new_results = False
-            elif not has_ended(folder):  # one evaluation may have reached two rungs
-                return self._start(folder.resolve())
         return None
 
     def _start(self, trial: Path) -> Task:
@@ -122,9 +136,7 @@ class SweepScheduler:
         is_logged = False
         while self.waiting and all(map(is_held, self.waiting)) and stop.received is None:
             if not is_logged:
-                self.out.log(
-                    f"waiting for {len(self.waiting)} trials that are still running from an earlier start of this sweep"
-                )
+                self.log(f"waiting for {len(self.waiting)} that are still running from an earlier start")
                 is_logged = True
             time.sleep(POLL_SECONDS)
 
@@ -142,9 +154,7 @@ class SweepScheduler:
             if (code < 0 or code in RETRIED_CODES) and self.tries[trial] < self.limits.submit.retries:
                 self.tries[trial] += 1
                 self.waiting.append(trial)
-                self.out.log(
-                    f"{trial.name}: {message}; try {self.tries[trial] + 1} of {1 + self.limits.submit.retries}"
-                )
+                self.log(f"{trial.name}: {message}; try {self.tries[trial] + 1} of {1 + self.limits.submit.retries}")
                 return
             self.failed[trial.name] = (code, message)
         self._log_end(trial)
@@ -154,8 +164,8 @@ class SweepScheduler:
         self.has_new_results = True
         if has_ended(trial) or trial.name in self.failed:
             self.at_rest.add(trial)
-        self.out.log(f"{trial.name}: {results.outcome_text(trial)}")
-        self.out.set_status("running", step=self.done, total_steps=self.total)
+        self.log(f"{trial.name}: {results.outcome_text(trial)}")
+        self.report()
         self.progress.update(self.done, "")
 
     def _wait_for_saves(self) -> None:
@@ -165,3 +175,43 @@ class SweepScheduler:
             time.sleep(POLL_SECONDS)
         for trial in self.running:
             executors.read_last_error(trial)
+
+
+class SweepScheduler(Scheduler):
+    """A sweep in progress, in the run directory `out`; the other arguments are those of `Scheduler`."""
+
+    def __init__(self, name: str, out: RunDir, *arguments: Any) -> None:
+        super().__init__(name, out.log, *arguments)
+        self.out = out
+
+    def open(self) -> None:
+        """Write the token that nodes must find."""
+        self.out.write_text(TOKEN, self.token)
+
+    def close(self) -> None:
+        """Remove the token, so that jobs that are still queued will not start."""
+        (self.out.path / TOKEN).unlink(missing_ok=True)
+
+    def report(self) -> None:
+        """Write how many trials have ended to the status of the sweep."""
+        self.out.set_status("running", step=self.done, total_steps=self.total)
+
+
+class QueueScheduler(Scheduler):
+    """A queue in progress: `claim()` returns the next run that is now this process's to run, None if there is none."""
+
+    def __init__(
+        self, log: Callable[[str], None], limits: Limits, total: int, claim: Callable[[], Path | None]
+    ) -> None:
+        super().__init__("queue", log, limits, (), total)
+        self.claim = claim
+
+    def next_task(self) -> Task | None:
+        """Return the next run that no other process runs, None if there is none at present."""
+        task = self._waiting_task()
+        while task is None and (folder := self.claim()) is not None:
+            if is_held(folder):  # a process of an earlier start, or of the user, which is waited for
+                self.waiting.append(folder.resolve())
+            else:
+                task = self._start(folder.resolve())
+        return task

@@ -122,6 +122,27 @@ def outcomes(run):
     return rows
 
 
+def run_interrupted(cvlab, tmp_path, monkeypatch):
+    """Return the run directory of a search that is interrupted before its third and its seventh decision."""
+    next_trial = adaptive.AdaptiveSearch.next_trial
+    calls = []
+
+    def interrupted(search, running):
+        calls.append(1)
+        if len(calls) in (3, 7):
+            raise KeyboardInterrupt
+        return next_trial(search, running)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptive.AdaptiveSearch, "next_trial", interrupted)
+        codes = [cvlab("sweep", "s.yaml", "-q", "--fresh")[0]]
+        run = (tmp_path / "runs" / "latest").resolve()
+        while codes[-1] == 130:
+            codes.append(cvlab("resume", run, "-q")[0])
+    assert codes == [130, 130, 0]
+    return run
+
+
 def test_trials_are_paused_and_continue_also_after_an_interruption(cvlab, tmp_path, monkeypatch):
     (tmp_path / "s.yaml").write_text(SEARCH + "expect: [steps_saved > 0.2, best > 0]\n")
     code, out, err = cvlab("sweep", "s.yaml", "--json")
@@ -152,25 +173,7 @@ def test_trials_are_paused_and_continue_also_after_an_interruption(cvlab, tmp_pa
     assert f"paused after step {10 * rung}, at rung {rung} of the search; remove" in err
     assert cvlab("show", run)[0] == 0
     assert f"paused at rung {rung}, val_accuracy" in (paused / "report.html").read_text()
-    # interrupted before some decisions, it takes the same ones
-    next_trial = adaptive.AdaptiveSearch.next_trial
-    calls = []
-
-    def interrupted(search, running):
-        calls.append(1)
-        if len(calls) in (3, 7):
-            raise KeyboardInterrupt
-        return next_trial(search, running)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(adaptive.AdaptiveSearch, "next_trial", interrupted)
-        codes = [cvlab("sweep", "s.yaml", "-q", "--fresh")[0]]
-        again = (tmp_path / "runs" / "latest").resolve()
-        assert again != run
-        while codes[-1] == 130:
-            codes.append(cvlab("resume", again, "-q")[0])
-    assert codes == [130, 130, 0]
-    assert outcomes(again) == undisturbed
+    assert outcomes(run_interrupted(cvlab, tmp_path, monkeypatch)) == undisturbed
 
 
 @pytest.mark.parametrize(
