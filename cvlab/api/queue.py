@@ -60,8 +60,8 @@ def describe(item: QueueItem) -> Result:
     state = status.get("status", WAITING)
     result = results.outcome_text(item.run) if state not in (WAITING, "running") else ""
     code = {"failed": status.get("code", 1), "expectations_failed": ExpectationError.code}.get(state)
-    error = status.get("error") if state == "failed" else None
-    return row | {"status": state, "code": code, "result": result, "overrides": overrides, "error": error}
+    reason = status.get("error") if state == "failed" else None
+    return row | {"status": state, "code": code, "result": result, "overrides": overrides, "error": reason}
 
 
 def _overrides(run: Path) -> list[str]:
@@ -142,6 +142,11 @@ class _Claims:
             return item.run
         return None
 
+    def close(self) -> None:
+        """Release all items."""
+        for held in self.locks.values():
+            held.release()
+
     def _is_open(self, item: QueueItem) -> bool:
         """Return whether an item is to be run."""
         if not is_run(item.run) or has_ended(item.run):
@@ -181,13 +186,12 @@ def run(root: Path, workers: int, retry: bool, is_trusted: bool) -> Result:
     console.info(f"{total} items to run, {workers} at a time")
     limits = Limits(root.resolve(), workers, SubmitConfig())
     scheduler = QueueScheduler(console.info, limits, total, claims.next)
-    with StopRequest() as stop, contextlib.ExitStack() as locks:
-        locks.callback(lambda: [held.release() for held in claims.locks.values()])
+    with StopRequest() as stop, contextlib.closing(claims):
         scheduler.run(stop)
         if stop.received is not None:
-            error = stop.error(scheduler.done, "", "item")
-            error.hint = "continue with `cvlab queue run`"
-            raise error
+            stopped = stop.error(scheduler.done, "", "item")
+            stopped.hint = "continue with `cvlab queue run`"
+            raise stopped
     rows = list_items(root)["items"]
     for row in rows:
         name = os.path.basename(row["run"])  # noqa: PTH119 - a name, which may not exist

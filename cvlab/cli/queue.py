@@ -103,7 +103,7 @@ def run_items(
 
     result = api_queue.run(runs_root(runs_dir), workers, retry, trust)
     failed = [row for row in result["items"] if row["code"]]
-    first = failed[0] if failed else {"item": 0, "error": "", "code": 0}
+    first: dict[str, Any] = failed[0] if failed else {"item": 0, "error": "", "code": 0}
     reason = first["error"] or "expectations are not met"
     message = f"{len(failed)} of {result['count']} items failed, the first is item {first['item']}: {reason}"
     hint = "`cvlab queue run --retry` runs failed items again, `cvlab queue rm` removes them"

@@ -4,7 +4,7 @@ Lines are colored by the rank of their metric, the best ones last, on top of the
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,8 @@ def _scale(values: Sequence[Any], is_log: bool) -> tuple[list[Tick], list[float]
     """Return the labels of an axis and the height of each value on it."""
     if not all(map(_is_number, values)):
         return _choices(values)
-    low, high, transform = min(values), max(values), float
+    low, high = min(values), max(values)
+    transform: Callable[[float], float] = float
     if is_log and 0 < low < high:
         transform = math.log10
         marks = [low, *(10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)), high]

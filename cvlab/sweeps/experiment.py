@@ -94,7 +94,7 @@ def _write_settings(config: SweepConfig, out: RunDir, rows: list[dict[str, Any]]
     compared = [results.trial_metrics(row, config.diverged_values).get(metric) for row in rows]
     if rungs is not None:  # at the first rung all trials can be compared
         compared = [rungs.first_value(path) for path in dirs]
-    pairs = [(keys, value) for keys, value in zip(settings, compared, strict=True) if results.is_finite(value)]
+    pairs = [(k, v) for k, v in zip(settings, compared, strict=True) if v is not None and results.is_finite(v)]
     judged = {"metric": metric, "goal": config.search.goal if config.search else results.goal_of(rows, metric)}
     if rungs is not None:
         judged["after"] = f"{rungs.config.unit} {rungs.limits[0]}"

@@ -74,12 +74,13 @@ def _features(values: Sequence[Any], is_log: bool) -> "Array":
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         numbers = np.array([math.log(value) if is_log and min(values) > 0 else value for value in values], np.float64)
         scaled = 2 * (numbers - numbers.min()) / (numbers.max() - numbers.min()) - 1
-        features = np.stack([scaled, scaled**2] if len(set(values)) > 2 else [scaled], axis=1)
+        columns = np.stack([scaled, scaled**2] if len(set(values)) > 2 else [scaled], axis=1)
     else:
         choices = list(dict.fromkeys(map(repr, values)))
-        features = np.array([[float(repr(value) == choice) for choice in choices] for value in values])
-    features = features - features.mean(axis=0)
-    return features / np.sqrt((features**2).mean() * features.shape[1])  # keys are penalized alike
+        columns = np.array([[float(repr(value) == choice) for choice in choices] for value in values])
+    features: Array = columns - columns.mean(axis=0)
+    features /= np.sqrt((features**2).mean() * features.shape[1])  # keys are penalized alike
+    return features
 
 
 class _Ridge:
@@ -103,7 +104,8 @@ class _Ridge:
         """Return the errors of each trial in a fit to the others, for targets (trials, n): float64 (trials, n)."""
         import numpy as np
 
-        return (targets - self.hat @ targets) / np.maximum(1 - np.diag(self.hat), 1e-9)[:, None]
+        residuals: Array = (targets - self.hat @ targets) / np.maximum(1 - np.diag(self.hat), 1e-9)[:, None]
+        return residuals
 
     def left_out_errors(self, targets: "Array") -> "Array":
         """Return the mean squared errors of left-out trials, for targets (trials, n): float64 (n,)."""
@@ -127,7 +129,8 @@ class _Ridge:
             replaced = of_key @ block.T  # (trials, trials): the part of a key in trial i, with the value of trial j
             changed = residuals[:, None] + np.diag(replaced)[:, None] - replaced
             increases.append((changed**2).sum() / (n * (n - 1)) - (residuals**2).sum() / (n * (n - 1)))
-        return np.array(increases) - (residuals**2).mean()
+        increase: Array = np.array(increases) - (residuals**2).mean()
+        return increase
 
 
 def _error_of_mean(count: int) -> float:

@@ -146,7 +146,10 @@ def test_claims(tmp_path):
 
 def queued(cvlab, count, steps):
     for number in range(count):
-        assert cvlab("queue", "add", "c.yaml", f"name=r{number}", f"duration.steps={steps}", "-q")[0] == 0
+        assert (
+            cvlab("queue", "add", "c.yaml", f"name=r{number}", f"duration.steps={steps}", "eval_every=1000", "-q")[0]
+            == 0
+        )
     return [item.run for item in queue.items(Path("runs"))]
 
 
