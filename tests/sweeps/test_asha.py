@@ -182,7 +182,7 @@ def test_trials_are_paused_and_continue_also_after_an_interruption(cvlab, tmp_pa
         (
             "val_ece",
             "eval_every: 1",
-            "val_ece is not measured during the training; search.metric: one of train_accuracy",
+            "val_ece is not measured during the training; search.metric: one of",
         ),
         ("val_accuracy", "eval_every: 3", "the first evaluation, after 30 steps, is not before the end at 30; lower"),
     ],
