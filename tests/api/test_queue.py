@@ -146,10 +146,8 @@ def test_claims(tmp_path):
 
 def queued(cvlab, count, steps):
     for number in range(count):
-        assert (
-            cvlab("queue", "add", "c.yaml", f"name=r{number}", f"duration.steps={steps}", "eval_every=1000", "-q")[0]
-            == 0
-        )
+        changes = (f"name=r{number}", f"duration.steps={steps}", "eval_every=1000")
+        assert cvlab("queue", "add", "c.yaml", *changes, "-q")[0] == 0
     return [item.run for item in queue.items(Path("runs"))]
 
 
@@ -175,8 +173,9 @@ def num_starts(run):
     return (run / "log.txt").read_text().count("run directory")
 
 
+@pytest.mark.faults
 def test_ctrl_c_stops_and_the_next_runner_resumes(cvlab, tmp_path, runner):
-    runs = queued(cvlab, 2, 3000)
+    runs = queued(cvlab, 2, 300)
     process = runner()
     until(lambda: (runs[0] / "metrics.jsonl").exists() and (runs[0] / "metrics.jsonl").stat().st_size > 0)
     process.send_signal(signal.SIGINT)
@@ -189,9 +188,9 @@ def test_ctrl_c_stops_and_the_next_runner_resumes(cvlab, tmp_path, runner):
     assert "resumed step_" in (runs[0] / "log.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_two_runners_and_kills_run_each_item_once(cvlab, tmp_path, runner):
-    runs = queued(cvlab, 6, 3000)
+    runs = queued(cvlab, 6, 600)
     killed, other = runner("--workers", "2"), runner()
     until(lambda: sum((run / "metrics.jsonl").exists() for run in runs) >= 3)
     killed.kill()
