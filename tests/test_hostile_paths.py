@@ -25,6 +25,7 @@ SECRET = "secret-of-another-file"
 SECONDS = 20
 FILES = (
     *("config.yaml", "env.json", "status.json", "summary.json", "metrics.jsonl", "log.txt", "run.lock", "prune.txt"),
+    "rung.json",
     *("thumbnail.png", "report.html", "eval.json", "images/a.png", "plots/loss.png"),
     *("checkpoints/step_000000001.pt", "checkpoints/best.pt", "images", "plots", "checkpoints"),
 )

@@ -91,9 +91,9 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
         return _execute(experiment, config, out)
 
 
-def create(loaded: loading.Loaded, root: Path) -> Path:
+def create(loaded: loading.Loaded, root: Path, is_latest: bool = True) -> Path:
     """Create the run directory of a prepared configuration, which is then resumed; return it."""
-    out = create_directory(loaded.config, loaded, root)
+    out = create_directory(loaded.config, loaded, root, is_latest)
     with out.locked():
         write_inputs(loaded.config, loaded, out)
     return out.path
@@ -126,7 +126,7 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
     return out.path
 
 
-def create_directory(config: ExperimentConfig, loaded: loading.Loaded, root: Path) -> RunDir:
+def create_directory(config: ExperimentConfig, loaded: loading.Loaded, root: Path, is_latest: bool = True) -> RunDir:
     """Create the empty run directory of a prepared configuration, once it is known that the run could start."""
     require_trackers(config)
     experiment = registry.get_experiment(config.experiment)
@@ -134,7 +134,7 @@ def create_directory(config: ExperimentConfig, loaded: loading.Loaded, root: Pat
     if block is None or not registry.is_user_file(block.name):
         # raises an error before the run directory exists
         experiment.plan(config, loaded.base)
-    return create_run(root, config.name, console.info)
+    return create_run(root, config.name, console.info, is_latest)
 
 
 def write_inputs(
@@ -356,10 +356,10 @@ def result(path: Path) -> Result:
         path: The run directory.
 
     Returns:
-        `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings` and
-        `trials`, of an experiment on images also `results`, of one that detects objects `headline` and `class_counts`;
-        of a run that continues another one `continues`; of a run
-        without a result `reason` and `hint`.
+        `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings`,
+        `trials` and `importance`, of an experiment on images also `results`, of one that detects objects `headline`
+        and `class_counts`; of a run that continues another one `continues`; of a run without a result `reason` and
+        `hint`.
     """
     summary, record = read_summary(path), read_status(path)
     status = record.get("status", "unknown")
@@ -373,7 +373,9 @@ def result(path: Path) -> Result:
         "metrics": summary.get("metrics", {}),
         "expect": summary.get("expect", []),
         **{
-            key: summary[key] for key in ("settings", "trials", "results", "headline", "class_counts") if key in summary
+            key: summary[key]
+            for key in ("settings", "trials", "importance", "results", "headline", "class_counts")
+            if key in summary
         },
         **_continues(path),
         **_reason(path, record),

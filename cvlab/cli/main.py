@@ -13,9 +13,9 @@ import typer
 import typer.main
 
 from cvlab import __version__, console
-from cvlab.cli import bench, catalog, doctor, photos, reports, run, runs, sweep
+from cvlab.cli import bench, catalog, doctor, photos, queue, reports, run, runs, sweep
 from cvlab.cli.errors import from_os_error, parser_error, report_internal_error, report_user_error
-from cvlab.cli.groups import MACHINE, RESOURCES, RUNS, CommandGroup
+from cvlab.cli.groups import MACHINE, RESOURCES, RUNS, TRAIN, CommandGroup
 from cvlab.cli.options import Output
 from cvlab.distributed import process_group
 from cvlab.errors import ConfigError, CvlabError, RunDirError, StoppedError
@@ -52,6 +52,7 @@ def _root(
 for commands in (run, photos, sweep, runs, catalog, doctor, reports):
     app.add_typer(commands.app)
 app.add_typer(runs.runs_app, name="runs", rich_help_panel=RUNS)
+app.add_typer(queue.queue_app, name="queue", rich_help_panel=TRAIN)
 app.add_typer(catalog.models_app, name="models", rich_help_panel=RESOURCES)
 app.add_typer(catalog.data_app, name="data", rich_help_panel=RESOURCES)
 app.add_typer(bench.app, name="bench", rich_help_panel=MACHINE)

@@ -28,8 +28,8 @@ from cvlab.engine.progress import TrainProgress, logged_losses
 from cvlab.engine.task import TrainTask
 from cvlab.engine.time_budget import Plan
 from cvlab.engine.unsaved_state import UnsavedState
-from cvlab.errors import CheckpointError, DivergedError, StoppedError
-from cvlab.runs import checkpoint, user_code
+from cvlab.errors import CheckpointError, ConfigError, DivergedError, StoppedError
+from cvlab.runs import checkpoint, rung, user_code
 from cvlab.runs.checkpoint import State
 from cvlab.runs.interrupt import EXIT_TERMINATED, StopRequest
 from cvlab.runs.records import PRUNE_FILE, pruning_reason
@@ -120,12 +120,21 @@ class Trainer:
         size = process_group.world().size
         self.config.require_shares(size)
         self.config.require_validation(self.task.monitor.startswith("val_"))
+        self._require_rung()
         sharding.require_divisible(self.task.items_per_step, size)  # less than batch_size if there is less data
         self.config.require_parts(self.task.items_per_step, size)
         if self.config.compile:
             seconds = compilation.warm_up(self.task, self.forward_model)
             self.run_dir.log(f"compiled the model in {seconds:.1f} s, not counted as training")
         self.checkpointer.begin(self._start)
+
+    def _require_rung(self) -> None:
+        """Raise ConfigError if a search is to compare runs before their ends, but they are evaluated only there."""
+        interval = self.task.steps_per_epoch * self.config.eval_every
+        total = self.config.duration.num_steps(self.task.steps_per_epoch)
+        if total <= interval and rung.read(self.run_dir.path) is not None:
+            message = f"search.asha: the first evaluation, after {interval} steps, is not before the end at {total}"
+            raise ConfigError(message, "lower eval_every, or raise the duration")
 
     def _start(self) -> None:
         if not process_group.is_main():  # what a rank draws, for example for dropout, is its own
@@ -269,6 +278,8 @@ class Trainer:
         """Take the remaining steps. Raises StoppedError, after a checkpoint, if any rank has received a signal."""
         with Progress(self.config.name, self.total_steps, self.step) as bar:
             self._stop_if(max(collectives.all_gather_object(self.stop.received or 0)))
+            if self.step and self._evaluation_due(self.step) and not self._is_last(self.step):
+                self._stop_at_rung(self.step)
             steps = self._fit()
             start = time.perf_counter()
             while not self._is_last(self.step):
@@ -443,3 +454,17 @@ class Trainer:
             self.checkpointer.save()
             hint = f"remove {self.run_dir.path / PRUNE_FILE} to continue with `cvlab resume`"
             raise StoppedError(f"pruned after step {step}: {reason}", hint, EXIT_TERMINATED)
+        self._stop_at_rung(step)
+
+    def _stop_at_rung(self, step: int) -> None:
+        """Save and stop after an evaluation if a search has granted the run no more than this."""
+        path = self.run_dir.path
+        limit = collectives.broadcast_from_rank0(lambda: rung.read(path))
+        if limit is None or not limit.is_reached({"step": step, "epoch": step / self.task.steps_per_epoch}):
+            return
+        if limit.metric not in self.progress.metrics:
+            names = ", ".join(self.progress.metrics)
+            raise ConfigError(f"{limit.metric} is not measured during the training", f"search.metric: one of {names}")
+        self.checkpointer.save()
+        hint = f"remove {path / rung.FILE} to continue with `cvlab resume`"
+        raise StoppedError(f"paused after step {step}, at rung {limit.number + 1} of the search", hint, EXIT_TERMINATED)

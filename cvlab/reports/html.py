@@ -23,12 +23,13 @@ from PIL import Image
 
 from cvlab import console, portability
 from cvlab.errors import CvlabError
-from cvlab.reports import colors, compare, curves, data_summary, embedded, metrics, svg, tables
+from cvlab.reports import colors, compare, curves, data_summary, embedded, metrics, parallel, svg, tables
 from cvlab.reports.curves import Curve
 from cvlab.reports.svg import Chart
 from cvlab.runs.find import read_config
-from cvlab.runs.records import Row, is_trial, pruning_reason, read_continued, read_json, read_status, read_summary
+from cvlab.runs.records import Row, is_trial, read_continued, read_json, read_status, read_summary
 from cvlab.runs.results import read_columns
+from cvlab.runs.rung import early_end_reason
 from cvlab.storage import atomic, regular_files
 from cvlab.storage.cache import user_cache
 
@@ -106,6 +107,8 @@ def _templates() -> Any:
     margins = {"left": svg.LEFT, "right": svg.RIGHT, "top": svg.TOP, "bottom": svg.BOTTOM}
     environment.globals |= {
         "size": {"width": svg.WIDTH, "height": svg.HEIGHT, **margins},
+        "parallel_size": {"width": parallel.WIDTH, "height": parallel.HEIGHT, "top": parallel.TOP},
+        "num_ranks": parallel.NUM_COLORS,
         "chart_data": _chart_data,
         "refresh": None,
         "light": colors.LIGHT,
@@ -148,7 +151,8 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
     groups.add_results(summary.get("results", []), read_columns(summary))
     groups.add_rest({metrics.file_name(key) for key in metrics.group(lines)})
     values = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
-    info = summary.get("metric_info", {})
+    info, trials = summary.get("metric_info", {}), summary.get("trials", [])
+    importance = summary.get("importance") or {}
     sources = env.get("provenance")
     sources = sources if isinstance(sources, dict) else None
     rows = [
@@ -177,7 +181,9 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         ],
         "class_tables": tables.class_tables({**values, **summary.get("class_metrics", {})}, info),
         "settings": _settings(summary.get("settings", [])),
-        "trials": _trials(path, links, summary.get("trials", [])),
+        "importance": tables.importance_table(importance) if importance else None,
+        "parallel": parallel.chart(trials if isinstance(trials, list) else [], importance),
+        "trials": _trials(path, links, trials),
         "charts": charts(lines),
         "groups": groups.groups,
         "num_omitted": groups.num_omitted,
@@ -210,12 +216,12 @@ def _failure(path: Path, status: Row) -> Row | None:
     """Return what made a run end early, where it was, and what to do; None of a run that has not failed."""
     if status.get("status") not in ("failed", "interrupted"):
         return None
-    pruned = pruning_reason(path)
+    pruned = early_end_reason(path)
     reached = f"step {status['step']} of {status.get('total_steps', '?')}" if "step" in status else ""
     has_checkpoint = any((path / "checkpoints").glob("*.pt"))
     is_interrupted = status["status"] == "interrupted"
     if pruned is not None:
-        return {"title": "Pruned by the search", "message": pruned, "reached": reached, "commands": []}
+        return {"title": "Stopped early by the search", "message": pruned, "reached": reached, "commands": []}
     if has_checkpoint or is_interrupted:
         advice = "to continue where it stopped" if has_checkpoint else "to start it again in the same directory"
         commands = [(f"cvlab resume {path.name}", advice)]

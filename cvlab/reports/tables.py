@@ -168,6 +168,26 @@ def settings_rows(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     return [*titles, "status", "n", *shown], rows
 
 
+def show_importance(record: Mapping[str, Any]) -> None:
+    """Print which keys of a sweep matter for its metric, or why nothing can be said."""
+    title, rows, note = importance_table(record)
+    if rows:
+        table(title, ("key", "importance"), rows)
+    print(console.printable(note if rows else f"{title}: {note}"))
+
+
+def importance_table(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], str]:
+    """Return title and rows of the importances of keys, and how they were measured, or why there are none."""
+    after = f" after {record['after']}" if record.get("after") else ""
+    title = f"importance of keys for {record.get('metric')}{after}"
+    keys = record.get("keys")
+    if not isinstance(keys, dict):
+        return title, [], str(record.get("reason", "not known"))
+    rows = [(key, f"{share:.0%}") for key, share in keys.items()]
+    fit = f"{number(record.get('explained'))} of the variance explained, p = {number(record.get('p'))}"
+    return title, rows, f"{record.get('method')}, {record.get('trials')} trials; {fit}"
+
+
 def _mean(metric: Mapping[str, Any] | None) -> str:
     if metric is None:
         return "-"
@@ -204,6 +224,8 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
     note = f" on {result['data']}" if result.get("data") else ""
     if "settings" in result:
         show_settings(result["settings"])
+    if "importance" in result:
+        show_importance(result["importance"])
     if "results" in result:
         show_photos(result["results"], read_columns(summary), path)
     info = summary.get("metric_info", {})

@@ -29,13 +29,14 @@ def runs_root(folder: str | None = None) -> Path:
     ).expanduser()  # `--runs-dir=~/r` is not expanded by a shell
 
 
-def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = None) -> RunDir:
+def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = None, is_latest: bool = True) -> RunDir:
     """Create a run directory below `root` and point the link `latest` to it.
 
     Args:
         root: The folder of all runs.
         name: Name of the run, part of the name of its directory.
         on_log: Called with each line that goes into its log.
+        is_latest: Whether the link is set.
 
     Raises:
         RunDirError: The disk refuses.
@@ -49,7 +50,8 @@ def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = Non
                 path.mkdir()
             except FileExistsError:
                 continue
-            point_latest(root, path)
+            if is_latest:
+                point_latest(root, path)
             return RunDir(path, on_log)
     except OSError as error:
         raise atomic.disk_error(root, error) from error

@@ -69,6 +69,21 @@ class Setting(_Record):
     metrics: dict[str, Spread]
 
 
+class Importance(_Record):
+    """Which keys of a sweep matter for a metric, or the reason why that is not known."""
+
+    metric: str
+    goal: str = "maximize"
+    after: str = ""
+    log_keys: list[str] = []
+    trials: Number = None
+    reason: str = ""
+    method: str = ""
+    explained: Number = None
+    p: Number = None
+    keys: dict[str, Real] = {}
+
+
 class Summary(_Record):
     """summary.json."""
 
@@ -84,6 +99,7 @@ class Summary(_Record):
     results: list[ResultRow] = []
     columns: list[ColumnRecord] = []
     settings: list[Setting] = []
+    importance: Importance | None = None
 
 
 class Status(_Record):

@@ -6,7 +6,7 @@ copied files and the steps that a budget in seconds became.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from cvlab.runs.records import pruning_reason, read_metrics, request_pruning, re
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
 from cvlab.sweeps import grid, results, search
+from cvlab.sweeps.config import SweepConfig
+from cvlab.sweeps.rungs import Rungs
 from cvlab.sweeps.search import Changes, Curve, SearchConfig, TrialRecord
 
 FILE = "trial.json"
@@ -81,8 +83,25 @@ def read_curve(folder: Path, metric: str) -> Curve:
     return curve
 
 
+def rungs_of(sweep: SweepConfig) -> Rungs | None:
+    """Return the rungs of a search with successive halving; None of any other sweep."""
+    chosen = sweep.search
+    if chosen is None or chosen.asha is None:
+        return None
+    total = sweep.base["duration"][f"{chosen.asha.unit}s"]
+    return Rungs(chosen.asha, total, chosen.metric, chosen.goal == "maximize", sweep.diverged_values)
+
+
 class AdaptiveSearch:
-    """A search in progress: `next_trial` creates trials one by one, `prune` ends those that are not promising."""
+    """A search in progress: `next_trial` creates trials one by one, `prune` ends those that are not promising.
+
+    Args:
+        out: the run directory of the sweep.
+        config: the search.
+        diverged_values: metrics of a trial that diverged.
+        make: creates the run directory of a trial, given its number and its changes.
+        rungs: of successive halving; None: trials train to their ends.
+    """
 
     def __init__(
         self,
@@ -90,9 +109,10 @@ class AdaptiveSearch:
         config: SearchConfig,
         diverged_values: Mapping[str, float],
         make: Callable[[int, Changes], Path],
+        rungs: Rungs | None = None,
     ) -> None:
         self.out, self.config, self.make = out, config, make
-        self.diverged_values = diverged_values
+        self.diverged_values, self.rungs = diverged_values, rungs
         self._known: dict[Path, TrialRecord] = {}  # trials that have ended, so that nothing is read twice
 
     def all(self) -> dict[Path, TrialRecord]:
@@ -105,8 +125,15 @@ class AdaptiveSearch:
             records[folder] = trial
         return records
 
-    def next_trial(self) -> Path | None:
-        """Create the next trial; return None if there are enough."""
+    def next_trial(self, running: Collection[Path] = ()) -> Path | None:
+        """Return a trial that is to continue, or create the next one; None if there are enough.
+
+        Args:
+            running: the trials whose processes have not ended.
+        """
+        promoted = self._promote({folder.name for folder in running})
+        if promoted is not None:
+            return promoted
         records = self.all()
         if len(records) >= self.config.trials:
             return None
@@ -114,6 +141,17 @@ class AdaptiveSearch:
         folder = self.make(len(records), changes)
         description = ", ".join(f"{key} {grid.format_value(value)}" for key, value in changes.items())
         self.out.log(f"trial {len(records) + 1} of {self.config.trials}: {description}")
+        return folder
+
+    def _promote(self, running: Collection[str]) -> Path | None:
+        """Grant one trial its next rung and return it; None if no trial is to continue."""
+        promoted = self.rungs.promote(trial_dirs(self.out.path), running) if self.rungs is not None else None
+        if promoted is None:
+            return None
+        folder, rung = promoted
+        self._known.pop(folder, None)
+        until = "the end" if rung.limit is None else f"{rung.unit} {rung.limit}"
+        self.out.log(f"{folder.name} continues to {until}: {rung.metric} {rung.values[-1]:.4g}")
         return folder
 
     def prune(self, running: Iterable[Path]) -> None:

@@ -13,6 +13,7 @@ from cvlab.sweeps.executors import SubmitConfig
 from cvlab.sweeps.search import SearchConfig
 
 MAX_TRIALS = 1000
+LOG_RATIO = 4  # of the largest to the smallest number of an axis, from which on it is logarithmic
 
 
 Values = dict[str, tuple[Any, ...]]
@@ -76,9 +77,31 @@ class SweepConfig(NestedConfig):
 
     def trials(self) -> list[sweeps_grid.Trial]:
         """Return the trials, not validated; for a search, trials with every bound and every choice."""
-        return self.apply_changes(
-            self.search.boundary_points() if self.search else sweeps_grid.combinations(self.grid, self.zip, self.seeds)
-        )
+        return self.apply_changes(self.search.boundary_points() if self.search else self.changes())
+
+    def changes(self) -> list[sweeps_grid.Changes]:
+        """Return the changes of each trial to the base, of a sweep without a search."""
+        return sweeps_grid.combinations(self.grid, self.zip, self.seeds)
+
+    def settings_of(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what varies independently in the changes of a trial: all keys but the seed, those of `zip` as one."""
+        tied = {key: changes[key] for key in self.zip}
+        settings = {key: value for key, value in changes.items() if key != "seed" and key not in tied}
+        if tied:
+            settings[" + ".join(tied)] = tuple(tied.values()) if len(tied) > 1 else next(iter(tied.values()))
+        return settings
+
+    def log_keys(self) -> list[str]:
+        """Return the keys whose numbers are compared by ratios: ranges with `log`, lists that span a factor of 4."""
+        space = self.search.space if self.search else {}
+        keys = [key for key, values in space.items() if getattr(values, "log", False)]
+        choices = {key: values for key, values in space.items() if isinstance(values, tuple)}
+        lists = {**choices, **self.grid, **(self.zip if len(self.zip) == 1 else {})}
+        for key, values in lists.items():
+            numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            if len(numbers) == len(values) and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_RATIO:
+                keys.append(key)
+        return keys
 
     def apply_changes(self, changes: Iterable[Mapping[str, Any]], first: int = 0) -> list[sweeps_grid.Trial]:
         """Return one trial for each set of changes to the base, numbered from `first`."""

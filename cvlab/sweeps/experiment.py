@@ -19,10 +19,11 @@ from cvlab.runs import user_code
 from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.records import require_folder
 from cvlab.runs.run_dir import RunDir
-from cvlab.sweeps import adaptive, executors, results, trials
+from cvlab.sweeps import adaptive, executors, importance, results, trials
 from cvlab.sweeps.config import SweepConfig, flatten_block
 from cvlab.sweeps.executors import Limits
 from cvlab.sweeps.scheduler import SweepScheduler, has_ended
+from cvlab.sweeps.search import SearchConfig
 
 
 def trial_dirs(config: SweepConfig, out: RunDir) -> list[Path]:
@@ -51,9 +52,24 @@ def trial_rows(config: SweepConfig, out: RunDir) -> list[dict[str, Any]]:
     return [results.read_trial(path, flatten_block(trial.raw)) for path, trial in zip(dirs, all_trials, strict=True)]
 
 
+def _require_packages(search: SearchConfig) -> None:
+    """Raise ConfigError if the package of a search is not installed."""
+    if search.algorithm == "optuna":
+        executors.require_package("optuna", "optuna")
+
+
+def _stops_trials(config: SweepConfig) -> bool:
+    return config.search is not None and config.search.stops_trials
+
+
 def _search_metrics(search: adaptive.AdaptiveSearch, rows: list[dict[str, Any]], out: RunDir) -> dict[str, float]:
     """Record the best trial; return the metrics that a search adds."""
     metrics = {"trials": len(rows), "pruned": sum(row["status"] == results.PRUNED for row in rows)}
+    if search.config.stops_trials:
+        steps, full = results.count_steps(adaptive.trial_dirs(out.path))
+        saved = 1 - steps / full if full else 0.0
+        metrics |= {"steps": steps, "full_steps": full, "steps_saved": saved}
+        out.log(f"{steps:,} steps in place of {full:,}, {saved:.0%} saved by stopping trials early")
     best = search.best()
     if best is None:
         return metrics
@@ -61,6 +77,29 @@ def _search_metrics(search: adaptive.AdaptiveSearch, rows: list[dict[str, Any]],
     value = best[search.config.metric]
     out.log(f"best: {best['trial']}, {search.config.metric} {value:.4g}")
     return metrics | {"best": value}
+
+
+def _write_settings(config: SweepConfig, out: RunDir, rows: list[dict[str, Any]]) -> None:
+    """Add to summary.json what varies in each trial with the metric that it is judged by, and which keys matter."""
+    dirs = trial_dirs(config, out)
+    changes = [adaptive.read_changes(path) for path in dirs] if config.search else config.changes()
+    settings = [config.settings_of(change) for change in changes]
+    metric = config.search.metric if config.search else results.main_metric(rows)
+    if metric is None or not any(settings):
+        return
+    measured = [results.last_value(row, path, metric) for row, path in zip(rows, dirs, strict=True)]
+    for trial, keys, value in zip(out.extra_summary["trials"], settings, measured, strict=True):
+        trial |= {"keys": keys, "value": value}
+    rungs = adaptive.rungs_of(config)
+    compared = [results.trial_metrics(row, config.diverged_values).get(metric) for row in rows]
+    if rungs is not None:  # at the first rung all trials can be compared
+        compared = [rungs.first_value(path) for path in dirs]
+    pairs = [(k, v) for k, v in zip(settings, compared, strict=True) if v is not None and results.is_finite(v)]
+    judged = {"metric": metric, "goal": config.search.goal if config.search else results.goal_of(rows, metric)}
+    if rungs is not None:
+        judged["after"] = f"{rungs.config.unit} {rungs.limits[0]}"
+    measures = importance.importance([keys for keys, _ in pairs], [value for _, value in pairs], config.log_keys())
+    out.extra_summary["importance"] = {**judged, "log_keys": config.log_keys(), **measures}
 
 
 def _failure(failed: Mapping[str, tuple[int, str]], out: RunDir) -> CvlabError:
@@ -78,7 +117,7 @@ class SweepExperiment(Experiment[SweepConfig]):
     """Run one configuration many times with some keys changed: a grid, tied values, seeds or a search.
 
     References:
-        Bergstra and Bengio, 2012, on grids and their limits.
+        Bergstra and Bengio, 2012, on grids, their limits, and random search.
 
     Metrics:
         Functions over the trials, such as `spread(val_accuracy, model.batchnorm=true) < 0.1`.
@@ -97,6 +136,9 @@ class SweepExperiment(Experiment[SweepConfig]):
         Metric("diverged", better="lower"),
         Metric("pruned", when=lambda config: config.search is not None),
         Metric("best", when=lambda config: config.search is not None),
+        Metric("steps", better="lower", when=_stops_trials),
+        Metric("full_steps", when=_stops_trials),
+        Metric("steps_saved", "fraction", "higher", _stops_trials),
     )
 
     def plan(self, config: SweepConfig, base: Path) -> dict[str, Any]:
@@ -109,7 +151,7 @@ class SweepExperiment(Experiment[SweepConfig]):
         placement = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
         if config.search is None:
             return {"trials": len(config.trials()), **placement, "first trial": config.trials()[0].name}
-        executors.require_package("optuna", "optuna")
+        _require_packages(config.search)
         objective = f"{config.search.goal} {config.search.metric}"
         return {
             "trials": config.search.trials,
@@ -146,13 +188,16 @@ class SweepExperiment(Experiment[SweepConfig]):
         if config.search is None:
             search, scheduler = None, SweepScheduler(config.name, run, limits, run_dirs, len(run_dirs))
         else:
-            executors.require_package("optuna", "optuna")
+            _require_packages(config.search)
             search = adaptive.AdaptiveSearch(
-                run, config.search, config.diverged_values, functools.partial(trials.add_trial, config, run)
+                run,
+                config.search,
+                config.diverged_values,
+                functools.partial(trials.add_trial, config, run),
+                adaptive.rungs_of(config),
             )
-            scheduler = SweepScheduler(
-                config.name, run, limits, run_dirs, config.search.trials, search.next_trial, search.prune
-            )
+            total = config.search.trials
+            scheduler = SweepScheduler(config.name, run, limits, run_dirs, total, search.next_trial, search.prune)
         workers = config.workers or (1 if config.submit.on == "local" else "as many as fit")
         run.log(f"{scheduler.total} trials, {scheduler.done} already done, {workers} at a time on {config.submit.on}")
         with StopRequest() as stop:
@@ -161,6 +206,7 @@ class SweepExperiment(Experiment[SweepConfig]):
                 raise stop.error(sum(map(has_ended, trial_dirs(config, run))), run.path.name, "trial")
         rows = trial_rows(config, run)
         results.write(run, rows, config.varied_keys(), config.diverged_values)
+        _write_settings(config, run, rows)
         if scheduler.failed:
             raise _failure(scheduler.failed, run)
         metrics = {"trials": len(run_dirs), "diverged": sum(row["diverged"] for row in rows)}

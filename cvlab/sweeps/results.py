@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import colors, plots
 from cvlab.reports.tables import csv_cell, number
 from cvlab.runs.find import read_config
-from cvlab.runs.records import pruning_reason, read_status, read_summary
+from cvlab.runs.records import pruning_reason, read_metrics, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
+from cvlab.runs.rung import early_end_reason
 
 Row = dict[str, Any]
 SHOWN_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_accuracy")
@@ -33,16 +35,18 @@ def read_trial(trial: Path, config: Mapping[str, Any] | None = None) -> Row:
         "diverged": False,
         "config": dict(config or {}),
         "metrics": {},
+        "metric_info": {},
     }
     try:
         status, summary = read_status(trial), read_summary(trial)
         row["config"] = {**read_config(trial), **row["config"]}
+        is_pruned = status.get("status") == "interrupted" and early_end_reason(trial) is not None
     except CvlabError:
         return row
     diverged = status.get("code") == DivergedError.code
-    state = status.get("status", "not started")
-    state = PRUNED if state == "interrupted" and pruning_reason(trial) is not None else state
-    return row | {"status": state, "diverged": diverged, "metrics": summary.get("metrics", {})}
+    state = PRUNED if is_pruned else status.get("status", "not started")
+    measured = {key: summary.get(key, {}) for key in ("metrics", "metric_info")}
+    return row | measured | {"status": state, "diverged": diverged}
 
 
 def outcome_text(trial: Path) -> str:
@@ -51,9 +55,52 @@ def outcome_text(trial: Path) -> str:
     if row["diverged"]:
         return "diverged"
     if row["status"] == PRUNED:
-        return f"{PRUNED}: {pruning_reason(trial)}"
+        reason = pruning_reason(trial)
+        return f"{PRUNED}: {reason}" if reason is not None else str(early_end_reason(trial))
     metrics = [f"{name} {number(row['metrics'][name])}" for name in SHOWN_METRICS if name in row["metrics"]]
     return ", ".join([row["status"], *metrics])
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a metric is a finite number."""
+    return _is_number(value) and math.isfinite(value)
+
+
+def main_metric(rows: Sequence[Row]) -> str | None:
+    """Return the metric by which the trials choose their best weights, else the first one that is shown, or None."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    monitored = [name.removeprefix("best_") for name in names if name.startswith("best_")]
+    return next((name for name in (*monitored, *reversed(SHOWN_METRICS)) if name in names), None)
+
+
+def goal_of(rows: Sequence[Row], metric: str) -> str:
+    """Return whether higher or lower values of a metric are better, as the trials declare it."""
+    directions = [row["metric_info"].get(metric, {}).get("better") for row in rows]
+    return "minimize" if "lower" in directions else "maximize"
+
+
+def last_value(row: Row, trial: Path, metric: str) -> float | None:
+    """Return the final value of a metric, or of a trial that was stopped the last one that was measured; else None."""
+    value = row["metrics"].get(metric)
+    if value is None and row["status"] == PRUNED:
+        value = next((item[metric] for item in reversed(list(read_metrics(trial))) if metric in item), None)
+    return value if is_finite(value) else None
+
+
+def count_steps(trials: Sequence[Path]) -> tuple[int, int]:
+    """Return how many steps trials have trained, and how many they would have trained to their ends."""
+    trained = full = 0
+    for trial in trials:
+        try:
+            status = read_status(trial)
+            steps = [row["step"] for row in read_metrics(trial) if isinstance(row.get("step"), int)]
+        except CvlabError:  # it is damaged
+            continue
+        total = status.get("total_steps")
+        if isinstance(total, int):
+            full += total
+            trained += max([*steps[-1:], status.get("step", 0)])
+    return trained, full
 
 
 def group_rows(rows: Sequence[Row], keys: Sequence[str]) -> list[list[Row]]:

@@ -1,11 +1,16 @@
-"""Adaptive search: propose the next trial of a sweep from the previous ones, and decide which to prune.
+"""Search: propose the next trial of a sweep, at random or from the previous ones, and decide which to prune.
 
-References: Bergstra et al., 2011, "Algorithms for Hyper-Parameter Optimization" (TPE, as implemented by Optuna);
-Golovin et al., 2017, "Google Vizier" (the median rule for pruning).
-Differences from the paper: no study is stored. It is built from the trials for every proposal, with a sampler seeded
+References: Bergstra and Bengio, 2012, "Random Search for Hyper-Parameter Optimization"; Bergstra et al., 2011,
+"Algorithms for Hyper-Parameter Optimization" (TPE, as implemented by Optuna); Golovin et al., 2017, "Google Vizier"
+(the median rule for pruning).
+Differences from the papers: no study is stored. It is built from the trials for every proposal, with a sampler seeded
 by the search's seed and the number of the trial, so that the same trials lead to the same proposal, also after a crash.
+Random values are a function of the seed, the number of the trial and the key alone; no point is drawn twice.
 """
 
+import itertools
+import math
+import random
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +20,7 @@ from annotated_types import Le
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from cvlab.config.schema import FrozenModel, NonNegativeInt, PositiveFloat, PositiveInt
+from cvlab.sweeps.asha import AshaConfig
 
 MAX_TRIALS = 1000
 Changes = dict[str, Any]
@@ -45,6 +51,29 @@ class Range(FrozenModel):
         """Return the smallest and the largest value, as the trials use them."""
         return (round(self.low), round(self.high)) if self.int else (self.low, self.high)
 
+    def num_values(self) -> float:
+        """Return the number of values; infinity unless there is a step or the numbers are whole."""
+        step = self.step or (1.0 if self.int else None)
+        return math.inf if step is None else math.floor(min((self.high - self.low) / step, 2.0**53) + 1e-9) + 1
+
+    def at(self, quantile: float) -> Any:
+        """Return the value at a quantile in [0, 1) of the distribution from which random search draws."""
+        if not self.int and self.step is None:
+            return self._between(self.low, self.high, quantile)
+        if self.log:  # each whole number has the part of the axis that is rounded to it
+            low, high = self.bounds()
+            return min(max(round(self._between(low - 0.5, high + 0.5, quantile)), low), high)
+        value = min(self.low + math.floor(quantile * self.num_values()) * (self.step or 1.0), self.high)
+        return round(value) if self.int else value
+
+    def _between(self, low: float, high: float, quantile: float) -> float:
+        """Return a number between two bounds, on the scale of the range."""
+        if self.log:
+            value = math.exp(math.log(low) + quantile * (math.log(high) - math.log(low)))
+        else:
+            value = low + quantile * (high - low)
+        return min(max(value, low), high)  # rounding may lead outside
+
 
 def _kind(value: Any) -> str:
     return "range" if isinstance(value, (Mapping, Range)) else "choices"
@@ -57,7 +86,9 @@ Space = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choic
 class SearchConfig(FrozenModel):
     """The search space, the metric and the number of trials."""
 
-    algorithm: Literal["optuna"] = Field(description="the library that proposes trials")
+    algorithm: Literal["random", "optuna"] = Field(
+        "random", description="random: drawn from the space; optuna: proposed by Optuna's TPE from the previous trials"
+    )
     trials: Annotated[PositiveInt, Le(MAX_TRIALS)] = Field(description="total number of trials")
     space: dict[str, Space] = Field(
         description="dotted keys with {low, high} (log, step, int) or with a list of choices"
@@ -68,7 +99,12 @@ class SearchConfig(FrozenModel):
         "none",
         description="median: stop a trial at an evaluation at which it is worse than the median of the finished ones",
     )
-    startup: PositiveInt = Field(10, description="number of random trials, and of finished trials before one is pruned")
+    asha: AshaConfig | None = Field(
+        None, description="successive halving: all trials train a little, the best further; null: all to the end"
+    )
+    startup: PositiveInt = Field(
+        10, description="number of random trials of optuna, and of finished trials before one is pruned"
+    )
     seed: NonNegativeInt = Field(0, description="seed of the proposals")
 
     @model_validator(mode="after")
@@ -80,7 +116,21 @@ class SearchConfig(FrozenModel):
                 raise ValueError(f"space.{key}: the list of choices is empty")
             if not isinstance(choices, Range) and len(set(map(repr, choices))) < len(choices):
                 raise ValueError(f"space.{key}: a choice is listed twice")
+        if self.asha is not None and self.prune != "none":
+            raise ValueError("prune and asha: successive halving stops trials by itself; give one of the two")
+        if self.algorithm == "random" and self.num_points() < self.trials:
+            raise ValueError(f"trials: {self.trials}, but the space has {self.num_points():g} points; use grid for all")
         return self
+
+    def num_points(self) -> float:
+        """Return the number of points of the space, infinity if a range is continuous."""
+        sizes = (space.num_values() if isinstance(space, Range) else len(space) for space in self.space.values())
+        return math.prod(sizes)
+
+    @property
+    def stops_trials(self) -> bool:
+        """Whether some trials do not train to their end."""
+        return self.asha is not None or self.prune != "none"
 
     def is_better(self, value: float, other: float) -> bool:
         """Return whether one value of the metric is better than another."""
@@ -107,6 +157,29 @@ class TrialRecord(NamedTuple):
 
 def propose(search: SearchConfig, trials: Sequence[TrialRecord]) -> Changes:
     """Return the changes of the next trial."""
+    return _draw(search, trials) if search.algorithm == "random" else _ask_optuna(search, trials)
+
+
+def _draw(search: SearchConfig, trials: Sequence[TrialRecord]) -> Changes:
+    """Return a random point of the space that no trial has."""
+    drawn = {repr(trial.changes) for trial in trials}  # 1, 1.0 and true are different choices
+    for attempt in itertools.count():
+        changes = {key: _random_value(search, key, len(trials), attempt) for key in search.space}
+        if repr(changes) not in drawn:
+            return changes
+    raise AssertionError("the schema ensures that the space has a point for each trial")
+
+
+def _random_value(search: SearchConfig, key: str, number: int, attempt: int) -> Any:
+    """Return the value of a key, independent of the other keys of the space."""
+    # A string is hashed with SHA-512, and `random` yields the same numbers in all versions of Python.
+    quantile = random.Random(f"{search.seed} {number} {attempt} {key}").random()
+    space = search.space[key]
+    return space.at(quantile) if isinstance(space, Range) else space[math.floor(quantile * len(space))]
+
+
+def _ask_optuna(search: SearchConfig, trials: Sequence[TrialRecord]) -> Changes:
+    """Return the proposal of Optuna's TPE sampler."""
     import numpy as np
     import optuna
 

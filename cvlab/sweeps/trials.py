@@ -14,10 +14,10 @@ from cvlab.config.validation import Problems, is_known, unknown_metric
 from cvlab.data.resolve import DownloadPolicy, resolve_dataset
 from cvlab.distributed import process_group
 from cvlab.errors import ConfigError
-from cvlab.runs import user_code
+from cvlab.runs import rung, user_code
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage import atomic
-from cvlab.sweeps import adaptive, grid
+from cvlab.sweeps import adaptive, asha, grid
 from cvlab.sweeps.config import SweepConfig
 
 
@@ -57,10 +57,20 @@ def sweep_problems(sweep: SweepConfig, base: Path) -> Problems:
             valid.append(config)
     return (
         list(invalid)
+        or _rung_problems(sweep, valid)
         or _time_budget_problems(sweep, valid)
         or _name_problems(sweep, valid)
         or _expectation_problems(sweep, valid)
     )
+
+
+def _rung_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
+    if sweep.search is None or sweep.search.asha is None:
+        return []
+    duration = getattr(valid[0], "duration", None)
+    block = duration.model_dump() if isinstance(duration, Duration) else {}
+    message = asha.problem(sweep.search.asha, sweep.search.trials, block, sweep.varied_keys())
+    return [(("search", "asha"), f"search.asha: {message}")] if message else []
 
 
 def _time_budget_problems(sweep: SweepConfig, valid: list[ExperimentConfig]) -> Problems:
@@ -191,6 +201,8 @@ def add_trial(sweep: SweepConfig, out: RunDir, number: int, changes: grid.Change
     out.folder(partial.name)
     _write_trial(partial, config, out.path, _threads_per_trial(sweep))
     adaptive.write_changes(partial, changes)
+    if (rungs := adaptive.rungs_of(sweep)) is not None:
+        rung.write(partial, rungs.rung(0))
     path = Path(out.path, "trials", trial.name)
     portability.replace(partial, path)
     atomic.sync_directory(path.parent)

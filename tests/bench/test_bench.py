@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvlab.bench import machine, profiler, steps
+from cvlab.bench import machine, profiler, steps, training
 from cvlab.cli import bench
 from cvlab.config import loading
 from cvlab.engine import loop

@@ -686,7 +686,7 @@ def test_a_name_longer_than_the_disk_allows_is_one_line(cvlab, tmp_path, line):
     assert "Traceback" not in err, err
 
 
-@pytest.mark.parametrize("group", [[], ["data"], ["models"]])
+@pytest.mark.parametrize("group", [[], ["data"], ["models"], ["queue"]])
 def test_without_a_command_the_help_is_printed(cvlab, group):
     code, out, err = cvlab(*group)
     assert code == 0
@@ -703,7 +703,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
     assert [section.partition(":")[0] for section in sections] == list(groups.GROUPS)
     lines = [line.split(maxsplit=1) for section in sections for line in section.splitlines()[1:]]
     commands, texts = zip(*lines, strict=True)
-    assert len(set(commands)) == len(commands) == 30
+    assert len(set(commands)) == len(commands) == 31
     assert len(set(texts)) == len(texts)
     assert not any(text.endswith("...") for text in texts)
 
@@ -711,7 +711,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["foo"], "unknown command 'foo'; similar: doctor; `cvlab --help` lists all 30"),
+        (["foo"], "unknown command 'foo'; similar: doctor; `cvlab --help` lists all 31"),
         (["data", "fech"], "unknown command 'fech'; did you mean 'fetch'? known: check, fetch, list"),
         (["train", "quickstart", "--sede", "3"], "similar: --debug, --seed, --set; see `cvlab train --help`"),
         (["train", "yolo_scene"], "did you mean 'yolo_scenes'? `cvlab config` lists all 63"),

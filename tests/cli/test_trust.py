@@ -58,6 +58,7 @@ def commands(run, out):
         "lr": ["lr", str(run), "--steps=20", f"--runs-dir={out}"],
         "summary": ["summary", str(run)],
         "verify": ["verify", str(run), f"--runs-dir={out}"],
+        "queue": ["queue", "add", str(run), f"--runs-dir={out}"],
     }
 
 

@@ -377,3 +377,35 @@ def test_ui_shows_a_run_go_on(browser, root, monkeypatch):
             time.sleep(0.2)
         assert browser.run(measured, "0.125")
         server.shutdown()
+
+
+def test_trials_in_parallel_coordinates_are_read_and_selected(browser, tmp_path):
+    (tmp_path / "config.yaml").write_text("experiment: sweep\n")
+    keys = [{"lr": 10.0**-k, "bn": k % 2 == 0} for k in range(6)]
+    rows = [{"trial": f"00{k}", "metrics": {}, "keys": row, "value": 0.1 * k} for k, row in enumerate(keys)]
+    judged = {"metric": "val_accuracy", "log_keys": ["lr"], "reason": "few"}
+    (tmp_path / "summary.json").write_text(json.dumps({"trials": rows, "importance": judged}))
+    html.write_run(tmp_path)
+    browser.open_page(tmp_path / html.FILE)
+    script = """
+    const svg = document.querySelector("svg[data-parallel]"), figure = svg.closest("figure");
+    const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
+    svg.setPointerCapture = () => {};
+    const send = (type, x, y) => svg.dispatchEvent(new PointerEvent(type, {
+      clientX: box.left + x * scale, clientY: box.top + y * scale, pointerId: 1, bubbles: true }));
+    const seen = [];
+    const note = () => seen.push([figure.querySelector(".readout").textContent, svg.querySelectorAll(".faint").length]);
+    svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
+    note();
+    const last = Number([...svg.querySelectorAll(".axis")].pop().dataset.x);
+    send("pointerdown", last, 20); send("pointermove", last, 180); send("pointerup", last, 180);
+    note();
+    send("pointermove", last - 1, 34);
+    note();
+    send("pointerdown", last, 100); send("pointerup", last, 100);
+    note();
+    return seen
+    """
+    best = "005: lr 1e-05, bn false, val_accuracy 0.5"
+    assert browser.run(script) == [[best, 0], ["3 of 6 trials", 3], [best, 3], ["", 0]]
+    assert browser.logged("browser") == []

@@ -181,7 +181,7 @@ class TestRun:
         path = made(root, status="interrupted")
         (path / "prune.txt").write_text("worse than the median\n")
         text = html.run_page(path)
-        assert "<h2>Pruned by the search</h2>" in text
+        assert "<h2>Stopped early by the search</h2>" in text
         assert "worse than the median" in text
         assert "cvlab resume" not in text
 

@@ -1,7 +1,9 @@
-"""Adaptive search: proposals from the run directories alone, pruning by the median, a search from start to end."""
+"""Search: proposals from the run directories alone, pruning by the median, a search from start to end."""
 
+import importlib.util
 import json
 import math
+from collections import Counter
 
 import pytest
 
@@ -14,8 +16,9 @@ from cvlab.sweeps import adaptive, experiment, results, scheduler, search, trial
 from cvlab.sweeps.search import Range, SearchConfig, TrialRecord
 from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
-pytest.importorskip("optuna")
-
+HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
+needs_optuna = pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed")
+each_algorithm = pytest.mark.parametrize("algorithm", ["random", pytest.param("optuna", marks=needs_optuna)])
 BASE = SMALL_SWEEP.partition("grid")[0].replace("num_train: 1000", "num_train: 200").replace("1500", "30")
 SEARCH = """search:
   algorithm: optuna
@@ -38,6 +41,12 @@ def search_config(**more):
     return SearchConfig(**({"algorithm": "optuna", "trials": 9, "space": SPACE} | more))
 
 
+def points(space, trials=40, **more):
+    return [
+        trial.changes for trial in walk(search_config(algorithm="random", space=space, **more), lambda _: 0, trials)
+    ]
+
+
 def walk(chosen, value, count):
     """Return trials proposed one after the other, each done at once with `value(changes)`."""
     done = []
@@ -47,8 +56,9 @@ def walk(chosen, value, count):
     return done
 
 
-def test_proposals_lie_in_the_space():
-    for trial in walk(search_config(), lambda changes: changes["x"], 25):
+@each_algorithm
+def test_proposals_lie_in_the_space(algorithm):
+    for trial in walk(search_config(algorithm=algorithm), lambda changes: changes["x"], 25):
         assert 0 <= trial.changes["x"] <= 1
         assert 1e-6 <= trial.changes["lr"] <= 1
         assert trial.changes["n"] in range(2, 10)
@@ -56,14 +66,48 @@ def test_proposals_lie_in_the_space():
         assert trial.changes["part"] in SPACE["part"]
 
 
-def test_the_same_trials_lead_to_the_same_proposal():
-    done = walk(search_config(startup=3), lambda changes: changes["x"], 8)
+@each_algorithm
+def test_the_same_trials_lead_to_the_same_proposal(algorithm):
+    chosen = search_config(algorithm=algorithm, startup=3)
+    done = walk(chosen, lambda changes: changes["x"], 8)
     for number in range(8):
-        assert search.propose(search_config(startup=3), done[:number]) == done[number].changes
-    assert search.propose(search_config(startup=3, seed=1), done) != search.propose(search_config(startup=3), done)
+        assert search.propose(chosen, done[:number]) == done[number].changes
+    other = search_config(algorithm=algorithm, startup=3, seed=1)
+    assert search.propose(other, done) != search.propose(chosen, done)
     assert len({repr(trial.changes) for trial in done}) == 8
 
 
+def test_random_values_depend_on_seed_number_and_key_alone():
+    both = points({"x": Range(low=0, high=1), "lr": Range(low=1e-4, high=1, log=True)}, 3)
+    assert [change["x"] for change in both] == [change["x"] for change in points({"x": Range(low=0, high=1)}, 3)]
+    assert [change["x"] for change in both[:2]] == [0.21352889634152072, 0.3745018404921109]
+    assert both[0]["lr"] == pytest.approx(0.00033230711131881105)
+
+
+def test_random_search_covers_a_finite_space_without_repetition():
+    space = {"n": Range(low=2, high=6, step=2, int=True), "x": Range(low=0.1, high=0.5, step=0.1), "k": (1, True)}
+    drawn = points(space, 30)
+    assert len({repr(change) for change in drawn}) == 3 * 5 * 2
+    assert sorted({change["n"] for change in drawn}) == [2, 4, 6]
+    assert sorted({change["x"] for change in drawn}) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    with pytest.raises(ValueError, match="trials: 31, but the space has 30 points; use grid for all"):
+        search_config(algorithm="random", space=space, trials=31)
+    assert search_config(algorithm="random", space={"n": Range(low=0, high=1e300, int=True)}).num_points() > 9
+
+
+def test_random_values_are_uniform_on_their_scale():
+    evenly = [(k + 0.5) / 10000 for k in range(10000)]
+    decades = Counter(math.floor(math.log10(Range(low=1e-4, high=1, log=True).at(q))) for q in evenly)
+    assert decades == dict.fromkeys((-4, -3, -2, -1), 2500)
+    whole = Counter(Range(low=3, high=6, int=True).at(q) for q in evenly)
+    assert whole == dict.fromkeys((3, 4, 5, 6), 2500)
+    log_whole = Counter(Range(low=1, high=8, int=True, log=True).at(q) for q in evenly)
+    shares = {n: math.log((n + 0.5) / (n - 0.5)) / math.log(8.5 / 0.5) for n in range(1, 9)}
+    assert {n: count / 10000 for n, count in log_whole.items()} == pytest.approx(shares, abs=2e-4)
+    assert Range(low=1, high=8, int=True, log=True).at(0.0) == 1
+
+
+@needs_optuna
 @pytest.mark.parametrize(("goal", "sign"), [("maximize", -1), ("minimize", 1)])
 def test_it_finds_what_is_better_than_chance(goal, sign):
     chosen = search_config(space={"x": Range(low=-3, high=3), "y": Range(low=-3, high=3)}, goal=goal)
@@ -72,6 +116,7 @@ def test_it_finds_what_is_better_than_chance(goal, sign):
     assert sorted(distances[30:])[15] < 0.5 * sorted(distances[:10])[5]
 
 
+@needs_optuna
 def test_trials_that_run_failed_or_were_pruned_are_told_as_such():
     changes = search.propose(search_config(), [])
     known = [
@@ -136,7 +181,8 @@ def refusals(tmp_path, text, *overrides):
         (("high: 40", "high: 40.5"), "search.space.batch_size: int: low, high and step must be whole numbers"),
         (("trials: 4", "trials: 0"), "s.yaml:14:3: search.trials: expected a whole number >= 1 and <= 1000, got 0"),
         (("startup: 2", "metric: val_acuracy"), "no metric 'val_acuracy'; did you mean 'val_accuracy'"),
-        (("optuna", "random"), "s.yaml:13:3: search.algorithm: expected optuna, got"),
+        (("optuna", "grid"), "s.yaml:13:3: search.algorithm: expected random | optuna, got"),
+        (("algorithm: optuna\n  trials: 4", "trials: 9\n  prune: 3"), "search.prune: expected"),
         (("search:", "seeds: [0, 1]\nsearch:"), "seeds and search: a search proposes all trials"),
         (("search:", "grid: {reg: [0.1]}\nsearch:"), "grid and search: a search proposes all trials"),
         (("model.batchnorm", "model.batchnorm: [true]\n    model"), "model.batchnorm is varied twice, also by model"),
@@ -156,8 +202,10 @@ def test_overrides_of_a_space(tmp_path):
     assert loading.load("again.yaml").config.to_yaml() == chosen.to_yaml()
 
 
-def test_a_search_from_start_to_end(cvlab, tmp_path):
-    (tmp_path / "s.yaml").write_text(BASE + SEARCH + "expect: [best > 0, trials == 4, max(val_accuracy) > 0]\n")
+@each_algorithm
+def test_a_search_from_start_to_end(cvlab, tmp_path, algorithm):
+    text = BASE + SEARCH.replace("optuna", algorithm)
+    (tmp_path / "s.yaml").write_text(text + "expect: [best > 0, trials == 4, max(val_accuracy) > 0]\n")
     code, out, err = cvlab("sweep", "s.yaml", "--json")
     found = json.loads(out)
     assert code == 0, err
@@ -258,10 +306,10 @@ def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tmp_path):
-    (tmp_path / "s.yaml").write_text(
-        BASE.replace("steps: 30", "steps: 1000") + SEARCH.replace("trials: 4", "trials: 6")
-    )
+@each_algorithm
+def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tmp_path, algorithm):
+    text = SEARCH.replace("trials: 4", "trials: 6").replace("optuna", algorithm)
+    (tmp_path / "s.yaml").write_text(BASE.replace("steps: 30", "steps: 1000") + text)
     assert started_sweep().wait() == 0
     whole = (tmp_path / "runs" / "latest").resolve()
     told, weights = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(whole)], weights_of_trials(tmp_path)

@@ -117,6 +117,68 @@ const charts = [...document.querySelectorAll("svg[data-chart]")].map((svg) => {
     shown.forEach((points, k) => lines.append(polyline(points, 2, classes[k])));
   };
 });
+for (const svg of document.querySelectorAll("svg[data-parallel]")) {
+  const figure = svg.closest("figure"), readout = figure.querySelector(".readout");
+  const lines = [...svg.querySelectorAll(".trials > *")].map((line) => ({ line, points: [...line.points] }));
+  const axes = [...svg.querySelectorAll(".axis")].map((group) => ({ group, x: Number(group.dataset.x), range: null }));
+  let current = -1, brushed = null;
+  figure.querySelector(".scripted").hidden = false;
+  const place = (event) => new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+  const isSelected = ({ points }) => axes.every(({ range }, k) => range === null || (points[k].y >= range[0] && points[k].y <= range[1]));
+  const select = () => {
+    for (const axis of axes) {
+      axis.group.querySelector(".brush")?.remove();
+      if (axis.range) axis.group.append(element("rect", { class: "brush", x: axis.x - 6, width: 12, y: axis.range[0], height: axis.range[1] - axis.range[0] }));
+    }
+    for (const item of lines) item.line.classList.toggle("faint", !isSelected(item));
+    readout.textContent = axes.some(({ range }) => range) ? `${lines.filter(isSelected).length} of ${lines.length} trials` : "";
+  };
+  const show = (index) => {
+    lines[current]?.line.classList.remove("active");
+    current = index;
+    lines[current].line.classList.add("active");
+    readout.textContent = lines[current].line.dataset.text;
+  };
+  svg.addEventListener("pointerdown", (event) => {
+    const at = place(event);
+    brushed = axes.find(({ x }) => Math.abs(x - at.x) < 12) ?? null;
+    if (!brushed) return;
+    brushed.start = at.y;
+    svg.setPointerCapture(event.pointerId);
+  });
+  svg.addEventListener("pointermove", (event) => {
+    const at = place(event);
+    if (brushed) {
+      brushed.range = Math.abs(at.y - brushed.start) < 3 ? null : [Math.min(at.y, brushed.start), Math.max(at.y, brushed.start)];
+      select();
+      return;
+    }
+    const right = axes.findIndex(({ x }) => x >= at.x);
+    if (right < 1) return;
+    const share = (at.x - axes[right - 1].x) / (axes[right].x - axes[right - 1].x);
+    let nearest = -1, distance = 12;
+    lines.forEach((item, k) => {
+      const away = Math.abs(item.points[right - 1].y * (1 - share) + item.points[right].y * share - at.y);
+      if (isSelected(item) && away <= distance) [nearest, distance] = [k, away];
+    });
+    if (nearest >= 0) show(nearest);
+  });
+  svg.addEventListener("pointerup", (event) => {
+    if (brushed && Math.abs(place(event).y - brushed.start) < 3) {
+      brushed.range = null;
+      select();
+    }
+    brushed = null;
+  });
+  svg.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (step === undefined) return;
+    event.preventDefault();
+    let index = current < 0 ? (step > 0 ? -1 : lines.length) : current;
+    do index += step; while (lines[index] && !isSelected(lines[index]));
+    if (lines[index]) show(index);
+  });
+}
 for (const controls of document.querySelectorAll(".controls")) {
   const weight = controls.querySelector("input[type=range]");
   const isLog = (axis) => controls.querySelector(`[data-log=${axis}]`).checked;
