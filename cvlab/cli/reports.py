@@ -82,7 +82,7 @@ def track(
     *,
     output: Output,
 ) -> None:
-    """Log a run to TensorBoard, MLflow, Weights & Biases or trackio."""
+    """Log a run to TensorBoard, MLflow, wandb or trackio."""
     from cvlab.api import track as api_track
     from cvlab.runs.find import find_run, runs_root
 

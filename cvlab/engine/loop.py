@@ -205,24 +205,20 @@ def fit(
     Raises:
         DivergedError: The loss is not finite; the weights are those before the update if every loss is read.
     """
-    model, optimizer = state.model, state.optimizer
+    model = state.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     train_step = ddp.make_step(forward_model or model, loss_fn, ctx.device, local_flags)
     while True:
         set_train_mode(model)
-        factor = lr_factor(state.step)
-        for group, base_lr in zip(optimizer.param_groups, state.base_lrs, strict=True):
-            group["lr"] = base_lr * factor
+        _set_learning_rates(state, lr_factor(state.step))
         batch = get_batch(state.step)
         if anomaly is not None:
             anomaly.start_step()
         parts = [batch] if split_batch is None else split_batch(batch)
-        losses = _backward(state, train_step, parts, ctx)
-        _reduce(state, train_step, losses, ctx.read_every, anomaly)
+        losses = _compute_gradients(state, train_step, parts, ctx, anomaly)
         if sam is not None:
             with sharpness.perturbed(model, parameters, sam):
-                perturbed_losses = _backward(state, train_step, parts, ctx)
-                _reduce(state, train_step, perturbed_losses, ctx.read_every, anomaly)
+                _compute_gradients(state, train_step, parts, ctx, anomaly)
         if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
             _require_finite_gradients(state, anomaly)
         _update_weights(state, parameters, clip_norm, gradient_log)
@@ -231,6 +227,24 @@ def fit(
         state.update_ema()
         state.step += 1
         yield losses
+
+
+def _set_learning_rates(state: TrainState, factor: float) -> None:
+    for group, base_lr in zip(state.optimizer.param_groups, state.base_lrs, strict=True):
+        group["lr"] = base_lr * factor
+
+
+def _compute_gradients(
+    state: TrainState,
+    train_step: ddp.SingleProcessStep,
+    parts: Sequence[Batch],
+    ctx: ComputeContext,
+    anomaly: AnomalyRecorder | None,
+) -> Losses:
+    """Replace the gradients by those of all parts on all ranks; return this rank's losses, detached."""
+    losses = _backward(state, train_step, parts, ctx)
+    _reduce(state, train_step, losses, ctx.read_every, anomaly)
+    return losses
 
 
 def _backward(

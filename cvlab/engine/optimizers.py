@@ -232,7 +232,7 @@ def _schedule_free(name: str, parameters: Parameters, **arguments: Any) -> "opti
 
 
 def averages_weights(optimizer: "optim.Optimizer") -> bool:
-    """Whether an optimizer is schedule-free: `eval()` replaces the weights by their average, `train()` restores them.
+    """Whether an optimizer is schedule-free: `eval` replaces the weights by their average, `train` restores them.
 
     The weights after both are equal to the ones before up to rounding only.
     """
