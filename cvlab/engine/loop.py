@@ -205,11 +205,10 @@ def fit(
     Raises:
         DivergedError: The loss is not finite; the weights are those before the update if every loss is read.
     """
-    model = state.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    train_step = ddp.make_step(forward_model or model, loss_fn, ctx.device, local_flags)
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    train_step = ddp.make_step(forward_model or state.model, loss_fn, ctx.device, local_flags)
     while True:
-        set_train_mode(model)
+        set_train_mode(state.model)
         _set_learning_rates(state, lr_factor(state.step))
         batch = get_batch(state.step)
         if anomaly is not None:
@@ -217,7 +216,7 @@ def fit(
         parts = [batch] if split_batch is None else split_batch(batch)
         losses = _compute_gradients(state, train_step, parts, ctx, anomaly)
         if sam is not None:
-            with sharpness.perturbed(model, parameters, sam):
+            with sharpness.perturbed(state.model, parameters, sam):
                 _compute_gradients(state, train_step, parts, ctx, anomaly)
         if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
             _require_finite_gradients(state, anomaly)
