@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "classify_photos": "cvlab.experiments.classification.experiments:ClassifyPhotosExperiment",
     "detect": "cvlab.experiments.detection.experiments:DetectExperiment",
     "detector": "cvlab.experiments.detection.experiments:DetectorExperiment",
+    "dream": "cvlab.experiments.interpretability.experiments:DreamExperiment",
     "feature_inversion": "cvlab.experiments.interpretability.experiments:FeatureInversionExperiment",
     "knn": "cvlab.experiments.classification.nearest_neighbors:NearestNeighborsExperiment",
     "lr_range_test": "cvlab.experiments.common.lr_range_test:LrRangeTestExperiment",

@@ -25,6 +25,7 @@ COMMANDS = {  # with the packages that are allowed beside torch
     ("saliency", "sample"): (),
     ("attack", "sample"): (),
     ("classvis", "--target", "gorilla", "steps=1"): ("matplotlib",),
+    ("dream", "sample", "--octaves", "1", "--steps", "1", "--size", "64"): (),
     ("embed", "sample", "--out", "features.npz"): (),
     (*TRAIN, "expect=[]"): ("matplotlib",),
 }

@@ -173,6 +173,47 @@ def classvis(
     return _run_photos("class_visualization", values, overrides, device, runs_dir, progress)
 
 
+def dream(
+    photos: Photos,
+    *,
+    layer: str | None = None,
+    octaves: int | None = None,
+    steps: int | None = None,
+    size: int | None = None,
+    model: StrPath | None = None,
+    weights: StrPath | None = None,
+    seed: int | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Amplify what a layer sees in photos (DeepDream): `dream("cat.jpg").results[0].open("dream")`.
+
+    Args:
+        photos: See `classify`.
+        layer: The layer, such as `blocks.3`, or one of its channels, `blocks.3:17`.
+        octaves: Number of image sizes, from coarse to fine.
+        steps: Steps in each octave.
+        size: Longer side of the result in pixels, at most.
+        model: See `classify`; it need not have a classifier.
+        weights: See `classify`.
+        seed: Of the random offsets.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        trust: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    values = {"images": _photos(photos, overrides), "layer": layer, "octaves": octaves, "steps": steps, "size": size}
+    values |= {"seed": seed, **_model(model, weights, runs_dir, trust)}
+    return _run_photos("dream", values, overrides, device, runs_dir, progress)
+
+
 def style(
     photo: StrPath,
     styles: Photos,

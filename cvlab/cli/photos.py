@@ -210,6 +210,30 @@ def classvis(
 
 @app.command(rich_help_panel=PHOTOS)
 @expand_options
+def dream(
+    images: Images = None,
+    layer: Annotated[
+        str | None, typer.Option(help="layer to amplify, such as blocks.3, or one of its channels, blocks.3:17")
+    ] = None,
+    octaves: Annotated[int | None, typer.Option(help="number of image sizes, from coarse to fine")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps in each octave")] = None,
+    size: Annotated[int | None, typer.Option(help="longer side of the result in pixels, at most")] = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    *,
+    model: ModelOptions,
+    options: RunOptions,
+    output: Output,
+) -> None:
+    """Amplify what a layer sees in images (DeepDream). Example: `cvlab dream photo.jpg --layer blocks.3`."""
+    names, overrides = split_arguments(images)
+    require_photos(names, overrides, options)
+    values = {"images": names or None, "layer": layer, "octaves": octaves, "steps": steps, "size": size, "seed": seed}
+    start("dream", values | model.values(options), overrides, options, dry_run, output)
+
+
+@app.command(rich_help_panel=PHOTOS)
+@expand_options
 def style(
     arguments: Annotated[
         list[str] | None,

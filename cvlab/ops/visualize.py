@@ -138,3 +138,19 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     padded = F.pad(images, (radius,) * 4, mode="replicate")
     columns = F.conv2d(padded, weights.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
     return F.conv2d(columns, weights.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+
+
+def multiscale_blur(gradient: Tensor, sigma: float) -> Tensor:
+    """Sum up a gradient blurred at three scales, each divided by its standard deviation.
+
+    High frequencies, which dominate the gradient of a network, no longer hide the patterns of lower ones.
+
+    Args:
+        gradient: (C, H, W).
+        sigma: the middle standard deviation in pixels; the others are half and twice this.
+
+    Returns:
+        gradient (C, H, W).
+    """
+    blurred = [gaussian_blur(gradient[None], factor * sigma)[0] for factor in (0.5, 1.0, 2.0)]
+    return torch.stack([one / one.std().clamp(min=1e-30) for one in blurred]).sum(0)

@@ -325,9 +325,11 @@ def test_every_verb_on_photos_gives_pictures(photo):
     assert caption.results[0]["sentence"]
     vis = cvlab.classvis(["gorilla"], steps=2, overrides={"frames": 1})
     assert vis.results[0].open().width >= 100
+    dream = cvlab.dream(photo, layer="blocks.1", octaves=1, steps=1)
+    assert dream.results[0].open("dream").size == (64, 48)
     style = cvlab.style(photo, "whirls", size=64, overrides={"steps": 2})
     assert style.results[0].open().size == (64, 48)
-    for run in (attack, saliency, detect, caption, vis, style):
+    for run in (attack, saliency, detect, caption, vis, dream, style):
         assert run == cvlab.load_run(run.name)
         assert 'src="data:image/webp;base64,' in run._repr_html_()
         assert 'src="data:image/webp;base64,' in run.results[0]._repr_html_()

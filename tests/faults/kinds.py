@@ -61,6 +61,7 @@ KINDS = {  # of experiment -> a short command line of it
         "threads=1",
         "expect=[]",
     ),
+    "dream": ("dream", "sample", "{folder}/photos", "--octaves", "2", "--size", "64", "threads=1"),
     "style": ("run", "style", "size=64", "steps=40", "threads=1", "expect=[]"),
     "detect": ("detect", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
     "sweep": ("sweep", "{folder}/sweep.yaml"),

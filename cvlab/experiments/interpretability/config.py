@@ -1,14 +1,27 @@
-"""Configurations of saliency maps, class visualization and feature inversion."""
+"""Configurations of saliency maps, class visualization, feature inversion and DeepDream."""
 
-from typing import Annotated, Literal
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Le
+from annotated_types import Ge, Gt, Le
 from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
 from cvlab.data import photo_paths
 from cvlab.experiments.common import photo_config
 from cvlab.experiments.common.photo_config import ClassName, PhotoConfig, PretrainedConfig
+
+if TYPE_CHECKING:
+    from cvlab.engine.device import ComputeContext
+    from cvlab.models.pretrained import PretrainedClassifier
+
+
+def split_layer(text: str) -> tuple[str, int | None]:
+    """Return the name of a layer and the channel, None for the whole layer, of LAYER or LAYER:CHANNEL."""
+    match = re.fullmatch(r"([^:]+)(?::([0-9]{1,6}))?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is neither a layer, such as blocks.4, nor a channel, such as blocks.4:17")
+    return match[1], int(match[2]) if match[2] else None
 
 
 class ClassVisualizationConfig(PretrainedConfig):
@@ -113,3 +126,41 @@ class SaliencyConfig(PhotoConfig):
     noise: schema.PositiveFloat = Field(
         0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
     )
+
+
+class DreamConfig(PhotoConfig):
+    """Configuration of DeepDream: the photos, the layer, the octaves."""
+
+    layer: str | None = Field(
+        None,
+        description="layer whose response is maximized, such as `blocks.4`, or one channel, `blocks.4:17`; "
+        "null: the last layer of stride 16",
+    )
+    size: Annotated[schema.PositiveInt, Ge(16), Le(2048)] = Field(
+        768, description="longer side of the result in pixels, at most; photos are not enlarged"
+    )
+    octaves: Annotated[schema.PositiveInt, Le(12)] = Field(4, description="number of image sizes, from coarse to fine")
+    octave_scale: Annotated[float, Gt(1), Le(4)] = Field(1.4, description="ratio of the sizes of two octaves")
+    steps: Annotated[schema.PositiveInt, Le(1000)] = Field(10, description="steps of gradient ascent in each octave")
+    lr: schema.PositiveFloat = Field(0.01, description="mean change of a pixel value, in [0, 1], in a step")
+    jitter_px: schema.NonNegativeInt = Field(32, description="roll by up to N pixels before each step")
+    smoothing: Annotated[schema.NonNegativeFloat, Le(16)] = Field(
+        1.5, description="blur the gradient with standard deviations of half, once and twice this, in pixels; 0: do not"
+    )
+    batch_size: schema.PositiveInt = Field(1, description="photos between two points at which a run can resume")
+
+    @field_validator("layer")
+    @classmethod
+    def _check_layer(cls, layer: str | None) -> str | None:
+        if layer is not None:
+            split_layer(layer)
+        return layer
+
+    @property
+    def is_channel(self) -> bool:
+        """Whether the response of one channel is maximized."""
+        return self.layer is not None and ":" in self.layer
+
+    def build(self) -> "tuple[ComputeContext, PretrainedClassifier]":
+        """Select the device, seed the random number generators and build the model; it needs no classifier."""
+        return PretrainedConfig.build(self)

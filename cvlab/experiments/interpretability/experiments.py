@@ -10,7 +10,12 @@ from cvlab.config.metrics import Metric
 from cvlab.config.validation import Problems
 from cvlab.data import photo_paths
 from cvlab.experiments.base import PhotoExperiment
-from cvlab.experiments.interpretability.config import ClassVisualizationConfig, FeatureInversionConfig, SaliencyConfig
+from cvlab.experiments.interpretability.config import (
+    ClassVisualizationConfig,
+    DreamConfig,
+    FeatureInversionConfig,
+    SaliencyConfig,
+)
 from cvlab.runs.results import Column, summarize
 from cvlab.runs.run_dir import RunDir
 
@@ -251,3 +256,61 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         if config.method == "gradcam":
             saliency.find_last_feature_layer(model.module, model.transform.size_px)
         return photo_batches.plan(config, ctx, model)
+
+
+DREAM_COLUMNS = (
+    Column("layer", "layer"),
+    Column("response_before", "response before"),
+    Column("response_after", "after"),
+    Column("dream", "dream", is_file=True),
+    Column("panel", "panel", is_file=True),
+)
+
+
+class DreamExperiment(PhotoExperiment[DreamConfig]):
+    """DeepDream: change photos so that a layer, or one of its channels, responds more strongly.
+
+    References:
+        Mordvintsev, Olah and Tyka, 2015, "Inceptionism: Going Deeper into Neural Networks".
+
+    Differences from the article:
+        The gradient is the sum of three blurred versions of it, so that a pattern grows at several scales in each
+        octave.
+
+    Metrics:
+        `response_ratio`: lowest ratio of the layer's response to the saved image and to the photo, without a channel.
+
+    Command:
+        cvlab dream photo.jpg --layer blocks.3 --octaves 4
+    """
+
+    name = "dream"
+    Config = DreamConfig
+    columns = DREAM_COLUMNS
+    metrics = (
+        Metric("num_photos"),
+        Metric("response_ratio", "", "higher", lambda config: not config.is_channel),
+    )
+
+    def run(self, config: DreamConfig, run: RunDir) -> dict[str, float]:
+        """Dream of all photos."""
+        from cvlab.experiments.common import photo_batches
+        from cvlab.experiments.interpretability.deep_dream import Dreamer
+
+        ctx, model = config.build()
+        run.folder("images")
+        results = photo_batches.run(config, run, Dreamer(config, model, ctx, run), "dream", self.columns)
+        metrics: dict[str, float] = {"num_photos": len(results)}
+        if not config.is_channel:
+            ratios = [r.values["response_after"] / max(r.values["response_before"], 1e-30) for r in results]
+            metrics["response_ratio"] = min(ratios)
+        return metrics
+
+    def plan(self, config: DreamConfig, base: Path) -> dict[str, Any]:
+        """Return what a run would do. Raises ConfigError for a layer that the model does not have."""
+        from cvlab.experiments.common import photo_batches
+        from cvlab.experiments.interpretability.deep_dream import build_extractor
+
+        ctx, model = config.build()
+        layer = build_extractor(config.layer, model, ctx)[0].names[0]
+        return {"layer": config.layer or layer, "octaves": config.octaves, **photo_batches.plan(config, ctx, model)}

@@ -112,6 +112,7 @@ def test_the_verbs_on_photos_take_a_run(run, trained, cvlab):
         ("saliency", photo, "--method", "gradcam"),
         ("attack", photo, "--target", "Ring"),
         ("classvis", "--target", "ring", "--steps", "2"),
+        ("dream", photo, "--octaves", "1", "--steps", "1"),
     ):
         code, _, err = cvlab(*arguments, "--model", run.name)
         assert code in (0, 3), err

@@ -1,0 +1,94 @@
+"""The dream command."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.data import photos
+from cvlab.experiments.interpretability import deep_dream
+from cvlab.ops import visualize
+
+SHORT = ("--layer", "blocks.2", "--octaves", "2", "--steps", "2", "--size", "96", "threads=1")
+
+
+def test_octave_sizes():
+    assert deep_dream.octave_sizes(400, 200, 3, 2.0) == [(100, 50), (200, 100), (400, 200)]
+    assert deep_dream.octave_sizes(400, 180, 3, 2.0) == [(200, 90), (400, 180)]
+    assert deep_dream.octave_sizes(20, 10, 4, 1.4) == [(20, 10)]
+
+
+@pytest.mark.parametrize(("size", "expected"), [((100, 50), (40, 20)), ((30, 40), (30, 40)), ((1000, 3), (40, 1))])
+def test_photos_are_reduced_and_never_enlarged(size, expected):
+    assert deep_dream.reduce_photo(Image.new("RGB", size), 40).size == expected
+
+
+def test_multiscale_blur_brings_out_a_low_frequency():
+    x = torch.arange(64.0)
+    low, high = torch.sin(x * 2 * torch.pi / 16), torch.sin(x * torch.pi * 0.9)
+    gradient = (low + 3 * high).expand(1, 64, 64)
+    before, after = gradient[0, 32], visualize.multiscale_blur(gradient, 1.0)[0, 32]
+    correlations = [float(torch.corrcoef(torch.stack([row, low]))[0, 1]) for row in (before, after)]
+    assert correlations[0] < 0.4
+    assert correlations[1] > 0.85
+
+
+def test_the_layer_responds_more_strongly_and_a_run_resumes_bit_for_bit(two_photos, cvlab, tmp_path, monkeypatch):
+    code, out, err = cvlab("dream", *two_photos, *SHORT, "--json")
+    assert code == 0, err
+    whole = json.loads(out)
+    assert whole["metrics"]["response_ratio"] > 1
+    for row, size in zip(whole["results"], ((96, 83), (70, 96)), strict=True):
+        assert photos.load(tmp_path / whole["run"] / row["dream"]).size == (row["width"], row["height"]) == size
+        assert photos.load(tmp_path / whole["run"] / row["panel"]).width > size[0]
+    real, calls = deep_dream.Dreamer.dream, []
+
+    def interrupted(self, photo, check_interrupt):
+        calls.append(photo)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, photo, check_interrupt)
+
+    monkeypatch.setattr(deep_dream.Dreamer, "dream", interrupted)
+    assert cvlab("dream", *two_photos, *SHORT)[0] == 130
+    monkeypatch.setattr(deep_dream.Dreamer, "dream", real)
+    code, out, err = cvlab("resume", "latest", "--json")
+    again = json.loads(out)
+    assert code == 0
+    assert "resumed: 1 of 2 photos are done" in err
+    assert again["results"] == whole["results"]
+    for row in whole["results"]:
+        one, other = ((tmp_path / run["run"] / row["dream"]).read_bytes() for run in (whole, again))
+        assert one == other
+
+
+def test_a_channel_and_a_model_without_classifier(two_photos, cvlab):
+    code, out, err = cvlab("dream", two_photos[0], *SHORT, "--layer", "blocks.2:5", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert "response_ratio" not in result["metrics"]
+    assert result["results"][0]["response_after"] > result["results"][0]["response_before"]
+    code, out, err = cvlab("dream", two_photos[0], *SHORT[2:], "--model", "nanodet_g", "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["layer"] == "stages.2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["sample", "--layer", "block.3"], 2, "unknown layer 'block.3'; did you mean 'blocks.3'?"),
+        (["sample", "--layer", "bloks", "--dry-run"], 2, "did you mean 'blocks'?"),
+        (["sample", "--layer", "blocks.3:99999"], 2, "layer 'blocks.3' has no channel 99999; its channels are 0 to 79"),
+        (["sample", "--layer", "blocks.3:x"], 2, "'blocks.3:x' is neither a layer"),
+        (["sample", "--layer", "fc"], 2, "layer"),
+        (["sample", "octave_scale=1"], 2, "octave_scale"),
+        ([], 2, "no photo is named"),
+        (["gone.jpg"], 4, "gone.jpg: no such file"),
+    ],
+)
+def test_errors_are_one_line(cvlab, arguments, code, text):
+    result, _, err = cvlab("dream", *arguments)
+    assert result == code
+    assert text in err.splitlines()[-1]
+    assert len(err.splitlines()[-1]) < 300
