@@ -48,4 +48,4 @@ def build_task(config: DetectorConfig) -> TrainTask:
         view = setup.cached_features(config, dataclasses.replace(built, boxset=single), "train", 1, lambda: None)
         maps = [level.repeat(config.batch_size, 1, 1, 1) for level in view.maps]
         cache = FeatureCache(maps, view.views * config.batch_size)
-    return setup.build_task(built, setup.make_batches(config, built, cache), lambda _: {})
+    return setup.build_task(config, built, setup.make_batches(config, built, cache), lambda _: {})
