@@ -71,7 +71,7 @@ def quick(monkeypatch):
 def test_the_whole(cvlab, monkeypatch, tmp_path, quick):
     names = ["quickstart", "cifar_optimizers", "cifar_bn", "cifar_fc_overfit_3", "attack"]
     monkeypatch.setattr(loading, "shipped_names", lambda: names)
-    monkeypatch.setattr(steps, "_estimated_floor", lambda loaded, _: 13.0 * loaded.source.name.startswith("cifar_bn"))
+    monkeypatch.setattr(steps, "_estimated_floor", lambda loaded, _: 20.0 * loaded.source.name.startswith("cifar_bn"))
     code, out, err = cvlab("bench", "--rounds", 1, "--out", tmp_path / "a.json", "--json")
     found = json.loads(out)
     assert code == 0, err
@@ -80,7 +80,7 @@ def test_the_whole(cvlab, monkeypatch, tmp_path, quick):
     assert found["machine"]["copy_gb_per_second"] > 0
     assert [row["config"] for row in found["rows"]] == ["quickstart", "cifar_fc_overfit_3"]
     assert found["not_measured"] == [
-        {"config": "cifar_bn", "reason": "a step takes 13 s or more; raise --seconds, or name it"}
+        {"config": "cifar_bn", "reason": "a step takes 20 s or more; raise --seconds, or name it"}
     ]
     for row in found["rows"]:
         floor = max(row["flop_seconds"], row["byte_seconds"])

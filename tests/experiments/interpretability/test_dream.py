@@ -78,7 +78,7 @@ def test_a_channel_and_a_model_without_classifier(two_photos, cvlab):
     ("arguments", "code", "text"),
     [
         (["sample", "--layer", "block.3"], 2, "unknown layer 'block.3'; did you mean 'blocks.3'?"),
-        (["sample", "--layer", "blocs", "--dry-run"], 2, "did you mean 'blocks'?"),
+        (["sample", "--layer", "block", "--dry-run"], 2, "did you mean 'blocks'?"),
         (["sample", "--layer", "blocks.3:99999"], 2, "layer 'blocks.3' has no channel 99999; its channels are 0 to 79"),
         (["sample", "--layer", "blocks.3:x"], 2, "'blocks.3:x' is neither a layer"),
         (["sample", "--layer", "fc"], 2, "layer"),
