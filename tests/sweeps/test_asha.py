@@ -237,7 +237,7 @@ def test_rungs_are_read_from_the_run_directories(tmp_path):
 
 @pytest.mark.faults
 def test_a_search_in_parallel_that_is_killed_continues(started_sweep, tmp_path):
-    text = SEARCH.replace("{epochs: 3}", "{epochs: 9}").replace("trials: 4", "trials: 8")
+    text = SEARCH.replace("{epochs: 3}", "{epochs: 8}").replace("trials: 4", "trials: 8")
     model = "{name: deep_convnet, filters: [4], pools: [0]}"
     (tmp_path / "s.yaml").write_text(text.replace(model, "{name: './net.py:net'}"))
     (tmp_path / "slow").touch()
