@@ -210,10 +210,9 @@ def fit(
     while True:
         set_train_mode(state.model)
         _set_learning_rates(state, lr_factor(state.step))
-        batch = get_batch(state.step)
+        parts = (split_batch or _whole)(get_batch(state.step))
         if anomaly is not None:
             anomaly.start_step()
-        parts = [batch] if split_batch is None else split_batch(batch)
         losses = _compute_gradients(state, train_step, parts, ctx, anomaly)
         if sam is not None:
             with sharpness.perturbed(state.model, parameters, sam):
@@ -226,6 +225,10 @@ def fit(
         state.update_ema()
         state.step += 1
         yield losses
+
+
+def _whole(batch: Batch) -> Sequence[Batch]:
+    return [batch]
 
 
 def _set_learning_rates(state: TrainState, factor: float) -> None:
