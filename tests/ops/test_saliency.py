@@ -216,6 +216,9 @@ def test_layercam_and_scorecam_equal_slow_twins(small_model, objective):
         layer_cam, scores = torch.zeros(14, 14, dtype=torch.float64), []
         for channel, g in zip(maps[0].detach(), slope, strict=True):
             layer_cam += g.clamp(min=0) * channel
+            if channel.min() == channel.max():  # nothing to mask with: weight 0
+                scores.append(torch.tensor(-torch.inf))
+                continue
             mask = nn.functional.interpolate(channel[None, None], (16, 16), mode="bilinear")[0]
             masked = image * (mask - mask.min()) / (mask.max() - mask.min())
             scores.append(sign * saliency.OBJECTIVES[objective](model(masked[None]), k[None])[0].detach())
