@@ -1,5 +1,6 @@
 """Configurations of saliency maps, class visualization, feature inversion and DeepDream."""
 
+import importlib.util
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +15,24 @@ from cvlab.experiments.common.photo_config import ClassName, PhotoConfig, Pretra
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
     from cvlab.models.pretrained import PretrainedClassifier
+
+SaliencyMethod = Literal[
+    "gradient",
+    "smoothgrad",
+    "integrated_gradients",
+    "gradcam",
+    "layercam",
+    "scorecam",
+    "occlusion",
+    "guided_backprop",
+    "shapley",
+]
+CAPTUM_METHODS = ("occlusion", "guided_backprop", "shapley")
+
+
+def has_captum() -> bool:
+    """Whether the package that computes `CAPTUM_METHODS` is installed."""
+    return importlib.util.find_spec("captum") is not None
 
 
 def split_layer(text: str) -> tuple[str, int | None]:
@@ -113,18 +132,25 @@ class FeatureInversionConfig(PretrainedConfig):
 class SaliencyConfig(PhotoConfig):
     """Configuration of saliency maps: the photos, the method, the class to explain."""
 
-    method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
-        "gradient", description="how the map is computed"
-    )
+    method: SaliencyMethod = Field("gradient", description="how the map is computed")
     target: ClassName | None = Field(None, description="class to explain; null: the predicted class")
     objective: Literal["score", "loss"] = Field(
         "score", description="explain the logit of the class or its cross-entropy loss"
     )
     samples: schema.PositiveInt = Field(
-        25, description="smoothgrad: number of noisy copies; integrated_gradients: number of steps"
+        25,
+        description="smoothgrad: number of noisy copies; integrated_gradients: number of steps; shapley: number of "
+        "random orders",
     )
     noise: schema.PositiveFloat = Field(
         0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
+    )
+    window: Annotated[schema.PositiveFloat, Le(1)] = Field(
+        0.14, description="occlusion, shapley: side of a covered square, as a fraction of the side of the model's input"
+    )
+    compare: bool = Field(False, description="also draw the maps of all methods on one sheet, and score them")
+    curve_steps: Annotated[schema.PositiveInt, Le(1000)] = Field(
+        28, description="compare: number of steps in which the pixels are inserted and deleted"
     )
 
 
