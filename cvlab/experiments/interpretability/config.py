@@ -61,10 +61,20 @@ class ClassVisualizationConfig(PretrainedConfig):
     tv_weight: schema.NonNegativeFloat = Field(
         0.3, description="weight of the total variation (squared differences of neighboring pixels)"
     )
+    saturation_weight: schema.NonNegativeFloat = Field(
+        0.0, description="weight of the loss of gray regions: 1 for an image without color"
+    )
+    saturation: Annotated[schema.PositiveFloat, Le(0.5)] = Field(
+        0.12, description="distance from gray, as the length of (Cb, Cr), below which a region counts as gray"
+    )
     jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to N pixels before each step")
     rotate_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
     zoom: schema.FractionBelowOne = Field(0.4, description="scale by a factor of 1 - zoom to 1 + zoom")
     shift: schema.FractionBelowOne = Field(0.2, description="translate by up to this fraction of the side")
+    padding: Literal["reflection", "random"] = Field(
+        "reflection",
+        description="around the moved image: its reflection, or a random color, which keeps objects within the border",
+    )
     blur: schema.NonNegativeFloat = Field(
         3.0, description="random Gaussian blur, its standard deviation from 0.3 to 0.3 + this, in pixels"
     )
