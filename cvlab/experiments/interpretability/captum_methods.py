@@ -84,7 +84,8 @@ def occlusion(
         additional_forward_args=(classes,),
         perturbations_per_eval=batch_size,
     )
-    return values[:, 0].detach()
+    maps: Tensor = values[:, 0].detach()
+    return maps
 
 
 def guided_backprop(model: nn.Module, images: Tensor, classes: Tensor, objective: str = "score") -> Tensor:
@@ -105,7 +106,8 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Tensor, objective
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
         values = method.attribute(images.detach().clone().requires_grad_(), additional_forward_args=(classes,))
-    return values.abs().amax(1).detach()
+    maps: Tensor = values.abs().amax(1).detach()
+    return maps
 
 
 def shapley(
@@ -146,7 +148,8 @@ def shapley(
             n_samples=samples,
             perturbations_per_eval=1,
         )
-    return values[:, 0].detach()
+    maps: Tensor = values[:, 0].detach()
+    return maps
 
 
 def grid_mask(images: Tensor, grid: int) -> Tensor:

@@ -63,18 +63,17 @@ def compare(
         overlays of the methods.
     """
     classes = torch.tensor([class_index], device=photo_input.device)
-    rows, tiles = [], [("the model's input", view)]
-    random_order = rng.uniform(config.seed, 0, torch.arange(photo_input[0].numel()), RANDOM).view(photo_input.shape[1:])
-    for method in (*methods, RANDOM):
-        if method == RANDOM:
-            values = random_order.to(photo_input)
-        else:
-            values = compute_maps(config, method, model, photo_input[None], classes.clone())[0].float()
+    rows: list[dict[str, Any]] = []
+    tiles = [("the model's input", view)]
+    for method in methods:
+        values = compute_maps(config, method, model, photo_input[None], classes.clone())[0].float()
         areas = _score(config, model, photo_input, class_index, values)
         rows.append({"method": method, "inside": strongest_fraction(values.cpu()), **areas})
-        if method != RANDOM:
-            caption = f"{METHOD_TITLES[method]}: insertion {areas['insertion']:.3f}, deletion {areas['deletion']:.3f}"
-            tiles.append((caption, images.overlay(view, images.scaled(values), (0, 0, *view.size))))
+        caption = f"{METHOD_TITLES[method]}: insertion {areas['insertion']:.3f}, deletion {areas['deletion']:.3f}"
+        tiles.append((caption, images.overlay(view, images.scaled(values), (0, 0, *view.size))))
+    values = rng.uniform(config.seed, 0, torch.arange(photo_input[0].numel()), RANDOM).view(photo_input.shape[1:])
+    areas = _score(config, model, photo_input, class_index, values.to(photo_input))
+    rows.append({"method": RANDOM, "inside": strongest_fraction(values.float()), **areas})
     return rows, tiles
 
 
