@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cvlab.api import photos as api_photos
 from cvlab.api.handles import Run
 from cvlab.api.library import Overrides, StrPath, root_of
 from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs.find import find_run
+
+if TYPE_CHECKING:
+    from cvlab.experiments.interpretability.config import SaliencyMethod
 
 Photos = StrPath | Sequence[StrPath]
 
@@ -55,7 +58,8 @@ def saliency(
     *,
     target: str | int | None = None,
     objective: Literal["score", "loss"] | None = None,
-    method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] | None = None,
+    method: SaliencyMethod | None = None,
+    compare: bool | None = None,
     model: StrPath | None = None,
     weights: StrPath | None = None,
     seed: int | None = None,
@@ -72,6 +76,7 @@ def saliency(
         target: Class to explain, by name or index; None for the predicted one.
         objective: Explain the score of the class, or its loss.
         method: How.
+        compare: Also draw and score the maps of all methods on one sheet.
         model: See `classify`.
         weights: See `classify`.
         seed: Of the noise of `smoothgrad`.
@@ -85,7 +90,7 @@ def saliency(
         CvlabError: As `classify`.
     """
     values = {"images": _photos(photos, overrides), "target": target, "objective": objective, "method": method}
-    values |= {"seed": seed, **_model(model, weights, runs_dir, trust)}
+    values |= {"compare": compare, "seed": seed, **_model(model, weights, runs_dir, trust)}
     return _run_photos("saliency", values, overrides, device, runs_dir, progress)
 
 

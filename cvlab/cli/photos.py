@@ -83,7 +83,10 @@ def saliency(
     images: Images = None,
     class_: Annotated[str | None, typer.Option("--class", help="class to explain; default: the predicted one")] = None,
     objective: Annotated[str | None, typer.Option(help="explain the score of the class or its loss")] = None,
-    method: Annotated[str | None, typer.Option(help="gradient, smoothgrad, integrated_gradients or gradcam")] = None,
+    method: Annotated[str | None, typer.Option(help="gradient, gradcam, occlusion, ...: what computes the map")] = None,
+    compare: Annotated[
+        bool | None, typer.Option("--compare", help="also draw and score the maps of all methods on one sheet")
+    ] = None,
     seed: Seed = None,
     dry_run: DryRun = False,
     *,
@@ -99,6 +102,7 @@ def saliency(
         "target": class_,
         "objective": objective,
         "method": method,
+        "compare": compare,
         "seed": seed,
         **model.values(options),
     }

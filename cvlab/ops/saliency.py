@@ -8,6 +8,8 @@ References:
     Smilkov et al., 2017, "SmoothGrad", section 3.1 (`smoothgrad`).
     Sundararajan et al., 2017, "Axiomatic attribution for deep networks", section 3 (`integrated_gradients`).
     Selvaraju et al., 2017, "Grad-CAM", section 3 (`gradcam`).
+    Jiang et al., 2021, "LayerCAM", section III-B (`layercam`).
+    Wang et al., 2020, "Score-CAM", section 3.2 and algorithm 1 (`scorecam`).
 """
 
 import math
@@ -175,6 +177,76 @@ def gradcam(
     Returns:
         saliency (N, H, W), not negative.
     """
+    maps, gradient = _maps_and_gradient(model, images, classes, objective, layer)
+    return _resized_cam(gradient.mean((2, 3), keepdim=True) * maps, images)
+
+
+def layercam(
+    model: nn.Module, images: Tensor, classes: Tensor, objective: str = "score", *, layer: FeatureLayer
+) -> Tensor:
+    """Return ReLU(sum_k ReLU(g_k) A_k) of a layer's feature maps A, resized to the images.
+
+    g_k = d objective / d A_k weights each position by its gradient, where Grad-CAM weights each channel by its mean.
+
+    Args:
+        model: from images to logits (N, C).
+        images: (N, 3, H, W) in [0, 1].
+        classes: int64 (N,).
+        objective: one of `OBJECTIVES`; of the loss, the negative is differentiated.
+        layer: whose feature maps.
+
+    Returns:
+        saliency (N, H, W), not negative.
+    """
+    maps, gradient = _maps_and_gradient(model, images, classes, objective, layer)
+    return _resized_cam(gradient.relu() * maps, images)
+
+
+@torch.no_grad()
+def scorecam(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    objective: str = "score",
+    *,
+    layer: FeatureLayer,
+    batch_size: int = 32,
+) -> Tensor:
+    """Return ReLU(sum_k a_k A_k) of a layer's feature maps A, resized to the images; no gradient is computed.
+
+    Each map, resized and scaled to [0, 1], masks the image; a is the softmax over the channels of the objectives of the
+    masked images (of the loss, of its negative). A constant map masks nothing and has weight 0.
+
+    Args:
+        model: from images to logits (N, C).
+        images: (N, 3, H, W) in [0, 1].
+        classes: int64 (N,).
+        objective: one of `OBJECTIVES`.
+        layer: whose feature maps.
+        batch_size: number of masked images in a forward pass.
+
+    Returns:
+        saliency (N, H, W), not negative.
+    """
+    outputs, _ = _record_layer(model, images, layer)
+    cams = []
+    for image, image_class, maps in zip(images, classes, layer.to_maps(outputs), strict=True):
+        maps = maps[maps.amax((1, 2)) > maps.amin((1, 2))]  # (K, h, w)
+        scores = []
+        for chunk in maps.split(batch_size):
+            masks = F.interpolate(chunk[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)
+            low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
+            masked = image * (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny)
+            masked = masked.contiguous(memory_format=torch.channels_last)
+            values = OBJECTIVES[objective](model(masked), image_class.expand(len(masked)))
+            scores.append(-values if objective == "loss" else values)
+        weights = torch.cat(scores).softmax(0) if scores else maps.new_zeros(0)
+        cams.append(weights[:, None, None] * maps)
+    return torch.cat([_resized_cam(cam[None], images) for cam in cams])
+
+
+def _record_layer(model: nn.Module, images: Tensor, layer: FeatureLayer) -> tuple[Tensor, Tensor]:
+    """Return the layer's output and the logits (N, C)."""
     outputs: list[Tensor] = []
 
     def record(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
@@ -183,16 +255,26 @@ def gradcam(
 
     hook = layer.module.register_forward_hook(record)
     try:
-        x = images.detach().requires_grad_(True)
-        value = OBJECTIVES[objective](model(x), classes).sum()
+        logits = model(images)
     finally:
         hook.remove()
-    (gradient,) = torch.autograd.grad(value, outputs[layer.call])
-    maps, gradient = layer.to_maps(outputs[layer.call]), layer.to_maps(gradient)
-    gradient = -gradient if objective == "loss" else gradient
-    cam = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu()  # (N, 1, h, w)
-    resized = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)
-    return resized[:, 0].detach()
+    return outputs[layer.call], logits
+
+
+def _maps_and_gradient(
+    model: nn.Module, images: Tensor, classes: Tensor, objective: str, layer: FeatureLayer
+) -> tuple[Tensor, Tensor]:
+    """Return feature maps (N, K, h, w) and the gradient of the score, or of the negative loss, of the same shape."""
+    output, logits = _record_layer(model, images.detach().requires_grad_(True), layer)
+    (gradient,) = torch.autograd.grad(OBJECTIVES[objective](logits, classes).sum(), output)
+    maps, gradient = layer.to_maps(output), layer.to_maps(gradient)
+    return maps, -gradient if objective == "loss" else gradient
+
+
+def _resized_cam(weighted_maps: Tensor, images: Tensor) -> Tensor:
+    """Return the positive part (N, H, W) of the sum of weighted feature maps (N, K, h, w), resized to the images."""
+    cam = weighted_maps.sum(1, keepdim=True).relu()  # (N, 1, h, w)
+    return F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0].detach()
 
 
 @dataclass(frozen=True)
@@ -206,7 +288,7 @@ class _Call:
     output_number: int  # of the node
 
 
-def find_last_feature_layer(model: nn.Module, size_px: int) -> FeatureLayer:
+def find_last_feature_layer(model: nn.Module, size_px: int, method: str = "gradcam") -> FeatureLayer:
     """Return the layer before the pooling: the last one through whose feature maps everything passes.
 
     A branch of a concatenation or a residual connection is no such layer, as the logits depend on the image past it;
@@ -216,6 +298,7 @@ def find_last_feature_layer(model: nn.Module, size_px: int) -> FeatureLayer:
     Args:
         model: from images (N, 3, S, S) to logits (N, C).
         size_px: S.
+        method: what needs the layer; for the message of an error.
 
     Returns:
         The layer, with its axes.
@@ -236,14 +319,14 @@ def find_last_feature_layer(model: nn.Module, size_px: int) -> FeatureLayer:
         (gradient,) = torch.autograd.grad((logits * weights).sum(), call.output, retain_graph=True)
         if axes is None and gradient.any():
             raise ConfigError(
-                f"method=gradcam: axes of the feature maps {tuple(call.output.shape)} unknown", OTHER_METHOD
+                f"method={method}: axes of the feature maps {tuple(call.output.shape)} unknown", OTHER_METHOD
             )
         if axes is not None and layer.to_maps(gradient).any():
             if 2 * num_behind > num_maps:
                 break
             return layer
         num_behind += 1
-    raise ConfigError("method=gradcam: this model has no feature maps before its pooling", OTHER_METHOD)
+    raise ConfigError(f"method={method}: this model has no feature maps before its pooling", OTHER_METHOD)
 
 
 def _record_calls(model: nn.Module, size_px: int) -> tuple[list[_Call], Tensor, Tensor]:

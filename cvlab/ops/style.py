@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+CHROMA_SCALE = (0.5 / (1 - LUMINANCE[2]), 0.5 / (1 - LUMINANCE[0]))  # Cb and Cr of RGB in [0, 1] are in [-0.5, 0.5]
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
@@ -68,6 +69,31 @@ def luminance(image: Tensor) -> Tensor:
     """Return the luminance (1, H, W) of an RGB image (3, H, W)."""
     weights = torch.tensor(LUMINANCE, dtype=image.dtype, device=image.device)
     return torch.einsum("chw,c->hw", image, weights)[None]
+
+
+def chroma(image: Tensor) -> Tensor:
+    """Return the chroma Cb, Cr (2, H, W) in [-0.5, 0.5] of an RGB image (3, H, W) in [0, 1] (ITU-R BT.601)."""
+    luma = luminance(image)[0]
+    return torch.stack([(image[2] - luma) * CHROMA_SCALE[0], (image[0] - luma) * CHROMA_SCALE[1]])
+
+
+def ycbcr_to_rgb(luminance_map: Tensor, chroma_map: Tensor) -> Tensor:
+    """Return the RGB image of a luminance and a chroma of any size.
+
+    Args:
+        luminance_map: (1, H, W).
+        chroma_map: Cb, Cr, (2, h, w); resized bilinearly if its size is another one.
+
+    Returns:
+        image (3, H, W).
+    """
+    luma = luminance_map[0]
+    if chroma_map.shape[1:] != luma.shape:
+        chroma_map = F.interpolate(chroma_map[None], size=luma.shape, mode="bilinear")[0]
+    red = luma + chroma_map[1] / CHROMA_SCALE[1]
+    blue = luma + chroma_map[0] / CHROMA_SCALE[0]
+    green = (luma - LUMINANCE[0] * red - LUMINANCE[2] * blue) / LUMINANCE[1]
+    return torch.stack([red, green, blue])
 
 
 def transfer_color(luminance_map: Tensor, color_image: Tensor) -> Tensor:

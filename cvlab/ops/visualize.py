@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvlab.ops import style
+
 COLOR_COVARIANCE_SQRT = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 MAX_COLOR_NORM = max(math.sqrt(sum(row[k] ** 2 for row in COLOR_COVARIANCE_SQRT)) for k in range(3))
 Uniform = Callable[[int], Tensor]  # uniform(n) returns n random numbers in [0, 1)
@@ -66,8 +68,16 @@ def images_to_spectrum(images: Tensor, decay: float = 1.0) -> Tensor:
     return torch.view_as_real(torch.fft.rfft2(values, norm="ortho") / scale)
 
 
-def random_affine(images: Tensor, uniform: Uniform, *, rotate_degrees: float, zoom: float, shift: float) -> Tensor:
-    """Rotate, zoom and shift each image at random; bilinear, edges mirrored.
+def random_affine(
+    images: Tensor,
+    uniform: Uniform,
+    *,
+    rotate_degrees: float,
+    zoom: float,
+    shift: float,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Rotate, zoom and shift each image at random, bilinear.
 
     Args:
         images: (N, 3, S, S).
@@ -75,6 +85,7 @@ def random_affine(images: Tensor, uniform: Uniform, *, rotate_degrees: float, zo
         rotate_degrees: the largest angle in either direction.
         zoom: the largest relative change in size; 0.1 is a factor of 0.9 to 1.1.
         shift: the largest shift in either direction, as a share of the side.
+        padding: colors (N, 3) around the images; None: the edges are mirrored.
 
     Returns:
         images (N, 3, S, S).
@@ -85,7 +96,26 @@ def random_affine(images: Tensor, uniform: Uniform, *, rotate_degrees: float, zo
     cos, sin = torch.cos(angle) / factor, torch.sin(angle) / factor
     rows = (torch.stack([cos, -sin, 2 * shift * u[2]], 1), torch.stack([sin, cos, 2 * shift * u[3]], 1))
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    if padding is None:
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    color = padding[:, :, None, None].to(images)
+    return F.grid_sample(images - color, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + color
+
+
+def saturation_loss(images: Tensor, saturation: float, cell_px: int) -> Tensor:
+    """Return how much the colors of images are grayer than a saturation, as a sum over the images.
+
+    Args:
+        images: (N, 3, S, S) in [0, 1].
+        saturation: distance from gray, as the length of (Cb, Cr), that a cell should have at least.
+        cell_px: side of the square cells whose mean colors are taken.
+
+    Returns:
+        loss, a scalar: for each image between 0, and 1 if it is gray; the mean over its cells.
+    """
+    cells = F.avg_pool2d(images, min(cell_px, images.shape[-1]))
+    distance = (torch.stack([style.chroma(image) for image in cells]).square().sum(1) + 1e-8).sqrt()
+    return (1 - distance / saturation).clamp(min=0).square().mean((1, 2)).sum()
 
 
 def random_roll(images: Tensor, uniform: Uniform, max_px: int) -> Tensor:

@@ -202,3 +202,52 @@ def test_axes_that_are_not_certain_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 2))
     with pytest.raises(ConfigError, match=r"axes of the feature maps \(1, 7, 7, 7\) unknown"):
         saliency.find_last_feature_layer(model, 9)
+
+
+@pytest.mark.parametrize("objective", ["score", "loss"])
+def test_layercam_and_scorecam_equal_slow_twins(small_model, objective):
+    model, x, classes = small_model
+    layer, sign = saliency.FeatureLayer(model[1]), -1 if objective == "loss" else 1
+    layer_cams, score_cams = [], []
+    for image, k in zip(x, classes, strict=True):
+        maps = model[:2](image[None]).detach().requires_grad_()
+        value = sign * saliency.OBJECTIVES[objective](model[2:](maps), k[None])[0]
+        slope = torch.autograd.grad(value, maps)[0][0]
+        layer_cam, scores = torch.zeros(14, 14, dtype=torch.float64), []
+        for channel, g in zip(maps[0].detach(), slope, strict=True):
+            layer_cam += g.clamp(min=0) * channel
+            if channel.min() == channel.max():  # nothing to mask with: weight 0
+                scores.append(torch.tensor(-torch.inf))
+                continue
+            mask = nn.functional.interpolate(channel[None, None], (16, 16), mode="bilinear")[0]
+            masked = image * (mask - mask.min()) / (mask.max() - mask.min())
+            scores.append(sign * saliency.OBJECTIVES[objective](model(masked[None]), k[None])[0].detach())
+        layer_cams.append(layer_cam.clamp(min=0))
+        weights = [float(score.exp()) for score in scores]
+        total = sum(w * m for w, m in zip(weights, maps[0].detach(), strict=True)) / sum(weights)
+        score_cams.append(total.clamp(min=0))
+
+    def resize(cams):
+        return nn.functional.interpolate(torch.stack(cams)[:, None], (16, 16), mode="bilinear")[:, 0]
+
+    torch.testing.assert_close(saliency.layercam(model, x, classes, objective, layer=layer), resize(layer_cams))
+    values = saliency.scorecam(model, x, classes, objective, layer=layer, batch_size=3)
+    torch.testing.assert_close(values, resize(score_cams))
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224"])
+def test_layercam_of_a_transformer_equals_captum(name):
+    model, size_px = random_model(name)
+    layer = saliency.find_last_feature_layer(model, size_px, "layercam")
+    images, classes = torch.rand(1, 3, size_px, size_px), torch.tensor([1])
+    layer_name, axes = LAYERS[name]
+    values = saliency.layercam(model, images, classes, layer=layer)
+    parent, _, key = layer_name.rpartition(".")
+    wrapped = AsMaps(layer.module, axes)
+    setattr(model.get_submodule(parent), key, wrapped)
+    maps = attr.LayerActivation(model, wrapped.maps).attribute(images)
+    slope = attr.LayerGradientXActivation(model, wrapped.maps, multiply_by_inputs=False).attribute(images, target=1)
+    cam = (slope.relu() * maps).sum(1, keepdim=True).relu()
+    expected = nn.functional.interpolate(cam, (size_px, size_px), mode="bilinear")[:, 0].detach()
+    assert values.max() > 0
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))

@@ -56,6 +56,38 @@ def test_gram_matrix_ignores_the_order_of_positions():
     assert not torch.allclose(style.gram_matrix(x), style.gram_matrix(x.flip(0)))
 
 
+def slow_rgb(luminance_map, chroma_map):
+    """Each pixel by the equations of BT.601; the chroma of half the size by bilinear interpolation."""
+    height, width = luminance_map.shape[1:]
+    image = np.empty((3, height, width))
+    for i, j in np.ndindex(height, width):
+        y, x = (
+            min(max((k + 0.5) / 2 - 0.5, 0), side - 1) for k, side in zip((i, j), chroma_map.shape[1:], strict=True)
+        )
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, chroma_map.shape[1] - 1), min(left + 1, chroma_map.shape[2] - 1)
+        upper = (1 - x + left) * chroma_map[:, top, left] + (x - left) * chroma_map[:, top, right]
+        lower = (1 - x + left) * chroma_map[:, bottom, left] + (x - left) * chroma_map[:, bottom, right]
+        blue, red = (1 - y + top) * upper + (y - top) * lower
+        luma = luminance_map[0, i, j]
+        image[:, i, j] = luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue
+    return image
+
+
+def test_ycbcr_to_rgb_equals_slow():
+    generator = np.random.default_rng(0)
+    luma, colors = generator.random((1, 6, 8)), generator.random((2, 3, 4)) - 0.5
+    image = style.ycbcr_to_rgb(torch.tensor(luma), torch.tensor(colors))
+    np.testing.assert_allclose(image.numpy(), slow_rgb(luma, colors), atol=1e-5)
+
+
+def test_luminance_and_chroma_are_inverted():
+    image = torch.rand(3, 5, 7, dtype=torch.float64)
+    luma, colors = style.luminance(image), style.chroma(image)
+    assert float(colors.abs().max()) <= 0.5
+    torch.testing.assert_close(style.ycbcr_to_rgb(luma, colors), image)
+
+
 def test_ssim_equals_numpy():
     torch.manual_seed(0)
     x, y = torch.rand(2, 1, 11, 11, dtype=torch.float64)

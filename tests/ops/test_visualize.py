@@ -1,5 +1,8 @@
 """The Fourier parametrization and the random transformations of class visualization."""
 
+import math
+
+import pytest
 import torch
 
 from cvlab.ops import visualize
@@ -58,3 +61,32 @@ def test_blur_equals_torchvision():
     )
     flat = torch.full((1, 3, 9, 9), 0.3)
     torch.testing.assert_close(visualize.gaussian_blur(flat, 1.0), flat)
+
+
+def test_padding_surrounds_the_moved_image():
+    x = torch.rand(2, 3, 12, 12)
+    colors = torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.0]])
+    none = {"rotate_degrees": 0.0, "zoom": 0.0}
+    torch.testing.assert_close(visualize.random_affine(x, half, shift=0.5, padding=colors, **none), x)
+    shifted = visualize.random_affine(x, torch.zeros, shift=0.5, padding=colors, **none)  # by half a side up and left
+    torch.testing.assert_close(shifted[..., 6:, 6:], x[..., :6, :6])
+    torch.testing.assert_close(shifted[..., :6], colors[:, :, None, None].expand(2, 3, 12, 6))
+
+
+def test_saturation_loss_equals_slow():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    total = 0.0
+    for image in images:
+        for i in range(0, 6, 3):
+            for j in range(0, 6, 3):
+                red, green, blue = image[:, i : i + 3, j : j + 3].mean((1, 2)).tolist()
+                luma = 0.299 * red + 0.587 * green + 0.114 * blue
+                distance = math.hypot((blue - luma) / 1.772, (red - luma) / 1.402)
+                total += max(0.0, 1 - distance / 0.2) ** 2 / 4
+    assert float(visualize.saturation_loss(images, 0.2, 3)) == pytest.approx(total, abs=1e-4)
+    gray = torch.full((3, 3, 8, 8), 0.4, requires_grad=True)
+    loss = visualize.saturation_loss(gray, 0.1, 16)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(3, rel=1e-2)
+    assert gray.grad.isfinite().all()

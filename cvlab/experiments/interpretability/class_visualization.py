@@ -25,6 +25,7 @@ PIXEL_NOISE_STD = 0.225  # of the initial noise around mid-gray; ImageNet's stan
 FOURIER_NOISE_STD = 0.01
 BLUR_PROBABILITY = 0.7  # of a step
 MIN_BLUR_SIGMA = 0.3  # pixels
+SATURATION_CELL_PX = 16
 
 
 class ClassVisualizer:
@@ -72,7 +73,9 @@ class ClassVisualizer:
             images = visualize.random_roll(images, self._uniform(step, "jitter"), config.jitter_px)
         if config.rotate_degrees or config.zoom or config.shift:
             limits = {"rotate_degrees": config.rotate_degrees, "zoom": config.zoom, "shift": config.shift}
-            images = visualize.random_affine(images, self._uniform(step, "move"), **limits)
+            is_padded = config.padding == "random"
+            padding = self._uniform(step, "padding")(3 * len(images)).view(-1, 3) if is_padded else None
+            images = visualize.random_affine(images, self._uniform(step, "move"), **limits, padding=padding)
         choice, strength = self._uniform(step, "blur")(2).tolist()
         if config.blur and choice < BLUR_PROBABILITY:
             images = visualize.gaussian_blur(images, MIN_BLUR_SIGMA + strength * config.blur)
@@ -95,6 +98,9 @@ class ClassVisualizer:
         if config.tv_weight:
             horizontal, vertical = decoded.diff(dim=3).square().sum(), decoded.diff(dim=2).square().sum()
             loss = loss + config.tv_weight * (horizontal + vertical)
+        if config.saturation_weight:
+            grayness = visualize.saturation_loss(decoded, config.saturation, SATURATION_CELL_PX)
+            loss = loss + config.saturation_weight * grayness
         return {"loss": loss, "score": target_logits.detach().mean()}
 
     def update(self, state: ImageState, gradients: list[Tensor]) -> None:

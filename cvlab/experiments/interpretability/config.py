@@ -1,5 +1,6 @@
 """Configurations of saliency maps, class visualization, feature inversion and DeepDream."""
 
+import importlib.util
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +15,24 @@ from cvlab.experiments.common.photo_config import ClassName, PhotoConfig, Pretra
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
     from cvlab.models.pretrained import PretrainedClassifier
+
+SaliencyMethod = Literal[
+    "gradient",
+    "smoothgrad",
+    "integrated_gradients",
+    "gradcam",
+    "layercam",
+    "scorecam",
+    "occlusion",
+    "guided_backprop",
+    "shapley",
+]
+CAPTUM_METHODS = ("occlusion", "guided_backprop", "shapley")
+
+
+def has_captum() -> bool:
+    """Whether the package that computes `CAPTUM_METHODS` is installed."""
+    return importlib.util.find_spec("captum") is not None
 
 
 def split_layer(text: str) -> tuple[str, int | None]:
@@ -42,10 +61,20 @@ class ClassVisualizationConfig(PretrainedConfig):
     tv_weight: schema.NonNegativeFloat = Field(
         0.3, description="weight of the total variation (squared differences of neighboring pixels)"
     )
+    saturation_weight: schema.NonNegativeFloat = Field(
+        0.0, description="weight of the loss of gray regions: 1 for an image without color"
+    )
+    saturation: Annotated[schema.PositiveFloat, Le(0.5)] = Field(
+        0.12, description="distance from gray, as the length of (Cb, Cr), below which a region counts as gray"
+    )
     jitter_px: schema.NonNegativeInt = Field(0, description="roll by up to N pixels before each step")
     rotate_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
     zoom: schema.FractionBelowOne = Field(0.4, description="scale by a factor of 1 - zoom to 1 + zoom")
     shift: schema.FractionBelowOne = Field(0.2, description="translate by up to this fraction of the side")
+    padding: Literal["reflection", "random"] = Field(
+        "reflection",
+        description="around the moved image: its reflection, or a random color, which keeps objects within the border",
+    )
     blur: schema.NonNegativeFloat = Field(
         3.0, description="random Gaussian blur, its standard deviation from 0.3 to 0.3 + this, in pixels"
     )
@@ -113,18 +142,25 @@ class FeatureInversionConfig(PretrainedConfig):
 class SaliencyConfig(PhotoConfig):
     """Configuration of saliency maps: the photos, the method, the class to explain."""
 
-    method: Literal["gradient", "smoothgrad", "integrated_gradients", "gradcam"] = Field(
-        "gradient", description="how the map is computed"
-    )
+    method: SaliencyMethod = Field("gradient", description="how the map is computed")
     target: ClassName | None = Field(None, description="class to explain; null: the predicted class")
     objective: Literal["score", "loss"] = Field(
         "score", description="explain the logit of the class or its cross-entropy loss"
     )
     samples: schema.PositiveInt = Field(
-        25, description="smoothgrad: number of noisy copies; integrated_gradients: number of steps"
+        25,
+        description="smoothgrad: number of noisy copies; integrated_gradients: number of steps; shapley: number of "
+        "random orders",
     )
     noise: schema.PositiveFloat = Field(
         0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
+    )
+    window: Annotated[schema.PositiveFloat, Le(1)] = Field(
+        0.14, description="occlusion, shapley: side of a covered square, as a fraction of the side of the model's input"
+    )
+    compare: bool = Field(False, description="also draw the maps of all methods on one sheet, and score them")
+    curve_steps: Annotated[schema.PositiveInt, Le(1000)] = Field(
+        28, description="compare: number of steps in which the pixels are inserted and deleted"
     )
 
 

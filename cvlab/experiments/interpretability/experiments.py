@@ -11,10 +11,12 @@ from cvlab.config.validation import Problems
 from cvlab.data import photo_paths
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.interpretability.config import (
+    CAPTUM_METHODS,
     ClassVisualizationConfig,
     DreamConfig,
     FeatureInversionConfig,
     SaliencyConfig,
+    has_captum,
 )
 from cvlab.runs.results import Column, summarize
 from cvlab.runs.run_dir import RunDir
@@ -201,6 +203,7 @@ SALIENCY_COLUMNS = (
     Column("predicted", "prediction"),
     Column("label", "explained class"),
     Column("inside", "inside"),
+    Column("comparison", "comparison", is_file=True),
     Column("panel", "panel", is_file=True),
     Column("map", "map", is_file=True, is_part=True),
     Column("overlay", "overlay", is_file=True, is_part=True),
@@ -213,11 +216,16 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
 
     References:
         Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan
-        et al., 2017; Selvaraju et al., 2017.
+        et al., 2017; Selvaraju et al., 2017; Jiang et al., 2021 (LayerCAM); Wang et al., 2020 (Score-CAM); Zeiler and
+        Fergus, 2014 (occlusion); Springenberg et al., 2015 (guided backpropagation); Castro et al., 2009 (Shapley
+        values); Petsiuk et al., 2018 (insertion and deletion).
 
     Metrics:
         `num_photos`: number of photos.
         `inside`: fraction of the map's sum that its strongest 10 % of pixels have (0.1 for a uniform map).
+        `insertion/METHOD`, `deletion/METHOD`: with `compare`, mean area under the curve of the class's probability
+        while the pixels are inserted into the blurred photo or deleted, by a method's map; METHOD is `random` for a
+        random order.
 
     Command:
         cvlab saliency photo.jpg
@@ -226,11 +234,24 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
     name = "saliency"
     Config = SaliencyConfig
     columns = SALIENCY_COLUMNS
-    metrics = (Metric("num_photos"), Metric("inside", "fraction", "higher"))
+    metrics = (
+        Metric("num_photos"),
+        Metric("inside", "fraction", "higher"),
+        Metric("insertion/*", "fraction", "higher", lambda config: config.compare),
+        Metric("deletion/*", "fraction", "lower", lambda config: config.compare),
+    )
 
     def problems(self, config: SaliencyConfig, base: Path) -> Problems:
-        """Return what is wrong with a configuration; also classes that the model does not have."""
-        return super().problems(config, base) + config.class_problems("target", [config.target])
+        """Return what is wrong with a configuration; also classes that the model does not have, a missing package."""
+        problems = super().problems(config, base) + config.class_problems("target", [config.target])
+        if config.method in CAPTUM_METHODS and not has_captum():
+            problems.append(
+                (
+                    ("method",),
+                    f"{config.method} is computed by captum, which is not installed: pip install -e '.[explain]'",
+                )
+            )
+        return problems
 
     def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:
         """Compute the saliency maps of all photos."""
@@ -243,18 +264,22 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         saliency_maps = SaliencyMaps(config, model, ctx, target, run)
         results = photo_batches.run(config, run, saliency_maps, "saliency", self.columns)
         inside = statistics.fmean(result.values["inside"] for result in results)
-        return {"num_photos": len(results), "inside": inside}
+        metrics = {"num_photos": len(results), "inside": inside}
+        for position, row in enumerate(results[0].values.get("methods", ())):
+            for key in ("insertion", "deletion"):
+                areas = [result.values["methods"][position][key] for result in results]
+                metrics[f"{key}/{row['method']}"] = statistics.fmean(areas)
+        return metrics
 
     def plan(self, config: SaliencyConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. Raises ConfigError for an unknown class, or a method the model does not allow."""
         from cvlab.experiments.common import photo_batches
-        from cvlab.ops import saliency
+        from cvlab.experiments.interpretability.saliency_methods import check_method
 
         ctx, model = config.build()
         if config.target is not None:
             model.class_index(config.target)
-        if config.method == "gradcam":
-            saliency.find_last_feature_layer(model.module, model.transform.size_px)
+        check_method(config.method, model)
         return photo_batches.plan(config, ctx, model)
 
 

@@ -1,52 +1,34 @@
 """Saliency maps of photos: compute them, save them as images and arrays."""
 
+import contextlib
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvlab.data import photos, rng
+from cvlab.data import photos
 from cvlab.engine.device import ComputeContext
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
+from cvlab.experiments.interpretability import comparison
 from cvlab.experiments.interpretability.config import SaliencyConfig
+from cvlab.experiments.interpretability.saliency_methods import METHOD_TITLES, compute_maps, strongest_fraction
 from cvlab.models.pretrained import PretrainedClassifier
-from cvlab.ops import saliency
 from cvlab.reports import images
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 
-METHOD_TITLES = {
-    "gradient": "gradient",
-    "smoothgrad": "SmoothGrad",
-    "integrated_gradients": "integrated gradients",
-    "gradcam": "Grad-CAM",
-}
 
-
-def compute_maps(config: SaliencyConfig, model: PretrainedClassifier, inputs: Tensor, classes: Tensor) -> Tensor:
-    """Return the saliency maps (N, S, S) of model inputs (N, 3, S, S) for classes (N,)."""
-    module: nn.Module = model.module
-    if config.method == "gradient":
-        return saliency.vanilla_gradient(module, inputs, classes, config.objective)
-    if config.method == "gradcam":
-        layer = saliency.find_last_feature_layer(module, model.transform.size_px)
-        return saliency.gradcam(module, inputs, classes, config.objective, layer=layer)
-    if config.method == "integrated_gradients":
-        values = saliency.integrated_gradients(module, inputs, classes, config.objective, steps=config.samples)
-        return values.abs().sum(1)
-    std = (inputs.amax((1, 2, 3), keepdim=True) - inputs.amin((1, 2, 3), keepdim=True)) * config.noise
-
-    def noise(k: int) -> Tensor:
-        return rng.normal(config.seed, k, inputs[0].shape, "smoothgrad").to(inputs) * std
-
-    return saliency.smoothgrad(module, inputs, classes, config.objective, noise=noise, samples=config.samples)
-
-
-def strongest_fraction(values: Tensor) -> float:
-    """Return the fraction of a map's sum that the 10 % of its pixels with the highest values have."""
-    flat = values.flatten().sort(descending=True).values
-    return float(flat[: len(flat) // 10].sum() / flat.sum().clamp(min=1e-30))
+@contextlib.contextmanager
+def _checking(module: nn.Module, check_interrupt: CheckInterrupt) -> Iterator[None]:
+    """Check for an interrupt before each forward pass; some methods take hundreds of them for a photo."""
+    hook = module.register_forward_pre_hook(lambda _module, _args: check_interrupt())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class SaliencyMaps:
@@ -56,6 +38,10 @@ class SaliencyMaps:
         self, config: SaliencyConfig, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, run: RunDir
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.run = config, model, ctx, target, run
+        if config.compare:
+            self.methods, reasons = comparison.allowed_methods(model)
+            for reason in reasons:
+                run.log(f"not compared: {reason}")
 
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return one result for each photo."""
@@ -66,17 +52,34 @@ class SaliencyMaps:
         predicted = probabilities.argmax(1)
         classes = predicted if self.target is None else torch.full((len(batch),), self.target, device=ctx.device)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with ctx.autocast():
-            maps = compute_maps(self.config, model, inputs, classes.clone()).float().cpu()
+        with ctx.autocast(), _checking(model.module, check_interrupt):
+            maps = compute_maps(self.config, self.config.method, model, inputs, classes.clone()).float().cpu()
         results = []
-        for photo, values, p, index in zip(batch, maps, probabilities, classes.tolist(), strict=True):
+        for k, (photo, values, p, index) in enumerate(zip(batch, maps, probabilities, classes.tolist(), strict=True)):
             row = {
                 **model.class_score(index, float(p[index])),
                 "predicted": model.class_score(int(p.argmax()), float(p.max())),
                 "inside": strongest_fraction(values),
             }
-            results.append(PhotoResult(str(photo.path), row, self._save(photo, values, model.classes[index])))
+            files = self._save(photo, values, model.classes[index])
+            if self.config.compare:
+                with ctx.autocast(), _checking(model.module, check_interrupt):
+                    row["methods"], files["comparison"] = self._compare(photo, inputs[k], index)
+            results.append(PhotoResult(str(photo.path), row, files))
         return results
+
+    def _compare(self, photo: Photo, photo_input: Tensor, index: int) -> tuple[list[dict[str, Any]], str]:
+        """Save the sheet of all methods of a photo; return their scores and its path."""
+        view = self.model.transform(photo.image)
+        rows, tiles = comparison.compare(self.config, self.methods, self.model, photo_input, index, view)
+        random = rows[-1]
+        title = (
+            f"saliency of the {self.config.objective}: {self.model.classes[index]}. Good maps: high insertion, low "
+            f"deletion (a random order: {random['insertion']:.3f}, {random['deletion']:.3f})"
+        )
+        name = f"images/{photo.label}-comparison.png"
+        self.run.write_bytes(name, images.png(images.panel(tiles, title, has_color_bar=True)))
+        return rows, name
 
     def _save(self, photo: Photo, values: Tensor, class_name: str) -> dict[str, str]:
         """Save a map as an image, as an overlay, in a panel, and as an array; return the paths."""

@@ -58,8 +58,10 @@ class StyleConfig(PretrainedConfig):
         "relative",
         description="relative: normalize the losses, so that weights suit every model; absolute: as in the papers",
     )
-    space: Literal["pixels", "normalized"] = Field(
-        "pixels", description="optimize pixels in [0, 1], or normalized as the model's input"
+    space: Literal["ycbcr", "pixels", "normalized"] = Field(
+        "pixels",
+        description="optimize luminance and chroma, the latter at half the resolution; pixels in [0, 1]; "
+        "or pixels normalized as the model's input",
     )
     lr: schema.PositiveFloat = Field(0.05, description="learning rate of Adam")
     late_lr: schema.PositiveFloat = Field(0.01, description="for the last tenth of a scale's steps")
@@ -92,5 +94,5 @@ class StyleConfig(PretrainedConfig):
         if self.content is None and (self.init == "content" or self.masks or self.keep_colors):
             raise ValueError("without a photo: init is noise, and there are neither masks nor keep_colors")
         if self.keep_colors and self.space == "normalized":
-            raise ValueError("keep_colors requires space: pixels")
+            raise ValueError("keep_colors requires space: ycbcr or pixels")
         return self

@@ -63,17 +63,17 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
 
         transfer = prepare(config)
         task = image_optimizer.ImageOptimization(
-            state=image_optimizer.ImageState([transfer.initial_values()]),
+            state=image_optimizer.ImageState(transfer.initial_values()),
             objective=transfer.objective,
             update=transfer.update,
             steps=config.steps,
             ctx=transfer.ctx,
             config_digest=config.digest(),
             frame_steps=frozenset([*range(0, config.steps, config.preview_every), config.steps]),
-            save_frame=lambda step, state: save_frame(run, transfer.to_image(state.tensors[0]), step),
+            save_frame=lambda step, state: save_frame(run, transfer.to_image(state.tensors), step),
         )
         last = image_optimizer.optimize_image(task, run, "style")
-        image = transfer.to_image(task.state.tensors[0])
+        image = transfer.to_image(task.state.tensors)
         run.write_bytes("images/style.png", images.png(image))
         metrics = transfer.evaluate(saved_images.load(run, "images/style.png"))
         files = write_panel_and_animation(transfer, run)
@@ -87,12 +87,11 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
         from cvlab.experiments.style.transfer import prepare
 
         transfer = prepare(config)
-        last = transfer.scales[-1]
         return {
             "content": config.content,
             "styles": ", ".join(config.styles),
             "scales": ", ".join(f"{s.width} x {s.height} for {s.end - s.start} steps" for s in transfer.scales),
-            "parameters": last.width * last.height * (1 if config.keep_colors else 3),
+            "parameters": transfer.num_parameters(),
             "steps": config.steps,
             "memory_gb": round(transfer.estimate_bytes() / 1e9, 2),
             "model": config.model,

@@ -22,6 +22,8 @@ from cvlab.ops import style
 
 MAX_COARSEST_PX = 320  # longer side of the coarsest scale
 COARSE_STEPS_RATIO = 1.5  # steps of a scale, relative to the next finer one
+CHROMA_DIVISOR = 2  # size of the image relative to that of its chroma
+CHROMA_UNIT = 0.3  # of the chroma values, so that a step of Adam changes colors less than the luminance
 LATE_FRACTION = 0.9  # of a scale's steps, after which `late_lr` is used; 180 of 200 in EECS 498
 CLAMP_NORMALIZED = 1.5  # standard deviations; EECS 498
 CLAMP_FRACTION = 0.95  # of the steps, in which normalized pixels are clamped; 190 of 200 in EECS 498
@@ -64,8 +66,9 @@ def make_scales(width: int, height: int, num_scales: int | None, steps: int) -> 
 class StyleTransfer:
     """The optimization of one image: its initial values, losses and update, and its evaluation.
 
-    What is optimized are the image's "values": pixels (3, H, W) in [0, 1], or normalized as the model's input if
-    `space` is normalized, or the luminance (1, H, W) if `keep_colors` is set.
+    What is optimized are the image's "values", a list of tensors: by `space`, its luminance (1, H, W) and its chroma
+    (2, H/2, W/2), or its pixels (3, H, W) in [0, 1], or those normalized as the model's input; only the luminance if
+    `keep_colors` is set.
     """
 
     def __init__(self, config: StyleConfig, model: PretrainedClassifier, ctx: ComputeContext) -> None:
@@ -86,6 +89,14 @@ class StyleTransfer:
     def _build_target(self, scale: Scale) -> LossTargets:
         return self.targets.build(scale.width, scale.height, scale.width / self.scales[-1].width)
 
+    def num_parameters(self) -> int:
+        """Return the number of values that are optimized at the finest scale."""
+        finest = self.scales[-1]
+        if self.config.keep_colors or self.config.space != "ycbcr":
+            return finest.width * finest.height * (1 if self.config.keep_colors else 3)
+        chroma_size = math.ceil(finest.width / CHROMA_DIVISOR) * math.ceil(finest.height / CHROMA_DIVISOR)
+        return finest.width * finest.height + 2 * chroma_size
+
     def estimate_bytes(self) -> float:
         """Estimate the memory of a step at the finest scale, in bytes."""
         finest = self.scales[-1]
@@ -104,11 +115,11 @@ class StyleTransfer:
                 f"size={size} fits",
             )
 
-    def initial_values(self) -> Tensor:
+    def initial_values(self) -> list[Tensor]:
         """Return the values that the optimization starts from, at the coarsest scale."""
         image = self.initial_image(self.scales[0])
-        image = style.luminance(image) if self.config.keep_colors else image
-        return self._image_to_values(image)
+        values = self._image_to_values(style.luminance(image) if self.config.keep_colors else image)
+        return [self._resize(tensor, k, self.scales[0]) for k, tensor in enumerate(values)]
 
     def initial_image(self, scale: Scale) -> Tensor:
         """Return the content photo or uniform noise (3, H, W) at a scale, by `init`."""
@@ -119,20 +130,27 @@ class StyleTransfer:
         noise = rng.uniform(self.config.seed, 0, torch.arange(count), "style").float()
         return noise.view(3, scale.height, scale.width).to(self.ctx.device)
 
-    def _image_to_values(self, image: Tensor) -> Tensor:
+    def _image_to_values(self, image: Tensor) -> list[Tensor]:
+        """Return the values of an image (3, H, W), the chroma at its full size, or of a luminance (1, H, W)."""
         module = self.model.module
-        return image * module.scale[0] + module.shift[0] if self.config.space == "normalized" else image
+        if self.config.space == "ycbcr" and len(image) == 3:
+            return [style.luminance(image), style.chroma(image) / CHROMA_UNIT]
+        return [image * module.scale[0] + module.shift[0] if self.config.space == "normalized" else image]
 
-    def _values_to_image(self, values: Tensor) -> Tensor:
+    def _values_to_image(self, values: list[Tensor]) -> Tensor:
+        """Return the image (3, H, W), or its luminance (1, H, W), that the values stand for."""
         module = self.model.module
-        return (values - module.shift[0]) / module.scale[0] if self.config.space == "normalized" else values
+        if len(values) == 2:
+            return style.ycbcr_to_rgb(values[0], CHROMA_UNIT * values[1])
+        return (values[0] - module.shift[0]) / module.scale[0] if self.config.space == "normalized" else values[0]
 
-    def losses(self, values: Tensor, target: LossTargets) -> Losses:
-        """Return the weighted losses; the total variation is that of the values, the other losses of their image."""
-        features = self.targets.extract_features(self._values_to_image(values))
+    def losses(self, values: list[Tensor], target: LossTargets) -> Losses:
+        """Return the weighted losses; the total variation is that of normalized values, else of the image."""
+        image = self._values_to_image(values)
+        features = self.targets.extract_features(image)
         layer_losses = [weight * target.style_loss(features, name) for name, weight in target.style_weights.items()]
         style_loss = torch.stack(layer_losses).sum()
-        tv_loss = target.tv_weight * style.tv_loss(values)
+        tv_loss = target.tv_weight * style.tv_loss(values[0] if self.config.space == "normalized" else image)
         content_loss = torch.zeros_like(tv_loss)
         if target.content_features is not None and target.content_weight:
             distance = style.content_loss(features[self.layers.content], target.content_features)
@@ -142,7 +160,7 @@ class StyleTransfer:
 
     def objective(self, state: ImageState) -> Losses:
         """Return the losses at the scale of the current step."""
-        return self.losses(state.tensors[0], self.target(self.scale_at(state.step)))
+        return self.losses(state.tensors, self.target(self.scale_at(state.step)))
 
     def _lr(self, step: int) -> float:
         scale = self.scale_at(step)
@@ -152,20 +170,30 @@ class StyleTransfer:
     def update(self, state: ImageState, gradients: list[Tensor]) -> None:
         """Take a step of Adam and clamp; after the last step of a scale, upsample and reset Adam's moments."""
         self._adam(state, gradients)
-        next_scale = self.scale_at(state.step + 1)
-        values = state.tensors[0]
-        if self.config.space == "pixels":
-            values = values.clamp(0, 1)
-        elif state.step < CLAMP_FRACTION * self.config.steps:
-            values = values.clamp(-CLAMP_NORMALIZED, CLAMP_NORMALIZED)
-        size = (next_scale.height, next_scale.width)
-        if values.shape[1:] != size:
-            values = F.interpolate(values[None], size=size, mode="bicubic", antialias=True)[0]
+        values = [self._clamp(tensor, state.step) for tensor in state.tensors]
+        resized = [self._resize(tensor, k, self.scale_at(state.step + 1)) for k, tensor in enumerate(values)]
+        if resized[0].shape != values[0].shape:
             state.optimizer_state = {}
-        state.tensors[0] = values
+        state.tensors = resized
+
+    def _clamp(self, values: Tensor, step: int) -> Tensor:
+        if len(values) == 2:  # chroma
+            return values.clamp(-0.5 / CHROMA_UNIT, 0.5 / CHROMA_UNIT)
+        if self.config.space != "normalized":
+            return values.clamp(0, 1)
+        is_clamped = step < CLAMP_FRACTION * self.config.steps
+        return values.clamp(-CLAMP_NORMALIZED, CLAMP_NORMALIZED) if is_clamped else values
+
+    def _resize(self, values: Tensor, index: int, scale: Scale) -> Tensor:
+        """Return the tensor of an index among the values at a scale; the second one is the chroma."""
+        divisor = CHROMA_DIVISOR if index else 1
+        size = (math.ceil(scale.height / divisor), math.ceil(scale.width / divisor))
+        if values.shape[1:] == size:
+            return values
+        return F.interpolate(values[None], size=size, mode="bicubic", antialias=True)[0]
 
     @torch.no_grad()
-    def to_image(self, values: Tensor) -> Image.Image:
+    def to_image(self, values: list[Tensor]) -> Image.Image:
         """Return the values as an 8-bit image, with the colors of the photo if `keep_colors` is set."""
         image = self._values_to_image(values)
         content = self.targets.content_image(image.shape[2], image.shape[1])

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cvlab.config import loading
 from cvlab.data import photo_paths, photos
-from cvlab.engine import image_optimizer, memory
+from cvlab.engine import image_optimizer, memory, update_rules
 from cvlab.experiments.style import transfer as style_transfer
 from cvlab.experiments.style.sample_painting import sample_painting
 from cvlab.ops import style
@@ -80,11 +82,8 @@ class TestCommand:
         assert metrics["loss"] == pytest.approx(sum(metrics[key] for key in parts))
 
     def test_style_starts_at_its_weight_in_every_layer(self):
-        from cvlab.config import loading
-        from cvlab.experiments.style import transfer as style_transfer
-
         transfer = style_transfer.prepare(loading.load("style", ["size=96", "scales=1"]).config)
-        losses = transfer.objective(image_optimizer.ImageState([transfer.initial_values()]))
+        losses = transfer.objective(image_optimizer.ImageState(transfer.initial_values()))
         assert float(losses["style_loss"]) == pytest.approx(4 * 2000, rel=1e-3)
         assert float(losses["content_loss"]) == pytest.approx(0, abs=1e-3)
 
@@ -137,9 +136,9 @@ class TestCommand:
         assert code == 0, err
         assert json.loads(out)["metrics"]["style_loss_reduction"] > 1.1
 
-    @pytest.mark.parametrize("kind", ["adam", "scales"])
+    @pytest.mark.parametrize("kind", ["adam", "scales", "chroma"])
     def test_interrupted_run_resumes_bit_for_bit(self, cvlab, tmp_path, monkeypatch, kind):
-        args = {"scales": ("scales=2",), "adam": ()}[kind]
+        args = {"scales": ("scales=2",), "adam": (), "chroma": ("scales=2", "space=ycbcr")}[kind]
         arguments = ("run", "style", *SHORT, *args, "seed=1", "--json")
         uninterrupted = json.loads(cvlab(*arguments)[1])
         real = image_optimizer._ImageOptimizer._stop_if_set
@@ -211,3 +210,47 @@ def test_course_presets_with_weights_from_a_file(cvlab, tmp_path, preset):
     )
     assert code == 0, err
     assert json.loads(out)["metrics"]["width"] == 48  # the shorter side
+
+
+def test_course_settings_are_plain_adam_on_normalized_pixels(tmp_path):
+    """The same bits as a loop without scales, color spaces and image states."""
+    model = squeezenet("1_1", tmp_path)
+    overrides = [f"weights={tmp_path}/weights.pth", "size=40", "style_size=40", "steps=20", "threads=1"]
+    transfer = style_transfer.prepare(loading.load("style_starry_night", overrides).config)
+    state = image_optimizer.ImageState(transfer.initial_values())
+    steps = image_optimizer.optimization_steps(state, transfer.objective, transfer.update)
+    for _ in range(20):
+        next(steps)
+
+    target = transfer.target(transfer.scales[-1])
+    scale, shift = model.module.scale[0], model.module.shift[0]
+    pixels = transfer.initial_image(transfer.scales[-1]) * scale + shift
+    adam = {}
+    for step in range(20):
+        pixels.requires_grad_(True)
+        maps = transfer.targets.features((pixels - shift) / scale)
+        losses = [
+            weight * style.style_loss(maps[name], target.regions[0].gram_matrices[name])
+            for name, weight in target.style_weights.items()
+        ]
+        content_loss = 0.06 * style.content_loss(maps["features.3"], target.content_features)
+        loss = content_loss + torch.stack(losses).sum() + 0.02 * style.tv_loss(pixels)
+        gradient = torch.autograd.grad(loss, pixels)[0]
+        pixels, adam = update_rules.adam(pixels.detach(), gradient, adam, 0.1 if step >= 18 else 3.0)
+        pixels = pixels.clamp(-1.5, 1.5) if step < 19 else pixels
+    assert state.tensors[0].equal(pixels)
+
+
+def test_chroma_is_optimized_at_half_the_resolution():
+    overrides = ["space=ycbcr", "size=47", "steps=4", "scales=2", "threads=1"]
+    transfer = style_transfer.prepare(loading.load("style", overrides).config)
+    state = image_optimizer.ImageState(transfer.initial_values())
+    steps = image_optimizer.optimization_steps(state, transfer.objective, transfer.update)
+    shapes = [[tuple(tensor.shape) for tensor in state.tensors]]
+    while state.step < 4:
+        next(steps)
+        shapes.append([tuple(tensor.shape) for tensor in state.tensors])
+    assert shapes[0] == [(1, 24, 20), (2, 12, 10)]
+    assert shapes[-1] == [(1, 47, 40), (2, 24, 20)]
+    assert sum(tensor.numel() for tensor in state.tensors) == transfer.num_parameters()
+    assert transfer.to_image(state.tensors).size == (40, 47)

@@ -1,0 +1,216 @@
+"""Saliency methods of captum (Kokhlikyan et al., 2020), an extra: `pip install -e '.[explain]'`.
+
+References:
+    Zeiler and Fergus, 2014, "Visualizing and understanding convolutional networks", section 4.2 (`occlusion`).
+    Springenberg et al., 2015, "Striving for simplicity", section 3.4 (`guided_backprop`).
+    Castro et al., 2009, "Polynomial calculation of the Shapley value based on sampling" (`shapley`).
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cvlab.errors import ConfigError
+from cvlab.ops import saliency
+
+RELU_NODES = ("ReluBackward0", "HardtanhBackward0")
+OTHER_ACTIVATION_NODES = {
+    "EluBackward0": "ELU",
+    "GeluBackward0": "GELU",
+    "HardswishBackward0": "hardswish",
+    "LeakyReluBackward0": "leaky ReLU",
+    "MishBackward0": "Mish",
+    "PreluKernelBackward0": "PReLU",
+    "SiluBackward0": "SiLU",
+}
+
+
+class _ReLU6(nn.ReLU):
+    """ReLU6 as a subclass of ReLU, by which captum recognizes the modules to guide."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu6(input)
+
+
+class Objective(nn.Module):
+    """A classifier with an objective: from images (N, 3, H, W) and classes (N,) to values (N,), high for the class."""
+
+    def __init__(self, model: nn.Module, objective: str) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Return the logit of each image's class, or the negative of its cross-entropy."""
+        values = saliency.OBJECTIVES[self.objective](self.model(images), classes)
+        return -values if self.objective == "loss" else values
+
+
+def occlusion(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    objective: str = "score",
+    *,
+    fill: Tensor,
+    window_px: int,
+    batch_size: int,
+) -> Tensor:
+    """Return by how much the objective falls when a square is covered, averaged over the squares that cover a pixel.
+
+    Args:
+        model: from images to logits (N, C).
+        images: (N, 3, H, W) in [0, 1].
+        classes: int64 (N,).
+        objective: one of `saliency.OBJECTIVES`; of the loss, how much it rises.
+        fill: color (3,) of the square.
+        window_px: side of the square, which moves by half of it.
+        batch_size: number of squares in a forward pass.
+
+    Returns:
+        attributions (N, H, W), signed.
+    """
+    from captum.attr import Occlusion
+
+    values = Occlusion(Objective(model, objective)).attribute(
+        images,
+        sliding_window_shapes=(images.shape[1], window_px, window_px),
+        strides=(images.shape[1], max(1, window_px // 2), max(1, window_px // 2)),
+        baselines=fill.view(1, -1, 1, 1).expand_as(images),
+        additional_forward_args=(classes,),
+        perturbations_per_eval=batch_size,
+    )
+    maps: Tensor = values[:, 0].detach()
+    return maps
+
+
+def guided_backprop(model: nn.Module, images: Tensor, classes: Tensor, objective: str = "score") -> Tensor:
+    """Return the largest absolute value over the channels of a gradient that passes ReLUs only where positive.
+
+    Args:
+        model: from images to logits (N, C).
+        images: (N, 3, H, W) in [0, 1].
+        classes: int64 (N,).
+        objective: one of `saliency.OBJECTIVES`; of the loss, the negative is differentiated.
+
+    Returns:
+        saliency (N, H, W), not negative.
+    """
+    from captum.attr import GuidedBackprop
+
+    method = GuidedBackprop(Objective(_with_relu_modules(model), objective))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
+        values = method.attribute(images.detach().clone().requires_grad_(), additional_forward_args=(classes,))
+    maps: Tensor = values.abs().amax(1).detach()
+    return maps
+
+
+def shapley(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    objective: str = "score",
+    *,
+    fill: Tensor,
+    grid: int,
+    samples: int,
+    seed: int,
+) -> Tensor:
+    """Return the sampled Shapley values of the squares of a grid: their mean gain in random orders of uncovering.
+
+    Args:
+        model: from images to logits (N, C).
+        images: (N, 3, H, W) in [0, 1].
+        classes: int64 (N,).
+        objective: one of `saliency.OBJECTIVES`; of the loss, its negative.
+        fill: color (3,) of covered squares.
+        grid: number of squares along a side.
+        samples: number of orders, the same ones for every image.
+        seed: of the orders.
+
+    Returns:
+        attributions (N, H, W), signed; the value of a square at each of its pixels.
+    """
+    from captum.attr import ShapleyValueSampling
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        values = ShapleyValueSampling(Objective(model, objective)).attribute(
+            images,
+            baselines=fill.view(1, -1, 1, 1).expand_as(images),
+            additional_forward_args=(classes,),
+            feature_mask=grid_mask(images, grid),
+            n_samples=samples,
+            perturbations_per_eval=1,
+        )
+    maps: Tensor = values[:, 0].detach()
+    return maps
+
+
+def grid_mask(images: Tensor, grid: int) -> Tensor:
+    """Return for each pixel the number of its square in a grid: int64 (1, 1, H, W)."""
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device) * grid // height
+    columns = torch.arange(width, device=images.device) * grid // width
+    return (rows[:, None] * grid + columns)[None, None]
+
+
+def require_relus(model: nn.Module, size_px: int) -> None:
+    """Raise ConfigError unless every activation of a model is the module ReLU or ReLU6, which captum can guide.
+
+    Without the check, guided backpropagation of another network would be a plain gradient, in part or as a whole.
+    """
+    guided: set[Any] = set()
+
+    def record(_module: nn.Module, _args: object, output: Tensor) -> None:
+        guided.add(output.grad_fn)
+
+    modules = [module for module in model.modules() if isinstance(module, nn.ReLU | nn.ReLU6)]
+    hooks = [module.register_forward_hook(record) for module in modules]
+    image = torch.rand(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.enable_grad():
+            logits = model(image.to(next(model.parameters())).requires_grad_(True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = {node.name(): node for node in _nodes(logits.grad_fn) if node not in guided}
+    others = [title for name, title in OTHER_ACTIVATION_NODES.items() if name in names]
+    if others:
+        reason = f"is defined for ReLU, and this model has {others[0]}"
+    elif any(name in names for name in RELU_NODES):
+        reason = "guides ReLU modules, and this model calls ReLU as a function"
+    elif not guided:
+        reason = "is defined for ReLU, and this model has none"
+    else:
+        return
+    raise ConfigError(f"method=guided_backprop: {reason}", saliency.OTHER_METHOD)
+
+
+def _nodes(last: Any) -> Iterator[Any]:
+    """Yield the nodes of an autograd graph, each once."""
+    pending, visited = [last], {last}
+    while pending:
+        node = pending.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in visited:
+                visited.add(parent)
+                pending.append(parent)
+
+
+def _with_relu_modules(model: nn.Module) -> nn.Module:
+    """Return a copy in which each ReLU6 is a subclass of ReLU, and no activation works in place."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU6):
+                setattr(parent, name, _ReLU6())
+            elif isinstance(child, nn.ReLU):
+                child.inplace = False
+    return model

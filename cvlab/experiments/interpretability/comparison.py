@@ -1,0 +1,88 @@
+"""The saliency maps of all methods of a photo on one sheet, with their insertion and deletion scores."""
+
+import typing
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cvlab.data import rng
+from cvlab.errors import ConfigError
+from cvlab.experiments.interpretability.config import CAPTUM_METHODS, SaliencyConfig, SaliencyMethod, has_captum
+from cvlab.experiments.interpretability.saliency_methods import (
+    FORWARD_BATCH,
+    METHOD_TITLES,
+    check_method,
+    compute_maps,
+    fill_color,
+    strongest_fraction,
+)
+from cvlab.models.pretrained import PretrainedClassifier
+from cvlab.ops.saliency_scores import insertion_and_deletion
+from cvlab.reports import images
+
+RANDOM = "random"  # the order that a map should beat
+
+
+def allowed_methods(model: PretrainedClassifier) -> tuple[list[SaliencyMethod], list[str]]:
+    """Return the methods that a model allows, and why each of the others is left out."""
+    allowed: list[SaliencyMethod] = []
+    reasons = []
+    for method in typing.get_args(SaliencyMethod):
+        try:
+            if method in CAPTUM_METHODS and not has_captum():
+                raise ConfigError(f"method={method}: captum is not installed", "pip install -e '.[explain]'")
+            check_method(method, model)
+            allowed.append(method)
+        except ConfigError as error:
+            reasons.append(error.message)
+    return allowed, reasons
+
+
+def compare(
+    config: SaliencyConfig,
+    methods: list[SaliencyMethod],
+    model: PretrainedClassifier,
+    photo_input: Tensor,
+    class_index: int,
+    view: Image.Image,
+) -> tuple[list[dict[str, Any]], list[tuple[str, Image.Image]]]:
+    """Compute and score the maps of one photo.
+
+    Args:
+        config: The keys of the methods.
+        methods: Those to compare.
+        model: The classifier.
+        photo_input: The model's input (3, S, S).
+        class_index: What to explain.
+        view: The same as an image.
+
+    Returns:
+        For each method and for a random order `method`, `inside`, `insertion` and `deletion`; and the captioned
+        overlays of the methods.
+    """
+    classes = torch.tensor([class_index], device=photo_input.device)
+    rows: list[dict[str, Any]] = []
+    tiles = [("the model's input", view)]
+    for method in methods:
+        values = compute_maps(config, method, model, photo_input[None], classes.clone())[0].float()
+        areas = _score(config, model, photo_input, class_index, values)
+        rows.append({"method": method, "inside": strongest_fraction(values.cpu()), **areas})
+        caption = f"{METHOD_TITLES[method]}: insertion {areas['insertion']:.3f}, deletion {areas['deletion']:.3f}"
+        tiles.append((caption, images.overlay(view, images.scaled(values), (0, 0, *view.size))))
+    values = rng.uniform(config.seed, 0, torch.arange(photo_input[0].numel()), RANDOM).view(photo_input.shape[1:])
+    areas = _score(config, model, photo_input, class_index, values.to(photo_input))
+    rows.append({"method": RANDOM, "inside": strongest_fraction(values.float()), **areas})
+    return rows, tiles
+
+
+@torch.no_grad()
+def _score(
+    config: SaliencyConfig, model: PretrainedClassifier, photo_input: Tensor, class_index: int, values: Tensor
+) -> dict[str, float]:
+    def probability(batch: Tensor) -> Tensor:
+        return model.probabilities(batch)[:, class_index]
+
+    fill = fill_color(model)
+    return insertion_and_deletion(probability, photo_input, values, fill, config.curve_steps, FORWARD_BATCH).areas()

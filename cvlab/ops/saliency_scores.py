@@ -1,0 +1,70 @@
+"""How well a saliency map names the pixels that a prediction depends on.
+
+References:
+    Petsiuk et al., 2018, "RISE: Randomized input sampling for explanation of black-box models", section 4.3.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cvlab.ops import visualize
+
+BLUR = 5 / 224  # standard deviation of the blur, as a fraction of the image's side
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The probability of a class after each step of insertion and of deletion; float32 (steps + 1,) each.
+
+    Attributes:
+        insertion: Starts with the blurred image, ends with the image.
+        deletion: Starts with the image, ends with the fill.
+    """
+
+    insertion: Tensor
+    deletion: Tensor
+
+    def areas(self) -> dict[str, float]:
+        """Return the area under each curve, in [0, 1]: a good map has a high `insertion` and a low `deletion`."""
+        return {"insertion": _area(self.insertion), "deletion": _area(self.deletion)}
+
+
+def insertion_and_deletion(
+    probability: Callable[[Tensor], Tensor], image: Tensor, saliency: Tensor, fill: Tensor, steps: int, batch_size: int
+) -> Curves:
+    """Insert the pixels of an image into its blurred copy, and delete them, the most important ones first.
+
+    Args:
+        probability: from images (N, 3, H, W) to the probability (N,) of the class.
+        image: (3, H, W) in [0, 1].
+        saliency: (H, W), high where a pixel is important. Of equal pixels, the upper left come first.
+        fill: color (3,) of deleted pixels.
+        steps: number of steps, each of H * W / steps pixels.
+        batch_size: number of images in a forward pass.
+
+    Returns:
+        The curves.
+    """
+    num_pixels = saliency.numel()
+    ranks = torch.empty(num_pixels, dtype=torch.int64, device=image.device)
+    order = saliency.flatten().argsort(descending=True, stable=True)
+    ranks[order] = torch.arange(num_pixels, device=image.device)
+    ranks = ranks.view(saliency.shape)
+    blurred = visualize.gaussian_blur(image[None], BLUR * image.shape[-1])[0]
+    empty = fill[:, None, None].expand_as(image)
+    curves = []
+    for first, last in ((blurred, image), (image, empty)):
+        values = []
+        for chunk in torch.arange(steps + 1, device=image.device).split(batch_size):
+            is_changed = ranks < (chunk * num_pixels / steps).round()[:, None, None]  # (n, H, W)
+            values.append(probability(torch.where(is_changed[:, None], last, first)).float())
+        curves.append(torch.cat(values).cpu())
+    return Curves(*curves)
+
+
+def _area(curve: Tensor) -> float:
+    """Return the area under a curve (K,) over equally spaced points in [0, 1]."""
+    return float(torch.trapezoid(curve.double()) / (len(curve) - 1))

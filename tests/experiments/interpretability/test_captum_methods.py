@@ -1,0 +1,104 @@
+"""The methods of captum, compared with direct calls."""
+
+import pytest
+import torch
+from torch import nn
+
+from cvlab.errors import ConfigError
+from cvlab.experiments.interpretability import captum_methods
+
+attr = pytest.importorskip("captum.attr")
+
+
+@pytest.fixture
+def small_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 6, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5)
+    )
+    return model.double().eval(), torch.rand(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 3, 4])
+
+
+def test_occlusion_equals_captum(small_model):
+    model, x, classes = small_model
+    fill = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    values = captum_methods.occlusion(model, x, classes, fill=fill, window_px=4, batch_size=5)
+    expected = attr.Occlusion(model).attribute(
+        x, (3, 4, 4), (3, 2, 2), fill.view(1, 3, 1, 1).expand_as(x), target=classes
+    )
+    torch.testing.assert_close(values, expected[:, 0])
+    log_p = captum_methods.occlusion(model, x, classes, "loss", fill=fill, window_px=4, batch_size=2)
+    expected = attr.Occlusion(lambda images: model(images).log_softmax(1)).attribute(
+        x, (3, 4, 4), (3, 2, 2), fill.view(1, 3, 1, 1).expand_as(x), target=classes
+    )
+    torch.testing.assert_close(log_p, expected[:, 0])
+
+
+def test_shapley_equals_captum_and_is_complete(small_model):
+    model, x, classes = small_model
+    fill = torch.zeros(3, dtype=torch.float64)
+    state = torch.get_rng_state()
+    values = captum_methods.shapley(model, x, classes, fill=fill, grid=3, samples=4, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    mask = captum_methods.grid_mask(x, 3)
+    torch.manual_seed(5)
+    expected = attr.ShapleyValueSampling(model).attribute(
+        x, torch.zeros_like(x), target=classes, feature_mask=mask, n_samples=4
+    )
+    torch.testing.assert_close(values, expected[:, 0])
+    gain = (model(x) - model(torch.zeros_like(x))).gather(1, classes[:, None])[:, 0]
+    total = sum(values[:, (mask == k)[0, 0]][:, 0] for k in range(9))
+    torch.testing.assert_close(total.double(), gain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks")
+def test_guided_backprop_equals_captum(small_model):
+    model, x, classes = small_model
+    values = captum_methods.guided_backprop(model, x, classes)
+    expected = attr.GuidedBackprop(model).attribute(x.clone().requires_grad_(), target=classes)
+    torch.testing.assert_close(values, expected.abs().amax(1))
+
+
+class GuidedReLU6(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(0, 6)
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        return slope.clamp(min=0) * ((x > 0) & (x < 6))
+
+
+def test_guided_backprop_guides_relu6():
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 8, 3).double(), nn.Linear(8 * 36, 4).double()
+    model = nn.Sequential(first, nn.ReLU6(inplace=True), nn.Flatten(), last)
+    x, classes = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 20, torch.tensor([1, 2])
+    values = captum_methods.guided_backprop(model, x, classes)
+    twin = x.clone().requires_grad_()
+    logits = last(GuidedReLU6.apply(first(twin)).flatten(1))
+    (expected,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), twin)
+    torch.testing.assert_close(values, expected.abs().amax(1))
+    assert isinstance(model[1], nn.ReLU6)  # the model is not changed
+    captum_methods.require_relus(model, 8)
+
+
+class Function(nn.Module):
+    def forward(self, x):
+        return x.relu()
+
+
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [
+        (nn.GELU(), "this model has GELU"),
+        (Function(), "calls ReLU as a function"),
+        (nn.Identity(), "this model has none"),
+    ],
+)
+def test_guided_backprop_refuses_other_activations(activation, reason):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), activation, nn.Flatten(), nn.Linear(144, 2))
+    with pytest.raises(ConfigError, match=f"method=guided_backprop: .*{reason}; choose another method"):
+        captum_methods.require_relus(model, 8)
