@@ -85,7 +85,7 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
     """
     experiment = registry.get_experiment(loaded.config.experiment)
     config = experiment.prepare(loaded, policy)
-    out = create_directory(config, loaded, root)
+    out = create_directory(config, loaded, root, experiment=experiment)
     with out.locked():
         config = write_inputs(config, loaded, out)
         return _execute(experiment, config, out)
@@ -126,10 +126,16 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
     return out.path
 
 
-def create_directory(config: ExperimentConfig, loaded: loading.Loaded, root: Path, is_latest: bool = True) -> RunDir:
+def create_directory(
+    config: ExperimentConfig,
+    loaded: loading.Loaded,
+    root: Path,
+    is_latest: bool = True,
+    experiment: Experiment[Any] | None = None,
+) -> RunDir:
     """Create the empty run directory of a prepared configuration, once it is known that the run could start."""
     require_trackers(config)
-    experiment = registry.get_experiment(config.experiment)
+    experiment = experiment or registry.get_experiment(config.experiment)  # what it has loaded serves the run too
     block = config.data_config()
     if block is None or not registry.is_user_file(block.name):
         # raises an error before the run directory exists

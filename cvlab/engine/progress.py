@@ -119,7 +119,7 @@ class TrainProgress:
 
 def _of_whole_model(values: Mapping[str, Value]) -> dict[str, Value]:
     """Return values without those of single layers, `NAME/LAYER`, which are in metrics.jsonl only."""
-    return {name: value for name, value in values.items() if "/" not in name}
+    return {name: value for name, value in values.items() if "/" not in str(name)}
 
 
 def logged_losses(means: Mapping[str, float]) -> dict[str, float]:

@@ -149,7 +149,7 @@ def test_restarted_processes_find_their_run(tmp_path, place, monkeypatch):
         out.set_status("running")
         out.write_json("env.json", {"launch": launched})
     place(TORCHELASTIC_RUN_ID="two", TORCHELASTIC_RESTART_COUNT="1")
-    assert launch.run_dir_of_launch(lambda: pytest.fail("a new one"), None, tmp_path).name == "b"
+    assert launch.run_dir_of_launch(lambda: pytest.fail("a new one"), tmp_path).name == "b"
 
 
 def test_the_model_of_the_all_reduce():

@@ -112,11 +112,13 @@ def test_the_verbs_on_photos_take_a_run(run, trained, cvlab):
         ("saliency", photo, "--method", "gradcam"),
         ("attack", photo, "--target", "Ring"),
         ("classvis", "--target", "ring", "--steps", "2"),
-        ("dream", photo, "--octaves", "1", "--steps", "1"),
     ):
         code, _, err = cvlab(*arguments, "--model", run.name)
         assert code in (0, 3), err
         assert "ImageNet" not in err
+    code, _, err = cvlab("dream", photo, "--octaves", "1", "--steps", "1", "--model", run.name)
+    assert code == 2  # its last layers take images of one size
+    assert "224 x 224 pixels only; name a convolutional model, or a layer before its linear ones" in err
 
 
 def test_eval_and_export_say_the_same(run, cvlab):

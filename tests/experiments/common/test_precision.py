@@ -1,5 +1,7 @@
 """The precision that shipped configurations compute in, on machines with and without hardware for bfloat16."""
 
+from typing import get_args
+
 import pytest
 
 from cvlab.config import loading
@@ -9,7 +11,10 @@ from cvlab.experiments.common.photo_config import PretrainedConfig
 
 def base_config(name):
     config = loading.load(name).config
-    return config if hasattr(config, "precision") else None
+    if "precision" not in type(config).model_fields:
+        return None
+    has_choice = "auto" in get_args(type(config).model_fields["precision"].annotation)
+    return config if has_choice or isinstance(config, PretrainedConfig) else None
 
 
 @pytest.mark.parametrize("is_fast", [True, False])

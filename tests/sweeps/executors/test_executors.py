@@ -132,7 +132,7 @@ def test_where_orphans_run_all_that_is_left_the_driver_waits(sweep, monkeypatch,
         monkeypatch.setattr(scheduler.time, "sleep", nap)
         assert drive(sweep, one_by_one(lambda trial: begun.append(trial) or finish(trial)), monkeypatch).done == 3
     assert len(begun) == (0 if ends else 1)
-    assert "waiting for 1 trials that are still running from an earlier start" in (sweep.path / "log.txt").read_text()
+    assert "waiting for 1 that are still running from an earlier start" in (sweep.path / "log.txt").read_text()
 
 
 def test_the_last_words_of_a_trial(tmp_path):
