@@ -62,8 +62,12 @@ def linf_step(image: Tensor, gradient: Tensor, original: Tensor, alpha: float, e
     Returns:
         The changed image (C, H, W) in [0, 1], at most `eps` from the original in every pixel.
     """
-    stepped = image - alpha * gradient.sign()
-    return torch.minimum(torch.maximum(stepped, original - eps), original + eps).clamp_(0, 1)
+    return project(image - alpha * gradient.sign(), original, eps)
+
+
+def project(images: Tensor, originals: Tensor, eps: float) -> Tensor:
+    """Return the nearest images that are at most `eps` from the originals in every pixel, and in [0, 1]."""
+    return torch.minimum(torch.maximum(images, originals - eps), originals + eps).clamp_(0, 1)
 
 
 def distances(before: Tensor, after: Tensor) -> dict[str, float]:

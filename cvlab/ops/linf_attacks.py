@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvlab.ops.attacks import project
+
 LogitsFn = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to logits (N, K)
 LossFn = Callable[[Tensor, Tensor], Tensor]  # logits (N, K) and labels (N,) to losses (N,), which attacks maximize
 UniformFn = Callable[[int, tuple[int, ...]], Tensor]  # number of a draw and a shape (N, ...) to numbers in [0, 1)
@@ -74,11 +76,6 @@ def misclassified(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor
     return logits_fn(images).argmax(1) != labels
 
 
-def project(images: Tensor, originals: Tensor, eps: float) -> Tensor:
-    """Return the nearest images that are at most `eps` from the originals in every pixel, and in [0, 1]."""
-    return torch.minimum(torch.maximum(images, originals - eps), originals + eps).clamp_(0, 1)
-
-
 def fgsm(logits_fn: LogitsFn, images: Tensor, labels: Tensor, eps: float) -> Tensor:
     """Move every pixel by `eps` up the gradient of the cross-entropy.
 
@@ -128,16 +125,18 @@ def pgd(
     if not stops_early:
         return _pgd_from(logits_fn, result, images, labels, eps, steps, alpha, stops_early)
     for restart in range(restarts):
-        if restart == 0:
-            starts = result
-        else:
-            noise = uniform(restart, tuple(images.shape)).to(images)
-            starts = project(images + (2 * noise - 1) * eps, images, eps)
         active = (~misclassified(logits_fn, result, labels)).nonzero()[:, 0]
         if not len(active):
             break
+        starts = result if restart == 0 else _random_starts(images, eps, uniform, restart)
         result[active] = _pgd_from(logits_fn, starts[active], images[active], labels[active], eps, steps, alpha)
     return result
+
+
+def _random_starts(images: Tensor, eps: float, uniform: UniformFn, draw: int) -> Tensor:
+    """Return random points of the ball around each image."""
+    noise = uniform(draw, tuple(images.shape)).to(images)
+    return project(images + (2 * noise - 1) * eps, images, eps)
 
 
 def _pgd_from(
@@ -200,11 +199,10 @@ def apgd(
     """
     result = images.clone()
     for restart in range(restarts):
-        noise = uniform(restart, tuple(images.shape)).to(images)
-        starts = project(images + (2 * noise - 1) * eps, images, eps)
         active = (~misclassified(logits_fn, result, labels)).nonzero()[:, 0]
         if not len(active):
             break
+        starts = _random_starts(images, eps, uniform, restart)
         result[active] = _apgd_from(logits_fn, starts[active], images[active], labels[active], eps, loss_fn, steps)
     return result
 

@@ -92,10 +92,10 @@ class RobustnessExperiment(Experiment[RobustnessConfig]):
     def run(self, config: RobustnessConfig, run: RunDir) -> dict[str, float]:
         """Measure batch by batch; a batch that is in metrics.jsonl is not measured again."""
         counts: Counter[str] = Counter()
-        num_images = 0
+        num_images, names = 0, count_names(config)
         for row in records.read_metrics(run.path):
             num_images = int(row["step"])
-            counts = Counter({name: int(row.get(f"{CORRECT}{name}", 0)) for name in count_names(config)})
+            counts = Counter({name: int(row.get(f"{CORRECT}{name}", 0)) for name in names})
         with StopRequest() as stop:
             classifiers = {
                 label: _load(config, Path(name), lambda: stop.raise_if_set(num_images, run.path.name, "image"))
@@ -116,7 +116,7 @@ class RobustnessExperiment(Experiment[RobustnessConfig]):
                     batch = slice(num_images, end)
                     counts += _measure_batch(config, classifiers, batch, check_interrupt)
                     num_images = end
-                    run.append({"step": end, **{f"{CORRECT}{name}": counts[name] for name in count_names(config)}})
+                    run.append({"step": end, **{f"{CORRECT}{name}": counts[name] for name in names}})
                     bar.update(end, "")
         accuracies = _accuracies(config, counts, num_images)
         _write_results(config, run, first, accuracies)
@@ -222,7 +222,7 @@ def _measure_batch(
     counts: Counter[str] = Counter()
     for label, classifier in classifiers.items():
         images, labels = classifier.images(batch), classifier.labels[batch]
-        pixels = images.permute(0, 3, 1, 2).float().div(255).contiguous()
+        pixels = _to_pixels(images)
         is_right = ~linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
         counts[f"{label}accuracy"] = int(is_right.sum())
         for eps, method, right_under, robust in _attack(config, classifier, pixels, is_right, batch, check_interrupt):
@@ -237,6 +237,11 @@ def _measure_batch(
         for name, severity, num_right in _corrupt(config, classifier, images, labels, batch, check_interrupt):
             counts[f"{label}{name}_accuracy/{severity}"] = num_right
     return counts
+
+
+def _to_pixels(images: "Tensor") -> "Tensor":
+    """Return images, uint8 (N, H, W, C), as (N, C, H, W) in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float().div(255).contiguous()
 
 
 def _attack(
@@ -353,7 +358,7 @@ def _corrupt(
                 return torch.stack(rows)
 
             corrupted = corruptions.apply(name, images, severity, normal)
-            pixels = corrupted.permute(0, 3, 1, 2).float().div(255).contiguous()
+            pixels = _to_pixels(corrupted)
             is_wrong = linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
             yield name, severity, int((~is_wrong).sum())
 
