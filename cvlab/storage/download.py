@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +103,19 @@ def _receive(urls: Sequence[str], partial: Path, size: int, wait: bool) -> None:
         hint = "set CVLAB_DATA to a folder that can be written"
         raise DataError(f"{partial.parent}: {error.strerror}", hint) from error
     reason = ""
-    with _exclusive(partial), contextlib.ExitStack() as bodies:
+    with _exclusive(partial) as file, contextlib.ExitStack() as bodies:
         for response in responses:
             bodies.enter_context(response.body)
         for response in responses:
             try:
-                _stream(response, partial, size, wait)
+                _stream(response, file, size, wait)
                 return
             except SlowError as error:
                 reason = error.message
             except FAILURES as error:
                 reason = f"{response.url}: {error}"
             console.info(f"warning: {reason}")
-        have = partial.stat().st_size
+        have = file.seek(0, os.SEEK_END)
     raise SlowError(
         f"{reason}; {console.format_bytes(have)} are downloaded", "--download continues, no matter how long it takes"
     )
@@ -147,9 +148,12 @@ def published_size_and_sha256(url: str) -> tuple[int, str | None]:
 
 
 @contextlib.contextmanager
-def _exclusive(partial: Path) -> Iterator[None]:
-    """Let only one process at a time append to a partial file; DataError in the others."""
-    with partial.open("ab") as file:
+def _exclusive(partial: Path) -> Iterator[FileIO]:
+    """Open a partial file to append to it; DataError while another process does.
+
+    The file may not be opened again meanwhile: closing any of its descriptors ends a record lock.
+    """
+    with partial.open("ab", buffering=0) as file:  # closing flushes nothing that could fail
         try:
             is_locked = try_lock(file.fileno())
         except OSError as error:
@@ -157,7 +161,7 @@ def _exclusive(partial: Path) -> Iterator[None]:
             raise DataError(f"{partial}: {reason}", "choose a folder on a local disk with CVLAB_DATA") from error
         if not is_locked:
             raise DataError(f"{partial}: another process is downloading it", "wait until it has finished")
-        yield
+        yield file
 
 
 def _connect(urls: Sequence[str], offset: int) -> list[_Response]:
@@ -190,34 +194,34 @@ def _open(url: str, offset: int, responses: "queue.Queue[_Response | None]") -> 
         responses.put(None)
 
 
-def _stream(response: _Response, partial: Path, size: int, wait: bool) -> None:
+def _stream(response: _Response, file: FileIO, size: int, wait: bool) -> None:
     """Append what a source sends; SlowError if it would take more than LONGEST_SECONDS."""
     if wait:
         _allow_stalls(response.body)
-    have = partial.stat().st_size
+    have = file.seek(0, os.SEEK_END)
     skip = have - response.offset  # another source has appended since this one was opened, or it ignores ranges
     start = shown = time.monotonic()
     received = 0
-    with partial.open("r+b") as file:
-        file.seek(0, os.SEEK_END)
-        for chunk in _chunks(response.body):
-            received += len(chunk)
-            file.write(chunk[skip:] if skip > 0 else chunk)
-            skip = max(0, skip - len(chunk))
-            now = time.monotonic()
-            rate = received / max(now - start, 1e-6)
-            left = (size - max(response.offset + received, have)) / max(rate, 1.0)
-            if now - shown > REPORT_SECONDS:
-                shown = now
-                done = console.format_bytes(min(size, response.offset + received))
-                console.info(
-                    f"{partial.stem}: {done} of {console.format_bytes(size)}, {console.format_bytes(rate)}/s, "
-                    f"{console.format_seconds(left)} left"
-                )
-            if not wait and now - start > MEASURE_SECONDS and left > LONGEST_SECONDS:
-                raise SlowError(f"{response.url} sends {console.format_bytes(rate)}/s, {left / 60:.0f} minutes in all")
-    if partial.stat().st_size < size:
-        raise OSError(f"cut off after {partial.stat().st_size} of {size} bytes")
+    for chunk in _chunks(response.body):
+        received += len(chunk)
+        data = memoryview(chunk)[max(0, skip) :]
+        while data:  # a write may be partial
+            data = data[file.write(data) :]
+        skip = max(0, skip - len(chunk))
+        now = time.monotonic()
+        rate = received / max(now - start, 1e-6)
+        left = (size - max(response.offset + received, have)) / max(rate, 1.0)
+        if now - shown > REPORT_SECONDS:
+            shown = now
+            done = console.format_bytes(min(size, response.offset + received))
+            console.info(
+                f"{Path(file.name).stem}: {done} of {console.format_bytes(size)}, {console.format_bytes(rate)}/s, "
+                f"{console.format_seconds(left)} left"
+            )
+        if not wait and now - start > MEASURE_SECONDS and left > LONGEST_SECONDS:
+            raise SlowError(f"{response.url} sends {console.format_bytes(rate)}/s, {left / 60:.0f} minutes in all")
+    if file.tell() < size:
+        raise OSError(f"cut off after {file.tell()} of {size} bytes")
 
 
 def _allow_stalls(body: Any) -> None:

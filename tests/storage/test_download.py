@@ -153,6 +153,25 @@ def test_concurrent_downloads_do_not_mix(tmp_path):
     holder.join()
 
 
+def test_the_lock_outlasts_a_source_that_fails(tmp_path):
+    import io
+    import multiprocessing
+
+    def is_free(path):
+        with path.open("ab") as other:
+            raise SystemExit(0 if download.try_lock(other.fileno()) else 1)
+
+    partial = tmp_path / "file.partial"
+    with download._exclusive(partial) as file:
+        with pytest.raises(OSError, match="cut off after 3 of 10 bytes"):
+            download._stream(download._Response("url", io.BytesIO(b"abc"), 0), file, 10, wait=False)
+        other = multiprocessing.get_context("fork").Process(target=is_free, args=(partial,))
+        other.start()
+        other.join()
+        assert other.exitcode == 1
+    assert partial.read_bytes() == b"abc"
+
+
 def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with server(lambda handler: send(handler, CONTENT)) as (url, _), pytest.raises(DataError, match="CVLAB_DATA"):
