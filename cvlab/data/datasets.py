@@ -155,3 +155,11 @@ def check_kind(name: str, kind: str) -> None:
         require_kind(name, kind)
     except ConfigError as error:
         raise ValueError(str(error)) from error
+
+
+def check_path(name: str | None, path: str | None, photo_set: str) -> None:
+    """Check that the data set with the user's photos has a path , and no other one. Raises ValueError."""
+    if name == photo_set and path is None:
+        raise ValueError(f"name: {photo_set} requires a path")
+    if name != photo_set and path is not None:
+        raise ValueError(f"only name: {photo_set} takes a path; for another data set set path=null")

@@ -66,8 +66,7 @@ class ImageDataConfig(schema.DataConfig):
 
     @model_validator(mode="after")
     def _check_folder(self) -> "ImageDataConfig":
-        if (self.name == FOLDER) != (self.path is not None):
-            raise ValueError(f"name: {FOLDER} requires a path; no other data set takes one")
+        datasets.check_path(self.name, self.path, FOLDER)
         if not self.has_photos and (self.image_px is not None or self.test_fraction):
             raise ValueError(f"image_px and test_fraction are of name: {' or '.join(PHOTO_DATASETS)}")
         if self.val_fraction + self.test_fraction >= 1:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -35,13 +36,11 @@ class PhotoDatasetConfig(DataConfig):
     @field_validator("path")
     @classmethod
     def _absolute_path(cls, name: str | None) -> str | None:
-        return os.path.abspath(name) if name else name
+        return os.path.abspath(Path(name).expanduser()) if name else name
 
     @model_validator(mode="after")
-    def _own_path(self) -> "PhotoDatasetConfig":
-        custom = self.kind
-        if (self.name == custom) != (self.path is not None):
-            raise ValueError(f"name: {custom} requires a path; no other data set takes one")
+    def _check_path(self) -> "PhotoDatasetConfig":
+        datasets.check_path(self.name, self.path, self.kind)
         return self
 
     def items(self, name: str, splits: dict[str, tuple[Item, ...]], split: str) -> Sequence[Item]:

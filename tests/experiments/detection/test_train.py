@@ -72,6 +72,7 @@ class TestTraining:
             (("model.name=yolo_fpm",), "did you mean 'yolo_fpn'"),
             (("expect=[ap51/star>0]",), "no metric"),
             (("data.name=boxes",), "requires a path"),
+            (("data.path=photos",), "set path=null"),
             (("batch_size=4", "accumulate=3"), "3 does not divide batch_size: 4"),
         ],
     )
