@@ -190,17 +190,17 @@ class ModelOptions(OptionGroup):
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter of a command that is annotated with an `OptionGroup` by the options of the group."""
-    hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, OptionGroup)}
-    parameters, annotations = [], {name: hint for name, hint in hints.items() if name not in groups}
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name not in groups:
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+    # Not by get_type_hints: that of Python 3.10 hides the annotation of a parameter whose default is None in Optional.
+    signature = inspect.signature(command, eval_str=True)
+    groups, parameters = {}, []
+    for parameter in signature.parameters.values():
+        group = parameter.annotation
+        if not (isinstance(group, type) and issubclass(group, OptionGroup)):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
             continue
-        group = groups[parameter.name]
+        groups[parameter.name] = group
         options = get_type_hints(group, include_extras=True)
         for field in fields(group):  # type: ignore[arg-type]
-            annotations[field.name] = options[field.name]
             parameters.append(parameter.replace(name=field.name, default=field.default, annotation=options[field.name]))
 
     @functools.wraps(command)
@@ -212,7 +212,7 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**values)
 
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = annotations
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
 
 
