@@ -18,6 +18,9 @@ from cvlab.data.vocabulary import PAD
 from cvlab.experiments.captioning.config import Layers, Projection
 from cvlab.layers import modules, sequence
 
+# The output projection gets a multiple of this number of rows. oneDNN caches the kernels of up to 1,024 shapes, about
+# 3 MB each, and every batch has another number of tokens.
+ROWS_MULTIPLE = 128
 MINUS_INF = -1e9  # finite, so that sums of it stay comparable
 
 
@@ -174,7 +177,10 @@ class CaptionModel(nn.Module, ABC):
         targets = token_ids[:, 1:]
         hidden_states = self.hidden_states(self._project_for(features, photo_indices), token_ids[:, :-1])
         is_token = targets != PAD
-        return upcast(self.logits(hidden_states[is_token])), targets[is_token], is_token.nonzero()[:, 0]
+        num_tokens = int(is_token.sum())
+        positions = F.pad(is_token.flatten().nonzero()[:, 0], (0, -num_tokens % ROWS_MULTIPLE))
+        logits = upcast(self.logits(hidden_states.flatten(0, 1)[positions]))
+        return logits[:num_tokens], targets[is_token], is_token.nonzero()[:, 0]
 
 
 def feature_projection(in_channels: int, hidden_dim: int, kind: Projection) -> nn.Module:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cvlab.errors import ConfigError
+from cvlab.experiments.captioning import base
 from cvlab.experiments.captioning.model import Captioner
 from cvlab.experiments.captioning.transformer import TransformerCaptioner
 
@@ -43,6 +44,13 @@ class TestCaptioner:
         loss, token_loss = model.loss(features, token_ids, photo_indices)
         torch.testing.assert_close(loss, total / 3)
         torch.testing.assert_close(token_loss, (total / 9).detach())
+
+    def test_the_loss_projects_a_number_of_rows_that_few_batches_change(self, cell, monkeypatch):
+        model, _, *batch = self.build(cell)
+        project, shapes = model.project_output, []
+        monkeypatch.setattr(model, "project_output", lambda rows: shapes.append(rows.shape[0]) or project(rows))
+        model.loss(*batch)
+        assert shapes == [base.ROWS_MULTIPLE]
 
     def test_steps_agree_with_the_whole_caption(self, cell):
         model, _, features, token_ids, photo_indices = self.build(cell)
