@@ -115,8 +115,6 @@ def _video_stream(container: Any, source: str) -> Any:
     stream = streams[0]
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
         raise DataError(f"{source}: frames of more than {MAX_PIXELS // 10**6} megapixels", "make it smaller")
-    if not is_camera(source):
-        stream.thread_type = "AUTO"
     return stream
 
 
@@ -178,6 +176,9 @@ def read(source: str, every: int = 1, max_frames: int | None = None) -> Generato
     av = _import_av()
     with _open(source) as container:
         stream = _video_stream(container, source)
+        # Not in `probe`: closing a container while they work has been seen to wait forever (PyAV 17.1).
+        if not is_camera(source):
+            stream.thread_type = "AUTO"
         info = _info(container, stream, is_camera(source))
         first = None
         size: tuple[int, int] | None = None
