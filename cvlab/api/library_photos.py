@@ -138,8 +138,10 @@ def attack(
 
 
 def classvis(
-    targets: str | int | Sequence[str | int],
+    targets: str | int | Sequence[str | int] = (),
     *,
+    channel: str | None = None,
+    diversity: int | None = None,
     init: Literal["noise", "image"] | None = None,
     photo: StrPath | None = None,
     steps: int | None = None,
@@ -152,10 +154,12 @@ def classvis(
     trust: bool = False,
     progress: bool = False,
 ) -> Run:
-    """Generate images that maximize the score of a class.
+    """Generate images that maximize the score of a class, or the activation of a channel.
 
     Args:
         targets: Classes, by name or index; one image for each.
+        channel: Instead of classes, channels of a layer: `blocks.4:17`, `blocks.4:0-15`.
+        diversity: Number of images of each target, which are made to differ.
         init: Start from noise, or from `photo`.
         photo: With `init="image"`, the photo to start from.
         steps: Optimization steps.
@@ -174,7 +178,7 @@ def classvis(
     classes = [targets] if isinstance(targets, (str, int)) else list(targets)
     images = _photos(photo, overrides) if photo is not None else None
     values = {"targets": [str(name) for name in classes], "images": images, "init": init, "steps": steps}
-    values |= {"seed": seed, **_model(model, weights, runs_dir, trust)}
+    values |= {"channel": channel, "diversity": diversity, "seed": seed, **_model(model, weights, runs_dir, trust)}
     return _run_photos("class_visualization", values, overrides, device, runs_dir, progress)
 
 

@@ -188,6 +188,10 @@ def classvis(
         list[str] | None, typer.Argument(help="key=value; with --init image the photo to start from")
     ] = None,
     target: Annotated[str | None, typer.Option(help="classes to visualize, separated by commas")] = None,
+    channel: Annotated[
+        str | None, typer.Option(help="instead, channels of a layer: blocks.4:17, or a grid, blocks.4:0-15")
+    ] = None,
+    diversity: Annotated[int | None, typer.Option(help="number of images of each target, made to differ")] = None,
     init: Annotated[str | None, typer.Option(help="noise or image")] = None,
     steps: Annotated[int | None, typer.Option(help="optimization steps")] = None,
     seed: Seed = None,
@@ -202,9 +206,13 @@ def classvis(
 
     names, overrides = split_arguments(arguments)
     photo_paths.require_any(names)
+    if channel is not None and target is not None:
+        raise ConfigError("--channel and --target are both given", "leave one of them out")
     values = {
         "images": names or None,
-        "targets": _names(target, "--target"),
+        "targets": [] if channel is not None else _names(target, "--target"),
+        "channel": channel,
+        "diversity": diversity,
         "init": init,
         "steps": steps,
         "seed": seed,
