@@ -26,9 +26,12 @@ SaliencyMethod = Literal[
     "occlusion",
     "guided_backprop",
     "shapley",
+    "deeplift",
+    "lime",
+    "rollout",
 ]
 MAX_PICTURES = 64  # of a class visualization; all of them are one batch
-CAPTUM_METHODS = ("occlusion", "guided_backprop", "shapley")
+CAPTUM_METHODS = ("occlusion", "guided_backprop", "shapley", "deeplift", "lime")
 
 
 def has_captum() -> bool:
@@ -188,18 +191,30 @@ class SaliencyConfig(PhotoConfig):
     samples: schema.PositiveInt = Field(
         25,
         description="smoothgrad: number of noisy copies; integrated_gradients: number of steps; shapley: number of "
-        "random orders",
+        "random orders; lime: number of random images for each square",
     )
     noise: schema.PositiveFloat = Field(
         0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
     )
     window: Annotated[schema.PositiveFloat, Le(1)] = Field(
-        0.14, description="occlusion, shapley: side of a covered square, as a fraction of the side of the model's input"
+        0.14,
+        description="occlusion, shapley, lime: side of a covered square, as a fraction of that of the model's input",
     )
     compare: bool = Field(False, description="also draw the maps of all methods on one sheet, and score them")
     curve_steps: Annotated[schema.PositiveInt, Le(1000)] = Field(
         28, description="compare: number of steps in which the pixels are inserted and deleted"
     )
+    randomized: schema.Fraction = Field(
+        0.25,
+        description="compare: fraction of the layers, the last ones, that are randomized to see whether a map depends "
+        "on them; 0: do not, which takes half the time",
+    )
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "SaliencyConfig":
+        if self.method == "deeplift" and self.objective == "loss":
+            raise ValueError("method: deeplift explains the score of the class, not its loss")
+        return self
 
 
 class DreamConfig(PhotoConfig):

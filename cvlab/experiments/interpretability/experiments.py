@@ -234,7 +234,8 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan
         et al., 2017; Selvaraju et al., 2017; Jiang et al., 2021 (LayerCAM); Wang et al., 2020 (Score-CAM); Zeiler and
         Fergus, 2014 (occlusion); Springenberg et al., 2015 (guided backpropagation); Castro et al., 2009 (Shapley
-        values); Petsiuk et al., 2018 (insertion and deletion).
+        values); Shrikumar et al., 2017 (DeepLift); Ribeiro et al., 2016 (LIME); Abnar and Zuidema, 2020 (rollout);
+        Petsiuk et al., 2018 (insertion and deletion); Adebayo et al., 2018 (randomized weights).
 
     Metrics:
         `num_photos`: number of photos.
@@ -242,6 +243,8 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         `insertion/METHOD`, `deletion/METHOD`: with `compare`, mean area under the curve of the class's probability
         while the pixels are inserted into the blurred photo or deleted, by a method's map; METHOD is `random` for a
         random order.
+        `randomized/METHOD`: with `compare`, mean rank correlation of a map with the one after the last layers were
+        randomized; near 1 for a map that does not depend on what they have learned.
 
     Command:
         cvlab saliency photo.jpg
@@ -255,6 +258,7 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         Metric("inside", "fraction", "higher"),
         Metric("insertion/*", "fraction", "higher", lambda config: config.compare),
         Metric("deletion/*", "fraction", "lower", lambda config: config.compare),
+        Metric("randomized/*", "", "lower", lambda config: config.compare and config.randomized > 0),
     )
 
     def problems(self, config: SaliencyConfig, base: Path) -> Problems:
@@ -282,7 +286,7 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         inside = statistics.fmean(result.values["inside"] for result in results)
         metrics = {"num_photos": len(results), "inside": inside}
         for position, row in enumerate(results[0].values.get("methods", ())):
-            for key in ("insertion", "deletion"):
+            for key in [key for key in ("insertion", "deletion", "randomized") if key in row]:
                 areas = [result.values["methods"][position][key] for result in results]
                 metrics[f"{key}/{row['method']}"] = statistics.fmean(areas)
         return metrics
