@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "detect": "cvlab.experiments.detection.experiments:DetectExperiment",
     "detector": "cvlab.experiments.detection.experiments:DetectorExperiment",
     "dream": "cvlab.experiments.interpretability.experiments:DreamExperiment",
+    "fast_style": "cvlab.experiments.style.experiments:FastStyleExperiment",
     "feature_inversion": "cvlab.experiments.interpretability.experiments:FeatureInversionExperiment",
     "knn": "cvlab.experiments.classification.nearest_neighbors:NearestNeighborsExperiment",
     "lr_range_test": "cvlab.experiments.common.lr_range_test:LrRangeTestExperiment",

@@ -8,10 +8,11 @@ import torch
 
 from cvlab.config import loading
 from cvlab.errors import ConfigError
+from cvlab.experiments.style.config import has_network
 
 NAMES = loading.shipped_names()
 COURSE_STYLES = ("style_composition_vii", "style_scream", "style_starry_night")  # need weights that have to be fetched
-STYLES = ("style", "style_sketch", "style_texture", "style_texture_synthesis", *COURSE_STYLES)
+STYLES = ("style", "style_fast", "style_sketch", "style_texture", "style_texture_synthesis", *COURSE_STYLES)
 PHOTOS = (
     *("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course"),
     *("dream", "feature_inversion", *STYLES, "detect", "caption"),
@@ -27,6 +28,7 @@ SHORT_ENOUGH = {  # that the expectations of the whole run still hold
     "dream": ("size=160", "octaves=2"),
     "feature_inversion": ("layers=[blocks.0,blocks.3]", "steps=60"),
     "style": ("size=128", "steps=100"),
+    **({"style_fast": ()} if has_network() else {}),
 }
 VARIANTS = {  # of one in SHORT_ENOUGH; a few steps, after which nothing can be expected yet
     "class_visualization_course": ("targets=[tick]", "frames=2", "steps=2", "expect=[]"),
@@ -85,6 +87,9 @@ class TestEach:
             assert "cvlab models fetch torchvision:squeezenet1_1" in out
             return  # tests/experiments/style/test_style.py runs them with weights from a file
         plan = json.loads(out)
+        if name == "style_fast":
+            assert plan.get("network") if has_network() else code == 2
+            return
         assert code == 0
         assert plan["trials" if verb(name) == "sweep" else "parameters"] > 1
 
@@ -167,6 +172,8 @@ def test_a_name_without_its_family_is_suggested_with_it(name):
 def test_expectations_hold_on_the_fallback(name, cvlab):
     if name in COURSE_STYLES:
         pytest.skip("needs weights that have to be fetched")
+    if name == "style_fast" and not has_network():
+        pytest.skip("the extra `style` is not installed")
     if name == "cifar_96" and not torch.cuda.is_available():
         pytest.skip("hours without a GPU")
     code, out, err = cvlab(verb(name), name, "--json", "-q")

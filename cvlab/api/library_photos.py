@@ -138,8 +138,10 @@ def attack(
 
 
 def classvis(
-    targets: str | int | Sequence[str | int],
+    targets: str | int | Sequence[str | int] = (),
     *,
+    channel: str | None = None,
+    diversity: int | None = None,
     init: Literal["noise", "image"] | None = None,
     photo: StrPath | None = None,
     steps: int | None = None,
@@ -152,10 +154,12 @@ def classvis(
     trust: bool = False,
     progress: bool = False,
 ) -> Run:
-    """Generate images that maximize the score of a class.
+    """Generate images that maximize the score of a class, or the activation of a channel.
 
     Args:
         targets: Classes, by name or index; one image for each.
+        channel: Instead of classes, channels of a layer: `blocks.4:17`, `blocks.4:0-15`.
+        diversity: Number of images of each target, which are made to differ.
         init: Start from noise, or from `photo`.
         photo: With `init="image"`, the photo to start from.
         steps: Optimization steps.
@@ -174,7 +178,7 @@ def classvis(
     classes = [targets] if isinstance(targets, (str, int)) else list(targets)
     images = _photos(photo, overrides) if photo is not None else None
     values = {"targets": [str(name) for name in classes], "images": images, "init": init, "steps": steps}
-    values |= {"seed": seed, **_model(model, weights, runs_dir, trust)}
+    values |= {"channel": channel, "diversity": diversity, "seed": seed, **_model(model, weights, runs_dir, trust)}
     return _run_photos("class_visualization", values, overrides, device, runs_dir, progress)
 
 
@@ -225,9 +229,10 @@ def style(
     *,
     strength: float | None = None,
     size: int | None = None,
+    fast: bool = False,
     preset: str | None = None,
     keep_colors: bool | None = None,
-    init: Literal["content", "noise"] | None = None,
+    init: Literal["content", "noise", "fast"] | None = None,
     mix: Sequence[float] | None = None,
     masks: Sequence[StrPath] | None = None,
     style_masks: Sequence[StrPath] | None = None,
@@ -245,11 +250,12 @@ def style(
     Args:
         photo: The photo; `sample` is a bundled one.
         styles: The style images; `whirls` is a bundled one.
-        strength: Factor of the style loss.
+        strength: Factor of the style loss; with `fast` from 0 to 1.
         size: Longer side of the result in pixels.
+        fast: One pass of a feed-forward network instead of an optimization; an extra, `style`.
         preset: `painting`, or NAME of a shipped configuration `style_NAME`.
         keep_colors: Keep the colors of the photo.
-        init: Start from the photo, or from noise.
+        init: Start from the photo, from noise, or from the result of `fast`.
         mix: Weights of the styles.
         masks: Images that are white where a style applies; one per style.
         style_masks: Images that are white where the style is taken from; one per mask.
@@ -276,8 +282,13 @@ def style(
         "init": init,
     }
     values |= {"masks": where or None, "style_masks": style_where or None}
-    values |= {"keep_colors": keep_colors, "mix": mix, "seed": seed, **_model(model, weights, runs_dir, trust)}
-    return _run_photos(api_photos.style_config(preset), values, overrides, device, runs_dir, progress)
+    values |= {"keep_colors": keep_colors, "mix": mix, "seed": seed}
+    if fast:
+        values = api_photos.fast_style_values(values, {"preset": preset, "model": model, "weights": weights})
+    else:
+        values |= _model(model, weights, runs_dir, trust)
+    name = api_photos.FAST_STYLE if fast else api_photos.style_config(preset)
+    return _run_photos(name, values, overrides, device, runs_dir, progress)
 
 
 def detect(

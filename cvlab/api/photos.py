@@ -16,6 +16,7 @@ from cvlab.experiments.common import run_classifier
 from cvlab.runs import trust
 
 STYLE = "style"  # the configuration, and what the names of its presets begin with
+FAST_STYLE = "style_fast"
 Values = dict[str, Any]  # of configuration keys; None: not given
 
 
@@ -97,6 +98,21 @@ def style_config(preset: str | None) -> str:
     if preset is not None and preset not in presets:
         raise registry.unknown_name_error("preset", preset, presets)
     return presets[preset or "painting"]
+
+
+def fast_style_values(values: Values, unused: Values) -> Values:
+    """Return the keys of a fast style transfer among those of `style`; `unused` are further options.
+
+    Raises:
+        ConfigError: An option is given that has no effect.
+    """
+    fast_keys = ("content", "styles", "strength", "size", "mix", "keep_colors")
+    unused = unused | {key: value for key, value in values.items() if key not in fast_keys}
+    name = next((key for key, value in unused.items() if value is not None), None)
+    if name is not None:
+        option = {"masks": "mask", "style_masks": "style_mask"}.get(name, name).replace("_", "-")
+        raise ConfigError(f"--{option} has no effect with --fast", "leave one of them out")
+    return {key: values.get(key) for key in fast_keys}
 
 
 def attack_failure(result: Mapping[str, Any]) -> str:

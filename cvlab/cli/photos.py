@@ -188,6 +188,10 @@ def classvis(
         list[str] | None, typer.Argument(help="key=value; with --init image the photo to start from")
     ] = None,
     target: Annotated[str | None, typer.Option(help="classes to visualize, separated by commas")] = None,
+    channel: Annotated[
+        str | None, typer.Option(help="instead, channels of a layer: blocks.4:17, or a grid, blocks.4:0-15")
+    ] = None,
+    diversity: Annotated[int | None, typer.Option(help="number of images of each target, made to differ")] = None,
     init: Annotated[str | None, typer.Option(help="noise or image")] = None,
     steps: Annotated[int | None, typer.Option(help="optimization steps")] = None,
     seed: Seed = None,
@@ -202,9 +206,13 @@ def classvis(
 
     names, overrides = split_arguments(arguments)
     photo_paths.require_any(names)
+    if channel is not None and target is not None:
+        raise ConfigError("--channel and --target are both given", "leave one of them out")
     values = {
         "images": names or None,
-        "targets": _names(target, "--target"),
+        "targets": [] if channel is not None else _names(target, "--target"),
+        "channel": channel,
+        "diversity": diversity,
         "init": init,
         "steps": steps,
         "seed": seed,
@@ -243,13 +251,18 @@ def style(
         list[str] | None,
         typer.Argument(help="a photo, then one or more style images (`whirls` is a bundled one); key=value"),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="factor of the style loss; default: 1")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="factor of the style loss; with --fast from 0 to 1; default: 1")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="longer side of the result in pixels")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="one pass of a feed-forward network instead (extra `style`)")
+    ] = False,
     preset: Annotated[
         str | None, typer.Option(help="painting, or NAME of a shipped configuration style_NAME: sketch, texture, ...")
     ] = None,
     keep_colors: Annotated[bool, typer.Option("--keep-colors", help="keep the colors of the photo")] = False,
-    init: Annotated[str | None, typer.Option(help="content or noise")] = None,
+    init: Annotated[str | None, typer.Option(help="content, noise, or fast: the result of --fast")] = None,
     mix: Annotated[str | None, typer.Option(help="weights of the styles, separated by commas")] = None,
     mask: Annotated[
         list[str] | None, typer.Option(help="image that is white where a style applies; one per style")
@@ -271,8 +284,13 @@ def style(
     photos.require_style_images(names, [*(mask or []), *(style_mask or [])])
     values: Values = {"content": names[0], "styles": names[1:], "strength": strength, "size": size, "init": init}
     values |= {"keep_colors": keep_colors or None, "mix": _numbers(mix, "--mix"), "masks": mask}
-    values |= {"style_masks": style_mask, "seed": seed, **model.values(options)}
-    start(photos.style_config(preset), values, overrides, options, dry_run, output)
+    values |= {"style_masks": style_mask, "seed": seed}
+    if fast:
+        unused = {"preset": preset, "model": model.model, "weights": model.weights}
+        values = photos.fast_style_values(values, unused)
+    else:
+        values |= model.values(options)
+    start(photos.FAST_STYLE if fast else photos.style_config(preset), values, overrides, options, dry_run, output)
 
 
 def _numbers(text: str | None, flag: str) -> list[float] | None:

@@ -1,10 +1,12 @@
 """Intermediate features of pretrained classifiers, by the names of their modules."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from cvlab import registry
@@ -39,7 +41,7 @@ class FeatureExtractor:
     """A classifier cut after the last of the named layers; gives the outputs of all of them.
 
     The model is traced with torch.fx, so that no layer behind the last named one is computed or exported. A model whose
-    control flow cannot be traced is computed to its end.
+    control flow cannot be traced is stopped after the last call of a named layer.
 
     Attributes:
         model: the classifier.
@@ -61,8 +63,7 @@ class FeatureExtractor:
         modules = dict(model.module.model.named_modules())
         for name in self.names:
             if name not in modules or not name:
-                shown = [key for key in modules if key and key.count(".") < 2]
-                raise registry.unknown_name_error("layer", name, shown)
+                raise registry.unknown_name_error("layer", name, _outer_modules(model.module.model))
         for module in modules.values():
             if getattr(module, "inplace", False):
                 module.inplace = False
@@ -98,27 +99,52 @@ class FeatureExtractor:
         return features
 
 
+class _Computed(Exception):  # noqa: N818 - ends a forward pass, is no error
+    """All layers were computed; what follows is not needed."""
+
+
 class _HookedFeatures(nn.Module):
-    """The outputs of some layers of a model that cannot be traced, which is therefore computed to its end."""
+    """The outputs of some layers of a model that cannot be traced, which is computed until it has called all of them.
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    How often it calls them is counted once, with an image of the model's own size: what follows may take no other size.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], image: Tensor) -> None:
         super().__init__()
-        self.model = model
-        self._features: dict[str, Tensor] = {}
-        modules = dict(model.named_modules())
-        for name in names:
-            modules[name].register_forward_hook(self._record(name))
-
-    def _record(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._features[name] = output
-
-        return hook
+        self.model, self.names = model, names
+        self.num_calls = 0
+        with torch.inference_mode():
+            self._record(image)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        self._features = {}
-        self.model(images)
-        return self._features
+        return self._record(images, self.num_calls)
+
+    def _record(self, images: Tensor, num_calls: int | None = None) -> dict[str, Tensor]:
+        """Return the last outputs of the layers after a number of calls; None: count the calls."""
+        features: dict[str, Tensor] = {}
+        count = 0
+
+        def hook_of(name: str) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                nonlocal count
+                features[name] = output
+                count += 1
+                if count == num_calls:
+                    raise _Computed
+
+            return hook
+
+        modules = dict(self.model.named_modules())
+        handles = [modules[name].register_forward_hook(hook_of(name)) for name in self.names]
+        try:
+            self.model(images)
+        except _Computed:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.num_calls = count
+        return features
 
 
 def _trace(model: PretrainedClassifier, names: Sequence[str]) -> nn.Module:
@@ -126,7 +152,10 @@ def _trace(model: PretrainedClassifier, names: Sequence[str]) -> nn.Module:
     try:
         traced: nn.Module = graph.trace(model.module.model, {name: name for name in names})
     except graph.TRACE_FAILURES:
-        traced = _HookedFeatures(model.module.model, names)
+        size_px = model.transform.size_px
+        device = next(model.module.parameters()).device
+        image = model.module.normalize(torch.full((1, 3, size_px, size_px), 0.5, device=device))
+        traced = _HookedFeatures(model.module.model, names, image)
     except ValueError as error:
         missing = next((name for name in names if f"'{name}'" in str(error)), names[0])
         raise _no_feature_map(model, missing) from error
@@ -137,8 +166,21 @@ def _no_feature_map(model: PretrainedClassifier, name: str) -> ConfigError:
     return ConfigError(f"layer {name!r} of {model.name} gives no map (N, C, H, W)", "name another one")
 
 
+def _outer_modules(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the two outer levels by name; those of each part if it is split into trunk and tail.
+
+    A part that torch.fx has cut calls no container of modules, so all of its modules are returned.
+    """
+    parts = [(f"{name}.", child) for name, child in network.named_children() if name in ("trunk", "tail")]
+    outer = {}
+    for prefix, part in parts or [("", network)]:
+        levels = math.inf if isinstance(part, torch.fx.GraphModule) else 2
+        outer |= {prefix + name: child for name, child in part.named_modules() if name and name.count(".") < levels}
+    return outer
+
+
 def last_layer_by_stride(model: PretrainedClassifier) -> dict[int, str]:
-    """Return the last layer of each stride, among the modules of the two outer levels of a model.
+    """Return the last layer of each stride, among the outer modules of a model.
 
     Args:
         model: the classifier.
@@ -156,11 +198,13 @@ def last_layer_by_stride(model: PretrainedClassifier) -> dict[int, str]:
 
         return hook
 
-    outer = [(name, module) for name, module in model.module.model.named_modules() if name and name.count(".") < 2]
     try:
-        handles = [module.register_forward_hook(record(name)) for name, module in outer]
+        handles = [m.register_forward_hook(record(name)) for name, m in _outer_modules(model.module.model).items()]
         with torch.inference_mode():
             model.module(torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5, device=model.module.scale.device))
+    except (AssertionError, RuntimeError, ValueError):  # the last layers may take another size only
+        if not last:
+            raise
     finally:
         for handle in handles:
             handle.remove()

@@ -10,11 +10,12 @@ References:
     Selvaraju et al., 2017, "Grad-CAM", section 3 (`gradcam`).
     Jiang et al., 2021, "LayerCAM", section III-B (`layercam`).
     Wang et al., 2020, "Score-CAM", section 3.2 and algorithm 1 (`scorecam`).
+    Abnar and Zuidema, 2020, "Quantifying attention flow in transformers", section 3 (`attention_rollout`).
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,6 +276,22 @@ def _resized_cam(weighted_maps: Tensor, images: Tensor) -> Tensor:
     """Return the positive part (N, H, W) of the sum of weighted feature maps (N, K, h, w), resized to the images."""
     cam = weighted_maps.sum(1, keepdim=True).relu()  # (N, 1, h, w)
     return F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0].detach()
+
+
+def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
+    """Return how much of each token reaches each token through all layers of attention and their residual connections.
+
+    Args:
+        attentions: softmax weights (N, heads, T, T) of each layer, from the first one on; rows sum to 1.
+
+    Returns:
+        rollout (N, T, T); row i is what token i of the last layer consists of, and sums to 1.
+    """
+    identity = torch.eye(attentions[0].shape[-1]).to(attentions[0])
+    rollout = identity
+    for attention in attentions:
+        rollout = (0.5 * attention.mean(1) + 0.5 * identity) @ rollout
+    return rollout
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 References:
     Petsiuk et al., 2018, "RISE: Randomized input sampling for explanation of black-box models", section 4.3.
+    Adebayo et al., 2018, "Sanity checks for saliency maps", section 3 (`randomize_last_layers`, `rank_correlation`).
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvlab.ops import visualize
 
@@ -68,3 +70,43 @@ def insertion_and_deletion(
 def _area(curve: Tensor) -> float:
     """Return the area under a curve (K,) over equally spaced points in [0, 1]."""
     return float(torch.trapezoid(curve.double()) / (len(curve) - 1))
+
+
+@torch.no_grad()
+def randomize_last_layers(model: nn.Module, fraction: float, seed: int) -> nn.Module:
+    """Return a copy of a model whose last layers have their weights in random order, which keeps their scale.
+
+    Args:
+        model: any.
+        fraction: of the linear layers and convolutions, by the order of registration; at least the last one.
+        seed: of the order.
+    """
+    randomized = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    layers = [layer for layer in randomized.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    for layer in layers[-max(1, round(fraction * len(layers))) :]:
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view(parameter.shape))
+    return randomized
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Return Spearman's rank correlation in [-1, 1] of two maps of one shape; equal values share their mean rank.
+
+    A map of equal values has no order: the correlation is 0, or 1 if both are.
+    """
+    ranks = [_mean_ranks(values.flatten().double()) for values in (a, b)]
+    centered = [rank - rank.mean() for rank in ranks]
+    norms = [float(rank.norm()) for rank in centered]
+    if min(norms) == 0:
+        return float(max(norms) == 0)
+    return float(centered[0] @ centered[1]) / (norms[0] * norms[1])
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """Return the rank of each value of (K,), the mean of those of equal values."""
+    _, numbers, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[numbers]

@@ -184,3 +184,21 @@ def multiscale_blur(gradient: Tensor, sigma: float) -> Tensor:
     """
     blurred = [gaussian_blur(gradient[None], factor * sigma)[0] for factor in (0.5, 1.0, 2.0)]
     return torch.stack([one / one.std().clamp(min=1e-30) for one in blurred]).sum(0)
+
+
+def gram_similarity(features: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosine of the Gram matrices of pairs of images: 1 for those with the same textures.
+
+    The channels of each image are centered; the means of positive features would make every pair similar.
+
+    Args:
+        features: (N, C, H, W).
+        first: int64 (P,), the numbers of the first images of the pairs.
+        second: int64 (P,), those of the second ones.
+
+    Returns:
+        similarity (P,) in [0, 1].
+    """
+    centered = (features - features.mean((2, 3), keepdim=True)).flatten(2)  # (N, C, H*W)
+    gram_matrices = F.normalize((centered @ centered.transpose(1, 2)).flatten(1), dim=1)  # (N, C*C)
+    return (gram_matrices[first] * gram_matrices[second]).sum(1)

@@ -102,7 +102,9 @@ class WithoutNormalization(nn.Module):
 
 def test_a_model_that_cannot_be_traced_gives_its_features_all_the_same():
     model = DataDependent()
-    classifier = types.SimpleNamespace(module=WithoutNormalization(model), name="data_dependent")
+    classifier = types.SimpleNamespace(
+        module=WithoutNormalization(model), name="data_dependent", transform=types.SimpleNamespace(size_px=16)
+    )
     images = torch.rand(2, 3, 16, 16)
     extracted = features.FeatureExtractor(classifier, ["first"]).batch(images)
     torch.testing.assert_close(extracted["first"], model.first(images), rtol=0, atol=0)

@@ -1,9 +1,10 @@
-"""Insertion and deletion compared with a slow reference."""
+"""Scores of saliency maps compared with slow references."""
 
 import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from cvlab.ops import saliency_scores, visualize
 
@@ -45,3 +46,24 @@ def test_the_better_map_has_the_better_scores():
         for values in (pixels, 1 - pixels)
     )
     assert good["deletion"] < bad["deletion"] == pytest.approx(1 - 0.5 / 8)
+
+
+def test_rank_correlation():
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert saliency_scores.rank_correlation(a, a.exp()) == pytest.approx(1)
+    assert saliency_scores.rank_correlation(a, -a) == pytest.approx(-1)
+    assert saliency_scores.rank_correlation(a, torch.ones(2, 2)) == 0
+    tied = torch.tensor([0.0, 0.0, 1.0, 5.0])  # ranks 1.5, 1.5, 3, 4
+    expected = torch.corrcoef(torch.tensor([[1.5, 1.5, 3, 4], [1, 3, 2, 4]]))[0, 1]
+    assert saliency_scores.rank_correlation(tied, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(float(expected))
+
+
+def test_only_the_last_layers_are_randomized_and_keep_their_values():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 4), nn.Linear(4, 9))
+    other = saliency_scores.randomize_last_layers(model, 0.5, seed=1)
+    assert [torch.equal(a.weight, b.weight) for a, b in zip(model, other, strict=True)] == [True, True, False, False]
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
+    last = saliency_scores.randomize_last_layers(model, 0.0, seed=1)
+    assert [torch.equal(a.weight, b.weight) for a, b in zip(model, last, strict=True)] == [True, True, True, False]

@@ -4,9 +4,12 @@ References:
     Zeiler and Fergus, 2014, "Visualizing and understanding convolutional networks", section 4.2 (`occlusion`).
     Springenberg et al., 2015, "Striving for simplicity", section 3.4 (`guided_backprop`).
     Castro et al., 2009, "Polynomial calculation of the Shapley value based on sampling" (`shapley`).
+    Shrikumar et al., 2017, "Learning important features through propagating activation differences" (`deeplift`).
+    Ribeiro et al., 2016, "Why should I trust you?" (`lime`).
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +31,10 @@ OTHER_ACTIVATION_NODES = {
     "PreluKernelBackward0": "PReLU",
     "SiluBackward0": "SiLU",
 }
+
+
+RIDGE = 1.0  # penalty of the squared weights of LIME's regression, as in the authors' code for images
+COMPLETENESS_TOLERANCE = 1e-2  # of the change of the score, relative to the sum of the attributions of DeepLift
 
 
 class _ReLU6(nn.ReLU):
@@ -152,6 +159,129 @@ def shapley(
     return maps
 
 
+def lime(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    objective: str = "score",
+    *,
+    fill: Tensor,
+    grid: int,
+    samples: int,
+    batch_size: int,
+    seed: int,
+) -> Tensor:
+    """Return the weights of the squares of a grid in a linear model of the objective near the image.
+
+    The linear model is a ridge regression on randomly covered images, weighted by their similarity to the image.
+
+    Args:
+        model: from images to logits (N, C).
+        images: (N, 3, H, W) in [0, 1].
+        classes: int64 (N,).
+        objective: one of `saliency.OBJECTIVES`; of the loss, its negative.
+        fill: color (3,) of covered squares.
+        grid: number of squares along a side.
+        samples: number of covered images.
+        batch_size: of them in a forward pass.
+        seed: of what is covered.
+
+    Returns:
+        attributions (N, H, W), signed; the weight of a square at each of its pixels.
+    """
+    from captum.attr import Lime
+
+    maps = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        method = Lime(Objective(model, objective), interpretable_model=ridge_regression())
+        for image, image_class in zip(images, classes, strict=True):  # captum gives a batch of them to one regression
+            values = method.attribute(
+                image[None],
+                baselines=fill.view(1, -1, 1, 1).expand_as(image[None]),
+                additional_forward_args=(image_class[None],),
+                feature_mask=grid_mask(images, grid),
+                n_samples=samples,
+                perturbations_per_eval=batch_size,
+            )
+            maps.append(values[0, 0].detach())
+    return torch.stack(maps)
+
+
+def ridge_regression(penalty: float = RIDGE) -> Any:
+    """Return a weighted ridge regression with an intercept, as captum takes it; captum's own need scikit-learn."""
+    from captum._utils.models.model import Model
+
+    class Ridge(Model):  # type: ignore[misc]
+        def fit(self, train_data: Any, **kwargs: object) -> None:
+            parts = list(zip(*train_data, strict=True))
+            x, y, weights = (torch.cat(part).double() for part in parts)
+            weights = weights.flatten() / weights.sum()
+            x_mean, y_mean = weights @ x, weights @ y.flatten()
+            scaled = (x - x_mean) * weights[:, None] * len(x)
+            matrix = scaled.T @ (x - x_mean) + penalty * torch.eye(x.shape[1]).to(x)
+            self.weights = torch.linalg.solve(matrix, scaled.T @ (y.flatten() - y_mean))
+
+        def representation(self) -> Tensor:
+            return self.weights.float()
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x @ self.weights.to(x)
+
+    return Ridge()
+
+
+def deeplift(model: nn.Module, images: Tensor, classes: Tensor, *, baseline: Tensor) -> Tensor:
+    """Return what each input value contributes to the change of the logit from a baseline, by the rescale rule.
+
+    The attributions sum to logit(image) - logit(baseline).
+
+    Args:
+        model: from images to logits (N, C).
+        images: (N, 3, H, W) in [0, 1].
+        classes: int64 (N,).
+        baseline: color (3,) of the image that stands for nothing.
+
+    Returns:
+        attributions (N, 3, H, W), signed.
+    """
+    from captum.attr import DeepLift
+    from captum.attr._core import deep_lift
+
+    deep_lift.SUPPORTED_NON_LINEAR.setdefault(nn.ReLU6, deep_lift.nonlinear)  # captum knows the rule only for ReLU
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting forward, backward hooks")
+        values: Tensor = DeepLift(_without_in_place(model)).attribute(
+            images.detach().clone().requires_grad_(),
+            baselines=baseline.view(1, -1, 1, 1).expand_as(images),
+            target=classes,
+        )
+    return values.detach()
+
+
+def require_completeness(model: nn.Module, size_px: int, baseline: Tensor) -> None:
+    """Raise ConfigError unless the attributions of DeepLift sum to the change of the logit, for random images.
+
+    They do not where its rules do not cover an activation, such as GELU, a function, or a module that is called twice.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, size_px, size_px, generator=generator).to(next(model.parameters()))
+    classes = torch.tensor([0, 1], device=images.device)
+    with torch.no_grad():
+        changes = (model(images) - model(baseline.view(1, -1, 1, 1).expand_as(images))).gather(1, classes[:, None])[
+            :, 0
+        ]
+    try:
+        totals = deeplift(model, images, classes, baseline=baseline).sum((1, 2, 3))
+    except (AssertionError, AttributeError, RuntimeError):
+        totals = torch.full_like(changes, math.inf)
+    if not ((totals - changes).abs() <= COMPLETENESS_TOLERANCE * totals.abs().maximum(changes.abs())).all():
+        raise ConfigError(
+            "method=deeplift: is defined for ReLU modules that are called once, and this model has other activations",
+            saliency.OTHER_METHOD,
+        )
+
+
 def grid_mask(images: Tensor, grid: int) -> Tensor:
     """Return for each pixel the number of its square in a grid: int64 (1, 1, H, W)."""
     height, width = images.shape[2:]
@@ -202,6 +332,15 @@ def _nodes(last: Any) -> Iterator[Any]:
             if parent is not None and parent not in visited:
                 visited.add(parent)
                 pending.append(parent)
+
+
+def _without_in_place(model: nn.Module) -> nn.Module:
+    """Return a copy in which no activation works in place."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]
+    return model
 
 
 def _with_relu_modules(model: nn.Module) -> nn.Module:

@@ -13,13 +13,13 @@ from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.common import saved_images
 from cvlab.experiments.interpretability.config import ClassVisualizationConfig
+from cvlab.experiments.interpretability.visualization_targets import ClassTargets, Similarity, Targets
 from cvlab.models import pretrained
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import visualize
 from cvlab.reports import images
-from cvlab.runs.results import PhotoResult
+from cvlab.runs.results import PhotoResult, Row
 from cvlab.runs.run_dir import RunDir
-from cvlab.storage.file_names import file_stem
 
 PIXEL_NOISE_STD = 0.225  # of the initial noise around mid-gray; ImageNet's standard deviation
 FOURIER_NOISE_STD = 0.01
@@ -29,19 +29,18 @@ SATURATION_CELL_PX = 16
 
 
 class ClassVisualizer:
-    """The optimization of one image for each class: its initial values, losses and update, and its evaluation."""
+    """The optimization of images for classes or channels: initial values, losses and update, and the evaluation."""
 
     def __init__(
         self,
         config: ClassVisualizationConfig,
         model: PretrainedClassifier,
         ctx: ComputeContext,
-        classes: list[int],
+        targets: Targets,
         run: RunDir,
     ) -> None:
-        self.config, self.model, self.ctx, self.run = config, model, ctx, run
-        self.classes = torch.tensor(classes, device=ctx.device)
-        self.names = [f"{index}-{file_stem(model.classes[index])}" for index in classes]
+        self.config, self.model, self.ctx, self.targets, self.run = config, model, ctx, targets, run
+        self.similarity = Similarity(config, model, targets.groups) if config.diversity > 1 else None
         self.is_fourier = config.parametrization == "fourier"
         self._adam = image_optimizer.adam(lambda step: config.lr * (1 - step / config.steps))
 
@@ -51,7 +50,7 @@ class ClassVisualizer:
         noise = rng.normal(config.seed, 0, parameter_shape(config, self.model), "classvis").to(self.ctx.device)
         if config.init == "image":
             photo = self.model.transform(photos.load(photo_paths.find_images(config.images)[0]))
-            pixels = photos.to_tensor(photo).to(self.ctx.device).expand(len(self.classes), 3, size, size)
+            pixels = photos.to_tensor(photo).to(self.ctx.device).expand(config.num_pictures, 3, size, size)
             return visualize.images_to_spectrum(pixels) if self.is_fourier else pixels.clone()
         return noise * FOURIER_NOISE_STD if self.is_fourier else (0.5 + PIXEL_NOISE_STD * noise).clamp(0, 1)
 
@@ -85,14 +84,17 @@ class ClassVisualizer:
         return images
 
     def objective(self, state: ImageState) -> Losses:
-        """Return the loss: the negative logits of the classes for the transformed images, and the regularization."""
+        """Return the loss: the negative scores of the transformed images, their similarity, and the regularization."""
         config = self.config
         decoded = self._decode(state)
         augmented = self._augment(decoded, state.step)
         with self.ctx.autocast():
-            logits = self.model.module(augmented.contiguous(memory_format=torch.channels_last)).float()
-        target_logits = logits.gather(1, self.classes[:, None])[:, 0]
-        loss = -target_logits.sum()
+            scores = self.targets.scores(augmented)
+        loss = -scores.sum()
+        if self.similarity is not None and config.diversity_weight:
+            with self.ctx.autocast():
+                similarities = self.similarity(augmented)
+            loss = loss + config.diversity_weight * similarities.sum() / (config.diversity - 1)
         if config.l2_weight:
             loss = loss + config.l2_weight * ((decoded - 0.5) / PIXEL_NOISE_STD).square().sum()
         if config.tv_weight:
@@ -101,7 +103,7 @@ class ClassVisualizer:
         if config.saturation_weight:
             grayness = visualize.saturation_loss(decoded, config.saturation, SATURATION_CELL_PX)
             loss = loss + config.saturation_weight * grayness
-        return {"loss": loss, "score": target_logits.detach().mean()}
+        return {"loss": loss, "score": scores.detach().mean()}
 
     def update(self, state: ImageState, gradients: list[Tensor]) -> None:
         """Take a step of Adam on coefficients, or of a fixed L2 norm on pixels, which are clamped and blurred."""
@@ -120,27 +122,47 @@ class ClassVisualizer:
 
     def save_frames(self, step: int, state: ImageState) -> None:
         """Save the intermediate images, one file for each class."""
-        for name, image in zip(self.names, self._to_images(state), strict=True):
+        for name, image in zip(self.targets.names, self._to_images(state), strict=True):
             saved_images.save_frame(self.run, f"{name}-", step, images.png(image))
 
     def save_and_evaluate(self, state: ImageState) -> list[PhotoResult]:
-        """Save the images, their strips of frames and animations; return the predictions for the saved files."""
-        paths = [f"images/{name}.png" for name in self.names]
+        """Save the images, their strips of frames and animations, and a grid of them; return the results.
+
+        What the results say is computed from the saved files.
+        """
+        paths = [f"images/{name}.png" for name in self.targets.names]
         for path, image in zip(paths, self._to_images(state), strict=True):
             self.run.write_bytes(path, images.png(image))
-        probabilities = self.model.probabilities(self._load(paths)).cpu()
-        results = []
-        for name, path, p, index in zip(self.names, paths, probabilities, self.classes.tolist(), strict=True):
-            values = self.model.class_score(int(p.argmax()), float(p.max()))
-            values |= {"target": self.model.classes[index], "score_target": float(p[index])}
-            results.append(PhotoResult(path, values, self._save_animation(name, self.model.classes[index])))
-        return results
+        rows = self.targets.describe(self._load(paths))
+        files = {}
+        if self.config.channel is not None or self.config.diversity > 1:
+            files = {"grid": self._save_grid(paths, rows)}
+        return [
+            PhotoResult(path, values, {**self._save_animation(name, title), **files})
+            for name, title, path, values in zip(self.targets.names, self.targets.titles, paths, rows, strict=True)
+        ]
 
-    def _save_animation(self, name: str, class_name: str) -> dict[str, str]:
-        """Save the frames of a class as a sheet and as an animation; return their paths."""
+    def _save_grid(self, paths: list[str], rows: list[Row]) -> str:
+        """Save all images in one; return its path."""
+        tiles = []
+        for title, path, values in zip(self.targets.titles, paths, rows, strict=True):
+            number = f"response {values['response']:.2g}" if "response" in values else f"{values['score_target']:.2f}"
+            tiles.append((f"{title}: {number}", saved_images.load(self.run, path)))
+        title = f"{self.config.channel or 'class visualization'} of {self.config.model}"
+        self.run.write_bytes("images/grid.png", images.png(images.panel(tiles, title)))
+        return "images/grid.png"
+
+    @torch.no_grad()
+    def measure_diversity(self, results: list[PhotoResult]) -> float:
+        """Return 1 minus the mean similarity of the saved images of one target."""
+        assert self.similarity is not None
+        return 1 - float(self.similarity(self._load([result.image for result in results])).mean())
+
+    def _save_animation(self, name: str, title: str) -> dict[str, str]:
+        """Save the frames of an image as a sheet and as an animation; return their paths."""
         files = {"frames": f"images/{name}-frames.png", "animation": f"images/{name}.gif"}
         frames = saved_images.load_frames(self.run, f"{name}-")
-        title = f"class visualization of {class_name} by {self.config.model}"
+        title = f"class visualization of {title} by {self.config.model}"
         self.run.write_bytes(files["frames"], images.png(images.frames_sheet(title, frames)))
         self.run.write_bytes(files["animation"], images.gif([image for _, image in frames]))
         return files
@@ -150,15 +172,16 @@ class ClassVisualizer:
 
     def evaluate_second(self, second: Callable[[Tensor], Tensor], results: list[PhotoResult]) -> None:
         """Add the second model's predicted class and the rank of the target, from 1, to the results."""
+        assert isinstance(self.targets, ClassTargets)
         probabilities = second(self._load([result.image for result in results])).cpu()
-        for result, p, index in zip(results, probabilities, self.classes.tolist(), strict=True):
+        for result, p, index in zip(results, probabilities, self.targets.classes.tolist(), strict=True):
             result.values["second_label"] = self.model.classes[int(p.argmax())]
             result.values["second_rank"] = int((p > p[index]).sum()) + 1
 
 
 def parameter_shape(config: ClassVisualizationConfig, model: PretrainedClassifier) -> tuple[int, ...]:
     """Return the shape of the optimized parameters of all images."""
-    count, size = len(config.targets), model.transform.size_px
+    count, size = config.num_pictures, model.transform.size_px
     return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
 
 

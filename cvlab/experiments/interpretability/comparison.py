@@ -1,6 +1,7 @@
-"""The saliency maps of all methods of a photo on one sheet, with their insertion and deletion scores."""
+"""The saliency maps of all methods of a photo on one sheet, with their scores and a check by randomized weights."""
 
 import typing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from cvlab.experiments.interpretability.saliency_methods import (
     strongest_fraction,
 )
 from cvlab.models.pretrained import PretrainedClassifier
-from cvlab.ops.saliency_scores import insertion_and_deletion
+from cvlab.ops.saliency_scores import insertion_and_deletion, randomize_last_layers, rank_correlation
 from cvlab.reports import images
 
 RANDOM = "random"  # the order that a map should beat
 
 
-def allowed_methods(model: PretrainedClassifier) -> tuple[list[SaliencyMethod], list[str]]:
+def allowed_methods(config: SaliencyConfig, model: PretrainedClassifier) -> tuple[list[SaliencyMethod], list[str]]:
     """Return the methods that a model allows, and why each of the others is left out."""
     allowed: list[SaliencyMethod] = []
     reasons = []
@@ -33,6 +34,8 @@ def allowed_methods(model: PretrainedClassifier) -> tuple[list[SaliencyMethod], 
         try:
             if method in CAPTUM_METHODS and not has_captum():
                 raise ConfigError(f"method={method}: captum is not installed", "pip install -e '.[explain]'")
+            if method == "deeplift" and config.objective == "loss":
+                raise ConfigError("method=deeplift: explains the score of the class, not its loss")
             check_method(method, model)
             allowed.append(method)
         except ConfigError as error:
@@ -59,22 +62,34 @@ def compare(
         view: The same as an image.
 
     Returns:
-        For each method and for a random order `method`, `inside`, `insertion` and `deletion`; and the captioned
-        overlays of the methods.
+        For each method and for a random order `method`, `inside`, `insertion` and `deletion`, for each method also
+        `randomized` if layers are; and the captioned overlays of the methods.
     """
     classes = torch.tensor([class_index], device=photo_input.device)
     rows: list[dict[str, Any]] = []
     tiles = [("the model's input", view)]
+    randomized = _randomize(config, model)
     for method in methods:
         values = compute_maps(config, method, model, photo_input[None], classes.clone())[0].float()
         areas = _score(config, model, photo_input, class_index, values)
         rows.append({"method": method, "inside": strongest_fraction(values.cpu()), **areas})
         caption = f"{METHOD_TITLES[method]}: insertion {areas['insertion']:.3f}, deletion {areas['deletion']:.3f}"
+        if randomized is not None:
+            other = compute_maps(config, method, randomized, photo_input[None], classes.clone())[0].float()
+            rows[-1]["randomized"] = rank_correlation(values, other)
+            caption += f", randomized {rows[-1]['randomized']:.2f}"
         tiles.append((caption, images.overlay(view, images.scaled(values), (0, 0, *view.size))))
     values = rng.uniform(config.seed, 0, torch.arange(photo_input[0].numel()), RANDOM).view(photo_input.shape[1:])
     areas = _score(config, model, photo_input, class_index, values.to(photo_input))
     rows.append({"method": RANDOM, "inside": strongest_fraction(values.float()), **areas})
     return rows, tiles
+
+
+def _randomize(config: SaliencyConfig, model: PretrainedClassifier) -> PretrainedClassifier | None:
+    """Return the classifier with its last layers randomized; None if none are to be."""
+    if not config.randomized:
+        return None
+    return replace(model, module=randomize_last_layers(model.module, config.randomized, config.seed))
 
 
 @torch.no_grad()

@@ -26,8 +26,12 @@ SaliencyMethod = Literal[
     "occlusion",
     "guided_backprop",
     "shapley",
+    "deeplift",
+    "lime",
+    "rollout",
 ]
-CAPTUM_METHODS = ("occlusion", "guided_backprop", "shapley")
+MAX_PICTURES = 64  # of a class visualization; all of them are one batch
+CAPTUM_METHODS = ("occlusion", "guided_backprop", "shapley", "deeplift", "lime")
 
 
 def has_captum() -> bool:
@@ -43,10 +47,33 @@ def split_layer(text: str) -> tuple[str, int | None]:
     return match[1], int(match[2]) if match[2] else None
 
 
+def split_channels(text: str) -> tuple[str, tuple[int, ...]]:
+    """Return the name of a layer and the channels, each once, of LAYER:CHANNELS, such as `blocks.4:0-3,17`."""
+    layer, _, numbers = text.rpartition(":")
+    parts = [re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip()) for part in numbers.split(",")]
+    matches = [match for match in parts if match is not None]
+    if not layer or len(matches) < len(parts):
+        raise ValueError(f"{text!r} names no channels: blocks.4:17 is one of a layer, blocks.4:0-15 are 16 of them")
+    limits = [(int(match[1]), int(match[2] or match[1])) for match in matches]
+    if any(first > last or last - first >= MAX_PICTURES for first, last in limits):
+        raise ValueError(f"{text!r}: a range of channels goes up, and has at most {MAX_PICTURES}")
+    return layer, tuple(dict.fromkeys(channel for first, last in limits for channel in range(first, last + 1)))
+
+
 class ClassVisualizationConfig(PretrainedConfig):
-    """Configuration of class visualization: the classes, the parametrization, the regularization."""
+    """Configuration of class visualization: the classes or channels, the parametrization, the regularization."""
 
     targets: tuple[ClassName, ...] = Field(("gorilla",), description="classes to visualize, one image each")
+    channel: str | None = Field(
+        None,
+        description="instead of `targets`, channels of a layer to visualize: `blocks.4:17`, `blocks.4:0-15`",
+    )
+    diversity: Annotated[schema.PositiveInt, Le(16)] = Field(
+        1, description="number of images of each target, which are made to differ"
+    )
+    diversity_weight: schema.NonNegativeFloat = Field(
+        40.0, description="diversity: weight of the similarity of an image to the others of its target"
+    )
     init: Literal["noise", "image"] = Field("noise", description="start from noise or from the photo in `images`")
     images: tuple[str, ...] = Field((), description="with init: image, the photo to start from")
     parametrization: Literal["fourier", "pixels"] = Field(
@@ -86,12 +113,12 @@ class ClassVisualizationConfig(PretrainedConfig):
     second_model: str | None = Field(None, description="a second model to evaluate the images with")
     second_weights: str | None = Field(None, description="file with its weights")
 
-    @field_validator("targets")
+    @field_validator("channel")
     @classmethod
-    def _check_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if not targets:
-            raise ValueError("give at least one class")
-        return targets
+    def _check_channel(cls, channel: str | None) -> str | None:
+        if channel is not None:
+            split_channels(channel)
+        return channel
 
     @field_validator("images")
     @classmethod
@@ -106,7 +133,21 @@ class ClassVisualizationConfig(PretrainedConfig):
             raise ValueError("blur_every requires parametrization: pixels")
         if self.init == "image" and len(self.images) != 1:
             raise ValueError(f"init: image starts from exactly one photo, {len(self.images)} are named")
+        if self.channel is None and not self.targets:
+            raise ValueError("targets: give at least one class")
+        if self.channel is not None and self.targets:
+            raise ValueError("channel is visualized instead of classes: targets=[]")
+        if self.channel is not None and self.second_model is not None:
+            raise ValueError("second_model evaluates images of classes, not of a channel")
+        if self.num_pictures > MAX_PICTURES:
+            raise ValueError(f"{self.num_pictures} images: at most {MAX_PICTURES} are optimized together")
         return self
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of images."""
+        num_targets = len(self.targets) if self.channel is None else len(split_channels(self.channel)[1])
+        return num_targets * self.diversity
 
 
 class FeatureInversionConfig(PretrainedConfig):
@@ -150,18 +191,30 @@ class SaliencyConfig(PhotoConfig):
     samples: schema.PositiveInt = Field(
         25,
         description="smoothgrad: number of noisy copies; integrated_gradients: number of steps; shapley: number of "
-        "random orders",
+        "random orders; lime: number of random images for each square",
     )
     noise: schema.PositiveFloat = Field(
         0.15, description="smoothgrad: standard deviation of the noise, as a fraction of the photo's value range"
     )
     window: Annotated[schema.PositiveFloat, Le(1)] = Field(
-        0.14, description="occlusion, shapley: side of a covered square, as a fraction of the side of the model's input"
+        0.14,
+        description="occlusion, shapley, lime: side of a covered square, as a fraction of that of the model's input",
     )
     compare: bool = Field(False, description="also draw the maps of all methods on one sheet, and score them")
     curve_steps: Annotated[schema.PositiveInt, Le(1000)] = Field(
         28, description="compare: number of steps in which the pixels are inserted and deleted"
     )
+    randomized: schema.Fraction = Field(
+        0.25,
+        description="compare: fraction of the layers, the last ones, that are randomized to see whether a map depends "
+        "on them; 0: do not, which takes half the time",
+    )
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "SaliencyConfig":
+        if self.method == "deeplift" and self.objective == "loss":
+            raise ValueError("method: deeplift explains the score of the class, not its loss")
+        return self
 
 
 class DreamConfig(PhotoConfig):

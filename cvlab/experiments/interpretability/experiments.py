@@ -24,23 +24,29 @@ from cvlab.runs.run_dir import RunDir
 CLASS_VISUALIZATION_COLUMNS = (
     Column("label", "prediction"),
     Column("second_label", "second model"),
+    Column("channel", "channel"),
+    Column("response", "response"),
+    Column("grid", "grid", is_file=True),
     Column("frames", "frames", is_file=True),
     Column("animation", "animation", is_file=True),
 )
 
 
 class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
-    """Class visualization: maximize the logit of a class by gradient ascent, starting from noise or from a photo.
+    """Class visualization: maximize the logit of a class, or a channel of a layer, starting from noise or a photo.
 
     References:
         Simonyan et al., 2014, section 2; Yosinski et al., 2015 (jitter and blur); Olah et al., 2017 (Fourier
-        coefficients, transformation robustness).
+        coefficients, transformation robustness, channels, diversity).
 
     Differences from the papers:
         The saved 8-bit image is read back and evaluated, by a second model too if `second_model` names one.
 
     Metrics:
         `probability`: lowest probability of a target class in its saved image.
+        `response`: with `channel`, lowest mean activation of a channel in its saved image, in standard deviations of
+        the layer's activations for the bundled photo.
+        `diversity`: with `diversity`, 1 minus the mean similarity of the saved images of one target.
         `second_top5`: fraction of the images that have their target in the top 5 of the second model.
 
     Command:
@@ -52,7 +58,9 @@ class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
     columns = CLASS_VISUALIZATION_COLUMNS
     metrics = (
         Metric("num_pictures"),
-        Metric("probability", "fraction", "higher"),
+        Metric("probability", "fraction", "higher", lambda config: config.channel is None),
+        Metric("response", "", "higher", lambda config: config.channel is not None),
+        Metric("diversity", "fraction", "higher", lambda config: config.diversity > 1),
         Metric("steps"),
         Metric("seconds_of_steps", "s", "lower"),
         Metric("loss", better="lower"),
@@ -67,9 +75,10 @@ class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
         """Optimize the images of all targets together."""
         from cvlab.engine import image_optimizer
         from cvlab.experiments.interpretability.class_visualization import ClassVisualizer, build_second_model
+        from cvlab.experiments.interpretability.visualization_targets import build_targets
 
         ctx, model = config.build()
-        visualizer = ClassVisualizer(config, model, ctx, [model.class_index(name) for name in config.targets], run)
+        visualizer = ClassVisualizer(config, model, ctx, build_targets(config, model, ctx.device), run)
         task = image_optimizer.ImageOptimization(
             state=image_optimizer.ImageState([visualizer.initial_parameters()]),
             objective=visualizer.objective,
@@ -86,26 +95,33 @@ class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
         if second is not None:
             visualizer.evaluate_second(second, results)
         run.extra_summary |= summarize(results, self.columns)
-        probability = min(result.values["score_target"] for result in results)
-        metrics = {"num_pictures": len(results), "probability": probability, **losses}
+        key, name = ("score_target", "probability") if config.channel is None else ("response", "response")
+        metrics = {"num_pictures": len(results), name: min(result.values[key] for result in results), **losses}
+        if config.diversity > 1:
+            metrics["diversity"] = visualizer.measure_diversity(results)
         if second is not None:
             metrics["second_top5"] = sum(result.values["second_rank"] <= 5 for result in results) / len(results)
         return metrics
 
     def plan(self, config: ClassVisualizationConfig, base: Path) -> dict[str, Any]:
-        """Return what a run would do. Raises ConfigError for an unknown class, DataError for a missing photo."""
+        """Return what a run would do.
+
+        Raises ConfigError for an unknown class, layer or channel, DataError for a missing photo.
+        """
         from cvlab.data import photos
         from cvlab.experiments.interpretability.class_visualization import build_second_model, parameter_shape
+        from cvlab.experiments.interpretability.visualization_targets import Similarity, build_targets
 
         ctx, model = config.build()
-        for name in config.targets:
-            model.class_index(name)
+        targets = build_targets(config, model, ctx.device)
+        if config.diversity > 1:
+            Similarity(config, model, targets.groups)
         if config.init == "image":
             photos.load(photo_paths.find_images(config.images)[0])
         build_second_model(config, ctx.device)
         shape = parameter_shape(config, model)
         return {
-            "targets": ", ".join(model.classes[model.class_index(name)] for name in config.targets),
+            "targets": ", ".join(targets.titles),
             "parameters": math.prod(shape),
             "steps": config.steps,
             "model": config.model,
@@ -218,7 +234,8 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         Simonyan et al., 2014, "Deep Inside Convolutional Networks", section 3.1; Smilkov et al., 2017; Sundararajan
         et al., 2017; Selvaraju et al., 2017; Jiang et al., 2021 (LayerCAM); Wang et al., 2020 (Score-CAM); Zeiler and
         Fergus, 2014 (occlusion); Springenberg et al., 2015 (guided backpropagation); Castro et al., 2009 (Shapley
-        values); Petsiuk et al., 2018 (insertion and deletion).
+        values); Shrikumar et al., 2017 (DeepLift); Ribeiro et al., 2016 (LIME); Abnar and Zuidema, 2020 (rollout);
+        Petsiuk et al., 2018 (insertion and deletion); Adebayo et al., 2018 (randomized weights).
 
     Metrics:
         `num_photos`: number of photos.
@@ -226,6 +243,8 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         `insertion/METHOD`, `deletion/METHOD`: with `compare`, mean area under the curve of the class's probability
         while the pixels are inserted into the blurred photo or deleted, by a method's map; METHOD is `random` for a
         random order.
+        `randomized/METHOD`: with `compare`, mean rank correlation of a map with the one after the last layers were
+        randomized; near 1 for a map that does not depend on what they have learned.
 
     Command:
         cvlab saliency photo.jpg
@@ -239,6 +258,7 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         Metric("inside", "fraction", "higher"),
         Metric("insertion/*", "fraction", "higher", lambda config: config.compare),
         Metric("deletion/*", "fraction", "lower", lambda config: config.compare),
+        Metric("randomized/*", "", "lower", lambda config: config.compare and config.randomized > 0),
     )
 
     def problems(self, config: SaliencyConfig, base: Path) -> Problems:
@@ -266,7 +286,7 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         inside = statistics.fmean(result.values["inside"] for result in results)
         metrics = {"num_photos": len(results), "inside": inside}
         for position, row in enumerate(results[0].values.get("methods", ())):
-            for key in ("insertion", "deletion"):
+            for key in [key for key in ("insertion", "deletion", "randomized") if key in row]:
                 areas = [result.values["methods"][position][key] for result in results]
                 metrics[f"{key}/{row['method']}"] = statistics.fmean(areas)
         return metrics

@@ -39,7 +39,7 @@ class SaliencyMaps:
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.run = config, model, ctx, target, run
         if config.compare:
-            self.methods, reasons = comparison.allowed_methods(model)
+            self.methods, reasons = comparison.allowed_methods(config, model)
             for reason in reasons:
                 run.log(f"not compared: {reason}")
 

@@ -1,10 +1,12 @@
 """Saliency maps of a pretrained classifier by each method of the configuration."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cvlab.data import rng
-from cvlab.experiments.interpretability import captum_methods
+from cvlab.experiments.interpretability import attention, captum_methods
 from cvlab.experiments.interpretability.config import CAPTUM_METHODS, SaliencyConfig, SaliencyMethod
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import saliency
@@ -19,6 +21,9 @@ METHOD_TITLES: dict[SaliencyMethod, str] = {
     "occlusion": "occlusion",
     "guided_backprop": "guided backpropagation",
     "shapley": "Shapley values",
+    "deeplift": "DeepLift",
+    "lime": "LIME",
+    "rollout": "attention rollout",
 }
 CAM_METHODS = {"gradcam": saliency.gradcam, "layercam": saliency.layercam, "scorecam": saliency.scorecam}
 FORWARD_BATCH = 16  # images in a forward pass of methods with many of them
@@ -30,6 +35,11 @@ def check_method(method: SaliencyMethod, model: PretrainedClassifier) -> None:
         saliency.find_last_feature_layer(model.module, model.transform.size_px, method)
     if method == "guided_backprop":
         captum_methods.require_relus(model.module, model.transform.size_px)
+    if method == "deeplift":
+        captum_methods.require_completeness(model.module, model.transform.size_px, fill_color(model))
+    if method == "rollout":
+        size_px = model.transform.size_px
+        attention.rollout(model, torch.full((1, 3, size_px, size_px), 0.5, device=model.module.scale.device))
 
 
 def compute_maps(
@@ -48,6 +58,10 @@ def compute_maps(
         return values.abs().sum(1)
     if method == "guided_backprop":
         return captum_methods.guided_backprop(module, inputs, classes, objective)
+    if method == "deeplift":
+        return captum_methods.deeplift(module, inputs, classes, baseline=fill_color(model)).abs().sum(1)
+    if method == "rollout":
+        return attention.rollout(model, inputs)
     if method in CAPTUM_METHODS:
         return _perturbation_maps(config, method, model, inputs, classes)
     std = (inputs.amax((1, 2, 3), keepdim=True) - inputs.amin((1, 2, 3), keepdim=True)) * config.noise
@@ -61,7 +75,7 @@ def compute_maps(
 def _perturbation_maps(
     config: SaliencyConfig, method: SaliencyMethod, model: PretrainedClassifier, inputs: Tensor, classes: Tensor
 ) -> Tensor:
-    """Return what speaks for the classes (N,), (N, S, S): the positive values of occlusion or of Shapley values."""
+    """Return what speaks for the classes (N,), (N, S, S): the positive values of occlusion, Shapley values or LIME."""
     fill, size_px = fill_color(model), inputs.shape[-1]
     with torch.no_grad():
         if method == "occlusion":
@@ -77,16 +91,13 @@ def _perturbation_maps(
             )
         else:
             grid = min(size_px, max(1, round(1 / config.window)))
-            values = captum_methods.shapley(
-                model.module,
-                inputs,
-                classes,
-                config.objective,
-                fill=fill,
-                grid=grid,
-                samples=config.samples,
-                seed=config.seed,
-            )
+            options: dict[str, Any] = {"fill": fill, "grid": grid, "seed": config.seed}
+            arguments = (model.module, inputs, classes, config.objective)
+            if method == "shapley":
+                values = captum_methods.shapley(*arguments, **options, samples=config.samples)
+            else:
+                num_samples = config.samples * grid**2  # as many forward passes as Shapley values take
+                values = captum_methods.lime(*arguments, **options, samples=num_samples, batch_size=FORWARD_BATCH)
     return values.clamp(min=0)
 
 

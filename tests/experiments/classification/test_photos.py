@@ -116,9 +116,12 @@ def test_the_verbs_on_photos_take_a_run(run, trained, cvlab):
         code, _, err = cvlab(*arguments, "--model", run.name)
         assert code in (0, 3), err
         assert "ImageNet" not in err
-    code, _, err = cvlab("dream", photo, "--octaves", "1", "--steps", "1", "--model", run.name)
-    assert code == 2  # its last layers take images of one size
-    assert "224 x 224 pixels only; name a convolutional model, or a layer before its linear ones" in err
+    code, out, err = cvlab("dream", photo, "--octaves", "1", "--steps", "1", "--model", run.name, "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["layer"] == "trunk.blocks.4"
+    code, _, err = cvlab("dream", photo, "--layer", "blocks.4", "--model", run.name)
+    assert code == 2
+    assert "unknown layer 'blocks.4'; did you mean 'trunk.blocks.4'?" in err
 
 
 def test_eval_and_export_say_the_same(run, cvlab):

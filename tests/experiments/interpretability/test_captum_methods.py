@@ -10,6 +10,11 @@ from cvlab.experiments.interpretability import captum_methods
 attr = pytest.importorskip("captum.attr")
 
 
+class Function(nn.Module):
+    def forward(self, x):
+        return x.relu()
+
+
 @pytest.fixture
 def small_model():
     torch.manual_seed(0)
@@ -51,6 +56,60 @@ def test_shapley_equals_captum_and_is_complete(small_model):
     torch.testing.assert_close(total.double(), gain.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_lime_equals_captum_with_the_same_regression(small_model):
+    model, x, classes = small_model
+    fill = torch.zeros(3, dtype=torch.float64)
+    values = captum_methods.lime(model, x, classes, fill=fill, grid=2, samples=20, batch_size=8, seed=5)
+    mask = captum_methods.grid_mask(x, 2)
+    torch.manual_seed(5)
+    direct = attr.Lime(model, interpretable_model=captum_methods.ridge_regression())
+    for k in range(3):
+        options = {"target": int(classes[k]), "feature_mask": mask, "n_samples": 20}
+        expected = direct.attribute(x[k : k + 1], torch.zeros_like(x[:1]), **options)
+        torch.testing.assert_close(values[k], expected[0, 0])
+
+
+def test_ridge_regression_minimizes_the_weighted_squares():
+    torch.manual_seed(0)
+    x, y, weights = torch.rand(30, 4).double(), torch.rand(30, 1).double(), torch.rand(30).double()
+    regression = captum_methods.ridge_regression(0.7)
+    regression.fit([(x[:20], y[:20], weights[:20]), (x[20:], y[20:], weights[20:])])
+    unknown = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    scaled = weights / weights.mean()
+    loss = (scaled * (x @ unknown[:4] + unknown[4] - y[:, 0]) ** 2).sum() + 0.7 * (unknown[:4] ** 2).sum()
+    gradient = torch.autograd.grad(loss, unknown, create_graph=True)[0]
+    hessian = torch.stack([torch.autograd.grad(g, unknown, retain_graph=True)[0] for g in gradient])
+    expected = -torch.linalg.solve(hessian, gradient.detach())
+    torch.testing.assert_close(regression.representation().double(), expected[:4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
+def test_deeplift_equals_captum_and_is_complete(small_model):
+    model, x, classes = small_model
+    baseline = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    values = captum_methods.deeplift(model, x, classes, baseline=baseline)
+    empty = baseline.view(1, 3, 1, 1).expand_as(x)
+    plain = captum_methods._without_in_place(model)  # captum cannot hook activations that work in place
+    torch.testing.assert_close(
+        values, attr.DeepLift(plain).attribute(x.clone().requires_grad_(), empty, target=classes)
+    )
+    change = (model(x) - model(empty)).gather(1, classes[:, None])[:, 0]
+    torch.testing.assert_close(values.sum((1, 2, 3)), change.detach())
+    captum_methods.require_completeness(model, 16, baseline)
+
+
+def test_deeplift_of_relu6_and_its_refusal_of_others():
+    torch.manual_seed(0)
+    for activation, is_allowed in ((nn.ReLU6(inplace=True), True), (nn.GELU(), False), (Function(), False)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Flatten(), nn.Linear(8 * 36, 4)).double()
+        model[0].weight.data *= 5
+        if is_allowed:
+            captum_methods.require_completeness(model, 8, torch.full((3,), 0.4, dtype=torch.float64))
+        else:
+            with pytest.raises(ConfigError, match=r"method=deeplift: .*other activations; choose another method"):
+                captum_methods.require_completeness(model, 8, torch.full((3,), 0.4, dtype=torch.float64))
+
+
 @pytest.mark.filterwarnings("ignore:Setting backward hooks")
 def test_guided_backprop_equals_captum(small_model):
     model, x, classes = small_model
@@ -83,11 +142,6 @@ def test_guided_backprop_guides_relu6():
     torch.testing.assert_close(values, expected.abs().amax(1))
     assert isinstance(model[1], nn.ReLU6)  # the model is not changed
     captum_methods.require_relus(model, 8)
-
-
-class Function(nn.Module):
-    def forward(self, x):
-        return x.relu()
 
 
 @pytest.mark.parametrize(

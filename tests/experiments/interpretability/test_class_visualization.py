@@ -4,11 +4,14 @@ import json
 import signal
 
 import pytest
+import torch
 from PIL import Image
 
 from cvlab.data import photo_paths, photos
 from cvlab.engine import image_optimizer
+from cvlab.experiments.interpretability import config, visualization_targets
 from cvlab.models import pretrained
+from cvlab.ops import visualize
 from cvlab.reports import images
 
 SHORT = ("--target", "tick,9", "steps=8", "frames=2", "expect=[]", "threads=1")
@@ -76,3 +79,71 @@ def test_interrupted_run_resumes_bit_for_bit(cvlab, tmp_path, monkeypatch, kind,
     assert {k: v for k, v in uninterrupted["metrics"].items() if "seconds" not in k} == {
         k: v for k, v in resumed["metrics"].items() if "seconds" not in k
     }
+
+
+def test_split_channels():
+    assert config.split_channels("blocks.4:17") == ("blocks.4", (17,))
+    assert config.split_channels("conv:0-2,1,7") == ("conv", (0, 1, 2, 7))
+    for text in ("blocks.4", "blocks.4:", ":3", "blocks.4:a", "blocks.4:3-1", "blocks.4:0-64"):
+        with pytest.raises(ValueError, match="channels"):
+            config.split_channels(text)
+
+
+def test_similarity_of_gram_matrices():
+    features = torch.rand(1, 4, 6, 6).expand(2, -1, -1, -1)
+    first, second = torch.tensor([0]), torch.tensor([1])
+    assert float(visualize.gram_similarity(features, first, second)) == pytest.approx(1)
+    flipped = torch.stack([features[0], features[1].flip(1, 2)])
+    assert float(visualize.gram_similarity(flipped, first, second)) == pytest.approx(1), "positions do not matter"
+    separate = torch.zeros(2, 2, 6, 6)
+    separate[0, 0, :3], separate[1, 1, :3] = 1, 1
+    assert float(visualize.gram_similarity(separate, first, second)) == pytest.approx(0)
+
+
+def test_channels_of_a_layer_that_differ(cvlab, tmp_path):
+    short = ("steps=10", "frames=1", "lr=0.03", "blur=0", "gray=0", "contrast=0", "threads=1", "--json")
+    runs = []
+    for weight in (200, 0):
+        args = ("--channel", "blocks.1:0,3", "--diversity", "2", f"diversity_weight={weight}")
+        code, out, err = cvlab("classvis", *args, *short)
+        assert code == 0, err
+        runs.append(json.loads(out))
+    result, without = runs
+    assert result["metrics"]["diversity"] > 1.1 * without["metrics"]["diversity"]
+    assert [row["channel"] for row in result["results"]] == ["blocks.1:0"] * 2 + ["blocks.1:3"] * 2
+    folder = tmp_path / result["run"]
+    targets = visualization_targets.ChannelTargets(pretrained.build(), "blocks.1:0,3", 2, torch.device("cpu"))
+    frames = [folder / "images" / "frames" / f"{name}-000000.png" for name in targets.names]
+    before = targets.describe(torch.stack([photos.to_tensor(photos.load(path)) for path in frames]))
+    for row, start in zip(without["results"], before, strict=True):
+        assert row["response"] > start["response"] + 0.5
+    assert photos.load(folder / result["results"][0]["grid"]).width > 4 * 224
+
+
+def test_a_channel_depends_on_nothing_behind_its_layer():
+    model = pretrained.build()
+    targets = visualization_targets.ChannelTargets(model, "blocks.1:3", 1, torch.device("cpu"))
+    parameters = {name for name, _ in targets.extractor.module.named_parameters()}
+    assert any(name.startswith("blocks.1") for name in parameters)
+    assert not any(name.startswith(("blocks.2", "conv_head", "classifier")) for name in parameters)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--channel", "block.4:0"), "did you mean 'blocks.4'?"),
+        (("--channel", "blocks.4:112"), "its channels are 0 to 111"),
+        (("--channel", "classifier:3"), "gives no map"),
+        (("--channel", "blocks.4:0", "--target", "tick"), "--channel and --target are both given"),
+        (("--channel", "blocks.4:0", "targets=[tick]"), "channel is visualized instead of classes"),
+        (("--channel", "blocks.4:0-40", "--diversity", "2"), "82 images: at most 64"),
+        (("--channel", "blocks.4:0", "second_model=efficientnet_lite2"), "second_model evaluates images of classes"),
+        (("targets=[]",), "give at least one class"),
+    ],
+)
+def test_channels_that_do_not_exist(cvlab, tmp_path, args, message):
+    code, _, err = cvlab("classvis", *args)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()

@@ -5,10 +5,15 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from cvlab.data import photos
+from cvlab.engine import device
+from cvlab.errors import ConfigError
 from cvlab.experiments.interpretability import deep_dream
+from cvlab.models import pretrained
 from cvlab.ops import visualize
+from cvlab.ops.resample import EvalTransform
 
 SHORT = ("--layer", "blocks.2", "--octaves", "2", "--steps", "2", "--size", "96", "threads=1")
 
@@ -92,3 +97,38 @@ def test_errors_are_one_line(cvlab, arguments, code, text):
     assert result == code
     assert text in err.splitlines()[-1]
     assert len(err.splitlines()[-1]) < 300
+
+
+class Branching(nn.Module):
+    """A network whose control flow torch.fx cannot trace, and whose last layer takes images of 32 pixels only."""
+
+    num_classes = 5
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, stride=4, padding=1)
+        self.classifier = nn.Linear(4 * 4 * 4, 5)
+
+    def forward(self, images):
+        maps = self.first(images)
+        if float(maps.detach().sum()) > 0:
+            maps = maps + 0
+        return self.classifier(self.second(self.second(maps)[:, :, ::1].repeat(1, 1, 4, 4)).flatten(1))
+
+
+def test_a_network_whose_last_layer_takes_one_size_is_computed_up_to_the_layer():
+    module = pretrained.NormalizedModel(Branching(), (0.5,) * 3, (0.5,) * 3).eval()
+    model = pretrained.PretrainedClassifier("branching", module, EvalTransform(32, 32, "bilinear"), ("a",) * 5)
+    ctx = device.select_device("cpu", "float32")
+    assert deep_dream.default_layer(model) == "second"
+    extractor, _ = deep_dream.build_extractor("first", model, ctx)
+    assert extractor.batch(torch.rand(1, 3, 96, 64))["first"].shape == (1, 4, 48, 32)
+    extractor, _ = deep_dream.build_extractor("second", model, ctx)
+    image = torch.rand(1, 3, 32, 32)
+    outputs = []
+    hook = module.model.second.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    module(image)
+    hook.remove()
+    torch.testing.assert_close(extractor.batch(image)["second"], outputs[-1]), "the last of two calls"
+    with pytest.raises(ConfigError, match="no map"):
+        deep_dream.build_extractor("classifier", model, ctx)

@@ -49,7 +49,12 @@ def test_comparison(two_photos, cvlab, tmp_path, monkeypatch):
     names = ["gradient", "smoothgrad", "integrated_gradients", "gradcam", "layercam", "scorecam", "random"]
     assert [scores["method"] for scores in row["methods"]] == names
     for scores in row["methods"]:
-        for key in ("insertion", "deletion"):
+        assert ("randomized" in scores) == (scores["method"] != "random")
+        assert -1 <= scores.get("randomized", 0) < 0.95
+        for key in {"insertion", "deletion", "randomized"} & scores.keys():
+            if key == "randomized":
+                assert result["metrics"][f"{key}/{scores['method']}"] == scores[key]
+                continue
             assert 0 <= scores[key] <= 1
             assert result["metrics"][f"{key}/{scores['method']}"] == scores[key]
     assert photos.load(tmp_path / result["run"] / row["comparison"]).width > 800

@@ -73,8 +73,8 @@ class TransferClassifier(nn.Module):
         self.std.copy_(std.clamp(min=1e-3 * float(std.mean()) + 1e-12))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return logits (N, num_classes) of images (N, 3, S, S), of the trunk's maps, or of features (N, F)."""
-        if inputs.shape[1:] == self.image_shape:
+        """Return logits (N, num_classes) of images (N, 3, H, W), of the trunk's maps, or of features (N, F)."""
+        if inputs.shape[1:] == self.image_shape or inputs.shape[1:] not in (self.map_shape, self.mean.shape):
             with torch.no_grad() if not inputs.requires_grad else torch.enable_grad():
                 inputs = self.trunk(inputs)
         features = inputs if inputs.shape[1:] == self.mean.shape else self.tail(inputs)
