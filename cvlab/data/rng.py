@@ -14,6 +14,7 @@ from torch import Tensor
 GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer; so are the other two
 MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+ITEM_BITS = 24  # of an index, for the position within an item
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -39,6 +40,15 @@ def hashes(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
 def uniform(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
     """Return float64 numbers uniform in [0, 1), one per index, of the shape of `indices` (int64)."""
     return _shift(hashes(seed, epoch, indices, stream), 11).double() * 2.0**-53
+
+
+def uniform_items(seed: int, epoch: int, numbers: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+    """Return float32 numbers uniform in [0, 1] for items of a shape, such as images: (N, *shape) for numbers (N,).
+
+    Those of an item depend on its number and not on which other items there are.
+    """
+    positions = torch.arange(math.prod(shape), device=numbers.device)
+    return uniform(seed, epoch, (numbers[:, None] << ITEM_BITS) + positions, stream).view(-1, *shape).float()
 
 
 def permutation(seed: int, epoch: int, count: int, device: torch.device) -> Tensor:

@@ -176,6 +176,7 @@ def fit(
     local_flags: Callable[[], StepFlags] = StepFlags,
     forward_model: nn.Module | None = None,
     split_batch: Callable[[Batch], Sequence[Batch]] | None = None,
+    attack: Callable[[nn.Module, Batch, int], Batch] | None = None,
     anomaly: AnomalyRecorder | None = None,
     gradient_log: GradientLog | None = None,
     sam: float | None = None,
@@ -195,6 +196,7 @@ def fit(
         local_flags: Returns what this rank requests; `state.any_rank_flags` is what all ranks together requested.
         forward_model: Passed to `loss_fn` instead of the model whose weights it shares, for example a compiled one.
         split_batch: Returns the equal parts of a batch, whose gradients are averaged; None: the batch is one.
+        attack: Returns the examples to train on instead of a batch, see `TrainTask`; None: the batches are trained on.
         anomaly: Names the layer in the error about a loss that is not finite; requires `ctx.read_every` 1.
         gradient_log: Its metrics are among the losses; None for none.
         sam: Radius of sharpness-aware minimization: the gradient of a second backward pass is used; None for none.
@@ -210,9 +212,9 @@ def fit(
     while True:
         set_train_mode(state.model)
         _set_learning_rates(state, lr_factor(state.step))
-        parts = (split_batch or _whole)(get_batch(state.step))
         if anomaly is not None:
             anomaly.start_step()
+        parts = (split_batch or _whole)(_examples(state, get_batch, attack, ctx))
         losses = _compute_gradients(state, train_step, parts, ctx, anomaly)
         if sam is not None:
             with sharpness.perturbed(state.model, parameters, sam):
@@ -225,6 +227,27 @@ def fit(
         state.update_ema()
         state.step += 1
         yield losses
+
+
+def _examples(
+    state: TrainState,
+    get_batch: Callable[[int], Batch],
+    attack: Callable[[nn.Module, Batch, int], Batch] | None,
+    ctx: ComputeContext,
+) -> Batch:
+    """Return the batch of the step, attacked once if it is to be.
+
+    All ranks attack with the statistics of rank 0, which are the ones that are saved.
+    """
+    batch = get_batch(state.step)
+    if attack is None:
+        return batch
+    collectives.broadcast_buffers(state.model)
+    state.model.eval()
+    with ctx.autocast():
+        batch = attack(state.model, batch, state.step)
+    set_train_mode(state.model)
+    return batch
 
 
 def _whole(batch: Batch) -> Sequence[Batch]:

@@ -98,6 +98,7 @@ def run(
         clip_norm=config.clip_norm,
         sam=config.sam,
         split_batch=task.split_batch,
+        attack=task.attack,
     )
     losses: list[float] = []
     mean, smallest = 0.0, math.inf

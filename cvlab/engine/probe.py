@@ -25,6 +25,7 @@ def train_steps(
         clip_norm=config.clip_norm,
         sam=config.sam,
         split_batch=task.split_batch,
+        attack=task.attack,
         forward_model=compilation.compile_model(task.model) if config.compile else None,
     )
     return state, steps

@@ -25,6 +25,8 @@ class TrainTask:
         ctx: Device and precision.
         extra_state: Tensors that the batches or the loss change in place from step to step; saved in every checkpoint.
         split_batch: Returns the equal parts of a batch that go through the model one after another; None: it is one.
+        attack: Called as `attack(model, batch, step)` with the model in evaluation mode; returns the examples to train
+            on instead of a batch. A function of the weights and the step; None: the batches are trained on.
         data_digest: The digest of the data; a run is not resumed on other data.
     """
 
@@ -38,6 +40,7 @@ class TrainTask:
     ctx: ComputeContext
     extra_state: dict[str, Tensor] = field(default_factory=dict)
     split_batch: Callable[[Any], Sequence[Any]] | None = None
+    attack: Callable[[nn.Module, Any, int], Any] | None = None
     data_digest: str = ""
 
 

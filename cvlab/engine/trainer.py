@@ -269,6 +269,7 @@ class Trainer:
             local_flags=self._local_flags,
             forward_model=self.forward_model,
             split_batch=self.task.split_batch,
+            attack=self.task.attack,
             anomaly=self.anomaly,
             gradient_log=self.gradient_log,
             sam=self.config.sam,

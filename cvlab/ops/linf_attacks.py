@@ -61,13 +61,16 @@ def dlr_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def loss_gradient(
     logits_fn: LogitsFn, images: Tensor, labels: Tensor, loss_fn: LossFn
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses (N,), their gradient by the images (N, C, H, W), and which images are misclassified (N,)."""
+    """Return the losses (N,), their gradient by the images (N, C, H, W), and which images are misclassified (N,).
+
+    Labels are classes (N,), or probabilities of classes (N, K), whose largest is the class.
+    """
     images = images.detach().requires_grad_()
     with torch.enable_grad():
         logits = logits_fn(images).float()
         losses = loss_fn(logits, labels)
         (gradient,) = torch.autograd.grad(losses.sum(), images)
-    return losses.detach(), gradient, logits.argmax(1) != labels
+    return losses.detach(), gradient, logits.argmax(1) != (labels if labels.ndim == 1 else labels.argmax(1))
 
 
 @torch.no_grad()
@@ -123,39 +126,64 @@ def pgd(
     """
     result = fgsm(logits_fn, images, labels, eps)
     if not stops_early:
-        return _pgd_from(logits_fn, result, images, labels, eps, steps, alpha, stops_early)
+        return ascend(logits_fn, result, images, labels, eps, steps=steps, alpha=alpha)
     for restart in range(restarts):
         active = (~misclassified(logits_fn, result, labels)).nonzero()[:, 0]
         if not len(active):
             break
-        starts = result if restart == 0 else _random_starts(images, eps, uniform, restart)
+        starts = result if restart == 0 else random_starts(images, eps, uniform, restart)
         result[active] = _pgd_from(logits_fn, starts[active], images[active], labels[active], eps, steps, alpha)
     return result
 
 
-def _random_starts(images: Tensor, eps: float, uniform: UniformFn, draw: int) -> Tensor:
+def ascend(
+    logits_fn: LogitsFn,
+    x: Tensor,
+    originals: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    steps: int,
+    alpha: float,
+    loss_fn: LossFn = cross_entropy,
+) -> Tensor:
+    """Take steps of `alpha` up the sign of the loss's gradient, projected onto the ball: all steps, for all images.
+
+    Args:
+        logits_fn: Images (N, C, H, W) in [0, 1] to logits.
+        x: (N, C, H, W), where to start, within the ball.
+        originals: (N, C, H, W) in [0, 1], the centers of the ball.
+        labels: int64 (N,), or probabilities of classes (N, K) if the loss takes them.
+        eps: Radius of the L-infinity ball, for pixels in [0, 1].
+        steps: Number of steps.
+        alpha: Length of a step.
+        loss_fn: The loss to increase.
+
+    Returns:
+        The changed images (N, C, H, W) in [0, 1].
+    """
+    for _ in range(steps):
+        _, gradient, _ = loss_gradient(logits_fn, x, labels, loss_fn)
+        x = project(x + alpha * gradient.sign(), originals, eps)
+    return x
+
+
+def random_starts(images: Tensor, eps: float, uniform: UniformFn, draw: int) -> Tensor:
     """Return random points of the ball around each image."""
     noise = uniform(draw, tuple(images.shape)).to(images)
     return project(images + (2 * noise - 1) * eps, images, eps)
 
 
 def _pgd_from(
-    logits_fn: LogitsFn,
-    x: Tensor,
-    originals: Tensor,
-    labels: Tensor,
-    eps: float,
-    steps: int,
-    alpha: float,
-    stops_early: bool = True,
+    logits_fn: LogitsFn, x: Tensor, originals: Tensor, labels: Tensor, eps: float, steps: int, alpha: float
 ) -> Tensor:
+    """Take the steps of `pgd` from one start; the images that are misclassified take no further ones."""
     result = x.clone()
     active = torch.arange(len(x), device=x.device)  # those of `result` that `x` continues
     for _ in range(steps):
         _, gradient, is_wrong = loss_gradient(logits_fn, x, labels[active], cross_entropy)
         result[active] = x
-        if stops_early:
-            active, x, gradient = active[~is_wrong], x[~is_wrong], gradient[~is_wrong]
+        active, x, gradient = active[~is_wrong], x[~is_wrong], gradient[~is_wrong]
         if not len(active):
             return result
         x = project(x + alpha * gradient.sign(), originals[active], eps)
@@ -202,7 +230,7 @@ def apgd(
         active = (~misclassified(logits_fn, result, labels)).nonzero()[:, 0]
         if not len(active):
             break
-        starts = _random_starts(images, eps, uniform, restart)
+        starts = random_starts(images, eps, uniform, restart)
         result[active] = _apgd_from(logits_fn, starts[active], images[active], labels[active], eps, loss_fn, steps)
     return result
 

@@ -30,7 +30,6 @@ PLOT = "plots/robustness.png"
 TRANSFER = "transfer.csv"
 CORRECT = "correct/"  # before the names of accuracies in metrics.jsonl: numbers of images so far
 EPS = "eps in 1/255"
-IMAGE_BITS = 24  # of the index of a random number, for the position within an image
 
 
 class RobustnessExperiment(Experiment[RobustnessConfig]):
@@ -217,12 +216,13 @@ def _measure_batch(
     check_interrupt: Callable[[str], None],
 ) -> Counter[str]:
     """Return how many images of a batch are classified correctly, by the name of the metric."""
+    from cvlab.experiments.common.labeled_classifier import to_pixels
     from cvlab.ops import linf_attacks
 
     counts: Counter[str] = Counter()
     for label, classifier in classifiers.items():
         images, labels = classifier.images(batch), classifier.labels[batch]
-        pixels = _to_pixels(images)
+        pixels = to_pixels(images)
         is_right = ~linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
         counts[f"{label}accuracy"] = int(is_right.sum())
         for eps, method, right_under, robust in _attack(config, classifier, pixels, is_right, batch, check_interrupt):
@@ -237,11 +237,6 @@ def _measure_batch(
         for name, severity, num_right in _corrupt(config, classifier, images, labels, batch, check_interrupt):
             counts[f"{label}{name}_accuracy/{severity}"] = num_right
     return counts
-
-
-def _to_pixels(images: "Tensor") -> "Tensor":
-    """Return images, uint8 (N, H, W, C), as (N, C, H, W) in [0, 1]."""
-    return images.permute(0, 3, 1, 2).float().div(255).contiguous()
 
 
 def _attack(
@@ -312,15 +307,11 @@ def _attack_fn(
     config: RobustnessConfig, method: str, eps: float, numbers: "Tensor"
 ) -> "Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, float], Tensor]":
     """Return the attack of a method on images with these numbers in the split, which determine its random numbers."""
-    import torch
-
     from cvlab.data import rng
     from cvlab.ops import linf_attacks
 
-    def uniform(draw: int, shape: tuple[int, ...]) -> torch.Tensor:
-        positions = torch.arange(numbers.new_empty(shape[1:]).numel(), device=numbers.device)
-        indices = (numbers[:, None] << IMAGE_BITS) + positions
-        return rng.uniform(config.seed, draw, indices, f"{method}-{eps:g}").view(shape).float()
+    def uniform(draw: int, shape: tuple[int, ...]) -> "Tensor":
+        return rng.uniform_items(config.seed, draw, numbers, shape[1:], f"{method}-{eps:g}")
 
     if method == "fgsm":
         return linf_attacks.fgsm
@@ -346,6 +337,7 @@ def _corrupt(
     import torch
 
     from cvlab.data import rng
+    from cvlab.experiments.common.labeled_classifier import to_pixels
     from cvlab.ops import corruptions, linf_attacks
 
     for name in config.corruptions:
@@ -358,7 +350,7 @@ def _corrupt(
                 return torch.stack(rows)
 
             corrupted = corruptions.apply(name, images, severity, normal)
-            pixels = _to_pixels(corrupted)
+            pixels = to_pixels(corrupted)
             is_wrong = linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
             yield name, severity, int((~is_wrong).sum())
 

@@ -110,6 +110,47 @@ class AugmentConfig(schema.FrozenModel):
         return crop
 
 
+class AdversarialConfig(schema.FrozenModel):
+    """Training on adversarial examples against the weights of each step, within an L-infinity bound."""
+
+    eps: Annotated[float, Gt(0), Le(255)] = Field(8.0, description="largest change of a pixel, in 1/255")
+    method: Literal["pgd", "fast"] = Field(
+        "pgd", description="pgd: `steps` from a random point; fast: one step from there, of 1.25 eps"
+    )
+    steps: Annotated[schema.PositiveInt, Le(1000)] | None = Field(None, description="pgd: number of steps; null: 7")
+    alpha: Annotated[float, Gt(0), Le(255)] | None = Field(
+        None, description="step size, in 1/255; null: 2.5 eps / steps, of fast 1.25 eps"
+    )
+    eval_eps: Annotated[float, Ge(0), Le(255)] | None = Field(
+        None,
+        description="bound of val_robust_accuracy, in 1/255, by which the best weights are chosen; null: eps; "
+        "0: it is not measured",
+    )
+    eval_steps: Annotated[schema.PositiveInt, Le(1000)] = Field(10, description="steps of val_robust_accuracy's PGD")
+    eval_images: schema.PositiveInt = Field(1000, description="number of its images, the first ones of validation")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "AdversarialConfig":
+        if self.method == "fast" and self.steps not in (None, 1):
+            raise ValueError("steps: method fast takes one; use method pgd for more")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of the attack on a training batch."""
+        return 1 if self.method == "fast" else self.steps or 7
+
+    @property
+    def step_size(self) -> float:
+        """Length of these steps, in 1/255."""
+        return self.alpha or (1.25 * self.eps if self.method == "fast" else 2.5 * self.eps / self.num_steps)
+
+    @property
+    def evaluation_eps(self) -> float:
+        """Bound of the attack on validation images, in 1/255; 0 for no attack."""
+        return self.eps if self.eval_eps is None else self.eval_eps
+
+
 class ClassifyConfig(TrainConfig):
     """Training of one classifier on one data set."""
 
@@ -138,6 +179,9 @@ class ClassifyConfig(TrainConfig):
         description="balanced: weight the loss of each image by N / (C * images of its class), for uneven classes",
     )
     augment: AugmentConfig = Field(AugmentConfig())
+    adversarial: AdversarialConfig | None = Field(
+        None, description="train on adversarial examples instead of the images; null: on the images"
+    )
     skip_easy: schema.FractionBelowOne = Field(
         0.0, description="after the first epoch skip this fraction of the images, those with the smallest loss"
     )
@@ -170,6 +214,8 @@ class ClassifyConfig(TrainConfig):
             raise ValueError("augment.cutout_px, skip_easy and tta are not for features of a pretrained model")
         if self.is_transfer and (self.augment.erase or self.augment.mixup or self.augment.cutmix):
             raise ValueError("augment.erase, mixup and cutmix are not for features of a pretrained model")
+        if self.is_transfer and self.adversarial is not None:
+            raise ValueError("adversarial: model: pretrained is trained on stored features, which cannot be attacked")
         if self.skip_easy and (self.augment.mixup or self.augment.cutmix):
             raise ValueError("skip_easy compares the losses of single images: it cannot be used with mixup or cutmix")
         return self
@@ -178,6 +224,8 @@ class ClassifyConfig(TrainConfig):
     def _check_parts(self) -> "ClassifyConfig":
         if self.accumulate > 1 and self.skip_easy:
             raise ValueError("accumulate: skip_easy needs the losses of the whole batch at once")
+        if self.adversarial is not None and self.skip_easy:
+            raise ValueError("adversarial: skip_easy compares the losses of images, not of examples that change")
         if self.sam is not None and self.skip_easy:
             raise ValueError("sam: skip_easy would compare the losses of the moved weights; use one of them")
         return self
@@ -231,7 +279,14 @@ class ClassifyConfig(TrainConfig):
     @property
     def monitor(self) -> str:
         """The metric by which the best weights are chosen."""
-        return "val_accuracy" if self.has_validation else "train_accuracy"
+        if not self.has_validation:
+            return "train_accuracy"
+        return "val_robust_accuracy" if self.evaluates_robustness else "val_accuracy"
+
+    @property
+    def evaluates_robustness(self) -> bool:
+        """Whether the accuracy on validation images under attack is measured, if there are any."""
+        return self.adversarial is not None and self.adversarial.evaluation_eps > 0
 
 
 class ClassifyPhotosConfig(PhotoConfig):

@@ -95,6 +95,10 @@ def _has_val(config: ClassifyConfig) -> bool:
     return config.has_validation
 
 
+def _has_robust_val(config: ClassifyConfig) -> bool:
+    return config.has_validation and config.evaluates_robustness
+
+
 def _has_test(config: ClassifyConfig) -> bool:
     return config.evaluate_test
 
@@ -130,8 +134,8 @@ class ClassifyExperiment(
         EECS 498/598 (Johnson, University of Michigan, 2019), assignments 3 and 4.
 
     Metrics:
-        `train_accuracy`, `val_accuracy` (unless `val_fraction` is 0), and `test_accuracy` if `evaluate_test` is
-        set.
+        `train_accuracy`, `val_accuracy` (unless `val_fraction` is 0), `val_robust_accuracy` under attack with
+        `adversarial`, and `test_accuracy` if `evaluate_test` is set.
 
     Command:
         cvlab train configs/cifar_bn.yaml
@@ -144,7 +148,9 @@ class ClassifyExperiment(
         Metric("reg", better="lower", when=lambda config: config.reg > 0),
         Metric("train_accuracy", "fraction", "higher"),
         Metric("best_train_accuracy", "fraction", "higher", lambda config: not _has_val(config)),
-        Metric("best_val_accuracy", "fraction", "higher", _has_val),
+        Metric("best_val_accuracy", "fraction", "higher", lambda config: config.monitor == "val_accuracy"),
+        Metric("best_val_robust_accuracy", "fraction", "higher", _has_robust_val),
+        Metric("val_robust_accuracy", "fraction", "higher", _has_robust_val),
         Metric("val_loss", better="lower", when=_has_val),
         Metric("val_accuracy", "fraction", "higher", _has_val),
         *_split_metrics("val", _has_val),
@@ -173,7 +179,7 @@ class ClassifyExperiment(
         from cvlab.engine import trainer
         from cvlab.experiments.classification import photo_model
         from cvlab.experiments.classification.data import manifest
-        from cvlab.experiments.classification.setup import build, build_evaluator, build_task
+        from cvlab.experiments.classification.setup import build, build_evaluator, build_task, evaluate_robustness
 
         with StopRequest() as stop:
             setup = build(config, run.path, check_interrupt=lambda: stop.raise_if_set(0, run.path.name, "image"))
@@ -184,7 +190,7 @@ class ClassifyExperiment(
         def evaluate_train_and_val(model: "nn.Module") -> dict[str, float]:
             train = evaluate(model, "train")
             val = evaluate(model, "val") if "val" in setup.splits else {}
-            return {"train_accuracy": train["train_accuracy"], **val}
+            return {"train_accuracy": train["train_accuracy"], **val, **evaluate_robustness(config, setup, model)}
 
         task = build_task(config, setup, evaluate_train_and_val)
         model, metrics = trainer.train(config, task, run)

@@ -17,6 +17,7 @@ from cvlab.engine import device, loop
 from cvlab.engine.task import TrainTask
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification import losses
+from cvlab.experiments.classification.adversarial_training import Adversary, logits_of_pixels, robust_accuracy
 from cvlab.experiments.classification.config import ClassifyConfig, ImageDataConfig
 from cvlab.experiments.classification.data import folder
 from cvlab.experiments.classification.data.augment import Augmentation, tta_views
@@ -48,6 +49,7 @@ from cvlab.storage.cache import data_root
 
 DEFAULT_IMAGE_PX = 64  # of photos, for models that take any size
 MAX_TRAIN_EVAL_IMAGES = 10_000  # train_accuracy is that of the first N training images
+ROBUST_METRIC = "val_robust_accuracy"
 MAX_INIT_IMAGES = 5_000  # training images for a model that initializes weights from data
 
 
@@ -137,13 +139,7 @@ def build(
 def labeled_classifier(setup: ClassificationSetup, split_name: str) -> LabeledClassifier:
     """Return the model, in evaluation mode and without gradients of its weights, for images of a split in [0, 1]."""
     model = setup.model.eval().requires_grad_(False)
-    scale, shift = 255 * setup.normalize.scale.float(), setup.normalize.shift.float()
-    dtype = next(model.parameters()).dtype
     images, labels = setup.splits[split_name]
-
-    def compute_logits(pixels: Tensor) -> Tensor:
-        logits: Tensor = model((pixels * scale + shift).to(dtype, memory_format=torch.channels_last))
-        return logits.float()
 
     def get_images(rows: slice) -> Tensor:
         pixels = images[rows]
@@ -151,7 +147,8 @@ def labeled_classifier(setup: ClassificationSetup, split_name: str) -> LabeledCl
         return pixels
 
     dataset = setup.dataset
-    return LabeledClassifier(compute_logits, get_images, labels, dataset.classes, dataset.name, setup.ctx.device)
+    logits_fn = logits_of_pixels(model, setup.normalize)
+    return LabeledClassifier(logits_fn, get_images, labels, dataset.classes, dataset.name, setup.ctx.device)
 
 
 def _normalization(config: ClassifyConfig, dataset: ImageDataset, ctx: device.ComputeContext) -> Normalization:
@@ -317,6 +314,9 @@ def build_task(
     config: ClassifyConfig, setup: ClassificationSetup, evaluate: Callable[[nn.Module], dict[str, float]]
 ) -> TrainTask:
     """Return what is trained: the model, its loss and its batches."""
+    adversary: Adversary | None = None
+    if config.adversarial is not None:
+        adversary = Adversary(config.adversarial, setup.normalize, config.seed, config.accumulate)
     return TrainTask(
         model=setup.model,
         loss_fn=build_loss_fn(config, setup.train_loader),
@@ -327,9 +327,17 @@ def build_task(
         extra_state=setup.train_loader.extra_state,
         split_batch=batch_splitter(config.accumulate),
         data_digest=setup.dataset.digest(),
-        monitor="val_accuracy" if "val" in setup.splits else "train_accuracy",
+        monitor=_monitor(config, setup),
         ctx=setup.ctx,
+        attack=adversary,
     )
+
+
+def _monitor(config: ClassifyConfig, setup: ClassificationSetup) -> str:
+    """Return the metric by which the best weights are chosen."""
+    if "val" not in setup.splits:
+        return "train_accuracy"
+    return ROBUST_METRIC if config.evaluates_robustness else "val_accuracy"
 
 
 def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.LossFn[tuple[Tensor, Tensor]]:
@@ -413,3 +421,14 @@ def build_evaluator(setup: ClassificationSetup, tta: str) -> Callable[[nn.Module
         return metrics
 
     return evaluate
+
+
+def evaluate_robustness(config: ClassifyConfig, setup: ClassificationSetup, model: nn.Module) -> dict[str, float]:
+    """Return the accuracy on validation images under attack, if adversarial training measures it."""
+    if config.adversarial is None or not config.evaluates_robustness or "val" not in setup.splits:
+        return {}
+    images, labels = setup.splits["val"]
+    chosen = slice(config.adversarial.eval_images)
+    images, labels = select_rows(images, chosen), labels[chosen]
+    accuracy = robust_accuracy(model, images, labels, setup.normalize, config.adversarial, setup.eval_batch_size)
+    return {ROBUST_METRIC: accuracy}

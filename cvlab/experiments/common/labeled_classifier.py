@@ -26,3 +26,8 @@ class LabeledClassifier:
     classes: tuple[str, ...]
     data: str
     device: torch.device
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Return images, uint8 (N, H, W, C), as (N, C, H, W) in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float().div(255).contiguous()

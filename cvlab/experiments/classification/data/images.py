@@ -218,6 +218,14 @@ class Normalization:
         """Normalize uint8 (N, C, H, W) into the dtype of the scale, keeping the memory format."""
         return images.to(self.scale.dtype).mul_(self.scale).add_(self.shift)
 
+    def of_pixels(self, images: Tensor) -> Tensor:
+        """Normalize images (N, C, H, W) in [0, 1] in float32 or more; differentiable."""
+        return images * (255 * self.scale.float()) + self.shift.float()
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Return normalized images (N, C, H, W) in [0, 1], as they were before but for rounding."""
+        return ((images - self.shift) / (255 * self.scale)).clamp_(0, 1)
+
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation per channel, of images in [0, 1]."""
         std = 1 / (255 * self.scale.double())
