@@ -98,9 +98,10 @@ def attack(
     photos: Photos,
     *,
     target: str | int | None = None,
-    method: Literal["l2", "fgsm", "pgd"] | None = None,
+    method: Literal["l2", "fgsm", "pgd", "deepfool", "cw"] | None = None,
     eps: float | None = None,
     size: Literal["original", "model"] | None = None,
+    survive: Sequence[str] | None = None,
     then: Literal["saliency"] | None = None,
     model: StrPath | None = None,
     weights: StrPath | None = None,
@@ -119,6 +120,7 @@ def attack(
         method: How.
         eps: fgsm, pgd: largest change of a pixel, in 1/255.
         size: Attack the photo as it is, or first reduce it to the model's input size.
+        survive: Changes after which the photo is to fool the model too: `jpeg75`, `resize`, `crop`, ...
         then: `saliency`: also explain the attacked photos.
         model: See `classify`.
         weights: See `classify`.
@@ -133,7 +135,7 @@ def attack(
         CvlabError: As `classify`.
     """
     values = {"images": _photos(photos, overrides), "target": target, "method": method, "eps": eps, "size": size}
-    values |= {"then": then, "seed": seed, **_model(model, weights, runs_dir, trust)}
+    values |= {"survive": survive, "then": then, "seed": seed, **_model(model, weights, runs_dir, trust)}
     return _run_photos("attack", values, overrides, device, runs_dir, progress)
 
 

@@ -116,10 +116,12 @@ def fast_style_values(values: Values, unused: Values) -> Values:
 
 
 def attack_failure(result: Mapping[str, Any]) -> str:
-    """Return the message of an attack that changed the prediction of no photo; "" if it changed one, or had none to."""
+    """Return the message of an attack without success; "" if it has changed and survived on a photo, or had none to."""
     metrics = result["metrics"]
-    if not metrics["num_attacked"] or metrics["success_rate"] > 0:
+    if not metrics["num_attacked"] or metrics.get("survival_rate", metrics["success_rate"]) > 0:
         return ""
+    if metrics["success_rate"] > 0:
+        return "the attack survives the changes on none of the photos; try more steps, or a larger lr or --eps"
     attacked = [row for row in result["results"] if "error" not in row and not row["already"]]
     photos = "the photo" if len(attacked) == 1 else f"any of the {len(attacked)} photos"
     best = max((row["target_after"] for row in attacked if "target_after" in row), default=None)

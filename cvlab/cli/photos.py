@@ -115,12 +115,16 @@ def attack(
     images: Images = None,
     target: Annotated[str | None, typer.Option(help="target class; default: any class but the predicted one")] = None,
     method: Annotated[
-        str | None, typer.Option(help="l2, fgsm or pgd; with --on of fgsm, pgd, apgd_ce, apgd_dlr, square, with commas")
+        str | None, typer.Option(help="l2, fgsm, pgd, deepfool or cw; with --on fgsm, pgd, apgd_ce, apgd_dlr, square")
     ] = None,
     eps: Annotated[
         str | None, typer.Option(help="largest change of a pixel, in 1/255; with --on several, with commas")
     ] = None,
     size: Annotated[str | None, typer.Option(help="original, or model: first reduce to the model's input size")] = None,
+    survive: Annotated[
+        str | None,
+        typer.Option(help="changes after which it is to fool the model too: jpeg75, resize, crop"),
+    ] = None,
     then: Annotated[str | None, typer.Option(help="saliency: also explain the attacked photos")] = None,
     on: Annotated[
         str | None,
@@ -141,7 +145,8 @@ def attack(
 
     names, overrides = split_arguments(images)
     if on is not None:
-        photo_values = {"target": target, "size": size, "then": then, "model": model.model, "weights": model.weights}
+        photo_values = {"target": target, "size": size, "survive": survive, "then": then}
+        photo_values |= {"model": model.model, "weights": model.weights}
         unused = next((f"--{key}" for key, value in photo_values.items() if value is not None), None)
         if unused is not None:
             raise ConfigError(f"{unused} has no effect with --on", "name training runs instead of photos")
@@ -156,7 +161,13 @@ def attack(
     if bounds is not None and len(bounds) > 1:
         raise ConfigError("--eps: one number for photos", "several need --on test and a training run")
     values = {"images": names or None, "target": target, "method": method, "eps": bounds[0] if bounds else None}
-    values |= {"size": size, "then": then, "seed": seed, **model.values(options)}
+    values |= {
+        "size": size,
+        "survive": _names(survive, "--survive"),
+        "then": then,
+        "seed": seed,
+        **model.values(options),
+    }
     start("attack", values, overrides, options, dry_run, output, photos.attack_failure)
 
 

@@ -62,7 +62,7 @@ class PhotoClassifier(PhotoModule):
         n, c, h, w = images.shape
         resize = build_resize(self.classifier.transform, w, h, images.device)
         resized = resize(resize.crop(images.reshape(n * c, h, w)))  # (N*C, S, S)
-        logits: Tensor = self.module(resized.view(n, c, resize.size_px, resize.size_px).clamp(0, 1))
+        logits: Tensor = self.module(resized.view(n, c, *resized.shape[1:]).clamp(0, 1))
         return logits.float()
 
     def predict_batch(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:

@@ -91,6 +91,20 @@ def distances(before: Tensor, after: Tensor) -> dict[str, float]:
     return {"l2": math.sqrt(squared_sum), "linf_255": largest * MAX_UINT8, "psnr_db": psnr_db}
 
 
+def paste(image: Tensor, pixels: Tensor, region: tuple[int, int, int, int]) -> Tensor:
+    """Return a copy of an image with other pixels in a region; differentiable by these.
+
+    Args:
+        image: (C, H, W).
+        pixels: (C, bottom - top, right - left).
+        region: left, top, right, bottom in whole pixels.
+    """
+    left, top, right, bottom = region
+    pasted = image.clone()
+    pasted[:, top:bottom, left:right] = pixels
+    return pasted
+
+
 def random_start(image: Tensor, noise: Tensor, eps: float) -> Tensor:
     """Return a random point of the L-infinity ball around an image.
 

@@ -78,7 +78,8 @@ class DifferentiableResize:
 
     Attributes:
         region: left, top, right, bottom, in whole pixels, of the part of the image that the result depends on.
-        size_px: S, height and width of the result.
+        height_px: height of the result.
+        width_px: width of the result.
         scale: pixels of the image per pixel of the result along a side, the geometric mean of both directions.
         is_identity: whether the result is the region itself.
     """
@@ -88,14 +89,13 @@ class DifferentiableResize:
 
         Args:
             region: left, top, right, bottom in whole pixels.
-            rows: (S, bottom - top), mostly zeros.
-            columns: (S, right - left), mostly zeros.
+            rows: (result's height, bottom - top), mostly zeros.
+            columns: (result's width, right - left), mostly zeros.
             device: where images will be.
         """
-        self.region, self.size_px = region, len(rows)
-        self.scale = math.sqrt(rows.shape[1] * columns.shape[1]) / self.size_px
-        identity = torch.eye(self.size_px)
-        self.is_identity = all(m.shape == identity.shape and m.equal(identity) for m in (rows, columns))
+        self.region, self.height_px, self.width_px = region, len(rows), len(columns)
+        self.scale = math.sqrt(rows.shape[1] * columns.shape[1] / (len(rows) * len(columns)))
+        self.is_identity = all(m.shape[0] == m.shape[1] and m.equal(torch.eye(len(m))) for m in (rows, columns))
         self.rows, self.columns = (_with_transpose(matrix, device) for matrix in (rows, columns))
 
     def crop(self, image: Tensor) -> Tensor:
@@ -104,16 +104,16 @@ class DifferentiableResize:
         return image[:, top:bottom, left:right]
 
     def __call__(self, region: Tensor) -> Tensor:
-        """Resize a region (C, h, w) to (C, S, S); differentiable, not clamped to [0, 1]."""
+        """Resize a region (C, h, w) to the result (C, H, W); differentiable, not clamped to [0, 1]."""
         if self.is_identity:
             return region
         c, h, w = region.shape
-        s = self.size_px
+        height, width = self.height_px, self.width_px
         flat = region.permute(1, 0, 2).reshape(h, c * w)
-        down: Tensor = _SparseProduct.apply(flat, *self.rows)  # type: ignore[no-untyped-call]  # (S, C*w)
-        turned = down.view(s, c, w).permute(2, 1, 0).reshape(w, c * s)  # (w, C*S)
-        across: Tensor = _SparseProduct.apply(turned, *self.columns)  # type: ignore[no-untyped-call]  # (S, C*S)
-        return across.view(s, c, s).permute(1, 2, 0)  # (C, S, S)
+        down: Tensor = _SparseProduct.apply(flat, *self.rows)  # type: ignore[no-untyped-call]  # (H, C*w)
+        turned = down.view(height, c, w).permute(2, 1, 0).reshape(w, c * height)  # (w, C*H)
+        across: Tensor = _SparseProduct.apply(turned, *self.columns)  # type: ignore[no-untyped-call]  # (W, C*H)
+        return across.view(width, c, height).permute(1, 2, 0)  # (C, H, W)
 
 
 def _with_transpose(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Attack batches of photos: optimize, save as PNG, evaluate the saved file, continue until it fools the model."""
 
-import io
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +15,19 @@ from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
 from cvlab.experiments.adversarial import drawing
-from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
+from cvlab.experiments.adversarial.config import JPEG_NAMES, AttackConfig
+from cvlab.experiments.adversarial.minimal import MINIMIZERS
 from cvlab.experiments.common import saved_images
 from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
 from cvlab.models.pretrained import PretrainedClassifier
-from cvlab.ops import attacks, saliency
+from cvlab.ops import attacks, photo_changes, saliency
 from cvlab.ops.resample import DifferentiableResize, build_resize
 from cvlab.reports import images
 from cvlab.runs.records import Row
 from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 
+CHANGED = "success_"  # before the name of a change: whether the attack succeeds after it
 MEDIANS = ("steps", "l2", "l2_photo", "linf_255", "psnr_db")
 
 
@@ -63,19 +65,24 @@ class Attack:
         self, config: AttackConfig, model: PretrainedClassifier, ctx: ComputeContext, target: int | None, out: RunDir
     ) -> None:
         self.config, self.model, self.ctx, self.target, self.out = config, model, ctx, target, out
+        self.changes = {name: photo_changes.build(name) for name in config.survive}
 
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Attack a batch of photos, save the images, return one result for each photo."""
         examples = self.make_examples(batch)
         results = {example: self._save_and_evaluate(example) for example in examples if self._is_target(example)}
         active = [example for example in examples if example not in results]
+        if self.config.method in MINIMIZERS and active:
+            MINIMIZERS[self.config.method](self, active, check_interrupt)
+            results |= {example: self._save_and_evaluate(example) for example in active}
+            active = []
         while active:  # until the saved files succeed
             self.optimize(active, check_interrupt)
             results |= {example: self._save_and_evaluate(example) for example in active}
             active = [
                 example
                 for example in active
-                if not results[example].values["success"] and example.steps < self._max_steps
+                if not results[example].values["survived"] and example.steps < self._max_steps
             ]
         for example in examples:
             results[example].files |= self._save_panels(example, results[example])
@@ -122,28 +129,62 @@ class Attack:
         while active:
             step = max(example.steps for example in active)
             check_interrupt(f"step {step} of {self._max_steps}", step / self._max_steps)
-            state = ImageState([example.adversarial for example in active])
-            losses = next(image_optimizer.optimization_steps(state, self._objective(active), self._update(active)))
-            for example, pixels, success in zip(active, state.tensors, losses["success"].tolist(), strict=True):
-                example.adversarial = pixels
-                example.steps += 1
-                if success and example.steps_left is None:  # before this step, which is the first of the extra ones
-                    example.steps_left = self.config.extra_steps
-                example.steps_left = example.steps_left - 1 if example.steps_left is not None else None
+            size = max(1, self.config.batch_size // (1 + len(self.changes)))  # inputs of the model in memory
+            for k in range(0, len(active), size):
+                self._step(active[k : k + size])
             active = [e for e in active if e.steps < self._max_steps and (e.steps_left is None or e.steps_left > 0)]
+
+    def _step(self, active: list[AdversarialExample]) -> None:
+        """Take one step of each example."""
+        state = ImageState([example.adversarial for example in active])
+        losses = next(image_optimizer.optimization_steps(state, self._objective(active), self._update(active)))
+        for example, pixels, success in zip(active, state.tensors, losses["success"].tolist(), strict=True):
+            example.adversarial = pixels
+            example.steps += 1
+            if success and example.steps_left is None:  # before this step, which is the first of the extra ones
+                example.steps_left = self.config.extra_steps
+            example.steps_left = example.steps_left - 1 if example.steps_left is not None else None
 
     def _objective(self, active: list[AdversarialExample]) -> Callable[[ImageState], Losses]:
         targeted = self.target is not None
         classes = torch.tensor([example.attacked_class for example in active], device=self.ctx.device)
 
         def objective(state: ImageState) -> Losses:
-            inputs = torch.stack([e.resize(pixels) for e, pixels in zip(active, state.tensors, strict=True)])
-            with self.ctx.autocast():
-                logits = self.model.module(inputs.contiguous(memory_format=torch.channels_last))
-            success = attacks.attack_succeeded(logits, classes, targeted)
-            return {"loss": attacks.attack_loss(logits, classes, targeted).sum(), "success": success}
+            inputs = [self._inputs(e, pixels) for e, pixels in zip(active, state.tensors, strict=True)]
+            logits = self.logits(list(itertools.chain(*inputs)))
+            classes_of_inputs = classes.repeat_interleave(len(inputs[0]))
+            success = attacks.attack_succeeded(logits, classes_of_inputs, targeted).view(len(active), -1).all(1)
+            return {"loss": attacks.attack_loss(logits, classes_of_inputs, targeted).sum(), "success": success}
 
         return objective
+
+    def logits(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the logits (N, K) of inputs of the model, each (3, S, S)."""
+        with self.ctx.autocast():
+            logits: Tensor = self.model.module(torch.stack(list(inputs)).contiguous(memory_format=torch.channels_last))
+        return logits
+
+    def fools(self, example: AdversarialExample, pixels: Tensor) -> bool:
+        """Whether the photo with these pixels, rounded to 8 bits as it would be saved, fools the model."""
+        model_input = photos.to_tensor(self.model.transform(_with_pixels(example, pixels))).to(self.ctx.device)
+        with torch.inference_mode():
+            probabilities = self.model.probabilities(model_input[None])
+        classes = torch.tensor([example.attacked_class], device=self.ctx.device)
+        return bool(attacks.attack_succeeded(probabilities, classes, self.target is not None))
+
+    def _inputs(self, example: AdversarialExample, pixels: Tensor) -> Tensor:
+        """Return the model's inputs (1 + number of changes, 3, S, S): of the image and of its changed copies."""
+        inputs = [example.resize(pixels)]
+        if self.changes:
+            image = attacks.paste(photos.to_tensor(example.image).to(pixels.device), pixels, example.resize.region)
+            indices = torch.arange(len(self.changes) * photo_changes.NUM_UNIFORM)
+            uniform = rng.uniform(self.config.seed, example.steps, indices, f"survive {example.photo.label}")
+            rows = uniform.view(len(self.changes), -1).tolist()
+            for change, row in zip(self.changes.values(), rows, strict=True):
+                changed = change(image, row)
+                resize = build_resize(self.model.transform, changed.shape[2], changed.shape[1], self.ctx.device)
+                inputs.append(resize(resize.crop(changed).contiguous()))
+        return torch.stack(inputs)
 
     def _update(self, active: list[AdversarialExample]) -> image_optimizer.Update:
         config, eps = self.config, self.config.bound
@@ -160,32 +201,37 @@ class Attack:
         return update
 
     def _save_and_evaluate(self, example: AdversarialExample) -> PhotoResult:
-        """Save the attacked image, read it back and classify it, also after JPEG compression."""
-        image = example.image.copy()
-        if not self._is_target(example):
-            image.paste(photos.to_image(example.adversarial), example.resize.region[:2])
+        """Save the attacked image, read it back and classify it, also after it was changed as photos are."""
+        image = example.image if self._is_target(example) else _with_pixels(example, example.adversarial)
         name = f"images/{example.photo.label}-attacked.png"
         self.out.write_bytes(name, images.png(image, photos.read_metadata(example.photo.path)))
         saved = saved_images.load(self.out, name)
-        variants = [saved, *(_compress_jpeg(saved, quality) for quality in JPEG_QUALITIES)]
-        inputs = torch.stack([photos.to_tensor(self.model.transform(variant)) for variant in variants])
+        evaluated = {name: photo_changes.build(name) for name in JPEG_NAMES} | self.changes
+        variants = {name: change.variants(saved) for name, change in evaluated.items()}
+        inputs = [self.model.transform(image) for image in [saved, *itertools.chain(*variants.values())]]
         with torch.inference_mode():
-            probabilities = self.model.probabilities(inputs.to(self.ctx.device)).cpu()
+            batch = torch.stack([photos.to_tensor(image) for image in inputs])
+            probabilities = self.model.probabilities(batch.to(self.ctx.device)).cpu()
         classes = torch.full((len(inputs),), example.attacked_class)
-        success, *jpeg_success = attacks.attack_succeeded(probabilities, classes, self.target is not None).tolist()
-        input_distances = attacks.distances(photos.to_tensor(self.model.transform(example.image)), inputs[0])
+        success, *others = attacks.attack_succeeded(probabilities, classes, self.target is not None).tolist()
+        after = iter(others)
+        success_after = {name: all(list(itertools.islice(after, len(v)))) for name, v in variants.items()}
+        survives = [name for name in self.changes if success_after[name]]
+        input_distances = attacks.distances(photos.to_tensor(self.model.transform(example.image)), batch[0])
         photo_distances = attacks.distances(photos.to_tensor(example.image), photos.to_tensor(saved))
         values = {
             **self._predictions(example, probabilities[0]),
             "outcome": self._outcome(example, success),
             "success": success,
+            "survived": success and len(survives) == len(self.changes),
+            **({"survives": ", ".join(survives) or "nothing"} if self.changes else {}),
             "already": self._is_target(example),
             "steps": example.steps,
             "l2": input_distances["l2"],
             "l2_photo": photo_distances["l2"],
             "linf_255": photo_distances["linf_255"],
             "psnr_db": photo_distances["psnr_db"],
-            **{f"success_jpeg{quality}": s for quality, s in zip(JPEG_QUALITIES, jpeg_success, strict=True)},
+            **{CHANGED + name: value for name, value in success_after.items()},
         }
         return PhotoResult(str(example.photo.path), values, {"attacked": name})
 
@@ -234,20 +280,28 @@ class Attack:
         return {"saliency": name}
 
 
-def _compress_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=quality)
-    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+def _with_pixels(example: AdversarialExample, pixels: Tensor) -> Image.Image:
+    """Return the image with other pixels (3, h, w) in the region that the model sees, rounded to 8 bits."""
+    image = example.image.copy()
+    image.paste(photos.to_image(pixels), example.resize.region[:2])
+    return image
 
 
-def compute_metrics(results: list[PhotoResult]) -> dict[str, float]:
+def compute_metrics(config: AttackConfig, results: list[PhotoResult]) -> dict[str, float]:
     """Return the success rates and medians over the photos that were not classified as the target before."""
     attacked = [result.values for result in results if not result.values["already"]]
     metrics: dict[str, float] = {"num_photos": len(results), "num_attacked": len(attacked)}
     if attacked:
         metrics["success_rate"] = statistics.fmean(row["success"] for row in attacked)
         metrics |= {name: statistics.median(row[name] for row in attacked) for name in MEDIANS}
-        for quality in JPEG_QUALITIES:
-            successes = [row[f"success_jpeg{quality}"] for row in attacked]
-            metrics[f"success_rate_jpeg{quality}"] = statistics.fmean(successes)
+        names = [key.removeprefix(CHANGED) for key in attacked[0] if key.startswith(CHANGED)]
+        metrics |= {f"success_rate_{name}": statistics.fmean(row[CHANGED + name] for row in attacked) for name in names}
+        if config.survive:
+            metrics["survival_rate"] = statistics.fmean(row["survived"] for row in attacked)
     return metrics
+
+
+def survival_headline(config: AttackConfig, metrics: Mapping[str, float]) -> str:
+    """Return in a line which share of the photos fools the model after each change, and at which L2 norm."""
+    rates = ", ".join(f"{name} {metrics[f'success_rate_{name}']:.2f}" for name in config.survive)
+    return f"survives {rates}, of {metrics['num_attacked']:.0f} photos; median L2 {metrics['l2']:.2f}"

@@ -1,5 +1,6 @@
 """Configuration of adversarial attacks on photos."""
 
+import re
 from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, Len
@@ -15,7 +16,8 @@ Corruption = Literal["noise", "blur", "contrast", "jpeg"]
 Method = Literal["fgsm", "pgd", "apgd_ce", "apgd_dlr", "square"]
 METHODS: tuple[Method, ...] = get_args(Method)
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
-JPEG_QUALITIES = (95, 85, 75)
+JPEG_NAMES = ("jpeg95", "jpeg85", "jpeg75")  # changes after which success is always measured
+CHANGE = r"jpeg([1-9][0-9]?|100)|resize|crop"  # a name in `survive`
 DEFAULT_EPS = 8.0  # in 1/255
 
 
@@ -23,14 +25,17 @@ class AttackConfig(PhotoConfig):
     """Configuration of an attack: the photos, the target class, the method."""
 
     target: ClassName | None = Field(None, description="target class; null: any class but the predicted one")
-    method: Literal["l2", "fgsm", "pgd"] = Field(
+    method: Literal["l2", "fgsm", "pgd", "deepfool", "cw"] = Field(
         "l2",
-        description="gradient steps of a fixed L2 norm, or one step (fgsm) or many (pgd) within an L-infinity bound",
+        description="gradient steps of a fixed L2 norm, one step (fgsm) or many (pgd) within an L-infinity bound, or a "
+        "search for the smallest L2 norm (deepfool, cw)",
     )
     size: Literal["original", "model"] = Field(
         "original", description="attack the photo at its own resolution, or reduced to the size of the model's input"
     )
-    steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(100, description="l2, pgd: maximum number of steps")
+    steps: Annotated[schema.PositiveInt, Le(10_000)] = Field(
+        100, description="maximum number of steps; cw: for each constant"
+    )
     extra_steps: schema.NonNegativeInt = Field(3, description="further steps after the first success, for robustness")
     lr: schema.PositiveFloat = Field(0.5, description="l2: L2 norm of a step, of the model's input in [0, 1]")
     eps: Annotated[float, Ge(0.5), Le(255)] | None = Field(
@@ -39,15 +44,42 @@ class AttackConfig(PhotoConfig):
         f"null: {DEFAULT_EPS:g}",
     )
     alpha: Annotated[float, Gt(0), Le(255)] = Field(1.0, description="pgd: step size, in 1/255")
+    overshoot: Annotated[float, Ge(0), Le(1)] = Field(
+        0.02, description="deepfool: how far beyond the boundary a step leads, in parts of its length"
+    )
+    candidates: schema.PositiveInt = Field(
+        10, description="deepfool without a target: number of classes whose boundaries are compared"
+    )
+    search_steps: Annotated[schema.PositiveInt, Le(20)] = Field(
+        5, description="cw: number of constants that weigh success against the L2 norm, found by bisection"
+    )
+    confidence: schema.NonNegativeFloat = Field(0.0, description="cw: by how much, in logits, the class is to lead")
     random_start: bool = Field(True, description="pgd: start from a random point within eps")
+    survive: tuple[str, ...] = Field(
+        (),
+        description="changes that the attack is optimized through and evaluated after: jpegQ with a quality Q, such as "
+        "jpeg75, resize, crop",
+    )
     then: Literal["saliency"] | None = Field(
         None, description="saliency: also compute saliency maps before and after the attack"
     )
 
+    @field_validator("survive")
+    @classmethod
+    def _known_changes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch(CHANGE, name):
+                raise ValueError(f"unknown change {name!r}; use resize, crop, or jpeg with a quality, such as jpeg75")
+        if len(set(names)) < len(names):
+            raise ValueError("a change is named twice")
+        return names
+
     @model_validator(mode="after")
-    def _eps_has_a_use(self) -> "AttackConfig":
-        if self.eps is not None and self.method == "l2":
-            raise ValueError("eps has no effect with method l2; use method fgsm or pgd")
+    def _settings_have_a_use(self) -> "AttackConfig":
+        if self.eps is not None and self.method not in ("fgsm", "pgd"):
+            raise ValueError(f"eps has no effect with method {self.method}; use method fgsm or pgd")
+        if self.survive and self.method in ("deepfool", "cw"):
+            raise ValueError(f"survive has no effect with method {self.method}; use method l2, fgsm or pgd")
         return self
 
     @property

@@ -24,6 +24,8 @@ def attack_panel(
     """
     steps = f"{values['steps']} step{'' if values['steps'] == 1 else 's'}"
     change = f"L2 {values['l2']:.2f}, at most {values['linf_255']:.0f}/255, after {steps}"
+    if "survives" in values:
+        change += f"; survives {values['survives']}"
     is_part = tuple(region) != (0, 0, *before.size)
     where = "; only the center crop that the model sees is changed (outlined)" if is_part else ""
     difference = images.difference(before, after, DIFFERENCE_SCALE)

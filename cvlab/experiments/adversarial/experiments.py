@@ -5,7 +5,7 @@ from typing import Any
 
 from cvlab.config.metrics import Metric
 from cvlab.config.validation import Problems
-from cvlab.experiments.adversarial.config import JPEG_QUALITIES, AttackConfig
+from cvlab.experiments.adversarial.config import JPEG_NAMES, AttackConfig
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.runs.results import Column
 from cvlab.runs.run_dir import RunDir
@@ -20,14 +20,19 @@ COLUMNS = (
     Column("psnr_db", "PSNR", "dB", is_detail=True),
     Column(
         "jpeg",
-        f"success as JPEG {', '.join(map(str, JPEG_QUALITIES))}",
-        keys=tuple(f"success_jpeg{quality}" for quality in JPEG_QUALITIES),
+        f"success as JPEG {', '.join(name.removeprefix('jpeg') for name in JPEG_NAMES)}",
+        keys=tuple(f"success_{name}" for name in JPEG_NAMES),
         is_detail=True,
     ),
+    Column("survives", "survives"),
     Column("attacked", "attacked photo", is_file=True, is_part=True),
     Column("panel", "panel", is_file=True),
     Column("saliency", "saliency", is_file=True),
 )
+
+
+def _survives(config: AttackConfig) -> bool:
+    return bool(config.survive)
 
 
 class AttackExperiment(PhotoExperiment[AttackConfig]):
@@ -35,7 +40,8 @@ class AttackExperiment(PhotoExperiment[AttackConfig]):
 
     References:
         Szegedy et al., 2014, "Intriguing properties of neural networks" (l2); Goodfellow et al., 2015 (fgsm); Madry
-        et al., 2018 (pgd).
+        et al., 2018 (pgd); Moosavi-Dezfooli et al., 2016 (deepfool); Carlini and Wagner, 2017 (cw); Athalye et al.,
+        2018 (survive).
 
     Differences from the papers:
         The resize to the model's input is part of the computation graph, so attacks work at the photo's own
@@ -45,6 +51,8 @@ class AttackExperiment(PhotoExperiment[AttackConfig]):
         `success_rate`: success rate over the photos that were not classified as the target before.
         `steps`, `l2` (of the model's input), `l2_photo`, `linf_255`, `psnr_db`: medians over those photos.
         `success_rate_jpeg95`, `success_rate_jpeg85`, `success_rate_jpeg75`: success rates after JPEG compression.
+        With `survive`, `success_rate_CHANGE`: success rates after a change of the saved file (`resize`: at 1/2 and at
+        3/4 of its sides; `crop`: 9/10 of both sides, at all corners and in the center), and `survival_rate`: after all.
 
     Command:
         cvlab attack --target ostrich img.jpg
@@ -62,7 +70,9 @@ class AttackExperiment(PhotoExperiment[AttackConfig]):
         Metric("l2_photo", better="lower"),
         Metric("linf_255", better="lower"),
         Metric("psnr_db", "dB", "higher"),
-        *(Metric(f"success_rate_jpeg{quality}", "fraction", "higher") for quality in JPEG_QUALITIES),
+        *(Metric(f"success_rate_{name}", "fraction", "higher") for name in JPEG_NAMES),
+        Metric("success_rate_*", "fraction", "higher", when=_survives),
+        Metric("survival_rate", "fraction", "higher", when=_survives),
     )
 
     def problems(self, config: AttackConfig, base: Path) -> Problems:
@@ -71,14 +81,17 @@ class AttackExperiment(PhotoExperiment[AttackConfig]):
 
     def run(self, config: AttackConfig, run: RunDir) -> dict[str, float]:
         """Attack all photos."""
-        from cvlab.experiments.adversarial.attack import Attack, compute_metrics
+        from cvlab.experiments.adversarial.attack import Attack, compute_metrics, survival_headline
         from cvlab.experiments.common import photo_batches
 
         ctx, model = config.build()
         target = model.class_index(config.target) if config.target is not None else None
         run.folder("images")
         attack = Attack(config, model, ctx, target, run)
-        return compute_metrics(photo_batches.run(config, run, attack, "attack", self.columns))
+        metrics = compute_metrics(config, photo_batches.run(config, run, attack, "attack", self.columns))
+        if config.survive and metrics["num_attacked"]:
+            run.extra_summary["headline"] = survival_headline(config, metrics)
+        return metrics
 
     def plan(self, config: AttackConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. Raises ConfigError for an unknown class."""

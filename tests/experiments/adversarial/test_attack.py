@@ -23,7 +23,15 @@ def classify_file(path):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--size", "model"], ["--method", "pgd", "--eps", "4"], ["batch_size=1", "precision=auto"]]
+    "options",
+    [
+        [],
+        ["--size", "model"],
+        ["--method", "pgd", "--eps", "4"],
+        ["batch_size=1", "precision=auto"],
+        ["--method", "deepfool", "--size", "model"],
+        ["--method", "cw", "--size", "model", "steps=15", "search_steps=2"],
+    ],
 )
 def test_saved_file_is_classified_as_the_target(two_photos, cvlab, tmp_path, options):
     chosen = two_photos[:1] if {"model", "pgd"} & set(options) else two_photos
@@ -58,6 +66,46 @@ def test_untargeted_attack(two_photos, cvlab):
     assert row["label"] != row["before"]["label"]
     assert "target" not in row
     assert "saliency" in row
+
+
+def test_the_attack_survives_what_a_messenger_does(two_photos, cvlab, tmp_path):
+    code, out, err = cvlab("attack", two_photos[0], "--survive", "jpeg60,resize,crop", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    row = result["results"][0]
+    assert row["survived"]
+    assert row["survives"] == "jpeg60, resize, crop"
+    assert result["metrics"]["survival_rate"] == result["metrics"]["success_rate_crop"] == 1
+    saved = Image.open(tmp_path / result["run"] / row["attacked"])
+    saved.save("messenger.jpg", quality=60)
+    width, height = saved.size
+    saved.resize((round(width / 2), round(height / 2)), Image.Resampling.BICUBIC).save("half.png")
+    saved.crop((0, 0, round(0.9 * width), round(0.9 * height))).save("corner.png")
+    _, out, _ = cvlab("classify", "messenger.jpg", "half.png", "corner.png", "--json")
+    assert row["before"]["label"] not in [changed["label"] for changed in json.loads(out)["results"]]
+
+
+def test_an_attack_that_survives_nothing_ends_with_exit_code_3(two_photos, cvlab):
+    options = ("--survive", "jpeg10", "--target", "ostrich", "steps=2", "--json")
+    code, out, _ = cvlab("attack", two_photos[0], *options)
+    document = json.loads(out)
+    assert code == 3
+    assert not document["results"][0]["survived"]
+    assert document["results"][0]["survives"] == "nothing"
+
+
+@pytest.mark.parametrize("option", ["--eps=4", "--survive=crop"])
+def test_a_setting_of_another_method_is_refused(cvlab, option):
+    code, _, err = cvlab("attack", "sample", "--method", "cw", option)
+    assert code == 2
+    assert "has no effect with method cw; use method" in err
+
+
+@pytest.mark.parametrize("text", ["jpg75", "jpeg0", "jpeg101", "crop,crop"])
+def test_a_change_that_is_unknown_or_named_twice_is_refused(cvlab, text):
+    code, _, err = cvlab("attack", "sample", "--survive", text)
+    assert code == 2
+    assert "survive: " in err
 
 
 def test_photo_of_the_target_class_is_unchanged(two_photos, cvlab, tmp_path):
