@@ -60,6 +60,8 @@ def saliency(
     objective: Literal["score", "loss"] | None = None,
     method: SaliencyMethod | None = None,
     compare: bool | None = None,
+    box: int | None = None,
+    word: str | None = None,
     model: StrPath | None = None,
     weights: StrPath | None = None,
     seed: int | None = None,
@@ -77,7 +79,9 @@ def saliency(
         objective: Explain the score of the class, or its loss.
         method: How.
         compare: Also draw and score the maps of all methods on one sheet.
-        model: See `classify`.
+        box: Instead of a class, explain the detection with this number, from 1; `model` is a detector.
+        word: Instead of a class, explain this word of a captioner's sentence.
+        model: See `classify`; with `box` or `word` a bundled detector, or a run.
         weights: See `classify`.
         seed: Of the noise of `smoothgrad`.
         overrides: See `classify`.
@@ -90,8 +94,15 @@ def saliency(
         CvlabError: As `classify`.
     """
     values = {"images": _photos(photos, overrides), "target": target, "objective": objective, "method": method}
-    values |= {"compare": compare, "seed": seed, **_model(model, weights, runs_dir, trust)}
-    return _run_photos("saliency", values, overrides, device, runs_dir, progress)
+    values |= {"compare": compare, "seed": seed}
+    detector = fspath(model) if model is not None else None
+    if box is None and word is None and detector not in api_photos.BUNDLED_DETECTOR_NAMES:
+        values |= _model(model, weights, runs_dir, trust)
+        return _run_photos("saliency", values, overrides, device, runs_dir, progress)
+    if detector is not None and detector not in api_photos.BUNDLED_DETECTOR_NAMES:
+        detector = _run_or_file(detector, runs_dir)
+    name, keys = api_photos.saliency_of(values, detector, weights, box, word)
+    return _run_photos(name, keys, overrides, device, runs_dir, progress)
 
 
 def attack(

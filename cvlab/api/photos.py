@@ -17,6 +17,7 @@ from cvlab.runs import trust
 
 STYLE = "style"  # the configuration, and what the names of its presets begin with
 FAST_STYLE = "style_fast"
+BUNDLED_DETECTOR_NAMES = ("yolo", "everyday", "faster_rcnn", "yolov3_tiny")  # that `cvlab saliency --model` explains
 Values = dict[str, Any]  # of configuration keys; None: not given
 
 
@@ -113,6 +114,41 @@ def fast_style_values(values: Values, unused: Values) -> Values:
         option = {"masks": "mask", "style_masks": "style_mask"}.get(name, name).replace("_", "-")
         raise ConfigError(f"--{option} has no effect with --fast", "leave one of them out")
     return {key: values.get(key) for key in fast_keys}
+
+
+def saliency_of(
+    values: Values, model: str | None, weights: Any, box: int | None, word: str | None
+) -> tuple[str, Values]:
+    """Return the configuration that explains a detection or a word of a caption, and its keys.
+
+    Args:
+        values: Keys of `saliency`.
+        model: A detector, or a run of a detector or a captioner; None for the bundled one.
+        weights: A file with its weights.
+        box: Number of the detection, from 1.
+        word: The word; None for a detection.
+
+    Raises:
+        ConfigError: An option is given that has no effect.
+    """
+    option = "--box" if word is None else "--word"
+    if box is not None and word is not None:
+        raise ConfigError("--box and --word are both given", "leave one of them out")
+    if values.get("method") == "occlusion":
+        values = {**values, "method": None}
+    name = next((key for key, value in values.items() if key != "images" and value is not None), None)
+    if name is not None:
+        shown = {"target": "class"}.get(name, name)
+        hint = "the score of a box, or of a word, is explained by occlusion; leave it out"
+        raise ConfigError(f"--{shown} has no effect with {option}", hint)
+    if model in BUNDLED_DETECTOR_NAMES and word is None:
+        names = {"model": "yolo" if model == "everyday" else model, "weights": weights}
+    elif model is not None and weights is not None:
+        raise ConfigError("--weights and a run are both given", "a run has its own weights")
+    else:
+        names = {"weights": weights if model is None else model}
+    explained = {"explain_box": 1 if box is None else box} if word is None else {"explain_word": word}
+    return "detect" if word is None else "caption", {"images": values.get("images"), **names, **explained}
 
 
 def attack_failure(result: Mapping[str, Any]) -> str:

@@ -87,6 +87,13 @@ def saliency(
     compare: Annotated[
         bool | None, typer.Option("--compare", help="also draw and score the maps of all methods on one sheet")
     ] = None,
+    box: Annotated[
+        int | None,
+        typer.Option(help="explain this detection of a detector: --model yolo, everyday, faster_rcnn or RUN"),
+    ] = None,
+    word: Annotated[
+        str | None, typer.Option(help="explain this word of a captioner's sentence: --model RUN, or the bundled one")
+    ] = None,
     seed: Seed = None,
     dry_run: DryRun = False,
     *,
@@ -95,18 +102,24 @@ def saliency(
     output: Output,
 ) -> None:
     """Show which pixels a prediction depends on. Example: `cvlab saliency photo.jpg`."""
+    from cvlab.api import photos
+
     names, overrides = split_arguments(images)
     require_photos(names, overrides, options)
-    values = {
+    values: Values = {
         "images": names or None,
         "target": class_,
         "objective": objective,
         "method": method,
         "compare": compare,
         "seed": seed,
-        **model.values(options),
     }
-    start("saliency", values, overrides, options, dry_run, output)
+    name = "saliency"
+    if box is not None or word is not None or model.model in photos.BUNDLED_DETECTOR_NAMES:
+        name, values = photos.saliency_of(values, model.model, model.weights, box, word)
+    else:
+        values |= model.values(options)
+    start(name, values, overrides, options, dry_run, output)
 
 
 @app.command(rich_help_panel=PHOTOS)

@@ -40,6 +40,12 @@ class CaptionConfig(ImagesConfig):
         "vehicle that they rule out; null: with the bundled weights",
     )
     attention: bool = Field(False, description="also draw the attention map of each word")
+    explain_word: str | None = Field(
+        None, description="also draw which pixels speak for this word, where a caption has it"
+    )
+    window: Annotated[schema.PositiveFloat, Le(1)] = Field(
+        0.15, description="explain_word: side of a covered square, as a fraction of the photo's longer side"
+    )
 
     @field_validator("weights")
     @classmethod

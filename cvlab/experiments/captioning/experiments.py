@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.summary import SummarySpec
 
-COLUMNS = (Column("sentence", "caption"), Column("picture", "attention", is_file=True))
+COLUMNS = (
+    Column("sentence", "caption"),
+    Column("picture", "attention", is_file=True),
+    Column("evidence", "evidence", is_file=True),
+)
 
 
 class CaptionExperiment(PhotoExperiment[CaptionConfig]):
@@ -55,14 +59,20 @@ class CaptionExperiment(PhotoExperiment[CaptionConfig]):
 
     def run(self, config: CaptionConfig, run: RunDir) -> dict[str, float]:
         """Caption every photo."""
+        from cvlab.experiments.captioning import explanation
         from cvlab.experiments.captioning.predict import CaptionPhotos, describe, load_predictor
         from cvlab.experiments.common import photo_batches
 
         predictor = self.load_once(config, load_predictor)
         run.log(f"captioning with {describe(predictor)}")
-        if config.attention:
+        if config.attention or config.explain_word is not None:
             run.folder("images")
-        results = photo_batches.run(config, run, CaptionPhotos(predictor, run), "caption", self.columns)
+        work: photo_batches.BatchFn = CaptionPhotos(predictor, run)
+        if config.explain_word is not None:
+            work = explanation.Explainer(CaptionPhotos(predictor, run), config.explain_word, config.window)
+        results = photo_batches.run(config, run, work, "caption", self.columns)
+        if config.explain_word is not None:
+            explanation.require_any(results, config.explain_word)
         num_words = sum(len(result.values["sentence"].split()) for result in results)
         return {"num_photos": len(results), "mean_words": num_words / len(results)}
 

@@ -90,6 +90,12 @@ class CaptionPhotos:
 
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return the row of `CaptionPredictor.rows` of each photo."""
+        return self.caption(batch, check_interrupt)[0]
+
+    def caption(
+        self, batch: list[Photo], check_interrupt: CheckInterrupt
+    ) -> tuple[list[PhotoResult], list[Hypothesis]]:
+        """Return what a call returns, and the captions as tokens."""
         check_interrupt()
         features, hypotheses, guides = self.predictor.generate([photo.image for photo in batch])
         rows = self.predictor.rows(hypotheses, guides)
@@ -97,7 +103,7 @@ class CaptionPhotos:
         if self.predictor.config.attention:
             for k, (photo, result) in enumerate(zip(batch, results, strict=True)):
                 result.files["picture"] = self._draw_attention(photo, features[k : k + 1], hypotheses[k])
-        return results
+        return results, hypotheses
 
     def _draw_attention(self, photo: Photo, features: Tensor, hypothesis: Hypothesis) -> str:
         """Draw the attention maps of a caption; return the name of the file in the run directory."""

@@ -60,6 +60,13 @@ class DetectConfig(ImagesConfig):
         None,
         description="also draw a diagram: the 7 x 7 grid of EECS 498, its anchors or targets, or proposals",
     )
+    explain_box: schema.PositiveInt | None = Field(
+        None,
+        description="also draw which pixels speak for this detection of each photo; 1: that of the highest score",
+    )
+    window: Annotated[schema.PositiveFloat, Le(1)] = Field(
+        0.125, description="explain_box: side of a covered square, as a fraction of the photo's longer side"
+    )
 
     source: Annotated[str, BeforeValidator(photo_config.as_text)] | None = Field(
         None, description="in place of photos: a video file, or the number of a camera"
@@ -105,6 +112,8 @@ class DetectConfig(ImagesConfig):
     def _check_source(self) -> "DetectConfig":
         if self.source is not None and self.images:
             raise ValueError("source: give photos or a video, not both; `images=[]` leaves the photos out")
+        if self.explain_box is not None and not self.images:
+            raise ValueError("explain_box: is for photos")
         if self.source is not None and (self.save or self.explain):
             raise ValueError(
                 f"{'save' if self.save else 'explain'}: is for photos; tracks.csv has the boxes of a video"

@@ -41,6 +41,7 @@ COLUMNS = (
     Column("video", "video", is_file=True),
     Column("tracks", "tracks", is_file=True),
     Column("explained", "diagram", is_file=True),
+    Column("evidence", "evidence", is_file=True),
     Column("txt", "YOLO txt", is_file=True),
     Column("xml", "VOC XML", is_file=True),
 )
@@ -82,7 +83,7 @@ class DetectExperiment(PhotoExperiment[DetectConfig], DetectsObjects):
     def run(self, config: DetectConfig, run: RunDir) -> dict[str, float]:
         """Detect objects in all photos or all frames of a video, or evaluate the detector."""
         from cvlab.experiments.common import photo_batches
-        from cvlab.experiments.detection import evaluation, inference, video
+        from cvlab.experiments.detection import evaluation, explanation, inference, video
         from cvlab.experiments.detection.inference import PhotoDetector, load_configured_detector
 
         _, detector = self.load_once(config, load_configured_detector)
@@ -95,8 +96,13 @@ class DetectExperiment(PhotoExperiment[DetectConfig], DetectsObjects):
             sheet = PhotoResult(evaluation.SHEET, files={"picture": evaluation.SHEET})
             run.extra_summary |= summarize([sheet], self.columns)
             return metrics
-        work = PhotoDetector(detector, run, config.iou, config.save, config.explain)
+        photo_detector = PhotoDetector(detector, run, config.iou, config.save, config.explain)
+        work: photo_batches.BatchFn = photo_detector
+        if config.explain_box is not None:
+            work = explanation.Explainer(photo_detector, config.explain_box, config.window)
         results = photo_batches.run(config, run, work, "detect", self.columns)
+        if config.explain_box is not None:
+            explanation.require_any(results, config.explain_box)
         inference.save_coco(detector, results, run, [kind for kind in ("json", "coco") if kind in config.save])
         if "csv" in config.save:
             inference.save_csv(results, run)

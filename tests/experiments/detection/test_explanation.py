@@ -1,0 +1,97 @@
+"""Which pixels speak for a detection: a planted detector, the command, its refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cvlab.data import photos
+from cvlab.experiments.common.photo_batches import Photo
+from cvlab.experiments.detection import explanation
+from cvlab.experiments.detection.inference import LoadedDetector, PhotoDetector
+from cvlab.ops.average_precision import Detections
+from cvlab.runs.run_dir import RunDir
+
+BOX = (40.0, 20.0, 70.0, 50.0)
+
+
+def predict(images, score_threshold, nms_iou):
+    """Detect in each photo a box whose score is the brightness of a spot in it, and one that depends on nothing."""
+    results = []
+    for image in images:
+        spot = float(np.asarray(image)[30:36, 50:56].mean()) / 255
+        scores = torch.tensor([spot, 0.5])
+        keep = scores >= score_threshold
+        boxes_xyxy = torch.tensor([BOX, (0.0, 0.0, 30.0, 30.0)])
+        results.append(Detections(boxes_xyxy[keep], scores[keep], torch.tensor([1, 0])[keep]))
+    return results
+
+
+@pytest.fixture
+def work(tmp_path):
+    run = RunDir(tmp_path, lambda text: None)
+    run.folder("images")
+    return PhotoDetector(LoadedDetector("planted", ("bird", "lamp"), 0, 100, predict), run, 0.5)
+
+
+def test_only_the_spot_speaks_for_its_box(work, monkeypatch):
+    maps = []
+    draw = explanation.occlusion.draw
+    monkeypatch.setattr(
+        explanation.occlusion,
+        "draw",
+        lambda photo, marked, values, *text: maps.append(values) or draw(photo, marked, values, *text),
+    )
+    photo = Photo(Path("a.jpg"), "a", Image.new("RGB", (100, 80), "white"))
+    explainer = explanation.Explainer(work, 1, 0.08)
+    (result,) = explainer([photo], lambda note="", done=0.0: None)
+    about = result.values["explanation"]
+    assert (about["number"], about["label"], about["inside_box"]) == (1, "lamp", 1.0)
+    lit = maps[0].nonzero()
+    assert lit.min(0).values.tolist() >= [30 - 7, 50 - 7]
+    assert lit.max(0).values.tolist() <= [36 + 7, 56 + 7]
+    assert float(maps[0][33, 53]) == float(maps[0].max())
+    assert photos.load(work.out.path / result.files["evidence"]).width > 300
+    explanation.Explainer(work, 2, 0.5)([photo], lambda note="", done=0.0: None)
+    assert not maps[1].any(), "the other box depends on no pixel"
+
+
+def test_match_score():
+    detections = Detections(torch.tensor([BOX, BOX]), torch.tensor([0.9, 0.4]), torch.tensor([0, 1]))
+    assert float(explanation.match_score(detections, torch.tensor(BOX), 1)) == pytest.approx(0.4)
+    half = torch.tensor((40.0, 20.0, 70.0, 35.0))
+    assert float(explanation.match_score(detections, half, 0)) == pytest.approx(0.45)
+    assert float(explanation.match_score(detections, half, 2)) == 0
+
+
+def test_command_and_a_number_that_does_not_exist(cvlab):
+    code, out, err = cvlab("saliency", "sample", "--model", "everyday", "window=0.6", "threads=1", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    row = result["results"][0]
+    assert row["explanation"]["label"] == row["objects"][0]["label"]
+    assert photos.load(Path(result["run"]) / row["evidence"]).width > 300
+    code, _, err = cvlab("saliency", "sample", "--box", "99", "threads=1")
+    assert code == 2
+    assert "no detection has number 99" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--box", "1", "--method", "gradcam"), "--method has no effect with --box"),
+        (("--box", "1", "--class", "tick"), "--class has no effect with --box"),
+        (("--word", "dog", "--compare"), "--compare has no effect with --word"),
+        (("--word", "dog", "--box", "1"), "--box and --word are both given"),
+        (("--box", "0"), "explain_box"),
+        (("--box", "1", "--model", "no-such-run"), "no-such-run"),
+    ],
+)
+def test_refusals(cvlab, args, message):
+    code, _, err = cvlab("saliency", "sample", *args)
+    assert code in (2, 4)
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
