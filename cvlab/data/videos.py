@@ -69,6 +69,9 @@ def _import_av() -> Any:
         import av
     except ImportError as error:
         raise ConfigError("videos are read by PyAV, which is not installed", install_command("video")) from error
+    # Messages are logged in Python, by torchvision's choice up to 0.25: a decoding thread then waits for the GIL, which
+    # the thread that closes the container holds.
+    av.logging.set_level(None)
     return av
 
 
@@ -115,6 +118,8 @@ def _video_stream(container: Any, source: str) -> Any:
     stream = streams[0]
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
         raise DataError(f"{source}: frames of more than {MAX_PIXELS // 10**6} megapixels", "make it smaller")
+    if not is_camera(source):
+        stream.thread_type = "AUTO"
     return stream
 
 
@@ -176,9 +181,6 @@ def read(source: str, every: int = 1, max_frames: int | None = None) -> Generato
     av = _import_av()
     with _open(source) as container:
         stream = _video_stream(container, source)
-        # Not in `probe`: closing a container while they work has been seen to wait forever (PyAV 17.1).
-        if not is_camera(source):
-            stream.thread_type = "AUTO"
         info = _info(container, stream, is_camera(source))
         first = None
         size: tuple[int, int] | None = None

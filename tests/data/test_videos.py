@@ -51,6 +51,14 @@ class TestRead:
         assert all(frame.image.size == (64, 48) and frame.image.mode == "RGB" for frame in frames)
         assert [left_edge(frame.image) for frame in frames] == pytest.approx([4 * k for k in range(12)], abs=1)
 
+    def test_nothing_is_logged_from_decoding_threads(self, tmp_path):
+        import av
+
+        source = write_squares(tmp_path / "a.mp4")
+        av.logging.set_level(av.logging.ERROR)  # as torchvision 0.25 does when it is imported
+        videos.probe(source)
+        assert av.logging.get_level() is None
+
     def test_every_third_frame_and_at_most_two(self, tmp_path):
         source = write_squares(tmp_path / "a.mp4")
         assert [frame.index for frame in videos.read(source, every=5)] == [0, 5, 10]
