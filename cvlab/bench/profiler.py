@@ -53,7 +53,7 @@ def shares(name: str, steps: int, device: str) -> dict[str, Any]:
         pass
     on_gpu = parts.ctx.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # else torch 2.10 warns
         for _ in itertools.islice(training_steps, steps):
             pass
         parts.ctx.synchronize()
