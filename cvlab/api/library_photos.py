@@ -190,8 +190,9 @@ def classvis(
     """
     classes = [targets] if isinstance(targets, (str, int)) else list(targets)
     images = _photos(photo, overrides) if photo is not None else None
-    values = {"targets": [str(name) for name in classes], "images": images, "init": init, "steps": steps}
-    values |= {"channel": channel, "diversity": diversity, "seed": seed, **_model(model, weights, runs_dir, trust)}
+    values: dict[str, Any] = {"targets": [str(name) for name in classes], "images": images, "init": init}
+    values |= {"steps": steps, "channel": channel, "diversity": diversity, "seed": seed}
+    values |= _model(model, weights, runs_dir, trust)
     return _run_photos("class_visualization", values, overrides, device, runs_dir, progress)
 
 
@@ -287,14 +288,8 @@ def style(
     content, paintings = _paths(photo), _paths(styles)
     where, style_where = _paths(masks or ()), _paths(style_masks or ())
     api_photos.require_style_images([*content, *paintings], [*where, *style_where])
-    values: dict[str, Any] = {
-        "content": content[0],
-        "styles": paintings,
-        "strength": strength,
-        "size": size,
-        "init": init,
-    }
-    values |= {"masks": where or None, "style_masks": style_where or None}
+    values: dict[str, Any] = {"content": content[0], "styles": paintings, "strength": strength, "size": size}
+    values |= {"init": init, "masks": where or None, "style_masks": style_where or None}
     values |= {"keep_colors": keep_colors, "mix": mix, "seed": seed}
     if fast:
         values = api_photos.fast_style_values(values, {"preset": preset, "model": model, "weights": weights})

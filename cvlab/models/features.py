@@ -172,7 +172,7 @@ def _outer_modules(network: nn.Module) -> dict[str, nn.Module]:
     A part that torch.fx has cut calls no container of modules, so all of its modules are returned.
     """
     parts = [(f"{name}.", child) for name, child in network.named_children() if name in ("trunk", "tail")]
-    outer = {}
+    outer: dict[str, nn.Module] = {}
     for prefix, part in parts or [("", network)]:
         levels = math.inf if isinstance(part, torch.fx.GraphModule) else 2
         outer |= {prefix + name: child for name, child in part.named_modules() if name and name.count(".") < levels}

@@ -109,4 +109,5 @@ def _mean_ranks(values: Tensor) -> Tensor:
     """Return the rank of each value of (K,), the mean of those of equal values."""
     _, numbers, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[numbers]
+    ranks: Tensor = (last - (counts.double() - 1) / 2)[numbers]
+    return ranks

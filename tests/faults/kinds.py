@@ -21,6 +21,7 @@ from PIL import Image
 from cvlab.cli import main
 from cvlab.engine import checkpointer, image_optimizer
 from cvlab.experiments.captioning import scene_captions
+from cvlab.experiments.style.config import has_network
 from cvlab.runs import checkpoint
 from cvlab.runs.records import read_summary
 from tests.faults.texts import CONFIG, READERS, WRITERS
@@ -63,6 +64,7 @@ KINDS = {  # of experiment -> a short command line of it
     ),
     "dream": ("dream", "sample", "{folder}/photos", "--octaves", "2", "--size", "64", "threads=1"),
     "style": ("run", "style", "size=64", "steps=40", "threads=1", "expect=[]"),
+    **({"fast_style": ("style", "sample", "whirls", "--fast", "threads=1")} if has_network() else {}),
     "detect": ("detect", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
     "sweep": ("sweep", "{folder}/sweep.yaml"),
     "caption": ("caption", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
@@ -89,7 +91,7 @@ PHOTOS = (
     *("evaluate_test=false", "expect=[]"),
 )
 HEAD_STEPS = 2 * (76 // 16)  # of the first two epochs, before the backbone's last stage is trained
-UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_of_steps")
+UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_of_steps", "seconds_of_network")
 
 
 def outcome(run):

@@ -75,7 +75,8 @@ def word_log_prob(
     with ctx.autocast():
         logits = captioner.model(features, tokens, torch.arange(len(images), device=features.device))[:, -1].float()
     logits[:, SUPPRESSED] = float("-inf")
-    return logits.log_softmax(1)[:, token_ids[position]].cpu()
+    log_probs: Tensor = logits.log_softmax(1)[:, token_ids[position]]
+    return log_probs.cpu()
 
 
 def require_any(results: Sequence[PhotoResult], word: str) -> None:

@@ -220,13 +220,14 @@ def ridge_regression(penalty: float = RIDGE) -> Any:
             x_mean, y_mean = weights @ x, weights @ y.flatten()
             scaled = (x - x_mean) * weights[:, None] * len(x)
             matrix = scaled.T @ (x - x_mean) + penalty * torch.eye(x.shape[1]).to(x)
-            self.weights = torch.linalg.solve(matrix, scaled.T @ (y.flatten() - y_mean))
+            self.weights: Tensor = torch.linalg.solve(matrix, scaled.T @ (y.flatten() - y_mean))
 
         def representation(self) -> Tensor:
             return self.weights.float()
 
         def __call__(self, x: Tensor) -> Tensor:
-            return x @ self.weights.to(x)
+            prediction: Tensor = x @ self.weights.to(x)
+            return prediction
 
     return Ridge()
 

@@ -2,7 +2,7 @@
 
 import typing
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from cvlab.experiments.interpretability.saliency_methods import (
     fill_color,
     strongest_fraction,
 )
-from cvlab.models.pretrained import PretrainedClassifier
+from cvlab.models.pretrained import NormalizedModel, PretrainedClassifier
 from cvlab.ops.saliency_scores import insertion_and_deletion, randomize_last_layers, rank_correlation
 from cvlab.reports import images
 
@@ -89,7 +89,8 @@ def _randomize(config: SaliencyConfig, model: PretrainedClassifier) -> Pretraine
     """Return the classifier with its last layers randomized; None if none are to be."""
     if not config.randomized:
         return None
-    return replace(model, module=randomize_last_layers(model.module, config.randomized, config.seed))
+    module = randomize_last_layers(model.module, config.randomized, config.seed)
+    return replace(model, module=cast("NormalizedModel", module))
 
 
 @torch.no_grad()

@@ -57,7 +57,8 @@ class ClassTargets:
     def scores(self, images: Tensor) -> Tensor:
         """Return the logit of each image's class."""
         logits = self.model.module(images.contiguous(memory_format=torch.channels_last)).float()
-        return logits.gather(1, self.classes[:, None])[:, 0]
+        of_classes: Tensor = logits.gather(1, self.classes[:, None])[:, 0]
+        return of_classes
 
     def describe(self, images: Tensor) -> list[Row]:
         """Return the predicted class of each image, its target and the target's probability."""
@@ -98,7 +99,8 @@ class ChannelTargets:
 
     def _responses(self, images: Tensor) -> Tensor:
         maps = self.extractor.batch(images)[self.layer].float()
-        return maps[torch.arange(len(maps), device=maps.device), self.channels].mean((1, 2)) / self.unit
+        of_channels: Tensor = maps[torch.arange(len(maps), device=maps.device), self.channels]  # (N, h, w)
+        return of_channels.mean((1, 2)) / self.unit
 
     def describe(self, images: Tensor) -> list[Row]:
         """Return the channel and its mean activation, in standard deviations of the layer."""

@@ -6,7 +6,7 @@ from typing import Any
 from cvlab.config.metrics import Metric
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.style.config import FastStyleConfig, StyleConfig, require_network
-from cvlab.runs.results import Column, PhotoResult, summarize
+from cvlab.runs.results import Column, PhotoResult, Row, summarize
 from cvlab.runs.run_dir import RunDir
 
 COLUMNS = (
@@ -171,7 +171,9 @@ class FastStyleExperiment(PhotoExperiment[FastStyleConfig]):
         if min(saved.shape[1:]) >= style.SSIM_WINDOW:
             metrics["ssim"] = style.ssim(style.luminance(saved), style.luminance(content))
         files = {"panel": drawing.write_panel(run, photo, styles, image, (config.content, *config.styles))}
-        values = {"content": config.content, "styles": list(config.styles), "network": network.name, **metrics}
+        values: Row = {"content": config.content, "styles": list(config.styles), "network": network.name}
+        if "ssim" in metrics:
+            values["ssim"] = metrics["ssim"]
         run.extra_summary |= summarize([PhotoResult("images/style.png", values, files)], self.columns)
         return metrics
 
