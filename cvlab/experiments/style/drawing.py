@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from cvlab.experiments.common import saved_images
-from cvlab.experiments.style.transfer import StyleTransfer
 from cvlab.reports import images
 from cvlab.runs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from cvlab.experiments.style.transfer import StyleTransfer
 
 PANEL_TILE_PX = 640
 ANIMATION_PX = 384  # maximum of the longer side
@@ -30,7 +33,7 @@ def write_panel(
     return "images/style-panel.png"
 
 
-def write_panel_and_animation(transfer: StyleTransfer, run: RunDir) -> dict[str, str]:
+def write_panel_and_animation(transfer: "StyleTransfer", run: RunDir) -> dict[str, str]:
     """Write a panel of all images and an animation of the intermediate ones; return their paths."""
     result = saved_images.load(run, "images/style.png")
     names = [name for name in (transfer.config.content, *transfer.config.styles) if name is not None]

