@@ -101,23 +101,23 @@ def test_similarity_of_gram_matrices():
 
 
 def test_channels_of_a_layer_that_differ(cvlab, tmp_path):
-    short = ("steps=10", "frames=1", "lr=0.03", "blur=0", "gray=0", "contrast=0", "threads=1", "--json")
+    short = ("steps=6", "frames=1", "lr=0.06", "blur=0", "gray=0", "contrast=0", "threads=1", "--json")
     runs = []
     for weight in (200, 0):
-        args = ("--channel", "blocks.1:0,3", "--diversity", "2", f"diversity_weight={weight}")
+        args = ("--channel", "blocks.0:3", "--diversity", "2", f"diversity_weight={weight}")
         code, out, err = cvlab("classvis", *args, *short)
         assert code == 0, err
         runs.append(json.loads(out))
     result, without = runs
     assert result["metrics"]["diversity"] > 1.1 * without["metrics"]["diversity"]
-    assert [row["channel"] for row in result["results"]] == ["blocks.1:0"] * 2 + ["blocks.1:3"] * 2
+    assert [row["channel"] for row in result["results"]] == ["blocks.0:3"] * 2
     folder = tmp_path / result["run"]
-    targets = visualization_targets.ChannelTargets(pretrained.build(), "blocks.1:0,3", 2, torch.device("cpu"))
+    targets = visualization_targets.ChannelTargets(pretrained.build(), "blocks.0:3", 2, torch.device("cpu"))
     frames = [folder / "images" / "frames" / f"{name}-000000.png" for name in targets.names]
     before = targets.describe(torch.stack([photos.to_tensor(photos.load(path)) for path in frames]))
     for row, start in zip(without["results"], before, strict=True):
-        assert row["response"] > start["response"] + 0.5
-    assert photos.load(folder / result["results"][0]["grid"]).width > 4 * 224
+        assert row["response"] > start["response"] + 0.1
+    assert photos.load(folder / result["results"][0]["grid"]).width > 2 * 224
 
 
 def test_a_channel_depends_on_nothing_behind_its_layer():
