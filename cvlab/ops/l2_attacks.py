@@ -67,7 +67,8 @@ def deepfool_step(
     norms = gradients.flatten(1).norm(dim=1).clamp(min=1e-6)
     lengths = margins.detach().abs() / norms + MIN_STEP
     k = int(lengths.argmin())
-    return (image - (1 + overshoot) * lengths[k] / norms[k] * gradients[k]).clamp_(0, 1)
+    stepped: Tensor = image - (1 + overshoot) * lengths[k] / norms[k] * gradients[k]
+    return stepped.clamp_(0, 1)
 
 
 def carlini_wagner(
@@ -85,8 +86,7 @@ def carlini_wagner(
 ) -> Iterator[list[Tensor]]:
     """Minimize the squared L2 norm of the change plus a constant times the margin of the logits.
 
-    The pixels are a hyperbolic tangent of what Adam changes, so they stay in [0, 1]. The constant of each image is
-    found by bisection.
+    The pixels are a hyperbolic tangent of what Adam changes. The constant of each image is found by bisection.
 
     Args:
         logits_fn: N images to logits (N, K).
@@ -104,13 +104,13 @@ def carlini_wagner(
         After each step the images with the smallest change so far that count, or else as they are now.
     """
     starts = [torch.atanh((2 * image - 1) * TANH_MARGIN) for image in images]
-    best, best_l2 = list(images), [math.inf] * len(images)
-    consts, lower, upper = ([value] * len(images) for value in (initial_const, 0.0, math.inf))
+    smallest = _Smallest(list(images), is_fooled)
+    constants = _Bisection([initial_const] * len(images))
     squared_scales = torch.tensor(scales, device=classes.device) ** 2
     for _ in range(search_steps):
         variables = [start.clone().requires_grad_() for start in starts]
         adam = torch.optim.Adam(variables, lr=LR)
-        weights = torch.tensor(consts, device=classes.device)
+        weights = torch.tensor(constants.values, device=classes.device)
         fooled, last_loss = [False] * len(images), math.inf
         for step in range(steps):
             with torch.enable_grad():
@@ -118,24 +118,52 @@ def carlini_wagner(
                 margins = attack_margins(logits_fn(attacked), classes, targeted)
                 changes = [(a - b).square().sum() for a, b in zip(attacked, images, strict=True)]
                 distances = torch.stack(changes) / squared_scales
-                loss = (distances + weights * margins.clamp(min=-confidence)).sum()
+                losses = distances + weights * margins.clamp(min=-confidence)
             for k, (l2, margin) in enumerate(zip(distances.tolist(), margins.tolist(), strict=True)):
-                succeeds = margin < 0 and margin <= -confidence
-                if succeeds and l2 < best_l2[k]:
-                    succeeds = is_fooled(k, attacked[k].detach())
-                    if succeeds:
-                        best[k], best_l2[k] = attacked[k].detach(), l2
-                elif math.isinf(best_l2[k]):
-                    best[k] = attacked[k].detach()
-                fooled[k] |= succeeds
+                fooled[k] |= smallest.record(k, attacked[k].detach(), l2, margin < 0 and margin <= -confidence)
             adam.zero_grad()
-            loss.backward()
+            losses.sum().backward()
             adam.step()
-            yield list(best)
+            yield list(smallest.images)
             if (step + 1) % max(1, steps // 10) == 0:
-                if loss.detach().item() > MIN_PROGRESS * last_loss:
+                loss = float(losses.detach().sum())
+                if loss > MIN_PROGRESS * last_loss:
                     break
-                last_loss = loss.detach().item()
-        for k, success in enumerate(fooled):
-            lower[k], upper[k] = (lower[k], consts[k]) if success else (consts[k], upper[k])
-            consts[k] = (lower[k] + upper[k]) / 2 if upper[k] < math.inf else consts[k] * CONST_FACTOR
+                last_loss = loss
+        constants.update(fooled)
+
+
+class _Smallest:
+    """The images with the smallest change so far that fool, or else the last ones."""
+
+    def __init__(self, images: list[Tensor], is_fooled: FooledFn) -> None:
+        self.images, self.is_fooled = images, is_fooled
+        self.l2 = [math.inf] * len(images)
+
+    def record(self, number: int, image: Tensor, l2: float, succeeds: bool) -> bool:
+        """Take over an image if it is better; return whether it fools, as far as that is looked at."""
+        if succeeds and l2 < self.l2[number]:
+            if not self.is_fooled(number, image):
+                return False
+            self.images[number], self.l2[number] = image, l2
+        elif math.isinf(self.l2[number]):
+            self.images[number] = image
+        return succeeds
+
+
+class _Bisection:
+    """The constant of each image, between one that was too small and one that was large enough."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+        self.lower, self.upper = [0.0] * len(values), [math.inf] * len(values)
+
+    def update(self, is_enough: Sequence[bool]) -> None:
+        """Take the next constants."""
+        for k, enough in enumerate(is_enough):
+            if enough:
+                self.upper[k] = self.values[k]
+            else:
+                self.lower[k] = self.values[k]
+            is_bounded = self.upper[k] < math.inf
+            self.values[k] = (self.lower[k] + self.upper[k]) / 2 if is_bounded else self.values[k] * CONST_FACTOR
