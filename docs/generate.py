@@ -49,7 +49,7 @@ SHARED_CONFIGS: dict[type[BaseModel], str] = {  # base class -> heading of its k
     ImagesConfig: "Photos",
 }
 RESULT_METRICS = {  # experiment -> the metrics that its table of results has
-    "classify": ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_tta"),
+    "classify": ("train_accuracy", "val_accuracy", "val_robust_accuracy", "test_accuracy", "test_accuracy_tta"),
     "sweep": ("train_accuracy", "val_accuracy"),
     "knn": ("k", "val_accuracy", "test_accuracy"),
     "classify_photos": ("num_photos", "mean_probability"),
@@ -57,6 +57,14 @@ RESULT_METRICS = {  # experiment -> the metrics that its table of results has
     "attack": (
         *("num_attacked", "success_rate", "steps", "l2", "linf_255"),
         *("success_rate_jpeg95", "success_rate_jpeg85", "success_rate_jpeg75"),
+    ),
+    "robustness": (
+        "images",
+        "accuracy",
+        "pgd_accuracy/4",
+        "robust_accuracy/1",
+        "robust_accuracy/4",
+        "robust_accuracy/8",
     ),
     "class_visualization": ("num_pictures", "probability", "second_top5", "seconds_of_steps"),
     "dream": ("num_photos", "response_ratio"),

@@ -55,9 +55,8 @@ class Adversary:
         images, labels = batch
         first = len(images) * process_group.world().rank
         numbers = torch.arange(first, first + len(images), device=images.device)
-        parts = (tensor.chunk(self.num_parts) for tensor in (images, labels, numbers))
-        examples = [self._attack(model, *part, step) for part in zip(*parts, strict=True)]
-        return torch.cat(examples), labels
+        parts = zip(*(tensor.chunk(self.num_parts) for tensor in (images, labels, numbers)), strict=True)
+        return torch.cat([self._attack(model, x, y, indices, step) for x, y, indices in parts]), labels
 
     def _attack(self, model: nn.Module, images: Tensor, labels: Tensor, numbers: Tensor, step: int) -> Tensor:
         """Return examples (N, C, H, W), normalized, of images with these numbers (N,) in the batch."""

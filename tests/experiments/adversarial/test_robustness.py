@@ -5,6 +5,7 @@ import json
 import pytest
 
 import cvlab as api
+from benchmarks import attacks
 from cvlab.errors import StoppedError
 from cvlab.experiments.adversarial import robustness
 
@@ -122,3 +123,15 @@ def test_refusals_are_one_line(trained, cvlab):
     assert cvlab("attack", run, "--on", "dev")[0] == 2
     assert "--corrupt needs --on" in cvlab("attack", "sample", "--corrupt", "all")[2]
     assert "one number for photos" in cvlab("attack", "sample", "--eps", "1,2", "--method", "pgd")[2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the libraries import
+def test_accuracies_are_those_of_other_libraries(trained, capsys):
+    attacks.main([trained["first"], "--eps", "2", "--images", "60", "--steps", "5", "--queries", "10", "--json"])
+    rows = {row["attack"]: row for row in json.loads(capsys.readouterr().out)["attacks"]}
+    assert list(rows) == ["none", "fgsm", "pgd", "apgd_ce", "apgd_dlr", "square"]
+    assert rows["pgd"]["cvlab"] <= rows["fgsm"]["cvlab"] < rows["none"]["cvlab"]
+    for name, row in rows.items():
+        for library in attacks.LIBRARIES:
+            if row[library] is not None:
+                assert row[library] == pytest.approx(row["cvlab"], abs=0.1 if name == "square" else 0.05), name
