@@ -146,7 +146,9 @@ def attack(
         CvlabError: As `classify`.
     """
     values = {"images": _photos(photos, overrides), "target": target, "method": method, "eps": eps, "size": size}
-    values |= {"survive": survive, "then": then, "seed": seed, **_model(model, weights, runs_dir, trust)}
+    values |= {"then": then, "seed": seed, **_model(model, weights, runs_dir, trust)}
+    if survive is not None:
+        values["survive"] = list(survive)
     return _run_photos("attack", values, overrides, device, runs_dir, progress)
 
 

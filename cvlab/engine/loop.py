@@ -196,7 +196,7 @@ def fit(
         local_flags: Returns what this rank requests; `state.any_rank_flags` is what all ranks together requested.
         forward_model: Passed to `loss_fn` instead of the model whose weights it shares, for example a compiled one.
         split_batch: Returns the equal parts of a batch, whose gradients are averaged; None: the batch is one.
-        attack: Returns the examples to train on instead of a batch, see `TrainTask`; None: the batches are trained on.
+        attack: Returns the examples to train on instead of a batch, see `TrainTask`; None: the batch.
         anomaly: Names the layer in the error about a loss that is not finite; requires `ctx.read_every` 1.
         gradient_log: Its metrics are among the losses; None for none.
         sam: Radius of sharpness-aware minimization: the gradient of a second backward pass is used; None for none.
@@ -210,7 +210,6 @@ def fit(
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     train_step = ddp.make_step(forward_model or state.model, loss_fn, ctx.device, local_flags)
     while True:
-        set_train_mode(state.model)
         _set_learning_rates(state, lr_factor(state.step))
         if anomaly is not None:
             anomaly.start_step()
@@ -222,8 +221,7 @@ def fit(
         if anomaly is not None and state.scaler is None:  # float16 skips steps whose gradients overflow
             _require_finite_gradients(state, anomaly)
         _update_weights(state, parameters, clip_norm, gradient_log)
-        if gradient_log is not None:
-            losses |= gradient_log.metrics()
+        losses |= gradient_log.metrics() if gradient_log is not None else {}
         state.update_ema()
         state.step += 1
         yield losses
@@ -235,10 +233,11 @@ def _examples(
     attack: Callable[[nn.Module, Batch, int], Batch] | None,
     ctx: ComputeContext,
 ) -> Batch:
-    """Return the batch of the step, attacked once if it is to be.
+    """Return the batch of the step, attacked once if it is to be; the model is in training mode afterwards.
 
     All ranks attack with the statistics of rank 0, which are the ones that are saved.
     """
+    set_train_mode(state.model)
     batch = get_batch(state.step)
     if attack is None:
         return batch
