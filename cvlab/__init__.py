@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cvlab import errors
     from cvlab.api.handles import Result, Run, RunList
     from cvlab.api.library import load_run, lr, robustness, runs, summary, sweep, train
-    from cvlab.api.library_photos import attack, caption, classify, classvis, detect, dream, saliency, style
+    from cvlab.api.library_photos import attack, caption, classify, classvis, detect, dream, look, saliency, style
     from cvlab.experiments.classification.data.images import ImageDataset
     from cvlab.ops.average_precision import Detections
 
@@ -34,6 +34,7 @@ __all__ = [
     "dream",
     "errors",
     "load_run",
+    "look",
     "lr",
     "robustness",
     "runs",
@@ -49,7 +50,7 @@ _PUBLIC = {
     **dict.fromkeys(("Result", "Run", "RunList"), "cvlab.api.handles"),
     **dict.fromkeys(("load_run", "lr", "robustness", "summary", "sweep", "train"), "cvlab.api.library"),
     **dict.fromkeys(("attack", "caption", "classify", "classvis", "detect"), "cvlab.api.library_photos"),
-    **dict.fromkeys(("dream", "saliency", "style"), "cvlab.api.library_photos"),
+    **dict.fromkeys(("dream", "look", "saliency", "style"), "cvlab.api.library_photos"),
 }
 _MODULES = ("errors", "runs")  # `cvlab.runs` is a package that can be called, see there
 

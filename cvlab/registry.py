@@ -32,6 +32,7 @@ EXPERIMENTS = {
     "fast_style": "cvlab.experiments.style.experiments:FastStyleExperiment",
     "feature_inversion": "cvlab.experiments.interpretability.experiments:FeatureInversionExperiment",
     "knn": "cvlab.experiments.classification.nearest_neighbors:NearestNeighborsExperiment",
+    "look": "cvlab.experiments.interpretability.look:LookExperiment",
     "lr_range_test": "cvlab.experiments.common.lr_range_test:LrRangeTestExperiment",
     "robustness": "cvlab.experiments.adversarial.robustness:RobustnessExperiment",
     "saliency": "cvlab.experiments.interpretability.experiments:SaliencyExperiment",

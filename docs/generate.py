@@ -69,6 +69,7 @@ RESULT_METRICS = {  # experiment -> the metrics that its table of results has
     "class_visualization": ("num_pictures", "probability", "second_top5", "seconds_of_steps"),
     "dream": ("num_photos", "response_ratio"),
     "fast_style": ("ssim", "width", "height", "seconds_of_network"),
+    "look": ("images", "dead_fraction", "same_class_fraction", "kl_divergence", "loss"),
     "feature_inversion": ("psnr_db_first", "psnr_db_last", "seconds_of_steps"),
     "style": ("style_loss_reduction", "ssim", "width", "height", "seconds_of_steps"),
     "detector": ("train_loss", "best_val_map50", "map50", "map50_95"),

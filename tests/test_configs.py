@@ -15,7 +15,7 @@ COURSE_STYLES = ("style_composition_vii", "style_scream", "style_starry_night") 
 STYLES = ("style", "style_fast", "style_sketch", "style_texture", "style_texture_synthesis", *COURSE_STYLES)
 PHOTOS = (
     *("classify_photos", "saliency", "attack", "class_visualization", "class_visualization_course"),
-    *("dream", "feature_inversion", *STYLES, "detect", "caption"),
+    *("dream", "look", "feature_inversion", *STYLES, "detect", "caption"),
 )
 EXPERIMENTS = {name: loading.load(name).config.experiment for name in NAMES}
 DETECTORS = [name for name in NAMES if EXPERIMENTS[name] == "detector"]
@@ -152,7 +152,7 @@ def test_there_are_the_promised_ones():
         "cifar_fc_overfit_5 cifar_overfit_small_grid cifar_optimizers cifar_dropout cifar_kaiming_depth "
         "cifar_bn_lr_sweep cifar_bn_lr_sweep_fair cifar_api_barebones cifar_api_module cifar_api_sequential "
         "cifar_plain32 cifar_resnet32 cifar_vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack "
-        "class_visualization dream yolo_scenes yolo_fruit yolo_bccd yolo_voc07 yolo_coco detect "
+        "class_visualization dream look yolo_scenes yolo_fruit yolo_bccd yolo_voc07 yolo_coco detect "
         "faster_rcnn_scenes faster_rcnn_fruit faster_rcnn_bccd faster_rcnn_voc07 "
         "caption caption_overfit caption_scenes caption_flickr8k_rnn caption_flickr8k_lstm caption_flickr8k_attention "
         "style style_texture_synthesis feature_inversion style_composition_vii style_scream style_starry_night"

@@ -28,7 +28,7 @@ WRITTEN = [path for path in pages() if path not in GENERATED]
 PHOTO_COMMANDS = {
     "classify": "classify_photos",
     "classvis": "class_visualization",
-    **{name: name for name in ("saliency", "attack", "dream", "style", "detect", "caption")},
+    **{name: name for name in ("saliency", "attack", "dream", "look", "style", "detect", "caption")},
 }
 OTHER_PROGRAMS = (
     "python3",

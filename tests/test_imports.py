@@ -26,6 +26,7 @@ COMMANDS = {  # with the packages that are allowed beside torch
     ("attack", "sample"): (),
     ("classvis", "--target", "gorilla", "steps=1"): ("matplotlib",),
     ("dream", "sample", "--octaves", "1", "--steps", "1", "--size", "64"): (),
+    ("look", "efficientnet_lite0", "sample"): (),
     ("embed", "sample", "--out", "features.npz"): (),
     (*TRAIN, "expect=[]"): ("matplotlib",),
 }

@@ -30,7 +30,7 @@ PHRASES = {  # regular expression, in any case -> what to write instead
 IDENTIFIERS = {  # name in the code -> what to call it instead
     **dict.fromkeys(["told"], "metadata, description, label"),
     **dict.fromkeys(["look_up"], "should_stop, check_interrupt"),
-    **dict.fromkeys(["look", "looks"], "predict"),
+    **dict.fromkeys(["looks"], "predict"),
     **dict.fromkeys(["sure", "surer"], "confidence"),
     **dict.fromkeys(["doubles"], "duplicates"),
     **dict.fromkeys(["wishes"], "flags"),

@@ -239,6 +239,45 @@ def dream(
     return _run_photos("dream", values, overrides, device, runs_dir, progress)
 
 
+def look(
+    model: StrPath,
+    photos: Photos = (),
+    *,
+    layers: Sequence[str] | None = None,
+    on: StrPath | None = None,
+    landscape: bool | None = None,
+    weights: StrPath | None = None,
+    seed: int | None = None,
+    overrides: Overrides = None,
+    device: str | None = None,
+    runs_dir: StrPath | None = None,
+    trust: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Show what is inside a network: `look(run.path, on="test").summary["tables"]`.
+
+    Args:
+        model: A training run of a classifier, or a pretrained model, as in `classify`.
+        photos: See `classify`; may be empty.
+        layers: Layers whose feature maps are drawn; None: the last one of each resolution.
+        on: `train`, `val` or `test` of a run, or a folder of photos: images for statistics, neighbors and t-SNE.
+        landscape: Also measure the loss of a run around its weights.
+        weights: See `classify`.
+        seed: Of the directions of the landscape.
+        overrides: See `classify`.
+        device: See `classify`.
+        runs_dir: See `classify`.
+        trust: See `classify`.
+        progress: See `classify`.
+
+    Raises:
+        CvlabError: As `classify`.
+    """
+    values = api_photos.look_values([fspath(model), *_paths(photos)], root_of(runs_dir), trust)
+    values |= {"layers": layers, "on": fspath(on) if on is not None else None, "landscape": landscape}
+    return _run_photos("look", values | {"weights": weights, "seed": seed}, overrides, device, runs_dir, progress)
+
+
 def style(
     photo: StrPath,
     styles: Photos,

@@ -92,6 +92,22 @@ def load_robustness(
     return load_robustness([path for path in paths if path is not None], overrides, **values)
 
 
+def look_values(names: Sequence[str], root: Path, is_trusted: bool) -> Values:
+    """Return the keys of a network and of photos, given as names of which the first is the network's.
+
+    Raises:
+        ConfigError: No network is named, or it is unknown.
+        DataError: None of the photos exists.
+        RunDirError: It is a run with code of others that is not trusted.
+    """
+    if not names:
+        raise ConfigError("no network is named", "`cvlab look latest`, or `cvlab look efficientnet_lite0 photo.jpg`")
+    if names[0] == photo_paths.SAMPLE or names[0].lower().endswith(photo_paths.SUFFIXES):
+        raise ConfigError(f"{names[0]} is a photo; the network comes first", f"`cvlab look latest {names[0]}`")
+    photo_paths.require_any(names[1:])
+    return {"model": resolve_model(names[0], root, is_trusted), "images": list(names[1:])}
+
+
 def style_config(preset: str | None) -> str:
     """Return the name of the shipped configuration of a preset of `style`. ConfigError if there is no such preset."""
     presets = {name.removeprefix(f"{STYLE}_"): name for name in loading.shipped_names() if name.startswith(f"{STYLE}_")}

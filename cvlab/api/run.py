@@ -363,9 +363,9 @@ def result(path: Path) -> Result:
 
     Returns:
         `ok`, `run`, `experiment`, `status`, `data`, `metrics`, `expect`, `files`; of a sweep also `settings`,
-        `trials` and `importance`, of an experiment on images also `results`, of one that detects objects `headline`
-        and `class_counts`; of a run that continues another one `continues`; of a run without a result `reason` and
-        `hint`.
+        `trials` and `importance`, of an experiment on images also `results`, and perhaps `tables`, of one that detects
+        objects `headline` and `class_counts`; of a run that continues another one `continues`; of a run without a
+        result `reason` and `hint`.
     """
     summary, record = read_summary(path), read_status(path)
     status = record.get("status", "unknown")
@@ -380,7 +380,7 @@ def result(path: Path) -> Result:
         "expect": summary.get("expect", []),
         **{
             key: summary[key]
-            for key in ("settings", "trials", "importance", "results", "headline", "class_counts")
+            for key in ("settings", "trials", "importance", "results", "tables", "headline", "class_counts")
             if key in summary
         },
         **_continues(path),

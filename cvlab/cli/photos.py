@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from cvlab.cli.groups import PHOTOS
-from cvlab.cli.options import DryRun, ModelOptions, Output, RunOptions, Seed, expand_options, finish, show_plan
+from cvlab.cli.options import (
+    DryRun,
+    ModelOptions,
+    Output,
+    RunOptions,
+    Seed,
+    Trust,
+    complete_run,
+    expand_options,
+    finish,
+    show_plan,
+)
 from cvlab.errors import ConfigError
 
 app = typer.Typer()
@@ -266,6 +277,41 @@ def dream(
     require_photos(names, overrides, options)
     values = {"images": names or None, "layer": layer, "octaves": octaves, "steps": steps, "size": size, "seed": seed}
     start("dream", values | model.values(options), overrides, options, dry_run, output)
+
+
+@app.command(rich_help_panel=PHOTOS)
+@expand_options
+def look(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="a training run of a classifier (`latest`: the newest) or a pretrained model, then photos; key=value",
+            autocompletion=complete_run,
+        ),
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="layers whose feature maps are drawn, separated by commas")] = None,
+    on: Annotated[
+        str | None, typer.Option(help="train, val or test of a run, or a folder of photos: also neighbors and t-SNE")
+    ] = None,
+    landscape: Annotated[
+        bool | None, typer.Option("--landscape", help="also draw the loss of a run around its weights")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="file with the model's weights")] = None,
+    trust: Trust = False,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    *,
+    options: RunOptions,
+    output: Output,
+) -> None:
+    """Show what is inside a network, layer by layer. Example: `cvlab look latest`."""
+    from cvlab.api import photos
+    from cvlab.runs.find import runs_root
+
+    names, overrides = split_arguments(arguments)
+    values = photos.look_values(names, runs_root(options.runs_dir), trust)
+    values |= {"layers": _names(layer, "--layer"), "on": on, "landscape": landscape, "weights": weights, "seed": seed}
+    start("look", values, overrides, options, dry_run, output)
 
 
 @app.command(rich_help_panel=PHOTOS)

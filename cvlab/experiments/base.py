@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
     from cvlab.engine.task import ExportSpec, TrainTask
     from cvlab.experiments.common.data_overview import DataOverview
-    from cvlab.experiments.common.labeled_classifier import LabeledClassifier
+    from cvlab.experiments.common.labeled_classifier import LabeledClassifier, LabeledImages
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
     from cvlab.models.summary import SummarySpec
@@ -190,6 +190,16 @@ class MeasuresRobustness(Generic[C]):
         self, config: C, base: Path, state: State, split: str, device: str, check_interrupt: Callable[[], None]
     ) -> "LabeledClassifier":
         """Return the classifier of a checkpoint with a split of its data. ConfigError if there is no such split."""
+        raise NotImplementedError
+
+
+class HasLabeledImages(Generic[C]):
+    """An experiment whose data are images with one label each: `cvlab look RUN`."""
+
+    def labeled_images(
+        self, config: C, base: Path, split: str | None, check_interrupt: Callable[[], None]
+    ) -> "LabeledImages":
+        """Return the images of a split, None for `val`, or `train` if there is none. ConfigError without the split."""
         raise NotImplementedError
 
 

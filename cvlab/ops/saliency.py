@@ -331,7 +331,7 @@ def find_last_feature_layer(model: nn.Module, size_px: int, method: str = "gradc
         if not _is_spatial(call.output) or not _is_bottleneck(call, logits.grad_fn, image):
             num_behind += _is_spatial(call.output)
             continue
-        axes = _axes(call.output)
+        axes = map_axes(call.output)
         layer = FeatureLayer(call.module, axes or "NCHW", call.call)
         (gradient,) = torch.autograd.grad((logits * weights).sum(), call.output, retain_graph=True)
         if axes is None and gradient.any():
@@ -374,7 +374,7 @@ def _is_spatial(output: Tensor) -> bool:
     return output.ndim > 2 and sum(side > 1 for side in output.shape[1:]) > 1 and 3 not in output.shape[1:2]
 
 
-def _axes(output: Tensor) -> str | None:
+def map_axes(output: Tensor) -> str | None:
     """Return the axes of an output of one square image; None if they are not certain."""
     if output.shape[0] != 1:
         return None

@@ -153,8 +153,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
     values = summary.get("metrics", {}) if summary else {name: ys[-1] for name, (_, ys) in lines.items()}
     info, trials = summary.get("metric_info", {}), summary.get("trials", [])
     importance = summary.get("importance") or {}
-    sources = env.get("provenance")
-    sources = sources if isinstance(sources, dict) else None
+    sources = _provenance(env)
     rows = [
         (key, tables.number(value), sources.get(key, "default") if sources else "") for key, value in config.items()
     ]
@@ -179,6 +178,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
             for name, value in values.items()
             if "/" not in name
         ],
+        "tables": [(row["title"], row["columns"], tables.record_rows(row)) for row in summary.get("tables", [])],
         "class_tables": tables.class_tables({**values, **summary.get("class_metrics", {})}, info),
         "settings": _settings(summary.get("settings", [])),
         "importance": tables.importance_table(importance) if importance else None,
@@ -193,6 +193,12 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         "log": _log(path / "log.txt"),
     }
     return render("run.html", title=path.name, run=run, links=links, refresh=refresh)
+
+
+def _provenance(env: Row) -> dict[str, Any] | None:
+    """Return where the value of each key comes from, None if the run does not say it."""
+    sources = env.get("provenance")
+    return sources if isinstance(sources, dict) else None
 
 
 def data_page(document: Row, picture: bytes) -> str:

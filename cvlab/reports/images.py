@@ -21,6 +21,8 @@ SMOOTHING = 0.012  # standard deviation of an overlay's smoothing, of its shorte
 OVERLAY_QUANTILE = 0.995
 MAX_OPACITY = 0.85
 BICUBIC = Image.Resampling.BICUBIC
+SIGNED = ((5, 48, 97), (67, 147, 195), (247, 247, 247), (214, 96, 77), (103, 0, 31))  # colors of -1, -1/2, .. 1
+NEIGHBOR_PX = 64
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 HEAT = (  # the colors of matplotlib's inferno at 0, 1/8, .. 1
     (0, 0, 4),
@@ -55,9 +57,19 @@ def scaled(values: Tensor, quantile: float = 0.999) -> Tensor:
 
 def heat(values: Tensor) -> Image.Image:
     """Color a map (H, W) in [0, 1] from dark to bright."""
-    positions = np.linspace(0, 1, len(HEAT))
+    return _color(values, HEAT)
+
+
+def signed(values: Tensor) -> Image.Image:
+    """Color a map (H, W) in [-1, 1]: negative values blue, positive ones red, 0 white."""
+    return _color((values + 1) / 2, SIGNED)
+
+
+def _color(values: Tensor, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """Color a map (H, W) in [0, 1] by colors at equal distances."""
+    positions = np.linspace(0, 1, len(colors))
     flat = values.cpu().numpy()
-    channels = [np.interp(flat, positions, [color[c] for color in HEAT]) for c in range(3)]
+    channels = [np.interp(flat, positions, [color[c] for color in colors]) for c in range(3)]
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
@@ -182,6 +194,28 @@ def _color_bar(height: int) -> Image.Image:
         top = (1 - value) * (height - fonts.line_px(TEXT_PX))
         fonts.draw(pen, (colors.width + MARGIN // 2, top), f"{value:g}", TEXT_PX)
     return bar
+
+
+def neighbor_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str) -> Image.Image:
+    """Arrange captioned images in rows, each an image and, behind a gap, its nearest neighbors.
+
+    Args:
+        rows: Caption and image of each tile; all rows have the same number.
+        title: Text above them.
+    """
+    column_px, row_px, text_px = NEIGHBOR_PX + 60, NEIGHBOR_PX + 24, 13
+    sheet = Image.new("RGB", (column_px * (1 + len(rows[0])), row_px * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, tiles in enumerate(rows):
+        for column, (caption, picture) in enumerate(tiles):
+            left = column_px * (column + (column > 0)) + 8  # the first caption takes two columns
+            text = fonts.printable(caption)
+            while fonts.width(text, text_px) > column_px * (1 + (column == 0)) - 6:
+                text = text[:-1]
+            fonts.draw(pen, (left, row * row_px + 2), text, text_px)
+            scaled = picture.resize((NEIGHBOR_PX, NEIGHBOR_PX), Image.Resampling.NEAREST)
+            sheet.paste(scaled, (left, row * row_px + 20))
+    return titled(sheet, title)
 
 
 def strip(frames: Sequence[Image.Image], columns: int = 6) -> Image.Image:

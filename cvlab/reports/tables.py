@@ -228,6 +228,8 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
         show_importance(result["importance"])
     if "results" in result:
         show_photos(result["results"], read_columns(summary), path)
+    for record in summary.get("tables", ()):
+        table(record["title"], record["columns"], record_rows(record))
     info = summary.get("metric_info", {})
     title = f"{result['experiment']}{note}: {result['status'].replace('_', ' ')}"
     if result["metrics"]:
@@ -245,6 +247,13 @@ def show_result(result: Mapping[str, Any], with_verdicts: bool = True) -> None:
     print(console.printable(f"run directory {console.relative_path(path)}"))
     if summary.get("headline"):
         print(console.printable(summary["headline"]))
+
+
+def record_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of a table in a validated summary; those without a value are empty."""
+    width = len(record["columns"])
+    cells = [["" if cell is None else number(cell) for cell in row[:width]] for row in record["rows"]]
+    return [row + [""] * (width - len(row)) for row in cells]
 
 
 def show_metrics(title: str, values: Mapping[str, Any], info: Mapping[str, Any]) -> None:

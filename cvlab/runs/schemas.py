@@ -69,6 +69,14 @@ class Setting(_Record):
     metrics: dict[str, Spread]
 
 
+class TableRecord(_Record):
+    """A table that an experiment adds to its results."""
+
+    title: str = ""
+    columns: list[str]
+    rows: list[list[Value]]
+
+
 class Importance(_Record):
     """Which keys of a sweep matter for a metric, or the reason why that is not known."""
 
@@ -98,6 +106,7 @@ class Summary(_Record):
     expect: list[Verdict] = []
     results: list[ResultRow] = []
     columns: list[ColumnRecord] = []
+    tables: list[TableRecord] = []
     settings: list[Setting] = []
     importance: Importance | None = None
 

@@ -327,9 +327,11 @@ def test_every_verb_on_photos_gives_pictures(photo):
     assert vis.results[0].open().width >= 100
     dream = cvlab.dream(photo, layer="blocks.1", octaves=1, steps=1)
     assert dream.results[0].open("dream").size == (64, 48)
+    look = cvlab.look("efficientnet_lite0", photo, layers=["bn1"])
+    assert look.summary["tables"][0]["columns"][0] == "layer"
     style = cvlab.style(photo, "whirls", size=64, overrides={"steps": 2})
     assert style.results[0].open().size == (64, 48)
-    for run in (attack, saliency, detect, caption, vis, dream, style):
+    for run in (attack, saliency, detect, caption, vis, dream, look, style):
         assert run == cvlab.load_run(run.name)
         assert 'src="data:image/webp;base64,' in run._repr_html_()
         assert 'src="data:image/webp;base64,' in run.results[0]._repr_html_()

@@ -63,6 +63,7 @@ KINDS = {  # of experiment -> a short command line of it
         "expect=[]",
     ),
     "dream": ("dream", "sample", "{folder}/photos", "--octaves", "2", "--size", "64", "threads=1"),
+    "look": ("look", "efficientnet_lite0", "sample", "--on", "{folder}/photos", "tsne_steps=400", "threads=1"),
     "style": ("run", "style", "size=64", "steps=40", "threads=1", "expect=[]"),
     **({"fast_style": ("style", "sample", "whirls", "--fast", "threads=1")} if has_network() else {}),
     "detect": ("detect", "sample", "{folder}/photos", "batch_size=1", "threads=1"),

@@ -12,12 +12,12 @@ from cvlab.config.loading import Loaded
 from cvlab.config.metrics import Metric, require_finite
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.engine.config import TRAIN_METRICS
-from cvlab.errors import ConfigError
 from cvlab.experiments.base import (
     ClassifiesPhotos,
     Evaluable,
     EvaluatesOtherData,
     Exportable,
+    HasLabeledImages,
     HasPhotoModule,
     HasSummary,
     HasTrainTask,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.classification.report import Scores
     from cvlab.experiments.classification.setup import ClassificationSetup
     from cvlab.experiments.common.data_overview import DataOverview
-    from cvlab.experiments.common.labeled_classifier import LabeledClassifier
+    from cvlab.experiments.common.labeled_classifier import LabeledClassifier, LabeledImages
     from cvlab.experiments.common.photo_batches import CheckInterrupt, Photo
     from cvlab.models.photo_module import PhotoModule
     from cvlab.models.pretrained import PretrainedClassifier
@@ -127,6 +127,7 @@ class ClassifyExperiment(
     HasSummary[ClassifyConfig],
     HasTrainTask[ClassifyConfig],
     MeasuresRobustness[ClassifyConfig],
+    HasLabeledImages[ClassifyConfig],
 ):
     """Train an image classifier: any model, optimizer, schedule and data set.
 
@@ -344,14 +345,12 @@ class ClassifyExperiment(
         check_interrupt: Callable[[], None] = lambda: None,
     ) -> "ClassificationSetup":
         """Return the data, which must have these splits, and the model with the weights of a checkpoint."""
-        from cvlab.experiments.classification.setup import build
+        from cvlab.experiments.classification.setup import build, require_splits
         from cvlab.runs import checkpoint
 
         setup = build(config, base, check_interrupt=check_interrupt, is_restored=True)
         checkpoint.load_eval_weights(setup.model, state, str(base))
-        unknown = [name for name in splits if name not in setup.splits]
-        if unknown:
-            raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(setup.splits)}")
+        require_splits(splits, setup.splits)
         return setup
 
     def labeled_classifier(
@@ -368,6 +367,14 @@ class ClassifyExperiment(
 
         on_device = config.model_copy(update={"device": device})
         return labeled_classifier(self._restore(on_device, base, state, [split], check_interrupt), split)
+
+    def labeled_images(
+        self, config: ClassifyConfig, base: Path, split: str | None, check_interrupt: Callable[[], None]
+    ) -> "LabeledImages":
+        """Return the images of a split of the data."""
+        from cvlab.experiments.classification.setup import labeled_images
+
+        return labeled_images(config, base, split, check_interrupt)
 
     def evaluate_on(
         self, config: ClassifyConfig, base: Path, state: State, data: str, splits: Sequence[str]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1000  # images whose distances to all others are computed at a time
 NEIGHBORS_IMAGE = "images/neighbors.png"
-SHOWN_IMAGES, SHOWN_NEIGHBORS, TILE_PX = 10, 7, 64  # of a picture of rows
+SHOWN_IMAGES, SHOWN_NEIGHBORS = 10, 7  # of a picture of rows
 CheckInterrupt = Callable[[], None]
 
 
@@ -273,24 +273,14 @@ def predict(neighbors: "Tensor", dataset: "ImageDataset") -> "Predictions":
 
 def draw_neighbors(dataset: "ImageDataset", predictions: "Predictions", neighbors: "Tensor", run: str) -> bytes:
     """Draw the first test images, each in a row with its nearest training images, as PNG."""
-    from PIL import Image, ImageDraw
-
     from cvlab.experiments.classification.data.images import to_image
-    from cvlab.reports import fonts, images
+    from cvlab.reports import images
 
-    shown = neighbors[:SHOWN_IMAGES, :SHOWN_NEIGHBORS].tolist()
-    column_px, row_px, text_px = TILE_PX + 60, TILE_PX + 24, 13
-    sheet = Image.new("RGB", (column_px * (2 + len(shown[0])), row_px * len(shown)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, indices in enumerate(shown):
+    rows = []
+    for row, indices in enumerate(neighbors[:SHOWN_IMAGES, :SHOWN_NEIGHBORS].tolist()):
         label = dataset.classes[int(dataset.test_labels[row])]
         predicted = dataset.classes[int(predictions.predicted[row])]
         tiles = [(f"is {label}, predicted {predicted}", to_image(dataset.test_images, row))]
-        for k in indices:
-            tiles.append((dataset.classes[int(dataset.train_labels[k])], to_image(dataset.train_images, k)))
-        for column, (caption, picture) in enumerate(tiles):
-            left = column_px * (column + (column > 0)) + 8  # the first caption takes two columns
-            fonts.draw(pen, (left, row * row_px + 2), fonts.printable(caption), text_px)
-            scaled = picture.resize((TILE_PX, TILE_PX), Image.Resampling.NEAREST)
-            sheet.paste(scaled, (left, row * row_px + 20))
-    return images.png(images.titled(sheet, f"test images and their nearest training images: {run}"))
+        tiles += [(dataset.classes[int(dataset.train_labels[k])], to_image(dataset.train_images, k)) for k in indices]
+        rows.append(tiles)
+    return images.png(images.neighbor_sheet(rows, f"test images and their nearest training images: {run}"))

@@ -1,7 +1,7 @@
 """What a classification configuration builds: data, model, loss and evaluation."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from cvlab.experiments.classification.data.images import (
 from cvlab.experiments.classification.models import checks
 from cvlab.experiments.classification.models import registry as model_registry
 from cvlab.experiments.classification.models.transfer import TransferClassifier
-from cvlab.experiments.common.labeled_classifier import LabeledClassifier
+from cvlab.experiments.common.labeled_classifier import LabeledClassifier, LabeledImages
 from cvlab.models import pretrained
 from cvlab.models.pretrained import Preprocessing, PretrainedClassifier
 from cvlab.ops.resample import EvalTransform
@@ -149,6 +149,25 @@ def labeled_classifier(setup: ClassificationSetup, split_name: str) -> LabeledCl
     dataset = setup.dataset
     logits_fn = logits_of_pixels(model, setup.normalize)
     return LabeledClassifier(logits_fn, get_images, labels, dataset.classes, dataset.name, setup.ctx.device)
+
+
+def labeled_images(
+    config: ClassifyConfig, base: Path, split_name: str | None, check_interrupt: Callable[[], None]
+) -> LabeledImages:
+    """Return the images of a split; None: of `val`, or of `train` if there is none."""
+    dataset = load_dataset(config, base, check_interrupt)
+    splits = split(dataset, config.data.val_fraction, config.data.num_train)
+    split_name = split_name or ("val" if "val" in splits else "train")
+    require_splits([split_name], splits)
+    images, labels = splits[split_name]
+    return LabeledImages(images.__getitem__, labels, dataset.classes, dataset.name, split_name)
+
+
+def require_splits(names: Sequence[str], splits: Collection[str]) -> None:
+    """Raise ConfigError unless all names are those of splits."""
+    unknown = [name for name in names if name not in splits]
+    if unknown:
+        raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(splits)}")
 
 
 def _normalization(config: ClassifyConfig, dataset: ImageDataset, ctx: device.ComputeContext) -> Normalization:

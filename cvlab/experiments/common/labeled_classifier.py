@@ -1,4 +1,4 @@
-"""A trained classifier together with the labeled images that it is measured on."""
+"""Labeled images of a split, and a trained classifier together with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,3 +31,22 @@ class LabeledClassifier:
 def to_pixels(images: Tensor) -> Tensor:
     """Return images, uint8 (N, H, W, C), as (N, C, H, W) in [0, 1]."""
     return images.permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """A split of a data set.
+
+    Attributes:
+        images: A function from indices, int64 (N,), to these images, uint8 (N, H, W, C).
+        labels: int64 (M,), of all images of the split.
+        classes: Names of the classes.
+        data: Name of the data set.
+        split: Name of the split.
+    """
+
+    images: Callable[[Tensor], Tensor]
+    labels: Tensor
+    classes: tuple[str, ...]
+    data: str
+    split: str

@@ -97,7 +97,7 @@ def run(
             f"{photo_paths.SAMPLE} is the bundled photo {photo_paths.find_images([photo_paths.SAMPLE])[0].name}"
         )
     paths = photo_paths.find_images(config.images)
-    labels = _unique_labels(paths)
+    labels = unique_labels(paths)
     batches = [range(k, min(k + config.batch_size, len(paths))) for k in range(0, len(paths), config.batch_size)]
     results = _restore_results(run_dir, paths, batches, columns)
     if results:
@@ -211,7 +211,7 @@ def _restore_results(
     return results[:num_complete]
 
 
-def _unique_labels(paths: list[Path]) -> list[str]:
+def unique_labels(paths: list[Path]) -> list[str]:
     """Return a unique label for each photo: its name as a file's, numbered if several share it."""
     names = [file_stem(path.stem) or "photo" for path in paths]
     counts: Counter[str] = Counter()

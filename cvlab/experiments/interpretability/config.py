@@ -1,6 +1,7 @@
-"""Configurations of saliency maps, class visualization, feature inversion and DeepDream."""
+"""Configurations of saliency maps, class visualization, feature inversion, DeepDream and looking into networks."""
 
 import importlib.util
+import os
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ from cvlab.config import schema
 from cvlab.data import photo_paths
 from cvlab.experiments.common import photo_config
 from cvlab.experiments.common.photo_config import ClassName, PhotoConfig, PretrainedConfig
+from cvlab.experiments.common.run_classifier import is_run_of_classifier
 
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
@@ -253,3 +255,75 @@ class DreamConfig(PhotoConfig):
     def build(self) -> "tuple[ComputeContext, PretrainedClassifier]":
         """Select the device, seed the random number generators and build the model; it needs no classifier."""
         return PretrainedConfig.build(self)
+
+
+SPLITS = ("train", "val", "test")
+
+
+class LookConfig(PretrainedConfig):
+    """Configuration of looking into a network: the network, the images, what is drawn."""
+
+    images: tuple[str, ...] = Field(
+        (),
+        description="photos whose feature maps are drawn; none: an image of `on`, or `sample` for a pretrained model",
+    )
+    layers: tuple[str, ...] = Field(
+        (), description="layers whose feature maps are drawn; none: the last one of each resolution"
+    )
+    on: str | None = Field(
+        None,
+        description="images for the statistics of the layers, nearest neighbors and t-SNE: train, val or test of a "
+        "training run, or a folder of photos, which may have a subfolder for each class; null: the photos in "
+        "`images`, of a run without these val, or train if it has none",
+    )
+    num_images: schema.PositiveInt = Field(1000, description="number of images of `on`, at even intervals")
+    channels: Annotated[schema.PositiveInt, Le(1024)] = Field(64, description="channels of a layer that are drawn")
+    neighbors: Annotated[schema.PositiveInt, Le(20)] = Field(7, description="nearest images that are drawn")
+    perplexity: Annotated[float, Gt(1), Le(1000)] = Field(30.0, description="t-SNE: about the number of near neighbors")
+    tsne_steps: Annotated[schema.NonNegativeInt, Le(100_000)] = Field(1000, description="t-SNE: steps; 0: no t-SNE")
+    landscape: bool = Field(False, description="also draw the loss of a run around its weights, in two directions")
+    resolution: Annotated[schema.PositiveInt, Ge(3), Le(201)] = Field(
+        21, description="landscape: points in each direction, an odd number"
+    )
+    radius: schema.PositiveFloat = Field(
+        1.0, description="landscape: largest distance in each direction, relative to the norm of each filter"
+    )
+    batch_size: schema.PositiveInt = Field(50, description="images in a forward pass")
+    precision: Literal["float32"] = Field("float32", description="of the network")
+
+    @field_validator("images")
+    @classmethod
+    def _absolute_images(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return photo_config.absolute_image_paths(names) if names else names
+
+    @field_validator("on")
+    @classmethod
+    def _split_or_folder(cls, on: str | None) -> str | None:
+        if on is None or on in SPLITS:
+            return on
+        if not os.path.isdir(on):
+            raise ValueError(f"{on!r} is neither train, val or test nor a folder of photos")
+        return os.path.abspath(on)
+
+    @field_validator("resolution")
+    @classmethod
+    def _odd(cls, resolution: int) -> int:
+        if resolution % 2 == 0:
+            raise ValueError(f"{resolution} points have none at the weights themselves: give an odd number")
+        return resolution
+
+    @model_validator(mode="after")
+    def _needs_a_run(self) -> "LookConfig":
+        if not self.is_run:
+            if self.on in SPLITS:
+                raise ValueError(f"on: {self.on} is a split of the data of a training run; name a folder of photos")
+            if self.landscape:
+                raise ValueError("landscape: the loss is that of a training run on its data; name a run")
+        elif self.landscape and self.on is not None and self.on not in SPLITS:
+            raise ValueError("landscape: the loss is measured on train, val or test, so on cannot be a folder")
+        return self
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the network is that of a training run."""
+        return is_run_of_classifier(self.model)
