@@ -703,7 +703,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
     assert [section.partition(":")[0] for section in sections] == list(groups.GROUPS)
     lines = [line.split(maxsplit=1) for section in sections for line in section.splitlines()[1:]]
     commands, texts = zip(*lines, strict=True)
-    assert len(set(commands)) == len(commands) == 32
+    assert len(set(commands)) == len(commands) == 33
     assert len(set(texts)) == len(texts)
     assert not any(text.endswith("...") for text in texts)
 
@@ -711,7 +711,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["foo"], "unknown command 'foo'; similar: doctor; `cvlab --help` lists all 33"),
+        (["foo"], "unknown command 'foo'; similar: look, doctor; `cvlab --help` lists all 33"),
         (["data", "fech"], "unknown command 'fech'; did you mean 'fetch'? known: check, fetch, list"),
         (["train", "quickstart", "--sede", "3"], "similar: --debug, --seed, --set; see `cvlab train --help`"),
         (["train", "yolo_scene"], "did you mean 'yolo_scenes'? `cvlab config` lists all 70"),
