@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cvlab.experiments.base import Experiment
 
 EXPERIMENTS = {
+    "adversarial_patch": "cvlab.experiments.adversarial.patch:PatchExperiment",
     "attack": "cvlab.experiments.adversarial.experiments:AttackExperiment",
     "caption": "cvlab.experiments.captioning.experiments:CaptionExperiment",
     "captioner": "cvlab.experiments.captioning.experiments:CaptionerExperiment",
@@ -38,6 +39,7 @@ EXPERIMENTS = {
     "saliency": "cvlab.experiments.interpretability.experiments:SaliencyExperiment",
     "style": "cvlab.experiments.style.experiments:StyleExperiment",
     "sweep": "cvlab.sweeps.experiment:SweepExperiment",
+    "universal_perturbation": "cvlab.experiments.adversarial.universal:UniversalExperiment",
 }
 
 

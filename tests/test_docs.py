@@ -12,7 +12,8 @@ import pytest
 import typer.main
 import yaml
 
-from cvlab import errors
+from cvlab import errors, registry
+from cvlab.api.photos import PHOTO_SET_METHODS
 from cvlab.cli import main
 from cvlab.config import loading, overrides, strict_yaml
 from cvlab.data import photos
@@ -84,6 +85,10 @@ def check_configuration(words, folder):
     elif words[0] == "attack" and "--on" in words:
         keys = [word.partition("=")[0] for word in words[1:] if OVERRIDE.match(word)]
         assert set(keys) <= set(RobustnessConfig.model_fields)
+    elif words[0] == "attack" and {"universal", "patch"} & set(words):
+        name = PHOTO_SET_METHODS[words[words.index("--method") + 1]]
+        keys = [word.partition("=")[0] for word in words[1:] if OVERRIDE.match(word)]
+        assert set(keys) <= set(registry.get_experiment(name).Config.model_fields)
     elif words[0] in PHOTO_COMMANDS:
         assert loading.load(PHOTO_COMMANDS[words[0]], [word for word in words[1:] if OVERRIDE.match(word)])
 

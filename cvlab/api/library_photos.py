@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from cvlab.api import photos as api_photos
 from cvlab.api.handles import Run
 from cvlab.api.library import Overrides, StrPath, root_of
+from cvlab.config.overrides import to_texts
 from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs.find import find_run
 
 if TYPE_CHECKING:
+    from cvlab.config.loading import Loaded
     from cvlab.experiments.interpretability.config import SaliencyMethod
 
 Photos = StrPath | Sequence[StrPath]
@@ -109,7 +111,7 @@ def attack(
     photos: Photos,
     *,
     target: str | int | None = None,
-    method: Literal["l2", "fgsm", "pgd", "deepfool", "cw"] | None = None,
+    method: Literal["l2", "fgsm", "pgd", "deepfool", "cw", "universal", "patch"] | None = None,
     eps: float | None = None,
     size: Literal["original", "model"] | None = None,
     survive: Sequence[str] | None = None,
@@ -128,14 +130,14 @@ def attack(
     Args:
         photos: See `classify`.
         target: Class that is to be predicted, by name or index; None for any but the predicted one.
-        method: How.
-        eps: fgsm, pgd: largest change of a pixel, in 1/255.
+        method: How; `universal` finds one perturbation for all photos, and takes neither size, survive nor then.
+        eps: fgsm, pgd, universal: largest change of a pixel, in 1/255.
         size: Attack the photo as it is, or first reduce it to the model's input size.
         survive: Changes after which the photo is to fool the model too: `jpeg75`, `resize`, `crop`, ...
         then: `saliency`: also explain the attacked photos.
         model: See `classify`.
         weights: See `classify`.
-        seed: Of the random start of `pgd`.
+        seed: Of the random start of `pgd`, and of the changes and photos that are drawn.
         overrides: See `classify`.
         device: See `classify`.
         runs_dir: See `classify`.
@@ -145,11 +147,9 @@ def attack(
     Raises:
         CvlabError: As `classify`.
     """
-    values = {"images": _photos(photos, overrides), "target": target, "method": method, "eps": eps, "size": size}
-    values |= {"then": then, "seed": seed, **_model(model, weights, runs_dir, trust)}
-    if survive is not None:
-        values["survive"] = list(survive)
-    return _run_photos("attack", values, overrides, device, runs_dir, progress)
+    values: dict[str, Any] = {"images": _photos(photos, overrides), "target": target, "method": method, "eps": eps}
+    values |= {"size": size, "survive": survive, "then": then, "seed": seed, **_model(model, weights, runs_dir, trust)}
+    return _run(api_photos.load_attack({**values, "device": device}, to_texts(overrides)), runs_dir, progress)
 
 
 def classvis(
@@ -447,8 +447,6 @@ def _paths(photos: Photos) -> list[str]:
 
 def _photos(photos: Photos, overrides: Overrides) -> list[str] | None:
     """Return the paths of photos, None if overrides have them. Raises an error if none is named, or none exists."""
-    from cvlab.config.overrides import to_texts
-
     paths = _paths(photos)
     api_photos.require_photos(paths, to_texts(overrides))
     return paths or None
@@ -484,9 +482,12 @@ def _run_photos(
     progress: bool,
 ) -> Run:
     """Run a shipped configuration on photos."""
-    from cvlab.api.session import library_call
-    from cvlab.config.overrides import to_texts
+    return _run(api_photos.load(name, {**values, "device": device}, to_texts(overrides)), runs_dir, progress)
 
-    loaded = api_photos.load(name, {**values, "device": device}, to_texts(overrides))
+
+def _run(loaded: Loaded, runs_dir: StrPath | None, progress: bool) -> Run:
+    """Run a configuration."""
+    from cvlab.api.session import library_call
+
     with library_call(progress):
         return Run(api_photos.start(loaded, root_of(runs_dir))["run"])

@@ -8,6 +8,7 @@ from cvlab import registry
 from cvlab.api import run
 from cvlab.config import loading
 from cvlab.config.overrides import to_texts
+from cvlab.config.strict_yaml import Document
 from cvlab.data import photo_paths
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.errors import ConfigError
@@ -18,6 +19,7 @@ from cvlab.runs import trust
 STYLE = "style"  # the configuration, and what the names of its presets begin with
 FAST_STYLE = "style_fast"
 BUNDLED_DETECTOR_NAMES = ("yolo", "everyday", "faster_rcnn", "yolov3_tiny")  # that `cvlab saliency --model` explains
+PHOTO_SET_METHODS = {"universal": "universal_perturbation", "patch": "adversarial_patch"}  # of `attack`
 Values = dict[str, Any]  # of configuration keys; None: not given
 
 
@@ -108,6 +110,24 @@ def look_values(names: Sequence[str], root: Path, is_trusted: bool) -> Values:
     return {"model": resolve_model(names[0], root, is_trusted), "images": list(names[1:])}
 
 
+def load_attack(values: Mapping[str, Any], overrides: Sequence[str]) -> loading.Loaded:
+    """Return the configuration of an attack on photos, which depends on the method; `values` are those of its keys.
+
+    Raises:
+        ConfigError: With all problems.
+    """
+    method = values.get("method")
+    if method not in PHOTO_SET_METHODS:
+        return load("attack", values, overrides)
+    unused = next((key for key in ("size", "survive", "then") if values.get(key) is not None), None)
+    if unused is not None:
+        raise ConfigError(f"{unused} has no effect with method {method}", "it is for attacks on single photos")
+    name = PHOTO_SET_METHODS[method]
+    texts = to_texts({key: value for key, value in values.items() if value is not None and key != "method"})
+    document = Document({"experiment": name}, {}, "command line")
+    return loading.load_document(document, Path(f"{name}.yaml"), [*texts, *overrides])
+
+
 def style_config(preset: str | None) -> str:
     """Return the name of the shipped configuration of a preset of `style`. ConfigError if there is no such preset."""
     presets = {name.removeprefix(f"{STYLE}_"): name for name in loading.shipped_names() if name.startswith(f"{STYLE}_")}
@@ -170,7 +190,7 @@ def saliency_of(
 def attack_failure(result: Mapping[str, Any]) -> str:
     """Return the message of an attack without success; "" if it has changed and survived on a photo, or had none to."""
     metrics = result["metrics"]
-    if not metrics["num_attacked"] or metrics.get("survival_rate", metrics["success_rate"]) > 0:
+    if not metrics.get("num_attacked") or metrics.get("survival_rate", metrics["success_rate"]) > 0:
         return ""
     if metrics["success_rate"] > 0:
         return "the attack survives the changes on none of the photos; try more steps, or a larger lr or --eps"

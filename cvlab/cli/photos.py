@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from cvlab.cli.options import (
     show_plan,
 )
 from cvlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cvlab.config.loading import Loaded
 
 app = typer.Typer()
 
@@ -45,16 +48,28 @@ def start(
     options: RunOptions,
     dry_run: bool,
     output: Output,
+) -> None:
+    """Run a shipped configuration with `values` of its keys and overrides `key=value`, or print its plan."""
+    from cvlab.api import photos
+
+    loaded = photos.load(name, values | {"device": options.device}, [*overrides, *(options.set_ or [])])
+    _run_or_plan(loaded, options, dry_run, output)
+
+
+def _run_or_plan(
+    loaded: "Loaded",
+    options: RunOptions,
+    dry_run: bool,
+    output: Output,
     get_failure: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Run a shipped configuration with `values` of its keys and overrides `key=value`, or print its plan.
+    """Run a configuration, or print its plan.
 
     `get_failure` returns why a result is no success, "" if it is one; the exit code is 3 then.
     """
     from cvlab.api import photos
     from cvlab.runs.find import runs_root
 
-    loaded = photos.load(name, values | {"device": options.device}, [*overrides, *(options.set_ or [])])
     root = runs_root(options.runs_dir)
     if dry_run:
         show_plan(loaded, root, output)
@@ -139,7 +154,11 @@ def attack(
     images: Images = None,
     target: Annotated[str | None, typer.Option(help="target class; default: any class but the predicted one")] = None,
     method: Annotated[
-        str | None, typer.Option(help="l2, fgsm, pgd, deepfool or cw; with --on fgsm, pgd, apgd_ce, apgd_dlr, square")
+        str | None,
+        typer.Option(
+            help="l2, fgsm, pgd, deepfool or cw; universal or patch: one for all photos; "
+            "with --on fgsm, pgd, apgd_ce, apgd_dlr, square"
+        ),
     ] = None,
     eps: Annotated[
         str | None, typer.Option(help="largest change of a pixel, in 1/255; with --on several, with commas")
@@ -185,14 +204,10 @@ def attack(
     if bounds is not None and len(bounds) > 1:
         raise ConfigError("--eps: one number for photos", "several need --on test and a training run")
     values = {"images": names or None, "target": target, "method": method, "eps": bounds[0] if bounds else None}
-    values |= {
-        "size": size,
-        "survive": _names(survive, "--survive"),
-        "then": then,
-        "seed": seed,
-        **model.values(options),
-    }
-    start("attack", values, overrides, options, dry_run, output, photos.attack_failure)
+    values |= {"size": size, "survive": _names(survive, "--survive"), "then": then, "seed": seed}
+    values |= {"device": options.device, **model.values(options)}
+    loaded = photos.load_attack(values, [*overrides, *(options.set_ or [])])
+    _run_or_plan(loaded, options, dry_run, output, photos.attack_failure)
 
 
 def _measure_robustness(
@@ -210,10 +225,7 @@ def _measure_robustness(
 
     root = runs_root(options.runs_dir)
     loaded = photos.load_robustness(runs, values, [*overrides, *(options.set_ or [])], root, is_trusted)
-    if dry_run:
-        show_plan(loaded, root, output)
-    else:
-        finish(photos.start(loaded, root), output)
+    _run_or_plan(loaded, options, dry_run, output)
 
 
 @app.command(rich_help_panel=PHOTOS)

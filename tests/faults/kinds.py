@@ -53,6 +53,21 @@ KINDS = {  # of experiment -> a short command line of it
     "faster_rcnn": (*DETECTOR, "model={name: faster_rcnn}"),
     "captioner": CAPTIONER,
     "attack": ("attack", "sample", "{folder}/photos", "--target", "ostrich", "batch_size=1", "threads=1", "expect=[]"),
+    "universal_perturbation": (
+        *("attack", "{folder}/classes/*/*.png", "--method", "universal", "steps=30", "batch_size=2", "threads=1"),
+    ),
+    "adversarial_patch": (
+        *(
+            "attack",
+            "{folder}/classes/*/*.png",
+            "--method",
+            "patch",
+            "steps=30",
+            "batch_size=2",
+            "placements=1",
+            "threads=1",
+        ),
+    ),
     "class_visualization": (
         "run",
         "class_visualization",

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Le, Len
+from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
@@ -18,6 +18,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 JPEG_NAMES = ("jpeg95", "jpeg85", "jpeg75")  # changes after which success is always measured
 CHANGE = r"jpeg([1-9][0-9]?|100)|resize|crop"  # a name in `survive`
+MM_PER_INCH = 25.4
+MAX_PATCH_PX = 5000
 DEFAULT_EPS = 8.0  # in 1/255
 
 
@@ -86,6 +88,56 @@ class AttackConfig(PhotoConfig):
     def bound(self) -> float:
         """The largest change of a pixel, in [0, 1]."""
         return (self.eps if self.eps is not None else DEFAULT_EPS) / 255
+
+
+class PhotoSetConfig(PhotoConfig):
+    """The keys of attacks that find one perturbation or patch for many photos."""
+
+    target: ClassName | None = Field(None, description="target class; null: any class but the predicted ones")
+    held_out: Annotated[float, Gt(0), Lt(1)] = Field(
+        0.25, description="share of the photos that is only evaluated, chosen at random"
+    )
+    steps: Annotated[schema.PositiveInt, Le(1_000_000)] = Field(500, description="optimization steps")
+    batch_size: schema.PositiveInt = Field(8, description="photos of a step")
+
+
+class UniversalConfig(PhotoSetConfig):
+    """Configuration of a universal perturbation."""
+
+    eps: Annotated[float, Ge(0.5), Le(127)] = Field(10.0, description="largest change of a pixel, in 1/255")
+    alpha: Annotated[float, Gt(0), Le(255)] = Field(1.0, description="first step size, in 1/255; it falls to 0")
+
+
+class PatchConfig(PhotoSetConfig):
+    """Configuration of a printable patch."""
+
+    target: ClassName = Field("toaster", description="class that the patch is to be taken for")
+    lr: schema.PositiveFloat = Field(0.05, description="first learning rate of Adam, which falls to 0")
+    min_scale: Annotated[float, Gt(0), Le(1)] = Field(
+        0.3, description="smallest side of the patch, in parts of the photo"
+    )
+    max_scale: Annotated[float, Gt(0), Le(1)] = Field(
+        0.5, description="largest side of the patch, in parts of the photo"
+    )
+    rotate_degrees: Annotated[schema.NonNegativeFloat, Le(180)] = Field(30.0, description="rotate by up to N degrees")
+    placements: Annotated[schema.PositiveInt, Le(1000)] = Field(
+        4, description="random placements in each photo that success is measured on"
+    )
+    size_mm: Annotated[float, Ge(5), Le(1000)] = Field(80.0, description="diameter of the printed patch")
+    dpi: Annotated[schema.PositiveInt, Ge(30), Le(1200)] = Field(300, description="printed pixels per inch")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PatchConfig":
+        if self.min_scale > self.max_scale:
+            raise ValueError("min_scale is larger than max_scale")
+        if self.width_px > MAX_PATCH_PX:
+            raise ValueError(f"{self.size_mm:g} mm at {self.dpi} dpi are more than {MAX_PATCH_PX} pixels; lower dpi")
+        return self
+
+    @property
+    def width_px(self) -> int:
+        """Side of the saved patch in pixels."""
+        return round(self.size_mm / MM_PER_INCH * self.dpi)
 
 
 class RobustnessConfig(RunConfig):

@@ -13,10 +13,8 @@ from cvlab.config.validation import Problems
 from cvlab.experiments.base import HasLabeledImages, PhotoExperiment
 from cvlab.experiments.interpretability.config import SPLITS, LookConfig
 from cvlab.runs.find import config_path
-from cvlab.runs.results import Column
+from cvlab.runs.results import Column, summarize
 from cvlab.runs.run_dir import RunDir
-
-LOOK_COLUMNS = (Column("shows", "shows"),)
 
 
 class LookExperiment(PhotoExperiment[LookConfig]):
@@ -43,7 +41,7 @@ class LookExperiment(PhotoExperiment[LookConfig]):
 
     name = "look"
     Config = LookConfig
-    columns = LOOK_COLUMNS
+    columns = (Column("shows", "shows"),)
     saves_checkpoints = False
     metrics = (
         Metric("images"),
@@ -69,7 +67,10 @@ class LookExperiment(PhotoExperiment[LookConfig]):
         """Write the pictures; an interrupted run computes them again, but no row of the landscape."""
         from cvlab.experiments.interpretability.network_report import NetworkReport
 
-        return NetworkReport(config, run).write()
+        report = NetworkReport(config, run)
+        metrics = report.write()
+        run.extra_summary |= summarize(report.results, self.columns)
+        return metrics
 
     def plan(self, config: LookConfig, base: Path) -> dict[str, Any]:
         """Return what a run would do. Raises ConfigError for an unknown layer, DataError for missing photos."""

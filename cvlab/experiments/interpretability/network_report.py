@@ -25,14 +25,13 @@ from cvlab.experiments.interpretability import feature_space, image_sets, landsc
 from cvlab.experiments.interpretability.config import SPLITS, LookConfig
 from cvlab.experiments.interpretability.feature_space import EmbeddedSet
 from cvlab.experiments.interpretability.image_sets import ImageSet
-from cvlab.experiments.interpretability.look import LOOK_COLUMNS
 from cvlab.models import activations
 from cvlab.models.activations import ActivationRecorder
 from cvlab.reports import images, tables
 from cvlab.runs import checkpoint, records
 from cvlab.runs.find import config_path
 from cvlab.runs.interrupt import StopRequest
-from cvlab.runs.results import PhotoResult, summarize
+from cvlab.runs.results import PhotoResult
 from cvlab.runs.run_dir import RunDir
 from cvlab.storage.file_names import file_stem
 
@@ -108,7 +107,6 @@ class NetworkReport:
             if config.landscape:
                 assert split is not None
                 self._draw_landscape(split, check_interrupt)
-        run.extra_summary |= summarize(self.results, LOOK_COLUMNS)
         return self.metrics
 
     def _add(self, name: str, content: bytes, shows: str) -> None:
