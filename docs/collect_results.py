@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 FLAGS = ("-q", "--quiet", "-v", "--verbose", "--json", "--offline", "--fresh")  # do not change the result
 FLAGS_WITH_VALUE = ("--seed", "--runs-dir")
 DIGITS = 5
+MAX_KEYS = 4
 Row = dict[str, Any]
 
 
@@ -105,13 +106,18 @@ def setting_rows(row: Row, settings: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Return one row for each setting of a sweep."""
     rows = []
     for setting in settings:
-        text = ", ".join(f"{key}={json.dumps(value)}" for key, value in setting["keys"].items())
         metrics = {
             name: {"mean": round(value["mean"], DIGITS), "sd": value["sd"] and round(value["sd"], DIGITS)}
             for name, value in setting["metrics"].items()
         }
-        rows.append(row | {"setting": text, "metrics": metrics})
+        rows.append(row | {"setting": setting_text(setting["keys"]), "metrics": metrics})
     return rows
+
+
+def setting_text(keys: Mapping[str, Any]) -> str:
+    """Return the keys of a setting as they are typed; of more than MAX_KEYS, only those that are not off."""
+    shown = keys if len(keys) <= MAX_KEYS else {key: value for key, value in keys.items() if value}
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()) or f"all {len(keys)} keys off"
 
 
 def rows_by_experiment(runs: Iterable[Row]) -> dict[str, list[Row]]:
