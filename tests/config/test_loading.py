@@ -189,7 +189,7 @@ name=a/b|letters, digits
 name=''|letters, digits
 name=../x|letters, digits
 experiment=clasify|did you mean 'classify'
-experiment=3|known: attack
+experiment=3|known: adversarial_patch, attack
 """.strip().splitlines()
 
 

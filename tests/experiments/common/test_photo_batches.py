@@ -53,7 +53,7 @@ def test_plan_and_run_share_one_loaded_model(cvlab, monkeypatch, verb, num_files
     [
         (["attack", "--target", "ostrch", "sample"], 2, "did you mean 'ostrich'"),
         (["attack", "--target", "crane", "sample"], 2, "134 crane"),
-        (["attack", "--target", "ostrich", "sample", "--method", "cw"], 2, "method"),
+        (["attack", "--target", "ostrich", "sample", "--method", "bim"], 2, "method"),
         (["attack", "sample", "--method", "pgd", "--eps", "0.1"], 2, "eps"),
         (["saliency", "sample", "--class", "xyz"], 2, "no class 'xyz'"),
         (["classify", "--model", "timm:resnet5O", "sample"], 2, "did you mean 'resnet50'"),
