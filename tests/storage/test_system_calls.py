@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import pathlib
 import stat
 import tempfile
 
@@ -32,6 +33,9 @@ def refuse(monkeypatch, module, name, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(module, name, call)
+    accessor = getattr(pathlib, "_NormalAccessor", None)  # which Path calls instead of os in Python 3.10
+    if module is os and hasattr(accessor, name):
+        monkeypatch.setattr(accessor, name, staticmethod(call))
 
 
 def run_whole(root):
