@@ -150,7 +150,8 @@ def test_there_are_the_promised_ones():
     promised = (
         "quickstart cifar_bn cifar_no_bn cifar_overfit_small cifar_three_layer_epoch cifar_fc_overfit_3 "
         "cifar_fc_overfit_5 cifar_overfit_small_grid cifar_optimizers cifar_dropout cifar_kaiming_depth "
-        "cifar_bn_lr_sweep cifar_bn_lr_sweep_fair cifar_api_barebones cifar_api_module cifar_api_sequential "
+        "cifar_learning_rates cifar_bn_lr_sweep cifar_bn_lr_sweep_fair cifar_api_barebones cifar_api_module "
+        "cifar_api_sequential cifar_robust cifar_robust_plain cifar_augmentation_sweep "
         "cifar_plain32 cifar_resnet32 cifar_vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack "
         "class_visualization dream look yolo_scenes yolo_fruit yolo_bccd yolo_voc07 yolo_coco detect "
         "faster_rcnn_scenes faster_rcnn_fruit faster_rcnn_bccd faster_rcnn_voc07 "
