@@ -118,8 +118,8 @@ class UniversalExperiment(PhotoExperiment[UniversalConfig]):
         noise = _random_signs(config.seed, levels)
         inputs = [_attack(photos.inputs[k], noise) for k in photos.held_out.tolist()]
         after_noise = photo_set.predict(model, inputs, ctx, config.batch_size)
-        fooled = after == target if target is not None else after != photos.labels
-        fooled_by_noise = after_noise == target if target is not None else after_noise != photos.labels[photos.held_out]
+        fooled = _is_fooled(after, photos.labels, target)
+        fooled_by_noise = _is_fooled(after_noise, photos.labels[photos.held_out], target)
         rates = {
             "fooling_rate": fooled[photos.used],
             "held_out_fooling_rate": fooled[photos.held_out],
@@ -135,6 +135,11 @@ class UniversalExperiment(PhotoExperiment[UniversalConfig]):
             f"{values['noise_fooling_rate']:.2f} of the former"
         )
         return {"num_photos": len(photos.used), "num_held_out": len(photos.held_out), **values, **losses}
+
+
+def _is_fooled(predicted: "Tensor", labels: "Tensor", target: int | None) -> "Tensor":
+    """Return which predictions (N,) are the target, or without one differ from the labels (N,): bool (N,)."""
+    return predicted == target if target is not None else predicted != labels
 
 
 def _flip_and_shift(images: "Tensor", uniform: list[list[float]]) -> "Tensor":
