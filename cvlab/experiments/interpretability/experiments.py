@@ -266,7 +266,8 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
         """Return what is wrong with a configuration; also classes that the model does not have, a missing package."""
         problems = super().problems(config, base) + config.class_problems("target", [config.target])
         if config.method in CAPTUM_METHODS and not has_captum():
-            message = f"{config.method} is computed by captum, which is not installed: {install_command('explain')}"
+            command = install_command("explain")
+            message = f"{config.method} is computed by captum, which is not installed: {command}"
             problems.append((("method",), message))
         return problems
 

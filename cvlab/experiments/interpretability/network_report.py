@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cvlab.console import Progress
 from cvlab.data import photo_paths
 from cvlab.engine.device import ComputeContext, seed_everything
 from cvlab.errors import ConfigError, DataError
-from cvlab.experiments.base import HasLabeledImages, HasTrainTask
+from cvlab.experiments.base import Experiment, HasLabeledImages, HasTrainTask
 from cvlab.experiments.common import embedding
 from cvlab.experiments.common.labeled_classifier import LabeledImages
 from cvlab.experiments.common.photo_batches import resolve_images, unique_labels
@@ -134,11 +135,15 @@ class NetworkReport:
         is_needed = config.on in SPLITS or (config.on is None and (config.landscape or not config.images))
         if not config.is_run or not is_needed:
             return None
-        path = Path(config.model)
-        trained: Any = loading.load(str(config_path(path)), []).config
-        experiment = registry.get_experiment(trained.experiment)
+        trained, experiment = self._trained
         assert isinstance(experiment, HasLabeledImages)
-        return experiment.labeled_images(trained, path, config.on, check_interrupt)
+        return experiment.labeled_images(trained, Path(config.model), config.on, check_interrupt)
+
+    @cached_property
+    def _trained(self) -> tuple[Any, Experiment[Any]]:
+        """The configuration and the experiment of the run."""
+        config = loading.load(str(config_path(Path(self.config.model))), []).config
+        return config, registry.get_experiment(config.experiment)
 
     def _image_set(self, split: LabeledImages | None) -> ImageSet | None:
         """Return the images of `on`, of a run without photos the default split; None: the named photos."""
@@ -192,11 +197,10 @@ class NetworkReport:
         """Return the gradients of the run's loss on one training batch by name; empty if they cannot be computed."""
         if not self.config.is_run:
             return {}
-        path = Path(self.config.model)
-        trained: Any = loading.load(str(config_path(path)), []).config
-        experiment = registry.get_experiment(trained.experiment)
+        trained, experiment = self._trained
         if not isinstance(experiment, HasTrainTask):
             return {}
+        path = Path(self.config.model)
         trained = trained.model_copy(update={"device": str(self.ctx.device), "precision": "float32"})
         try:
             task = experiment.train_task(trained, path, check_interrupt)
@@ -230,7 +234,7 @@ class NetworkReport:
     ) -> tuple[ActivationRecorder, EmbeddedSet | None]:
         """Record the activations of all images; with `with_features` also return their place in the feature space."""
         recorder = ActivationRecorder(self.network)
-        embedder = self._embedder() if with_features else None
+        embedder = self._embedder if with_features else None
         features: list[Tensor] = []
         pictures: list[Image.Image] = []
         names: list[str] = []
@@ -256,7 +260,9 @@ class NetworkReport:
         space = EmbeddedSet(image_set.title, torch.cat(features), pictures, names, all_labels, image_set.classes)
         return recorder, space
 
+    @cached_property
     def _embedder(self) -> embedding.Embedder | None:
+        """Computes the features of the last layer; None if the network has none."""
         try:
             return embedding.build(self.model)
         except ConfigError as error:
@@ -318,8 +324,9 @@ class NetworkReport:
         if num < feature_space.MIN_IMAGES:
             self.run.log(f"no neighbors and no t-SNE of {num} images: at least {feature_space.MIN_IMAGES} are needed")
             return
-        embedder = embedding.build(self.model)
-        queries = [(photo.name, photo.picture, feature_space.embed(embedder, photo.inputs)[0]) for photo in photos]
+        assert self._embedder is not None
+        embed = partial(feature_space.embed, self._embedder)
+        queries = [(photo.name, photo.picture, embed(photo.inputs)[0]) for photo in photos]
         sheet = feature_space.draw_neighbors(space, min(config.neighbors, num - 1), queries)
         self._add("images/neighbors.png", images.png(sheet), "nearest images in the feature space of the last layer")
         if space.labels is not None:
