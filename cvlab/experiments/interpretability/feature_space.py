@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from cvlab.experiments.common import embedding
+from cvlab.experiments.interpretability import image_sets
 from cvlab.ops import tsne
 from cvlab.reports import colors, fonts, images
 
@@ -63,7 +64,6 @@ def draw_neighbors(
         count: Number of neighbors.
         queries: Caption, picture and features (F,) of photos; none: images of the set at even intervals.
     """
-    num = len(space.pictures)
     rows = []
     if queries:
         for caption, picture, features in queries[:NUM_QUERIES]:
@@ -71,7 +71,7 @@ def draw_neighbors(
                 [(caption, picture), *_neighbor_tiles(space, embedding.nearest(space.features, features, count))]
             )
         return images.neighbor_sheet(rows, f"photos and the nearest images of {space.title}")
-    for index in (k * num // min(num, NUM_QUERIES) for k in range(min(num, NUM_QUERIES))):
+    for index in image_sets.evenly_spaced(len(space.pictures), NUM_QUERIES):
         pairs = embedding.nearest(space.features, space.features[index], count + 1)
         others = [(other, similarity) for other, similarity in pairs if other != index][:count]
         rows.append([(space.caption(index), space.pictures[index]), *_neighbor_tiles(space, others)])
