@@ -8,7 +8,6 @@ Differences from the paper:
     Four of its corruptions: Gaussian noise, Gaussian blur, contrast, JPEG compression.
 """
 
-import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from cvlab.ops import jpeg
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL_PX = 64  # up to this side the strengths are those of CIFAR-10-C
@@ -83,10 +84,9 @@ def _jpeg(images: Tensor, is_small: bool, level: int, _: Any) -> Tensor:
 
 def _compress(image: Tensor, quality: int) -> Tensor:
     """Return an image (H, W, C), C = 1 or 3, as it is after JPEG compression."""
-    file = io.BytesIO()
     array: Any = image.numpy()
-    Image.fromarray(array[:, :, 0] if image.shape[2] == 1 else array).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).view(image.shape)
+    picture = Image.fromarray(array[:, :, 0] if image.shape[2] == 1 else array)
+    return torch.from_numpy(np.array(jpeg.compress(picture, quality))).view(image.shape)
 
 
 CORRUPTIONS: dict[str, Callable[[Tensor, bool, int, Callable[[tuple[int, ...]], Tensor]], Tensor]] = {

@@ -31,10 +31,10 @@ def round_through(x: Tensor) -> Tensor:
 
 
 def compress(image: Image.Image, quality: int) -> Image.Image:
-    """Return an RGB image as it is after Pillow has written it as JPEG."""
+    """Return an RGB or gray image as it is after Pillow has written it as JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
-    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+    return Image.open(io.BytesIO(buffer.getvalue())).convert(image.mode)
 
 
 def differentiable_jpeg(pixels: Tensor, quality: int) -> Tensor:
