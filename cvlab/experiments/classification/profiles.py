@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from cvlab import registry
-from cvlab.config import overrides
+from cvlab.config import overrides, strict_yaml
 from cvlab.config.schema import FrozenModel, NonNegativeFloat
 from cvlab.errors import ConfigError
 
@@ -26,8 +26,8 @@ class Profile(FrozenModel):
 
 def named_profile(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> str:
     """Return the profile that the last override, or else the configuration, names."""
-    values = [text.partition("=")[2].strip() for text in overrides if text.partition("=")[0].strip() == "profile"]
-    return values[-1] if values else str(raw.get("profile", AUTO))
+    values = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == "profile"]
+    return str(strict_yaml.parse_override(values[-1], "override profile") if values else raw.get("profile", AUTO))
 
 
 def apply_profile(raw: dict[str, Any], name: str, location: str) -> None:

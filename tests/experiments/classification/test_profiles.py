@@ -39,6 +39,7 @@ def test_a_named_profile_lies_between_the_file_and_the_overrides(file):
     assert loaded.config.profile == "middle"
     assert not loaded.config.profiles
     assert not loaded.variants
+    assert loading.load(file, ['profile="middle"']).config.profile == "middle"  # as Python's dictionaries are written
     large = loading.load(file, ["profile=large", "duration.epochs=2"]).config
     assert large.optimizer.name == "adam"
     assert large.duration.epochs == 2
