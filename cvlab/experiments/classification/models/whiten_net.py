@@ -5,7 +5,8 @@ References:
     first layer of Page, 2019 (whitening); Zagoruyko and Komodakis, 2017 (partial identity, "dirac" initialization).
 
 Differences from the paper:
-    Any widths and depth, a choice of activation; `residual` adds the shortcuts of the paper's 96 % network.
+    Any widths and depth, a choice of activation, optionally fewer whitening filters; `residual` adds the shortcuts of the
+    paper's 96 % network.
 """
 
 from typing import Annotated, Any, Literal
@@ -95,9 +96,12 @@ class WhitenNet(nn.Sequential):
 
     @torch.no_grad()
     def init_from_images(self, images: Tensor) -> None:
-        """Initialize the first layer with whitening filters of normalized images (N, C, H, W), and their negatives."""
+        """Initialize the first layer with whitening filters of normalized images (N, C, H, W), and their negatives.
+
+        If it has fewer than there are, it takes those of the largest eigenvalues.
+        """
         whiten: Any = self[0]
-        filters = whitening_filters(images[:MAX_WHITENING_IMAGES], whiten.kernel_size[0])
+        filters = whitening_filters(images[:MAX_WHITENING_IMAGES], whiten.kernel_size[0])[: whiten.out_channels // 2]
         whiten.weight.copy_(torch.cat([filters, -filters]))
 
 
@@ -122,6 +126,7 @@ def whiten_net(
     activation: Literal["relu", "silu", "gelu"] = "gelu",
     train_whitening_bias: bool = True,
     head_scale: Annotated[float, Gt(0), Le(10)] = 0.111,
+    max_whitening_filters: PositiveInt | None = None,
     *,
     in_channels: int = 3,
     image_size: int = 32,
@@ -139,6 +144,8 @@ def whiten_net(
         activation: The activation function.
         train_whitening_bias: False saves the gradient with respect to the input of the largest layer.
         head_scale: Factor of the logits.
+        max_whitening_filters: At most how many of the 4 C whitening filters the first layer has, those of the largest
+            eigenvalues. None: all. Fewer make the first block, the most expensive one, faster.
         in_channels: C of the images.
         image_size: H and W of the images.
         num_classes: Number of classes.
@@ -149,14 +156,15 @@ def whiten_net(
     """
     if not widths or (image_size - 1) >> len(widths) < 1:
         raise ConfigError(f"model.widths: {len(widths)} halvings leave no pixel of {image_size - 1} px")
+    num_filters = min(4 * in_channels, max_whitening_filters or 4 * in_channels)
     act = layers.ReLU if activation == "relu" else ACTIVATIONS[activation]
-    whiten = layers.Conv2d(in_channels, 2 * 4 * in_channels, 2)
+    whiten = layers.Conv2d(in_channels, 2 * num_filters, 2)
     nn.init.zeros_(whiten.bias)  # type: ignore[arg-type]
     whiten.weight.requires_grad_(False)
     whiten.bias.requires_grad_(train_whitening_bias)
     blocks = [
         ConvBlock(width_in, width, depth, residual, act, layers)
-        for width_in, width in zip((2 * 4 * in_channels, *widths), widths, strict=False)
+        for width_in, width in zip((2 * num_filters, *widths), widths, strict=False)
     ]
     head = Head(layers.Linear(widths[-1], num_classes, bias=False), head_scale)
     return WhitenNet(whiten, act(), *blocks, head)

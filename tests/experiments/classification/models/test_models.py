@@ -91,6 +91,11 @@ def test_the_first_layer_whitens_the_images_it_is_initialized_from():
     rows = out.permute(1, 0, 2, 3).reshape(12, -1)
     torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(12), atol=0.05, rtol=0)
     assert not model[0].weight.requires_grad
+    fewer = whiten_net((8,), image_size=14, max_whitening_filters=5)
+    fewer.init_from_images(images)
+    largest = model[0].weight[:5]
+    torch.testing.assert_close(fewer[0].weight, torch.cat([largest, -largest]))
+    assert len(whiten_net((8,), in_channels=1, max_whitening_filters=5)[0].weight) == 8
 
 
 def test_partial_identity_passes_on_its_input():
