@@ -53,16 +53,22 @@ def place(images: Tensor, patch: Tensor, mask: Tensor, placements: list[Placemen
         mask: (P, P) in [0, 1], how opaque the patch is.
         placements: N placements.
     """
-    rows = []
-    for placement in placements:
-        angle = math.radians(placement.degrees)
-        cos, sin = math.cos(angle) / placement.side, math.sin(angle) / placement.side
-        x, y = 2 * placement.x - 1, 2 * placement.y - 1
-        rows.append([[cos, -sin, sin * y - cos * x], [sin, cos, -sin * x - cos * y]])
-    grid = F.affine_grid(torch.tensor(rows, device=images.device), list(images.shape), align_corners=False)
-    layers = torch.cat([patch * mask, mask[None]]).expand(len(images), 4, *mask.shape)
-    sampled = F.grid_sample(layers, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return images * (1 - sampled[:, 3:]) + sampled[:, :3]
+    layers = torch.cat([patch * mask, mask[None]])[None]
+    size = images.shape[-1]
+    placed = torch.cat([_place_layers(layers, size, placement) for placement in placements])
+    return (images * (1 - placed[:, 3:]) + placed[:, :3]).clamp(0, 1)  # bicubic interpolation overshoots at edges
+
+
+def _place_layers(layers: Tensor, size: int, placement: Placement) -> Tensor:
+    """Resize layers (1, C, P, P) with antialiasing, as Pillow does, and rotate and move them into (1, C, size, size)."""
+    side = max(1, round(placement.side * size))
+    resized = F.interpolate(layers, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    angle = math.radians(placement.degrees)
+    cos, sin = math.cos(angle) * size / side, math.sin(angle) * size / side
+    x, y = 2 * placement.x - 1, 2 * placement.y - 1
+    theta = torch.tensor([[[cos, -sin, sin * y - cos * x], [sin, cos, -sin * x - cos * y]]], device=layers.device)
+    grid = F.affine_grid(theta, [1, layers.shape[1], size, size], align_corners=False)
+    return F.grid_sample(resized, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
 
 
 def paste(image: Image.Image, patch: Image.Image, mask: Image.Image, placement: Placement) -> Image.Image:

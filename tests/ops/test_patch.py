@@ -34,6 +34,19 @@ def test_a_patch_lies_where_pillow_pastes_it(placement):
         assert (wrong - expected).abs().mean() >= 2 * (actual - expected).abs().mean()
 
 
+def test_a_fine_texture_becomes_smaller_as_pillow_makes_it():
+    texture = photos.to_image(torch.rand(3, 112, 112, generator=torch.Generator().manual_seed(0)))
+    mask, placement = patch.disk(112), patch.Placement(0.3, 20.0, 0.4, 0.55)
+    image = Image.new("RGB", (224, 224), (40, 90, 140))
+    gray = Image.fromarray(mask.mul(255).round().byte().numpy())
+    before = photos.to_tensor(image)
+    expected = photos.to_tensor(patch.paste(image, texture, gray, placement))
+    is_covered = (expected != before).any(0)
+    actual = patch.place(before[None], photos.to_tensor(texture), mask, [placement])[0]
+    difference = (actual - expected)[:, is_covered].abs().mean()
+    assert difference < 0.06  # 0.11 if it is sampled without a filter
+
+
 def test_placements_are_inside_and_the_patch_has_a_gradient():
     numbers = np.random.default_rng(0).random((50, 4)).tolist()
     for row in numbers:

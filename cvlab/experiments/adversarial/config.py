@@ -112,7 +112,7 @@ class PatchConfig(PhotoSetConfig):
     """Configuration of a printable patch."""
 
     target: ClassName = Field("toaster", description="class that the patch is to be taken for")
-    lr: schema.PositiveFloat = Field(0.05, description="first learning rate of Adam, which falls to 0")
+    lr: schema.PositiveFloat = Field(0.2, description="first learning rate of Adam, which falls to 0")
     min_scale: Annotated[float, Gt(0), Le(1)] = Field(
         0.3, description="smallest side of the patch, in parts of the photo"
     )
