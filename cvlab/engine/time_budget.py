@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cvlab.errors import ConfigError
 
 PlanHistory = tuple[tuple[int, int], ...]  # until which step how many steps were planned
-REPLAN_AT = (  # progress; denser towards the end, where a machine that becomes slower leaves little time to make up for it
+REPLAN_AT = (  # progress; denser towards the end, where little time is left to make up for a slower machine
     *(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     *(0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975),
 )

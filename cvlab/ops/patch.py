@@ -60,7 +60,7 @@ def place(images: Tensor, patch: Tensor, mask: Tensor, placements: list[Placemen
 
 
 def _place_layers(layers: Tensor, size: int, placement: Placement) -> Tensor:
-    """Resize layers (1, C, P, P) with antialiasing, as Pillow does, and rotate and move them into (1, C, size, size)."""
+    """Resize layers (1, C, P, P) with antialiasing, as Pillow does, then rotate and move them into (1, C, S, S)."""
     side = max(1, round(placement.side * size))
     resized = F.interpolate(layers, (side, side), mode="bicubic", antialias=True, align_corners=False)
     angle = math.radians(placement.degrees)

@@ -5,8 +5,8 @@ References:
     first layer of Page, 2019 (whitening); Zagoruyko and Komodakis, 2017 (partial identity, "dirac" initialization).
 
 Differences from the paper:
-    Any widths and depth, a choice of activation, optionally fewer whitening filters; `residual` adds the shortcuts of the
-    paper's 96 % network.
+    Any widths and depth, a choice of activation, optionally fewer whitening filters; `residual` adds the shortcuts of
+    the paper's 96 % network.
 """
 
 from typing import Annotated, Any, Literal
