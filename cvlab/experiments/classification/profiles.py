@@ -26,8 +26,10 @@ class Profile(FrozenModel):
 
 def named_profile(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> str:
     """Return the profile that the last override, or else the configuration, names."""
-    values = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == "profile"]
-    return str(strict_yaml.parse_override(values[-1], "override profile") if values else raw.get("profile", AUTO))
+    texts = [text for text in overrides if text.partition("=")[0].strip() == "profile"]
+    if not texts:
+        return str(raw.get("profile", AUTO))
+    return str(strict_yaml.parse_override(texts[-1].partition("=")[2], f"override {texts[-1]}"))
 
 
 def apply_profile(raw: dict[str, Any], name: str, location: str) -> None:

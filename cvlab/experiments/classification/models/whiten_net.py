@@ -98,7 +98,7 @@ class WhitenNet(nn.Sequential):
     def init_from_images(self, images: Tensor) -> None:
         """Initialize the first layer with whitening filters of normalized images (N, C, H, W), and their negatives.
 
-        If it has fewer than there are, it takes those of the largest eigenvalues.
+        A layer with fewer filters gets those with the largest eigenvalues.
         """
         whiten: Any = self[0]
         filters = whitening_filters(images[:MAX_WHITENING_IMAGES], whiten.kernel_size[0])[: whiten.out_channels // 2]
@@ -144,8 +144,8 @@ def whiten_net(
         activation: The activation function.
         train_whitening_bias: False saves the gradient with respect to the input of the largest layer.
         head_scale: Factor of the logits.
-        max_whitening_filters: At most how many of the 4 C whitening filters the first layer has, those of the largest
-            eigenvalues. None: all. Fewer make the first block, the most expensive one, faster.
+        max_whitening_filters: Maximum number of whitening filters, of which there are 4 C; those with the largest
+            eigenvalues are used. Fewer make the first block, the most expensive one, faster. None: all.
         in_channels: C of the images.
         image_size: H and W of the images.
         num_classes: Number of classes.
