@@ -54,9 +54,10 @@ def job(config, on_step=lambda step: None):
     """Return the task of the tiny training run; `on_step(step)` is called before the batch of a step is built."""
     ctx = config.compute_context()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator).to(ctx.device)
+    images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator).to(ctx.device)
     normalize = build_normalization(images, "mean", ctx.dtype, ctx.device)
+    images = images.to(ctx.device)
     arguments = (images[:48], labels[:48], config.batch_size, config.seed, normalize, Augmentation("alternating", 1, 2))
     batches = HardExampleLoader(*arguments, skip_easy=0.4)
     device.seed_everything(config.seed)

@@ -68,6 +68,7 @@ def split(model: PretrainedClassifier, trainable_stages: int) -> SplitBackbone:
         )
     size = model.transform.size_px
     image = torch.rand((1, 3, size, size), generator=torch.Generator().manual_seed(0))
+    image = image.to(next(module.parameters()).device)
     with torch.inference_mode():
         expected = module(image)
     if not isinstance(expected, Tensor) or expected.ndim != 2:

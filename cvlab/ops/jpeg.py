@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cvlab.ops import sampling
+
 BLOCK_PX = 8
 MAX_UINT8 = 255
 YCC_FROM_RGB = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
@@ -51,7 +53,7 @@ def differentiable_jpeg(pixels: Tensor, quality: int) -> Tensor:
     """
     height, width = pixels.shape[2:]
     rgb = round_through(pixels * MAX_UINT8)
-    rgb = F.pad(rgb, (0, -width % (2 * BLOCK_PX), 0, -height % (2 * BLOCK_PX)), mode="replicate")
+    rgb = sampling.pad_edges(rgb, 0, -width % (2 * BLOCK_PX), 0, -height % (2 * BLOCK_PX))
     luma, chroma = _ycc_from_rgb(rgb).split((1, 2), 1)
     luma_table, chroma_table = (table.to(pixels.device) for table in _quantization_tables(quality))
     luma = _quantize_blocks(luma, luma_table)[..., :height, :width]
@@ -84,7 +86,7 @@ def _downsample(chroma: Tensor) -> Tensor:
 def _upsample(chroma: Tensor) -> Tensor:
     """Double both sides: 3/4 of the nearest pixel and 1/4 of the next one, in each direction."""
     n, c, h, w = chroma.shape
-    padded = F.pad(chroma, (1, 1, 1, 1), mode="replicate")
+    padded = sampling.pad_edges(chroma, 1, 1, 1, 1)
     center = 3 * padded[:, :, 1:-1]
     rows = torch.stack([center + padded[:, :, :-2], center + padded[:, :, 2:]], 3).view(n, c, 2 * h, w + 2)
     center = 3 * rows[..., 1:-1]

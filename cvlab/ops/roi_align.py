@@ -67,9 +67,6 @@ def _weights(start: Tensor, side: Tensor, output_size: int, length: int, samplin
     position = start[:, None, None] + (bins[:, None] + offset[:, None]) * bin_side  # (R, output_size, max_count)
     is_counted = (sample < count[:, None])[:, None] & (position >= -1) & (position <= length)
     position = position.clamp(0, length - 1)
-    low = position.floor().long().clamp(max=max(length - 2, 0))
-    fraction = position - low
-    weights = side.new_zeros(len(side), output_size, length)
-    weights.scatter_add_(2, low, (1 - fraction) * is_counted)
-    weights.scatter_add_(2, (low + 1).clamp(max=length - 1), fraction * is_counted)
-    return weights / count[:, None, None]
+    cells = torch.arange(length, dtype=side.dtype, device=side.device)
+    weights = (1 - (position[..., None] - cells).abs()).clamp(min=0)  # (R, output_size, max_count, length), bilinear
+    return (weights * is_counted[..., None]).sum(2) / count[:, None, None]

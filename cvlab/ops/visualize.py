@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvlab.ops import style
+from cvlab.ops import sampling, style
 
 COLOR_COVARIANCE_SQRT = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 MAX_COLOR_NORM = max(math.sqrt(sum(row[k] ** 2 for row in COLOR_COVARIANCE_SQRT)) for k in range(3))
@@ -97,9 +97,9 @@ def random_affine(
     rows = (torch.stack([cos, -sin, 2 * shift * u[2]], 1), torch.stack([sin, cos, 2 * shift * u[3]], 1))
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     if padding is None:
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        return sampling.grid_sample(images, grid, padding_mode="reflection")
     color = padding[:, :, None, None].to(images)
-    return F.grid_sample(images - color, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + color
+    return sampling.grid_sample(images - color, grid) + color
 
 
 def saturation_loss(images: Tensor, saturation: float, cell_px: int) -> Tensor:
@@ -165,7 +165,7 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
     weights = weights / weights.sum()
     channels = images.shape[1]
-    padded = F.pad(images, (radius,) * 4, mode="replicate")
+    padded = sampling.pad_edges(images, radius, radius, radius, radius)
     columns = F.conv2d(padded, weights.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
     return F.conv2d(columns, weights.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
 

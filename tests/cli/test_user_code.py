@@ -390,7 +390,11 @@ def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch
     ("construct", "use", "names"),
     [
         ("self.calls = 0", "self.calls += 1", ["calls"]),
-        ("self.generator = torch.Generator()", "x = x + torch.rand(1, generator=self.generator)", ["generator"]),
+        (
+            "self.generator = torch.Generator()",
+            "x = x + torch.rand(1, generator=self.generator).to(x.device)",
+            ["generator"],
+        ),
         ("self.a = self.b = None", "self.a, self.b = [1], torch.zeros(1)", []),
         ("self.register_buffer('calls', torch.zeros(1))", "self.calls += 1", []),
     ],

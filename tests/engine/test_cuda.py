@@ -1,8 +1,10 @@
 """What a GPU computes: as the CPU does within tolerances, the same in every run, without a wait in each step."""
 
+import contextlib
 import itertools
 import math
 import time
+import warnings
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from cvlab.config import loading
 from cvlab.data import rng
 from cvlab.engine import device, muon
 from cvlab.errors import DivergedError, StoppedError
+from cvlab.experiments.captioning import model as captioner_model
 from cvlab.experiments.classification import throughput
-from cvlab.ops import nms
+from cvlab.ops import nms, sampling
 from cvlab.runs import checkpoint
 from tests import tiny
 from tests.engine.test_precision import broken_from, make_training
@@ -29,6 +32,18 @@ def steps_of(name, *overrides):
     loaded = loading.load(name, [*SMALL, *overrides])
     setup = throughput.build_on_synthetic_images(loaded.config, loaded.base)
     return setup, throughput.train_steps(loaded.config, setup)
+
+
+@contextlib.contextmanager
+def waits_are_errors():
+    """Let each operation fail that waits for the GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_random_numbers_are_those_of_the_cpu():
@@ -55,7 +70,7 @@ def test_float32_is_not_rounded_to_tf32():
 def test_training_follows_the_cpu(tmp_path):
     losses = {}
     for name in ("cpu", "cuda"):
-        config = tiny.settings(device=name, duration={"steps": 6}, optimizer=tiny.settings("sgd").optimizer)
+        config = tiny.settings("sgd", device=name, duration={"steps": 6})
         task = tiny.job(config)
         task.model[4].p = 0.0  # each device draws its own dropout masks
         tiny_fit = throughput.loop.fit(
@@ -102,12 +117,9 @@ def test_a_step_does_not_wait_for_the_device(overrides):
     assert setup.ctx.read_every == device.CUDA_READ_EVERY
     for _ in itertools.islice(steps, device.CUDA_READ_EVERY):
         pass
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         for _ in itertools.islice(steps, device.CUDA_READ_EVERY - 1):
             pass
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_step():
@@ -144,11 +156,8 @@ def test_cudnn_measures_only_if_bits_may_differ():
 
 def test_uploads_do_not_wait():
     tensor = torch.arange(1000)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         uploaded = device.upload(tensor, torch.device("cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(uploaded.cpu(), tensor)
 
 
@@ -160,6 +169,35 @@ def test_operations_are_those_of_the_cpu():
     matrix = torch.randn(30, 50)
     expected = muon.orthogonalize(matrix, 3)
     torch.testing.assert_close(muon.orthogonalize(matrix.cuda(), 3).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "padding_mode"), [("bilinear", "zeros"), ("bilinear", "reflection"), ("bicubic", "zeros")]
+)
+def test_gradients_through_samples_have_the_same_bits(mode, padding_mode):
+    torch.manual_seed(0)
+    grid = 2.4 * torch.rand(2, 300, 300, 2, device="cuda") - 1.2
+    upstream = torch.randn(2, 3, 316, 316, device="cuda")
+    gradients = []
+    for _ in range(3):
+        images = torch.linspace(0, 1, 2 * 3 * 64 * 64, device="cuda").view(2, 3, 64, 64).requires_grad_()
+        sampled = sampling.pad_edges(sampling.grid_sample(images, grid, mode, padding_mode), 8, 8, 8, 8)
+        gradients.append(torch.autograd.grad((sampled * upstream).sum(), images)[0])
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+def test_recurrent_layers_compute_gradients_in_evaluation_mode_too(cell):
+    torch.manual_seed(0)
+    gates = {"rnn": 1, "lstm": 4}[cell]
+    tensors = [torch.randn(*shape) for shape in ((5, 7, 6), (5, 8), (gates * 8, 6), (gates * 8, 8), (gates * 8,))]
+    results = []
+    for name in ("cpu", "cuda"):
+        inputs = [tensor.to(name).requires_grad_() for tensor in tensors]
+        states = captioner_model.torch_rnn(cell, *inputs)  # without a warning about the layout of the weights
+        results.append([x.cpu() for x in (states, *torch.autograd.grad(states.square().sum(), inputs))])
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_compiled_run_resumes_bitwise(tmp_path):

@@ -143,7 +143,7 @@ class CaptionModel(nn.Module, ABC):
             The loss (summed over the tokens of a caption, averaged over captions) and, detached, the mean per token.
         """
         if self.layers == "manual":
-            logits, targets, _ = self._next_token_logits_and_targets(features, token_ids, photo_indices)
+            logits, targets = self._next_token_logits_and_targets(features, token_ids, photo_indices)
             total = modules.apply_layer(sequence.TemporalSoftmax, logits[None], targets[None], options=(PAD,))
             loss = total / len(token_ids)
         else:
@@ -161,16 +161,17 @@ class CaptionModel(nn.Module, ABC):
             photo_indices: int64 (M,): caption m is about the photo `features[photo_indices[m]]`.
             suppressed: Tokens that have probability 0, none of which occurs in the captions.
         """
-        logits, targets, caption_indices = self._next_token_logits_and_targets(features, token_ids, photo_indices)
+        logits, targets = self._next_token_logits_and_targets(features, token_ids, photo_indices)
         if suppressed:
             logits = logits.index_fill(1, torch.tensor(suppressed, device=logits.device), MINUS_INF)
         token_log_probs = -F.cross_entropy(logits, targets, reduction="none")
-        return token_log_probs.new_zeros(len(token_ids)).index_add(0, caption_indices, token_log_probs)
+        is_token = token_ids[:, 1:] != PAD
+        return token_log_probs.new_zeros(is_token.shape).masked_scatter(is_token, token_log_probs).sum(1)
 
     def _next_token_logits_and_targets(
         self, features: Tensor, token_ids: Tensor, photo_indices: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for the K target tokens that are not PAD: logits (K, V), targets (K,) and caption indices (K,).
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits (K, V) and targets (K,) of the K target tokens that are not PAD.
 
         PAD is left out before the output projection, which is most of the work.
         """
@@ -180,7 +181,7 @@ class CaptionModel(nn.Module, ABC):
         num_tokens = int(is_token.sum())
         positions = F.pad(is_token.flatten().nonzero()[:, 0], (0, -num_tokens % ROWS_MULTIPLE))
         logits = upcast(self.logits(hidden_states.flatten(0, 1)[positions]))
-        return logits[:num_tokens], targets[is_token], is_token.nonzero()[:, 0]
+        return logits[:num_tokens], targets[is_token]
 
 
 def feature_projection(in_channels: int, hidden_dim: int, kind: Projection) -> nn.Module:

@@ -126,7 +126,7 @@ class Captioner(CaptionModel):
         if is_manual:
             layer = recurrent.RNN if self.cell == "rnn" else recurrent.LSTM
             return modules.apply_layer(layer, x, h0, weight_ih, weight_hh, bias)
-        return _torch_rnn(self.cell, x, h0, weight_ih, weight_hh, bias)
+        return torch_rnn(self.cell, x, h0, weight_ih, weight_hh, bias)
 
     def project_output(self, hidden_states: Tensor) -> Tensor:
         """Return next-token logits (..., V) for normalized hidden states (..., H)."""
@@ -159,16 +159,27 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
-def _torch_rnn(cell: Cell, x: Tensor, h0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> Tensor:
+def torch_rnn(cell: Cell, x: Tensor, h0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> Tensor:
     """Return the hidden states (M, T, H) by torch's fused kernels, with the gates in torch's order."""
-    zero_bias = torch.zeros_like(bias)
     h0 = h0[None].contiguous()
-    if cell == "rnn":
-        weights = [weight_ih, weight_hh, bias, zero_bias]
-        hidden_states, _ = torch.rnn_tanh(x, h0, weights, True, 1, 0.0, False, False, True)
-        return hidden_states
     hidden_dim = h0.shape[2]
-    order = torch.arange(4 * hidden_dim, device=bias.device).view(4, hidden_dim)[[0, 1, 3, 2]].flatten()
-    weights = [weight_ih[order], weight_hh[order], bias[order], zero_bias]
-    hidden_states, _, _ = torch.lstm(x, (h0, torch.zeros_like(h0)), weights, True, 1, 0.0, False, False, True)
-    return hidden_states
+    weights: tuple[Tensor, ...] = (weight_ih, weight_hh, bias)
+    if cell == "lstm":
+        order = torch.arange(4 * hidden_dim, device=bias.device).view(4, hidden_dim)[[0, 1, 3, 2]].flatten()
+        weights = (weight_ih[order], weight_hh[order], bias[order])
+    weights = _in_one_block(*weights, torch.zeros_like(bias))
+    keeps_activations = torch.is_grad_enabled()  # cuDNN computes no gradients otherwise
+    options = (True, 1, 0.0, keeps_activations, False, True)
+    if cell == "rnn":
+        return torch.rnn_tanh(x, h0, weights, *options)[0]
+    return torch.lstm(x, (h0, torch.zeros_like(h0)), weights, *options)[0]
+
+
+def _in_one_block(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Return weights on a GPU one after the other in one block of memory; cuDNN copies them there, with a warning."""
+    if not weights[0].is_cuda:
+        return weights
+    flat = torch.cat([weight.flatten() for weight in weights])
+    return tuple(
+        part.view_as(weight) for part, weight in zip(flat.split([w.numel() for w in weights]), weights, strict=True)
+    )

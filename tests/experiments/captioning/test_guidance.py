@@ -95,7 +95,7 @@ def test_words_of_something_else_stay_allowed_and_missing_ones_require_nothing()
 
 def test_the_classifier_is_that_of_the_backbone(predictor):
     extractor = predictor.captioner.feature_sources[0].extractor
-    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(predictor.ctx.device)
     with torch.inference_mode():
         expected = extractor.model.module(images)
         actual = predictor.observer.classifier(extractor.batch(images)[extractor.names[0]])

@@ -202,7 +202,7 @@ def test_self_critical_training_raises_the_reward(cvlab):
 def test_it_overfits_a_few_captions(cvlab):
     sizes = "embed_dim: 16, hidden_dim: 32, dropout: 0, feature_dropout: 0"
     model = f"model={{name: captioner, cell: attention_lstm, {sizes}}}"
-    rows = read_metrics(train(cvlab, model, *OVERFIT, "duration={steps: 120}"))
+    rows = read_metrics(train(cvlab, model, *OVERFIT, "duration={steps: 120}", "schedule={name: cosine}"))
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     assert losses[-1] < 0.2 * losses[0]
 

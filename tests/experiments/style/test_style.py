@@ -215,7 +215,7 @@ def test_course_presets_with_weights_from_a_file(cvlab, tmp_path, preset):
 def test_course_settings_are_plain_adam_on_normalized_pixels(tmp_path):
     """The same bits as a loop without scales, color spaces and image states."""
     model = squeezenet("1_1", tmp_path)
-    overrides = [f"weights={tmp_path}/weights.pth", "size=40", "style_size=40", "steps=20", "threads=1"]
+    overrides = [f"weights={tmp_path}/weights.pth", "size=40", "style_size=40", "steps=20", "threads=1", "device=cpu"]
     transfer = style_transfer.prepare(loading.load("style_starry_night", overrides).config)
     state = image_optimizer.ImageState(transfer.initial_values())
     steps = image_optimizer.optimization_steps(state, transfer.objective, transfer.update)
