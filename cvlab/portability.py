@@ -160,10 +160,10 @@ def kill_session(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def lower_priority() -> None:
-    """Let all other processes go before this one, where the system has priorities."""
+def lower_priority(pid: int = 0) -> None:
+    """Let all other processes go before one, by default this one, where the system has priorities."""
     with contextlib.suppress(OSError, AttributeError):
-        os.nice(19)
+        os.setpriority(os.PRIO_PROCESS, pid, 19)
 
 
 def terminate_self() -> None:

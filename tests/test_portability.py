@@ -46,8 +46,8 @@ for name in ("O_NOFOLLOW", "O_DIRECTORY", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC",
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGQUIT", "pthread_sigmask"):
     delattr(signal, name)
 for name in ("replace", "rename", "unlink", "remove", "rmdir"):
-    setattr(os, name, refuse_open(getattr(os, name)))
-os.link = os.symlink = refuse_link
+    setattr(os, name, staticmethod(refuse_open(getattr(os, name))))  # pathlib of 3.10 has them as class attributes
+os.link = os.symlink = staticmethod(refuse_link)
 os.kill = lambda pid, _number, kill=os.kill: kill(pid, 9)  # TerminateProcess
 """
 COMMANDS = """

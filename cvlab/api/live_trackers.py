@@ -56,7 +56,7 @@ class LiveTrackers:
         command = [sys.executable, "-m", "cvlab", "track", str(self.out.path.absolute()), "--to", name, "--follow"]
         environment = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
         with self._open(f"{name}.txt") as output, self._open(f"{name}.log") as log:  # no pipe: nobody would empty it
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -64,6 +64,8 @@ class LiveTrackers:
                 env=environment | ENVIRONMENT,
                 start_new_session=True,
             )
+        portability.lower_priority(process.pid)  # from its first import on
+        return process
 
     def _open(self, name: str) -> IO[bytes]:
         path = self.out.path / track.FOLDER / name

@@ -1,5 +1,6 @@
 """`trackers:` of a run in progress: processes that can neither stop nor slow it."""
 
+import os
 import sys
 import time
 
@@ -32,6 +33,7 @@ def test_one_line_about_each_and_none_stops_the_run(tmp_path, monkeypatch):
     path.mkdir()
     trackers = LiveTrackers(RunDir(path), tuple(SCRIPTS))
     processes = [tracker.process for tracker in trackers.processes]
+    assert os.getpriority(os.PRIO_PROCESS, processes[2].pid) == 19  # from its start on
     start = time.monotonic()
     trackers.finish(has_ended=True)
     assert time.monotonic() - start < 30
