@@ -12,7 +12,7 @@ from cvlab import portability
 
 LACKING = """
 import errno, os, shutil, signal, struct, sys, types
-import fcntl, multiprocessing.context, subprocess, tempfile
+import asyncio, fcntl, multiprocessing.context, subprocess, tempfile  # before what they use is removed
 
 def locking(descriptor, mode, size):
     start = os.lseek(descriptor, 0, os.SEEK_CUR)  # like Windows' locks, those of open files belong to no process
