@@ -15,6 +15,10 @@ from cvlab.runs.records import is_run
 if TYPE_CHECKING:
     from cvlab.models.pretrained import PretrainedClassifier
 
+HINTS = {
+    "detector": "`cvlab detect --weights {name}` uses it, `cvlab saliency --model {name} --box 1` explains a detection",
+    "captioner": "`cvlab caption --weights {name}` uses it, `cvlab saliency --model {name} --word WORD` explains a word",
+}
 
 def is_run_of_classifier(name: str) -> bool:
     """Whether a resolved `model` is a run directory."""
@@ -56,9 +60,8 @@ def _require_classifier(path: Path) -> None:
     except RunDirError as error:
         raise ConfigError(error.message, error.hint) from error
     if not isinstance(registry.get_experiment(experiment), ClassifiesPhotos):
-        raise ConfigError(
-            f"{path.name} is a run of {experiment}, which is no classifier", "name a run of `cvlab train`"
-        )
+        hint = HINTS.get(experiment, "name a run of `cvlab train`").format(name=path.name)
+        raise ConfigError(f"{path.name} is a run of {experiment}, which is no classifier", hint)
 
 
 def load(path: Path, device: str) -> "PretrainedClassifier":

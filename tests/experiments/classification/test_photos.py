@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cvlab.config import loading
 from cvlab.data import datasets
 from cvlab.experiments.classification.data import scenes10
 from tests import photo_sets
@@ -165,6 +166,24 @@ def test_a_run_of_another_kind_is_one_line(run, trained, cvlab):
     assert "no classifier" in err
     code, _, err = cvlab("classify", photo, "--model", "latest", "--target", "x")
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ("yolo_scenes", "`cvlab saliency --model 20260101-000000-other-abcd --box 1` explains a detection"),
+        ("caption_scenes", "`cvlab caption --weights 20260101-000000-other-abcd` uses it"),
+    ],
+)
+def test_a_run_of_a_detector_or_captioner_is_told_where_it_belongs(tmp_path, cvlab, config, hint):
+    path = tmp_path / "runs" / "20260101-000000-other-abcd"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text((loading.shipped_folder() / f"{config}.yaml").read_text())
+    for verb in ("classify", "saliency"):
+        code, _, err = cvlab(verb, "sample", "--model", path)
+        assert code == 2
+        assert hint in err
+        assert len(err.strip().splitlines()) == 1
 
 
 def test_a_class_that_is_not_there_is_one_line(run, trained, cvlab):
