@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cvlab.config import loading
 from cvlab.engine import compilation, device
 from cvlab.engine.config import TrainConfig
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.loop import TrainState, fit
 from cvlab.errors import CheckpointError, ConfigError, DivergedError, StoppedError
+from cvlab.experiments.classification import setup, throughput
 from cvlab.runs import checkpoint
 from tests import tiny
 from tests.engine.test_resume import stop_at
@@ -203,6 +205,24 @@ def test_compiling_changes_no_state(monkeypatch):
     assert torch.equal(task.extra_state["losses"], losses)
     assert torch.equal(torch.get_rng_state(), rng_state)
     assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_60s", "cifar_96"])
+def test_a_compiled_step_in_bfloat16_has_the_gradients_of_one_that_is_not(name):
+    needs_compiler()
+    small = ("model.widths=[8,16,16]", "batch_size=50", "precision=bfloat16", "device=cpu")
+    loaded = loading.load(name, small)
+    built = throughput.build_on_synthetic_images(loaded.config, loaded.base)
+    loss_fn = setup.build_loss_fn(loaded.config, built.train_loader)
+    gradients = []
+    for model in (built.model.train(), torch.compile(built.model)):
+        built.model.zero_grad(set_to_none=True)
+        with built.ctx.autocast():
+            loss_fn(model, built.train_loader.get_batch(0))["loss"].backward()
+        gradients.append([p.grad.flatten() for p in built.model.parameters() if p.grad is not None])
+    for plain, compiled in zip(*gradients, strict=True):
+        assert torch.cosine_similarity(plain, compiled, 0) > 0.95
 
 
 def test_a_model_that_cannot_be_compiled_is_refused_before_the_first_step(tmp_path, monkeypatch):

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from cvlab.models.pretrained import PretrainedClassifier
 
 HINTS = {
-    "detector": "`cvlab detect --weights {name}` uses it, `cvlab saliency --model {name} --box 1` explains a detection",
-    "captioner": "`cvlab caption --weights {name}` uses it, `cvlab saliency --model {name} --word WORD` explains a word",
+    "detector": "`cvlab detect --weights {name}` uses it, `cvlab saliency --model {name} --box 1` explains a box",
+    "captioner": "`cvlab caption --weights {name}` uses it, `cvlab saliency --model {name} --word WORD` a word",
 }
+
 
 def is_run_of_classifier(name: str) -> bool:
     """Whether a resolved `model` is a run directory."""

@@ -171,7 +171,7 @@ def test_a_run_of_another_kind_is_one_line(run, trained, cvlab):
 @pytest.mark.parametrize(
     ("config", "hint"),
     [
-        ("yolo_scenes", "`cvlab saliency --model 20260101-000000-other-abcd --box 1` explains a detection"),
+        ("yolo_scenes", "`cvlab saliency --model 20260101-000000-other-abcd --box 1` explains a box"),
         ("caption_scenes", "`cvlab caption --weights 20260101-000000-other-abcd` uses it"),
     ],
 )
