@@ -15,7 +15,7 @@ from torch import nn
 
 from cvlab.distributed import collectives, ddp, process_group, sharding
 from cvlab.distributed.step_flags import StepFlags
-from cvlab.engine import device, loop
+from cvlab.engine import device, loop, optimizers
 from cvlab.experiments.classification.data.images import build_normalization, eval_batches
 
 BATCH = 12
@@ -89,6 +89,29 @@ def agreement():
     }
 
 
+def steps_of_optimizers():
+    """Return some of the weights after four steps with each optimizer, and with sharpness-aware minimization."""
+    ctx = device.select_device("cpu", "float64", 1)
+    torch.manual_seed(1)
+    images, labels = torch.rand(4 * BATCH, 3, 8, 8).double(), torch.randint(0, 5, (4 * BATCH,))
+    weights = {}
+    for name, sam in (*((name, None) for name in (*optimizers.OPTIMIZERS.names, "torch:NAdam")), ("sgd", 0.05)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 4, 3), nn.Tanh(), nn.Flatten())
+        model = model.append(nn.Linear(64, 5)).double()
+        state = loop.TrainState(model, optimizers.build_optimizer(name, model, {"lr": 0.01}))
+
+        def get_batch(step):
+            mine = BATCH * step + sharding.shard(torch.arange(BATCH))
+            return images[mine], labels[mine]
+
+        steps = loop.fit(state, loss_fn, get_batch, lr_factor=lambda _: 1.0, ctx=ctx, sam=sam)
+        for _ in range(4):
+            next(steps)
+        weights[f"{name}, sam {sam}"] = torch.cat([p.flatten() for p in model.parameters()])[::7].tolist()
+    return weights
+
+
 def part(count):
     """Fork pairs of processes that connect and disconnect; return their exit codes. A fork needs no imports."""
     codes = []
@@ -108,7 +131,7 @@ def part(count):
     return codes
 
 
-SCENARIOS = {function.__name__: function for function in (gradients, evaluation, agreement)}
+SCENARIOS = {function.__name__: function for function in (gradients, evaluation, agreement, steps_of_optimizers)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
