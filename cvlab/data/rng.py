@@ -5,6 +5,7 @@ numbers are the same on CPU and GPU and in any order of evaluation. A `stream` n
 (seed, epoch, index) are independent.
 """
 
+import functools
 import math
 import zlib
 
@@ -14,6 +15,7 @@ from torch import Tensor
 GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer; so are the other two
 MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+MAX_UINT64 = (1 << 64) - 1
 ITEM_BITS = 24  # of an index, for the position within an item
 
 
@@ -30,11 +32,19 @@ def _mix(x: Tensor) -> Tensor:
 
 def hashes(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
     """Return int64 hashes of (seed, stream, epoch, index), one per index, of the shape of `indices` (int64)."""
-    start = torch.tensor([seed, zlib.crc32(stream.encode()), epoch], dtype=torch.int64)
-    key = torch.zeros((), dtype=torch.int64)
-    for part in start:
-        key = _mix((key ^ part) + GOLDEN)
-    return _mix(_mix((indices ^ int(key)) + GOLDEN) + GOLDEN)  # a number: copying a tensor waits for the device
+    return _mix(_mix((indices ^ _key(seed, epoch, stream)) + GOLDEN) + GOLDEN)
+
+
+@functools.lru_cache(maxsize=1000)
+def _key(seed: int, epoch: int, stream: str) -> int:
+    """Return what the indices of a stream in an epoch are mixed with: SplitMix64 of the three, as a signed integer."""
+    key = 0
+    for part in (seed, zlib.crc32(stream.encode()), epoch):
+        key = ((key ^ part) + GOLDEN) & MAX_UINT64
+        key = (key ^ key >> 30) * MIX_1 & MAX_UINT64
+        key = (key ^ key >> 27) * MIX_2 & MAX_UINT64
+        key ^= key >> 31
+    return key - (1 << 64) if key >> 63 else key
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, stream: str) -> Tensor:
