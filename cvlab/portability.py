@@ -51,6 +51,7 @@ STOP_SIGNALS = signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK")
 AGENT_SIGNALS = signals("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGBREAK")  # that stop all ranks
 IGNORED_BY_NOHUP = signals("SIGHUP")
 KILLED_CODE = -signal.SIGKILL if hasattr(signal, "SIGKILL") else 1  # exit code after `Popen.kill`
+LOWEST_PRIORITY = 19
 FATAL_SIGNALS = signals("SIGKILL", "SIGSEGV", "SIGABRT")
 CLOSED_STREAM = {errno.EPIPE, errno.EIO} | (set() if IS_POSIX else {errno.EINVAL})  # EIO: the terminal was closed
 START_METHOD = "forkserver" if IS_POSIX and sys.platform.startswith("linux") else "spawn"  # of multiprocessing
@@ -160,10 +161,20 @@ def kill_session(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def lower_priority(pid: int = 0) -> None:
-    """Let all other processes go before one, by default this one, where the system has priorities."""
+def lower_priority() -> None:
+    """Let all other processes go before this one, where the system has priorities."""
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, pid, 19)
+        os.nice(LOWEST_PRIORITY)
+
+
+def lower_session_priority(pid: int) -> None:
+    """Let all other processes go before one that was started in a session of its own.
+
+    Linux by default shares the processor between sessions first, in which the priorities of processes do not count.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, pid, LOWEST_PRIORITY)
+        Path(f"/proc/{pid}/autogroup").write_text(str(LOWEST_PRIORITY))
 
 
 def terminate_self() -> None:

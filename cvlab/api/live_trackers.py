@@ -64,7 +64,7 @@ class LiveTrackers:
                 env=environment | ENVIRONMENT,
                 start_new_session=True,
             )
-        portability.lower_priority(process.pid)  # from its first import on
+        portability.lower_session_priority(process.pid)  # from its first import on
         return process
 
     def _open(self, name: str) -> IO[bytes]:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,8 @@ def test_one_line_about_each_and_none_stops_the_run(tmp_path, monkeypatch):
     trackers = LiveTrackers(RunDir(path), tuple(SCRIPTS))
     processes = [tracker.process for tracker in trackers.processes]
     assert os.getpriority(os.PRIO_PROCESS, processes[2].pid) == 19  # from its start on
+    session = Path(f"/proc/{processes[2].pid}/autogroup")
+    assert not session.is_file() or session.read_text().split()[-1] in ("19", "")
     start = time.monotonic()
     trackers.finish(has_ended=True)
     assert time.monotonic() - start < 30
