@@ -75,6 +75,7 @@ class DDPStep(SingleProcessStep):
     def __init__(self, model: nn.Module, loss_fn: LossFn, local_flags: LocalFlags, device: torch.device) -> None:
         super().__init__(model, loss_fn, local_flags)
         self.module = _LossModule(model, loss_fn, device)
+        self.no_flags = torch.zeros_like(self.module.flags.detach()[:-1])
         self.ddp = DistributedDataParallel(
             self.module,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -85,7 +86,9 @@ class DDPStep(SingleProcessStep):
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Return the losses of this rank's shard of a batch."""
-        losses: dict[str, Tensor] = self.ddp(batch, self.module.flags.new_tensor(self.local_flags().encode()))
+        flags = self.local_flags().encode()
+        requested = self.module.flags.new_tensor(flags) if any(flags) else self.no_flags  # a copy waits for a GPU
+        losses: dict[str, Tensor] = self.ddp(batch, requested)
         return losses
 
     def part(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -65,7 +65,8 @@ class ComputeContext:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be equal for two results to be bit-for-bit identical."""
-        return self.as_dict() | {"torch": str(torch.__version__)}
+        name = {"gpu": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        return self.as_dict() | {"torch": str(torch.__version__)} | name
 
     def synchronize(self) -> None:
         """Wait until the device has finished, before a clock is read."""
@@ -102,7 +103,7 @@ def select_device(
     if selected.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device in ("auto", "cuda") and process_group.world().size > 1:
-            selected = torch.device("cuda", process_group.world().local_rank)
+            selected = torch.device("cuda", process_group.world().local_rank if count > 1 else 0)  # 1: each has its own
         if (selected.index or 0) >= count:
             raise DeviceError(f"device {device} is not available: {count} CUDA devices", hint)
     if selected.type == "mps" and not torch.backends.mps.is_available():
@@ -147,7 +148,8 @@ def keep_freed_memory() -> None:
 def fast_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 in hardware; else bfloat16 is many times slower than float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -173,7 +175,7 @@ def get_rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
         "python": random.getstate(),
     }
@@ -182,8 +184,8 @@ def get_rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore the global generators to a state that `get_rng_state` returned."""
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for index, generator_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(generator_state, index)
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     random.setstate(state["python"])

@@ -79,6 +79,8 @@ class TrainState:
         self.scaler = scaler
         self.unread = UnreadLosses()
         self.ema_decay = ema_decay
+        if scaler is not None:
+            optimizers.prepare_for_skipped_steps(optimizer)
         self.is_schedule_free = optimizers.averages_weights(optimizer)
         has_average = ema_decay is not None or self.is_schedule_free
         self.ema_model = copy.deepcopy(model).requires_grad_(False) if has_average else None

@@ -18,7 +18,8 @@ def free_bytes(device: torch.device, proc: Path = Path("/proc"), cgroup: Path = 
         cgroup: Where the cgroup file system is mounted.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # that torch keeps for reuse
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return portability.free_memory_bytes(proc, cgroup)
 
 

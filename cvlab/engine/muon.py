@@ -62,7 +62,8 @@ class Muon(torch.optim.Optimizer):
                 continue
             gradients: Any = [weight.grad for weight in weights]
             for weight in weights:
-                self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                if "momentum" not in self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
             if group["weight_decay"] > 0:
                 gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
             buffers = [self.state[weight]["momentum"] for weight in weights]

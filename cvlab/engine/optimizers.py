@@ -114,6 +114,23 @@ def sgd(
     )
 
 
+def prepare_for_skipped_steps(optimizer: "optim.Optimizer") -> None:
+    """Let an optimizer start from momentum 0, which is the same step, if the loss is scaled.
+
+    A fused SGD of torch creates its momentum without a value, and keeps it so if the first step is skipped because a
+    gradient overflows.
+    """
+    import torch
+    from torch import optim
+
+    if not isinstance(optimizer, optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"] > 0 and group["dampening"] == 0:
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def rmsprop(
     parameters: Parameters, lr: Rate = 1e-2, decay: Decay = 0.99, eps: Small = 1e-8, weight_decay: Small = 0.0
 ) -> "optim.Optimizer":

@@ -117,9 +117,9 @@ class DifferentiableResize:
 
 
 def _with_transpose(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a matrix and its transpose on a device, sparse where the device has sparse products."""
+    """Return a matrix and its transpose on a device, sparse on a CPU."""
     pair = matrix.to(device), matrix.T.contiguous().to(device)
-    if device.type == "mps":
+    if device.type != "cpu":  # mps has no sparse products, and a GPU adds in any order in them
         return pair
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls CSR beta

@@ -36,11 +36,13 @@ def roi_align(
         (R, C, output_size, output_size).
     """
     n, c, h, w = features.shape
-    boxes_xyxy = boxes_xyxy.detach().to(features.dtype)
+    boxes_xyxy = boxes_xyxy.detach()
+    if features.dtype in (torch.float32, torch.float64):  # 16 bits would round the boxes by several pixels
+        boxes_xyxy = boxes_xyxy.to(features.dtype)
     start = boxes_xyxy[:, :2] * spatial_scale - 0.5
     sides = boxes_xyxy[:, 2:] * spatial_scale - 0.5 - start
-    rows = _weights(start[:, 1], sides[:, 1], output_size, h, sampling_ratio)  # (R, output_size, H)
-    columns = _weights(start[:, 0], sides[:, 0], output_size, w, sampling_ratio)  # (R, output_size, W)
+    rows = _weights(start[:, 1], sides[:, 1], output_size, h, sampling_ratio).to(features.dtype)  # (R, output_size, H)
+    columns = _weights(start[:, 0], sides[:, 0], output_size, w, sampling_ratio).to(features.dtype)  # (R, ..., W)
     pooled = []
     order = []
     flat = features.permute(0, 2, 3, 1).reshape(n, h, w * c)  # no copy where the features are channels_last

@@ -4,9 +4,13 @@ There the backward passes of torch's `grid_sample` and `pad` add the pixels of a
 order in which threads arrive.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cvlab.ops.resample import resize_matrix
 
 BICUBIC_A = -0.75  # of the cubic convolution in torch's grid_sample
 
@@ -34,6 +38,26 @@ def grid_sample(images: Tensor, grid: Tensor, mode: str = "bilinear", padding_mo
     if not images.is_cuda:
         return F.grid_sample(images, grid, mode=mode, padding_mode=padding_mode, align_corners=False)
     return sample_by_index(images, grid, mode, padding_mode)
+
+
+def upsample_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarge images (N, C, H, W) to a height and a width, as `interpolate` does with `align_corners=False`."""
+    if not images.is_cuda:
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return upsample_by_matrices(images, size)
+
+
+def upsample_by_matrices(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarge images by a product with a matrix for each direction, see `upsample_bilinear`."""
+    rows, columns = (
+        _enlarging_matrix(before, after).to(images) for before, after in zip(images.shape[2:], size, strict=True)
+    )
+    return rows @ images @ columns.T
+
+
+@functools.lru_cache(maxsize=100)
+def _enlarging_matrix(before: int, after: int) -> Tensor:
+    return resize_matrix(before, 0, before, after, "bilinear")[0]
 
 
 def sample_by_index(images: Tensor, grid: Tensor, mode: str, padding_mode: str) -> Tensor:

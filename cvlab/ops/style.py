@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvlab.ops import sampling
+
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 CHROMA_SCALE = (0.5 / (1 - LUMINANCE[2]), 0.5 / (1 - LUMINANCE[0]))  # Cb and Cr of RGB in [0, 1] are in [-0.5, 0.5]
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
@@ -89,7 +91,7 @@ def ycbcr_to_rgb(luminance_map: Tensor, chroma_map: Tensor) -> Tensor:
     """
     luma = luminance_map[0]
     if chroma_map.shape[1:] != luma.shape:
-        chroma_map = F.interpolate(chroma_map[None], size=luma.shape, mode="bilinear")[0]
+        chroma_map = sampling.upsample_bilinear(chroma_map[None], (luma.shape[0], luma.shape[1]))[0]
     red = luma + chroma_map[1] / CHROMA_SCALE[1]
     blue = luma + chroma_map[0] / CHROMA_SCALE[0]
     green = (luma - LUMINANCE[0] * red - LUMINANCE[2] * blue) / LUMINANCE[1]

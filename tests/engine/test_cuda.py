@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 import time
 import warnings
@@ -211,3 +212,12 @@ def test_a_compiled_run_resumes_bitwise(tmp_path):
     _, resumed_summary = tiny.train(tmp_path / "stopped", config)
     assert resumed_summary == summary
     assert math.isfinite(metrics["train_loss"])
+
+
+def test_a_run_shows_its_mistakes_and_warns_of_nothing(cvlab, tmp_path):
+    short = ("data.num_train=300", "duration={steps: 3}", "expect=[]", "expect_fallback=[]", "device=cuda")
+    code, out, err = cvlab("train", "quickstart", *short, "--json")
+    assert code == 0, err
+    run = tmp_path / json.loads(out)["run"]
+    assert "warning" not in (run / "log.txt").read_text()
+    assert list(run.glob("*/*_mistakes.png"))

@@ -170,6 +170,34 @@ def test_auto_is_float16_only_on_a_gpu_that_is_fast_at_it_and_only_for_training(
     assert device._fast_precision(gpu, scales_loss=True) == "bfloat16"
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_first_step_that_is_skipped_leaves_no_momentum(fused):
+    torch.manual_seed(0)
+    model = nn.Linear(50, 40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    training = TrainState(model, optimizer, scaler=torch.amp.GradScaler("cpu"))
+    before = model.weight.detach().clone()
+    upstream = iter((math.inf, 1.0, 1.0))
+    ctx = ComputeContext(torch.device("cpu"), "float32", 1)
+    batch = torch.randn(6, 50)
+    steps = fit(
+        training,
+        lambda model, x: {"loss": (model(x).sum() * 0.01).requires_grad_()},
+        lambda _: batch,
+        lr_factor=lambda _: 1.0,
+        ctx=ctx,
+    )
+    hook = model.weight.register_hook(lambda gradient: gradient * next(upstream))
+    next(steps)
+    assert torch.equal(model.weight, before)
+    next(steps)
+    gradient = 0.01 * batch.sum(0).expand(40, 50)
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * gradient)
+    next(steps)
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * (1 + 1.9) * gradient)
+    hook.remove()
+
+
 def needs_compiler():
     from torch._inductor import cpp_builder, exc
 

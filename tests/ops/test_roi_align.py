@@ -83,3 +83,14 @@ class TestRoiAlign:
         assert cut.shape == (0, 3, 2, 2)
         cut.sum().backward()
         assert float(maps.grad.abs().sum()) == 0
+
+
+def test_boxes_are_not_rounded_to_the_bfloat16_of_the_features():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(1, 4, 40, 60, generator=generator)
+    boxes = torch.tensor([[701.3, 203.7, 873.9, 411.2], [257.1, 130.6, 301.4, 205.3]])
+    index = torch.zeros(2, dtype=torch.int64)
+    expected = roi_align(features.bfloat16().float(), boxes, index, 3, 1 / 16)
+    actual = roi_align(features.bfloat16(), boxes, index, 3, 1 / 16)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=0.01, rtol=0.01)

@@ -38,3 +38,13 @@ def test_repeated_edges_are_those_of_torch(sides):
     expected = value_and_gradient(lambda x: F.pad(x, sides, mode="replicate"), images)
     actual = value_and_gradient(lambda x: sampling.pad_edges(x, *sides), images)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 13), (4, 5)])
+def test_enlarging_by_matrices_is_that_of_torch(size):
+    images = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = value_and_gradient(lambda x: F.interpolate(x, size=size, mode="bilinear", align_corners=False), images)
+    actual = value_and_gradient(lambda x: sampling.upsample_by_matrices(x, size), images)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)  # the matrices are float32
+    chosen = value_and_gradient(lambda x: sampling.upsample_bilinear(x, size), images)
+    torch.testing.assert_close(chosen, expected, atol=0, rtol=0)

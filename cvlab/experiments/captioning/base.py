@@ -202,5 +202,5 @@ def _grid_coordinates(count: int, like: Tensor) -> Tensor:
 
 
 def upcast(logits: Tensor) -> Tensor:
-    """Return bfloat16 logits as float32, precise enough for a softmax."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
+    """Return logits of 16 bits as float32, precise enough for a softmax."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -170,9 +170,10 @@ def torch_rnn(cell: Cell, x: Tensor, h0: Tensor, weight_ih: Tensor, weight_hh: T
     weights = _in_one_block(*weights, torch.zeros_like(bias))
     keeps_activations = torch.is_grad_enabled()  # cuDNN computes no gradients otherwise
     options = (True, 1, 0.0, keeps_activations, False, True)
-    if cell == "rnn":
-        return torch.rnn_tanh(x, h0, weights, *options)[0]
-    return torch.lstm(x, (h0, torch.zeros_like(h0)), weights, *options)[0]
+    with torch.autocast(x.device.type, enabled=False):  # which would turn bfloat16 into float16 for cuDNN
+        if cell == "rnn":
+            return torch.rnn_tanh(x, h0, weights, *options)[0]
+        return torch.lstm(x, (h0, torch.zeros_like(h0)), weights, *options)[0]
 
 
 def _in_one_block(*weights: Tensor) -> tuple[Tensor, ...]:

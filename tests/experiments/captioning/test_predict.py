@@ -10,6 +10,7 @@ from PIL import Image
 
 from cvlab.data import photo_paths, photos, vocabulary
 from cvlab.engine import device
+from cvlab.experiments.captioning import base as captioner_base
 from cvlab.experiments.captioning import checkpoint, feature_store
 from cvlab.experiments.captioning.feature_store import FeatureSpec
 
@@ -105,3 +106,9 @@ def test_no_photo(cvlab):
     code, _, err = cvlab("caption")
     assert code == 2
     assert "no photo is named" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_16_bits_are_made_float32(dtype):
+    assert captioner_base.upcast(torch.zeros(2, 3, dtype=dtype)).dtype == torch.float32
+    assert captioner_base.upcast(torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float64

@@ -152,6 +152,10 @@ class FeatureLoader(TrainLoader):
         """Return this rank's shard of the batch of a step: features or maps, and labels (N,)."""
         indices = sharding.shard(self.batch_indices(step))
         views = self.store.views.count
-        chosen = indices.cpu() * views + self.locate(step)[0] % views
+        chosen = indices * views + self.locate(step)[0] % views
         rows = self.store.rows(self.part_at(step))
-        return upload(rows[chosen], self.store.ctx.device), self.labels[indices]
+        return upload(rows[chosen], self.store.ctx.device), self.labels[upload(indices, self.labels.device)]
+
+    def epoch_order(self, epoch: int) -> Tensor:
+        """Return the indices of the images of an epoch, on the CPU, where their features are."""
+        return super().epoch_order(epoch).cpu()

@@ -20,11 +20,14 @@ from cvlab.data.datasets import DatasetSize, DatasetSource
 from cvlab.data.digest import DataDigest
 from cvlab.data.rng import hashes, permutation
 from cvlab.distributed import sharding
+from cvlab.engine import device as engine_device
+from cvlab.engine import memory
 from cvlab.errors import ConfigError, DataError
 from cvlab.experiments.classification.data.augment import Augmentation
 from cvlab.ops.resample import EvalTransform
 
 EVAL_BATCH_SIZE = 500
+MAX_SHARE_OF_MEMORY = 0.5  # of a GPU, for images
 EVAL_BATCH_PIXELS = EVAL_BATCH_SIZE * 32 * 32
 
 
@@ -35,26 +38,38 @@ class ImageRows:
         pixels: uint8 (N, H, W, C).
         index: int64 (M,): which rows of `pixels`, in which order.
         digests: What the content of each of the M rows is known by, so that it need not be read for that.
+        device: Where the rows that are asked for go; None for where they are.
     """
 
-    def __init__(self, pixels: Tensor, index: Tensor, digests: tuple[str, ...]) -> None:
+    def __init__(
+        self, pixels: Tensor, index: Tensor, digests: tuple[str, ...], device: torch.device | None = None
+    ) -> None:
         self.pixels, self.index, self.digests = pixels, index, digests
         self.shape = torch.Size((len(index), *pixels.shape[1:]))
-        self.dtype, self.device, self.ndim = pixels.dtype, pixels.device, pixels.ndim
+        self.dtype, self.device, self.ndim = pixels.dtype, device or pixels.device, pixels.ndim
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, rows: slice | Tensor) -> "Tensor":
-        return self.pixels[self.index[rows]]
+        chosen = self.index[rows.to(self.index.device) if isinstance(rows, Tensor) else rows]
+        return engine_device.upload(self.pixels[chosen], self.device)
 
     def rows(self, selection: slice) -> "ImageRows":
         """Return a part of the rows, without reading them."""
-        return ImageRows(self.pixels, self.index[selection], self.digests[selection])
+        return ImageRows(self.pixels, self.index[selection], self.digests[selection], self.device)
 
     def to(self, device: torch.device) -> "Images":
-        """Return the rows on a device; where they are already there, none is read."""
-        return self if device == self.device else self[:].to(device)
+        """Return the rows on a device: all of them, or if they would take most of its memory, those that are asked for.
+
+        Where they are already there, none is read.
+        """
+        if device == self.device:
+            return self
+        free = memory.free_bytes(device)
+        if free is None or math.prod(self.shape) <= MAX_SHARE_OF_MEMORY * free:
+            return self[:].to(device)
+        return ImageRows(self.pixels, self.index, self.digests, device)
 
 
 class TransformedImages:
@@ -63,31 +78,34 @@ class TransformedImages:
     Args:
         images: uint8 (N, H, W, C), in grayscale or RGB.
         transform: How an image becomes one of `size_px`.
+        device: Where the images that are asked for go; None for where they are.
     """
 
-    def __init__(self, images: "Tensor | ImageRows", transform: EvalTransform) -> None:
+    def __init__(
+        self, images: "Tensor | ImageRows", transform: EvalTransform, device: torch.device | None = None
+    ) -> None:
         self.images, self.transform = images, transform
         self.shape = torch.Size((len(images), transform.size_px, transform.size_px, 3))
-        self.dtype, self.device, self.ndim = images.dtype, images.device, images.ndim
+        self.dtype, self.device, self.ndim = images.dtype, device or images.device, images.ndim
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        originals = self.images[rows].cpu()
+        originals = self.images[rows.to(self.images.device) if isinstance(rows, Tensor) else rows]
         if originals.shape[-1] == 1:
             originals = originals.expand(-1, -1, -1, 3)
         pictures = [np.asarray(self.transform(Image.fromarray(pixels[..., :3].numpy()))) for pixels in originals]
         stacked = np.stack(pictures) if pictures else np.empty((0, *self.shape[1:]), np.uint8)
-        return torch.from_numpy(stacked).to(self.device)
+        return engine_device.upload(torch.from_numpy(stacked), self.device)
 
     def rows(self, selection: slice) -> "TransformedImages":
         """Return a part of the images, without reading them."""
-        return TransformedImages(select_rows(self.images, selection), self.transform)  # type: ignore[arg-type]
+        return TransformedImages(select_rows(self.images, selection), self.transform, self.device)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "TransformedImages":
-        """Return the images on a device."""
-        return TransformedImages(self.images.to(device), self.transform)  # type: ignore[arg-type]
+        """Return images that go to a device when they are asked for."""
+        return TransformedImages(self.images, self.transform, device)
 
 
 Images = Tensor | ImageRows | TransformedImages
@@ -100,7 +118,7 @@ def select_rows(images: Images, selection: slice) -> Images:
 
 def to_image(images: Images, index: int) -> Image.Image:
     """Return one of the images, in grayscale or RGB (alpha is left out), as an RGB picture."""
-    array = images[torch.tensor([index])][0].numpy()
+    array = images[torch.tensor([index])][0].cpu().numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array[..., :3]).convert("RGB")
 
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.experiments.common import weights as common_weights
@@ -18,7 +17,7 @@ from cvlab.experiments.detection.models.dense import DenseHead, DenseOutputs
 from cvlab.experiments.detection.models.detector import METADATA_KEY, DetectorMetadata
 from cvlab.experiments.detection.models.yolov3_tiny import DARKNET_NAMES
 from cvlab.models.nanodet import conv_act
-from cvlab.ops import assignment
+from cvlab.ops import assignment, sampling
 from cvlab.runs import weights_file
 
 BUNDLED_WEIGHTS = common_weights.BUNDLED_WEIGHTS / "nanodet_coco.safetensors"
@@ -96,4 +95,5 @@ class NanoDet(DenseHead):
 
 
 def _resize(source: Tensor, target: Tensor) -> Tensor:
-    return F.interpolate(source, size=target.shape[2:], mode="bilinear", align_corners=False)
+    height, width = target.shape[2:]
+    return sampling.upsample_bilinear(source, (height, width))

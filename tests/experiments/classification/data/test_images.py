@@ -6,11 +6,14 @@ from torch import Tensor
 
 from cvlab.data import rng
 from cvlab.errors import ConfigError, DataError
+from cvlab.experiments.classification.data import images as images_module
 from cvlab.experiments.classification.data.augment import Augmentation, tta_views
 from cvlab.experiments.classification.data.hard_examples import HardExampleLoader
 from cvlab.experiments.classification.data.images import (
     ImageDataset,
+    ImageRows,
     TrainLoader,
+    TransformedImages,
     build_normalization,
     count_steps_per_epoch,
     dataset_size,
@@ -18,6 +21,7 @@ from cvlab.experiments.classification.data.images import (
     eval_batches,
     split,
 )
+from cvlab.ops.resample import EvalTransform
 
 CPU = torch.device("cpu")
 M64 = (1 << 64) - 1
@@ -283,3 +287,19 @@ def test_the_batch_sampler_visits_every_item_once_per_epoch():
     small = rng.BatchSampler(3, 3, 4, torch.device("cpu"))
     assert (small.steps_per_epoch, small.batch_size) == (1, 3)
     assert sorted(small(5)[1].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("free", [None, 10**9, 0])
+def test_rows_that_fill_the_memory_of_a_device_go_there_batch_by_batch(free, monkeypatch):
+    pixels = random_images(8)
+    rows = ImageRows(pixels, torch.tensor([5, 3, 1]), ("a", "b", "c"))
+    assert rows.to(CPU) is rows
+    monkeypatch.setattr(images_module.memory, "free_bytes", lambda device: free)
+    moved = rows.to(torch.device("meta"))
+    assert isinstance(moved, ImageRows) == (free == 0)
+    assert moved.device.type == "meta"
+    if free == 0:
+        for batch in (moved[torch.tensor([2, 0])], moved.rows(slice(1, 3))[:]):
+            assert (batch.device.type, batch.shape, batch.dtype) == ("meta", (2, 6, 6, 3), torch.uint8)
+    transform = EvalTransform(4, 4)
+    assert TransformedImages(rows, transform).to(torch.device("meta"))[:2].device.type == "meta"
