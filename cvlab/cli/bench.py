@@ -36,7 +36,7 @@ def bench_steps(
     *,
     output: Output,
 ) -> None:
-    """Measure what a training step costs, and the least it could by the rates of this machine; the default command.
+    """Measure the time of a training step against the lower bound of this machine; the default command.
 
     The data is generated: no data set is needed.
     """

@@ -157,25 +157,23 @@ def attack(
         str | None,
         typer.Option(
             help="l2, fgsm, pgd, deepfool or cw; universal or patch: one for all photos; "
-            "with --on fgsm, pgd, apgd_ce, apgd_dlr, square"
+            "with --on: fgsm, pgd, apgd_ce, apgd_dlr, square"
         ),
     ] = None,
     eps: Annotated[
-        str | None, typer.Option(help="largest change of a pixel, in 1/255; with --on several, with commas")
+        str | None, typer.Option(help="largest change of a pixel, in 1/255; with --on: also several, comma-separated")
     ] = None,
     size: Annotated[str | None, typer.Option(help="original, or model: first reduce to the model's input size")] = None,
     survive: Annotated[
         str | None,
-        typer.Option(help="changes after which it is to fool the model too: jpeg75, resize, crop"),
+        typer.Option(help="changes that the attack must survive: jpeg75, resize, crop"),
     ] = None,
     then: Annotated[str | None, typer.Option(help="saliency: also explain the attacked photos")] = None,
     on: Annotated[
         str | None,
         typer.Option(help="train, val or test: attack training runs, named instead of photos, on these images"),
     ] = None,
-    corrupt: Annotated[
-        str | None, typer.Option(help="with --on: all, or of noise, blur, contrast, jpeg, with commas")
-    ] = None,
+    corrupt: Annotated[str | None, typer.Option(help="with --on: all, or some of noise,blur,contrast,jpeg")] = None,
     seed: Seed = None,
     dry_run: DryRun = False,
     *,
@@ -183,7 +181,7 @@ def attack(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Change the prediction for an image imperceptibly. Example: `cvlab attack --target ostrich img.jpg`."""
+    """Change an image slightly so that it is misclassified. Example: `cvlab attack --target ostrich img.jpg`."""
     from cvlab.api import photos
 
     names, overrides = split_arguments(images)
@@ -452,7 +450,7 @@ def detect(
     options: RunOptions,
     output: Output,
 ) -> None:
-    """Detect objects in images or a video. Without both, evaluates the detector on its validation split."""
+    """Detect objects in images or a video. Without either, evaluate the detector on its validation split."""
     from cvlab.data import photo_paths
 
     names, overrides = split_arguments(images)
