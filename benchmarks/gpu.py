@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import cifar_pack, photos
+from cvlab import portability
 from cvlab.bench import harness, training
 from cvlab.data import photo_paths
 from cvlab.data import photos as photo_files
@@ -42,6 +43,7 @@ from cvlab.storage.cache import data_root
 
 ROOT = Path(__file__).parent.parent
 RESERVED_SECONDS = 10.0  # to end a part and to write the JSON
+SECONDS_TO_REPORT = 5.0  # of a part that is stopped
 MIN_SECONDS = 5.0  # less is not worth the start of a process
 FAST = ("deterministic=false",)
 TINY = ("model.widths=[4,8]", "model.depth=1", "data.num_train=200", "batch_size=100", "duration={epochs: 1}")
@@ -186,18 +188,38 @@ def attack(options: Options) -> Rows:
 
 def tests(options: Options) -> Rows:
     """Yield the outcome of each test marked `cuda`, and the end of what pytest has printed."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "cuda", "-q", "-rA", "--tb=short"]
-    command += ["-W", "default", "--show-capture=no", "tests/engine/test_cuda.py"]
-    limit = max(1.0, options.seconds_left())
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
-        output, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = (error.stdout or b"").decode(), -1
+    yield run_pytest(options, ["-m", "cuda", "tests/engine/test_cuda.py"])
+
+
+def suite(options: Options) -> Rows:
+    """Yield which of the fast tests fail, all of which run on the GPU; 16 cores take four minutes."""
+    processes = max(1, min(15, (os.cpu_count() or 1) - 1)) if importlib.util.find_spec("xdist") else 0
+    parallel = ["-n", str(processes), "--dist", "worksteal"] if processes else []
+    chosen = ["tests/ops"] if options.tiny else []
+    yield run_pytest(options, [*parallel, "-m", "not slow and not faults and not browser", *chosen])
+
+
+def run_pytest(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the number of outcomes, the tests that failed, and the end of the output, also of one that is stopped."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-rfE", "--tb=short", "--show-capture=no"]
+    command += ["-W", "default", "-p", "no:benchmark", "-p", "no:cacheprovider", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "CVLAB_DATA"}  # tests of real data skip
+    with tempfile.TemporaryFile() as file:  # no pipe: the processes that pytest starts could keep it open
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(max(1.0, options.seconds_left() - SECONDS_TO_REPORT))
+        except subprocess.TimeoutExpired:
+            portability.kill_session(process)
+            code = -1
+        file.seek(0)
+        output = file.read().decode(errors="replace")
     outcomes = ("PASSED", "FAILED", "SKIPPED", "ERROR")
-    lines = [line for line in output.splitlines() if line.startswith(outcomes)]
-    counts = {outcome: sum(line.startswith(outcome) for line in lines) for outcome in outcomes}
-    yield {"exit_code": code, "lines": counts, "outcomes": lines, "output_end": output[-6000:]}
+    lines = [line for line in output.splitlines() if "::" in line and "%]" in line]
+    counts = {outcome: sum(f" {outcome}" in line for line in lines) for outcome in outcomes}
+    failed = [line for line in lines if " FAILED" in line or " ERROR" in line]
+    return {"exit_code": code, "outcomes": counts, "failed": failed, "output_end": output[-20_000:]}
 
 
 @dataclass(frozen=True)
@@ -216,7 +238,9 @@ PARTS: Mapping[str, Part] = {
     "yolo": Part(yolo, 30),
     "attack": Part(attack, 40),
     "cifar_60s": Part(cifar_60s, 240),
+    "suite": Part(suite, 400),
 }
+DEFAULT_PARTS = tuple(name for name in PARTS if name != "suite")
 
 
 def run_part(name: str, options: Options, rows_path: Path) -> None:
@@ -303,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--packs", type=Path, help="folder of the two parts of CIFAR-10, to unpack into CVLAB_DATA")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="some of the parts")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(PARTS), default=DEFAULT_PARTS, help="parts; suite is not a default"
+    )
     for name in ("--part", "--rows", "--deadline"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
