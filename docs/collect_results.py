@@ -104,19 +104,27 @@ def row_of(runs: Sequence[Row]) -> Row:
 
 def setting_rows(row: Row, settings: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Return one row for each setting of a sweep."""
-    rows = []
+    rows: list[Row] = []
+    first: Mapping[str, Any] | None = None
     for setting in settings:
         metrics = {
             name: {"mean": round(value["mean"], DIGITS), "sd": value["sd"] and round(value["sd"], DIGITS)}
             for name, value in setting["metrics"].items()
         }
-        rows.append(row | {"setting": setting_text(setting["keys"]), "metrics": metrics})
+        first = first or setting
+        rows.append(row | {"setting": setting_text(setting["keys"], first["keys"]), "metrics": metrics})
     return rows
 
 
-def setting_text(keys: Mapping[str, Any]) -> str:
-    """Return the keys of a setting as they are typed; of more than MAX_KEYS, only those that are not off."""
-    shown = keys if len(keys) <= MAX_KEYS else {key: value for key, value in keys.items() if value}
+def setting_text(keys: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """Return the keys of a setting as they are typed; of more than MAX_KEYS, those that are not as in the first one.
+
+    Of the first setting they are those that are not off.
+    """
+    is_first = keys == first
+    shown = keys
+    if len(keys) > MAX_KEYS:
+        shown = {key: value for key, value in keys.items() if value and (is_first or value != first.get(key))}
     return ", ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()) or f"all {len(keys)} keys off"
 
 

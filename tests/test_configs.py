@@ -150,6 +150,7 @@ def test_there_are_the_promised_ones():
     promised = (
         "quickstart cifar_bn cifar_no_bn cifar_overfit_small cifar_three_layer_epoch cifar_fc_overfit_3 "
         "cifar_fc_overfit_5 cifar_overfit_small_grid cifar_optimizers cifar_dropout cifar_kaiming_depth "
+        "cifar_losses cifar_schedules cifar_recent_optimizers cifar_training_keys "
         "cifar_learning_rates cifar_bn_lr_sweep cifar_bn_lr_sweep_fair cifar_api_barebones cifar_api_module "
         "cifar_api_sequential cifar_robust cifar_robust_plain cifar_augmentation_sweep "
         "cifar_plain32 cifar_resnet32 cifar_vgg_half_60s cifar_60s cifar_94 cifar_96 saliency attack "
