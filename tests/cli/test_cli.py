@@ -714,7 +714,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
         (["foo"], "unknown command 'foo'; similar: look, doctor; `cvlab --help` lists all 33"),
         (["data", "fech"], "unknown command 'fech'; did you mean 'fetch'? known: check, fetch, list"),
         (["train", "quickstart", "--sede", "3"], "similar: --debug, --seed, --set; see `cvlab train --help`"),
-        (["train", "yolo_scene"], "did you mean 'yolo_scenes'? `cvlab config` lists all 71"),
+        (["train", "yolo_scene"], "did you mean 'yolo_scenes'? `cvlab config` lists all 75"),
         (["train", "scenes_yolo"], "unknown configuration 'scenes_yolo'; similar: "),
         (["config", "quickstart", "model=resnet18"], "did you mean timm:resnet18 or torchvision:resnet18?"),
         (["train", "quickstart", "model=timm:resnet18", "model.foo=3"], "it has no parameter 'foo'"),
