@@ -102,17 +102,15 @@ def row_of(runs: Sequence[Row]) -> Row:
     }
 
 
-def setting_rows(row: Row, settings: Iterable[Mapping[str, Any]]) -> list[Row]:
+def setting_rows(row: Row, settings: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Return one row for each setting of a sweep."""
-    rows: list[Row] = []
-    first: Mapping[str, Any] | None = None
+    rows = []
     for setting in settings:
         metrics = {
             name: {"mean": round(value["mean"], DIGITS), "sd": value["sd"] and round(value["sd"], DIGITS)}
             for name, value in setting["metrics"].items()
         }
-        first = first or setting
-        rows.append(row | {"setting": setting_text(setting["keys"], first["keys"]), "metrics": metrics})
+        rows.append(row | {"setting": setting_text(setting["keys"], settings[0]["keys"]), "metrics": metrics})
     return rows
 
 

@@ -4,7 +4,6 @@ References:
     Brown et al., 2017, "Adversarial patch", section 2.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from cvlab.ops import sampling
-from cvlab.ops.resample import resize_matrix
+from cvlab.ops.resample import cached_resize_matrix
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def place(images: Tensor, patch: Tensor, mask: Tensor, placements: list[Placemen
 def _place_layers(layers: Tensor, size: int, placement: Placement) -> Tensor:
     """Resize layers (1, C, P, P) with antialiasing, as Pillow does, then rotate and move them into (1, C, S, S)."""
     side = max(1, round(placement.side * size))
-    matrix = _resize_matrix(layers.shape[-1], side).to(layers.device)
+    matrix = cached_resize_matrix(layers.shape[-1], side, "bicubic").to(layers.device)
     resized = matrix @ layers @ matrix.T
     angle = math.radians(placement.degrees)
     cos, sin = math.cos(angle) * size / side, math.sin(angle) * size / side
@@ -74,12 +73,6 @@ def _place_layers(layers: Tensor, size: int, placement: Placement) -> Tensor:
     theta = torch.tensor([[[cos, -sin, sin * y - cos * x], [sin, cos, -sin * x - cos * y]]], device=layers.device)
     grid = F.affine_grid(theta, [1, layers.shape[1], size, size], align_corners=False)
     return sampling.grid_sample(resized, grid, "bicubic")
-
-
-@functools.lru_cache(maxsize=1000)
-def _resize_matrix(size: int, side: int) -> Tensor:
-    """Return the matrix (side, size) that resizes a line of pixels with antialiasing."""
-    return resize_matrix(size, 0, size, side, "bicubic")[0]
 
 
 def paste(image: Image.Image, patch: Image.Image, mask: Image.Image, placement: Placement) -> Image.Image:

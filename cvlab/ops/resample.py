@@ -7,6 +7,7 @@ References:
     Pillow, Resample.c (coefficients; bicubic with a = -0.5, antialiased where it makes smaller).
 """
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 CropBox = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
 FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}  # in pixels
 FILTERS = tuple(FILTER_RADIUS)
+PILLOW_BICUBIC_A = -0.5
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,23 @@ def resize_matrix(count: int, start: float, end: float, size: int, filter_name: 
     return (weights / weights.sum(1, keepdim=True)).float(), first, last
 
 
+@functools.lru_cache(maxsize=1000)
+def cached_resize_matrix(count: int, size: int, filter_name: str) -> Tensor:
+    """Return the matrix (size, count) that resizes a whole line of pixels; for lines of which few lengths are used."""
+    return resize_matrix(count, 0, count, size, filter_name)[0]
+
+
 def _filter(x: Tensor, filter_name: str) -> Tensor:
     """Return a filter's value at distances x in pixels."""
     x = x.abs()
     if filter_name == "bilinear":
         return (1 - x).clamp(min=0)
-    a = -0.5
+    return torch.where(x < 2, cubic_weight(x, PILLOW_BICUBIC_A), torch.zeros_like(x))
+
+
+def cubic_weight(distance: Tensor, a: float) -> Tensor:
+    """Return the weights of pixels at distances in [0, 2] by cubic convolution with the parameter a (Keys, 1981)."""
+    x = distance
     inner = ((a + 2) * x - (a + 3)) * x * x + 1
     outer = (((x - 5) * x + 8) * x - 4) * a
-    return torch.where(x < 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
+    return torch.where(x < 1, inner, outer)

@@ -36,9 +36,8 @@ def roi_align(
         (R, C, output_size, output_size).
     """
     n, c, h, w = features.shape
-    boxes_xyxy = boxes_xyxy.detach()
-    if features.dtype in (torch.float32, torch.float64):  # 16 bits would round the boxes by several pixels
-        boxes_xyxy = boxes_xyxy.to(features.dtype)
+    dtype = torch.promote_types(features.dtype, torch.float32)  # 16 bits would round the boxes by several pixels
+    boxes_xyxy = boxes_xyxy.detach().to(dtype)
     start = boxes_xyxy[:, :2] * spatial_scale - 0.5
     sides = boxes_xyxy[:, 2:] * spatial_scale - 0.5 - start
     rows = _weights(start[:, 1], sides[:, 1], output_size, h, sampling_ratio).to(features.dtype)  # (R, output_size, H)

@@ -4,13 +4,11 @@ There the backward passes of torch's `grid_sample` and `pad` add the pixels of a
 order in which threads arrive.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvlab.ops.resample import resize_matrix
+from cvlab.ops.resample import cached_resize_matrix, cubic_weight
 
 BICUBIC_A = -0.75  # of the cubic convolution in torch's grid_sample
 
@@ -50,14 +48,10 @@ def upsample_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
 def upsample_by_matrices(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Enlarge images by a product with a matrix for each direction, see `upsample_bilinear`."""
     rows, columns = (
-        _enlarging_matrix(before, after).to(images) for before, after in zip(images.shape[2:], size, strict=True)
+        cached_resize_matrix(before, after, "bilinear").to(images)
+        for before, after in zip(images.shape[2:], size, strict=True)
     )
     return rows @ images @ columns.T
-
-
-@functools.lru_cache(maxsize=100)
-def _enlarging_matrix(before: int, after: int) -> Tensor:
-    return resize_matrix(before, 0, before, after, "bilinear")[0]
 
 
 def sample_by_index(images: Tensor, grid: Tensor, mode: str, padding_mode: str) -> Tensor:
@@ -93,15 +87,7 @@ def _taps(coordinates: Tensor, size: int, mode: str, padding_mode: str) -> tuple
         weights = torch.stack([1 - t, t])
         taps = torch.stack([low, low + 1])
     else:
-        weights = torch.stack([_cubic(t + 1), _cubic(t), _cubic(1 - t), _cubic(2 - t)])
+        weights = cubic_weight(torch.stack([t + 1, t, 1 - t, 2 - t]), BICUBIC_A)
         taps = torch.stack([low - 1, low, low + 1, low + 2])
     is_inside = (taps >= 0) & (taps < size)
     return taps.clamp(0, size - 1).long(), weights * is_inside
-
-
-def _cubic(distance: Tensor) -> Tensor:
-    """Return the weight of a pixel at a distance in [0, 2] by cubic convolution (Keys, 1981)."""
-    a, x = BICUBIC_A, distance
-    inner = ((a + 2) * x - (a + 3)) * x * x + 1
-    outer = a * (((x - 5) * x + 8) * x - 4)
-    return torch.where(x <= 1, inner, outer)
