@@ -199,11 +199,16 @@ def test_warnings_of_pillow_are_ignored_without_changing_the_filters_of_other_th
     path = tmp_path / "photo.jpg"
     exif = b"Exif\0\0II*\0\x08\0\0\0" + b"\xff" * 20  # more entries than there are bytes
     Image.new("RGB", (8, 8)).save(path, exif=exif)
-    monkeypatch.setattr(warnings, "catch_warnings", None)
-    assert photos.load(path).size == (8, 8)
-    assert photos.read_metadata(path) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "catch_warnings", None)
+        assert photos.load(path).size == (8, 8)
+        assert photos.read_metadata(path) is not None
     filters = list(warnings.filters)
     photos.load(path)
     assert warnings.filters == filters
-    with pytest.raises(UserWarning, match="of others"):
-        warnings.warn("of others", stacklevel=1)
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.simplefilter("error")
+        photos.load(path)
+        with pytest.raises(UserWarning, match="of others"):
+            warnings.warn("of others", stacklevel=1)
