@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Parameters: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]]"
 Rate = Annotated[float, Gt(0), Le(100)]
+SummedRate = Annotated[float, Gt(0), Le(10_000)]  # that of a mean loss, where papers sum the loss of a batch
 Decay = Annotated[float, Ge(0), Lt(1)]
 Momentum = Annotated[float, Gt(0), Lt(1)]
 Small = Annotated[float, Ge(0), Le(1)]
@@ -182,8 +183,8 @@ def muon(
     parameters: Parameters,
     lr: Rate = 0.24,
     momentum: Decay = 0.6,
-    bias_lr: Rate = 0.05,
-    head_lr: Rate = 0.67,
+    bias_lr: SummedRate = 0.05,
+    head_lr: SummedRate = 0.67,
     sgd_momentum: Decay = 0.85,
     weight_decay: Small = 0.0,
     iterations: Annotated[int, Ge(1), Le(20)] = 3,
@@ -197,7 +198,8 @@ def muon(
         bias_lr: Learning rate of biases and other vectors.
         head_lr: Learning rate of the last weight.
         sgd_momentum: Momentum of biases and the last weight.
-        weight_decay: Weight decay of biases and the last weight.
+        weight_decay: By which fraction a step at the full rate shrinks biases and the last weight, whatever their
+            learning rates, before momentum.
         iterations: Newton-Schulz iterations.
     """
     import torch
@@ -207,12 +209,10 @@ def muon(
 
     params: list[Any] = list(parameters)
     weights = [parameter for parameter in params if parameter.ndim > 1]
-    shared = {"momentum": sgd_momentum, "weight_decay": weight_decay}
-    groups: list[dict[str, Any]] = [
-        {"params": weights[:-1], "lr": lr, "momentum": momentum, "orthogonal": True},
-        {"params": [parameter for parameter in params if parameter.ndim < 2], "lr": bias_lr, **shared},
-        {"params": weights[-1:], "lr": head_lr, **shared},
-    ]
+    biases = [parameter for parameter in params if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": weights[:-1], "lr": lr, "momentum": momentum, "orthogonal": True}]
+    for group, rate in ((biases, bias_lr), (weights[-1:], head_lr)):
+        groups.append({"params": group, "lr": rate, "momentum": sgd_momentum, "weight_decay": weight_decay / rate})
     dtype = torch.bfloat16 if device.fast_bfloat16(params[0].device) and params[0].dtype == torch.float32 else None
     return Muon(groups, iterations=iterations, dtype=dtype)
 

@@ -70,8 +70,9 @@ def test_muon_steps_are_orthogonal_and_the_rest_is_nesterov_sgd():
     made = optimizers.build_optimizer(
         "muon", mine, {"lr": 0.1, "bias_lr": 0.03, "head_lr": 0.3, "iterations": 12, "weight_decay": 0.01}
     )
-    groups = [{"params": [theirs.weight], "lr": 0.3}, {"params": [theirs.bias], "lr": 0.03}]
-    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True, weight_decay=0.01)
+    rates = {theirs.weight: 0.3, theirs.bias: 0.03}
+    groups = [{"params": [weight], "lr": lr, "weight_decay": 0.01 / lr} for weight, lr in rates.items()]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
     momentum = torch.zeros_like(mine[0].weight)
     for _ in range(4):
         before = mine[0].weight.detach().clone()
