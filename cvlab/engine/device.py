@@ -163,6 +163,11 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def upcast(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits of 16 bits as float32, precise enough for a softmax."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 def seed_everything(seed: int) -> None:
     """Seed the generators of torch (all devices), numpy and Python."""
     torch.manual_seed(seed)

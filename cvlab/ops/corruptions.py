@@ -8,17 +8,16 @@ Differences from the paper:
     Four of its corruptions: Gaussian noise, Gaussian blur, contrast, JPEG compression.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from cvlab.ops import jpeg
+from cvlab.ops.visualize import gaussian_blur
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL_PX = 64  # up to this side the strengths are those of CIFAR-10-C
@@ -29,7 +28,6 @@ CONTRAST = {
     False: (0.4, 0.3, 0.2, 0.1, 0.05),
 }  # factor of the distance from the mean
 JPEG_QUALITY = {True: (80, 65, 58, 50, 40), False: (25, 18, 15, 10, 7)}
-BLUR_RADIUS_SIGMAS = 4.0  # where the Gaussian is cut off
 
 
 def apply(name: str, images: Tensor, severity: int, normal: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
@@ -58,16 +56,7 @@ def _noise(images: Tensor, is_small: bool, level: int, normal: Callable[[tuple[i
 
 
 def _blur(images: Tensor, is_small: bool, level: int, _: Any) -> Tensor:
-    sigma = BLUR_SIGMA[is_small][level]
-    radius = math.ceil(BLUR_RADIUS_SIGMAS * sigma)
-    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    channels = images.shape[3]
-    pixels = images.permute(0, 3, 1, 2).float()
-    pixels = F.pad(pixels, (radius,) * 4, mode="replicate")
-    pixels = F.conv2d(pixels, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
-    pixels = F.conv2d(pixels, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    pixels = gaussian_blur(images.permute(0, 3, 1, 2).float(), BLUR_SIGMA[is_small][level])
     return _to_uint8(pixels).permute(0, 2, 3, 1)
 
 

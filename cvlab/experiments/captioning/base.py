@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cvlab.data.vocabulary import PAD
+from cvlab.engine.device import upcast
 from cvlab.experiments.captioning.config import Layers, Projection
 from cvlab.layers import modules, sequence
 
@@ -199,8 +200,3 @@ def _grid_coordinates(count: int, like: Tensor) -> Tensor:
     axis = torch.linspace(-1, 1, side, dtype=like.dtype, device=like.device) if side > 1 else like.new_zeros(1)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x, y], 2).view(-1, 2)
-
-
-def upcast(logits: Tensor) -> Tensor:
-    """Return logits of 16 bits as float32, precise enough for a softmax."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
-from cvlab.experiments.captioning.base import CaptionModel, feature_projection, upcast
+from cvlab.engine.device import upcast
+from cvlab.experiments.captioning.base import CaptionModel, feature_projection
 from cvlab.experiments.captioning.config import Layers, Projection
 from cvlab.layers import attention, modules, recurrent, reference, sequence
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvlab.config.schema import FractionBelowOne, PositiveInt
+from cvlab.engine.device import upcast
 from cvlab.errors import ConfigError
-from cvlab.experiments.captioning.base import CaptionModel, feature_projection, upcast
+from cvlab.experiments.captioning.base import CaptionModel, feature_projection
 from cvlab.experiments.captioning.config import Layers, Projection
 from cvlab.layers import modules
 from cvlab.layers.attention import ScaledDotProductAttention

@@ -14,6 +14,7 @@ from cvlab.config.metrics import require_finite
 from cvlab.data import datasets
 from cvlab.data.datasets import DatasetSize
 from cvlab.engine import device, loop
+from cvlab.engine.device import upcast
 from cvlab.engine.task import TrainTask
 from cvlab.errors import ConfigError
 from cvlab.experiments.classification import losses
@@ -376,7 +377,7 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> loop.Losses:
         images, labels = batch
         logits = model(images)
-        logits32 = _at_least_float32(logits)
+        logits32 = upcast(logits)
         weights_of_images: Tensor | None = None
         if weights_of_classes is not None:
             weights_of_images = weights_of_classes[labels] if labels.ndim == 1 else labels @ weights_of_classes
@@ -388,7 +389,7 @@ def build_loss_fn(config: ClassifyConfig, train_loader: TrainLoader) -> loop.Los
             parts["reg"] = penalty.detach()
             loss = loss + penalty
         if isinstance(train_loader, HardExampleLoader):
-            train_loader.record(F.cross_entropy(_at_least_float32(logits.detach()), labels, reduction="none"))
+            train_loader.record(F.cross_entropy(upcast(logits.detach()), labels, reduction="none"))
         return {"loss": loss, **parts, "batch_accuracy": batch_accuracy(logits.detach(), labels)}
 
     return loss_fn
@@ -407,22 +408,18 @@ def balanced_weights(labels: Tensor, num_classes: int = 0) -> Tensor:
     return len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-
 def compute_metrics(model: nn.Module, batch: tuple[Tensor, Tensor], tta: str = "none") -> dict[str, Tensor]:
     """Return sums over a batch: cross-entropy, correct predictions (also with test-time augmentation), image count."""
     images, labels = batch
     views = [] if tta == "none" else tta_views(images, tta)
-    logits = _at_least_float32(model(images.clone() if views else images))  # a model may change its input in place
+    logits = upcast(model(images.clone() if views else images))  # a model may change its input in place
     sums = {
         "loss": F.cross_entropy(logits, labels, reduction="sum"),
         "accuracy": (logits.argmax(1) == labels).sum(),
         "count": torch.tensor(len(labels)),
     }
     if views:
-        weighted = [weight * _at_least_float32(model(view.clone())) for weight, view in views]
+        weighted = [weight * upcast(model(view.clone())) for weight, view in views]
         sums["accuracy_tta"] = (torch.stack(weighted).sum(0).argmax(1) == labels).sum()
     return sums
 
