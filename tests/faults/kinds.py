@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,88 +25,9 @@ from cvlab.experiments.captioning import scene_captions
 from cvlab.experiments.style.config import has_network
 from cvlab.runs import checkpoint
 from cvlab.runs.records import read_summary
-from tests.faults.texts import CONFIG, READERS, WRITERS
+from tests.faults.texts import CLASSIFIER, CONFIG, KINDS, NEEDS_NETWORK, READERS, SWEEP_OF_KINDS, TRAINING, WRITERS
 
-DETECTOR = (
-    *("train", "yolo_scenes", "data={name: scenes, num_train: 4}", "size=64", "views=1", "batch_size=2"),
-    *("duration={steps: 15}", "save_seconds=0", "eval_every=1000", "evaluate_test=false", "threads=1", "expect=[]"),
-)
-CAPTIONER = (
-    *("train", "caption_scenes", "model={name: captioner, embed_dim: 8, hidden_dim: 16}", "strides=[32]"),
-    *("size=64", "beam=2"),
-    *("batch_size=4", "duration={steps: 24}", "reward_epochs=2", "save_seconds=0", "eval_every=1000", "threads=1"),
-    *("evaluate_test=false", "expect=[]"),
-)
-KINDS = {  # of experiment -> a short command line of it
-    "classify": (
-        "train",
-        "quickstart",
-        "data.num_train=100",
-        "batch_size=20",
-        "duration={steps: 60}",
-        "save_seconds=0",
-        "evaluate_test=false",
-        "expect=[]",
-        "eval_every=1000",
-        "threads=1",
-    ),
-    "yolo": DETECTOR,
-    "faster_rcnn": (*DETECTOR, "model={name: faster_rcnn}"),
-    "captioner": CAPTIONER,
-    "attack": ("attack", "sample", "{folder}/photos", "--target", "ostrich", "batch_size=1", "threads=1", "expect=[]"),
-    "universal_perturbation": (
-        *("attack", "{folder}/classes/*/*.png", "--method", "universal", "steps=30", "batch_size=2", "threads=1"),
-    ),
-    "adversarial_patch": (
-        *(
-            "attack",
-            "{folder}/classes/*/*.png",
-            "--method",
-            "patch",
-            "steps=30",
-            "batch_size=2",
-            "placements=1",
-            "threads=1",
-        ),
-    ),
-    "class_visualization": (
-        "run",
-        "class_visualization",
-        "targets=[tick, gorilla]",
-        "steps=30",
-        "frames=2",
-        "threads=1",
-        "expect=[]",
-    ),
-    "dream": ("dream", "sample", "{folder}/photos", "--octaves", "2", "--size", "64", "threads=1"),
-    "look": ("look", "efficientnet_lite0", "sample", "--on", "{folder}/photos", "tsne_steps=400", "threads=1"),
-    "style": ("run", "style", "size=64", "steps=40", "threads=1", "expect=[]"),
-    **({"fast_style": ("style", "sample", "whirls", "--fast", "threads=1")} if has_network() else {}),
-    "detect": ("detect", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
-    "sweep": ("sweep", "{folder}/sweep.yaml"),
-    "caption": ("caption", "sample", "{folder}/photos", "batch_size=1", "threads=1"),
-    "photos": (
-        *("train", "photos", "data.path={folder}/classes", "batch_size=4", "duration={steps: 60}", "save_seconds=0"),
-        *("model={name: pretrained, views: 2, trainable_stages: 1, finetune_epochs: 1}", "evaluate_test=false"),
-        *("expect=[]", "eval_every=1000", "threads=1"),
-    ),
-}
-SWEEP = """experiment: sweep
-base:
-  from: quickstart
-  data: {num_train: 100}
-  batch_size: 20
-  duration: {steps: 60}
-  save_seconds: 0
-  evaluate_test: false
-  eval_every: 1000
-  threads: 1
-grid: {optimizer.lr: [1e-3, 1e-2]}
-"""
-PHOTOS = (
-    *("duration={epochs: 4}", "batch_size=16", "save_seconds=0", "log_every=1", "eval_every=1000", "threads=1"),
-    *("evaluate_test=false", "expect=[]"),
-)
+PHASES = "'duration={epochs: 4}' batch_size=16 log_every=1 " + TRAINING
 HEAD_STEPS = 2 * (76 // 16)  # of the first two epochs, before the backbone's last stage is trained
 UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_of_steps", "seconds_of_network")
 
@@ -143,12 +65,18 @@ def command_lines(folder):
     for k in range(3):
         Image.effect_noise((90 + 10 * k, 80), 60 + 20 * k).convert("RGB").save(photos / f"{k}.png")
     classes_of_noise(folder, 12)
-    (folder / "sweep.yaml").write_text(SWEEP)
+    (folder / "sweep.yaml").write_text(SWEEP_OF_KINDS)
     scene_captions.COUNTS = {"train": 12, "val": 4, "test": 4}
     checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
     initial = image_optimizer.ImageOptimization.__init__
     initial.__defaults__ = tuple(0.0 if value == 60.0 else value for value in initial.__defaults__)
-    return {name: [word.replace("{folder}", str(folder)) for word in words] for name, words in KINDS.items()}
+    trained = ["--runs-dir", str(folder / "trained"), "-q"]
+    assert wait(in_child(lambda: main.main([*shlex.split(CLASSIFIER), "duration={steps: 60}", *trained]))) == 0
+    return {
+        name: [word.replace("{folder}", str(folder)) for word in shlex.split(line)]
+        for name, line in KINDS.items()
+        if name not in NEEDS_NETWORK or has_network()
+    }
 
 
 def kinds(folder, count):
@@ -181,7 +109,7 @@ def phases(folder, _count):
     classes_of_noise(folder, 96)
     checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
     model = "model={name: pretrained, views: 2, trainable_stages: 1, finetune_epochs: 2}"
-    arguments = ("train", "photos", f"data.path={folder / 'classes'}", model, *PHOTOS)
+    arguments = ["train", "photos", f"data.path={folder / 'classes'}", model, *shlex.split(PHASES)]
 
     def start(command, name):
         def run():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cvlab import registry
 from cvlab.api import fault_check
-from tests.faults.texts import WRITERS
+from tests.faults.texts import KINDS, WRITERS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -117,6 +118,10 @@ def mounting():
         or subprocess.run([*MOUNTING, "true"], capture_output=True, check=False).returncode
     ):
         pytest.skip("no file system can be mounted here")
+
+
+def test_the_kinds_are_all_experiments():
+    assert {name.split(",")[0] for name in KINDS} == set(registry.EXPERIMENTS)
 
 
 @pytest.mark.faults
