@@ -70,10 +70,10 @@ def unknown_name_error(kind: str, name: str, known: Iterable[str], listing: str 
     """Return the error for an unknown name: the closest name, then all known ones.
 
     Args:
-        kind: what has the name, in a word or two.
-        name: the unknown name.
-        known: the known names.
-        listing: the command that lists them; if there are many, it is given instead of the names.
+        kind: What has the name, in a word or two.
+        name: The unknown name.
+        known: The known names.
+        listing: The command that lists them; if there are many, it is given instead of the names.
     """
     known = sorted(known)
     close = closest_match(name, known)

@@ -74,7 +74,7 @@ def fetch(name: str, origin: Path | None) -> Row:
         origin: The file or folder; None to download it.
 
     Raises:
-        DataError: If it cannot be downloaded, or its files are not those expected.
+        DataError: It cannot be downloaded, or its files are not those expected.
     """
     from cvlab.storage import download
 
@@ -85,7 +85,7 @@ def fetch(name: str, origin: Path | None) -> Row:
         source.fetch(root, origin, True)
     elif source.is_builtin:
         source.load(root)
-    return {"ok": True, "name": name, "root": str(root), "found": _check_all(name, root)}
+    return {"ok": True, "name": name, "root": str(root), "detail": _check_all(name, root)}
 
 
 def _check_all(name: str, root: Path) -> str:

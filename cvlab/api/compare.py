@@ -22,7 +22,7 @@ def write_comparison(comparison: Row, runs: Mapping[str, Path], folder: Path) ->
         The paths of the files.
 
     Raises:
-        RunDirError: If the folder cannot be written.
+        RunDirError: The folder cannot be written.
     """
     from cvlab.reports import plots
 

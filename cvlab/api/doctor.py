@@ -114,7 +114,7 @@ def run_checks(runs_dir: str | None, faults: bool = False) -> dict[str, Any]:
     results = [_run_check(name, check) for name, check in checks.items()]
     if faults:
         results += fault_check.run(runs_root(runs_dir))
-    rows = [{"name": name, "ok": ok, "found": text} for name, ok, text in results]
+    rows = [{"name": name, "ok": ok, "detail": text} for name, ok, text in results]
     return {"ok": all(ok for _, ok, _ in results), "checks": rows}
 
 

@@ -30,9 +30,9 @@ def evaluate(
         `ok`, `run`, `experiment`, `checkpoint`, `step`, `data` and `metrics`.
 
     Raises:
-        ConfigError: If the experiment has no weights to evaluate.
-        CheckpointError: If there is no such checkpoint.
-        DivergedError: If a metric is not finite.
+        ConfigError: The experiment has no weights to evaluate.
+        CheckpointError: There is no such checkpoint.
+        DivergedError: A metric is not finite.
     """
     config = loading.load(str(config_path(path)), [f"device={device}"] if device else []).config
     experiment = registry.get_experiment(config.experiment)

@@ -43,8 +43,8 @@ def export(path: Path, file_format: str, weights: str, file: Path | None) -> dic
         `ok`, `files`, `largest_difference` of the outputs relative to the largest one, `bytes`, and the metadata.
 
     Raises:
-        ConfigError: If the experiment has no model to export, or not in this format.
-        CheckpointError: If there is no such checkpoint, or the file differs from the model.
+        ConfigError: The experiment has no model to export, or not in this format.
+        CheckpointError: There is no such checkpoint, or the file differs from the model.
     """
     if file_format not in FORMATS:
         raise registry.unknown_name_error("format", file_format, FORMATS)

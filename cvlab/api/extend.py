@@ -127,7 +127,7 @@ def plan(path: Path, overrides: Sequence[str], root: Path) -> dict[str, Any]:
         root: The folder of the runs.
 
     Raises:
-        CvlabError: If the run could not be continued.
+        CvlabError: The run could not be continued.
     """
     if not overrides:
         status = read_status(path)
@@ -238,7 +238,7 @@ def create(extension: Extension, root: Path, processes: int | None = None) -> Pa
         processes: Number of processes; None for that of the run that is continued.
 
     Raises:
-        CvlabError: The data is missing, or the disk refuses.
+        CvlabError: The data is missing, or its folder cannot be written.
     """
     source, state = extension.source, extension.state
     env = read_json(source / "env.json")

@@ -91,7 +91,7 @@ def run(names: Sequence[str], seed: int) -> dict[str, Any]:
         `ok`, and `checks`: `name`, `numeric_error`, `torch_error`, `tolerance`, `ok` and `wrong_gradients` of each.
 
     Raises:
-        ConfigError: If there is no such layer.
+        ConfigError: There is no such layer.
     """
     torch.manual_seed(seed)
     threads = torch.get_num_threads()

@@ -212,7 +212,7 @@ class Run:
 
         Args:
             checkpoint: `last` or `best` weights.
-            device: auto, cpu, cuda, cuda:N or mps.
+            device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
         Raises:
             ConfigError: The experiment has no model for images.
@@ -232,7 +232,7 @@ class Run:
             images: One or several photos: paths, folders or patterns; PIL images; arrays (H, W), (H, W, 3) or
                 (N, H, W, 3) of numpy; tensors (3, H, W) or (N, 3, H, W). Numbers are in [0, 1], or integers of 8 bits.
             checkpoint: `last` or `best` weights.
-            device: auto, cpu, cuda, cuda:N or mps.
+            device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
         Raises:
             DataError: A photo cannot be read.
@@ -309,7 +309,7 @@ class Run:
             splits: `train`, `val`, `test`; empty for validation and test, if present.
             checkpoint: `last` or `best` weights.
             data: Another data set, by name or as `folder:PATH`; classifiers only.
-            device: auto, cpu, cuda, cuda:N or mps; None for that of the run's configuration.
+            device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; None for that of the run's configuration.
             progress: Show messages and a progress bar.
 
         Raises:

@@ -24,7 +24,7 @@ def train(make: Callable[[], Path], allow_changes: bool = False) -> api_run.Resu
         The result of the run in process 0, an empty dictionary in the others.
 
     Raises:
-        PeerLostError: If another process has ended.
+        PeerLostError: Another process has ended.
     """
     if not process_group.is_main():
         console.set_level(quiet=True, verbose=False)
@@ -56,7 +56,7 @@ def require_processes(path: Path, requested: int | None) -> int:
         requested: The number that the user asks for; None for as many as the run was started with.
 
     Raises:
-        ConfigError: If torchrun has started another number of processes, or that many cannot share the run's batches.
+        ConfigError: Torchrun has started another number of processes, or that many cannot share the run's batches.
     """
     count, size = requested or api_run.processes_of(path), process_group.world().size
     if size > 1 and count != size:

@@ -46,7 +46,7 @@ def train(
         config: Name of a shipped configuration, a YAML file, a run, or a dictionary with the content of such a file.
         overrides: Values by dotted key, `{"optimizer.lr": 1e-2}`, or texts `key=value`.
         seed: Seed of initialization, data order and augmentation.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
         download: Wait for the download of a data set that is not on the disk, no matter how long it takes.
         offline: Do not access the network.
@@ -129,9 +129,9 @@ def robustness(
     Args:
         runs: One or several training runs: paths, or names below `runs_dir`.
         on: `train`, `val` or `test`.
-        methods: Of `fgsm`, `pgd`, `apgd_ce`, `apgd_dlr`, `square`; None for `fgsm` and `pgd`.
+        methods: Any of `fgsm`, `pgd`, `apgd_ce`, `apgd_dlr`, `square`; None for `fgsm` and `pgd`.
         eps: Largest changes of a pixel, in 1/255; None for 0, 1, 2, 4 and 8.
-        corruptions: Of `noise`, `blur`, `contrast`, `jpeg`, or `all` alone; None for none.
+        corruptions: Any of `noise`, `blur`, `contrast`, `jpeg`, or `all` alone; None for none.
         overrides: Further keys, such as `num_images`; see `train`.
         seed: See `train`.
         device: See `train`.

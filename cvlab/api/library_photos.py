@@ -42,7 +42,7 @@ def classify(
         model: A pretrained model, or a run of a classifier.
         weights: File with the model's weights.
         overrides: Other keys of the experiment.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         runs_dir: Folder of the runs; None for $CVLAB_RUNS or ./runs.
         trust: Run the Python files of a run that was not made on this machine.
         progress: Show messages and a progress bar.
@@ -85,7 +85,7 @@ def saliency(
         word: Instead of a class, explain this word of a captioner's sentence.
         model: See `classify`; with `box` or `word` a bundled detector, or a run.
         weights: See `classify`.
-        seed: Of the noise of `smoothgrad`.
+        seed: Seed of the noise of `smoothgrad`.
         overrides: See `classify`.
         device: See `classify`.
         runs_dir: See `classify`.
@@ -131,13 +131,13 @@ def attack(
         photos: See `classify`.
         target: Class that is to be predicted, by name or index; None for any but the predicted one.
         method: How; `universal` finds one perturbation for all photos, and takes neither size, survive nor then.
-        eps: fgsm, pgd, universal: largest change of a pixel, in 1/255.
+        eps: Largest change of a pixel, in 1/255, for `fgsm`, `pgd` and `universal`.
         size: Attack the photo as it is, or first reduce it to the model's input size.
         survive: Changes after which the photo is to fool the model too: `jpeg75`, `resize`, `crop`, ...
         then: `saliency`: also explain the attacked photos.
         model: See `classify`.
         weights: See `classify`.
-        seed: Of the random start of `pgd`, and of the changes and photos that are drawn.
+        seed: Seed of the random start of `pgd`, and of the changes and photos that are drawn.
         overrides: See `classify`.
         device: See `classify`.
         runs_dir: See `classify`.
@@ -180,7 +180,7 @@ def classvis(
         steps: Optimization steps.
         model: See `classify`.
         weights: See `classify`.
-        seed: Of the noise and the random transforms.
+        seed: Seed of the noise and the random transforms.
         overrides: See `classify`.
         device: See `classify`.
         runs_dir: See `classify`.
@@ -224,7 +224,7 @@ def dream(
         size: Longer side of the result in pixels, at most.
         model: See `classify`; it need not have a classifier.
         weights: See `classify`.
-        seed: Of the random offsets.
+        seed: Seed of the random offsets.
         overrides: See `classify`.
         device: See `classify`.
         runs_dir: See `classify`.
@@ -263,7 +263,7 @@ def look(
         on: `train`, `val` or `test` of a run, or a folder of photos: images for statistics, neighbors and t-SNE.
         landscape: Also measure the loss of a run around its weights.
         weights: See `classify`.
-        seed: Of the directions of the landscape.
+        seed: Seed of the directions of the landscape.
         overrides: See `classify`.
         device: See `classify`.
         runs_dir: See `classify`.
@@ -316,7 +316,7 @@ def style(
         style_masks: Images that are white where the style is taken from; one per mask.
         model: See `classify`.
         weights: See `classify`.
-        seed: Of the noise.
+        seed: Seed of the noise.
         overrides: See `classify`.
         device: See `classify`.
         runs_dir: See `classify`.

@@ -194,7 +194,7 @@ def attack_failure(result: Mapping[str, Any]) -> str:
         return ""
     if metrics["success_rate"] > 0:
         return "the attack survives the changes on none of the photos; try more steps, or a larger lr or --eps"
-    attacked = [row for row in result["results"] if "error" not in row and not row["already"]]
+    attacked = [row for row in result["results"] if "error" not in row and not row["is_target_before"]]
     photos = "the photo" if len(attacked) == 1 else f"any of the {len(attacked)} photos"
     best = max((row["target_after"] for row in attacked if "target_after" in row), default=None)
     target = f" to {attacked[0]['target']!r} (highest probability {best:.2f})" if best is not None else ""

@@ -39,7 +39,7 @@ def add(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
         root: The folder of the runs.
 
     Raises:
-        CvlabError: If the configuration cannot run.
+        CvlabError: The configuration cannot run.
     """
     experiment = registry.get_experiment(loaded.config.experiment)
     loaded = dataclasses.replace(loaded, config=experiment.prepare(loaded, policy))
@@ -87,7 +87,7 @@ def remove(root: Path, references: list[str], with_done: bool) -> Result:
         with_done: Also remove all items that are done.
 
     Raises:
-        RunDirError: If an item does not exist or is being run. Nothing is removed then.
+        RunDirError: An item does not exist or is being run. Nothing is removed then.
     """
     chosen = dict.fromkeys(queue.find(root, references))
     if with_done:
@@ -179,7 +179,7 @@ def run(root: Path, workers: int, retry: bool, is_trusted: bool) -> Result:
         All items, as `list_items` does, with `ok`, and for the first one that failed `error`, its text and code.
 
     Raises:
-        StoppedError: If a signal was received; the runs have been saved.
+        StoppedError: A signal was received; the runs have been saved.
     """
     claims = _Claims(root, workers, retry, is_trusted)
     total = sum(map(claims._is_open, queue.items(root)))

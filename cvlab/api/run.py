@@ -42,7 +42,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
         root: The folder of the runs.
 
     Raises:
-        CvlabError: If the run could not start.
+        CvlabError: The run could not start.
     """
     config = loaded.config
     require_trackers(config)
@@ -55,7 +55,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
         "config": str(loaded.source),
         **used,
         **experiment.plan(config, loaded.base),
-        **({"chosen at the start": ", ".join(loaded.variants)} if loaded.variants else {}),
+        **({"profiles": ", ".join(loaded.variants)} if loaded.variants else {}),
         "run": str(root / f"<time>-{config.name}-<id>"),
         "expect": list(rules(config)),
     }
@@ -64,7 +64,7 @@ def plan(loaded: loading.Loaded, root: Path) -> Result:
 def _data_plan(block: DataConfig) -> Result:
     sources = [datasets.get(name) for name in block.names if not registry.is_user_file(name)]
     missing = [source.name for source in sources if not (source.is_builtin or source.ready(data_root()))]
-    to_get = {"fallback": block.fallback, "to get it": "; ".join(f"cvlab data fetch {name}" for name in missing)}
+    to_get = {"fallback": block.fallback, "fetch_command": "; ".join(f"cvlab data fetch {name}" for name in missing)}
     used = {"data": describe_data(block), "data_root": str(data_root()), "data_ready": not missing}
     return used | to_get if missing else used
 
@@ -81,7 +81,7 @@ def start(loaded: loading.Loaded, policy: DownloadPolicy, root: Path) -> Result:
         The result of the run, see `result`.
 
     Raises:
-        CvlabError: If the configuration cannot run, or the run fails or is interrupted.
+        CvlabError: The configuration cannot run, or the run fails or is interrupted.
     """
     experiment = registry.get_experiment(loaded.config.experiment)
     config = experiment.prepare(loaded, policy)
@@ -99,7 +99,7 @@ def create(loaded: loading.Loaded, root: Path, is_latest: bool = True) -> Path:
     return out.path
 
 
-def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: int) -> Path:
+def create_distributed(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: int) -> Path:
     """Create the run directory of a training run in several processes, each of which then resumes it.
 
     Args:
@@ -112,7 +112,7 @@ def make(loaded: loading.Loaded, policy: DownloadPolicy, root: Path, processes: 
         The run directory.
 
     Raises:
-        ConfigError: If the experiment does not train, or the processes cannot share its batches.
+        ConfigError: The experiment does not train, or the processes cannot share its batches.
     """
     require_processes(loaded, processes)
     experiment = registry.get_experiment(loaded.config.experiment)
@@ -229,7 +229,7 @@ def resume(path: Path, changed: dict[str, Any] | None = None, allow_changes: boo
         The result of the run, see `result`.
 
     Raises:
-        CvlabError: If the run cannot be resumed, or fails or is interrupted again.
+        CvlabError: The run cannot be resumed, or fails or is interrupted again.
     """
     out = RunDir(path, console.info, writable=process_group.is_main())
     out.allow_changes = allow_changes

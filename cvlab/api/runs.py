@@ -23,7 +23,7 @@ def tag(root: Path, runs: Sequence[str], add: Sequence[str], remove: Sequence[st
 
     Raises:
         ConfigError: A tag is not valid, or there is nothing to do.
-        RunDirError: There is no such run, or the disk refuses.
+        RunDirError: There is no such run, or its folder cannot be written.
     """
     if not add and not remove:
         raise ConfigError("no tag is named", "--add TAG adds one, --remove TAG removes one")
@@ -48,7 +48,7 @@ def remove(root: Path, runs: Sequence[str], dry_run: bool) -> Result:
         `runs`: name and bytes of each; `bytes`: all that is freed, also of leftovers of removals that were killed.
 
     Raises:
-        RunDirError: A run is running or a trial of a sweep, or the disk refuses.
+        RunDirError: A run is running or a trial of a sweep, or its folder cannot be written.
     """
     paths = query.select(runs, root)
     for path in paths:

@@ -157,8 +157,8 @@ def serve(root: Path, port: int, ready: Callable[[str], None], query: str = "") 
         query: Which runs the list shows; empty for all.
 
     Raises:
-        ConfigError: If the query is not valid.
-        RunDirError: If the port is taken.
+        ConfigError: The query is not valid.
+        RunDirError: The port is taken.
     """
     index.runs(root, query)
     try:

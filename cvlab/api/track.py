@@ -21,7 +21,7 @@ from cvlab.errors import ConfigError, CvlabError, install_command
 from cvlab.reports import curves
 from cvlab.runs import annotations
 from cvlab.runs.find import read_config
-from cvlab.runs.records import Row, read_metrics_from, read_status, read_summary, require_folder
+from cvlab.runs.records import Row, is_number, read_metrics_from, read_status, read_summary, require_folder
 from cvlab.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def log_run(path: Path, kind: str, follow: bool, sleep: Callable[[float], None] 
         The command that shows the run.
 
     Raises:
-        ConfigError: If the tracker is unknown or not installed.
+        ConfigError: The tracker is unknown or not installed.
     """
     require_installed(kind)
     require_folder(require_folder(path / FOLDER) / "tensorboard")
@@ -315,8 +315,4 @@ def _rows(path: Path, follow: bool, sleep: Callable[[float], None]) -> Iterator[
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in row.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in curves.NOT_CURVES
-    }
+    return {name: float(value) for name, value in row.items() if is_number(value) and name not in curves.NOT_CURVES}

@@ -197,7 +197,7 @@ def data_fetch(
     from cvlab.api import catalog
 
     result = catalog.fetch(name, origin)
-    output.show(result, lambda: console.show(f"{name} is ready in {result['root']}: {result['found']}"))
+    output.show(result, lambda: console.show(f"{name} is ready in {result['root']}: {result['detail']}"))
 
 
 @data_app.command("check")

@@ -25,7 +25,7 @@ def doctor(
     from cvlab.reports import tables
 
     result = api_doctor.run_checks(runs_dir, faults)
-    rows = [(check["name"], "ok" if check["ok"] else "FAILS", check["found"]) for check in result["checks"]]
+    rows = [(check["name"], "ok" if check["ok"] else "FAILS", check["detail"]) for check in result["checks"]]
     output.show(result, lambda: tables.table("", ("check", "status", "result"), rows))
     if not result["ok"]:
         raise typer.Exit(1)

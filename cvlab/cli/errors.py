@@ -13,7 +13,7 @@ from cvlab.distributed import process_group
 from cvlab.errors import ConfigError, CvlabError, DataError, RunDirError, StoppedError
 from cvlab.storage import atomic
 
-USER_OS_ERRORS: dict[int, tuple[type[CvlabError], str]] = {  # what a disk refuses -> the error and its hint
+USER_OS_ERRORS: dict[int, tuple[type[CvlabError], str]] = {  # errno -> the error it is reported as, and its hint
     errno.ENAMETOOLONG: (DataError, "give a shorter name"),
     errno.EACCES: (DataError, "change its permissions, or name another"),
     errno.ENOSPC: (RunDirError, atomic.DISK_HINT),

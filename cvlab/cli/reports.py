@@ -89,7 +89,7 @@ def track(
     if follow:
         api_track.yield_cpu()
     command = api_track.log_run(find_run(run, runs_root(runs_dir)), to, follow)
-    output.show({"ok": True, "tracker": to, "look": command}, lambda: console.show(command))
+    output.show({"ok": True, "tracker": to, "command": command}, lambda: console.show(command))
 
 
 @app.command(rich_help_panel=TRAIN)

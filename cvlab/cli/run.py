@@ -68,12 +68,13 @@ def run(
         show_plan(load(), root, output)
     elif process_group.world().size > 1:
         size = process_group.world().size
-        finish(
-            launch.train(lambda: launch.run_dir_of_launch(lambda: api_run.make(load(), policy, root, size), root)),
-            output,
-        )
+
+        def create() -> Path:
+            return api_run.create_distributed(load(), policy, root, size)
+
+        finish(launch.train(lambda: launch.run_dir_of_launch(create, root)), output)
     elif processes.nproc is not None and processes.nproc > 1:
-        path = api_run.make(load(), policy, root, processes.nproc)
+        path = api_run.create_distributed(load(), policy, root, processes.nproc)
         raise typer.Exit(launcher.run(path, processes.nproc, processes.max_restarts, output.flags()))
     else:
         finish(api_run.start(load(), policy, root), output)

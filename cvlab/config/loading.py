@@ -32,10 +32,10 @@ class Loaded:
     """A valid configuration.
 
     Attributes:
-        config: the validated configuration.
-        base: the folder that its relative paths start from.
-        source: the file it was read from.
-        variants: by override, if the experiment chooses one of them when it starts.
+        config: The validated configuration.
+        base: The folder that its relative paths start from.
+        source: The file it was read from.
+        variants: By override, if the experiment chooses one of them when it starts.
         provenance: `file`, `base NAME` or `command line` for each dotted key that is not a default.
     """
 
@@ -91,7 +91,7 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Loaded:
     """Read a configuration, apply overrides and validate it.
 
     Args:
-        reference: a path, a run directory, or the name of a shipped configuration.
+        reference: A path, a run directory, or the name of a shipped configuration.
         overrides: `key=value` texts with dotted keys; the last one wins.
 
     Raises:

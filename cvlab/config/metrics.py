@@ -16,11 +16,11 @@ class Metric:
     """A number that an experiment reports.
 
     Attributes:
-        name: its name in metrics.jsonl and summary.json, or a pattern such as `ap50/*`.
+        name: Its name in metrics.jsonl and summary.json, or a pattern such as `ap50/*`.
         unit: `fraction` for a value in [0, 1], `s`, `dB`, `px` and the like; empty for counts and losses.
-        better: whether higher or lower is better; None if neither is.
-        when: whether a run of a configuration reports it; None if every run does.
-        label: what stands behind the slash of a name such as `ap50/dog`.
+        better: Whether higher or lower is better; None if neither is.
+        when: Whether a run of a configuration reports it; None if every run does.
+        label: What stands behind the slash of a name such as `ap50/dog`.
     """
 
     name: str

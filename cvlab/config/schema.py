@@ -55,10 +55,10 @@ class Registry:
     """Annotation of a `ComponentConfig` field: where its names come from.
 
     Attributes:
-        kind: what the components are called in error messages.
+        kind: What the components are called in error messages.
         names: `module:Name` of each builder.
-        injected: parameters of the builders that the program passes; all others come from the YAML.
-        resolve: returns the builder of a name that is not in `names`, with user files relative to `base`.
+        injected: Parameters of the builders that the program passes; all others come from the YAML.
+        resolve: Returns the builder of a name that is not in `names`, with user files relative to `base`.
     """
 
     kind: str

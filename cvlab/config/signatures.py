@@ -31,8 +31,8 @@ class Signature:
     """The parameters of a builder.
 
     Attributes:
-        parameters: with evaluated annotations (`Any` if there is none).
-        summary: the first line of the docstring.
+        parameters: With evaluated annotations (`Any` if there is none).
+        summary: The first line of the docstring.
     """
 
     parameters: tuple[inspect.Parameter, ...]

@@ -22,8 +22,8 @@ def check(raw: dict[str, Any], base: Path) -> tuple[ExperimentConfig | None, Pro
     """Validate one configuration.
 
     Args:
-        raw: the configuration as it was read; blocks that are given by name alone are replaced in place.
-        base: the folder that the paths of user files are relative to.
+        raw: The configuration as it was read; blocks that are given by name alone are replaced in place.
+        base: The folder that the paths of user files are relative to.
 
     Returns:
         The configuration, None if there are problems, and the problems.

@@ -28,7 +28,7 @@ class CocoSplit:
     """A split of a data set.
 
     Attributes:
-        suffix: Of its annotation files, `val2017` of `instances_val2017.json`.
+        suffix: Suffix of its annotation files, `val2017` of `instances_val2017.json`.
         images: The folder of its photos.
         num_images: How many there are.
     """
@@ -121,7 +121,7 @@ class Archive:
 
     Attributes:
         folder: The folder.
-        path: Of the archive, below URL.
+        path: Path of the archive, below URL.
         size: In bytes.
         checksum: COCO publishes none; this MD5 is the one that many projects have recorded.
         unpacked_bytes: At least as many as its files have together.

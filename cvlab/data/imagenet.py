@@ -65,7 +65,7 @@ def resolve(name: str) -> int:
     """Return the index of a class by its name, index or WordNet id.
 
     Raises:
-        ConfigError: If no class, or more than one, has this name; the message lists the candidates.
+        ConfigError: No class, or more than one, has this name; the message lists the candidates.
     """
     query = _normalize(name)
     if query.isdecimal():

@@ -74,7 +74,7 @@ def find_images(names: Iterable[str]) -> list[Path]:
         The paths; a file that is named is returned whether it exists or not.
 
     Raises:
-        DataError: If a folder or a pattern matches no photo.
+        DataError: A folder or a pattern matches no photo.
     """
     paths: list[Path] = []
     for name in names:

@@ -216,7 +216,7 @@ class VideoWriter:
         time_base: Seconds per tick of the time stamps.
 
     Raises:
-        OSError: The disk refuses; so do the methods.
+        OSError: The file cannot be written; the methods raise it, too.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], rate: Fraction, time_base: Fraction) -> None:

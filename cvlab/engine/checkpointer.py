@@ -17,15 +17,7 @@ from cvlab.runs.run_dir import RunDir
 
 FORMAT = 1
 MAX_CHECKPOINT_OVERHEAD = 1 / 50  # the largest share of the running time that goes into writing checkpoints
-UNCHECKED = (
-    "model",
-    "optimizer",
-    "scaler",
-    "fingerprint",
-    "rng",
-    "other_ranks",
-    "ema_model",
-)  # they are checked when loaded
+CHECKED_WHEN_LOADED = ("model", "optimizer", "scaler", "fingerprint", "rng", "other_ranks", "ema_model")
 BLOCKS = ("rng", "progress", "fingerprint", "extra_state")  # parts of a state whose own keys never vary
 
 
@@ -163,7 +155,7 @@ class Checkpointer:
         """Load a state into the job if it is complete, has the right types, and belongs to the configuration."""
         expected = self._state()
         checkpoint.check_complete(missing_keys(expected, state), path)
-        checkpoint.check_types({**expected, **dict.fromkeys(UNCHECKED)}, state, path)
+        checkpoint.check_types({**expected, **dict.fromkeys(CHECKED_WHEN_LOADED)}, state, path)
         checkpoint.check_weights(state["model"], path)
         digest = self.job.config_digest(state)
         checkpoint.check_same_config(state, digest, self.fingerprint(), path, self.run_dir.log)

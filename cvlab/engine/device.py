@@ -85,7 +85,7 @@ def select_device(
     """Choose device, precision and number of threads.
 
     Args:
-        device: cpu, cuda, cuda:N, mps or auto; in a distributed run, cuda and auto are the GPU of this rank.
+        device: `cpu`, `cuda`, `cuda:N`, `mps` or `auto`; in a distributed run, cuda and auto are the GPU of this rank.
         precision: float32, bfloat16, float16, float64, or auto: bfloat16 if the device has hardware for it, else
             float16 if a GPU has hardware for that and the caller scales its loss, else float32.
         threads: Number of CPU threads; None for torch's default.

@@ -126,7 +126,7 @@ def run(
 
 
 def smooth(values: Sequence[float], sigma: float) -> list[float]:
-    """Return the means of values, weighted by a Gaussian around each; at the ends of those there are."""
+    """Smooth values with a Gaussian kernel, renormalized at both ends."""
     radius = max(1, math.ceil(3 * sigma))
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
     smoothed = []

@@ -65,12 +65,12 @@ def estimate_activation_bytes(
     Measured on a small image; what is saved grows with the number of pixels.
 
     Args:
-        forward: from an image (3, H, W) in [0, 1] to anything that holds its graph.
-        parameters: the model's; their memory is not counted.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        device: where the model is.
-        probe_px: height and width of the small image.
+        forward: Maps an image (3, H, W) in [0, 1] to anything that holds its graph.
+        parameters: The model's; their memory is not counted.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        device: Where the model is.
+        probe_px: Height and width of the small image.
 
     Returns:
         bytes.

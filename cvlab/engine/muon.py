@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the quintic that is steepest at 0; singular values end between 0.7 and 1.2
+# The coefficients of the quintic polynomial that is steepest at 0; singular values end between 0.7 and 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None = None) -> Tensor:

@@ -27,7 +27,7 @@ def perturbed(model: nn.Module, parameters: Sequence[nn.Parameter], radius: floa
     Args:
         model: The model, whose buffers are restored too.
         parameters: Parameters to move, with gradients; those without one stay.
-        radius: rho in the paper.
+        radius: Rho in the paper.
     """
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in moved if parameter.grad is not None]

@@ -95,7 +95,7 @@ class Trainer:
         self.gradient_log = GradientLog(task.model, per_layer) if config.log_gradients else None
         self.progress = TrainProgress(0)
         self.checkpointer = Checkpointer(self, run_dir, task.ctx, config.save_seconds)
-        # Of what a run is not resumed with if it was changed. Taken once: what is loaded now is what is trained with.
+        # A run is not resumed if its data or its code has changed. The digests are those of what this run trains with.
         self.inputs = {"data": task.data_digest, "code": user_code.digest(config, run_dir.path)}
         self.last_replan = (0, 0.0)  # step and training time
         self.unsaved_state = UnsavedState(task.model) if process_group.is_main() else None
@@ -182,17 +182,17 @@ class Trainer:
         }
 
     def _require_same_inputs(self, state: State, path: Path) -> None:
-        """Raise CheckpointError if data or user code was changed since a checkpoint, unless that is allowed."""
+        """Raise CheckpointError if the data or user code has changed since a checkpoint, unless that is allowed."""
         changed = [name for name, digest in self.inputs.items() if digest != state["inputs"][name]]
         if not changed:
             return
         what = " and ".join({"data": "the data", "code": "the code of the model or data set"}[name] for name in changed)
         if not self.run_dir.allow_changes:
             raise CheckpointError(
-                f"{path}: {what} was changed since the run began, so that its result would be that of neither",
+                f"{path}: {what} changed after the run began; resuming would mix both versions",
                 f"`cvlab resume {self.run_dir.path.name} --allow-changes` continues nevertheless",
             )
-        self.run_dir.log(f"warning: {what} was changed since the run began")
+        self.run_dir.log(f"warning: {what} changed after the run began")
         self.run_dir.extra_summary["changed_inputs"] = changed
 
     def load_state_dict(self, state: State, path: Path) -> None:

@@ -55,9 +55,9 @@ class Experiment(Generic[C]):
         """Change a raw configuration in place before the overrides are applied.
 
         Args:
-            raw: the configuration as it was read.
-            overrides: the `key=value` texts of the command line.
-            location: returns the file and line of a top-level key, for error messages.
+            raw: The configuration as it was read.
+            overrides: The `key=value` texts of the command line.
+            location: Returns the file and line of a top-level key, for error messages.
 
         Returns:
             Overrides between which the experiment chooses when it starts, each of which makes a valid configuration.
@@ -126,9 +126,9 @@ class Evaluable(Generic[C]):
         """Evaluate the weights of a checkpoint.
 
         Args:
-            config: the run's configuration.
-            base: the run directory, which the paths of `config` are relative to.
-            state: the checkpoint.
+            config: The run's configuration.
+            base: The run directory, which the paths of `config` are relative to.
+            state: The checkpoint.
             splits: `train`, `val`, `test`; empty for validation and test, if present.
 
         Returns:
@@ -144,11 +144,11 @@ class EvaluatesOtherData(Generic[C]):
         """Evaluate the weights of a checkpoint on a data set.
 
         Args:
-            config: the run's configuration.
-            base: the run directory.
-            state: the checkpoint.
-            data: name of a data set, or `folder:PATH`.
-            splits: its splits; empty for all that are not for training.
+            config: The run's configuration.
+            base: The run directory.
+            state: The checkpoint.
+            data: Name of a data set, or `folder:PATH`.
+            splits: Its splits; empty for all that are not for training.
 
         Returns:
             The metrics, each name preceded by its split.
@@ -210,9 +210,9 @@ class DetectsObjects:
         """Return a bundled detector, whose `predict` returns the `objects` of each photo.
 
         Args:
-            name: of its weights, for example `everyday`.
-            ctx: where to run it.
-            score_threshold: objects of lower scores are left out.
+            name: Name of its weights, for example `everyday`.
+            ctx: Where to run it.
+            score_threshold: Objects of lower scores are left out.
         """
         raise NotImplementedError
 
@@ -240,10 +240,10 @@ class HasPhotoModule(Generic[C]):
         """Return the model of a run, in evaluation mode.
 
         Args:
-            config: the run's configuration.
-            base: the run directory.
+            config: The run's configuration.
+            base: The run directory.
             weights: `last` or `best`.
-            device: where to put it.
+            device: Where to put it.
 
         Raises:
             ConfigError: if the run has no such weights.
@@ -271,9 +271,9 @@ class HasTrainTask(Generic[C]):
         """Return the untrained model, its loss and its batches; the evaluation of the task returns nothing.
 
         Args:
-            config: the configuration, whose data set is on the disk.
-            base: the folder that paths to user files are relative to.
-            check_interrupt: called often while data is read; may raise to stop.
+            config: The configuration, whose data set is on the disk.
+            base: The folder that paths to user files are relative to.
+            check_interrupt: Called often while data is read; may raise to stop.
         """
         raise NotImplementedError
 

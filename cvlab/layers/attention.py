@@ -33,8 +33,8 @@ class DotAttention:
         """Return the mean of the features, weighted by softmax(a h / sqrt(H)).
 
         Args:
-            h: states (N, H), the queries.
-            a: feature maps (M, L, H).
+            h: States (N, H), the queries.
+            a: Feature maps (M, L, H).
 
         Returns:
             attended features (N, H), and the cache.
@@ -80,10 +80,10 @@ class ScaledDotProductAttention:
         """Return softmax(q k^T / sqrt(D)) v.
 
         Args:
-            q: queries (B, T, D).
-            k: keys (B, L, D).
-            v: values (B, L, D).
-            is_causal: query t attends to the keys 0 to t only; L is T.
+            q: Queries (B, T, D).
+            k: Keys (B, L, D).
+            v: Values (B, L, D).
+            is_causal: Query t attends to the keys 0 to t only; L is T.
 
         Returns:
             attended values (B, T, D), and the cache. The softmax is float32 at least.
@@ -131,8 +131,8 @@ class AttentionLSTM:
         """Return the states of all steps.
 
         Args:
-            x: inputs (N, T, D).
-            a: feature maps (M, L, H).
+            x: Inputs (N, T, D).
+            a: Feature maps (M, L, H).
             wx: (4H, D), of the inputs.
             wh: (4H, H), of the states.
             wa: (4H, H), of the attended features.

@@ -30,7 +30,7 @@ class BatchNorm:
             x: (N, D).
             gamma: (D,).
             beta: (D,).
-            eps: added to the variance.
+            eps: Added to the variance.
 
         Returns:
             out (N, D), and the cache.

@@ -22,8 +22,8 @@ def unfold(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     Args:
         x: (N, C, H, W).
         kernel: K, height and width of a patch.
-        stride: pixels between patches.
-        padding: zeros added on each side.
+        stride: Pixels between patches.
+        padding: Zeros added on each side.
 
     Returns:
         patches (N * Ho * Wo, K * K * C).
@@ -45,8 +45,8 @@ def fold(patches: Tensor, shape: torch.Size, kernel: int, stride: int, padding: 
         patches: (N * Ho * Wo, K * K * C).
         shape: N, C, H, W of the images.
         kernel: K, height and width of a patch.
-        stride: pixels between patches.
-        padding: zeros that were added on each side.
+        stride: Pixels between patches.
+        padding: Zeros that were added on each side.
 
     Returns:
         images (N, C, H, W), channels_last.
@@ -84,8 +84,8 @@ class Conv2d:
             x: (N, C, H, W).
             w: (F, C, K, K), as in torch.nn.
             b: (F,).
-            stride: of the kernels, in both directions.
-            padding: zeros added on each side.
+            stride: Stride of the kernels, in both directions.
+            padding: Zeros added on each side.
 
         Returns:
             out (N, F, Ho, Wo), channels_last, and the cache.
@@ -127,8 +127,8 @@ class MaxPool2d:
 
         Args:
             x: (N, C, H, W).
-            kernel: height and width of a window.
-            stride: pixels between windows; None: `kernel`.
+            kernel: Height and width of a window.
+            stride: Pixels between windows; None: `kernel`.
 
         Returns:
             out (N, C, Ho, Wo), channels_last, and the cache.

@@ -30,12 +30,12 @@ class GradCheckCase:
     """One layer on one set of inputs.
 
     Attributes:
-        name: what the check is called.
+        name: What the check is called.
         forward: `forward(*inputs) -> (out, cache)`.
         backward: `backward(dout, cache) -> gradients`, one for each floating-point input, in order.
-        inputs: the arguments of `forward`.
+        inputs: The arguments of `forward`.
         reference: `reference(*inputs) -> out`, the same function for autograd.
-        tolerance: the largest error against differences.
+        tolerance: The largest error against differences.
     """
 
     name: str
@@ -52,11 +52,11 @@ class GradientError:
 
     Attributes:
         name: `d` and the name of the input, for example `dw`.
-        problem: what is wrong, and the usual cause.
-        position: index of the element with the largest error; None if the shapes differ.
-        value: that element of the gradient.
-        expected: what autograd gives.
-        numeric: what differences give.
+        problem: What is wrong, and the usual cause.
+        position: Index of the element with the largest error; None if the shapes differ.
+        value: That element of the gradient.
+        expected: What autograd gives.
+        numeric: What differences give.
     """
 
     name: str
@@ -97,10 +97,10 @@ def numeric_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dout: Tens
     """Return the gradient of sum(function(x) * dout) by central differences, one element after the other.
 
     Args:
-        function: from a tensor of the shape of x to one of the shape of dout.
-        x: where to differentiate, float64, any shape.
-        dout: upstream gradient.
-        step: of the differences.
+        function: Maps a tensor of the shape of x to one of the shape of dout.
+        x: Where to differentiate, float64, any shape.
+        dout: Upstream gradient.
+        step: Step of the differences.
 
     Returns:
         gradient, of the shape of x.
@@ -130,12 +130,12 @@ def numeric_error(
     """Return the relative error of a gradient against differences, with a smaller step if the first one fails.
 
     Args:
-        gradient: what to check, of the shape of x.
-        function: from a tensor of the shape of x to one of the shape of dout.
-        x: where to differentiate, float64, any shape.
-        dout: upstream gradient.
-        tolerance: the error that is small enough.
-        floor: smallest divisor of the error.
+        gradient: What to check, of the shape of x.
+        function: Maps a tensor of the shape of x to one of the shape of dout.
+        x: Where to differentiate, float64, any shape.
+        dout: Upstream gradient.
+        tolerance: The error that is small enough.
+        floor: Smallest divisor of the error.
 
     Returns:
         the smallest error over `STEPS`.
@@ -152,7 +152,7 @@ def check(case: GradCheckCase) -> GradCheckResult:
     """Compare a case's gradients with differences and with autograd.
 
     Args:
-        case: the layer and its inputs.
+        case: The layer and its inputs.
 
     Returns:
         The largest errors, and what is wrong with each gradient that is wrong.
@@ -297,9 +297,9 @@ def check_model(name: str, model: nn.Module, reference: nn.Module, images: Tenso
     """Compare the gradients of all weights of a model of hand-written layers, through the softmax loss.
 
     Args:
-        name: what the check is called.
-        model: made of hand-written layers; becomes float64.
-        reference: the same model made of torch's layers; becomes float64 and gets the model's weights.
+        name: What the check is called.
+        model: Made of hand-written layers; becomes float64.
+        reference: The same model made of torch's layers; becomes float64 and gets the model's weights.
         images: float64 (N, C, H, W).
         labels: int64 (N,).
 
@@ -343,8 +343,8 @@ def user_case(name: str, layer: Any) -> GradCheckCase:
     """Make a case of a user's layer; autograd differentiates its forward.
 
     Args:
-        name: what the check is called.
-        layer: has static `forward`, `backward` and `example() -> inputs`, a tuple of tensors.
+        name: What the check is called.
+        layer: Has static `forward`, `backward` and `example() -> inputs`, a tuple of tensors.
 
     Returns:
         The case, in float64.

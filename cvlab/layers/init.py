@@ -17,9 +17,9 @@ def init_weights(layer: "nn.Module", weight_scale: float | str, before_relu: boo
         He et al., 2015, "Delving deep into rectifiers", equation 10: std = sqrt(gain / fan_in).
 
     Args:
-        layer: linear or convolutional; changed in place. fan_in is D_in, or C_in * K * K.
+        layer: Linear or convolutional; changed in place. fan_in is D_in, or C_in * K * K.
         weight_scale: "kaiming", or std itself.
-        before_relu: whether a ReLU follows; Kaiming's gain is 2 then, else 1.
+        before_relu: Whether a ReLU follows; Kaiming's gain is 2 then, else 1.
 
     Returns:
         The layer.

@@ -64,8 +64,8 @@ class Dropout:
         """Zero each element with probability p; the expectation of the output is x.
 
         Args:
-            x: any shape.
-            p: probability in [0, 1].
+            x: Any shape.
+            p: Probability in [0, 1].
 
         Returns:
             out, of the shape of x, and the cache: the scaled mask.

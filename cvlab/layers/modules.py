@@ -46,10 +46,10 @@ def apply_layer(
     There is no autocast inside: a layer computes in the dtype of its weights.
 
     Args:
-        layer: a class with static `forward` and `backward`.
-        tensors: its inputs; the second, if it is floating point, gives the dtype of the first.
-        options: arguments of `forward` that follow the tensors.
-        on_cache: called with the cache of `forward`.
+        layer: A class with static `forward` and `backward`.
+        tensors: Its inputs; the second, if it is floating point, gives the dtype of the first.
+        options: Arguments of `forward` that follow the tensors.
+        on_cache: Called with the cache of `forward`.
 
     Returns:
         The layer's output.

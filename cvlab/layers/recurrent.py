@@ -32,8 +32,8 @@ class RNNStep:
         """Return tanh(x wx^T + h wh^T + b).
 
         Args:
-            x: input (N, D).
-            h: previous state (N, H).
+            x: Input (N, D).
+            h: Previous state (N, H).
             wx: (H, D).
             wh: (H, H).
             b: (H,).
@@ -68,8 +68,8 @@ class RNN:
         """Return the states of all steps.
 
         Args:
-            x: inputs (N, T, D).
-            h0: initial state (N, H).
+            x: Inputs (N, T, D).
+            h0: Initial state (N, H).
             wx: (H, D).
             wh: (H, H).
             b: (H,).
@@ -116,9 +116,9 @@ class LSTMStep:
         """Return the next state and cell.
 
         Args:
-            x: input (N, D).
-            h: previous state (N, H).
-            c: previous cell (N, H).
+            x: Input (N, D).
+            h: Previous state (N, H).
+            c: Previous cell (N, H).
             wx: (4H, D).
             wh: (4H, H).
             b: (4H,).
@@ -160,8 +160,8 @@ class LSTM:
         """Return the states of all steps.
 
         Args:
-            x: inputs (N, T, D).
-            h0: initial state (N, H).
+            x: Inputs (N, T, D).
+            h0: Initial state (N, H).
             wx: (4H, D).
             wh: (4H, H).
             b: (4H,).
@@ -221,8 +221,8 @@ def lstm_step(a: Tensor, c: Tensor, next_h: Tensor, next_c: Tensor, tanh_c: Tens
     """Compute the next state and cell in place.
 
     Args:
-        a: pre-activations of the gates (N, 4H); becomes the gates.
-        c: previous cell (N, H).
+        a: Pre-activations of the gates (N, 4H); becomes the gates.
+        c: Previous cell (N, H).
         next_h: (N, H), is written to.
         next_c: (N, H), is written to.
         tanh_c: (N, H), is written to: tanh(next_c).
@@ -242,11 +242,11 @@ def gates_backward(dh: Tensor, dc: Tensor, gates: Tensor, tanh_c: Tensor, c: Ten
     """Return the gradients of the gates' pre-activations and of the previous cell.
 
     Args:
-        dh: gradient of the next state (N, H).
-        dc: gradient of the next cell (N, H).
+        dh: Gradient of the next state (N, H).
+        dc: Gradient of the next cell (N, H).
         gates: (N, 4H).
-        tanh_c: tanh of the next cell (N, H).
-        c: previous cell (N, H).
+        tanh_c: Tanh of the next cell (N, H).
+        c: Previous cell (N, H).
 
     Returns:
         da (N, 4H), dc (N, H).

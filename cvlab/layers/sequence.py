@@ -14,7 +14,7 @@ class Embedding:
         """Return the rows of a table.
 
         Args:
-            w: table (V, D).
+            w: Table (V, D).
             token_ids: int64 (...).
 
         Returns:
@@ -47,7 +47,7 @@ class TemporalSoftmax:
         Args:
             logits: (N, T, V).
             token_ids: int64 (N, T), the targets.
-            pad_id: the token of padding.
+            pad_id: The token of padding.
 
         Returns:
             loss, a scalar, and the cache.

@@ -17,9 +17,9 @@ def feature_layers(model: PretrainedClassifier, strides: Sequence[int], is_last:
     """Return the layers that give a backbone's feature maps.
 
     Args:
-        model: the backbone.
-        strides: in pixels.
-        is_last: whether the very last feature map is meant, if LAST_LAYER names it.
+        model: The backbone.
+        strides: In pixels.
+        is_last: Whether the very last feature map is meant, if LAST_LAYER names it.
 
     Returns:
         names of modules, one for each stride.

@@ -44,17 +44,17 @@ class FeatureExtractor:
     control flow cannot be traced is stopped after the last call of a named layer.
 
     Attributes:
-        model: the classifier.
-        names: the layers, without duplicates.
-        module: the traced module, which shares the classifier's weights; from normalized images to a dictionary.
+        model: The classifier.
+        names: The layers, without duplicates.
+        module: The traced module, which shares the classifier's weights; from normalized images to a dictionary.
     """
 
     def __init__(self, model: PretrainedClassifier, names: Sequence[str]) -> None:
         """Trace a classifier.
 
         Args:
-            model: the classifier. Its activations no longer work in place, which would overwrite a layer's output.
-            names: modules such as `blocks.3` or `features.7`.
+            model: The classifier. Its activations no longer work in place, which would overwrite a layer's output.
+            names: Modules such as `blocks.3` or `features.7`.
 
         Raises:
             ConfigError: the model has no such layer, or does not compute it.
@@ -183,7 +183,7 @@ def last_layer_by_stride(model: PretrainedClassifier) -> dict[int, str]:
     """Return the last layer of each stride, among the outer modules of a model.
 
     Args:
-        model: the classifier.
+        model: The classifier.
 
     Returns:
         names by stride in pixels, ascending.
@@ -215,7 +215,7 @@ def default_style_layers(model: PretrainedClassifier) -> StyleLayers:
     """Return the style and content layers of a model: those of STYLE_LAYERS, else the last ones of each stride.
 
     Args:
-        model: the classifier.
+        model: The classifier.
 
     Returns:
         The layers.

@@ -57,10 +57,10 @@ class PretrainedClassifier:
     """A pretrained classifier: frozen, in evaluation mode, batch normalization folded into the convolutions.
 
     Attributes:
-        name: as in `build`.
-        module: from images (N, 3, S, S) in [0, 1] to logits (N, num_classes).
-        transform: resizes and crops an image to the model's input.
-        classes: their names.
+        name: As in `build`.
+        module: Maps images (N, 3, S, S) in [0, 1] to logits (N, num_classes).
+        transform: Resizes and crops an image to the model's input.
+        classes: Their names.
     """
 
     name: str
@@ -146,8 +146,8 @@ def build(
 
     Args:
         name: efficientnet_lite0, efficientnet_lite2, nanodet_g, timm:NAME or torchvision:NAME.
-        weights_file: a .pth or .safetensors file; None or `auto`: the weights that were fetched or cached.
-        device: where to put it.
+        weights_file: A .pth or .safetensors file; None or `auto`: the weights that were fetched or cached.
+        device: Where to put it.
 
     Returns:
         The classifier, laid out channels_last, which convolutions compute fastest.
@@ -275,8 +275,8 @@ def fold_batchnorm(model: nn.Module, size_px: int) -> nn.Module:
     maps. Which module precedes which is taken from the order of registration, and checked with a random image.
 
     Args:
-        model: in evaluation mode.
-        size_px: height and width of its images.
+        model: In evaluation mode.
+        size_px: Height and width of its images.
 
     Returns:
         A folded copy, or the model itself if the logits of the copy differ.

@@ -22,8 +22,8 @@ class SplitBackbone:
     """A backbone in two parts, both in evaluation mode, without gradients, and sharing no weight with the original.
 
     Attributes:
-        trunk: From normalized images (N, 3, S, S) to what the tail takes.
-        tail: From that to the features (N, F) that the classifier takes.
+        trunk: Maps normalized images (N, 3, S, S) to what the tail takes.
+        tail: Maps that to the features (N, F) that the classifier takes.
         num_features: F.
         map_shape: Shape of what the trunk makes of one image.
     """

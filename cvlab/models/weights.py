@@ -72,7 +72,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     The average is taken if there is one: it is what the training code evaluates.
 
     Args:
-        path: a .safetensors file, or one of torch.save.
+        path: A .safetensors file, or one of torch.save.
 
     Returns:
         tensors by name.
@@ -134,8 +134,8 @@ def match_names(state_dict: dict[str, Tensor], expected: Collection[str]) -> dic
     DataParallel and DDP add `module.`, `torch.compile` adds `_orig_mod.`, Lightning the attribute that holds the model.
 
     Args:
-        state_dict: tensors by name.
-        expected: the names that the model has.
+        state_dict: Tensors by name.
+        expected: The names that the model has.
 
     Returns:
         tensors by name; without those of other parts, such as a loss, if a prefix was removed.
@@ -233,7 +233,7 @@ def fetch(name: str, origin: Path | None = None) -> Path:
 
     Args:
         name: timm:NAME, torchvision:NAME or one of PINNED_FILES.
-        origin: a file to take them from.
+        origin: A file to take them from.
 
     Returns:
         where they are.

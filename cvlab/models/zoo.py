@@ -15,10 +15,10 @@ def build_timm(model_name: str, *, in_channels: int = 3, num_classes: int | None
     """Build a model of timm (Wightman, 2019) with random weights.
 
     Args:
-        model_name: as `timm.list_models()` has it.
-        in_channels: channels of the images.
+        model_name: As `timm.list_models()` has it.
+        in_channels: Channels of the images.
         num_classes: None: the model's own.
-        options: passed to `timm.create_model`.
+        options: Passed to `timm.create_model`.
 
     Returns:
         The model, from images (N, C, H, W) to logits.
@@ -38,9 +38,9 @@ def build_torchvision(model_name: str, *, num_classes: int = 10, **options: Any)
     """Build a model of torchvision with random weights.
 
     Args:
-        model_name: as `torchvision.models.list_models()` has it.
-        num_classes: number of classes.
-        options: passed to the model's builder.
+        model_name: As `torchvision.models.list_models()` has it.
+        num_classes: Number of classes.
+        options: Passed to the model's builder.
 
     Returns:
         The model, from images (N, 3, H, W) to logits.

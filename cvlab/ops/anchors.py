@@ -21,8 +21,8 @@ def grid_centers(height: int, width: int) -> Tensor:
     """Return the centers of the cells of a feature map.
 
     Args:
-        height: rows of the map.
-        width: columns of the map.
+        height: Rows of the map.
+        width: Columns of the map.
 
     Returns:
         centers (H, W, 2): x and y of each cell, at 0.5, 1.5, ...

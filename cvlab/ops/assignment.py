@@ -39,8 +39,8 @@ def grid_points(shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Te
     """Return the centers of the cells of feature maps of several levels.
 
     Args:
-        shapes: height and width of each level's feature map.
-        strides: stride of each level in pixels.
+        shapes: Height and width of each level's feature map.
+        strides: Stride of each level in pixels.
 
     Returns:
         points (P, 3): x, y and stride in pixels, level by level, row by row.
@@ -66,7 +66,7 @@ def assign_task_aligned(
         points: (P, 3) of `grid_points`.
         gt_boxes_xyxy: (N, M, 4) in pixels, padded.
         gt_labels: int64 (N, M), -1 for padding.
-        top_k: the largest number of locations for a box.
+        top_k: The largest number of locations for a box.
 
     Returns:
         The positive locations.

@@ -24,7 +24,7 @@ def attack_loss(logits: Tensor, classes: Tensor, targeted: bool) -> Tensor:
     Args:
         logits: (N, C).
         classes: int64 (N,), the target class if `targeted`, else the class to move away from.
-        targeted: whether the attack aims at a class.
+        targeted: Whether the attack aims at a class.
 
     Returns:
         loss (N,): minus the target's logit, or the logit of the class to move away from.
@@ -40,7 +40,7 @@ def l2_step(image: Tensor, gradient: Tensor, length: float) -> Tensor:
     Args:
         image: (C, H, W) in [0, 1].
         gradient: (C, H, W), of the loss.
-        length: norm of the step over all pixels.
+        length: Norm of the step over all pixels.
 
     Returns:
         The changed image (C, H, W) in [0, 1].
@@ -56,8 +56,8 @@ def linf_step(image: Tensor, gradient: Tensor, original: Tensor, alpha: float, e
         image: (C, H, W) in [0, 1].
         gradient: (C, H, W), of the loss.
         original: (C, H, W) in [0, 1], the center of the ball.
-        alpha: step size in [0, 1].
-        eps: radius of the ball in [0, 1].
+        alpha: Step size in [0, 1].
+        eps: Radius of the ball in [0, 1].
 
     Returns:
         The changed image (C, H, W) in [0, 1], at most `eps` from the original in every pixel.
@@ -97,7 +97,7 @@ def paste(image: Tensor, pixels: Tensor, region: tuple[int, int, int, int]) -> T
     Args:
         image: (C, H, W).
         pixels: (C, bottom - top, right - left).
-        region: left, top, right, bottom in whole pixels.
+        region: Left, top, right, bottom in whole pixels.
     """
     left, top, right, bottom = region
     pasted = image.clone()
@@ -111,7 +111,7 @@ def random_start(image: Tensor, noise: Tensor, eps: float) -> Tensor:
     Args:
         image: (C, H, W) in [0, 1].
         noise: (C, H, W), uniform in [0, 1).
-        eps: radius of the ball.
+        eps: Radius of the ball.
 
     Returns:
         The changed image (C, H, W) in [0, 1].
@@ -125,7 +125,7 @@ def attack_succeeded(logits: Tensor, classes: Tensor, targeted: bool) -> Tensor:
     Args:
         logits: (N, C).
         classes: int64 (N,), as in `attack_loss`.
-        targeted: whether the attack aims at a class.
+        targeted: Whether the attack aims at a class.
 
     Returns:
         bool (N,).

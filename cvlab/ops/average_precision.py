@@ -123,10 +123,10 @@ def evaluate(
     """Compute the average precision of detections. Of detections with equal scores the first one ranks first.
 
     Args:
-        detections: one for each image.
-        truths: the ground truth of the same images.
+        detections: One for each image.
+        truths: The ground truth of the same images.
         num_classes: C; labels are in [0, C).
-        rule: one of `RULES`.
+        rule: One of `RULES`.
         thresholds: T values of IoU in [0, 1], the first of them 0.5.
 
     Returns:
@@ -226,8 +226,8 @@ def _match_voc(iou: Tensor, difficult: Tensor, thresholds: Tensor) -> Tensor:
     rank = torch.arange(num_detections)[:, None].expand_as(is_match)
     first = torch.full((num_groups, iou.shape[2], num_thresholds), num_detections)  # rank of a box's first match
     first = first.scatter_reduce(1, box, torch.where(is_match, rank, num_detections), "amin")  # (G, M, T)
-    is_right = is_match & (first.gather(1, box) == rank)
-    return torch.where(is_ignored, -1, is_right.to(torch.int8)).to(torch.int8)
+    is_correct = is_match & (first.gather(1, box) == rank)
+    return torch.where(is_ignored, -1, is_correct.to(torch.int8)).to(torch.int8)
 
 
 def _match_coco(iou: Tensor, difficult: Tensor, thresholds: Tensor) -> Tensor:
@@ -248,10 +248,10 @@ def _match_coco(iou: Tensor, difficult: Tensor, thresholds: Tensor) -> Tensor:
         is_enough = iou_k >= min_iou
         is_candidate = is_enough & is_free & is_counted  # (G, T, M)
         value, box = torch.where(is_candidate, iou_k + tie_break, -1.0).max(2)
-        is_right = value >= 0
-        is_free.scatter_(2, box[..., None], is_free.gather(2, box[..., None]) & ~is_right[..., None])
-        is_ignored = (is_enough & difficult[:, None]).any(2) & ~is_right
-        outcomes[:, k] = torch.where(is_right, 1, torch.where(is_ignored, -1, 0)).to(torch.int8)
+        is_correct = value >= 0
+        is_free.scatter_(2, box[..., None], is_free.gather(2, box[..., None]) & ~is_correct[..., None])
+        is_ignored = (is_enough & difficult[:, None]).any(2) & ~is_correct
+        outcomes[:, k] = torch.where(is_correct, 1, torch.where(is_ignored, -1, 0)).to(torch.int8)
     return outcomes
 
 
@@ -270,11 +270,11 @@ def _summarize(
     recalls, precisions = [], []
     for label, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         class_outcomes = outcomes[by_class[start:end]]  # (K, T)
-        num_right = (class_outcomes == 1).cumsum(0).double()
-        num_wrong = (class_outcomes == 0).cumsum(0).double()
+        num_correct = (class_outcomes == 1).cumsum(0).double()
+        num_incorrect = (class_outcomes == 0).cumsum(0).double()
         total = int(num_truths[label])
-        recall = num_right / max(total, 1)
-        precision = num_right / (num_right + num_wrong).clamp(min=1)
+        recall = num_correct / max(total, 1)
+        precision = num_correct / (num_correct + num_incorrect).clamp(min=1)
         recalls.append(recall[:, 0].float())
         precisions.append(precision[:, 0].float())
         if total:
@@ -298,7 +298,7 @@ def average_precision(recall: Tensor, precision: Tensor, rule: str) -> Tensor:
     Args:
         recall: (K, T) in [0, 1], not decreasing along the first dimension.
         precision: (K, T) in [0, 1], at those recalls.
-        rule: one of `RULES`.
+        rule: One of `RULES`.
 
     Returns:
         average precision (T,) in [0, 1].
@@ -329,11 +329,11 @@ def confusion_matrix(
     difficult box and the detection that takes it are not counted, nor are detections in a crowd that take no box.
 
     Args:
-        detections: one for each image.
-        truths: the ground truth of the same images.
+        detections: One for each image.
+        truths: The ground truth of the same images.
         num_classes: C.
-        score_threshold: detections with a lower score are left out, in [0, 1].
-        iou_threshold: the smallest IoU of a detection with its box, in [0, 1].
+        score_threshold: Detections with a lower score are left out, in [0, 1].
+        iou_threshold: The smallest IoU of a detection with its box, in [0, 1].
 
     Returns:
         counts int64 (C + 1, C + 1): ground truth by row, detections by column, background last.
@@ -361,10 +361,10 @@ def match_any_class(
     A detection gets the same box at every threshold up to its score.
 
     Args:
-        detected: the detections.
-        true: the ground truth.
-        score_threshold: detections with a lower score are ignored, in [0, 1].
-        iou_threshold: the smallest IoU of a detection with its box, in [0, 1].
+        detected: The detections.
+        true: The ground truth.
+        score_threshold: Detections with a lower score are ignored, in [0, 1].
+        iou_threshold: The smallest IoU of a detection with its box, in [0, 1].
 
     Returns:
         int64 (N,): the box that each detection takes; BACKGROUND if it takes none, IGNORED if it is not counted.
@@ -398,10 +398,10 @@ def recall_by_size(
     """Return the recall of small, medium and large objects. One detection may find several objects.
 
     Args:
-        detections: one for each image.
-        truths: the ground truth of the same images; difficult boxes and crowds are left out.
-        score_threshold: detections with a lower score are left out, in [0, 1].
-        iou_threshold: the smallest IoU of a detection of the same class, in [0, 1].
+        detections: One for each image.
+        truths: The ground truth of the same images; difficult boxes and crowds are left out.
+        score_threshold: Detections with a lower score are left out, in [0, 1].
+        iou_threshold: The smallest IoU of a detection of the same class, in [0, 1].
 
     Returns:
         recall in [0, 1] for each of `AREA_RANGES`, nan where there is no such object.

@@ -22,8 +22,8 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
     BLEU-n is the geometric mean of the precisions of 1- to n-grams, times the brevity penalty; 0 if one of them is 0.
 
     Args:
-        candidates: a tokenized sentence for each image.
-        references: one or more tokenized sentences for each image.
+        candidates: A tokenized sentence for each image.
+        references: One or more tokenized sentences for each image.
 
     Returns:
         four numbers in [0, 1].

@@ -116,8 +116,8 @@ def clip(boxes_xyxy: Tensor, width: float, height: float) -> Tensor:
 
     Args:
         boxes_xyxy: (..., 4) in pixels.
-        width: of the image in pixels.
-        height: of the image in pixels.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
 
     Returns:
         boxes_xyxy (..., 4): x in [0, width], y in [0, height].

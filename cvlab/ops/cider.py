@@ -40,7 +40,7 @@ class Cider:
         """Count in how many images each n-gram occurs.
 
         Args:
-            references: one or more tokenized sentences for each image.
+            references: One or more tokenized sentences for each image.
         """
         document_counts: Counter[tuple[Hashable, ...]] = Counter()
         for sentences in references:
@@ -61,8 +61,8 @@ class Cider:
         """Return the score of a sentence about an image.
 
         Args:
-            tokens: the tokenized sentence.
-            image: index of the image among the references.
+            tokens: The tokenized sentence.
+            image: Index of the image among the references.
 
         Returns:
             a number in [0, 10].
@@ -87,8 +87,8 @@ def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     """Return the mean CIDEr-D score of a corpus.
 
     Args:
-        candidates: a tokenized sentence for each image.
-        references: one or more tokenized sentences for each image.
+        candidates: A tokenized sentence for each image.
+        references: One or more tokenized sentences for each image.
 
     Returns:
         a number in [0, 10]; 0 without images.

@@ -181,9 +181,9 @@ def _pgd_from(
     result = x.clone()
     active = torch.arange(len(x), device=x.device)  # those of `result` that `x` continues
     for _ in range(steps):
-        _, gradient, is_wrong = loss_gradient(logits_fn, x, labels[active], cross_entropy)
+        _, gradient, is_incorrect = loss_gradient(logits_fn, x, labels[active], cross_entropy)
         result[active] = x
-        active, x, gradient = active[~is_wrong], x[~is_wrong], gradient[~is_wrong]
+        active, x, gradient = active[~is_incorrect], x[~is_incorrect], gradient[~is_incorrect]
         if not len(active):
             return result
         x = project(x + alpha * gradient.sign(), originals[active], eps)
@@ -300,7 +300,7 @@ def _apgd_from(
 ) -> Tensor:
     """Run Auto-PGD from one start; the images that are misclassified take no further steps."""
     result = x.clone()
-    losses, gradient, is_wrong = loss_gradient(logits_fn, x, labels, loss_fn)
+    losses, gradient, is_incorrect = loss_gradient(logits_fn, x, labels, loss_fn)
     sizes = torch.full_like(losses, 2 * eps)
     ascent = _Ascent(
         *(torch.arange(len(x), device=x.device), originals, labels, x, x, losses, gradient, x, losses, gradient),
@@ -308,13 +308,13 @@ def _apgd_from(
     )
     last_checkpoint, ahead = 0, checkpoints(steps)
     for step in range(1, steps + 1):
-        ascent.select(~is_wrong)
+        ascent.select(~is_incorrect)
         if not len(ascent.numbers):
             break
         ascent.step(eps, MOMENTUM if step > 1 else 1.0)
-        losses, gradient, is_wrong = loss_gradient(logits_fn, ascent.x, ascent.labels, loss_fn)
+        losses, gradient, is_incorrect = loss_gradient(logits_fn, ascent.x, ascent.labels, loss_fn)
         ascent.record(losses, gradient)
-        result[ascent.numbers] = torch.where(_per_image(is_wrong), ascent.x, ascent.best_x)
+        result[ascent.numbers] = torch.where(_per_image(is_incorrect), ascent.x, ascent.best_x)
         if step == ahead[0]:
             ascent.halve_step_sizes(step - last_checkpoint)
             last_checkpoint = ahead.pop(0)

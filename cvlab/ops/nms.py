@@ -19,8 +19,8 @@ def nms(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, max_detections
     Args:
         boxes_xyxy: (N, 4).
         scores: (N,).
-        iou_threshold: a box is removed if its IoU with a kept, higher-scoring one is greater than this.
-        max_detections: the largest number of boxes to keep; None keeps all.
+        iou_threshold: A box is removed if its IoU with a kept, higher-scoring one is greater than this.
+        max_detections: The largest number of boxes to keep; None keeps all.
 
     Returns:
         keep: int64 indices (K,) by descending score, of equal scores in the order of the boxes.
@@ -38,8 +38,8 @@ def batched_nms(
         boxes_xyxy: (N, 4).
         scores: (N,).
         labels: int64 (N,).
-        iou_threshold: as in `nms`.
-        max_detections: the largest number of boxes to keep of all classes together; None keeps all.
+        iou_threshold: As in `nms`.
+        max_detections: The largest number of boxes to keep of all classes together; None keeps all.
 
     Returns:
         keep: int64 indices (K,) by descending score, of equal scores in the order of the boxes.

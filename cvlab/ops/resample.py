@@ -40,8 +40,8 @@ class EvalTransform:
         """Return the part of an image that becomes the model's input.
 
         Args:
-            width: of the image in pixels.
-            height: of the image in pixels.
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
 
         Returns:
             left, top, right, bottom in pixels of the image.
@@ -79,21 +79,21 @@ class DifferentiableResize:
     """An `EvalTransform` for images of one size, as matrices.
 
     Attributes:
-        region: left, top, right, bottom, in whole pixels, of the part of the image that the result depends on.
-        height_px: height of the result.
-        width_px: width of the result.
-        scale: pixels of the image per pixel of the result along a side, the geometric mean of both directions.
-        is_identity: whether the result is the region itself.
+        region: Left, top, right, bottom, in whole pixels, of the part of the image that the result depends on.
+        height_px: Height of the result.
+        width_px: Width of the result.
+        scale: Pixels of the image per pixel of the result along a side, the geometric mean of both directions.
+        is_identity: Whether the result is the region itself.
     """
 
     def __init__(self, region: tuple[int, int, int, int], rows: Tensor, columns: Tensor, device: torch.device) -> None:
         """Take the matrices to a device.
 
         Args:
-            region: left, top, right, bottom in whole pixels.
+            region: Left, top, right, bottom in whole pixels.
             rows: (result's height, bottom - top), mostly zeros.
             columns: (result's width, right - left), mostly zeros.
-            device: where images will be.
+            device: Where images will be.
         """
         self.region, self.height_px, self.width_px = region, len(rows), len(columns)
         self.scale = math.sqrt(rows.shape[1] * columns.shape[1] / (len(rows) * len(columns)))
@@ -134,10 +134,10 @@ def build_resize(
     """Build the matrices that resize an image as a transform does.
 
     Args:
-        transform: what to imitate.
-        width: of the image in pixels.
-        height: of the image in pixels.
-        device: where images will be.
+        transform: What to imitate.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        device: Where images will be.
 
     Returns:
         The resize; it differs from Pillow's by the rounding to 8 bits.
@@ -152,11 +152,11 @@ def resize_matrix(count: int, start: float, end: float, size: int, filter_name: 
     """Return the matrix that resizes the interval [start, end) of a line of pixels.
 
     Args:
-        count: pixels of the line.
-        start: of the interval, in pixels.
-        end: of the interval, in pixels.
+        count: Pixels of the line.
+        start: Start of the interval, in pixels.
+        end: End of the interval, in pixels.
         size: S, pixels of the result.
-        filter_name: bilinear or bicubic.
+        filter_name: `bilinear` or `bicubic`.
 
     Returns:
         matrix: float32 (S, last - first), whose rows sum to 1.

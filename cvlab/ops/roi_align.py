@@ -28,9 +28,9 @@ def roi_align(
         features: (N, C, H, W).
         boxes_xyxy: (R, 4) in pixels of the image, or another unit of which one is `spatial_scale` cells.
         image_index: int64 (R,) in [0, N), whose features each box is cropped from.
-        output_size: height and width of the result.
-        spatial_scale: cells of the feature map per unit of the boxes.
-        sampling_ratio: each bin is the mean of `sampling_ratio`^2 points; 0: of as many as there are cells in it.
+        output_size: Height and width of the result.
+        spatial_scale: Cells of the feature map per unit of the boxes.
+        sampling_ratio: Each bin is the mean of `sampling_ratio`^2 points; 0: of as many as there are cells in it.
 
     Returns:
         (R, C, output_size, output_size).

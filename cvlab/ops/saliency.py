@@ -48,10 +48,10 @@ def input_gradient(model: Classifier, images: Tensor, classes: Tensor, objective
     """Return the gradient of the objective with respect to the images; one backward pass for all of them.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `OBJECTIVES`.
+        objective: One of `OBJECTIVES`.
 
     Returns:
         gradient (N, 3, H, W), signed.
@@ -64,10 +64,10 @@ def vanilla_gradient(model: Classifier, images: Tensor, classes: Tensor, objecti
     """Return the largest absolute gradient over the channels.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `OBJECTIVES`.
+        objective: One of `OBJECTIVES`.
 
     Returns:
         saliency (N, H, W), not negative.
@@ -87,12 +87,12 @@ def smoothgrad(
     """Return the mean gradient over noisy copies of the images, reduced as in `vanilla_gradient`.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `OBJECTIVES`.
+        objective: One of `OBJECTIVES`.
         noise: `noise(k)` is what is added to the images in sample k.
-        samples: number of noisy copies.
+        samples: Number of noisy copies.
 
     Returns:
         saliency (N, H, W), not negative.
@@ -118,12 +118,12 @@ def integrated_gradients(
     up to its error.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `OBJECTIVES`.
-        steps: number of quadrature points.
-        baseline: an image that stands for nothing, broadcast to `images`.
+        objective: One of `OBJECTIVES`.
+        steps: Number of quadrature points.
+        baseline: An image that stands for nothing, broadcast to `images`.
 
     Returns:
         attributions (N, 3, H, W), signed.
@@ -169,11 +169,11 @@ def gradcam(
     for the class in both cases.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `OBJECTIVES`.
-        layer: whose feature maps.
+        objective: One of `OBJECTIVES`.
+        layer: Whose feature maps.
 
     Returns:
         saliency (N, H, W), not negative.
@@ -190,11 +190,11 @@ def layercam(
     g_k = d objective / d A_k weights each position by its gradient, where Grad-CAM weights each channel by its mean.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `OBJECTIVES`; of the loss, the negative is differentiated.
-        layer: whose feature maps.
+        objective: One of `OBJECTIVES`; of the loss, the negative is differentiated.
+        layer: Whose feature maps.
 
     Returns:
         saliency (N, H, W), not negative.
@@ -219,12 +219,12 @@ def scorecam(
     masked images (of the loss, of its negative). A constant map masks nothing and has weight 0.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `OBJECTIVES`.
-        layer: whose feature maps.
-        batch_size: number of masked images in a forward pass.
+        objective: One of `OBJECTIVES`.
+        layer: Whose feature maps.
+        batch_size: Number of masked images in a forward pass.
 
     Returns:
         saliency (N, H, W), not negative.
@@ -282,7 +282,7 @@ def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
     """Return how much of each token reaches each token through all layers of attention and their residual connections.
 
     Args:
-        attentions: softmax weights (N, heads, T, T) of each layer, from the first one on; rows sum to 1.
+        attentions: Softmax weights (N, heads, T, T) of each layer, from the first one on; rows sum to 1.
 
     Returns:
         rollout (N, T, T); row i is what token i of the last layer consists of, and sums to 1.
@@ -313,9 +313,9 @@ def find_last_feature_layer(model: nn.Module, size_px: int, method: str = "gradc
     that classifies its class token.
 
     Args:
-        model: from images (N, 3, S, S) to logits (N, C).
+        model: Maps images (N, 3, S, S) to logits (N, C).
         size_px: S.
-        method: what needs the layer; for the message of an error.
+        method: What needs the layer; for the message of an error.
 
     Returns:
         The layer, with its axes.

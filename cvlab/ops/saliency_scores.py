@@ -40,12 +40,12 @@ def insertion_and_deletion(
     """Insert the pixels of an image into its blurred copy, and delete them, the most important ones first.
 
     Args:
-        probability: from images (N, 3, H, W) to the probability (N,) of the class.
+        probability: Maps images (N, 3, H, W) to the probability (N,) of the class.
         image: (3, H, W) in [0, 1].
         saliency: (H, W), high where a pixel is important. Of equal pixels, the upper left come first.
-        fill: color (3,) of deleted pixels.
-        steps: number of steps, each of H * W / steps pixels.
-        batch_size: number of images in a forward pass.
+        fill: Color (3,) of deleted pixels.
+        steps: Number of steps, each of H * W / steps pixels.
+        batch_size: Number of images in a forward pass.
 
     Returns:
         The curves.
@@ -78,8 +78,8 @@ def randomize_last_layers(model: nn.Module, fraction: float, seed: int) -> nn.Mo
 
     Args:
         model: any.
-        fraction: of the linear layers and convolutions, by the order of registration; at least the last one.
-        seed: of the order.
+        fraction: Fraction of the linear layers and convolutions, by the order of registration; at least the last one.
+        seed: Seed of the order.
     """
     randomized = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)

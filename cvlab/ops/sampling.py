@@ -70,7 +70,7 @@ def _taps(coordinates: Tensor, size: int, mode: str, padding_mode: str) -> tuple
 
     Args:
         coordinates: (N, H', W') in [-1, 1] inside of the image.
-        size: pixels of the image in this direction.
+        size: Pixels of the image in this direction.
         mode: "bilinear" for two pixels or "bicubic" for four.
         padding_mode: "zeros" or "reflection".
 

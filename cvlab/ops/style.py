@@ -115,8 +115,8 @@ def match_mean_std(values: Tensor, reference: Tensor) -> Tensor:
     """Shift and scale values to the mean and standard deviation of others (Gatys et al., 2017, section 5.2).
 
     Args:
-        values: any shape.
-        reference: any shape.
+        values: Any shape.
+        reference: Any shape.
 
     Returns:
         The values, of their own shape.

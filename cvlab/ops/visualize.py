@@ -38,8 +38,8 @@ def spectrum_to_images(spectrum: Tensor, size_px: int, band: float = 1.0, decay:
     Args:
         spectrum: (N, 3, S, S // 2 + 1, 2), real and imaginary parts.
         size_px: S.
-        band: frequencies above this share of the largest one are left out.
-        decay: exponent of the frequency.
+        band: Frequencies above this share of the largest one are left out.
+        decay: Exponent of the frequency.
 
     Returns:
         images (N, 3, S, S) in [0, 1].
@@ -56,7 +56,7 @@ def images_to_spectrum(images: Tensor, decay: float = 1.0) -> Tensor:
 
     Args:
         images: (N, 3, S, S) in [0, 1].
-        decay: exponent of the frequency.
+        decay: Exponent of the frequency.
 
     Returns:
         spectrum (N, 3, S, S // 2 + 1, 2).
@@ -81,11 +81,11 @@ def random_affine(
 
     Args:
         images: (N, 3, S, S).
-        uniform: source of random numbers.
-        rotate_degrees: the largest angle in either direction.
-        zoom: the largest relative change in size; 0.1 is a factor of 0.9 to 1.1.
-        shift: the largest shift in either direction, as a share of the side.
-        padding: colors (N, 3) around the images; None: the edges are mirrored.
+        uniform: Source of random numbers.
+        rotate_degrees: The largest angle in either direction.
+        zoom: The largest relative change in size; 0.1 is a factor of 0.9 to 1.1.
+        shift: The largest shift in either direction, as a share of the side.
+        padding: Colors (N, 3) around the images; None: the edges are mirrored.
 
     Returns:
         images (N, 3, S, S).
@@ -107,8 +107,8 @@ def saturation_loss(images: Tensor, saturation: float, cell_px: int) -> Tensor:
 
     Args:
         images: (N, 3, S, S) in [0, 1].
-        saturation: distance from gray, as the length of (Cb, Cr), that a cell should have at least.
-        cell_px: side of the square cells whose mean colors are taken.
+        saturation: Distance from gray, as the length of (Cb, Cr), that a cell should have at least.
+        cell_px: Side of the square cells whose mean colors are taken.
 
     Returns:
         loss, a scalar: for each image between 0, and 1 if it is gray; the mean over its cells.
@@ -123,8 +123,8 @@ def random_roll(images: Tensor, uniform: Uniform, max_px: int) -> Tensor:
 
     Args:
         images: (N, 3, H, W).
-        uniform: source of random numbers.
-        max_px: the largest offset in either direction, down and across.
+        uniform: Source of random numbers.
+        max_px: The largest offset in either direction, down and across.
 
     Returns:
         images (N, 3, H, W).
@@ -138,9 +138,9 @@ def color_jitter(images: Tensor, uniform: Uniform, *, gray: float, contrast: flo
 
     Args:
         images: (N, 3, H, W) in [0, 1].
-        uniform: source of random numbers.
-        gray: the largest share of the gray version.
-        contrast: the largest loss of contrast; brightness moves by up to a quarter of it in either direction.
+        uniform: Source of random numbers.
+        gray: The largest share of the gray version.
+        contrast: The largest loss of contrast; brightness moves by up to a quarter of it in either direction.
 
     Returns:
         images (N, 3, H, W).
@@ -155,7 +155,7 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
 
     Args:
         images: (N, C, H, W).
-        sigma: standard deviation in pixels.
+        sigma: Standard deviation in pixels.
 
     Returns:
         images (N, C, H, W).
@@ -177,7 +177,7 @@ def multiscale_blur(gradient: Tensor, sigma: float) -> Tensor:
 
     Args:
         gradient: (C, H, W).
-        sigma: the middle standard deviation in pixels; the others are half and twice this.
+        sigma: The middle standard deviation in pixels; the others are half and twice this.
 
     Returns:
         gradient (C, H, W).

@@ -34,7 +34,7 @@ def compare(runs: Mapping[str, Path]) -> dict[str, Any]:
         summary is compared by the last value of each metric that it has logged.
 
     Raises:
-        RunDirError: If a run has no configuration, or damaged files.
+        RunDirError: A run has no configuration, or damaged files.
     """
     configs = {label: read_config(path) for label, path in runs.items()}
     metrics = {label: metrics_of(path) for label, path in runs.items()}

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeGuard
 
-from cvlab.runs.records import Row, read_metrics
+from cvlab.runs.records import Row, is_number, read_metrics
 
 MAX_POINTS = 2000
 MAX_INTEGER = 2**63  # larger ones cannot be drawn
@@ -29,7 +29,7 @@ def thin(rows: Iterable[Row], x: str = "step") -> dict[str, Curve]:
     for row in rows:
         at = row.get(x)
         for name, value in row.items():
-            if name in NOT_CURVES or not _is_number(value) or not _is_number(at):
+            if name in NOT_CURVES or not _is_drawable(value) or not _is_drawable(at):
                 continue
             xs, ys = curves.setdefault(name, ([], []))
             count = seen[name] = seen.get(name, -1) + 1
@@ -47,5 +47,5 @@ def thin(rows: Iterable[Row], x: str = "step") -> dict[str, Curve]:
     return curves
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < MAX_INTEGER)
+def _is_drawable(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) or (is_number(value) and abs(value) < MAX_INTEGER)

@@ -10,7 +10,6 @@ import functools
 import io
 import os
 import re
-import time
 import urllib.parse
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +43,6 @@ STATUS_CLASSES = {  # of CSS
 }
 HIDDEN_ENVIRONMENT = ("provenance", "resumed", "continues")  # entries of env.json that the page has elsewhere or not
 LOG_LINES, MAX_LOG_BYTES = 200, 2**18  # of its end
-LEFTOVER_SECONDS = 600.0
 MAX_THUMBNAILS = 200  # of the list of runs: those of the newest
 MAX_TRIAL_METRICS = 6
 MAX_COMPARED = 300  # newest runs, those whose metrics the list of runs holds
@@ -142,7 +140,7 @@ def run_page(path: Path, links: Links | None = None, refresh: int | None = None)
         refresh: Seconds after which the page loads itself again; None for never.
 
     Raises:
-        RunDirError: If files of the run are damaged.
+        RunDirError: Files of the run are damaged.
     """
     links = links or Links(trial=None)
     summary, status, env = read_summary(path), read_status(path), read_json(path / "env.json")
@@ -449,10 +447,8 @@ def write_run(path: Path) -> None:
 
 def write_index(root: Path, rows: Sequence[Row]) -> None:
     """Write the list of all runs below `root`; remove what killed processes have left of earlier lists."""
-    for leftover in (*root.glob(f".{INDEX}-*{atomic.TEMPORARY}"), *root.glob(".latest-*")):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:  # younger ones are being written
-                leftover.unlink()
+    for pattern in (f".{INDEX}-*{atomic.TEMPORARY}", ".latest-*"):
+        atomic.remove_leftovers(root, pattern)
     atomic.write_text(root / INDEX, index_page(rows, root=root))
 
 

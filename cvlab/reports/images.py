@@ -80,10 +80,10 @@ def overlay(photo: Image.Image, values: Tensor, box: Box, stretch: bool = True) 
     The photo is shown in light gray, the map smoothed: single bright pixels would be lost in the photo's texture.
 
     Args:
-        photo: the photo.
-        values: the map.
-        box: where the map belongs, in pixels of the photo.
-        stretch: scale the smoothed map to [0, 1]; False for maps that are compared with each other.
+        photo: The photo.
+        values: The map.
+        box: Where the map belongs, in pixels of the photo.
+        stretch: Scale the smoothed map to [0, 1]; False for maps that are compared with each other.
     """
     left, top, right, bottom = (round(edge) for edge in box)
     size = (max(1, right - left), max(1, bottom - top))

@@ -11,6 +11,7 @@ from typing import Any
 from cvlab.reports import svg
 from cvlab.reports.svg import Tick
 from cvlab.reports.tables import number
+from cvlab.runs.records import is_number
 
 WIDTH, HEIGHT = 960, 330
 LEFT, RIGHT, TOP, BOTTOM = 70, 70, 34, 16
@@ -54,11 +55,11 @@ def chart(trials: Sequence[Any], importance: Mapping[str, Any]) -> ParallelChart
     """Return the chart of the trials in a sweep's summary; None if fewer than two of them have the metric.
 
     Args:
-        trials: rows with `trial`, `status`, `keys` and `value`; others are ignored.
-        importance: the record with `metric`, `goal` and `log_keys`.
+        trials: Rows with `trial`, `status`, `keys` and `value`; others are ignored.
+        importance: The record with `metric`, `goal` and `log_keys`.
     """
     rows = [row for row in trials if isinstance(row, dict) and isinstance(row.get("keys"), dict)]
-    measured = [row for row in rows if _is_number(row.get("value"))][:MAX_LINES]
+    measured = [row for row in rows if _is_drawable(row.get("value"))][:MAX_LINES]
     keys = list(dict.fromkeys(key for row in measured for key in row["keys"]))[: MAX_AXES - 1]
     if len(measured) < 2 or not keys:
         return None
@@ -83,8 +84,8 @@ def chart(trials: Sequence[Any], importance: Mapping[str, Any]) -> ParallelChart
     return ParallelChart(f"{metric} of {len(measured)} trials", axes, lines, len(rows) - len(measured))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+def _is_drawable(value: object) -> bool:
+    return is_number(value) and abs(value) < 2**63
 
 
 def _text(value: Any) -> str:
@@ -94,7 +95,7 @@ def _text(value: Any) -> str:
 
 def _scale(values: Sequence[Any], is_log: bool) -> tuple[list[Tick], list[float]]:
     """Return the labels of an axis and the height of each value on it."""
-    if not all(map(_is_number, values)):
+    if not all(map(_is_drawable, values)):
         return _choices(values)
     low, high = min(values), max(values)
     transform: Callable[[float], float] = float

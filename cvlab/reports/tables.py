@@ -444,9 +444,9 @@ def show_export(result: Mapping[str, Any]) -> None:
         "file": console.relative_path(Path(result["files"][0])),
         "size": console.format_bytes(result["bytes"]),
         "largest difference": f"{result['largest_difference']:.1e} of the largest output of the model",
-        "input": result.get("takes"),
-        "output": result.get("gives"),
-        "normalization": "included" if "normalised_inside" in result else None,
+        "input": result.get("input"),
+        "output": result.get("output"),
+        "normalization": "included" if "normalization" in result else None,
         "classes": len(result["classes"]) if "classes" in result else None,
         "weights": f"{result['checkpoint']}, of run {result['run']}",
     }

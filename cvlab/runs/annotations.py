@@ -54,7 +54,7 @@ def update(path: Path, change: Callable[[Annotations], Annotations]) -> Annotati
         change: Returns the new annotations for the current ones.
 
     Raises:
-        RunDirError: The disk refuses, or the file is damaged.
+        RunDirError: The file cannot be written, or it is damaged.
         ConfigError: The note is too long, or there are too many tags.
     """
     with exclusive(path.parent / LOCK, LOCK_SECONDS):

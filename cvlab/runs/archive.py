@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -41,7 +40,6 @@ MAX_FILES = 100_000
 MAX_FILE_BYTES = 100 * 1024**3
 MAX_NAME_CHARS, MAX_PATH_CHARS = 200, 1000
 CHUNK_BYTES = 2**20
-LEFTOVER_SECONDS = 600.0
 UNREADABLE = (
     zipfile.BadZipFile,
     regular_files.IrregularFileError,
@@ -87,7 +85,7 @@ def export_runs(paths: Sequence[Path], file: Path, with_checkpoints: bool = True
 
     Raises:
         ConfigError: Two runs have one name, or the file exists.
-        RunDirError: A run is running, a file of it is no plain file, or the disk refuses.
+        RunDirError: A run is running, a file of it is no plain file, or its folder cannot be written.
     """
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
@@ -99,7 +97,7 @@ def export_runs(paths: Sequence[Path], file: Path, with_checkpoints: bool = True
         if reason is not None and "running" in reason:
             raise RunDirError(f"{path.name}: {reason}", "interrupt it, or wait for its end")
         find.config_path(path)
-    _remove_leftovers(file.parent, f".{file.name}-*{atomic.TEMPORARY}")
+    atomic.remove_leftovers(file.parent, f".{file.name}-*{atomic.TEMPORARY}")
     rows: list[Row] = []
 
     def fill(target: BinaryIO) -> None:
@@ -117,14 +115,6 @@ def export_runs(paths: Sequence[Path], file: Path, with_checkpoints: bool = True
 
     atomic.write(file, fill)
     return rows
-
-
-def _remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove what killed exports have left behind."""
-    with contextlib.suppress(OSError):
-        for leftover in folder.glob(pattern):
-            if time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:
-                leftover.unlink()
 
 
 def _store(archive: zipfile.ZipFile, path: Path, member_name: str) -> Row:
@@ -156,7 +146,7 @@ def import_runs(file: Path, root: Path) -> list[Row]:
 
     Raises:
         DataError: The archive is missing, damaged, or not one that `export_runs` writes.
-        RunDirError: A run of that name exists, or the disk refuses. Nothing was imported.
+        RunDirError: A run of that name exists, or its folder cannot be written. Nothing was imported.
     """
     try:
         with regular_files.open_binary(file, MAX_FILE_BYTES) as source, zipfile.ZipFile(source) as archive:

@@ -101,7 +101,7 @@ def save(folder: Path, step: int, state: State, is_best: bool = False) -> Path:
         The path of the checkpoint.
 
     Raises:
-        RunDirError: The disk refuses.
+        RunDirError: The file or folder cannot be written.
         DivergedError: Weights are not finite; nothing is written.
     """
     require_finite(state)
@@ -234,7 +234,7 @@ def load_of_run(path: Path, weights: str) -> State:
 
 
 def require_last(weights: str, kind: str) -> None:
-    """Raise ConfigError if other weights than the last are asked for of a run that saves only these for photos."""
+    """Raise ConfigError unless `weights` is `last`, the only ones that a run of this kind keeps for inference."""
     if weights != "last":
         raise ConfigError(f"checkpoint {weights!r}: a run of {kind} has its last weights only", "leave it out")
 
@@ -265,7 +265,9 @@ def check_types(expected: Any, value: Any, path: Path, key: str = "") -> None:
     if kind is torch.Tensor and is_valid:
         is_valid = value.shape == expected.shape and value.dtype == expected.dtype
     if not is_valid:
-        raise CheckpointError(f"{path}: {key or 'its content'} is not what it should be", "the file was changed")
+        raise CheckpointError(
+            f"{path}: {key or 'its content'} has the wrong type, shape or value", "the file was changed"
+        )
     if isinstance(expected, dict) and expected:
         unknown = sorted(map(str, value.keys() - expected.keys()))
         if unknown:

@@ -39,7 +39,7 @@ def create_run(root: Path, name: str, on_log: Callable[[str], None] | None = Non
         is_latest: Whether the link is set.
 
     Raises:
-        RunDirError: The disk refuses.
+        RunDirError: The file or folder cannot be written.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)

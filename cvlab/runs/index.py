@@ -34,7 +34,6 @@ FILES = ("status.json", "summary.json", annotations.FILE, "config.yaml")
 STATUS, CONFIG = 0, 3  # in FILES
 MIN_ROWS_TO_WRITE = 20  # rows that were read anew; fewer are read again as fast
 RACY_SECONDS = 2.0
-LEFTOVER_SECONDS = 600.0
 MAX_INDEX_BYTES = 512 * 2**20
 DAMAGED, NOT_BEGUN = "damaged", "not begun"  # besides the states of status.json
 
@@ -277,10 +276,8 @@ def _read_cache(root: Path, file: str = FILE) -> dict[str, Any]:
 def _write_cache(root: Path, rows: dict[str, list[Any]], file: str = FILE) -> None:
     """Replace a cache; without fsync, for its checksum tells a cache that a power cut has damaged."""
     temporary = root / f"{file}-{secrets.token_hex(4)}{atomic.TEMPORARY}"
+    atomic.remove_leftovers(root, f"{file}-*{atomic.TEMPORARY}")
     with contextlib.suppress(OSError, ValueError):
-        for leftover in root.glob(f"{file}-*{atomic.TEMPORARY}"):
-            if time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:
-                leftover.unlink()
         body = json.dumps({"format": FORMAT, "runs": rows}, separators=(",", ":")).encode()
         try:
             temporary.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)

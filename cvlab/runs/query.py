@@ -30,7 +30,7 @@ from cvlab import registry
 from cvlab.errors import ConfigError, RunDirError
 from cvlab.runs import find, index
 from cvlab.runs.index import RunRecord
-from cvlab.runs.records import STATES
+from cvlab.runs.records import STATES, is_number
 
 SPACE = re.compile(r"\s*")
 KEY = re.compile(r"[^\s=!<>~\"'|]+")
@@ -60,7 +60,7 @@ BUILTIN_KEYS = TEXT_KEYS | NUMBER_KEYS
 
 
 @dataclass(frozen=True)
-class Literal:
+class QueryValue:
     """A value of a query; `low` and `high` are the bounds of a number, which differ for a date only."""
 
     text: str
@@ -75,7 +75,7 @@ class Condition:
 
     key: str
     operator: str
-    values: tuple[Literal, ...]
+    values: tuple[QueryValue, ...]
     column: int
 
 
@@ -121,7 +121,7 @@ def _fail(position: int, message: str, key: str = "") -> NoReturn:
     raise ConfigError(f"query, column {position + 1}: {message}", hint)
 
 
-def _values(text: str, position: int, key: str, operator: str) -> tuple[tuple[Literal, ...], int]:
+def _values(text: str, position: int, key: str, operator: str) -> tuple[tuple[QueryValue, ...], int]:
     values = []
     while True:
         match = VALUE.match(text, position)
@@ -130,44 +130,44 @@ def _values(text: str, position: int, key: str, operator: str) -> tuple[tuple[Li
         quoted = match[1] if match[1] is not None else match[2]
         if quoted is None and OPERATOR.search(match[3]):
             _fail(position, f"expected a value, got {match[3]!r}; put a value with an operator in quotes")
-        values.append(_literal(position, key, operator, match[3], quoted))
+        values.append(_query_value(position, key, operator, match[3], quoted))
         position = match.end()
         if text[position : position + 1] != "|":
             return tuple(values), position
         position += 1
 
 
-def _literal(position: int, key: str, operator: str, word: str, quoted: str | None) -> Literal:
+def _query_value(position: int, key: str, operator: str, word: str, quoted: str | None) -> QueryValue:
     """Return a value as its key and operator take it, or raise the error that says what they take."""
-    literal = _word_literal(key, word) if quoted is None else Literal(quoted)
+    expected = _parse_word(key, word) if quoted is None else QueryValue(quoted)
     if key in TEXT_KEYS and operator in ORDERED:
         _fail(position, f"{key} is text, which {operator} does not compare; use = != ~ !~")
-    if key == "age" and (operator not in ORDERED or literal.low is None):
+    if key == "age" and (operator not in ORDERED or expected.low is None):
         _fail(position, "age is compared by < <= > >= with a duration such as 30m, 12h, 2d or 1w")
-    if key == "started" and (literal.low is None or operator in ("~", "!~")) and not literal.is_null:
+    if key == "started" and (expected.low is None or operator in ("~", "!~")) and not expected.is_null:
         _fail(position, "started is compared with a date such as 2026-11-27 or 2026-11-27T09:30, in UTC")
-    if operator in ORDERED and literal.low is None:
-        _fail(position, f"{operator} compares numbers, and {literal.text!r} is none")
-    if key == "starred" and literal.text not in ("true", "false"):
-        _fail(position, f"starred is true or false, not {literal.text!r}")
-    if key == "status" and operator in ("=", "!=") and literal.text not in STATUSES:
-        close = registry.closest_match(literal.text, STATUSES)
+    if operator in ORDERED and expected.low is None:
+        _fail(position, f"{operator} compares numbers, and {expected.text!r} is none")
+    if key == "starred" and expected.text not in ("true", "false"):
+        _fail(position, f"starred is true or false, not {expected.text!r}")
+    if key == "status" and operator in ("=", "!=") and expected.text not in STATUSES:
+        close = registry.closest_match(expected.text, STATUSES)
         known = f"did you mean {close!r}?" if close else f"known: {', '.join(STATUSES)}"
-        _fail(position, f"no status {literal.text!r}; {known}")
-    return literal
+        _fail(position, f"no status {expected.text!r}; {known}")
+    return expected
 
 
-def _word_literal(key: str, word: str) -> Literal:
+def _parse_word(key: str, word: str) -> QueryValue:
     """Return a value without quotes, as its key takes it."""
     if key == "age":
         match = AGE.match(word)
         seconds = float(match[1]) * UNIT_SECONDS[match[2]] if match else None
-        return Literal(word, seconds, seconds)
+        return QueryValue(word, seconds, seconds)
     if key == "started":
         low, high = _date(word)
-        return Literal(word, low, high, word == "null")
+        return QueryValue(word, low, high, word == "null")
     number = float(word) if NUMBER.match(word) else None
-    return Literal(word, number, number, word == "null")
+    return QueryValue(word, number, number, word == "null")
 
 
 def _date(word: str) -> tuple[float | None, float | None]:
@@ -190,28 +190,24 @@ def plain_text(value: Any) -> str:
     return str(value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def holds(value: Any, operator: str, literal: Literal) -> bool:
-    """Return whether a value compares with a literal; of `!=` and `!~` the callers use the negation of `=` and `~`."""
+def holds(value: Any, operator: str, expected: QueryValue) -> bool:
+    """Return whether a value fulfills a condition; for `!=` and `!~`, callers negate the result of `=` and `~`."""
     if value is None:
-        return operator == "=" and literal.is_null
+        return operator == "=" and expected.is_null
     if operator == "~":
         parts = value if isinstance(value, list) else [value]
-        return any(literal.text.lower() in plain_text(part).lower() for part in parts)
+        return any(expected.text.lower() in plain_text(part).lower() for part in parts)
     if operator == "=":
-        if _is_number(value):
-            return literal.low is not None and literal.high is not None and literal.low <= value <= literal.high
-        return plain_text(value) == literal.text.replace(" ", "" if isinstance(value, list) else " ")
-    if not _is_number(value) or literal.low is None or literal.high is None:
+        if is_number(value):
+            return expected.low is not None and expected.high is not None and expected.low <= value <= expected.high
+        return plain_text(value) == expected.text.replace(" ", "" if isinstance(value, list) else " ")
+    if not is_number(value) or expected.low is None or expected.high is None:
         return False
     return bool(
-        (operator == "<" and value < literal.low)
-        or (operator == "<=" and value <= literal.high)
-        or (operator == ">" and value > literal.high)
-        or (operator == ">=" and value >= literal.low)
+        (operator == "<" and value < expected.low)
+        or (operator == "<=" and value <= expected.high)
+        or (operator == ">" and value > expected.high)
+        or (operator == ">=" and value >= expected.low)
     )
 
 
@@ -221,7 +217,7 @@ def matches(value: Any, condition: Condition) -> bool:
     values = value if condition.key == "tags" and operator == "=" and value else [value]
     if condition.key == "tags" and not value:
         values = [None]
-    is_met = any(holds(item, operator, literal) for item in values for literal in condition.values)
+    is_met = any(holds(item, operator, expected) for item in values for expected in condition.values)
     return is_met != (condition.operator in ("!=", "!~"))
 
 

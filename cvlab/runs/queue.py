@@ -41,7 +41,7 @@ def add(root: Path, run: Path) -> QueueItem:
     """Append a run directory to the queue; once this returns, the item survives a crash.
 
     Raises:
-        RunDirError: The disk refuses.
+        RunDirError: The file or folder cannot be written.
     """
     folder = root / FOLDER
     try:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cvlab.errors import RunDirError
 from cvlab.storage import atomic, regular_files
@@ -18,6 +18,11 @@ MAX_JSON_BYTES, MAX_METRICS_BYTES, MAX_LINE_BYTES = 32 * 2**20, 256 * 2**20, 2**
 PRUNE_FILE = "prune.txt"  # in a run directory: why the run is to end early
 
 Row = dict[str, Any]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value of a record is an int or a float, which a bool is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def complete_size(path: Path, chunk: int = 65536) -> int:
@@ -67,7 +72,7 @@ def read_summary(path: Path) -> Row:
     summary = read_json(path / "summary.json")
     invalid = _invalid_key("Summary", summary)
     if invalid is not None:
-        raise RunDirError(f"{path / 'summary.json'}: {invalid} is not what it should be", "the file was changed")
+        raise RunDirError(f"{path / 'summary.json'}: {invalid} has the wrong type or value", "the file was changed")
     return summary
 
 

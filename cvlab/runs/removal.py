@@ -55,7 +55,7 @@ def remove(path: Path) -> int:
     """Remove a run directory, or the link to it that was named; return the bytes that it frees.
 
     Raises:
-        RunDirError: It is running or a trial of a sweep, or the disk refuses.
+        RunDirError: It is running or a trial of a sweep, or its folder cannot be written.
     """
     require_removable(path)
     freed = num_bytes(path)
@@ -115,7 +115,7 @@ def prune(path: Path, dry_run: bool) -> dict[str, Any]:
         changed.
 
     Raises:
-        RunDirError: The disk refuses.
+        RunDirError: The file or folder cannot be written.
     """
     result: dict[str, Any] = {"run": path.name, "removed": [], "bytes": 0}
     reason = obstacle(path)

@@ -53,7 +53,7 @@ class RunDir:
         Everything that is written into a run directory goes through here.
 
         Raises:
-            RunDirError: The disk refuses.
+            RunDirError: The file or folder cannot be written.
         """
         if not self.writable:
             return

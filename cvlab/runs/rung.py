@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cvlab.errors import RunDirError
-from cvlab.runs.records import pruning_reason, read_json, read_metrics
+from cvlab.runs.records import is_number, pruning_reason, read_json, read_metrics
 from cvlab.storage import atomic
 
 FILE = "rung.json"
@@ -24,10 +24,10 @@ class Rung(NamedTuple):
 
     Attributes:
         number: 0 for the first rung.
-        metric: what trials are compared by.
-        unit: what `limit` counts.
-        limit: the trial pauses at the first evaluation from there on; None: it trains to its end.
-        values: the metric at the rungs below.
+        metric: What trials are compared by.
+        unit: What `limit` counts.
+        limit: The trial pauses at the first evaluation from there on; None: it trains to its end.
+        values: The metric at the rungs below.
     """
 
     number: int
@@ -59,11 +59,11 @@ def read(run: Path) -> Rung | None:
     try:
         rung = Rung(**fields)
         is_valid = (
-            _is_number(rung.number)
+            _is_finite(rung.number)
             and isinstance(rung.metric, str)
             and rung.unit in UNITS
-            and (rung.limit is None or _is_number(rung.limit))
-            and all(map(_is_number, rung.values))
+            and (rung.limit is None or _is_finite(rung.limit))
+            and all(map(_is_finite, rung.values))
         )
     except TypeError:
         is_valid = False
@@ -72,8 +72,8 @@ def read(run: Path) -> Rung | None:
     return rung._replace(values=tuple(rung.values))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def read_value(run: Path, rung: Rung) -> float | None:

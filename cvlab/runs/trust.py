@@ -88,11 +88,11 @@ def require_trust(path: Path, is_trusted: bool) -> None:
     config = strict_yaml.read(config_path(path)).value
     names = [str(file) for file in user_files(config)]
     base = config.get("base") if isinstance(config, dict) else None
-    if isinstance(base, dict):  # of a sweep
+    if isinstance(base, dict):  # the configuration is that of a sweep
         base = base.get("from")
-    if base is not None and not is_trusted:  # its files may name code, which no signature covers
+    if base is not None and not is_trusted:  # the files of `base` may name code, which no signature covers
         raise RunDirError(
-            f"{config_path(path)}: it is not complete, as that of a run is, but refers to {base!r:.80}",
+            f"{config_path(path)}: it refers to {base!r:.80}, while the configuration of a run is self-contained",
             "read that, then use --trust; or give the file another name",
         )
     if is_trusted or not names:

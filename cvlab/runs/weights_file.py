@@ -22,7 +22,7 @@ def save(path: Path, key: str, metadata: dict[str, Any], model: nn.Module) -> No
         model: The model.
 
     Raises:
-        RunDirError: The disk refuses.
+        RunDirError: The file or folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 

@@ -10,6 +10,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,7 @@ TEMPORARY = ".tmp"
 UNSUPPORTED = frozenset(  # what file systems answer that lack a system call: network shares, cloud drives, FAT
     (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOLCK, errno.EINVAL, errno.ENOTTY)
 )
+LEFTOVER_SECONDS = 600.0  # age from which on a temporary file is not being written any more
 
 
 def _umask() -> int:
@@ -62,7 +64,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         fill: Called as `fill(file)`; writes the content.
 
     Raises:
-        RunDirError: The disk refuses.
+        RunDirError: The file or folder cannot be written.
     """
     temporary = ""
     try:
@@ -137,7 +139,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         os.link(source, temporary)
-    except OSError:  # for whatever reason; if the disk refuses, the copy raises the error
+    except OSError:  # for whatever reason; if the disk cannot be written, the copy raises the error
         with source.open("rb") as content:
             write(target, lambda file: shutil.copyfileobj(content, file))
         return
@@ -152,6 +154,14 @@ def remove_stale_temporaries(folder: Path) -> None:
     for leftover in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             leftover.unlink()
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the files of a folder that processes which were killed have left behind, not those being written now."""
+    with contextlib.suppress(OSError):
+        for leftover in folder.glob(pattern):
+            if time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
 
 
 DISK_HINT = "free space, or choose another folder with --runs-dir; earlier files are intact"

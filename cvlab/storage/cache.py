@@ -25,7 +25,7 @@ def user_cache() -> Path:
 
 @contextlib.contextmanager
 def temporary_folder(root: Path) -> Iterator[Path]:
-    """Create a folder below `root`, removed afterwards; RunDirError if the disk refuses what is done in it."""
+    """Create a folder below `root`, removed afterwards; RunDirError if the disk cannot be written."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as folder:

@@ -14,7 +14,7 @@ from cvlab.portability import OPEN_FLAGS, OPEN_FOLDER_FLAGS, OPENS_RELATIVE
 
 
 class IrregularFileError(OSError):
-    """A path of a run directory is not what it should be: a link, a FIFO, a device, a folder, or too large."""
+    """A path of a run directory is not the regular file that it should be, or too large."""
 
 
 def open_regular(path: Path, flags: int) -> int:

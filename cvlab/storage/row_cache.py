@@ -57,10 +57,10 @@ class RowSpec:
 def load_or_compute(path: Path, spec: RowSpec, compute: ComputeRows) -> RowArray:
     """Return an array from the disk, after computing the rows that are not there yet.
 
-    Where the disk refuses, a warning is printed and the array is computed in memory.
+    If the disk cannot be written, a warning is printed and the array is computed in memory.
 
     Args:
-        path: Of the array, without a suffix; its name identifies everything that the rows depend on.
+        path: Path of the array, without a suffix; its name identifies everything that the rows depend on.
         spec: The rows.
         compute: Called as `compute(start, end)`; returns the rows of a block and a note for each. It may raise to stop:
             the blocks before it stay.
@@ -84,7 +84,7 @@ def load_or_compute(path: Path, spec: RowSpec, compute: ComputeRows) -> RowArray
 
 
 class _DiskError(CvlabError):
-    """The disk refuses; an error of `compute` is not one of these."""
+    """The disk cannot be written; an error of `compute` is not one of these."""
 
 
 def _in_memory(spec: RowSpec, compute: ComputeRows) -> RowArray:

@@ -96,11 +96,11 @@ class AdaptiveSearch:
     """A search in progress: `next_trial` creates trials one by one, `prune` ends those that are not promising.
 
     Args:
-        out: the run directory of the sweep.
-        config: the search.
-        diverged_values: metrics of a trial that diverged.
-        make: creates the run directory of a trial, given its number and its changes.
-        rungs: of successive halving; None: trials train to their ends.
+        out: The run directory of the sweep.
+        config: The search.
+        diverged_values: Metrics of a trial that diverged.
+        make: Creates the run directory of a trial, given its number and its changes.
+        rungs: Rungs of successive halving; None: trials train to their ends.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class AdaptiveSearch:
         """Return a trial that is to continue, or create the next one; None if there are enough.
 
         Args:
-            running: the trials whose processes have not ended.
+            running: The trials whose processes have not ended.
         """
         promoted = self._promote({folder.name for folder in running})
         if promoted is not None:

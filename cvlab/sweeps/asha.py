@@ -46,19 +46,15 @@ class AshaConfig(FrozenModel):
             limit *= self.factor
         return limits
 
-    def num_jobs(self, trials: int, num_limits: int) -> int:
-        """Return how many times trials run up to a rung, if exactly 1/factor of them continue at each."""
-        return sum(trials // self.factor**number for number in range(num_limits + 1))
-
 
 def problem(asha: AshaConfig, trials: int, duration: Mapping[str, Any], varied_keys: Sequence[str]) -> str | None:
     """Return what is wrong with the rungs of a search, None if nothing is.
 
     Args:
-        asha: the rungs.
-        trials: number of trials.
-        duration: the block `duration` of the base; empty if its experiment does not train.
-        varied_keys: dotted keys in which trials differ.
+        asha: The rungs.
+        trials: Number of trials.
+        duration: The block `duration` of the base; empty if its experiment does not train.
+        varied_keys: Dotted keys in which trials differ.
     """
     key = f"{asha.unit}s"
     total = duration.get(key)

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
+from cvlab.config.overrides import flatten
 from cvlab.config.schema import FrozenModel, NestedConfig, NonNegativeInt
+from cvlab.runs.records import is_number
 from cvlab.sweeps import grid as sweeps_grid
 from cvlab.sweeps.executors import SubmitConfig
 from cvlab.sweeps.search import SearchConfig
@@ -98,7 +100,7 @@ class SweepConfig(NestedConfig):
         choices = {key: values for key, values in space.items() if isinstance(values, tuple)}
         lists = {**choices, **self.grid, **(self.zip if len(self.zip) == 1 else {})}
         for key, values in lists.items():
-            numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            numbers = [v for v in values if is_number(v)]
             if len(numbers) == len(values) and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_RATIO:
                 keys.append(key)
         return keys
@@ -114,14 +116,6 @@ class SweepConfig(NestedConfig):
         changes += [(key, (value,)) for condition in self.conditions for key, value in condition.set.items()]
         keys: dict[str, None] = {}
         for key, values in changes:
-            blocks = [flatten_block(value, f"{key}.") for value in values if isinstance(value, Mapping)]
+            blocks = [flatten(value, f"{key}.") for value in values if isinstance(value, Mapping)]
             keys |= {inner: None for block in blocks for inner in block} if blocks else {key: None}
         return [key for key in keys if key != "seed"]
-
-
-def flatten_block(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested block with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in block.items():
-        flat |= flatten_block(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -11,6 +11,7 @@ from cvlab.config import loading, strict_yaml
 from cvlab.config.expectations import GroupedResult
 from cvlab.config.loading import Loaded
 from cvlab.config.metrics import Metric
+from cvlab.config.overrides import flatten
 from cvlab.config.validation import Problems
 from cvlab.data.resolve import DownloadPolicy
 from cvlab.errors import CvlabError, RunDirError
@@ -20,7 +21,7 @@ from cvlab.runs.interrupt import StopRequest
 from cvlab.runs.records import require_folder
 from cvlab.runs.run_dir import RunDir
 from cvlab.sweeps import adaptive, executors, importance, results, trials
-from cvlab.sweeps.config import SweepConfig, flatten_block
+from cvlab.sweeps.config import SweepConfig
 from cvlab.sweeps.executors import Limits
 from cvlab.sweeps.scheduler import SweepScheduler, has_ended
 from cvlab.sweeps.search import SearchConfig
@@ -49,7 +50,7 @@ def trial_rows(config: SweepConfig, out: RunDir) -> list[dict[str, Any]]:
     """Return a row for each trial, with its configuration as the sweep has it."""
     dirs = trial_dirs(config, out)
     all_trials = config.apply_changes(map(adaptive.read_changes, dirs)) if config.search else config.trials()
-    return [results.read_trial(path, flatten_block(trial.raw)) for path, trial in zip(dirs, all_trials, strict=True)]
+    return [results.read_trial(path, flatten(trial.raw)) for path, trial in zip(dirs, all_trials, strict=True)]
 
 
 def _require_packages(search: SearchConfig) -> None:
@@ -150,13 +151,13 @@ class SweepExperiment(Experiment[SweepConfig]):
         executors.get_executor(config.submit)
         placement = {"workers": config.workers or (1 if config.submit.on == "local" else None), "on": config.submit.on}
         if config.search is None:
-            return {"trials": len(config.trials()), **placement, "first trial": config.trials()[0].name}
+            return {"trials": len(config.trials()), **placement, "first_trial": config.trials()[0].name}
         _require_packages(config.search)
         objective = f"{config.search.goal} {config.search.metric}"
         return {
             "trials": config.search.trials,
             "search": objective,
-            "over": ", ".join(config.search.space),
+            "search_space": ", ".join(config.search.space),
             **placement,
         }
 

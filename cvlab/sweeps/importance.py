@@ -14,6 +14,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cvlab.runs.records import is_number
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -32,9 +34,9 @@ def importance(
     """Return the importance of each key for a metric.
 
     Args:
-        settings: for each trial the values of the keys that vary.
-        values: for each trial its metric, finite.
-        log_keys: keys whose numbers are compared by their logarithms.
+        settings: For each trial the values of the keys that vary.
+        values: For each trial its metric, finite.
+        log_keys: Keys whose numbers are compared by their logarithms.
 
     Returns:
         `trials`, and either `reason`, why nothing can be said, or `method`; `explained`, the share of the variance of
@@ -71,7 +73,7 @@ def _features(values: Sequence[Any], is_log: bool) -> "Array":
     """Return the features of a key, float64 (trials, features): a number and its square, or one for each choice."""
     import numpy as np
 
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+    if all(is_number(value) for value in values):
         numbers = np.array([math.log(value) if is_log and min(values) > 0 else value for value in values], np.float64)
         scaled = 2 * (numbers - numbers.min()) / (numbers.max() - numbers.min()) - 1
         columns = np.stack([scaled, scaled**2] if len(set(values)) > 2 else [scaled], axis=1)
@@ -88,7 +90,7 @@ class _Ridge:
 
     Args:
         features: float64 (trials, features), each with mean 0.
-        penalty: of the squared coefficients, per trial.
+        penalty: Penalty of the squared coefficients, per trial.
     """
 
     def __init__(self, features: "Array", penalty: float) -> None:

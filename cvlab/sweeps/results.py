@@ -13,7 +13,7 @@ from cvlab.errors import CvlabError, DivergedError
 from cvlab.reports import colors, plots
 from cvlab.reports.tables import csv_cell, number
 from cvlab.runs.find import read_config
-from cvlab.runs.records import pruning_reason, read_metrics, read_status, read_summary
+from cvlab.runs.records import is_number, pruning_reason, read_metrics, read_status, read_summary
 from cvlab.runs.run_dir import RunDir
 from cvlab.runs.rung import early_end_reason
 
@@ -63,7 +63,7 @@ def outcome_text(trial: Path) -> str:
 
 def is_finite(value: Any) -> bool:
     """Return whether a metric is a finite number."""
-    return _is_number(value) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def main_metric(rows: Sequence[Row]) -> str | None:
@@ -179,10 +179,6 @@ def write(out: RunDir, rows: Sequence[Row], keys: Sequence[str], diverged_values
             out.write_bytes(f"plots/{name}.png", draw(out.extra_summary["settings"], name, out.path.name))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def draw(rows: Sequence[Row], metric: str, title: str) -> bytes:
     """Plot a metric over the numeric key with the most values, one line for each setting of the others, as PNG.
 
@@ -229,10 +225,10 @@ def _x_key(rows: Sequence[Row]) -> str | None:
     """Return the numeric key with the most values along which other settings stay the same, or None."""
     best, max_values = None, 1
     for key in rows[0]["keys"]:
-        values = {row["keys"][key] for row in rows if _is_number(row["keys"][key])}
+        values = {row["keys"][key] for row in rows if is_number(row["keys"][key])}
         other_keys = {repr([v for k, v in row["keys"].items() if k != key]) for row in rows}
         if (
-            all(_is_number(row["keys"][key]) for row in rows)
+            all(is_number(row["keys"][key]) for row in rows)
             and len(values) > max_values
             and len(other_keys) < len(rows)
         ):

@@ -14,11 +14,11 @@ class Rungs:
     """The rungs of a search.
 
     Args:
-        config: distances of the rungs.
-        total: epochs or steps of a whole trial.
-        metric: what trials are compared by.
-        maximize: whether higher values are better.
-        diverged_values: metrics of a trial that diverged.
+        config: Distances of the rungs.
+        total: Epochs or steps of a whole trial.
+        metric: What trials are compared by.
+        maximize: Whether higher values are better.
+        diverged_values: Metrics of a trial that diverged.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Rungs:
         """Grant one trial its next rung; return it, or None if no trial is to continue.
 
         Args:
-            trial_dirs: the run directories of all trials, in order.
-            running: names of those whose processes have not ended, also if they have written their results.
+            trial_dirs: The run directories of all trials, in order.
+            running: Names of those whose processes have not ended, also if they have written their results.
         """
         trials = [self._read(folder, folder.name in running) for folder in trial_dirs]
         number = promotion(trials, len(self.limits), self.config.factor, self.maximize)

@@ -37,17 +37,17 @@ class Scheduler:
     """Runs in progress, which are called trials here.
 
     Args:
-        name: what the progress bar shows.
-        log: called with each line about what happens.
-        limits: what the executor may use.
-        trials: the run directories of the trials.
-        total: the number of trials, including those that a search adds.
-        next_trial: called with the running trials when all others have been handed out; returns a new one, or one
+        name: What the progress bar shows.
+        log: Called with each line about what happens.
+        limits: What the executor may use.
+        trials: The run directories of the trials.
+        total: The number of trials, including those that a search adds.
+        next_trial: Called with the running trials when all others have been handed out; returns a new one, or one
             that has ended and is to continue. None if there is none until another trial ends.
-        prune: called regularly with the running trials.
+        prune: Called regularly with the running trials.
 
     Attributes:
-        failed: exit code and last message of each trial that failed.
+        failed: Exit code and last message of each trial that failed.
     """
 
     def __init__(

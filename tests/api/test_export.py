@@ -56,7 +56,7 @@ def test_safetensors_have_the_names_of_the_net(cvlab, trained):
         assert len(own) == len(file.keys())
         about = json.loads(file.metadata()[export.METADATA_KEY])
     assert len(about["classes"]) == 10
-    assert "[0, 1]" in about["takes"]
+    assert "[0, 1]" in about["input"]
     assert about["run"] == run.name
 
 
@@ -75,7 +75,7 @@ class TestOnnx:
         theirs = session.run(["scores"], {"images": images.numpy()})[0]
         torch.testing.assert_close(net_of(run)[1](images), torch.from_numpy(theirs), rtol=1e-4, atol=1e-4)
         about = json.loads(session.get_modelmeta().custom_metadata_map[export.METADATA_KEY])
-        assert about["normalised_inside"]["std"]
+        assert about["normalization"]["std"]
         assert len(about["classes"]) == 10
 
     @pytest.mark.parametrize(

@@ -378,7 +378,7 @@ def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch
     assert "--trust" in err
     code, _, err = cvlab("resume", run.name, "--trust")
     assert code == 7
-    assert "was changed since the run began" in err
+    assert "changed after the run began" in err
     assert len([line for line in err.splitlines() if "error" in line]) == 1
     code, _, err = cvlab("resume", run.name, "--allow-changes")
     assert code == 0, err

@@ -95,8 +95,8 @@ def test_doctor_kills_and_resumes_on_the_users_disk(cvlab, tmp_path, scenes):
     code, out, _ = cvlab("doctor", "--faults", "--runs-dir", tmp_path / "runs", "--json")
     found = {check["name"]: check for check in json.loads(out)["checks"]}
     assert code == 0, found
-    assert "0 damaged" in found["kill -9"]["found"]
-    assert "bit for bit" in found["resumed"]["found"]
+    assert "0 damaged" in found["kill -9"]["detail"]
+    assert "bit for bit" in found["resumed"]["detail"]
     assert list((tmp_path / "runs").iterdir()) == []
 
 

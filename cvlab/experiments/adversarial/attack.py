@@ -225,7 +225,7 @@ class Attack:
             "success": success,
             "survived": success and len(survives) == len(self.changes),
             **({"survives": ", ".join(survives) or "nothing"} if self.changes else {}),
-            "already": self._is_target(example),
+            "is_target_before": self._is_target(example),
             "steps": example.steps,
             "l2": input_distances["l2"],
             "l2_photo": photo_distances["l2"],
@@ -289,7 +289,7 @@ def _with_pixels(example: AdversarialExample, pixels: Tensor) -> Image.Image:
 
 def compute_metrics(config: AttackConfig, results: list[PhotoResult]) -> dict[str, float]:
     """Return the success rates and medians over the photos that were not classified as the target before."""
-    attacked = [result.values for result in results if not result.values["already"]]
+    attacked = [result.values for result in results if not result.values["is_target_before"]]
     metrics: dict[str, float] = {"num_photos": len(results), "num_attacked": len(attacked)}
     if attacked:
         metrics["success_rate"] = statistics.fmean(row["success"] for row in attacked)

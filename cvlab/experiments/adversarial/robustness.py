@@ -223,19 +223,21 @@ def _measure_batch(
     for label, classifier in classifiers.items():
         images, labels = classifier.images(batch), classifier.labels[batch]
         pixels = to_pixels(images)
-        is_right = ~linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
-        counts[f"{label}accuracy"] = int(is_right.sum())
-        for eps, method, right_under, robust in _attack(config, classifier, pixels, is_right, batch, check_interrupt):
-            counts[f"{label}{method}_accuracy/{eps:g}"] = right_under
+        is_correct = ~linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
+        counts[f"{label}accuracy"] = int(is_correct.sum())
+        for eps, method, correct_under, robust in _attack(
+            config, classifier, pixels, is_correct, batch, check_interrupt
+        ):
+            counts[f"{label}{method}_accuracy/{eps:g}"] = correct_under
             counts[f"{label}robust_accuracy/{eps:g}"] = robust
         if len(classifiers) > 1 and config.methods and config.bounds:
             check_interrupt("examples for the other runs")
             examples = _transferable_examples(config, classifier, pixels, labels)
             for other_label, other in classifiers.items():
-                num_right = int((~linf_attacks.misclassified(other.logits_fn, examples, labels)).sum())
-                counts[f"{other_label}transfer_accuracy/{label[:-1]}"] = num_right
-        for name, severity, num_right in _corrupt(config, classifier, images, labels, batch, check_interrupt):
-            counts[f"{label}{name}_accuracy/{severity}"] = num_right
+                num_correct = int((~linf_attacks.misclassified(other.logits_fn, examples, labels)).sum())
+                counts[f"{other_label}transfer_accuracy/{label[:-1]}"] = num_correct
+        for name, severity, num_correct in _corrupt(config, classifier, images, labels, batch, check_interrupt):
+            counts[f"{label}{name}_accuracy/{severity}"] = num_correct
     return counts
 
 
@@ -243,7 +245,7 @@ def _attack(
     config: RobustnessConfig,
     classifier: "LabeledClassifier",
     originals: "Tensor",
-    is_right: "Tensor",
+    is_correct: "Tensor",
     batch: slice,
     check_interrupt: Callable[[str], None],
 ) -> Iterator[tuple[float, str, int, int]]:
@@ -253,7 +255,7 @@ def _attack(
         config: The configuration.
         classifier: The classifier.
         originals: (N, C, H, W) in [0, 1], the images.
-        is_right: bool (N,), which of them are classified correctly.
+        is_correct: bool (N,), which of them are classified correctly.
         batch: Their range in the split.
         check_interrupt: Called before each attack; may raise to stop.
 
@@ -265,21 +267,21 @@ def _attack(
     from cvlab.ops import linf_attacks
 
     labels = classifier.labels[batch]
-    right_under = {method: is_right.clone() for method in config.methods}
-    is_robust = is_right.clone()
+    correct_under = {method: is_correct.clone() for method in config.methods}
+    is_robust = is_correct.clone()
     numbers = torch.arange(batch.start, batch.stop, device=originals.device)
     for eps in config.bounds:
         for method in config.methods:
             check_interrupt(f"{method}, eps {eps:g}")
-            rows = right_under[method].nonzero()[:, 0]
+            rows = correct_under[method].nonzero()[:, 0]
             if len(rows):
                 attacked = _attack_fn(config, method, eps, numbers[rows])(
                     classifier.logits_fn, originals[rows], labels[rows], eps / 255
                 )
                 is_fooled = linf_attacks.misclassified(classifier.logits_fn, attacked, labels[rows])
-                right_under[method][rows] = ~is_fooled
+                correct_under[method][rows] = ~is_fooled
                 is_robust[rows] &= ~is_fooled
-            yield eps, method, int(right_under[method].sum()), int(is_robust.sum())
+            yield eps, method, int(correct_under[method].sum()), int(is_robust.sum())
 
 
 def _transferable_examples(
@@ -351,8 +353,8 @@ def _corrupt(
 
             corrupted = corruptions.apply(name, images, severity, normal)
             pixels = to_pixels(corrupted)
-            is_wrong = linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
-            yield name, severity, int((~is_wrong).sum())
+            is_incorrect = linf_attacks.misclassified(classifier.logits_fn, pixels, labels)
+            yield name, severity, int((~is_incorrect).sum())
 
 
 def _write_results(

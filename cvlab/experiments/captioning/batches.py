@@ -23,8 +23,8 @@ class CaptionBatch:
         token_ids: int64 (M, T), the captions, padded with PAD.
         photo_indices: int64 (M,), which of the B photos each caption is about.
         is_self_critical: Whether this step is one of self-critical training, which samples captions instead.
-        caption_weight: Of the loss, a mean over captions: M times the number of parts / captions of the whole batch,
-            so that the mean over the parts of a batch is the mean over its captions. 1 if the batch is no part.
+        caption_weight: Weight of the loss, a mean over captions: M times the number of parts / captions of the whole
+            batch, so that the mean over the parts of a batch is the mean over its captions. 1 if the batch is no part.
         token_weight: The same for the mean over tokens.
     """
 

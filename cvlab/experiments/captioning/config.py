@@ -41,7 +41,7 @@ class CaptionConfig(ImagesConfig):
     )
     attention: bool = Field(False, description="also draw the attention map of each word")
     explain_word: str | None = Field(
-        None, description="also draw which pixels speak for this word, where a caption has it"
+        None, description="draw which pixels are evidence for this word, where a caption has it"
     )
     window: Annotated[schema.PositiveFloat, Le(1)] = Field(
         0.15, description="explain_word: side of a covered square, as a fraction of the photo's longer side"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvlab.data.vocabulary import END, PAD, START, UNKNOWN
+from cvlab.data.vocabulary import END, PAD, SPECIAL_TOKENS, START, UNKNOWN
 from cvlab.experiments.captioning.base import MINUS_INF, CaptionModel
 
 SUPPRESSED = (PAD, START, UNKNOWN)  # tokens that are never generated
@@ -91,7 +91,7 @@ def beam_search(
         best[is_better, t:] = END
         candidates[:, :, END] = MINUS_INF
         vocab_size = candidates.shape[2]
-        beam_log_p, top = states.extend(candidates, min(beam_width, num_beams * (vocab_size - 4)))
+        beam_log_p, top = states.extend(candidates, min(beam_width, num_beams * (vocab_size - len(SPECIAL_TOKENS))))
         parent, token_ids = top // vocab_size, top % vocab_size
         beams = torch.cat([beams[row, parent], token_ids[:, :, None]], 2)
         state = state.select((row * num_beams + parent).flatten())

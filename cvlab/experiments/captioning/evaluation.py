@@ -102,11 +102,11 @@ def compute_scene_accuracy(captions: Sequence[Sequence[str]], samples: Sequence[
         samples: The scenes of `scene_captions`.
 
     Returns:
-        `shapes_right`, `colours_right` and `relations_right` in [0, 1].
+        `shape_accuracy`, `color_accuracy` and `relation_accuracy` in [0, 1].
     """
-    num_right: dict[str, int] = {}
+    num_correct: dict[str, int] = {}
     for tokens, sample in zip(captions, samples, strict=True):
         predicted = scene_captions.parse_caption(" ".join(tokens))
         for part, target in scene_captions.parse_caption(sample.captions[0]).items():
-            num_right[part] = num_right.get(part, 0) + (predicted[part] == target)
-    return {f"{part}_right": count / len(samples) for part, count in num_right.items()}
+            num_correct[part] = num_correct.get(part, 0) + (predicted[part] == target)
+    return {f"{part}_accuracy": count / len(samples) for part, count in num_correct.items()}

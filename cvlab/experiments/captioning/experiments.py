@@ -69,7 +69,7 @@ class CaptionExperiment(PhotoExperiment[CaptionConfig]):
             run.folder("images")
         work: photo_batches.BatchFn = CaptionPhotos(predictor, run)
         if config.explain_word is not None:
-            work = explanation.Explainer(CaptionPhotos(predictor, run), config.explain_word, config.window)
+            work = explanation.CaptionExplainer(CaptionPhotos(predictor, run), config.explain_word, config.window)
         results = photo_batches.run(config, run, work, "caption", self.columns)
         if config.explain_word is not None:
             explanation.require_any(results, config.explain_word)
@@ -124,7 +124,7 @@ class CaptionerExperiment(
     Metrics:
         `val_loss`, `val_bleu4` (greedy) while training; at the end, by beam search on the evaluated split (`test`
         with evaluate_test, else `val`), `bleu1` to `bleu4`, `cider`, `exact_match`, with `extra` data sets also as
-        `coco_people_bleu4`; on scene_captions also `shapes_right`, `colours_right`, `relations_right`.
+        `coco_people_bleu4`; on scene_captions also `shape_accuracy`, `color_accuracy`, `relation_accuracy`.
 
     Command:
         cvlab train configs/caption_scenes.yaml
@@ -140,7 +140,7 @@ class CaptionerExperiment(
         Metric("word_loss", better="lower"),
         *CAPTION_METRICS,
         *(Metric(f"*_{metric.name}", metric.unit, metric.better, _has_extra) for metric in CAPTION_METRICS),
-        *(Metric(f"{part}_right", "fraction", "higher", _has_scenes) for part in ("shapes", "colours", "relations")),
+        *(Metric(f"{part}_accuracy", "fraction", "higher", _has_scenes) for part in ("shape", "color", "relation")),
     )
 
     def data_overview(self, config: CaptionerConfig, base: Path, num_samples: int) -> "DataOverview":

@@ -1,4 +1,4 @@
-"""Which pixels speak for a word of a caption: by how much its log-probability falls when a square is covered."""
+"""Which pixels are evidence for a word of a caption: by how much its log-probability falls when a square is covered."""
 
 from collections.abc import Sequence
 
@@ -19,27 +19,27 @@ from cvlab.runs.results import PhotoResult
 BATCH_SIZE = 16
 
 
-class Explainer:
-    """The work of `CaptionPhotos` on a batch of photos, which also explains one word of each caption.
+class CaptionExplainer:
+    """Captions batches of photos as `CaptionPhotos` does, and explains one word of each caption.
 
     Args:
-        work: Captions the photos.
+        caption_photos: Captions the photos.
         word: The word.
         window: Side of the covered square, as a fraction of the photo's longer side.
     """
 
-    def __init__(self, work: CaptionPhotos, word: str, window: float) -> None:
-        self.work, self.word, self.window = work, word, window
+    def __init__(self, caption_photos: CaptionPhotos, word: str, window: float) -> None:
+        self.caption_photos, self.word, self.window = caption_photos, word, window
 
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return the results of the captioner, with the panel `evidence` if a caption has the word."""
-        results, hypotheses = self.work.caption(batch, check_interrupt)
-        predictor = self.work.predictor
+        results, hypotheses = self.caption_photos.caption(batch, check_interrupt)
+        predictor, run = self.caption_photos.predictor, self.caption_photos.run
         for photo, result, hypothesis in zip(batch, results, hypotheses, strict=True):
             tokens = predictor.captioner.vocabulary.decode(hypothesis.token_ids)
             if self.word not in tokens:
                 sentence = result.values["sentence"]
-                self.work.run.log(f"warning: {photo.path.name}: its caption does not have {self.word!r}: {sentence}")
+                run.log(f"warning: {photo.path.name}: its caption does not have {self.word!r}: {sentence}")
                 continue
             position = tokens.index(self.word)
 
@@ -48,9 +48,9 @@ class Explainer:
 
             values = occlusion.occlusion_map(scores, photo.image, self.window, BATCH_SIZE, check_interrupt)
             title = f"evidence for {self.word!r} in {result.values['sentence']!r}: {photo.path.name}"
-            panel = occlusion.draw(photo.image, ("photo", photo.image), values, f"what speaks for {self.word!r}", title)
+            panel = occlusion.draw(photo.image, ("photo", photo.image), values, f"evidence for {self.word!r}", title)
             result.files["evidence"] = f"images/{photo.label}-evidence.png"
-            self.work.run.write_bytes(result.files["evidence"], reports_images.png(panel))
+            run.write_bytes(result.files["evidence"], reports_images.png(panel))
         return results
 
 
@@ -66,7 +66,7 @@ def word_log_prob(
         predictor: The captioner.
         images: RGB photos.
         token_ids: The tokens of the caption, without START.
-        position: Of the token in `token_ids`.
+        position: Position of the token in `token_ids`.
     """
     captioner, ctx = predictor.captioner, predictor.ctx
     maps = feature_store.compute_maps(captioner.feature_sources, images, ctx)

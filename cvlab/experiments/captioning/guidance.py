@@ -87,7 +87,7 @@ class Observer:
 
     Args:
         detector: The detector, with a score threshold of `MAX_EXCLUDED_SCORE` or less.
-        classifier: From a feature map (N, C, H, W) to the logits (N, 1000) of ImageNet.
+        classifier: Maps a feature map (N, C, H, W) to the logits (N, 1000) of ImageNet.
     """
 
     def __init__(self, detector: PhotoModule, classifier: Callable[[Tensor], Tensor]) -> None:

@@ -37,11 +37,11 @@ def describe(scene: Scene) -> str | None:
 
 
 def parse_caption(caption: str) -> dict[str, tuple[str, ...]]:
-    """Split a caption into its `shapes`, `colours` and `relations`, which are scored separately."""
+    """Split a caption into its shapes, colors and relations, which are scored separately."""
     relations = [relation for relation in RELATIONS if f" {relation} " in caption]
     tokens = caption.replace(f" {relations[0]} ", " ").split() if relations else caption.split()
     tokens = [word for word in tokens if word != "a"]
-    return {"colours": tuple(tokens[::2]), "shapes": tuple(tokens[1::2]), "relations": tuple(relations)}
+    return {"color": tuple(tokens[::2]), "shape": tuple(tokens[1::2]), "relation": tuple(relations)}
 
 
 def _noun_phrase(scene_object: SceneObject) -> str:

@@ -120,7 +120,7 @@ def robust_accuracy(
     model.eval()
     logits_fn = logits_of_pixels(model, normalize)
     eps, steps = config.evaluation_eps / 255, config.eval_steps
-    num_right = torch.zeros((), device=labels.device)
+    num_correct = torch.zeros((), device=labels.device)
     first, end = sharding.shard_range(len(labels))
     for start in range(first, end, batch_size):
         rows = slice(start, min(start + batch_size, end))
@@ -134,6 +134,6 @@ def robust_accuracy(
             alpha=2.5 * eps / steps,
             uniform=lambda _, shape: torch.zeros(shape),  # it starts from the FGSM example only
         )
-        num_right += (~linf_attacks.misclassified(logits_fn, examples, labels[rows])).sum()
+        num_correct += (~linf_attacks.misclassified(logits_fn, examples, labels[rows])).sum()
     model.train(was_training)
-    return collectives.all_reduce_sums({"right": num_right})["right"].item() / len(labels)
+    return collectives.all_reduce_sums({"correct": num_correct})["correct"].item() / len(labels)

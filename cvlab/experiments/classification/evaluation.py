@@ -200,8 +200,8 @@ def suspicious(predictions: Predictions) -> list[int]:
     thresholds = torch.zeros(num_classes).index_add_(0, labels, of_label) / counts.clamp(min=1)
     thresholds[counts == 0] = 1.0
     predicted = predictions.predicted
-    score, is_wrong = probabilities.max(1).values, predicted != labels
-    chosen = (is_wrong & (score >= thresholds[predicted])).nonzero()[:, 0]
+    score, is_incorrect = probabilities.max(1).values, predicted != labels
+    chosen = (is_incorrect & (score >= thresholds[predicted])).nonzero()[:, 0]
     ranked: list[int] = chosen[(score - of_label)[chosen].argsort(descending=True, stable=True)].tolist()
     return ranked
 

@@ -262,9 +262,9 @@ class ClassifyExperiment(
         mean, std = model.mean_and_std()
         channels, size = len(mean), model.transform.size_px
         metadata = {
-            "takes": f"images, float32 (N, {channels}, {size}, {size}) in [0, 1]",
-            "gives": f"logits (N, {len(model.classes)})",
-            "normalised_inside": {"mean": mean, "std": std},
+            "input": f"images, float32 (N, {channels}, {size}, {size}) in [0, 1]",
+            "output": f"logits (N, {len(model.classes)})",
+            "normalization": {"mean": mean, "std": std},
             "classes": model.classes,
         }
         example = torch.rand(1, channels, size, size)

@@ -70,7 +70,7 @@ def suspicious_labels(features: Tensor, labels: Tensor, num_classes: int) -> lis
     predicted = scores.argmax(1)
     margins = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0]
     counts = torch.bincount(labels, minlength=num_classes)
-    is_wrong = (predicted != labels) & (margins >= MIN_MARGIN) & (counts[labels] >= MIN_IMAGES)
-    indices = is_wrong.nonzero()[:, 0].tolist()
+    is_incorrect = (predicted != labels) & (margins >= MIN_MARGIN) & (counts[labels] >= MIN_IMAGES)
+    indices = is_incorrect.nonzero()[:, 0].tolist()
     suspicious = [SuspiciousLabel(k, int(predicted[k]), float(margins[k])) for k in indices]
     return sorted(suspicious, key=lambda label: -label.margin)

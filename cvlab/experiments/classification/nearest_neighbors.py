@@ -133,7 +133,7 @@ class NearestNeighborsExperiment(Experiment[NearestNeighborsConfig]):
         run.extra_summary["class_metrics"] = scores.class_metrics
         report.write(run, predictions, scores.metrics, dataset.test_images, "test")
         run.folder("images")
-        run.write_bytes(NEIGHBORS_IMAGE, draw_neighbors(dataset, predictions, neighbors, run.path.name))
+        run.write_bytes(NEIGHBORS_IMAGE, draw_neighbors(dataset, predictions, neighbors))
         return {
             "k": k,
             "val_accuracy": statistics.fmean(accuracies[k]),
@@ -271,7 +271,7 @@ def predict(neighbors: "Tensor", dataset: "ImageDataset") -> "Predictions":
     return Predictions(logits.float(), dataset.test_labels, dataset.classes, files)
 
 
-def draw_neighbors(dataset: "ImageDataset", predictions: "Predictions", neighbors: "Tensor", run: str) -> bytes:
+def draw_neighbors(dataset: "ImageDataset", predictions: "Predictions", neighbors: "Tensor") -> bytes:
     """Draw the first test images, each in a row with its nearest training images, as PNG."""
     from cvlab.experiments.classification.data.images import to_image
     from cvlab.reports import images
@@ -283,4 +283,4 @@ def draw_neighbors(dataset: "ImageDataset", predictions: "Predictions", neighbor
         tiles = [(f"is {label}, predicted {predicted}", to_image(dataset.test_images, row))]
         tiles += [(dataset.classes[int(dataset.train_labels[k])], to_image(dataset.train_images, k)) for k in indices]
         rows.append(tiles)
-    return images.png(images.neighbor_sheet(rows, f"test images and their nearest training images: {run}"))
+    return images.png(images.neighbor_sheet(rows, "test images and their nearest training images"))

@@ -62,7 +62,7 @@ class DetectConfig(ImagesConfig):
     )
     explain_box: schema.PositiveInt | None = Field(
         None,
-        description="also draw which pixels speak for this detection of each photo; 1: that of the highest score",
+        description="draw which pixels are evidence for this detection of each photo; 1: that with the highest score",
     )
     window: Annotated[schema.PositiveFloat, Le(1)] = Field(
         0.125, description="explain_box: side of a covered square, as a fraction of the photo's longer side"

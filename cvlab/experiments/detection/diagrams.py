@@ -61,8 +61,8 @@ def read_annotation(path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
     classes = tuple(sorted({obj.name for obj in annotation.objects}))
     if not classes:
         return torch.empty(0, 4), ()
-    boxset = dataset.from_annotations(str(path), AnnotationSet("VOC", {"train": [annotation]}, classes), 0.0)
-    sample = boxset.splits["train"][0]
+    box_dataset = dataset.from_annotations(str(path), AnnotationSet("VOC", {"train": [annotation]}, classes), 0.0)
+    sample = box_dataset.splits["train"][0]
     return sample.boxes_xyxy, tuple(classes[label] for label in sample.labels.tolist())
 
 

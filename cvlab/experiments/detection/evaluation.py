@@ -98,21 +98,21 @@ def best_score_threshold(detections: Sequence[Detections], samples: Sequence[Det
     F0.5 (van Rijsbergen, 1979) weights precision more than recall: people see a wrong box at once, a missing one later.
     Boxes are matched as in `confusion_matrix`.
     """
-    scores, is_right, num_boxes = [], [], 0
+    scores, is_correct, num_boxes = [], [], 0
     for detected, true in zip(detections, ground_truths(samples), strict=True):
         box = average_precision.match_any_class(detected, true, THRESHOLDS[0])
         is_counted, is_matched = box != average_precision.IGNORED, box >= 0
         matches_class = torch.zeros_like(is_matched)
         matches_class[is_matched] = detected.labels[is_matched] == true.labels[box[is_matched]]
         scores.append(detected.scores[is_counted])
-        is_right.append(matches_class[is_counted])
+        is_correct.append(matches_class[is_counted])
         num_boxes += int((~true.is_ignored).sum())
-    all_scores, all_right = torch.cat(scores), torch.cat(is_right)
+    all_scores, all_correct = torch.cat(scores), torch.cat(is_correct)
     best: tuple[float, float | None] = (0.0, None)
     for threshold in THRESHOLDS:
         is_above = all_scores >= threshold
-        num_right, num_detections = int(all_right[is_above].sum()), int(is_above.sum())
-        f_score = (1 + BETA**2) * num_right / max(BETA**2 * num_boxes + num_detections, 1)
+        num_correct, num_detections = int(all_correct[is_above].sum()), int(is_above.sum())
+        f_score = (1 + BETA**2) * num_correct / max(BETA**2 * num_boxes + num_detections, 1)
         best = max(best, (f_score, threshold), key=lambda pair: pair[0])
     return best[1]
 
@@ -139,10 +139,10 @@ def evaluate_on_validation(
             "this detector was trained on photos of your own, which its weights do not name",
             "`cvlab eval RUN` evaluates a training run on them; or name photos to detect in",
         )
-    boxset = dataset.load(detector.trained_on, data_root())
-    if tuple(boxset.classes) != tuple(detector.classes):
+    box_dataset = dataset.load(detector.trained_on, data_root())
+    if tuple(box_dataset.classes) != tuple(detector.classes):
         raise DataError(f"{detector.trained_on}: its classes are not those that the detector was trained on")
-    samples = boxset.splits["val"]
+    samples = box_dataset.splits["val"]
     rules = EvaluationRules()
     predictions: list[Detections] = []
     sheet: list[Image.Image] = []
@@ -156,7 +156,7 @@ def evaluate_on_validation(
             shown = Detections(result.boxes_xyxy[above], result.scores[above], result.labels[above])
             gt_boxes = [tuple(box) for box in sample.boxes_xyxy.tolist()]
             sheet.append(drawing.draw(image, inference.labeled_boxes(shown, detector.classes), gt_boxes))
-    title = f"the first {len(sheet)} of {len(samples)} validation photos of {boxset.name}: {out.path.name}"
+    title = f"the first {len(sheet)} of {len(samples)} validation photos of {box_dataset.name}: {out.path.name}"
     out.write_bytes(SHEET, reports_images.png(drawing.contact_sheet(sheet, title, has_ground_truth=True)))
     metrics = compute_metrics(predictions, samples, len(detector.classes), rules)
     confusion = confusion_matrix(predictions, samples, len(detector.classes), score_threshold)
@@ -164,6 +164,6 @@ def evaluate_on_validation(
     out.extra_summary |= {
         "map_rule": rules.map_rule,
         "score_threshold": rules.score_threshold,
-        "data": f"{boxset.name}, val",
+        "data": f"{box_dataset.name}, val",
     }
     return {"num_photos": len(samples), **reported_metrics(metrics, detector.classes)}

@@ -1,6 +1,7 @@
 """Detection: train an object detector, detect objects in photos. The methods import torch."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -99,14 +100,14 @@ class DetectExperiment(PhotoExperiment[DetectConfig], DetectsObjects):
         photo_detector = PhotoDetector(detector, run, config.iou, config.save, config.explain)
         work: photo_batches.BatchFn = photo_detector
         if config.explain_box is not None:
-            work = explanation.Explainer(photo_detector, config.explain_box, config.window)
+            work = explanation.DetectionExplainer(photo_detector, config.explain_box, config.window)
         results = photo_batches.run(config, run, work, "detect", self.columns)
         if config.explain_box is not None:
             explanation.require_any(results, config.explain_box)
         inference.save_coco(detector, results, run, [kind for kind in ("json", "coco") if kind in config.save])
         if "csv" in config.save:
             inference.save_csv(results, run)
-        counts = inference.class_counts(thing["label"] for result in results for thing in result.values["objects"])
+        counts = inference.class_counts(obj["label"] for result in results for obj in result.values["objects"])
         photos = f"{len(results)} photo{'s' * (len(results) != 1)}"
         run.extra_summary |= {"class_counts": counts, "headline": inference.headline(counts, "object", photos)}
         return {"num_photos": len(results), "num_objects": sum(counts.values())}
@@ -121,7 +122,7 @@ class DetectExperiment(PhotoExperiment[DetectConfig], DetectsObjects):
         inputs: dict[str, Any] = {"photos": "its validation photos"}
         if config.source is not None:
             info = videos.probe(config.source)
-            inputs = {"video": config.source, "frames": info.num_frames, "frames per second": float(info.rate)}
+            inputs = {"video": config.source, "frames": info.num_frames, "frames_per_second": float(info.rate)}
         elif config.images:
             inputs = {"photos": len(photo_batches.resolve_images(config.images)[1])}
         return {
@@ -214,18 +215,18 @@ class DetectorExperiment(
         def evaluate(model: "nn.Module") -> dict[str, float]:
             head = cast("DetectionHead[Any]", model)
             map50 = compute_metrics(config, setup, head, val, "val").map50
-            return {"val_map50": map50} if map50 == map50 else {}  # undefined without boxes
+            return {"val_map50": map50} if not math.isnan(map50) else {}  # undefined without boxes
 
         task = build_task(config, setup, batches, evaluate)
         model, metrics = trainer.train(config, task, run)
         head = cast("DetectionHead[Any]", model)
-        samples = samples_of(config, setup.boxset, "val")
+        samples = samples_of(config, setup.box_dataset, "val")
         detections = evaluation.predict_cached(head, val, setup.size_px, setup.rules, setup.ctx)
         metadata = final_metadata(setup, detections, samples)
         run.write(WEIGHTS_FILE, lambda path: detector_model.save(metadata, head, path))
         if split == "test":
             test = cached_features(config, setup, "test", 0, check_interrupt)
-            samples = samples_of(config, setup.boxset, "test")
+            samples = samples_of(config, setup.box_dataset, "test")
             detections = evaluation.predict_cached(head, test, setup.size_px, setup.rules, setup.ctx)
         run.extra_summary |= {
             "map_rule": config.map_rule,
@@ -233,8 +234,8 @@ class DetectorExperiment(
             "evaluated_split": split,
         }
         metrics["seconds_per_photo"] = seconds_per_photo(config, setup, head, split)
-        final = evaluation.compute_metrics(detections, samples, len(setup.boxset.classes), setup.rules)
-        return metrics | evaluation.reported_metrics(final, setup.boxset.classes)
+        final = evaluation.compute_metrics(detections, samples, len(setup.box_dataset.classes), setup.rules)
+        return metrics | evaluation.reported_metrics(final, setup.box_dataset.classes)
 
     def evaluate(self, config: DetectorConfig, base: Path, state: State, splits: Sequence[str]) -> dict[str, float]:
         """Evaluate the weights of a checkpoint; draw precision-recall curves and confusion matrices.
@@ -246,12 +247,12 @@ class DetectorExperiment(
         from cvlab.runs import checkpoint
 
         setup = build(config)
-        head, classes = setup.detector.head, setup.boxset.classes
+        head, classes = setup.detector.head, setup.box_dataset.classes
         checkpoint.load_eval_weights(head, state, str(base))
         metrics: dict[str, float] = {}
-        for split in splits or default_splits(setup.boxset.splits):
+        for split in splits or default_splits(setup.box_dataset.splits):
             cache = cached_features(config, setup, split, 0, lambda: None)
-            samples = samples_of(config, setup.boxset, split)
+            samples = samples_of(config, setup.box_dataset, split)
             detections = evaluation.predict_cached(head, cache, setup.size_px, setup.rules, setup.ctx)
             result = evaluation.compute_metrics(detections, samples, len(classes), setup.rules)
             confusion = evaluation.confusion_matrix(detections, samples, len(classes), SHOWN_SCORE_THRESHOLD)
@@ -273,16 +274,16 @@ class DetectorExperiment(
 
         setup = build(config)
         checkpoint.load_eval_weights(setup.detector.head, state, str(base))
-        about = {
-            "takes": f"images, float32 (N, 3, {setup.size_px}, {setup.size_px}) in [0, 1], RGB",
+        metadata = {
+            "input": f"images, float32 (N, 3, {setup.size_px}, {setup.size_px}) in [0, 1], RGB",
             "preprocessing": preprocessing(setup.size_px),
-            "classes": setup.boxset.classes,
+            "classes": setup.box_dataset.classes,
         }
         graph = DetectorGraph(setup.detector)
         if graph.output_names:
-            about["gives"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, before NMS"
+            metadata["output"] = "scores (N, P, classes) in [0, 1] and boxes_xyxy (N, P, 4) in pixels, before NMS"
         example = torch.rand(1, 3, setup.size_px, setup.size_px)
-        return ExportSpec(graph, setup.detector.head, example, graph.output_names, about)
+        return ExportSpec(graph, setup.detector.head, example, graph.output_names, metadata)
 
     def photo_module(self, config: DetectorConfig, base: Path, weights: str, device: str) -> "PhotoModule":
         """Return the detector of a completed run for images in memory."""
@@ -329,14 +330,14 @@ class DetectorExperiment(
 
         setup = build(config)
         parameters.build_optimizer(config, setup.detector.head)
-        num_views = len(samples_of(config, setup.boxset, "train")) * max(1, setup.num_views)
+        num_views = len(samples_of(config, setup.box_dataset, "train")) * max(1, setup.num_views)
         steps_per_epoch = max(1, num_views // config.batch_size)
         return {
             "model": config.model.name,
             "parameters": sum(p.numel() for p in setup.detector.head.parameters()),
-            "classes": ", ".join(setup.boxset.classes),
-            "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.boxset.splits.items()),
-            "evaluated_split": config.final_split(setup.boxset.splits),
+            "classes": ", ".join(setup.box_dataset.classes),
+            "photos": ", ".join(f"{len(samples)} {split}" for split, samples in setup.box_dataset.splits.items()),
+            "evaluated_split": config.final_split(setup.box_dataset.splits),
             "size": setup.size_px,
             "views": num_views,
             "steps": config.duration.num_steps(steps_per_epoch) or "as many as fit",

@@ -1,4 +1,4 @@
-"""Which pixels speak for a detection (D-RISE's score of a detection, with squares that are covered one by one)."""
+"""Which pixels are evidence for a detection: its D-RISE score, while squares are covered one by one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,53 +22,54 @@ MIN_SCORE = 0.01  # of detections in a covered photo that are compared with the 
 BATCH_SIZE = 8
 
 
-class Explainer:
-    """The work of `PhotoDetector` on a batch of photos, which also explains one detection of each.
+class DetectionExplainer:
+    """Detects objects in batches of photos as `PhotoDetector` does, and explains one detection of each.
 
     The score of a photo is the largest product of score and IoU with the explained box, over the detections of its
     class.
 
     Args:
-        work: Detects, draws and saves.
-        number: Of the detection to explain, from 1.
+        photo_detector: Detects, draws and saves.
+        number: Number of the detection to explain, from 1.
         window: Side of the covered square, as a fraction of the photo's longer side.
     """
 
-    def __init__(self, work: PhotoDetector, number: int, window: float) -> None:
-        self.work, self.number, self.window = work, number, window
+    def __init__(self, photo_detector: PhotoDetector, number: int, window: float) -> None:
+        self.photo_detector, self.number, self.window = photo_detector, number, window
 
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
         """Return the results of the detector, with `explanation` and a panel, `evidence`, of that detection."""
-        results = self.work(batch, check_interrupt)
+        out = self.photo_detector.out
+        results = self.photo_detector(batch, check_interrupt)
         for photo, result in zip(batch, results, strict=True):
             objects = result.values["objects"]
             if self.number > len(objects):
-                self.work.out.log(f"warning: {photo.path.name} has {_count(objects)}, none with number {self.number}")
+                out.log(f"warning: {photo.path.name} has {_count(objects)}, none with number {self.number}")
                 continue
             values, panel = self._explain(photo, objects[self.number - 1], check_interrupt)
             result.values["explanation"] = values
             result.files["evidence"] = f"images/{photo.label}-evidence.png"
-            self.work.out.write_bytes(result.files["evidence"], reports_images.png(panel))
+            out.write_bytes(result.files["evidence"], reports_images.png(panel))
         return results
 
     def _explain(
-        self, photo: Photo, thing: dict[str, Any], check_interrupt: CheckInterrupt
+        self, photo: Photo, obj: dict[str, Any], check_interrupt: CheckInterrupt
     ) -> tuple[dict[str, Any], Image.Image]:
         """Return what is said about the explanation of an object, and a panel."""
-        detector, name = self.work.detector, thing["label"]
-        box_xyxy, label = torch.tensor(thing["box_xyxy"]), detector.classes.index(name)
+        detector, name = self.photo_detector.detector, obj["label"]
+        box_xyxy, label = torch.tensor(obj["box_xyxy"]), detector.classes.index(name)
 
         def scores(images: Sequence[Image.Image]) -> Tensor:
-            predictions = detector.predict(images, MIN_SCORE, self.work.nms_iou)
+            predictions = detector.predict(images, MIN_SCORE, self.photo_detector.nms_iou)
             return torch.stack([match_score(prediction, box_xyxy, label) for prediction in predictions])
 
         values = occlusion.occlusion_map(scores, photo.image, self.window, BATCH_SIZE, check_interrupt).clamp(min=0)
         inside = _fraction_inside(values, box_xyxy, photo)
-        box = LabeledBox(tuple(thing["box_xyxy"]), f"{name} {thing['score']:.2f}", label)
+        box = LabeledBox(tuple(obj["box_xyxy"]), f"{name} {obj['score']:.2f}", label)
         marked = (f"detection {self.number}", drawing.draw(photo.image, [box]))
-        caption = f"what speaks for it, {inside:.0%} in the box"
+        caption = f"evidence, {inside:.0%} of it inside the box"
         title = f"evidence for detection {self.number}, {name}: {photo.path.name}"
-        about = {"number": self.number, "label": name, "score": thing["score"], "inside_box": inside}
+        about = {"number": self.number, "label": name, "score": obj["score"], "inside_box": inside}
         return about, occlusion.draw(photo.image, marked, values, caption, title)
 
 

@@ -273,12 +273,12 @@ def describe_objects(detections: Detections, classes: Sequence[str]) -> list[dic
 
 
 class PhotoDetector:
-    """The work of `cvlab detect` on a batch of photos: predict, draw, save.
+    """Detects objects in batches of photos, draws them and saves the results; for `cvlab detect`.
 
     Args:
         detector: The detector.
         out: The run directory to write into.
-        nms_iou: Of detections of one class that overlap by more, the highest-scoring one stays.
+        nms_iou: Nms iou of detections of one class that overlap by more, the highest-scoring one stays.
         save: What to write for each photo, `txt`, `xml` or `crop`; other kinds are ignored.
         diagram: One of `diagrams.KINDS` or `diagrams.PROPOSALS`, to be drawn for each photo; None for none.
     """
@@ -313,8 +313,8 @@ class PhotoDetector:
             self.out.write_bytes(files["explained"], reports_images.png(image))
         objects = describe_objects(detections, self.detector.classes)
         if "crop" in self.save:
-            for k, thing in enumerate(objects):
-                thing["crop"] = self._save_crop(photo, k + 1, thing["label"], thing["box_xyxy"])
+            for k, obj in enumerate(objects):
+                obj["crop"] = self._save_crop(photo, k + 1, obj["label"], obj["box_xyxy"])
         width, height = photo.image.size
         return PhotoResult(str(photo.path), {"objects": objects, "width": width, "height": height}, files)
 
@@ -410,9 +410,9 @@ def save_csv(results: Sequence[PhotoResult], out: RunDir) -> None:
     rows: list[tuple[Any, ...]] = [("image", "class", "score", "x1", "y1", "x2", "y2")]
     names = _file_names([Path(result.image) for result in results])
     for name, result in zip(names, results, strict=True):
-        for thing in result.values["objects"]:
-            score = round(thing["score"], 6)
-            rows.append((tables.csv_cell(name), tables.csv_cell(thing["label"]), score, *thing["box_xyxy"]))
+        for obj in result.values["objects"]:
+            score = round(obj["score"], 6)
+            rows.append((tables.csv_cell(name), tables.csv_cell(obj["label"]), score, *obj["box_xyxy"]))
     out.folder("boxes")
     out.write_text("boxes/detections.csv", csv_lines(rows))
 

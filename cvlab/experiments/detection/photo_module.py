@@ -27,7 +27,7 @@ class DetectorModule(PhotoModule):
 
     Attributes:
         score_threshold: Detections with a lower score are left out.
-        nms_iou: Of detections of one class that overlap by more, the highest-scoring one stays.
+        nms_iou: Nms iou of detections of one class that overlap by more, the highest-scoring one stays.
     """
 
     def __init__(self, detector: Detector, ctx: engine_device.ComputeContext) -> None:

@@ -39,51 +39,51 @@ class DetectionSetup:
     """
 
     ctx: device.ComputeContext
-    boxset: DetectionDataset
+    box_dataset: DetectionDataset
     detector: Detector
     rules: EvaluationRules
     size_px: int
     num_views: int
 
 
-def build(config: DetectorConfig, boxset: DetectionDataset | None = None) -> DetectionSetup:
+def build(config: DetectorConfig, box_dataset: DetectionDataset | None = None) -> DetectionSetup:
     """Read the data set's annotations, if none is given; build the detector, pretrained or with seeded weights."""
     ctx = config.compute_context()
-    if boxset is None:
-        boxset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
+    if box_dataset is None:
+        box_dataset = dataset.load(config.data.name, data_root(), config.data.path, config.data.val_fraction)
     device.seed_everything(config.seed)
-    size_px = sizing.input_size(config, boxset)
+    size_px = sizing.input_size(config, box_dataset)
     metadata = DetectorMetadata(
         model=config.model.name,
         arguments=config.model.builder_arguments(),
-        classes=boxset.classes,
+        classes=box_dataset.classes,
         size_px=size_px,
         backbone=config.backbone,
         backbone_weights=config.backbone_weights,
-        trained_on=boxset.name,
+        trained_on=box_dataset.name,
         is_finetuned=config.finetune_epochs > 0,
     )
     detector = detector_model.build(metadata, ctx.device)
-    detector.base_head.load_pretrained(boxset.classes)
+    detector.base_head.load_pretrained(box_dataset.classes)
     rules = EvaluationRules(config.map_rule, config.score_threshold, config.nms_iou)
-    return DetectionSetup(ctx, boxset, detector, rules, size_px, sizing.num_views(config, boxset))
+    return DetectionSetup(ctx, box_dataset, detector, rules, size_px, sizing.num_views(config, box_dataset))
 
 
-def samples_of(config: DetectorConfig, boxset: DetectionDataset, split: str) -> Sequence[DetectionSample]:
+def samples_of(config: DetectorConfig, box_dataset: DetectionDataset, split: str) -> Sequence[DetectionSample]:
     """Return the samples of a split. ConfigError if it has none, or fewer than `num_train`."""
-    return config.data.items(boxset.name, boxset.splits, split)
+    return config.data.items(box_dataset.name, box_dataset.splits, split)
 
 
 def choose_final_split(
     config: DetectorConfig, setup: DetectionSetup, run: RunDir, check_interrupt: Callable[[], None]
 ) -> str:
     """Return the split that is evaluated at the end. DataError, before anything is trained, if it cannot be read."""
-    split = config.final_split(setup.boxset.splits)
+    split = config.final_split(setup.box_dataset.splits)
     if config.evaluate_test and split != "test":
-        run.log(f"warning: {setup.boxset.name} has no test split; val is evaluated at the end")
-    if not any(sample.has_boxes for sample in samples_of(config, setup.boxset, "val")):
+        run.log(f"warning: {setup.box_dataset.name} has no test split; val is evaluated at the end")
+    if not any(sample.has_boxes for sample in samples_of(config, setup.box_dataset, "val")):
         run.log("warning: val has no boxes: its mAP is undefined, and the last weights count as the best")
-    for sample in samples_of(config, setup.boxset, split) if split == "test" else ():
+    for sample in samples_of(config, setup.box_dataset, split) if split == "test" else ():
         check_interrupt()
         photos.load(sample.path)
     return split
@@ -94,7 +94,7 @@ def cached_features(
 ) -> FeatureCache:
     """Compute the feature maps of a split: of random views, or, if `num_views` is 0, of each photo whole."""
     features = _features(config, setup) if num_views else setup.detector.features
-    samples = samples_of(config, setup.boxset, split)
+    samples = samples_of(config, setup.box_dataset, split)
     cache_config = FeatureCacheConfig(
         size_px=setup.size_px,
         num_views=max(1, num_views),
@@ -127,7 +127,7 @@ def make_batches(
     if cache is not None:
         batches: CachedBatches | FreshBatches = CachedBatches(cache, config.batch_size, config.seed, setup.ctx.device)
     else:
-        samples = samples_of(config, setup.boxset, "train")
+        samples = samples_of(config, setup.box_dataset, "train")
         views = FeatureCacheConfig(setup.size_px, 1, config.augment, config.seed, "")
         batches = FreshBatches(_features(config, setup), samples, setup.ctx, views, config.batch_size)
     if config.finetune_epochs:
@@ -152,7 +152,7 @@ def build_task(
         monitor="val_map50",
         ctx=setup.ctx,
         split_batch=batch_splitter(config.accumulate),
-        data_digest=setup.boxset.digest(),
+        data_digest=setup.box_dataset.digest(),
     )
 
 
@@ -185,7 +185,7 @@ def seconds_per_photo(config: DetectorConfig, setup: DetectionSetup, head: Detec
     """Return the median time from a photo's pixels to its boxes, backbone included, one photo at a time."""
     predict = inference.make_predictor(dataclasses.replace(setup.detector, head=head.eval()), setup.ctx)
     durations = []
-    for sample in samples_of(config, setup.boxset, split)[:TIMED_PHOTOS]:
+    for sample in samples_of(config, setup.box_dataset, split)[:TIMED_PHOTOS]:
         photo = photos.load(sample.path)
         start = time.perf_counter()
         predict([photo], SHOWN_SCORE_THRESHOLD, config.nms_iou)
@@ -208,5 +208,5 @@ def compute_metrics(
 ) -> DetectionMetrics:
     """Evaluate a head on a split whose feature maps are cached."""
     detections = evaluation.predict_cached(head, cache, setup.size_px, setup.rules, setup.ctx)
-    samples = samples_of(config, setup.boxset, split)
-    return evaluation.compute_metrics(detections, samples, len(setup.boxset.classes), setup.rules)
+    samples = samples_of(config, setup.box_dataset, split)
+    return evaluation.compute_metrics(detections, samples, len(setup.box_dataset.classes), setup.rules)

@@ -17,7 +17,7 @@ NUM_BOXES = 4
 BOX_SIDES = (0.2, 0.6)  # smallest and largest, as a share of the photo's
 
 
-def synthetic_boxset(name: str, count: int) -> DetectionDataset:
+def synthetic_dataset(name: str, count: int) -> DetectionDataset:
     """Return a data set with as many classes as the one called `name`; its `count` samples are all the same."""
     path = _compat.sample_photo()
     header = annotations.read_header(path)
@@ -40,12 +40,12 @@ def build_task(config: DetectorConfig) -> TrainTask:
     """Return the untrained head, its loss, and batches of one photo; its maps are computed once, if they are cached."""
     data = config.data.model_copy(update={"num_train": None})
     config = config.model_copy(update={"data": data})
-    boxset = synthetic_boxset(config.data.name, config.batch_size)
-    built = setup.build(config, boxset)
+    box_dataset = synthetic_dataset(config.data.name, config.batch_size)
+    built = setup.build(config, box_dataset)
     cache = None
     if built.num_views:
-        single = dataclasses.replace(boxset, splits={"train": boxset.splits["train"][:1]})
-        view = setup.cached_features(config, dataclasses.replace(built, boxset=single), "train", 1, lambda: None)
+        single = dataclasses.replace(box_dataset, splits={"train": box_dataset.splits["train"][:1]})
+        view = setup.cached_features(config, dataclasses.replace(built, box_dataset=single), "train", 1, lambda: None)
         maps = [level.repeat(config.batch_size, 1, 1, 1) for level in view.maps]
         cache = FeatureCache(maps, view.views * config.batch_size)
     return setup.build_task(config, built, setup.make_batches(config, built, cache), lambda _: {})

@@ -112,7 +112,7 @@ def merge(
         parts: The detections of each tile, in its pixels.
         tiles: The tiles; the whole photo may be one of them.
         photo_size: Width and height of the photo.
-        nms_iou: Of complete boxes of one class that overlap by more, the highest-scoring one stays.
+        nms_iou: Nms iou of complete boxes of one class that overlap by more, the highest-scoring one stays.
 
     Returns:
         The detections in pixels of the photo, highest score first.

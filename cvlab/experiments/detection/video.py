@@ -1,4 +1,4 @@
-"""The work of `cvlab detect --source`: detect and track objects in a video; write it with boxes, and a table."""
+"""Detection and tracking in a video, for `cvlab detect --source`: writes the video with boxes, and a table."""
 
 import contextlib
 import itertools

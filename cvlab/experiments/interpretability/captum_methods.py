@@ -70,13 +70,13 @@ def occlusion(
     """Return by how much the objective falls when a square is covered, averaged over the squares that cover a pixel.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `saliency.OBJECTIVES`; of the loss, how much it rises.
-        fill: color (3,) of the square.
-        window_px: side of the square, which moves by half of it.
-        batch_size: number of squares in a forward pass.
+        objective: One of `saliency.OBJECTIVES`; of the loss, how much it rises.
+        fill: Color (3,) of the square.
+        window_px: Side of the square, which moves by half of it.
+        batch_size: Number of squares in a forward pass.
 
     Returns:
         attributions (N, H, W), signed.
@@ -99,10 +99,10 @@ def guided_backprop(model: nn.Module, images: Tensor, classes: Tensor, objective
     """Return the largest absolute value over the channels of a gradient that passes ReLUs only where positive.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `saliency.OBJECTIVES`; of the loss, the negative is differentiated.
+        objective: One of `saliency.OBJECTIVES`; of the loss, the negative is differentiated.
 
     Returns:
         saliency (N, H, W), not negative.
@@ -131,14 +131,14 @@ def shapley(
     """Return the sampled Shapley values of the squares of a grid: their mean gain in random orders of uncovering.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `saliency.OBJECTIVES`; of the loss, its negative.
-        fill: color (3,) of covered squares.
-        grid: number of squares along a side.
-        samples: number of orders, the same ones for every image.
-        seed: of the orders.
+        objective: One of `saliency.OBJECTIVES`; of the loss, its negative.
+        fill: Color (3,) of covered squares.
+        grid: Number of squares along a side.
+        samples: Number of orders, the same ones for every image.
+        seed: Seed of the orders.
 
     Returns:
         attributions (N, H, W), signed; the value of a square at each of its pixels.
@@ -176,15 +176,15 @@ def lime(
     The linear model is a ridge regression on randomly covered images, weighted by their similarity to the image.
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        objective: one of `saliency.OBJECTIVES`; of the loss, its negative.
-        fill: color (3,) of covered squares.
-        grid: number of squares along a side.
-        samples: number of covered images.
-        batch_size: of them in a forward pass.
-        seed: of what is covered.
+        objective: One of `saliency.OBJECTIVES`; of the loss, its negative.
+        fill: Color (3,) of covered squares.
+        grid: Number of squares along a side.
+        samples: Number of covered images.
+        batch_size: Number of them in a forward pass.
+        seed: Seed of what is covered.
 
     Returns:
         attributions (N, H, W), signed; the weight of a square at each of its pixels.
@@ -238,10 +238,10 @@ def deeplift(model: nn.Module, images: Tensor, classes: Tensor, *, baseline: Ten
     The attributions sum to logit(image) - logit(baseline).
 
     Args:
-        model: from images to logits (N, C).
+        model: Maps images to logits (N, C).
         images: (N, 3, H, W) in [0, 1].
         classes: int64 (N,).
-        baseline: color (3,) of the image that stands for nothing.
+        baseline: Color (3,) of the image that stands for nothing.
 
     Returns:
         attributions (N, 3, H, W), signed.

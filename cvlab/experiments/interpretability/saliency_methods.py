@@ -75,7 +75,7 @@ def compute_maps(
 def _perturbation_maps(
     config: SaliencyConfig, method: SaliencyMethod, model: PretrainedClassifier, inputs: Tensor, classes: Tensor
 ) -> Tensor:
-    """Return what speaks for the classes (N,), (N, S, S): the positive values of occlusion, Shapley values or LIME."""
+    """Return the evidence for the classes (N,), (N, S, S): the positive values of occlusion, Shapley values or LIME."""
     fill, size_px = fill_color(model), inputs.shape[-1]
     with torch.no_grad():
         if method == "occlusion":

@@ -59,7 +59,7 @@ class FeedForwardStyle:
         Args:
             photo: RGB.
             styles: RGB, of any size.
-            shares: Of the styles in the mean of their vectors; the sum is 1.
+            shares: Shares of the styles in the mean of their vectors; the sum is 1.
             strength: 1: that mean; 0: the vector of the photo itself; in between: both, mixed.
         """
         vectors = [self.style_vector(image) for image in styles]

@@ -115,7 +115,7 @@ def test_photo_of_the_target_class_is_unchanged(two_photos, cvlab, tmp_path):
     result = json.loads(out)
     row = result["results"][0]
     assert code == 0
-    assert row["already"]
+    assert row["is_target_before"]
     assert row["outcome"] == f"already {label}, left as it is"
     assert row["steps"] == 0
     assert row["linf_255"] == 0

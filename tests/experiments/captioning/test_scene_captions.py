@@ -25,5 +25,5 @@ def test_the_left_or_upper_object_comes_first():
 
 def test_parse_caption():
     parts = scene_captions.parse_caption("a blue ring left of a red star")
-    assert parts == {"colours": ("blue", "red"), "shapes": ("ring", "star"), "relations": ("left of",)}
-    assert scene_captions.parse_caption("a red star")["relations"] == ()
+    assert parts == {"color": ("blue", "red"), "shape": ("ring", "star"), "relation": ("left of",)}
+    assert scene_captions.parse_caption("a red star")["relation"] == ()

@@ -38,7 +38,7 @@ def read_metrics(report):
 
 def test_metrics_and_weights_file(cvlab):
     report = train(cvlab)
-    expected = {"val_loss", "val_bleu4", "bleu1", "bleu4", "cider", "exact_match", "shapes_right", "word_loss"}
+    expected = {"val_loss", "val_bleu4", "bleu1", "bleu4", "cider", "exact_match", "shape_accuracy", "word_loss"}
     assert expected | {"train_loss"} <= report["metrics"].keys()
     captioner = checkpoint.load(Path(report["run"]) / "captioner.safetensors", torch.device("cpu"))
     assert captioner.metadata.size_px == 64
@@ -159,7 +159,7 @@ def with_people(data_root, tmp_path, monkeypatch):
 def test_extra_data_sets_are_trained_on_and_evaluated(cvlab, with_people):
     rule = "expect=[coco_people_bleu4 >= 0]"
     report = train(cvlab, "data={name: scene_captions, extra: [coco_people]}", rule, "evaluate_test=true")
-    assert {"bleu4", "shapes_right", "coco_people_bleu4", "coco_people_cider"} <= report["metrics"].keys()
+    assert {"bleu4", "shape_accuracy", "coco_people_bleu4", "coco_people_cider"} <= report["metrics"].keys()
     summary = json.loads((Path(report["run"]) / "summary.json").read_text())
     assert summary["data"] == "scene_captions + coco_people"
     captioner = checkpoint.load(Path(report["run"]) / "captioner.safetensors", torch.device("cpu"))

@@ -46,7 +46,7 @@ def test_only_the_spot_speaks_for_its_box(work, monkeypatch):
         lambda photo, marked, values, *text: maps.append(values) or draw(photo, marked, values, *text),
     )
     photo = Photo(Path("a.jpg"), "a", Image.new("RGB", (100, 80), "white"))
-    explainer = explanation.Explainer(work, 1, 0.08)
+    explainer = explanation.DetectionExplainer(work, 1, 0.08)
     (result,) = explainer([photo], lambda note="", done=0.0: None)
     about = result.values["explanation"]
     assert (about["number"], about["label"], about["inside_box"]) == (1, "lamp", 1.0)
@@ -55,7 +55,7 @@ def test_only_the_spot_speaks_for_its_box(work, monkeypatch):
     assert lit.max(0).values.tolist() <= [36 + 7, 56 + 7]
     assert float(maps[0][33, 53]) == float(maps[0].max())
     assert photos.load(work.out.path / result.files["evidence"]).width > 300
-    explanation.Explainer(work, 2, 0.5)([photo], lambda note="", done=0.0: None)
+    explanation.DetectionExplainer(work, 2, 0.5)([photo], lambda note="", done=0.0: None)
     assert not maps[1].any(), "the other box depends on no pixel"
 
 

@@ -52,7 +52,7 @@ class FeatureStore:
         views: V views of each image; view v of image k is row k * V + v.
         normalize: The backbone's normalization.
         ctx: Device and precision.
-        title: Of the progress bar.
+        title: Title of the progress bar.
         check_interrupt: Called after each block; may raise to stop.
     """
 

@@ -23,6 +23,7 @@ import torch
 from cvlab import console, portability
 from cvlab.console import Progress
 from cvlab.data import descriptions, photos
+from cvlab.data.files import is_hidden
 from cvlab.data.photo_paths import SUFFIXES
 from cvlab.errors import DataError
 from cvlab.experiments.classification.data.images import ImageDataset, ImageDatasetSource, ImageRows
@@ -146,13 +147,9 @@ def _list_folders(root: Path) -> tuple[list[LabeledPhoto], list[str]]:
 
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if not _is_hidden(path.name) and path.is_dir())
+        return sorted(path for path in folder.iterdir() if not is_hidden(path.name) and path.is_dir())
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}", "give a folder that can be read") from error
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _photos_below(folder: Path) -> tuple[list[Path], int]:
@@ -164,8 +161,8 @@ def _photos_below(folder: Path) -> tuple[list[Path], int]:
             children.clear()
             continue
         visited.add(real)
-        children[:] = sorted(name for name in children if not _is_hidden(name))
-        for name in sorted(name for name in names if not _is_hidden(name)):
+        children[:] = sorted(name for name in children if not is_hidden(name))
+        for name in sorted(name for name in names if not is_hidden(name)):
             if Path(name).suffix.lower() in SUFFIXES:
                 paths.append(Path(parent, name))
             else:

@@ -353,7 +353,8 @@ def default_eval_batch_size(images: Images, train_batch_size: int = 1) -> int:
 
     Args:
         images: (N, H, W, C).
-        train_batch_size: Of all ranks. A rank's share of it fits into memory even with gradients, so it is the minimum.
+        train_batch_size: Batch size of all ranks in training. A rank's share of it fits into memory even with gradients,
+            so it is the minimum.
     """
     _, height, width, _ = images.shape
     first, end = sharding.shard_range(train_batch_size)
@@ -421,7 +422,7 @@ def split_sizes(count: int, val_fraction: float, num_train: int | None) -> tuple
         Number of training images, number of validation images.
 
     Raises:
-        ConfigError: If one of the two splits would be empty, or fewer than `num_train` remain.
+        ConfigError: One of the two splits would be empty, or fewer than `num_train` remain.
     """
     num_val = round(count * val_fraction)
     available = count - num_val

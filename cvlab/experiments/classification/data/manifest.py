@@ -44,7 +44,7 @@ def record(run: RunDir, dataset: ImageDataset) -> None:
     change = _first_change([tuple(row) for row in csv.reader(io.StringIO(before))][1:], rows)
     if change and not run.allow_changes:
         raise CheckpointError(
-            f"{change} since the run began, so that its result would be that of neither",
+            f"{change} after the run began; resuming would mix both versions",
             f"restore it, or `cvlab resume {run.path.name} --allow-changes`",
         )
 

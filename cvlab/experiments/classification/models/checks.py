@@ -20,12 +20,12 @@ def prepare(
     are.
 
     Args:
-        model: from images (N, C, H, W) to logits; its weights are laid out in place.
-        name: what it is called in messages.
-        batch_size: images per training step.
+        model: Maps images (N, C, H, W) to logits; its weights are laid out in place.
+        name: What it is called in messages.
+        batch_size: Images per training step.
         in_channels: C.
         image_size: H and W.
-        num_classes: the smallest number of logits.
+        num_classes: The smallest number of logits.
 
     Returns:
         The model, in training mode.

@@ -83,7 +83,7 @@ def build(name: str, arguments: dict[str, Any], base: Path, **injected: Any) -> 
         The model.
 
     Raises:
-        ConfigError: If the name is unknown, or the builder does not return a module.
+        ConfigError: The name is unknown, or the builder does not return a module.
     """
     from torch import nn
 

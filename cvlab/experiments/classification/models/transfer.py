@@ -27,11 +27,11 @@ class TransferClassifier(nn.Module):
         better ImageNet models transfer better?", section 3.
 
     Attributes:
-        trunk: From images to the maps that the tail takes.
-        tail: From maps to features (N, F).
+        trunk: Maps images to the maps that the tail takes.
+        tail: Maps maps to features (N, F).
         map_shape: Shape of the maps of one image.
         lr_factors: Factors of the learning rate, by the first letters of the weights' names.
-        classifier: From standardized features to logits.
+        classifier: Maps standardized features to logits.
     """
 
     def __init__(

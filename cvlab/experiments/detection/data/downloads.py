@@ -135,10 +135,10 @@ def _install_small(name: str, origin: Path, root: Path, num_photos: int | None =
         folder = _find_voc_folder(scratch / "zip" if origin.is_file() else origin, name)
         copied = scratch / "VOC" / name
         _copy(folder, copied)
-        boxset = dataset.from_annotations(name, voc.read_folder(copied), val_fraction=0.0, warn=False)
-        count = sum(len(samples) for samples in boxset.splits.values())
-        if boxset.classes != CLASSES[name]:
-            classes = ", ".join(boxset.classes)[:200]
+        box_dataset = dataset.from_annotations(name, voc.read_folder(copied), val_fraction=0.0, warn=False)
+        count = sum(len(samples) for samples in box_dataset.splits.values())
+        if box_dataset.classes != CLASSES[name]:
+            classes = ", ".join(box_dataset.classes)[:200]
             raise DataError(f"{origin}: not {name}: its classes are {classes}", "name another")
         if num_photos not in (None, count):
             raise DataError(f"{origin}: {count} photos where {name} has {num_photos}", "get it again")

@@ -13,11 +13,11 @@ MAX_MEASURED_PHOTOS = 500
 TOTAL_VIEWS, MAX_VIEWS = 3000, 64  # enough random views for a head to learn from, of all photos and of each
 
 
-def input_size(config: DetectorConfig, boxset: DetectionDataset) -> int:
+def input_size(config: DetectorConfig, box_dataset: DetectionDataset) -> int:
     """Return the side of the input images in pixels: of SIZES_PX, the first in which the smaller boxes are not tiny."""
     if config.size != AUTO:
         return config.size
-    samples = boxset.splits["train"][: config.data.num_train][:MAX_MEASURED_PHOTOS]
+    samples = box_dataset.splits["train"][: config.data.num_train][:MAX_MEASURED_PHOTOS]
     sides = torch.cat([_relative_sides(sample) for sample in samples])
     if not len(sides):
         return SIZES_PX[0]
@@ -32,9 +32,9 @@ def _relative_sides(sample: DetectionSample) -> torch.Tensor:
     return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1).sqrt() / max(header.width, header.height)
 
 
-def num_views(config: DetectorConfig, boxset: DetectionDataset) -> int:
+def num_views(config: DetectorConfig, box_dataset: DetectionDataset) -> int:
     """Return the number of cached views of each photo, the more the fewer photos there are; 0: new in every epoch."""
     if config.views != AUTO:
         return config.views
-    count = len(boxset.splits["train"][: config.data.num_train])
+    count = len(box_dataset.splits["train"][: config.data.num_train])
     return min(MAX_VIEWS, round(TOTAL_VIEWS / max(1, count)))

@@ -102,7 +102,7 @@ def _check_stages(detector: FineTunedDetector, maps: list[torch.Tensor], backbon
 
 
 def save(metadata: DetectorMetadata, head: nn.Module, path: Path) -> None:
-    """Write a head's weights, in float16, with their metadata. RunDirError if the disk refuses."""
+    """Write a head's weights, in float16, with their metadata. RunDirError if the file cannot be written."""
     weights_file.save(path, METADATA_KEY, asdict(metadata), head)
 
 

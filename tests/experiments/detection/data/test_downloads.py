@@ -45,7 +45,7 @@ def test_a_small_data_set_is_installed_from_a_folder_or_a_zip_file(tmp_path, mon
         root = tmp_path / f"root{number}"
         monkeypatch.setenv("CVLAB_DATA", str(root))
         capsys.readouterr()
-        assert catalog.fetch("fruit", origin)["found"].startswith("3 photos, 3 boxes, 3 classes")
+        assert catalog.fetch("fruit", origin)["detail"].startswith("3 photos, 3 boxes, 3 classes")
         assert capsys.readouterr().err.count("warning") == 1, "told once, of the file that stays"
         assert catalog.check("fruit") == {"fruit": "3 photos, 3 boxes, 3 classes, every annotation can be read"}
         assert [path.name for path in root.iterdir()] == ["VOC"]

@@ -79,7 +79,7 @@ def test_coco_people_is_copied_from_a_folder_or_a_zip_file(tmp_path, monkeypatch
     shutil.make_archive(str(tmp_path / "people"), "zip", tmp_path / "source")
     for number, origin in enumerate((source, tmp_path / "source", tmp_path / "people.zip")):
         monkeypatch.setenv("CVLAB_DATA", str(tmp_path / f"root{number}"))
-        assert catalog.fetch("coco_people", origin)["found"].startswith("9 photos")
+        assert catalog.fetch("coco_people", origin)["detail"].startswith("9 photos")
         assert os.listdir(tmp_path / f"root{number}") == ["coco_people"]
     for origin in (tmp_path / "source/coco_people/images", tmp_path / "none"):
         with pytest.raises(DataError, match="not coco_people; name a folder coco_people"):
@@ -173,9 +173,9 @@ def test_coco_is_downloaded_and_an_interrupted_fetch_goes_on(tmp_path, monkeypat
     assert not datasets.get("coco").ready(tmp_path / "root")
     with server(lambda handler: send(handler, contents[handler.path])) as (url, requests):
         monkeypatch.setattr(coco_sets, "URL", url)
-        found = catalog.fetch("coco", None)["found"]
+        found = catalog.fetch("coco", None)["detail"]
         assert requests == [(f"/{train.path}", f"bytes={train.size // 2}-")], "what is there is not downloaded again"
-        assert catalog.fetch("coco", None)["found"] == found
+        assert catalog.fetch("coco", None)["detail"] == found
         assert len(requests) == 1
     assert found.startswith("6 photos, ")
     assert found.endswith("6 photos, 30 captions")
@@ -191,7 +191,7 @@ def test_coco_from_archives(tmp_path, monkeypatch, published):
     for archive in coco_sets.ARCHIVES:
         (tmp_path / "given" / archive.name).parent.mkdir(exist_ok=True)
         (tmp_path / "given" / archive.name).write_bytes(contents[f"/{archive.path}"])
-    assert catalog.fetch("coco", tmp_path / "given")["found"].startswith("6 photos, ")
+    assert catalog.fetch("coco", tmp_path / "given")["detail"].startswith("6 photos, ")
     val = tmp_path / "given/val2017.zip"
     coco_sets.fetch_coco(tmp_path / "single", val, True)
     assert os.listdir(tmp_path / "single/coco") == ["val2017"]
