@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ UNPRINTABLE = re.compile(  # control characters, line separators, marks that reo
     "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 level = NORMAL
+_on_problem: Callable[[str], None] | None = None
 _stdout: Any = None  # where documents go while `only_documents_on_stdout`
 
 
@@ -68,10 +69,23 @@ def notebook_display() -> Any:
 def info(line: str) -> None:
     """Show a line unless the level is quiet; warnings and errors are always shown."""
     is_problem = line.startswith(("warning:", "error:"))
+    if is_problem and _on_problem is not None:
+        _on_problem(line)
     if level > QUIET or is_problem:
         # a notebook shows what is on stderr on red ground
         stream = sys.stderr if is_problem or notebook_display() is None else sys.stdout
         print(printable(line), file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def recorded(on_problem: Callable[[str], None]) -> Iterator[None]:
+    """Call a function with each warning and error that is shown, such as those of the data that a run loads."""
+    global _on_problem  # noqa: PLW0603 - one console
+    before, _on_problem = _on_problem, on_problem
+    try:
+        yield
+    finally:
+        _on_problem = before
 
 
 @contextlib.contextmanager

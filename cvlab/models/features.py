@@ -91,8 +91,11 @@ class FeatureExtractor:
         except RuntimeError as error:
             if "size" not in str(error):
                 raise
-            side = min(images.shape[2:])
-            raise ConfigError(f"{side} pixels are too few for {self.model.name}: {error}", "a larger size") from error
+            height, width = images.shape[2:]
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{width} x {height} pixels do not fit {self.model.name}: {reason}", "try a larger size"
+            ) from error
         for name in self.names:
             if not isinstance(features.get(name), Tensor) or features[name].ndim != 4:
                 raise _no_feature_map(self.model, name)

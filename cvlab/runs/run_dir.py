@@ -41,6 +41,7 @@ class RunDir:
         self._lock = RunLock(path)
         self._status: Row = {}
         self._metrics_descriptor: int | None = None
+        self._is_logging = False
 
     @property
     def checkpoints(self) -> Path:
@@ -79,7 +80,8 @@ class RunDir:
             self._remove_stale_temporaries()
             self._repair_metrics()
             self._status = read_json(self.path / "status.json")
-            yield self
+            with console.recorded(self._record_problem):
+                yield self
         finally:
             self._close_metrics()
             self._lock.release()
@@ -116,7 +118,20 @@ class RunDir:
     def log(self, line: str) -> None:
         """Append a line to log.txt and show it."""
         if self.writable and self.on_log is not None:
-            self.on_log(line)
+            self._is_logging = True
+            try:
+                self.on_log(line)
+            finally:
+                self._is_logging = False
+        self._append_to_log(line)
+
+    def _record_problem(self, line: str) -> None:
+        """Append a warning of a module that does not know the run, unless `log` shows it; a full disk ends the run later."""
+        if not self._is_logging:
+            with contextlib.suppress(RunDirError):
+                self._append_to_log(line)
+
+    def _append_to_log(self, line: str) -> None:
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.append_text("log.txt", f"{stamp} {console.printable(line)}\n")
 

@@ -170,7 +170,7 @@ DISK_HINT = "free space, or choose another folder with --runs-dir; earlier files
 def disk_error(path: Path, error: OSError, hint: str = DISK_HINT) -> RunDirError:
     """Return the error of a disk as a RunDirError of one line."""
     if error.errno == errno.ENOENT and hint == DISK_HINT and not path.parent.exists():
-        hint = "its folder was removed; start again"
+        hint = "its folder does not exist or was removed; choose another one with --runs-dir"
     if isinstance(error, IrregularFileError):
         hint = "the run directory was changed; remove it, or start again with --runs-dir"
     elif error.errno in UNSUPPORTED:

@@ -81,6 +81,9 @@ class RobustnessExperiment(Experiment[RobustnessConfig]):
             if not isinstance(registry.get_experiment(trained.experiment), MeasuresRobustness):
                 message = f"models: {Path(name).name} is a run of {trained.experiment}; its robustness is not measured"
                 problems.append((("models",), message))
+            elif config.on == "val" and not getattr(trained, "has_validation", True):
+                message = f"on: {Path(name).name} has no val split (data.val_fraction: 0); use train or test"
+                problems.append((("on",), message))
         return problems + super().problems(config, base)
 
     def plan(self, config: RobustnessConfig, base: Path) -> dict[str, Any]:

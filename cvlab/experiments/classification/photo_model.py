@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cvlab import registry
 from cvlab.data.datasets import DatasetSize
 from cvlab.errors import RunDirError
 from cvlab.experiments.classification import setup
@@ -51,11 +52,22 @@ def load(config: ClassifyConfig, base: Path, state: dict[str, Any], device: str)
     mean, std, transform = about["mean"], about["std"], about["transform"]
     size = DatasetSize(0, 0, transform.size_px, len(mean), len(about["classes"]))
     model = setup.build_model(config, base, size, is_restored=True)
+    model = model.double() if config.precision == "float64" else model  # the dtype of the checkpoint
     checkpoint.load_eval_weights(model, state, str(base))
     model = model.float().eval().requires_grad_(False)
+    classes = about["classes"]
+    if registry.is_user_file(config.model.name):
+        classes = (*classes, *_other_outputs(model, size))
     module = NormalizedModel(GrayscaleModel(model) if len(mean) == 1 else model, tuple(mean), tuple(std)).eval()
     module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return PretrainedClassifier(base.name, module, transform, tuple(about["classes"]))
+    return PretrainedClassifier(base.name, module, transform, tuple(classes))
+
+
+@torch.no_grad()
+def _other_outputs(model: nn.Module, size: DatasetSize) -> list[str]:
+    """Return names for the outputs of a user's model that stand for no class, of which it may have some."""
+    logits = model(torch.zeros(1, size.channels, size.image_px, size.image_px))
+    return [f"output {index}" for index in range(size.num_classes, logits.shape[1])]
 
 
 class GrayscaleModel(nn.Module):

@@ -114,8 +114,10 @@ def build(
     ctx = config.compute_context()
     dataset = dataset or load_dataset(config, base, check_interrupt)
     splits = split(dataset, config.data.val_fraction, config.data.num_train)
-    if config.evaluate_test and "test" not in splits:
+    if config.evaluate_test and "test" not in splits and not is_restored:
         console.info(f"warning: {dataset.name} has no test split; it is not evaluated")
+    if config.adversarial is not None and config.evaluates_robustness and "val" not in splits and not is_restored:
+        console.info("warning: there is no val split, so val_robust_accuracy is not measured")
     splits = {name: (x.to(ctx.device), y.to(ctx.device)) for name, (x, y) in splits.items()}
     normalize = _normalization(config, dataset, ctx)
     model = build_model(config, base, dataset_size(dataset), is_restored).to(ctx.device, ctx.dtype)
@@ -166,9 +168,14 @@ def labeled_images(
 
 def require_splits(names: Sequence[str], splits: Collection[str]) -> None:
     """Raise ConfigError unless all names are those of splits."""
-    unknown = [name for name in names if name not in splits]
-    if unknown:
-        raise ConfigError(f"unknown split {unknown[0]!r}", f"known: {', '.join(splits)}")
+    missing = [name for name in names if name not in splits]
+    if missing and missing[0] in ("val", "test"):
+        raise ConfigError(
+            f"the data has no {missing[0]} split",
+            f"name another one ({', '.join(splits)}), or train with data.{missing[0]}_fraction=0.2",
+        )
+    if missing:
+        raise ConfigError(f"unknown split {missing[0]!r}", f"known: {', '.join(splits)}")
 
 
 def _normalization(config: ClassifyConfig, dataset: ImageDataset, ctx: device.ComputeContext) -> Normalization:

@@ -16,6 +16,8 @@ from cvlab.models import names
 from cvlab.runs.find import runs_root
 
 if TYPE_CHECKING:
+    import torch
+
     from cvlab.engine.device import ComputeContext
     from cvlab.models.pretrained import PretrainedClassifier
 
@@ -73,13 +75,19 @@ class PretrainedConfig(RunConfig):
     def build(self) -> "tuple[ComputeContext, PretrainedClassifier]":
         """Select the device, seed the random number generators and build the model."""
         from cvlab.engine.device import seed_everything, select_device
-        from cvlab.models import pretrained
 
         ctx = select_device(self.device, self.precision, self.threads)
         seed_everything(self.seed)
-        if run_classifier.is_run_of_classifier(self.model):
-            return ctx, run_classifier.load(Path(self.model), str(ctx.device))
-        return ctx, pretrained.build(self.model, self.weights, ctx.device)
+        return ctx, build_model(self.model, self.weights, ctx.device)
+
+
+def build_model(name: str, weights: str | None, device: "torch.device") -> "PretrainedClassifier":
+    """Return a pretrained model, or that of a training run, by its resolved name."""
+    from cvlab.models import pretrained
+
+    if run_classifier.is_run_of_classifier(name):
+        return run_classifier.load(Path(name), str(device))
+    return pretrained.build(name, weights, device)
 
 
 class ImagesConfig(RunConfig):

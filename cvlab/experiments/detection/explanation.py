@@ -77,9 +77,10 @@ def require_any(results: Sequence[PhotoResult], number: int) -> None:
     """Raise ConfigError if no photo has a detection with a number."""
     if not any("evidence" in result.files for result in results):
         max_count = max(len(result.values["objects"]) for result in results)
-        raise ConfigError(
-            f"no detection has number {number}: a photo has at most {max_count}", "a lower number, or a lower conf"
-        )
+        if not max_count:
+            raise ConfigError("no objects were detected, so there is nothing to explain", "lower conf")
+        text = f"no detection has number {number}: a photo has at most {max_count}"
+        raise ConfigError(text, "give a lower number, or lower conf")
 
 
 def _count(objects: Sequence[Any]) -> str:

@@ -11,10 +11,10 @@ from cvlab.engine import image_optimizer
 from cvlab.engine.device import ComputeContext
 from cvlab.engine.image_optimizer import ImageState
 from cvlab.engine.loop import Losses
-from cvlab.experiments.common import saved_images
+from cvlab.errors import ConfigError
+from cvlab.experiments.common import photo_config, saved_images
 from cvlab.experiments.interpretability.config import ClassVisualizationConfig
 from cvlab.experiments.interpretability.visualization_targets import ClassTargets, Similarity, Targets
-from cvlab.models import pretrained
 from cvlab.models.pretrained import PretrainedClassifier
 from cvlab.ops import visualize
 from cvlab.reports import images
@@ -185,11 +185,22 @@ def parameter_shape(config: ClassVisualizationConfig, model: PretrainedClassifie
     return visualize.spectrum_shape(count, size) if config.parametrization == "fourier" else (count, 3, size, size)
 
 
-def build_second_model(config: ClassVisualizationConfig, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """Return a function from images (N, 3, S, S) to the second model's probabilities, or None if none is named."""
+def build_second_model(
+    config: ClassVisualizationConfig, model: PretrainedClassifier, device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """Return a function from images (N, 3, S, S) to the second model's probabilities, or None if none is named.
+
+    Raises:
+        ConfigError: The second model has other classes than the first one.
+    """
     if config.second_model is None:
         return None
-    second = pretrained.build(config.second_model, config.second_weights, device)
+    second = photo_config.build_model(config.second_model, config.second_weights, device)
+    if second.classes != model.classes:
+        raise ConfigError(
+            f"second_model {second.name} has other classes than {model.name}",
+            "name a model that was trained on the same classes",
+        )
     size = second.transform.size_px
 
     def probabilities(images: Tensor) -> Tensor:

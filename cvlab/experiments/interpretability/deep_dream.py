@@ -54,8 +54,15 @@ class Dreamer:
         self.layer = config.layer or self.extractor.names[0]
 
     def __call__(self, batch: list[Photo], check_interrupt: CheckInterrupt) -> list[PhotoResult]:
-        """Return one result for each photo."""
-        return [self._dream_and_save(photo, check_interrupt) for photo in batch]
+        """Return one result for each photo; a photo that is too small for the layer has an error instead."""
+        results = []
+        for photo in batch:
+            try:
+                results.append(self._dream_and_save(photo, check_interrupt))
+            except ConfigError as error:
+                self.run.log(f"warning: {photo.path.name}: {error.message}")
+                results.append(PhotoResult(str(photo.path), error=f"{photo.path.name}: {error.message}"))
+        return results
 
     def dream(self, photo: Tensor, check_interrupt: CheckInterrupt) -> Tensor:
         """Return the dream of a photo.

@@ -79,6 +79,7 @@ class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
         from cvlab.experiments.interpretability.visualization_targets import build_targets
 
         ctx, model = config.build()
+        second = build_second_model(config, model, ctx.device)
         visualizer = ClassVisualizer(config, model, ctx, build_targets(config, model, ctx.device), run)
         task = image_optimizer.ImageOptimization(
             state=image_optimizer.ImageState([visualizer.initial_parameters()]),
@@ -92,7 +93,6 @@ class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
         )
         losses = image_optimizer.optimize_image(task, run, "classvis")
         results = visualizer.save_and_evaluate(task.state)
-        second = build_second_model(config, ctx.device)
         if second is not None:
             visualizer.evaluate_second(second, results)
         run.extra_summary |= summarize(results, self.columns)
@@ -119,7 +119,7 @@ class ClassVisualizationExperiment(PhotoExperiment[ClassVisualizationConfig]):
             Similarity(config, model, targets.groups)
         if config.init == "image":
             photos.load(photo_paths.find_images(config.images)[0])
-        build_second_model(config, ctx.device)
+        build_second_model(config, model, ctx.device)
         shape = parameter_shape(config, model)
         return {
             "targets": ", ".join(targets.titles),

@@ -201,7 +201,8 @@ class NetworkReport:
         if not isinstance(experiment, HasTrainTask):
             return {}
         path = Path(self.config.model)
-        trained = trained.model_copy(update={"device": str(self.ctx.device), "precision": "float32"})
+        precision = "float64" if trained.precision == "float64" else "float32"
+        trained = trained.model_copy(update={"device": str(self.ctx.device), "precision": precision})
         try:
             task = experiment.train_task(trained, path, check_interrupt)
         except DataError as error:

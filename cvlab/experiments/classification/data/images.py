@@ -353,8 +353,8 @@ def default_eval_batch_size(images: Images, train_batch_size: int = 1) -> int:
 
     Args:
         images: (N, H, W, C).
-        train_batch_size: Batch size of all ranks in training. A rank's share of it fits into memory even with gradients,
-            so it is the minimum.
+        train_batch_size: Batch size of all ranks in training, a rank's share of which is the minimum: it fits into
+            memory even with gradients.
     """
     _, height, width, _ = images.shape
     first, end = sharding.shard_range(train_batch_size)
