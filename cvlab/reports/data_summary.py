@@ -33,7 +33,7 @@ def size_lines(document: Document) -> dict[str, str]:
 def copy_lines(document: Document) -> list[str]:
     """Return sentences about exact and near copies, with examples."""
     count, across = document["num_copies"], document["num_copies_across_splits"]
-    lines = [f"{count} {'image is' if count == 1 else 'images are'} there more than once, {across} in several splits"]
+    lines = [f"{count} {'image occurs' if count == 1 else 'images occur'} more than once, {across} in several splits"]
     lines += ["same: " + " = ".join(map(_place, members)) for members in document["copies"][:MAX_EXAMPLES]]
     near = document["near_copies"]
     if near is None:

@@ -126,9 +126,9 @@ class RunDir:
         self._append_to_log(line)
 
     def _record_problem(self, line: str) -> None:
-        """Append a warning of a module that does not know the run, unless `log` shows it; a full disk ends the run later."""
+        """Append a warning of a module that does not know the run; one that `log` shows is appended there."""
         if not self._is_logging:
-            with contextlib.suppress(RunDirError):
+            with contextlib.suppress(RunDirError):  # a full disk ends the run at its next write
                 self._append_to_log(line)
 
     def _append_to_log(self, line: str) -> None:

@@ -242,8 +242,8 @@ class ClassifyExperiment(
         files = setup.dataset.files.get("train") or tuple(map(str, range(len(labels))))
         report.write_labels_to_check(run, suspicious, files, labels.tolist(), setup.dataset)
         if suspicious:
-            noun = "training label is" if len(suspicious) == 1 else "training labels are"
-            run.log(f"{len(suspicious)} {noun} contradicted by all other images: {report.LABELS_TO_CHECK}")
+            noun = "training label" if len(suspicious) == 1 else "training labels"
+            run.log(f"{len(suspicious)} {noun} may be wrong, judging by the other images: {report.LABELS_TO_CHECK}")
 
     def data_overview(self, config: ClassifyConfig, base: Path, num_samples: int) -> "DataOverview":
         """Return what the data set consists of, with some training images before and after augmentation."""

@@ -39,6 +39,9 @@ def resolve_model(name: str, root: Path) -> str:
     try:
         names.check_name(name)
     except ConfigError as error:
+        if registry.is_user_file(name):
+            hint = "train it first: `model: {name: ./file.py:Name}` in a configuration; then name the run"
+            raise ConfigError(f"{name} is a file, and a pretrained model or a run is needed", hint) from error
         if not name.strip() or ":" in name:
             raise
         try:

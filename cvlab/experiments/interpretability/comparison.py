@@ -1,6 +1,7 @@
 """The saliency maps of all methods of a photo on one sheet, with their scores and a check by randomized weights."""
 
 import typing
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -50,6 +51,7 @@ def compare(
     photo_input: Tensor,
     class_index: int,
     view: Image.Image,
+    on_method: Callable[[str, float], None],
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Image.Image]]]:
     """Compute and score the maps of one photo.
 
@@ -60,6 +62,7 @@ def compare(
         photo_input: The model's input (3, S, S).
         class_index: What to explain.
         view: The same as an image.
+        on_method: Called before each method with a note and the fraction of the methods that are done.
 
     Returns:
         For each method and for a random order `method`, `inside`, `insertion` and `deletion`, for each method also
@@ -69,7 +72,8 @@ def compare(
     rows: list[dict[str, Any]] = []
     tiles = [("the model's input", view)]
     randomized = _randomize(config, model)
-    for method in methods:
+    for number, method in enumerate(methods):
+        on_method(f"{METHOD_TITLES[method]}, {number + 1} of {len(methods)} methods", number / len(methods))
         values = compute_maps(config, method, model, photo_input[None], classes.clone())[0].float()
         areas = _score(config, model, photo_input, class_index, values)
         rows.append({"method": method, "inside": strongest_fraction(values.cpu()), **areas})

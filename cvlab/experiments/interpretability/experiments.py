@@ -257,9 +257,9 @@ class SaliencyExperiment(PhotoExperiment[SaliencyConfig]):
     metrics = (
         Metric("num_photos"),
         Metric("inside", "fraction", "higher"),
-        Metric("insertion/*", "fraction", "higher", lambda config: config.compare),
-        Metric("deletion/*", "fraction", "lower", lambda config: config.compare),
-        Metric("randomized/*", "", "lower", lambda config: config.compare and config.randomized > 0),
+        Metric("insertion/*", "fraction", "higher", lambda config: config.compare, "method"),
+        Metric("deletion/*", "fraction", "lower", lambda config: config.compare, "method"),
+        Metric("randomized/*", "", "lower", lambda config: config.compare and config.randomized > 0, "method"),
     )
 
     def problems(self, config: SaliencyConfig, base: Path) -> Problems:

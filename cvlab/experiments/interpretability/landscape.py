@@ -43,27 +43,31 @@ def measure(
     device = model.module.scale.device
     pixels, labels = split.images(indices), split.labels[indices].to(device)
 
+    rows = [row[LOSSES] for row in records.read_metrics(run.path) if LOSSES in row]
+    distances = axis(config)
+    num_points = len(rows) * len(distances)
+
     def loss() -> float:
+        nonlocal num_points
         check_interrupt()
+        progress.update(num_points / len(distances), f"{num_points} of {len(distances) ** 2} points")
+        num_points += 1
         total = 0.0
         for batch, targets in zip(pixels.split(config.batch_size), labels.split(config.batch_size), strict=True):
             logits = model.module(to_pixels(batch.to(device))).float()
             total += float(F.cross_entropy(logits, targets, reduction="sum").double())
         return total / len(labels)
 
-    rows = [row[LOSSES] for row in records.read_metrics(run.path) if LOSSES in row]
     generator = torch.Generator().manual_seed(config.seed)
     first, second = (
         loss_landscape.random_direction(model.module, lambda shape: torch.randn(shape, generator=generator))
         for _ in range(2)
     )
-    distances = axis(config)
     with Progress("landscape", len(distances), len(rows)) as progress:
         for row in range(len(rows), len(distances)):
             points = [(a, distances[row]) for a in distances]
             rows.append(list(loss_landscape.losses_along(model.module, (first, second), points, loss)))
             run.append({"step": row + 1, LOSSES: rows[-1]})
-            progress.update(row + 1, f"loss {rows[-1][len(rows[-1]) // 2]:.3g}")
     return torch.tensor([[math.nan if loss is None else loss for loss in row] for row in rows], dtype=torch.float64)
 
 
@@ -91,12 +95,14 @@ def draw(losses: Tensor, distances: Sequence[float], title: str) -> bytes:
         norm = LogNorm(low, high)
     filled = axes.contourf(distances, distances, shown, levels=levels, cmap="viridis", norm=norm)
     lines = axes.contour(distances, distances, shown, levels=levels[::3], colors="white", linewidths=0.6)
-    axes.clabel(lines, fontsize=7, fmt="%.3g")
+    spread = (high - low) / max(abs(high), 1e-30)
+    number_format = f"%.{3 if is_log or spread <= 0 else max(3, 2 + math.ceil(-math.log10(spread)))}g"  # levels differ
+    axes.clabel(lines, fontsize=7, fmt=number_format)
     axes.plot(0, 0, marker="+", color="red", markersize=12, markeredgewidth=2)
     axes.set_aspect("equal")
     axes.set_xlabel("direction 1, filter-normalized")
     axes.set_ylabel("direction 2, filter-normalized")
     axes.set_title("\n".join(map(plots.label, title.splitlines())), fontsize=plots.TITLE_SIZE)
-    bar = figure.colorbar(filled, ax=axes, format="%.3g")
+    bar = figure.colorbar(filled, ax=axes, format=number_format)
     bar.set_label("cross-entropy")
     return plots.to_png(figure)

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from cvlab.runs.run_dir import RunDir
 
 
 @contextlib.contextmanager
-def _checking(module: nn.Module, check_interrupt: CheckInterrupt) -> Iterator[None]:
+def _checking(module: nn.Module, check_interrupt: Callable[[], None]) -> Iterator[None]:
     """Check for an interrupt before each forward pass; some methods take hundreds of them for a photo."""
     hook = module.register_forward_pre_hook(lambda _module, _args: check_interrupt())
     try:
@@ -63,15 +63,33 @@ class SaliencyMaps:
             }
             files = self._save(photo, values, model.classes[index])
             if self.config.compare:
-                with ctx.autocast(), _checking(model.module, check_interrupt):
-                    row["methods"], files["comparison"] = self._compare(photo, inputs[k], index)
+                share = (k / len(batch), (k + 1) / len(batch))
+                row["methods"], files["comparison"] = self._compare(photo, inputs[k], index, check_interrupt, share)
             results.append(PhotoResult(str(photo.path), row, files))
         return results
 
-    def _compare(self, photo: Photo, photo_input: Tensor, index: int) -> tuple[list[dict[str, Any]], str]:
-        """Save the sheet of all methods of a photo; return their scores and its path."""
+    def _compare(
+        self,
+        photo: Photo,
+        photo_input: Tensor,
+        index: int,
+        check_interrupt: CheckInterrupt,
+        share: tuple[float, float],
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Save the sheet of all methods of a photo; return their scores and its path.
+
+        `share` is where the photo begins and ends in the batch, as fractions, for the progress.
+        """
         view = self.model.transform(photo.image)
-        rows, tiles = comparison.compare(self.config, self.methods, self.model, photo_input, index, view)
+        note, done = "", share[0]
+
+        def show(method: str, fraction: float) -> None:
+            nonlocal note, done
+            note, done = method, share[0] + fraction * (share[1] - share[0])
+            check_interrupt(note, done)
+
+        with self.ctx.autocast(), _checking(self.model.module, lambda: check_interrupt(note, done)):
+            rows, tiles = comparison.compare(self.config, self.methods, self.model, photo_input, index, view, show)
         random = rows[-1]
         title = (
             f"saliency of the {self.config.objective}: {self.model.classes[index]}. Good maps: high insertion, low "

@@ -74,4 +74,4 @@ def test_a_run_names_the_photos_whose_label_is_wrong(tmp_path, data_root, cvlab)
     assert all(split_of[row["image"]] == "train" for row in rows)
     assert (run / "plots" / "train_suspicious.png").is_file() == bool(rows)
     if rows:
-        assert "contradicted by all other images: labels-to-check.csv" in err
+        assert "may be wrong, judging by the other images: labels-to-check.csv" in err

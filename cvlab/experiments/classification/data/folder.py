@@ -37,6 +37,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SPLITS = ("train", "val", "test")
+HEIC_SUFFIXES = (".heic", ".heif")
 CACHE_FOLDER = "photos-v2"
 BLOCK = 64  # photos that are decoded and written at a time
 PHOTOS_PER_TASK = 8  # of a thread
@@ -128,10 +129,10 @@ def _list_folders(root: Path) -> tuple[list[LabeledPhoto], list[str]]:
         pairs = [(folder, None) for folder in folders]
     else:
         pairs = [(child, split) for folder, split in by_split.items() for child in _subfolders(folder)]
-    listed, notes, others = [], [], 0
+    listed, notes, others = [], [], []
     for folder, split in pairs:
-        paths, num_others = _photos_below(folder)
-        others += num_others
+        paths, other_files = _photos_below(folder)
+        others += other_files
         listed += [LabeledPhoto(path, folder.name, split) for path in paths]
         if not paths:
             notes.append(f"class folder {console.relative_path(folder)} has no photo; it is left out")
@@ -139,7 +140,10 @@ def _list_folders(root: Path) -> tuple[list[LabeledPhoto], list[str]]:
     if skipped:
         notes.append(f"folders beside train/ that are no split are left out: {_examples(skipped)}")
     if others:
-        notes.append(f"{others} {'file is' if others == 1 else 'files are'} not JPEG, PNG, BMP or WEBP and left out")
+        verb = "file is" if len(others) == 1 else "files are"
+        num_heic = sum(path.suffix.lower() in HEIC_SUFFIXES for path in others)
+        heic = f"; {num_heic} in Apple's format HEIC, to be exported as JPEG" if num_heic else ""
+        notes.append(f"{len(others)} {verb} not JPEG, PNG, BMP or WEBP and left out{heic}")
     if not listed:
         raise DataError(f"{root}: no photos in folders of classes", LAYOUT_HINT)
     return listed, notes
@@ -152,9 +156,9 @@ def _subfolders(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: {error.strerror}", "give a folder that can be read") from error
 
 
-def _photos_below(folder: Path) -> tuple[list[Path], int]:
-    """Return the photos in a folder and the folders in it, each of which is visited once, and the number of others."""
-    paths, others, visited = [], 0, set()
+def _photos_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the photos in a folder and the folders in it, each of which is visited once, and the other files."""
+    paths, others, visited = [], [], set()
     for parent, children, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:
@@ -166,7 +170,7 @@ def _photos_below(folder: Path) -> tuple[list[Path], int]:
             if Path(name).suffix.lower() in SUFFIXES:
                 paths.append(Path(parent, name))
             else:
-                others += 1
+                others.append(Path(parent, name))
     return paths, others
 
 
@@ -258,12 +262,13 @@ def _describe_copies(root: Path, listed: Sequence[LabeledPhoto], copies: Mapping
 
     notes = []
     for what, examples in (
-        ("the same photo is in two classes", of_classes),
-        ("the same photo is in two splits", of_splits),
-        ("the same photo is there twice", others),
+        ("in two classes", of_classes),
+        ("in two splits", of_splits),
+        ("twice in one class", others),
     ):
         if examples:
-            notes.append(f"{what}, {len(examples)} times: {_examples([names(members) for members in examples])}")
+            count = f"{len(examples)} photo{' occurs' if len(examples) == 1 else 's occur'}"
+            notes.append(f"{count} {what}: {_examples([names(members) for members in examples])}")
     return notes
 
 

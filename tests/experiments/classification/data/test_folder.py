@@ -123,7 +123,7 @@ def test_what_is_odd_is_said(class_folders):
     same = (class_folders / "newt" / "0.png").read_bytes()
     (class_folders / "newt" / "same.png").write_bytes(same)
     notes = "\n".join(scan(class_folders, SplitConfig()).notes)
-    for text in ("empty has no photo", "two classes", "there twice", "one training photo only: single"):
+    for text in ("empty has no photo", "in two classes", "twice in one class", "one training photo only: single"):
         assert text in notes
     listing = scan(class_folders, SplitConfig())
     split_of = {photo.path.relative_to(class_folders).as_posix(): photo.split for photo in listing.photos}
