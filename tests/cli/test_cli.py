@@ -226,7 +226,7 @@ def test_an_exception_in_user_code_shows_its_traceback(cvlab, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "message"),
     [
         ("device=cuda:99", "device cuda:99 is not available"),
         ("batch_size=1000", "batch_size 1000 is larger"),
