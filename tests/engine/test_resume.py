@@ -266,5 +266,7 @@ def test_the_last_weights_are_used_if_they_are_better_than_the_average(tmp_path,
 
 
 def test_the_train_loss_does_not_depend_on_log_every(tmp_path):
-    every, *others = (tiny.train(tmp_path / str(n), tiny.settings(log_every=n))[0]["train_loss"] for n in (1, 3, 50))
-    assert others == [every, every]
+    every_step, *less_often = (
+        tiny.train(tmp_path / str(n), tiny.settings(log_every=n))[0]["train_loss"] for n in (1, 3, 50)
+    )
+    assert less_often == [every_step, every_step]
