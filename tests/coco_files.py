@@ -6,7 +6,7 @@ import random
 
 from PIL import Image
 
-CATEGORIES = {1: "person", 3: "car", 7: "traffic light"}  # as COCO's, the ids have gaps
+CATEGORIES = {1: "person", 3: "car", 7: "traffic light"}  # the ids have gaps, like those of COCO
 
 
 def coco_documents(seed, names, size=(60, 40)):

@@ -256,7 +256,7 @@ def test_many_large_images_do_not_stop_a_page(tmp_path, monkeypatch, scale):
     path = write_run(tmp_path / "20261125-120000-x-0001")
     large, smaller = int(13_000 * scale), int(7_000 * scale)
     for number, size in enumerate([large] * 3 + [smaller] * 6):
-        raw = encoded((size, size - number))  # of different sizes, so that none is deduplicated
+        raw = encoded((size, size - number))  # different sizes, so that none is deduplicated
         (path / "images" / f"{number:02d}.png").write_bytes(raw)
     start = time.monotonic()
     signal.alarm(60)
