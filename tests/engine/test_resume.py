@@ -156,7 +156,7 @@ def test_a_resumed_budget_and_a_run_of_its_recorded_plan_give_the_same_result(tm
     assert repeated_summary == summary
     assert tiny.rows(tmp_path / "again") == tiny.rows(tmp_path / "run")
     assert tiny.untimed(again) == tiny.untimed(metrics)
-    tiny.train(tmp_path / "run", config_of_record)  # like after a kill between writing config.yaml and the status `done`
+    tiny.train(tmp_path / "run", config_of_record)  # like after a kill before the status `done` is written
 
 
 def test_a_changed_configuration_is_not_resumed(tmp_path):
