@@ -1,4 +1,4 @@
-"""Compare accuracies under cvlab's attacks with those under torchattacks' and adv-lib's, on the same images of a run.
+"""Compare accuracies under the attacks of cvlab, torchattacks and adv-lib on the same images of a run.
 
 Command: python benchmarks/attacks.py RUN --eps 4 (pip install torchattacks adv-lib; a column is empty without them)
 """
@@ -30,7 +30,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]  # images (N, C, H, W) in [0, 1] and
 
 
 class Logits(nn.Module):
-    """A function from images in [0, 1] to logits, as the module that other libraries take."""
+    """A module for other libraries that calls a function from images in [0, 1] to logits."""
 
     def __init__(self, logits_fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ def load(run: Path) -> "LabeledClassifier":
     return experiment.labeled_classifier(config, run, checkpoint.load_of_run(run, "last"), "test", "cpu", lambda: None)
 
 
-def of_library(name: str, model: nn.Module, eps: float, steps: int, queries: int) -> dict[str, Attack]:
-    """Return the attacks of a library by cvlab's names, with a bound in [0, 1]; none where it is not installed."""
-    _compat.torchvision()  # which the libraries import
+def library_attacks(name: str, model: nn.Module, eps: float, steps: int, queries: int) -> dict[str, Attack]:
+    """Return the attacks of a library by their names in cvlab, `eps` in [0, 1]; empty if it is not installed."""
+    _compat.torchvision()  # the libraries import it
     try:
         library: Any = importlib.import_module(name)
     except ImportError:
@@ -81,19 +81,21 @@ def compare(run: Path, eps: float, num_images: int, steps: int, queries: int) ->
     """Return `{"run", "attack", "cvlab", "torchattacks", "adv_lib.attacks"}` for each attack: accuracies or None."""
     settings = {"num_images": num_images, "steps": steps, "queries": queries}
     with tempfile.TemporaryDirectory() as folder:
-        ours = cvlab.robustness(run, methods=METHODS, eps=[eps], overrides=settings, device="cpu", runs_dir=folder)
-        metrics = ours.summary["metrics"]
+        run_of_cvlab = cvlab.robustness(
+            run, methods=METHODS, eps=[eps], overrides=settings, device="cpu", runs_dir=folder
+        )
+        metrics = run_of_cvlab.summary["metrics"]
     classifier = load(run)
     images = classifier.images(slice(num_images)).permute(0, 3, 1, 2).float() / 255
     labels = classifier.labels[:num_images]
     model = Logits(classifier.logits_fn, classifier.device).eval()
-    is_right = model(images).argmax(1) == labels
+    is_correct = model(images).argmax(1) == labels
     rows: list[dict[str, Any]] = [
         {"run": run.name, "attack": name, "cvlab": metrics[f"{name}_accuracy/{eps:g}"]} for name in METHODS
     ]
     for library in LIBRARIES:
         torch.manual_seed(0)
-        attacks = of_library(library, model, eps / 255, steps, queries)
+        attacks = library_attacks(library, model, eps / 255, steps, queries)
         for row in rows:
             attack = attacks.get(row["attack"])
             if attack is None:
@@ -101,7 +103,7 @@ def compare(run: Path, eps: float, num_images: int, steps: int, queries: int) ->
                 continue
             examples = attack(images.clone(), labels).detach()
             assert (examples - images).abs().max() <= eps / 255 + 1e-5
-            row[library] = float((is_right & (model(examples).argmax(1) == labels)).float().mean())
+            row[library] = float((is_correct & (model(examples).argmax(1) == labels)).float().mean())
     return [{"run": run.name, "attack": "none", "cvlab": metrics["accuracy"]} | dict.fromkeys(LIBRARIES), *rows]
 
 
@@ -114,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of PGD and APGD")
     parser.add_argument("--queries", type=int, default=1000, help="queries of Square")
     parser.add_argument("--json", action="store_true")
-    chosen = parser.parse_args(arguments)
-    sizes = (chosen.eps, chosen.images, chosen.steps, chosen.queries)
-    rows = [row for run in chosen.runs for row in compare(run.resolve(), *sizes)]
-    if chosen.json:
-        print(json.dumps({"ok": True, "eps": chosen.eps, "images": chosen.images, "attacks": rows}))
+    options = parser.parse_args(arguments)
+    sizes = (options.eps, options.images, options.steps, options.queries)
+    rows = [row for run in options.runs for row in compare(run.resolve(), *sizes)]
+    if options.json:
+        print(json.dumps({"ok": True, "eps": options.eps, "images": options.images, "attacks": rows}))
         return
     for row in rows:
         values = ("" if row[name] is None else f"{row[name]:.3f}" for name in ("cvlab", *LIBRARIES))

@@ -1,8 +1,8 @@
-"""What each augmentation of training images costs: CPU time per image, in one thread.
+"""CPU time per image of each augmentation of training images, in one thread.
 
     python benchmarks/augmentation.py
 
-The CPU time of the process is measured, not the time that passes, so that other programs disturb less.
+CPU time is less affected by other programs than wall time.
 """
 
 import argparse
@@ -27,12 +27,12 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "rotate: 10": {"rotate": 10.0},
     "color: 0.4": {"color": 0.4},
 }
-BATCHES = {32: 100, 224: 16}  # height and width of the images -> images of a batch
+BATCHES = {32: 100, 224: 16}  # height and width of the images -> batch size
 NUM_CLASSES = 10
 
 
 def seconds_per_image(augment: Augmentation, size_px: int, step: int) -> float:
-    """Return the CPU seconds that one image of a batch takes."""
+    """Return the CPU seconds per image of a batch."""
     count = BATCHES[size_px]
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (count, size_px, size_px, 3), generator=generator, dtype=torch.uint8)
@@ -49,7 +49,7 @@ def seconds_per_image(augment: Augmentation, size_px: int, step: int) -> float:
 
 def main() -> None:
     """Print the median cost of each augmentation, measured in turn."""
-    parser = argparse.ArgumentParser(description="Measure what augmentations cost.")
+    parser = argparse.ArgumentParser(description="Measure the CPU time of augmentations.")
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def main() -> None:
             for name, augment in augmentations.items():
                 seconds[name].append(seconds_per_image(augment, size_px, step))
         for name, values in seconds.items():
-            measured = [1e6 * value for value in values[1:]]  # the first one warms up
+            measured = [1e6 * value for value in values[1:]]  # the first round is a warm-up
             spread = f"{min(measured):.0f} to {max(measured):.0f}"
             print(f"{size_px} px  {name:24} {statistics.median(measured):8.0f} us  ({spread}, n={rounds})")
 

@@ -1,11 +1,11 @@
-"""CIFAR-10 without loss in two zip files of about 50 MiB each, for a machine without network that takes little.
+"""Pack CIFAR-10 losslessly into two zip files of about 50 MiB each, for machines without network.
 
     python benchmarks/cifar_pack.py pack DATA_FOLDER PACKS
     python benchmarks/cifar_pack.py unpack PACKS DATA_FOLDER
 
-The pixels of a batch become one lossless WebP of 100 x 100 images; what comes before and after them in the official
-file is stored as it is, so that unpacking gives the official files, whose checksums cvlab verifies. Carry the two parts
-in two transfers into one folder, then unpack. The official archive has 163 MiB.
+The pixels of a batch become one lossless WebP of 100 x 100 images; the other bytes of the official file are stored
+unchanged, so that unpacking gives the official files, whose checksums cvlab verifies. Copy both parts into one
+folder, then unpack. The official archive has 163 MiB.
 """
 
 import argparse
@@ -25,11 +25,11 @@ PARTS = {
 }
 GRID = (100, 100)  # rows and columns of images
 PIXEL_BYTES = 10_000 * 3072
-OPCODES = (b"T", b"B")  # of pickle, before the length and the bytes: a string of Python 2, bytes of Python 3
+OPCODES = (b"T", b"B")  # pickle opcodes before length and content: Python 2 string, Python 3 bytes
 
 
-def pixels_at(raw: bytes) -> int | None:
-    """Return where the pixels of a batch begin in its file; None if it has none."""
+def pixel_offset(raw: bytes) -> int | None:
+    """Return the offset of the pixels in the file of a batch; None if it has no pixels."""
     positions = [raw.find(opcode + PIXEL_BYTES.to_bytes(4, "little")) for opcode in OPCODES]
     return next((position + 5 for position in positions if position >= 0), None)
 
@@ -45,7 +45,7 @@ def to_webp(pixels: bytes) -> bytes:
 
 
 def from_webp(data: bytes) -> bytes:
-    """Return what `to_webp` was given."""
+    """Return the pixels that `to_webp` has encoded."""
     rows, columns = GRID
     sheet = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     return sheet.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 4, 1, 3).tobytes()
@@ -58,7 +58,7 @@ def pack(data: Path, packs: Path) -> list[Path]:
         with zipfile.ZipFile(packs / part, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in names:
                 raw = CIFAR10_FILES.read(data, name)
-                start = pixels_at(raw)
+                start = pixel_offset(raw)
                 if start is None:
                     archive.writestr(name, raw)
                     continue

@@ -24,7 +24,7 @@ from cvlab.ops.average_precision import Detections, GroundTruth
 from cvlab.ops.roi_align import roi_align
 
 NMS_COUNTS, NMS_IOU = (5_000, 20_000), 0.5
-FEATURE_SHAPE, NUM_BOXES, OUTPUT_SIZE = (4, 1280, 14, 14), 256, 2  # those of the second stage of the course's detector
+FEATURE_SHAPE, NUM_BOXES, OUTPUT_SIZE = (4, 1280, 14, 14), 256, 2  # the second stage of the course's detector
 NUM_IMAGES, NUM_CLASSES, NUM_DETECTIONS, NUM_OBJECTS = 5_000, 20, 10, 5
 PHOTO_PX = (640, 480)
 Loops = dict[str, Callable[[], object]]
@@ -44,7 +44,7 @@ def run(rounds: int, device: str) -> dict[str, Any]:
 
 
 def _groups(ctx: engine_device.ComputeContext) -> list[Loops]:
-    """Return the loops to compare with each other, cvlab's own first."""
+    """Return groups of loops to compare, cvlab's implementation first."""
     suppression = [_nms(count, ctx) for count in NMS_COUNTS]
     detectors = [_detector(name, ctx) for name in inference.BUNDLED_DETECTORS]
     return [*suppression, _roi_align(ctx), _precision(), *detectors]
@@ -65,8 +65,8 @@ def _nms(count: int, ctx: engine_device.ComputeContext) -> Loops:
 def _torchvision_op(name: str) -> Callable[..., Any] | None:
     """Return one of torchvision's compiled operators; None if its library cannot be loaded."""
     _compat.torchvision()
-    has_it = importlib.import_module("torchvision.extension")._has_ops()
-    return getattr(importlib.import_module("torchvision.ops"), name) if has_it else None
+    has_ops = importlib.import_module("torchvision.extension")._has_ops()
+    return getattr(importlib.import_module("torchvision.ops"), name) if has_ops else None
 
 
 def _roi_align(ctx: engine_device.ComputeContext) -> Loops:
@@ -74,31 +74,35 @@ def _roi_align(ctx: engine_device.ComputeContext) -> Loops:
     maps = torch.randn(FEATURE_SHAPE, generator=generator).to(ctx.device, memory_format=torch.channels_last)
     maps.requires_grad_(True)
     corner, sides = torch.rand(2, NUM_BOXES, 2, generator=generator)
-    cut = torch.cat([corner, corner + sides], 1).clamp(max=1).to(ctx.device) * FEATURE_SHAPE[2]
-    image = (torch.arange(NUM_BOXES) % FEATURE_SHAPE[0]).to(ctx.device)
+    boxes_xyxy = torch.cat([corner, corner + sides], 1).clamp(max=1).to(ctx.device) * FEATURE_SHAPE[2]
+    image_indices = (torch.arange(NUM_BOXES) % FEATURE_SHAPE[0]).to(ctx.device)
 
-    def through(work: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(work().sum(), maps)
+    def forward_backward(function: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function().sum(), maps)
 
     loops: Loops = {
-        f"RoIAlign of {NUM_BOXES} boxes, there and back": through(lambda: roi_align(maps, cut, image, OUTPUT_SIZE)),
-        "a loop over the boxes": through(lambda: roi_align_loop(maps, cut, image, OUTPUT_SIZE)),
+        f"RoIAlign of {NUM_BOXES} boxes, forward and backward": forward_backward(
+            lambda: roi_align(maps, boxes_xyxy, image_indices, OUTPUT_SIZE)
+        ),
+        "a loop over the boxes": forward_backward(lambda: roi_align_loop(maps, boxes_xyxy, image_indices, OUTPUT_SIZE)),
     }
     torchvision_roi_align = _torchvision_op("roi_align")
     if torchvision_roi_align is not None:
-        rois = torch.cat([image[:, None].to(cut), cut], 1)
-        loops["torchvision's RoIAlign"] = through(lambda: torchvision_roi_align(maps, rois, OUTPUT_SIZE, 1.0, 2, True))
+        rois = torch.cat([image_indices[:, None].to(boxes_xyxy), boxes_xyxy], 1)
+        loops["torchvision's RoIAlign"] = forward_backward(
+            lambda: torchvision_roi_align(maps, rois, OUTPUT_SIZE, 1.0, 2, True)
+        )
     return loops
 
 
-def roi_align_loop(maps: Tensor, boxes_xyxy: Tensor, image: Tensor, size: int) -> Tensor:
+def roi_align_loop(maps: Tensor, boxes_xyxy: Tensor, image_indices: Tensor, size: int) -> Tensor:
     """Compute `roi_align` with two samples per bin and axis box by box: four points of each bin, then their mean."""
     h, w = maps.shape[2:]
-    along = (torch.arange(2 * size, dtype=maps.dtype, device=maps.device) + 0.5) / (2 * size)
+    bin_samples = (torch.arange(2 * size, dtype=maps.dtype, device=maps.device) + 0.5) / (2 * size)
     pooled = []
-    for (x1, y1, x2, y2), k in zip(boxes_xyxy.tolist(), image.tolist(), strict=True):
-        across, down = ((low + along * (high - low)) for low, high in ((x1, x2), (y1, y2)))
-        y, x = torch.meshgrid(2 * down / h - 1, 2 * across / w - 1, indexing="ij")
+    for (x1, y1, x2, y2), k in zip(boxes_xyxy.tolist(), image_indices.tolist(), strict=True):
+        x_samples, y_samples = ((low + bin_samples * (high - low)) for low, high in ((x1, x2), (y1, y2)))
+        y, x = torch.meshgrid(2 * y_samples / h - 1, 2 * x_samples / w - 1, indexing="ij")
         samples = F.grid_sample(
             maps[k : k + 1], torch.stack([x, y], 2)[None], padding_mode="border", align_corners=False
         )
@@ -119,26 +123,28 @@ def _precision() -> Loops:
 
 
 def random_detections(num_images: int) -> tuple[list[Detections], list[GroundTruth]]:
-    """Return random detections near the boxes of random ground ground_truths."""
+    """Return random ground truths and random detections near their boxes."""
     generator = torch.Generator().manual_seed(0)
     detections, ground_truths = [], []
     for _ in range(num_images):
         corner = 400 * torch.rand(NUM_OBJECTS, 2, generator=generator)
-        true = torch.cat([corner, corner + 20 + 100 * torch.rand(NUM_OBJECTS, 2, generator=generator)], 1)
+        boxes_xyxy = torch.cat([corner, corner + 20 + 100 * torch.rand(NUM_OBJECTS, 2, generator=generator)], 1)
         labels = torch.randint(NUM_CLASSES, (NUM_OBJECTS,), generator=generator)
-        near = true.repeat(NUM_DETECTIONS // NUM_OBJECTS, 1) + 10 * torch.randn(NUM_DETECTIONS, 4, generator=generator)
-        near[:, 2:] = near[:, 2:].maximum(near[:, :2] + 1)
+        detected_xyxy = boxes_xyxy.repeat(NUM_DETECTIONS // NUM_OBJECTS, 1) + 10 * torch.randn(
+            NUM_DETECTIONS, 4, generator=generator
+        )
+        detected_xyxy[:, 2:] = detected_xyxy[:, 2:].maximum(detected_xyxy[:, :2] + 1)
         scores = torch.rand(NUM_DETECTIONS, generator=generator)
-        detections.append(Detections(near, scores, labels.repeat(NUM_DETECTIONS // NUM_OBJECTS)))
-        ground_truths.append(GroundTruth(true, labels, torch.zeros(NUM_OBJECTS, dtype=torch.bool)))
+        detections.append(Detections(detected_xyxy, scores, labels.repeat(NUM_DETECTIONS // NUM_OBJECTS)))
+        ground_truths.append(GroundTruth(boxes_xyxy, labels, torch.zeros(NUM_OBJECTS, dtype=torch.bool)))
     return detections, ground_truths
 
 
 def _torchmetrics(detections: list[Detections], ground_truths: list[GroundTruth]) -> object:
     metric = importlib.import_module("torchmetrics.detection").MeanAveragePrecision(backend="faster_coco_eval")
     metric.update(
-        [{"boxes": one.boxes_xyxy, "scores": one.scores, "labels": one.labels} for one in detections],
-        [{"boxes": one.boxes_xyxy, "labels": one.labels} for one in ground_truths],
+        [{"boxes": d.boxes_xyxy, "scores": d.scores, "labels": d.labels} for d in detections],
+        [{"boxes": g.boxes_xyxy, "labels": g.labels} for g in ground_truths],
     )
     return metric.compute()
 

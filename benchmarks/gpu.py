@@ -1,11 +1,11 @@
-"""Measure everything that needs a GPU, within a number of minutes and without network, and write one JSON.
+"""Run all benchmarks that need a GPU within a time limit and without network; write one JSON.
 
     python benchmarks/gpu.py --out gpu.json                        # at most 8 minutes
     python benchmarks/gpu.py --packs PACKS --out gpu.json          # unpack CIFAR-10 first, see cifar_pack.py
-    python benchmarks/gpu.py --tiny --device cpu --out gpu.json    # that everything runs, on any machine
+    python benchmarks/gpu.py --tiny --device cpu --out gpu.json    # a smoke test for any machine
 
-Each part runs in a process of its own, so that one that fails or hangs ends alone. A part stops when its share of the
-time is used or the whole is; what it has measured until then is in the JSON, with the reason for what is missing.
+Each part runs in a separate process, so that a part that fails or hangs does not stop the others. A part stops when
+its time or the total time is used up; the JSON has the rows measured until then and the reason for missing ones.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from cvlab.runs.environment import environment
 from cvlab.storage.cache import data_root
 
 ROOT = Path(__file__).parent.parent
-RESERVED_SECONDS = 10.0  # to end a part and to write the JSON
-SECONDS_TO_REPORT = 5.0  # of a part that is stopped
-MIN_SECONDS = 5.0  # less is not worth the start of a process
+RESERVED_SECONDS = 10.0  # for ending a part and writing the JSON
+SECONDS_TO_REPORT = 5.0  # for the report of a part that is stopped
+MIN_SECONDS = 5.0  # a part with less time is not started
 FAST = ("deterministic=false",)
 TINY = ("model.widths=[4,8]", "model.depth=1", "data.num_train=200", "batch_size=100", "duration={epochs: 1}")
 METRICS = ("test_accuracy_tta", "test_accuracy", "train_seconds", "images_per_second", "steps")
@@ -53,11 +53,11 @@ Rows = Iterator[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Options:
-    """What a part is called with."""
+    """Arguments of a part."""
 
     device: str
     tiny: bool
-    deadline: float  # of `time.monotonic`, which is the same in all processes
+    deadline: float  # in terms of `time.monotonic`, which is the same in all processes
 
     def seconds_left(self) -> float:
         """Return the seconds until the part has to end."""
@@ -65,7 +65,7 @@ class Options:
 
 
 def train_once(options: Options, name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train a shipped configuration; return what its JSON says of accuracy and time."""
+    """Train a shipped configuration; return accuracies and times from its JSON."""
     from cvlab.cli import main
 
     out = io.StringIO()
@@ -82,7 +82,7 @@ def train_once(options: Options, name: str, seed: int, overrides: Sequence[str])
 
 
 def train_many(options: Options, name: str, variants: Sequence[tuple[int, Sequence[str]]]) -> Rows:
-    """Train (runs, overrides) of a configuration with seeds from 0; leave out runs that would not end in time."""
+    """Train (runs, overrides) of a configuration with seeds from 0; skip runs that would not end in time."""
     longest = 0.0
     for runs, overrides in variants:
         for seed in range(1 if options.tiny else runs):
@@ -95,7 +95,7 @@ def train_many(options: Options, name: str, variants: Sequence[tuple[int, Sequen
 
 
 def cifar_94(options: Options) -> Rows:
-    """Yield ten runs with the fastest algorithms, then some as shipped and compiled."""
+    """Yield ten runs with the fastest algorithms, then three as shipped and three compiled."""
     compiled = () if options.tiny else ((3, (*FAST, "compile=true")),)
     return train_many(options, "cifar_94", ((10, FAST), (3, ()), *compiled))
 
@@ -187,24 +187,26 @@ def attack(options: Options) -> Rows:
 
 
 def tests(options: Options) -> Rows:
-    """Yield the outcome of each test marked `cuda`, and the end of what pytest has printed."""
+    """Yield the outcomes of the tests marked `cuda`, and the end of the output of pytest."""
     yield run_pytest(options, ["-m", "cuda", "tests/engine/test_cuda.py"])
 
 
 def suite(options: Options) -> Rows:
-    """Yield which of the fast tests fail, all of which run on the GPU; 16 cores take four minutes."""
+    """Yield the outcomes of the fast tests, run on the GPU; 16 cores take four minutes."""
     processes = max(1, min(15, (os.cpu_count() or 1) - 1)) if importlib.util.find_spec("xdist") else 0
     parallel = ["-n", str(processes), "--dist", "worksteal"] if processes else []
-    chosen = ["tests/ops"] if options.tiny else []
-    yield run_pytest(options, [*parallel, "-m", "not slow and not faults and not browser", *chosen])
+    paths = ["tests/ops"] if options.tiny else []
+    yield run_pytest(options, [*parallel, "-m", "not slow and not faults and not browser", *paths])
 
 
 def run_pytest(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the number of outcomes, the tests that failed, and the end of the output, also of one that is stopped."""
+    """Return the number of outcomes, the failed tests, and the end of the output, also if pytest is stopped."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-rfE", "--tb=short", "--show-capture=no"]
     command += ["-W", "default", "-p", "no:benchmark", "-p", "no:cacheprovider", *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "CVLAB_DATA"}  # tests of real data skip
-    with tempfile.TemporaryFile() as file:  # no pipe: the processes that pytest starts could keep it open
+    environment = {
+        key: value for key, value in os.environ.items() if key != "CVLAB_DATA"
+    }  # tests on real data are skipped
+    with tempfile.TemporaryFile() as file:  # not a pipe, which processes started by pytest could keep open
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -224,7 +226,7 @@ def run_pytest(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part and the seconds that it may take."""
+    """A part and its time limit in seconds."""
 
     measure: Callable[[Options], Rows]
     seconds: float
@@ -252,7 +254,7 @@ def run_part(name: str, options: Options, rows_path: Path) -> None:
 
 
 def start_part(name: str, seconds: float, device: str, tiny: bool) -> dict[str, Any]:
-    """Run a part in a process of its own, for a number of seconds at most; return its rows and what went wrong."""
+    """Run a part in a separate process with a time limit; return its rows and its problem, if any."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows_path = Path(folder) / "rows.jsonl"
@@ -262,7 +264,7 @@ def start_part(name: str, seconds: float, device: str, tiny: bool) -> dict[str, 
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         problem = None
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 command,
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": paths, "CVLAB_OFFLINE": "1"},
@@ -272,8 +274,8 @@ def start_part(name: str, seconds: float, device: str, tiny: bool) -> dict[str, 
                 timeout=seconds,
                 check=False,
             )
-            if done.returncode:
-                problem = {"exit_code": done.returncode, "stderr_end": done.stderr[-3000:]}
+            if process.returncode:
+                problem = {"exit_code": process.returncode, "stderr_end": process.stderr[-3000:]}
         except subprocess.TimeoutExpired:
             problem = {"stopped": f"its {seconds:.0f} s were used"}
         rows = [json.loads(line) for line in rows_path.read_text().splitlines() if line.endswith("}")]
@@ -281,7 +283,7 @@ def start_part(name: str, seconds: float, device: str, tiny: bool) -> dict[str, 
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean, standard deviation and median of trainings with the same configuration and overrides."""
+    """Return mean, standard deviation and median of training runs with the same configuration and overrides."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if "train_seconds" in row:
@@ -320,13 +322,13 @@ def run(minutes: float, device: str, tiny: bool, out: Path, names: Sequence[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all parts, or one of them in the process that `start_part` has started."""
+    """Measure all parts, or a single part in the process that `start_part` has started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON to write")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything, unpacking included")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--packs", type=Path, help="folder of the two parts of CIFAR-10, to unpack into CVLAB_DATA")
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, for a smoke test")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(PARTS), default=DEFAULT_PARTS, help="parts; suite is not a default"
     )

@@ -1,4 +1,4 @@
-"""Compare the hand-written layers with torch's own, forward plus backward.
+"""Compare the hand-written layers with those of torch, forward plus backward.
 
 Command: python benchmarks/layers.py --rounds 7
 """
@@ -40,16 +40,16 @@ def _layer_shapes() -> list[tuple[str, tuple[Any, ...], tuple[int, ...]]]:
 
 
 def run(rounds: int, device: str) -> dict[str, Any]:
-    """Time forward plus backward of each hand-written layer and of torch's, on the reference's shapes, in float32."""
+    """Time forward plus backward of each layer and of torch's, with the shapes of the reference model, in float32."""
     ctx = engine_device.select_device(device, "float32")
     batch: int = getattr(configs.load(REFERENCE).config, "batch_size", 0)
-    spaces = {"torch": nn, "manual": MANUAL_LAYERS, "manual_alt": MANUAL_ALT_LAYERS}
+    namespaces = {"torch": nn, "manual": MANUAL_LAYERS, "manual_alt": MANUAL_ALT_LAYERS}
     rows = []
     for name, arguments, shape in _layer_shapes():
         x = torch.randn(batch, *shape, device=ctx.device)
         x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
-        built = {key: getattr(space, name)(*arguments).to(ctx.device) for key, space in spaces.items()}
-        seconds = alternate({key: forward_backward_loop(layer, x, ctx) for key, layer in built.items()}, rounds)
+        instances = {key: getattr(namespace, name)(*arguments).to(ctx.device) for key, namespace in namespaces.items()}
+        seconds = alternate({key: forward_backward_loop(layer, x, ctx) for key, layer in instances.items()}, rounds)
         rows.append(_layer_row(name, [batch, *shape], seconds))
     rows += _recurrent(ctx, rounds)
     return {"ok": True, "what": f"forward + backward, {describe(ctx, 'float32', rounds)}", "layers": rows}
@@ -64,10 +64,10 @@ def _layer_row(name: str, shape: list[int], seconds: Mapping[str, list[float]]) 
 
 
 def _recurrent(ctx: ComputeContext, rounds: int) -> list[dict[str, Any]]:
-    """Time the recurrent layers on a captioner's shapes; torch has no attention LSTM: autograd is the reference."""
+    """Time the recurrent layers with the shapes of a captioner; autograd is the reference of the attention LSTM."""
     n, t, d, h, positions, photos = CAPTIONS
     shapes = ((n, t, d), (n, h), (photos, positions, h))
-    x, start, features = (torch.randn(*shape, device=ctx.device) for shape in shapes)
+    x, initial_state, features = (torch.randn(*shape, device=ctx.device) for shape in shapes)
 
     def weights(gates: int, *inputs: int) -> list[Tensor]:
         return [torch.randn(gates * h, size, device=ctx.device) / size**0.5 for size in inputs]
@@ -75,10 +75,12 @@ def _recurrent(ctx: ComputeContext, rounds: int) -> list[dict[str, Any]]:
     cases: list[tuple[str, type[Any], list[Tensor], Callable[[], Tensor]]] = []
     for name, layer, library, gates in (("RNN", recurrent.RNN, nn.RNN, 1), ("LSTM", recurrent.LSTM, nn.LSTM, 4)):
         torch_layer = library(d, h, batch_first=True).to(ctx.device)
-        inputs = [x, start, *weights(gates, d, h), torch.zeros(gates * h, device=ctx.device)]
+        inputs = [x, initial_state, *weights(gates, d, h), torch.zeros(gates * h, device=ctx.device)]
         cases.append((name, layer, inputs, lambda run=torch_layer: run(x.requires_grad_(True))[0]))  # type: ignore[misc]
-    attended = [x, features, *weights(4, d, h, h), torch.zeros(4 * h, device=ctx.device)]
-    cases.append(("AttentionLSTM", AttentionLSTM, attended, lambda: reference.attention_lstm(*attended)))
+    attention_inputs = [x, features, *weights(4, d, h, h), torch.zeros(4 * h, device=ctx.device)]
+    cases.append(
+        ("AttentionLSTM", AttentionLSTM, attention_inputs, lambda: reference.attention_lstm(*attention_inputs))
+    )
     rows = []
     for name, layer, inputs, reference_loop in cases:
         leaves = [tensor.requires_grad_(True) for tensor in inputs]

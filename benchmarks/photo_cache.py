@@ -1,8 +1,8 @@
-"""How fast a folder of photos is decoded into the cache, and in how much memory, against a bare loop of Pillow.
+"""Speed and memory of decoding a folder of photos into the cache, against a bare loop of Pillow.
 
 Command: python benchmarks/photo_cache.py --photos 20000
 
-Most of the photos are links to the same few hundred files, so that they need no space of their own.
+Most of the photos are hard links to the same 500 files, so that they need no disk space.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MIB = 1024**2
 
 
 def write_photos(root: Path, count: int) -> list[Path]:
-    """Write `count` photos of 224 px in ten classes: smooth random colors, which compress as photos do."""
+    """Write `count` photos of 224 px in ten classes: smooth random colors, which compress like photos."""
     generator = np.random.default_rng(0)
     paths: list[Path] = []
     for index in range(count):
@@ -43,13 +43,13 @@ def write_photos(root: Path, count: int) -> list[Path]:
 
 
 def decode(path: Path) -> int:
-    """Decode a photo as the bare loop does: convert, resize, crop."""
+    """Decode, convert, resize and crop a photo."""
     with Image.open(path) as image:
         return TRANSFORM(image.convert("RGB")).size[0]
 
 
 def bare_loop(paths: Sequence[Path]) -> float:
-    """Return the seconds of decoding all photos with a thread for each core, keeping none."""
+    """Return the seconds of decoding all photos with one thread per core, without keeping them."""
     start = time.perf_counter()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.map(decode, paths, chunksize=64):
@@ -58,7 +58,7 @@ def bare_loop(paths: Sequence[Path]) -> float:
 
 
 def anonymous_mib() -> float:
-    """Return the memory of this process that no file backs, in MiB."""
+    """Return the anonymous memory of this process in MiB."""
     status = Path("/proc/self/status").read_text()
     return float(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) / 1024
 
@@ -71,26 +71,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["CVLAB_DATA"] = str(Path(scratch, "data"))
         paths = write_photos(Path(scratch, "photos"), count)
-        bare = bare_loop(paths[: count // 4]) * count / len(paths[: count // 4])
+        bare_seconds = bare_loop(paths[: count // 4]) * count / len(paths[: count // 4])
         start = time.perf_counter()
         listing = folder.scan(Path(scratch, "photos"), folder.SplitConfig())
-        listed, before = time.perf_counter() - start, anonymous_mib()
+        list_seconds, before = time.perf_counter() - start, anonymous_mib()
         peaks: list[float] = []
         start = time.perf_counter()
         dataset = folder.load(listing, TRANSFORM, lambda: peaks.append(anonymous_mib()))
-        decoded = time.perf_counter() - start
+        decode_seconds = time.perf_counter() - start
         start = time.perf_counter()
         folder.load(listing, TRANSFORM)
-        again = time.perf_counter() - start
+        cached_seconds = time.perf_counter() - start
         pixels = len(dataset.train_images) * SIDE * SIDE * 3 / MIB
-    tenth = max(1, len(peaks) // 10)
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"list {count} photos: {listed:.1f} s")
-    print(f"decode into the cache: {decoded:.1f} s, {count / decoded:.0f} photos/s")
-    print(f"bare loop of Pillow: {bare:.1f} s, {count / bare:.0f} photos/s: ratio of the rates {bare / decoded:.2f}")
-    print(f"from the cache: {again:.1f} s")
-    print(f"memory of its own: {before:.0f} MiB, {peaks[tenth]:.0f} after a tenth, {peaks[-1]:.0f} at the end")
-    print(f"training images: {pixels:.0f} MiB; largest memory, mapped files included: {largest:.0f} MiB")
+    index_tenth = max(1, len(peaks) // 10)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"list {count} photos: {list_seconds:.1f} s")
+    print(f"decode into the cache: {decode_seconds:.1f} s, {count / decode_seconds:.0f} photos/s")
+    print(f"bare loop of Pillow: {bare_seconds:.1f} s, {count / bare_seconds:.0f} photos/s")
+    print(f"ratio of the rates: {bare_seconds / decode_seconds:.2f}")
+    print(f"from the cache: {cached_seconds:.1f} s")
+    print(f"anonymous memory: {before:.0f} MiB, {peaks[index_tenth]:.0f} after a tenth, {peaks[-1]:.0f} at the end")
+    print(f"training images: {pixels:.0f} MiB; peak memory with mapped files: {peak_mib:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -28,15 +28,17 @@ from cvlab.runs.run_dir import RunDir
 
 STEPS = 4
 TARGET = 9
-SIZE_PX, RESIZE_PX = 224, 256  # of the bundled model
-SMALL = 1e-9  # a step so short that no attack succeeds before all steps are measured
+SIZE_PX, RESIZE_PX = 224, 256  # preprocessing of the bundled model
+SMALL = 1e-9  # so small a step that no attack succeeds before all steps are measured
 
 
 def bare_model(device: torch.device) -> nn.Module:
     """Build the bundled model unchanged: float32, contiguous, batch normalization not folded."""
-    model, about = EfficientNetLite(DEFAULT_MODEL), pretrained.preprocessing(DEFAULT_MODEL)
+    model, preprocessing = EfficientNetLite(DEFAULT_MODEL), pretrained.preprocessing(DEFAULT_MODEL)
     pretrained.load_weights(model, DEFAULT_MODEL)
-    return pretrained.NormalizedModel(model.eval().requires_grad_(False), about.mean, about.std).to(device)
+    return pretrained.NormalizedModel(model.eval().requires_grad_(False), preprocessing.mean, preprocessing.std).to(
+        device
+    )
 
 
 def run(rounds: int, device: str, batch_size: int) -> dict[str, Any]:
@@ -95,15 +97,15 @@ def _captum(ctx: engine_device.ComputeContext, model: nn.Module, x: Tensor, y: T
 
 
 def _bare_attack(model: nn.Module, images: list[Tensor], y: Tensor) -> None:
-    """Attack photos (3, h, w) the usual way; those that do not have the model's size are resized by torch."""
-    moved = images
+    """Attack photos (3, h, w) with a plain loop; those of another size are resized by torch."""
+    attacked = images
     for _ in range(STEPS):
-        leaves = [image.detach().requires_grad_(True) for image in moved]
+        leaves = [image.detach().requires_grad_(True) for image in attacked]
         logits = model(torch.stack([_resized(leaf) for leaf in leaves]))
-        slopes = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), leaves)
+        gradients = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), leaves)
         logits.argmax(1).tolist()
-        pairs = zip(leaves, slopes, strict=True)
-        moved = [(leaf.detach() + SMALL * slope / slope.norm()).clamp(0, 1) for leaf, slope in pairs]
+        pairs = zip(leaves, gradients, strict=True)
+        attacked = [(leaf.detach() + SMALL * gradient / gradient.norm()).clamp(0, 1) for leaf, gradient in pairs]
 
 
 def _resized(image: Tensor) -> Tensor:
@@ -111,9 +113,9 @@ def _resized(image: Tensor) -> Tensor:
         return image
     short = min(image.shape[1:])
     size = [RESIZE_PX * side // short for side in image.shape[1:]]
-    whole = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+    resized = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
     top, left = ((side - SIZE_PX) // 2 for side in size)
-    return whole[:, top : top + SIZE_PX, left : left + SIZE_PX]
+    return resized[:, top : top + SIZE_PX, left : left + SIZE_PX]
 
 
 def _attack(

@@ -2,7 +2,7 @@
 
     python benchmarks/runs.py [--count 5000]
 
-The runs are generated from a configuration that is shipped, with records as those of a training run.
+The runs are generated from a shipped configuration and have the records of a training run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def generate(root: Path, count: int) -> None:
     text, generator = config.to_yaml(), random.Random(0)
     names = [f"{split}_{metric}" for split in ("train", "val", "best_val", "test") for metric in ("loss", "accuracy")]
     info = {name: {"unit": "", "better": "higher" if name.endswith("accuracy") else "lower"} for name in names}
-    old = time.time() - 3600
+    mtime = time.time() - 3600
     for number in range(count):
         path = root / f"20260101-{number // 3600:02d}{number // 60 % 60:02d}{number % 60:02d}-cifar_bn-{number:04x}"
         path.mkdir(parents=True)
@@ -50,11 +50,11 @@ def generate(root: Path, count: int) -> None:
             ("summary.json", json.dumps(summary)),
         ):
             (path / name).write_text(content)
-            os.utime(path / name, (old, old))
+            os.utime(path / name, (mtime, mtime))
 
 
 def seconds_of(root: Path, *arguments: str) -> float:
-    """Return how long a command takes, the start of Python included."""
+    """Return the seconds of a command, including the start of Python."""
     start = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "cvlab", "runs", "--runs-dir", str(root), *arguments], check=True, stdout=subprocess.PIPE

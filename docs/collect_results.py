@@ -29,18 +29,20 @@ Row = dict[str, Any]
 
 
 def plain_command(recorded: str) -> str:
-    """Return a recorded command line without its seed, flags of the output, absolute paths and number of threads.
+    """Return a recorded command line without seed, output flags, absolute paths and number of threads.
 
-    The threads are in the description of the machine.
+    The number of threads is part of the description of the machine.
     """
-    words = iter(shlex.split(recorded))
-    chosen = []
-    for word in words:
-        if word in FLAGS_WITH_VALUE:
-            next(words, None)
-        elif word not in FLAGS and not word.startswith(("threads=", *(f"{flag}=" for flag in FLAGS_WITH_VALUE))):
-            chosen.append(Path(word).name if word.startswith("/") else word)
-    return shlex.join(chosen)
+    arguments = iter(shlex.split(recorded))
+    kept_arguments = []
+    for argument in arguments:
+        if argument in FLAGS_WITH_VALUE:
+            next(arguments, None)
+        elif argument not in FLAGS and not argument.startswith(
+            ("threads=", *(f"{flag}=" for flag in FLAGS_WITH_VALUE))
+        ):
+            kept_arguments.append(Path(argument).name if argument.startswith("/") else argument)
+    return shlex.join(kept_arguments)
 
 
 def machine(env: Mapping[str, Any]) -> str:
@@ -53,7 +55,7 @@ def machine(env: Mapping[str, Any]) -> str:
 
 
 def read_run(path: Path) -> Row | None:
-    """Return what a row needs from a run directory; None if the run has not ended."""
+    """Read the values of a row from a run directory; None if the run has not ended."""
     if not is_run(path) or read_status(path).get("status") not in ENDED:
         return None
     summary, env = read_summary(path), read_json(path / "env.json")
@@ -83,22 +85,22 @@ def statistic(values: Sequence[float]) -> Row:
 def row_of(runs: Sequence[Row]) -> Row:
     """Return the row of the runs of one command, the newest run of each seed."""
     by_seed = {run["seed"]: run for run in sorted(runs, key=lambda run: str(run["time"]))}
-    chosen = list(by_seed.values())
-    first = chosen[-1]
+    newest_runs = list(by_seed.values())
+    newest = newest_runs[-1]
     for key in ("machine", "commit", "data"):
-        if len({run[key] for run in chosen}) > 1:
-            raise SystemExit(f"{first['command']}: its runs differ in {key}; give runs that agree")
-    names = [name for name in first["metrics"] if all(name in run["metrics"] for run in chosen)]
+        if len({run[key] for run in newest_runs}) > 1:
+            raise SystemExit(f"{newest['command']}: its runs differ in {key}; give runs that agree")
+    names = [name for name in newest["metrics"] if all(name in run["metrics"] for run in newest_runs)]
     return {
-        "command": first["command"],
-        "data": first["data"],
-        "seeds": sorted(by_seed) if None not in by_seed else first["config_seeds"],
-        "metrics": {name: statistic([run["metrics"][name] for run in chosen]) for name in names},
-        "met": all(run["met"] for run in chosen),
-        "seconds": round(statistics.median(run["seconds"] for run in chosen), 1),
-        "machine": first["machine"],
-        "date": first["time"][:10],
-        "commit": first["commit"],
+        "command": newest["command"],
+        "data": newest["data"],
+        "seeds": sorted(by_seed) if None not in by_seed else newest["config_seeds"],
+        "metrics": {name: statistic([run["metrics"][name] for run in newest_runs]) for name in names},
+        "met": all(run["met"] for run in newest_runs),
+        "seconds": round(statistics.median(run["seconds"] for run in newest_runs), 1),
+        "machine": newest["machine"],
+        "date": newest["time"][:10],
+        "commit": newest["commit"],
     }
 
 
@@ -115,15 +117,15 @@ def setting_rows(row: Row, settings: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def setting_text(keys: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """Return the keys of a setting as they are typed; of more than MAX_KEYS, those that are not as in the first one.
+    """Return the keys of a setting as overrides; of more than MAX_KEYS, only those that differ from the first setting.
 
-    Of the first setting they are those that are not off.
+    For the first setting itself, these are the keys that are not off.
     """
     is_first = keys == first
-    shown = keys
+    displayed = keys
     if len(keys) > MAX_KEYS:
-        shown = {key: value for key, value in keys.items() if value and (is_first or value != first.get(key))}
-    return ", ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()) or f"all {len(keys)} keys off"
+        displayed = {key: value for key, value in keys.items() if value and (is_first or value != first.get(key))}
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in displayed.items()) or f"all {len(keys)} keys off"
 
 
 def rows_by_experiment(runs: Iterable[Row]) -> dict[str, list[Row]]:
@@ -142,7 +144,7 @@ def rows_by_experiment(runs: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def merge(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows to a file of results; rows of other commands stay."""
+    """Write rows to a file of results; rows of other commands do not change."""
     commands = {row["command"] for row in rows}
     previous = json.loads(path.read_text()) if path.is_file() else []
     merged = [row for row in previous if row["command"] not in commands] + list(rows)
@@ -151,18 +153,18 @@ def merge(path: Path, rows: Sequence[Row]) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Collect the results of the run directories that are named; return the exit code."""
+    """Collect the results of run directories; return the exit code."""
     parser = argparse.ArgumentParser(description="Write the results of runs to docs/results/EXPERIMENT.json.")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories; others are skipped")
     parser.add_argument("--note", default="", help="added to the machine, for example 'beside other work'")
     parser.add_argument("--into", type=Path, default=RESULTS, help="folder of the files; default: docs/results")
     options = parser.parse_args(arguments)
     paths = sorted({path.resolve() for path in options.runs if path.is_dir()})
-    read = [(path, read_run(path)) for path in paths]
-    for path in (path for path, row in read if row is None):
+    rows_by_path = [(path, read_run(path)) for path in paths]
+    for path in (path for path, row in rows_by_path if row is None):
         print(f"skipped {path.name}: not a run that has ended")
     note = f", {options.note}" if options.note else ""
-    ended = [row | {"machine": row["machine"] + note} for _, row in read if row is not None]
+    ended = [row | {"machine": row["machine"] + note} for _, row in rows_by_path if row is not None]
     for experiment, rows in rows_by_experiment(ended).items():
         merge(options.into / f"{experiment}.json", rows)
         print(f"{experiment}.json: {', '.join(sorted({row['command'] for row in rows}))}")

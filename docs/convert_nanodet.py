@@ -1,4 +1,4 @@
-"""Convert the published weights of NanoDet-g, as TensorFlow.js has them, into the two files that cvlab bundles.
+"""Convert the published TensorFlow.js weights of NanoDet-g into the two files that cvlab bundles.
 
     python docs/convert_nanodet.py FOLDER
 
@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
     convs = read_convs(folder)
     backbone, head = nanodet.CspBackbone(), NanoDet(CHANNELS, len(COCO_CLASSES))
     stem, bias = convs[0]
-    copy(backbone, [(stem.flip(1), bias), *convs[1:NUM_BACKBONE_CONVS]])  # the published one takes BGR
+    copy(backbone, [(stem.flip(1), bias), *convs[1:NUM_BACKBONE_CONVS]])  # the published model takes BGR
     laterals, levels = convs[NUM_BACKBONE_CONVS : NUM_BACKBONE_CONVS + 3], convs[NUM_BACKBONE_CONVS + 3 :]
     copy(head.lateral, laterals)
     copy(head.towers, levels[0::2])

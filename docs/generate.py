@@ -1,7 +1,7 @@
-"""Generate the pages of the documentation that the program itself determines.
+"""Generate the pages of the documentation that are derived from the program.
 
     python docs/generate.py            write them
-    python docs/generate.py --check    exit with code 1 if one of them differs from what is checked in
+    python docs/generate.py --check    exit with code 1 if a page differs from the committed one
 
 The command line comes from Typer, configuration keys from the schemas, lists from the registries, results from
 `docs/results/*.json`. mkdocs does not run this module, and cvlab does not import it.
@@ -48,7 +48,7 @@ SHARED_CONFIGS: dict[type[BaseModel], str] = {  # base class -> heading of its k
     PretrainedConfig: "ImageNet-pretrained model",
     ImagesConfig: "Photos",
 }
-RESULT_METRICS = {  # experiment -> the metrics that its table of results has
+RESULT_METRICS = {  # experiment -> columns of its table of results
     "classify": ("train_accuracy", "val_accuracy", "val_robust_accuracy", "test_accuracy", "test_accuracy_tta"),
     "sweep": ("train_accuracy", "val_accuracy"),
     "knn": ("k", "val_accuracy", "test_accuracy"),
@@ -77,7 +77,7 @@ RESULT_METRICS = {  # experiment -> the metrics that its table of results has
     "detect": ("num_photos", "num_objects", "map50", "map50_95"),
     "caption": ("num_photos", "mean_words"),
 }
-README_ROWS = (  # experiment, command, metric, what it is
+README_ROWS = (  # experiment, command, metric, description
     ("classify", "cvlab train quickstart", "test_accuracy", "ten classes of generated images"),
     ("classify", "cvlab train cifar_bn", "train_accuracy", "500 images of CIFAR-10, with BatchNorm"),
     ("classify", "cvlab train cifar_no_bn", "train_accuracy", "the same without"),
@@ -98,12 +98,12 @@ README_ROWS = (  # experiment, command, metric, what it is
     ("captioner", "cvlab train caption_scenes", "exact_match", "captions of generated scenes"),
 )
 README_RESULTS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
-ABOUT_LAYERS = {
+LAYER_DESCRIPTIONS = {
     "torch": "`torch.nn`",
     "manual": "Hand-written forward and backward passes",
     "manual_alt": "The same with the other derivation of the gradient of BatchNorm",
 }
-ABOUT_EXECUTORS = {
+EXECUTOR_DESCRIPTIONS = {
     "local": "Processes on this machine, `--workers` at a time, one by default",
     "ray": "Tasks of a Ray cluster, a temporary one or that of `--address`; needs the extra `ray`",
     "slurm": "Slurm jobs; needs the extra `slurm`",
@@ -111,25 +111,25 @@ ABOUT_EXECUTORS = {
 
 
 def cell(text: object) -> str:
-    """Return text as it may stand in a cell of a table."""
+    """Return text escaped for a cell of a table."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def code(text: object) -> str:
-    """Return text in backticks, fit for a cell of a table."""
+    """Return text in backticks, escaped for a cell of a table."""
     return f"`{cell(text)}`" if str(text) else ""
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a Markdown table without the columns that are empty in every row; empty if it has no rows."""
-    heads, lines = list(columns), [list(row) for row in rows]
-    filled = [k for k in range(len(heads)) if any(line[k] for line in lines)]
-    rendered = ["| " + " | ".join(line[k] for k in filled) + " |" for line in (heads, *lines)]
-    return "\n".join([rendered[0], "|---" * len(filled) + "|", *rendered[1:]]) + "\n\n" if lines else ""
+    headings, lines = list(columns), [list(row) for row in rows]
+    nonempty = [k for k in range(len(headings)) if any(line[k] for line in lines)]
+    rendered = ["| " + " | ".join(line[k] for k in nonempty) + " |" for line in (headings, *lines)]
+    return "\n".join([rendered[0], "|---" * len(nonempty) + "|", *rendered[1:]]) + "\n\n" if lines else ""
 
 
 def sentence(text: str) -> str:
-    """Return a text with a capital letter at its start."""
+    """Return a text with its first letter capitalized."""
     return text[:1].upper() + text[1:]
 
 
@@ -137,14 +137,14 @@ def sentence(text: str) -> str:
 
 
 def commands(command: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield a command and all of its subcommands, each with the words that call it."""
+    """Yield a command and all of its subcommands, each with its full name."""
     yield names, command
     for name, subcommand in getattr(command, "commands", {}).items():
         yield from commands(subcommand, (*names, name))
 
 
 def is_option(parameter: Any) -> bool:
-    """Return whether a parameter of a command is an option and not an argument."""
+    """Return whether a parameter of a command is an option."""
     return bool(parameter.param_type_name == "option")
 
 
@@ -154,7 +154,7 @@ def is_shared(parameter: Any) -> bool:
 
 
 def default_text(parameter: Any) -> str:
-    """Return the default of an option; empty if it has none, is a flag, or cannot be written down."""
+    """Return the default of an option; empty if it has none, is a flag, or is not a plain value."""
     default = parameter.default
     is_plain = isinstance(default, (int, float, str)) and not isinstance(default, bool)
     return code(default) if is_plain else ""
@@ -169,7 +169,7 @@ def option_rows(parameters: Iterable[Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def metavar(argument: Any) -> str:
-    """Return an argument as it stands in a usage line."""
+    """Return an argument as it appears in a usage line."""
     name = argument.name.rstrip("_").upper() + ("..." if argument.nargs == -1 else "")
     return name if argument.required else f"[{name}]"
 
@@ -178,10 +178,10 @@ def command_section(names: tuple[str, ...], command: Any) -> str:
     """Return the section about one command."""
     arguments = [parameter for parameter in command.params if not is_option(parameter)]
     options = [p for p in command.params if is_option(p) and not is_shared(p) and not p.hidden]
-    words = [*names, *(["COMMAND"] if getattr(command, "commands", {}) else []), *map(metavar, arguments)]
-    usage = " ".join([*words, *(["[OPTIONS]"] if options else [])])
-    about = sentence(inspect.cleandoc(command.help or ""))
-    text = f"{'#' * (len(names) + 1)} {' '.join(names)}\n\n{about}\n\n```text\n{usage}\n```\n\n"
+    usage_parts = [*names, *(["COMMAND"] if getattr(command, "commands", {}) else []), *map(metavar, arguments)]
+    usage = " ".join([*usage_parts, *(["[OPTIONS]"] if options else [])])
+    description = sentence(inspect.cleandoc(command.help or ""))
+    text = f"{'#' * (len(names) + 1)} {' '.join(names)}\n\n{description}\n\n```text\n{usage}\n```\n\n"
     text += table(("Argument", "Description"), ((code(metavar(a)), cell(a.help or "")) for a in arguments))
     return text + table(("Option", "Default", "Description"), option_rows(options))
 
@@ -200,7 +200,7 @@ def cli_page() -> str:
     )
     groups: dict[str, str] = {}
     for name, command in root.commands.items():
-        sections = [command_section(names, each) for names, each in commands(command, ("cvlab", name))]
+        sections = [command_section(names, subcommand) for names, subcommand in commands(command, ("cvlab", name))]
         group = command.rich_help_panel or "Other commands"
         groups[group] = groups.get(group, "") + "".join(sections)
     return text + "".join(f"## {group}\n\n{sections}" for group, sections in groups.items())
@@ -210,15 +210,15 @@ def cli_page() -> str:
 
 
 def type_text(annotation: Any, limits: Iterable[Any] = ()) -> str:
-    """Return a type as a person writes it: `int >= 1`, `list of string`, `a, b`, `float or null`."""
+    """Return a readable name of a type: `int >= 1`, `list of string`, `a, b`, `float or null`."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_text(parts[0], [*parts[1:], *limits])
     if origin is typing.Literal:
         return ", ".join(str(part) for part in parts)
     if origin in (typing.Union, types.UnionType):
-        chosen = [type_text(part, limits) for part in parts if part is not type(None)]
-        return " or ".join([*chosen, *(["null"] if type(None) in parts else [])])
+        alternatives = [type_text(part, limits) for part in parts if part is not type(None)]
+        return " or ".join([*alternatives, *(["null"] if type(None) in parts else [])])
     if origin is tuple:
         if len(parts) == 2 and parts[1] is Ellipsis:
             return f"list of {type_text(parts[0])}"
@@ -234,19 +234,19 @@ def type_text(annotation: Any, limits: Iterable[Any] = ()) -> str:
 def limit_text(limits: Iterable[Any]) -> str:
     """Return the bounds of a number: `>= 1`, `> 0, < 1`."""
     signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
-    known = [limit for limit in limits if type(limit).__name__ in signs]
+    bounded = [limit for limit in limits if type(limit).__name__ in signs]
     bounds = [
         f"{signs[type(limit).__name__]} {getattr(limit, type(limit).__name__.lower()):g}"
         if getattr(limit, type(limit).__name__.lower()) != 2**31
         else "< 2^31"
-        for limit in known
+        for limit in bounded
         if isinstance(limit, (annotated_types.Ge, annotated_types.Gt, annotated_types.Le, annotated_types.Lt))
     ]
     return " " + ", ".join(bounds) if bounds else ""
 
 
 def value_text(value: Any) -> str:
-    """Return a default as it would stand in YAML."""
+    """Return a default in YAML notation."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -259,7 +259,7 @@ def value_text(value: Any) -> str:
 
 
 def block_type(info: FieldInfo) -> type[BaseModel] | None:
-    """Return the schema of a field that is a block of keys of its own, None for a plain value or a component."""
+    """Return the schema of a field that is a nested block of keys; None for a plain value or a component."""
     for candidate in (info.annotation, *typing.get_args(info.annotation)):
         if inspect.isclass(candidate) and issubclass(candidate, BaseModel):
             return None if issubclass(candidate, schema.ComponentConfig) else candidate
@@ -270,7 +270,7 @@ def block_type(info: FieldInfo) -> type[BaseModel] | None:
 
 
 def component_link(info: FieldInfo) -> str | None:
-    """Return a link to the table of a component's names, None if the field is no component."""
+    """Return a link to the table of the names of a component; None if the field is not a component."""
     marker = next((item for item in info.metadata if isinstance(item, schema.Registry)), None)
     pages = {"optimizer": "components.md#optimizers", "schedule": "components.md#schedules"}
     pages |= {"loss": "components.md#losses-of-classifiers"}
@@ -279,31 +279,33 @@ def component_link(info: FieldInfo) -> str | None:
 
 
 def key_rows(config: type[BaseModel], keys: Iterable[str], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield the rows of a table of keys, those of nested blocks with dotted names."""
+    """Yield the rows of a table of keys; keys of nested blocks have dotted names."""
     for key in keys:
         info, block = config.model_fields[key], block_type(config.model_fields[key])
-        about = info.description or (inspect.getdoc(block) or "").partition("\n")[0] if block else info.description
+        description = (
+            info.description or (inspect.getdoc(block) or "").partition("\n")[0] if block else info.description
+        )
         default = "required" if info.default is PydanticUndefined else code(value_text(info.default))
         kind = component_link(info) or code(type_text(info.annotation, info.metadata))
-        repeated = typing.get_origin(info.annotation) is tuple
+        is_tuple = typing.get_origin(info.annotation) is tuple
         if block is not None:
-            kind = "list of blocks" if repeated else "block"
+            kind = "list of blocks" if is_tuple else "block"
             default = "required" if info.default is PydanticUndefined else "" if info.default is not None else "`null`"
         elif component_link(info):
-            about = about or "name and its parameters"
-        yield code(prefix + key), kind, default, cell(about or "")
+            description = description or "name and its parameters"
+        yield code(prefix + key), kind, default, cell(description or "")
         if block is not None:
-            middle = "[]." if repeated else ".NAME." if typing.get_origin(info.annotation) is dict else "."
-            yield from key_rows(block, block.model_fields, f"{prefix}{key}{middle}")
+            separator = "[]." if is_tuple else ".NAME." if typing.get_origin(info.annotation) is dict else "."
+            yield from key_rows(block, block.model_fields, f"{prefix}{key}{separator}")
 
 
 def shared_bases(config: type[BaseModel]) -> list[type[BaseModel]]:
-    """Return the base classes of a configuration whose keys have a section of their own."""
+    """Return the base classes of a configuration whose keys have a separate section."""
     return [base for base in SHARED_CONFIGS if issubclass(config, base)]
 
 
-def own_keys(config: type[BaseModel]) -> list[str]:
-    """Return the keys of a configuration that are not explained in a shared section as they are here."""
+def specific_keys(config: type[BaseModel]) -> list[str]:
+    """Return the keys of a configuration that are not documented in a shared section or differ from it."""
     inherited: dict[str, Any] = {}
     for base in shared_bases(config):
         if base is not config:
@@ -320,12 +322,12 @@ def configuration_page() -> str:
         "editors. Unknown keys and values of another type are errors. See the [guide](../guides/configuration.md).\n\n"
     )
     for base, heading in SHARED_CONFIGS.items():
-        text += f"## {heading}\n\n" + table(columns, key_rows(base, own_keys(base)))
+        text += f"## {heading}\n\n" + table(columns, key_rows(base, specific_keys(base)))
     for name in registry.experiment_names():
         config = registry.get_experiment(name).Config
         links = [f"[{SHARED_CONFIGS[base]}](#{anchor(SHARED_CONFIGS[base])})" for base in shared_bases(config)]
         text += f"## `experiment: {name}`\n\n{sentence(catalog.experiment_lines()[name])}\n\n"
-        text += f"Besides the keys in {', '.join(links)}:\n\n" + table(columns, key_rows(config, own_keys(config)))
+        text += f"Besides the keys in {', '.join(links)}:\n\n" + table(columns, key_rows(config, specific_keys(config)))
     return text
 
 
@@ -337,17 +339,17 @@ def anchor(heading: str) -> str:
 # Lists
 
 
-def docstring_sections(thing: object) -> dict[str, str]:
+def docstring_sections(documented: object) -> dict[str, str]:
     """Return the sections of a docstring by title: `References`, `Differences from the paper`, `Metrics`, `Command`."""
-    parts = re.split(r"^(\w[\w ]*):\n", inspect.getdoc(thing) or "", flags=re.MULTILINE)
+    parts = re.split(r"^(\w[\w ]*):\n", inspect.getdoc(documented) or "", flags=re.MULTILINE)
     return {title: " ".join(body.split()) for title, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def metric_rows(declared: Iterable[metrics.Metric]) -> Iterator[tuple[str, str, str, str]]:
     """Yield the rows of a table of metrics."""
     for metric in declared:
-        when = "" if metric.when is None else "depends on the configuration"
-        yield code(metric.name), metric.unit, f"{metric.better} is better" if metric.better else "", when
+        reported = "" if metric.when is None else "depends on the configuration"
+        yield code(metric.name), metric.unit, f"{metric.better} is better" if metric.better else "", reported
 
 
 def experiments_page() -> str:
@@ -405,9 +407,9 @@ def components_page() -> str:
         rows = key_rows(block, block.model_fields, "augment.")
         text += f"### In `{name}`\n\n" + table(("Key", "Type", "Default", "Description"), rows)
     text += "## Layers\n\n`layers: NAME` of `classify`: where a model's layers come from.\n\n"
-    text += table(("Name", "Implementation"), ((code(name), ABOUT_LAYERS[name]) for name in LAYERS))
+    text += table(("Name", "Implementation"), ((code(name), LAYER_DESCRIPTIONS[name]) for name in LAYERS))
     text += "## Executors of sweeps\n\n`submit.on`, or `cvlab sweep --on`.\n\n"
-    text += table(("Name", "Description"), ((code(name), ABOUT_EXECUTORS[name]) for name in EXECUTORS))
+    text += table(("Name", "Description"), ((code(name), EXECUTOR_DESCRIPTIONS[name]) for name in EXECUTORS))
     text += "## Trackers\n\n`cvlab track RUN --to NAME`.\n\n"
     trackers = (
         (code(n), code(f"pip install -e '.[{t.extra}]'"), cell(first_line(t))) for n, t in track.TRACKERS.items()
@@ -417,9 +419,9 @@ def components_page() -> str:
     return text
 
 
-def first_line(thing: Any) -> str:
+def first_line(documented: Any) -> str:
     """Return the first line of a docstring."""
-    return (inspect.getdoc(thing) or "").partition("\n")[0]
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
 def models_page() -> str:
@@ -488,8 +490,10 @@ def configurations_page() -> str:
         sections = dict(zip(parts[1::2], parts[2::2], strict=True))
         config = loading.load(name).config
         rules = "<br>".join(code(rule) for rule in config.expect)
-        about = f"{sections['Shows']}<br>*Stated result:* {sections['Result']}"
-        by_experiment.setdefault(config.experiment, []).append((code(name), cell(about) + f"<br>*Expects:* {rules}"))
+        description = f"{sections['Shows']}<br>*Stated result:* {sections['Result']}"
+        by_experiment.setdefault(config.experiment, []).append(
+            (code(name), cell(description) + f"<br>*Expects:* {rules}")
+        )
     for experiment, rows in sorted(by_experiment.items()):
         text += f"## {experiment}\n\n" + table(("Name", "What it shows"), rows)
     return text
@@ -497,13 +501,17 @@ def configurations_page() -> str:
 
 def exit_codes_page() -> str:
     """Return the page about exit codes."""
-    known = [cls for cls in vars(errors).values() if inspect.isclass(cls) and issubclass(cls, errors.CvlabError)]
+    error_classes = [
+        cls for cls in vars(errors).values() if inspect.isclass(cls) and issubclass(cls, errors.CvlabError)
+    ]
     rows = [
         ("0", "The command ended, and all expectations are met."),
         ("1", "A bug of cvlab, or of your own Python file."),
     ]
     rows += [
-        (str(cls.code), cell(first_line(cls).partition(";")[0].rstrip(".")) + ".") for cls in known if cls.code > 1
+        (str(cls.code), cell(first_line(cls).partition(";")[0].rstrip(".")) + ".")
+        for cls in error_classes
+        if cls.code > 1
     ]
     rows += [
         ("130", "Interrupted by Ctrl-C; a checkpoint has been written."),
@@ -517,7 +525,7 @@ def exit_codes_page() -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Return a number with as many digits as a table needs."""
+    """Return a number with the digits that a table shows."""
     if value is None:
         return ""
     if value == int(value) and abs(value) >= 1 and abs(value) < 1e6:
@@ -537,18 +545,18 @@ def statistic_text(statistic: Mapping[str, Any] | None) -> str:
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
-def result_rows(rows: Iterable[Mapping[str, Any]], names: Iterable[str], places: list[str]) -> Iterator[list[str]]:
-    """Yield the rows of a table of results; add to `places` where and when each was run."""
+def result_rows(rows: Iterable[Mapping[str, Any]], names: Iterable[str], provenances: list[str]) -> Iterator[list[str]]:
+    """Yield the rows of a table of results; add machine, date and commit of each row to `provenances`."""
     for row in rows:
-        first = code(row["command"]) + (f"<br>{code(row['setting'])}" if row.get("setting") else "")
+        command_cell = code(row["command"]) + (f"<br>{code(row['setting'])}" if row.get("setting") else "")
         numbers = [statistic_text(row["metrics"].get(name)) for name in names]
-        place = f"{row['machine']}; {row['date']}; commit {row['commit'][:7]}"
-        if place not in places:
-            places.append(place)
+        provenance = f"{row['machine']}; {row['date']}; commit {row['commit'][:7]}"
+        if provenance not in provenances:
+            provenances.append(provenance)
         seeds = ", ".join(map(str, row["seeds"]))
         met = "met" if row["met"] else "not met"
-        number = str(places.index(place) + 1)
-        yield [first, row["data"] or "", seeds, *numbers, met, number_text(row["seconds"]), number]
+        number = str(provenances.index(provenance) + 1)
+        yield [command_cell, row["data"] or "", seeds, *numbers, met, number_text(row["seconds"]), number]
 
 
 def results_page() -> str:
@@ -562,20 +570,22 @@ def results_page() -> str:
         "photos, `style_images` one of photos and paintings; `fruit` and `sports` "
         "are class folders that `python -m tests.photo_sets FOLDER` makes.\n\n"
     )
-    places: list[str] = []
+    provenances: list[str] = []
     for path in sorted((DOCS / "results").glob("*.json")):
         rows = json.loads(path.read_text())
         measured = {name for row in rows for name in row["metrics"]}
         names = [name for name in RESULT_METRICS[path.stem] if name in measured]
         columns = ("Command", "Data", "Seeds", *map(code, names), "Expected", "Seconds", "Run")
-        text += f"## {path.stem}\n\n" + table(columns, result_rows(rows, names, places))
-    return text + "## Runs\n\n" + "".join(f"{number}. {place}\n" for number, place in enumerate(places, 1))
+        text += f"## {path.stem}\n\n" + table(columns, result_rows(rows, names, provenances))
+    return (
+        text + "## Runs\n\n" + "".join(f"{number}. {provenance}\n" for number, provenance in enumerate(provenances, 1))
+    )
 
 
 def readme() -> str:
-    """Return the README with its table of results, from the rows that have been recorded."""
+    """Return the README with its table of results, filled from the recorded rows."""
     rows = []
-    for experiment, command, metric, about in README_ROWS:
+    for experiment, command, metric, description in README_ROWS:
         path = DOCS / "results" / f"{experiment}.json"
         recorded = json.loads(path.read_text()) if path.is_file() else []
         for row in recorded:
@@ -584,9 +594,9 @@ def readme() -> str:
                 value = f"{code(metric)} {statistic_text(row['metrics'][metric])}" + (
                     f" (n={seeds})" if seeds > 1 else ""
                 )
-                rows.append((sentence(about), code(command), value))
-    block = table(("What", "Command", "Result"), rows)
-    return README_RESULTS.sub(lambda match: match[1] + block.rstrip() + "\n" + match[2], README.read_text())
+                rows.append((sentence(description), code(command), value))
+    results_table = table(("What", "Command", "Result"), rows)
+    return README_RESULTS.sub(lambda match: match[1] + results_table.rstrip() + "\n" + match[2], README.read_text())
 
 
 PAGES: dict[str, Callable[[], str]] = {

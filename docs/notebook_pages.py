@@ -1,6 +1,6 @@
-"""Show the notebooks of `docs/notebooks` as pages: a hook of mkdocs, which needs no converter.
+"""A mkdocs hook that renders the notebooks of `docs/notebooks` as pages, without a converter.
 
-Outputs are not kept in the notebooks. `tests/test_notebooks.py` runs them.
+The notebooks are stored without outputs. `tests/test_notebooks.py` runs them.
 """
 
 import json
@@ -14,8 +14,8 @@ def to_markdown(path: Path) -> str:
     """Return a notebook as Markdown, with a link to the file below its title."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     texts = ["".join(cell["source"]) for cell in cells]
-    title, _, rest = texts[0].partition("\n")
-    parts = [f"{title}\n\n[Download the notebook]({path.name})\n\n{rest}"]
+    title, _, introduction = texts[0].partition("\n")
+    parts = [f"{title}\n\n[Download the notebook]({path.name})\n\n{introduction}"]
     for cell, text in zip(cells[1:], texts[1:], strict=True):
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""Take the picture of the README: the page about a run, in a headless Chromium.
+"""Take the screenshot of the README: the page of a run in a headless Chromium.
 
 python docs/screenshot.py runs/NAME        writes docs/images/report.png
 """
@@ -14,11 +14,11 @@ from PIL import Image
 
 TARGET = Path(__file__).parent / "images" / "report.png"
 SIZE = (1200, 625)  # the header and the curves
-COLORS = 128  # a palette makes the file a third as large
+COLORS = 128  # a palette reduces the file to a third
 
 
 def take(run: Path) -> Path:
-    """Write the picture of a run's page; return its path."""
+    """Write a screenshot of the page of a run; return its path."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise SystemExit("no Chromium on this machine; install chromium")

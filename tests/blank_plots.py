@@ -1,4 +1,4 @@
-"""Blank plots instead of rendered ones, which take longer than all else that a tiny run does."""
+"""Blank plots instead of rendered ones, which take longer than everything else in a tiny run."""
 
 import io
 
@@ -13,7 +13,7 @@ IMAGE.save(BUFFER, "png")
 
 
 def apply(setattr=setattr):
-    """Build the plots of runs, but render none of them; `setattr` may be that of monkeypatch."""
+    """Replace the plots of runs by blank images; `setattr` may be that of monkeypatch."""
     setattr(plots, "to_png", lambda figure: BUFFER.getvalue())
     for name in ("confusion_matrix", "reliability_diagram", "gallery"):
         setattr(drawing, name, lambda *_: IMAGE.copy())

@@ -1,4 +1,4 @@
-"""Small data sets in COCO's layout with boxes and captions, for tests; written by hand, not by cvlab's writers."""
+"""Small data sets in COCO's layout with boxes and captions, written without the writers of cvlab."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import random
 
 from PIL import Image
 
-CATEGORIES = {1: "person", 3: "car", 7: "traffic light"}  # as COCO's, the ids have gaps
+CATEGORIES = {1: "person", 3: "car", 7: "traffic light"}  # the ids have gaps, like those of COCO
 
 
 def coco_documents(seed, names, size=(60, 40)):
@@ -51,6 +51,6 @@ def write_coco_set(root, coco_set, counts, suffix=".jpg"):
 
 
 def set_counts(monkeypatch, coco_set, counts):
-    """Let a data set have been published with `counts` photos in its splits."""
+    """Set the published number of photos in the splits of a data set."""
     for split, count in counts.items():
         monkeypatch.setitem(coco_set.splits, split, dataclasses.replace(coco_set.splits[split], num_images=count))

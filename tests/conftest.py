@@ -23,7 +23,7 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_runtest_setup(item):
-    """Skip the tests of a GPU where there is none."""
+    """Skip tests that need a GPU if there is none."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
 
@@ -57,17 +57,17 @@ def clean_environment(monkeypatch, tmp_path, data_root):
     monkeypatch.delenv("CVLAB_RUNS", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     console.set_level(quiet=False, verbose=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that a test starts, several in most cases
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that a test starts
     torch.set_num_threads(1 if IS_WORKER else 2)
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def small_scenes(request, monkeypatch, clean_environment, data_root):
-    """Generate only a few images of scenes and scene_captions; all of them take 15 s and most of a minute.
+    """Generate only a few images of scenes and scene_captions; all of them take 15 s and almost a minute.
 
-    Slow tests train to the end, on all images of the built-in data sets, in a folder of their own, but not those of
-    PROCESS_TESTS: what they show does not depend on the number of images.
+    Slow tests train to the end, on all images of the built-in data sets, in a separate folder, except those of
+    PROCESS_TESTS, whose outcome does not depend on the number of images.
     """
     from cvlab.experiments.captioning import scene_captions
     from cvlab.experiments.detection.data import scenes
@@ -82,12 +82,12 @@ def small_scenes(request, monkeypatch, clean_environment, data_root):
 
 @pytest.fixture
 def drawn_plots():
-    """Draw the plots of runs as they are; see `blank_plots`."""
+    """Render the plots of runs; see `blank_plots`."""
 
 
 @pytest.fixture(autouse=True)
 def blank_plots(request, monkeypatch):
-    """Build the plots of runs, but render none of them; also in the trials of sweeps that this process starts."""
+    """Replace the plots of runs by blank images, also in the trials of sweeps that this process starts."""
     from cvlab.sweeps.executors import local
     from tests import blank_plots
 
@@ -111,8 +111,8 @@ def stopped_and_resumed(cvlab, monkeypatch):
     from cvlab.engine import trainer
     from cvlab.errors import StoppedError
 
-    def both(*args):
-        code, unbroken, err = cvlab("train", *args, "--json")
+    def train_twice(*args):
+        code, uninterrupted, err = cvlab("train", *args, "--json")
         assert code == 0, err
         between_steps = trainer.Trainer._between_steps
 
@@ -127,9 +127,9 @@ def stopped_and_resumed(cvlab, monkeypatch):
         code, resumed, err = cvlab("resume", "latest", "--json")
         assert code == 0, err
         assert "resumed step_" in err, err
-        return json.loads(unbroken), json.loads(resumed)
+        return json.loads(uninterrupted), json.loads(resumed)
 
-    return both
+    return train_twice
 
 
 def weights_digest(result):
@@ -167,7 +167,7 @@ grid:
 """
 
 
-SLOW_NET = """import os
+SLOW_MODEL = """import os
 import time
 
 from cvlab.experiments.classification.models.convnet import deep_convnet
@@ -182,7 +182,7 @@ def net():
 
 @pytest.fixture(scope="session")
 def undisturbed_weights(tmp_path_factory, data_root):
-    """Return the digests of the weights of SMALL_SWEEP's trials, run to the end on this machine."""
+    """Return the digests of the weights of the trials of SMALL_SWEEP, run without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "s.yaml").write_text(SMALL_SWEEP)
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "CVLAB_DATA": str(data_root)}
@@ -193,22 +193,22 @@ def undisturbed_weights(tmp_path_factory, data_root):
 
 @pytest.fixture
 def started_sweep(tmp_path):
-    """Return a function that starts `cvlab sweep s.yaml` in another process, with standard error in `said.txt`.
+    """Return a function that starts `cvlab sweep s.yaml` in another process, with standard error in `stderr.txt`.
 
-    While a file `slow` is there, each step takes 20 ms, so that no trial ends before a test has disturbed it.
+    While the file `slow` exists, each step takes 20 ms, so that no trial ends before a test interrupts it.
     """
     model = "{name: deep_convnet, filters: [4], pools: [0]}"
     assert model in SMALL_SWEEP
-    (tmp_path / "net.py").write_text(SLOW_NET)
+    (tmp_path / "net.py").write_text(SLOW_MODEL)
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP.replace(model, "{name: './net.py:net'}"))
     started = []
 
-    def start(*words):
+    def start(*args):
         environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         environment = os.environ | environment | {"CVLAB_TEST_SLOW": str(tmp_path / "slow")}
-        with (tmp_path / "said.txt").open("ab") as said:
-            command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", *words]
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said))
+        with (tmp_path / "stderr.txt").open("ab") as stderr:
+            command = [sys.executable, "-m", "cvlab", "sweep", "s.yaml", *args]
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr))
         return started[-1]
 
     yield start

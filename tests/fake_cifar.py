@@ -1,4 +1,4 @@
-"""Small files in CIFAR-10's format, and a server on this machine that hands files out well or badly."""
+"""Small files in CIFAR-10's format, and a local HTTP server that sends files correctly or truncated."""
 
 import hashlib
 import http.server
@@ -53,21 +53,21 @@ def server(answer):
         def log_message(self, *arguments):
             pass
 
-    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{made.server_address[1]}", requests
+        yield f"http://127.0.0.1:{http_server.server_address[1]}", requests
     finally:
-        made.shutdown()
-        made.server_close()
+        http_server.shutdown()
+        http_server.server_close()
         thread.join()
 
 
 def send(handler, content, cut=None, ranges=True):
-    """Answer with a file, from the range that was asked for; `cut` ends the connection after so many bytes."""
-    asked = handler.headers.get("Range")
-    start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and ranges else 0
+    """Send a file, from the start of the requested range; `cut` ends the connection after that number of bytes."""
+    requested_range = handler.headers.get("Range")
+    start = int(requested_range.removeprefix("bytes=").rstrip("-")) if requested_range and ranges else 0
     handler.send_response(206 if start else 200)
     handler.send_header("Content-Length", str(len(content) - start))
     handler.end_headers()

@@ -20,9 +20,9 @@ class Block:
         page: The page's path below the repository.
         line: Where the block starts.
         language: `sh`, `yaml`, `python`, `text`.
-        title: The name of the file that the block is, if it is one.
-        note: The comment before it: `main`, `test`, or `over: NAME [key=value]`.
-        text: What is in it.
+        title: The file name of the block, if it has one.
+        note: The comment above it: `main`, `test`, or `over: NAME [key=value]`.
+        text: The content.
     """
 
     page: str
@@ -59,25 +59,25 @@ def blocks_of(path, language=None):
 
 
 def commands_of(block):
-    """Return the command lines of a shell block, split into words."""
+    """Return the command lines of a shell block, each as a list of arguments."""
     lines = [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
     commands = []
-    for words in lines:
+    for args in lines:
         start = 0
-        for k, word in enumerate([*words, "&&"]):
+        for k, word in enumerate([*args, "&&"]):
             if word in ("&&", ";"):
-                commands += [words[start:k]] if k > start else []
+                commands += [args[start:k]] if k > start else []
                 start = k + 1
-    return [[word.removesuffix(";") for word in words] for words in split_semicolons(commands)]
+    return [[word.removesuffix(";") for word in args] for args in split_semicolons(commands)]
 
 
 def split_semicolons(commands):
-    """Split commands at words that end with a semicolon."""
-    for words in commands:
+    """Split commands at arguments that end with a semicolon."""
+    for args in commands:
         start = 0
-        for k, word in enumerate(words):
+        for k, word in enumerate(args):
             if word.endswith(";"):
-                yield words[start : k + 1]
+                yield args[start : k + 1]
                 start = k + 1
-        if start < len(words):
-            yield words[start:]
+        if start < len(args):
+            yield args[start:]

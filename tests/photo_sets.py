@@ -15,7 +15,7 @@ SPORTS = {
     **{name: name for name in ("tennis", "baseball", "skateboard", "surf", "snowboard", "horse", "frisbee", "kite")},
     "ski": r"\bski",
 }
-MIN_CAPTIONS = 3  # of five, that name the sport
+MIN_CAPTIONS = 3  # number of captions, of five, that name the sport
 
 
 def link(photo, folder):
@@ -31,7 +31,7 @@ def fruit(data, target):
         listing = root / "ImageSets" / "Main" / f"{split}.txt"
         for name in listing.read_text().split() if listing.is_file() else ():
             objects = ET.parse(root / "Annotations" / f"{name}.xml").getroot().iter("object")
-            kinds = {each.findtext("name") for each in objects}
+            kinds = {annotation.findtext("name") for annotation in objects}
             if len(kinds) == 1:
                 link(next((root / "JPEGImages").glob(f"{name}.*")), target / split / kinds.pop())
     return target

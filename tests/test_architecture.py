@@ -20,7 +20,7 @@ FORBIDDEN = (
     r"allow_pickle=True",
     r"torch\.load\((?!.*weights_only=True)",
 )
-NOT_PORTABLE = (  # what Windows or macOS lacks
+NOT_PORTABLE = (  # not available on Windows or macOS
     r"^\s*import (fcntl|msvcrt|resource|ctypes|pwd|grp|termios)\b",
     r"\bos\.(O_(?!RDONLY|WRONLY|RDWR|CREAT|APPEND|EXCL|TRUNC)|(fork|getuid|fchmod|pwrite|pread|waitid|killpg)\b)",
     r"\bos\.(sched_\w+|mkfifo|sysconf|nice|getpgid|setsid)\b",
@@ -30,7 +30,7 @@ NOT_PORTABLE = (  # what Windows or macOS lacks
 
 
 def problems_of(path, text, nodes):
-    """Yield what breaks a rule in a file: sizes, imports that belong to `_compat`, calls that run what is read."""
+    """Yield the violations of a file: sizes, imports that belong to `_compat`, calls that execute input."""
     if text.count("\n") > 500:
         yield "more than 500 lines"
     for node in nodes:
@@ -51,7 +51,7 @@ def problems_of(path, text, nodes):
                 yield line
 
 
-def test_each_file():
+def test_no_file_breaks_a_rule():
     problems, sizes = [], []
     for path in FILES:
         text = path.read_text()
@@ -62,24 +62,24 @@ def test_each_file():
     assert statistics.median(sizes) <= 10
 
 
-def test_what_breaks_a_rule_is_named():
+def test_violations_are_named():
     long = "def f():\n" + "    x = 1\n" * 60
-    for text, problem in (
+    for text, expected in (
         (long, "f: more than 60 lines"),
         ("import timm.layers", "imports timm"),
         ("eval(x)", "eval"),
         ("import fcntl", "fcntl"),
     ):
-        (found,) = problems_of(PACKAGE / "x.py", text, ast.walk(ast.parse(text)))
-        assert problem in found
+        (actual,) = problems_of(PACKAGE / "x.py", text, ast.walk(ast.parse(text)))
+        assert expected in actual
 
 
 def packages(folder):
     return sorted(path.parent.name for path in folder.glob("*/__init__.py"))
 
 
-def test_every_package_and_root_module_has_its_layer():
-    """import-linter (`make imports`) ignores what its contract does not name."""
+def test_every_package_and_root_module_is_in_a_layer():
+    """import-linter (`make imports`) ignores packages that its contract does not name."""
     contract = (PACKAGE.parent / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
     named = set(re.findall(r"cvlab\.([\w.]+)", contract))
     roots = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
@@ -89,7 +89,7 @@ def test_every_package_and_root_module_has_its_layer():
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda p: p.parent.name)
-def test_a_package_says_what_it_is_and_what_it_may_import(path):
+def test_a_package_documents_its_purpose_and_its_imports(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert re.match(r"(cvlab|[A-Z])[^\n]*[.:]", text)
     if path.parent.parent == PACKAGE or path.parent.name == "common":

@@ -1,4 +1,4 @@
-"""The documentation says what the program does: commands, configurations, examples, generated pages, results."""
+"""The documentation agrees with the program: commands, configurations, examples, generated pages, results."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ PYTHON_BLOCKS = [block for path in WRITTEN for block in blocks_of(path, "python"
 
 
 def module_of(name):
-    """Import a script of docs/, which is no package."""
+    """Import a script of docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -59,72 +59,72 @@ def module_of(name):
 
 
 def write_files(page, folder):
-    """Write the blocks of a page that are files into a folder."""
+    """Write the code blocks of a page that have a file name into a folder."""
     for block in blocks_of(ROOT / page):
         if block.title:
             (folder / block.title).write_text(block.text)
 
 
-def config_of(words, folder):
+def config_of(args, folder):
     """Return the configuration and the overrides that a command line of `train`, `run` or `sweep` names."""
-    name = words[1]
+    name = args[1]
     path = ROOT / name if name.startswith("configs/") else folder / name if (folder / name).is_file() else name
-    return str(path), [word for word in words[2:] if OVERRIDE.match(word)]
+    return str(path), [arg for arg in args[2:] if OVERRIDE.match(arg)]
 
 
-def check_configuration(words, folder):
+def check_configuration(args, folder):
     """Load the configuration that a command would run."""
-    if words[0] in ("train", "run", "sweep") and len(words) > 1 and not words[1].startswith("runs/"):
-        reference, texts = config_of(words, folder)
-        if words[0] == "sweep":
+    if args[0] in ("train", "run", "sweep") and len(args) > 1 and not args[1].startswith("runs/"):
+        reference, texts = config_of(args, folder)
+        if args[0] == "sweep":
             flags = {"--on": "submit.on", "--address": "submit.address"}
-            texts += [f"{flags[word]}={words[k + 1]}" for k, word in enumerate(words) if word in flags]
+            texts += [f"{flags[arg]}={args[k + 1]}" for k, arg in enumerate(args) if arg in flags]
             assert load_sweep(reference, texts)
         else:
             assert loading.load(reference, texts)
-    elif words[0] == "attack" and "--on" in words:
-        keys = [word.partition("=")[0] for word in words[1:] if OVERRIDE.match(word)]
+    elif args[0] == "attack" and "--on" in args:
+        keys = [arg.partition("=")[0] for arg in args[1:] if OVERRIDE.match(arg)]
         assert set(keys) <= set(RobustnessConfig.model_fields)
-    elif words[0] == "attack" and {"universal", "patch"} & set(words):
-        name = PHOTO_SET_METHODS[words[words.index("--method") + 1]]
-        keys = [word.partition("=")[0] for word in words[1:] if OVERRIDE.match(word)]
+    elif args[0] == "attack" and {"universal", "patch"} & set(args):
+        name = PHOTO_SET_METHODS[args[args.index("--method") + 1]]
+        keys = [arg.partition("=")[0] for arg in args[1:] if OVERRIDE.match(arg)]
         assert set(keys) <= set(registry.get_experiment(name).Config.model_fields)
-    elif words[0] in PHOTO_COMMANDS:
-        assert loading.load(PHOTO_COMMANDS[words[0]], [word for word in words[1:] if OVERRIDE.match(word)])
+    elif args[0] in PHOTO_COMMANDS:
+        assert loading.load(PHOTO_COMMANDS[args[0]], [arg for arg in args[1:] if OVERRIDE.match(arg)])
 
 
-def check_command(words, folder, cvlab):
+def check_command(args, folder, cvlab):
     """Parse a command line with the program's parser; load the configuration that it names."""
-    if Path(words[0]).name != "cvlab":
-        assert words[0] in OTHER_PROGRAMS, words
-        if words[0] == "make":
+    if Path(args[0]).name != "cvlab":
+        assert args[0] in OTHER_PROGRAMS, args
+        if args[0] == "make":
             targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            assert {word for word in words[1:] if "=" not in word} <= set(targets)
+            assert {arg for arg in args[1:] if "=" not in arg} <= set(targets)
         return
-    code, out, err = cvlab(*words[1:], "--help")
+    code, out, err = cvlab(*args[1:], "--help")
     assert code == 0, err
     assert out.strip(), err
-    check_configuration(words[1:], folder)
+    check_configuration(args[1:], folder)
 
 
 @pytest.mark.parametrize("block", SHELL_BLOCKS, ids=str)
-def test_every_command_is_understood(block, cvlab, tmp_path):
+def test_every_command_in_a_code_block_is_valid(block, cvlab, tmp_path):
     write_files(block.page, tmp_path)
-    for words in commands_of(block):
-        check_command(words, tmp_path, cvlab)
+    for args in commands_of(block):
+        check_command(args, tmp_path, cvlab)
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_in_the_text_is_understood(path, cvlab, tmp_path):
-    """Parse commands in tables and sentences; those with `...` or alternatives are no whole commands."""
+def test_every_command_in_the_text_is_valid(path, cvlab, tmp_path):
+    """Parse commands in tables and sentences; those with `...` or alternatives are incomplete."""
     for text in re.findall(r"`(cvlab [a-z][^`\n]*)`", path.read_text()):
-        words = shlex.split(text.replace("\\|", "|"))
-        if not {"...", "|"} & set(words) and "|" not in text:
-            code, _, err = cvlab(*words[1:], "--help")
+        args = shlex.split(text.replace("\\|", "|"))
+        if not {"...", "|"} & set(args) and "|" not in text:
+            code, _, err = cvlab(*args[1:], "--help")
             assert code == 0, (text, err)
 
 
-def test_the_example_of_a_sweep_has_the_trials_it_should(tmp_path):
+def test_number_of_trials_of_the_example_of_a_sweep(tmp_path):
     (tmp_path / "s.yaml").write_text(blocks_of(DOCS / "guides" / "sweeps.md", "yaml")[0].text)
     trials = loading.load(str(tmp_path / "s.yaml")).config.trials()
     assert len(trials) == 12
@@ -133,7 +133,7 @@ def test_the_example_of_a_sweep_has_the_trials_it_should(tmp_path):
 
 @pytest.mark.parametrize("block", YAML_BLOCKS, ids=str)
 def test_every_configuration_is_valid(block, tmp_path):
-    """Load whole configurations; merge the others over the configuration that the comment before them names."""
+    """Load complete configurations; merge the others into the configuration that the comment above them names."""
     write_files(block.page, tmp_path)
     text = block.text
     if block.note and block.note.startswith("over: "):
@@ -153,19 +153,19 @@ def test_every_python_example_compiles(block):
     compile(block.text, str(block), "exec")
 
 
-def test_no_text_names_the_package_of_another_project():
+def test_pip_install_commands_do_not_name_an_unrelated_package():
     files = [*pages(), *ROOT.glob("cvlab/**/*.py"), *ROOT.glob("configs/*.yaml")]
     assert not [str(path) for path in files if re.search(r"pip install[^\n]*cvlab\[", path.read_text())]
 
 
 class TestExamples:
-    """The examples of the guides on the user's own code and data run as they are written."""
+    """The examples of the guides on code and data of the user run as they are written."""
 
     def test_own_model_and_its_export(self, cvlab, tmp_path):
         for page in ("own-model", "own-data", "export"):
             write_files(f"docs/guides/{page}.md", tmp_path)
-        short = ["data={name: ./my_data.py:load}", "duration={steps: 1}", "batch_size=32"]
-        code, out, err = cvlab("train", "my_model.yaml", *short, "--json")
+        overrides = ["data={name: ./my_data.py:load}", "duration={steps: 1}", "batch_size=32"]
+        code, out, err = cvlab("train", "my_model.yaml", *overrides, "--json")
         assert code == 0, err
         assert (Path(json.loads(out)["run"]) / "my_model.py").is_file()
         pytest.importorskip("onnxruntime")
@@ -200,7 +200,7 @@ class TestExamples:
         session = onnxruntime.InferenceSession(content)
         predict = inference.make_predictor(detector, device.select_device("cpu", "float32"))
         scene = photos.decode(generator.generate_scene(2, 3).png(), tmp_path / "scene.png")
-        # the sides of the last two are not whole pixels in the square
+        # Scaled to the square, the sides of the last two photos are not whole numbers of pixels.
         for photo in (scene, scene.resize((500, 500)), scene.crop((0, 0, 224, 150)), scene.resize((177, 161))):
             (expected,) = predict([photo], 0.1, 0.5)
             boxes, scores, labels = namespace["detect"](session, photo, 0.1)
@@ -228,14 +228,14 @@ class TestExamples:
     def test_own_photos_with_boxes(self, cvlab, tmp_path):
         write_files("docs/guides/own-photos.md", tmp_path)
         subprocess.run([sys.executable, "make_boxes.py"], cwd=tmp_path, check=True)
-        short = [
+        overrides = [
             "size=96",
             "views=1",
             "batch_size=4",
             "duration={steps: 2}",
             "finetune_epochs=0",
         ]
-        code, out, err = cvlab("train", "yolo", "data.path=my_photos", *short, "--json")
+        code, out, err = cvlab("train", "yolo", "data.path=my_photos", *overrides, "--json")
         assert code == 0, err
         assert "ap50/blue" in json.loads(out)["metrics"]
 
@@ -246,9 +246,16 @@ class TestExamples:
         write_files("docs/guides/own-photos.md", tmp_path)
         for name in ("dog.jpg", "boat.jpg"):
             Image.new("RGB", (64, 64), "gray").save(tmp_path / name)
-        short = ["size=64", "min_word_count=1", "batch_size=1", "duration={steps: 1}", "evaluate_test=false", "beam=1"]
+        overrides = [
+            "size=64",
+            "min_word_count=1",
+            "batch_size=1",
+            "duration={steps: 1}",
+            "evaluate_test=false",
+            "beam=1",
+        ]
         data = "data={name: captions, path: my_photos.csv}"
-        code, _, err = cvlab("train", "caption_flickr8k_lstm", data, *short, "expect=[]")
+        code, _, err = cvlab("train", "caption_flickr8k_lstm", data, *overrides, "expect=[]")
         assert code == 0, err
 
     def test_reading_metrics(self, cvlab, tmp_path):
@@ -260,7 +267,7 @@ class TestExamples:
 
 
 class TestGenerated:
-    """Generated pages are those of the program."""
+    """Generated pages agree with the program."""
 
     def test_pages_are_up_to_date(self):
         generate = module_of("generate")
@@ -282,13 +289,13 @@ class TestGenerated:
         text = (DOCS / "reference" / "configurations.md").read_text()
         assert set(re.findall(r"^\| `([a-z0-9_]+)` \|", text, re.MULTILINE)) == set(loading.shipped_names())
 
-    def test_exit_codes_are_those_of_the_errors(self):
+    def test_exit_codes_agree_with_the_error_classes(self):
         text = (DOCS / "reference" / "exit-codes.md").read_text()
         codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
-        own = {
+        error_codes = {
             cls.code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.CvlabError)
         }
-        assert codes == own | {0, 130, 143}
+        assert codes == error_codes | {0, 130, 143}
 
 
 def test_states_of_a_run_are_in_the_reference():
@@ -309,7 +316,7 @@ def test_every_page_is_in_the_navigation():
 
 
 class TestCollectResults:
-    """`docs/collect_results.py` makes rows of run directories."""
+    """`docs/collect_results.py` writes rows from run directories."""
 
     @pytest.fixture
     def collect(self):
@@ -333,7 +340,7 @@ class TestCollectResults:
         return tmp_path / "runs"
 
     def test_seeds_become_one_row_with_mean_and_deviation(self, collect, runs, tmp_path):
-        for _ in range(2):  # the second time the row replaces itself
+        for _ in range(2):  # the second time, the row is replaced
             assert collect.run([*map(str, runs.iterdir()), "--into", str(tmp_path)]) == 0
         (row,) = json.loads((tmp_path / "classify.json").read_text())
         assert row["command"] == "cvlab train quickstart x.jpg"
@@ -349,7 +356,7 @@ class TestCollectResults:
         with pytest.raises(SystemExit, match="differ in commit"):
             collect.run([*map(str, runs.iterdir()), "--into", str(tmp_path)])
 
-    def test_a_run_that_has_not_ended_has_no_row(self, collect, runs, tmp_path, capsys):
+    def test_an_unfinished_run_has_no_row(self, collect, runs, tmp_path, capsys):
         run = runs / "quickstart-0"
         (run / "status.json").write_text('{"status": "interrupted"}')
         collect.run([str(run), "--into", str(tmp_path)])
@@ -357,7 +364,7 @@ class TestCollectResults:
         assert not (tmp_path / "classify.json").exists()
 
 
-def test_rows_of_results_have_what_they_need():
+def test_rows_of_results_have_all_keys():
     for path in (DOCS / "results").glob("*.json"):
         for row in json.loads(path.read_text()):
             assert len(row["commit"]) == 40, path

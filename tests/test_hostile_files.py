@@ -1,6 +1,6 @@
-"""Files from anywhere, damaged by a seeded generator: each is read, or refused in one line, and nothing else happens.
+"""Untrusted files, damaged by a seeded generator: each is read, or rejected by a one-line error, without side effects.
 
-A case that once raised something else stays below as a test of its own.
+Cases that have raised another exception are separate tests below.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from cvlab.runs import checkpoint
 from cvlab.storage import archives
 from tests.experiments.detection.data.box_files import coco_set, voc_set, yolo_set
 
-ODD = (
+UNUSUAL_TOKENS = (
     *("", "-1", "0", "1e308", "-1e308", "nan", "Infinity", "9" * 400, "true", "null", "\0", "../../x", "/etc/passwd"),
     *(
         "<!ENTITY x SYSTEM 'file:///etc/passwd'>",
@@ -47,32 +47,32 @@ ODD = (
 TOKEN = re.compile(rb"[\w.+-]+|[<>\[\]{},:\"/]")
 
 
-def damaged(raw, draw):
-    """Cut, flip, repeat, overwrite or fill in bytes; of text also replace a word or a sign by an odd one."""
+def damage(raw, draw):
+    """Truncate, flip, repeat, zero or insert bytes, or replace a token of text by an unusual one."""
     kind = draw.choice(["cut", "flip", "zeros", "repeat", "insert", "word", "word", "word"])
-    place = draw.randrange(len(raw) + 1)
+    position = draw.randrange(len(raw) + 1)
     tokens = list(TOKEN.finditer(raw))
     if kind == "word" and tokens:
-        found = draw.choice(tokens)
-        return raw[: found.start()] + draw.choice(ODD).encode(errors="surrogatepass") + raw[found.end() :]
+        token = draw.choice(tokens)
+        return raw[: token.start()] + draw.choice(UNUSUAL_TOKENS).encode(errors="surrogatepass") + raw[token.end() :]
     if kind == "cut":
-        return raw[:place]
+        return raw[:position]
     if kind == "repeat":
-        end = min(len(raw), place + draw.randrange(1, 200))
-        return raw[:end] + raw[place:]
+        end = min(len(raw), position + draw.randrange(1, 200))
+        return raw[:end] + raw[position:]
     if kind == "insert":
-        return raw[:place] + draw.randbytes(draw.randrange(1, 40)) + raw[place:]
-    changed = bytearray(raw)
-    for k in range(place, min(len(raw), place + draw.choice([1, 1, 4, 64]))):
-        changed[k] = 0 if kind == "zeros" else changed[k] ^ (1 << draw.randrange(8))
-    return bytes(changed)
+        return raw[:position] + draw.randbytes(draw.randrange(1, 40)) + raw[position:]
+    output = bytearray(raw)
+    for k in range(position, min(len(raw), position + draw.choice([1, 1, 4, 64]))):
+        output[k] = 0 if kind == "zeros" else output[k] ^ (1 << draw.randrange(8))
+    return bytes(output)
 
 
-def picture(ending):
+def write_image(extension):
     def make(folder):
         noise = np.random.default_rng(0).integers(0, 255, (24, 31, 3), np.uint8)
-        Image.fromarray(noise).save(folder / f"photo.{ending}")
-        return folder / f"photo.{ending}"
+        Image.fromarray(noise).save(folder / f"photo.{extension}")
+        return folder / f"photo.{extension}"
 
     return make
 
@@ -87,11 +87,11 @@ def captions_csv(folder):
 
 def captions_json(folder):
     captions_csv(folder).unlink()
-    told = {
+    document = {
         "images": [{"id": k, "file_name": f"{k}.png"} for k in range(4)],
         "annotations": [{"image_id": k, "caption": f"a dog {k}"} for k in range(4)],
     }
-    (folder / "captions.json").write_text(json.dumps(told))
+    (folder / "captions.json").write_text(json.dumps(document))
     return folder / "captions.json"
 
 
@@ -108,9 +108,9 @@ def tar_of(kind):
 
 
 def zip_of(folder):
-    with zipfile.ZipFile(folder / "x.zip", "w", zipfile.ZIP_DEFLATED) as made:
+    with zipfile.ZipFile(folder / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("a/b.txt", "a/c.txt"):
-            made.writestr(name, bytes(range(100)) * 7)
+            archive.writestr(name, bytes(range(100)) * 7)
     return folder / "x.zip"
 
 
@@ -130,7 +130,7 @@ def pth(folder):
     return folder / "w.pth"
 
 
-def sealed(folder):
+def write_checkpoint(folder):
     checkpoint.write(folder / "step.pt", STATE)
     return folder / "step.pt"
 
@@ -141,23 +141,23 @@ def darknet(folder):
     return folder / "w.weights"
 
 
-def boxes(path):
-    found = data_dataset.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
-    for items in found.splits.values():
+def read_boxes(path):
+    loaded = data_dataset.load("boxes", Path("nowhere"), str(path), val_fraction=0.5)
+    for items in loaded.splits.values():
         for item in items:
             assert torch.isfinite(item.boxes_xyxy).all()
             assert (item.boxes_xyxy >= 0).all()
             assert (item.boxes_xyxy[:, 2:] > item.boxes_xyxy[:, :2]).all()
             assert len(item.labels) == len(item.boxes_xyxy)
-            assert all(0 <= label < len(found.classes) for label in item.labels.tolist())
+            assert all(0 <= label < len(loaded.classes) for label in item.labels.tolist())
 
 
-def said(path):
+def read_captions(path):
     for items in dataset.load_custom(path, 0.25).splits.values():
         assert all(item.path.is_file() and item.captions for item in items)
 
 
-def photo(path):
+def read_photo(path):
     with contextlib.suppress(DataError):
         annotations.read_header(path)
     loaded = photos.load(path)
@@ -165,7 +165,7 @@ def photo(path):
     assert loaded.width * loaded.height <= photos.MAX_PIXELS
 
 
-def unpacked(extract):
+def unpack_with(extract):
     def read(path):
         out = path.parent / "out"
         out.mkdir()
@@ -174,84 +174,90 @@ def unpacked(extract):
     return read
 
 
-KINDS = {  # name -> how it is made, how it is read, cases; a maker returns what is read, a file or a folder
-    "jpeg": (picture("jpg"), photo, 150),
-    "png": (picture("png"), photo, 150),
-    "bmp": (picture("bmp"), photo, 80),
-    "webp": (picture("webp"), photo, 80),
-    "voc": (voc_set, boxes, 200),
-    "coco": (coco_set, boxes, 200),
-    "yolo": (yolo_set, boxes, 200),
-    "captions.csv": (captions_csv, said, 120),
-    "captions.json": (captions_json, said, 120),
-    "tar": (tar_of(""), unpacked(archives.extract_tar), 100),
-    "tar.gz": (tar_of("gz"), unpacked(archives.extract_tar), 60),
-    "tar.xz": (tar_of("xz"), unpacked(archives.extract_tar), 60),
-    "tar.bz2": (tar_of("bz2"), unpacked(archives.extract_tar), 60),
-    "zip": (zip_of, unpacked(archives.extract_zip), 100),
+KINDS = {  # name -> (function that writes a file or a folder and returns it, function that reads it, number of cases)
+    "jpeg": (write_image("jpg"), read_photo, 150),
+    "png": (write_image("png"), read_photo, 150),
+    "bmp": (write_image("bmp"), read_photo, 80),
+    "webp": (write_image("webp"), read_photo, 80),
+    "voc": (voc_set, read_boxes, 200),
+    "coco": (coco_set, read_boxes, 200),
+    "yolo": (yolo_set, read_boxes, 200),
+    "captions.csv": (captions_csv, read_captions, 120),
+    "captions.json": (captions_json, read_captions, 120),
+    "tar": (tar_of(""), unpack_with(archives.extract_tar), 100),
+    "tar.gz": (tar_of("gz"), unpack_with(archives.extract_tar), 60),
+    "tar.xz": (tar_of("xz"), unpack_with(archives.extract_tar), 60),
+    "tar.bz2": (tar_of("bz2"), unpack_with(archives.extract_tar), 60),
+    "zip": (zip_of, unpack_with(archives.extract_zip), 100),
     "safetensors": (safetensors, weights.read_state_dict, 100),
     "pth": (pth, weights.read_state_dict, 100),
-    "checkpoint": (sealed, checkpoint.load, 100),
+    "checkpoint": (write_checkpoint, checkpoint.load, 100),
     "darknet": (darknet, lambda path: read_darknet(path, CONVS), 60),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, kind):
+def test_a_damaged_file_is_read_or_a_one_line_error(tmp_path, kind):
     make, read, count = KINDS[kind]
-    refused = 0
+    num_errors = 0
     for seed in range(count):
         folder = tmp_path / str(seed) / "inside"
         folder.mkdir(parents=True)
         path = make(folder)
         draw = random.Random(f"{kind} {seed}")
         files = sorted(file for file in folder.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        victim = draw.choice([file for file in files if path.is_file() or file.suffix != ".jpg"] or files)
-        victim.write_bytes(damaged(victim.read_bytes(), draw))
+        damaged_file = draw.choice([file for file in files if path.is_file() or file.suffix != ".jpg"] or files)
+        damaged_file.write_bytes(damage(damaged_file.read_bytes(), draw))
         try:
             read(path)
         except CvlabError as error:
-            refused += 1
+            num_errors += 1
             assert "\n" not in str(error), (seed, error)
             assert error.code in (2, 4, 7), (seed, error)
         except Exception as error:
-            raise AssertionError(f"{kind}, case {seed}, {victim.name}: {type(error).__name__}: {error}") from error
-        assert sorted(p.name for p in (tmp_path / str(seed)).iterdir()) == ["inside"], f"case {seed} wrote outside"
-    assert refused > count // 20, "the generator damages what is read"
+            raise AssertionError(
+                f"{kind}, case {seed}, {damaged_file.name}: {type(error).__name__}: {error}"
+            ) from error
+        assert sorted(p.name for p in (tmp_path / str(seed)).iterdir()) == ["inside"], (
+            f"case {seed} wrote outside its folder"
+        )
+    assert num_errors > count // 20, "the generator damages relevant bytes"
 
 
-def refusal(read, path):
-    with pytest.raises(CvlabError) as refused:
+def error_of(read, path):
+    with pytest.raises(CvlabError) as error:
         read(path)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x\0y", "../../etc", "a\nb"])
-def test_a_name_that_no_disk_has(tmp_path, name):
+def test_invalid_file_names_in_annotations(tmp_path, name):
     table = captions_csv(tmp_path)
     table.write_text(f'image,caption\n"{name}",a dog\n')
-    assert "is not beside it" in refusal(said, table) or name == "x\0y"
+    assert "is not beside it" in error_of(read_captions, table) or name == "x\0y"
     coco = coco_set(tmp_path / "coco") / "annotations/instances_train2017.json"
-    told = json.loads(coco.read_text())
-    told["images"][0]["file_name"] = name
-    coco.write_text(json.dumps(told))
-    assert "no object in any photo; a detector needs some to train on; photos that are not in" in refusal(boxes, coco)
+    document = json.loads(coco.read_text())
+    document["images"][0]["file_name"] = name
+    coco.write_text(json.dumps(document))
+    assert "no object in any photo; a detector needs some to train on; photos that are not in" in error_of(
+        read_boxes, coco
+    )
 
 
-def test_brackets_without_end(tmp_path):
-    for path, read in ((captions_json(tmp_path), said), (coco_set(tmp_path / "coco"), boxes)):
+def test_deeply_nested_json_is_rejected(tmp_path):
+    for path, read in ((captions_json(tmp_path), read_captions), (coco_set(tmp_path / "coco"), read_boxes)):
         file = path if path.is_file() else next(path.rglob("*.json"))
         file.write_text("[" * 100_000)
-        assert "not valid JSON" in refusal(read, path) or "not a COCO file" in refusal(read, path)
+        assert "not valid JSON" in error_of(read, path) or "not a COCO file" in error_of(read, path)
 
 
 @pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
-def test_a_compressed_archive_that_is_damaged_inside(tmp_path, compression):
+def test_a_damaged_compressed_archive_is_rejected(tmp_path, compression):
     path = tar_of(compression)(tmp_path)
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 255
     path.write_bytes(raw)
-    assert "cannot be unpacked" in refusal(
+    assert "cannot be unpacked" in error_of(
         lambda p: archives.extract_tar(p, p.parent / "o", max_bytes=9**9, max_members=9), path
     )

@@ -1,4 +1,4 @@
-"""Run directories whose files are links, FIFOs, devices, folders or huge: nothing hangs, nothing outside is touched."""
+"""Run directories whose files are links, FIFOs, devices, folders or huge: no access outside, no hang."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def _no_hang():
 
 @pytest.fixture
 def outside(tmp_path):
-    """A folder and files outside of the runs, which must stay as they are."""
+    """Return a folder with files outside of the runs, which must not change."""
     folder = tmp_path / "outside"
     (folder / "folder").mkdir(parents=True)
     (folder / "file").write_text(f"{SECRET}: 1\n")
@@ -58,8 +58,8 @@ def contents(folder):
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def put(path, kind, outside):
-    """Replace a file of a run directory by something else."""
+def replace_by(path, kind, outside):
+    """Replace a file of a run directory by a link, a device, a huge file or a folder."""
     is_folder = path.is_dir()
     if is_folder:
         for child in path.iterdir():
@@ -86,7 +86,7 @@ def put(path, kind, outside):
         path.mkdir()
 
 
-def whole_run(path):
+def write_run(path):
     write(path)
     out = RunDir(path)
     out.folder("plots")
@@ -141,10 +141,10 @@ def writers(path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
-def test_no_reader_or_writer_of_a_run_directory_leaves_it_or_hangs(tmp_path, outside, name, kind, capfd):
+def test_readers_and_writers_of_a_run_directory_do_not_hang_or_leave_it(tmp_path, outside, name, kind, capfd):
     root = tmp_path / "runs"
-    path, other = whole_run(root / "20261125-120000-x-0001"), whole_run(root / "20261125-120000-y-0002")
-    put(path / name, kind, outside)
+    path, other = write_run(root / "20261125-120000-x-0001"), write_run(root / "20261125-120000-y-0002")
+    replace_by(path / name, kind, outside)
     before = contents(outside)
     for number, action in enumerate((*readers(path, other), *writers(path))):
         try:
@@ -152,7 +152,7 @@ def test_no_reader_or_writer_of_a_run_directory_leaves_it_or_hangs(tmp_path, out
         except CvlabError as error:
             text = str(error)
             assert "\n" not in text, number
-        if kind != "hard link":  # which is a regular file, as a backup program makes it
+        if kind != "hard link":  # a hard link is a regular file; backup programs create them
             assert SECRET not in str(text), number
     assert kind == "hard link" or SECRET not in capfd.readouterr().out
     assert contents(outside) == before
@@ -167,8 +167,8 @@ def test_no_reader_or_writer_of_a_run_directory_leaves_it_or_hangs(tmp_path, out
 @pytest.mark.parametrize("name", FILES)
 def test_the_end_of_a_run_does_not_depend_on_other_runs(tmp_path, outside, name, kind):
     root = tmp_path / "runs"
-    broken, path = whole_run(root / "20261125-120000-x-0001"), whole_run(root / "20261125-120000-y-0002")
-    put(broken / name, kind, outside)
+    broken, path = write_run(root / "20261125-120000-x-0001"), write_run(root / "20261125-120000-y-0002")
+    replace_by(broken / name, kind, outside)
     out = RunDir(path)
     api_run._publish(out)
     assert "warning" not in (path / "log.txt").read_text()
@@ -176,10 +176,10 @@ def test_the_end_of_a_run_does_not_depend_on_other_runs(tmp_path, outside, name,
 
 
 @pytest.mark.parametrize("kind", ["link", "FIFO", "/dev/zero", "folder", "not UTF-8", "huge"])
-def test_the_list_of_runs_is_written_whatever_is_in_its_place(tmp_path, outside, kind):
+def test_the_index_of_runs_replaces_anything_but_a_folder(tmp_path, outside, kind):
     root = tmp_path / "runs"
-    path = whole_run(root / "20261125-120000-y-0002")
-    put(root / html.INDEX, kind, outside)
+    path = write_run(root / "20261125-120000-y-0002")
+    replace_by(root / html.INDEX, kind, outside)
     before = contents(outside)
     api_run._publish(RunDir(path))
     assert contents(outside) == before
@@ -187,14 +187,14 @@ def test_the_list_of_runs_is_written_whatever_is_in_its_place(tmp_path, outside,
     assert has_warning == (kind == "folder")
 
 
-def test_trials_of_a_sweep_that_are_links_are_refused(tmp_path, outside):
+def test_trials_of_a_sweep_that_are_links_are_rejected(tmp_path, outside):
     from cvlab.sweeps import adaptive
 
     run = tmp_path / "sweep"
     (run / "trials").mkdir(parents=True)
-    elsewhere = outside / "folder"
-    (elsewhere / adaptive.FILE).write_text("{}")
-    (run / "trials" / "000").symlink_to(elsewhere)
+    target = outside / "folder"
+    (target / adaptive.FILE).write_text("{}")
+    (run / "trials" / "000").symlink_to(target)
     with pytest.raises(CvlabError, match="link"):
         adaptive.trial_dirs(run)
     (run / "trials" / "000").unlink()
@@ -205,7 +205,7 @@ def test_trials_of_a_sweep_that_are_links_are_refused(tmp_path, outside):
 
 
 def header(width, height):
-    """A PNG that claims a size."""
+    """Return the header of a PNG that states a size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
@@ -233,8 +233,8 @@ PICTURES = {
 
 @pytest.mark.parametrize("suffix", [".png", ".gif"])
 @pytest.mark.parametrize("kind", PICTURES)
-def test_only_the_decoders_of_photos_open_the_images_of_a_run(tmp_path, monkeypatch, kind, suffix):
-    path = whole_run(tmp_path / "20261125-120000-x-0001")
+def test_only_photo_decoders_open_the_images_of_a_run(tmp_path, monkeypatch, kind, suffix):
+    path = write_run(tmp_path / "20261125-120000-x-0001")
     summary = json.loads((path / "summary.json").read_text())
     summary["results"] = [{"image": "a", "picture": f"images/a{suffix}"}]
     (path / "summary.json").write_text(json.dumps(summary))
@@ -244,19 +244,19 @@ def test_only_the_decoders_of_photos_open_the_images_of_a_run(tmp_path, monkeypa
     html.write_run(path)
     sources = page.count("data:image/") - page.count("data:image/svg")
     (path / "images" / f"a{suffix}").unlink()
-    without = html.run_page(path)
-    assert sources == without.count("data:image/") - without.count("data:image/svg")
+    page_without_image = html.run_page(path)
+    assert sources == page_without_image.count("data:image/") - page_without_image.count("data:image/svg")
 
 
 @pytest.mark.parametrize("scale", [0.2, pytest.param(1, marks=pytest.mark.slow)])
 def test_many_large_images_do_not_stop_a_page(tmp_path, monkeypatch, scale):
-    """Only so many pixels of an image, and of all images of a page together, are decoded."""
+    """The number of decoded pixels is bounded per image and per page."""
     for name in ("MAX_PIXELS", "MAX_PAGE_PIXELS"):
         monkeypatch.setattr(embedded, name, int(getattr(embedded, name) * scale**2))
-    path = whole_run(tmp_path / "20261125-120000-x-0001")
+    path = write_run(tmp_path / "20261125-120000-x-0001")
     large, smaller = int(13_000 * scale), int(7_000 * scale)
     for number, size in enumerate([large] * 3 + [smaller] * 6):
-        raw = encoded((size, size - number))  # different, so that none is a copy
+        raw = encoded((size, size - number))  # different sizes, so that none is deduplicated
         (path / "images" / f"{number:02d}.png").write_bytes(raw)
     start = time.monotonic()
     signal.alarm(60)
@@ -266,20 +266,20 @@ def test_many_large_images_do_not_stop_a_page(tmp_path, monkeypatch, scale):
     assert time.monotonic() - start < 40
 
 
-def test_a_thumbnail_with_a_huge_header_is_not_given_to_the_browser(tmp_path):
+def test_a_thumbnail_with_a_huge_header_is_not_sent_to_the_browser(tmp_path):
     (tmp_path / "thumbnail.png").write_bytes(header(50_000, 50_000))
     assert embedded.read_thumbnail(tmp_path) is None
     (tmp_path / "thumbnail.png").write_bytes(encoded((240, 96)))
     assert embedded.read_thumbnail(tmp_path) is not None
 
 
-def test_a_line_of_metrics_that_is_too_long_is_skipped_with_its_rest(tmp_path):
+def test_a_line_of_metrics_that_is_too_long_is_skipped(tmp_path):
     rows = [b'{"step": 1}', b'{"a": "' + b"x" * 3 * 2**20 + b'"}', b"[" * 100_000, b'{"step": 2}']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(rows) + b"\n")
     assert list(read_metrics(tmp_path)) == [{"step": 1}, {"step": 2}]
 
 
-def test_regular_files_are_opened_and_bounded(tmp_path):
+def test_reading_regular_files_is_bounded(tmp_path):
     file = tmp_path / "f"
     assert regular_files.size_of(file) == 0
     file.write_bytes(b"0123456789")

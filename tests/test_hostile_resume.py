@@ -1,4 +1,4 @@
-"""Interrupted runs on photos into which links, FIFOs or devices were put: `resume` neither reads nor writes there."""
+"""Interrupted runs on photos with links, FIFOs or devices among their files: `resume` does not follow them."""
 
 import io
 import itertools
@@ -45,7 +45,7 @@ PNG = _png()
 
 @pytest.fixture
 def two_photos(tmp_path):
-    """Two small crops of the bundled photo."""
+    """Write two small crops of the bundled photo."""
     whole = photos.load(photo_paths.find_images(["sample"])[0])
     whole.crop((100, 40, 200, 130)).save(tmp_path / "wide.png")
     whole.crop((150, 0, 240, 131)).save(tmp_path / "tall.png")
@@ -66,13 +66,13 @@ def contents(folder):
 
 
 def images_of(run):
-    """Return the images of a run that it has written itself."""
+    """Return the regular image files of a run."""
     images = [path for path in (run / "images").rglob("*") if path.is_file() and not path.is_symlink()]
     return {str(path.relative_to(run)): path.read_bytes() for path in images}
 
 
-def put(path, kind, outside):
-    """Put something in the place of a file or folder; of a folder, the link leads to a copy of it."""
+def replace_by(path, kind, outside):
+    """Replace a file or folder; a link in place of a folder leads to a copy of the folder."""
     path.parent.mkdir(exist_ok=True)
     is_folder = path.is_dir()
     if is_folder:
@@ -89,16 +89,16 @@ def put(path, kind, outside):
 def interrupt(monkeypatch, command):
     """Let a command receive SIGTERM after its fourth step, or after its first photo."""
     module, name = (photo_batches, "_process_batch") if command == "attack" else (image_optimizer, "optimization_steps")
-    real = getattr(module, name)
+    original = getattr(module, name)
 
     def stopping_steps(*arguments):
-        for k, losses in enumerate(real(*arguments)):
+        for k, losses in enumerate(original(*arguments)):
             if k == 3:
                 signal.raise_signal(signal.SIGTERM)
             yield losses
 
     def stopping_batch(*arguments):
-        results = real(*arguments)
+        results = original(*arguments)
         signal.raise_signal(signal.SIGTERM)
         return results
 
@@ -123,7 +123,7 @@ def test_resume_neither_follows_links_nor_hangs(cvlab, tmp_path, monkeypatch, co
         (outside / "folder").mkdir(parents=True)
         Image.new("RGB", (48, 48), "magenta").save(outside / "photo.png")
         shutil.copytree(tmp_path / "interrupted", run)
-        put(run / name, kind, outside)
+        replace_by(run / name, kind, outside)
         before = contents(outside)
         signal.alarm(SECONDS)
         code, _, err = cvlab("resume", run.name)
@@ -133,7 +133,7 @@ def test_resume_neither_follows_links_nor_hangs(cvlab, tmp_path, monkeypatch, co
         assert "Traceback" not in err, case
         assert contents(outside) == before, case
         assert not (outside / "new").exists(), case
-        if code == 0:  # all is as if nothing had been there
+        if code == 0:  # the images equal those of an uninterrupted run
             different = [name for name, content in images_of(run).items() if content != expected.get(name)]
             assert not different, f"{case}: {different}"
         codes.add(code)
@@ -141,7 +141,7 @@ def test_resume_neither_follows_links_nor_hangs(cvlab, tmp_path, monkeypatch, co
     assert {0, 5} <= codes
 
 
-def test_frames_with_other_names_are_left_out(tmp_path):
+def test_files_with_other_names_are_not_frames(tmp_path):
     run = RunDir(tmp_path)
     for step in (20, 3):
         saved_images.save_frame(run, "tick-", step, PNG)
@@ -156,7 +156,7 @@ def test_frames_with_other_names_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../photo.png", "images/../../photo.png", "/etc/passwd", "", "images", "images/none.png"]
 )
-def test_names_outside_of_a_run_are_not_read(tmp_path, name):
+def test_paths_outside_of_a_run_are_not_read(tmp_path, name):
     (tmp_path / "photo.png").write_bytes(PNG)
     run = RunDir(tmp_path / "run")
     (tmp_path / "run/images").mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_names_outside_of_a_run_are_not_read(tmp_path, name):
 
 
 @pytest.mark.parametrize("swapped", ["images", "images/frames", "images/frames/a.png"])
-def test_a_folder_or_file_that_becomes_a_link_while_it_is_read_leads_nowhere(tmp_path, swapped):
+def test_a_path_that_becomes_a_link_while_it_is_read_is_not_followed(tmp_path, swapped):
     run, outside = tmp_path / "run", tmp_path / "outside"
     for folder, content in ((run, b"inside"), (outside, b"secret")):
         (folder / "images/frames").mkdir(parents=True)
@@ -173,25 +173,25 @@ def test_a_folder_or_file_that_becomes_a_link_while_it_is_read_leads_nowhere(tmp
     stopped = threading.Event()
 
     def swap():
-        place, original = run / swapped, run / "original"
+        path, original = run / swapped, run / "original"
         while not stopped.is_set():
-            place.rename(original)
-            place.symlink_to(outside / swapped)
-            place.unlink()
-            original.rename(place)
+            path.rename(original)
+            path.symlink_to(outside / swapped)
+            path.unlink()
+            original.rename(path)
 
     thread = threading.Thread(target=swap)
     thread.start()
-    contents_read, num_refused = set(), 0
+    contents_read, num_errors = set(), 0
     try:
         start = time.monotonic()
-        while (seconds := time.monotonic() - start) < 1 or (seconds < SECONDS and not (contents_read and num_refused)):
+        while (seconds := time.monotonic() - start) < 1 or (seconds < SECONDS and not (contents_read and num_errors)):
             try:
                 contents_read.add(regular_files.read_below(run, "images/frames/a.png", 100))
             except OSError:
-                num_refused += 1
+                num_errors += 1
     finally:
         stopped.set()
         thread.join()
     assert contents_read == {b"inside"}
-    assert num_refused > 0
+    assert num_errors > 0

@@ -1,4 +1,4 @@
-"""Run directories that were changed, cut or written to meanwhile: every reader says so in one line, or reads on."""
+"""Run directories that are damaged or written to concurrently: readers succeed or raise a one-line error."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from cvlab.runs.records import is_run
 from cvlab.runs.run_dir import RunDir
 
 FILES = ("config.yaml", "env.json", "status.json", "summary.json", "metrics.jsonl", "log.txt")
-ODD = (
+UNUSUAL_VALUES = (
     None,
     True,
     -1,
@@ -64,26 +64,26 @@ def write(path):
     (path / "log.txt").write_text("a line\n")
 
 
-def places(value, above=()):
-    """Yield the place of every value in a JSON document."""
+def key_paths(value, parents=()):
+    """Yield the path of keys and indices to every value in a JSON document."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield (*above, key)
+        yield (*parents, key)
         if isinstance(item, (dict, list)):
-            yield from places(item, (*above, key))
+            yield from key_paths(item, (*parents, key))
 
 
-def changed(document, draw):
-    """Return a document with one value replaced by an odd one, or left out."""
-    made = copy.deepcopy(document)
-    *above, last = draw.choice(list(places(made)))
-    block = made
-    for key in above:
+def mutate(document, draw):
+    """Return a document with one value replaced by an unusual one, or removed."""
+    output = copy.deepcopy(document)
+    *parents, last = draw.choice(list(key_paths(output)))
+    block = output
+    for key in parents:
         block = block[key]
     if draw.random() < 0.2:
         del block[last]
     else:
-        block[last] = draw.choice(ODD)
-    return json.dumps(made)
+        block[last] = draw.choice(UNUSUAL_VALUES)
+    return json.dumps(output)
 
 
 def damage(path, draw):
@@ -94,9 +94,9 @@ def damage(path, draw):
     kind = draw.choice(["cut", "flip", "odd", "odd", "odd", "bytes", "gone"])
     documents = {"env.json": ENV, "summary.json": SUMMARY, "status.json": {"status": "done", "experiment": "detect"}}
     if kind == "odd" and name == "metrics.jsonl":
-        file.write_text("".join(f"{changed(row, draw)}\n" for row in ROWS))
+        file.write_text("".join(f"{mutate(row, draw)}\n" for row in ROWS))
     elif kind == "odd" and name in documents:
-        file.write_text(changed(documents[name], draw))
+        file.write_text(mutate(documents[name], draw))
     elif kind == "cut":
         file.write_bytes(raw[: draw.randrange(len(raw) + 1)])
     elif kind == "bytes":
@@ -110,41 +110,41 @@ def damage(path, draw):
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_whatever_is_in_its_files_a_run_is_listed_and_its_readers_raise_no_other_error(tmp_path, seed, capsys):
+def test_a_damaged_run_is_listed_and_its_readers_raise_one_line_errors(tmp_path, seed, capsys):
     from cvlab.api import run
 
     draw = random.Random(seed)
     path = tmp_path / "20261125-120000-x-0001"
     write(path)
-    what = damage(path, draw)
-    other = tmp_path / "20261125-120000-y-0002"
-    write(other)
+    damaged = damage(path, draw)
+    intact = tmp_path / "20261125-120000-y-0002"
+    write(intact)
     if is_run(path):
         rows = index.runs(tmp_path)
-        assert [row["run"] for row in rows] == [path.name, other.name], what
+        assert [row["run"] for row in rows] == [path.name, intact.name], damaged
         html.index_page(rows)
     for read in (
         lambda: html.run_page(path),
-        lambda: html.comparison_page({"x": path, "y": other}),
-        lambda: tables.show_comparison(compare.compare({"x": path, "y": other})),
+        lambda: html.comparison_page({"x": path, "y": intact}),
+        lambda: tables.show_comparison(compare.compare({"x": path, "y": intact})),
         lambda: tables.show_result(run.result(path)),
     ):
         try:
             read()
         except CvlabError as error:
-            assert "\n" not in str(error), what
-            assert path.name in str(error), what
+            assert "\n" not in str(error), damaged
+            assert path.name in str(error), damaged
 
 
 def test_runs_are_read_while_they_are_written(tmp_path):
     path = tmp_path / "20261125-120000-x-0001"
     write(path)
-    ends = threading.Event()
+    stopped = threading.Event()
 
-    def writing():
+    def write_repeatedly():
         out = RunDir(path)
         number = 4
-        while not ends.is_set():
+        while not stopped.is_set():
             out.append({"step": number, "train_loss": 1.0})
             out.write_json("summary.json", SUMMARY)
             out.set_status("running", step=number)
@@ -152,7 +152,7 @@ def test_runs_are_read_while_they_are_written(tmp_path):
             number += 1
 
     html.write_index(tmp_path, index.runs(tmp_path))
-    writers = [threading.Thread(target=writing) for _ in range(2)]
+    writers = [threading.Thread(target=write_repeatedly) for _ in range(2)]
     for writer in writers:
         writer.start()
     try:
@@ -161,6 +161,6 @@ def test_runs_are_read_while_they_are_written(tmp_path):
             assert "train_loss" in html.comparison_page({"x": path, "same": path})
             assert (tmp_path / html.INDEX).read_text().rstrip().endswith("</html>")
     finally:
-        ends.set()
+        stopped.set()
         for writer in writers:
             writer.join()

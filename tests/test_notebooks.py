@@ -1,7 +1,7 @@
-"""The notebooks of the documentation run from top to bottom, each in a process of its own, and show what they return.
+"""The notebooks of the documentation run from top to bottom in separate processes and display their results.
 
-They are run without Jupyter, whose kernel and client are some thirty packages more for CI; what its front ends ask an
-object for is called here.
+They run without Jupyter, whose kernel and client would be some thirty more packages for CI; the test calls
+`_repr_html_` as a notebook does.
 """
 
 import ast
@@ -47,7 +47,7 @@ def run(path, folder):
     return [json.loads(line) for line in output.stdout.splitlines() if line.startswith("[")]
 
 
-def test_there_are_four():
+def test_names_of_the_notebooks():
     assert [path.stem for path in NOTEBOOKS] == ["attack-and-saliency", "first-run", "manual-layer", "my-photos"]
 
 
@@ -61,7 +61,7 @@ def test_a_notebook_runs(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_stripped_and_the_page_has_every_cell(path):
+def test_outputs_are_stripped_and_cells_are_valid_python(path):
     for cell in cells(path):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []

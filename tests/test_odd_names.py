@@ -1,4 +1,4 @@
-"""Names and texts that are not UTF-8, steer terminals or spreadsheets, or are markup: shown and served, escaped."""
+"""Names and texts that are not UTF-8, control terminals or spreadsheets, or are markup are escaped."""
 
 import csv
 import http.client
@@ -55,7 +55,7 @@ TEXTS = (
     ),
 )
 NOT_IN_FILE_NAMES = ("\ud800", "\udfff\ud800", "\0", "a/b")
-RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]")  # what must never reach a terminal or page
+RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]")  # must not reach a terminal or a page
 
 
 def assert_clean(text):
@@ -70,7 +70,7 @@ def run_named(root, name):
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *NOT_IN_FILE_NAMES], ids=ascii)
-def test_printable_text_is_one_line_that_steers_no_terminal(text):
+def test_printable_text_is_one_line_without_control_characters(text):
     assert_clean(console.printable(text))
     assert "\n" not in console.printable(text)
     assert console.printable_lines(f"{text}\nb").endswith("\nb")
@@ -85,33 +85,38 @@ def test_printable_text_keeps_what_can_be_printed():
 @pytest.mark.usefixtures("drawn_plots")
 def test_a_run_directory_of_any_name_is_listed_shown_served_and_compared(tmp_path, name, capsys):
     root = tmp_path / "runs"
-    path, other = run_named(root, name), run_named(root, "other")
+    path, other_run = run_named(root, name), run_named(root, "other")
     api_run._publish(RunDir(path))
     assert "warning" not in (path / "log.txt").read_text()
     page = (root / html.INDEX).read_bytes().decode()
     assert_clean(page)
     assert_clean((path / html.FILE).read_bytes().decode())
-    for command in (["runs"], ["show", str(path)], ["compare", str(path), str(other)], ["compare", "--csv", str(path)]):
+    for command in (
+        ["runs"],
+        ["show", str(path)],
+        ["compare", str(path), str(other_run)],
+        ["compare", "--csv", str(path)],
+    ):
         assert main.run_command_line([*command, f"--runs-dir={root}"]) == 0
         captured = capsys.readouterr()
         assert_clean(captured.out + captured.err)
     assert main.run_command_line(["runs", "--json", f"--runs-dir={root}"]) == 0
-    listed = json.loads(capsys.readouterr().out)["runs"]
-    assert path.name in [row["run"] for row in listed]
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    assert path.name in [row["run"] for row in rows]
     assert main.run_command_line(["show", f"missing-{name}", f"--runs-dir={root}"]) == 5
     assert_clean(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", TEXTS, ids=ascii)
-def test_the_server_answers_for_a_run_of_any_name(tmp_path, name):
-    path, other = run_named(tmp_path, name), run_named(tmp_path, "other")
+def test_the_server_shows_a_run_of_any_name(tmp_path, name):
+    path, other_run = run_named(tmp_path, name), run_named(tmp_path, "other")
     server = serve.Server(tmp_path, 0)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        links = re.findall(r'href="(/[^"]*)"', answer(server, "/")[1])
-        assert {html.quote(path.name), html.quote(other.name)} <= {link.strip("/") for link in links}
-        for address in (*links, f"/compare?run={html.quote(path.name)}&run={html.quote(other.name)}"):
-            status, page = answer(server, address)
+        links = re.findall(r'href="(/[^"]*)"', get_page(server, "/")[1])
+        assert {html.quote(path.name), html.quote(other_run.name)} <= {link.strip("/") for link in links}
+        for address in (*links, f"/compare?run={html.quote(path.name)}&run={html.quote(other_run.name)}"):
+            status, page = get_page(server, address)
             assert status == 200, page
             assert_clean(page)
     finally:
@@ -119,7 +124,7 @@ def test_the_server_answers_for_a_run_of_any_name(tmp_path, name):
         server.server_close()
 
 
-def answer(server, address):
+def get_page(server, address):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     connection.request("GET", address)
     response = connection.getresponse()
@@ -129,7 +134,7 @@ def answer(server, address):
 
 
 def summaries(text):
-    """Yield summaries with a text in each place that holds text."""
+    """Yield summaries with the text as each of the values that can be text."""
     yield {**SUMMARY, "experiment": text}
     yield {**SUMMARY, "data": text}
     yield {**SUMMARY, "metrics": {text: 0.5}, "metric_info": {text: {"unit": text, "better": "higher"}}}
@@ -144,7 +149,7 @@ def summaries(text):
 
 @pytest.mark.parametrize("text", [*TEXTS, *NOT_IN_FILE_NAMES], ids=ascii)
 def test_texts_in_the_records_of_a_run_are_shown_escaped(tmp_path, text, capsys):
-    path, other = run_named(tmp_path, "x"), run_named(tmp_path, "other")
+    path, other_run = run_named(tmp_path, "x"), run_named(tmp_path, "other")
     for summary in summaries(text):
         (path / "summary.json").write_text(json.dumps(summary))
         (path / "env.json").write_text(json.dumps({text: text, "time": text, "provenance": {"seed": text}}))
@@ -152,15 +157,15 @@ def test_texts_in_the_records_of_a_run_are_shown_escaped(tmp_path, text, capsys)
         (path / "log.txt").write_text(text, errors="replace")
         for page in (
             html.run_page(path),
-            html.comparison_page({text: path, "y": other}),
+            html.comparison_page({text: path, "y": other_run}),
             html.index_page(index.runs(tmp_path), root=tmp_path),
         ):
             assert_clean(page)
         html.write_run(path)
         tables.show_result(api_run.result(path))
-        tables.show_comparison(compare.compare({text: path, "y": other}))
+        tables.show_comparison(compare.compare({text: path, "y": other_run}))
         assert_clean(capsys.readouterr().out)
-        assert_clean(compare.to_csv(compare.compare({text: path, "y": other})))
+        assert_clean(compare.to_csv(compare.compare({text: path, "y": other_run})))
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *NOT_IN_FILE_NAMES], ids=ascii)
@@ -209,4 +214,6 @@ def test_a_photo_whose_name_is_not_utf8_has_a_page(tmp_path, capsys):
     run = next((tmp_path / "runs").glob("2*"))
     assert r"\xff.jpg" in (run / html.FILE).read_text()
     assert (tmp_path / "runs" / html.INDEX).is_file()
-    assert main.run_command_line(["run", str(run), f"--runs-dir={tmp_path / 'again'}"]) == 0  # the names are kept
+    assert (
+        main.run_command_line(["run", str(run), f"--runs-dir={tmp_path / 'again'}"]) == 0
+    )  # the recorded names can be read

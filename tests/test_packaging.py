@@ -1,4 +1,4 @@
-"""What is built, and where it is tried: pyproject.toml, .ci, the Dockerfile and the workflow agree."""
+"""pyproject.toml, .ci, the Dockerfile and the workflow agree."""
 
 import importlib.util
 import re
@@ -24,7 +24,7 @@ def versions(text):
     return [tuple(map(int, version.split("."))) for version in re.findall(r"\d+(?:\.\d+)+", text)]
 
 
-def test_the_matrix_tries_the_oldest_and_the_newest_that_are_allowed():
+def test_the_matrix_has_the_oldest_and_newest_supported_versions():
     environments = script("matrix").ENVIRONMENTS
     (oldest, limit), (oldest_vision, vision_limit) = (
         versions(re.search(rf'"{name}(>=[^"]*)"', PROJECT)[1]) for name in ("torch", "torchvision")
@@ -37,7 +37,7 @@ def test_the_matrix_tries_the_oldest_and_the_newest_that_are_allowed():
     assert versions(" ".join(environment.python for environment in environments))[0] == pythons[0]
 
 
-def test_the_lock_is_within_what_is_allowed():
+def test_the_locked_versions_are_supported():
     oldest, limit = versions(re.search(r'"torch(>=[^"]*)"', PROJECT)[1])
     for name in ("test", "dev"):
         locked = versions(re.search(r"^torch==(\S+)", (ROOT / ".ci" / f"{name}.lock").read_text(), re.MULTILINE)[1])[0]
@@ -56,7 +56,7 @@ def test_the_package_script_runs_the_quick_start():
     assert "cvlab classify sample" in commands
 
 
-def test_the_dockerfile_copies_what_the_build_needs():
+def test_the_dockerfile_copies_all_files_of_the_build():
     lines = (ROOT / "docs/docker/Dockerfile").read_text().splitlines()
     copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
     needed = {"pyproject.toml", "cvlab", "configs"} | set(
@@ -77,7 +77,7 @@ def test_the_workflow_runs_macos_and_windows():
             assert (ROOT / folder).is_dir()
 
 
-def test_extras_are_installed_from_where_cvlab_is(tmp_path, monkeypatch):
+def test_extras_are_installed_from_the_checkout_or_by_name(tmp_path, monkeypatch):
     assert errors.install_command("onnx") == "pip install -e '.[onnx]'"
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "cvlab" / "errors.py"))
     name = re.search(r'^name = "([\w-]+)"', PROJECT, re.MULTILINE)[1]

@@ -1,4 +1,4 @@
-"""macOS and Windows, imitated on Linux: what their Python lacks is hidden, and open files cannot be replaced."""
+"""macOS and Windows, imitated on Linux: modules that they lack are hidden, open files cannot be replaced."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 
 from cvlab import portability
 
-LACKING = """
+WINDOWS_LIKE = """
 import errno, os, shutil, signal, struct, sys, types
-import asyncio, fcntl, multiprocessing.context, subprocess, tempfile  # before what they use is removed
+import asyncio, fcntl, multiprocessing.context, subprocess, tempfile  # before functions are removed
 
 def locking(descriptor, mode, size):
     start = os.lseek(descriptor, 0, os.SEEK_CUR)  # like Windows' locks, those of open files belong to no process
@@ -53,7 +53,7 @@ os.kill = lambda pid, _number, kill=os.kill: kill(pid, 9)  # TerminateProcess
 COMMANDS = """
 import json, sys
 from cvlab.cli import main
-print(json.dumps([main.run_command_line(words) for words in json.loads(sys.argv[1])]), file=sys.stderr)
+print(json.dumps([main.run_command_line(args) for args in json.loads(sys.argv[1])]), file=sys.stderr)
 """
 TRAIN = (
     *("train", "quickstart", "data.num_train=60", "batch_size=20", "duration={steps: 6}", "eval_every=3", "expect=[]"),
@@ -61,9 +61,9 @@ TRAIN = (
 )
 
 
-def lacking_run(folder, commands, data_root, **environment):
-    """Run commands in a process that lacks, as its children, what Windows lacks; return it and the exit codes."""
-    (folder / "sitecustomize.py").write_text(LACKING)
+def run_windows_like(folder, commands, data_root, **environment):
+    """Run commands in a process without what Windows lacks; return the process and the exit codes."""
+    (folder / "sitecustomize.py").write_text(WINDOWS_LIKE)
     package = str(Path(portability.__file__).parent.parent)
     environment = os.environ | {
         **{"PYTHONPATH": os.pathsep.join((str(folder), package)), "CVLAB_DATA": str(data_root)},
@@ -71,15 +71,15 @@ def lacking_run(folder, commands, data_root, **environment):
         **environment,
     }
     command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    lines = done.stderr.splitlines()
-    return done, json.loads(lines[-1]) if lines and lines[-1].startswith("[") else done.stderr
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    lines = process.stderr.splitlines()
+    return process, json.loads(lines[-1]) if lines and lines[-1].startswith("[") else process.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="imitates Windows on Linux")
-def test_a_killed_training_resumes_and_commands_work_without_what_windows_lacks(tmp_path, data_root):
-    done, _ = lacking_run(tmp_path, [[*TRAIN, "-q"]], data_root, CVLAB_FAILPOINT="before_rename:5")
-    assert (done.returncode, done.stderr) == (-9, "")  # at once, not through a handler
+def test_a_killed_run_resumes_and_commands_work_without_what_windows_lacks(tmp_path, data_root):
+    process, _ = run_windows_like(tmp_path, [[*TRAIN, "-q"]], data_root, CVLAB_FAILPOINT="before_rename:5")
+    assert (process.returncode, process.stderr) == (-9, "")  # at once, not through a handler
     commands = [
         *(
             ["resume", "latest", "-q"],
@@ -91,14 +91,14 @@ def test_a_killed_training_resumes_and_commands_work_without_what_windows_lacks(
         *(["runs", "tag", "latest", "--add", "x"], ["report", "latest"], ["runs", "prune", "latest"]),
         *(["runs", "rm", "latest"], ["runs", "--json"], ["classify", "sample"]),
     ]
-    done, codes = lacking_run(tmp_path, commands, data_root)
-    assert codes == [0] * len(commands), done.stderr
-    assert "military uniform" in done.stdout
-    left = json.loads(done.stdout[done.stdout.index("{") :].partition("\n}")[0] + "\n}")
-    assert left["runs"] == []
+    process, codes = run_windows_like(tmp_path, commands, data_root)
+    assert codes == [0] * len(commands), process.stderr
+    assert "military uniform" in process.stdout
+    listing = json.loads(process.stdout[process.stdout.index("{") :].partition("\n}")[0] + "\n}")
+    assert listing["runs"] == []
 
 
 @pytest.mark.parametrize("name", ["fcntl", "msvcrt"])
-def test_what_is_missing_is_none(name, monkeypatch):
+def test_missing_modules_are_none(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     assert portability._optional(name) is None

@@ -1,4 +1,4 @@
-"""What the README says is what the program does. tests/test_docs.py parses its commands and configurations."""
+"""The README agrees with the program. tests/test_docs.py parses its commands and configurations."""
 
 import json
 import re
@@ -13,7 +13,7 @@ PATH = ROOT / "README.md"
 README = PATH.read_text()
 
 
-def test_it_can_be_read_in_two_minutes():
+def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
     assert len(re.findall(r"^!\[", README, re.MULTILINE)) == 1
 
@@ -31,8 +31,8 @@ def test_the_first_two_commands_need_nothing_but_python():
 
 def test_the_example_is_the_shipped_configuration(tmp_path):
     (tmp_path / "cifar_bn.yaml").write_text(blocks_of(PATH, "yaml")[0].text)
-    mine, shipped = (loading.load(str(path)).config for path in (tmp_path / "cifar_bn.yaml", "cifar_bn"))
-    assert mine.to_yaml() == shipped.model_copy(update={"expect_fallback": ()}).to_yaml()
+    example, shipped = (loading.load(str(path)).config for path in (tmp_path / "cifar_bn.yaml", "cifar_bn"))
+    assert example.to_yaml() == shipped.model_copy(update={"expect_fallback": ()}).to_yaml()
 
 
 def test_every_command_has_an_example():
@@ -41,7 +41,7 @@ def test_every_command_has_an_example():
         assert f"cvlab {name}" in text, f"no example of cvlab {name}"
 
 
-def test_its_results_were_recorded():
+def test_results_in_the_readme_are_recorded():
     table = README.partition("<!-- results")[2].partition("<!-- /results -->")[0]
     rows = re.findall(r"^\| [^|]+ \| `(cvlab [^`]+)` \| `(\w+)` ([\d.]+)", table, re.MULTILINE)
     recorded = [row for path in ROOT.glob("docs/results/*.json") for row in json.loads(path.read_text())]
@@ -56,16 +56,21 @@ def test_the_number_of_shipped_configurations():
     assert f"{len(loading.shipped_names())} configurations" in README
 
 
-def test_the_project_file_names_what_the_code_imports():
+def test_the_project_file_names_the_imported_packages():
     text = (ROOT / "pyproject.toml").read_text()
     for package in ("torch>=2.10,<2.16", "torchvision", "timm", "typer", "pyyaml", "rich", "pydantic", "numpy"):
         assert f'"{package}' in text
 
 
-def test_the_output_of_the_quick_start_looks_as_shown(cvlab):
+def test_the_output_of_the_quick_start_is_as_shown(cvlab):
     """Compare the lines with those of a short run; numbers, rules of tables and spaces may differ."""
-    short = ["duration={steps: 1}", "data.num_train=100", "data.val_fraction=0.01", "expect=[test_accuracy >= 0.00]"]
-    code, out, err = cvlab("train", "quickstart", *short)
+    overrides = [
+        "duration={steps: 1}",
+        "data.num_train=100",
+        "data.val_fraction=0.01",
+        "expect=[test_accuracy >= 0.00]",
+    ]
+    code, out, err = cvlab("train", "quickstart", *overrides)
     assert code == 0, err
     printed = {skeleton(line) for line in out.splitlines()}
     for line in next(block.text for block in blocks_of(PATH, "text")).splitlines():

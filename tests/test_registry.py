@@ -18,7 +18,7 @@ TARGET = re.compile(r"cvlab(\.\w+)+(:\w+)?|torch:\w+")
 
 
 def targets():
-    """Return the strings of the form `cvlab.module` or `cvlab.module.Name`; tables too."""
+    """Return the strings of the form `cvlab.module` or `cvlab.module:Name`, those of tables included."""
     from cvlab.engine.optimizers import OPTIMIZERS
     from cvlab.engine.schedules import SCHEDULES
     from cvlab.experiments.classification.losses import LOSSES
@@ -34,11 +34,11 @@ def targets():
 @pytest.mark.parametrize("target", targets())
 def test_target_can_be_imported(target):
     module, _, name = target.partition(":")
-    found = importlib.import_module(module)
-    assert not name or hasattr(found, name)
+    imported = importlib.import_module(module)
+    assert not name or hasattr(imported, name)
 
 
-def test_the_tables_are_seen():
+def test_targets_of_tables_are_tested():
     assert len(targets()) > 40
 
 
@@ -50,7 +50,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in TABLES.items() for name in table.names])
-def test_signature_read_from_the_source_is_that_of_the_builder(kind, name):
+def test_signature_read_from_the_source_equals_that_of_the_builder(kind, name):
     table = TABLES[kind]
     module, _, attribute = table.names[name].partition(":")
     from_source = signatures._read(module, attribute, table.injected)
@@ -64,7 +64,7 @@ def test_builders_that_cannot_be_read_from_the_source_are_imported(tmp_path, mon
         "LIMIT = _limit()\n\n"
         "def build(channels, depth: int = LIMIT, *, width: float = 2.0):\n    'Build it.'\n\n"
         "class Base:\n    def __init__(self, channels, size: int):\n        'Hold it.'\n\n"
-        "class Net(Base):\n    'A net.'\n\n"
+        "class Net(Base):\n    'A model.'\n\n"
         "alias = build\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -72,8 +72,8 @@ def test_builders_that_cannot_be_read_from_the_source_are_imported(tmp_path, mon
         monkeypatch.delitem(sys.modules, "builders_under_test", raising=False)
         assert signatures._read("builders_under_test", name, {"channels"}) is None
         signature = signatures.of_target(f"builders_under_test:{name}", {"channels"})
-        given = {p.name: p.default for p in signature.parameters if p.default is not p.empty}
-        assert given == defaults
+        actual = {p.name: p.default for p in signature.parameters if p.default is not p.empty}
+        assert actual == defaults
         assert {p.name: p.annotation for p in signature.parameters} == (
             {"size": int} if name == "Net" else {"depth": int, "width": float}
         )

@@ -7,6 +7,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 AFTER_TRAINING = "run|step|loop|set|image|batch|loss|epoch|experiment|config|split|state|task|process|accurac|data|time"
 
@@ -48,6 +50,12 @@ IDENTIFIERS = {  # name in the code -> what to call it instead
 }
 
 
+CODE_WITH_CHECKED_NAMES = [  # patterns of files whose identifiers are checked, but not their prose
+    *(f"tests/{name}/*.py" for name in ("api", "bench", "cli", "config", "data", "distributed", "engine", "faults")),
+    *("tests/*.py", "benchmarks/*.py", "docs/*.py"),
+]
+
+
 def text_files():
     files = [*ROOT.glob("cvlab/**/*.py"), *ROOT.glob("cvlab/assets/pages/*"), *ROOT.glob("configs/*.yaml")]
     return sorted([*files, *ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
@@ -67,18 +75,34 @@ def identifiers(tree):
 
 
 def problems_of(path):
-    """Yield the words and phrases of a file that have a better one."""
+    """Yield the phrases and identifiers of a file that have a better one."""
+    yield from phrase_problems(path)
+    if path.suffix == ".py":
+        yield from identifier_problems(path)
+
+
+def phrase_problems(path):
     text = path.read_text()
     for number, line in enumerate(text.splitlines(), 1):
         for pattern, better in PHRASES.items():
             if hit := re.search(pattern, line, re.IGNORECASE):
                 yield f"{path.relative_to(ROOT)}:{number}: {hit[0]!r}: write {better}"
-    if path.suffix == ".py":
-        for number, name in identifiers(ast.parse(text)):
-            if name.strip("_") in IDENTIFIERS:
-                yield f"{path.relative_to(ROOT)}:{number}: {name}: call it {IDENTIFIERS[name.strip('_')]}"
+
+
+def identifier_problems(path):
+    for number, name in identifiers(ast.parse(path.read_text())):
+        if name.strip("_") in IDENTIFIERS:
+            yield f"{path.relative_to(ROOT)}:{number}: {name}: call it {IDENTIFIERS[name.strip('_')]}"
 
 
 def test_the_words_of_the_field_are_used():
     problems = [problem for path in text_files() for problem in problems_of(path)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("pattern", CODE_WITH_CHECKED_NAMES)
+def test_identifiers_of_tests_and_scripts_are_terms_of_the_field(pattern):
+    paths = sorted(ROOT.glob(pattern))
+    assert paths, "the pattern matches no file"
+    problems = [problem for path in paths for problem in identifier_problems(path)]
     assert not problems, "\n".join(problems)

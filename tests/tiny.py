@@ -18,16 +18,16 @@ from cvlab.runs.run_dir import RunDir
 STEPS = 32
 
 
-def settings(optimizer="adamw", **more):
+def settings(optimizer="adamw", **overrides):
     """Return the configuration of the tiny training run."""
     from cvlab.engine.optimizers import OPTIMIZERS
     from cvlab.engine.schedules import SCHEDULES
 
-    def part(table, **arguments):
+    def component(table, **arguments):
         name = arguments.pop("name")
         return table.schema(name, Path())(name=name, **arguments)
 
-    chosen = {"momentum": 0.9} if optimizer == "sgd" else {}
+    optimizer_arguments = {"momentum": 0.9} if optimizer == "sgd" else {}
     return TrainConfig(
         **{
             "experiment": "tiny",
@@ -36,8 +36,8 @@ def settings(optimizer="adamw", **more):
             "device": "cpu",
             "threads": 1,
             "precision": "float32",
-            "optimizer": part(OPTIMIZERS, name=optimizer, lr=1e-2, **chosen),
-            "schedule": part(SCHEDULES, name="cosine"),
+            "optimizer": component(OPTIMIZERS, name=optimizer, lr=1e-2, **optimizer_arguments),
+            "schedule": component(SCHEDULES, name="cosine"),
             "warmup": 0.1,
             "batch_size": 8,
             "duration": {"steps": STEPS},
@@ -46,7 +46,7 @@ def settings(optimizer="adamw", **more):
             "log_every": 3,
             "save_seconds": 1000.0,
         }
-        | more
+        | overrides
     )
 
 
@@ -72,13 +72,13 @@ def job(config, on_step=lambda step: None):
 
     def measure(model, batch):
         scores = model(batch[0]).to(ctx.dtype)
-        right = (scores.argmax(1) == batch[1]).sum()
+        num_correct = (scores.argmax(1) == batch[1]).sum()
         loss = F.cross_entropy(scores, batch[1], reduction="sum")
-        return {"loss": loss, "accuracy": right, "count": torch.tensor(len(batch[1]))}
+        return {"loss": loss, "accuracy": num_correct, "count": torch.tensor(len(batch[1]))}
 
     def evaluate(model):
-        found = loop.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, ctx)
-        return {f"val_{name}": value for name, value in found.items()}
+        metrics = loop.evaluate(model, eval_batches(images[48:], labels[48:], normalize), measure, ctx)
+        return {f"val_{name}": value for name, value in metrics.items()}
 
     def get_batch(step):
         on_step(step)

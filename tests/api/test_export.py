@@ -1,4 +1,4 @@
-"""Nets of runs in files for other programs, read with those programs' own libraries."""
+"""Models of runs exported to files of other formats, read with the libraries of those formats."""
 
 import importlib.util
 import json
@@ -23,41 +23,41 @@ DETECTOR = (
     *("duration={steps: 2}", "evaluate_test=false", "threads=1"),
 )
 
-FLOOR = 1e-5  # of a net that has hardly begun
+MIN_SCORE = 1e-5  # low: the model is hardly trained
 
 
 @pytest.fixture
 def trained(cvlab):
-    def train(words, *more):
-        code, out, err = cvlab("train", *words, *more, "expect=[]", "expect_fallback=[]", "--json")
+    def train(args, *overrides):
+        code, out, err = cvlab("train", *args, *overrides, "expect=[]", "expect_fallback=[]", "--json")
         assert code == 0, err
         return Path(json.loads(out)["run"])
 
     return train
 
 
-def net_of(run):
-    chosen = loading.load(str(run), ["device=cpu", "precision=float32"]).config
-    made = registry.get_experiment(chosen.experiment).export_spec(chosen, run, checkpoint.load_of_run(run, "last"))
-    return made, made.model.eval()
+def load_model(run):
+    config = loading.load(str(run), ["device=cpu", "precision=float32"]).config
+    spec = registry.get_experiment(config.experiment).export_spec(config, run, checkpoint.load_of_run(run, "last"))
+    return spec, spec.model.eval()
 
 
-def test_safetensors_have_the_names_of_the_net(cvlab, trained):
+def test_safetensors_have_the_parameter_names_of_the_model(cvlab, trained):
     from safetensors import safe_open
 
     run = trained(CLASSIFIER)
     code, out, err = cvlab("export", run, "--to", "safetensors", "--json")
     assert code == 0, err
-    found = json.loads(out)
-    made, _ = net_of(run)
-    with safe_open(found["files"][0], "pt") as file:
-        own = made.weights.state_dict()
-        assert all(torch.equal(file.get_tensor(name), own[name]) for name in own)
-        assert len(own) == len(file.keys())
-        about = json.loads(file.metadata()[export.METADATA_KEY])
-    assert len(about["classes"]) == 10
-    assert "[0, 1]" in about["input"]
-    assert about["run"] == run.name
+    result = json.loads(out)
+    spec, _ = load_model(run)
+    with safe_open(result["files"][0], "pt") as file:
+        state_dict = spec.weights.state_dict()
+        assert all(torch.equal(file.get_tensor(name), state_dict[name]) for name in state_dict)
+        assert len(state_dict) == len(file.keys())
+        metadata = json.loads(file.metadata()[export.METADATA_KEY])
+    assert len(metadata["classes"]) == 10
+    assert "[0, 1]" in metadata["input"]
+    assert metadata["run"] == run.name
 
 
 @needs_onnx
@@ -66,45 +66,46 @@ class TestOnnx:
     def test_a_classifier_gives_the_same_scores(self, cvlab, trained, tmp_path):
         import onnxruntime
 
-        run, file = trained(CLASSIFIER), tmp_path / "net.onnx"
+        run, file = trained(CLASSIFIER), tmp_path / "model.onnx"
         code, out, err = cvlab("export", run, "--to", "onnx", "--out", file, "--json")
         assert code == 0, err
         assert json.loads(out)["largest_difference"] < export.TOLERANCE
         session = onnxruntime.InferenceSession(file)
         images = torch.rand(5, 3, 32, 32)
-        theirs = session.run(["scores"], {"images": images.numpy()})[0]
-        torch.testing.assert_close(net_of(run)[1](images), torch.from_numpy(theirs), rtol=1e-4, atol=1e-4)
-        about = json.loads(session.get_modelmeta().custom_metadata_map[export.METADATA_KEY])
-        assert about["normalization"]["std"]
-        assert len(about["classes"]) == 10
+        actual = session.run(["scores"], {"images": images.numpy()})[0]
+        torch.testing.assert_close(load_model(run)[1](images), torch.from_numpy(actual), rtol=1e-4, atol=1e-4)
+        metadata = json.loads(session.get_modelmeta().custom_metadata_map[export.METADATA_KEY])
+        assert metadata["normalization"]["std"]
+        assert len(metadata["classes"]) == 10
 
     @pytest.mark.parametrize(
-        "more", [(), pytest.param(("finetune_epochs=1", "duration={epochs: 1}"), marks=pytest.mark.slow)]
+        "overrides", [(), pytest.param(("finetune_epochs=1", "duration={epochs: 1}"), marks=pytest.mark.slow)]
     )
-    def test_a_detector_finds_the_same_boxes(self, cvlab, trained, more):
+    def test_a_detector_returns_the_same_boxes(self, cvlab, trained, overrides):
         import onnxruntime
 
-        run = trained(DETECTOR, *more)
+        run = trained(DETECTOR, *overrides)
         code, out, err = cvlab("export", run, "--to", "onnx", "--json")
         assert code == 0, err
-        made, net = net_of(run)
+        spec, model = load_model(run)
         session = onnxruntime.InferenceSession(json.loads(out)["files"][0])
         images = torch.rand(2, 3, 64, 64)
         with torch.no_grad():
-            maps = net.features.batch(images)
-            mine = made.weights.postprocess(made.weights([maps[n] for n in net.features.names]), 64, FLOOR, 0.6, 100)
+            maps = model.features.batch(images)
+            outputs = spec.weights([maps[name] for name in model.features.names])
+            expected = spec.weights.postprocess(outputs, 64, MIN_SCORE, 0.6, 100)
         scores, boxes = (torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()}))
-        for k, found in enumerate(mine):
-            point, label = (scores[k] >= FLOOR).nonzero(as_tuple=True)
-            place = boxes[k][point].clamp(0, 64)
-            kept = nms.batched_nms(place, scores[k][point, label], label, 0.6, 100)
-            apart = (place[kept][:, None] - found.boxes_xyxy[None]).abs().amax(2)
-            apart += 1e3 * (label[kept][:, None] != found.labels[None])
-            # of two boxes as sure but for the last bits either may go first
-            assert len(kept) > 50
-            assert float((apart.amin(0) < 0.02).float().mean()) > 0.9
+        for k, detections in enumerate(expected):
+            point, label = (scores[k] >= MIN_SCORE).nonzero(as_tuple=True)
+            candidates_xyxy = boxes[k][point].clamp(0, 64)
+            keep = nms.batched_nms(candidates_xyxy, scores[k][point, label], label, 0.6, 100)
+            distance = (candidates_xyxy[keep][:, None] - detections.boxes_xyxy[None]).abs().amax(2)
+            distance += 1e3 * (label[keep][:, None] != detections.labels[None])
+            # Two boxes whose scores differ in the last bits only may be in either order.
+            assert len(keep) > 50
+            assert float((distance.amin(0) < 0.02).float().mean()) > 0.9
 
-    def test_of_two_stages_only_the_weights_can_be_taken(self, cvlab, trained):
+    def test_of_a_two_stage_detector_only_the_weights_can_be_exported(self, cvlab, trained):
         run = trained(DETECTOR, "model={name: faster_rcnn}")
         code, _, err = cvlab("export", run, "--to", "onnx")
         assert code == 2
@@ -112,7 +113,7 @@ class TestOnnx:
         assert cvlab("export", run, "--to", "safetensors")[0] == 0
 
 
-def test_refusals(cvlab, trained):
+def test_invalid_exports_are_rejected(cvlab, trained):
     run = trained(CLASSIFIER)
     assert "did you mean 'onnx'" in cvlab("export", run, "--to", "onx")[2]
     code, _, _ = cvlab("export", run, "--to", "safetensors", "--out", run / "no" / "x")

@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def content(path):
-    """Return the bytes of all files of a run directory, but of its lock."""
+    """Return the bytes of all files of a run directory except its lock."""
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "run.lock"]
     return {file.relative_to(path): file.read_bytes() for file in files}
 
@@ -41,7 +41,7 @@ def source(tmp_path_factory, data_root):
         )
 
 
-def test_a_run_that_is_extended_has_the_bits_of_one_that_was_longer(source, cvlab, tmp_path):
+def test_an_extended_run_is_bitwise_identical_to_a_longer_run(source, cvlab, tmp_path):
     before = content(source.path)
     code, out, err = cvlab("resume", source.path, "duration.epochs=2", "--json")
     assert code == 0, err
@@ -58,7 +58,7 @@ def test_a_run_that_is_extended_has_the_bits_of_one_that_was_longer(source, cvla
     assert f"continues {source.name} at step 3" in cvlab("show", run["run"])[1]
 
 
-def test_a_finished_run_without_overrides_is_reported_only(source, cvlab):
+def test_resuming_a_finished_run_without_overrides_only_reports_it(source, cvlab):
     before = content(source.path)
     code, _, err = cvlab("resume", source.path)
     assert code == 0
@@ -82,7 +82,9 @@ def test_a_finished_run_without_overrides_is_reported_only(source, cvlab):
         (["duration.epochs=two"], "expected a whole number"),
     ],
 )
-def test_what_cannot_change_is_one_line_and_writes_nothing(source, cvlab, tmp_path, overrides, message):
+def test_an_override_that_cannot_change_is_a_one_line_error_and_writes_nothing(
+    source, cvlab, tmp_path, overrides, message
+):
     before = content(source.path)
     code, _, err = cvlab("resume", source.path, *overrides)
     assert code == 2
@@ -92,7 +94,7 @@ def test_what_cannot_change_is_one_line_and_writes_nothing(source, cvlab, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_run_is_named_first_and_a_dry_run_writes_nothing(source, cvlab, tmp_path):
+def test_the_run_comes_first_and_a_dry_run_writes_nothing(source, cvlab, tmp_path):
     code, _, err = cvlab("resume", "duration.epochs=2")
     assert code == 2
     assert "cvlab resume latest duration.epochs=2" in err
@@ -102,20 +104,20 @@ def test_the_run_is_named_first_and_a_dry_run_writes_nothing(source, cvlab, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_from_python_with_a_lower_rate_and_continued_again(source, tmp_path):
+def test_extending_from_python_with_a_lower_learning_rate_and_extending_again(source, tmp_path):
     run = source.resume({"duration.steps": 4, "optimizer.lr": 1e-4, "name": "slower"})
     assert [row["lr"] for row in run.rows if "lr" in row] == [2e-3, 1e-4]
     assert "-slower-" in run.name
     assert [row["step"] for row in run.rows if "val_accuracy" in row] == [3, 4]
     assert run.environment["provenance"]["duration.steps"] == "command line"
-    # what a kill before the first step leaves is a run that continues too
+    # A run that is killed before its first step can be extended too.
     path = extend.create(extend.prepare(run.path, ["duration.steps=5"]), tmp_path / "runs")
     again = cvlab_library.load_run(path)
     assert again.environment["continues"] == {"run": run.name, "step": 4, "changed": {"duration.steps": 5}}
     assert checkpoint.steps(path / "checkpoints") == [4]
 
 
-def test_a_running_or_damaged_run_is_not_continued(source, tmp_path, monkeypatch):
+def test_a_running_or_damaged_run_cannot_be_extended(source, tmp_path, monkeypatch):
     path = tmp_path / "copy"
     shutil.copytree(source.path, path)
     with monkeypatch.context() as patch:
@@ -128,7 +130,7 @@ def test_a_running_or_damaged_run_is_not_continued(source, tmp_path, monkeypatch
         extend.prepare(path, ["duration.epochs=2"])
 
 
-def test_an_early_stop_and_the_choice_of_the_last_weights_are_made_anew(source):
+def test_early_stopping_and_the_choice_of_the_weights_start_over(source):
     state = checkpoint.load_latest(source.path / "checkpoints", print)[1]
     state["progress"] |= {"stop_reason": "val_accuracy has not improved", "stale_evaluations": 3, "best_step": 3}
     state["uses_ema"] = False
@@ -152,7 +154,7 @@ def test_an_early_stop_and_the_choice_of_the_last_weights_are_made_anew(source):
         ({}, {}, 40, (40, 60), None),
     ],
 )
-def test_final_epochs_stay_where_they_were(before, after, step, totals, message):
+def test_the_final_epochs_cannot_move(before, after, step, totals, message):
     if message is None:
         extend._require_same_phases(before, after, step, totals, lambda: 10)
         return

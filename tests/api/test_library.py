@@ -1,4 +1,4 @@
-"""cvlab from Python: the same runs and errors as the commands, quiet, and nothing of the caller's state changed."""
+"""The Python API: the same runs and errors as the commands, no output, and no change of the caller's state."""
 
 import json
 import os
@@ -43,28 +43,28 @@ def trained(tmp_path_factory, data_root):
 
 @pytest.fixture
 def photo(tmp_path):
-    """Return a photo in a folder with a name that no shell and no YAML likes."""
+    """Return a photo whose file name needs quoting in a shell and in YAML."""
     path = tmp_path / "a 'b' {c}: 日本 😀.png"
     cvlab.classify("sample").results[0].open().resize((64, 48)).save(path)
     return path
 
 
-def test_training_is_that_of_the_command(trained, cvlab):
+def test_training_gives_the_same_run_as_the_command(trained, cvlab):
     code, out, err = cvlab("train", "quickstart", *TINY_TEXTS, "--seed", 1, "--json")
     assert code == 0, err
-    command = json.loads(out)
-    other = json.loads((Path(command["run"]) / "summary.json").read_text())
-    assert trained.summary["weights_sha256"] == other["weights_sha256"]
+    result = json.loads(out)
+    summary = json.loads((Path(result["run"]) / "summary.json").read_text())
+    assert trained.summary["weights_sha256"] == summary["weights_sha256"]
     assert trained.status == "done"
     assert trained.experiment == "classify"
     assert trained.config["optimizer"]["lr"] == pytest.approx(2e-3)
     assert [row["step"] for row in trained.rows if "val_accuracy" in row][-1] == 6
     assert sorted(path.name for path in trained.path.iterdir() if path.suffix != ".html") == sorted(
-        path.name for path in Path(command["run"]).iterdir() if path.suffix != ".html"
+        path.name for path in Path(result["run"]).iterdir() if path.suffix != ".html"
     )
 
 
-def test_it_is_quiet_unless_asked_and_leaves_the_callers_state(tmp_path, capfd):
+def test_training_is_silent_by_default_and_restores_the_state_of_the_caller(tmp_path, capfd):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -85,13 +85,13 @@ def test_a_fallback_is_never_silent(capfd):
         cvlab.train("cifar_bn", TINY, fallback=False)
 
 
-def test_a_configuration_may_be_a_dictionary_a_file_or_a_run(trained, tmp_path):
+def test_a_configuration_can_be_a_dictionary_a_file_or_a_run(trained, tmp_path):
     config = {key: value for key, value in trained.config.items() if key != "name"}
     run = cvlab.train({**config, "optimizer": {"name": "adam", "lr": np.float64(2e-3)}})
     assert run.summary["weights_sha256"] == trained.summary["weights_sha256"]
     assert run.config["name"] == "classify"
-    again = cvlab.train(trained)
-    assert again.summary["weights_sha256"] == trained.summary["weights_sha256"]
+    repeated = cvlab.train(trained)
+    assert repeated.summary["weights_sha256"] == trained.summary["weights_sha256"]
     with pytest.raises(ConfigError, match="unknown key 'modl'") as error:
         cvlab.train({**config, "modl": 1})
     assert error.value.further_errors == ()
@@ -104,7 +104,7 @@ def test_a_failed_expectation_is_a_status_and_an_error_on_request():
         run.raise_for_status()
 
 
-def test_wrong_input_is_one_line_before_anything_is_written(tmp_path):
+def test_invalid_input_raises_a_one_line_error_before_anything_is_written(tmp_path):
     cases = {
         "did you mean 'cifar_bn'": lambda: cvlab.train("cifar_bx"),
         "expected a number": lambda: cvlab.train("quickstart", {"optimizer.lr": "x"}),
@@ -158,7 +158,7 @@ assert runs.table is not None and cvlab.load_run(runs_dir=sys.argv[1]) == runs[-
 assert {"torch", "numpy", "PIL"} & set(sys.modules) == set(), sys.modules.keys()
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    # pandas, which a table takes if it is there, imports numpy
+    # Tables use pandas if it is installed, and pandas imports numpy.
     hidden = "import sys; sys.modules['pandas'] = None\n"
     code = (
         hidden.replace(
@@ -171,7 +171,7 @@ assert {"torch", "numpy", "PIL"} & set(sys.modules) == set(), sys.modules.keys()
     subprocess.run([sys.executable, "-c", code, str(trained.path.parent)], env=environment, check=True)
 
 
-def test_runs_are_chosen_sorted_and_limited(tmp_path):
+def test_runs_are_filtered_sorted_and_limited(tmp_path):
     for number, accuracy in enumerate((0.6, 0.9, 0.8, None)):
         path = tmp_path / f"2026112{number}-120000-net-000{number}"
         path.mkdir()
@@ -200,7 +200,7 @@ def test_runs_are_chosen_sorted_and_limited(tmp_path):
     rows = table if isinstance(table, list) else table.to_dict("records")
     assert [row["optimizer.lr"] for row in rows] == [0.01, 0.1, 1.0]
     html = cvlab.runs(runs_dir=tmp_path)._repr_html_()
-    assert html.index("net-0003") < html.index("net-0000")  # without sorting, the newest at the top
+    assert html.index("net-0003") < html.index("net-0000")  # unsorted, the newest run is at the top
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ def test_runs_are_chosen_sorted_and_limited(tmp_path):
         ({"query": "", "limit": 2.5}, "limit: expected a whole number"),
     ],
 )
-def test_a_wrong_query_is_one_line(trained, options, message):
+def test_an_invalid_query_is_a_one_line_error(trained, options, message):
     with pytest.raises(ConfigError, match=message) as error:
         cvlab.runs(runs_dir=trained.path.parent, **options)
     assert "\n" not in str(error.value)
 
 
-def test_importing_cvlab_imports_nothing_heavy_and_names_are_completed():
+def test_importing_cvlab_is_cheap_and_its_names_can_be_completed():
     code = """import sys
 before = set(sys.modules)
 import cvlab
@@ -236,7 +236,7 @@ assert callable(cvlab.runs) and cvlab.runs.__name__ == "cvlab.runs"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-def test_the_model_takes_images_of_any_size(trained):
+def test_the_model_accepts_images_of_any_size(trained):
     model = trained.model()
     assert len(model.classes) == 10
     assert not model.training
@@ -253,23 +253,23 @@ def test_the_model_takes_images_of_any_size(trained):
         trained.model("first")
 
 
-def test_predictions_are_those_of_the_command(trained, photo):
+def test_predictions_equal_those_of_the_command(trained, photo):
     run = cvlab.classify(photo, model=trained)
     (row,) = trained.predict(photo)
     assert row["top"] == run.results[0]["top"]
     image = Image.open(photo)
     array = np.asarray(image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    for same in (image, array, array / 255, tensor, tensor / 255, tensor[None]):
-        assert trained.predict(same)[0]["top"] == row["top"], type(same)
-    assert [each["label"] for each in trained.predict([photo, image, array])] == [row["label"]] * 3
+    for data in (image, array, array / 255, tensor, tensor / 255, tensor[None]):
+        assert trained.predict(data)[0]["top"] == row["top"], type(data)
+    assert [prediction["label"] for prediction in trained.predict([photo, image, array])] == [row["label"]] * 3
     assert trained.predict([]) == []
     logits = trained.model()(tensor[None])
     assert logits.softmax(1).max().item() == pytest.approx(row["score"], abs=0.02)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         pytest.param(torch.full((3, 9, 9), 254.5), id="above 1"),
         pytest.param(torch.full((3, 9, 9), float("nan")), id="nan"),
@@ -281,12 +281,12 @@ def test_predictions_are_those_of_the_command(trained, photo):
         pytest.param(b"photo.jpg", id="bytes"),
     ],
 )
-def test_what_is_no_image_is_rejected(trained, wrong):
+def test_inputs_that_are_not_images_are_rejected(trained, invalid):
     with pytest.raises(ConfigError, match="give paths, PIL images"):
-        trained.predict(wrong)
+        trained.predict(invalid)
 
 
-def test_gray_images_are_images(trained):
+def test_grayscale_images_are_accepted(trained):
     gray = np.full((20, 30), 128, np.uint8)
     (row,) = trained.predict(gray)
     assert trained.predict(Image.fromarray(gray))[0] == row
@@ -310,7 +310,7 @@ def test_photos_that_cannot_be_read_are_results_with_errors(photo, tmp_path, cap
         run.raise_for_status()
 
 
-def test_every_verb_on_photos_gives_pictures(photo):
+def test_every_function_on_photos_returns_pictures(photo):
     attack = cvlab.attack(photo, target="ostrich", overrides={"steps": 30}, seed=0)
     attack.raise_for_status()
     result = attack.results[0]
@@ -363,7 +363,7 @@ print(run.status, len(run.summary["trials"]))
     assert output.stdout == "done 2\n"
 
 
-def test_code_of_others_is_not_run(trained, tmp_path):
+def test_untrusted_code_is_not_run(trained, tmp_path):
     (tmp_path / "net.py").write_text(
         "from cvlab.experiments.classification.models.convnet import deep_convnet\n\n\n"
         "def net():\n    return deep_convnet(filters=(4,), pools=(0,))\n"
@@ -372,8 +372,8 @@ def test_code_of_others_is_not_run(trained, tmp_path):
     assert run.predict("sample")
     file = next(run.path.rglob("net.py"))
     file.write_text(file.read_text() + "\nraise SystemExit\n")
-    stranger = cvlab.load_run(run.path)
-    for call in (lambda: stranger.predict("sample"), stranger.model, stranger.evaluate, lambda: cvlab.train(run)):
+    untrusted = cvlab.load_run(run.path)
+    for call in (lambda: untrusted.predict("sample"), untrusted.model, untrusted.evaluate, lambda: cvlab.train(run)):
         with pytest.raises(RunDirError, match="--trust"):
             call()
     file.write_text(file.read_text().replace("raise SystemExit", ""))
@@ -400,7 +400,7 @@ def test_a_run_without_checkpoint_has_no_model(trained, tmp_path):
         cvlab.load_run(tmp_path).model()
 
 
-def test_a_notebook_has_a_progress_bar_in_its_output(monkeypatch, capsys):
+def test_a_notebook_shows_a_progress_bar(monkeypatch, capsys):
     from types import SimpleNamespace
 
     from cvlab import console

@@ -1,4 +1,4 @@
-"""Detectors and captioners from Python: `model()` and `predict()` give what the commands on photos give."""
+"""Detectors and captioners in the Python API: `model()` and `predict()` return what the commands on photos do."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_detector(sample):
     assert output["scores"].shape == output["labels"].shape == (count,)
     assert output["boxes"].max() <= max(sample.size)
     (row,) = model.predict([sample])
-    assert [each["score"] for each in row["objects"]] == output["scores"].tolist()
+    assert [detection["score"] for detection in row["objects"]] == output["scores"].tolist()
     assert (row["width"], row["height"]) == sample.size
     command = cvlab.detect("sample", weights=run)
     assert run.predict("sample")[0]["objects"] == command.results[0]["objects"]

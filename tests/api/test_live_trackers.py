@@ -1,4 +1,4 @@
-"""`trackers:` of a run in progress: processes that can neither stop nor slow it."""
+"""`trackers:` of a run in progress: separate processes that can neither stop the run nor slow it down."""
 
 import os
 import sys
@@ -23,8 +23,8 @@ SCRIPTS = {
 }
 
 
-def test_one_line_about_each_and_none_stops_the_run(tmp_path, monkeypatch):
-    executable = tmp_path / "python"  # takes `-m cvlab track RUN --to NAME --follow`
+def test_each_tracker_logs_one_line_and_none_stops_the_run(tmp_path, monkeypatch):
+    executable = tmp_path / "python"  # called with `-m cvlab track RUN --to NAME --follow`
     cases = "\n".join(f'{name}) exec {sys.executable} -c "{code}";;' for name, code in SCRIPTS.items())
     executable.write_text(f"#!/bin/sh\ncase $6 in\n{cases}\nesac\n")
     executable.chmod(0o755)
@@ -58,14 +58,14 @@ def test_a_tracker_that_cannot_start_is_a_warning(tmp_path, monkeypatch):
     assert LiveTrackers(RunDir(tmp_path, writable=False), ["tensorboard"]).processes == []
 
 
-def test_one_that_is_not_installed_is_an_error_before_the_first_step(tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(track.Trackio, "package", "not_there_at_all")
     with pytest.raises(ConfigError, match=r"trackio is not installed; pip install -e '\.\[trackio\]'"):
         cvlab.train("quickstart", {"trackers": ["trackio"]}, runs_dir=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_names_are_those_of_the_command_and_change_no_result():
+def test_trackers_have_the_names_of_the_command_and_do_not_change_the_digest():
     assert set(TrainConfig.model_fields["trackers"].annotation.__args__[0].__args__) == set(track.TRACKERS)
     assert tiny.settings(trackers=("wandb",)).digest() == tiny.settings().digest()
     with pytest.raises(ValueError, match="names each tracker once"):

@@ -1,4 +1,4 @@
-"""The queue: items are run in order, once each, and survive kills, Ctrl-C, failures and two runners at a time."""
+"""The queue: items run in order, once each, and survive kills, Ctrl-C, failures and concurrent runners."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def config(tmp_path):
     (tmp_path / "c.yaml").write_text(CONFIG)
 
 
-def listed(cvlab):
+def list_items(cvlab):
     return json.loads(cvlab("queue", "list", "--json")[1])["items"]
 
 
@@ -45,7 +45,7 @@ def test_items_are_listed_run_and_removed(cvlab, tmp_path):
     assert code == 0
     assert json.loads(out)["item"] == 3
     (tmp_path / "c.yaml").write_text("changed: later\n")
-    items = listed(cvlab)
+    items = list_items(cvlab)
     assert [(row["item"], row["status"]) for row in items] == [(1, "waiting"), (2, "waiting"), (3, "waiting")]
     assert items[0]["overrides"] == ["optimizer.lr=0.001"]
     code, out, _ = cvlab("queue", "rm", "3")
@@ -60,15 +60,15 @@ def test_items_are_listed_run_and_removed(cvlab, tmp_path):
     first = Path(items[0]["run"])
     before = (first / "summary.json").stat().st_mtime_ns
     assert cvlab("queue", "run", "--retry", "-q")[0] == 3
-    assert (first / "summary.json").stat().st_mtime_ns == before, "what has its result is not run again"
+    assert (first / "summary.json").stat().st_mtime_ns == before, "an item with a result is not run again"
     assert cvlab("queue", "rm", "--done")[0] == 0
     assert first.is_dir()
-    assert [row["item"] for row in listed(cvlab)] == [2]
+    assert [row["item"] for row in list_items(cvlab)] == [2]
     assert cvlab("queue", "rm", "second")[0] == 0
-    assert not listed(cvlab)
+    assert not list_items(cvlab)
 
 
-def test_wrong_items_are_one_line(cvlab, tmp_path):
+def test_invalid_items_are_one_line_errors(cvlab, tmp_path):
     for arguments, code, message in (
         (("add", "c.yaml", "optimizer.lr=-1"), 2, "optimizer.lr: expected a number > 0"),
         (("add", "nosuch"), 2, "nosuch"),
@@ -76,22 +76,22 @@ def test_wrong_items_are_one_line(cvlab, tmp_path):
         (("rm",), 2, "no item is named"),
         (("run", "--workers", "0"), 2, "workers"),
     ):
-        found, _, err = cvlab("queue", *arguments)
-        assert found == code, err
+        exit_code, _, err = cvlab("queue", *arguments)
+        assert exit_code == code, err
         assert message in err
         assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
     assert cvlab("queue", "add", "c.yaml", "-q")[0] == cvlab("queue", "add", "c.yaml", "-q")[0] == 0
     assert "2 items match 'c-'" in cvlab("queue", "rm", "c-")[2]
-    gone, held = queue.items(tmp_path / "runs")
-    for file in gone.run.iterdir():
+    deleted, remaining = queue.items(tmp_path / "runs")
+    for file in deleted.run.iterdir():
         file.unlink()
-    gone.run.rmdir()
+    deleted.run.rmdir()
     code, _, err = cvlab("queue", "run", "-q")
     assert code == 5
     assert "the first is item 1" in err
     assert "the run directory is gone" in err
-    assert read_status(held.run)["status"] == "done"
+    assert read_status(remaining.run)["status"] == "done"
 
 
 def test_a_failing_item_does_not_stop_the_rest(cvlab, tmp_path):
@@ -110,15 +110,15 @@ def test_a_failing_item_does_not_stop_the_rest(cvlab, tmp_path):
     code, _, err = cvlab("queue", "run", "--workers", 2)
     assert code == 6, err
     assert "2 of 3 items failed, the first is item 1: " in err
-    rows = listed(cvlab)
+    rows = list_items(cvlab)
     assert [row["status"] for row in rows] == ["failed", "done", "waiting"]
     assert "was changed since; read it, then use --trust" in err
     code, _, err = cvlab("queue", "run", "--trust", "-q")
     assert code == 6, "a failed item keeps the exit code until it is removed"
-    assert [row["status"] for row in listed(cvlab)] == ["failed", "done", "done"]
+    assert [row["status"] for row in list_items(cvlab)] == ["failed", "done", "done"]
 
 
-def test_claims(tmp_path):
+def test_an_item_is_claimed_by_one_process_at_a_time(tmp_path):
     root = tmp_path / "runs"
     run = create_run(root, "a", is_latest=False).path
     assert not (root / "latest").exists()
@@ -144,7 +144,7 @@ def test_claims(tmp_path):
     assert queue.claim(item) is None, "it has been removed"
 
 
-def queued(cvlab, count, steps):
+def add_items(cvlab, count, steps):
     for number in range(count):
         changes = (f"name=r{number}", f"duration.steps={steps}", "eval_every=1000")
         assert cvlab("queue", "add", "c.yaml", *changes, "-q")[0] == 0
@@ -153,14 +153,14 @@ def queued(cvlab, count, steps):
 
 @pytest.fixture
 def runner(tmp_path):
-    """Return a function that starts `cvlab queue run` in another process; its standard error is in `said.txt`."""
+    """Return a function that starts `cvlab queue run` in another process; its standard error is in `stderr.txt`."""
     started = []
 
     def start(*arguments):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        with (tmp_path / "said.txt").open("ab") as said:
+        with (tmp_path / "stderr.txt").open("ab") as stderr:
             command = [sys.executable, "-m", "cvlab", "queue", "run", *arguments]
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said))
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr))
         return started[-1]
 
     yield start
@@ -169,38 +169,38 @@ def runner(tmp_path):
         process.wait()
 
 
-def num_starts(run):
+def count_starts(run):
     return (run / "log.txt").read_text().count("run directory")
 
 
 @pytest.mark.faults
 def test_ctrl_c_stops_and_the_next_runner_resumes(cvlab, tmp_path, runner):
-    runs = queued(cvlab, 2, 300)
+    runs = add_items(cvlab, 2, 300)
     process = runner()
     until(lambda: (runs[0] / "metrics.jsonl").exists() and (runs[0] / "metrics.jsonl").stat().st_size > 0)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
-    assert "continue with `cvlab queue run`" in (tmp_path / "said.txt").read_text()
-    assert [row["status"] for row in listed(cvlab)] == ["interrupted", "waiting"]
+    assert "continue with `cvlab queue run`" in (tmp_path / "stderr.txt").read_text()
+    assert [row["status"] for row in list_items(cvlab)] == ["interrupted", "waiting"]
     assert cvlab("queue", "run", "--workers", 2, "-q")[0] == 0
-    assert [row["status"] for row in listed(cvlab)] == ["done", "done"]
-    assert [num_starts(run) for run in runs] == [2, 1]
+    assert [row["status"] for row in list_items(cvlab)] == ["done", "done"]
+    assert [count_starts(run) for run in runs] == [2, 1]
     assert "resumed step_" in (runs[0] / "log.txt").read_text()
 
 
 @pytest.mark.faults
 def test_two_runners_and_kills_run_each_item_once(cvlab, tmp_path, runner):
-    runs = queued(cvlab, 6, 600)
-    killed, other = runner("--workers", "2"), runner()
+    runs = add_items(cvlab, 6, 600)
+    first, second = runner("--workers", "2"), runner()
     until(lambda: sum((run / "metrics.jsonl").exists() for run in runs) >= 3)
-    killed.kill()
-    killed.wait()
+    first.kill()
+    first.wait()
     third = runner("--workers", "2")
-    assert (other.wait(), third.wait()) == (0, 0), (tmp_path / "said.txt").read_text()
+    assert (second.wait(), third.wait()) == (0, 0), (tmp_path / "stderr.txt").read_text()
     assert {read_status(run)["status"] for run in runs} == {"done"}
-    assert sum(num_starts(run) for run in runs) <= len(runs) + 2, "only those that the killed one ran start twice"
+    assert sum(count_starts(run) for run in runs) <= len(runs) + 2, "only the items of the killed runner start twice"
     assert len({read_summary(run)["weights_sha256"] for run in runs}) == 1
-    assert "already running" not in (tmp_path / "said.txt").read_text()
+    assert "already running" not in (tmp_path / "stderr.txt").read_text()
     lock = RunLock(queue.items(tmp_path / "runs")[0].folder)
     lock.acquire()
     lock.release()

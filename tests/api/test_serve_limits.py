@@ -1,4 +1,4 @@
-"""`cvlab ui`: who it answers, how often it builds the list, how many requests it handles at a time."""
+"""`cvlab ui`: the hosts that it accepts, how often it builds the index, how many requests it handles at a time."""
 
 import contextlib
 import http.client
@@ -16,10 +16,10 @@ from tests.test_hostile_runs import write
 @pytest.fixture
 def server(tmp_path):
     write(tmp_path / "20261126-120000-x-0001")
-    with serve.Server(tmp_path, 0) as running:
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        yield running
-        running.shutdown()
+    with serve.Server(tmp_path, 0) as instance:
+        threading.Thread(target=instance.serve_forever, args=(0.01,), daemon=True).start()
+        yield instance
+        instance.shutdown()
 
 
 def get(server, address="/", host=None):
@@ -30,7 +30,7 @@ def get(server, address="/", host=None):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "localhost:8123", "127.0.0.1:1", "[::1]:80"])
-def test_local_hosts_are_answered(server, host):
+def test_local_hosts_are_accepted(server, host):
     assert get(server, host=host)[0].status == 200
 
 
@@ -62,14 +62,14 @@ def test_other_hosts_are_rejected(server, host):
 
 
 @pytest.mark.parametrize("address", ["/", "/missing/", "/20261126-120000-x-0001/"])
-def test_no_page_can_be_framed_or_kept(server, address):
+def test_no_page_can_be_framed_or_cached(server, address):
     response, _ = get(server, address)
     assert response.headers["X-Frame-Options"] == "DENY"
     assert "frame-ancestors 'none'" in response.headers["Content-Security-Policy"]
     assert response.headers["Cache-Control"] == "no-store"
 
 
-def test_the_list_is_built_once_a_second(server, monkeypatch):
+def test_the_index_is_built_once_a_second(server, monkeypatch):
     calls = []
     runs = index.runs
     monkeypatch.setattr(index, "runs", lambda *args: (calls.append(1), runs(*args))[1])
@@ -92,12 +92,12 @@ def test_requests_beyond_the_limit_are_rejected(server, monkeypatch):
     before = threading.active_count()
     with contextlib.ExitStack() as stack:
         connect(server, stack, 3 * serve.MAX_THREADS)
-        # Connections are accepted in order: the answer to this request is that of a server which holds all the others.
+        # Connections are accepted in order, so the server holds all of the above when it answers this request.
         assert get(server)[0].status == 503
         assert threading.active_count() - before <= serve.MAX_THREADS
 
 
-def test_idle_connections_end(server, monkeypatch):
+def test_idle_connections_are_closed(server, monkeypatch):
     monkeypatch.setattr(serve.Handler, "timeout", 0.5)
     with contextlib.ExitStack() as stack:
         connect(server, stack, serve.MAX_THREADS)
@@ -107,7 +107,7 @@ def test_idle_connections_end(server, monkeypatch):
             time.sleep(0.1)
 
 
-def test_a_fault_of_a_page_is_an_answer(server, monkeypatch):
+def test_an_exception_in_a_page_is_a_500_response(server, monkeypatch):
     monkeypatch.setattr(index, "runs", lambda *_: 1 / 0)
     response, text = get(server)
     assert response.status == 500

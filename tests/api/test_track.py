@@ -1,4 +1,4 @@
-"""What trackers were told, read back with their own libraries."""
+"""What trackers have logged, read with the libraries of the trackers."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ from cvlab.runs import annotations
 from cvlab.runs.run_dir import RunDir
 
 ROWS = [{"step": k, "epoch": k / 2, "seconds": 1.0, "train_loss": 2.0 / k, "val_map50": 0.25 * k} for k in (1, 2, 3)]
-WANTED = {
+EXPECTED = {
     "train_loss": [(1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3, abs=1e-6))],
     "val_map50": [(1, 0.25), (2, 0.5), (3, 0.75)],
     "final/train_loss": [(3, 0.5)],
@@ -45,8 +45,8 @@ def needs(package):
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
-def told(found):
-    return {name: found[name] for name in WANTED}
+def select(metrics):
+    return {name: metrics[name] for name in EXPECTED}
 
 
 @needs("tensorboard")
@@ -54,16 +54,16 @@ def told(found):
 def test_tensorboard(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for _ in range(2):  # told twice, it is there once
+    for _ in range(2):  # logging twice gives one run
         assert "tensorboard --logdir" in track.log_run(run, "tensorboard", follow=False)
-    read = EventAccumulator(str(run / "trackers" / "tensorboard"))
-    read.Reload()
-    found = {tag: [(e.step, pytest.approx(e.value)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
-    assert told(found) == WANTED
-    assert set(found) == set(WANTED)
-    assert "optimizer.lr: 0.01" in str(read.Tensors("configuration/text_summary")[0].tensor_proto.string_val)
-    assert "baseline" in str(read.Tensors("tags/text_summary")[0].tensor_proto.string_val)
-    (picture,) = read.Images("plots/val_confusion")
+    events = EventAccumulator(str(run / "trackers" / "tensorboard"))
+    events.Reload()
+    scalars = {tag: [(e.step, pytest.approx(e.value)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert select(scalars) == EXPECTED
+    assert set(scalars) == set(EXPECTED)
+    assert "optimizer.lr: 0.01" in str(events.Tensors("configuration/text_summary")[0].tensor_proto.string_val)
+    assert "baseline" in str(events.Tensors("tags/text_summary")[0].tensor_proto.string_val)
+    (picture,) = events.Images("plots/val_confusion")
     assert (picture.width, picture.height, picture.step) == (8, 6, 3)
 
 
@@ -76,30 +76,32 @@ def test_mlflow(run):
     for _ in range(2):
         track.log_run(run, "mlflow", follow=False)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent}/mlflow.db")
-    (found,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
-    assert found.info.run_name == run.name
-    assert found.info.status == "FINISHED"
-    assert found.data.params["optimizer.lr"] == "0.01"
-    assert set(found.data.metrics) == set(WANTED)
-    history = {name: [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)] for name in WANTED}
-    assert history == WANTED
-    assert (found.data.tags["baseline"], found.data.tags["mlflow.note.content"]) == ("true", "a note")
-    assert (run.parent / "mlartifacts" / found.info.run_id / "artifacts" / "plots" / "val_confusion.png").is_file()
+    (logged,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
+    assert logged.info.run_name == run.name
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["optimizer.lr"] == "0.01"
+    assert set(logged.data.metrics) == set(EXPECTED)
+    history = {
+        name: [(m.step, m.value) for m in client.get_metric_history(logged.info.run_id, name)] for name in EXPECTED
+    }
+    assert history == EXPECTED
+    assert (logged.data.tags["baseline"], logged.data.tags["mlflow.note.content"]) == ("true", "a note")
+    assert (run.parent / "mlartifacts" / logged.info.run_id / "artifacts" / "plots" / "val_confusion.png").is_file()
 
 
 def records(content, block=32768, head=7):
     """Yield the records of a .wandb file, a log as LevelDB writes it: pieces of (checksum, length, kind), in blocks."""
-    at, whole = head, b""
-    while at + head <= len(content):
-        if block - at % block < head:
-            at += block - at % block
+    position, record = head, b""
+    while position + head <= len(content):
+        if block - position % block < head:
+            position += block - position % block
             continue
-        length, kind = struct.unpack("<HB", content[at + 4 : at + head])
-        whole += content[at + head : at + head + length]
-        at += head + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield whole
-            whole = b""
+        length, kind = struct.unpack("<HB", content[position + 4 : position + head])
+        record += content[position + head : position + head + length]
+        position += head + length
+        if kind in (1, 4):  # a full record, or the last piece of one
+            yield record
+            record = b""
 
 
 @needs("wandb")
@@ -108,11 +110,11 @@ def test_wandb_offline(run):
     import wandb
     from wandb.proto import wandb_internal_pb2
 
-    look = track.log_run(run, "wandb", follow=False)
+    hint = track.log_run(run, "wandb", follow=False)
     wandb.teardown()  # its background process may write the last records only when it ends
     (file,) = (run / "trackers").rglob("*.wandb")
-    assert look == f"wandb sync {file.parent}"
-    found, pictures = {}, []
+    assert hint == f"wandb sync {file.parent}"
+    metrics, pictures = {}, []
     for data in records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
@@ -120,22 +122,22 @@ def test_wandb_offline(run):
         pictures += [name for name, value in items.items() if isinstance(value, dict)]
         for name, value in items.items():
             if not name.startswith("_") and name.rpartition("/")[0] != "plots":
-                found.setdefault(name, []).append((items.get("_step", record.history.step.num), value))
-    assert told(found) == WANTED
+                metrics.setdefault(name, []).append((items.get("_step", record.history.step.num), value))
+    assert select(metrics) == EXPECTED
 
 
 def test_a_run_is_followed_until_it_ends(run, monkeypatch):
-    heard, pictures = [], []
+    logged, pictures = [], []
 
     class Fake:
         package = "json"
         extra = "fake"
 
         def __init__(self, path, config):
-            heard.append(config["seed"])
+            logged.append(config["seed"])
 
         def log(self, metrics, step):
-            heard.append((step, metrics))
+            logged.append((step, metrics))
 
         def log_image(self, name, image, step):
             pictures.append((name, image.size, step))
@@ -150,15 +152,15 @@ def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     states = iter(["running", "running", "done", "done"])
     monkeypatch.setitem(track.TRACKERS, "fake", Fake)
     monkeypatch.setattr(track, "read_status", lambda path: {"status": next(states)})
-    found = track.log_run(run, "fake", True, sleep=lambda _: out.append({"step": len(heard), "x": 1.0}))
-    assert found == "done"
-    assert heard[0] == 3
-    assert [entry[0] for entry in heard[1:]] == [1, 2, 3, 4, 5, 5]
-    assert "final/train_loss" in heard[-1][1]
+    hint = track.log_run(run, "fake", True, sleep=lambda _: out.append({"step": len(logged), "x": 1.0}))
+    assert hint == "done"
+    assert logged[0] == 3
+    assert [entry[0] for entry in logged[1:]] == [1, 2, 3, 4, 5, 5]
+    assert "final/train_loss" in logged[-1][1]
     assert pictures == [("plots/val_confusion", (8, 6), 5), (("baseline",), "a note")]
 
 
-def test_a_run_that_was_resumed_meanwhile_is_logged_once(run, monkeypatch):
+def test_each_step_is_logged_once_if_the_run_is_resumed_meanwhile(run, monkeypatch):
     logged = []
     monkeypatch.setattr(track.TensorBoard, "__init__", lambda self, path, config: None)
     monkeypatch.setattr(track.TensorBoard, "log", lambda self, metrics, step: logged.append((step, dict(metrics))))
@@ -176,7 +178,7 @@ def test_a_run_that_was_resumed_meanwhile_is_logged_once(run, monkeypatch):
     assert [step for step, metrics in logged if "train_loss" in metrics] == [1, 2, 3, 4]
 
 
-def test_refusals(cvlab, run, monkeypatch):
+def test_unknown_and_missing_trackers_are_rejected(cvlab, run, monkeypatch):
     code, _, err = cvlab("track", run, "--to", "tensorbord")
     assert code == 2
     assert "did you mean 'tensorboard'" in err
@@ -189,7 +191,7 @@ def test_refusals(cvlab, run, monkeypatch):
 @needs("mlflow")
 @needs("sqlalchemy")
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow_takes_any_name_of_a_class(run):
+def test_mlflow_accepts_any_class_name(run):
     import mlflow
 
     names = ("person (sitting)", "traffic light", "caf\u00e9", "caf\u00e8", "a=b", "x,y", "100%", "", "../x", "a//b")
@@ -203,7 +205,7 @@ def test_mlflow_takes_any_name_of_a_class(run):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_tracker_that_fails_leaves_no_run_running(run, monkeypatch, error):
+def test_a_failing_tracker_closes_its_run_as_failed(run, monkeypatch, error):
     statuses = []
 
     class Fake:
@@ -229,9 +231,9 @@ def test_a_tracker_that_fails_leaves_no_run_running(run, monkeypatch, error):
 @pytest.mark.filterwarnings("ignore")
 def test_trackio(run):
     command = [sys.executable, "-m", "cvlab", "track", str(run), "--to", "trackio"]  # it reads its folder when imported
-    for _ in range(2):  # logged again, it is there once
-        look = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "trackio show --project cvlab" in look
+    for _ in range(2):  # logging twice gives one run
+        hint = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "trackio show --project cvlab" in hint
     (database,) = (run.parent / "trackio").glob("*.db")
     with contextlib.closing(sqlite3.connect(database)) as connection:
         rows = [json.loads(text) for (text,) in connection.execute("SELECT metrics FROM metrics ORDER BY step")]

@@ -6,15 +6,15 @@ import pytest
 from benchmarks import cifar_pack, gpu
 
 
-def test_a_batch_comes_back_from_its_webp():
+def test_webp_compression_of_a_batch_is_lossless():
     pixels = np.random.default_rng(0).integers(0, 256, cifar_pack.PIXEL_BYTES, dtype=np.uint8).tobytes()
     assert cifar_pack.from_webp(cifar_pack.to_webp(pixels)) == pixels
     raw = b"head T" + b"T" + cifar_pack.PIXEL_BYTES.to_bytes(4, "little") + pixels + b"tail"
-    assert raw[cifar_pack.pixels_at(raw) :] == pixels + b"tail"
-    assert cifar_pack.pixels_at(b"batches.meta") is None
+    assert raw[cifar_pack.pixel_offset(raw) :] == pixels + b"tail"
+    assert cifar_pack.pixel_offset(b"batches.meta") is None
 
 
-def test_a_part_that_fails_is_recorded_and_one_without_time_is_skipped(tmp_path):
+def test_a_failing_part_is_recorded_and_one_without_time_is_skipped(tmp_path):
     result = gpu.run(1.0, "cpu", True, tmp_path / "gpu.json", ["tests"])
     assert result["parts"]["tests"]["problem"] is None
     failed = gpu.start_part("engine", 60, "cpu:nosuch", True)

@@ -1,4 +1,4 @@
-"""The commands, in this process: what they print, where, with which exit code, and what they leave behind."""
+"""The commands, called in this process: their output, exit codes and files."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_json_is_one_document(cvlab, tiny):
     assert "checkpoints/step_000000010.pt" in document["files"]
 
 
-def test_an_expectation_that_is_not_met(cvlab, tiny):
+def test_an_unmet_expectation_exits_with_3(cvlab, tiny):
     code, out, err = cvlab("train", tiny, "expect=[train_accuracy > 1]", "-q")
     assert code == 3
     assert "NOT MET" in out
@@ -95,14 +95,14 @@ def test_an_expectation_that_is_not_met(cvlab, tiny):
     assert [v["met"] for v in document["expect"]] == [False, False]
 
 
-def test_the_resolved_configuration_repeats_the_run(cvlab, tiny):
+def test_running_the_resolved_configuration_reproduces_the_run(cvlab, tiny):
     first = json.loads(cvlab("run", tiny, "--json", "-q", "--seed", 5)[1])
     second = json.loads(cvlab("run", first["run"] + "/config.yaml", "--json", "-q")[1])
     digests = [read_json(run_dir.Path(r["run"]) / "summary.json")["weights_sha256"] for r in (first, second)]
     assert digests[0] == digests[1]
 
 
-def test_resume_of_an_ended_run_reports_it(cvlab, tiny):
+def test_resuming_a_finished_run_reports_it(cvlab, tiny):
     cvlab("train", tiny, "-q")
     code, out, err = cvlab("resume", "latest")
     assert code == 0
@@ -121,7 +121,7 @@ def test_dry_run_writes_nothing(cvlab, tiny, tmp_path):
     assert (plan["train_images"], plan["val_images"], plan["data"]) == (100, 250, "scenes10")
 
 
-def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
+def test_a_budget_in_seconds_is_recorded_as_steps_that_reproduce_the_run(cvlab, tiny):
     code, out, err = cvlab("train", tiny, "duration.seconds=1", "--json")
     first = json.loads(out)
     steps = first["metrics"]["steps"]
@@ -137,7 +137,7 @@ def test_a_budget_in_seconds_becomes_steps_that_repeat_the_run(cvlab, tiny):
     assert "too short for a step" in err
 
 
-def test_all_images_trained_on_and_views_at_test_time(cvlab, tiny):
+def test_training_on_all_images_and_test_time_augmentation(cvlab, tiny):
     arguments = (
         "data={name: scenes10, num_train: 100, val_fraction: 0}",
         "evaluate_test=true",
@@ -181,7 +181,7 @@ def test_the_fallback_is_reported_everywhere(cvlab, tiny, tmp_path, monkeypatch)
     assert cvlab("train", tiny, "data.name=cifar10", "-q")[0] == 4
 
 
-def test_a_users_own_model_travels_with_the_run(cvlab, tiny, tmp_path):
+def test_the_code_of_a_model_is_copied_into_the_run(cvlab, tiny, tmp_path):
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\ndef make(width: int, num_classes):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, num_classes))\n"
@@ -196,13 +196,13 @@ def test_a_users_own_model_travels_with_the_run(cvlab, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["timm:resnet10t", "torchvision:squeezenet1_1"])
-def test_a_run_of_somebody_elses_model(cvlab, tiny, model):
+def test_models_of_timm_and_torchvision_train(cvlab, tiny, model):
     code, out, err = cvlab("train", tiny, f"model={{name: '{model}'}}", "duration.steps=2", "expect=[]", "--json", "-q")
     assert code == 0, err
     assert cvlab("eval", json.loads(out)["run"], "--split", "val")[0] == 0
 
 
-def test_a_users_own_data(cvlab, tiny, tmp_path):
+def test_data_of_the_user(cvlab, tiny, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom cvlab import ImageDataset\n\ndef load():\n"
         "    x = torch.randint(0, 256, (60, 16, 16, 1), dtype=torch.uint8)\n"
@@ -215,18 +215,18 @@ def test_a_users_own_data(cvlab, tiny, tmp_path):
     assert cvlab("train", tiny, "data={name: './mine.py:load'}", "--dry-run")[0] == 0
 
 
-def test_a_users_own_error_shows_its_traceback(cvlab, tiny, tmp_path):
+def test_an_exception_in_user_code_shows_its_traceback(cvlab, tiny, tmp_path):
     (tmp_path / "net.py").write_text("def make():\n    return 1 / 0\n")
     code, out, err = cvlab("train", tiny, "model={name: './net.py:make'}", "--json", "-q")
     assert code == 1
     assert "ZeroDivisionError" in err
     assert "net.py" in err
     assert error_of(out)["code"] == 1
-    assert not (tmp_path / "runs").exists(), "what cannot be built leaves nothing behind"
+    assert not (tmp_path / "runs").exists(), "a model that cannot be built leaves no run directory"
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "message"),
     [
         ("device=cuda:99", "device cuda:99 is not available"),
         ("batch_size=1000", "batch_size 1000 is larger"),
@@ -237,14 +237,14 @@ def test_a_users_own_error_shows_its_traceback(cvlab, tiny, tmp_path):
         ("model={name: './net.py:weightless'}", "has no trainable weights"),
     ],
 )
-def test_what_cannot_work_is_refused_before_there_is_a_run(cvlab, tiny, tmp_path, override, expected):
-    (tmp_path / "net.py").write_text(NETS)
+def test_invalid_settings_are_rejected_before_the_run_directory_exists(cvlab, tiny, tmp_path, override, message):
+    (tmp_path / "net.py").write_text(USER_CODE)
     code, _, err = cvlab("train", tiny, override, "duration.steps=1", "-q")
-    assert (code == 0) if expected is None else (code in (2, 8) and expected in err and len(err.splitlines()) == 1)
-    assert (tmp_path / "runs").exists() == (expected is None)
+    assert (code == 0) if message is None else (code in (2, 8) and message in err and len(err.splitlines()) == 1)
+    assert (tmp_path / "runs").exists() == (message is None)
 
 
-NETS = """import torch
+USER_CODE = """import torch
 from torch import nn
 
 class pair(nn.Linear):
@@ -264,7 +264,7 @@ class weightless(nn.Module):
 def images(count=60, size=(32, 32), dtype=torch.int64):
     from cvlab import ImageDataset
     x, y = torch.zeros(count, *size, 3, dtype=torch.uint8), torch.arange(count).to(dtype) % 10
-    return ImageDataset("own", x, y, x, y, tuple("abcdefghij"))
+    return ImageDataset("custom", x, y, x, y, tuple("abcdefghij"))
 
 def nothing():
     return None
@@ -281,20 +281,20 @@ def narrow():
     ("name", "expected"),
     [("nothing", "got NoneType"), ("oblong", "must be square, are (32, 48)"), ("narrow", "labels must be int64")],
 )
-def test_a_users_data_is_checked(cvlab, tiny, tmp_path, name, expected):
-    (tmp_path / "net.py").write_text(NETS)
+def test_data_of_the_user_is_checked(cvlab, tiny, tmp_path, name, expected):
+    (tmp_path / "net.py").write_text(USER_CODE)
     code, _, err = cvlab("train", tiny, f"data={{name: './net.py:{name}'}}", "-q")
     assert code in (2, 4)
     assert expected in err
     assert len(err.splitlines()) == 1
 
 
-def test_two_files_of_one_name_are_both_kept(cvlab, tiny, tmp_path):
-    for folder, text in (("one", NETS.replace("3072, 3)", "3072, 10)")), ("two", NETS)):
+def test_two_files_with_the_same_name_are_both_copied(cvlab, tiny, tmp_path):
+    for folder, text in (("one", USER_CODE.replace("3072, 3)", "3072, 10)")), ("two", USER_CODE)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "net.py").write_text(text)
-    chosen = ["model={name: './one/net.py:few'}", "data={name: './two/net.py:images'}", "batch_size=8"]
-    code, _, err = cvlab("train", tiny, *chosen, "data.val_fraction=0.2", "expect=[]", "-q")
+    overrides = ["model={name: './one/net.py:few'}", "data={name: './two/net.py:images'}", "batch_size=8"]
+    code, _, err = cvlab("train", tiny, *overrides, "data.val_fraction=0.2", "expect=[]", "-q")
     assert code == 0, err
     run = tmp_path / "runs" / "latest"
     assert (run / "net.py").is_file()
@@ -302,7 +302,7 @@ def test_two_files_of_one_name_are_both_kept(cvlab, tiny, tmp_path):
     assert cvlab("eval", "latest")[0] == 0
 
 
-def test_a_misspelt_metric_is_found_before_the_run(cvlab, tiny, tmp_path):
+def test_a_misspelled_metric_is_rejected_before_the_run(cvlab, tiny, tmp_path):
     code, _, err = cvlab("train", tiny, "expect=[tran_accuracy >= 0.1]")
     assert code == 2
     assert "did you mean 'train_accuracy'" in err
@@ -323,12 +323,12 @@ def test_one_damaged_run_does_not_hide_the_others(cvlab, tiny, tmp_path):
     assert cvlab("show", "bad2")[0] == cvlab("compare", "good", "bad2")[0] == 5
 
 
-def test_names_of_runs(cvlab, tiny, tmp_path):
+def test_invalid_names_of_runs_are_errors(cvlab, tiny, tmp_path):
     cvlab("train", tiny, "-q")
     (tmp_path / "runs" / "latest").unlink()
     assert cvlab("show", "latest")[0] == 0
-    for wrong in ("", "  ", "x" * 5000):
-        code, _, err = cvlab("show", wrong)
+    for name in ("", "  ", "x" * 5000):
+        code, _, err = cvlab("show", name)
         assert code == 5
         assert len(err.splitlines()) == 1
     assert cvlab("train", "x" * 5000)[0] == 2
@@ -350,35 +350,35 @@ def test_a_metric_that_is_not_finite_is_a_divergence(cvlab, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("width", [30, 58, 72, 93, 137])
-def test_no_word_of_a_table_is_torn_or_lost(cvlab, monkeypatch, width):
+def test_tables_break_lines_between_words_only(cvlab, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     for command, kind in ((("models", "list"), "models"), (("data", "list"), "data"), (("config",), "configs")):
-        words = {
+        expected = {
             word
             for row in json.loads(cvlab(*command, "--json")[1])[kind]
             for value in row.values()
             for word in str(value).split()
         }
-        assert words <= set(cvlab(*command)[1].split())
+        assert expected <= set(cvlab(*command)[1].split())
 
 
-def test_a_reader_that_has_gone_changes_nothing(tiny, tmp_path):
+def test_a_closed_pipe_does_not_stop_a_command(tiny, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
-    def code_of(line):
+    def run_shell(line):
         command = line.replace("cvlab", f"{sys.executable} -m cvlab")
         return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
 
-    assert code_of("cvlab runs | true; exit ${PIPESTATUS[0]}").returncode == 0
-    assert code_of("cvlab --help | true; exit ${PIPESTATUS[0]}").returncode == 0
-    assert code_of("cvlab config nosuch --json | true; exit ${PIPESTATUS[0]}").returncode == 2
-    assert code_of(f"cvlab train {tiny} log_every=1 2>&1 | true; exit ${{PIPESTATUS[0]}}").returncode == 0
+    assert run_shell("cvlab runs | true; exit ${PIPESTATUS[0]}").returncode == 0
+    assert run_shell("cvlab --help | true; exit ${PIPESTATUS[0]}").returncode == 0
+    assert run_shell("cvlab config nosuch --json | true; exit ${PIPESTATUS[0]}").returncode == 2
+    assert run_shell(f"cvlab train {tiny} log_every=1 2>&1 | true; exit ${{PIPESTATUS[0]}}").returncode == 0
     assert read_status(tmp_path / "runs" / "latest")["status"] == "done"
     if os.path.exists("/dev/full"):
-        full = code_of("cvlab runs > /dev/full")
-        assert full.returncode == 5
-        assert "No space left" in full.stderr
-        assert "Traceback" not in full.stderr
+        process = run_shell("cvlab runs > /dev/full")
+        assert process.returncode == 5
+        assert "No space left" in process.stderr
+        assert "Traceback" not in process.stderr
 
 
 def test_divergence(cvlab, tiny, tmp_path):
@@ -393,17 +393,17 @@ def test_divergence(cvlab, tiny, tmp_path):
     assert read_json(tmp_path / "runs" / "latest" / "status.json")["status"] == "failed"
 
 
-def test_eval_shows_test_and_keeps_it(cvlab, tiny, tmp_path):
+def test_eval_prints_and_records_the_test_metrics(cvlab, tiny, tmp_path):
     trained = json.loads(cvlab("train", tiny, "--json", "-q")[1])
     code, out, _ = cvlab("eval", "latest", "--json")
-    found = json.loads(out)
+    evaluation = json.loads(out)
     assert code == 0
     names = ("loss", "accuracy", "top5_accuracy", "macro_f1", "ece")
-    assert {name for name in found["metrics"] if "/" not in name} == {
+    assert {name for name in evaluation["metrics"] if "/" not in name} == {
         f"{split}_{name}" for split in ("val", "test") for name in names
     }
-    assert found["metrics"]["val_accuracy"] == trained["metrics"]["val_accuracy"]
-    assert read_json(tmp_path / "runs" / "latest" / "eval.json")["metrics"] == found["metrics"]
+    assert evaluation["metrics"]["val_accuracy"] == trained["metrics"]["val_accuracy"]
+    assert read_json(tmp_path / "runs" / "latest" / "eval.json")["metrics"] == evaluation["metrics"]
     best = json.loads(cvlab("eval", "latest", "--checkpoint", "best", "--split", "val", "--json")[1])
     assert best["metrics"]["val_accuracy"] == trained["metrics"]["best_val_accuracy"]
     assert cvlab("eval", "latest", "--split", "dev")[0] == 2
@@ -418,23 +418,23 @@ def test_runs_show_and_compare(cvlab, tiny, tmp_path, monkeypatch):
     for lr in ("1e-2", "1e-3"):
         cvlab("train", tiny, f"optimizer.lr={lr}", "-q")
     code, out, _ = cvlab("runs", "--json")
-    listed = json.loads(out)["runs"]
+    rows = json.loads(out)["runs"]
     assert code == 0
-    assert [row["status"] for row in listed] == ["done", "done"]
-    names = [row["run"] for row in listed]
+    assert [row["status"] for row in rows] == ["done", "done"]
+    names = [row["run"] for row in rows]
     assert "done" in cvlab("runs")[1]
     code, out, _ = cvlab("show", names[0][-4:])
     assert code == 0
     assert "optimizer.lr" in out
     assert "train_accuracy" in out
-    monkeypatch.setattr(plots, "to_png", TO_PNG)  # of the comparison, not of the runs
+    monkeypatch.setattr(plots, "to_png", TO_PNG)  # render the plot of the comparison
     code, out, _ = cvlab("compare", *names, "--json", "--out", tmp_path / "c")
-    found = json.loads(out)
-    differences = found["differences"]  # runs of one second come in any order
+    comparison = json.loads(out)
+    differences = comparison["differences"]  # runs that started in the same second are in any order
     assert code == 0
     assert differences.keys() == {"optimizer.lr"}
     assert sorted(differences["optimizer.lr"]) == [0.001, 0.01]
-    assert len(found["metrics"]["val_accuracy"]) == 2
+    assert len(comparison["metrics"]["val_accuracy"]) == 2
     with Image.open(tmp_path / "c" / "compare.png") as picture:
         assert picture.width > 300
     written = (tmp_path / "c" / "compare.csv").read_text()
@@ -469,24 +469,24 @@ def test_runs_show_and_compare(cvlab, tiny, tmp_path, monkeypatch):
         (["config", "cifar_bn", "seed=x"], 2, "whole number"),
     ],
 )
-def test_refusals_are_one_line_with_their_code(cvlab, arguments, code, text):
+def test_errors_are_one_line_with_their_exit_code(cvlab, arguments, code, text):
     if code == 8:
         torch = pytest.importorskip("torch")
         if torch.cuda.device_count() > 7:
             pytest.skip("there are that many GPUs")
-    found, out, err = cvlab(*arguments)
-    assert found == code
+    exit_code, out, err = cvlab(*arguments)
+    assert exit_code == code
     assert text in err
     assert out == ""
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1, err
     assert "Traceback" not in err
-    found, out, _ = cvlab(*arguments, "--json")
+    exit_code, out, _ = cvlab(*arguments, "--json")
     error = error_of(out)
-    assert found == code == error["code"]
+    assert exit_code == code == error["code"]
     assert text in f"{error['message']}; {error['hint']}"
 
 
-def test_runs_dir_that_cannot_be_written(cvlab, tiny, tmp_path, monkeypatch):
+def test_a_runs_dir_that_cannot_be_written_is_an_error(cvlab, tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     assert cvlab("train", tiny, "--runs-dir", tmp_path / "file")[0] == 5
     monkeypatch.setenv("CVLAB_RUNS", "/proc/nothing")
@@ -519,7 +519,7 @@ def test_a_locked_run_is_not_resumed(cvlab, tiny, tmp_path):
     assert f"already running (pid {holder.pid}" in err
 
 
-def test_looking_commands(cvlab):
+def test_commands_that_list(cvlab):
     code, out, _ = cvlab("config", "cifar_bn")
     assert code == 0
     assert "train_accuracy >= 0.85" in out
@@ -543,16 +543,22 @@ def test_looking_commands(cvlab):
 
 def test_doctor(cvlab):
     code, out, _ = cvlab("doctor", "--json")
-    found = json.loads(out)
-    assert code == 0, found
-    assert found["ok"], found
-    assert {check["name"] for check in found["checks"]} >= {"torch", "torchvision", "devices", "data", "configurations"}
+    report = json.loads(out)
+    assert code == 0, report
+    assert report["ok"], report
+    assert {check["name"] for check in report["checks"]} >= {
+        "torch",
+        "torchvision",
+        "devices",
+        "data",
+        "configurations",
+    }
 
 
-def test_the_schema_knows_every_key(cvlab):
+def test_the_schema_has_every_key(cvlab):
     schema = json.loads(cvlab("config", "--schema")[1])
-    *of_experiments, inheriting = schema["anyOf"]
-    branches = {branch["properties"]["experiment"]["const"]: branch for branch in of_experiments}
+    *experiment_schemas, inheriting = schema["anyOf"]
+    branches = {branch["properties"]["experiment"]["const"]: branch for branch in experiment_schemas}
     assert inheriting["required"] == ["base"]
     branch = branches["classify"]
     assert "eps" in branches["attack"]["properties"]
@@ -562,19 +568,19 @@ def test_the_schema_knows_every_key(cvlab):
     assert "filters" in branch["properties"]["model"]["anyOf"][0]["properties"]
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_slow_package():
     code = (
         "import sys\nfrom cvlab.cli import main\n"
         "try:\n    main.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'torchvision', 'timm', 'matplotlib', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "compare" in found.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "compare" in process.stdout
 
 
-def test_debug_shows_where(cvlab):
+def test_debug_prints_the_traceback(cvlab):
     _, _, err = cvlab("train", "nothing", "--debug")
     assert "Traceback" in err
 
@@ -602,7 +608,7 @@ def test_all_commands_have_help(cvlab):
     assert main.app.info.name == "cvlab"
 
 
-def test_of_many_runs_the_newest_are_shown_and_all_are_told(cvlab, tmp_path):
+def test_limit_shows_the_newest_runs_and_the_total(cvlab, tmp_path):
     for k in range(5):
         folder = tmp_path / f"2026112{k}-120000-x-000{k}"
         folder.mkdir()
@@ -618,41 +624,43 @@ def test_of_many_runs_the_newest_are_shown_and_all_are_told(cvlab, tmp_path):
     assert len(json.loads(cvlab("runs", "--json", "--limit", 2, "--runs-dir", tmp_path)[1])["runs"]) == 2
 
 
-def test_runs_are_chosen_tagged_and_removed(cvlab, tmp_path):
+def test_runs_are_filtered_tagged_and_removed(cvlab, tmp_path):
     for k in range(3):
         folder = tmp_path / f"2026112{k}-120000-x-000{k}"
         folder.mkdir()
         (folder / "config.yaml").write_text(f"experiment: classify\nseed: {k}\n")
         (folder / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": k / 10}}))
         (folder / "status.json").write_text('{"status": "done"}')
-    here = ("--runs-dir", tmp_path)
-    code, out, _ = cvlab("runs", "val_accuracy>0", "--sort", "seed", "--columns", "seed", "--reverse", "--json", *here)
+    runs_dir = ("--runs-dir", tmp_path)
+    code, out, _ = cvlab(
+        "runs", "val_accuracy>0", "--sort", "seed", "--columns", "seed", "--reverse", "--json", *runs_dir
+    )
     assert code == 0
     assert [row["values"]["seed"] for row in json.loads(out)["runs"]] == [2, 1]
     assert (
         "starred, good"
-        in cvlab("runs", "star", "seed=1", *here)[1] + cvlab("runs", "tag", "seed=1", "--add", "good", *here)[1]
+        in cvlab("runs", "star", "seed=1", *runs_dir)[1] + cvlab("runs", "tag", "seed=1", "--add", "good", *runs_dir)[1]
     )
-    assert "a note" in cvlab("runs", "note", "x-0001", "a note", *here)[1]
-    assert "x-0001" in cvlab("runs", "tags=good starred=true", *here)[1]
-    assert "would be removed" in cvlab("runs", "rm", "tags!=good", "--dry-run", *here)[1]
+    assert "a note" in cvlab("runs", "note", "x-0001", "a note", *runs_dir)[1]
+    assert "x-0001" in cvlab("runs", "tags=good starred=true", *runs_dir)[1]
+    assert "would be removed" in cvlab("runs", "rm", "tags!=good", "--dry-run", *runs_dir)[1]
     assert len(list(tmp_path.glob("2*"))) == 3
-    code, out, _ = cvlab("runs", "rm", "tags!=good", "--json", *here)
+    code, out, _ = cvlab("runs", "rm", "tags!=good", "--json", *runs_dir)
     assert (code, len(json.loads(out)["runs"]), json.loads(out)["bytes"] > 0) == (0, 2, True)
     assert [path.name[-1] for path in tmp_path.glob("2*")] == ["1"]
-    assert "0 B freed" in cvlab("runs", "prune", *here)[1]
+    assert "0 B freed" in cvlab("runs", "prune", *runs_dir)[1]
     for command in (("compare", "seed=1"), ("report", "seed=1", "--out", tmp_path / "page.html")):
-        assert cvlab(*command, *here)[0] == 0, command
-    for wrong in ("seed=7 sed=1", "status"):
-        code, _, err = cvlab("runs", wrong, *here) if "=" in wrong else cvlab("runs", "list", wrong, *here)
+        assert cvlab(*command, *runs_dir)[0] == 0, command
+    for query in ("seed=7 sed=1", "status"):
+        code, _, err = cvlab("runs", query, *runs_dir) if "=" in query else cvlab("runs", "list", query, *runs_dir)
         assert code == 2
         assert "column" in err
-    assert cvlab("runs", "rm", "seed=7", *here)[0] == 5
-    assert "did you mean 'prune'" in cvlab("runs", "prun", *here)[2]
+    assert cvlab("runs", "rm", "seed=7", *runs_dir)[0] == 5
+    assert "did you mean 'prune'" in cvlab("runs", "prun", *runs_dir)[2]
 
 
-LONG = "x" * 300
-NAMING = (  # command lines with a name that no disk can have
+LONG_NAME = "x" * 300
+LONG_NAME_COMMANDS = (  # command lines with a name longer than a file name can be
     *(f"{verb} {{0}}" for verb in ("classify", "saliency", "caption", "detect", "train", "resume", "show", "report")),
     *("style {0} sample", "style sample {0}", "attack --target ostrich {0}", "compare {0} {0}", "export {0} --to onnx"),
     *(f"{verb} sample --weights {{0}}" for verb in ("classify", "detect", "caption")),
@@ -675,11 +683,11 @@ NAMING = (  # command lines with a name that no disk can have
 )
 
 
-@pytest.mark.parametrize("line", NAMING)
-def test_a_name_longer_than_the_disk_allows_is_one_line(cvlab, tmp_path, line):
+@pytest.mark.parametrize("line", LONG_NAME_COMMANDS)
+def test_a_name_longer_than_the_disk_allows_is_a_one_line_error(cvlab, tmp_path, line):
     root = () if "--runs-dir" in line else ("--runs-dir", tmp_path)
     takes_root = line.split()[0] not in ("data", "models", "gradcheck", "config")
-    code, _, err = cvlab(*line.format(LONG).split(), *(root if takes_root else ()))
+    code, _, err = cvlab(*line.format(LONG_NAME).split(), *(root if takes_root else ()))
     errors = [text for text in err.splitlines() if text.startswith("error: ")]
     assert code in (2, 4, 5), err
     assert errors, err
@@ -695,7 +703,7 @@ def test_without_a_command_the_help_is_printed(cvlab, group):
     assert out.startswith(" ".join(["Usage: cvlab", *group]))
 
 
-def test_the_help_lists_every_command_once_in_a_group(cvlab):
+def test_the_help_lists_every_command_in_one_group(cvlab):
     from cvlab.cli import groups
 
     _, out, _ = cvlab("--help")
@@ -724,7 +732,7 @@ def test_the_help_lists_every_command_once_in_a_group(cvlab):
         (["resume"], "no interrupted run in runs; name the run to resume"),
     ],
 )
-def test_an_error_names_what_was_probably_meant(cvlab, arguments, expected):
+def test_an_error_suggests_similar_names(cvlab, arguments, expected):
     code, out, err = cvlab(*arguments)
     assert code in (2, 5)
     assert out == ""
@@ -740,7 +748,7 @@ def test_classes_are_checked_before_a_model_is_loaded(cvlab, monkeypatch):
     assert cvlab("attack", "--target", "ostrch", "sample")[0] == 2
 
 
-def test_a_block_may_be_given_by_its_name_alone(cvlab, tiny, tmp_path):
+def test_a_block_can_be_abbreviated_to_its_name(cvlab, tiny, tmp_path):
     (tmp_path / "short.yaml").write_text(TINY.replace("{name: adam, lr: 1e-2}", "adam") + "schedule: cosine\n")
     config = json.loads(cvlab("config", "short.yaml", "--json")[1])["config"]
     assert config["optimizer"]["lr"] == 1e-3
@@ -755,7 +763,7 @@ def test_a_block_may_be_given_by_its_name_alone(cvlab, tiny, tmp_path):
     assert "did you mean 'cosine'" in err
 
 
-def test_a_failed_run_says_why_where_and_what_to_do(cvlab, tiny, tmp_path):
+def test_show_prints_the_reason_of_a_failure_and_what_to_do(cvlab, tiny, tmp_path):
     code, _, err = cvlab("train", tiny, "optimizer.lr=100", "optimizer.name=sgd", "duration={steps: 40}", "-q")
     assert code == 6
     code, out, _ = cvlab("show", "latest")
@@ -771,7 +779,7 @@ def test_a_failed_run_says_why_where_and_what_to_do(cvlab, tiny, tmp_path):
     assert document["reason"]
 
 
-def test_resume_without_a_name_takes_the_newest_interrupted_run(cvlab, tiny, tmp_path):
+def test_resume_without_a_name_resumes_the_newest_interrupted_run(cvlab, tiny, tmp_path):
     cvlab("train", tiny, "-q")
     interrupted = find_run("latest", runs_root())
     cvlab("train", tiny, "-q")
@@ -785,7 +793,7 @@ def test_resume_without_a_name_takes_the_newest_interrupted_run(cvlab, tiny, tmp
     assert out.splitlines()[-1] == f"run directory runs/{interrupted.name}"
 
 
-def test_numbers_are_right_aligned_and_text_left(capsys, monkeypatch):
+def test_tables_align_numbers_right_and_text_left(capsys, monkeypatch):
     from cvlab.reports import tables
 
     monkeypatch.setenv("COLUMNS", "80")
@@ -800,10 +808,10 @@ def test_numbers_are_right_aligned_and_text_left(capsys, monkeypatch):
     assert [line[column] != " " for line in lines[2:5]] == [True, True, True]
     monkeypatch.delenv("COLUMNS")
     tables.table("", ("name", "description"), [("a", text)])
-    assert text in capsys.readouterr().out  # a pipe has no width
+    assert text in capsys.readouterr().out  # lines in a pipe are not wrapped
 
 
-def test_photo_commands_have_no_expectations_of_their_own(cvlab, monkeypatch):
+def test_photo_commands_have_no_default_expectations(cvlab, monkeypatch):
     code, out, _ = cvlab("classify", "sample")
     assert code == 0
     assert "expected" not in out

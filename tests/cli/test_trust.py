@@ -1,4 +1,4 @@
-"""A run directory with Python files that was not made on this machine is run only with --trust."""
+"""A run directory with Python files that was not created on this machine is run only with --trust."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ if "CVLAB_TEST_CANARY" in os.environ:
 def net(num_classes: int = 10):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(WIDTH), nn.Linear(WIDTH, num_classes))
 """
-TRAINING = (
+OVERRIDES = (
     *("data.num_train=60", "batch_size=20", "duration={steps: 3}", "expect=[]"),
     *("evaluate_test=false", "threads=1"),
 )
@@ -26,14 +26,14 @@ TRAINING = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data_root):
-    """A run of an own network, made on this machine."""
-    folder = tmp_path_factory.mktemp("own")
+    """Return a run of a model of the user, trained on this machine."""
+    folder = tmp_path_factory.mktemp("user")
     (folder / "net.py").write_text(NET.replace("nn.LazyLinear(WIDTH)", "nn.Linear(3072, WIDTH)"))
     (folder / "parts.py").write_text("WIDTH = 4\n")
     model = f"model={folder}/net.py:net"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CVLAB_DATA", str(data_root))
-        arguments = ["train", "quickstart", model, *TRAINING, f"--runs-dir={folder / 'runs'}", "-q"]
+        arguments = ["train", "quickstart", model, *OVERRIDES, f"--runs-dir={folder / 'runs'}", "-q"]
         assert main.run_command_line(arguments) == 0
     return next((folder / "runs").glob("2*"))
 
@@ -111,14 +111,14 @@ def change_env(run, edit):
     (run / "env.json").write_text(json.dumps(env))
 
 
-FOREIGN = (
+UNTRUSTED_CHANGES = (
     *(no_env, no_signature, odd_signature, null_signature, other_code, other_import),
     *(new_module, new_bytecode, code_outside),
 )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_of_this_machine_needs_no_trust(run, tmp_path, canary, name):
+def test_a_run_of_this_machine_is_trusted(run, tmp_path, canary, name):
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "status.json").write_text('{"status": "interrupted"}') if name == "resume" else None
     assert main.run_command_line(commands(copy, tmp_path / "out")[name]) == 0
@@ -127,8 +127,8 @@ def test_a_run_of_this_machine_needs_no_trust(run, tmp_path, canary, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("change", FOREIGN, ids=lambda change: change.__name__)
-def test_code_of_others_is_not_run_without_trust(run, tmp_path, canary, capsys, name, change):
+@pytest.mark.parametrize("change", UNTRUSTED_CHANGES, ids=lambda change: change.__name__)
+def test_untrusted_code_is_not_run(run, tmp_path, canary, capsys, name, change):
     copy = shutil.copytree(run, tmp_path / "run")
     change(copy)
     assert main.run_command_line(commands(copy, tmp_path / "out")[name]) == 5
@@ -139,7 +139,7 @@ def test_code_of_others_is_not_run_without_trust(run, tmp_path, canary, capsys, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_with_trust_it_is_run(run, tmp_path, canary, name):
+def test_untrusted_code_is_run_with_trust(run, tmp_path, canary, name):
     copy = shutil.copytree(run, tmp_path / "run")
     no_env(copy)
     (copy / "status.json").write_text('{"status": "interrupted"}')
@@ -157,22 +157,22 @@ def test_another_key_is_another_machine(run, tmp_path, canary, monkeypatch):
     assert [path.name for path in key.parent.iterdir()] == [key.name]
 
 
-def test_without_a_place_for_the_key_trust_is_asked_for(run, tmp_path, canary, monkeypatch):
+def test_without_a_signing_key_trust_is_required(run, tmp_path, canary, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert trust.sign(run) is None
     assert main.run_command_line(["eval", str(run)]) == 5
 
 
-def test_a_run_without_code_needs_no_trust(tmp_path):
-    assert main.run_command_line(["train", "quickstart", *TRAINING, f"--runs-dir={tmp_path}", "-q"]) == 0
+def test_a_run_without_code_is_trusted(tmp_path):
+    assert main.run_command_line(["train", "quickstart", *OVERRIDES, f"--runs-dir={tmp_path}", "-q"]) == 0
     run = next(tmp_path.glob("2*"))
     (run / "env.json").unlink()
     assert main.run_command_line(["train", str(run), "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("flag", ["--trust", "--allow-changes"])
-def test_code_that_the_user_has_changed_is_named_and_run_with_a_flag(run, tmp_path, canary, flag):
+def test_changed_code_is_run_only_with_a_flag(run, tmp_path, canary, flag):
     copy = shutil.copytree(run, tmp_path / "run")
     other_code(copy)
     (copy / "status.json").write_text('{"status": "interrupted"}')
@@ -185,5 +185,5 @@ def test_code_that_the_user_has_changed_is_named_and_run_with_a_flag(run, tmp_pa
     assert canary.exists()
 
 
-def test_a_configuration_with_a_long_name_is_no_run(tmp_path):
+def test_a_configuration_with_a_long_name_is_an_error(tmp_path):
     assert main.run_command_line(["train", "x" * 5000]) == 2

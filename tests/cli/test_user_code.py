@@ -1,4 +1,4 @@
-"""Models and functions that users write: their signatures, the files that they import, what they print."""
+"""Models and functions of the user: their signatures, imports and output."""
 
 import json
 
@@ -61,11 +61,11 @@ def test_any_signature_can_be_a_model(cvlab, tmp_path, parameters, settings):
     code, out, err = cvlab("config", str(run), "--json")
     assert code == 0, err
     assert json.loads(out)["config"]["model"] == {"name": "./net.py:Net", **settings}
-    assert cvlab("run", str(run), "--dry-run", "-q")[0] == 0, "it is built again from its record"
+    assert cvlab("run", str(run), "--dry-run", "-q")[0] == 0, "the model is built from the recorded settings"
 
 
 @pytest.mark.parametrize("override", ["model.hidden=5", "model.hidden=null"])
-def test_a_default_of_none_accepts_its_type_and_none(cvlab, tmp_path, override):
+def test_a_default_of_none_accepts_the_annotated_type_and_none(cvlab, tmp_path, override):
     (tmp_path / "net.py").write_text(MODEL.format(parameters="hidden: int = None"))
     assert cvlab("config", "quickstart", "model=./net.py:Net", override)[0] == 0
     code, _, err = cvlab("config", "quickstart", "model=./net.py:Net", "model.hidden=x")
@@ -74,7 +74,7 @@ def test_a_default_of_none_accepts_its_type_and_none(cvlab, tmp_path, override):
 
 
 @pytest.mark.parametrize("parameter", ["name", "builder_arguments", "model_config", "_private"])
-def test_a_reserved_parameter_is_refused_in_one_line(cvlab, tmp_path, parameter):
+def test_a_reserved_parameter_is_a_one_line_error(cvlab, tmp_path, parameter):
     (tmp_path / "net.py").write_text(MODEL.format(parameters=f"{parameter}=1"))
     code, _, err = cvlab("config", "quickstart", "model=./net.py:Net")
     assert code == 2
@@ -82,7 +82,7 @@ def test_a_reserved_parameter_is_refused_in_one_line(cvlab, tmp_path, parameter)
     assert len(err.splitlines()) == 1
 
 
-def test_a_model_may_import_the_files_beside_it(cvlab, tmp_path):
+def test_a_model_can_import_files_of_its_folder(cvlab, tmp_path):
     folder = tmp_path / "code"
     (folder / "parts" / "deep").mkdir(parents=True)
     (folder / "net.py").write_text(
@@ -110,7 +110,7 @@ def test_a_model_may_import_the_files_beside_it(cvlab, tmp_path):
     assert read_json(find_run("latest", runs_root()) / "summary.json")["weights_sha256"] == digest
 
 
-def test_what_user_code_prints_is_not_in_the_document(cvlab, tmp_path):
+def test_output_of_user_code_is_not_in_the_json_document(cvlab, tmp_path):
     (tmp_path / "net.py").write_text(
         MODEL.format(parameters="") + "        print('constructed')\n"
         "    def forward(self, x):\n        print('called')\n        return super().forward(x)\n"
@@ -122,7 +122,7 @@ def test_what_user_code_prints_is_not_in_the_document(cvlab, tmp_path):
     assert "called" in err
 
 
-def test_a_file_that_is_typed_is_relative_to_the_current_folder(cvlab, tmp_path, monkeypatch):
+def test_a_file_in_an_override_is_relative_to_the_current_folder(cvlab, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.yaml").write_text(
         "experiment: classify\ndata: scenes10\nmodel: ./mine.py:Net\n"
@@ -149,7 +149,7 @@ def test_underscores_in_numbers(cvlab, override, value):
     assert config[override.partition("=")[0]] == value
 
 
-def test_odd_values_on_the_command_line(cvlab, tmp_path, monkeypatch):
+def test_unusual_values_on_the_command_line(cvlab, tmp_path, monkeypatch):
     code, _, err = cvlab("config", "quickstart", "seed=1_")
     assert code == 2
     assert "whole number" in err
@@ -170,7 +170,7 @@ def test_odd_values_on_the_command_line(cvlab, tmp_path, monkeypatch):
         ("class_visualization", "targets=[1,130]", ["1", "130"]),
     ],
 )
-def test_a_class_may_be_a_number(cvlab, command, override, expected):
+def test_a_class_can_be_given_by_its_number(cvlab, command, override, expected):
     code, out, err = cvlab("config", command, override, "--json")
     assert code == 0, err
     assert json.loads(out)["config"][override.partition("=")[0]] == expected
@@ -214,7 +214,7 @@ def write_network(tmp_path, extra="pass", last="self.fc2(x)"):
         "self.conv1 = nn.LazyConv2d(6, 5)",
     ],
 )
-def test_a_network_of_a_tutorial_trains(cvlab, tmp_path, extra):
+def test_a_model_with_a_flattening_view_trains(cvlab, tmp_path, extra):
     write_network(tmp_path, extra)
     code, _, err = train(cvlab, "model=./net.py:Net")
     assert code == 0, err
@@ -236,7 +236,7 @@ def test_a_network_of_a_tutorial_trains(cvlab, tmp_path, extra):
         ("pass", "self.fc2(x) if not self.training else 1 / 0", (), "ZeroDivisionError: division by zero; "),
     ],
 )
-def test_a_network_that_cannot_be_trained_is_refused_before_the_run(cvlab, tmp_path, extra, last, overrides, message):
+def test_a_model_that_cannot_be_trained_is_rejected_before_the_run(cvlab, tmp_path, extra, last, overrides, message):
     write_network(tmp_path, extra, last)
     for dry in ((), ("--dry-run",)):
         code, _, err = train(cvlab, "model=./net.py:Net", *overrides, *dry)
@@ -294,7 +294,7 @@ def test_tied_weights_are_exported(cvlab, tmp_path):
     assert (tensors["first.weight"] == tensors["second.weight"]).all()
 
 
-def test_a_branch_on_values_cannot_become_a_graph_and_that_is_one_line(cvlab, tmp_path):
+def test_exporting_a_graph_with_a_data_dependent_branch_is_a_one_line_error(cvlab, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     (tmp_path / "net.py").write_text(TIED.replace("BRANCH", "x = x * 2 if x.sum() > 0 else x"))
@@ -327,12 +327,12 @@ def interrupt(cvlab, monkeypatch, *arguments):
 
     from cvlab.engine import trainer
 
-    real = trainer.Trainer._between_steps
+    between_steps = trainer.Trainer._between_steps
 
     def interrupting(self, step, save_due):
         if step == 1:
             signal.raise_signal(signal.SIGINT)
-        return real(self, step, save_due)
+        return between_steps(self, step, save_due)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_between_steps", interrupting)
@@ -341,7 +341,7 @@ def interrupt(cvlab, monkeypatch, *arguments):
     return find_run("latest", runs_root())
 
 
-OWN_DATA = """
+USER_DATA = """
 import torch
 from cvlab import ImageDataset
 
@@ -349,13 +349,13 @@ def data():
     generator = torch.Generator().manual_seed(SEED)
     images = torch.randint(0, 256, (60, 8, 8, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (60,), generator=generator)
-    return ImageDataset("own", images, labels, images[:9], labels[:9], tuple("abcdefghij"))
+    return ImageDataset("custom", images, labels, images[:9], labels[:9], tuple("abcdefghij"))
 """
 
 
-@pytest.mark.parametrize("what", ["data", "code", "sibling", "nothing"])
-def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch, what):
-    (tmp_path / "data.py").write_text(OWN_DATA.replace("SEED", "0"))
+@pytest.mark.parametrize("change", ["data", "code", "sibling", "nothing"])
+def test_a_run_is_not_resumed_on_changed_data_or_code(cvlab, tmp_path, monkeypatch, change):
+    (tmp_path / "data.py").write_text(USER_DATA.replace("SEED", "0"))
     (tmp_path / "size.py").write_text("WIDTH = 192\n")
     (tmp_path / "net.py").write_text(
         "from torch import nn\nfrom size import WIDTH\nclass Net(nn.Sequential):\n    def __init__(self):\n"
@@ -363,14 +363,14 @@ def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch
     )
     arguments = ("model=./net.py:Net", "data=./data.py:data", "batch_size=20", "duration={steps: 6}", "threads=1")
     run = interrupt(cvlab, monkeypatch, *arguments)
-    if what == "data":
-        (run / "data.py").write_text(OWN_DATA.replace("SEED", "1"))
-    elif what == "code":
+    if change == "data":
+        (run / "data.py").write_text(USER_DATA.replace("SEED", "1"))
+    elif change == "code":
         (run / "net.py").write_text((run / "net.py").read_text() + "\n# changed\n")
-    elif what == "sibling":
+    elif change == "sibling":
         (run / "size.py").write_text("WIDTH = 192  # changed\n")
     code, _, err = cvlab("resume")
-    if what == "nothing":
+    if change == "nothing":
         assert code == 0, err
         assert "changed_inputs" not in read_json(run / "summary.json")
         return
@@ -383,7 +383,7 @@ def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch
     code, _, err = cvlab("resume", run.name, "--allow-changes")
     assert code == 0, err
     changed = read_json(run / "summary.json")["changed_inputs"]
-    assert changed == (["data", "code"] if what == "data" else ["code"])
+    assert changed == (["data", "code"] if change == "data" else ["code"])
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_run_is_not_resumed_on_other_data_or_code(cvlab, tmp_path, monkeypatch
         ("self.register_buffer('calls', torch.zeros(1))", "self.calls += 1", []),
     ],
 )
-def test_state_that_no_checkpoint_has_is_warned_of_once(cvlab, tmp_path, construct, use, names):
+def test_state_outside_the_checkpoint_gives_one_warning(cvlab, tmp_path, construct, use, names):
     (tmp_path / "net.py").write_text(
         MODEL.format(parameters="") + f"        {construct}\n    def forward(self, x):\n"
         f"        if self.training:\n            {use}\n        return super().forward(x)\n"

@@ -1,4 +1,4 @@
-"""Expectations over a run and over a sweep's settings."""
+"""Expectations on the metrics of a run and on the settings of a sweep."""
 
 import math
 
@@ -19,7 +19,7 @@ SETTINGS = [
 ] + [GroupedResult({"lr": 0.4, "bn": False, "name": "gone"}, {}, 1.0)]
 
 
-def judged(rule):
+def check(rule):
     return expectations.check_expectations([rule], METRICS, SETTINGS)[0]
 
 
@@ -31,7 +31,7 @@ def judged(rule):
         ("val_accuracy < train_accuracy", True),
         ("0.3 < val_accuracy < 0.5", True),
         ("0.3 < val_accuracy < 0.4", False),
-        ("val_loss < 100", False),  # nan meets nothing
+        ("val_loss < 100", False),  # no comparison with nan holds
         ("absent < 100", False),
         ("mean(acc, bn=true) == 0.55", True),
         ("spread(acc, bn=true) < spread(acc, bn=false, lr=0.1)", False),
@@ -48,19 +48,19 @@ def judged(rule):
         ("diverged() == 0.3", True),
         ("increasing(acc, lr, bn=true)", True),
         ("decreasing(acc, lr, bn=true)", False),
-        ("increasing(loss, lr, name=x)", False),  # two of one rate have no order
-        ("increasing(acc, name, bn=true)", False),  # no numbers to order by
+        ("increasing(loss, lr, name=x)", False),  # two values at the same lr have no order
+        ("increasing(acc, name, bn=true)", False),  # text has no order
         ("mean(acc, bn=true, lr=0.1) < mean(acc, bn=true, lr=0.2) < 1", True),
     ],
 )
 def test_verdicts(rule, met):
-    assert judged(rule)["met"] is met, judged(rule)
+    assert check(rule)["met"] is met, check(rule)
 
 
-def test_what_a_verdict_says():
-    assert judged("train_accuracy > 0.95") == {"rule": "train_accuracy > 0.95", "measured": 0.9, "met": False}
-    assert judged("val_accuracy < train_accuracy")["values"] == [0.4, 0.9]
-    assert judged("max(acc) > 0")["measured"] is None
+def test_values_in_a_verdict():
+    assert check("train_accuracy > 0.95") == {"rule": "train_accuracy > 0.95", "measured": 0.9, "met": False}
+    assert check("val_accuracy < train_accuracy")["values"] == [0.4, 0.9]
+    assert check("max(acc) > 0")["measured"] is None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,6 @@ def test_what_a_verdict_says():
         ("mean(acc, a='x) > 0", "not valid YAML"),
     ],
 )
-def test_a_malformed_rule_is_refused(text, message):
+def test_a_malformed_rule_is_rejected(text, message):
     with pytest.raises(ValueError, match=message):
         expectations.parse(text)

@@ -1,4 +1,4 @@
-"""`base: NAME` in a configuration: what is inherited, from where, and every mistake is one line with its place."""
+"""`base: NAME` in a configuration: inherited keys, their provenance, and one-line errors with their location."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def write(tmp_path, monkeypatch):
     return write_child
 
 
-def settings(path, *overrides):
+def load_keys(path, *overrides):
     return yaml.safe_load(loading.load(path, overrides).config.to_yaml())
 
 
@@ -54,33 +54,33 @@ def settings(path, *overrides):
         ("batch_size: 20", {"batch_size": 20}),
         ("model: {filters: [8], batchnorm: false}", {"model": {"filters": [8], "batchnorm": False}}),
         ("optimizer: {lr: 1e-2}", {"optimizer": {"lr": 0.01}}),
-        ("data: {num_train: 50}", {"data": {"num_train": 50}}),  # the base gives the name alone
+        ("data: {num_train: 50}", {"data": {"num_train": 50}}),  # the base has only the name
         ("duration: {steps: 5}", {"duration": {"steps": 5, "epochs": None}}),
         ("ema: null", {"ema": None}),
         ("expect: []", {"expect": []}),
     ],
 )
-def test_keys_are_merged_over_those_of_the_base(write, text, changes):
-    expected = settings("parent.yaml") | {"name": "child"}
+def test_keys_are_merged_into_those_of_the_base(write, text, changes):
+    expected = load_keys("parent.yaml") | {"name": "child"}
     for key, value in changes.items():
         expected[key] = expected[key] | value if isinstance(value, dict) else value
-    assert settings(write(f"base: parent.yaml\n{text}\n")) == expected
+    assert load_keys(write(f"base: parent.yaml\n{text}\n")) == expected
 
 
-def test_a_component_with_another_name_replaces_that_of_the_base(write):
-    optimizer = settings(write("base: parent.yaml\noptimizer: {name: sgd}\n"))["optimizer"]
-    assert optimizer == settings(write(PARENT.replace("{name: adam, lr: 1e-3}", "sgd")))["optimizer"]
+def test_a_component_of_another_name_replaces_the_one_of_the_base(write):
+    optimizer = load_keys(write("base: parent.yaml\noptimizer: {name: sgd}\n"))["optimizer"]
+    assert optimizer == load_keys(write(PARENT.replace("{name: adam, lr: 1e-3}", "sgd")))["optimizer"]
 
 
 def test_a_shipped_configuration_and_a_chain_of_bases(write):
     write("base: cifar_bn\nbatch_size: 50\n", "deep/first.yaml")
     path = write("base: deep/first.yaml\noptimizer: {lr: 1e-2}\n", "second.yaml")
-    shipped = settings("cifar_bn", "batch_size=50", "optimizer.lr=1e-2")
-    assert settings(path) == shipped | {"name": "second"}
-    assert settings(path, "batch_size=10")["batch_size"] == 10
+    shipped = load_keys("cifar_bn", "batch_size=50", "optimizer.lr=1e-2")
+    assert load_keys(path) == shipped | {"name": "second"}
+    assert load_keys(path, "batch_size=10")["batch_size"] == 10
 
 
-def test_each_key_says_where_it_comes_from(write):
+def test_provenance_of_each_key(write):
     write("base: cifar_bn\nbatch_size: 50\nmodel: {batchnorm: false}\n", "deep/first.yaml")
     path = write("base: deep/first.yaml\nname: mine\noptimizer: {lr: 1e-2}\nexpect: []\n")
     origins = loading.load(path, ["seed=1", "model.filters=[8]", "model.pools=[0]"]).provenance
@@ -105,7 +105,9 @@ def test_each_key_says_where_it_comes_from(write):
         "seed": "command line",
     }
     write(PARENT)
-    assert loading.load(write("base: parent.yaml\n", "other.yaml")).provenance["name"] == "file"  # it is not inherited
+    assert (
+        loading.load(write("base: parent.yaml\n", "other.yaml")).provenance["name"] == "file"
+    )  # the name is not inherited
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_each_key_says_where_it_comes_from(write):
         ("base: wrong.yaml\noptimizer: {lr: 0.1}\nbatch_size: x", "child.yaml:3:1: batch_size: expected"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_place(write, tmp_path, text, message):
+def test_an_error_is_one_line_with_its_location(write, tmp_path, text, message):
     (tmp_path / "folder").mkdir()
     write("- 1\n", "list.yaml")
     write("base: parent.yaml\noptimizer: {lr: x}\n", "wrong.yaml")
@@ -153,7 +155,7 @@ def test_cycles_of_several_files_and_long_chains(write):
     assert loading.load("1.yaml").config.batch_size == 100
 
 
-def test_code_of_the_base_is_found_from_its_folder(write):
+def test_code_of_the_base_is_relative_to_the_folder_of_the_base(write):
     write(NET, "nets/net.py")
     rule = "mean(val_accuracy, model.name=./net.py:Net) > 0.1"
     text = PARENT.partition("expect:")[0].replace(
@@ -179,7 +181,7 @@ def test_sweeps(write):
     assert base["batch_size"] == 20
     assert base["reg"] == 1e-5
     assert "expect" not in base
-    assert settings(write("base: short.yaml\nseeds: [3]\n", "again.yaml")) == settings(short) | {
+    assert load_keys(write("base: short.yaml\nseeds: [3]\n", "again.yaml")) == load_keys(short) | {
         "name": "again",
         "seeds": [3],
     }
@@ -196,18 +198,20 @@ def test_a_run_that_refers_to_another_file_is_not_trusted(write, tmp_path, text)
     trust.require_trust_of(str(tmp_path / "run"), True)
 
 
-def test_loading_imports_nothing_heavy(write, tmp_path):
+def test_loading_imports_no_slow_package(write, tmp_path):
     write("base: cifar_no_bn\n")
     code = """import sys, json
 from cvlab.config import loading
 loading.load("child.yaml")
 print(json.dumps(sorted({"torch", "PIL", "numpy"} & set(sys.modules))))"""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
-    assert json.loads(done.stdout) == []
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    assert json.loads(process.stdout) == []
 
 
-def test_a_run_is_complete_and_knows_its_bases(write, cvlab, tmp_path):
+def test_the_configuration_of_a_run_is_complete_and_records_its_bases(write, cvlab, tmp_path):
     path = write("base: quickstart\nbatch_size: 20\n")
     small = ["data.num_train=60", "duration={steps: 2}", "expect=[]", "evaluate_test=false"]
     code, out, err = cvlab("train", path, *small, "--runs-dir", str(tmp_path / "runs"), "--json")

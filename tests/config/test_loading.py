@@ -1,4 +1,4 @@
-"""Configurations: every shipped one is valid, and every mistake is one line with its place and the right key."""
+"""Configurations: every shipped one is valid; errors are one line with their location and the closest key."""
 
 import pytest
 import yaml
@@ -27,22 +27,22 @@ def load(tmp_path, text, *overrides):
     return loading.load(str(path), overrides).config
 
 
-def refusal(tmp_path, text, *overrides):
-    with pytest.raises(ConfigError) as refused:
+def load_errors(tmp_path, text, *overrides):
+    with pytest.raises(ConfigError) as error_info:
         load(tmp_path, text, *overrides)
-    assert "\n" not in str(refused.value)
-    return [str(error).replace(f"{tmp_path}/", "") for error in (refused.value, *refused.value.further_errors)]
+    assert "\n" not in str(error_info.value)
+    return [str(error).replace(f"{tmp_path}/", "") for error in (error_info.value, *error_info.value.further_errors)]
 
 
 def test_defaults_file_and_overrides(tmp_path):
-    chosen = load(tmp_path, GOOD, "optimizer.lr=1e-2", "seed=7", "model.batchnorm=true", "name=mine")
-    assert chosen.optimizer.lr == 0.01
-    assert chosen.optimizer.betas == (0.9, 0.999)
-    assert (chosen.seed, chosen.name, chosen.model.batchnorm, chosen.model.filters) == (7, "mine", True, (16, 32))
+    config = load(tmp_path, GOOD, "optimizer.lr=1e-2", "seed=7", "model.batchnorm=true", "name=mine")
+    assert config.optimizer.lr == 0.01
+    assert config.optimizer.betas == (0.9, 0.999)
+    assert (config.seed, config.name, config.model.batchnorm, config.model.filters) == (7, "mine", True, (16, 32))
     assert load(tmp_path, GOOD).name == "f"
 
 
-def test_nothing_changes_a_configuration(tmp_path):
+def test_a_configuration_is_immutable(tmp_path):
     with pytest.raises(ValueError, match="frozen"):
         load(tmp_path, GOOD).seed = 3
 
@@ -50,60 +50,60 @@ def test_nothing_changes_a_configuration(tmp_path):
 def test_an_override_of_the_duration_replaces_it(tmp_path):
     assert load(tmp_path, GOOD, "duration.steps=7").duration.steps == 7
     assert load(tmp_path, GOOD, "duration.steps=7").duration.epochs is None
-    assert "exactly one" in refusal(tmp_path, GOOD, "duration.steps=7", "duration.seconds=3")[0]
+    assert "exactly one" in load_errors(tmp_path, GOOD, "duration.steps=7", "duration.seconds=3")[0]
 
 
-def test_the_resolved_configuration_repeats_itself(tmp_path):
-    chosen = load(tmp_path, GOOD, "optimizer.eps=1e-9")
-    again = load(tmp_path, chosen.to_yaml())
-    assert again.to_yaml() == chosen.to_yaml()
-    assert again.digest() == chosen.digest()
+def test_the_resolved_configuration_resolves_to_itself(tmp_path):
+    config = load(tmp_path, GOOD, "optimizer.eps=1e-9")
+    reloaded = load(tmp_path, config.to_yaml())
+    assert reloaded.to_yaml() == config.to_yaml()
+    assert reloaded.digest() == config.digest()
 
 
-def all_paths(value, path=()):
+def key_paths(value, path=()):
     for key, item in value.items():
         yield (*path, key)
         if isinstance(item, dict):
-            yield from all_paths(item, (*path, key))
+            yield from key_paths(item, (*path, key))
 
 
-def one_edits(word):
-    for k in range(len(word)):
-        yield word[:k] + word[k + 1 :]
-        yield word[:k] + "z" + word[k + 1 :]
-        yield word[:k] + word[k] + word[k:]
-        if k + 1 < len(word):
-            yield word[:k] + word[k + 1] + word[k] + word[k + 2 :]
-    yield word + "s"
+def typos_of(key):
+    for k in range(len(key)):
+        yield key[:k] + key[k + 1 :]
+        yield key[:k] + "z" + key[k + 1 :]
+        yield key[:k] + key[k] + key[k:]
+        if k + 1 < len(key):
+            yield key[:k] + key[k + 1] + key[k] + key[k + 2 :]
+    yield key + "s"
 
 
-def test_every_one_edit_typo_of_every_key_is_refused_with_the_right_key(tmp_path):
+def test_a_typo_of_any_key_is_rejected_with_the_right_key(tmp_path):
     from cvlab.config import messages
     from cvlab.experiments.classification.config import ClassifyConfig
 
     full = yaml.safe_load(load(tmp_path, GOOD).to_yaml())
     top = ClassifyConfig.model_json_schema()
-    asked = right = 0
-    for path in all_paths(full):
+    num_typos = num_right = 0
+    for path in key_paths(full):
         if path[0] in ("expect", "expect_fallback"):
             continue
         block = full
         for part in path[:-1]:
             block = block[part]
-        for typo in sorted(set(one_edits(path[-1])) - set(block) - {""}):
-            asked += 1
+        for typo in sorted(set(typos_of(path[-1])) - set(block) - {""}):
+            num_typos += 1
             fake = {"properties": dict.fromkeys(block)} if len(path) > 1 else top
             message = messages._unknown_key((*path[:-1], typo), fake, top)
-            right += f"did you mean {path[-1]!r}" in message
-    assert asked > 500
-    assert right / asked >= 0.9, f"{right} of {asked}"
+            num_right += f"did you mean {path[-1]!r}" in message
+    assert num_typos > 500
+    assert num_right / num_typos >= 0.9, f"{num_right} of {num_typos}"
 
 
 @pytest.mark.parametrize("path", ["seed", "optimizer.lr", "model.filters", "duration.epochs", "data.num_train"])
-def test_typos_are_refused_end_to_end(tmp_path, path):
+def test_typos_in_overrides_are_rejected(tmp_path, path):
     for typo in [path[:-1] + "q" + path[-1], path + "s"]:
-        found = refusal(tmp_path, GOOD, f"{typo}=3")
-        assert any(f"unknown key {typo!r}; did you mean" in line or "exactly one" in line for line in found), found
+        errors = load_errors(tmp_path, GOOD, f"{typo}=3")
+        assert any(f"unknown key {typo!r}; did you mean" in line or "exactly one" in line for line in errors), errors
 
 
 WRONG = """
@@ -194,40 +194,40 @@ experiment=3|known: adversarial_patch, attack
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_types_and_ranges_say_what_is_expected(tmp_path, line):
+def test_errors_of_types_and_ranges_state_the_expected_values(tmp_path, line):
     override, expected = line.rsplit("|", 1) if " | " not in line else line.split("|", 1)
-    found = refusal(tmp_path, GOOD, override)
-    assert any(expected in text for text in found), found
-    assert all(text.startswith(f"override {override}:") for text in found), found
+    errors = load_errors(tmp_path, GOOD, override)
+    assert any(expected in text for text in errors), errors
+    assert all(text.startswith(f"override {override}:") for text in errors), errors
 
 
-def test_a_wrong_value_in_a_file_names_its_line_and_all_errors_come_at_once(tmp_path):
+def test_errors_in_a_file_have_line_numbers_and_are_reported_together(tmp_path):
     text = GOOD.replace("lr: 1e-3", "lr: fast").replace("batch_size", "bach_size").replace("pools", "pool")
-    found = refusal(tmp_path, text)
-    assert 'f.yaml:7:25: optimizer.lr: expected a number > 0 and <= 100, got "fast"' in found
-    assert "f.yaml:8:1: unknown key 'bach_size'; did you mean 'batch_size'?" in found
-    assert "f.yaml:6:3: unknown key 'model.pool'; did you mean 'pools'?" in found
-    assert any("missing key 'batch_size'" in line for line in found)
+    errors = load_errors(tmp_path, text)
+    assert 'f.yaml:7:25: optimizer.lr: expected a number > 0 and <= 100, got "fast"' in errors
+    assert "f.yaml:8:1: unknown key 'bach_size'; did you mean 'batch_size'?" in errors
+    assert "f.yaml:6:3: unknown key 'model.pool'; did you mean 'pools'?" in errors
+    assert any("missing key 'batch_size'" in line for line in errors)
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "a..b=3", "seed.x=3", "model.filters.0=3", "seed=[1"])
-def test_malformed_overrides_are_refused(tmp_path, override):
-    assert "override" in refusal(tmp_path, GOOD, override)[0]
+def test_malformed_overrides_are_rejected(tmp_path, override):
+    assert "override" in load_errors(tmp_path, GOOD, override)[0]
 
 
 @pytest.mark.parametrize("text", ["", "3", "- a", "text", "{}", "experiment: classify"])
-def test_too_little_is_refused(tmp_path, text):
-    assert refusal(tmp_path, text)
+def test_incomplete_files_are_rejected(tmp_path, text):
+    assert load_errors(tmp_path, text)
 
 
-def test_a_deleted_line_is_named(tmp_path):
+def test_a_missing_key_is_named(tmp_path):
     for key in ("data", "model", "optimizer", "batch_size", "duration"):
-        lines = yaml.safe_load(GOOD)
-        del lines[key]
-        assert f"missing key '{key}'" in refusal(tmp_path, yaml.safe_dump(lines))[0]
+        document = yaml.safe_load(GOOD)
+        del document[key]
+        assert f"missing key '{key}'" in load_errors(tmp_path, yaml.safe_dump(document))[0]
 
 
-def test_random_values_give_a_configuration_or_config_errors(tmp_path):
+def test_random_values_load_or_raise_config_error(tmp_path):
     pool = ["3", "-1", "1e9", "x", "[]", "{}", "null", "true", "[[1]]", "{name: adam}", ".inf", "''", "1e-30"]
     for key in yaml.safe_load(load(tmp_path, GOOD).to_yaml()):
         for value in pool:
@@ -237,7 +237,7 @@ def test_random_values_give_a_configuration_or_config_errors(tmp_path):
                 assert str(error)
 
 
-def test_a_users_own_model(tmp_path):
+def test_a_model_of_the_user(tmp_path):
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Sequential):\n"
@@ -246,25 +246,28 @@ def test_a_users_own_model(tmp_path):
     )
     text = GOOD.replace("deep_convnet\n  filters: [16, 32]\n  pools: [0]", "./net.py:Net\n  width: 5")
     assert load(tmp_path, text).model.width == 5
-    assert "expected a whole number" in refusal(tmp_path, text, "model.width=x")[0]
-    assert "unknown key 'model.widht'; did you mean 'width'" in refusal(tmp_path, text, "model.widht=3")[0]
-    assert "unknown name in net.py 'Nett'; did you mean 'Net'" in refusal(tmp_path, text, "model.name=./net.py:Nett")[0]
-    assert "no file" in refusal(tmp_path, text, "model.name=./nett.py:Net")[0]
+    assert "expected a whole number" in load_errors(tmp_path, text, "model.width=x")[0]
+    assert "unknown key 'model.widht'; did you mean 'width'" in load_errors(tmp_path, text, "model.widht=3")[0]
+    assert (
+        "unknown name in net.py 'Nett'; did you mean 'Net'"
+        in load_errors(tmp_path, text, "model.name=./net.py:Nett")[0]
+    )
+    assert "no file" in load_errors(tmp_path, text, "model.name=./nett.py:Net")[0]
 
 
-def test_models_of_others_take_the_keys_of_their_builders(tmp_path):
+def test_models_of_timm_and_torchvision_take_the_keys_of_their_builders(tmp_path):
     text = GOOD.replace("deep_convnet\n  filters: [16, 32]\n  pools: [0]", "timm:resnet10t\n  drop_rate: 0.1")
-    chosen = load(tmp_path, text)
-    assert chosen.model.name == "timm:resnet10t"
-    assert chosen.model.builder_arguments() == {
+    config = load(tmp_path, text)
+    assert config.model.name == "timm:resnet10t"
+    assert config.model.builder_arguments() == {
         **{"weights": None, "freeze": 0, "layer_decay": 1.0},
         "drop_rate": 0.1,
     }
-    assert load(tmp_path, chosen.to_yaml()).to_yaml() == chosen.to_yaml()
+    assert load(tmp_path, config.to_yaml()).to_yaml() == config.to_yaml()
     assert load(tmp_path, text.replace("timm:resnet10t", "torchvision:resnet18")).model.drop_rate == 0.1
 
 
-def test_a_file_name_of_any_letters_gives_a_name(tmp_path):
+def test_the_name_is_derived_from_any_file_name(tmp_path):
     path = tmp_path / "Mein (Lauf) ü.yaml"
     path.write_text(GOOD)
     assert loading.load(str(path)).config.name == "Mein-Lauf-ü"

@@ -1,4 +1,4 @@
-"""The strict YAML reader: what it reads, what it refuses, with which place, and that nothing makes it slow or large."""
+"""The strict YAML reader: accepted and rejected text, locations of errors, bounds on time and memory."""
 
 import time
 import tracemalloc
@@ -40,16 +40,16 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 
 
-@pytest.mark.parametrize(("text", "place"), MALFORMED.items(), ids=range(len(MALFORMED)))
-def test_malformed_text_is_refused_with_its_place(text, place):
-    with pytest.raises(ConfigError) as refused:
+@pytest.mark.parametrize(("text", "location"), MALFORMED.items(), ids=range(len(MALFORMED)))
+def test_malformed_text_is_rejected_with_its_location(text, location):
+    with pytest.raises(ConfigError) as error:
         strict_yaml.parse(text, "f.yaml")
-    assert refused.value.message.startswith("f.yaml")
-    assert place in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert error.value.message.startswith("f.yaml")
+    assert location in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_numbers_words_and_lists():
+def test_numbers_text_and_lists():
     text = "a: 1e-3\nb: [1, -2, +3, 1_000]\nc: yes\nd: on\ne: null\nf: '1'\ng: 1.5\nh: true\ni: .5\nj: 1.e5\nk: 010\nl:"
     value = strict_yaml.parse(text, "f").value
     assert value == {
@@ -68,7 +68,7 @@ def test_numbers_words_and_lists():
     }
 
 
-def test_marks_name_the_key_or_the_item():
+def test_locations_of_keys_and_items():
     document = strict_yaml.parse("a: 1\nb:\n  c: [1,\n    2]\n", "f")
     assert document.location(("b", "c")) == "f:3:3"
     assert document.location(("b", "c", 1)) == "f:4:5"
@@ -78,23 +78,23 @@ def test_marks_name_the_key_or_the_item():
 @pytest.mark.parametrize(
     "text", [BOMB, "[" * 100_000, "{" * 60_000, "- " * 30_000, "a: " + "[" * 300, "- a\n" * 16_000]
 )
-def test_bombs_cost_little(text):
+def test_bombs_are_rejected_in_little_time_and_memory(text):
     tracemalloc.start()
     best = 1.0
     for _ in range(3):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         with pytest.raises(ConfigError):
             strict_yaml.parse(text, "f")
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start_time)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6
-    assert best < 1.0, "a bomb takes a fraction of a second, tracing included"
+    assert best < 1.0, "seconds per bomb, tracing included"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(alphabet=st.sampled_from("ab:-[]{}&*!|>'\"%@`#,?\n\t 01.e~\0é"), max_size=60))
-def test_any_text_is_a_value_or_one_error(text):
+def test_any_text_is_parsed_or_raises_config_error(text):
     try:
         strict_yaml.parse(text, "f")
     except ConfigError as error:

@@ -38,17 +38,17 @@ def test_coco(tmp_path):
     }
     path.write_text(json.dumps(content))
     assert captions.read_coco(path) == {"x.jpg": ["A cat.", "One cat"]}
-    for broken, message in (
+    for document, message in (
         ({}, "has no list of images"),
         ({"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}, "is not the id of an image"),
         ([], "not a COCO file"),
     ):
-        path.write_text(json.dumps(broken))
+        path.write_text(json.dumps(document))
         with pytest.raises(DataError, match=message):
             captions.read_coco(path)
 
 
-CSV_CAPTIONS = {  # what follows the first comma -> the caption
+CSV_CAPTIONS = {  # text after the first comma -> the caption
     "A dog, running": "A dog, running",
     "A dog, a cat, and , commas": "A dog, a cat, and , commas",
     '"Stop" is written': '"Stop" is written',
@@ -69,14 +69,14 @@ CSV_CAPTIONS = {  # what follows the first comma -> the caption
 @pytest.mark.parametrize("text", CSV_CAPTIONS)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("start", ["", "\ufeff"])
-def test_a_caption_of_a_csv_is_read_whole(tmp_path, text, end, start):
+def test_captions_with_commas_quotes_and_line_breaks_are_complete(tmp_path, text, end, start):
     path = tmp_path / "c.csv"
     raw = f"{start}image,caption\na.jpg,{text}\nb.jpg,Next\n".replace("\n", end)
     path.write_bytes(raw.encode())
     assert captions.read(path) == {"a.jpg": [CSV_CAPTIONS[text]], "b.jpg": ["Next"]}
 
 
-def test_joined_captions_are_counted_and_named(tmp_path, capsys):
+def test_captions_with_unquoted_commas_are_counted_in_a_warning(tmp_path, capsys):
     path = tmp_path / "c.csv"
     path.write_text("image,caption\n" + "".join(f"{k}.jpg,a dog, running\n" for k in range(5)) + '5.jpg,"a, b"\n')
     captions.read_csv(path)
@@ -97,14 +97,14 @@ def test_joined_captions_are_counted_and_named(tmp_path, capsys):
         (",A dog\n", r"c\.csv:2: needs an image and a caption"),
     ],
 )
-def test_a_broken_row_is_refused_with_its_line(tmp_path, text, message):
+def test_a_malformed_row_is_rejected_with_its_line_number(tmp_path, text, message):
     path = tmp_path / "c.csv"
     path.write_text(f"image,caption\n{text}")
     with pytest.raises(DataError, match=message):
         captions.read_csv(path)
 
 
-def test_further_columns(tmp_path):
+def test_additional_columns(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text('image,caption,source\na.jpg,"A dog, running",x\nb.jpg,A cat,\n')
     assert captions.read_csv(path) == {"a.jpg": ["A dog, running"], "b.jpg": ["A cat"]}
@@ -123,14 +123,14 @@ def coco_captions(caption="A cat."):
 
 @pytest.mark.parametrize("name", ["c.json", "c.JSON", "C.Json", "captions.txt", "captions"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_json_is_known_by_its_content(tmp_path, name, encoding):
+def test_json_is_recognized_by_its_content(tmp_path, name, encoding):
     path = tmp_path / name
     path.write_text(coco_captions(), encoding=encoding)
     assert captions.read(path) == {"x.jpg": ["A cat."]}
 
 
 @pytest.mark.parametrize("caption", [None, [], ["A cat."], "", "  ", 7, {}, True])
-def test_a_caption_that_is_no_text_is_refused(tmp_path, caption):
+def test_a_caption_that_is_not_text_is_rejected(tmp_path, caption):
     path = tmp_path / "c.json"
     path.write_text(coco_captions(caption))
     with pytest.raises(DataError, match=r"c\.json: annotations\[0\]: has no caption"):
@@ -138,7 +138,7 @@ def test_a_caption_that_is_no_text_is_refused(tmp_path, caption):
 
 
 @pytest.mark.parametrize("image_id", [[7], {"id": 7}, None, 8, True, "x", 7.5, 10**400])
-def test_an_unknown_image_is_refused(tmp_path, image_id):
+def test_an_unknown_image_is_rejected(tmp_path, image_id):
     path = tmp_path / "c.json"
     content = json.loads(coco_captions())
     content["annotations"][0]["image_id"] = image_id

@@ -1,4 +1,4 @@
-"""Descriptions of data sets: every source has one, and they agree with what the loaders read and write."""
+"""Descriptions of data sets: every source has one that agrees with the files of its loader."""
 
 import dataclasses
 
@@ -22,20 +22,20 @@ FILES = {files.name: [f"{files.folder}/{name}" for name in files.checksums] for 
 }
 
 
-def test_every_source_has_its_description():
+def test_every_source_agrees_with_its_description():
     assert {kind: set(table) for kind, table in descriptions.BY_KIND.items()} == {
         kind: set(table) for kind, table in datasets.BY_KIND.items()
     }
     for kind, table in datasets.BY_KIND.items():
         for name, target in table.items():
             source, description = registry.import_name(target), descriptions.BY_KIND[kind][name]
-            for each in dataclasses.fields(description):
-                assert getattr(source, each.name) == getattr(description, each.name), (name, each.name)
+            for field in dataclasses.fields(description):
+                assert getattr(source, field.name) == getattr(description, field.name), (name, field.name)
             assert source.is_builtin == (source.fetch is None), name
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_data_set_is_ready_if_all_files_of_its_loader_are_there(tmp_path, name):
+def test_a_data_set_is_ready_if_all_files_of_its_loader_exist(tmp_path, name):
     description = descriptions.get(name)
     for file in FILES[name]:
         assert not description.ready(tmp_path)
@@ -45,7 +45,7 @@ def test_a_data_set_is_ready_if_all_files_of_its_loader_are_there(tmp_path, name
     assert description.state(tmp_path) == "ready"
 
 
-def test_sizes_are_those_of_the_loaders():
+def test_sizes_equal_those_of_the_loaders():
     sizes = {name: descriptions.get(name).size for name in ("scenes10", "imagenette")}
     assert {name: (size.train_images, size.test_images) for name, size in sizes.items()} == {
         "scenes10": (scenes10.NUM_TRAIN, scenes10.NUM_TEST),

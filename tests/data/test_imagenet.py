@@ -7,7 +7,7 @@ from cvlab.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", ["ostrich", "Ostrich", "Struthio camelus", "struthio_camelus", "9", "n01518878"])
-def test_the_ways_to_name_a_class(name):
+def test_a_class_by_label_synonym_index_or_wordnet_id(name):
     assert imagenet.resolve(name) == 9
 
 
@@ -17,7 +17,7 @@ def test_every_class_by_index_wordnet_id_and_label():
     assert len(set(imagenet.labels())) == 1000
 
 
-def test_the_courses_classes():
+def test_the_classes_of_the_course():
     names = ("tarantula", "tick", "Yorkshire terrier", "oboe", "gorilla", "hourglass", "school bus")
     assert [imagenet.resolve(name) for name in names] == [76, 78, 187, 683, 366, 604, 779]
 

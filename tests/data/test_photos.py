@@ -1,4 +1,4 @@
-"""Reading photos of every mode, orientation and size, and damaged ones; finding photos by name."""
+"""Reading photos of every mode, orientation and size, and of damaged files; finding photos by name."""
 
 import io
 import struct
@@ -17,7 +17,7 @@ from cvlab.errors import DataError
 
 @pytest.fixture
 def corners_image():
-    """A photo with a different color in each corner."""
+    """Return a photo with a different color in each corner."""
     array = np.zeros((40, 60, 3), np.uint8)
     array[:20, :30], array[:20, 30:], array[20:, :30], array[20:, 30:] = (250, 0, 0), (0, 250, 0), (0, 0, 250), 250
     return Image.fromarray(array)
@@ -31,23 +31,25 @@ def corners(image):
 RED, GREEN, BLUE, WHITE = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250)
 
 
-@pytest.mark.parametrize("ending", ["png", "bmp", "jpg", "webp"])
-def test_formats(corners_image, tmp_path, ending):
-    corners_image.save(tmp_path / f"a.{ending}", **({"quality": 95} if ending in ("jpg", "webp") else {}))
-    for actual, expected in zip(corners(photos.load(tmp_path / f"a.{ending}")), (RED, GREEN, BLUE, WHITE), strict=True):
+@pytest.mark.parametrize("extension", ["png", "bmp", "jpg", "webp"])
+def test_formats(corners_image, tmp_path, extension):
+    corners_image.save(tmp_path / f"a.{extension}", **({"quality": 95} if extension in ("jpg", "webp") else {}))
+    for actual, expected in zip(
+        corners(photos.load(tmp_path / f"a.{extension}")), (RED, GREEN, BLUE, WHITE), strict=True
+    ):
         assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) < 12
 
 
 @pytest.mark.parametrize(
-    ("turn", "order"),
+    ("orientation", "order"),
     [(1, (0, 1, 2, 3)), (2, (1, 0, 3, 2)), (3, (3, 2, 1, 0)), (4, (2, 3, 0, 1)), (6, (2, 0, 3, 1)), (8, (1, 3, 0, 2))],
 )
-def test_exif_orientation(corners_image, tmp_path, turn, order):
+def test_exif_orientation(corners_image, tmp_path, orientation, order):
     exif = Image.Exif()
-    exif[0x0112] = turn
+    exif[0x0112] = orientation
     corners_image.save(tmp_path / "a.png", exif=exif)
-    four = (RED, GREEN, BLUE, WHITE)
-    assert corners(photos.load(tmp_path / "a.png")) == [four[k] for k in order]
+    colors = (RED, GREEN, BLUE, WHITE)
+    assert corners(photos.load(tmp_path / "a.png")) == [colors[k] for k in order]
 
 
 def test_modes(tmp_path):
@@ -75,7 +77,7 @@ def test_modes(tmp_path):
     assert blue < 15
 
 
-def damaged(kind):
+def damaged_jpeg(kind):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(buffer, format="JPEG")
     whole = buffer.getvalue()
@@ -83,15 +85,15 @@ def damaged(kind):
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "header only", "half"])
-def test_unreadable_files_give_one_line_that_names_the_file(tmp_path, kind):
-    (tmp_path / "bad.jpg").write_bytes(damaged(kind))
+def test_errors_of_unreadable_files_are_one_line_with_the_file_name(tmp_path, kind):
+    (tmp_path / "bad.jpg").write_bytes(damaged_jpeg(kind))
     with pytest.raises(DataError, match=r"bad\.jpg: ") as error:
         photos.load(tmp_path / "bad.jpg")
     assert "\n" not in str(error.value)
 
 
 def bomb(width, height):
-    """A PNG whose header claims a size; its content is zeros."""
+    """Return a PNG whose header states a size; its content is zeros."""
 
     def chunk(kind, content):
         body = kind + content
@@ -115,7 +117,7 @@ def test_decompression_bombs_are_rejected_before_decoding(tmp_path, side):
     assert time.monotonic() - start < 1
 
 
-def test_the_smallest_photo_and_the_longest(tmp_path):
+def test_photos_of_one_pixel_and_of_extreme_aspect_ratio(tmp_path):
     from cvlab.ops.resample import EvalTransform
 
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "dot.png")
@@ -124,7 +126,7 @@ def test_the_smallest_photo_and_the_longest(tmp_path):
     assert EvalTransform(224, 256)(photos.load(tmp_path / "line.png")).size == (224, 224)
 
 
-def test_other_formats_are_rejected(tmp_path):
+def test_unsupported_formats_are_rejected(tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "a.gif")
     with pytest.raises(DataError, match="not a photo that can be read"):
         photos.load(tmp_path / "a.gif")
@@ -137,21 +139,21 @@ def test_find_images(tmp_path, corners_image):
     names = [path.name for path in photo_paths.find_images([str(tmp_path)])]
     assert names == ["a.PNG", "b.jpg", "odd [1].png"]
     assert [p.name for p in photo_paths.find_images([f"{tmp_path}/*.jpg", f"{tmp_path}/b.jpg"])] == ["b.jpg"]
-    assert [p.name for p in photo_paths.find_images([f"{tmp_path}/odd [1].png", f"{tmp_path}/gone.jpg"])] == [
+    assert [p.name for p in photo_paths.find_images([f"{tmp_path}/odd [1].png", f"{tmp_path}/missing.jpg"])] == [
         "odd [1].png",
-        "gone.jpg",
+        "missing.jpg",
     ]
     assert photos.load(photo_paths.find_images(["sample"])[0]).size == (512, 600)
-    for wrong, text in (("empty", "no photos in this folder"), ("*.bmp", "matches no file")):
+    for pattern, text in (("empty", "no photos in this folder"), ("*.bmp", "matches no file")):
         with pytest.raises(DataError, match=text):
-            photo_paths.find_images([f"{tmp_path}/{wrong}"])
+            photo_paths.find_images([f"{tmp_path}/{pattern}"])
     with pytest.raises(DataError, match="URLs are not downloaded"):
         photo_paths.find_images(["https://example.org/a.jpg"])
 
 
 def test_missing_and_not_a_file(tmp_path):
     with pytest.raises(DataError, match=r"no such file; no photo at hand\? `sample`"):
-        photos.load(tmp_path / "gone.jpg")
+        photos.load(tmp_path / "missing.jpg")
     with pytest.raises(DataError, match="not a file"):
         photos.load(tmp_path)
 
@@ -188,14 +190,14 @@ def test_a_jpeg_without_its_end_marker_is_read_with_a_warning(tmp_path, capsys, 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 @pytest.mark.parametrize("missing", [12, 20, 50, 300])
-def test_a_jpeg_that_lacks_pixels_is_refused(tmp_path, options, missing):
+def test_a_truncated_jpeg_is_rejected(tmp_path, options, missing):
     path = noisy_jpeg(tmp_path / "a.jpg", **options)
     path.write_bytes(path.read_bytes()[:-missing])
     with pytest.raises(DataError, match="truncated"):
         photos.load(path)
 
 
-def test_warnings_of_pillow_are_ignored_without_changing_the_filters_of_other_threads(tmp_path, monkeypatch):
+def test_warnings_of_pillow_are_ignored_without_changing_the_warning_filters(tmp_path, monkeypatch):
     path = tmp_path / "photo.jpg"
     exif = b"Exif\0\0II*\0\x08\0\0\0" + b"\xff" * 20  # more entries than there are bytes
     Image.new("RGB", (8, 8)).save(path, exif=exif)
@@ -210,5 +212,5 @@ def test_warnings_of_pillow_are_ignored_without_changing_the_filters_of_other_th
         warnings.resetwarnings()
         warnings.simplefilter("error")
         photos.load(path)
-        with pytest.raises(UserWarning, match="of others"):
-            warnings.warn("of others", stacklevel=1)
+        with pytest.raises(UserWarning, match="unrelated"):
+            warnings.warn("unrelated", stacklevel=1)

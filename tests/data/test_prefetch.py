@@ -13,7 +13,7 @@ class TestReadAhead:
     def test_items_in_order(self):
         assert list(prefetch.read_ahead((k for k in range(50)), 4, lambda: None)) == list(range(50))
 
-    def test_no_more_items_are_computed_than_wait(self):
+    def test_at_most_the_queue_size_is_computed_ahead(self):
         computed = []
         items = (computed.append(k) or k for k in range(100))
         ahead = prefetch.read_ahead(items, 3, lambda: None)
@@ -22,11 +22,11 @@ class TestReadAhead:
         while len(computed) < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
-        assert len(computed) == 5  # one taken, three that wait, one in the hand of the thread
+        assert len(computed) == 5  # one consumed, three in the queue, one that the thread holds
         ahead.close()
         assert len(computed) == 5
 
-    def test_an_error_is_raised_where_the_items_are_taken(self):
+    def test_an_error_is_raised_in_the_consumer(self):
         def items():
             yield 1
             raise DataError("broken")
@@ -36,7 +36,7 @@ class TestReadAhead:
         with pytest.raises(DataError, match="broken"):
             next(ahead)
 
-    def test_it_can_be_interrupted_while_nothing_comes(self):
+    def test_waiting_can_be_interrupted(self):
         released = threading.Event()
 
         def items():

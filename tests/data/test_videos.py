@@ -1,4 +1,4 @@
-"""Read and write videos: time stamps, sizes, rotation; files that are no videos; decoding ahead."""
+"""Reading and writing videos: time stamps, sizes, rotation; files that are not videos."""
 
 import struct
 import wave
@@ -32,7 +32,7 @@ def left_edge(image):
 
 
 def rotate(path, degrees):
-    """Change the display matrix of an MP4, as a phone writes it: the picture is to be turned clockwise."""
+    """Change the display matrix of an MP4, as phones do, so that players rotate the picture clockwise."""
     a, b = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
     content = bytearray(Path(path).read_bytes())
     start = content.index(b"tkhd") + 44
@@ -42,7 +42,7 @@ def rotate(path, degrees):
 
 
 class TestRead:
-    def test_frames_come_back_with_their_times(self, tmp_path):
+    def test_frames_and_their_times_round_trip(self, tmp_path):
         source = write_squares(tmp_path / "a.mp4")
         assert videos.probe(source) == videos.VideoInfo(RATE, TIME_BASE, 12)
         frames = list(videos.read(source))
@@ -59,7 +59,7 @@ class TestRead:
         videos.probe(source)
         assert av.logging.get_level() is None
 
-    def test_every_third_frame_and_at_most_two(self, tmp_path):
+    def test_stride_and_maximum_number_of_frames(self, tmp_path):
         source = write_squares(tmp_path / "a.mp4")
         assert [frame.index for frame in videos.read(source, every=5)] == [0, 5, 10]
         frames = list(videos.read(source, every=3, max_frames=2))
@@ -99,7 +99,7 @@ class TestWrite:
         assert image.getpixel((4, 4))[0] > 200
 
     @pytest.mark.parametrize("time_base", [TIME_BASE, Fraction(1, 90000)])
-    def test_without_h264_it_is_mpeg4(self, tmp_path, monkeypatch, time_base):
+    def test_mpeg4_replaces_h264_if_it_is_missing(self, tmp_path, monkeypatch, time_base):
         monkeypatch.setattr(videos, "CODECS", ("no such codec", "mpeg4"))
         writer = videos.VideoWriter(tmp_path / "a.mp4", (64, 48), RATE, time_base)
         for k in range(5):
@@ -117,14 +117,14 @@ class TestWrite:
 
 class TestErrors:
     def error_of(self, source):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError) as error:
             videos.probe(str(source))
-        assert "\n" not in str(caught.value)
-        assert str(source) in caught.value.message
-        assert caught.value.hint
-        return caught.value.message
+        assert "\n" not in str(error.value)
+        assert str(source) in error.value.message
+        assert error.value.hint
+        return error.value.message
 
-    def test_files_that_are_no_videos(self, tmp_path):
+    def test_files_that_are_not_videos(self, tmp_path):
         (tmp_path / "empty.mp4").write_bytes(b"")
         (tmp_path / "text.mp4").write_text("no video at all")
         Image.new("RGB", (20, 20)).save(tmp_path / "photo.png")
@@ -136,7 +136,7 @@ class TestErrors:
         assert "not a file" in self.error_of(tmp_path)
         assert "no such file" in self.error_of(tmp_path / "none.mp4")
 
-    def test_sound_in_the_container_of_a_video(self, tmp_path):
+    def test_a_video_container_with_audio_only(self, tmp_path):
         path = tmp_path / "sound.mp4"
         with av.open(str(path), "w") as container:
             stream = container.add_stream("aac", rate=8000)
@@ -146,7 +146,7 @@ class TestErrors:
             container.mux(stream.encode(None))
         assert "has no video stream" in self.error_of(path)
 
-    def test_a_video_of_no_frames(self, tmp_path):
+    def test_a_video_without_frames(self, tmp_path):
         with av.open(str(tmp_path / "a.avi"), "w") as container:
             stream = container.add_stream("mpeg4", rate=25)
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -161,7 +161,7 @@ class TestErrors:
         path.write_bytes(content)
         assert "has no frame that can be decoded" in self.error_of(path)
 
-    def test_a_video_cut_off(self, tmp_path):
+    def test_a_truncated_video(self, tmp_path):
         source = write_squares(tmp_path / "a.mp4")
         content = Path(source).read_bytes()
         Path(source).write_bytes(content[: len(content) // 2])
@@ -174,10 +174,10 @@ class TestErrors:
         (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {source}\n")
         assert "not a video that can be read" in self.error_of(tmp_path / "concat.mp4")
 
-    def test_addresses_are_not_opened(self):
+    def test_urls_are_not_opened(self):
         assert "URLs are not opened" in self.error_of("rtsp://localhost/camera")
 
-    def test_a_camera_that_is_not_there(self):
+    def test_a_missing_camera(self):
         with pytest.raises(DataError, match="camera 77: "):
             videos.probe("77")
 

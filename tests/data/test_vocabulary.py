@@ -15,13 +15,13 @@ def test_tokenize_lower_cases_and_drops_punctuation():
 
 
 def test_frequent_words_come_first_and_rare_ones_are_unknown():
-    built = vocabulary.build_vocabulary([["b", "a", "b"], ["a", "c", "b"]], 2)
-    assert built.tokens == ("b", "a")
-    assert len(built) == 6
-    token_ids = built.encode([["a", "c"], ["b"] * 9], 5)
+    vocab = vocabulary.build_vocabulary([["b", "a", "b"], ["a", "c", "b"]], 2)
+    assert vocab.tokens == ("b", "a")
+    assert len(vocab) == 6
+    token_ids = vocab.encode([["a", "c"], ["b"] * 9], 5)
     assert token_ids.tolist() == [[START, 5, UNKNOWN, END, PAD], [START, 4, 4, 4, END]]
-    assert built.decode(token_ids[0].tolist()) == ["a", "<unk>"]
-    assert built.encode([], 5).shape == (0, 5)
+    assert vocab.decode(token_ids[0].tolist()) == ["a", "<unk>"]
+    assert vocab.encode([], 5).shape == (0, 5)
 
 
 def test_no_word_is_frequent_enough():

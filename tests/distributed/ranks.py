@@ -22,12 +22,12 @@ BATCH = 12
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def net():
+def build_model():
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
@@ -40,45 +40,45 @@ def loss_fn(model, batch):
 
 def gradients():
     """Return the largest difference between the gradient of a batch and the mean over its shards."""
-    model, alone = net().eval(), net().eval()
+    model, reference = build_model().eval(), build_model().eval()
     torch.manual_seed(1)
     images, labels = torch.rand(BATCH, 3, 8, 8).double(), torch.randint(0, 5, (BATCH,))
-    loss_fn(alone, (images, labels))["loss"].backward()
+    loss_fn(reference, (images, labels))["loss"].backward()
     flags = StepFlags(signal.SIGTERM, save=True) if process_group.world().rank == 1 else StepFlags()
     step = ddp.make_step(model, loss_fn, torch.device("cpu"), lambda: flags)
-    mine = sharding.shard(torch.arange(BATCH))
-    losses = step.losses((images[mine], labels[mine]))
+    indices = sharding.shard(torch.arange(BATCH))
+    losses = step.losses((images[indices], labels[indices]))
     losses["loss"].backward()
     assert step.reduce(losses) == (StepFlags(signal.SIGTERM, save=True), True)
-    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
     return max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
 
 
 def evaluation():
-    """Return means over sets of several sizes, some smaller than the number of ranks, and how often items were seen."""
+    """Return `[count, mean, times each item was evaluated]` for sets of several sizes, some smaller than the world."""
     ctx = device.select_device("cpu", "float32", 1)
-    found = []
+    results = []
     for count in (1, 2, 3, 7, 1001):
         images = torch.randint(0, 255, (count, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-        seen = torch.zeros(count)
+        evaluated = torch.zeros(count)
 
-        def measure(model, batch, seen=seen):
-            seen[batch[1]] += 1
+        def measure(model, batch, evaluated=evaluated):
+            evaluated[batch[1]] += 1
             return {"sum": batch[1].sum(), "count": torch.tensor(len(batch[1]))}
 
         batches = eval_batches(
             images, torch.arange(count), build_normalization(images, "mean", torch.float32, ctx.device)
         )
         mean = loop.evaluate(nn.Identity(), batches, measure, ctx)["sum"]
-        times = collectives.all_reduce_sums({str(k): value for k, value in enumerate(seen)})
-        found.append([count, mean, sorted({float(value) for value in times.values()})])
-    return found
+        counts = collectives.all_reduce_sums({str(k): value for k, value in enumerate(evaluated)})
+        results.append([count, mean, sorted({float(value) for value in counts.values()})])
+    return results
 
 
-def agreement():
+def collective_results():
     """Return the results of the collectives."""
     rank = process_group.world().rank
-    model = net()
+    model = build_model()
     model[1].running_mean.fill_(rank)
     collectives.broadcast_buffers(model)
     return {
@@ -89,7 +89,7 @@ def agreement():
     }
 
 
-def steps_of_optimizers():
+def weights_after_steps():
     """Return some of the weights after four steps with each optimizer, and with sharpness-aware minimization."""
     ctx = device.select_device("cpu", "float64", 1)
     torch.manual_seed(1)
@@ -102,8 +102,8 @@ def steps_of_optimizers():
         state = loop.TrainState(model, optimizers.build_optimizer(name, model, {"lr": 0.01}))
 
         def get_batch(step):
-            mine = BATCH * step + sharding.shard(torch.arange(BATCH))
-            return images[mine], labels[mine]
+            indices = BATCH * step + sharding.shard(torch.arange(BATCH))
+            return images[indices], labels[indices]
 
         steps = loop.fit(state, loss_fn, get_batch, lr_factor=lambda _: 1.0, ctx=ctx, sam=sam)
         for _ in range(4):
@@ -112,31 +112,33 @@ def steps_of_optimizers():
     return weights
 
 
-def part(count):
-    """Fork pairs of processes that connect and disconnect; return their exit codes. A fork needs no imports."""
+def connect_pairs(count):
+    """Fork pairs of processes that connect and disconnect; return their exit codes. Forking saves the imports."""
     codes = []
     for _ in range(count):
-        pair, port = [], free_port()
+        pids, port = [], free_port()
         for rank in range(2):
             pid = os.fork()
             if pid == 0:
-                place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ.update({name: str(value) for name, value in place.items()})
+                environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in environment.items()})
                 with process_group.init_process_group():
-                    ok = collectives.all_gather_object(rank) == [0, 1]
-                os._exit(0 if ok else 1)
-            pair.append(pid)
-        codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pair]
+                    is_connected = collectives.all_gather_object(rank) == [0, 1]
+                os._exit(0 if is_connected else 1)
+            pids.append(pid)
+        codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return codes
 
 
-SCENARIOS = {function.__name__: function for function in (gradients, evaluation, agreement, steps_of_optimizers)}
+SCENARIOS = {
+    function.__name__: function for function in (gradients, evaluation, collective_results, weights_after_steps)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "part":
-        print(json.dumps(part(int(sys.argv[2]))))
+    if sys.argv[1] == "connect_pairs":
+        print(json.dumps(connect_pairs(int(sys.argv[2]))))
         sys.exit()
     with process_group.init_process_group():
         result = SCENARIOS[sys.argv[1]]()

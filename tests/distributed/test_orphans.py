@@ -1,4 +1,4 @@
-"""Ranks end soon after their launcher, also before they have joined."""
+"""Ranks end soon after their launcher, also before they have joined the process group."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tests.distributed.ranks import free_port
 PARENT = """
 import os, subprocess, sys, time
 from pathlib import Path
-if sys.argv[2] == "with its id":
+if sys.argv[2] == "launcher id":
     os.environ["CVLAB_LAUNCHER"] = str(os.getpid())
 rank = subprocess.Popen([sys.executable, "-m", "cvlab", "train", "quickstart", "--runs-dir", sys.argv[1]])
 Path(sys.argv[1], "rank").write_text(str(rank.pid))
@@ -36,17 +36,17 @@ def wait_for(condition, seconds):
     return condition()
 
 
-@pytest.mark.parametrize(  # without the id of its launcher, a rank that starts after its death cannot know of it
+@pytest.mark.parametrize(  # a rank that starts after the death of its launcher needs its id to detect that
     ("kind", "seconds"),
     [
-        *(("with its id", 0.0), ("as torchrun", 4.0)),
-        *(pytest.param(*case, marks=pytest.mark.faults) for case in (("with its id", 1.0), ("with its id", 4.0))),
-        pytest.param("as torchrun", 1.0, marks=pytest.mark.faults),
+        *(("launcher id", 0.0), ("torchrun", 4.0)),
+        *(pytest.param(*case, marks=pytest.mark.faults) for case in (("launcher id", 1.0), ("launcher id", 4.0))),
+        pytest.param("torchrun", 1.0, marks=pytest.mark.faults),
     ],
 )
 def test_a_rank_that_waits_for_others_ends_with_its_launcher(tmp_path, seconds, kind):
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = {key: value for key, value in os.environ.items() if key != LAUNCHER} | place
+    torchrun_environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {key: value for key, value in os.environ.items() if key != LAUNCHER} | torchrun_environment
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), kind], env=environment)
     file = tmp_path / "rank"
     assert wait_for(lambda: file.exists() and file.read_text(), 30)
@@ -77,8 +77,8 @@ def test_killing_the_launcher_of_nproc_at_once_leaves_no_process(tmp_path):
     assert wait_for(lambda: not any(map(is_alive, ranks)), 20), "ranks have outlived their launcher"
 
 
-def test_the_launcher_of_a_rank_is_the_one_that_has_started_it():
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    assert World.from_environment({**place, LAUNCHER: "17"}).launcher == 17
-    assert World.from_environment(place).launcher == os.getppid()
-    assert World.from_environment({**place, LAUNCHER: "x"}).launcher == os.getppid()
+def test_the_launcher_of_a_rank_is_read_from_the_environment_or_the_parent():
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    assert World.from_environment({**environment, LAUNCHER: "17"}).launcher == 17
+    assert World.from_environment(environment).launcher == os.getppid()
+    assert World.from_environment({**environment, LAUNCHER: "x"}).launcher == os.getppid()

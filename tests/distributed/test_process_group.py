@@ -1,4 +1,4 @@
-"""Distributed runs, what can be tested in one process: shards, errors, and the identity of a single process."""
+"""Distributed runs, tests in a single process: shards, errors, collectives of one process."""
 
 import os
 import subprocess
@@ -15,44 +15,44 @@ from cvlab.distributed import collectives, process_group, sharding
 from cvlab.errors import ConfigError
 from cvlab.runs.run_dir import RunDir
 
-PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | {
+ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "1",
 }
 
 
 @pytest.fixture
-def place(monkeypatch):
+def set_environment(monkeypatch):
     """Set the environment of one of several processes, as torchrun does."""
 
-    def be(**changed):
-        for name, value in (PLACE | changed).items():
+    def set_variables(**overrides):
+        for name, value in (ENVIRONMENT | overrides).items():
             monkeypatch.setenv(name, value)
         process_group.world.cache_clear()
         return process_group.world()
 
-    yield be
+    yield set_variables
     monkeypatch.undo()
     process_group.world.cache_clear()
 
 
 @hypothesis.given(count=st.integers(0, 300), size=st.integers(1, 40))
 def test_each_item_is_evaluated_once(count, size):
-    pieces = [range(*sharding.shard_range(count, rank, size)) for rank in range(size)]
-    assert [k for piece in pieces for k in piece] == list(range(count))
-    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+    shards = [range(*sharding.shard_range(count, rank, size)) for rank in range(size)]
+    assert [k for shard in shards for k in shard] == list(range(count))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-@hypothesis.given(each=st.integers(1, 20), size=st.integers(2, 12))
+@hypothesis.given(shard_size=st.integers(1, 20), size=st.integers(2, 12))
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-def test_the_shards_of_a_batch_are_the_batch(place, each, size):
-    batch = torch.randperm(each * size)
-    shares = []
+def test_concatenated_shards_equal_the_batch(set_environment, shard_size, size):
+    batch = torch.randperm(shard_size * size)
+    shards = []
     for rank in range(size):
-        place(RANK=str(rank), WORLD_SIZE=str(size))
-        shares.append(sharding.shard(batch))
-    assert torch.equal(torch.cat(shares), batch)
-    assert {len(part) for part in shares} == {each}
+        set_environment(RANK=str(rank), WORLD_SIZE=str(size))
+        shards.append(sharding.shard(batch))
+    assert torch.equal(torch.cat(shards), batch)
+    assert {len(shard) for shard in shards} == {shard_size}
 
 
 def test_collectives_are_the_identity_in_one_process(monkeypatch):
@@ -72,29 +72,29 @@ def test_collectives_are_the_identity_in_one_process(monkeypatch):
         pass
 
 
-def test_the_world_is_read_from_the_environment(place, monkeypatch):
-    found = place()
-    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 4, 1, 2)
+def test_the_world_is_read_from_the_environment(set_environment, monkeypatch):
+    world = set_environment()
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (1, 4, 1, 2)
     assert not process_group.is_main()
-    assert place(WORLD_SIZE="1", RANK="0") == process_group.World()
+    assert set_environment(WORLD_SIZE="1", RANK="0") == process_group.World()
     with pytest.raises(ConfigError, match="start it with torchrun"):
-        place(RANK="one")
-    program = [sys.executable, "-m", "cvlab", "runs"]
-    ended = subprocess.run(program, env={**os.environ}, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert "start it with torchrun" in ended.stderr
+        set_environment(RANK="one")
+    command = [sys.executable, "-m", "cvlab", "runs"]
+    process = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "start it with torchrun" in process.stderr
 
 
-def test_a_process_without_its_launcher_requests_a_stop(place, monkeypatch):
-    place()
+def test_a_process_without_its_launcher_requests_a_stop(set_environment, monkeypatch):
+    set_environment()
     assert process_group.pending_signal(None) is None
     monkeypatch.setattr("os.getppid", lambda: 1)
     assert process_group.pending_signal(None) == 15
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "text"),
+    ("args", "code", "text"),
     [
         (
             ("quickstart", "batch_size=25"),
@@ -108,16 +108,18 @@ def test_a_process_without_its_launcher_requests_a_stop(place, monkeypatch):
         (("quickstart", "lr=1"), 2, "unknown key 'lr'"),
     ],
 )
-def test_what_several_processes_cannot_train_is_rejected_before_the_run_exists(cvlab, tmp_path, words, code, text):
-    if "cuda" in str(words) and torch.cuda.is_available():
+def test_configurations_that_cannot_be_distributed_are_rejected_before_the_run_exists(
+    cvlab, tmp_path, args, code, text
+):
+    if "cuda" in str(args) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    found, _, err = cvlab("train", *words, "--nproc", "2", "--runs-dir", tmp_path / "runs")
-    assert found == code
+    exit_code, _, err = cvlab("train", *args, "--nproc", "2", "--runs-dir", tmp_path / "runs")
+    assert exit_code == code
     assert text in err
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_resumes_in_as_many_processes_as_it_was_started_in(tmp_path, place):
+def test_a_run_resumes_with_its_number_of_processes(tmp_path, set_environment):
     RunDir(tmp_path).write_json("env.json", {"processes": 2})
     text = loading.load("quickstart", ["batch_size=12"]).config.to_yaml()
     (tmp_path / "config.yaml").write_text(text)
@@ -126,7 +128,7 @@ def test_a_run_resumes_in_as_many_processes_as_it_was_started_in(tmp_path, place
         launch.require_processes(tmp_path, 5)
     assert launch.require_processes(tmp_path, None) == 2
     assert launch.require_processes(tmp_path, 3) == 3
-    place(WORLD_SIZE="4")
+    set_environment(WORLD_SIZE="4")
     with pytest.raises(ConfigError, match="started in 2 processes, torchrun has started 4; --nproc 4 resumes"):
         launch.require_processes(tmp_path, None)
     assert launch.require_processes(tmp_path, 4) == 4
@@ -135,24 +137,24 @@ def test_a_run_resumes_in_as_many_processes_as_it_was_started_in(tmp_path, place
         launch.require_processes(tmp_path, 4)
 
 
-def test_torchrun_starts_trainings_only(cvlab, place):
-    place()
+def test_torchrun_starts_training_runs_only(cvlab, set_environment):
+    set_environment()
     code, _, err = cvlab("sweep", "cifar_bn_lr_sweep")
     assert code == 2
     assert "sweep runs in one process; call it without torchrun" in err
 
 
-def test_restarted_processes_find_their_run(tmp_path, place, monkeypatch):
-    for name, launched in (("a", "one"), ("b", "two"), ("c", "one")):
+def test_restarted_processes_find_their_run(tmp_path, set_environment, monkeypatch):
+    for name, launch_id in (("a", "one"), ("b", "two"), ("c", "one")):
         out = RunDir(tmp_path / name)
         out.path.mkdir()
         out.set_status("running")
-        out.write_json("env.json", {"launch": launched})
-    place(TORCHELASTIC_RUN_ID="two", TORCHELASTIC_RESTART_COUNT="1")
-    assert launch.run_dir_of_launch(lambda: pytest.fail("a new one"), tmp_path).name == "b"
+        out.write_json("env.json", {"launch": launch_id})
+    set_environment(TORCHELASTIC_RUN_ID="two", TORCHELASTIC_RESTART_COUNT="1")
+    assert launch.run_dir_of_launch(lambda: pytest.fail("a new run directory"), tmp_path).name == "b"
 
 
-def test_the_model_of_the_all_reduce():
+def test_the_performance_model_of_the_all_reduce():
     from cvlab.bench.processes import speedup
 
     assert speedup(1, 0.1, 10**6, 1e-4, 1e9) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Distributed runs in real processes: gradients, collectives, kills, signals, exit codes."""
+"""Distributed runs in several processes: gradients, collectives, kills, signals, exit codes."""
 
 import json
 import os
@@ -33,37 +33,37 @@ save_seconds: 0
 """
 
 
-def connected(scenario, folder, size):
+def run_scenario(scenario, folder, size):
     """Run a scenario of tests/distributed/ranks.py in `size` processes; return the result of each."""
-    started, port = [], free_port()
+    processes, port = [], free_port()
     for rank in range(size):
-        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
         command = [sys.executable, "-m", "tests.distributed.ranks", scenario, str(folder / scenario)]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in started:
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     return [json.loads(Path(f"{folder / scenario}.{rank}").read_text()) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_mean_of_the_shards_is_the_gradient_of_the_batch(tmp_path, size):
-    assert max(connected("gradients", tmp_path, size)) < 1e-6
+def test_the_mean_gradient_of_the_shards_equals_that_of_the_batch(tmp_path, size):
+    assert max(run_scenario("gradients", tmp_path, size)) < 1e-6
 
 
-def test_evaluation_sees_each_item_once_whatever_their_number(tmp_path):
-    for found in connected("evaluation", tmp_path, 3):
-        for count, mean, times in found:
+def test_evaluation_uses_each_item_once(tmp_path):
+    for results in run_scenario("evaluation", tmp_path, 3):
+        for count, mean, counts in results:
             assert mean == pytest.approx((count - 1) / 2)
-            assert times == [1.0]
+            assert counts == [1.0]
 
 
 def test_collectives(tmp_path):
-    found = connected("agreement", tmp_path, 3)
-    assert found == [found[0]] * 3
-    assert found[0] == {
+    results = run_scenario("collective_results", tmp_path, 3)
+    assert results == [results[0]] * 3
+    assert results[0] == {
         "from_main": "of 0",
         "gathered": [0, 1, 2],
         "concatenated": [0, 0, 1, 10, 2, 20],
@@ -71,15 +71,15 @@ def test_collectives(tmp_path):
     }
 
 
-def test_20_of_20_pairs_end_cleanly():
-    command = [sys.executable, "-m", "tests.distributed.ranks", "part", "20"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    assert json.loads(found.stdout) == [0] * 40, found.stderr
+def test_20_of_20_pairs_of_processes_exit_cleanly():
+    command = [sys.executable, "-m", "tests.distributed.ranks", "connect_pairs", "20"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(process.stdout) == [0] * 40, process.stderr
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_root):
-    """An undisturbed run in two processes: the folder of its configuration, and its summary."""
+    """Return the folder of a configuration and the summary of its uninterrupted run in two processes."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "c.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
@@ -90,8 +90,8 @@ def trained(tmp_path_factory, data_root):
     return folder, read_summary(folder / "whole" / "latest")
 
 
-def start(folder, root, *more, command=("train", "c.yaml", "--nproc", "2")):
-    program = [sys.executable, "-m", "cvlab", *command, "--runs-dir", str(folder / root), "-q", *more]
+def start(folder, root, *options, command=("train", "c.yaml", "--nproc", "2")):
+    program = [sys.executable, "-m", "cvlab", *command, "--runs-dir", str(folder / root), "-q", *options]
     return subprocess.Popen(program, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -103,36 +103,37 @@ def wait_for_steps(process, run, count=20):
         time.sleep(0.02)
 
 
-def ranks_of(run):
+def find_ranks(run):
     """Return the processes that train in a run directory, by rank."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
+    pids = {}
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (place / "cmdline").read_bytes().split(b"\0")
-            about = dict(line.split(b"=", 1) for line in (place / "environ").read_bytes().split(b"\0") if b"=" in line)
+            args = (process / "cmdline").read_bytes().split(b"\0")
+            environment = dict(
+                line.split(b"=", 1) for line in (process / "environ").read_bytes().split(b"\0") if b"=" in line
+            )
         except OSError:
             continue
-        if any(bytes(run.resolve()) in word for word in words) and b"RANK" in about:
-            found[int(about[b"RANK"])] = int(place.name)
-    return found
+        if any(bytes(run.resolve()) in arg for arg in args) and b"RANK" in environment:
+            pids[int(environment[b"RANK"])] = int(process.name)
+    return pids
 
 
-def same(run, summary):
-    found = read_summary(run)
-    assert found["weights_sha256"] == summary["weights_sha256"]
+def assert_same_result(run, summary):
+    actual = read_summary(run)
+    assert actual["weights_sha256"] == summary["weights_sha256"]
     timed = ("train_seconds", "images_per_second")
-    assert all(found["metrics"][key] == value for key, value in summary["metrics"].items() if key not in timed)
-    assert found["metrics"]["steps"] == summary["metrics"]["steps"]
-    return True
+    assert all(actual["metrics"][key] == value for key, value in summary["metrics"].items() if key not in timed)
+    assert actual["metrics"]["steps"] == summary["metrics"]["steps"]
 
 
-def test_two_processes_learn_as_one(trained, tmp_path):
+def test_two_processes_train_like_one(trained, tmp_path):
     folder, summary = trained
-    one = start(folder, "one", command=("train", "c.yaml"))
-    assert one.communicate(timeout=180)
-    assert one.returncode == 0
-    alone = read_summary(folder / "one" / "latest")["metrics"]
-    assert summary["metrics"]["steps"] == alone["steps"]
+    process = start(folder, "one", command=("train", "c.yaml"))
+    assert process.communicate(timeout=180)
+    assert process.returncode == 0
+    reference = read_summary(folder / "one" / "latest")["metrics"]
+    assert summary["metrics"]["steps"] == reference["steps"]
     assert summary["metrics"]["train_accuracy"] > 0.4
     rows = [list(read_metrics(folder / root / "latest")) for root in ("whole", "one")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
@@ -145,12 +146,12 @@ def test_a_run_with_a_killed_process_restarts_bit_for_bit_identical(trained, ran
     process = start(folder, f"killed{rank}", "--max-restarts", "1")
     run = folder / f"killed{rank}" / "latest"
     wait_for_steps(process, run)
-    os.kill(ranks_of(run)[rank], signal.SIGKILL)
+    os.kill(find_ranks(run)[rank], signal.SIGKILL)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "restarting all processes" in err, err
     assert "Traceback" not in err, err
-    assert same(run, summary)
+    assert_same_result(run, summary)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -165,17 +166,17 @@ def test_a_signal_to_the_command_stops_all_ranks_after_the_same_step(trained, nu
     assert process.returncode == code, err
     assert "Traceback" not in err, err
     deadline = time.monotonic() + 30
-    while ranks_of(run):
+    while find_ranks(run):
         assert time.monotonic() < deadline, "a process survives its command"
         time.sleep(0.05)
     saved, logged = checkpoint.steps(run / "checkpoints")[-1], list(read_metrics(run))[-1]["step"]
     assert saved >= logged
     assert read_status(run)["status"] == "interrupted"
-    again = start(folder, root, command=("resume", "latest"))  # in two processes, as it was begun
-    _, err = again.communicate(timeout=180)
-    assert again.returncode == 0, err
+    resumed = start(folder, root, command=("resume", "latest"))  # in two processes, as at the start
+    _, err = resumed.communicate(timeout=180)
+    assert resumed.returncode == 0, err
     assert "not bitwise" not in err, err
-    assert same(run, summary)
+    assert_same_result(run, summary)
 
 
 def test_a_signal_to_one_rank_stops_all(trained):
@@ -183,7 +184,7 @@ def test_a_signal_to_one_rank_stops_all(trained):
     process = start(folder, "one_stopped")
     run = folder / "one_stopped" / "latest"
     wait_for_steps(process, run)
-    os.kill(ranks_of(run)[1], signal.SIGTERM)
+    os.kill(find_ranks(run)[1], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "Traceback" not in err, err
@@ -198,9 +199,9 @@ def test_a_run_can_be_resumed_with_another_number_of_processes(trained):
     wait_for_steps(process, run)
     process.terminate()
     process.communicate(timeout=60)
-    again = start(folder, "other", command=("resume", "latest", "--nproc", "1"))
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0
+    resumed = start(folder, "other", command=("resume", "latest", "--nproc", "1"))
+    _, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0
     assert "processes was 2, is 1: the result is not bitwise" in err
 
 
@@ -219,11 +220,11 @@ def test_torchrun_with_the_same_command_line(trained, restarts):
     assert process.returncode == 0, err
     assert out.count("run directory") == 1
     assert len(list_runs(folder / root)) == 1
-    assert same(run, summary)
+    assert_same_result(run, summary)
     assert ("resumed step_" in (run / "log.txt").read_text()) == bool(restarts)
 
 
-FAILS_IN_ONE = """
+DIVERGES_ON_RANK_1 = """
 import os
 from torch import nn
 class Net(nn.Sequential):
@@ -237,11 +238,11 @@ class Net(nn.Sequential):
 DIVERGING = ("model={name: ./net.py:Net}", "ema=null", "skip_easy=0")
 
 
-@pytest.mark.parametrize(("changed", "code"), [(("expect=[val_accuracy > 2]",), 3), (DIVERGING, 6)])
-def test_exit_codes_of_several_processes_are_those_of_one(trained, changed, code):
+@pytest.mark.parametrize(("overrides", "code"), [(("expect=[val_accuracy > 2]",), 3), (DIVERGING, 6)])
+def test_exit_codes_with_several_processes_equal_those_with_one(trained, overrides, code):
     folder, _ = trained
-    (folder / "net.py").write_text(FAILS_IN_ONE)
-    process = start(folder, f"code{code}", "duration={epochs: 1}", *changed, "--json")
+    (folder / "net.py").write_text(DIVERGES_ON_RANK_1)
+    process = start(folder, f"code{code}", "duration={epochs: 1}", *overrides, "--json")
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Traceback" not in err, err
@@ -249,7 +250,7 @@ def test_exit_codes_of_several_processes_are_those_of_one(trained, changed, code
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == (1 if code == 3 else 2), err
 
 
-def own_captions(folder):
+def write_captions(folder):
     for k in range(12):
         Image.effect_noise((70, 64), 40 + 10 * k).convert("RGB").save(folder / f"{k}.png")
     rows = [f"{k}.png,a {word} dog" for k in range(12) for word in ("black", "white", "small")]
@@ -260,21 +261,28 @@ def own_captions(folder):
 @pytest.mark.parametrize("kind", ["yolo_fpn", "faster_rcnn", "captioner"])
 def test_every_kind_of_training_runs_in_several_processes(tmp_path, data_root, monkeypatch, kind):
     monkeypatch.setenv("CVLAB_DATA", str(data_root / "whole"))  # the processes generate all of the scenes
-    shared = ("size=64", "batch_size=4", "duration={steps: 6}", "eval_every=1000", "evaluate_test=false", "expect=[]")
+    overrides = (
+        "size=64",
+        "batch_size=4",
+        "duration={steps: 6}",
+        "eval_every=1000",
+        "evaluate_test=false",
+        "expect=[]",
+    )
     if kind == "captioner":
-        words = (
+        args = (
             "caption_overfit",
-            own_captions(tmp_path),
+            write_captions(tmp_path),
             "model={name: captioner, embed_dim: 8, hidden_dim: 16}",
             "min_word_count=1",
         )
-        shared = (*shared, "strides=[32]", "beam=2")
+        overrides = (*overrides, "strides=[32]", "beam=2")
     else:
-        words = ("yolo_scenes", "data={name: scenes, num_train: 8}", f"model={{name: {kind}}}", "views=1")
-    found = []
+        args = ("yolo_scenes", "data={name: scenes, num_train: 8}", f"model={{name: {kind}}}", "views=1")
+    digests = []
     for root in ("one", "two"):
-        process = start(tmp_path, root, command=("train", *words, *shared, "--nproc", "2"))
+        process = start(tmp_path, root, command=("train", *args, *overrides, "--nproc", "2"))
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
-        found.append(read_summary(tmp_path / root / "latest")["weights_sha256"])
-    assert found[0] == found[1]
+        digests.append(read_summary(tmp_path / root / "latest")["weights_sha256"])
+    assert digests[0] == digests[1]

@@ -1,4 +1,4 @@
-"""Batches in parts: the same step as with the whole batch, in less memory."""
+"""Gradient accumulation: the same step as with the whole batch, in less memory."""
 
 import dataclasses
 import itertools
@@ -51,23 +51,23 @@ def train(precision, num_parts, steps=5):
     ("precision", "tolerance"), [("float64", 1e-12), ("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 2e-3)]
 )
 @pytest.mark.parametrize("num_parts", [2, 5])
-def test_2_times_50_is_100(precision, tolerance, num_parts):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(precision, tolerance, num_parts):
     whole, whole_state, _ = train(precision, 1)
     parts, state, sizes = train(precision, num_parts)
     assert set(sizes) == {100 // num_parts}, "the model sees one part at a time"
     assert len(sizes) == 5 * num_parts
-    for one, other in zip(whole, parts, strict=True):
-        assert other == pytest.approx(one, rel=tolerance)
-    for one, other in zip(whole_state.model.parameters(), state.model.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+    for expected, actual in zip(whole, parts, strict=True):
+        assert actual == pytest.approx(expected, rel=tolerance)
+    for expected, actual in zip(whole_state.model.parameters(), state.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_run_in_parts_resumes_bitwise(tmp_path):
+def test_a_run_with_accumulation_resumes_bitwise(tmp_path):
     from cvlab.errors import StoppedError
     from tests.engine.test_early_stopping import stop_at
 
     class Batches:
-        """A task whose batches are split into two parts, without what depends on the whole batch."""
+        """A task whose batches are split into two parts, without a loss that depends on the whole batch."""
 
         def __call__(self, config, on_step=lambda step: None):
             task = original(config, on_step)
@@ -90,17 +90,17 @@ def test_a_run_in_parts_resumes_bitwise(tmp_path):
 
 
 def run(cvlab, *overrides):
-    short = ("data.num_train=200", "batch_size=100", "duration={steps: 6}", "log_every=1", "expect=[]", MODEL)
-    code, out, err = cvlab("train", "quickstart", *short, "precision=float32", *overrides, "--json")
+    defaults = ("data.num_train=200", "batch_size=100", "duration={steps: 6}", "log_every=1", "expect=[]", MODEL)
+    code, out, err = cvlab("train", "quickstart", *defaults, "precision=float32", *overrides, "--json")
     assert code == 0, err
     return json.loads(out)["metrics"]
 
 
 @pytest.mark.parametrize(
-    "others", [(), ("class_weights=balanced", "loss=focal", "augment={mixup: 0.2, flip: true}", "reg=1e-3")]
+    "overrides", [(), ("class_weights=balanced", "loss=focal", "augment={mixup: 0.2, flip: true}", "reg=1e-3")]
 )
-def test_a_configuration_in_parts_trains_as_the_whole(others, cvlab):
-    whole, parts = run(cvlab, *others), run(cvlab, *others, "accumulate=4")
+def test_a_configuration_with_accumulation_trains_like_one_without(overrides, cvlab):
+    whole, parts = run(cvlab, *overrides), run(cvlab, *overrides, "accumulate=4")
     timed = ("train_seconds", "images_per_second")
     for name in set(whole) - set(timed):
         assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
@@ -115,21 +115,23 @@ def test_a_configuration_in_parts_trains_as_the_whole(others, cvlab):
         (("accumulate=50", "--nproc", "4"), "25 images per process have no 50 equal parts"),
     ],
 )
-def test_what_cannot_be_split_is_rejected(overrides, message, cvlab):
+def test_batches_that_cannot_be_split_are_rejected(overrides, message, cvlab):
     code, _, err = cvlab("train", "quickstart", "batch_size=100", *overrides)
     assert code == 2
     assert message in err
 
 
 @pytest.mark.slow
-def test_two_processes_with_parts_train_as_one_without(tmp_path):
+def test_two_processes_with_accumulation_train_like_one_without(tmp_path):
     from cvlab.runs.records import read_metrics
 
-    words = ("quickstart", MODEL, "data.num_train=200", "batch_size=100", "duration={steps: 6}", "log_every=1")
-    words = (*words, "sam=0.05")
+    args = ("quickstart", MODEL, "data.num_train=200", "batch_size=100", "duration={steps: 6}", "log_every=1")
+    args = (*args, "sam=0.05")
     rows = {}
-    for root, more in {"one": (), "two": ("accumulate=2", "--nproc", "2")}.items():
-        process = start(tmp_path, root, command=("train", *words, "precision=float32", "threads=1", "expect=[]", *more))
+    for root, options in {"one": (), "two": ("accumulate=2", "--nproc", "2")}.items():
+        process = start(
+            tmp_path, root, command=("train", *args, "precision=float32", "threads=1", "expect=[]", *options)
+        )
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
         rows[root] = [row["train_loss"] for row in read_metrics(tmp_path / root / "latest") if "train_loss" in row]

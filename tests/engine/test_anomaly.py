@@ -31,45 +31,47 @@ class Function(nn.Module):
         return self.function(x)
 
 
-def message_of(model, batch, loss=lambda x: x.square().mean()):
-    """Return the error of the first step."""
+def first_step_error(model, batch, loss=lambda x: x.square().mean()):
+    """Return the message of the error in the first step."""
     state = loop.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
     def loss_fn(model, batch):
         return {"loss": loss(model(batch))}
 
     steps = loop.fit(state, loss_fn, lambda _: batch, lr_factor=lambda _: 1.0, ctx=CPU, anomaly=AnomalyRecorder(model))
-    with pytest.raises(DivergedError) as caught:
+    with pytest.raises(DivergedError) as error:
         next(steps)
-    return caught.value.message
+    return error.value.message
 
 
-def chain(function):
+def build_model(function):
     return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Function(function)), nn.Linear(4, 2))
 
 
-def test_the_layer_of_the_forward_pass_is_named():
-    assert "came from layer 1.1 (Function)" in message_of(chain(lambda x: x / 0), torch.ones(3, 4))
+def test_the_error_names_the_layer_of_the_forward_pass():
+    assert "came from layer 1.1 (Function)" in first_step_error(build_model(lambda x: x / 0), torch.ones(3, 4))
 
 
-def test_input_weights_and_loss_are_told_apart():
-    model = chain(lambda x: x)
-    assert "came from the input of layer 0 (Linear)" in message_of(model, torch.full((3, 4), math.inf))
-    assert "came from the loss function" in message_of(model, torch.ones(3, 4), lambda x: x.mean() * math.nan)
+def test_the_error_distinguishes_input_weights_and_loss():
+    model = build_model(lambda x: x)
+    assert "came from the input of layer 0 (Linear)" in first_step_error(model, torch.full((3, 4), math.inf))
+    assert "came from the loss function" in first_step_error(model, torch.ones(3, 4), lambda x: x.mean() * math.nan)
     model[2].weight.data[0, 0] = math.nan
-    assert "came from layer 2 (Linear), whose weight is not finite" in message_of(model, torch.ones(3, 4))
+    assert "came from layer 2 (Linear), whose weight is not finite" in first_step_error(model, torch.ones(3, 4))
 
 
-def test_a_gradient_that_is_not_finite_is_found_before_the_update():
+def test_a_gradient_that_is_not_finite_is_an_error_before_the_update():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Function(lambda x: (x * 0).sqrt()), nn.Linear(4, 2))
     before = model[0].weight.detach().clone()
-    assert message_of(model, torch.ones(3, 4)).startswith("the gradient of weight of layer 1 (Linear) is not finite")
+    assert first_step_error(model, torch.ones(3, 4)).startswith(
+        "the gradient of weight of layer 1 (Linear) is not finite"
+    )
     assert torch.equal(model[0].weight, before)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
-def test_norms_are_those_of_the_definition(clip_norm):
+def test_norms_equal_their_definition(clip_norm):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     state = loop.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.5))
@@ -98,7 +100,7 @@ def test_norms_are_those_of_the_definition(clip_norm):
     assert ratio == pytest.approx(update * parts[0].item() / norm.item() / first, rel=1e-4)
 
 
-def test_a_run_names_the_source(tmp_path, monkeypatch):
+def test_the_error_of_a_run_names_the_source(tmp_path, monkeypatch):
     original = tiny.job
 
     def broken_job(config, on_step):
@@ -115,7 +117,7 @@ def test_a_run_names_the_source(tmp_path, monkeypatch):
         tiny.train(tmp_path / "run", tiny.settings(anomaly=True))
 
 
-def test_observing_changes_no_bit(tmp_path):
+def test_recording_gradients_keeps_a_run_bitwise_identical(tmp_path):
     plain = tiny.train(tmp_path / "plain")[1]
     assert tiny.train(tmp_path / "observed", tiny.settings(anomaly=True, log_gradients="layers"))[1] == plain
     rows = [row for row in tiny.rows(tmp_path / "observed") if "train_loss" in row]
@@ -132,7 +134,9 @@ def test_from_the_command_line(cvlab):
     assert code == 0, err
     report = json.loads(out)
     assert 0 < report["metrics"]["update_ratio"] < 1
-    assert not [name for name in report["metrics"] if name.startswith("update_ratio/")], "of single layers"
+    assert not [name for name in report["metrics"] if name.startswith("update_ratio/")], (
+        "metrics have no values of single layers"
+    )
     assert "update_ratio/" in (Path(report["run"]) / "metrics.jsonl").read_text()
     assert "grad_norm/" in (Path(report["run"]) / "report.html").read_text()
     code, _, err = cvlab("train", "quickstart", *short, "anomaly=true", "compile=true")

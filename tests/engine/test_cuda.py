@@ -1,4 +1,4 @@
-"""What a GPU computes: as the CPU does within tolerances, the same in every run, without a wait in each step."""
+"""Training on a GPU: results of the CPU within tolerances, the same in every run, no synchronization in each step."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ from cvlab.experiments.classification import throughput
 from cvlab.ops import nms, sampling
 from cvlab.runs import checkpoint
 from tests import tiny
-from tests.engine.test_precision import broken_from, make_training
+from tests.engine.test_precision import make_state, nan_from
 from tests.engine.test_resume import stop_at
 
 pytestmark = pytest.mark.cuda
@@ -29,17 +29,17 @@ CONFIGURATIONS = ["cifar_94", "cifar_96"]
 SMALL = ["device=cuda", "batch_size=32"]
 
 
-def steps_of(name, *overrides):
+def build_steps(name, *overrides):
     loaded = loading.load(name, [*SMALL, *overrides])
     setup = throughput.build_on_synthetic_images(loaded.config, loaded.base)
     return setup, throughput.train_steps(loaded.config, setup)
 
 
 @contextlib.contextmanager
-def waits_are_errors():
-    """Let each operation fail that waits for the GPU."""
+def forbid_synchronization():
+    """Make operations that synchronize with the GPU raise an error."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls the mode a prototype
+        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
         try:
             torch.cuda.set_sync_debug_mode("error")
             yield
@@ -47,7 +47,7 @@ def waits_are_errors():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_random_numbers_are_those_of_the_cpu():
+def test_random_numbers_equal_those_of_the_cpu():
     indices = torch.arange(10_000)
     on_gpu = rng.uniform(3, 5, indices.cuda(), "flip").cpu()
     assert torch.equal(on_gpu, rng.uniform(3, 5, indices, "flip"))
@@ -87,12 +87,12 @@ def test_training_follows_the_cpu(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_two_runs_and_a_resumed_one_have_the_same_bits(tmp_path, precision, optimizer):
+def test_two_runs_and_a_resumed_run_are_bitwise_identical(tmp_path, precision, optimizer):
     config = tiny.settings(optimizer, device="cuda", precision=precision)
     metrics, summary = tiny.train(tmp_path / "one", config)
-    again, again_summary = tiny.train(tmp_path / "two", config)
-    assert again_summary == summary
-    assert tiny.untimed(again) == tiny.untimed(metrics)
+    repeated, repeated_summary = tiny.train(tmp_path / "two", config)
+    assert repeated_summary == summary
+    assert tiny.untimed(repeated) == tiny.untimed(metrics)
     with pytest.raises(StoppedError):
         tiny.train(tmp_path / "stopped", config, stop_at(13))
     resumed, resumed_summary = tiny.train(tmp_path / "stopped", config)
@@ -102,10 +102,10 @@ def test_two_runs_and_a_resumed_one_have_the_same_bits(tmp_path, precision, opti
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_two_starts_of_a_shipped_configuration_have_the_same_bits(name):
+def test_two_runs_of_a_shipped_configuration_are_bitwise_identical(name):
     digests = []
     for _ in range(2):
-        setup, steps = steps_of(name)
+        setup, steps = build_steps(name)
         for _ in itertools.islice(steps, 12):
             pass
         digests.append(checkpoint.weights_digest(setup.model.state_dict()))
@@ -113,20 +113,20 @@ def test_two_starts_of_a_shipped_configuration_have_the_same_bits(name):
 
 
 @pytest.mark.parametrize("overrides", [(), ("optimizer={name: sgd, lr: 0.01}",), ("skip_easy=0.5",)])
-def test_a_step_does_not_wait_for_the_device(overrides):
-    setup, steps = steps_of("cifar_96", *overrides)
+def test_a_step_does_not_synchronize(overrides):
+    setup, steps = build_steps("cifar_96", *overrides)
     assert setup.ctx.read_every == device.CUDA_READ_EVERY
     for _ in itertools.islice(steps, device.CUDA_READ_EVERY):
         pass
-    with waits_are_errors():
+    with forbid_synchronization():
         for _ in itertools.islice(steps, device.CUDA_READ_EVERY - 1):
             pass
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_step():
-    training = make_training()
+    training = make_state()
     training.model.cuda()
-    loss_fn = broken_from(training, 5)
+    loss_fn = nan_from(training, 5)
     batch = torch.randn(6, 3, device="cuda")
 
     def on_gpu(model, batch):
@@ -141,28 +141,28 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step():
 
 
 def test_images_and_weights_are_channels_last():
-    setup, _ = steps_of("cifar_94")
+    setup, _ = build_steps("cifar_94")
     images, _ = setup.train_loader.get_batch(0)
     assert images.is_contiguous(memory_format=torch.channels_last)
     weights = [weight for weight in setup.model.parameters() if weight.ndim == 4]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
-def test_cudnn_measures_only_if_bits_may_differ():
+def test_cudnn_benchmarks_unless_runs_are_deterministic():
     for deterministic in (False, True):
         device.select_device("cuda", deterministic=deterministic)
         assert torch.backends.cudnn.deterministic is deterministic
         assert torch.backends.cudnn.benchmark is not deterministic
 
 
-def test_uploads_do_not_wait():
+def test_uploads_do_not_synchronize():
     tensor = torch.arange(1000)
-    with waits_are_errors():
+    with forbid_synchronization():
         uploaded = device.upload(tensor, torch.device("cuda"))
     assert torch.equal(uploaded.cpu(), tensor)
 
 
-def test_operations_are_those_of_the_cpu():
+def test_operations_equal_those_of_the_cpu():
     torch.manual_seed(0)
     corners = torch.rand(200, 2) * 100
     boxes, scores = torch.cat([corners, corners + 5 + torch.rand(200, 2) * 40], 1), torch.rand(200)
@@ -175,7 +175,7 @@ def test_operations_are_those_of_the_cpu():
 @pytest.mark.parametrize(
     ("mode", "padding_mode"), [("bilinear", "zeros"), ("bilinear", "reflection"), ("bicubic", "zeros")]
 )
-def test_gradients_through_samples_have_the_same_bits(mode, padding_mode):
+def test_gradients_of_grid_sample_are_bitwise_identical(mode, padding_mode):
     torch.manual_seed(0)
     grid = 2.4 * torch.rand(2, 300, 300, 2, device="cuda") - 1.2
     upstream = torch.randn(2, 3, 316, 316, device="cuda")
@@ -189,7 +189,7 @@ def test_gradients_through_samples_have_the_same_bits(mode, padding_mode):
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm"])
-def test_recurrent_layers_compute_gradients_in_evaluation_mode_too(cell):
+def test_recurrent_layers_compute_gradients_in_evaluation_mode(cell):
     torch.manual_seed(0)
     gates = {"rnn": 1, "lstm": 4}[cell]
     tensors = [torch.randn(*shape) for shape in ((5, 7, 6), (5, 8), (gates * 8, 6), (gates * 8, 8), (gates * 8,))]
@@ -214,7 +214,7 @@ def test_a_compiled_run_resumes_bitwise(tmp_path):
     assert math.isfinite(metrics["train_loss"])
 
 
-def test_a_run_shows_its_mistakes_and_warns_of_nothing(cvlab, tmp_path):
+def test_a_run_plots_its_mistakes_without_warnings(cvlab, tmp_path):
     short = ("data.num_train=300", "duration={steps: 3}", "expect=[]", "expect_fallback=[]", "device=cuda")
     code, out, err = cvlab("train", "quickstart", *short, "--json")
     assert code == 0, err

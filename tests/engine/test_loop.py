@@ -1,4 +1,4 @@
-"""The training loop against a plain one; finite checks, clipping, moving average, restored state."""
+"""The training loop against a plain loop; finite checks, clipping, moving average, restored state."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from cvlab.errors import CheckpointError, DeviceError, DivergedError
 CPU = ComputeContext(torch.device("cpu"), "float32", 1)
 
 
-def make(seed=0):
+def build_model(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
 
@@ -32,19 +32,19 @@ def loss_fn(model, batch):
     return {"loss": F.cross_entropy(model(batch[0]), batch[1])}
 
 
-def factor(step):
+def lr_factor(step):
     return 1 - (step + 0.5) / 10
 
 
 def test_fit_matches_a_plain_training_loop():
-    model = make()
+    model = build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(1)
     expected = []
     for step in range(10):
         for group in optimizer.param_groups:
-            group["lr"] = 0.1 * factor(step)
+            group["lr"] = 0.1 * lr_factor(step)
         x, y = get_batch(step)
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
@@ -58,28 +58,28 @@ def test_fit_matches_a_plain_training_loop():
             decay = min(0.5, (2 + step) / (11 + step))
             average[name] = decay * average[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
 
-    other = make()
-    training = TrainState(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), ema_decay=0.5)
+    fitted = build_model()
+    training = TrainState(fitted, torch.optim.SGD(fitted.parameters(), lr=0.1, momentum=0.9), ema_decay=0.5)
     torch.manual_seed(1)
     losses = [
         step["loss"].item()
-        for step in itertools.islice(fit(training, loss_fn, get_batch, lr_factor=factor, ctx=CPU, clip_norm=0.5), 10)
+        for step in itertools.islice(fit(training, loss_fn, get_batch, lr_factor=lr_factor, ctx=CPU, clip_norm=0.5), 10)
     ]
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], value)
+        torch.testing.assert_close(fitted.state_dict()[name], value)
         torch.testing.assert_close(training.eval_model.state_dict()[name], average[name])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step():
-    model = make()
+    model = build_model()
     training = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
-    def broken(model, batch):
+    def broken_loss_fn(model, batch):
         losses = loss_fn(model, batch)
         return {"loss": losses["loss"] * (math.nan if training.step == 3 else 1), "part": losses["loss"]}
 
-    steps = fit(training, broken, get_batch, lr_factor=lambda step: 1.0, ctx=CPU)
+    steps = fit(training, broken_loss_fn, get_batch, lr_factor=lambda step: 1.0, ctx=CPU)
     for _ in range(3):
         next(steps)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
 
 
 def test_evaluation_covers_each_item_once_and_changes_nothing():
-    model = make().train()
+    model = build_model().train()
     x, y = torch.randn(25, 4), torch.randint(0, 3, (25,))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -100,11 +100,11 @@ def test_evaluation_covers_each_item_once_and_changes_nothing():
         return {"accuracy": right, "count": torch.tensor(len(batch[1]))}
 
     batches = [(x[k : k + 10], y[k : k + 10]) for k in range(0, 25, 10)]
-    found = loop.evaluate(model, batches, measure, CPU)
+    metrics = loop.evaluate(model, batches, measure, CPU)
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
-    expected = (make().eval()(x).argmax(1) == y).float().mean().item()
-    assert found == {"accuracy": pytest.approx(expected)}
+    expected = (build_model().eval()(x).argmax(1) == y).float().mean().item()
+    assert metrics == {"accuracy": pytest.approx(expected)}
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -121,7 +121,7 @@ def test_all_random_generators_are_restored():
 
 
 def test_a_missing_key_of_the_state_is_reported():
-    model = make()
+    model = build_model()
     training = TrainState(model, torch.optim.Adam(model.parameters()), ema_decay=0.9)
     for key in loop.STATE_KEYS:
         state = training.state_dict()
@@ -134,13 +134,13 @@ def test_a_missing_key_of_the_state_is_reported():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_an_unavailable_device_is_never_replaced(device):
-    with pytest.raises(DeviceError, match="0 CUDA devices") as refused:
+def test_an_unavailable_device_is_an_error(device):
+    with pytest.raises(DeviceError, match="0 CUDA devices") as error:
         engine_device.select_device(device)
-    assert refused.value.code == 8
+    assert error.value.code == 8
 
 
-def test_an_explicit_precision_is_kept():
+def test_an_explicit_precision_is_used():
     for precision in ("float32", "bfloat16", "float64"):
         assert engine_device.select_device("cpu", precision).precision == precision
     fast = engine_device.fast_bfloat16(torch.device("cpu"))
@@ -150,8 +150,8 @@ def test_an_explicit_precision_is_kept():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
-def test_the_average_of_a_short_training_is_near_the_weights():
-    model = make()
+def test_the_moving_average_of_a_short_run_is_near_the_weights():
+    model = build_model()
     training = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.05), ema_decay=0.999)
     first = {name: value.clone() for name, value in model.named_parameters()}
     for _ in itertools.islice(fit(training, loss_fn, get_batch, lr_factor=lambda _: 1.0, ctx=CPU), 60):
@@ -163,7 +163,7 @@ def test_the_average_of_a_short_training_is_near_the_weights():
     assert distance < 0.25 * moved
 
 
-def test_a_metric_that_is_not_finite_is_no_result():
+def test_a_metric_that_is_not_finite_is_an_error():
     require_finite({"a": 1.0, "b": 0})
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(DivergedError, match="test_loss is not finite"):

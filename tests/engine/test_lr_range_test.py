@@ -1,4 +1,4 @@
-"""The learning-rate range test: its suggestions on known curves, its end at divergence, its command and its records."""
+"""The learning-rate range test: suggestions on known curves, divergence, the command and its run directory."""
 
 import itertools
 import json
@@ -17,22 +17,22 @@ from tests.tiny import settings
 SMALL = ("data.num_train=200", "batch_size=20", "device=cpu", "threads=1")
 
 
-def curve(function, steps=100):
+def range_test_of(function, steps=100):
     rates = lr_range_test.exponential_rates(1e-6, 10, steps)
     losses = [function(math.log10(rate)) for rate in rates]
     return RangeTest(rates, losses, losses, False)
 
 
-def task(config, loss_fn):
+def build_task(config, loss_fn):
     model = nn.Linear(2, 1, bias=False)
     nn.init.ones_(model.weight)
     return TrainTask(model, loss_fn, lambda step: step, 10, 8, lambda _: {}, "val", config.compute_context())
 
 
 def run(config, loss_fn, rates):
-    seen = []
-    result = lr_range_test.run(config, task(config, loss_fn), rates, lambda *values: seen.append(values))
-    assert [values[2] for values in seen] == result.losses
+    steps = []
+    result = lr_range_test.run(config, build_task(config, loss_fn), rates, lambda *values: steps.append(values))
+    assert [values[2] for values in steps] == result.losses
     return result
 
 
@@ -49,15 +49,15 @@ def test_suggestions_on_a_known_curve():
     def loss(x):  # falls from lr 1e-4, fastest at 1e-3, to its minimum at 1e-2, then rises
         return 2 - math.tanh(2 * (x + 3)) + (0.5 * (x + 2) ** 2 if x > -2 else 0.0)
 
-    found = lr_range_test.suggest(curve(loss))
-    assert math.log10(found.steepest) == pytest.approx(-3, abs=0.1)
-    assert math.log10(found.minimum_tenth) == pytest.approx(-3, abs=0.2)
-    assert found.valley < 1e-2
+    suggestions = lr_range_test.suggest(range_test_of(loss))
+    assert math.log10(suggestions.steepest) == pytest.approx(-3, abs=0.1)
+    assert math.log10(suggestions.minimum_tenth) == pytest.approx(-3, abs=0.2)
+    assert suggestions.valley < 1e-2
 
 
 @pytest.mark.parametrize("function", [lambda x: 1.0, lambda x: x], ids=["flat", "rising"])
 def test_without_descent_there_is_no_suggestion(function):
-    assert lr_range_test.suggest(curve(function)) == Suggestions()
+    assert lr_range_test.suggest(range_test_of(function)) == Suggestions()
 
 
 def test_smoothing_keeps_a_line_and_is_symmetric():
@@ -69,7 +69,7 @@ def test_smoothing_keeps_a_line_and_is_symmetric():
     assert smoothed.index(max(smoothed)) == 20
 
 
-def test_it_stops_when_the_loss_grows():
+def test_the_test_stops_when_the_loss_grows():
     config = settings("sgd", clip_norm=None)
     rates = lr_range_test.exponential_rates(1e-3, 100, 100)
     result = run(config, quadratic, rates)
@@ -79,7 +79,7 @@ def test_it_stops_when_the_loss_grows():
     assert lr_range_test.suggest(result).minimum_tenth < 1.0
 
 
-def test_a_loss_that_is_not_finite_ends_it():
+def test_the_test_stops_at_a_loss_that_is_not_finite():
     def loss_fn(model, batch):
         return {"loss": model.weight.sum() * (math.nan if batch >= 12 else 1.0)}
 
@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_ends_it():
         run(settings("sgd"), lambda model, _: {"loss": model.weight.sum() * math.nan}, [1e-3] * 20)
 
 
-def test_the_rates_are_those_of_the_optimizer():
+def test_the_updates_have_the_learning_rates_of_the_test():
     weights = []
 
     def loss_fn(model, _batch):
@@ -100,11 +100,11 @@ def test_the_rates_are_those_of_the_optimizer():
     config = settings("sgd", clip_norm=None)
     plain = config.optimizer.model_copy(update={"momentum": 0.0})
     run(config.model_copy(update={"optimizer": plain}), loss_fn, rates)
-    taken = [float((a - b)[0, 0]) for a, b in itertools.pairwise(weights)]
-    assert taken == pytest.approx(rates[:-1], rel=1e-2)
+    updates = [float((a - b)[0, 0]) for a, b in itertools.pairwise(weights)]
+    assert updates == pytest.approx(rates[:-1], rel=1e-2)
 
 
-def test_frozen_parameters_and_parts_of_batches_are_those_of_the_training_run():
+def test_frozen_parameters_and_accumulation_are_those_of_the_training_run():
     parts = []
 
     def loss_fn(model, part):
@@ -126,12 +126,12 @@ def test_frozen_parameters_and_parts_of_batches_are_those_of_the_training_run():
     assert bias - trained.model.bias.item() == pytest.approx(sum(rates) / 2, rel=1e-3)
 
 
-def test_the_command_writes_a_run_and_changes_nothing_else(cvlab, tmp_path):
+def test_the_command_writes_a_reproducible_run(cvlab, tmp_path):
     arguments = ("lr", "quickstart", *SMALL, "--steps", 40, "--json")
     documents = [json.loads(cvlab(*arguments, "--seed", seed)[1]) for seed in (1, 1, 2)]
-    first, again, other = (document["metrics"] for document in documents)
+    first, same_seed, other_seed = (document["metrics"] for document in documents)
     assert documents[0]["ok"]
-    assert first == again != other
+    assert first == same_seed != other_seed
     assert documents[0]["headline"] == f"optimizer.lr={first['minimum_tenth_lr']:.2g}"
     assert {"config.yaml", "plots/lr_range_test.png", "report.html", "summary.json"} <= set(documents[0]["files"])
     assert not any(name.endswith((".pt", ".safetensors")) for name in documents[0]["files"])
@@ -157,9 +157,9 @@ def test_the_command_writes_a_run_and_changes_nothing_else(cvlab, tmp_path):
         (("quickstat",), 2, "did you mean 'quickstart'?"),
     ],
 )
-def test_refusals_are_one_line(cvlab, arguments, code, text):
-    found, out, err = cvlab("lr", *arguments)
-    assert (found, out) == (code, "")
+def test_errors_are_one_line(cvlab, arguments, code, text):
+    exit_code, out, err = cvlab("lr", *arguments)
+    assert (exit_code, out) == (code, "")
     assert text in err
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
 
@@ -172,7 +172,7 @@ def test_refusals_are_one_line(cvlab, arguments, code, text):
         ("quickstart", "optimizer=muon", *SMALL),
     ],
 )
-def test_other_trainings(cvlab, arguments):
+def test_other_experiments_and_optimizers(cvlab, arguments):
     code, out, err = cvlab("lr", *arguments, "expect=[]", "expect_fallback=[]", "--steps", 20, "--json")
     assert code == 0, err
     document = json.loads(out)

@@ -26,7 +26,7 @@ def test_free_memory_of_machine_and_container(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the counter can be reset on Linux only")
 def test_peak_memory_counts_from_its_start():
-    """In a process of its own: this one may have freed memory that an allocation would reuse."""
+    """The allocation is in a new process: this process may have freed memory that it would reuse."""
     code = """
 import torch
 from cvlab.engine import memory

@@ -1,4 +1,4 @@
-"""Checkpoints with a valid checksum and odd content: refused in one line, or of no consequence."""
+"""Checkpoints with a valid checksum and invalid values: a one-line error, or no effect on the result."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from cvlab.runs import checkpoint
 from tests import tiny
 from tests.engine.test_resume import STATE_KEYS, stop_at
 
-ODD = (
+INVALID_VALUES = (
     *(
         None,
         True,
@@ -45,7 +45,7 @@ def stopped(tmp_path_factory):
     return path
 
 
-def change(run, edit):
+def edit_checkpoints(run, edit):
     for step in checkpoint.steps(run / "checkpoints"):
         path = checkpoint.path_of(run / "checkpoints", step)
         state = checkpoint.load(path)
@@ -53,11 +53,11 @@ def change(run, edit):
         checkpoint.write(path, state)
 
 
-def put(key, value):
+def set_value(key, value):
     def edit(state):
-        *above, last = key.split(".")
+        *parents, last = key.split(".")
         block = state
-        for part in above:
+        for part in parents:
             block = block[part]
         block[last] = value
 
@@ -67,11 +67,11 @@ def put(key, value):
 @pytest.mark.parametrize(
     "key", [*STATE_KEYS, "optimizer.state", "optimizer.param_groups", "unknown", "progress.unknown"]
 )
-def test_an_odd_value_of_a_key_is_one_line(stopped, tmp_path, key):
-    for number, value in enumerate(random.Random(key).sample(ODD, 3)):
+def test_an_invalid_value_of_a_key_is_ignored_or_a_one_line_error(stopped, tmp_path, key):
+    for number, value in enumerate(random.Random(key).sample(INVALID_VALUES, 3)):
         run = tmp_path / str(number)
         shutil.copytree(stopped, run)
-        change(run, put(key, value))
+        edit_checkpoints(run, set_value(key, value))
         try:
             tiny.train(run)
         except CvlabError as error:
@@ -98,17 +98,17 @@ def test_an_odd_value_of_a_key_is_one_line(stopped, tmp_path, key):
     ],
     ids=repr,
 )
-def test_what_would_change_the_result_is_refused(stopped, tmp_path, key, value):
+def test_values_that_would_change_the_result_are_rejected(stopped, tmp_path, key, value):
     shutil.copytree(stopped, tmp_path / "run")
-    change(tmp_path / "run", put(key, value))
-    with pytest.raises(CvlabError) as refused:
+    edit_checkpoints(tmp_path / "run", set_value(key, value))
+    with pytest.raises(CvlabError) as error:
         tiny.train(tmp_path / "run")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", [None, [], "x", {"a": 1}, 7], ids=repr)
 @pytest.mark.parametrize("key", ["model", "ema_model", "uses_ema"])
-def test_eval_refuses_odd_weights(tmp_path, key, value):
+def test_eval_rejects_invalid_weights(tmp_path, key, value):
     model = torch.nn.Linear(2, 2)
     state = {"model": dict(model.state_dict()), "ema_model": dict(model.state_dict()), "uses_ema": True}
     missing = {name: part for name, part in state.items() if name != key}
@@ -121,15 +121,15 @@ def test_eval_refuses_odd_weights(tmp_path, key, value):
         checkpoint.load_eval_weights(model, used, tmp_path)
 
 
-TRAINING = (
+TRAIN_COMMAND = (
     *("train", "quickstart", "data.num_train=60", "batch_size=20", "duration={steps: 3}", "expect=[]"),
     *("evaluate_test=false", "threads=1", "-q"),
 )
 
 
 @pytest.mark.parametrize("key", ["threads", "processes"])
-def test_odd_numbers_in_env_json_are_one_line(tmp_path, key, capsys):
-    assert main.run_command_line([*TRAINING, f"--runs-dir={tmp_path}"]) == 0
+def test_invalid_numbers_in_env_json_are_one_line_errors(tmp_path, key, capsys):
+    assert main.run_command_line([*TRAIN_COMMAND, f"--runs-dir={tmp_path}"]) == 0
     run = next(tmp_path.glob("2*"))
     env, status = (json.loads((run / name).read_text()) for name in ("env.json", "status.json"))
     for value in ("many", -3, 0, 10**12, 10**400, 2.5, True, [], {}, math.nan):

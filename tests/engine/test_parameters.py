@@ -1,4 +1,4 @@
-"""Frozen parameters and learning rates by patterns of names."""
+"""Frozen parameters and learning-rate factors, given by patterns of parameter names."""
 
 import json
 
@@ -15,14 +15,14 @@ MODEL = "model={name: deep_convnet, filters: [8, 8], pools: [0, 1], batchnorm: t
 SHORT = ("data.num_train=100", "duration={steps: 4}", "batch_size=20", "expect=[]", MODEL)
 
 
-def net():
+def build_model():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
     )
 
 
 def train_a_step(model, config, factor=1.0):
-    """Return what a step changes: the names in the state, and the largest change of each."""
+    """Take a step; return the largest change of each entry of the state_dict that changes."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = loop.TrainState(model, parameters.build_optimizer(config, model))
 
@@ -47,8 +47,8 @@ def train_a_step(model, config, factor=1.0):
         (("4.weight", "4.bias"), {"4.weight", "4.bias", "4.running_mean", "4.running_var"}),
     ],
 )
-def test_frozen_parameters_and_their_statistics_stay(patterns, frozen):
-    model = net()
+def test_frozen_parameters_and_their_statistics_do_not_change(patterns, frozen):
+    model = build_model()
     frozen = frozen | ({name.replace("running_mean", "num_batches_tracked") for name in frozen if "mean" in name})
     assert set(model.state_dict()) - set(train_a_step(model, tiny.settings(freeze=patterns))) == frozen
 
@@ -56,7 +56,7 @@ def test_frozen_parameters_and_their_statistics_stay(patterns, frozen):
 def test_factors_multiply_and_scale_the_step():
     torch.manual_seed(0)
     config = tiny.settings("sgd", lr_factors={"0.*": 0.5, "*.weight": 0.1})
-    model = net()
+    model = build_model()
     optimizer = parameters.build_optimizer(config, model)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     measured = {name: rates[id(parameter)] / 1e-2 for name, parameter in model.named_parameters()}
@@ -65,11 +65,11 @@ def test_factors_multiply_and_scale_the_step():
     assert len(rates) == len(list(model.parameters()))
 
 
-def test_factors_and_frozen_parameters_go_with_muon():
+def test_factors_and_frozen_parameters_with_muon():
     config = tiny.settings()
     muon = parameters.optimizers.OPTIMIZERS.schema("muon", tiny.Path())(name="muon")
     config = config.model_copy(update={"optimizer": muon, "freeze": ("0.*",), "lr_factors": {"5.*": 0.5}})
-    model = net()
+    model = build_model()
     rates = {id(p): g["lr"] for g in parameters.build_optimizer(config, model).param_groups for p in g["params"]}
     assert id(model[0].weight) not in rates
     assert rates[id(model[5].weight)] == pytest.approx(0.67 / 2)
@@ -88,7 +88,7 @@ def test_factors_and_frozen_parameters_go_with_muon():
 )
 def test_a_pattern_that_matches_nothing_is_rejected(change, message):
     with pytest.raises(ConfigError, match=message):
-        parameters.build_optimizer(tiny.settings(**change), net())
+        parameters.build_optimizer(tiny.settings(**change), build_model())
 
 
 def test_a_frozen_run_resumes_bitwise(tmp_path):

@@ -1,4 +1,4 @@
-"""Losses that are read in groups, float16 with a scaled loss, and compiled models."""
+"""Losses that are read every few steps, float16 with loss scaling, and compiled models."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from tests.engine.test_resume import stop_at
 GROUPED = ComputeContext(torch.device("cpu"), "float32", 1, read_every=4)
 
 
-def broken_from(training, first_bad):
+def nan_from(training, first_bad):
     def loss_fn(model, batch):
         loss = F.mse_loss(model(batch), torch.zeros(6, 2))
         return {"loss": loss * (math.nan if training.step >= first_bad else 1), "part": loss}
@@ -31,36 +31,36 @@ def broken_from(training, first_bad):
     return loss_fn
 
 
-def make_training():
+def make_state():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def steps_of(training, first_bad):
+def train_steps(training, first_bad):
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(6, 3, generator=generator)
-    return fit(training, broken_from(training, first_bad), lambda _: batch, lr_factor=lambda _: 1.0, ctx=GROUPED)
+    return fit(training, nan_from(training, first_bad), lambda _: batch, lr_factor=lambda _: 1.0, ctx=GROUPED)
 
 
 @pytest.mark.parametrize("first_bad", [0, 1, 3, 4, 6])
-def test_a_loss_that_is_read_later_is_reported_with_its_step(first_bad):
-    training = make_training()
+def test_a_loss_that_is_not_finite_is_reported_with_its_step(first_bad):
+    training = make_state()
     message = rf"not finite at step {first_bad} \(batch {first_bad}, lr 0.1\): loss nan, part"
     with pytest.raises(DivergedError, match=message):  # noqa: PT012
-        for _ in steps_of(training, first_bad):
+        for _ in train_steps(training, first_bad):
             assert training.step < 4 * (first_bad // 4 + 1), "the group of steps was not read"
 
 
 def test_the_state_is_not_saved_after_a_loss_that_is_not_finite():
-    training = make_training()
-    for _ in itertools.islice(steps_of(training, 1), 3):
+    training = make_state()
+    for _ in itertools.islice(train_steps(training, 1), 3):
         pass
     with pytest.raises(DivergedError, match="at step 1 "):
         training.state_dict()
 
 
-def grouped(patch, read_every):
+def read_losses_every(patch, read_every):
     select_device = device.select_device
     patch.setattr(device, "CUDA_READ_EVERY", read_every)
     patch.setattr(
@@ -72,9 +72,9 @@ def grouped(patch, read_every):
     )
 
 
-def test_a_run_whose_losses_are_read_in_groups_has_the_same_bits(tmp_path, monkeypatch):
+def test_a_run_whose_losses_are_read_every_few_steps_is_bitwise_identical(tmp_path, monkeypatch):
     metrics, summary = tiny.train(tmp_path / "each", tiny.settings())
-    grouped(monkeypatch, 7)
+    read_losses_every(monkeypatch, 7)
     other_metrics, other_summary = tiny.train(tmp_path / "grouped", tiny.settings())
     assert tiny.untimed(other_metrics) == tiny.untimed(metrics)
     assert other_summary == summary
@@ -82,7 +82,7 @@ def test_a_run_whose_losses_are_read_in_groups_has_the_same_bits(tmp_path, monke
 
 
 def test_no_checkpoint_is_written_between_a_bad_loss_and_its_report(tmp_path, monkeypatch):
-    grouped(monkeypatch, 1000)
+    read_losses_every(monkeypatch, 1000)
     job = tiny.job
 
     def broken_job(config, on_step):
@@ -101,7 +101,7 @@ def test_no_checkpoint_is_written_between_a_bad_loss_and_its_report(tmp_path, mo
     assert all(step <= 13 for step in checkpoint.steps(tmp_path / "run" / "checkpoints"))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])  # with a fused kernel, and without
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])  # optimizers with and without a fused kernel
 def test_float16_resumes_bitwise_with_its_scale(tmp_path, optimizer):
     config = tiny.settings(optimizer, precision="float16")
     metrics, summary = tiny.train(tmp_path / "whole", config)
@@ -117,7 +117,7 @@ def test_float16_resumes_bitwise_with_its_scale(tmp_path, optimizer):
     assert tiny.rows(tmp_path / "stopped") == tiny.rows(tmp_path / "whole")
 
 
-def test_a_changed_scale_is_refused(tmp_path):
+def test_a_changed_scale_is_rejected(tmp_path):
     config = tiny.settings(precision="float16")
     with pytest.raises(StoppedError):
         tiny.train(tmp_path, config, stop_at(13))
@@ -129,7 +129,7 @@ def test_a_changed_scale_is_refused(tmp_path):
 
 
 def test_a_step_whose_gradient_overflows_is_skipped_and_the_scale_is_halved():
-    training = make_training()
+    training = make_state()
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     before = training.model.weight.detach().clone()
     batch = torch.ones(6, 3)
@@ -157,7 +157,7 @@ def test_float16_follows_float32(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_auto_is_float16_only_on_a_gpu_that_is_fast_at_it_and_only_for_training(monkeypatch):
+def test_auto_selects_float16_only_on_a_fast_gpu_and_for_training(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(device, "fast_bfloat16", lambda _: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
@@ -171,7 +171,7 @@ def test_auto_is_float16_only_on_a_gpu_that_is_fast_at_it_and_only_for_training(
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_first_step_that_is_skipped_leaves_no_momentum(fused):
+def test_a_skipped_first_step_does_not_initialize_momentum(fused):
     torch.manual_seed(0)
     model = nn.Linear(50, 40)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
@@ -198,7 +198,7 @@ def test_a_first_step_that_is_skipped_leaves_no_momentum(fused):
     hook.remove()
 
 
-def needs_compiler():
+def require_compiler():
     from torch._inductor import cpp_builder, exc
 
     try:
@@ -209,7 +209,7 @@ def needs_compiler():
 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_bitwise_and_has_plain_names(tmp_path):
-    needs_compiler()
+    require_compiler()
     config = tiny.settings(compile=True)
     metrics, summary = tiny.train(tmp_path / "whole", config)
     with pytest.raises(StoppedError):
@@ -224,7 +224,7 @@ def test_a_compiled_run_resumes_bitwise_and_has_plain_names(tmp_path):
     assert metrics["train_seconds"] < float(log.split("compiled the model in ")[1].split()[0])
 
 
-def test_compiling_changes_no_state(monkeypatch):
+def test_compiling_does_not_change_the_state(monkeypatch):
     task = tiny.job(tiny.settings())
     before = checkpoint.weights_digest(task.model.state_dict())
     losses, rng_state = task.extra_state["losses"].clone(), torch.get_rng_state()
@@ -237,29 +237,29 @@ def test_compiling_changes_no_state(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar_60s", "cifar_96"])
-def test_a_compiled_step_in_bfloat16_has_the_gradients_of_one_that_is_not(name):
-    needs_compiler()
+def test_a_compiled_step_in_bfloat16_has_the_gradients_of_an_eager_step(name):
+    require_compiler()
     small = ("model.widths=[8,16,16]", "batch_size=50", "precision=bfloat16", "device=cpu")
     loaded = loading.load(name, small)
-    built = throughput.build_on_synthetic_images(loaded.config, loaded.base)
-    loss_fn = setup.build_loss_fn(loaded.config, built.train_loader)
+    training = throughput.build_on_synthetic_images(loaded.config, loaded.base)
+    loss_fn = setup.build_loss_fn(loaded.config, training.train_loader)
     gradients = []
-    for model in (built.model.train(), torch.compile(built.model)):
-        built.model.zero_grad(set_to_none=True)
-        with built.ctx.autocast():
-            loss_fn(model, built.train_loader.get_batch(0))["loss"].backward()
-        gradients.append([p.grad.flatten() for p in built.model.parameters() if p.grad is not None])
-    for plain, compiled in zip(*gradients, strict=True):
-        assert torch.cosine_similarity(plain, compiled, 0) > 0.95
+    for model in (training.model.train(), torch.compile(training.model)):
+        training.model.zero_grad(set_to_none=True)
+        with training.ctx.autocast():
+            loss_fn(model, training.train_loader.get_batch(0))["loss"].backward()
+        gradients.append([p.grad.flatten() for p in training.model.parameters() if p.grad is not None])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert torch.cosine_similarity(eager, compiled, 0) > 0.95
 
 
-def test_a_model_that_cannot_be_compiled_is_refused_before_the_first_step(tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_compiled_is_rejected_before_the_first_step(tmp_path, monkeypatch):
     def without_compiler(graph, inputs):
         raise RuntimeError("No working C++ compiler")
 
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile_with(model, backend=without_compiler))
-    with pytest.raises(ConfigError, match=r"compile: the model cannot be compiled: .*No working C") as refused:
+    with pytest.raises(ConfigError, match=r"compile: the model cannot be compiled: .*No working C") as error:
         tiny.train(tmp_path / "run", tiny.settings(compile=True))
-    assert "compile: false" in refused.value.hint
+    assert "compile: false" in error.value.hint
     assert not checkpoint.steps(tmp_path / "run" / "checkpoints")

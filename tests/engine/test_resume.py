@@ -18,40 +18,42 @@ from tests import tiny
 
 
 def stop_at(step):
-    def on_step(now):
-        if now == step:
+    def on_step(current_step):
+        if current_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return on_step
 
 
 @pytest.fixture(scope="module", params=["sgd", "adamw"])
-def unbroken(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("uninterrupted")
     config = tiny.settings(request.param)
-    metrics, facts = tiny.train(path, config)
-    return config, metrics, facts, tiny.rows(path)
+    metrics, summary = tiny.train(path, config)
+    return config, metrics, summary, tiny.rows(path)
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])  # 5: any place in an epoch of 6 steps
-def test_resume_from_every_step_is_bitwise_equal(unbroken, tmp_path, stride):
-    config, metrics, facts, rows = unbroken
+@pytest.mark.parametrize(
+    "stride", [5, pytest.param(1, marks=pytest.mark.slow)]
+)  # 5: any position in an epoch of 6 steps
+def test_resume_from_every_step_is_bitwise_equal(uninterrupted, tmp_path, stride):
+    config, metrics, summary, rows = uninterrupted
     for step in range(0, tiny.STEPS, stride):
         path = tmp_path / f"stopped-{step}"
-        with pytest.raises(StoppedError) as stopped:
+        with pytest.raises(StoppedError) as error:
             tiny.train(path, config, stop_at(step))
-        assert stopped.value.code == 143
+        assert error.value.code == 143
         assert checkpoint.steps(path / "checkpoints")[-1] == step + 1, "the step in progress is saved"
-        resumed, resumed_facts = tiny.train(path, config)
-        assert resumed_facts == facts, f"stopped after step {step + 1}"
+        resumed, resumed_summary = tiny.train(path, config)
+        assert resumed_summary == summary, f"stopped after step {step + 1}"
         assert tiny.untimed(resumed) == tiny.untimed(metrics)
         assert tiny.rows(path) == rows
 
 
-def test_two_seeds_differ(tmp_path):
-    _, one = tiny.train(tmp_path / "a", tiny.settings(seed=1))
-    _, two = tiny.train(tmp_path / "b", tiny.settings(seed=2))
-    assert one != two
+def test_runs_with_different_seeds_differ(tmp_path):
+    _, first = tiny.train(tmp_path / "a", tiny.settings(seed=1))
+    _, second = tiny.train(tmp_path / "b", tiny.settings(seed=2))
+    assert first != second
 
 
 STATE_KEYS = [
@@ -116,8 +118,8 @@ def test_a_checkpoint_without_a_key_is_rejected(key, stopped, tmp_path):
     for step in checkpoint.steps(folder):
         state = checkpoint.load(checkpoint.path_of(folder, step))
         block = state
-        *above, last = key.split(".")
-        for part in above:
+        *parents, last = key.split(".")
+        for part in parents:
             block = block[part]
         assert last in block
         del block[last]
@@ -133,7 +135,7 @@ def test_every_key_of_the_state_is_tested(stopped):
     assert nested <= set(STATE_KEYS)
 
 
-def test_a_budget_is_kept_and_its_recorded_plan_repeats_the_run(tmp_path):
+def test_a_resumed_budget_and_a_run_of_its_recorded_plan_give_the_same_result(tmp_path):
     def slower(step):
         time.sleep(0.002 if step < 12 else 0.006)
 
@@ -144,17 +146,17 @@ def test_a_budget_is_kept_and_its_recorded_plan_repeats_the_run(tmp_path):
     config = tiny.settings(duration={"seconds": 1.0})
     with pytest.raises(StoppedError):
         tiny.train(tmp_path / "run", config, stop_slower)
-    metrics, facts = tiny.train(tmp_path / "run", config, slower)
+    metrics, summary = tiny.train(tmp_path / "run", config, slower)
     recorded = strict_yaml.read(tmp_path / "run" / "config.yaml").value["duration"]
     assert recorded["plan_history"]
     assert recorded["steps"] == metrics["steps"]
     assert recorded["seconds"] is None
-    repeated = tiny.settings(duration={key: value for key, value in recorded.items() if value})
-    again, repeated_facts = tiny.train(tmp_path / "again", repeated)
-    assert repeated_facts == facts
+    config_of_record = tiny.settings(duration={key: value for key, value in recorded.items() if value})
+    again, repeated_summary = tiny.train(tmp_path / "again", config_of_record)
+    assert repeated_summary == summary
     assert tiny.rows(tmp_path / "again") == tiny.rows(tmp_path / "run")
     assert tiny.untimed(again) == tiny.untimed(metrics)
-    tiny.train(tmp_path / "run", repeated)  # killed after its record was written, before it was called done
+    tiny.train(tmp_path / "run", config_of_record)  # like after a kill before the status `done` is written
 
 
 def test_a_changed_configuration_is_not_resumed(tmp_path):
@@ -173,18 +175,18 @@ def test_a_changed_fingerprint_is_logged(tmp_path):
     assert "threads was 2, is 1: the result is not bitwise" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_damaged_checkpoints_are_skipped_and_logged(tmp_path):
+def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(StoppedError):
         tiny.train(path, tiny.settings(), stop_at(13))
     newest = checkpoint.path_of(path / "checkpoints", 14)
     newest.write_bytes(newest.read_bytes()[:-100])
-    _, facts = tiny.train(path)
-    assert facts == tiny.train(tmp_path / "other")[1]
+    _, summary = tiny.train(path)
+    assert summary == tiny.train(tmp_path / "other")[1]
     assert "step_000000014.pt: damaged" in (path / "log.txt").read_text()
 
 
-def test_the_best_is_linked_again_after_a_kill_before_its_link(tmp_path):
+def test_best_is_linked_when_resuming_after_a_kill_before_the_link(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(StoppedError):
         tiny.train(path, tiny.settings(eval_every=1), stop_at(5))
@@ -206,19 +208,19 @@ def test_a_run_resumes_from_the_best_checkpoint_if_no_other_is_valid(tmp_path):
     (folder / checkpoint.BEST).write_bytes(newest.read_bytes())
     for step in checkpoint.steps(folder):
         checkpoint.path_of(folder, step).write_bytes(b"")
-    _, facts = tiny.train(path)
-    assert facts == tiny.train(tmp_path / "other")[1]
+    _, summary = tiny.train(path)
+    assert summary == tiny.train(tmp_path / "other")[1]
 
 
-def test_a_run_without_a_valid_checkpoint_never_starts_over(tmp_path):
+def test_a_run_without_a_valid_checkpoint_is_not_restarted(tmp_path):
     path = tmp_path / "run"
     with pytest.raises(StoppedError):
         tiny.train(path, tiny.settings(), stop_at(13))
     for step in checkpoint.steps(path / "checkpoints"):
         checkpoint.path_of(path / "checkpoints", step).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="all checkpoints are damaged") as refused:
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged") as error:
         tiny.train(path)
-    assert refused.value.code == 7
+    assert error.value.code == 7
 
 
 def test_checkpoints_are_spaced_by_their_cost(tmp_path, monkeypatch):
@@ -229,24 +231,24 @@ def test_checkpoints_are_spaced_by_their_cost(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path / "seldom" / "checkpoints")[-1] == 32
 
 
-def test_the_last_weights_are_used_where_they_are_better_on_validation(tmp_path, monkeypatch):
+def test_the_last_weights_are_used_if_they_are_better_than_the_average(tmp_path, monkeypatch):
     scores = {}
 
     def evaluate(trainer):
-        real = trainer.task.evaluate
+        original = trainer.task.evaluate
 
-        def scored(model):
+        def evaluate_with_score(model):
             is_average = model is trainer.state.ema_model
-            return real(model) | {"val_accuracy": scores["average" if is_average else "last"]}
+            return original(model) | {"val_accuracy": scores["average" if is_average else "last"]}
 
-        return scored
+        return evaluate_with_score
 
-    real_begin = Trainer.begin
+    original_begin = Trainer.begin
 
     def begin(trainer):
         object.__setattr__(trainer.task, "evaluate", evaluate(trainer))
         object.__setattr__(trainer.task, "monitor", "val_accuracy")
-        real_begin(trainer)
+        original_begin(trainer)
 
     monkeypatch.setattr(Trainer, "begin", begin)
     digests = {}
@@ -263,6 +265,8 @@ def test_the_last_weights_are_used_where_they_are_better_on_validation(tmp_path,
     assert digests["a"] != digests["b"]
 
 
-def test_the_train_loss_does_not_depend_on_how_often_it_is_logged(tmp_path):
-    every, *others = (tiny.train(tmp_path / str(n), tiny.settings(log_every=n))[0]["train_loss"] for n in (1, 3, 50))
-    assert others == [every, every]
+def test_the_train_loss_does_not_depend_on_log_every(tmp_path):
+    every_step, *less_often = (
+        tiny.train(tmp_path / str(n), tiny.settings(log_every=n))[0]["train_loss"] for n in (1, 3, 50)
+    )
+    assert less_often == [every_step, every_step]

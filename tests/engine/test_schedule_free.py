@@ -1,4 +1,4 @@
-"""Schedule-free optimizers: what is evaluated, saved and exported is the average of the weights."""
+"""Schedule-free optimizers: the average of the weights is evaluated, saved and exported."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ CONSTANT = ("schedule=constant", "ema=null")
 SHORT = ("data.num_train=100", "duration={steps: 6}", "batch_size=20", "evaluate_test=false", "expect=[]")
 
 
-def test_the_average_is_that_of_algorithm_1_and_the_weights_stay():
+def test_the_average_equals_algorithm_1_and_evaluation_keeps_the_weights():
     pytest.importorskip("schedulefree")
     torch.manual_seed(0)
     lr, beta = 0.05, 0.8
@@ -55,13 +55,13 @@ def test_a_run_resumes_bitwise(name, tmp_path):
     metrics, summary = tiny.train(tmp_path / "whole", config)
     with pytest.raises(StoppedError):
         tiny.train(tmp_path / "stopped", config, on_step=stop_at(9))
-    again, summary_again = tiny.train(tmp_path / "stopped", config)
-    assert tiny.untimed(again) == tiny.untimed(metrics)
-    assert summary_again == summary
+    resumed, resumed_summary = tiny.train(tmp_path / "stopped", config)
+    assert tiny.untimed(resumed) == tiny.untimed(metrics)
+    assert resumed_summary == summary
     assert summary["used_weights"] == "schedule-free average"
 
 
-def test_eval_is_of_the_average(cvlab):
+def test_eval_uses_the_average(cvlab):
     pytest.importorskip("schedulefree")
     code, out, err = cvlab("train", "quickstart", *SHORT, *CONSTANT, "optimizer=schedule_free_adamw", "--json")
     assert code == 0, err
@@ -74,7 +74,7 @@ def test_eval_is_of_the_average(cvlab):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (("schedule=cosine", "ema=null"), "schedule_free_sgd takes none, only warmup"),
         (("schedule=constant", "ema=0.9"), "schedule_free_sgd averages the weights itself"),
@@ -82,9 +82,9 @@ def test_eval_is_of_the_average(cvlab):
         (CONSTANT, "schedulefree is not installed"),
     ],
 )
-def test_what_is_rejected_before_the_run_directory_exists(words, message, cvlab, monkeypatch):
+def test_invalid_settings_are_rejected_before_the_run_directory_exists(overrides, message, cvlab, monkeypatch):
     monkeypatch.setitem(sys.modules, "schedulefree", None)
-    code, out, err = cvlab("train", "quickstart", *SHORT, "optimizer.name=schedule_free_sgd", *words)
+    code, out, err = cvlab("train", "quickstart", *SHORT, "optimizer.name=schedule_free_sgd", *overrides)
     assert code == 2
     assert message in err
     assert "run directory" not in err + out

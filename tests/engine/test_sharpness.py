@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization against its algorithm, written out."""
+"""Sharpness-aware minimization against a plain implementation of its algorithm."""
 
 import itertools
 
@@ -48,21 +48,21 @@ def fit(model, steps, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"split_batch": split_batch}], ids=["whole", "parts"])
-def test_a_step_is_algorithm_1(options):
-    model, twin = build_model(), build_model()
+def test_a_step_equals_algorithm_1(options):
+    model, reference = build_model(), build_model()
     losses = fit(model, 4, **options)
-    weights = [parameter.detach().clone() for parameter in twin.parameters()]
+    weights = [parameter.detach().clone() for parameter in reference.parameters()]
     velocity = [torch.zeros_like(weight) for weight in weights]
 
     def gradient_at(values, batch):
-        for parameter, value in zip(twin.parameters(), values, strict=True):
+        for parameter, value in zip(reference.parameters(), values, strict=True):
             parameter.data.copy_(value)
-        loss = loss_fn(twin, batch)["loss"]
-        return loss.item(), torch.autograd.grad(loss, list(twin.parameters()))
+        loss = loss_fn(reference, batch)["loss"]
+        return loss.item(), torch.autograd.grad(loss, list(reference.parameters()))
 
     for step in range(4):
         loss, gradient = gradient_at(weights, get_batch(step))
-        assert losses[step] == pytest.approx(loss, rel=1e-12), "that of the weights themselves"
+        assert losses[step] == pytest.approx(loss, rel=1e-12), "the loss at the unperturbed weights"
         norm = torch.cat([g.flatten() for g in gradient]).norm()
         _, gradient = gradient_at(
             [w + RADIUS * g / norm for w, g in zip(weights, gradient, strict=True)], get_batch(step)
@@ -74,31 +74,31 @@ def test_a_step_is_algorithm_1(options):
         torch.testing.assert_close(parameter.detach(), weight, rtol=1e-9, atol=1e-12)
 
 
-def test_statistics_of_batchnorm_are_those_of_the_weights():
-    model, plain = build_model(nn.BatchNorm1d(8)), build_model(nn.BatchNorm1d(8))
+def test_statistics_of_batchnorm_are_those_of_the_unperturbed_weights():
+    model, reference = build_model(nn.BatchNorm1d(8)), build_model(nn.BatchNorm1d(8))
     fit(model, 1)
-    plain.train()(get_batch(0)[0])
-    for buffer, expected in zip(model.buffers(), plain.buffers(), strict=True):
+    reference.train()(get_batch(0)[0])
+    for buffer, expected in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(buffer, expected)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0, float("inf"), float("nan")])
-def test_the_weights_are_restored_to_the_last_bit_and_the_gradient_stays(value):
+def test_the_weights_are_restored_exactly_and_the_gradient_is_not_reset(value):
     model = build_model()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
     model[0].bias.grad = None
     with sharpness.perturbed(model, list(model.parameters()), RADIUS):
-        moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
-        distance = torch.cat([offset.flatten() for offset in moved]).norm().item()
+        offsets = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+        distance = torch.cat([offset.flatten() for offset in offsets]).norm().item()
         model[0].weight.grad = torch.ones_like(model[0].weight)
     assert distance == pytest.approx(RADIUS if value == 1.0 else 0.0)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert model[0].weight.grad.eq(1).all()
 
 
-def test_a_loss_that_is_not_finite_at_the_moved_weights_ends_the_run_with_the_weights_before():
+def test_a_loss_that_is_not_finite_at_the_perturbed_weights_leaves_the_weights_unchanged():
     model = build_model()
     before = [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -120,20 +120,20 @@ def test_a_run_resumes_bitwise(tmp_path):
     metrics, summary = tiny.train(tmp_path / "whole", config)
     with pytest.raises(StoppedError):
         tiny.train(tmp_path / "stopped", config, on_step=stop_at(5))
-    again, summary_again = tiny.train(tmp_path / "stopped", config)
-    assert tiny.untimed(again) == tiny.untimed(metrics)
-    assert summary_again == summary
+    resumed, resumed_summary = tiny.train(tmp_path / "stopped", config)
+    assert tiny.untimed(resumed) == tiny.untimed(metrics)
+    assert resumed_summary == summary
     assert summary != tiny.train(tmp_path / "plain")[1]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (("quickstart", "skip_easy=0.5"), "skip_easy would compare the losses of the moved weights"),
         (("caption_scenes", "reward_epochs=1"), "reward_epochs samples other captions"),
     ],
 )
-def test_what_sees_the_losses_of_both_passes_is_rejected(words, message, cvlab):
-    code, _, err = cvlab("train", *words, "sam=0.05", "--dry-run")
+def test_features_that_depend_on_a_single_pass_are_rejected(args, message, cvlab):
+    code, _, err = cvlab("train", *args, "sam=0.05", "--dry-run")
     assert code == 2
     assert message in err

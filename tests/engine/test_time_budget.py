@@ -1,4 +1,4 @@
-"""Plans of a time budget: continuous progress, ends that fit, invalid budgets."""
+"""Plans of a time budget: continuous progress, replanning to end in time, invalid budgets."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from cvlab.engine.time_budget import Plan
 from cvlab.errors import ConfigError
 
 
-def test_progress_without_a_history_is_the_share_of_steps():
+def test_progress_without_replanning_is_the_fraction_of_steps():
     assert [Plan(4).progress(step + 0.5) for step in range(4)] == [0.125, 0.375, 0.625, 0.875]
     assert Plan(4).progress(0) == 0
     assert Plan(4).progress(4) == 1
@@ -28,24 +28,24 @@ def test_progress_is_continuous_when_the_plan_changes():
     values = [plan.progress(step) for step in range(71)]
     assert all(a < b for a, b in itertools.pairwise(values))
     assert max(b - a for a, b in itertools.pairwise(values)) < 0.05
-    assert Plan(100).changed(50, 20).total_steps == 51, "what is done is done"
+    assert Plan(100).changed(50, 20).total_steps == 51, "no fewer steps than have been taken"
     for step in range(50):
-        assert plan.progress(step + 0.5) == Plan(100).progress(step + 0.5), "to the last bit, what it was before"
+        assert plan.progress(step + 0.5) == Plan(100).progress(step + 0.5), "the progress of earlier steps is unchanged"
 
 
 def test_a_replanned_run_ends_with_the_budget():
     plan = Plan(1000)
-    assert plan.replan(500, seconds_left=30.0, seconds_per_step=0.0598) is plan, "it fits"
+    assert plan.replan(500, seconds_left=30.0, seconds_per_step=0.0598) is plan, "the plan fits the budget"
     slower = plan.replan(500, seconds_left=30.0, seconds_per_step=0.1)
     assert slower.total_steps == 500 + 300
     assert slower.history == ((500, 1000),)
     assert plan.replan(500, 30.0, 0.03).total_steps == 500 + 1000, "faster: more steps"
     assert plan.replan(500, -1.0, 0.03).total_steps == 501
-    looked_at = [step for step in range(1, 1001) if plan.is_replanned_after(step)]
-    assert looked_at == [math.ceil(1000 * share - 1e-9) for share in time_budget.REPLAN_AT]
+    replanned_after = [step for step in range(1, 1001) if plan.is_replanned_after(step)]
+    assert replanned_after == [math.ceil(1000 * share - 1e-9) for share in time_budget.REPLAN_AT]
 
 
-PACES = {
+STEP_SECONDS = {
     "even": [0.01] * 5000,
     "slower": [0.01] * 300 + [0.02] * 5000,
     "faster": [0.02] * 200 + [0.008] * 8000,
@@ -54,15 +54,15 @@ PACES = {
 }
 
 
-@pytest.mark.parametrize("pace", PACES.values(), ids=PACES)
-def test_the_budget_is_nearly_used_up_at_any_pace(pace):
-    plan, used, step, seen = time_budget.first_plan(10.0, pace[0]), 0.0, 0, (0, 0.0)
+@pytest.mark.parametrize("step_seconds", STEP_SECONDS.values(), ids=STEP_SECONDS)
+def test_the_budget_is_almost_used_up_whatever_the_step_time(step_seconds):
+    plan, used, step, previous = time_budget.first_plan(10.0, step_seconds[0]), 0.0, 0, (0, 0.0)
     while step < plan.total_steps:
-        used += pace[step]
+        used += step_seconds[step]
         step += 1
         if plan.is_replanned_after(step):
-            recent = (used - seen[1]) / (step - seen[0])
-            seen = (step, used)
+            recent = (used - previous[1]) / (step - previous[0])
+            previous = (step, used)
             plan = plan.replan(step, time_budget.usable_seconds(10.0) - used, max(recent, used / step))
     assert 9.7 < used <= 10.0
 

@@ -1,4 +1,4 @@
-"""State of a model outside its state_dict is reported, in whatever form; what is not state is not reported."""
+"""State of a model outside its state_dict is reported, whatever its type; other attributes are not."""
 
 import collections
 import itertools
@@ -17,7 +17,7 @@ from tests import tiny
 
 
 class Block(nn.Module):
-    """A layer with an attribute, and what a step does with it."""
+    """A layer with an attribute `value` that each forward pass mutates or replaces."""
 
     def __init__(self, value, mutate=lambda value: None, replace=None):
         super().__init__()
@@ -32,8 +32,8 @@ class Block(nn.Module):
         return self.linear(x)
 
 
-def reported(model, example, num_steps=2):
-    """Return what is reported about a model in training."""
+def reported_names(model, example, num_steps=2):
+    """Train a model for a few steps; return the names that are reported."""
     observer = UnsavedState(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     names = None
@@ -98,14 +98,14 @@ MUTATED = {
 def test_an_attribute_that_is_replaced_is_reported(kind):
     value, replace = REPLACED[kind]
     model = nn.Sequential(nn.Linear(4, 4), Block(value, replace=replace))
-    assert reported(model, torch.ones(2, 4)) == ["1.value"]
+    assert reported_names(model, torch.ones(2, 4)) == ["1.value"]
 
 
 @pytest.mark.parametrize("kind", MUTATED)
 def test_an_attribute_that_is_changed_in_place_is_reported(kind):
     value, mutate = MUTATED[kind]
     model = nn.Sequential(nn.Linear(4, 4), Block(value, mutate))
-    assert reported(model, torch.ones(2, 4)) == ["1.value"]
+    assert reported_names(model, torch.ones(2, 4)) == ["1.value"]
 
 
 def test_class_attributes_and_buffers_that_are_not_saved_are_reported():
@@ -115,23 +115,23 @@ def test_class_attributes_and_buffers_that_are_not_saved_are_reported():
         def forward(self, x):
             type(self).calls += 1
             self.mean.add_(1)
-            self.seen.add_(1)
+            self.count.add_(1)
             return super().forward(x)
 
     model = Net(4, 3)
     model.register_buffer("mean", torch.zeros(1))
-    model.register_buffer("seen", torch.zeros(1), persistent=False)
-    assert reported(model, torch.ones(2, 4)) == ["Net.calls", "seen"]
+    model.register_buffer("count", torch.zeros(1), persistent=False)
+    assert reported_names(model, torch.ones(2, 4)) == ["Net.calls", "count"]
 
 
 def test_a_change_in_the_backward_pass_is_reported():
     model = Block(0)
     model.register_full_backward_hook(lambda module, *_: setattr(module, "value", module.value + 1))
-    assert reported(model, torch.ones(2, 4, requires_grad=True)) == ["value"]
+    assert reported_names(model, torch.ones(2, 4, requires_grad=True)) == ["value"]
 
 
 def test_a_counter_is_reported_after_a_single_step():
-    assert reported(Block(0, replace=lambda value: value + 1), torch.ones(2, 4), num_steps=1) == ["value"]
+    assert reported_names(Block(0, replace=lambda value: value + 1), torch.ones(2, 4), num_steps=1) == ["value"]
 
 
 @pytest.mark.parametrize(
@@ -148,58 +148,58 @@ def test_a_counter_is_reported_after_a_single_step():
         pytest.param(object(), lambda _value: None, None, id="object"),
     ],
 )
-def test_what_is_no_state_is_not_reported(value, mutate, replace):
-    assert reported(Block(value, mutate, replace), torch.ones(2, 4)) == []
+def test_attributes_that_are_not_state_are_not_reported(value, mutate, replace):
+    assert reported_names(Block(value, mutate, replace), torch.ones(2, 4)) == []
 
 
-def test_lists_and_views_of_what_is_saved_and_results_are_not_reported():
+def test_views_of_saved_tensors_and_results_are_not_reported():
     class Net(nn.Linear):
         def forward(self, x):
             self.weights, self.view, self.loop = [self.weight, self.bias], self.weight[:1], [self]
             self.result = super().forward(x)
             return self.result
 
-    assert reported(Net(4, 3), torch.ones(2, 4)) == []
+    assert reported_names(Net(4, 3), torch.ones(2, 4)) == []
 
 
-def test_weights_that_are_computed_from_others_are_not_reported():
+def test_parametrized_weights_are_not_reported():
     for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
-        assert reported(wrap(nn.Linear(4, 3)), torch.ones(2, 4)) == []
+        assert reported_names(wrap(nn.Linear(4, 3)), torch.ones(2, 4)) == []
 
 
-ZOO = {
+LIBRARY_MODELS = {
     "timm": ["test_resnet", "test_vit", "test_efficientnet_gn"],
     "torchvision": ["shufflenet_v2_x0_5", "mobilenet_v3_small"],
 }
-SLOW_ZOO = {
+SLOW_LIBRARY_MODELS = {
     "timm": ["test_byobnet", "test_convnext", "test_efficientnet_ln", "test_nfnet", "test_vit2", "test_mambaout"],
     "torchvision": ["resnet18", "densenet121", "googlenet", "swin_t", "vit_b_32"],
 }
 
 
-@pytest.mark.parametrize("zoo_models", [ZOO, pytest.param(SLOW_ZOO, marks=pytest.mark.slow)])
-def test_models_of_timm_and_torchvision_are_not_reported(zoo_models):
-    for name in zoo_models["timm"]:
+@pytest.mark.parametrize("library_models", [LIBRARY_MODELS, pytest.param(SLOW_LIBRARY_MODELS, marks=pytest.mark.slow)])
+def test_models_of_timm_and_torchvision_are_not_reported(library_models):
+    for name in library_models["timm"]:
         model = _compat.timm().create_model(name, num_classes=3)
         size = model.default_cfg["input_size"][-1]
-        assert reported(model, torch.rand(2, 3, size, size)) == [], name
-    for name in zoo_models["torchvision"]:
+        assert reported_names(model, torch.rand(2, 3, size, size)) == [], name
+    for name in library_models["torchvision"]:
         size = 224 if name == "vit_b_32" else 64
         arguments = {"init_weights": True} if name == "googlenet" else {}
         model = getattr(_compat.torchvision().models, name)(weights=None, num_classes=3, **arguments)
-        assert reported(model, torch.rand(2, 3, size, size)) == [], name
+        assert reported_names(model, torch.rand(2, 3, size, size)) == [], name
 
 
 @pytest.mark.parametrize("name", ["deep_convnet", "three_layer_convnet", "fc_net", "preact_resnet", "whiten_net"])
-def test_own_models_are_not_reported(name, tmp_path):
+def test_models_of_cvlab_are_not_reported(name, tmp_path):
     shape = {"in_channels": 3, "image_size": 32, "num_classes": 3}
     arguments = {"deep_convnet": {"filters": (4,), "pools": (0,)}, "fc_net": {"hidden": (4,)}}.get(name, {})
     namespace = registry.get("layers", "torch", layers.LAYERS)
     model = model_registry.build(name, arguments, tmp_path, layers=namespace, **shape)
-    assert reported(model, torch.rand(2, 3, 32, 32)) == []
+    assert reported_names(model, torch.rand(2, 3, 32, 32)) == []
 
 
-def test_a_run_of_ours_does_not_warn(tmp_path):
+def test_a_run_without_unsaved_state_does_not_warn(tmp_path):
     tiny.train(tmp_path)
     assert "warning" not in (tmp_path / "log.txt").read_text()
 

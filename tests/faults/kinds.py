@@ -1,4 +1,4 @@
-"""Faults of every kind of experiment: `python -m tests.faults.kinds SCENARIO FOLDER COUNT`, as server.py does it."""
+"""Faults of every kind of experiment: `python -m tests.faults.kinds SCENARIO FOLDER COUNT`, in forks like server.py."""
 
 import contextlib
 import hashlib
@@ -25,15 +25,24 @@ from cvlab.experiments.captioning import scene_captions
 from cvlab.experiments.style.config import has_network
 from cvlab.runs import checkpoint
 from cvlab.runs.records import read_summary
-from tests.faults.texts import CLASSIFIER, CONFIG, KINDS, NEEDS_NETWORK, READERS, SWEEP_OF_KINDS, TRAINING, WRITERS
+from tests.faults.texts import (
+    CLASSIFIER,
+    CONFIG,
+    KINDS,
+    NEEDS_NETWORK,
+    READERS,
+    SWEEP_OF_KINDS,
+    TRAIN_OVERRIDES,
+    WRITERS,
+)
 
-PHASES = "'duration={epochs: 4}' batch_size=16 log_every=1 " + TRAINING
-HEAD_STEPS = 2 * (76 // 16)  # of the first two epochs, before the backbone's last stage is trained
+PHASES = "'duration={epochs: 4}' batch_size=16 log_every=1 " + TRAIN_OVERRIDES
+HEAD_STEPS = 2 * (76 // 16)  # the first two epochs, before the last stage of the backbone is trained
 UNTIMED = ("train_seconds", "images_per_second", "seconds_per_photo", "seconds_of_steps", "seconds_of_network")
 
 
 def outcome(run):
-    """Return what a run has come to, without what differs from time to time: metrics, results, pictures, weights."""
+    """Return the metrics without times, the results, and the digests of weights and pictures of a run."""
     summary = read_summary(run)
     metrics = {name: value for name, value in summary["metrics"].items() if name not in UNTIMED}
     pictures = {
@@ -44,9 +53,9 @@ def outcome(run):
     return [metrics, summary.get("results"), summary.get("weights_sha256"), pictures, trials]
 
 
-def difference(wanted, found):
-    """Return what differs between two outcomes, as text; empty where nothing does."""
-    return [f"{a} != {b}" for a, b in zip(wanted, found, strict=True) if a != b]
+def difference(expected, actual):
+    """Return the differences between two outcomes as text."""
+    return [f"{a} != {b}" for a, b in zip(expected, actual, strict=True) if a != b]
 
 
 def classes_of_noise(folder, count):
@@ -59,7 +68,7 @@ def classes_of_noise(folder, count):
 
 
 def command_lines(folder):
-    """Return a short command line of each kind of experiment, which saves after every step, by name."""
+    """Return a short command line of each kind of experiment that saves a checkpoint after every step, by name."""
     photos = folder / "photos"
     photos.mkdir()
     for k in range(3):
@@ -80,18 +89,18 @@ def command_lines(folder):
 
 
 def kinds(folder, count):
-    """Kill each kind of experiment up to `count` times and resume it; compare with one that was left alone."""
-    found = {}
+    """Kill each kind of experiment up to `count` times and resume it; compare with an uninterrupted run."""
+    results = {}
     for name, arguments in command_lines(folder).items():
         whole, killed = folder / name / "whole", folder / name / "killed"
-        began = time.monotonic()
+        start_time = time.monotonic()
         assert wait(in_child(lambda a=arguments, r=whole: main.main([*a, "--runs-dir", str(r), "-q"]))) == 0, name
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start_time
         kills_done = 0
         while True:
-            again = ["resume", "latest"] if (killed / "latest" / "config.yaml").is_file() else arguments
-            shutil.rmtree(killed, ignore_errors=True) if again is arguments else None
-            pid = in_child(lambda a=again, r=killed: main.main([*a, "--runs-dir", str(r), "-q"]))
+            command = ["resume", "latest"] if (killed / "latest" / "config.yaml").is_file() else arguments
+            shutil.rmtree(killed, ignore_errors=True) if command is arguments else None
+            pid = in_child(lambda a=command, r=killed: main.main([*a, "--runs-dir", str(r), "-q"]))
             if kills_done == count:
                 assert wait(pid) == 0, name
                 break
@@ -99,9 +108,14 @@ def kinds(folder, count):
                 break
             kills_done += 1
         differ = difference(outcome(whole / "latest"), outcome(killed / "latest"))
-        left = [path.name for path in (killed / "latest").resolve().rglob(".*.tmp")]
-        found[name] = {"kills": kills_done, "differ": differ, "left": left, "corrupt": corrupt_files(killed / "latest")}
-    return found
+        temporary_files = [path.name for path in (killed / "latest").resolve().rglob(".*.tmp")]
+        results[name] = {
+            "kills": kills_done,
+            "differ": differ,
+            "temporary_files": temporary_files,
+            "corrupt": corrupt_files(killed / "latest"),
+        }
+    return results
 
 
 def phases(folder, _count):
@@ -121,29 +135,29 @@ def phases(folder, _count):
     assert wait(start(arguments, "whole")) == 0
     killed = folder / "killed"
 
-    def lines(pattern):
+    def count_lines(pattern):
         return sum(len(path.read_bytes().splitlines()) for path in killed.glob(pattern))
 
-    moments = {  # of the phase -> whether it has begun
+    phase_conditions = {  # phase -> whether it has begun
         "decode": lambda: any(killed.glob("data/photos-*/*.rows")),
-        "features": lambda: lines("data/features-*/*-features.jsonl") > 0,
-        "head": lambda: lines("runs/latest/metrics.jsonl") > 2,
-        "finetune": lambda: lines("runs/latest/metrics.jsonl") > HEAD_STEPS + 2,
+        "features": lambda: count_lines("data/features-*/*-features.jsonl") > 0,
+        "head": lambda: count_lines("runs/latest/metrics.jsonl") > 2,
+        "finetune": lambda: count_lines("runs/latest/metrics.jsonl") > HEAD_STEPS + 2,
     }
-    found, command = {}, arguments
-    for name, has_begun in moments.items():
+    results, command = {}, arguments
+    for name, has_begun in phase_conditions.items():
         pid = start(command, "killed")
         while not has_begun():
-            assert not os.waitpid(pid, os.WNOHANG)[0], f"it ended before {name}"
+            assert not os.waitpid(pid, os.WNOHANG)[0], f"the run ended before {name}"
             time.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
-        found[name] = {"code": wait(pid), "cached": lines("data/*/*.jsonl")}
+        results[name] = {"code": wait(pid), "cached": count_lines("data/*/*.jsonl")}
         command = ["resume", "latest"]
     assert wait(start(command, "killed")) == 0
-    whole, again = folder / "whole" / "runs" / "latest", killed / "runs" / "latest"
+    whole, resumed = folder / "whole" / "runs" / "latest", killed / "runs" / "latest"
     rows = {path.name: path.read_bytes() for path in (folder / "whole" / "data").rglob("*.rows")}
-    same = rows == {path.name: path.read_bytes() for path in (killed / "data").rglob("*.rows")}
-    return found | {"end": {"differ": difference(outcome(whole), outcome(again)), "same_cache": same}}
+    same_cache = rows == {path.name: path.read_bytes() for path in (killed / "data").rglob("*.rows")}
+    return results | {"end": {"differ": difference(outcome(whole), outcome(resumed)), "same_cache": same_cache}}
 
 
 def _mount(options, path):
@@ -151,89 +165,91 @@ def _mount(options, path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
 
 
-def _said(work, path):
-    """Run a command line in a child; return its exit code and the lines that it said on standard error."""
+def _run_captured(work, path):
+    """Call a function in a child process; return its exit code and the lines of its output."""
 
-    def quiet():
+    def redirected():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         return work()
 
-    return wait(in_child(quiet)), path.read_text(errors="replace").splitlines()
+    return wait(in_child(redirected)), path.read_text(errors="replace").splitlines()
 
 
 def small_disks(folder, count):
     """Let each kind of experiment fill a small disk, `count` sizes each; then make the disk larger and resume it.
 
-    To be run where a file system may be mounted: `unshare --user --map-root-user --mount`.
+    Requires the right to mount file systems: `unshare --user --map-root-user --mount`.
     """
-    disk, said = folder / "disk", folder / "said"
-    found = {}
+    disk, output = folder / "disk", folder / "output"
+    results = {}
     for index, (name, arguments) in enumerate(command_lines(folder).items()):
         root = disk / "runs"
         _mount("size=1g", disk)
-        code, lines = _said(lambda a=arguments, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), said)
+        code, lines = _run_captured(lambda a=arguments, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), output)
         assert code == 0, (name, lines)
         whole, used = outcome(root / "latest"), shutil.disk_usage(disk).used
         subprocess.run(["umount", str(disk)], check=True)
         for number in range(count):
-            share = (number + (0.15, 0.4, 0.6)[index % 3]) / count
-            _mount(f"size={max(8192, int(share * used))}", disk)
-            code, lines = _said(lambda a=arguments, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), said)
+            fraction = (number + (0.15, 0.4, 0.6)[index % 3]) / count
+            _mount(f"size={max(8192, int(fraction * used))}", disk)
+            code, lines = _run_captured(lambda a=arguments, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), output)
             entry = {"code": code, "errors": [line for line in lines if line.startswith("error:")]}
             entry["traceback"] = any("Traceback" in line for line in lines)
             latest = root / "latest"
-            entry |= {"corrupt": corrupt_files(latest), "left": len(list(root.rglob(".*.tmp")))}
+            entry |= {"corrupt": corrupt_files(latest), "temporary_files": len(list(root.rglob(".*.tmp")))}
             subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-            again = ["resume", "latest"] if (latest / "config.yaml").is_file() else arguments
-            entry["resumed"], lines = _said(lambda a=again, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), said)
+            command = ["resume", "latest"] if (latest / "config.yaml").is_file() else arguments
+            entry["resumed"], lines = _run_captured(
+                lambda a=command, r=root: main.main([*a, "--runs-dir", str(r), "-q"]), output
+            )
             entry["same"] = entry["resumed"] == 0 and outcome(root / "latest") == whole
-            entry["why"] = "" if entry["same"] else lines[-3:]
+            entry["reason"] = "" if entry["same"] else lines[-3:]
             subprocess.run(["umount", str(disk)], check=True)
-            found[f"{name} {share:.2f}"] = entry
-    return found
+            results[f"{name} {fraction:.2f}"] = entry
+    return results
 
 
 def read_only(folder, count):
-    """Make the runs unwritable and try what reads and what writes; then take a run's folder away while it writes."""
+    """Mount the runs read-only; return the exit code and the errors of each command that reads or writes."""
     command_lines(folder)
     (folder / "c.yaml").write_text(CONFIG)
-    root, said = folder / "runs", folder / "said"
+    root, output = folder / "runs", folder / "output"
 
     def train():
         save = checkpoint.save
 
-        def stopping(place, step, state, is_best=False):
-            save(place, step, state, is_best)
+        def save_and_exit(path, step, state, is_best=False):
+            save(path, step, state, is_best)
             if step == 5:
                 os._exit(9)
 
-        checkpoint.save = stopping
+        checkpoint.save = save_and_exit
         main.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
 
     assert wait(in_child(train)) == 9
     subprocess.run(["mount", "--bind", str(root), str(root)], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", str(root)], check=True)
-    found = {}
+    results = {}
     for line in (*READERS, *WRITERS)[: count or None]:
-        words = [word.replace("{folder}", str(folder)) for word in line.split()]
-        code, lines = _said(lambda a=words: main.main([*a, "--runs-dir", str(root)]), said)
+        args = [word.replace("{folder}", str(folder)) for word in line.split()]
+        code, lines = _run_captured(lambda a=args: main.main([*a, "--runs-dir", str(root)]), output)
         errors = [text for text in lines if text.startswith(("error:", "warning:"))]
-        found[line] = {"code": code, "said": errors, "traceback": any("Traceback" in text for text in lines)}
-    return found
+        results[line] = {"code": code, "errors": errors, "traceback": any("Traceback" in text for text in lines)}
+    return results
 
 
 def removed(folder, count):
-    """Remove the folder of a training that goes on; return its exit code and what it said."""
+    """Remove the folder of a training run in progress; return its exit code and its output."""
     (folder / "c.yaml").write_text(CONFIG)
-    found = {}
+    results = {}
     for number in range(count):
         root = folder / f"runs{number}"
         arguments = ["train", str(folder / "c.yaml"), "save_seconds=0.2", "--runs-dir", str(root), "-q"]
 
         def work(arguments=arguments):
-            descriptor = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            descriptor = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 2)
             main.main(arguments)
 
@@ -242,14 +258,14 @@ def removed(folder, count):
         while not any((root / "latest" / "checkpoints").glob("*.pt")) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(RANDOM.uniform(0, 0.3))
-        for _ in range(100):  # it may write a file between the listing of the folder and its removal
+        for _ in range(100):  # the run may write a file between the listing of the folder and its removal
             with contextlib.suppress(OSError):
                 shutil.rmtree((root / "latest").resolve())
                 break
         code = wait(pid)
-        lines = (folder / "said").read_text().splitlines()
-        found[str(number)] = {"code": code, "said": lines, "traceback": any("Traceback" in text for text in lines)}
-    return found
+        lines = (folder / "stderr").read_text().splitlines()
+        results[str(number)] = {"code": code, "output": lines, "traceback": any("Traceback" in text for text in lines)}
+    return results
 
 
 SCENARIOS = {f.__name__: f for f in (kinds, phases, small_disks, read_only, removed)}

