@@ -38,9 +38,8 @@ def sweep(tmp_path):
 def run_scheduler(run, executor, monkeypatch, **options):
     trials = sorted((run.path / "trials").iterdir())
     monkeypatch.setattr(executors, "get_executor", lambda config: executor)
-    sweep_scheduler = SweepScheduler(
-        "s", run, Limits(run.path.resolve(), 1, SubmitConfig(**options)), trials, len(trials)
-    )
+    limits = Limits(run.path.resolve(), 1, SubmitConfig(**options))
+    sweep_scheduler = SweepScheduler("s", run, limits, trials, len(trials))
     with run.locked(), StopRequest() as stop:
         sweep_scheduler.run(stop)
     return sweep_scheduler
@@ -132,12 +131,8 @@ def test_the_scheduler_waits_if_orphans_run_all_remaining_trials(sweep, monkeypa
             orphan.wait()
 
         monkeypatch.setattr(scheduler.time, "sleep", sleep)
-        assert (
-            run_scheduler(
-                sweep, sequential_executor(lambda trial: started.append(trial) or finish(trial)), monkeypatch
-            ).done
-            == 3
-        )
+        executor = sequential_executor(lambda trial: started.append(trial) or finish(trial))
+        assert run_scheduler(sweep, executor, monkeypatch).done == 3
     assert len(started) == (0 if ends else 1)
     assert "waiting for 1 that are still running from an earlier start" in (sweep.path / "log.txt").read_text()
 
