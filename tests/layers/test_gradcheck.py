@@ -123,7 +123,7 @@ def test_relative_error_has_a_floor():
     assert not layers_gradcheck.GradCheckResult("x", float("nan"), 0.0, 1.0).ok
 
 
-def test_the_command(cvlab):
+def test_command(cvlab):
     code, out, _ = cvlab("gradcheck", "--json")
     result = json.loads(out)
     names = [check["name"] for check in result["checks"]]

@@ -81,11 +81,8 @@ def test_folding_is_skipped_if_it_changes_the_logits():
 def test_other_models_load_weights_from_a_file(name, tmp_path):
     prefix, _, model_name = name.partition(":")
     torch.manual_seed(0)
-    original = (
-        _compat.timm().create_model(model_name)
-        if prefix == "timm"
-        else _compat.torchvision().models.get_model(model_name)
-    )
+    build = _compat.timm().create_model if prefix == "timm" else _compat.torchvision().models.get_model
+    original = build(model_name)
     torch.save(
         {"state_dict": {f"module.{key}": value for key, value in original.state_dict().items()}}, tmp_path / "w.pth"
     )
@@ -178,9 +175,9 @@ def test_sources_of_weights():
     url, path = weights._source("timm:resnet50.a1_in1k")
     assert url == "https://huggingface.co/timm/resnet50.a1_in1k/resolve/main/model.safetensors"
     assert path.name == "resnet50.a1_in1k.safetensors"
-    for wrong in ("efficientnet_lite0", "timm:resnet5O", "torchvision:x"):
+    for name in ("efficientnet_lite0", "timm:resnet5O", "torchvision:x"):
         with pytest.raises(ConfigError):
-            weights._source(wrong)
+            weights._source(name)
 
 
 def test_nothing_is_fetched_offline(monkeypatch, tmp_path):
@@ -190,24 +187,24 @@ def test_nothing_is_fetched_offline(monkeypatch, tmp_path):
 
 
 def test_size_and_checksum_published_by_a_server():
-    def answer(handler):
+    def respond(handler):
         handler.send_response(302)
         handler.send_header("Location", "http://localhost:1/elsewhere")
         handler.send_header("X-Linked-Size", "123")
         handler.send_header("X-Linked-ETag", '"' + "ab" * 32 + '"')
         handler.end_headers()
 
-    with server(answer) as (url, _):
+    with server(respond) as (url, _):
         assert download.published_size_and_sha256(f"{url}/model.safetensors") == (123, "ab" * 32)
 
 
 def test_classes_by_name_and_by_number():
     model = pretrained.build()
     assert model.class_index("ostrich") == 9
-    few = pretrained.PretrainedClassifier("mine", model.module, model.transform, ("class 0", "class 1"))
-    assert few.class_index("1") == 1
+    two_classes = pretrained.PretrainedClassifier("mine", model.module, model.transform, ("class 0", "class 1"))
+    assert two_classes.class_index("1") == 1
     with pytest.raises(ConfigError, match="2 classes: class 0, class 1"):
-        few.class_index("2")
+        two_classes.class_index("2")
 
 
 WRAPPINGS = {

@@ -89,7 +89,7 @@ def test_memory_counts_each_tensor_once_and_no_views():
     assert by_layer == [4 * 24 * 24 * 4, 0, 0, 5 * 4]
 
 
-def test_receptive_fields_are_none_where_they_are_not_defined():
+def test_undefined_receptive_fields_are_none():
     gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
 
     class Gated(nn.Module):
@@ -154,10 +154,7 @@ def test_the_model_is_unchanged():
         (("yolo_scenes", "size=64"), ("backbone.", "head.")),
         (("faster_rcnn_scenes", "size=64"), ("backbone.", "head.")),
         (("caption_scenes", "size=64", "min_word_count=1"), ("backbone.", "decoder.")),
-        (
-            ("yolo_voc07", "size=64"),
-            ("backbone.", "head."),
-        ),  # from the fallback: the number of classes depends on the data
+        (("yolo_voc07", "size=64"), ("backbone.", "head.")),  # the number of classes is that of the fallback
     ],
 )
 def test_detectors_and_captioners_have_two_parts(cvlab, tmp_path, arguments, parts):

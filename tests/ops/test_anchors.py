@@ -71,7 +71,7 @@ class TestWorkedExample:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (3, 5)])
 class TestEachMap:
-    def test_centres_and_anchors(self, height, width):
+    def test_centers_and_anchors(self, height, width):
         centers = anchors.grid_centers(height, width)
         assert centers.tolist() == [[[c + 0.5, r + 0.5] for c in range(width)] for r in range(height)]
         actual = anchors.generate_anchors(centers, ANCHOR_SHAPES)
@@ -97,8 +97,8 @@ def test_ties_go_to_the_first():
     twins = torch.tensor([[1.0, 1], [2, 2], [2, 2]])
     assert anchors.match_anchors_to_boxes(torch.tensor([[0.0, 0, 1, 1]]), centers, twins)[0].item() == 0
     assert anchors.match_anchors_to_boxes(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centers, twins)[0].item() == 4
-    same = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
-    assert len(set(anchors.match_anchors_to_boxes(same, centers, ANCHOR_SHAPES)[0].tolist())) == 1
+    boxes_xyxy = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
+    assert len(set(anchors.match_anchors_to_boxes(boxes_xyxy, centers, ANCHOR_SHAPES)[0].tolist())) == 1
 
 
 def test_without_boxes():

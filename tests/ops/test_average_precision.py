@@ -49,22 +49,22 @@ def overlap(a, b):
 
 def slow_outcomes(detections, ground_truth, label, threshold, rule):
     """Return the outcomes for one image and class, the highest scores first: True, False, or None if ignored."""
-    order = sorted(range(len(detections.labels)), key=lambda k: -float(detections.scores[k]))
-    order = [k for k in order if detections.labels[k] == label]
+    indices = sorted(range(len(detections.labels)), key=lambda k: -float(detections.scores[k]))
+    indices = [k for k in indices if detections.labels[k] == label]
     candidates = [m for m in range(len(ground_truth.labels)) if ground_truth.labels[m] == label]
-    used, outcomes = set(), []
-    for k in order:
+    matched, outcomes = set(), []
+    for k in indices:
         overlaps = {
             m: overlap(detections.boxes_xyxy[k].tolist(), ground_truth.boxes_xyxy[m].tolist()) for m in candidates
         }
         if rule == "coco":
             free = [
-                m for m in candidates if m not in used and not ground_truth.difficult[m] and overlaps[m] >= threshold
+                m for m in candidates if m not in matched and not ground_truth.difficult[m] and overlaps[m] >= threshold
             ]
             ignored = [m for m in candidates if ground_truth.difficult[m] and overlaps[m] >= threshold]
             best = max(free, key=lambda m: (overlaps[m], m), default=None)
             outcomes.append((float(detections.scores[k]), True if best is not None else None if ignored else False))
-            used |= {best} if best is not None else set()
+            matched |= {best} if best is not None else set()
         else:
             best = max(candidates, key=lambda m: overlaps[m], default=None)
             if best is None or overlaps[best] < threshold:
@@ -72,8 +72,8 @@ def slow_outcomes(detections, ground_truth, label, threshold, rule):
             elif ground_truth.difficult[best]:
                 outcomes.append((float(detections.scores[k]), None))
             else:
-                outcomes.append((float(detections.scores[k]), best not in used))
-                used.add(best)
+                outcomes.append((float(detections.scores[k]), best not in matched))
+                matched.add(best)
     return outcomes
 
 
@@ -157,10 +157,22 @@ def to_coco(detections, truths):
     return {"images": images, "annotations": annotations, "categories": categories, "info": {}}, results
 
 
+def coco_precision(coco_json, results):
+    """Return the precision computed by faster_coco_eval for objects of all sizes, (thresholds, 101, classes)."""
+    faster_coco_eval = pytest.importorskip("faster_coco_eval")
+    coco_gt = faster_coco_eval.COCO(coco_json)
+    coco_dt = coco_gt.loadRes(results)
+    coco_eval = faster_coco_eval.COCOeval_faster(coco_gt, coco_dt, "bbox", print_function=lambda *_: None)
+    coco_eval.params.areaRng, coco_eval.params.areaRngLbl = [[0, 1e10]], ["all"]
+    coco_eval.params.maxDets = [100]
+    coco_eval.evaluate()
+    coco_eval.accumulate()
+    return torch.from_numpy(np.asarray(coco_eval.eval["precision"]))[..., 0, 0]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_each_class_and_threshold_matches_faster_coco_eval_with_difficult_boxes(seed):
     """Each difficult box is detected at most once: COCO ignores only the first detection of it, cvlab all of them."""
-    faster_coco_eval = pytest.importorskip("faster_coco_eval")
     generator = torch.Generator().manual_seed(seed)
     detections, ground_truth = [], []
     for _ in range(30):
@@ -174,15 +186,7 @@ def test_each_class_and_threshold_matches_faster_coco_eval_with_difficult_boxes(
         detections.append(Detections(detected_boxes, scores, detected_labels))
         ground_truth.append(GroundTruth(boxes, labels, torch.rand(count, generator=generator) < 0.3))
     coco_json, results = to_coco(detections, ground_truth)
-    coco_gt = faster_coco_eval.COCO(coco_json)
-    coco_eval = faster_coco_eval.COCOeval_faster(
-        coco_gt, coco_gt.loadRes(results), "bbox", print_function=lambda *_: None
-    )
-    coco_eval.params.areaRng, coco_eval.params.areaRngLbl = [[0, 1e10]], ["all"]
-    coco_eval.params.maxDets = [100]
-    coco_eval.evaluate()
-    coco_eval.accumulate()
-    precision = torch.from_numpy(np.asarray(coco_eval.eval["precision"]))[..., 0, 0]  # (T, 101, C)
+    precision = coco_precision(coco_json, results)
     assert bool((precision >= 0).all())
     assert any(bool(t.difficult.any()) for t in ground_truth)
     metrics = ap.evaluate(detections, ground_truth, 4, "coco")
@@ -201,17 +205,17 @@ def random_crowded_image(generator, num_classes):
     object_boxes = torch.cat([low, low + 30 + uniform(count, 2) * 200], 1)
     labels = (uniform(count) * num_classes).long()
     is_crowd = uniform(count) < 0.3
-    near, inside = torch.empty(0, 4), torch.empty(0, 4)
+    near_boxes, inside_boxes = torch.empty(0, 4), torch.empty(0, 4)
     near_labels = inside_labels = torch.empty(0, dtype=torch.int64)
     if count:
         picked = (uniform(int(uniform(1) * 10)) * count).long()
-        near, near_labels = object_boxes[picked] + (uniform(len(picked), 4) - 0.5) * 24, labels[picked]
+        near_boxes, near_labels = object_boxes[picked] + (uniform(len(picked), 4) - 0.5) * 24, labels[picked]
         picked = (uniform(int(uniform(1) * 10)) * count).long()
         sides = (object_boxes[picked, 2:] - object_boxes[picked, :2]) * 0.4
         corner = object_boxes[picked, :2] + sides * uniform(len(picked), 2) * 2
-        inside, inside_labels = torch.cat([corner, corner + sides], 1), labels[picked]
+        inside_boxes, inside_labels = torch.cat([corner, corner + sides], 1), labels[picked]
     random_boxes = torch.cat([uniform(3, 2) * 300, 310 + uniform(3, 2) * 40], 1)
-    boxes = torch.cat([near, inside, random_boxes])
+    boxes = torch.cat([near_boxes, inside_boxes, random_boxes])
     scores = (uniform(len(boxes)) * 30).round() / 30
     detected_labels = torch.cat([near_labels, inside_labels, (uniform(3) * num_classes).long()])
     return Detections(boxes, scores, detected_labels), GroundTruth(object_boxes, labels, is_crowd, is_crowd)
@@ -228,21 +232,12 @@ def crowds_to_coco(detections, truths):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_crowds_match_faster_coco_eval_exactly(seed):
-    faster_coco_eval = pytest.importorskip("faster_coco_eval")
     generator = torch.Generator().manual_seed(seed)
     pairs = [random_crowded_image(generator, 4) for _ in range(30)]
     detections, truths = [list(side) for side in zip(*pairs, strict=True)]
     content, results = crowds_to_coco(detections, truths)
     assert 0.1 < sum(a["iscrowd"] for a in content["annotations"]) / len(content["annotations"]) < 0.5
-    coco_gt = faster_coco_eval.COCO(content)
-    coco_eval = faster_coco_eval.COCOeval_faster(
-        coco_gt, coco_gt.loadRes(results), "bbox", print_function=lambda *_: None
-    )
-    coco_eval.params.areaRng, coco_eval.params.areaRngLbl = [[0, 1e10]], ["all"]
-    coco_eval.params.maxDets = [100]
-    coco_eval.evaluate()
-    coco_eval.accumulate()
-    precision = torch.from_numpy(np.asarray(coco_eval.eval["precision"]))[..., 0, 0]  # (T, 101, C)
+    precision = coco_precision(content, results)
     metrics = ap.evaluate(detections, truths, 4, "coco")
     torch.testing.assert_close(metrics.ap50, precision[0].mean(0), atol=1e-12, rtol=0)
     torch.testing.assert_close(metrics.ap50_95, precision.mean((0, 1)), atol=1e-12, rtol=0)
@@ -274,7 +269,7 @@ def test_an_object_in_front_of_a_crowd_is_matched(rule):
     assert metrics.map50 == pytest.approx(1)
 
 
-def test_thresholds_are_those_of_pycocotools():
+def test_thresholds_equal_those_of_pycocotools():
     assert np.linspace(0.5, 0.95, 10).tolist() == list(ap.IOU_THRESHOLDS)
 
 
@@ -334,9 +329,8 @@ class TestHandComputedCases:
 
     def test_coco_takes_the_last_of_equal_overlaps(self):
         ground_truth = single_class([[0, 0, 10, 10], [4, 0, 14, 10]])
-        detections = single_class(
-            [[2, 0, 12, 10], [5, 0, 15, 10]], [0.9, 0.8]
-        )  # the first lies in the middle between both
+        # the first detection lies in the middle between both boxes
+        detections = single_class([[2, 0, 12, 10], [5, 0, 15, 10]], [0.9, 0.8])
         assert ap.evaluate([detections], [ground_truth], 1, "coco").map50 == pytest.approx(51 / 101)
         assert ap.evaluate([detections], [ground_truth], 1, "voc").map50 == pytest.approx(1)
 

@@ -36,9 +36,11 @@ def test_the_shorter_of_two_equally_close_references_counts():
 
 def test_bleu_equals_that_of_sacrebleu():
     sacrebleu = pytest.importorskip("sacrebleu")
-    max_references = max(len(others) for others in REFERENCES)
-    streams = [[others[k] if k < len(others) else None for others in REFERENCES] for k in range(max_references)]
-    actual = bleu.bleu(tokenize(CAPTIONS), [tokenize(others) for others in REFERENCES])
+    max_references = max(len(references) for references in REFERENCES)
+    streams = [
+        [references[k] if k < len(references) else None for references in REFERENCES] for k in range(max_references)
+    ]
+    actual = bleu.bleu(tokenize(CAPTIONS), [tokenize(references) for references in REFERENCES])
     for n in range(1, 5):
         metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", max_ngram_order=n, force=True)
         assert actual[n - 1] == pytest.approx(metric.corpus_score(CAPTIONS, streams).score / 100, abs=1e-9)
@@ -50,9 +52,8 @@ def test_cider_equals_that_of_pycocoevalcap():
 
     captions = {k: [text] for k, text in enumerate(CAPTIONS)}
     expected, _ = Cider().compute_score(dict(enumerate(REFERENCES)), captions)
-    assert cider.cider(tokenize(CAPTIONS), [tokenize(others) for others in REFERENCES]) == pytest.approx(
-        expected, abs=1e-9
-    )
+    actual = cider.cider(tokenize(CAPTIONS), [tokenize(references) for references in REFERENCES])
+    assert actual == pytest.approx(expected, abs=1e-9)
 
 
 def test_cider_of_no_captions():

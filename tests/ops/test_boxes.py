@@ -115,11 +115,9 @@ class TestNms:
     def test_matches_the_loop(self, count, threshold):
         boxes_xyxy, scores = random_boxes(count, 1), torch.rand(count, generator=torch.Generator().manual_seed(2))
         scores = (scores * 20).round() / 20  # ties
-        assert nms.nms(boxes_xyxy, scores, threshold).tolist() == slow_nms(boxes_xyxy, scores, threshold)
-        assert (
-            nms.nms(boxes_xyxy, scores, threshold, max_detections=3).tolist()
-            == slow_nms(boxes_xyxy, scores, threshold)[:3]
-        )
+        expected = slow_nms(boxes_xyxy, scores, threshold)
+        assert nms.nms(boxes_xyxy, scores, threshold).tolist() == expected
+        assert nms.nms(boxes_xyxy, scores, threshold, max_detections=3).tolist() == expected[:3]
 
     def test_a_chain_within_a_block(self):
         """A overlaps B, B overlaps C, C overlaps D: A suppresses B, so that C stays and suppresses D."""
@@ -199,7 +197,7 @@ def slow_matches(iou, high, low):
 
 
 class TestAnchors:
-    def test_centres(self):
+    def test_grid_centers(self):
         actual = anchors.grid_centers(2, 3)
         assert actual.tolist() == [[[0.5, 0.5], [1.5, 0.5], [2.5, 0.5]], [[0.5, 1.5], [1.5, 1.5], [2.5, 1.5]]]
 
@@ -236,10 +234,8 @@ class TestAnchors:
 
     def test_match_anchors_to_boxes_with_ties_without_area_and_without_boxes(self):
         ground_truth = torch.tensor([[2.0, 2, 4, 4], [3.5, 3.5, 3.5, 3.5]])  # centered between four cells; a point
-        assert anchors.match_anchors_to_boxes(ground_truth, CENTERS, SHAPES)[0].tolist() == [
-            2 * 49 + 2 * 7 + 2,
-            3 * 7 + 3,
-        ]
+        index, _ = anchors.match_anchors_to_boxes(ground_truth, CENTERS, SHAPES)
+        assert index.tolist() == [2 * 49 + 2 * 7 + 2, 3 * 7 + 3]
         index, overlap = anchors.match_anchors_to_boxes(ground_truth[:0], CENTERS, SHAPES)
         assert index.shape == overlap.shape == (0,)
         assert index.dtype == torch.int64

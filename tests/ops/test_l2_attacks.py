@@ -138,7 +138,7 @@ def quantize(pixels):
 
 
 def test_perturbations_are_as_small_as_those_of_adv_lib(problem):
-    _compat.torchvision()  # which adv-lib imports
+    _compat.torchvision()  # imported by adv-lib
     deepfool_module = pytest.importorskip("adv_lib.attacks.deepfool")
     cw_module = pytest.importorskip("adv_lib.attacks.carlini_wagner.l2")
     model, images, labels = problem

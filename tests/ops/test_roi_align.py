@@ -63,17 +63,13 @@ class TestRoiAlign:
     @pytest.mark.parametrize("samples", [0, 2])
     def test_equals_torchvision_with_its_gradient(self, samples):
         _compat.torchvision()
-        torchvision_roi_align = importlib.import_module("torchvision.ops.roi_align")._roi_align
-        torchvision_roi_align = getattr(
-            torchvision_roi_align, "__wrapped__", torchvision_roi_align
-        )  # not compiled, which would take a minute
+        compiled = importlib.import_module("torchvision.ops.roi_align")._roi_align
+        reference = getattr(compiled, "__wrapped__", compiled)  # not compiled, which would take a minute
         torch.manual_seed(0)
         maps = torch.randn(3, 5, 9, 11, dtype=torch.float64, requires_grad=True)
         boxes_xyxy, image = random_boxes(12, 80), torch.arange(12) % 3
         actual = roi_align(maps, boxes_xyxy, image, 3, 1 / 16, samples)
-        expected = torchvision_roi_align(
-            maps, torch.cat([image[:, None].double(), boxes_xyxy], 1), 1 / 16, 3, 3, samples, True
-        )
+        expected = reference(maps, torch.cat([image[:, None].double(), boxes_xyxy], 1), 1 / 16, 3, 3, samples, True)
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
         upstream = torch.randn_like(actual)
         grads = [torch.autograd.grad(out, maps, upstream)[0] for out in (actual, expected)]

@@ -68,9 +68,8 @@ def test_padding_surrounds_the_moved_image():
     colors = torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.0]])
     none = {"rotate_degrees": 0.0, "zoom": 0.0}
     torch.testing.assert_close(visualize.random_affine(x, half, shift=0.5, padding=colors, **none), x)
-    shifted = visualize.random_affine(
-        x, torch.zeros, shift=0.5, padding=colors, **none
-    )  # by half the image, up and left
+    # shift by half the image, up and left
+    shifted = visualize.random_affine(x, torch.zeros, shift=0.5, padding=colors, **none)
     torch.testing.assert_close(shifted[..., 6:, 6:], x[..., :6, :6])
     torch.testing.assert_close(shifted[..., :6], colors[:, :, None, None].expand(2, 3, 12, 6))
 

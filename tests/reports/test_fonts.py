@@ -62,7 +62,7 @@ def test_wrapping_keeps_all_characters():
     assert all(fonts.width(line, PX) <= 150 for line in lines)
 
 
-def test_the_width_is_that_of_the_drawn_text():
+def test_the_width_equals_that_of_the_drawn_text():
     mask = draw_text("Hamburg ÄÖÜ")
     right = np.flatnonzero(mask.any(0))[-1]
     assert abs(right - 10 - fonts.width("Hamburg ÄÖÜ", PX)) < 4

@@ -61,12 +61,9 @@ class TestOverlay:
 
 class TestPanel:
     def test_all_tiles_have_one_height(self):
+        sizes = {RED: (500, 400), BLUE: (100, 200), GREEN: (9, 9)}
         sheet = images.panel(
-            [
-                ("a", solid_image((500, 400), RED)),
-                ("b", solid_image((100, 200), BLUE)),
-                ("c", solid_image((9, 9), GREEN)),
-            ]
+            [(name, solid_image(sizes[color], color)) for name, color in zip("abc", sizes, strict=True)]
         )
         heights = {bounding_box(sheet, color)[3] - bounding_box(sheet, color)[1] for color in (RED, BLUE, GREEN)}
         tops = {bounding_box(sheet, color)[1] for color in (RED, BLUE, GREEN)}
@@ -81,9 +78,8 @@ class TestPanel:
 
     def test_many_tiles_are_in_rows_of_one_height(self):
         colors = [(10 * k, 0, 0) for k in range(1, 9)]
-        tile_boxes = [
-            bounding_box(images.panel([("a", solid_image((300, 300), c)) for c in colors]), color) for color in colors
-        ]
+        sheet = images.panel([("a", solid_image((300, 300), color)) for color in colors])
+        tile_boxes = [bounding_box(sheet, color) for color in colors]
         assert len({top for _, top, _, _ in tile_boxes}) == 2
         assert len({bottom - top for _, top, _, bottom in tile_boxes}) == 1
         assert [tile_box[0] for tile_box in tile_boxes[:4]] == [tile_box[0] for tile_box in tile_boxes[4:]]
@@ -107,9 +103,8 @@ class TestPanel:
         assert rows[1] < rows[0], "1 is at the top"
 
     def test_saliency_tiles_have_the_size_of_the_map(self):
-        tiles = images.saliency_tiles(
-            "map", solid_image((640, 480), RED), torch.rand(50, 50), (80.0, -0.5, 560.0, 480.5)
-        )
+        photo, values = solid_image((640, 480), RED), torch.rand(50, 50)
+        tiles = images.saliency_tiles("map", photo, values, (80.0, -0.5, 560.0, 480.5))
         assert [image.size for _, image in tiles] == [(50, 50), (50, 50)]
 
 

@@ -69,7 +69,7 @@ def root(tmp_path):
 
 
 class TestRun:
-    def test_it_shows_configuration_expectations_curves_and_images(self, root):
+    def test_a_page_shows_configuration_expectations_curves_and_images(self, root):
         rows = [{"step": k, "train_loss": 3 / (k + 1), "val_accuracy": 0.1 * k, "lr": 0.01} for k in range(5)]
         expectation = {"rule": "val_accuracy >= 0.9", "measured": 0.5, "met": False}
         result = {
@@ -94,7 +94,7 @@ class TestRun:
             assert fragment in text, fragment
         assert page.tags.count("svg") == 3
         assert page.tags.count("img") == 2
-        assert all(address.startswith("data:") for address in page.urls)
+        assert all(url.startswith("data:") for url in page.urls)
 
     def test_names_are_escaped(self, root):
         path = make_run(
@@ -197,7 +197,7 @@ class TestRun:
         make_run(path / "trials", "000-lr")
         make_run(root, "other")
         page = parse_page(html.run_page(path, html.Links(home="../index.html")))
-        assert [a for a in page.urls if not a.startswith("data:")] == [
+        assert [url for url in page.urls if not url.startswith("data:")] == [
             "../index.html",
             "trials/000-lr/report.html",
         ]
@@ -218,10 +218,10 @@ class TestComparison:
             RunDir(path).write_json("summary.json", {"metrics": metrics, "metric_info": info, "seconds": 65.0})
         return {path.name: path for path in sorted(root.iterdir())}
 
-    def test_it_links_to_the_runs_and_marks_the_best_values(self, runs, root):
+    def test_a_comparison_links_to_the_runs_and_marks_the_best_values(self, runs, root):
         text = html.comparison_page(runs, html.links_from(root / "comparison.html", root))
         page = parse_page(text)
-        links = [address for address in page.urls if not address.startswith("data:")]
+        links = [url for url in page.urls if not url.startswith("data:")]
         assert links == ["index.html", *(f"{name}/report.html" for name in runs)]
         assert re.findall(r'class="number best">([^<]*)<', text) == ["0.75", "0.75", "1"]
         assert "1 min 5 s" in page.texts
@@ -251,7 +251,7 @@ class TestIndex:
         html.write_index(root, index.runs(root))
         page = parse_page((root / "index.html").read_text())
         assert {"2026-11-26 13:45", "1 h 2 min", "1 run"} <= set(page.texts)
-        (source,) = [address for address in page.urls if address.startswith("data:image/png")]
+        (source,) = [url for url in page.urls if url.startswith("data:image/png")]
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
             assert image.size == (192, 96)
             assert image.getpixel((90, 50)) == (255, 0, 0)
@@ -281,8 +281,8 @@ class TestIndex:
         assert f'<a href="{path.name}/report.html">{path.name}</a>' in (root / "index.html").read_text()
 
     def test_durations(self):
-        shown = [html.duration_text(seconds) for seconds in (None, 0.04, 9.97, 59.4, 61, 3599.6, 7300)]
-        assert shown == ["", "0.0 s", "10 s", "59 s", "1 min 1 s", "1 h 0 min", "2 h 1 min"]
+        texts = [html.duration_text(seconds) for seconds in (None, 0.04, 9.97, 59.4, 61, 3599.6, 7300)]
+        assert texts == ["", "0.0 s", "10 s", "59 s", "1 min 1 s", "1 h 0 min", "2 h 1 min"]
 
 
 class TestChart:

@@ -41,7 +41,7 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     assert len(gaps) == 1
 
 
-def test_curves_skip_what_is_not_a_number():
+def test_curves_skip_missing_and_non_numeric_values():
     rows = [{"step": 1, "loss": None, "name": "x"}, {"step": 2, "loss": 2.0}, {"loss": 3.0}]
     assert curves.thin(rows) == {"loss": ([2], [2.0])}
 
@@ -85,8 +85,8 @@ def test_a_run_without_configuration(tmp_path):
 
 
 def test_numbers_of_tables():
-    shown = [tables.number(v) for v in (None, True, 3, 12345, 0.123456, 12345.6, "x", [1, 2], 1e-5)]
-    assert shown == ["-", "true", "3", "12,345", "0.1235", "12,346", "x", "[1, 2]", "1e-05"]
+    texts = [tables.number(v) for v in (None, True, 3, 12345, 0.123456, 12345.6, "x", [1, 2], 1e-5)]
+    assert texts == ["-", "true", "3", "12,345", "0.1235", "12,346", "x", "[1, 2]", "1e-05"]
     assert tables.number(10.0) == "10"
 
 

@@ -45,7 +45,7 @@ def archive_file(stopped_run, tmp_path):
     return tmp_path / "runs.zip"
 
 
-def test_an_imported_run_resumes_bitwise_identical(stopped_run, archive_file, tmp_path):
+def test_an_imported_run_resumes_bitwise_identically(stopped_run, archive_file, tmp_path):
     (row,) = archive.import_runs(archive_file, tmp_path / "there")
     moved = tmp_path / "there" / NAME
     assert (row["run"], row["has_checkpoints"], row["has_code"]) == (NAME, True, True)

@@ -53,10 +53,10 @@ def test_a_server_without_ranges_works(tmp_path):
 
 
 def test_the_next_source_resumes_an_interrupted_download(tmp_path):
-    def answer(handler):
+    def respond(handler):
         send(handler, CONTENT, cut=200_000 if handler.path == "/bad" else None)
 
-    with server(answer) as (url, _):
+    with server(respond) as (url, _):
         fetch([f"{url}/bad", f"{url}/good"], tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
 
@@ -93,10 +93,10 @@ def send_slowly(handler):
 def test_a_slow_source_is_replaced_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
 
-    def answer(handler):
+    def respond(handler):
         send_slowly(handler) if handler.path == "/slow" else send(handler, CONTENT)
 
-    with server(answer) as (url, _):
+    with server(respond) as (url, _):
         fetch([f"{url}/slow", f"{url}/fast"], tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
 

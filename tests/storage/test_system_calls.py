@@ -20,7 +20,7 @@ from cvlab.storage import atomic, download
 from cvlab.storage.lock import RunLock, is_held
 
 NUMBERS = (errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ENOLCK)
-OPTIONAL = ("link", "symlink", "fchmod", "fsync", "truncate", "ftruncate", "pwrite", "unlink")  # in os
+OPTIONAL = ("link", "symlink", "fchmod", "fsync", "truncate", "ftruncate", "pwrite", "unlink")  # functions of os
 TRAINING = (
     *("train", "quickstart", "data.num_train=60", "batch_size=20", "duration={steps: 6}", "eval_every=3", "expect=[]"),
     *("evaluate_test=false", "threads=1", "-q"),

@@ -87,10 +87,10 @@ def test_random_values_depend_only_on_seed_number_and_key():
 
 def test_random_search_covers_a_finite_space_without_repetition():
     space = {"n": Range(low=2, high=6, step=2, int=True), "x": Range(low=0.1, high=0.5, step=0.1), "k": (1, True)}
-    drawn = random_changes(space, 30)
-    assert len({repr(change) for change in drawn}) == 3 * 5 * 2
-    assert sorted({change["n"] for change in drawn}) == [2, 4, 6]
-    assert sorted({change["x"] for change in drawn}) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    samples = random_changes(space, 30)
+    assert len({repr(change) for change in samples}) == 3 * 5 * 2
+    assert sorted({change["n"] for change in samples}) == [2, 4, 6]
+    assert sorted({change["x"] for change in samples}) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     with pytest.raises(ValueError, match="trials: 31, but the space has 30 points; use grid for all"):
         search_config(algorithm="random", space=space, trials=31)
     assert search_config(algorithm="random", space={"n": Range(low=0, high=1e300, int=True)}).num_points() > 9
@@ -220,10 +220,9 @@ def test_a_complete_search(cvlab, tmp_path, algorithm):
     assert list(result["settings"][0]["keys"]) == ["optimizer.lr", "batch_size", "model.batchnorm"]
     changes = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(run)]
     trial_configs = [loading.load(str(trial)).config for trial in adaptive.trial_dirs(run)]
-    assert [change["optimizer.lr"] for change in changes] == [
-        trial_config.optimizer.lr for trial_config in trial_configs
-    ]
-    assert [change["batch_size"] for change in changes] == [trial_config.batch_size for trial_config in trial_configs]
+    for change, trial_config in zip(changes, trial_configs, strict=True):
+        assert change["optimizer.lr"] == trial_config.optimizer.lr
+        assert change["batch_size"] == trial_config.batch_size
     assert cvlab("show", run)[0] == cvlab("report", run)[0] == 0
     # an interrupted sweep runs no trial again that has ended
     status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
@@ -317,10 +316,8 @@ def test_a_killed_search_continues_as_if_undisturbed(started_sweep, tmp_path, al
     (tmp_path / "s.yaml").write_text(BASE.replace("steps: 30", "steps: 1000") + text)
     assert started_sweep().wait() == 0
     undisturbed = (tmp_path / "runs" / "latest").resolve()
-    changes, weights = (
-        [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(undisturbed)],
-        weights_of_trials(tmp_path),
-    )
+    changes = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(undisturbed)]
+    weights = weights_of_trials(tmp_path)
     for count in (3, 5):
         process = started_sweep(*(["--fresh"] if count == 3 else []))
         until(lambda number=count - 1: len(list(tmp_path.glob(f"runs/2*/trials/{number:03d}-*/metrics.jsonl"))) == 2)

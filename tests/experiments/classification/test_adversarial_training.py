@@ -129,7 +129,7 @@ def test_gradients_of_confident_images_do_not_underflow_in_float16(batch):
     assert (examples - exact).abs().gt(1e-3).float().mean() < 0.1
 
 
-def test_a_run_resumes_bitwise_identical_and_selects_by_robust_accuracy(stopped_and_resumed, cvlab):
+def test_a_run_resumes_bitwise_identically_and_selects_by_robust_accuracy(stopped_and_resumed, cvlab):
     uninterrupted, resumed = stopped_and_resumed(*SHORT, ADVERSARIAL, "expect=['val_robust_accuracy >= 0']")
     assert weights_digest(resumed) == weights_digest(uninterrupted)
     metrics = uninterrupted["metrics"]
@@ -137,34 +137,23 @@ def test_a_run_resumes_bitwise_identical_and_selects_by_robust_accuracy(stopped_
         assert resumed["metrics"][name] == metrics[name]
     assert metrics["val_robust_accuracy"] < metrics["val_accuracy"]
     assert "best_val_accuracy" not in metrics
-    attack = (
-        "attack",
-        uninterrupted["run"],
-        "--on",
-        "val",
-        "--method",
-        "pgd",
-        "--eps",
-        "8",
-        "num_images=40",
-        "steps=3",
-    )
+    options = ("--on", "val", "--method", "pgd", "--eps", "8", "num_images=40", "steps=3")
     for weights, prefix in (("last", ""), ("best", "best_")):
-        code, out, err = cvlab(*attack, f"weights={weights}", "--json")
+        code, out, err = cvlab("attack", uninterrupted["run"], *options, f"weights={weights}", "--json")
         assert code == 0, err
         accuracy = json.loads(out)["metrics"]["pgd_accuracy/8"]
         assert accuracy == pytest.approx(metrics[f"{prefix}val_robust_accuracy"])
 
 
 def test_adversarial_training_combines_with_all_other_settings(cvlab):
-    other_keys = (
-        "augment={mixup: 0.2, flip: true, cutout_px: 4}",
-        "accumulate=2",
-        "sam=0.05",
-        "ema=0.9",
+    other_keys = ("augment={mixup: 0.2, flip: true, cutout_px: 4}", "accumulate=2", "sam=0.05", "ema=0.9")
+    keys = (
         "anomaly=true",
+        "adversarial={method: fast, eval_eps: 0}",
+        "precision=bfloat16",
+        "layers=manual",
+        "loss=focal",
     )
-    keys = ("adversarial={method: fast, eval_eps: 0}", "precision=bfloat16", "layers=manual", "loss=focal")
     code, out, err = cvlab("train", *SHORT, *other_keys, *keys, "duration={steps: 2}", "--json")
     assert code == 0, err
     metrics = json.loads(out)["metrics"]

@@ -39,9 +39,8 @@ def test_a_profile_is_applied_between_the_file_and_the_overrides(config_file):
     assert loaded.config.profile == "middle"
     assert not loaded.config.profiles
     assert not loaded.variants
-    assert (
-        loading.load(config_file, ['profile="middle"']).config.profile == "middle"
-    )  # quoted, as in the repr of Python's dictionaries
+    # quoted, as in the repr of Python's dictionaries
+    assert loading.load(config_file, ['profile="middle"']).config.profile == "middle"
     large = loading.load(config_file, ["profile=large", "duration.epochs=2"]).config
     assert large.optimizer.name == "adam"
     assert large.duration.epochs == 2

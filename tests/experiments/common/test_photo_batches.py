@@ -90,7 +90,7 @@ def test_folders_labels_and_dry_run(two_photos, cvlab, tmp_path):
     assert sorted((tmp_path / "runs").iterdir()) == before
 
 
-def test_an_interrupted_run_resumes_bitwise_identical(two_photos, cvlab, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bitwise_identically(two_photos, cvlab, tmp_path, monkeypatch):
     from cvlab.experiments.adversarial import attack
 
     arguments = ("--target", "ostrich", *two_photos, "batch_size=1", "--method", "pgd", "threads=1")

@@ -53,7 +53,7 @@ def test_optimization_starts_from_a_photo(cvlab, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("fourier", "tick,9"), ("pixels", "tick")])
-def test_an_interrupted_run_resumes_bitwise_identical(cvlab, tmp_path, monkeypatch, kind, targets):
+def test_an_interrupted_run_resumes_bitwise_identically(cvlab, tmp_path, monkeypatch, kind, targets):
     args = ("classvis", *SHORT, "--target", targets, f"parametrization={kind}", "jitter_px=4", "--json")
     uninterrupted = json.loads(cvlab(*args)[1])
     optimization_steps = image_optimizer.optimization_steps

@@ -39,7 +39,7 @@ def test_multiscale_blur_amplifies_a_low_frequency():
     assert correlations[1] > 0.85
 
 
-def test_the_response_of_the_layer_increases_and_a_run_resumes_bitwise_identical(
+def test_the_response_of_the_layer_increases_and_a_run_resumes_bitwise_identically(
     two_photos, cvlab, tmp_path, monkeypatch
 ):
     code, out, err = cvlab("dream", *two_photos, *SHORT, "--json")

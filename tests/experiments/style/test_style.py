@@ -137,7 +137,7 @@ class TestCommand:
         assert json.loads(out)["metrics"]["style_loss_reduction"] > 1.1
 
     @pytest.mark.parametrize("kind", ["adam", "scales", "chroma"])
-    def test_an_interrupted_run_resumes_bitwise_identical(self, cvlab, tmp_path, monkeypatch, kind):
+    def test_an_interrupted_run_resumes_bitwise_identically(self, cvlab, tmp_path, monkeypatch, kind):
         args = {"scales": ("scales=2",), "adam": (), "chroma": ("scales=2", "space=ycbcr")}[kind]
         arguments = ("run", "style", *SHORT, *args, "seed=1", "--json")
         uninterrupted = json.loads(cvlab(*arguments)[1])

@@ -34,7 +34,7 @@ def test_a_preempted_job_continues(started_sweep, undisturbed_weights, tmp_path)
     run = (tmp_path / "runs" / "latest").resolve()
     controller = controller_pid(run)
     for pid in child_pids(controller):
-        os.kill(pid, signal.SIGUSR2)  # what Slurm sends before it takes the node away
+        os.kill(pid, signal.SIGUSR2)  # the signal that Slurm sends before a preemption
     (tmp_path / "slow").unlink()
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights
@@ -79,9 +79,7 @@ def test_jobs_outlive_a_killed_scheduler_and_the_next_one_waits_for_them(started
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # submitit does not wait for its processes
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit leaves processes behind
 def test_a_node_that_sees_another_disk_ends_the_sweep(cvlab, tmp_path, monkeypatch):
     remote_task = node.remote_task
     monkeypatch.setattr(node, "remote_task", lambda task: remote_task(task._replace(token="the token on another disk")))
@@ -122,9 +120,8 @@ def test_sweep_with_slurm_commands(started_sweep, undisturbed_weights, fake_slur
     process = started_sweep("--on", "slurm", "--workers", "1")
     until(lambda: len(list(tmp_path.glob(METRICS_FILES))) == 1)
     job = next(fake_slurm.glob("*.pid")).read_text().strip()
-    for path in Path("/proc").glob(
-        "[0-9]*/cmdline"
-    ):  # the signal that Slurm sends before a preemption or the time limit
+    # send the signal that Slurm sends before a preemption or the time limit
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if b"submitit.core._submit" in path.read_bytes() and os.getpgid(int(path.parent.name)) == int(job):
                 os.kill(int(path.parent.name), signal.SIGUSR2)

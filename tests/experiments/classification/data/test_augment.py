@@ -76,9 +76,8 @@ def test_the_target_of_cutmix_is_the_area_fraction():
         images, targets = loader(cutmix=1.0).get_batch(step)
         k = next(k for k in range(8) if labels[k] != labels[k - 1])
         fraction = (images[k] == plain[k]).float().mean()
-        assert float(targets[k, labels[k]]) == pytest.approx(
-            float(fraction), abs=0.02
-        )  # pixels that are equal in both images are rare
+        # pixels that are equal in both images are rare
+        assert float(targets[k, labels[k]]) == pytest.approx(float(fraction), abs=0.02)
 
 
 @pytest.mark.parametrize("keys", [*MIXTURES, {"policy": "trivial", "erase": 0.5, "mixup": 0.2}], ids=str)

@@ -48,11 +48,8 @@ def weights_file(tmp_path):
 def test_all_weights_except_the_classifier_are_pretrained(name, weights_file):
     file = weights_file(name)
     pretrained_weights, loaded = torch.load(file, weights_only=True), build(name, weights=file).state_dict()
-    different = [
-        key
-        for key in loaded
-        if not torch.equal(loaded[key], pretrained_weights[key]) and loaded[key].is_floating_point()
-    ]
+    different = [key for key, value in loaded.items() if not torch.equal(value, pretrained_weights[key])]
+    different = [key for key in different if loaded[key].is_floating_point()]
     classifier = finetune._classifiers(build(name))
     assert different
     assert all(key.startswith(classifier) for key in different), different
@@ -132,9 +129,7 @@ def test_fetched_weights_are_found(weights_file, tmp_path, monkeypatch):
     assert torch.equal(model.conv1[0].weight, torch.load(file, weights_only=True)["conv1.0.weight"])
 
 
-def test_a_model_finetuned_on_photos_works_without_the_weights_file(
-    weights_file, data_root, tmp_path, cvlab, monkeypatch
-):
+def test_a_model_trained_on_photos_works_without_the_weights_file(weights_file, data_root, tmp_path, cvlab):
     name = "timm:test_vit"
     file = tmp_path / "test_vit.pth"
     weights_file(name)

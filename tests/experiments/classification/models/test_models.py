@@ -61,18 +61,15 @@ def test_residual_networks():
     resnet, plain = preact_resnet(), preact_resnet(residual=False)
     assert len(weighted_layers(plain)) == 32
     shortcuts = [layer for layer in weighted_layers(resnet) if getattr(layer, "kernel_size", None) == (1, 1)]
-    assert (
-        len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34
-    )  # one where the size or the number of channels changes
+    # a shortcut has weights where the size or the number of channels changes
+    assert len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34
     x = torch.randn(2, 8, 6, 6)
     block = next(layer for layer in resnet if isinstance(layer, Residual))
     torch.testing.assert_close(block(x), x + block.block(x))
     assert preact_resnet(image_size=8, bottleneck=True)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
     kaiming = preact_resnet(stages=((64, 1), (64, 1)), init="kaiming")
-    kaiming_weight, torch_weight = (
-        kaiming[2].block[2].weight,
-        preact_resnet(stages=((64, 1), (64, 1)))[2].block[2].weight,
-    )
+    kaiming_weight = kaiming[2].block[2].weight
+    torch_weight = preact_resnet(stages=((64, 1), (64, 1)))[2].block[2].weight
     assert (kaiming_weight.var() / torch_weight.var()).item() == pytest.approx(6, rel=0.1)
     assert kaiming[3].shortcut.weight.var().item() == pytest.approx(1 / 64, rel=0.1)
     assert kaiming[-1].weight.var().item() == pytest.approx(1 / 64, rel=0.2)
@@ -174,7 +171,7 @@ def test_kaiming_and_fixed_scales(layer, fan_in):
         assert not layer.bias.any()
 
 
-def test_pooling_before_the_relu_is_bit_for_bit_identical():
+def test_pooling_before_the_relu_is_bitwise_identical():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8, requires_grad=True)
     fast, slow = (nn.Sequential(*order) for order in ((nn.MaxPool2d(2), nn.ReLU()), (nn.ReLU(), nn.MaxPool2d(2))))
