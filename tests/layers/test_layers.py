@@ -234,7 +234,7 @@ def test_the_layers_setting_changes_the_layers_and_nothing_else(cvlab, tmp_path)
         curves[name] = [row["train_loss"] for row in read_metrics(runs[name]) if "train_loss" in row]
     assert len(curves["torch"]) == 20
     for name in ("manual", "manual_alt"):
-        assert curves[name] == pytest.approx(curves["torch"], abs=1e-9), "the bar is 1e-4"
+        assert curves[name] == pytest.approx(curves["torch"], abs=1e-9), "1e-4 is required"
     from cvlab.runs import checkpoint
 
     states = [checkpoint.load_latest(run / "checkpoints", print)[1]["model"] for run in runs.values()]

@@ -162,7 +162,7 @@ class TestNms:
         assert nms.nms(large, torch.tensor([0.5, 0.9]), 0.5).tolist() == [1]
 
     def test_batched_nms_is_exact_at_large_coordinates(self):
-        """Offsetting the boxes of each class would cost the coordinates the bit that decides here."""
+        """Offsetting the boxes of each class would cost the coordinates the bit that decides in this case."""
         boxes_xyxy = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0.5 + 2**-20, 1], [0, 0, 0.5, 1]])
         scores = torch.tensor([0.9, 0.8, 0.7])
         assert nms.batched_nms(boxes_xyxy, scores, torch.tensor([50_000, 50_000, 50_000]), 0.5).tolist() == [0, 2]

@@ -32,8 +32,8 @@ def test_every_shape_is_completely_visible(shape):
     assert coverage.min() == 0
     assert coverage.max() == 1
     rows, columns = (coverage > 0.5).any(1).nonzero(), (coverage > 0.5).any(0).nonzero()
-    assert rows.min() >= 14, "roughly inside a circle of the radius"
-    assert rows.max() <= 49, "roughly inside a circle of the radius"
+    assert rows.min() >= 14, "approximately within a circle of the radius"
+    assert rows.max() <= 49, "approximately within a circle of the radius"
     assert columns.min() >= 14
     assert columns.max() <= 49
     larger = render.shape_coverage(shape, x, y, torch.zeros(1, 2), 1.5 * size, torch.zeros(1), 64)[0]
