@@ -1,4 +1,4 @@
-"""`cvlab gradcheck` passes what is right, and every mutation of it that a student makes is caught."""
+"""`cvlab gradcheck` accepts correct layers, and catches the mistakes that students make."""
 
 import json
 
@@ -12,7 +12,7 @@ from cvlab.layers import batchnorm, conv, gradcheck_cases, linear, losses
 from cvlab.layers import gradcheck as layers_gradcheck
 
 
-def verdict(name, seed=0):
+def check_case(name, seed=0):
     torch.manual_seed(seed)
     return layers_gradcheck.check(next(case for case in gradcheck_cases.cases() if case.name == name))
 
@@ -21,16 +21,16 @@ def verdict(name, seed=0):
 def test_every_layer_passes(seed):
     torch.manual_seed(seed)
     for case in gradcheck_cases.cases():
-        found = layers_gradcheck.check(case)
-        assert found.ok, found
+        result = layers_gradcheck.check(case)
+        assert result.ok, result
 
 
-def scaled(layer, place, factor):
-    """Return a backward that gets one gradient wrong by a factor."""
-    right = layer.backward
+def scaled(layer, position, factor):
+    """Return a backward in which one gradient is wrong by a factor."""
+    correct = layer.backward
 
     def backward(dout, cache):
-        return tuple(g * factor if k == place else g for k, g in enumerate(right(dout, cache)))
+        return tuple(g * factor if k == position else g for k, g in enumerate(correct(dout, cache)))
 
     return staticmethod(backward)
 
@@ -62,12 +62,12 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("name", "layer", "wrong"), [pytest.param(*m, id=f"{k}") for k, m in enumerate(MUTATIONS)])
 def test_a_wrong_backward_is_caught(name, layer, wrong, monkeypatch):
-    assert verdict(name).ok
+    assert check_case(name).ok
     if name in ("Softmax",):
-        right = layer.backward
-        wrong = staticmethod(lambda dout, cache: (right(dout, cache)[0] * 4.0, None))
+        correct = layer.backward
+        wrong = staticmethod(lambda dout, cache: (correct(dout, cache)[0] * 4.0, None))
     monkeypatch.setattr(layer, "backward", wrong)
-    assert not verdict(name).ok
+    assert not check_case(name).ok
 
 
 def test_dropout_without_its_scale_is_caught(monkeypatch):
@@ -76,7 +76,7 @@ def test_dropout_without_its_scale_is_caught(monkeypatch):
         return x * mask, mask
 
     monkeypatch.setattr(linear.Dropout, "forward", staticmethod(forward))
-    assert not verdict("Dropout").ok
+    assert not check_case("Dropout").ok
 
 
 def adam_without_correction(w, dw, state, lr, betas, eps):
@@ -115,20 +115,20 @@ def test_kaiming_without_the_factor_2_is_caught(seed, monkeypatch, cvlab):
 
 
 def test_relative_error_has_a_floor():
-    one = torch.tensor([1.0, 2.0])
-    assert layers_gradcheck.relative_error(one, one) == 0
-    assert layers_gradcheck.relative_error(one, -one) == pytest.approx(1)
+    x = torch.tensor([1.0, 2.0])
+    assert layers_gradcheck.relative_error(x, x) == 0
+    assert layers_gradcheck.relative_error(x, -x) == pytest.approx(1)
     assert layers_gradcheck.relative_error(torch.zeros(2), torch.full((2,), 1e-14)) < 1e-3
-    assert layers_gradcheck.relative_error(one, torch.ones(3)) == float("inf")
+    assert layers_gradcheck.relative_error(x, torch.ones(3)) == float("inf")
     assert not layers_gradcheck.GradCheckResult("x", float("nan"), 0.0, 1.0).ok
 
 
-def test_the_command(cvlab):
+def test_command(cvlab):
     code, out, _ = cvlab("gradcheck", "--json")
-    found = json.loads(out)
-    names = [check["name"] for check in found["checks"]]
+    result = json.loads(out)
+    names = [check["name"] for check in result["checks"]]
     assert code == 0
-    assert found["ok"]
+    assert result["ok"]
     assert len(names) == 37
     assert {"Conv2d", "SVM", "deep_convnet, BatchNorm, simplified", "fc_net"} <= set(names)
     code, out, _ = cvlab("gradcheck", "Conv2d", "fc_net")
@@ -141,7 +141,7 @@ def test_the_command(cvlab):
     assert "did you mean 'Conv2d'" in err
 
 
-OWN = """import torch
+USER_LAYER = """import torch
 
 class Square:
     @staticmethod
@@ -160,7 +160,7 @@ class Nothing:
     pass
 """
 
-BROKEN = {
+INVALID_LAYERS = {
     "return x * x, x": ("return x * x", "forward must return (out, cache)"),
     "return (FACTOR * dout * cache,)": ("return 2 * dout * cache", "backward must return a tuple of tensors"),
     "return (torch.randn(4, 3),)": ("return torch.randn(4, 3)", "example must return a tuple"),
@@ -168,26 +168,28 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("part", BROKEN)
-def test_a_users_layer_of_another_form_is_one_line(cvlab, tmp_path, part):
-    wrong, message = BROKEN[part]
-    (tmp_path / "mine.py").write_text(OWN.replace(part.strip(), wrong).replace("FACTOR", "2"))
+@pytest.mark.parametrize("part", INVALID_LAYERS)
+def test_an_invalid_user_layer_gives_a_one_line_error(cvlab, tmp_path, part):
+    wrong, message = INVALID_LAYERS[part]
+    (tmp_path / "mine.py").write_text(USER_LAYER.replace(part.strip(), wrong).replace("FACTOR", "2"))
     code, _, err = cvlab("gradcheck", "./mine.py:Square")
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_users_layer_on_a_transposed_example_with_an_idle_input(cvlab, tmp_path):
-    text = OWN.replace("forward(x)", "forward(x, idle)").replace("FACTOR * dout * cache,", "2 * dout * cache, dout * 0")
+def test_a_user_layer_with_a_transposed_example_and_an_unused_input(cvlab, tmp_path):
+    text = USER_LAYER.replace("forward(x)", "forward(x, idle)").replace(
+        "FACTOR * dout * cache,", "2 * dout * cache, dout * 0"
+    )
     (tmp_path / "mine.py").write_text(text.replace("torch.randn(4, 3),", "torch.randn(4, 3).T, torch.randn(3, 4)"))
     assert cvlab("gradcheck", "./mine.py:Square")[0] == 0
 
 
-def test_a_users_own_layer(cvlab, tmp_path):
-    (tmp_path / "mine.py").write_text(OWN.replace("FACTOR", "2"))
+def test_a_user_layer(cvlab, tmp_path):
+    (tmp_path / "mine.py").write_text(USER_LAYER.replace("FACTOR", "2"))
     assert cvlab("gradcheck", "./mine.py:Square")[0] == 0
-    (tmp_path / "mine.py").write_text(OWN.replace("FACTOR", "3"))
+    (tmp_path / "mine.py").write_text(USER_LAYER.replace("FACTOR", "3"))
     code, out, err = cvlab("gradcheck", "./mine.py:Square")
     assert code == 3
     assert "WRONG" in out
@@ -219,7 +221,7 @@ class Linear:
         return torch.randn(5, SIZE), torch.randn(SIZE, 4), torch.randn(4)
 """
 
-MISTAKES = {  # what the student wrote, and what is said about it
+MISTAKES = {  # the student's code -> the message about it
     "dw = 0.5 * dw": "dw is 0.5 times what it should be; a constant factor is missing or too many",
     "dw = dw / 5": "dw is 0.2 times what it should be; do not divide by the batch size (5)",
     "db = db * 5": "db is 5 times what it should be; divide by the batch size (5)",
@@ -235,16 +237,16 @@ MISTAKES = {  # what the student wrote, and what is said about it
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_usual_mistakes_are_named(cvlab, tmp_path, mistake):
+def test_common_mistakes_are_named(cvlab, tmp_path, mistake):
     (tmp_path / "mine.py").write_text(LINEAR.replace("MISTAKE", mistake).replace("SIZE", "3"))
     code, out, err = cvlab("gradcheck", "./mine.py:Linear")
     assert code == 3, err
-    wrong = [line for line in out.splitlines() if line.startswith("./mine.py:Linear: ")]
-    assert len(wrong) == 1
-    assert MISTAKES[mistake] in wrong[0]
+    lines = [line for line in out.splitlines() if line.startswith("./mine.py:Linear: ")]
+    assert len(lines) == 1
+    assert MISTAKES[mistake] in lines[0]
     (row,) = json.loads(cvlab("gradcheck", "./mine.py:Linear", "--json")[1])["checks"]
     (gradient,) = row["wrong_gradients"]
-    assert gradient["name"] == wrong[0].split()[1]
+    assert gradient["name"] == lines[0].split()[1]
     if gradient["position"] is not None:
         assert gradient["numeric"] == pytest.approx(gradient["expected"], rel=1e-5, abs=1e-7)
         assert "largest error at [" in out
@@ -264,7 +266,7 @@ def test_a_square_transpose_is_named(cvlab, tmp_path):
         ("return torch.randn(5, SIZE)", "return undefined", "example raises NameError: "),
     ],
 )
-def test_exceptions_of_a_layer_are_one_line_with_their_place(cvlab, tmp_path, old, new, message):
+def test_an_exception_in_a_layer_gives_a_one_line_error_with_its_position(cvlab, tmp_path, old, new, message):
     (tmp_path / "mine.py").write_text(LINEAR.replace(old, new).replace("MISTAKE", "pass").replace("SIZE", "3"))
     code, _, err = cvlab("gradcheck", "./mine.py:Linear")
     assert code == 2
@@ -274,10 +276,10 @@ def test_exceptions_of_a_layer_are_one_line_with_their_place(cvlab, tmp_path, ol
 
 
 @pytest.mark.parametrize("is_static", [True, False])
-def test_a_layer_may_change_its_input_in_place_and_have_self(cvlab, tmp_path, is_static):
+def test_a_layer_may_modify_its_input_in_place_and_take_self(cvlab, tmp_path, is_static):
     text = LINEAR.replace("MISTAKE", "pass").replace("SIZE", "3")
     text = text.replace(
-        "return x @ w + b, (x, w)", "kept = x.clone()\n        x *= 2\n        return x @ w + b, (kept, w)"
+        "return x @ w + b, (x, w)", "copy = x.clone()\n        x *= 2\n        return x @ w + b, (copy, w)"
     )
     text = text.replace("dout @ w.T, x.T @ dout", "2 * dout @ w.T, 2 * x.T @ dout")
     if not is_static:

@@ -1,4 +1,4 @@
-"""Each hand-written layer against a slow, obvious twin, against autograd, and as a module in place of torch.nn's."""
+"""Each hand-written layer against a slow reference, against autograd, and as a replacement of a torch.nn module."""
 
 import json
 
@@ -19,33 +19,33 @@ def randn(*shape):
 
 
 def relative_error(a, b):
-    """max |a - b| / max(|a| + |b|), with a floor: gradients that should be 0 compare absolutely."""
+    """Return max |a - b| / max(|a| + |b|), with a floor, so that gradients that should be 0 are compared absolutely."""
     return ((a - b).abs().max() / (a.abs() + b.abs()).max().clamp(min=1e-10)).item() if a.numel() else 0.0
 
 
-def against_autograd(layer, reference, tensors, *options):
-    """Compare forward and every gradient with autograd through torch's own function."""
+def compare_with_autograd(layer, reference, tensors, *options):
+    """Compare the output and every gradient with autograd through torch's function."""
     leaves = [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
-    expected = reference(*leaves)
-    found, cache = layer.forward(*tensors, *options)
-    assert found.shape == expected.shape
-    assert relative_error(found, expected.detach()) < 1e-12
-    dout = randn(*expected.shape)
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    expected_output = reference(*leaves)
+    output, cache = layer.forward(*tensors, *options)
+    assert output.shape == expected_output.shape
+    assert relative_error(output, expected_output.detach()) < 1e-12
+    dout = randn(*expected_output.shape)
+    inputs = [t for t in leaves if t is not None and t.requires_grad]
     gradients = [g for g in layer.backward(dout, cache) if g is not None]
-    for mine, theirs in zip(gradients, torch.autograd.grad(expected, wanted, dout), strict=True):
-        assert mine.shape == theirs.shape
-        assert relative_error(mine, theirs) < 1e-12
+    for gradient, expected in zip(gradients, torch.autograd.grad(expected_output, inputs, dout), strict=True):
+        assert gradient.shape == expected.shape
+        assert relative_error(gradient, expected) < 1e-12
 
 
 @pytest.mark.parametrize(("n", "d", "m"), [(5, 4, 3), (1, 1, 1), (0, 4, 3), (7, 1, 9)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(n, d, m, bias):
-    against_autograd(linear.Linear, F.linear, [randn(n, d), randn(m, d), randn(m) if bias else None])
+    compare_with_autograd(linear.Linear, F.linear, [randn(n, d), randn(m, d), randn(m) if bias else None])
 
 
 def test_relu():
-    against_autograd(linear.ReLU, F.relu, [randn(4, 5, 3)])
+    compare_with_autograd(linear.ReLU, F.relu, [randn(4, 5, 3)])
     _, cache = linear.ReLU.forward(torch.zeros(3))
     assert not linear.ReLU.backward(torch.ones(3), cache)[0].any(), "the gradient at 0 is 0"
 
@@ -60,7 +60,7 @@ def test_dropout_keeps_the_expectation(p):
 
 
 def slow_conv(x, w, b, stride, padding):
-    """Seven loops, as on the blackboard."""
+    """The convolution as seven nested loops."""
     n, _, h, width = x.shape
     f, _, k, _ = w.shape
     padded = F.pad(x, (padding,) * 4)
@@ -82,18 +82,18 @@ SHAPES = [(2, 3, 7, 6, 4, 3, 1, 1), (1, 1, 3, 3, 1, 3, 1, 0), (2, 2, 8, 8, 3, 5,
 @pytest.mark.parametrize("bias", [True, False])
 def test_conv(n, c, h, w, f, k, stride, padding, bias):
     tensors = [randn(n, c, h, w), randn(f, c, k, k), randn(f) if bias else None]
-    found, _ = conv.Conv2d.forward(*tensors, stride, padding)
-    assert relative_error(found, slow_conv(*tensors, stride, padding)) < 1e-10
-    against_autograd(conv.Conv2d, lambda x, v, b: F.conv2d(x, v, b, stride, padding), tensors, stride, padding)
+    output, _ = conv.Conv2d.forward(*tensors, stride, padding)
+    assert relative_error(output, slow_conv(*tensors, stride, padding)) < 1e-10
+    compare_with_autograd(conv.Conv2d, lambda x, v, b: F.conv2d(x, v, b, stride, padding), tensors, stride, padding)
 
 
 def test_conv_takes_any_memory_format_and_an_empty_batch():
     x, w, b = randn(2, 3, 6, 6), randn(4, 3, 3, 3), randn(4)
-    one, _ = conv.Conv2d.forward(x, w, b, 1, 1)
-    two, _ = conv.Conv2d.forward(x.to(memory_format=torch.channels_last), w, b, 1, 1)
-    assert torch.equal(one, two)
-    assert one.is_contiguous(memory_format=torch.channels_last)
-    against_autograd(conv.Conv2d, lambda *t: F.conv2d(*t, padding=1), [randn(0, 3, 6, 6), w, b], 1, 1)
+    contiguous, _ = conv.Conv2d.forward(x, w, b, 1, 1)
+    channels_last, _ = conv.Conv2d.forward(x.to(memory_format=torch.channels_last), w, b, 1, 1)
+    assert torch.equal(contiguous, channels_last)
+    assert contiguous.is_contiguous(memory_format=torch.channels_last)
+    compare_with_autograd(conv.Conv2d, lambda *t: F.conv2d(*t, padding=1), [randn(0, 3, 6, 6), w, b], 1, 1)
 
 
 def test_fold_is_the_adjoint_of_unfold():
@@ -106,14 +106,14 @@ def test_fold_is_the_adjoint_of_unfold():
 
 @pytest.mark.parametrize(("size", "kernel", "stride"), [(6, 2, 2), (7, 2, 2), (7, 3, 2), (6, 3, 1)])
 def test_max_pool(size, kernel, stride):
-    against_autograd(
+    compare_with_autograd(
         conv.MaxPool2d, lambda x: F.max_pool2d(x, kernel, stride), [randn(2, 3, size, size)], kernel, stride
     )
 
 
-def test_max_pool_ties_go_to_the_first_as_in_torch():
+def test_max_pool_ties_go_to_the_first_element_as_in_torch():
     x = torch.zeros(1, 1, 4, 4, dtype=DOUBLE)
-    against_autograd(conv.MaxPool2d, lambda t: F.max_pool2d(t, 2), [x], 2)
+    compare_with_autograd(conv.MaxPool2d, lambda t: F.max_pool2d(t, 2), [x], 2)
 
 
 def slow_batchnorm(x, gamma, beta, eps=1e-5):
@@ -131,20 +131,20 @@ def slow_batchnorm(x, gamma, beta, eps=1e-5):
 def test_batchnorm(layer, n, d):
     tensors = [3 * randn(n, d) + 10, randn(d), randn(d)]
     assert relative_error(layer.forward(*tensors)[0], slow_batchnorm(*tensors)) < 1e-10
-    against_autograd(layer, lambda x, g, b: F.batch_norm(x, None, None, g, b, True), tensors)
+    compare_with_autograd(layer, lambda x, g, b: F.batch_norm(x, None, None, g, b, True), tensors)
 
 
 def test_both_batchnorm_derivations_agree():
     x, gamma, beta, dout = randn(20, 5), randn(5), randn(5), randn(20, 5)
     cache = batchnorm.BatchNorm.forward(x, gamma, beta)[1]
     pairs = zip(batchnorm.BatchNorm.backward(dout, cache), batchnorm.BatchNormAlt.backward(dout, cache), strict=True)
-    assert all(relative_error(one, two) < 1e-12 for one, two in pairs)
+    assert all(relative_error(gradient, alternative) < 1e-12 for gradient, alternative in pairs)
 
 
 @pytest.mark.parametrize("layer", [batchnorm.SpatialBatchNorm, batchnorm.SpatialBatchNormAlt])
 def test_spatial_batchnorm(layer):
     tensors = [randn(3, 4, 5, 2), randn(4), randn(4)]
-    against_autograd(layer, lambda x, g, b: F.batch_norm(x, None, None, g, b, True), tensors)
+    compare_with_autograd(layer, lambda x, g, b: F.batch_norm(x, None, None, g, b, True), tensors)
 
 
 def loss_gradient(layer, scores, labels):
@@ -184,34 +184,34 @@ MODULES = [
 
 @pytest.mark.parametrize("namespace", [modules.MANUAL_LAYERS, modules.MANUAL_ALT_LAYERS])
 @pytest.mark.parametrize(("name", "arguments", "shape"), MODULES)
-def test_a_module_stands_in_for_torchs(namespace, name, arguments, shape):
+def test_a_module_replaces_that_of_torch(namespace, name, arguments, shape):
     torch.manual_seed(0)
-    theirs = getattr(nn, name)(*arguments).double()
-    mine = getattr(namespace, name)(*arguments).double()
-    mine.load_state_dict(theirs.state_dict())
+    expected_module = getattr(nn, name)(*arguments).double()
+    module = getattr(namespace, name)(*arguments).double()
+    module.load_state_dict(expected_module.state_dict())
     x = randn(*shape)
-    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    a, b = theirs(one), mine(two)
-    dout = randn(*a.shape)
-    a.backward(dout)
-    b.backward(dout)
-    assert relative_error(a.detach(), b.detach()) < 1e-12
-    assert relative_error(one.grad, two.grad) < 1e-12
-    for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
+    expected_x, actual_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, actual = expected_module(expected_x), module(actual_x)
+    dout = randn(*expected.shape)
+    expected.backward(dout)
+    actual.backward(dout)
+    assert relative_error(expected.detach(), actual.detach()) < 1e-12
+    assert relative_error(expected_x.grad, actual_x.grad) < 1e-12
+    for p, q in zip(expected_module.parameters(), module.parameters(), strict=True):
         assert relative_error(p.grad, q.grad) < 1e-12
-    for p, q in zip(theirs.buffers(), mine.buffers(), strict=True):
+    for p, q in zip(expected_module.buffers(), module.buffers(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-    assert relative_error(theirs.eval()(x), mine.eval()(x)) < 1e-12
+    assert relative_error(expected_module.eval()(x), module.eval()(x)) < 1e-12
 
 
-def test_dropout_as_a_module():
-    mine = modules.MANUAL_LAYERS.Dropout(0.5)
+def test_dropout_module():
+    dropout = modules.MANUAL_LAYERS.Dropout(0.5)
     x = torch.ones(1000, requires_grad=True)
-    out = mine(x)
+    out = dropout(x)
     out.sum().backward()
     assert torch.equal(x.grad, out)
     assert 350 < (out == 0).sum() < 650
-    assert mine.eval()(x) is x
+    assert dropout.eval()(x) is x
 
 
 CURVE = (
@@ -220,7 +220,7 @@ CURVE = (
 )
 
 
-def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tmp_path):
+def test_the_layers_setting_changes_the_layers_and_nothing_else(cvlab, tmp_path):
 
     from cvlab.runs import run_dir
     from cvlab.runs.records import read_metrics
@@ -234,7 +234,7 @@ def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tm
         curves[name] = [row["train_loss"] for row in read_metrics(runs[name]) if "train_loss" in row]
     assert len(curves["torch"]) == 20
     for name in ("manual", "manual_alt"):
-        assert curves[name] == pytest.approx(curves["torch"], abs=1e-9), "the bar is 1e-4"
+        assert curves[name] == pytest.approx(curves["torch"], abs=1e-9), "1e-4 is required"
     from cvlab.runs import checkpoint
 
     states = [checkpoint.load_latest(run / "checkpoints", print)[1]["model"] for run in runs.values()]
@@ -255,40 +255,40 @@ def test_one_word_of_configuration_changes_the_layers_and_nothing_else(cvlab, tm
         (lambda layers: layers.BatchNorm2d(4, momentum=None), "momentum=None"),
     ],
 )
-def test_what_is_not_written_out_is_refused(build, message):
+def test_unsupported_options_are_rejected(build, message):
     with pytest.raises(ConfigError, match=message):
         build(modules.MANUAL_LAYERS)
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": (1, 1)}, {"bias": False}, {"stride": (2, 2)}])
 def test_conv_modules_with_options(options):
-    mine, theirs = modules.MANUAL_LAYERS.Conv2d(3, 5, 3, **options).double(), nn.Conv2d(3, 5, 3, **options).double()
-    theirs.load_state_dict(mine.state_dict())
+    module, expected = modules.MANUAL_LAYERS.Conv2d(3, 5, 3, **options).double(), nn.Conv2d(3, 5, 3, **options).double()
+    expected.load_state_dict(module.state_dict())
     x = randn(2, 3, 9, 9)
-    torch.testing.assert_close(mine(x), theirs(x))
+    torch.testing.assert_close(module(x), expected(x))
     torch.testing.assert_close(modules.MANUAL_LAYERS.MaxPool2d(3, stride=1)(x), nn.MaxPool2d(3, stride=1)(x))
 
 
-def test_under_autocast_a_layer_computes_in_the_dtype_of_its_weights():
-    nets = []
+def test_layers_work_under_autocast():
+    models = []
     for layers in (nn, modules.MANUAL_LAYERS, modules.MANUAL_ALT_LAYERS):
         torch.manual_seed(0)
-        nets.append(deep_convnet(filters=(4, 8), pools=(0,), batchnorm=True, image_size=8, layers=layers))
+        models.append(deep_convnet(filters=(4, 8), pools=(0,), batchnorm=True, image_size=8, layers=layers))
     x = torch.randn(6, 3, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = [net(x) for net in nets]
-    for net, found in zip(nets, scores, strict=True):
-        found.float().square().sum().backward()
-        torch.testing.assert_close(found.float(), scores[0].float(), rtol=0.1, atol=0.1)
-        assert all(p.grad.isfinite().all() for p in net.parameters())
+        scores = [model(x) for model in models]
+    for model, output in zip(models, scores, strict=True):
+        output.float().square().sum().backward()
+        torch.testing.assert_close(output.float(), scores[0].float(), rtol=0.1, atol=0.1)
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_one_value_per_channel_is_refused_as_torch_does_it():
+def test_one_value_per_channel_is_rejected_as_in_torch():
     with pytest.raises(ConfigError, match="more than one value per channel"):
         modules.MANUAL_LAYERS.BatchNorm1d(3)(torch.randn(1, 3))
 
 
-def test_dropout_of_everything():
+def test_dropout_with_probability_one():
     out, cache = linear.Dropout.forward(torch.ones(5), 1.0)
     assert not out.any()
     assert not linear.Dropout.backward(torch.ones(5), cache)[0].any()

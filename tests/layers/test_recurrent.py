@@ -10,29 +10,29 @@ def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def test_a_sequence_is_its_steps_one_after_the_other():
+def test_a_sequence_equals_its_single_steps():
     torch.manual_seed(0)
     x, h, wx, wh, b = randn(3, 4, 5), randn(3, 2), randn(8, 5), randn(8, 2), randn(8)
     states, _ = recurrent.LSTM.forward(x, h, wx, wh, b)
     c = torch.zeros_like(h)
     for t in range(4):
-        both, _ = recurrent.LSTMStep.forward(x[:, t], h, c, wx, wh, b)
-        h, c = both.chunk(2, 1)
+        state, _ = recurrent.LSTMStep.forward(x[:, t], h, c, wx, wh, b)
+        h, c = state.chunk(2, 1)
         torch.testing.assert_close(states[:, t], h)
 
 
-def test_attention_weights_are_a_distribution_and_the_most_alike_cell_wins():
+def test_attention_weights_sum_to_one_and_prefer_the_most_similar_cell():
     a = torch.eye(4, dtype=torch.float64)[None] * 50
-    looked, cache = attention.DotAttention.forward(torch.tensor([[0.0, 0, 50, 0]]).double(), a)
+    attended, cache = attention.DotAttention.forward(torch.tensor([[0.0, 0, 50, 0]]).double(), a)
     assert cache.weights.sum().item() == pytest.approx(1)
     assert int(cache.weights.argmax()) == 2
-    torch.testing.assert_close(looked, a[:, 2])
+    torch.testing.assert_close(attended, a[:, 2])
 
 
-def test_lstm_equals_torchs_own():
+def test_lstm_equals_that_of_torch():
     torch.manual_seed(0)
     reference_module = torch.nn.LSTM(5, 2, batch_first=True).double()
-    order = torch.tensor([0, 1, 2, 3, 6, 7, 4, 5])  # torch's candidate comes before its output
+    order = torch.tensor([0, 1, 2, 3, 6, 7, 4, 5])  # in torch, the candidate comes before the output gate
     wx, wh = reference_module.weight_ih_l0[order].detach(), reference_module.weight_hh_l0[order].detach()
     b = (reference_module.bias_ih_l0 + reference_module.bias_hh_l0)[order].detach()
     x, h = randn(3, 4, 5), randn(3, 2)

@@ -8,10 +8,12 @@ from cvlab.models import pretrained
 def random_model(name, folder):
     from cvlab.models import zoo
 
-    prefix, _, rest = name.partition(":")
+    prefix, _, model_name = name.partition(":")
     torch.manual_seed(0)
     module = (
-        zoo.build_timm(rest, num_classes=None) if prefix == "timm" else zoo.build_torchvision(rest, num_classes=1000)
+        zoo.build_timm(model_name, num_classes=None)
+        if prefix == "timm"
+        else zoo.build_torchvision(model_name, num_classes=1000)
     )
     torch.save(module.state_dict(), folder / "weights.pth")
     return pretrained.build(name, str(folder / "weights.pth"))

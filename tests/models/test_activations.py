@@ -10,7 +10,7 @@ from cvlab.models import activations
 
 
 class Network(nn.Module):
-    """A network with a shared ReLU that works in place, a ReLU as a function, and a hand-set dead channel."""
+    """A network with a shared in-place ReLU, a functional ReLU, and a channel that is made dead."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ def record(batches):
     return network, recorder
 
 
-def test_statistics_are_those_of_all_values_whatever_the_batches():
+def test_statistics_do_not_depend_on_the_batches():
     images = torch.rand(5, 3, 8, 8)
     network, recorder = record([images[:2], images[2:]])
     assert list(recorder.layers) == ["conv", "relu", "blocks.0", "relu#2", "fc", "relu#3", "out"]

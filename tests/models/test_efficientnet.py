@@ -1,4 +1,4 @@
-"""EfficientNet-Lite: timm's weights load by name, and all outputs are timm's; traced and cut like any other network."""
+"""EfficientNet-Lite: names, outputs and gradients equal timm's; it is traced and cut like any other network."""
 
 import pytest
 import torch
@@ -10,58 +10,58 @@ from cvlab.models.efficientnet import VARIANTS, Conv2dSame, EfficientNetLite
 from cvlab.models.names import BY_PIP
 
 
-def twins(variant):
-    """Return timm's network with random weights and statistics, and cvlab's with the same."""
+def reference_and_model(variant):
+    """Return timm's network with random weights and statistics, and cvlab's with the same weights."""
     torch.manual_seed(0)
-    theirs = _compat.timm().create_model(f"tf_{variant}").eval()
-    for module in theirs.modules():
+    reference = _compat.timm().create_model(f"tf_{variant}").eval()
+    for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    ours = EfficientNetLite(variant).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    model = EfficientNetLite(variant).eval()
+    model.load_state_dict(reference.state_dict())
+    return reference, model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_names_shapes_and_outputs_are_timms(variant):
-    theirs, ours = twins(variant)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+def test_names_shapes_and_outputs_equal_those_of_timm(variant):
+    reference, model = reference_and_model(variant)
+    assert list(model.state_dict()) == list(reference.state_dict())
     for size in (224, 97, 128):
         images = torch.randn(2, 3, size, size + 31)
         with torch.inference_mode():
-            expected = theirs(images)
-            torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+            expected = reference(images)
+            torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_in_training_are_timms(variant):
-    theirs, ours = twins(variant)
+def test_gradients_in_training_equal_those_of_timm(variant):
+    reference, model = reference_and_model(variant)
     images = torch.randn(2, 3, 64, 64)
-    for network in (theirs, ours):
+    for network in (reference, model):
         network.train()
         network(images).square().sum().backward()
-    expected = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4)
-    for name, buffer in ours.named_buffers():
-        torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name])
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, dict(reference.named_buffers())[name])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_images_are_brought_in_as_timm_does(variant):
-    about = weights.timm_config(f"tf_{variant}")
+def test_preprocessing_equals_that_of_timm(variant):
+    config = weights.timm_config(f"tf_{variant}")
     transform = pretrained.preprocessing(variant).transform
-    assert transform.size_px == about["input_size"][-1]
-    assert transform.resize_px == int(about["input_size"][-1] / about["crop_pct"])
-    assert transform.filter == about["interpolation"]
+    assert transform.size_px == config["input_size"][-1]
+    assert transform.resize_px == int(config["input_size"][-1] / config["crop_pct"])
+    assert transform.filter == config["interpolation"]
     assert list(VARIANTS) == list(BY_PIP)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (3, 3)])
 @pytest.mark.parametrize("size", [7, 8, 9, 32])
-def test_padding_of_tensorflow(kernel, stride, size):
+def test_padding_equals_that_of_tensorflow(kernel, stride, size):
     conv = Conv2dSame(1, 1, kernel, stride, bias=False).requires_grad_(False)
     image = torch.randn(1, 1, size, size)
     count = -(-size // stride)
@@ -78,7 +78,7 @@ def test_padding_of_tensorflow(kernel, stride, size):
     torch.testing.assert_close(conv(image)[0, 0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_cut_at_any_layer():
+def test_features_of_any_layer():
     model = pretrained.build()
     network = model.module.model
     names = ["bn1", "blocks.2", "blocks.5.1", "bn2"]
@@ -94,12 +94,12 @@ def test_cut_at_any_layer():
         network(model.module.normalize(images))
     for handle in handles:
         handle.remove()
-    found = features.FeatureExtractor(model, names).batch(images)
+    feature_maps = features.FeatureExtractor(model, names).batch(images)
     for name in names:
-        torch.testing.assert_close(found[name], outputs[name])
+        torch.testing.assert_close(feature_maps[name], outputs[name])
 
 
-def test_nothing_behind_the_last_layer_is_computed():
+def test_layers_after_the_last_requested_one_are_not_computed():
     network = EfficientNetLite("efficientnet_lite0").eval()
     traced = graph.trace(network, {"blocks.1": "maps"})
     targets = [str(node.target) for node in traced.graph.nodes]
@@ -109,7 +109,7 @@ def test_nothing_behind_the_last_layer_is_computed():
         graph.trace(network, {"blocks.9": "maps"})
 
 
-def test_another_classifier_and_none():
+def test_other_classifier_and_no_classifier():
     network = EfficientNetLite("efficientnet_lite0", num_classes=3, in_channels=1).eval()
     assert network(torch.rand(2, 1, 40, 40)).shape == (2, 3)
     network.reset_classifier(0)

@@ -13,7 +13,7 @@ from tests.models.random_models import random_model, squeezenet
 
 
 class TestFeatures:
-    def test_equal_those_of_the_whole_model(self):
+    def test_features_equal_those_of_the_whole_model(self):
         model = pretrained.build()
         expected = {}
         hook = model.module.model.blocks[3].register_forward_hook(lambda m, i, o: expected.update(whole=o))
@@ -51,8 +51,8 @@ class TestFeatures:
         image = torch.rand(3, 64, 64)
         feature_map = features.FeatureExtractor(model, ["features.0", "features.3"])(image)["features.0"]
         assert float(feature_map.min()) < 0  # before the ReLU that follows
-        alone = features.FeatureExtractor(model, ["features.0"])(image)["features.0"]
-        torch.testing.assert_close(feature_map, alone)
+        single = features.FeatureExtractor(model, ["features.0"])(image)["features.0"]
+        torch.testing.assert_close(feature_map, single)
 
     @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_0"])
     def test_default_layers_of_any_family(self, name, tmp_path):
@@ -100,7 +100,7 @@ class WithoutNormalization(nn.Module):
         return images
 
 
-def test_a_model_that_cannot_be_traced_gives_its_features_all_the_same():
+def test_features_of_a_model_that_cannot_be_traced():
     model = DataDependent()
     classifier = types.SimpleNamespace(
         module=WithoutNormalization(model), name="data_dependent", transform=types.SimpleNamespace(size_px=16)

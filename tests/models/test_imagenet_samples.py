@@ -1,4 +1,4 @@
-"""Photos of ImageNet with their classes, where CVLAB_DATA has them: the default net, and the attacks on it."""
+"""The default model, and attacks on it, on labeled photos of ImageNet if CVLAB_DATA has them."""
 
 import csv
 import json
@@ -13,27 +13,27 @@ FOLDER = Path(REAL_DATA or "/nowhere") / "imagenet_samples"
 
 
 @pytest.fixture(scope="module")
-def labeled():
+def labels():
     if not (FOLDER / "labels.csv").is_file():
         pytest.skip("CVLAB_DATA has no imagenet_samples")
     with (FOLDER / "labels.csv").open() as file:
         return {str(FOLDER / row["file"]): int(row["class_index"]) for row in csv.DictReader(file)}
 
 
-def test_the_default_net_knows_most(cvlab, labeled):
+def test_the_default_model_classifies_most_photos_correctly(cvlab, labels):
     code, out, err = cvlab("classify", FOLDER, "--json")
     assert code == 0, err
     results = json.loads(out)["results"]
-    assert len(results) == len(labeled)
-    right = [labeled[row["image"]] == row["class_index"] for row in results]
-    top5 = [labeled[row["image"]] in [found["class_index"] for found in row["top"]] for row in results]
-    assert sum(right) >= 0.8 * len(right)
-    assert sum(top5) >= 0.93 * len(top5)
+    assert len(results) == len(labels)
+    is_correct = [labels[row["image"]] == row["class_index"] for row in results]
+    is_in_top5 = [labels[row["image"]] in [prediction["class_index"] for prediction in row["top"]] for row in results]
+    assert sum(is_correct) >= 0.8 * len(is_correct)
+    assert sum(is_in_top5) >= 0.93 * len(is_in_top5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--size", "model"), ("--method", "pgd", "--eps", "8")])
-def test_all_attacks_succeed(cvlab, labeled, options):
+def test_all_attacks_succeed(cvlab, labels, options):
     code, out, err = cvlab("attack", "--target", "ostrich", FOLDER, "--json", *options)
     assert code == 0, err
     metrics = json.loads(out)["metrics"]
@@ -42,8 +42,8 @@ def test_all_attacks_succeed(cvlab, labeled, options):
     assert metrics["l2"] <= 2.0 or "pgd" in options
 
 
-def test_some_attacks_succeed(cvlab, labeled):
-    some = [path for path, index in labeled.items() if index != 9][:3]
-    code, out, err = cvlab("attack", "--target", "ostrich", *some, "--json")
+def test_some_attacks_succeed(cvlab, labels):
+    photos = [path for path, index in labels.items() if index != 9][:3]
+    code, out, err = cvlab("attack", "--target", "ostrich", *photos, "--json")
     assert code == 0, err
     assert all(row["success"] for row in json.loads(out)["results"])

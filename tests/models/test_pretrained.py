@@ -1,4 +1,4 @@
-"""Nets with weights: the one that comes along, those of others from files, and what is refused."""
+"""Pretrained models: the bundled one, others with weights from files, and rejected files."""
 
 import hashlib
 
@@ -41,24 +41,24 @@ def test_random_numbers_do_not_depend_on_the_cache():
 
 def test_folded_batchnorm_keeps_the_logits():
     original = _compat.timm().create_model("tf_efficientnet_lite0").eval()
-    given = weights.read_state_dict(weights.path_by_pip())
-    original.load_state_dict(dict(zip(original.state_dict(), given.values(), strict=True)))
-    small = pretrained.fold_batchnorm(original.requires_grad_(False), 224)
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in small.modules())
+    state_dict = weights.read_state_dict(weights.path_by_pip())
+    original.load_state_dict(dict(zip(original.state_dict(), state_dict.values(), strict=True)))
+    folded = pretrained.fold_batchnorm(original.requires_grad_(False), 224)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
     x = torch.rand(2, 3, 224, 224)
-    torch.testing.assert_close(small(x), original(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded(x), original(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", names.NANODET])
 def test_folding_keeps_the_logits_of_bundled_networks(name):
     pretrained.build.cache_clear()
     folded = pretrained.build(name).module.model
-    whole = EfficientNetLite(name) if name in names.BY_PIP else nanodet.CspBackbone()
-    pretrained.load_weights(whole, name)
+    original = EfficientNetLite(name) if name in names.BY_PIP else nanodet.CspBackbone()
+    pretrained.load_weights(original, name)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
     x = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(folded(x), whole.eval()(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(folded(x), original.eval()(x), rtol=1e-3, atol=1e-3)
 
 
 def test_folding_is_skipped_if_it_changes_the_logits():
@@ -71,31 +71,32 @@ def test_folding_is_skipped_if_it_changes_the_logits():
         def forward(self, x):
             return self.last(self.first(self.norm(x))).mean((2, 3))
 
-    net = Odd().eval().requires_grad_(False)
-    assert pretrained.fold_batchnorm(net, 8) is net
+    model = Odd().eval().requires_grad_(False)
+    assert pretrained.fold_batchnorm(model, 8) is model
 
 
 @pytest.mark.parametrize(
     "name", ["torchvision:squeezenet1_0", "torchvision:resnet18", "timm:resnet10t", "timm:vit_tiny_patch16_224"]
 )
 def test_other_models_load_weights_from_a_file(name, tmp_path):
-    prefix, _, rest = name.partition(":")
+    prefix, _, model_name = name.partition(":")
     torch.manual_seed(0)
-    original = _compat.timm().create_model(rest) if prefix == "timm" else _compat.torchvision().models.get_model(rest)
+    build = _compat.timm().create_model if prefix == "timm" else _compat.torchvision().models.get_model
+    original = build(model_name)
     torch.save(
         {"state_dict": {f"module.{key}": value for key, value in original.state_dict().items()}}, tmp_path / "w.pth"
     )
     model = pretrained.build(name, str(tmp_path / "w.pth"))
     x = torch.rand(2, 3, model.transform.size_px, model.transform.size_px)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in _normalization(prefix, rest))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in _normalization(prefix, model_name))
     torch.testing.assert_close(model.module(x), original.eval()((x - mean) / std), rtol=1e-3, atol=1e-3)
     assert model.classes == imagenet.labels()
 
 
 def _normalization(prefix, name):
     if prefix == "timm":
-        about = _compat.timm().get_pretrained_cfg(name)
-        return about.mean, about.std
+        config = _compat.timm().get_pretrained_cfg(name)
+        return config.mean, config.std
     transform = _compat.torchvision().models.get_model_weights(name).DEFAULT.transforms()
     return transform.mean, transform.std
 
@@ -137,9 +138,9 @@ def test_damaged_weights_are_rejected(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     for name in [*cases, "evil.pth", "list.pth", "gone.pth"]:
-        with pytest.raises(DataError, match=name) as refused:
+        with pytest.raises(DataError, match=name) as error:
             weights.read_state_dict(tmp_path / name)
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "canary").exists()
     for name in (None, "torchvision:resnet18"):
         with pytest.raises(DataError, match=r"other\.pth: not the weights"):
@@ -147,8 +148,8 @@ def test_damaged_weights_are_rejected(tmp_path):
 
 
 def test_weights_are_fetched_and_verified(monkeypatch, tmp_path):
-    net = _compat.torchvision().models.get_model("squeezenet1_0")
-    torch.save(net.state_dict(), tmp_path / "w.pth")
+    model = _compat.torchvision().models.get_model("squeezenet1_0")
+    torch.save(model.state_dict(), tmp_path / "w.pth")
     content = (tmp_path / "w.pth").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
@@ -160,8 +161,8 @@ def test_weights_are_fetched_and_verified(monkeypatch, tmp_path):
         assert weights.fetch("torchvision:squeezenet1_0") == target
     assert target.read_bytes() == content
     target.unlink()
-    bad = content[:-1] + b"!"
-    with server(lambda handler: send(handler, bad)) as (url, _), pytest.raises(DataError, match="sha256"):
+    damaged = content[:-1] + b"!"
+    with server(lambda handler: send(handler, damaged)) as (url, _), pytest.raises(DataError, match="sha256"):
         weights.fetch("torchvision:squeezenet1_0")
     assert not target.exists()
     assert weights.fetch("torchvision:squeezenet1_0", tmp_path / "w.pth") == target
@@ -174,36 +175,36 @@ def test_sources_of_weights():
     url, path = weights._source("timm:resnet50.a1_in1k")
     assert url == "https://huggingface.co/timm/resnet50.a1_in1k/resolve/main/model.safetensors"
     assert path.name == "resnet50.a1_in1k.safetensors"
-    for wrong in ("efficientnet_lite0", "timm:resnet5O", "torchvision:x"):
+    for name in ("efficientnet_lite0", "timm:resnet5O", "torchvision:x"):
         with pytest.raises(ConfigError):
-            weights._source(wrong)
+            weights._source(name)
 
 
-def test_offline_nothing_is_fetched(monkeypatch, tmp_path):
+def test_nothing_is_fetched_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path))
     with pytest.raises(DataError, match="CVLAB_OFFLINE is set"):
         weights.fetch("torchvision:squeezenet1_1")
 
 
 def test_size_and_checksum_published_by_a_server():
-    def answer(handler):
+    def respond(handler):
         handler.send_response(302)
         handler.send_header("Location", "http://localhost:1/elsewhere")
         handler.send_header("X-Linked-Size", "123")
         handler.send_header("X-Linked-ETag", '"' + "ab" * 32 + '"')
         handler.end_headers()
 
-    with server(answer) as (url, _):
+    with server(respond) as (url, _):
         assert download.published_size_and_sha256(f"{url}/model.safetensors") == (123, "ab" * 32)
 
 
 def test_classes_by_name_and_by_number():
     model = pretrained.build()
     assert model.class_index("ostrich") == 9
-    few = pretrained.PretrainedClassifier("mine", model.module, model.transform, ("class 0", "class 1"))
-    assert few.class_index("1") == 1
+    two_classes = pretrained.PretrainedClassifier("mine", model.module, model.transform, ("class 0", "class 1"))
+    assert two_classes.class_index("1") == 1
     with pytest.raises(ConfigError, match="2 classes: class 0, class 1"):
-        few.class_index("2")
+        two_classes.class_index("2")
 
 
 WRAPPINGS = {
@@ -238,33 +239,35 @@ def test_checkpoints_of_training_code_are_unwrapped(squeezenet, tmp_path, wrappi
     expected = squeezenet.state_dict()
     tensors = {f"{prefix}{name}": tensor for name, tensor in expected.items()}
     if prefix:
-        tensors["criterion.weight"] = torch.ones(3)  # of another part of the training code
+        tensors["criterion.weight"] = torch.ones(3)  # belongs to another part of the training code
     torch.save(WRAPPINGS[wrapping](tensors), tmp_path / "a.pth")
-    read = weights.match_names(weights.read_state_dict(tmp_path / "a.pth"), expected)
-    assert read.keys() == expected.keys()
-    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+    loaded = weights.match_names(weights.read_state_dict(tmp_path / "a.pth"), expected)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
     ("average", "weights_key"), [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("ema", "model_state_dict")]
 )
-def test_the_moving_average_is_taken_and_that_is_said(squeezenet, tmp_path, capsys, average, weights_key):
+def test_the_moving_average_is_preferred_and_logged(squeezenet, tmp_path, capsys, average, weights_key):
     averaged = {name: tensor + 0.01 for name, tensor in squeezenet.state_dict().items()}
-    last = {f"module.{name}": tensor for name, tensor in squeezenet.state_dict().items()}
-    torch.save({weights_key: last, average: {f"module.{k}": v for k, v in averaged.items()}}, tmp_path / "both.pth")
+    last_weights = {f"module.{name}": tensor for name, tensor in squeezenet.state_dict().items()}
+    torch.save(
+        {weights_key: last_weights, average: {f"module.{k}": v for k, v in averaged.items()}}, tmp_path / "both.pth"
+    )
     torch.save(averaged, tmp_path / "average.pth")
     assert torch.equal(_classify_noise(tmp_path / "both.pth"), _classify_noise(tmp_path / "average.pth"))
     assert f"both.pth: taking {average!r}, the moving average of the weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "words", [("classify",), ("saliency",), ("attack",), ("classvis", "targets=[1]"), ("classify", "--dry-run")]
+    "args", [("classify",), ("saliency",), ("attack",), ("classvis", "targets=[1]"), ("classify", "--dry-run")]
 )
-def test_a_model_without_a_classifier_is_refused_in_one_line(cvlab, tmp_path, words):
+def test_a_model_without_a_classifier_is_rejected_with_a_one_line_error(cvlab, tmp_path, args):
     name = "timm:eva02_tiny_patch14_224"  # its weights are published without a classifier
     assert random_model(name, tmp_path).classes == ()
-    photo = [] if words[0] == "classvis" else ["sample"]
-    code, _, err = cvlab(words[0], *photo, *words[1:], f"model={name}", f"weights={tmp_path / 'weights.pth'}")
+    photo = [] if args[0] == "classvis" else ["sample"]
+    code, _, err = cvlab(args[0], *photo, *args[1:], f"model={name}", f"weights={tmp_path / 'weights.pth'}")
     assert code == 2, err
     line = f"model {name}: has no classifier, its outputs are features; name a model that classifies"
     assert line in err

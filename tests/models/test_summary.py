@@ -1,4 +1,4 @@
-"""The summary of a model: parameters, FLOPs, memory and receptive fields against slow, obvious counts."""
+"""The summary of a model: parameters, FLOPs, memory and receptive fields against simple reference counts."""
 
 import json
 
@@ -11,18 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from cvlab.config import loading
 from cvlab.models.summary import REST, SummarySpec, summarize
 
-TRAININGS = (
+CLASSIFIERS = (
     *("quickstart", "cifar_resnet32", "cifar_94", "cifar_three_layer_epoch", "cifar_api_barebones"),
     *("cifar_fc_overfit_3", "cifar_vgg_half_60s"),
 )
 
 
-def of_model(model, size=24, channels=3):
+def summarize_model(model, size=24, channels=3):
     return summarize(SummarySpec({"": model}, model, torch.zeros(1, channels, size, size)))
 
 
 def measured_receptive_field(model, size=64):
-    """Return the extent of the input that the central element of a map depends on, by its gradient."""
+    """Return the size of the input region that the gradient of the map's central element is nonzero in."""
     image = torch.rand(1, 3, size, size, dtype=torch.float64, requires_grad=True)
     output = model.double()(image)
     output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum().backward()
@@ -43,7 +43,7 @@ class Residual(nn.Module):
         return F.avg_pool2d(F.silu(self.a(x) + self.b(x)), 2)
 
 
-def positive(model):
+def make_positive(model):
     """Make all weights positive, so that no gradient is zero by chance."""
     for parameter in model.parameters():
         nn.init.uniform_(parameter, 0.1, 1.0)
@@ -60,13 +60,13 @@ def positive(model):
     ],
     ids=["strides", "dilation", "padding", "two paths"],
 )
-def test_receptive_fields_are_those_of_the_gradient(model):
-    model = positive(model).eval()
-    last = [layer for layer in of_model(model, 64).layers if layer.name != REST][-1]
+def test_receptive_fields_equal_those_of_the_gradient(model):
+    model = make_positive(model).eval()
+    last = [layer for layer in summarize_model(model, 64).layers if layer.name != REST][-1]
     assert last.receptive_field == measured_receptive_field(model)
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_totals_of_shipped_classifiers(cvlab, name):
     code, out, err = cvlab("summary", name, "--json")
     assert code == 0, err
@@ -83,13 +83,13 @@ def test_totals_of_shipped_classifiers(cvlab, name):
     assert document["activation_bytes"] > 0
 
 
-def test_memory_counts_each_tensor_once_and_no_view():
+def test_memory_counts_each_tensor_once_and_no_views():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 24 * 24, 5))
-    by_layer = [layer.activation_bytes for layer in of_model(model).layers]
+    by_layer = [layer.activation_bytes for layer in summarize_model(model).layers]
     assert by_layer == [4 * 24 * 24 * 4, 0, 0, 5 * 4]
 
 
-def test_receptive_fields_end_where_they_are_not_defined():
+def test_undefined_receptive_fields_are_none():
     gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
 
     class Gated(nn.Module):
@@ -101,16 +101,16 @@ def test_receptive_fields_end_where_they_are_not_defined():
             x = self.first(x)
             return self.last(x * self.gate(x))
 
-    layers = {layer.name: layer.receptive_field for layer in of_model(Gated()).layers}
+    layers = {layer.name: layer.receptive_field for layer in summarize_model(Gated()).layers}
     assert layers["first"] == (3, 3)
     assert layers["last"] is None
     up = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3))
-    assert [layer.receptive_field for layer in of_model(up).layers] == [(3, 3), None, None]
+    assert [layer.receptive_field for layer in summarize_model(up).layers] == [(3, 3), None, None]
 
 
 def test_a_shared_layer_has_a_row_for_each_call_and_its_parameters_once():
     layer = nn.Conv2d(3, 3, 3, padding=1)
-    rows = of_model(nn.Sequential(layer, layer)).layers
+    rows = summarize_model(nn.Sequential(layer, layer)).layers
     assert [row.parameters for row in rows] == [84, 0]
     assert [row.receptive_field for row in rows] == [(3, 3), (5, 5)]
 
@@ -127,7 +127,7 @@ def test_attention_and_recurrent_layers_are_counted():
             x = x.flatten(2).mT
             return self.lstm(self.attention(x, x, x, need_weights=False)[0])[0]
 
-    summary = of_model(Sequence(), size=4, channels=8)
+    summary = summarize_model(Sequence(), size=4, channels=8)
     rows = {row.name: row for row in summary.layers}
     tokens = 16
     projections = 2 * tokens * 8 * (24 + 8)
@@ -137,11 +137,11 @@ def test_attention_and_recurrent_layers_are_counted():
     assert summary.parameters == sum(row.parameters for row in summary.layers)
 
 
-def test_nothing_in_the_model_changes():
+def test_the_model_is_unchanged():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     model[0].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    of_model(model)
+    summarize_model(model)
     assert (model.training, model[0].training, model[1].training) == (True, False, True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model[0]._forward_hooks
@@ -154,7 +154,7 @@ def test_nothing_in_the_model_changes():
         (("yolo_scenes", "size=64"), ("backbone.", "head.")),
         (("faster_rcnn_scenes", "size=64"), ("backbone.", "head.")),
         (("caption_scenes", "size=64", "min_word_count=1"), ("backbone.", "decoder.")),
-        (("yolo_voc07", "size=64"), ("backbone.", "head.")),  # of the fallback: the number of classes needs the data
+        (("yolo_voc07", "size=64"), ("backbone.", "head.")),  # the number of classes is that of the fallback
     ],
 )
 def test_detectors_and_captioners_have_two_parts(cvlab, tmp_path, arguments, parts):
@@ -188,9 +188,9 @@ def test_a_run_is_summarized(cvlab, tmp_path):
         (("quickstart", "model.filters=[]"), 2, "at least one block"),
     ],
 )
-def test_refusals_are_one_line(cvlab, arguments, code, text):
-    found, out, err = cvlab("summary", *arguments)
-    assert (found, out) == (code, "")
+def test_errors_are_one_line(cvlab, arguments, code, text):
+    exit_code, out, err = cvlab("summary", *arguments)
+    assert (exit_code, out) == (code, "")
     assert text in err
     assert len(err.splitlines()) == 1
 

@@ -1,4 +1,4 @@
-"""Anchors: the worked example of the course, slow twins, no boxes, ties."""
+"""Anchors: the worked example of the course, slow references, no boxes, ties."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ def random_boxes(count, span, seed=0):
 
 
 def slow_iou(a, b):
-    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(wide, 0) * max(high, 0)
-    whole = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / whole if whole > 0 else 0.0
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    return intersection / union if union > 0 else 0.0
 
 
 def slow_anchors(height, width, shapes):
-    """List them in the order (A, H, W)."""
+    """List all anchors in the order (A, H, W)."""
     return [
         (c + 0.5 - w / 2, r + 0.5 - h / 2, c + 0.5 + w / 2, r + 0.5 + h / 2)
         for w, h in shapes
@@ -37,9 +37,9 @@ def slow_match_anchors_to_boxes(box, height, width, shapes):
     cells = [(abs(c + 0.5 - x) + abs(r + 0.5 - y), r * width + c) for r in range(height) for c in range(width)]
     cell = min(cells)[1]
     all_anchors = slow_anchors(height, width, shapes)
-    found = [slow_iou(all_anchors[a * height * width + cell], box) for a in range(len(shapes))]
-    best = found.index(max(found))
-    return best * height * width + cell, found[best]
+    ious = [slow_iou(all_anchors[a * height * width + cell], box) for a in range(len(shapes))]
+    best = ious.index(max(ious))
+    return best * height * width + cell, ious[best]
 
 
 class TestWorkedExample:
@@ -71,30 +71,34 @@ class TestWorkedExample:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (3, 5)])
 class TestEachMap:
-    def test_centres_and_anchors(self, height, width):
+    def test_centers_and_anchors(self, height, width):
         centers = anchors.grid_centers(height, width)
         assert centers.tolist() == [[[c + 0.5, r + 0.5] for c in range(width)] for r in range(height)]
-        made = anchors.generate_anchors(centers, ANCHOR_SHAPES)
+        actual = anchors.generate_anchors(centers, ANCHOR_SHAPES)
         expected = torch.tensor(slow_anchors(height, width, anchors.COURSE_SHAPES))
-        torch.testing.assert_close(made.flatten(0, 2), expected)
+        torch.testing.assert_close(actual.flatten(0, 2), expected)
 
-    def test_match_anchors_matches_the_loop(self, height, width):
-        found = random_boxes(60, max(height, width))
-        index, overlap = anchors.match_anchors_to_boxes(found, anchors.grid_centers(height, width), ANCHOR_SHAPES)
-        expected = [slow_match_anchors_to_boxes(box, height, width, anchors.COURSE_SHAPES) for box in found.tolist()]
+    def test_match_anchors_to_boxes_matches_the_loop(self, height, width):
+        ground_truth = random_boxes(60, max(height, width))
+        index, overlap = anchors.match_anchors_to_boxes(
+            ground_truth, anchors.grid_centers(height, width), ANCHOR_SHAPES
+        )
+        expected = [
+            slow_match_anchors_to_boxes(box, height, width, anchors.COURSE_SHAPES) for box in ground_truth.tolist()
+        ]
         assert index.tolist() == [pair[0] for pair in expected]
         torch.testing.assert_close(overlap, torch.tensor([pair[1] for pair in expected]))
 
 
-def test_ties_take_the_first():
+def test_ties_go_to_the_first():
     centers = anchors.grid_centers(2, 2)
-    corner = torch.tensor([[0.0, 0, 2, 2]])  # its middle is as far from all four cells
+    corner = torch.tensor([[0.0, 0, 2, 2]])  # its center is equally far from all four cells
     assert anchors.match_anchors_to_boxes(corner, centers, ANCHOR_SHAPES)[0].item() % 4 == 0
     twins = torch.tensor([[1.0, 1], [2, 2], [2, 2]])
     assert anchors.match_anchors_to_boxes(torch.tensor([[0.0, 0, 1, 1]]), centers, twins)[0].item() == 0
     assert anchors.match_anchors_to_boxes(torch.tensor([[-0.5, -0.5, 1.5, 1.5]]), centers, twins)[0].item() == 4
-    same = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
-    assert len(set(anchors.match_anchors_to_boxes(same, centers, ANCHOR_SHAPES)[0].tolist())) == 1
+    boxes_xyxy = torch.tensor([[0.1, 0.2, 0.8, 0.9]]).repeat(2, 1)
+    assert len(set(anchors.match_anchors_to_boxes(boxes_xyxy, centers, ANCHOR_SHAPES)[0].tolist())) == 1
 
 
 def test_without_boxes():
@@ -106,9 +110,9 @@ def test_without_boxes():
 @pytest.mark.parametrize("count", [0, 1, 6])
 def test_negative_mask_matches_the_loop(count):
     all_anchors = anchors.generate_anchors(anchors.grid_centers(7, 7), ANCHOR_SHAPES).flatten(0, 2)
-    found = random_boxes(count, 7, seed=3)
-    expected = [all(slow_iou(a, b) < 0.2 for b in found.tolist()) for a in all_anchors.tolist()]
-    assert anchors.negative_mask(boxes.iou(all_anchors, found)).tolist() == expected
+    ground_truth = random_boxes(count, 7, seed=3)
+    expected = [all(slow_iou(a, b) < 0.2 for b in ground_truth.tolist()) for a in all_anchors.tolist()]
+    assert anchors.negative_mask(boxes.iou(all_anchors, ground_truth)).tolist() == expected
     assert (count == 0) == all(expected)
 
 
@@ -120,33 +124,33 @@ def test_negative_mask_at_the_threshold():
 
 
 def slow_matches(overlap, high, low):
-    """Match anchor by anchor, as section 3.1.2 of "Faster R-CNN" says it."""
-    labels, chosen = [], []
+    """Match anchor by anchor, as described in section 3.1.2 of "Faster R-CNN"."""
+    labels, matched_boxes = [], []
     for row in overlap:
         best_of = [m for m, value in enumerate(row) if value > 0 and value == max(other[m] for other in overlap)]
-        own = row.index(max(row)) if row else 0
+        matched_box = row.index(max(row)) if row else 0
         if row and max(row) > high:
             labels.append(1)
         elif best_of:
             labels.append(1)
-            own = max(best_of, key=lambda m, row=row: (row[m], -m))
+            matched_box = max(best_of, key=lambda m, row=row: (row[m], -m))
         else:
             labels.append(0 if not row or max(row) < low else -1)
-        chosen.append(own)
-    return labels, chosen
+        matched_boxes.append(matched_box)
+    return labels, matched_boxes
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 9])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_match_by_iou_matches_the_loop(count, seed):
     all_anchors = anchors.generate_anchors(anchors.grid_centers(7, 7), ANCHOR_SHAPES).flatten(0, 2)
-    found = random_boxes(count, 7, seed)
-    overlap = (boxes.iou(all_anchors, found) * 20).round() / 20  # ties
+    ground_truth = random_boxes(count, 7, seed)
+    overlap = (boxes.iou(all_anchors, ground_truth) * 20).round() / 20  # ties
     labels, chosen = anchors.match_by_iou(overlap, 0.7, 0.3)
     assert (labels.tolist(), chosen.tolist()) == slow_matches(overlap.tolist(), 0.7, 0.3)
 
 
-def test_a_box_keeps_its_best_anchor_though_that_overlaps_another_box_more():
+def test_a_box_keeps_its_best_anchor_even_if_that_overlaps_another_box_more():
     overlap = torch.tensor([[0.4, 0.6], [0.0, 0.65], [0.1, 0.2], [0.0, 0.0]])
     labels, chosen = anchors.match_by_iou(overlap, 0.7, 0.3)
     assert labels.tolist() == [1, 1, 0, 0]

@@ -21,7 +21,7 @@ def test_steps():
     assert attacks.linf_step(x, g, x, 9.0, 9.0).aminmax() == (0, 1)
 
 
-def test_loss_and_success():
+def test_attack_loss_and_success():
     logits, classes = torch.tensor([[1.0, 2.0, 0.0], [5.0, 1.0, 1.0]]), torch.tensor([1, 1])
     assert attacks.attack_loss(logits, classes, targeted=True).tolist() == [-2, -1]
     assert attacks.attack_loss(logits, classes, targeted=False).tolist() == [2, 1]

@@ -1,4 +1,4 @@
-"""BLEU and CIDEr against hand-computed cases and against the libraries that the field uses."""
+"""BLEU and CIDEr against hand-computed cases and against sacrebleu and pycocoevalcap."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 
 from cvlab.ops import bleu, cider
 
-FOUND = ["a dog runs on the grass", "two men play", "the the the the", "a child in a red coat jumps over a puddle"]
+CAPTIONS = ["a dog runs on the grass", "two men play", "the the the the", "a child in a red coat jumps over a puddle"]
 REFERENCES = [
     ["a dog is running on grass", "a brown dog runs across the grass"],
     ["two men play football in a park", "men playing", "two players in the park"],
@@ -15,44 +15,47 @@ REFERENCES = [
 ]
 
 
-def split(sentences):
+def tokenize(sentences):
     return [sentence.split() for sentence in sentences]
 
 
-def test_clipped_precision_and_brevity_by_hand():
-    # Papineni et al., 2002, section 2.1: of seven `the` two are right
-    found = bleu.bleu([["the"] * 7], [split(["the cat is on the mat"])])
-    assert found[0] == pytest.approx(2 / 7)
-    assert found[1:] == [0, 0, 0]
+def test_clipped_precision_and_brevity_penalty_match_hand_computed_values():
+    # Papineni et al., 2002, section 2.1: two of seven `the` are right
+    scores = bleu.bleu([["the"] * 7], [tokenize(["the cat is on the mat"])])
+    assert scores[0] == pytest.approx(2 / 7)
+    assert scores[1:] == [0, 0, 0]
     assert bleu.bleu([["a", "b"]], [[["a", "b", "c", "d"]]])[0] == pytest.approx(math.exp(1 - 4 / 2))
     perfect = bleu.bleu([["a", "b", "c", "d"]], [[["a", "b", "c", "d"], ["x"]]])
     assert perfect == pytest.approx([1, 1, 1, 1])
     assert bleu.bleu([[]], [[["a"]]]) == [0, 0, 0, 0]
 
 
-def test_of_two_references_as_close_the_shorter_counts():
+def test_the_shorter_of_two_equally_close_references_counts():
     assert bleu.bleu([["a", "b", "c"]], [[["a", "b"], ["a", "b", "c", "d"]]])[0] == pytest.approx(1.0)
 
 
-def test_equal_to_sacrebleu():
+def test_bleu_equals_that_of_sacrebleu():
     sacrebleu = pytest.importorskip("sacrebleu")
-    most = max(len(others) for others in REFERENCES)
-    streams = [[others[k] if k < len(others) else None for others in REFERENCES] for k in range(most)]
-    mine = bleu.bleu(split(FOUND), [split(others) for others in REFERENCES])
+    max_references = max(len(references) for references in REFERENCES)
+    streams = [
+        [references[k] if k < len(references) else None for references in REFERENCES] for k in range(max_references)
+    ]
+    actual = bleu.bleu(tokenize(CAPTIONS), [tokenize(references) for references in REFERENCES])
     for n in range(1, 5):
         metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", max_ngram_order=n, force=True)
-        assert mine[n - 1] == pytest.approx(metric.corpus_score(FOUND, streams).score / 100, abs=1e-9)
+        assert actual[n - 1] == pytest.approx(metric.corpus_score(CAPTIONS, streams).score / 100, abs=1e-9)
 
 
-def test_cider_equal_to_coco_s():
+def test_cider_equals_that_of_pycocoevalcap():
     pytest.importorskip("pycocoevalcap")
     from pycocoevalcap.cider.cider import Cider
 
-    found = {k: [text] for k, text in enumerate(FOUND)}
-    theirs, _ = Cider().compute_score(dict(enumerate(REFERENCES)), found)
-    assert cider.cider(split(FOUND), [split(others) for others in REFERENCES]) == pytest.approx(theirs, abs=1e-9)
+    captions = {k: [text] for k, text in enumerate(CAPTIONS)}
+    expected, _ = Cider().compute_score(dict(enumerate(REFERENCES)), captions)
+    actual = cider.cider(tokenize(CAPTIONS), [tokenize(references) for references in REFERENCES])
+    assert actual == pytest.approx(expected, abs=1e-9)
 
 
-def test_cider_of_nothing():
+def test_cider_of_no_captions():
     assert cider.cider([], []) == 0.0
     assert cider.cider([["a"]], [[["b"]]]) == 0.0

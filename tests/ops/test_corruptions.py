@@ -1,4 +1,4 @@
-"""Corruptions: their strengths, and a blur that agrees with Pillow's and with an obvious twin."""
+"""Corruptions: their strengths, and a blur that agrees with Pillow's and with a simple reference."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_contrast_keeps_the_mean(images):
     assert (flat.std((1, 2)) / images.float().std((1, 2))).mean().item() == pytest.approx(0.5, abs=0.01)
 
 
-def test_blur_equals_an_obvious_twin(images):
+def test_blur_equals_a_simple_reference(images):
     blurred = corruptions.apply("blur", images[:1], 5, normal)[0]
     sigma, radius = 1.0, 4
     weights = np.array([math.exp(-(d**2) / (2 * sigma**2)) for d in range(-radius, radius + 1)])

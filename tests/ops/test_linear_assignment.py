@@ -8,7 +8,7 @@ import pytest
 from cvlab.ops.linear_assignment import linear_assignment
 
 
-def total(cost):
+def total_cost(cost):
     rows, columns = linear_assignment(cost)
     assert len(rows) == len(columns) == min(cost.shape)
     assert rows.tolist() == sorted({*rows.tolist()})
@@ -26,20 +26,20 @@ def test_no_permutation_costs_less(shape):
             sum(small[row, column] for row, column in enumerate(columns))
             for columns in itertools.permutations(range(small.shape[1]), small.shape[0])
         )
-        assert total(cost) == pytest.approx(best)
+        assert total_cost(cost) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (7, 90), (90, 7)])
 @pytest.mark.parametrize("decimals", [12, 1, 0])
-def test_it_costs_what_that_of_scipy_costs(shape, decimals):
+def test_total_cost_equals_that_of_scipy(shape, decimals):
     """Rounded costs have many ties."""
     optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
     cost = np.random.default_rng(1).uniform(0, 3, shape).round(decimals)
     rows, columns = optimize.linear_sum_assignment(cost)
-    assert total(cost) == pytest.approx(cost[rows, columns].sum())
+    assert total_cost(cost) == pytest.approx(cost[rows, columns].sum())
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
-def test_nothing_to_pair(shape):
+def test_an_empty_cost_matrix(shape):
     rows, columns = linear_assignment(np.zeros(shape))
     assert len(rows) == len(columns) == 0

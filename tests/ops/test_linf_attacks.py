@@ -1,4 +1,4 @@
-"""Attacks on batches: their bounds, that none misses what a weaker one finds, and an obvious twin of Auto-PGD."""
+"""Attacks on batches: their bounds, a comparison with weaker attacks, and a simple reference of Auto-PGD."""
 
 import pytest
 import torch
@@ -12,24 +12,24 @@ EPS = 0.05
 
 @pytest.fixture(scope="module")
 def problem():
-    """Return logits of a small network, and images that it classifies as their labels."""
+    """Return a small network, images, and the classes that it predicts for them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).requires_grad_(False)
     images = torch.rand(40, 3, 8, 8)
     return model, images, model(images).argmax(1)
 
 
-def uniform_of(numbers):
-    """Return random numbers that depend on the number of the image and of the draw only."""
+def uniform_noise(indices):
+    """Return a function whose random numbers depend on the indices of the image and of the draw only."""
 
     def uniform(draw, shape):
-        rows = [torch.rand(shape[1:], generator=torch.Generator().manual_seed(1000 * draw + n)) for n in numbers]
+        rows = [torch.rand(shape[1:], generator=torch.Generator().manual_seed(1000 * draw + n)) for n in indices]
         return torch.stack(rows)
 
     return uniform
 
 
-UNIFORM = uniform_of(range(40))
+UNIFORM = uniform_noise(range(40))
 ATTACKS = {
     "fgsm": linf_attacks.fgsm,
     "pgd": lambda *a: linf_attacks.pgd(*a, steps=8, alpha=EPS / 4, uniform=UNIFORM, restarts=2),
@@ -40,7 +40,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_examples_stay_within_the_bound_and_fool(problem, name):
+def test_adversarial_examples_stay_within_the_bound_and_are_misclassified(problem, name):
     model, images, labels = problem
     before = images.clone()
     examples = ATTACKS[name](model, images, labels, EPS)
@@ -52,7 +52,7 @@ def test_examples_stay_within_the_bound_and_fool(problem, name):
     assert not examples.requires_grad
 
 
-def test_a_stronger_attack_never_misses_what_fgsm_finds(problem):
+def test_pgd_succeeds_wherever_fgsm_does(problem):
     model, images, labels = problem
     for eps in (0.01, 0.03, EPS):
         by_fgsm = linf_attacks.misclassified(model, linf_attacks.fgsm(model, images, labels, eps), labels)
@@ -71,17 +71,19 @@ def test_an_example_does_not_depend_on_the_batch(problem):
     }
     for name, options in attacks.items():
         attack = getattr(linf_attacks, name)
-        whole = attack(model, images, labels, EPS, uniform=uniform_of(range(40)), **options)
-        half = attack(model, images[20:], labels[20:], EPS, uniform=uniform_of(range(20, 40)), **options)
-        torch.testing.assert_close(half, whole[20:], atol=1e-6, rtol=0)
+        all_examples = attack(model, images, labels, EPS, uniform=uniform_noise(range(40)), **options)
+        half_examples = attack(model, images[20:], labels[20:], EPS, uniform=uniform_noise(range(20, 40)), **options)
+        torch.testing.assert_close(half_examples, all_examples[20:], atol=1e-6, rtol=0)
 
 
 def test_transferable_examples_take_all_steps(problem):
     model, images, labels = problem
     options = {"steps": 8, "alpha": EPS / 4, "uniform": UNIFORM}
-    far = linf_attacks.pgd(model, images, labels, EPS, stops_early=False, **options)
-    near = linf_attacks.pgd(model, images, labels, EPS, **options)
-    assert linf_attacks.margin_loss(model(far), labels).mean() > linf_attacks.margin_loss(model(near), labels).mean()
+    losses = []
+    for stops_early in (False, True):
+        examples = linf_attacks.pgd(model, images, labels, EPS, stops_early=stops_early, **options)
+        losses.append(linf_attacks.margin_loss(model(examples), labels).mean())
+    assert losses[0] > losses[1]
 
 
 def test_dlr_loss_and_margin():
@@ -93,7 +95,7 @@ def test_dlr_loss_and_margin():
     torch.testing.assert_close(scaled, linf_attacks.dlr_loss(logits, labels))
 
 
-def test_checkpoints_are_those_of_the_paper():
+def test_checkpoints_match_the_paper():
     assert linf_attacks.checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99, 100]
 
 
@@ -104,7 +106,7 @@ def test_squares_shrink():
 
 
 def slow_apgd(model, image, label, start, eps, steps):
-    """Run Auto-PGD on one image as the paper's algorithm 1 has it, to the end or until it is misclassified."""
+    """Run Auto-PGD on one image as in algorithm 1 of the paper, to the end or until it is misclassified."""
 
     def evaluate(x):
         x = x.detach().requires_grad_()
@@ -116,37 +118,37 @@ def slow_apgd(model, image, label, start, eps, steps):
     def clip(x):
         return torch.max(torch.min(x, image + eps), image - eps).clamp(0, 1)
 
-    history, sizes, bests = [], [2 * eps], []
-    x = before = start
+    improvements, size_history, best_history = [], [2 * eps], []
+    x = previous_x = start
     loss, gradient, is_wrong = evaluate(x)
     if is_wrong:
         return x
     best, best_x, best_gradient = loss, x, gradient
-    bests.append(best)
-    size, marks, last = 2 * eps, linf_attacks.checkpoints(steps), 0
+    best_history.append(best)
+    size, checkpoint_steps, last_checkpoint = 2 * eps, linf_attacks.checkpoints(steps), 0
     for step in range(1, steps + 1):
         z = clip(x + size * gradient.sign())
         a = 0.75 if step > 1 else 1.0
-        x, before = clip(x + a * (z - x) + (1 - a) * (x - before)), x
-        previous = loss
+        x, previous_x = clip(x + a * (z - x) + (1 - a) * (x - previous_x)), x
+        previous_loss = loss
         loss, gradient, is_wrong = evaluate(x)
         if is_wrong:
             return x
-        history.append(loss > previous)
+        improvements.append(loss > previous_loss)
         if loss > best:
             best, best_x, best_gradient = loss, x, gradient
-        if step in marks:
-            is_slow = sum(history) < 0.75 * (step - last)
-            is_stuck = size == sizes[-1] and best == bests[-1] if last else best == bests[-1]
-            sizes.append(size)
-            bests.append(best)
+        if step in checkpoint_steps:
+            is_slow = sum(improvements) < 0.75 * (step - last_checkpoint)
+            is_stuck = best == best_history[-1] and (size == size_history[-1] or not last_checkpoint)
+            size_history.append(size)
+            best_history.append(best)
             if is_slow or is_stuck:
                 size, x, loss, gradient = size / 2, best_x, best, best_gradient
-            history, last = [], step
+            improvements, last_checkpoint = [], step
     return best_x
 
 
-def test_apgd_equals_its_twin(problem):
+def test_apgd_equals_the_slow_reference(problem):
     model, images, labels = problem
     eps = 0.02
     options = {"steps": 25, "uniform": UNIFORM, "loss_fn": linf_attacks.cross_entropy}

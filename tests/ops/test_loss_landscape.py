@@ -12,7 +12,7 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
 
 
-def test_each_filter_of_a_direction_has_the_norm_of_the_weight_and_biases_stay():
+def test_filters_of_a_direction_have_the_norm_of_the_weights_and_biases_are_zero():
     model = network()
     direction = loss_landscape.random_direction(model, torch.randn)
     for name, weight in model.named_parameters():
@@ -22,7 +22,7 @@ def test_each_filter_of_a_direction_has_the_norm_of_the_weight_and_biases_stay()
             assert not direction[name].any()
 
 
-def test_losses_are_those_of_the_moved_weights_which_are_restored():
+def test_losses_belong_to_the_moved_weights_and_the_weights_are_restored():
     model = nn.Linear(3, 2)
     before = [p.detach().clone() for p in model.parameters()]
     directions = tuple(loss_landscape.random_direction(model, torch.randn) for _ in range(2))

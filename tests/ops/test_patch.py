@@ -1,4 +1,4 @@
-"""Patches that are placed in tensors lie where Pillow pastes them."""
+"""Patches placed in tensors end up where Pillow pastes them."""
 
 import numpy as np
 import pytest
@@ -19,22 +19,22 @@ SIZE = 64
         patch.Placement(0.25, -75.0, 0.75, 0.2),
     ],
 )
-def test_a_patch_lies_where_pillow_pastes_it(placement):
-    picture = photos.load(photo_paths.find_images(["sample"])[0]).crop((100, 40, 400, 340)).resize((32, 32))
+def test_a_patch_is_placed_where_pillow_pastes_it(placement):
+    pattern = photos.load(photo_paths.find_images(["sample"])[0]).crop((100, 40, 400, 340)).resize((32, 32))
     mask = patch.disk(32)
     image = Image.new("RGB", (SIZE, SIZE), (40, 90, 140))
     gray = Image.fromarray(mask.mul(255).round().byte().numpy())
-    expected = photos.to_tensor(patch.paste(image, picture, gray, placement))
-    actual = patch.place(photos.to_tensor(image)[None], photos.to_tensor(picture), mask, [placement])[0]
+    expected = photos.to_tensor(patch.paste(image, pattern, gray, placement))
+    actual = patch.place(photos.to_tensor(image)[None], photos.to_tensor(pattern), mask, [placement])[0]
     assert (actual - expected).abs().mean() <= 0.016  # pasted at a whole pixel
     moved = patch.Placement(placement.side, placement.degrees, placement.x + 4 / SIZE, placement.y)
     turned = patch.Placement(placement.side, placement.degrees + 40, placement.x, placement.y)
     for other in (moved, turned):
-        wrong = patch.place(photos.to_tensor(image)[None], photos.to_tensor(picture), mask, [other])[0]
+        wrong = patch.place(photos.to_tensor(image)[None], photos.to_tensor(pattern), mask, [other])[0]
         assert (wrong - expected).abs().mean() >= 2 * (actual - expected).abs().mean()
 
 
-def test_a_fine_texture_becomes_smaller_as_pillow_makes_it():
+def test_a_fine_texture_is_downsampled_as_by_pillow():
     texture = photos.to_image(torch.rand(3, 112, 112, generator=torch.Generator().manual_seed(0)))
     mask, placement = patch.disk(112), patch.Placement(0.3, 20.0, 0.4, 0.55)
     image = Image.new("RGB", (224, 224), (40, 90, 140))

@@ -1,4 +1,4 @@
-"""JPEG compression in tensors against Pillow's, and the changes that an attack survives against those of images."""
+"""JPEG compression of tensors against Pillow's, and the photo changes of robust attacks on tensors against images."""
 
 import numpy as np
 import pytest
@@ -34,9 +34,9 @@ def test_the_gradient_passes_through_the_rounding(sample):
     image = photos.to_tensor(sample.resize((45, 40)))[None] * 0.5 + 0.2
     image.requires_grad_()
     luma = torch.tensor(jpeg.YCC_FROM_RGB[0]).view(3, 1, 1)
-    where = torch.rand(40, 45)
-    (jpeg.differentiable_jpeg(image, 75) * luma * where).sum().backward()
-    torch.testing.assert_close(image.grad[0], luma * where, rtol=1e-3, atol=1e-4)
+    upstream = torch.rand(40, 45)
+    (jpeg.differentiable_jpeg(image, 75) * luma * upstream).sum().backward()
+    torch.testing.assert_close(image.grad[0], luma * upstream, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_gradient_passes_through_the_rounding(sample):
         (photo_changes.build("crop"), (0.0, 1.0, 0.3), 1),
     ],
 )
-def test_pixels_change_as_images_do(sample, change, uniform, variant):
+def test_changes_of_tensors_match_those_of_images(sample, change, uniform, variant):
     image = sample.resize((91, 64)).point(lambda level: 60 + level // 3)  # filters overshoot [0, 1] nowhere
     actual = change(photos.to_tensor(image), uniform)
     expected = change.variants(image)[variant]

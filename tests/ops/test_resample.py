@@ -1,4 +1,4 @@
-"""What a net sees of a photo: against timm's transform, and the matrices against Pillow and torch."""
+"""Preprocessing of photos against timm's transform, and resize matrices against Pillow and torch."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from cvlab.ops.resample import EvalTransform, build_resize, resize_matrix
 
 
 def smooth_image(width, height, seed=0):
-    """A photo without sharp edges, so that no filter overshoots beyond [0, 1]."""
+    """Return a photo without sharp edges, so that no filter overshoots beyond [0, 1]."""
     rough = np.random.default_rng(seed).integers(60, 190, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -33,13 +33,13 @@ def test_eval_transform_matches_timm(size, name):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    "frame", [EvalTransform(224, 256), EvalTransform(224, 256, "bilinear"), EvalTransform(64, 64, squash=True)]
+    "transform", [EvalTransform(224, 256), EvalTransform(224, 256, "bilinear"), EvalTransform(64, 64, squash=True)]
 )
-def test_resize_matches_pillow(size, frame):
+def test_resize_matches_pillow(size, transform):
     photo = smooth_image(*size)
-    resize = build_resize(frame, *size)
+    resize = build_resize(transform, *size)
     actual = resize(resize.crop(photos.to_tensor(photo)))
-    assert (actual - photos.to_tensor(frame(photo))).abs().max() <= 1.2 / 255  # rounded twice
+    assert (actual - photos.to_tensor(transform(photo))).abs().max() <= 1.2 / 255  # rounded twice
 
 
 @pytest.mark.parametrize(("count", "size"), [(37, 11), (11, 37), (20, 20)])
@@ -52,7 +52,7 @@ def test_resize_matrix_matches_torch(count, size, name):
     torch.testing.assert_close(rows @ x[0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_image_of_the_right_size_is_unchanged():
+def test_an_image_of_the_right_size_is_unchanged():
     photo = smooth_image(224, 224)
     assert EvalTransform(224, 224)(photo).tobytes() == photo.tobytes()
     resize = build_resize(EvalTransform(224, 224), 224, 224)

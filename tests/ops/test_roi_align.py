@@ -11,11 +11,11 @@ from cvlab.ops.roi_align import roi_align
 
 
 def slow_roi_align(maps, boxes_xyxy, image, size, scale, samples):
-    """Point by point."""
+    """Sample the maps point by point."""
     _, c, h, w = maps.shape
-    made = torch.zeros(len(image), c, size, size, dtype=maps.dtype)
+    output = torch.zeros(len(image), c, size, size, dtype=maps.dtype)
 
-    def at(plane, y, x):
+    def interpolate(plane, y, x):
         if not (-1 <= y <= h and -1 <= x <= w):
             return 0.0
         y, x = min(max(y, 0.0), h - 1.0), min(max(x, 0.0), w - 1.0)
@@ -26,21 +26,25 @@ def slow_roi_align(maps, boxes_xyxy, image, size, scale, samples):
         return above * (1 - fy) + (plane[y1, x0] * (1 - fx) + plane[y1, x1] * fx) * fy
 
     for r, (x1, y1, x2, y2) in enumerate((boxes_xyxy * scale - 0.5).tolist()):
-        high, wide = (y2 - y1) / size, (x2 - x1) / size
-        rows, columns = (samples or max(1, math.ceil(side)) for side in (high, wide))
+        bin_height, bin_width = (y2 - y1) / size, (x2 - x1) / size
+        rows, columns = (samples or max(1, math.ceil(side)) for side in (bin_height, bin_width))
         for k in range(c):
             for i in range(size):
                 for j in range(size):
                     points = [
-                        at(maps[image[r], k], y1 + (i + (a + 0.5) / rows) * high, x1 + (j + (b + 0.5) / columns) * wide)
+                        interpolate(
+                            maps[image[r], k],
+                            y1 + (i + (a + 0.5) / rows) * bin_height,
+                            x1 + (j + (b + 0.5) / columns) * bin_width,
+                        )
                         for a in range(rows)
                         for b in range(columns)
                     ]
-                    made[r, k, i, j] = sum(points) / len(points)
-    return made
+                    output[r, k, i, j] = sum(points) / len(points)
+    return output
 
 
-def some_boxes(count, reach, seed=0):
+def random_boxes(count, reach, seed=0):
     generator = torch.Generator().manual_seed(seed)
     low = torch.rand(count, 2, generator=generator, dtype=torch.float64) * reach
     return torch.cat([low, low + torch.rand(count, 2, generator=generator, dtype=torch.float64) * 60], 1)
@@ -48,40 +52,40 @@ def some_boxes(count, reach, seed=0):
 
 class TestRoiAlign:
     @pytest.mark.parametrize("samples", [0, 1, 2])
-    def test_equals_the_loop_also_outside_the_map(self, samples):
+    def test_matches_the_loop_also_outside_the_map(self, samples):
         torch.manual_seed(0)
         maps = torch.randn(2, 2, 5, 6, dtype=torch.float64)
-        cut = torch.cat([some_boxes(5, 60) - 10, torch.tensor([[-400.0, 0, -300, 20], [5, 5, 5, 5]])])
+        boxes_xyxy = torch.cat([random_boxes(5, 60) - 10, torch.tensor([[-400.0, 0, -300, 20], [5, 5, 5, 5]])])
         image = torch.tensor([0, 1, 1, 0, 1, 0, 0])
-        mine = roi_align(maps, cut, image, 3, 1 / 16, samples)
-        torch.testing.assert_close(mine, slow_roi_align(maps, cut, image, 3, 1 / 16, samples))
+        actual = roi_align(maps, boxes_xyxy, image, 3, 1 / 16, samples)
+        torch.testing.assert_close(actual, slow_roi_align(maps, boxes_xyxy, image, 3, 1 / 16, samples))
 
     @pytest.mark.parametrize("samples", [0, 2])
     def test_equals_torchvision_with_its_gradient(self, samples):
         _compat.torchvision()
-        theirs = importlib.import_module("torchvision.ops.roi_align")._roi_align
-        theirs = getattr(theirs, "__wrapped__", theirs)  # not compiled, which would take a minute
+        compiled = importlib.import_module("torchvision.ops.roi_align")._roi_align
+        reference = getattr(compiled, "__wrapped__", compiled)  # not compiled, which would take a minute
         torch.manual_seed(0)
         maps = torch.randn(3, 5, 9, 11, dtype=torch.float64, requires_grad=True)
-        cut, image = some_boxes(12, 80), torch.arange(12) % 3
-        mine = roi_align(maps, cut, image, 3, 1 / 16, samples)
-        wanted = theirs(maps, torch.cat([image[:, None].double(), cut], 1), 1 / 16, 3, 3, samples, True)
-        torch.testing.assert_close(mine, wanted, atol=1e-9, rtol=0)
-        upstream = torch.randn_like(mine)
-        grads = [torch.autograd.grad(out, maps, upstream)[0] for out in (mine, wanted)]
+        boxes_xyxy, image = random_boxes(12, 80), torch.arange(12) % 3
+        actual = roi_align(maps, boxes_xyxy, image, 3, 1 / 16, samples)
+        expected = reference(maps, torch.cat([image[:, None].double(), boxes_xyxy], 1), 1 / 16, 3, 3, samples, True)
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
+        upstream = torch.randn_like(actual)
+        grads = [torch.autograd.grad(out, maps, upstream)[0] for out in (actual, expected)]
         torch.testing.assert_close(grads[0], grads[1], atol=1e-9, rtol=0)
 
     def test_gradient(self):
         torch.manual_seed(0)
         maps = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-        cut = some_boxes(3, 20)
-        assert torch.autograd.gradcheck(lambda m: roi_align(m, cut, torch.tensor([1, 0, 1]), 2, 1 / 8), maps)
+        boxes_xyxy = random_boxes(3, 20)
+        assert torch.autograd.gradcheck(lambda m: roi_align(m, boxes_xyxy, torch.tensor([1, 0, 1]), 2, 1 / 8), maps)
 
     def test_no_boxes(self):
         maps = torch.randn(2, 3, 4, 4, requires_grad=True)
-        cut = roi_align(maps, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 2)
-        assert cut.shape == (0, 3, 2, 2)
-        cut.sum().backward()
+        features = roi_align(maps, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 2)
+        assert features.shape == (0, 3, 2, 2)
+        features.sum().backward()
         assert float(maps.grad.abs().sum()) == 0
 
 

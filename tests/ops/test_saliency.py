@@ -32,9 +32,9 @@ def test_integrated_gradients_equal_captum_and_are_complete(small_model):
     expected = attr.IntegratedGradients(model).attribute(x, target=classes, n_steps=20)
     values = saliency.integrated_gradients(model, x, classes, steps=20)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-9)  # captum steps in float32
-    whole = saliency.class_score(model(x), classes) - saliency.class_score(model(torch.zeros_like(x)), classes)
-    many = saliency.integrated_gradients(model, x, classes, steps=300)
-    torch.testing.assert_close(many.sum((1, 2, 3)), whole, rtol=1e-3, atol=1e-3)
+    difference = saliency.class_score(model(x), classes) - saliency.class_score(model(torch.zeros_like(x)), classes)
+    precise = saliency.integrated_gradients(model, x, classes, steps=300)
+    torch.testing.assert_close(precise.sum((1, 2, 3)), difference, rtol=1e-3, atol=1e-3)
 
 
 def test_gradcam_equals_captum(small_model):
@@ -52,18 +52,18 @@ def test_smoothgrad_is_the_mean_over_noise(small_model):
     values = saliency.smoothgrad(model, x, classes, noise=lambda k: noises[k], samples=3)
     mean = torch.stack([saliency.input_gradient(model, x + n, classes) for n in noises]).mean(0)
     torch.testing.assert_close(values, mean.abs().amax(1))
-    still = saliency.smoothgrad(model, x, classes, noise=lambda k: torch.zeros_like(x), samples=2)
-    torch.testing.assert_close(still, saliency.vanilla_gradient(model, x, classes))
+    without_noise = saliency.smoothgrad(model, x, classes, noise=lambda k: torch.zeros_like(x), samples=2)
+    torch.testing.assert_close(without_noise, saliency.vanilla_gradient(model, x, classes))
 
 
 def test_gradient_equals_finite_difference(small_model):
     model, x, classes = small_model
-    slope = saliency.input_gradient(model, x, classes, "loss")
+    gradient = saliency.input_gradient(model, x, classes, "loss")
     step = torch.zeros_like(x)
     step[:, 1, 7, 8] = 1e-6
     with torch.no_grad():
         change = saliency.class_loss(model(x + step), classes) - saliency.class_loss(model(x - step), classes)
-    torch.testing.assert_close(slope[:, 1, 7, 8], change / 2e-6, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(gradient[:, 1, 7, 8], change / 2e-6, rtol=1e-4, atol=1e-8)
 
 
 def test_bundled_model_agrees_with_captum():
@@ -73,9 +73,9 @@ def test_bundled_model_agrees_with_captum():
     expected = attr.Saliency(model.module).attribute(view.clone().requires_grad_(), target=classes).amax(1)
     values = saliency.vanilla_gradient(model.module, view, classes)
     assert (values - expected).abs().max() <= 1e-5 * expected.max()
-    both = [saliency.integrated_gradients(model.module, view, classes, steps=8)]
-    both.append(attr.IntegratedGradients(model.module).attribute(view, target=classes, n_steps=8).float())
-    assert (both[0] - both[1]).abs().max() <= 1e-5 * both[1].abs().max()
+    attributions = [saliency.integrated_gradients(model.module, view, classes, steps=8)]
+    attributions.append(attr.IntegratedGradients(model.module).attribute(view, target=classes, n_steps=8).float())
+    assert (attributions[0] - attributions[1]).abs().max() <= 1e-5 * attributions[1].abs().max()
     layer = saliency.find_last_feature_layer(model.module, 224)
     assert saliency.gradcam(model.module, view, classes, layer=layer).shape == (1, 224, 224)
 
@@ -93,7 +93,7 @@ def test_model_without_feature_maps_has_no_gradcam():
         saliency.find_last_feature_layer(Flat(), 8)
 
 
-LAYERS = {  # model -> the layer before its pooling, its axes
+LAYERS = {  # model -> the layer before its pooling, the axes of its output
     "timm:resnet18": ("layer4", "NCHW"),
     "timm:vit_tiny_patch16_224": ("blocks.10", "tokens"),
     "timm:deit_tiny_patch16_224": ("blocks.10", "tokens"),
@@ -114,7 +114,7 @@ LAYERS = {  # model -> the layer before its pooling, its axes
 
 
 def random_model(name):
-    """A model with random weights, also in a classifier that would begin with zeros; and the side of its images."""
+    """Return a model with random weights, also in a classifier that is initialized to zeros, and its image size."""
     library, _, model_name = name.partition(":")
     torch.manual_seed(0)
     if library == "timm":
@@ -128,7 +128,7 @@ def random_model(name):
 
 
 class AsMaps(nn.Module):
-    """A layer whose feature maps pass an identity as (N, C, h, w), which captum takes."""
+    """A layer whose feature maps pass through an identity as (N, C, h, w), which captum can hook."""
 
     def __init__(self, layer, axes):
         super().__init__()
@@ -166,15 +166,15 @@ def test_gradcam_takes_the_layer_before_the_pooling(name):
 
 
 @pytest.mark.parametrize("name", ["timm:tnt_s_legacy_patch16_224", "timm:crossvit_9_240"])
-def test_a_model_without_one_last_map_is_refused_in_one_line(name):
+def test_a_model_without_a_unique_last_map_is_rejected_with_a_one_line_error(name):
     model, _ = random_model(name)
-    with pytest.raises(ConfigError, match=r"method=gradcam: .*; choose another method") as refused:
+    with pytest.raises(ConfigError, match=r"method=gradcam: .*; choose another method") as error:
         saliency.find_last_feature_layer(model, 240 if "crossvit" in name else 224)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 class Branches(nn.Module):
-    """Two branches, joined and activated in place by a module that is called twice; then whatever `head` is."""
+    """Two branches, concatenated and activated in place by a module that is called twice, followed by `head`."""
 
     def __init__(self, head):
         super().__init__()
@@ -198,25 +198,25 @@ def test_a_module_that_is_called_twice():
     torch.testing.assert_close(values, expected.detach())
 
 
-def test_axes_that_are_not_certain_are_refused():
+def test_ambiguous_axes_are_rejected():
     model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 2))
     with pytest.raises(ConfigError, match=r"axes of the feature maps \(1, 7, 7, 7\) unknown"):
         saliency.find_last_feature_layer(model, 9)
 
 
 @pytest.mark.parametrize("objective", ["score", "loss"])
-def test_layercam_and_scorecam_equal_slow_twins(small_model, objective):
+def test_layercam_and_scorecam_equal_slow_references(small_model, objective):
     model, x, classes = small_model
     layer, sign = saliency.FeatureLayer(model[1]), -1 if objective == "loss" else 1
     layer_cams, score_cams = [], []
     for image, k in zip(x, classes, strict=True):
         maps = model[:2](image[None]).detach().requires_grad_()
         value = sign * saliency.OBJECTIVES[objective](model[2:](maps), k[None])[0]
-        slope = torch.autograd.grad(value, maps)[0][0]
+        gradient = torch.autograd.grad(value, maps)[0][0]
         layer_cam, scores = torch.zeros(14, 14, dtype=torch.float64), []
-        for channel, g in zip(maps[0].detach(), slope, strict=True):
+        for channel, g in zip(maps[0].detach(), gradient, strict=True):
             layer_cam += g.clamp(min=0) * channel
-            if channel.min() == channel.max():  # nothing to mask with: weight 0
+            if channel.min() == channel.max():  # a constant channel has weight 0
                 scores.append(torch.tensor(-torch.inf))
                 continue
             mask = nn.functional.interpolate(channel[None, None], (16, 16), mode="bilinear")[0]

@@ -1,4 +1,4 @@
-"""Sampling and padding against torch's own, values and gradients."""
+"""Values and gradients of sampling and padding against those of torch."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def value_and_gradient(function, images, upstream_seed=1):
     ("mode", "padding_mode"), [("bilinear", "zeros"), ("bilinear", "reflection"), ("bicubic", "zeros")]
 )
 @pytest.mark.parametrize("size", [(7, 9), (1, 4)])
-def test_samples_by_index_are_those_of_torch(mode, padding_mode, size):
+def test_sample_by_index_matches_torch(mode, padding_mode, size):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
     grid = 8 * torch.rand(2, 11, 13, 2, generator=generator, dtype=torch.float64) - 4  # reflected several times
@@ -28,12 +28,12 @@ def test_samples_by_index_are_those_of_torch(mode, padding_mode, size):
     )
     actual = value_and_gradient(lambda x: sampling.sample_by_index(x, grid, mode, padding_mode), images)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
-    chosen = value_and_gradient(lambda x: sampling.grid_sample(x, grid, mode, padding_mode), images)
-    torch.testing.assert_close(chosen, expected, atol=0, rtol=0)
+    dispatched = value_and_gradient(lambda x: sampling.grid_sample(x, grid, mode, padding_mode), images)
+    torch.testing.assert_close(dispatched, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("sides", [(2, 3, 1, 4), (0, 5, 0, 0), (0, 0, 0, 0), (9, 9, 9, 9)])
-def test_repeated_edges_are_those_of_torch(sides):
+def test_repeated_edges_match_torch(sides):
     images = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = value_and_gradient(lambda x: F.pad(x, sides, mode="replicate"), images)
     actual = value_and_gradient(lambda x: sampling.pad_edges(x, *sides), images)
@@ -41,10 +41,10 @@ def test_repeated_edges_are_those_of_torch(sides):
 
 
 @pytest.mark.parametrize("size", [(8, 10), (7, 13), (4, 5)])
-def test_enlarging_by_matrices_is_that_of_torch(size):
+def test_upsampling_by_matrices_matches_torch(size):
     images = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = value_and_gradient(lambda x: F.interpolate(x, size=size, mode="bilinear", align_corners=False), images)
     actual = value_and_gradient(lambda x: sampling.upsample_by_matrices(x, size), images)
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)  # the matrices are float32
-    chosen = value_and_gradient(lambda x: sampling.upsample_bilinear(x, size), images)
-    torch.testing.assert_close(chosen, expected, atol=0, rtol=0)
+    dispatched = value_and_gradient(lambda x: sampling.upsample_bilinear(x, size), images)
+    torch.testing.assert_close(dispatched, expected, atol=0, rtol=0)

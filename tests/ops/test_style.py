@@ -9,12 +9,12 @@ import torch
 from cvlab.ops import style
 
 
-def slow_gram(features_, mask):
-    c, h, w = features_.shape
-    total = torch.zeros(c, c, dtype=features_.dtype)
+def slow_gram(features, mask):
+    c, h, w = features.shape
+    total = torch.zeros(c, c, dtype=features.dtype)
     for i in range(h):
         for j in range(w):
-            total += mask[i, j] * torch.outer(features_[:, i, j], features_[:, i, j])
+            total += mask[i, j] * torch.outer(features[:, i, j], features[:, i, j])
     return total / (c * mask.sum())
 
 
@@ -57,7 +57,7 @@ def test_gram_matrix_ignores_the_order_of_positions():
 
 
 def slow_rgb(luminance_map, chroma_map):
-    """Each pixel by the equations of BT.601; the chroma of half the size by bilinear interpolation."""
+    """Compute each pixel by the equations of BT.601, with bilinear interpolation of the chroma of half the size."""
     height, width = luminance_map.shape[1:]
     image = np.empty((3, height, width))
     for i, j in np.ndindex(height, width):
@@ -74,7 +74,7 @@ def slow_rgb(luminance_map, chroma_map):
     return image
 
 
-def test_ycbcr_to_rgb_equals_slow():
+def test_ycbcr_to_rgb_equals_the_slow_reference():
     generator = np.random.default_rng(0)
     luma, colors = generator.random((1, 6, 8)), generator.random((2, 3, 4)) - 0.5
     image = style.ycbcr_to_rgb(torch.tensor(luma), torch.tensor(colors))

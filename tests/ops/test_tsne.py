@@ -1,4 +1,4 @@
-"""t-SNE against a slow twin and the definitions of its paper; the result of scikit-learn as an independent oracle."""
+"""t-SNE against a slow reference, the definitions of its paper, and the results of scikit-learn."""
 
 import math
 
@@ -12,7 +12,7 @@ SKLEARN_KL = {"blob": 0.59978, "curve": 0.15409}
 
 
 def clusters(count=4, size=15, dims=8):
-    """Return points around `count` centers, and the number of the center of each."""
+    """Return points around `count` centers, and the index of the center of each."""
     generator = torch.Generator().manual_seed(0)
     centers = 3 * torch.randn(count, dims, generator=generator, dtype=torch.float64)
     noise = torch.randn(count * size, dims, generator=generator, dtype=torch.float64)
@@ -20,7 +20,7 @@ def clusters(count=4, size=15, dims=8):
     return centers[labels] + noise, labels
 
 
-def test_similarities_have_the_perplexity_and_are_those_of_a_slow_twin():
+def test_joint_probabilities_have_the_perplexity_and_match_a_slow_reference():
     x, _ = clusters(2, 6)
     p = tsne.joint_probabilities(x, 3.0)
     rows = []
@@ -35,20 +35,20 @@ def test_similarities_have_the_perplexity_and_are_those_of_a_slow_twin():
             low, high = (beta, high) if perplexity > 3 else (low, beta)
         assert perplexity == pytest.approx(3, rel=1e-6)
         rows.append(torch.zeros(len(x), dtype=torch.float64).index_put_((torch.tensor(others),), row))
-    slow = torch.stack(rows)
-    torch.testing.assert_close(p, (slow + slow.T) / (2 * len(x)), rtol=1e-6, atol=1e-12)
+    conditional = torch.stack(rows)
+    torch.testing.assert_close(p, (conditional + conditional.T) / (2 * len(x)), rtol=1e-6, atol=1e-12)
     assert float(p.sum()) == pytest.approx(1)
 
 
-def test_a_step_goes_down_the_gradient_of_the_divergence():
+def test_gradient_and_divergence_match_autograd():
     x, _ = clusters(2, 6)
     p = tsne.joint_probabilities(x, 3.0)
     y = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     distances = (y[:, None] - y[None]).square().sum(2)
     kernel = (1 / (1 + distances)) * (1 - torch.eye(12))
     q = kernel / kernel.sum()
-    off = ~torch.eye(12, dtype=torch.bool)
-    divergence = (p[off] * (p[off] / q[off]).log()).sum()
+    off_diagonal = ~torch.eye(12, dtype=torch.bool)
+    divergence = (p[off_diagonal] * (p[off_diagonal] / q[off_diagonal]).log()).sum()
     divergence.backward()
     torch.testing.assert_close(tsne.gradient(p, y.detach()), y.grad)
     assert tsne.kl_divergence(p, y.detach()) == pytest.approx(divergence.item())

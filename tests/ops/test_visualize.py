@@ -29,7 +29,7 @@ def test_band_removes_fine_detail():
     assert values[0] < 0.5 * values[1] < values[2]
 
 
-def test_transformations_of_zero_strength_are_identities():
+def test_transformations_of_zero_strength_change_nothing():
     x = torch.rand(2, 3, 12, 12)
     none = {"rotate_degrees": 0.0, "zoom": 0.0, "shift": 0.0}
     torch.testing.assert_close(visualize.random_affine(x, torch.rand, **none), x)
@@ -40,11 +40,11 @@ def test_transformations_of_zero_strength_are_identities():
 
 def test_transformations_of_full_strength():
     x = torch.rand(1, 3, 12, 12)
-    turned = visualize.random_affine(
+    rotated = visualize.random_affine(
         x, lambda n: torch.tensor([1.0, 0.5, 0.5, 0.5]), rotate_degrees=90, zoom=0, shift=0
     )
-    options = (x.rot90(1, (2, 3)), x.rot90(-1, (2, 3)))
-    assert any(torch.allclose(turned, option, atol=1e-4) for option in options)
+    rotations = (x.rot90(1, (2, 3)), x.rot90(-1, (2, 3)))
+    assert any(torch.allclose(rotated, rotation, atol=1e-4) for rotation in rotations)
     low = visualize.random_roll(x, torch.zeros, 2)
     assert low.equal(torch.roll(x, (-2, -2), (2, 3)))
     gray = visualize.color_jitter(x, torch.ones, gray=1.0, contrast=0.0)
@@ -68,12 +68,13 @@ def test_padding_surrounds_the_moved_image():
     colors = torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.0, 0.0]])
     none = {"rotate_degrees": 0.0, "zoom": 0.0}
     torch.testing.assert_close(visualize.random_affine(x, half, shift=0.5, padding=colors, **none), x)
-    shifted = visualize.random_affine(x, torch.zeros, shift=0.5, padding=colors, **none)  # by half a side up and left
+    # shift by half the image, up and left
+    shifted = visualize.random_affine(x, torch.zeros, shift=0.5, padding=colors, **none)
     torch.testing.assert_close(shifted[..., 6:, 6:], x[..., :6, :6])
     torch.testing.assert_close(shifted[..., :6], colors[:, :, None, None].expand(2, 3, 12, 6))
 
 
-def test_saturation_loss_equals_slow():
+def test_saturation_loss_equals_the_slow_reference():
     torch.manual_seed(0)
     images = torch.rand(2, 3, 6, 6, dtype=torch.float64)
     total = 0.0

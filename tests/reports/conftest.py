@@ -7,12 +7,12 @@ from cvlab.reports import fonts
 
 @pytest.fixture(autouse=True)
 def blank_plots():
-    """Draw all plots: here they are what is tested."""
+    """Draw all plots, because the tests of reports look at them."""
 
 
 @pytest.fixture
 def only_fonts(monkeypatch):
-    """Set the fonts that are installed beside the bundled one."""
+    """Return a function that sets the fonts installed in addition to the bundled one."""
 
     def install(*paths):
         monkeypatch.setattr(fonts, "_installed", lambda: paths)
@@ -24,5 +24,5 @@ def only_fonts(monkeypatch):
 
 @pytest.fixture
 def bundled_font_only(only_fonts):
-    """No font but the bundled one exists."""
+    """Make the bundled font the only one that exists."""
     only_fonts()

@@ -1,4 +1,4 @@
-"""The pages about runs in a real browser: Debian's chromium, driven through its own driver."""
+"""The pages about runs in a real browser: Chromium, controlled through chromedriver."""
 
 import itertools
 import json
@@ -25,65 +25,65 @@ ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-s
 
 
 class Browser:
-    """A session of the WebDriver protocol, as far as it is needed here."""
+    """A session of the WebDriver protocol with the few commands that these tests need."""
 
     def __init__(self, port):
         self.root = f"http://127.0.0.1:{port}"
         options = {"goog:chromeOptions": {"args": ARGUMENTS}}
         options["goog:loggingPrefs"] = {"browser": "ALL", "performance": "ALL"}
-        made = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": options}})
-        self.root += f"/session/{made['sessionId']}"
+        session = self.send("POST", "/session", {"capabilities": {"alwaysMatch": options}})
+        self.root += f"/session/{session['sessionId']}"
 
-    def ask(self, method, path, body=None):
+    def send(self, method, path, body=None):
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["value"]
 
     def open_page(self, path):
-        self.ask("POST", "/url", {"url": path.as_uri()})
+        self.send("POST", "/url", {"url": path.as_uri()})
 
     def emulate(self, color_scheme, width=1400):
-        """Set the color scheme that pages see, and the width of the window, also below what windows allow."""
+        """Set the preferred color scheme and the width of the viewport, which may be less than that of any window."""
         features = [{"name": "prefers-color-scheme", "value": color_scheme}]
         self.devtools("Emulation.setEmulatedMedia", {"features": features})
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.devtools("Emulation.setDeviceMetricsOverride", size)
 
     def devtools(self, command, parameters):
-        return self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
+        return self.send("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def run(self, script, *arguments):
-        return self.ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+        return self.send("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
-    def logged(self, kind):
-        return self.ask("POST", "/se/log", {"type": kind})
+    def read_log(self, kind):
+        return self.send("POST", "/se/log", {"type": kind})
 
-    def requested(self):
-        """Return the addresses that were asked for since the last time."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.logged("performance")]
-        sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return [address for address in sent if not address.startswith("data:")]
+    def requested_urls(self):
+        """Return the URLs that were requested since the last call."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.read_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [url for url in urls if not url.startswith("data:")]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    driver = shutil.which("chromedriver")
-    if driver is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
+    driver_path = shutil.which("chromedriver")
+    if driver_path is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("no chromium with its chromedriver on this machine")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([driver_path, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(100):
             try:
-                made = Browser(port)
+                session = Browser(port)
                 break
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.1)
-        yield made
-        made.ask("DELETE", "")
+        yield session
+        session.send("DELETE", "")
     finally:
         process.terminate()
         process.wait()
@@ -91,13 +91,13 @@ def browser():
 
 @pytest.fixture(autouse=True)
 def light_and_wide(request):
-    """Give each test a light page of 1400 px."""
+    """Start each test with the light color scheme and a width of 1400 px."""
     request.getfixturevalue("browser").emulate("light")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two training runs and an attack as the program leaves them, a failed run whose name is markup, a comparison."""
+    """Return a folder with two training runs, an attack, a failed run whose name is markup, and a comparison."""
     root = tmp_path_factory.mktemp("runs")
     short = [
         "duration={steps: 20}",
@@ -112,8 +112,8 @@ def root(tmp_path_factory):
         patch.setenv("CVLAB_OFFLINE", "1")
         assert run_command_line(["train", "quickstart", *short, "--runs-dir", str(root), "-q"]) == 0
         assert run_command_line(["attack", "sample", "--target", "ostrich", "--runs-dir", str(root), "-q"]) == 0
-        more = [*short, "optimizer.lr=0.004", "--runs-dir", str(root), "-q"]
-        assert run_command_line(["train", "quickstart", "name=second", *more]) == 0
+        options = [*short, "optimizer.lr=0.004", "--runs-dir", str(root), "-q"]
+        assert run_command_line(["train", "quickstart", "name=second", *options]) == 0
     path = root / "20991231-120000-<b>odd-0001"
     path.mkdir()
     (path / "config.yaml").write_text("experiment: classify\nseed: 3\n")
@@ -127,7 +127,7 @@ def root(tmp_path_factory):
     return root
 
 
-NO_BROKEN_WORD = """
+BROKEN_WORDS = """
 const walker = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
 const broken = [];
 while (walker.nextNode()) {
@@ -145,29 +145,31 @@ return broken
 PAGES = ("quickstart", "attack", "odd", "index.html", "comparison.html")
 
 
-def page_of(root, name):
+def page_path(root, name):
     return root / name if name.endswith(".html") else next(root.glob(f"*{name}-*")) / "report.html"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("name", PAGES)
-def test_pages_fit_and_can_be_read(browser, root, name, width, scheme):
+def test_pages_fit_and_are_legible(browser, root, name, width, scheme):
     browser.emulate(scheme, width)
-    browser.open_page(page_of(root, name))
+    browser.open_page(page_path(root, name))
     assert browser.run("return document.documentElement.scrollWidth") <= width
-    assert browser.run(NO_BROKEN_WORD) == []
-    shown = browser.run(
+    assert browser.run(BROKEN_WORDS) == []
+    css_colors = browser.run(
         "return ['body', 'h1', 'a', 'td', 'th'].map((t) => document.querySelector(t)).filter(Boolean)"
         ".map((e) => getComputedStyle(e).color).concat(getComputedStyle(document.body).backgroundColor)"
     )
-    *inks, ground = [luminance(color) for color in shown]
-    assert (ground > 0.5) == (scheme == "light")
-    assert all((max(ink, ground) + 0.05) / (min(ink, ground) + 0.05) >= 4.5 for ink in inks)
+    *foregrounds, background = [luminance(color) for color in css_colors]
+    assert (background > 0.5) == (scheme == "light")
+    assert all(
+        (max(foreground, background) + 0.05) / (min(foreground, background) + 0.05) >= 4.5 for foreground in foregrounds
+    )
 
 
 def luminance(color):
-    """Return the relative luminance of a color of CSS, by WCAG 2."""
+    """Return the relative luminance of a CSS color, as defined by WCAG 2."""
     channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -176,7 +178,7 @@ def luminance(color):
 @pytest.mark.parametrize(("scheme", "palette"), [("light", colors.LIGHT), ("dark", colors.DARK)])
 def test_curves_have_the_colors_of_their_splits(browser, root, scheme, palette):
     browser.emulate(scheme)
-    browser.open_page(page_of(root, "quickstart"))
+    browser.open_page(page_path(root, "quickstart"))
     strokes = browser.run(
         "const lines = {};"
         "for (const svg of document.querySelectorAll('svg')) {"
@@ -213,24 +215,24 @@ const state = () => {
 
 @pytest.mark.parametrize("name", ["comparison.html", "quickstart"])
 def test_curves_are_smoothed_and_have_logarithmic_axes(browser, root, name):
-    browser.open_page(page_of(root, name))
+    browser.open_page(page_path(root, name))
     before = browser.run(f"{CONTROLS} return state()")
     assert not before["hidden"]
     redrawn = browser.run(f"{CONTROLS} set('input[type=range]', (i) => {{ i.value = 0; }}); return state()")
-    assert redrawn["x"] == before["x"], "the script draws what the page has"
+    assert redrawn["x"] == before["x"], "the script draws the same chart as the page"
     assert redrawn["y"] == before["y"]
     assert points(redrawn["lines"][0]) == pytest.approx(points(before["lines"][0]), abs=0.2)
-    smooth = browser.run(f"{CONTROLS} set('input[type=range]', (i) => {{ i.value = 0.9; }}); return state()")
-    assert smooth["faint"] == len(smooth["lines"])
-    assert roughness(smooth["lines"][0]) < 0.7 * roughness(before["lines"][0])
-    log = browser.run(
+    smoothed = browser.run(f"{CONTROLS} set('input[type=range]', (i) => {{ i.value = 0.9; }}); return state()")
+    assert smoothed["faint"] == len(smoothed["lines"])
+    assert roughness(smoothed["lines"][0]) < 0.7 * roughness(before["lines"][0])
+    log_axes = browser.run(
         f"{CONTROLS} for (const a of 'xy') set(`[data-log=${{a}}]`, (i) => {{ i.checked = true; }}); return state()"
     )
     for axis in "xy":
-        assert all(re.fullmatch(r"[125]0*", f"{tick:.9f}".replace(".", "").strip("0") + "0") for tick in log[axis])
-        assert log[axis] != before[axis]
-        assert log[axis] == sorted(log[axis])
-    assert all(0 <= x <= 480 and 0 <= y <= 260 for x, y in zip(*[iter(points(log["lines"][0]))] * 2, strict=True))
+        assert all(re.fullmatch(r"[125]0*", f"{tick:.9f}".replace(".", "").strip("0") + "0") for tick in log_axes[axis])
+        assert log_axes[axis] != before[axis]
+        assert log_axes[axis] == sorted(log_axes[axis])
+    assert all(0 <= x <= 480 and 0 <= y <= 260 for x, y in zip(*[iter(points(log_axes["lines"][0]))] * 2, strict=True))
 
 
 def points(text):
@@ -242,7 +244,7 @@ def roughness(text):
     return sum(abs(b - a) for a, b in itertools.pairwise(heights))
 
 
-def test_chosen_runs_are_compared_without_a_server(browser, root):
+def test_selected_runs_are_compared_without_a_server(browser, root):
     browser.open_page(root / "index.html")
     disabled = "return document.querySelector('form.compare button').disabled"
     assert browser.run(disabled)
@@ -270,10 +272,10 @@ def test_chosen_runs_are_compared_without_a_server(browser, root):
     assert browser.run("return document.querySelector('h1').innerText") == sorted(names)[0]
 
 
-def test_the_server_compares_chosen_runs(browser, root):
+def test_the_server_compares_selected_runs(browser, root):
     with serve.Server(root, 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        browser.ask("POST", "/url", {"url": server.address})
+        browser.send("POST", "/url", {"url": server.address})
         browser.run(
             "for (const i of document.querySelectorAll('input[name=run]'))"
             "  if (/quickstart|second/.test(i.value)) i.click();"
@@ -288,8 +290,8 @@ def test_the_server_compares_chosen_runs(browser, root):
         server.shutdown()
 
 
-def test_a_failed_run_says_what_to_do(browser, root):
-    browser.open_page(page_of(root, "odd"))
+def test_a_failed_run_shows_how_to_resume_it(browser, root):
+    browser.open_page(page_path(root, "odd"))
     text = browser.run("return document.querySelector('.failure').innerText")
     assert "Failed at step 3 of 9" in text
     assert "the loss is not finite; lower optimizer.lr" in text
@@ -297,25 +299,25 @@ def test_a_failed_run_says_what_to_do(browser, root):
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize(("name", "pictures"), [("quickstart", 3), ("attack", 1)])
-def test_a_report_shows_its_pictures_and_asks_for_nothing(browser, root, width, name, pictures):
-    page = page_of(root, name)
+@pytest.mark.parametrize(("name", "num_images"), [("quickstart", 3), ("attack", 1)])
+def test_a_report_shows_its_images_and_makes_no_further_requests(browser, root, width, name, num_images):
+    page = page_path(root, name)
     browser.emulate("light", width)
-    browser.logged("browser"), browser.requested()
+    browser.read_log("browser"), browser.requested_urls()
     browser.open_page(page)
-    browser.run("for (const image of document.images) image.loading = 'eager'")  # also those further down
+    browser.run("for (const image of document.images) image.loading = 'eager'")  # also those outside the viewport
     deadline = time.monotonic() + 10
     while not browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth > 0)"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert browser.run("return document.images.length") >= pictures
-    assert browser.requested() == [page.as_uri()]
-    assert [entry for entry in browser.logged("browser") if entry["level"] == "SEVERE"] == []
+    assert browser.run("return document.images.length") >= num_images
+    assert browser.requested_urls() == [page.as_uri()]
+    assert [entry for entry in browser.read_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def test_values_are_read_by_keyboard(browser, root):
-    browser.open_page(page_of(root, "quickstart"))
-    said = browser.run(
+def test_values_can_be_read_with_the_keyboard(browser, root):
+    browser.open_page(page_path(root, "quickstart"))
+    readout = browser.run(
         "const svg = document.querySelector('svg'); svg.focus();"
         "for (const key of ['ArrowRight', 'ArrowRight', 'ArrowRight'])"
         "  svg.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
@@ -323,10 +325,10 @@ def test_values_are_read_by_keyboard(browser, root):
     )
     rows = [json.loads(line) for line in next(root.glob("*quickstart*/metrics.jsonl")).read_text().splitlines()]
     value = next(row["train_loss"] for row in rows if row.get("step") == 3)
-    assert said.startswith(f"step 3: train_loss {float(f'{value:.5g}'):.5g}"), said
+    assert readout.startswith(f"step 3: train_loss {float(f'{value:.5g}'):.5g}"), readout
 
 
-def test_the_numbers_are_there_without_a_script(root):
+def test_the_numbers_are_shown_without_a_script(root):
     text = (next(root.glob("*quickstart*")) / "report.html").read_text()
     assert "<td>20</td>" in text.partition("<script>")[0]
     assert "train_loss" in text
@@ -334,57 +336,55 @@ def test_the_numbers_are_there_without_a_script(root):
 
 def test_runs_are_sorted_and_filtered(browser, root):
     browser.open_page(root / "index.html")
-    names = (
+    list_names = (
         "return [...document.querySelectorAll('#runs tbody tr')]"
         ".filter((r) => !r.hidden).map((r) => r.cells[2].innerText)"
     )
-    newest_first = browser.run(names)
+    newest_first = browser.run(list_names)
     assert len(newest_first) == 4
     assert "<b>odd" in newest_first[0]
     browser.run("document.querySelector('#runs th button').click()")
-    assert browser.run(names) == newest_first[::-1]
-    filtering = (
+    assert browser.run(list_names) == newest_first[::-1]
+    set_filter = (
         "const i = document.querySelector('input[type=search]');"
         "i.value = arguments[0]; i.dispatchEvent(new Event('input'))"
     )
-    browser.run(filtering, "done quick")
-    assert browser.run(names) == [name for name in newest_first if "quickstart" in name]
+    browser.run(set_filter, "done quick")
+    assert browser.run(list_names) == [name for name in newest_first if "quickstart" in name]
     assert browser.run("return document.getElementById('count').textContent") == "1 of 4 runs"
-    browser.run(filtering, "")
+    browser.run(set_filter, "")
     browser.run("document.querySelector('#runs tbody a').click()")
     assert browser.run("return document.querySelector('h1').innerText") == newest_first[-1]
 
 
-def test_ui_shows_a_run_go_on(browser, root, monkeypatch):
-    monkeypatch.setattr(
-        records, "is_held", lambda path: path.name.startswith("2099")
-    )  # a lock does not hold its own process
+def test_ui_shows_the_progress_of_a_run(browser, root, monkeypatch):
+    monkeypatch.setattr(records, "is_held", lambda path: path.name.startswith("2099"))  # this process holds no lock
     path = root / "20991231-130000-going-0002"
     path.mkdir()
     (path / "config.yaml").write_text("experiment: classify\n")
     with serve.Server(root, 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        out = RunDir(path)
-        out.set_status("running", experiment="classify")
-        out.append({"step": 1, "train_loss": 0.5})
-        browser.ask("POST", "/url", {"url": f"{server.address}{path.name}/"})
-        measured = "return document.body.innerText.includes(arguments[0])"
-        assert browser.run(measured, "running")
-        assert not browser.run(measured, "0.125")
-        out.append({"step": 2, "train_loss": 0.125})
+        run = RunDir(path)
+        run.set_status("running", experiment="classify")
+        run.append({"step": 1, "train_loss": 0.5})
+        browser.send("POST", "/url", {"url": f"{server.address}{path.name}/"})
+        is_shown = "return document.body.innerText.includes(arguments[0])"
+        assert browser.run(is_shown, "running")
+        assert not browser.run(is_shown, "0.125")
+        run.append({"step": 2, "train_loss": 0.125})
         deadline = time.monotonic() + 30
-        while not browser.run(measured, "0.125") and time.monotonic() < deadline:
+        while not browser.run(is_shown, "0.125") and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert browser.run(measured, "0.125")
+        assert browser.run(is_shown, "0.125")
         server.shutdown()
 
 
-def test_trials_in_parallel_coordinates_are_read_and_selected(browser, tmp_path):
+def test_trials_in_parallel_coordinates_can_be_read_and_selected(browser, tmp_path):
     (tmp_path / "config.yaml").write_text("experiment: sweep\n")
     keys = [{"lr": 10.0**-k, "bn": k % 2 == 0} for k in range(6)]
     rows = [{"trial": f"00{k}", "metrics": {}, "keys": row, "value": 0.1 * k} for k, row in enumerate(keys)]
-    judged = {"metric": "val_accuracy", "log_keys": ["lr"], "reason": "few"}
-    (tmp_path / "summary.json").write_text(json.dumps({"trials": rows, "importance": judged}))
+    importance = {"metric": "val_accuracy", "log_keys": ["lr"], "reason": "few"}
+    (tmp_path / "summary.json").write_text(json.dumps({"trials": rows, "importance": importance}))
     html.write_run(tmp_path)
     browser.open_page(tmp_path / html.FILE)
     script = """
@@ -408,4 +408,4 @@ def test_trials_in_parallel_coordinates_are_read_and_selected(browser, tmp_path)
     """
     best = "005: lr 1e-05, bn false, val_accuracy 0.5"
     assert browser.run(script) == [[best, 0], ["3 of 6 trials", 3], [best, 3], ["", 0]]
-    assert browser.logged("browser") == []
+    assert browser.read_log("browser") == []

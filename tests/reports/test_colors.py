@@ -13,8 +13,8 @@ from cvlab.reports import colors, fonts, html, plots, svg
 from cvlab.runs.run_dir import RunDir
 
 
-def figure_of(monkeypatch, draw):
-    """Return the figure that a function would write."""
+def drawn_figure(monkeypatch, draw):
+    """Return the first figure that a function draws."""
     figures = []
     monkeypatch.setattr(plots, "to_png", lambda figure: figures.append(figure) or b"")
     draw()
@@ -80,7 +80,7 @@ def test_runs_keep_their_colors_in_all_charts_of_a_comparison(tmp_path):
 class TestAxes:
     @pytest.mark.parametrize("steps", [[1], [1, 2], [0, 1, 2, 3], [1, 40], [5, 12345]])
     def test_steps_are_whole_numbers(self, steps, monkeypatch):
-        figure = figure_of(monkeypatch, lambda: plots.draw({"loss": (steps, [1.0] * len(steps))}, "loss", "run"))
+        figure = drawn_figure(monkeypatch, lambda: plots.draw({"loss": (steps, [1.0] * len(steps))}, "loss", "run"))
         figure.canvas.draw()
         labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
         assert labels
@@ -89,17 +89,17 @@ class TestAxes:
         assert all(tick == int(tick) for tick in ticks)
         assert ticks[0] <= steps[0] <= steps[-1] <= ticks[-1]
 
-    def test_a_constant_0_has_an_axis_from_0_to_1(self, monkeypatch):
-        figure = figure_of(monkeypatch, lambda: plots.draw({"loss": ([1, 2], [0.0, 0.0])}, "loss", "run"))
+    def test_a_constant_zero_has_an_axis_from_0_to_1(self, monkeypatch):
+        figure = drawn_figure(monkeypatch, lambda: plots.draw({"loss": ([1, 2], [0.0, 0.0])}, "loss", "run"))
         assert figure.axes[0].get_ylim() == pytest.approx((-0.02, 1.02))
         ticks = svg.ticks([0.0, 0.0])
         assert (ticks[0], ticks[-1]) == (0, 1)
 
     def test_titles_name_the_metric_and_the_run(self, monkeypatch):
-        figure = figure_of(monkeypatch, lambda: plots.draw({"loss": ([1, 2], [0.0, 1.0])}, "loss", "my-run"))
+        figure = drawn_figure(monkeypatch, lambda: plots.draw({"loss": ([1, 2], [0.0, 1.0])}, "loss", "my-run"))
         assert figure.axes[0].get_title() == "loss: my-run"
 
-    def test_names_are_no_formulas_and_have_no_missing_glyphs(self, bundled_font_only):
+    def test_names_are_not_formulas_and_have_no_missing_glyphs(self, bundled_font_only):
         assert plots.label("a$x^2$") == r"a\$x^2\$"
         assert plots.label("猫") == "\\u732b"
         figure = Figure()
@@ -114,5 +114,5 @@ class TestAxes:
         assert fonts.paths_for(character) == [fonts.bundled_path(), stix]
         figure = Figure()
         title = figure.subplots().set_title(character)
-        plots.to_png(figure)  # a missing glyph would be a warning, and so an error
+        plots.to_png(figure)  # a missing glyph would cause a warning, which is an error in tests
         assert title.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]

@@ -1,4 +1,4 @@
-"""The pages about runs: self-contained, safe whatever a name holds, complete without a script; served read-only."""
+"""The pages about runs: self-contained, safe for any names, complete without a script, and served read-only."""
 
 import base64
 import html as entities
@@ -22,44 +22,44 @@ COLUMNS = [
     {"name": "objects", "title": "objects"},
     {"name": "picture", "title": "picture", "is_file": True},
 ]
-WICKED = "<script>alert(1)</script>"
+MARKUP_NAME = "<script>alert(1)</script>"
 
 
-class Outside(HTMLParser):
-    """Gathers all addresses that a page would fetch or lead to, and all its text."""
+class PageParser(HTMLParser):
+    """Collect all URLs that a page loads or links to, all its text, and its tags."""
 
     def __init__(self):
         super().__init__()
-        self.addresses, self.words, self.tags = [], [], []
+        self.urls, self.texts, self.tags = [], [], []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.addresses += [value for key, value in attributes if key in ("src", "href", "srcset", "action")]
+        self.urls += [value for key, value in attributes if key in ("src", "href", "srcset", "action")]
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
 
-def read(text):
-    found = Outside()
-    found.feed(text)
-    return found
+def parse_page(text):
+    page = PageParser()
+    page.feed(text)
+    return page
 
 
-def made(root, name="20261125-120000-x-0001", metrics=(), status="done", **summary):
+def make_run(root, name="20261125-120000-x-0001", metrics=(), status="done", **summary):
     path = root / name
     (path / "images").mkdir(parents=True)
     (path / "config.yaml").write_text("experiment: classify\nseed: 3\noptimizer: {name: adam, lr: 0.01}\n")
-    out = RunDir(path)
-    out.set_status(status, experiment="classify", data="scenes10")
-    out.write_json(
+    run = RunDir(path)
+    run.set_status(status, experiment="classify", data="scenes10")
+    run.write_json(
         "env.json", {"command": "cvlab train x", "provenance": {"seed": "command line", "optimizer.lr": "file"}}
     )
-    out.write_json(
+    run.write_json(
         "summary.json", {"experiment": "classify", "metrics": {"val_accuracy": 0.5}, "expect": [], **summary}
     )
     for row in metrics:
-        out.append(row)
+        run.append(row)
     return path
 
 
@@ -69,20 +69,20 @@ def root(tmp_path):
 
 
 class TestRun:
-    def test_it_tells_configuration_verdicts_curves_and_pictures(self, root):
+    def test_a_page_shows_configuration_expectations_curves_and_images(self, root):
         rows = [{"step": k, "train_loss": 3 / (k + 1), "val_accuracy": 0.1 * k, "lr": 0.01} for k in range(5)]
-        verdict = {"rule": "val_accuracy >= 0.9", "measured": 0.5, "met": False}
+        expectation = {"rule": "val_accuracy >= 0.9", "measured": 0.5, "met": False}
         result = {
             "image": "/photos/cat.png",
             "picture": "images/cat-boxes.png",
             "objects": [{"label": "cat", "score": 0.9}],
         }
-        path = made(root, metrics=rows, expect=[verdict], results=[result], columns=COLUMNS)
+        path = make_run(root, metrics=rows, expect=[expectation], results=[result], columns=COLUMNS)
         Image.new("RGB", (2000, 500), "red").save(path / "images" / "cat-boxes.png")
         Image.new("RGB", (20, 20), "blue").save(path / "images" / "other.png")
-        found = read(html.run_page(path))
-        words = " ".join(found.words)
-        for told in (
+        page = parse_page(html.run_page(path))
+        text = " ".join(page.texts)
+        for fragment in (
             "val_accuracy >= 0.9",
             "not met",
             "cat 0.90",
@@ -91,80 +91,82 @@ class TestRun:
             "learning rate",
             "0.4",
         ):
-            assert told in words, told
-        assert found.tags.count("svg") == 3
-        assert found.tags.count("img") == 2
-        assert all(address.startswith("data:") for address in found.addresses)
+            assert fragment in text, fragment
+        assert page.tags.count("svg") == 3
+        assert page.tags.count("img") == 2
+        assert all(url.startswith("data:") for url in page.urls)
 
-    def test_names_are_shown_not_run(self, root):
-        path = made(root, metrics=[{"step": 1, WICKED: 1.0, "../../x": 2.0}, {"step": 2, WICKED: 2.0, "../../x": 2.0}])
-        (path / "config.yaml").write_text(json.dumps({"experiment": "classify", "name": WICKED}))
+    def test_names_are_escaped(self, root):
+        path = make_run(
+            root, metrics=[{"step": 1, MARKUP_NAME: 1.0, "../../x": 2.0}, {"step": 2, MARKUP_NAME: 2.0, "../../x": 2.0}]
+        )
+        (path / "config.yaml").write_text(json.dumps({"experiment": "classify", "name": MARKUP_NAME}))
         text = html.run_page(path)
-        assert WICKED not in text
-        assert entities.escape(WICKED) in text
+        assert MARKUP_NAME not in text
+        assert entities.escape(MARKUP_NAME) in text
         assert "../../x" in text
-        assert read(text).tags.count("script") == 1
+        assert parse_page(text).tags.count("script") == 1
         data = json.loads(entities.unescape(re.search(r'data-chart="([^"]*)"', text).group(1)))
-        assert data["lines"][0]["name"] == WICKED
+        assert data["lines"][0]["name"] == MARKUP_NAME
 
-    def test_a_picture_outside_of_the_run_is_left_out(self, root):
+    def test_an_image_outside_the_run_directory_is_left_out(self, root):
         secret = root / "secret.png"
         results = [{"image": "a", "picture": "../secret.png"}, {"image": "b", "picture": "images/broken.png"}]
-        path = made(root, results=results, columns=COLUMNS)
+        path = make_run(root, results=results, columns=COLUMNS)
         Image.new("RGB", (5, 5)).save(secret)
         (path / "images" / "broken.png").write_bytes(b"no picture")
-        assert "img" not in read(html.run_page(path)).tags
+        assert "img" not in parse_page(html.run_page(path)).tags
 
-    def test_more_pictures_than_fit_are_counted(self, root, monkeypatch):
+    def test_images_above_the_limit_are_counted(self, root, monkeypatch):
         monkeypatch.setattr(embedded, "MAX_IMAGES", 3)
-        path = made(root)
+        path = make_run(root)
         for k in range(5):
             Image.new("RGB", (8, 8), (k, 0, 0)).save(path / "images" / f"{k}.png")
         text = html.run_page(path)
-        assert read(text).tags.count("img") == 3
+        assert parse_page(text).tags.count("img") == 3
         assert "2 more images" in text
 
     @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
-    def test_in_whatever_state(self, root, status):
-        path = made(root, status=status)
+    def test_a_run_in_any_state_has_a_page(self, root, status):
+        path = make_run(root, status=status)
         (path / "summary.json").unlink()
         assert "classify" in html.run_page(path)
 
     def test_curves_and_images_come_before_tables(self, root):
-        path = made(root, metrics=[{"step": k, "train_loss": 1.0} for k in (1, 2)])
+        path = make_run(root, metrics=[{"step": k, "train_loss": 1.0} for k in (1, 2)])
         Image.new("RGB", (8, 8)).save(path / "images" / "a.png")
         text = html.run_page(path)
-        places = [text.index(f"<h2>{title}</h2>") for title in ("Curves", "Images", "Metrics", "Configuration")]
-        assert places == sorted(places)
+        positions = [text.index(f"<h2>{title}</h2>") for title in ("Curves", "Images", "Metrics", "Configuration")]
+        assert positions == sorted(positions)
         assert "<table" not in text[: text.index("<h2>Curves")]
 
     def test_the_same_image_is_shown_once(self, root):
         columns = [{"name": "panel", "title": "panel", "is_file": True}, *COLUMNS]
         columns += [{"name": "map", "title": "map", "is_file": True, "is_part": True}]
         result = {"image": "/photos/cat.png", "panel": "images/panel.png", "map": "images/map.png"}
-        path = made(root, results=[result, result], columns=columns)
+        path = make_run(root, results=[result, result], columns=columns)
         for name, color in (("panel", "red"), ("map", "blue"), ("copy", "red"), ("preview", "lime"), ("else", "pink")):
             Image.new("RGB", (8, 8), color).save(path / "images" / f"{name}.png")
         text = html.run_page(path)
         assert re.findall(r"<figcaption>([^<]*)</figcaption>", text) == ["panel", "images/else.png"]
         assert "in the run directory: images/map.png" in text
 
-    def test_a_part_is_shown_where_there_is_no_panel(self, root):
+    def test_a_part_is_shown_if_there_is_no_panel(self, root):
         columns = [{"name": "map", "title": "map", "is_file": True, "is_part": True}]
-        path = made(root, results=[{"image": "/photos/cat.png", "map": "images/map.png"}], columns=columns)
+        path = make_run(root, results=[{"image": "/photos/cat.png", "map": "images/map.png"}], columns=columns)
         Image.new("RGB", (8, 8)).save(path / "images" / "map.png")
         assert "<figcaption>map</figcaption>" in html.run_page(path)
 
-    def test_an_image_that_the_run_made_comes_first(self, root):
+    def test_an_image_created_by_the_run_comes_first(self, root):
         columns = [{"name": "animation", "title": "animation", "is_file": True}]
-        path = made(root, results=[{"image": "images/a.png", "animation": "images/a.gif"}], columns=columns)
+        path = make_run(root, results=[{"image": "images/a.png", "animation": "images/a.gif"}], columns=columns)
         Image.new("RGB", (8, 8)).save(path / "images" / "a.png")
         Image.new("RGB", (8, 8)).save(path / "images" / "a.gif")
         text = html.run_page(path)
         assert re.findall(r"<figcaption>([^<]*)</figcaption>", text) == ["result", "animation"]
 
-    def test_a_failed_run_tells_what_failed_where_and_what_to_do(self, root):
-        path = made(root, status="failed")
+    def test_a_failed_run_shows_the_error_the_step_and_how_to_resume(self, root):
+        path = make_run(root, status="failed")
         (path / "summary.json").unlink()
         out = RunDir(path)
         out.append_text("log.txt", "Traceback: line 7\n")
@@ -175,10 +177,10 @@ class TestRun:
         assert f"<code>cvlab resume {path.name}</code>" in text
         assert "<details open data-open>" in text
         assert "Traceback: line 7" in text
-        assert "resume" not in html.run_page(made(root, "20261125-120000-y-0002"))
+        assert "resume" not in html.run_page(make_run(root, "20261125-120000-y-0002"))
 
-    def test_a_pruned_trial_is_not_to_be_resumed(self, root):
-        path = made(root, status="interrupted")
+    def test_a_pruned_trial_does_not_suggest_resuming(self, root):
+        path = make_run(root, status="interrupted")
         (path / "prune.txt").write_text("worse than the median\n")
         text = html.run_page(path)
         assert "<h2>Stopped early by the search</h2>" in text
@@ -191,15 +193,15 @@ class TestRun:
             {"trial": "001-gone", "status": "failed", "diverged": False, "metrics": {}, "seed": 1},
             {"trial": "../../other", "status": "done", "diverged": False, "metrics": {}, "seed": 1},
         ]
-        path = made(root, trials=trials)
-        made(path / "trials", "000-lr")
-        made(root, "other")
-        found = read(html.run_page(path, html.Links(home="../index.html")))
-        assert [a for a in found.addresses if not a.startswith("data:")] == [
+        path = make_run(root, trials=trials)
+        make_run(path / "trials", "000-lr")
+        make_run(root, "other")
+        page = parse_page(html.run_page(path, html.Links(home="../index.html")))
+        assert [url for url in page.urls if not url.startswith("data:")] == [
             "../index.html",
             "trials/000-lr/report.html",
         ]
-        assert "1.25" in found.words
+        assert "1.25" in page.texts
         html.write_run(path / "trials" / "000-lr")
         trial = (path / "trials" / "000-lr" / "report.html").read_text()
         assert '<a href="../../report.html">sweep</a>' in trial
@@ -212,19 +214,19 @@ class TestComparison:
         for k, values in enumerate(((0.5, 1.0, 3), (0.75, 2.0, 4), (0.75, 3.0, 5))):
             metrics = dict(zip(("val_accuracy", "test_loss", "epochs"), values, strict=True))
             rows = [{"step": 1, "val_loss": k}, {"step": 2, "val_loss": k + 1.5}]
-            path = made(root, f"20261125-120000-x{k}-000{k}", rows)
+            path = make_run(root, f"20261125-120000-x{k}-000{k}", rows)
             RunDir(path).write_json("summary.json", {"metrics": metrics, "metric_info": info, "seconds": 65.0})
         return {path.name: path for path in sorted(root.iterdir())}
 
-    def test_it_links_to_the_runs_and_marks_the_best_values(self, runs, root):
+    def test_a_comparison_links_to_the_runs_and_marks_the_best_values(self, runs, root):
         text = html.comparison_page(runs, html.links_from(root / "comparison.html", root))
-        found = read(text)
-        links = [address for address in found.addresses if not address.startswith("data:")]
+        page = parse_page(text)
+        links = [url for url in page.urls if not url.startswith("data:")]
         assert links == ["index.html", *(f"{name}/report.html" for name in runs)]
         assert re.findall(r'class="number best">([^<]*)<', text) == ["0.75", "0.75", "1"]
-        assert "1 min 5 s" in found.words
-        assert found.words.count("smoothing ") == 1
-        assert {"log y axis", "log x axis"} <= {word.strip() for word in found.words}
+        assert "1 min 5 s" in page.texts
+        assert page.texts.count("smoothing ") == 1
+        assert {"log y axis", "log x axis"} <= {word.strip() for word in page.texts}
 
     def test_links_from_another_folder(self, root, tmp_path):
         links = html.links_from(tmp_path / "out dir" / "c.html", root)
@@ -240,23 +242,23 @@ class TestComparison:
 
 class TestIndex:
     def test_dates_durations_and_previews(self, root):
-        path = made(root, "20261126-134501-x-0001", seconds=3725.0)
+        path = make_run(root, "20261126-134501-x-0001", seconds=3725.0)
         Image.new("RGB", (600, 300), "red").save(path / "images" / "a.png")
         columns = [{"name": "picture", "title": "picture", "is_file": True}]
         results = [{"image": "/a.png", "picture": "images/a.png"}]
         RunDir(path).write_json("summary.json", {"seconds": 3725.0, "results": results, "columns": columns})
         html.write_run(path)
         html.write_index(root, index.runs(root))
-        found = read((root / "index.html").read_text())
-        assert {"2026-11-26 13:45", "1 h 2 min", "1 run"} <= set(found.words)
-        (source,) = [address for address in found.addresses if address.startswith("data:image/png")]
+        page = parse_page((root / "index.html").read_text())
+        assert {"2026-11-26 13:45", "1 h 2 min", "1 run"} <= set(page.texts)
+        (source,) = [url for url in page.urls if url.startswith("data:image/png")]
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
             assert image.size == (192, 96)
             assert image.getpixel((90, 50)) == (255, 0, 0)
 
     def test_curves_are_previewed(self, root):
         info = {"val_accuracy": {"unit": "fraction", "better": "higher"}}
-        path = made(root, metrics=[{"step": k, "val_accuracy": k / 10} for k in range(1, 9)], metric_info=info)
+        path = make_run(root, metrics=[{"step": k, "val_accuracy": k / 10} for k in range(1, 9)], metric_info=info)
         embedded.write_thumbnail(path)
         with Image.open(path / "thumbnail.png") as image:
             assert image.getpixel((0, 0))[3] == 0
@@ -265,13 +267,13 @@ class TestIndex:
             assert image.getpixel((width - 6, 6))[3] == 255
 
     def test_a_thumbnail_is_an_image_of_bounded_size(self, root):
-        path = made(root)
+        path = make_run(root)
         for content in (b"<svg onload=alert(1)>", embedded.PNG_SIGNATURE + bytes(embedded.MAX_THUMBNAIL_BYTES)):
             (path / "thumbnail.png").write_bytes(content)
             assert embedded.read_thumbnail(path) is None
 
     def test_a_run_without_a_page_is_not_linked(self, root):
-        path = made(root, status="failed")
+        path = make_run(root, status="failed")
         html.write_index(root, index.runs(root))
         assert f'<span class="name">{path.name}</span>' in (root / "index.html").read_text()
         html.write_run(path)
@@ -279,33 +281,33 @@ class TestIndex:
         assert f'<a href="{path.name}/report.html">{path.name}</a>' in (root / "index.html").read_text()
 
     def test_durations(self):
-        shown = [html.duration_text(seconds) for seconds in (None, 0.04, 9.97, 59.4, 61, 3599.6, 7300)]
-        assert shown == ["", "0.0 s", "10 s", "59 s", "1 min 1 s", "1 h 0 min", "2 h 1 min"]
+        texts = [html.duration_text(seconds) for seconds in (None, 0.04, 9.97, 59.4, 61, 3599.6, 7300)]
+        assert texts == ["", "0.0 s", "10 s", "59 s", "1 min 1 s", "1 h 0 min", "2 h 1 min"]
 
 
 class TestChart:
-    def test_ticks_are_round_and_hold_all_values(self):
+    def test_ticks_are_round_and_cover_all_values(self):
         for values in ([0.0, 1.0], [0.013, 0.97], [-5, 1234.0], [3.0, 3.0], [0.0, 0.0], [1e-9, 3e-9]):
-            found = svg.ticks(values)
-            assert found[0] <= min(values)
-            assert found[-1] >= max(values)
-            assert 2 <= len(found) <= 2 * svg.TICKS
+            ticks = svg.ticks(values)
+            assert ticks[0] <= min(values)
+            assert ticks[-1] >= max(values)
+            assert 2 <= len(ticks) <= 2 * svg.TICKS
 
-    def test_lines_stay_inside_and_are_thinned_to_their_last_point(self):
+    def test_lines_stay_inside_and_are_thinned_including_their_last_point(self):
         xs = list(range(5000))
-        made = svg.chart("loss", {"a": (xs, [1 / (x + 1) for x in xs]), "nothing": ([1], [float("nan")])})
-        (line,) = made.lines
+        chart = svg.chart("loss", {"a": (xs, [1 / (x + 1) for x in xs]), "nothing": ([1], [float("nan")])})
+        (line,) = chart.lines
         assert len(line.xs) <= svg.MAX_POINTS + 1
         assert line.xs[-1] == 4999
-        assert len(made.rows) <= svg.MAX_ROWS
+        assert len(chart.rows) <= svg.MAX_ROWS
         points = [tuple(map(float, pair.split(","))) for pair in line.path.split()]
         assert all(0 <= x <= svg.WIDTH and 0 <= y <= svg.HEIGHT for x, y in points)
-        assert points[0][1] < points[-1][1]  # down the page is down
+        assert points[0][1] < points[-1][1]  # y grows downward
         assert svg.chart("empty", {"a": ([], [])}) is None
 
 
 class TestCommands:
-    def test_a_training_writes_its_page_and_the_list_of_runs(self, cvlab, tmp_path):
+    def test_a_training_run_writes_its_page_and_the_list_of_runs(self, cvlab, tmp_path):
         code, out, err = cvlab(
             "train",
             "quickstart",
@@ -350,23 +352,25 @@ class TestCommands:
 
     def test_several_runs_are_compared(self, cvlab, root):
         for k in range(2):
-            made(root, f"20261125-120000-x{k}-000{k}", [{"step": 1, "val_loss": k}, {"step": 2, "val_loss": k + 1.5}])
+            make_run(
+                root, f"20261125-120000-x{k}-000{k}", [{"step": 1, "val_loss": k}, {"step": 2, "val_loss": k + 1.5}]
+            )
         code, out, _ = cvlab("report", "x0", "x1", "--runs-dir", root, "--json")
-        found = read((root / "comparison.html").read_text())
+        page = parse_page((root / "comparison.html").read_text())
         assert code == 0
         assert json.loads(out)["files"] == [str(root / "comparison.html")]
-        assert "x0-0000" in found.words
-        assert "svg" in found.tags
+        assert "x0-0000" in page.texts
+        assert "svg" in page.tags
 
-    def test_refusals(self, cvlab, root, tmp_path):
-        made(root)
+    def test_errors(self, cvlab, root, tmp_path):
+        make_run(root)
         assert cvlab("report", "nothing", "--runs-dir", root)[0] == 5
         code, _, err = cvlab("report", "x-0001", "--out", tmp_path / "no" / "r.html", "--runs-dir", root)
         assert code == 5
         assert "r.html" in err
 
 
-def test_an_index_of_many_runs_is_a_line_each():
+def test_an_index_of_many_runs_has_one_row_each():
     row = {"status": "done", "experiment": "classify", "data": None, "result": "", "metrics": {}}
     text = html.index_page([{**row, "run": f"run {k}"} for k in range(5000)])
     assert text.count("<tr>") == 5001
@@ -376,70 +380,70 @@ def test_an_index_of_many_runs_is_a_line_each():
 
 class TestServer:
     @pytest.fixture
-    def ask(self, root):
-        made(root, f"20261125-120000-a{WICKED.replace('/', '_')}-0001")
-        made(root)
+    def request_page(self, root):
+        make_run(root, f"20261125-120000-a{MARKUP_NAME.replace('/', '_')}-0001")
+        make_run(root)
         (root.parent / "secret.txt").write_text("secret")
         with serve.Server(root, 0) as server:
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
 
-            def call(path, host=None, method="GET"):
+            def send_request(path, host=None, method="GET"):
                 connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
                 connection.request(method, path, headers={"Host": host or f"localhost:{server.server_port}"})
-                answer = connection.getresponse()
-                return answer.status, answer.read().decode()
+                response = connection.getresponse()
+                return response.status, response.read().decode()
 
-            yield call
+            yield send_request
             server.shutdown()
             thread.join()
 
-    def test_pages(self, ask):
-        status, text = ask("/")
+    def test_pages(self, request_page):
+        status, text = request_page("/")
         assert status == 200
         assert "/20261125-120000-x-0001/" in text
-        assert WICKED not in text
-        status, text = ask("/20261125-120000-x-0001/")
+        assert MARKUP_NAME not in text
+        status, text = request_page("/20261125-120000-x-0001/")
         assert status == 200
         assert "val_accuracy" in text
 
-    def test_chosen_runs_are_compared(self, ask, root):
-        made(root, "20261126-120000-y-0002")
-        status, text = ask("/compare?run=20261125-120000-x-0001&run=20261126-120000-y-0002&run=../secret.txt")
+    def test_selected_runs_are_compared(self, request_page, root):
+        make_run(root, "20261126-120000-y-0002")
+        status, text = request_page("/compare?run=20261125-120000-x-0001&run=20261126-120000-y-0002&run=../secret.txt")
         assert status == 200
         assert 'href="/20261126-120000-y-0002/"' in text
         assert "Comparison of 2 runs" in text
-        assert ask("/compare")[0] == 404
+        assert request_page("/compare")[0] == 404
 
-    def test_trials_of_a_sweep(self, ask, root):
+    def test_trials_of_a_sweep(self, request_page, root):
         sweep = root / "20261125-120000-x-0001"
-        made(sweep / "trials", "000-a")
+        make_run(sweep / "trials", "000-a")
         trial = {"trial": "000-a", "status": "done", "metrics": {}, "seed": 0}
         RunDir(sweep).write_json("summary.json", {"trials": [trial]})
-        assert f'href="/{sweep.name}/trials/000-a/"' in ask(f"/{sweep.name}/")[1]
-        status, text = ask(f"/{sweep.name}/trials/000-a/")
+        assert f'href="/{sweep.name}/trials/000-a/"' in request_page(f"/{sweep.name}/")[1]
+        status, text = request_page(f"/{sweep.name}/trials/000-a/")
         assert status == 200
         assert f'<a href="/{sweep.name}/">sweep</a>' in text
-        assert ask(f"/{sweep.name}/trials/../")[0] == 404
+        assert request_page(f"/{sweep.name}/trials/../")[0] == 404
 
     @pytest.mark.parametrize(
         "path", ["/../secret.txt", "/%2e%2e/secret.txt", "/x/../../secret.txt", "//etc/passwd", "/nothing/"]
     )
-    def test_no_path_leaves_the_folder(self, ask, path):
-        status, text = ask(path)
+    def test_no_path_escapes_the_folder(self, request_page, path):
+        status, text = request_page(path)
         assert status == 404
         assert "secret" not in text
         assert "root:" not in text
 
     @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example:80"])
-    def test_another_host_is_refused(self, ask, host):
-        assert ask("/", host)[0] == 403
+    def test_another_host_is_rejected(self, request_page, host):
+        assert request_page("/", host)[0] == 403
 
-    def test_it_only_reads(self, ask):
-        assert ask("/", method="POST")[0] == 501
-        assert ask("/", method="HEAD") == (200, "")
+    def test_the_server_is_read_only(self, request_page):
+        assert request_page("/", method="POST")[0] == 501
+        assert request_page("/", method="HEAD") == (200, "")
 
-    def test_a_port_that_is_taken(self, root):
+    def test_a_port_that_is_in_use(self, root):
         with serve.Server(root, 0) as server, pytest.raises(serve.RunDirError, match="--port"):
             serve.serve(root, server.server_port, lambda address: None)
 

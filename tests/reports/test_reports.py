@@ -1,4 +1,4 @@
-"""Curves, plots and comparisons, read from run directories alone."""
+"""Curves, plots and comparisons, created from run directories alone."""
 
 import itertools
 import json
@@ -16,17 +16,17 @@ PNG = b"\x89PNG"
 
 def make_run(path, lr=0.1, rows=50, summary=True):
     path.mkdir(parents=True)
-    with RunDir(path).locked() as out:
-        out.write_text("config.yaml", f"experiment: classify\nname: {path.name}\noptimizer: {{name: sgd, lr: {lr}}}\n")
+    with RunDir(path).locked() as run:
+        run.write_text("config.yaml", f"experiment: classify\nname: {path.name}\noptimizer: {{name: sgd, lr: {lr}}}\n")
         for step in range(1, rows + 1):
-            out.append({"step": step, "epoch": step / 10, "seconds": 0.1, "lr": lr, "train_loss": 1 / step})
-        out.append({"step": rows, "val_accuracy": 0.5})
+            run.append({"step": step, "epoch": step / 10, "seconds": 0.1, "lr": lr, "train_loss": 1 / step})
+        run.append({"step": rows, "val_accuracy": 0.5})
         if summary:
-            out.write_json(
+            run.write_json(
                 "summary.json",
                 {"metrics": {"val_accuracy": 0.5}, "metric_info": INFO, "experiment": "classify", "data": "x"},
             )
-        out.set_status("done" if summary else "interrupted")
+        run.set_status("done" if summary else "interrupted")
     return path
 
 
@@ -41,16 +41,16 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     assert len(gaps) == 1
 
 
-def test_curves_skip_what_is_not_a_number():
+def test_curves_skip_missing_and_non_numeric_values():
     rows = [{"step": 1, "loss": None, "name": "x"}, {"step": 2, "loss": 2.0}, {"loss": 3.0}]
     assert curves.thin(rows) == {"loss": ([2], [2.0])}
 
 
 def test_plots_of_a_run(tmp_path):
     path = make_run(tmp_path / "a")
-    made = plots.plot_run(RunDir(path))
-    assert {p.name for p in made} == {"loss.png", "accuracy.png", "lr.png"}
-    assert all(p.read_bytes()[:4] == PNG for p in made)
+    files = plots.plot_run(RunDir(path))
+    assert {p.name for p in files} == {"loss.png", "accuracy.png", "lr.png"}
+    assert all(p.read_bytes()[:4] == PNG for p in files)
 
 
 def test_a_run_without_metrics_has_no_plots(tmp_path):
@@ -59,23 +59,23 @@ def test_a_run_without_metrics_has_no_plots(tmp_path):
     assert plots.draw_comparison({"a": tmp_path / "a"})[:4] == PNG
 
 
-def test_only_what_differs_is_told(tmp_path):
+def test_a_comparison_lists_only_differences(tmp_path):
     runs = compare.labels([make_run(tmp_path / "a", 0.1), make_run(tmp_path / "b", 0.2, summary=False)])
-    found = compare.compare(runs)
-    assert found["differences"] == {"optimizer.lr": [0.1, 0.2]}
-    assert found["metrics"]["val_accuracy"] == [0.5, 0.5]
-    assert found["metrics"]["train_loss"] == [None, 1 / 50]
-    assert [run["status"] for run in found["runs"]] == ["done", "interrupted"]
-    assert compare.to_csv(found).splitlines()[:2] == ["kind,name,a,b", "config,optimizer.lr,0.1,0.2"]
+    comparison = compare.compare(runs)
+    assert comparison["differences"] == {"optimizer.lr": [0.1, 0.2]}
+    assert comparison["metrics"]["val_accuracy"] == [0.5, 0.5]
+    assert comparison["metrics"]["train_loss"] == [None, 1 / 50]
+    assert [run["status"] for run in comparison["runs"]] == ["done", "interrupted"]
+    assert compare.to_csv(comparison).splitlines()[:2] == ["kind,name,a,b", "config,optimizer.lr,0.1,0.2"]
     assert plots.draw_comparison(runs)[:4] == PNG
-    json.dumps(found)
+    json.dumps(comparison)
 
 
-def test_labels_are_short_where_they_can_be(tmp_path):
-    one, two = tmp_path / "20260101-000000-a-1111", tmp_path / "20260101-000001-a-2222"
-    assert list(compare.labels([one, two])) == ["a-1111", "a-2222"]
-    again = tmp_path / "x" / "20260101-000000-a-1111"
-    assert list(compare.labels([one, again])) == [str(one), str(again)]
+def test_labels_are_short_if_they_are_unique(tmp_path):
+    first, second = tmp_path / "20260101-000000-a-1111", tmp_path / "20260101-000001-a-2222"
+    assert list(compare.labels([first, second])) == ["a-1111", "a-2222"]
+    same_name = tmp_path / "x" / "20260101-000000-a-1111"
+    assert list(compare.labels([first, same_name])) == [str(first), str(same_name)]
 
 
 def test_a_run_without_configuration(tmp_path):
@@ -85,8 +85,8 @@ def test_a_run_without_configuration(tmp_path):
 
 
 def test_numbers_of_tables():
-    shown = [tables.number(v) for v in (None, True, 3, 12345, 0.123456, 12345.6, "x", [1, 2], 1e-5)]
-    assert shown == ["-", "true", "3", "12,345", "0.1235", "12,346", "x", "[1, 2]", "1e-05"]
+    texts = [tables.number(v) for v in (None, True, 3, 12345, 0.123456, 12345.6, "x", [1, 2], 1e-5)]
+    assert texts == ["-", "true", "3", "12,345", "0.1235", "12,346", "x", "[1, 2]", "1e-05"]
     assert tables.number(10.0) == "10"
 
 
@@ -100,9 +100,9 @@ def test_photos_in_a_table(capsys):
     from cvlab.experiments.adversarial import experiments
     from cvlab.experiments.classification import experiments as classification_experiments
 
-    attacked = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "success": True}
-    attacked |= {"steps": 6, "l2": 1.5, "success_jpeg95": True, "success_jpeg85": False, "success_jpeg75": False}
-    rows = [{"image": "/a/cat.jpg", **attacked}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
+    result = {"label": "ostrich", "score": 0.99, "before": {"label": "tabby", "score": 0.8}, "success": True}
+    result |= {"steps": 6, "l2": 1.5, "success_jpeg95": True, "success_jpeg85": False, "success_jpeg75": False}
+    rows = [{"image": "/a/cat.jpg", **result}, {"image": f"/a/{'very' * 10}.jpg", "error": "bad"}]
     tables.show_photos(rows, experiments.COLUMNS, Path("runs/a"))
     out = capsys.readouterr().out
     assert "tabby 0.80" in out
@@ -127,7 +127,7 @@ def test_metrics_have_units_and_directions(tmp_path, capsys):
     assert "higher" in capsys.readouterr().out
 
 
-def test_the_headline_of_a_run_is_what_it_declares():
+def test_the_headline_metrics_of_a_run():
     values = {"steps": 3, "train_accuracy": 0.9, "best_val_accuracy": 0.8, "val_accuracy": 0.7, "test_loss": 1.0}
     info = {name: {"better": "higher"} for name in values if name.endswith("accuracy")}
     assert metrics.headline(values, info) == ["val_accuracy", "train_accuracy"]
@@ -153,7 +153,7 @@ def test_families_of_curves():
     assert metrics.file_name("../x") == "plots/_x.png"
 
 
-def test_a_table_without_wrapping_is_that_of_rich():
+def test_a_table_without_wrapping_equals_that_of_rich():
     columns = ["run", "val_accuracy", "a long title", "n"]
     rows = [["a b", "0.5", "", "12"], ["x", "-", "text, and more of it", "3"], ["", "0.25", "-", "1,000"]]
     for cells in (rows, rows[:1], []):

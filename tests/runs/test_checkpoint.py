@@ -20,16 +20,16 @@ def state():
     return {"step": 7, "model": weights, "plain": (1, 2.5, "text", None, [1], {"a": True})}
 
 
-def test_a_state_is_read_back_equal(tmp_path, state):
+def test_a_state_is_restored_exactly(tmp_path, state):
     path = checkpoint.save(tmp_path, 7, state)
-    found = checkpoint.load(path)
-    assert found["plain"] == state["plain"]
+    loaded = checkpoint.load(path)
+    assert loaded["plain"] == state["plain"]
     for name, tensor in state["model"].items():
-        assert torch.equal(found["model"][name], tensor)
-        assert found["model"][name].stride() == tensor.stride()
+        assert torch.equal(loaded["model"][name], tensor)
+        assert loaded["model"][name].stride() == tensor.stride()
 
 
-def test_the_mode_follows_the_umask(tmp_path, state):
+def test_the_file_mode_follows_the_umask(tmp_path, state):
     assert stat.S_IMODE(checkpoint.save(tmp_path, 7, state).stat().st_mode) == 0o666 & ~atomic.UMASK
 
 
@@ -67,14 +67,14 @@ def damaged_copies(raw, count):
             yield bytes(zeroed)
 
 
-def test_no_damage_is_accepted(tmp_path, state):
+def test_damaged_checkpoints_are_rejected(tmp_path, state):
     raw = checkpoint.save(tmp_path, 7, state).read_bytes()
     path = tmp_path / "damaged.pt"
     for number, damaged in enumerate(damaged_copies(raw, 300)):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError) as refused:
+        with pytest.raises(CheckpointError) as error:
             checkpoint.load(path)
-        assert "\n" not in str(refused.value), number
+        assert "\n" not in str(error.value), number
 
 
 class Canary:
@@ -98,7 +98,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     assert not canary.exists()
 
 
-def resealed(path):
+def add_checksum(path):
     """Add a valid checksum footer to a zip, as an attacker could."""
     import hashlib
 
@@ -112,7 +112,7 @@ def test_compressed_members_are_rejected(tmp_path, state):
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for member in old.infolist():
             new.writestr(member.filename, old.read(member.filename), zipfile.ZIP_DEFLATED)
-    resealed(path)
+    add_checksum(path)
     with pytest.raises(CheckpointError, match="compressed"):
         checkpoint.load(path)
 
@@ -135,33 +135,33 @@ def test_the_checkpoint_of_another_model_is_rejected(tmp_path):
         (torch.nn.Sequential(torch.nn.Linear(3, 2)), "2 unknown (0.bias"),
         (torch.nn.Linear(3, 2, dtype=torch.float64), "torch.float64"),
     ):
-        with pytest.raises(CheckpointError, match="another model") as refused:
+        with pytest.raises(CheckpointError, match="another model") as error:
             checkpoint.match_model(model, other.state_dict(), tmp_path)
-        assert text in str(refused.value)
+        assert text in str(error.value)
 
 
 def test_the_digest_changes_with_one_bit():
-    one = {"w": torch.zeros(3)}
-    other = {"w": torch.tensor([0.0, -0.0, 0.0])}
-    assert checkpoint.weights_digest(one) == checkpoint.weights_digest({"w": torch.zeros(3)})
-    assert checkpoint.weights_digest(one) != checkpoint.weights_digest(other)
-    assert checkpoint.weights_digest(one) != checkpoint.weights_digest({"v": torch.zeros(3)})
+    state = {"w": torch.zeros(3)}
+    changed = {"w": torch.tensor([0.0, -0.0, 0.0])}
+    assert checkpoint.weights_digest(state) == checkpoint.weights_digest({"w": torch.zeros(3)})
+    assert checkpoint.weights_digest(state) != checkpoint.weights_digest(changed)
+    assert checkpoint.weights_digest(state) != checkpoint.weights_digest({"v": torch.zeros(3)})
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_no_temporary(tmp_path, state, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint_and_no_temporary_files(tmp_path, state, monkeypatch):
     checkpoint.save(tmp_path, 7, state)
 
-    def full(descriptor):
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunDirError, match="No space left on device") as refused:
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RunDirError, match="No space left on device") as error:
         checkpoint.save(tmp_path, 8, state)
-    assert refused.value.code == 5
+    assert error.value.code == 5
     assert os.listdir(tmp_path) == ["step_000000007.pt"]
 
 
-def test_torch_does_not_hide_the_error_of_the_disk(tmp_path, state, monkeypatch):
+def test_torch_does_not_hide_a_disk_error(tmp_path, state, monkeypatch):
     class Full:
         def __init__(self, file):
             self.file = file
@@ -178,14 +178,14 @@ def test_torch_does_not_hide_the_error_of_the_disk(tmp_path, state, monkeypatch)
         def __exit__(self, *rest):
             self.file.close()
 
-    opened = os.fdopen
-    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: Full(opened(descriptor, mode)))
+    fdopen = os.fdopen
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: Full(fdopen(descriptor, mode)))
     with pytest.raises(RunDirError, match="No space left on device"):
         checkpoint.save(tmp_path, 8, state)
     assert os.listdir(tmp_path) == []
 
 
-def test_the_best_is_linked_twice(tmp_path, state):
+def test_linking_the_best_checkpoint_twice(tmp_path, state):
     path = checkpoint.save(tmp_path, 1, state, is_best=True)
     checkpoint.link_best(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [checkpoint.BEST, path.name]

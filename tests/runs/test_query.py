@@ -45,7 +45,7 @@ def root(tmp_path):
         ("status=done|failed val_accuracy>0.7", "1"),
         ("val_accuracy >= 0.6", "12"),
         ("val_accuracy<=0.6", "2"),
-        ("val_accuracy!=0.6", "13"),  # the run without it included
+        ("val_accuracy!=0.6", "13"),  # includes the run without the metric
         ("val_accuracy!=0.6 val_accuracy!=null", "1"),
         ("val_accuracy=null", "3"),
         ("optimizer.lr=1e-3", "1"),
@@ -79,7 +79,7 @@ def root(tmp_path):
 )
 def test_a_query_selects(root, text, expected):
     if "age" in text:
-        for path in sorted(root.glob("2*")):  # started in the past, whatever today is
+        for path in sorted(root.glob("2*")):  # started in the past, whatever the date is
             path.rename(root / path.name.replace("2026", "2020"))
     assert "".join(record.run[7] for record in query.search(root, text)[0]) == expected
 
@@ -105,13 +105,13 @@ def test_a_query_selects(root, text, expected):
         ("x" * 3000, "longer than"),
     ],
 )
-def test_a_wrong_query_is_one_line_with_the_column(root, text, message):
+def test_an_invalid_query_gives_a_one_line_error_with_the_column(root, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         query.search(root, text)
     assert "\n" not in str(error.value)
 
 
-def test_the_fast_yaml_parser_reads_the_same():
+def test_the_fast_yaml_parser_gives_the_same_result():
     for name in loading.shipped_names():
         path = loading.shipped_folder() / f"{name}.yaml"
         fast, slow = strict_yaml.read(path, strict_yaml.FAST_LOADER), strict_yaml.read(path)
@@ -129,87 +129,87 @@ def test_select_takes_names_and_queries(root, tmp_path):
 
 class TestIndex:
     @pytest.fixture
-    def many(self, tmp_path):
+    def root(self, tmp_path):
         for number in range(index.MIN_ROWS_TO_WRITE + 5):
             path = make_run(tmp_path, 1, f"r{number:03d}", metrics={"val_accuracy": number / 100})
             assert path.is_dir()
         return tmp_path
 
-    def test_it_is_written_and_read(self, many, monkeypatch):
-        first = index.load(many, with_config=True)
-        assert (many / index.FILE).is_file()
+    def test_the_index_is_written_and_read(self, root, monkeypatch):
+        first = index.load(root, with_config=True)
+        assert (root / index.FILE).is_file()
         monkeypatch.setattr(index, "_read", lambda *_: 1 / 0)
-        assert index.load(many, with_config=True) == first
-        assert [record.metrics for record in index.load(many)] == [record.metrics for record in first]
+        assert index.load(root, with_config=True) == first
+        assert [record.metrics for record in index.load(root)] == [record.metrics for record in first]
 
-    def test_changes_are_seen(self, many):
-        index.load(many, with_config=True)
-        path = sorted(many.glob("2*"))[3]
+    def test_changes_are_detected(self, root):
+        index.load(root, with_config=True)
+        path = sorted(root.glob("2*"))[3]
         (path / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": 0.99}}))
         annotations.update(path, lambda _: annotations.Annotations(starred=True))
-        removal.remove(sorted(many.glob("2*"))[0])
-        records = index.load(many)
+        removal.remove(sorted(root.glob("2*"))[0])
+        records = index.load(root)
         assert len(records) == index.MIN_ROWS_TO_WRITE + 4
         assert records[2].metrics == {"val_accuracy": 0.99}
         assert records[2].starred
 
-    def test_a_file_written_just_now_is_not_cached(self, many):
-        """A second change may have the same time, size and inode."""
-        path = sorted(many.glob("2*"))[0] / "summary.json"
+    def test_a_recently_written_file_is_not_cached(self, root):
+        """A second change may leave modification time, size and inode unchanged."""
+        path = sorted(root.glob("2*"))[0] / "summary.json"
         path.write_text('{"metrics": {"val_accuracy": 0.1}}')
         before = path.stat()
-        index.load(many)
+        index.load(root)
         with path.open("r+") as file:
             file.write('{"metrics": {"val_accuracy": 0.2}}')
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert index.load(many)[0].metrics == {"val_accuracy": 0.2}
+        assert index.load(root)[0].metrics == {"val_accuracy": 0.2}
 
     @pytest.mark.parametrize("damage", ["empty", "cut", "bit", "other", "folder", "link", "row"])
-    def test_a_damaged_one_is_ignored(self, many, damage):
-        expected, file = index.load(many), many / index.FILE
+    def test_a_damaged_index_is_ignored(self, root, damage):
+        expected, file = index.load(root), root / index.FILE
         content = file.read_bytes()
         if damage == "row":
-            rows = index._read_cache(many)
+            rows = index._read_cache(root)
             for row in rows.values():
                 row[1][1:3] = [7, None]
-            index._write_cache(many, rows)
+            index._write_cache(root, rows)
         else:
             file.unlink()
         if damage in ("folder", "link"):
             file.mkdir() if damage == "folder" else file.symlink_to("/dev/zero")
         elif damage != "row":
-            changed = {"empty": b"", "cut": content[:-9], "bit": content.replace(b"0.1", b"0.9"), "other": b"{}\n{}"}
-            file.write_bytes(changed[damage])
-        assert index.load(many) == expected
+            damaged = {"empty": b"", "cut": content[:-9], "bit": content.replace(b"0.1", b"0.9"), "other": b"{}\n{}"}
+            file.write_bytes(damaged[damage])
+        assert index.load(root) == expected
 
-    def test_a_folder_that_cannot_be_written_is_listed(self, many, monkeypatch):
-        def refuse(*_):
+    def test_a_read_only_folder_can_be_listed(self, root, monkeypatch):
+        def fail(*_):
             raise PermissionError("read-only")
 
-        monkeypatch.setattr(type(many), "write_bytes", refuse)
-        assert len(index.load(many)) == index.MIN_ROWS_TO_WRITE + 5
-        assert not list(many.glob(f"{index.FILE}*"))
+        monkeypatch.setattr(type(root), "write_bytes", fail)
+        assert len(index.load(root)) == index.MIN_ROWS_TO_WRITE + 5
+        assert not list(root.glob(f"{index.FILE}*"))
 
-    def test_whether_a_run_is_running_is_not_cached(self, many):
-        path = sorted(many.glob("2*"))[0]
+    def test_the_running_status_is_not_cached(self, root):
+        path = sorted(root.glob("2*"))[0]
         (path / "status.json").write_text('{"status": "running"}')
         os.utime(path / "status.json", (1, 1))
-        index.load(many)
-        assert index.load(many)[0].status == "interrupted"  # no process holds its lock
+        index.load(root)
+        assert index.load(root)[0].status == "interrupted"  # no process holds its lock
 
 
 class TestAnnotations:
-    def test_they_are_added_and_removed(self, root):
+    def test_tags_are_added_and_removed(self, root):
         path = root / NAME.format(1, "bn", 1)
         annotations.update(path, lambda now: annotations.with_tags(now, ("y",), ("base", "nothing")))
         assert annotations.read(path) == annotations.Annotations(("x", "y"), "a note", True)
 
     @pytest.mark.parametrize("tag", ["", "a b", "a,b", "a=b", "x" * 61, "a\nb"])
-    def test_a_tag_is_a_word(self, tag):
+    def test_invalid_tags_are_rejected(self, tag):
         with pytest.raises(ConfigError, match="a tag is one word"):
             annotations.check_tag(tag)
 
-    def test_a_damaged_file_is_named(self, root):
+    def test_a_damaged_file_is_rejected(self, root):
         path = root / NAME.format(1, "bn", 1)
         (path / annotations.FILE).write_text('{"tags": 3}')
         with pytest.raises(RunDirError, match="not the annotations"):
@@ -218,34 +218,34 @@ class TestAnnotations:
 
 
 class TestRemoval:
-    def test_a_run_is_removed_whole(self, root):
+    def test_a_run_is_removed_completely(self, root):
         path = root / NAME.format(1, "bn", 1)
         (path / "big").write_bytes(b"x" * 1000)
         os.link(path / "big", path / "same")
         assert 1000 < removal.remove(path) < 2000
         assert not [entry for entry in root.iterdir() if "-bn-" in entry.name]
 
-    def test_a_running_run_is_not(self, root, monkeypatch):
+    def test_a_running_run_is_not_removed(self, root, monkeypatch):
         path = root / NAME.format(1, "bn", 1)
         monkeypatch.setattr(removal, "is_held", lambda folder: folder == path)
         with pytest.raises(RunDirError, match="running; nothing was removed"):
             removal.remove(path)
         assert (path / "config.yaml").is_file()
 
-    def test_a_trial_is_not(self, root):
+    def test_a_trial_is_not_removed(self, root):
         trial = make_run(root / NAME.format(2, "no_bn", 2) / "trials", 1)
         with pytest.raises(RunDirError, match="a trial of the sweep"):
             removal.remove(trial)
         assert "trial of the sweep" in removal.prune(trial, dry_run=False)["skipped"]
 
-    def test_a_sweep_with_a_running_trial_is_not(self, root, monkeypatch):
+    def test_a_sweep_with_a_running_trial_is_not_removed(self, root, monkeypatch):
         sweep = root / NAME.format(2, "no_bn", 2)
         trial = make_run(sweep / "trials", 1)
         monkeypatch.setattr(removal, "is_held", lambda folder: folder == trial)
         with pytest.raises(RunDirError, match=r"its trial .* is running"):
             removal.remove(sweep)
 
-    def test_a_killed_removal_leaves_no_half_of_a_run(self, root, monkeypatch):
+    def test_an_interrupted_removal_leaves_no_partial_run(self, root, monkeypatch):
         def kill(_):
             raise KeyboardInterrupt
 
@@ -267,11 +267,11 @@ class TestRemoval:
             for step in (1, 2, 3):
                 state = {"model": {"w": torch.zeros(10)}, "step": step}
                 checkpoint.save(path / "checkpoints", step, state, is_best=step == 2)
-        planned = removal.prune(path, dry_run=True)
-        assert planned["removed"] == ["step_000000002.pt"]
-        assert planned["bytes"] == 0  # it is the best, under another name
+        plan = removal.prune(path, dry_run=True)
+        assert plan["removed"] == ["step_000000002.pt"]
+        assert plan["bytes"] == 0  # it is a hard link of the best checkpoint
         assert len(list((path / "checkpoints").iterdir())) == 3
-        assert removal.prune(path, dry_run=False) == planned
+        assert removal.prune(path, dry_run=False) == plan
         assert sorted(file.name for file in (path / "checkpoints").iterdir()) == ["best.pt", "step_000000003.pt"]
         assert removal.prune(path, dry_run=False)["removed"] == []
 

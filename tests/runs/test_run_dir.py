@@ -13,54 +13,54 @@ from cvlab.runs.run_dir import RunDir
 from cvlab.storage.lock import RunLock, is_held
 
 
-def test_directories_are_new_and_latest_points_to_the_last(tmp_path):
-    made = [create_run(tmp_path / "runs", "x").path for _ in range(5)]
-    assert len(set(made)) == 5
-    assert (tmp_path / "runs" / "latest").resolve() == made[-1].resolve()
+def test_directories_are_unique_and_latest_points_to_the_last_one(tmp_path):
+    paths = [create_run(tmp_path / "runs", "x").path for _ in range(5)]
+    assert len(set(paths)) == 5
+    assert (tmp_path / "runs" / "latest").resolve() == paths[-1].resolve()
 
 
 def test_a_root_that_is_a_file_is_rejected(tmp_path):
     (tmp_path / "runs").touch()
-    with pytest.raises(RunDirError) as refused:
+    with pytest.raises(RunDirError) as error:
         create_run(tmp_path / "runs", "x")
-    assert refused.value.code == 5
+    assert error.value.code == 5
 
 
-def test_metrics_are_repaired_when_cut_anywhere(tmp_path):
+def test_truncated_metrics_are_repaired(tmp_path):
     rows = [{"step": k, "loss": 1.5 / (k + 1)} for k in range(3)]
-    whole = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     path = tmp_path / "metrics.jsonl"
-    for end in range(len(whole) + 1):
-        path.write_bytes(whole[:end])
-        complete = whole[:end].count(b"\n")
+    for end in range(len(content) + 1):
+        path.write_bytes(content[:end])
+        complete = content[:end].count(b"\n")
         assert list(read_metrics(tmp_path)) == rows[:complete]
-        with RunDir(tmp_path).locked() as out:
-            assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:complete])
-            out.append({"step": 9})
+        with RunDir(tmp_path).locked() as run:
+            assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[:complete])
+            run.append({"step": 9})
         assert list(read_metrics(tmp_path)) == [*rows[:complete], {"step": 9}]
 
 
 def test_a_resume_truncates_the_metrics_and_rejects_a_gap(tmp_path):
-    with RunDir(tmp_path).locked() as out:
-        out.append({"step": 1})
-        length = out.sync_metrics()
-        out.append({"step": 2})
-        out.truncate_metrics(length)
+    with RunDir(tmp_path).locked() as run:
+        run.append({"step": 1})
+        length = run.sync_metrics()
+        run.append({"step": 2})
+        run.truncate_metrics(length)
         assert list(read_metrics(tmp_path)) == [{"step": 1}]
         with pytest.raises(RunDirError, match="the checkpoint knows of"):
-            out.truncate_metrics(length + 1)
+            run.truncate_metrics(length + 1)
 
 
 def test_numbers_that_json_cannot_represent(tmp_path):
-    with RunDir(tmp_path).locked() as out:
-        out.append({"a": float("nan"), "b": float("inf"), "c": (1, 2)})
+    with RunDir(tmp_path).locked() as run:
+        run.append({"a": float("nan"), "b": float("inf"), "c": (1, 2)})
     assert list(read_metrics(tmp_path)) == [{"a": None, "b": None, "c": [1, 2]}]
 
 
-def hold(path, ready, leave):
+def hold(path, ready, release):
     with RunDir(path).locked():
         ready.set()
-        leave.wait(30)
+        release.wait(30)
 
 
 def try_to_hold(path, start, results):
@@ -68,8 +68,8 @@ def try_to_hold(path, start, results):
     try:
         with RunDir(path).locked():
             results.put(("held", os.getpid()))
-            start_over = multiprocessing.Event()
-            start_over.wait(1.5)
+            never = multiprocessing.Event()
+            never.wait(1.5)
     except RunDirError as error:
         results.put((error.message, error.code))
 
@@ -77,24 +77,24 @@ def try_to_hold(path, start, results):
 def test_exactly_one_of_eight_processes_holds_the_lock(tmp_path):
     context = multiprocessing.get_context("fork")
     start, results = context.Event(), context.Queue()
-    starts = [context.Process(target=try_to_hold, args=(tmp_path, start, results)) for _ in range(8)]
-    for process in starts:
+    processes = [context.Process(target=try_to_hold, args=(tmp_path, start, results)) for _ in range(8)]
+    for process in processes:
         process.start()
     start.set()
-    found = [results.get(timeout=30) for _ in starts]
-    for process in starts:
+    messages = [results.get(timeout=30) for _ in processes]
+    for process in processes:
         process.join()
-    held = [entry for entry in found if entry[0] == "held"]
-    refused = [entry for entry in found if entry[0] != "held"]
-    assert len(held) == 1
-    assert all("already running" in message and code == 5 for message, code in refused)
-    assert any(f"pid {held[0][1]}" in message for message, _ in refused)
+    holders = [entry for entry in messages if entry[0] == "held"]
+    errors = [entry for entry in messages if entry[0] != "held"]
+    assert len(holders) == 1
+    assert all("already running" in message and code == 5 for message, code in errors)
+    assert any(f"pid {holders[0][1]}" in message for message, _ in errors)
 
 
-def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path):
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
-    ready, leave = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, ready, leave))
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, ready, release))
     holder.start()
     assert ready.wait(30)
     assert is_held(tmp_path)
@@ -107,41 +107,41 @@ def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path):
         pass
 
 
-def test_a_killed_run_is_interrupted(tmp_path):
-    out = RunDir(tmp_path)
-    out.set_status("running", step=3)
+def test_a_killed_run_has_the_status_interrupted(tmp_path):
+    run = RunDir(tmp_path)
+    run.set_status("running", step=3)
     assert read_status(tmp_path) == {**read_json(tmp_path / "status.json"), "status": "interrupted"}
 
 
 def test_stale_temporaries_are_removed_except_those_of_trials(tmp_path):
-    places = [tmp_path, tmp_path / "checkpoints", tmp_path / "images" / "steps", tmp_path / "trials" / "000"]
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / ".a.tmp").touch()
-    (places[-1] / "config.yaml").touch()
+    folders = [tmp_path, tmp_path / "checkpoints", tmp_path / "images" / "steps", tmp_path / "trials" / "000"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".a.tmp").touch()
+    (folders[-1] / "config.yaml").touch()
     with RunDir(tmp_path).locked():
-        assert list(tmp_path.rglob(".*.tmp")) == [places[-1] / ".a.tmp"]
+        assert list(tmp_path.rglob(".*.tmp")) == [folders[-1] / ".a.tmp"]
 
 
-def test_runs_are_found_by_path_name_part_and_latest(tmp_path):
+def test_runs_are_found_by_path_name_part_of_the_name_and_latest(tmp_path):
     root = tmp_path / "runs"
-    one, two = (create_run(root, name) for name in ("one", "two"))
-    for out in (one, two):
-        out.set_status("done")
-    assert find_run(str(one.path), root) == one.path.resolve()
-    assert find_run(one.path.name, root) == one.path.resolve()
-    assert find_run("one", root) == one.path.resolve()
-    assert find_run("latest", root) == two.path.resolve()
+    first, second = (create_run(root, name) for name in ("one", "two"))
+    for run in (first, second):
+        run.set_status("done")
+    assert find_run(str(first.path), root) == first.path.resolve()
+    assert find_run(first.path.name, root) == first.path.resolve()
+    assert find_run("one", root) == first.path.resolve()
+    assert find_run("latest", root) == second.path.resolve()
     with pytest.raises(RunDirError, match="matches 2 runs"):
         find_run("-", root)
     with pytest.raises(RunDirError, match="no run 'three'"):
         find_run("three", root)
-    assert list_runs(root) == sorted([one.path, two.path])
+    assert list_runs(root) == sorted([first.path, second.path])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
-def test_damaged_json_is_one_line(tmp_path, content):
+def test_damaged_json_gives_a_one_line_error(tmp_path, content):
     (tmp_path / "summary.json").write_bytes(content)
-    with pytest.raises(RunDirError) as refused:
+    with pytest.raises(RunDirError) as error:
         read_json(tmp_path / "summary.json")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Archives that need not be trusted."""
+"""Extraction of untrusted archives."""
 
 import io
 import tarfile
@@ -56,16 +56,16 @@ def test_other_members_are_rejected(tmp_path, name, kind):
 
 
 def test_too_many_members_or_bytes_are_rejected(tmp_path):
-    many = pack(tmp_path / "many.tgz", [(f"f{k}", tarfile.REGTYPE, b"") for k in range(6)])
+    many_members = pack(tmp_path / "many.tgz", [(f"f{k}", tarfile.REGTYPE, b"") for k in range(6)])
     with pytest.raises(DataError, match="more than 5 members"):
-        extract(many, tmp_path / "out")
+        extract(many_members, tmp_path / "out")
     large = pack(tmp_path / "large.tgz", [("f", tarfile.REGTYPE, bytes(10_001))])
     with pytest.raises(DataError, match="more than 10000 bytes"):
         extract(large, tmp_path / "out2")
 
 
 @pytest.mark.parametrize("raw", [b"", b"x" * 600, b"\x1f\x8b" + b"x" * 600])
-def test_a_file_that_is_no_archive_is_rejected(tmp_path, raw):
+def test_a_file_that_is_not_an_archive_is_rejected(tmp_path, raw):
     (tmp_path / "x").write_bytes(raw)
     with pytest.raises(DataError, match="cannot be unpacked"):
         extract(tmp_path / "x", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The order of an atomic write, and what a power cut would leave after any other order."""
+"""The order of calls in an atomic write, and what a power failure would leave after any other order."""
 
 import itertools
 import os
@@ -13,24 +13,24 @@ OLD, NEW = "old", "new"
 
 
 def crash_states(order):
-    """Simulate power cuts after each call: yield (acknowledged, content found after the restart).
+    """Simulate power failures after each call: yield (acknowledged, content after the restart).
 
-    A disk may keep any subset of what was not made durable: the data of a file whose fsync is missing may be torn,
-    and a rename that no fsync of the directory followed may be lost.
+    A disk may keep any subset of what was not made durable: the data of a file without fsync may be torn, and a
+    rename that is not followed by an fsync of the directory may be lost.
     """
     for cut in range(len(order) + 1):
         done = order[:cut]
         acknowledged = cut == len(order)
         renamed, data_durable, rename_durable = "rename" in done, "fsync" in done, "dirsync" in done
-        for data_kept, rename_kept in itertools.product((True, False), repeat=2):
-            if renamed and (rename_durable or rename_kept):
-                yield acknowledged, NEW if data_durable or data_kept else "torn"
+        for data_survives, rename_survives in itertools.product((True, False), repeat=2):
+            if renamed and (rename_durable or rename_survives):
+                yield acknowledged, NEW if data_durable or data_survives else "torn"
             else:
                 yield acknowledged, OLD
 
 
-def loses(order):
-    return any(found == "torn" or (acknowledged and found != NEW) for acknowledged, found in crash_states(order))
+def loses_data(order):
+    return any(content == "torn" or (acknowledged and content != NEW) for acknowledged, content in crash_states(order))
 
 
 def recorded_order(tmp_path, monkeypatch):
@@ -48,12 +48,12 @@ def recorded_order(tmp_path, monkeypatch):
     return calls
 
 
-def test_only_the_full_order_survives_every_power_cut(tmp_path, monkeypatch):
+def test_only_the_full_order_survives_every_power_failure(tmp_path, monkeypatch):
     order = recorded_order(tmp_path, monkeypatch)
     assert order == ["fsync", "rename", "dirsync"]
-    assert not loses(order)
+    assert not loses_data(order)
     for other in (["rename"], ["fsync", "rename"], ["rename", "dirsync"], ["rename", "fsync", "dirsync"]):
-        assert loses(other), other
+        assert loses_data(other), other
 
 
 def test_the_content_is_replaced_completely(tmp_path):
@@ -78,11 +78,11 @@ def test_a_failing_write_leaves_the_old_content(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
-def test_a_removed_folder_is_an_error_of_one_line(tmp_path):
-    with pytest.raises(RunDirError, match="No such file") as refused:
+def test_a_removed_folder_gives_a_one_line_error(tmp_path):
+    with pytest.raises(RunDirError, match="No such file") as error:
         atomic.write_text(tmp_path / "gone" / "f", "x")
-    assert refused.value.code == 5
-    assert "\n" not in str(refused.value)
+    assert error.value.code == 5
+    assert "\n" not in str(error.value)
 
 
 def test_only_temporaries_are_removed(tmp_path):

@@ -1,4 +1,4 @@
-"""Downloads: resumed, verified, never slow without being asked for, nothing installed after an error."""
+"""Downloads: resumed, verified, never slow unless the user waits for them, nothing installed after an error."""
 
 import hashlib
 import random
@@ -53,10 +53,10 @@ def test_a_server_without_ranges_works(tmp_path):
 
 
 def test_the_next_source_resumes_an_interrupted_download(tmp_path):
-    def answer(handler):
+    def respond(handler):
         send(handler, CONTENT, cut=200_000 if handler.path == "/bad" else None)
 
-    with server(answer) as (url, _):
+    with server(respond) as (url, _):
         fetch([f"{url}/bad", f"{url}/good"], tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
 
@@ -70,16 +70,16 @@ def test_altered_bytes_are_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_without_answers_is_given_up_at_once(tmp_path):
+def test_a_download_without_responses_is_aborted_at_once(tmp_path):
     silent = socket.create_server(("127.0.0.1", 0))
-    began = time.monotonic()
+    start_time = time.monotonic()
     with pytest.raises(DataError, match="none of 1 sources answered"):
         fetch([f"http://127.0.0.1:{silent.getsockname()[1]}/a"], tmp_path / "file")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start_time < 5
     silent.close()
 
 
-def slowly(handler):
+def send_slowly(handler):
     handler.send_response(200)
     handler.end_headers()
     try:
@@ -90,27 +90,27 @@ def slowly(handler):
         pass
 
 
-def test_a_slow_source_is_left_for_the_next(tmp_path, monkeypatch):
+def test_a_slow_source_is_replaced_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
 
-    def answer(handler):
-        slowly(handler) if handler.path == "/slow" else send(handler, CONTENT)
+    def respond(handler):
+        send_slowly(handler) if handler.path == "/slow" else send(handler, CONTENT)
 
-    with server(answer) as (url, _):
+    with server(respond) as (url, _):
         fetch([f"{url}/slow", f"{url}/fast"], tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_what_slow_sources_sent_is_kept(tmp_path, monkeypatch):
+def test_data_from_slow_sources_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_SECONDS", 5)
-    with server(slowly) as (url, _), pytest.raises(download.SlowError, match=r"minutes in all.*are downloaded"):
+    with server(send_slowly) as (url, _), pytest.raises(download.SlowError, match=r"minutes in all.*are downloaded"):
         fetch([f"{url}/slow"], tmp_path / "file")
-    kept = (tmp_path / "file.partial").read_bytes()
-    assert kept
-    assert CONTENT.startswith(kept)
+    partial = (tmp_path / "file.partial").read_bytes()
+    assert partial
+    assert CONTENT.startswith(partial)
 
 
-def test_an_http_error_is_not_an_answer(tmp_path):
+def test_an_http_error_is_not_a_response(tmp_path):
     with server(lambda handler: handler.send_error(404)) as (url, _), pytest.raises(DataError, match="answered"):
         fetch([f"{url}/a"], tmp_path / "file")
 
@@ -133,15 +133,15 @@ def test_concurrent_downloads_do_not_mix(tmp_path):
     partial = tmp_path / "file.partial"
     partial.touch()
 
-    def hold(ready, leave):
+    def hold(ready, release):
         with partial.open("ab") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
             ready.set()
-            leave.wait(30)
+            release.wait(30)
 
     context = multiprocessing.get_context("fork")
-    ready, leave = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(ready, leave))
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(ready, release))
     holder.start()
     assert ready.wait(30)
     with (
@@ -149,26 +149,26 @@ def test_concurrent_downloads_do_not_mix(tmp_path):
         pytest.raises(DataError, match="another process is downloading it"),
     ):
         fetch([f"{url}/a"], tmp_path / "file")
-    leave.set()
+    release.set()
     holder.join()
 
 
-def test_the_lock_outlasts_a_source_that_fails(tmp_path):
+def test_the_lock_is_held_after_a_source_fails(tmp_path):
     import io
     import multiprocessing
 
     def is_free(path):
-        with path.open("ab") as other:
-            raise SystemExit(0 if download.try_lock(other.fileno()) else 1)
+        with path.open("ab") as process:
+            raise SystemExit(0 if download.try_lock(process.fileno()) else 1)
 
     partial = tmp_path / "file.partial"
     with download._exclusive(partial) as file:
         with pytest.raises(OSError, match="cut off after 3 of 10 bytes"):
             download._stream(download._Response("url", io.BytesIO(b"abc"), 0), file, 10, wait=False)
-        other = multiprocessing.get_context("fork").Process(target=is_free, args=(partial,))
-        other.start()
-        other.join()
-        assert other.exitcode == 1
+        process = multiprocessing.get_context("fork").Process(target=is_free, args=(partial,))
+        process.start()
+        process.join()
+        assert process.exitcode == 1
     assert partial.read_bytes() == b"abc"
 
 

@@ -1,4 +1,4 @@
-"""Names of files that keep the letters of any script."""
+"""File names keep the letters of any script."""
 
 import re
 import unicodedata
@@ -26,7 +26,7 @@ def test_letters_of_any_script_are_kept(name, stem):
     assert file_stem(name) == stem
 
 
-def test_plain_names_are_as_they_were():
+def test_ascii_names_are_sanitized_as_before():
     for name in ("IMG_0001", "a  b", "x(1)", "__init__", "v1.2-final", "a" * 80, "--", "a_-_b!!c"):
         assert file_stem(name) == re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")[:60]
 

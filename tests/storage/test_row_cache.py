@@ -1,4 +1,4 @@
-"""Arrays that are filled row by row: what is on the disk is used, what is not is computed, and nothing damaged is."""
+"""Arrays that are computed row by row: rows on the disk are reused, missing and damaged ones are computed."""
 
 import signal
 import subprocess
@@ -16,7 +16,7 @@ SPEC = RowSpec(10, (2, 3), np.dtype(np.float16), 4)
 
 
 class Computer:
-    """Computes rows, and remembers for which blocks it was called."""
+    """Compute rows, and record the blocks for which it is called."""
 
     def __init__(self, fails_at=None):
         self.calls, self.fails_at = [], fails_at
@@ -65,7 +65,7 @@ def test_damaged_rows_are_computed_again(tmp_path, position, capsys):
 
 @pytest.mark.parametrize("name", ["key.rows", "key.jsonl"])
 @pytest.mark.parametrize("length", [0, 1, 50, -1])
-def test_files_that_were_cut_are_completed(tmp_path, name, length):
+def test_truncated_files_are_completed(tmp_path, name, length):
     load_or_compute(tmp_path / "key", SPEC, Computer())
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:length])
@@ -73,19 +73,19 @@ def test_files_that_were_cut_are_completed(tmp_path, name, length):
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b"[1]\n", b"null\n", b'{"end": 4, "crc32": 0, "notes": []}\n', b"\xff\n"])
-def test_an_index_of_another_form_is_ignored(tmp_path, line):
+def test_an_invalid_index_is_ignored(tmp_path, line):
     (tmp_path / "key.rows").write_bytes(bytes(48))
     (tmp_path / "key.jsonl").write_bytes(line)
     check(load_or_compute(tmp_path / "key", SPEC, Computer()))
 
 
-def test_without_a_place_for_them_rows_stay_in_memory(tmp_path, capsys):
+def test_rows_stay_in_memory_if_they_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     check(load_or_compute(tmp_path / "file" / "key", SPEC, Computer()))
     assert "not kept" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_no_error(tmp_path, monkeypatch):
+def test_a_full_disk_is_not_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(row_cache.atomic, "sync_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     check(load_or_compute(tmp_path / "key", SPEC, Computer()))
 

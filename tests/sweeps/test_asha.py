@@ -34,7 +34,7 @@ search:
 
 
 class PaperRungs:
-    """Algorithm 2, word for word: `get_job` looks for a promotable trial from the top, else draws a configuration."""
+    """Algorithm 2 of the paper: `get_job` promotes a trial, from the top rung down, or else draws a configuration."""
 
     def __init__(self, num_limits, factor):
         self.losses = [{} for _ in range(num_limits + 1)]
@@ -54,11 +54,11 @@ class PaperRungs:
 
 
 @pytest.mark.parametrize(("factor", "maximize"), [(2, True), (3, False), (4, True)])
-def test_promotions_are_those_of_the_paper(factor, maximize):
+def test_promotions_match_the_paper(factor, maximize):
     generator = random.Random(factor)
     num_limits, workers, sign = 3, 5, -1 if maximize else 1
     for _ in range(20):
-        paper, trials, running = PaperRungs(num_limits, factor), [], []
+        reference, trials, running = PaperRungs(num_limits, factor), [], []
         diverged = set()
         for _ in range(300):
             if len(running) == workers or (running and generator.random() < 0.5):
@@ -67,10 +67,10 @@ def test_promotions_are_those_of_the_paper(factor, maximize):
                 value = -sign * float("inf") if has_diverged else float(generator.randrange(8))  # with ties
                 value = -value if has_diverged else value
                 diverged |= {number} if has_diverged else set()
-                paper.losses[k][number] = sign * value
+                reference.losses[k][number] = sign * value
                 trials[number] = TrialRungs(k, {**trials[number].values, k: value}, not has_diverged)
                 continue
-            expected = paper.get_job(lambda trial: trial not in diverged)  # noqa: B023
+            expected = reference.get_job(lambda trial: trial not in diverged)  # noqa: B023
             number = asha.promotion(trials, num_limits, factor, maximize)
             job = (len(trials), 0) if number is None else (number, trials[number].rung + 1)
             assert job == expected
@@ -103,7 +103,7 @@ def test_limits():
         (("min_epochs: 1", "min_epoch: 1"), "unknown key 'search.asha.min_epoch'; did you mean 'min_epochs'"),
     ],
 )
-def test_mistakes_have_their_place(tmp_path, change, message):
+def test_errors_have_their_position(tmp_path, change, message):
     (tmp_path / "s.yaml").write_text(SEARCH.replace(*change))
     with pytest.raises(ConfigError) as error:
         loading.load("s.yaml")
@@ -112,11 +112,11 @@ def test_mistakes_have_their_place(tmp_path, change, message):
 
 
 def outcomes(run):
-    """Return what decisions led to: the changes, the rung, the number of steps and the weights of each trial."""
+    """Return the changes, the rung, the number of steps and the hash of the weights of each trial."""
     rows = []
     for trial in adaptive.trial_dirs(run):
         steps = [row["step"] for row in read_metrics(trial) if "val_accuracy" in row]
-        assert steps == sorted(set(steps)), "it continued from its checkpoint, so that no step is measured twice"
+        assert steps == sorted(set(steps)), "a trial continues from its checkpoint, so that no step is evaluated twice"
         weights = read_summary(trial).get("weights_sha256")
         rows.append((adaptive.read_changes(trial), runs_rung.read(trial), steps[-1], weights))
     return rows
@@ -143,7 +143,7 @@ def run_interrupted(cvlab, tmp_path, monkeypatch):
     return run
 
 
-def test_trials_are_paused_and_continue_also_after_an_interruption(cvlab, tmp_path, monkeypatch):
+def test_trials_are_paused_and_continued_also_after_an_interruption(cvlab, tmp_path, monkeypatch):
     (tmp_path / "s.yaml").write_text(SEARCH + "expect: [steps_saved > 0.2, best > 0]\n")
     code, out, err = cvlab("sweep", "s.yaml", "--json")
     assert code == 0, err
@@ -161,10 +161,10 @@ def test_trials_are_paused_and_continue_also_after_an_interruption(cvlab, tmp_pa
     assert f"{metrics['steps']} steps in place of 120" in err
     done = [trial for trial in adaptive.trial_dirs(run) if read_status(trial)["status"] == "done"]
     assert metrics["pruned"] == 4 - len(done)
-    alone = Path(json.loads(cvlab("run", done[0], "--json", "-q")[1])["run"])
-    expected = read_summary(alone)["weights_sha256"]
-    assert read_summary(done[0])["weights_sha256"] == expected, "as a run that was never paused"
-    # a paused trial says what it waits for, and ends at once when it is resumed
+    standalone = Path(json.loads(cvlab("run", done[0], "--json", "-q")[1])["run"])
+    expected = read_summary(standalone)["weights_sha256"]
+    assert read_summary(done[0])["weights_sha256"] == expected, "identical to a run that was never paused"
+    # a paused trial that is resumed stops at once and reports what it waits for
     paused = next(trial for trial in adaptive.trial_dirs(run) if trial not in done)
     assert scheduler.has_ended(paused)
     code, _, err = cvlab("resume", paused)
@@ -187,7 +187,7 @@ def test_trials_are_paused_and_continue_also_after_an_interruption(cvlab, tmp_pa
         ("val_accuracy", "eval_every: 3", "the first evaluation, after 30 steps, is not before the end at 30; lower"),
     ],
 )
-def test_runs_that_cannot_be_compared_at_a_rung_are_one_line(cvlab, tmp_path, metric, key, message):
+def test_runs_that_cannot_be_compared_at_a_rung_give_a_one_line_error(cvlab, tmp_path, metric, key, message):
     text = SEARCH.partition("base:\n")[2].partition("search:")[0].replace("\n  ", "\n").strip()
     (tmp_path / "s.yaml").write_text(f"{text}\n{key}\n")
     trial = tmp_path / "trial"
@@ -213,21 +213,21 @@ def paused_trial(folder, number, value, status="interrupted"):
 def test_rungs_are_read_from_the_run_directories(tmp_path):
     trials = [paused_trial(tmp_path, number, value) for number, value in enumerate((0.2, 0.5, 0.3, 0.1))]
     (trials[3] / "status.json").write_text(json.dumps({"status": "failed", "code": 6}))
-    chosen = rungs.Rungs(AshaConfig(min_epochs=1, factor=2), 3, "val_accuracy", True, {})
-    assert chosen.promote(trials[:1]) is None
-    assert chosen.promote(trials, {trials[1].name}) == (trials[2], Rung(1, "val_accuracy", "epoch", 2, (0.3,)))
+    search = rungs.Rungs(AshaConfig(min_epochs=1, factor=2), 3, "val_accuracy", True, {})
+    assert search.promote(trials[:1]) is None
+    assert search.promote(trials, {trials[1].name}) == (trials[2], Rung(1, "val_accuracy", "epoch", 2, (0.3,)))
     runs_rung.write(trials[2], Rung(0, "val_accuracy", "epoch", 1))
-    assert chosen.promote(trials) == (trials[1], Rung(1, "val_accuracy", "epoch", 2, (0.5,)))
+    assert search.promote(trials) == (trials[1], Rung(1, "val_accuracy", "epoch", 2, (0.5,)))
     assert not scheduler.has_ended(trials[1])
     assert [scheduler.has_ended(trial) for trial in (trials[0], trials[2], trials[3])] == [True] * 3
-    again = rungs.Rungs(AshaConfig(min_epochs=1, factor=2), 3, "val_accuracy", True, {})
-    assert again.promote(trials) == (trials[2], Rung(1, "val_accuracy", "epoch", 2, (0.3,)))
-    (trials[1] / "metrics.jsonl").unlink()  # cut back while it is resumed: its value at the first rung is on record
-    assert again.promote(trials) is None
-    # a trial that ended early, because of its patience, is at all rungs
+    restarted = rungs.Rungs(AshaConfig(min_epochs=1, factor=2), 3, "val_accuracy", True, {})
+    assert restarted.promote(trials) == (trials[2], Rung(1, "val_accuracy", "epoch", 2, (0.3,)))
+    (trials[1] / "metrics.jsonl").unlink()  # truncated while it is resumed; its value at the first rung is recorded
+    assert restarted.promote(trials) is None
+    # a trial that ended by early stopping is at all rungs
     (trials[1] / "status.json").write_text(json.dumps({"status": "done"}))
     (trials[1] / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": 0.6}}))
-    assert again._read(trials[1], False) == TrialRungs(1, {0: 0.5, 1: 0.6}, False)
+    assert restarted._read(trials[1], False) == TrialRungs(1, {0: 0.5, 1: 0.6}, False)
     for text in ('{"number": 0}', '{"number": 0, "metric": "a", "unit": "day", "limit": 1}', "[]", "{"):
         (trials[0] / "rung.json").write_text(text)
         with pytest.raises(RunDirError, match=r"rung\.json: "):
@@ -236,14 +236,14 @@ def test_rungs_are_read_from_the_run_directories(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_search_in_parallel_that_is_killed_continues(started_sweep, tmp_path):
+def test_a_killed_parallel_search_continues(started_sweep, tmp_path):
     text = SEARCH.replace("{epochs: 3}", "{epochs: 8}").replace("trials: 4", "trials: 8")
     model = "{name: deep_convnet, filters: [4], pools: [0]}"
     (tmp_path / "s.yaml").write_text(text.replace(model, "{name: './net.py:net'}"))
     (tmp_path / "slow").touch()
     for count in (3, 6):
         process = started_sweep("--workers", "2")
-        until(lambda many=count: len(list(tmp_path.glob("runs/2*/trials/*/metrics.jsonl"))) >= many)
+        until(lambda minimum=count: len(list(tmp_path.glob("runs/2*/trials/*/metrics.jsonl"))) >= minimum)
         process.kill()
         process.wait()
     (tmp_path / "slow").unlink()

@@ -1,4 +1,4 @@
-"""Importance of keys: against a model that is refitted for each trial, and when nothing can be said."""
+"""Importance of keys: against a model that is refitted for each trial, and cases without a result."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from cvlab.sweeps.importance import importance
 
 
 def trials(count, metric, seed=0):
-    """Return random settings and what `metric(setting, generator)` measures of each."""
+    """Return random settings and `metric(setting, generator)` of each."""
     generator = random.Random(seed)
     settings = [
         {
@@ -28,9 +28,9 @@ def trials(count, metric, seed=0):
 
 
 def accuracy(setting, generator):
-    """A metric with its best learning rate at 0.01, a smaller effect of `batchnorm`, and noise."""
-    at = math.log10(setting["lr"]) + 2
-    return 0.8 - 0.1 * at**2 + 0.15 * setting["batchnorm"] + generator.gauss(0, 0.02)
+    """Return a metric that is best at a learning rate of 0.01, with a smaller effect of `batchnorm`, and noise."""
+    log_lr = math.log10(setting["lr"]) + 2
+    return 0.8 - 0.1 * log_lr**2 + 0.15 * setting["batchnorm"] + generator.gauss(0, 0.02)
 
 
 def test_keys_are_ranked_by_their_effect():
@@ -46,7 +46,7 @@ def test_keys_are_ranked_by_their_effect():
         assert result["trials"] == 20
 
 
-def test_left_out_errors_are_those_of_refitted_models():
+def test_left_out_errors_equal_those_of_refitted_models():
     settings, values = trials(12, accuracy)
     keys = list(settings[0])
     blocks = [measures._features([row[key] for row in settings], key == "lr") for key in keys]
@@ -63,8 +63,8 @@ def test_left_out_errors_are_those_of_refitted_models():
     def error(i, row):
         return (target[i] - np.concatenate([[1.0], row]) @ fitted_without(i)) ** 2
 
-    plain = np.mean([error(i, features[i]) for i in range(n)])
-    assert model.left_out_errors(target[:, None])[0] == pytest.approx(plain)
+    baseline = np.mean([error(i, features[i]) for i in range(n)])
+    assert model.left_out_errors(target[:, None])[0] == pytest.approx(baseline)
     first = 0
     for block, increase in zip(blocks, model.increases(blocks, target), strict=True):
         columns = slice(first, first + block.shape[1])
@@ -75,7 +75,7 @@ def test_left_out_errors_are_those_of_refitted_models():
                 row = features[i].copy()
                 row[columns] = features[j, columns]
                 replaced += [error(i, row)] if i != j else []
-        assert increase == pytest.approx(np.mean(replaced) - plain)
+        assert increase == pytest.approx(np.mean(replaced) - baseline)
 
 
 def test_too_few_trials_and_trials_without_an_effect_have_a_reason():
@@ -84,22 +84,22 @@ def test_too_few_trials_and_trials_without_an_effect_have_a_reason():
     )
     assert importance([], [])["reason"].startswith("0 trials")
     assert importance([{"x": 1}] * 12, list(range(12)))["reason"] == "no key varies"
-    same = [{"x": k} for k in range(12)]
-    assert importance(same, [0.5] * 12)["reason"] == "the metric is the same in all trials"
-    chance = [importance(*trials(20, lambda _, generator: generator.gauss(0, 1), seed)) for seed in range(40)]
-    accepted = [result for result in chance if "keys" in result]
+    settings = [{"x": k} for k in range(12)]
+    assert importance(settings, [0.5] * 12)["reason"] == "the metric is the same in all trials"
+    random_results = [importance(*trials(20, lambda _, generator: generator.gauss(0, 1), seed)) for seed in range(40)]
+    accepted = [result for result in random_results if "keys" in result]
     assert len(accepted) <= 5  # 5 % are expected
-    assert "better than chance (p = 0." in next(result["reason"] for result in chance if "reason" in result)
+    assert "better than chance (p = 0." in next(result["reason"] for result in random_results if "reason" in result)
 
 
-def test_choices_may_be_anything():
+def test_choices_may_have_any_type():
     blocks = [{"name": "sgd"}, {"name": "adam"}, None, (1, 2)]
     settings = [{"optimizer": blocks[k % 4], "lr": 1.0 + k % 3} for k in range(24)]
     result = importance(settings, [float(k % 4 == 1) for k in range(24)])
     assert result["keys"]["optimizer"] > 0.95
 
 
-def test_what_varies_in_a_sweep(tmp_path):
+def test_varied_settings_of_a_sweep(tmp_path):
     text = "experiment: sweep\nbase: {from: quickstart}\ngrid: {optimizer.lr: [1e-3, 1e-2], batch_size: [50, 100]}\n"
     (tmp_path / "s.yaml").write_text(text + "zip: {reg: [0.0, 0.1], clip_norm: [1.0, 2.0]}\nseeds: [0, 1]\n")
     config = loading.load("s.yaml").config

@@ -1,4 +1,4 @@
-"""Search: proposals from the run directories alone, pruning by the median, a search from start to end."""
+"""Search: proposals from the run directories alone, pruning by the median, complete searches."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
 HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
 needs_optuna = pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed")
-each_algorithm = pytest.mark.parametrize("algorithm", ["random", pytest.param("optuna", marks=needs_optuna)])
+all_algorithms = pytest.mark.parametrize("algorithm", ["random", pytest.param("optuna", marks=needs_optuna)])
 BASE = SMALL_SWEEP.partition("grid")[0].replace("num_train: 1000", "num_train: 200").replace("1500", "30")
 SEARCH = """search:
   algorithm: optuna
@@ -37,28 +37,29 @@ SPACE = {
 }
 
 
-def search_config(**more):
-    return SearchConfig(**({"algorithm": "optuna", "trials": 9, "space": SPACE} | more))
+def search_config(**options):
+    return SearchConfig(**({"algorithm": "optuna", "trials": 9, "space": SPACE} | options))
 
 
-def points(space, trials=40, **more):
+def random_changes(space, trials=40, **options):
     return [
-        trial.changes for trial in walk(search_config(algorithm="random", space=space, **more), lambda _: 0, trials)
+        trial.changes
+        for trial in run_trials(search_config(algorithm="random", space=space, **options), lambda _: 0, trials)
     ]
 
 
-def walk(chosen, value, count):
-    """Return trials proposed one after the other, each done at once with `value(changes)`."""
-    done = []
+def run_trials(config, objective, count):
+    """Return trials proposed one after the other, with the values `objective(changes)`."""
+    trials = []
     for _ in range(count):
-        changes = search.propose(chosen, done)
-        done.append(TrialRecord(changes, "done", value(changes)))
-    return done
+        changes = search.propose(config, trials)
+        trials.append(TrialRecord(changes, "done", objective(changes)))
+    return trials
 
 
-@each_algorithm
-def test_proposals_lie_in_the_space(algorithm):
-    for trial in walk(search_config(algorithm=algorithm), lambda changes: changes["x"], 25):
+@all_algorithms
+def test_proposals_are_in_the_search_space(algorithm):
+    for trial in run_trials(search_config(algorithm=algorithm), lambda changes: changes["x"], 25):
         assert 0 <= trial.changes["x"] <= 1
         assert 1e-6 <= trial.changes["lr"] <= 1
         assert trial.changes["n"] in range(2, 10)
@@ -66,99 +67,101 @@ def test_proposals_lie_in_the_space(algorithm):
         assert trial.changes["part"] in SPACE["part"]
 
 
-@each_algorithm
-def test_the_same_trials_lead_to_the_same_proposal(algorithm):
-    chosen = search_config(algorithm=algorithm, startup=3)
-    done = walk(chosen, lambda changes: changes["x"], 8)
+@all_algorithms
+def test_proposals_are_deterministic(algorithm):
+    config = search_config(algorithm=algorithm, startup=3)
+    done = run_trials(config, lambda changes: changes["x"], 8)
     for number in range(8):
-        assert search.propose(chosen, done[:number]) == done[number].changes
+        assert search.propose(config, done[:number]) == done[number].changes
     other = search_config(algorithm=algorithm, startup=3, seed=1)
-    assert search.propose(other, done) != search.propose(chosen, done)
+    assert search.propose(other, done) != search.propose(config, done)
     assert len({repr(trial.changes) for trial in done}) == 8
 
 
-def test_random_values_depend_on_seed_number_and_key_alone():
-    both = points({"x": Range(low=0, high=1), "lr": Range(low=1e-4, high=1, log=True)}, 3)
-    assert [change["x"] for change in both] == [change["x"] for change in points({"x": Range(low=0, high=1)}, 3)]
-    assert [change["x"] for change in both[:2]] == [0.21352889634152072, 0.3745018404921109]
-    assert both[0]["lr"] == pytest.approx(0.00033230711131881105)
+def test_random_values_depend_only_on_seed_number_and_key():
+    changes = random_changes({"x": Range(low=0, high=1), "lr": Range(low=1e-4, high=1, log=True)}, 3)
+    assert [trial["x"] for trial in changes] == [trial["x"] for trial in random_changes({"x": Range(low=0, high=1)}, 3)]
+    assert [trial["x"] for trial in changes[:2]] == [0.21352889634152072, 0.3745018404921109]
+    assert changes[0]["lr"] == pytest.approx(0.00033230711131881105)
 
 
 def test_random_search_covers_a_finite_space_without_repetition():
     space = {"n": Range(low=2, high=6, step=2, int=True), "x": Range(low=0.1, high=0.5, step=0.1), "k": (1, True)}
-    drawn = points(space, 30)
-    assert len({repr(change) for change in drawn}) == 3 * 5 * 2
-    assert sorted({change["n"] for change in drawn}) == [2, 4, 6]
-    assert sorted({change["x"] for change in drawn}) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    samples = random_changes(space, 30)
+    assert len({repr(change) for change in samples}) == 3 * 5 * 2
+    assert sorted({change["n"] for change in samples}) == [2, 4, 6]
+    assert sorted({change["x"] for change in samples}) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     with pytest.raises(ValueError, match="trials: 31, but the space has 30 points; use grid for all"):
         search_config(algorithm="random", space=space, trials=31)
     assert search_config(algorithm="random", space={"n": Range(low=0, high=1e300, int=True)}).num_points() > 9
 
 
 def test_random_values_are_uniform_on_their_scale():
-    evenly = [(k + 0.5) / 10000 for k in range(10000)]
-    decades = Counter(math.floor(math.log10(Range(low=1e-4, high=1, log=True).at(q))) for q in evenly)
+    quantiles = [(k + 0.5) / 10000 for k in range(10000)]
+    decades = Counter(math.floor(math.log10(Range(low=1e-4, high=1, log=True).at(q))) for q in quantiles)
     assert decades == dict.fromkeys((-4, -3, -2, -1), 2500)
-    whole = Counter(Range(low=3, high=6, int=True).at(q) for q in evenly)
-    assert whole == dict.fromkeys((3, 4, 5, 6), 2500)
-    log_whole = Counter(Range(low=1, high=8, int=True, log=True).at(q) for q in evenly)
+    integers = Counter(Range(low=3, high=6, int=True).at(q) for q in quantiles)
+    assert integers == dict.fromkeys((3, 4, 5, 6), 2500)
+    log_integers = Counter(Range(low=1, high=8, int=True, log=True).at(q) for q in quantiles)
     shares = {n: math.log((n + 0.5) / (n - 0.5)) / math.log(8.5 / 0.5) for n in range(1, 9)}
-    assert {n: count / 10000 for n, count in log_whole.items()} == pytest.approx(shares, abs=2e-4)
+    assert {n: count / 10000 for n, count in log_integers.items()} == pytest.approx(shares, abs=2e-4)
     assert Range(low=1, high=8, int=True, log=True).at(0.0) == 1
 
 
 @needs_optuna
 @pytest.mark.parametrize(("goal", "sign"), [("maximize", -1), ("minimize", 1)])
-def test_it_finds_what_is_better_than_chance(goal, sign):
-    chosen = search_config(space={"x": Range(low=-3, high=3), "y": Range(low=-3, high=3)}, goal=goal)
-    done = walk(chosen, lambda at: sign * ((at["x"] - 1) ** 2 + (at["y"] + 1) ** 2), 60)
+def test_optuna_is_better_than_chance(goal, sign):
+    config = search_config(space={"x": Range(low=-3, high=3), "y": Range(low=-3, high=3)}, goal=goal)
+    done = run_trials(config, lambda changes: sign * ((changes["x"] - 1) ** 2 + (changes["y"] + 1) ** 2), 60)
     distances = [abs(trial.value) for trial in done]
     assert sorted(distances[30:])[15] < 0.5 * sorted(distances[:10])[5]
 
 
 @needs_optuna
-def test_trials_that_run_failed_or_were_pruned_are_told_as_such():
+def test_trials_are_passed_to_optuna_with_their_state():
     changes = search.propose(search_config(), [])
-    known = [
+    records = [
         TrialRecord(changes, "running"),
         TrialRecord(changes, "failed"),
         TrialRecord(changes, "pruned"),
         TrialRecord(changes, "pruned", curve={5: 0.2}),
         TrialRecord(changes, "done", 0.5),
     ]
-    states = [search._optuna_trial(search_config(), trial).state.name for trial in known]
+    states = [search._optuna_trial(search_config(), trial).state.name for trial in records]
     assert states == ["RUNNING", "FAIL", "PRUNED", "PRUNED", "COMPLETE"]
-    assert search.propose(search_config(startup=1), known)
+    assert search.propose(search_config(startup=1), records)
 
 
-def test_the_points_have_every_end_and_every_choice_once():
+def test_boundary_points_have_every_end_and_every_choice_once():
     points = search_config().boundary_points()
     assert points[0] == {"x": 0, "n": 2, "lr": 1e-6, "part": {"name": "sgd"}}
     assert len(points) == 1 + 3 + 2
-    assert [corner["n"] for corner in points].count(9) == 1
+    assert [point["n"] for point in points].count(9) == 1
     assert points[-1]["part"] is None
 
 
-def test_what_is_hopeless():
+def test_trials_worse_than_the_median_are_pruned():
     others = [{10: 0.1, 20: 0.2}, {10: 0.3, 20: 0.4}, {10: 0.5, 20: 0.6}]
-    chosen = search_config(prune="median", startup=3)
-    assert search.should_prune(chosen, {}, others) is None
-    assert search.should_prune(chosen, {10: 0.3}, others) is None, "as good as the median"
-    said = "val_accuracy 0.29, the median of 3 trials at step 10 is 0.3"
-    assert search.should_prune(chosen, {10: 0.29}, others) == said
-    assert search.should_prune(chosen, {10: 0.5, 20: 0.1}, others) is None, "its best counts"
-    assert search.should_prune(chosen, {15: 0.29}, others) == said.replace("step 10", "step 15"), "the last one before"
-    assert search.should_prune(chosen, {5: 0.0}, others) is None, "nobody has measured so early"
+    config = search_config(prune="median", startup=3)
+    assert search.should_prune(config, {}, others) is None
+    assert search.should_prune(config, {10: 0.3}, others) is None, "as good as the median"
+    reason = "val_accuracy 0.29, the median of 3 trials at step 10 is 0.3"
+    assert search.should_prune(config, {10: 0.29}, others) == reason
+    assert search.should_prune(config, {10: 0.5, 20: 0.1}, others) is None, "the best value counts"
+    assert search.should_prune(config, {15: 0.29}, others) == reason.replace("step 10", "step 15"), (
+        "compared with the last value before"
+    )
+    assert search.should_prune(config, {5: 0.0}, others) is None, "no trial has a value so early"
     assert search.should_prune(search_config(startup=4), {10: 0.0}, others) is None
     assert search.should_prune(search_config(startup=3, goal="minimize"), {10: 0.31}, others) is not None
     assert search.should_prune(search_config(startup=3, goal="minimize"), {10: 0.29}, others) is None
 
 
-def refusals(tmp_path, text, *overrides):
+def load_errors(tmp_path, text, *overrides):
     (tmp_path / "s.yaml").write_text(text)
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         loading.load("s.yaml", overrides)
-    return [str(error) for error in (refused.value, *refused.value.further_errors)]
+    return [str(error) for error in (caught.value, *caught.value.further_errors)]
 
 
 @pytest.mark.parametrize(
@@ -188,39 +191,40 @@ def refusals(tmp_path, text, *overrides):
         (("model.batchnorm", "model.batchnorm: [true]\n    model"), "model.batchnorm is varied twice, also by model"),
     ],
 )
-def test_mistakes_have_their_place(tmp_path, change, message):
-    found = refusals(tmp_path, BASE + SEARCH.replace(*change))
-    assert any(message in text for text in found), found
+def test_errors_have_their_position(tmp_path, change, message):
+    errors = load_errors(tmp_path, BASE + SEARCH.replace(*change))
+    assert any(message in text for text in errors), errors
 
 
 def test_overrides_of_a_space(tmp_path):
     (tmp_path / "s.yaml").write_text(BASE + SEARCH)
-    chosen = loading.load("s.yaml", ["search.space.optimizer.lr=[1e-3,1e-2]", "search.trials=7"]).config
-    assert chosen.search.space["optimizer.lr"] == (1e-3, 1e-2)
-    assert chosen.search.trials == 7
-    (tmp_path / "again.yaml").write_text(chosen.to_yaml())
-    assert loading.load("again.yaml").config.to_yaml() == chosen.to_yaml()
+    config = loading.load("s.yaml", ["search.space.optimizer.lr=[1e-3,1e-2]", "search.trials=7"]).config
+    assert config.search.space["optimizer.lr"] == (1e-3, 1e-2)
+    assert config.search.trials == 7
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert loading.load("again.yaml").config.to_yaml() == config.to_yaml()
 
 
-@each_algorithm
-def test_a_search_from_start_to_end(cvlab, tmp_path, algorithm):
+@all_algorithms
+def test_a_complete_search(cvlab, tmp_path, algorithm):
     text = BASE + SEARCH.replace("optuna", algorithm)
     (tmp_path / "s.yaml").write_text(text + "expect: [best > 0, trials == 4, max(val_accuracy) > 0]\n")
     code, out, err = cvlab("sweep", "s.yaml", "--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0, err
     run = (tmp_path / "runs" / "latest").resolve()
     summary = read_summary(run)
     values = [read_summary(trial)["metrics"]["val_accuracy"] for trial in sorted(run.glob("trials/*"))]
-    assert found["metrics"] == {"trials": 4, "diverged": 0, "pruned": 0, "best": max(values)}
+    assert result["metrics"] == {"trials": 4, "diverged": 0, "pruned": 0, "best": max(values)}
     assert summary["best"]["trial"] == sorted(run.glob("trials/*"))[values.index(max(values))].name
-    assert list(found["settings"][0]["keys"]) == ["optimizer.lr", "batch_size", "model.batchnorm"]
+    assert list(result["settings"][0]["keys"]) == ["optimizer.lr", "batch_size", "model.batchnorm"]
     changes = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(run)]
-    written = [loading.load(str(trial)).config for trial in adaptive.trial_dirs(run)]
-    assert [one["optimizer.lr"] for one in changes] == [one.optimizer.lr for one in written]
-    assert [one["batch_size"] for one in changes] == [one.batch_size for one in written]
+    trial_configs = [loading.load(str(trial)).config for trial in adaptive.trial_dirs(run)]
+    for change, trial_config in zip(changes, trial_configs, strict=True):
+        assert change["optimizer.lr"] == trial_config.optimizer.lr
+        assert change["batch_size"] == trial_config.batch_size
     assert cvlab("show", run)[0] == cvlab("report", run)[0] == 0
-    # a trial whose result is lost is made again, and nothing else
+    # an interrupted sweep runs no trial again that has ended
     status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
     (run / "status.json").write_text(json.dumps(status))
     (run / "trials" / ".partial").mkdir()
@@ -230,9 +234,9 @@ def test_a_search_from_start_to_end(cvlab, tmp_path, algorithm):
     pruned = adaptive.trial_dirs(run)[1]
     (pruned / PRUNE_FILE).write_text("too bad")
     (pruned / "status.json").write_text('{"status": "interrupted"}')
-    out, chosen = run_dir.RunDir(run), loading.load(str(run)).config
-    assert [row["status"] for row in experiment.trial_rows(chosen, out)] == ["done", "pruned", "done", "done"]
-    assert len(experiment.SweepExperiment().grouped_results(chosen, out)) == 3, (
+    out, config = run_dir.RunDir(run), loading.load(str(run)).config
+    assert [row["status"] for row in experiment.trial_rows(config, out)] == ["done", "pruned", "done", "done"]
+    assert len(experiment.SweepExperiment().grouped_results(config, out)) == 3, (
         "expectations are evaluated on the trials that have ended"
     )
     pruned.rename(tmp_path / "away")
@@ -240,24 +244,24 @@ def test_a_search_from_start_to_end(cvlab, tmp_path, algorithm):
         adaptive.trial_dirs(run)
 
 
-def test_a_combination_that_is_not_valid_is_one_line(tmp_path):
+def test_an_invalid_combination_gives_a_one_line_error(tmp_path):
     tied = "conditions: [{when: {batch_size: 40, model.batchnorm: false}, set: {reg: -1.0}}]\n"
     (tmp_path / "s.yaml").write_text(BASE + SEARCH + tied)
-    chosen = loading.load("s.yaml").config  # every end and every choice is valid by itself
+    config = loading.load("s.yaml").config  # every end of a range and every choice is valid by itself
     out = create_run(tmp_path / "runs", "s")
     out.folder("trials")
     changes = {"optimizer.lr": 0.1, "batch_size": 30, "model.batchnorm": False}
-    assert trials.add_trial(chosen, out, 0, changes) == out.path / "trials" / "000-lr-0.1-batch_size-30-batchnorm-false"
+    assert trials.add_trial(config, out, 0, changes) == out.path / "trials" / "000-lr-0.1-batch_size-30-batchnorm-false"
     with pytest.raises(ConfigError, match=r"proposed 001-.*, which is not valid: reg: expected .* conditions"):
-        trials.add_trial(chosen, out, 1, changes | {"batch_size": 40})
+        trials.add_trial(config, out, 1, changes | {"batch_size": 40})
     assert len(adaptive.trial_dirs(out.path)) == 1
 
 
-def test_a_trial_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvlab, tmp_path):
+def test_a_pruned_trial_ends_at_an_evaluation_and_can_be_resumed(cvlab, tmp_path):
     text = BASE.partition("base:\n")[2].replace("\n  ", "\n").strip().replace("eval_every: 1000", "eval_every: 1")
     (tmp_path / "s.yaml").write_text(text)
     assert cvlab("run", "s.yaml", "-q")[0] == 0
-    whole = read_summary((tmp_path / "runs" / "latest").resolve())["weights_sha256"]
+    expected = read_summary((tmp_path / "runs" / "latest").resolve())["weights_sha256"]
     trial = tmp_path / "trial"
     trial.mkdir()
     (trial / "config.yaml").write_text(loading.load("s.yaml").config.to_yaml())
@@ -273,10 +277,10 @@ def test_a_trial_that_is_asked_to_end_does_so_at_an_evaluation_and_can_go_on(cvl
     (trial / PRUNE_FILE).unlink()
     assert not scheduler.has_ended(trial)
     assert cvlab("resume", trial)[0] == 0
-    assert read_summary(trial)["weights_sha256"] == whole
+    assert read_summary(trial)["weights_sha256"] == expected
 
 
-def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
+def test_the_scheduler_prunes_trials_worse_than_the_median(tmp_path):
     out = create_run(tmp_path / "runs", "s")
     for number, (state, accuracies) in enumerate([("done", (0.4, 0.6)), ("done", (0.5, 0.7)), ("running", (0.3,))]):
         trial = out.path / "trials" / f"{number:03d}-x"
@@ -288,39 +292,40 @@ def test_the_driver_prunes_what_is_worse_than_the_median(tmp_path):
         (trial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 5, "lr": 1}, *rows]))
         if state == "done":
             (trial / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": accuracies[-1]}}))
-    for chosen, expected in ((search_config(startup=2), None), (search_config(startup=2, prune="median"), True)):
-        adaptive.AdaptiveSearch(out, chosen, {}, lambda number, changes: None).prune([trial])
+    for config, expected in ((search_config(startup=2), None), (search_config(startup=2, prune="median"), True)):
+        adaptive.AdaptiveSearch(out, config, {}, lambda number, changes: None).prune([trial])
         assert bool(pruning_reason(trial)) == bool(expected)
-    assert adaptive.read_trial(trial, chosen, {}).state == "pruned"
-    assert adaptive.read_trial(trial, chosen, {}).curve == {10: 0.3}
-    best = adaptive.AdaptiveSearch(out, chosen, {}, lambda number, changes: None).best()
+    assert adaptive.read_trial(trial, config, {}).state == "pruned"
+    assert adaptive.read_trial(trial, config, {}).curve == {10: 0.3}
+    best = adaptive.AdaptiveSearch(out, config, {}, lambda number, changes: None).best()
     assert (best["trial"], best["val_accuracy"]) == ("001-x", 0.7)
     (trial / "status.json").write_text(json.dumps({"status": "failed", "code": 6}))
-    assert adaptive.read_trial(trial, chosen, {}) == TrialRecord(adaptive.read_changes(trial), "pruned")
-    assert adaptive.read_trial(trial, chosen, {"val_accuracy": 0.1}).value == 0.1
+    assert adaptive.read_trial(trial, config, {}) == TrialRecord(adaptive.read_changes(trial), "pruned")
+    assert adaptive.read_trial(trial, config, {"val_accuracy": 0.1}).value == 0.1
     (trial / "status.json").write_text(json.dumps({"status": "failed", "code": 1}))
-    assert adaptive.read_trial(trial, chosen, {}).state == "failed"
+    assert adaptive.read_trial(trial, config, {}).state == "failed"
     (trial / "status.json").write_text(json.dumps({"status": "done"}))
     (trial / "summary.json").write_text(json.dumps({"metrics": {"val_accuracy": math.nan}}))
-    assert adaptive.read_trial(trial, chosen, {}).state == "failed"
+    assert adaptive.read_trial(trial, config, {}).state == "failed"
 
 
 @pytest.mark.slow
-@each_algorithm
-def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(started_sweep, tmp_path, algorithm):
+@all_algorithms
+def test_a_killed_search_continues_as_if_undisturbed(started_sweep, tmp_path, algorithm):
     text = SEARCH.replace("trials: 4", "trials: 6").replace("optuna", algorithm)
     (tmp_path / "s.yaml").write_text(BASE.replace("steps: 30", "steps: 1000") + text)
     assert started_sweep().wait() == 0
-    whole = (tmp_path / "runs" / "latest").resolve()
-    told, weights = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(whole)], weights_of_trials(tmp_path)
+    undisturbed = (tmp_path / "runs" / "latest").resolve()
+    changes = [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(undisturbed)]
+    weights = weights_of_trials(tmp_path)
     for count in (3, 5):
         process = started_sweep(*(["--fresh"] if count == 3 else []))
-        until(lambda many=count: len(list(tmp_path.glob(f"runs/2*/trials/{many - 1:03d}-*/metrics.jsonl"))) == 2)
+        until(lambda number=count - 1: len(list(tmp_path.glob(f"runs/2*/trials/{number:03d}-*/metrics.jsonl"))) == 2)
         process.kill()
         process.wait()
     assert started_sweep().wait() == 0, (tmp_path / "said.txt").read_text()
-    again = (tmp_path / "runs" / "latest").resolve()
-    assert again != whole
-    assert [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(again)] == told
+    restarted = (tmp_path / "runs" / "latest").resolve()
+    assert restarted != undisturbed
+    assert [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(restarted)] == changes
     assert weights_of_trials(tmp_path) == weights
     assert "already running" not in (tmp_path / "said.txt").read_text()

@@ -38,35 +38,35 @@ def write(tmp_path, text, name="s.yaml"):
     return name
 
 
-def refusals(tmp_path, text, *overrides):
-    with pytest.raises(ConfigError) as refused:
+def load_errors(tmp_path, text, *overrides):
+    with pytest.raises(ConfigError) as caught:
         loading.load(write(tmp_path, text), overrides)
-    return [str(error) for error in (refused.value, *refused.value.further_errors)]
+    return [str(error) for error in (caught.value, *caught.value.further_errors)]
 
 
 def test_combinations():
-    found = grid.combinations({"a": (1, 2), "b.c": (True,)}, {"x": (5, 6), "y": (7, 8)}, (0, 1))
-    assert len(found) == 8
-    assert found[0] == {"a": 1, "b.c": True, "x": 5, "y": 7, "seed": 0}
-    assert [trial["x"] + trial["y"] for trial in found[:4]] == [12, 12, 14, 14]
+    combinations = grid.combinations({"a": (1, 2), "b.c": (True,)}, {"x": (5, 6), "y": (7, 8)}, (0, 1))
+    assert len(combinations) == 8
+    assert combinations[0] == {"a": 1, "b.c": True, "x": 5, "y": 7, "seed": 0}
+    assert [trial["x"] + trial["y"] for trial in combinations[:4]] == [12, 12, 14, 14]
     assert grid.combinations({}, {}, ()) == [{}]
 
 
-def test_trials_lay_changes_over_the_base_and_leave_it_alone():
+def test_trials_apply_changes_to_a_copy_of_the_base():
     base = {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
     changes = [{"optimizer.lr": 0.5, "duration.steps": 7}, {"optimizer": {"name": "adam"}, "model.filters": (8, 8)}]
     conditions = [({"optimizer.name": "adam"}, {"batch_size": 9})]
-    one, two = grid.expand(base, changes, conditions)
-    assert one.raw["optimizer"] == {"name": "sgd", "lr": 0.5}
-    assert one.raw["duration"] == {"steps": 7}
-    assert two.raw["optimizer"] == {"name": "adam"}
-    assert two.raw["batch_size"] == 9
-    assert "batch_size" not in one.raw
-    assert (one.name, two.name) == ("000-lr-0.5-steps-7", "001-optimizer-adam-filters-8-8")
+    first, second = grid.expand(base, changes, conditions)
+    assert first.raw["optimizer"] == {"name": "sgd", "lr": 0.5}
+    assert first.raw["duration"] == {"steps": 7}
+    assert second.raw["optimizer"] == {"name": "adam"}
+    assert second.raw["batch_size"] == 9
+    assert "batch_size" not in first.raw
+    assert (first.name, second.name) == ("000-lr-0.5-steps-7", "001-optimizer-adam-filters-8-8")
     assert base == {"optimizer": {"name": "sgd", "lr": 1.0}, "duration": {"epochs": 3}}
 
 
-def test_a_base_can_start_from_another_configuration(tmp_path):
+def test_a_base_may_inherit_from_another_configuration(tmp_path):
     text = "experiment: sweep\nbase:\n  from: cifar_bn\n  duration: {steps: 3}\n  optimizer: {lr: 5e-3}\n"
     loaded = loading.load(write(tmp_path, text + "grid: {model.batchnorm: [true, false]}\n"), ["base.batch_size=50"])
     base = loaded.config.base
@@ -75,8 +75,8 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
     assert base["batch_size"] == 50
     assert base["model"]["filters"] == (16, 32, 32, 64, 64)
     assert "expect" not in base
-    again = loading.load(write(tmp_path, loaded.config.to_yaml(), "again.yaml")).config
-    assert again.to_yaml() == loaded.config.to_yaml()
+    reloaded = loading.load(write(tmp_path, loaded.config.to_yaml(), "again.yaml")).config
+    assert reloaded.to_yaml() == loaded.config.to_yaml()
     replaced = overrides.merge({"optimizer": {"name": "adam", "betas": 1}}, {"optimizer": {"name": "sgd"}})
     assert replaced == {"optimizer": {"name": "sgd"}}
 
@@ -109,40 +109,40 @@ def test_a_base_can_start_from_another_configuration(tmp_path):
         (("seeds", "conditions: [{when: {seed: 0}, set: {batch_size: 0}}]\nseeds"), r"s.yaml:12:\d+: batch_size"),
     ],
 )
-def test_mistakes_have_their_place(tmp_path, change, message):
-    found = refusals(tmp_path, SWEEP.replace(*change))
-    assert any(re.search(message, text) for text in found), found
+def test_errors_have_their_position(tmp_path, change, message):
+    errors = load_errors(tmp_path, SWEEP.replace(*change))
+    assert any(re.search(message, text) for text in errors), errors
 
 
 def test_overrides_of_axes(tmp_path):
-    chosen = loading.load(write(tmp_path, SWEEP), ["grid.optimizer.lr=[0.5]", "zip.batch_size=[5,10]", "seeds=[3]"])
-    assert [trial.name for trial in chosen.config.trials()] == [
+    loaded = loading.load(write(tmp_path, SWEEP), ["grid.optimizer.lr=[0.5]", "zip.batch_size=[5,10]", "seeds=[3]"])
+    assert [trial.name for trial in loaded.config.trials()] == [
         "000-lr-0.5-batch_size-5-seed-3",
         "001-lr-0.5-batch_size-10-seed-3",
     ]
     assert loading.load("s.yaml", ["base.duration.epochs=2"]).config.base["duration"] == {"epochs": 2}
-    found = refusals(tmp_path, SWEEP, "grid.optimizer.lr=[-1]")
-    assert found == ["override grid.optimizer.lr=[-1]: optimizer.lr: expected a number > 0 and <= 100, got -1"]
+    errors = load_errors(tmp_path, SWEEP, "grid.optimizer.lr=[-1]")
+    assert errors == ["override grid.optimizer.lr=[-1]: optimizer.lr: expected a number > 0 and <= 100, got -1"]
 
 
-def test_a_run_has_no_trials_to_speak_of(tmp_path):
-    found = refusals(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [mean(val_loss) < 9]\n")
-    assert "is a function over a sweep" in found[0]
+def test_functions_over_trials_are_rejected_in_a_single_run(tmp_path):
+    errors = load_errors(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [mean(val_loss) < 9]\n")
+    assert "is a function over a sweep" in errors[0]
 
 
-def test_a_sweep_from_start_to_end(cvlab, tmp_path):
+def test_a_complete_sweep(cvlab, tmp_path):
     write(tmp_path, SWEEP + "workers: 2\nexpect: ['spread(val_accuracy) < 1', mean(steps) == 4]\n")
     code, out, err = cvlab("sweep", "s.yaml", "--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0, err
-    assert found["experiment"] == "sweep"
-    assert found["metrics"] == {"trials": 4, "diverged": 0}
-    assert [row["keys"] for row in found["settings"]] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}]
+    assert result["experiment"] == "sweep"
+    assert result["metrics"] == {"trials": 4, "diverged": 0}
+    assert [row["keys"] for row in result["settings"]] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}]
     run = (tmp_path / "runs" / "latest").resolve()
     trials = sorted((run / "trials").iterdir())
     assert [trial.name for trial in trials][:2] == ["000-lr-0.001-seed-0", "001-lr-0.001-seed-1"]
     accuracies = [read_summary(trial)["metrics"]["val_accuracy"] for trial in trials]
-    mean = found["settings"][0]["metrics"]["val_accuracy"]
+    mean = result["settings"][0]["metrics"]["val_accuracy"]
     assert mean["n"] == 2
     assert mean["mean"] == pytest.approx(sum(accuracies[:2]) / 2)
     lines = (run / "table.csv").read_text().splitlines()
@@ -151,10 +151,10 @@ def test_a_sweep_from_start_to_end(cvlab, tmp_path):
     assert {path.name for path in (run / "plots").iterdir()} == {
         f"{name}.png" for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
     }
-    # a trial is an ordinary run, and the same as when it is run alone
+    # a trial is an ordinary run, identical to the same configuration run alone
     assert cvlab("show", trials[0])[0] == cvlab("eval", trials[0])[0] == cvlab("resume", trials[0])[0] == 0
-    alone = json.loads(cvlab("run", trials[2], "--json", "-q")[1])
-    summaries = [read_summary(run_dir.Path(path)) for path in (alone["run"], trials[2])]
+    standalone = json.loads(cvlab("run", trials[2], "--json", "-q")[1])
+    summaries = [read_summary(run_dir.Path(path)) for path in (standalone["run"], trials[2])]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     code, out, _ = cvlab("show", run)
     assert code == 0
@@ -169,23 +169,23 @@ def setting(**keys):
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("settings", "expected"),
     [
         ([setting(lr=x, bn=bn) for x in (0.1, 0.2) for bn in (True, False)], "lr"),
         ([setting(lr=x, width=w) for x in (0.1, 0.2) for w in (1, 2, 3)], "width"),
-        ([setting(name=n, lr=x) for n, x in (("sgd", 0.1), ("adam", 0.2))], None),  # nothing is held fixed
+        ([setting(name=n, lr=x) for n, x in (("sgd", 0.1), ("adam", 0.2))], None),  # no key is held fixed
         ([setting(name=n) for n in ("sgd", "adam")], None),
         ([setting(scale=s) for s in ("kaiming", 0.1)], None),
         ([setting(lr=x) for x in (1e-3, 1e-2)], "lr"),
     ],
 )
 @pytest.mark.usefixtures("drawn_plots")
-def test_what_a_metric_is_drawn_over(found, expected):
-    assert results._x_key(found) == expected
-    assert results.draw(found, "val_accuracy", "title")[:4] == b"\x89PNG"
+def test_the_x_axis_of_a_plot_over_settings(settings, expected):
+    assert results._x_key(settings) == expected
+    assert results.draw(settings, "val_accuracy", "title")[:4] == b"\x89PNG"
 
 
-def test_interrupted_and_started_again_no_trial_that_ended_runs_again(cvlab, tmp_path):
+def test_completed_trials_do_not_run_again_after_an_interruption(cvlab, tmp_path):
     name = write(tmp_path, SWEEP.replace("steps: 4}", "steps: 60}\n  eval_every: 1000"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
@@ -194,9 +194,9 @@ def test_interrupted_and_started_again_no_trial_that_ended_runs_again(cvlab, tmp
         while time.monotonic() < deadline and not any(map(_ended, tmp_path.glob("runs/2*/trials/000*"))):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        said = process.stderr.read().decode()
-    assert process.returncode == 143, said
-    assert "cvlab resume" in said, said
+        stderr = process.stderr.read().decode()
+    assert process.returncode == 143, stderr
+    assert "cvlab resume" in stderr, stderr
     run = (tmp_path / "runs" / "latest").resolve()
     ended = {trial: (trial / "summary.json").stat().st_mtime_ns for trial in run.glob("trials/*") if _ended(trial)}
     assert 1 <= len(ended) < 4
@@ -213,7 +213,7 @@ def _ended(trial):
     return read_status(trial).get("status") == "done"
 
 
-def test_trials_end_with_the_sweep_however_it_dies(tmp_path):
+def test_trials_end_when_the_sweep_is_killed(tmp_path):
     name = write(tmp_path, SWEEP.replace("steps: 4", "steps: 100000"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "cvlab", "sweep", name, "--workers", "1"]
@@ -237,12 +237,12 @@ def test_a_trial_that_diverges_is_a_result(cvlab, tmp_path):
         + "expect: [diverged(optimizer.lr=100) == 1, diverged() == 0.5]\n"
     )
     code, out, err = cvlab("sweep", write(tmp_path, text), "--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0, err
-    assert found["metrics"] == {"trials": 2, "diverged": 1}
-    assert found["settings"][1]["status"] == ["diverged"]
-    wanted = ["diverged_values={val_accuracy: 0.1}", "expect=['mean(val_accuracy, optimizer.lr=100) == 0.1']"]
-    assert cvlab("sweep", "s.yaml", *wanted, "--fresh", "-q")[0] == 0
+    assert result["metrics"] == {"trials": 2, "diverged": 1}
+    assert result["settings"][1]["status"] == ["diverged"]
+    options = ["diverged_values={val_accuracy: 0.1}", "expect=['mean(val_accuracy, optimizer.lr=100) == 0.1']"]
+    assert cvlab("sweep", "s.yaml", *options, "--fresh", "-q")[0] == 0
     assert cvlab("sweep", "s.yaml", "expect=[mean(val_accuracy) > 0]", "-q")[0] == 3
 
 
@@ -271,7 +271,7 @@ def test_a_trial_that_fails_does_not_stop_the_others(cvlab, tmp_path):
     assert cvlab("resume", run, "--trust")[0] == 0
 
 
-def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
+def test_two_models_with_the_same_file_name_are_two_settings(cvlab, tmp_path):
     for folder, width in (("a", 4), ("b", 8)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "net.py").write_text(
@@ -283,9 +283,9 @@ def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
     )
     name = write(tmp_path, text + "expect: ['mean(parameters, model.name=./a/net.py:net) < 20000']\n")
     code, out, err = cvlab("sweep", name, "--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0, err
-    assert [row["keys"]["model.name"] for row in found["settings"]] == ["./a/net.py:net", "./b/net.py:net"]
+    assert [row["keys"]["model.name"] for row in result["settings"]] == ["./a/net.py:net", "./b/net.py:net"]
     run = (tmp_path / "runs" / "latest").resolve()
     status = json.loads((run / "status.json").read_text()) | {"status": "interrupted"}
     (run / "status.json").write_text(json.dumps(status))
@@ -300,9 +300,9 @@ def test_two_nets_of_one_file_name_are_two_settings(cvlab, tmp_path):
     assert "resuming" not in err
 
 
-def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):
-    net = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
-    (tmp_path / "net.py").write_text(net)
+def test_code_outside_the_folder_is_copied_into_the_run(cvlab, tmp_path, monkeypatch):
+    code = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
+    (tmp_path / "net.py").write_text(code)
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     text = SWEEP.replace("deep_convnet, filters: [4], pools: [0]", "'../net.py:net'").replace("[1e-3, 1e-2]", "[1e-3]")
@@ -312,11 +312,11 @@ def test_files_that_lie_elsewhere_come_along(cvlab, tmp_path, monkeypatch):
     run = (tmp_path / "below" / "runs" / "latest").resolve()
     (tmp_path / "net.py").unlink()
     assert loading.load(str(run)).config.base["model"]["name"] == "./_up/net.py:net"
-    assert (run / "_up" / "net.py").read_text() == net
+    assert (run / "_up" / "net.py").read_text() == code
     assert cvlab("run", run)[0] == 0, "repeated from its own directory"
 
 
-def test_sets_on_an_axis_take_no_fallback(cvlab, tmp_path):
+def test_data_sets_on_an_axis_have_no_fallback(cvlab, tmp_path):
     name = write(tmp_path, SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "data.name: [scenes10, cifar10]"))
     code, _, err = cvlab("sweep", name)
     assert code == 4
@@ -324,7 +324,7 @@ def test_sets_on_an_axis_take_no_fallback(cvlab, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_more_values_than_a_file_may_have_are_refused_at_once(cvlab, tmp_path):
+def test_too_many_values_are_rejected_at_once(cvlab, tmp_path):
     seeds = f"seeds=[{','.join(map(str, range(590)))}]"
     code, _, err = cvlab("sweep", write(tmp_path, SWEEP.replace("[1e-3, 1e-2]", "[1e-3]")), seeds)
     assert code == 2
@@ -332,7 +332,7 @@ def test_more_values_than_a_file_may_have_are_refused_at_once(cvlab, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_budget_in_seconds_is_no_seed(tmp_path):
+def test_a_budget_in_seconds_is_not_a_seed(tmp_path):
     text = SWEEP.replace("optimizer.lr: [1e-3, 1e-2]", "duration: [{seconds: 1}, {seconds: 2}]")
     assert loading.load(write(tmp_path, text)).config.varied_keys() == ["duration.seconds"]
 
@@ -354,7 +354,7 @@ def test_missing_and_damaged_trials(cvlab, tmp_path):
     assert "the trial 001-lr-0.01-seed-0 is missing" in err
 
 
-def test_any_configuration_with_axes(cvlab, tmp_path):
+def test_any_configuration_can_be_swept(cvlab, tmp_path):
     name = write(tmp_path, BASE.replace("\n  ", "\n").strip() + "\nexpect: [train_accuracy > 2]\n", "plain.yaml")
     code, out, err = cvlab("sweep", name, "grid.batch_size=[10,20]", "base.duration.steps=2", "--json", "-q")
     assert code == 0, err
@@ -367,23 +367,23 @@ def test_any_configuration_with_axes(cvlab, tmp_path):
 def test_verify(cvlab, tmp_path):
     flat = BASE.replace("\n  ", "\n").strip()
     good = write(tmp_path, flat + "\nexpect: [steps == 4, train_accuracy <= 1]\n", "good.yaml")
-    bad = write(tmp_path, flat + "\nexpect: [train_accuracy > 1]\n", "bad.yaml")
-    worse = write(tmp_path, flat.replace("scenes10", "cifar10") + "\nexpect: [steps == 4]\n", "worse.yaml")
+    not_met = write(tmp_path, flat + "\nexpect: [train_accuracy > 1]\n", "bad.yaml")
+    missing_data = write(tmp_path, flat.replace("scenes10", "cifar10") + "\nexpect: [steps == 4]\n", "worse.yaml")
     code, out, _ = cvlab("verify", good, "--json", "-q")
     assert code == 0
     assert [row["met"] for row in json.loads(out)["verified"]] == [True, True]
-    code, out, err = cvlab("verify", good, bad)
+    code, out, err = cvlab("verify", good, not_met)
     assert code == 3
     assert "NOT MET" in out
     assert "not met: bad: train_accuracy > 1" in err
-    code, out, err = cvlab("verify", bad, worse, good, "--json")
-    found = json.loads(out)
+    code, out, err = cvlab("verify", not_met, missing_data, good, "--json")
+    result = json.loads(out)
     assert code == 4
-    assert found["error"]["code"] == 4
-    assert [row["met"] for row in found["verified"]] == [False] * 2 + [True] * 2
+    assert result["error"]["code"] == 4
+    assert [row["met"] for row in result["verified"]] == [False] * 2 + [True] * 2
     (tmp_path / "net.py").write_text("def net():\n    return 1 / 0\n")
-    own = write(tmp_path, flat.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:net'"), "own.yaml")
-    code, out, _ = cvlab("verify", own, good, "--json")
+    user_model = write(tmp_path, flat.replace("deep_convnet, filters: [4], pools: [0]", "'./net.py:net'"), "own.yaml")
+    code, out, _ = cvlab("verify", user_model, good, "--json")
     assert code == 1
     assert [row["met"] for row in json.loads(out)["verified"]] == [False, True, True]
     before = len(list_runs(tmp_path / "runs"))

@@ -1,4 +1,4 @@
-"""The attack command: success on the saved file, bounds, interrupts."""
+"""The attack command: success on the saved file, bounds, interruptions."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from cvlab.models import pretrained
 
 
 def classify_file(path):
-    """Classify a file without any code of the attack."""
+    """Classify a file without using any code of attacks."""
     model = pretrained.build()
     with Image.open(path) as image:
         view = model.transform(image.convert("RGB"))
@@ -33,12 +33,12 @@ def classify_file(path):
         ["--method", "cw", "--size", "model", "steps=15", "search_steps=2"],
     ],
 )
-def test_saved_file_is_classified_as_the_target(two_photos, cvlab, tmp_path, options):
-    chosen = two_photos[:1] if {"model", "pgd"} & set(options) else two_photos
-    code, out, err = cvlab("attack", "--target", "ostrich", *chosen, *options, "--json")
+def test_the_saved_file_is_classified_as_the_target(two_photos, cvlab, tmp_path, options):
+    paths = two_photos[:1] if {"model", "pgd"} & set(options) else two_photos
+    code, out, err = cvlab("attack", "--target", "ostrich", *paths, *options, "--json")
     assert code == 0, err
     result = json.loads(out)
-    for path, row in zip(chosen, result["results"], strict=True):
+    for path, row in zip(paths, result["results"], strict=True):
         saved = tmp_path / result["run"] / row["attacked"]
         assert row["success"]
         assert row["label"] == "ostrich"
@@ -68,7 +68,7 @@ def test_untargeted_attack(two_photos, cvlab):
     assert "saliency" in row
 
 
-def test_the_attack_survives_what_a_messenger_does(two_photos, cvlab, tmp_path):
+def test_the_attack_survives_compression_resizing_and_cropping(two_photos, cvlab, tmp_path):
     code, out, err = cvlab("attack", two_photos[0], "--survive", "jpeg60,resize,crop", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -77,15 +77,15 @@ def test_the_attack_survives_what_a_messenger_does(two_photos, cvlab, tmp_path):
     assert row["survives"] == "jpeg60, resize, crop"
     assert result["metrics"]["survival_rate"] == result["metrics"]["success_rate_crop"] == 1
     saved = Image.open(tmp_path / result["run"] / row["attacked"])
-    saved.save("messenger.jpg", quality=60)
+    saved.save("compressed.jpg", quality=60)
     width, height = saved.size
     saved.resize((round(width / 2), round(height / 2)), Image.Resampling.BICUBIC).save("half.png")
     saved.crop((0, 0, round(0.9 * width), round(0.9 * height))).save("corner.png")
-    _, out, _ = cvlab("classify", "messenger.jpg", "half.png", "corner.png", "--json")
-    assert row["before"]["label"] not in [changed["label"] for changed in json.loads(out)["results"]]
+    _, out, _ = cvlab("classify", "compressed.jpg", "half.png", "corner.png", "--json")
+    assert row["before"]["label"] not in [prediction["label"] for prediction in json.loads(out)["results"]]
 
 
-def test_an_attack_that_survives_nothing_ends_with_exit_code_3(two_photos, cvlab):
+def test_an_attack_that_survives_no_change_has_exit_code_3(two_photos, cvlab):
     options = ("--survive", "jpeg10", "--target", "ostrich", "steps=2", "--json")
     code, out, _ = cvlab("attack", two_photos[0], *options)
     document = json.loads(out)
@@ -95,20 +95,20 @@ def test_an_attack_that_survives_nothing_ends_with_exit_code_3(two_photos, cvlab
 
 
 @pytest.mark.parametrize("option", ["--eps=4", "--survive=crop"])
-def test_a_setting_of_another_method_is_refused(cvlab, option):
+def test_settings_of_other_methods_are_rejected(cvlab, option):
     code, _, err = cvlab("attack", "sample", "--method", "cw", option)
     assert code == 2
     assert "has no effect with method cw; use method" in err
 
 
 @pytest.mark.parametrize("text", ["jpg75", "jpeg0", "jpeg101", "crop,crop"])
-def test_a_change_that_is_unknown_or_named_twice_is_refused(cvlab, text):
+def test_unknown_and_duplicate_changes_are_rejected(cvlab, text):
     code, _, err = cvlab("attack", "sample", "--survive", text)
     assert code == 2
     assert "survive: " in err
 
 
-def test_photo_of_the_target_class_is_unchanged(two_photos, cvlab, tmp_path):
+def test_a_photo_of_the_target_class_is_unchanged(two_photos, cvlab, tmp_path):
     _, out, _ = cvlab("classify", two_photos[0], "--json")
     label = json.loads(out)["results"][0]["label"]
     code, out, _ = cvlab("attack", "--target", label, *two_photos[:1], "--json")
@@ -123,27 +123,27 @@ def test_photo_of_the_target_class_is_unchanged(two_photos, cvlab, tmp_path):
     assert result["metrics"]["num_attacked"] == 0
 
 
-def test_signal_stops_between_two_steps(two_photos, cvlab, monkeypatch):
+def test_a_signal_stops_between_two_steps(two_photos, cvlab, monkeypatch):
     from cvlab.engine import image_optimizer
 
-    real = image_optimizer.optimization_steps
+    optimization_steps = image_optimizer.optimization_steps
 
-    def interrupting(*arguments):
+    def raise_interrupt(*arguments):
         signal.raise_signal(signal.SIGINT)
-        return real(*arguments)
+        return optimization_steps(*arguments)
 
-    monkeypatch.setattr(image_optimizer, "optimization_steps", interrupting)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", raise_interrupt)
     code, _, err = cvlab("attack", "--target", "ostrich", *two_photos)
     assert code == 130
     assert "interrupted after 0 photos; continue with `cvlab resume " in err
-    monkeypatch.setattr(image_optimizer, "optimization_steps", real)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", optimization_steps)
     code, out, _ = cvlab("resume", "latest", "--json")
     assert code == 0
     assert json.loads(out)["metrics"]["success_rate"] == 1
 
 
 @pytest.mark.parametrize("size", ["original", "model"])
-def test_the_attacked_picture_keeps_camera_date_and_color_profile(cvlab, tmp_path, size):
+def test_the_attacked_image_keeps_camera_date_and_color_profile(cvlab, tmp_path, size):
     sample = Image.open(photo_paths.find_images(["sample"])[0]).convert("RGB").resize((300, 200))
     exif = Image.Exif()
     exif[Base.Make], exif[Base.DateTime], exif[Base.Orientation] = "Camera Works", "2026:11:26 10:00:00", 6
@@ -156,14 +156,14 @@ def test_the_attacked_picture_keeps_camera_date_and_color_profile(cvlab, tmp_pat
     with Image.open(tmp_path / result["run"] / result["results"][0]["attacked"]) as attacked:
         assert attacked.size == ((200, 300) if size == "original" else (224, 224))
         assert attacked.info["icc_profile"] == profile
-        written = attacked.getexif()
-        assert (written[Base.Make], written[Base.DateTime]) == ("Camera Works", "2026:11:26 10:00:00")
-        assert written.get_ifd(IFD.Exif)[Base.DateTimeOriginal] == "2026:11:26 09:59:00"
-        assert Base.Orientation not in written
+        saved_exif = attacked.getexif()
+        assert (saved_exif[Base.Make], saved_exif[Base.DateTime]) == ("Camera Works", "2026:11:26 10:00:00")
+        assert saved_exif.get_ifd(IFD.Exif)[Base.DateTimeOriginal] == "2026:11:26 09:59:00"
+        assert Base.Orientation not in saved_exif
 
 
 @pytest.mark.parametrize(("mode", "space"), [("CMYK", b"CMYK"), ("L", b"GRAY")])
-def test_a_color_profile_that_is_not_of_rgb_is_left_out(tmp_path, mode, space):
+def test_a_color_profile_that_is_not_rgb_is_left_out(tmp_path, mode, space):
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile[16:20] = space
     Image.new(mode, (9, 9)).save(tmp_path / "a.jpg", icc_profile=bytes(profile))

@@ -12,7 +12,7 @@ VALUES = {"label": "ostrich", "score": 0.9, "before": {"label": "cat", "score": 
 
 @pytest.fixture
 def texts(monkeypatch):
-    """The lines of text of a panel."""
+    """Return a list that receives the lines of text of a panel."""
     lines = []
     monkeypatch.setattr(fonts, "draw", lambda _pen, _xy, text, *_: lines.append(text))
     return lines
@@ -26,7 +26,7 @@ def panel(region, steps=1, target="ostrich"):
     return drawing.attack_panel("a.jpg", values, before, after, region)
 
 
-def test_the_difference_is_amplified_and_the_crop_named(texts):
+def test_the_difference_is_amplified_and_the_crop_is_mentioned(texts):
     sheet = panel((50, 0, 250, 200))
     assert "attack to ostrich: a.jpg" in texts
     text = " ".join(texts)
@@ -34,7 +34,7 @@ def test_the_difference_is_amplified_and_the_crop_named(texts):
     assert "only the center crop that the model sees is changed (outlined)" in text
     assert len([line for line in texts if line.startswith("difference")]) == 1
     pixels = np.asarray(sheet)
-    assert (pixels == (178, 128, 128)).all(-1).any(), "5 more of red, times 10"
+    assert (pixels == (178, 128, 128)).all(-1).any(), "red is 5 higher, times 10"
     assert (pixels == (128, 128, 128)).all(-1).any(), "the unchanged border"
 
 

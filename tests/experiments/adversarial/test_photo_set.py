@@ -1,4 +1,4 @@
-"""Universal perturbations and patches: what is saved is what was evaluated, on photos that were held out."""
+"""Universal perturbations and patches: the saved files have the reported metrics, also on held-out photos."""
 
 import json
 import signal
@@ -13,10 +13,10 @@ from cvlab.models import pretrained
 
 @pytest.fixture
 def folder(tmp_path):
-    whole = photos.load(photo_paths.find_images(["sample"])[0])
+    photo = photos.load(photo_paths.find_images(["sample"])[0])
     (tmp_path / "photos").mkdir()
     for k in range(6):
-        whole.crop((40 * k, 30 * k, 40 * k + 260, 30 * k + 240)).save(tmp_path / "photos" / f"{k}.png")
+        photo.crop((40 * k, 30 * k, 40 * k + 260, 30 * k + 240)).save(tmp_path / "photos" / f"{k}.png")
     return tmp_path / "photos"
 
 
@@ -24,21 +24,21 @@ def predict(inputs):
     return pretrained.build().probabilities(photos.to_batch(inputs)).argmax(1).tolist()
 
 
-def test_the_saved_perturbation_has_the_fooling_rates(cvlab, folder, tmp_path):
+def test_the_saved_perturbation_has_the_reported_fooling_rates(cvlab, folder, tmp_path):
     options = ("--method", "universal", "--eps", "12", "steps=6", "batch_size=4", "alpha=4", "--json")
     code, out, err = cvlab("attack", folder, *options)
     assert code == 0, err
     result = json.loads(out)
     metrics = result["metrics"]
     assert (metrics["num_photos"], metrics["num_held_out"]) == (4, 2)
-    saved = np.asarray(Image.open(tmp_path / result["run"] / result["results"][0]["image"]), int) - 128
-    assert np.abs(saved).max() == metrics["linf_255"] <= 12
+    perturbation = np.asarray(Image.open(tmp_path / result["run"] / result["results"][0]["image"]), int) - 128
+    assert np.abs(perturbation).max() == metrics["linf_255"] <= 12
     transform = pretrained.build().transform
     inputs = [transform(photos.load(path)) for path in sorted(folder.iterdir())]
-    attacked = [Image.fromarray((np.asarray(x) + saved).clip(0, 255).astype(np.uint8)) for x in inputs]
-    fooled = sum(a != b for a, b in zip(predict(inputs), predict(attacked), strict=True))
+    attacked = [Image.fromarray((np.asarray(x) + perturbation).clip(0, 255).astype(np.uint8)) for x in inputs]
+    num_fooled = sum(a != b for a, b in zip(predict(inputs), predict(attacked), strict=True))
     rates = 4 * metrics["fooling_rate"], 2 * metrics["held_out_fooling_rate"]
-    assert sum(rates) == pytest.approx(fooled)
+    assert sum(rates) == pytest.approx(num_fooled)
     assert 0 <= metrics["noise_fooling_rate"] <= 1
     assert "noise of its size fools" in result["headline"]
     assert (tmp_path / result["run"] / result["results"][0]["panel"]).is_file()
@@ -57,27 +57,27 @@ def test_a_patch_has_its_printed_size(cvlab, folder, tmp_path):
         assert saved.getpixel((88, 88)) != (255, 255, 255)
 
 
-def test_an_interrupted_attack_is_resumed_to_the_same_result(cvlab, folder, monkeypatch):
+def test_an_interrupted_attack_resumes_to_the_same_result(cvlab, folder, monkeypatch):
     from cvlab.engine import image_optimizer
 
     options = ("--method", "universal", "steps=3", "batch_size=2", "--json")
     _, out, _ = cvlab("attack", folder, *options)
-    whole = json.loads(out)["metrics"]
-    real = image_optimizer.optimization_steps
+    expected = json.loads(out)["metrics"]
+    optimization_steps = image_optimizer.optimization_steps
 
-    def interrupting(*arguments):
+    def raise_interrupt(*arguments):
         signal.raise_signal(signal.SIGINT)
-        return real(*arguments)
+        return optimization_steps(*arguments)
 
-    monkeypatch.setattr(image_optimizer, "optimization_steps", interrupting)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", raise_interrupt)
     code, _, err = cvlab("attack", folder, *options)
     assert code == 130
     assert "continue with `cvlab resume " in err
-    monkeypatch.setattr(image_optimizer, "optimization_steps", real)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", optimization_steps)
     code, out, _ = cvlab("resume", "latest", "--json")
     assert code == 0
-    again = json.loads(out)["metrics"]
-    assert {**again, "seconds_of_steps": 0} == {**whole, "seconds_of_steps": 0}
+    resumed = json.loads(out)["metrics"]
+    assert {**resumed, "seconds_of_steps": 0} == {**expected, "seconds_of_steps": 0}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_an_interrupted_attack_is_resumed_to_the_same_result(cvlab, folder, monk
         (("--method", "universal"), 4, "too few photos to attack: 1; name a folder with at least 4"),
     ],
 )
-def test_what_cannot_be_done_is_refused(cvlab, options, code, message):
+def test_invalid_settings_are_rejected(cvlab, options, code, message):
     actual, _, err = cvlab("attack", "sample", *options)
     assert actual == code
     assert message in err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Robustness of training runs: accuracies that agree with `eval`, an interrupted measurement, refusals."""
+"""Robustness of training runs: accuracies that agree with `eval`, an interrupted evaluation, errors."""
 
 import json
 
@@ -18,7 +18,7 @@ TINY = {
     "model.filters": [6],
     "model.pools": [0],
 }
-FEW = ("num_images=60", "batch_size=25", "steps=3", "queries=5")
+SMALL = ("num_images=60", "batch_size=25", "steps=3", "queries=5")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def trained(tmp_path_factory, data_root):
     return runs
 
 
-def test_accuracies_fall_with_the_bound_and_agree_with_eval(trained, cvlab):
+def test_accuracies_decrease_with_the_bound(trained, cvlab):
     run = trained["first"]
-    arguments = ("attack", run, "--on", "val", *FEW, "expect=['robust_accuracy/8 >= 0']")
+    arguments = ("attack", run, "--on", "val", *SMALL, "expect=['robust_accuracy/8 >= 0']")
     code, out, err = cvlab(*arguments, "--eps", "0,2,8", "--method", "fgsm,pgd,square", "--corrupt", "all", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -51,11 +51,11 @@ def test_accuracies_fall_with_the_bound_and_agree_with_eval(trained, cvlab):
     assert metrics["corrupted_accuracy"] == pytest.approx(sum(corrupted) / 20)
     assert {"plots/robustness.png", "report.html", "config.yaml"} <= set(result["files"])
     assert f"at 8/255, {metrics['corrupted_accuracy']:.3f} under corruptions" in result["headline"]
-    again = json.loads(cvlab("run", f"{result['run']}/config.yaml", "batch_size=60", "--json")[1])
-    assert again["metrics"] == metrics  # whatever the batches are
+    repeated = json.loads(cvlab("run", f"{result['run']}/config.yaml", "batch_size=60", "--json")[1])
+    assert repeated["metrics"] == metrics  # independent of the batch size
 
 
-def test_the_accuracy_is_that_of_eval(trained, cvlab):
+def test_the_accuracy_equals_that_of_eval(trained, cvlab):
     arguments = ("attack", trained["first"], "--on", "test", "num_images=10_000", "--method", "fgsm", "--eps", "1")
     code, out, _ = cvlab(*arguments)
     assert code == 0
@@ -64,43 +64,43 @@ def test_the_accuracy_is_that_of_eval(trained, cvlab):
     assert f"accuracy {evaluated['test_accuracy']:.3f}, " in out
 
 
-def test_an_interrupted_measurement_continues(trained, cvlab, monkeypatch):
-    arguments = ("attack", trained["first"], "--on", "val", *FEW, "--corrupt", "noise", "--json")
-    whole = json.loads(cvlab(*arguments)[1])["metrics"]
-    measure = robustness._measure_batch
+def test_an_interrupted_evaluation_continues(trained, cvlab, monkeypatch):
+    arguments = ("attack", trained["first"], "--on", "val", *SMALL, "--corrupt", "noise", "--json")
+    expected = json.loads(cvlab(*arguments)[1])["metrics"]
+    measure_batch = robustness._measure_batch
     batches = []
 
-    def stop_in_the_second(config, classifiers, batch, check_interrupt):
+    def stop_in_second_batch(config, classifiers, batch, check_interrupt):
         batches.append(batch)
         if len(batches) == 2:
             raise StoppedError("stopped for a test", "", 130)
-        return measure(config, classifiers, batch, check_interrupt)
+        return measure_batch(config, classifiers, batch, check_interrupt)
 
     with monkeypatch.context() as patch:
-        patch.setattr(robustness, "_measure_batch", stop_in_the_second)
+        patch.setattr(robustness, "_measure_batch", stop_in_second_batch)
         assert cvlab(*arguments)[0] == 130
         code, out, err = cvlab("resume", "latest", "--json")
     assert code == 0, err
-    assert json.loads(out)["metrics"] == whole
+    assert json.loads(out)["metrics"] == expected
     assert batches == [slice(0, 25), slice(25, 50), slice(25, 50), slice(50, 60)]
 
 
-def test_several_runs_have_a_matrix_of_transfers(trained, cvlab, tmp_path):
-    code, out, err = cvlab("attack", *trained.values(), "--on", "test", *FEW, "--eps", "16", "--json")
+def test_several_runs_have_a_transfer_matrix(trained, cvlab, tmp_path):
+    code, out, err = cvlab("attack", *trained.values(), "--on", "test", *SMALL, "--eps", "16", "--json")
     assert code == 0, err
     result = json.loads(out)
     labels = sorted({name.split(":")[0] for name in result["metrics"] if ":" in name})
     assert [label.rpartition("-")[0] for label in labels] == ["first", "second"]
     for a in labels:
-        own = result["metrics"][f"{a}:transfer_accuracy/{a}"]
-        assert own <= result["metrics"][f"{a}:accuracy"]
-        assert all(own <= result["metrics"][f"{b}:transfer_accuracy/{a}"] for b in labels)
+        white_box_accuracy = result["metrics"][f"{a}:transfer_accuracy/{a}"]
+        assert white_box_accuracy <= result["metrics"][f"{a}:accuracy"]
+        assert all(white_box_accuracy <= result["metrics"][f"{b}:transfer_accuracy/{a}"] for b in labels)
     header, *rows = (tmp_path / result["run"] / "transfer.csv").read_text().splitlines()
     assert header.split(",") == ["examples against", *labels]
     assert [row.split(",")[0] for row in rows] == labels
 
 
-def test_refusals_are_one_line(trained, cvlab):
+def test_errors_are_one_line(trained, cvlab):
     run = trained["first"]
     detector = "configs/../nothing"
     for arguments, text in [
@@ -116,7 +116,7 @@ def test_refusals_are_one_line(trained, cvlab):
         ((run, "precision=bfloat16"), "precision"),
         ((run, "methods=[]"), "neither methods nor corruptions are given"),
     ]:
-        code, _, err = cvlab("attack", *arguments, "--on", "test", *FEW)
+        code, _, err = cvlab("attack", *arguments, "--on", "test", *SMALL)
         assert code == 2, arguments
         assert text in err, err
         assert err.count("\n") <= 2, err
@@ -125,8 +125,8 @@ def test_refusals_are_one_line(trained, cvlab):
     assert "one number for photos" in cvlab("attack", "sample", "--eps", "1,2", "--method", "pgd")[2]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the libraries import
-def test_accuracies_are_those_of_other_libraries(trained, capsys):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by imports of the libraries
+def test_accuracies_match_other_libraries(trained, capsys):
     attacks.main([trained["first"], "--eps", "2", "--images", "60", "--steps", "5", "--queries", "10", "--json"])
     rows = {row["attack"]: row for row in json.loads(capsys.readouterr().out)["attacks"]}
     assert list(rows) == ["none", "fgsm", "pgd", "apgd_ce", "apgd_dlr", "square"]

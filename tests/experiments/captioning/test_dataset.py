@@ -16,7 +16,7 @@ from tests.conftest import REAL_DATA
 COUNTS = {"train": 6, "val": 2, "test": 2}
 
 
-def test_custom_captions_are_split_and_their_images_found(tmp_path):
+def test_custom_captions_are_split_and_their_images_are_found(tmp_path):
     (tmp_path / "images").mkdir()
     rows = ["image,caption"]
     for k in range(10):
@@ -30,7 +30,7 @@ def test_custom_captions_are_split_and_their_images_found(tmp_path):
         dataset.load("captions", tmp_path, str(tmp_path / "c.csv"), 0.2)
 
 
-def test_the_path_goes_with_custom_captions_only(tmp_path):
+def test_a_path_is_only_for_custom_captions(tmp_path):
     with pytest.raises(ConfigError, match="path is missing"):
         dataset.load("captions", tmp_path)
     with pytest.raises(ConfigError, match="path requires name: captions"):
@@ -59,15 +59,15 @@ def test_scene_captions(tmp_path, monkeypatch):
     assert {split: len(samples) for split, samples in loaded.splits.items()} == COUNTS
     sample = loaded.splits["val"][0]
     assert photos.load(sample.path).size == (224, 224)
-    words = sample.captions[0].split()
-    assert words[0] == "a"
-    assert len(words) in (3, 7, 8)
+    tokens = sample.captions[0].split()
+    assert tokens[0] == "a"
+    assert len(tokens) in (3, 7, 8)
     images = {sample.path.read_bytes() for samples in loaded.splits.values() for sample in samples}
     assert len(images) == sum(COUNTS.values())
 
 
-def captions_of(document):
-    """Return the captions of each photo, without cvlab's readers."""
+def captions_by_file(document):
+    """Return the captions of each photo, without using cvlab's readers."""
     files = {record["id"]: record["file_name"] for record in document["images"]}
     captions = {}
     for record in document["annotations"]:
@@ -82,7 +82,7 @@ def test_coco_people_has_the_captions_of_its_files(tmp_path):
     written = write_coco_set(tmp_path, coco_sets.COCO_PEOPLE, counts)
     loaded = dataset.load("coco_people", tmp_path)
     for split in counts:
-        assert {sample.path.name: list(sample.captions) for sample in loaded.splits[split]} == captions_of(
+        assert {sample.path.name: list(sample.captions) for sample in loaded.splits[split]} == captions_by_file(
             written["captions", split]
         )
         assert all(sample.path.is_file() for sample in loaded.splits[split])
@@ -99,7 +99,7 @@ def test_the_real_coco_people():
     loaded = dataset.load("coco_people", root)
     assert {split: len(samples) for split, samples in loaded.splits.items()} == coco_sets.PEOPLE_SPLITS
     document = json.loads((root / "coco_people/annotations/captions_test.json").read_text())
-    assert {sample.path.name: list(sample.captions) for sample in loaded.splits["test"]} == captions_of(document)
+    assert {sample.path.name: list(sample.captions) for sample in loaded.splits["test"]} == captions_by_file(document)
 
 
 def test_extra_data_sets_add_training_photos(tmp_path, monkeypatch):
@@ -126,6 +126,6 @@ def test_extra_data_sets_add_training_photos(tmp_path, monkeypatch):
         ({"extra": ("coco_people",), "num_train": 3}, "num_train and extra exclude each other"),
     ],
 )
-def test_wrong_extra_data_sets(keys, message):
+def test_invalid_extra_data_sets_are_rejected(keys, message):
     with pytest.raises(ValueError, match=message):
         CaptionDataConfig(name="flickr8k", **keys)

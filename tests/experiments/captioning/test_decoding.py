@@ -14,7 +14,7 @@ from cvlab.experiments.captioning.model import Captioner
 from cvlab.experiments.captioning.self_critical import CiderReward
 from cvlab.experiments.captioning.transformer import TransformerCaptioner
 
-VOCAB_SIZE = 7  # of which three are words
+VOCAB_SIZE = 7  # four special tokens and three words
 MAX_LENGTH = 4
 
 
@@ -34,7 +34,7 @@ def make_features(model, n=3):
 
 
 def log_prob(model, features, token_ids, suppressed=decoding.SUPPRESSED):
-    """Sum the log-probabilities of a caption, from one forward pass over all of it."""
+    """Return the log-probability of a caption, computed by one forward pass over all of its tokens."""
     inputs = torch.tensor([[START, *token_ids[:-1]]])
     with torch.no_grad():
         logits = model(features[None], inputs, torch.tensor([0]))[0]
@@ -44,20 +44,20 @@ def log_prob(model, features, token_ids, suppressed=decoding.SUPPRESSED):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
-def test_an_exhaustive_beam_finds_the_best_of_all_captions(model, length_penalty):
+def test_an_exhaustive_beam_search_finds_the_best_caption(model, length_penalty):
     for features in make_features(model):
         best = max(
-            (log_prob(model, features, (*words, END)) / (n + 1) ** length_penalty, (*words, END))
+            (log_prob(model, features, (*token_ids, END)) / (n + 1) ** length_penalty, (*token_ids, END))
             for n in range(MAX_LENGTH)
-            for words in itertools.product(range(UNKNOWN + 1, VOCAB_SIZE), repeat=n)
+            for token_ids in itertools.product(range(UNKNOWN + 1, VOCAB_SIZE), repeat=n)
         )
         (hypothesis,) = decoding.beam_search(model, features[None], 100, MAX_LENGTH, length_penalty)
         assert hypothesis.token_ids == best[1]
         assert hypothesis.score == pytest.approx(best[0], abs=1e-4)
 
 
-def test_a_constrained_beam_finds_the_best_of_all_captions_that_satisfy_it(model):
-    """Five photos of a batch: nothing, one word, two words, two sets that share a word, and a forbidden word."""
+def test_a_constrained_beam_search_finds_the_best_caption_that_satisfies_the_constraints(model):
+    """A batch of five photos: no constraint, one word, two words, two sets that share a word, forbidden words."""
     sets = [((), ()), ((5,), ()), ((4,), (6,)), ((4, 5), (5, 6)), ((6,), ())]
     forbidden_words = [(), (), (), (), (4, 5)]
     required, forbidden = torch.zeros(5, 2, VOCAB_SIZE).bool(), torch.zeros(5, VOCAB_SIZE).bool()
@@ -70,20 +70,20 @@ def test_a_constrained_beam_finds_the_best_of_all_captions_that_satisfy_it(model
     hypotheses = decoding.beam_search(model, features, 100, MAX_LENGTH, 0.7, constraints)
     unconstrained = decoding.beam_search(model, features, 100, MAX_LENGTH, 0.7)
     assert hypotheses[0].token_ids == unconstrained[0].token_ids
-    assert [each.token_ids for each in hypotheses] != [each.token_ids for each in unconstrained]
+    assert [h.token_ids for h in hypotheses] != [h.token_ids for h in unconstrained]
     for k, hypothesis in enumerate(hypotheses):
         best = max(
-            (log_prob(model, features[k], (*words, END)) / (n + 1) ** 0.7, (*words, END))
+            (log_prob(model, features[k], (*token_ids, END)) / (n + 1) ** 0.7, (*token_ids, END))
             for n in range(MAX_LENGTH)
-            for words in itertools.product(range(UNKNOWN + 1, VOCAB_SIZE), repeat=n)
-            if all(set(words) & set(of_set) for of_set in sets[k] if of_set)
-            and not set(words) & set(forbidden_words[k])
+            for token_ids in itertools.product(range(UNKNOWN + 1, VOCAB_SIZE), repeat=n)
+            if all(set(token_ids) & set(required_set) for required_set in sets[k] if required_set)
+            and not set(token_ids) & set(forbidden_words[k])
         )
         assert hypothesis.token_ids == best[1]
         assert hypothesis.score == pytest.approx(best[0], abs=1e-4)
 
 
-def test_a_narrow_constrained_beam_satisfies_the_constraints_too(model):
+def test_a_narrow_constrained_beam_search_satisfies_the_constraints(model):
     required, forbidden = torch.zeros(3, 2, VOCAB_SIZE).bool(), torch.zeros(3, VOCAB_SIZE).bool()
     required[:, 0, 4] = required[:, 1, 6] = True
     constraints = decoding.WordConstraints(required, forbidden)
@@ -94,9 +94,9 @@ def test_a_narrow_constrained_beam_satisfies_the_constraints_too(model):
             assert -100 < hypothesis.score < 0
 
 
-def test_one_beam_is_greedy(model):
+def test_a_beam_of_width_one_is_greedy(model):
     for features in make_features(model):
-        words = []
+        token_ids = []
         state, token_id = model.initial_state(features[None]), torch.tensor([START])
         finished = []
         with torch.no_grad():
@@ -105,13 +105,13 @@ def test_one_beam_is_greedy(model):
                 logits, state, _ = model.step(state, token_id)
                 logits[:, [PAD, START, UNKNOWN]] = -1e9
                 log_p = logits.log_softmax(1)
-                finished.append((total + log_p[0, END].item(), (*words, END)))
+                finished.append((total + log_p[0, END].item(), (*token_ids, END)))
                 log_p[:, END] = -1e9
                 if t == MAX_LENGTH - 1:
                     break
                 total += log_p.max().item()
                 token_id = log_p.argmax(1)
-                words.append(int(token_id))
+                token_ids.append(int(token_id))
         (hypothesis,) = decoding.beam_search(model, features[None], 1, MAX_LENGTH, length_penalty=0.0)
         assert hypothesis.token_ids == max(finished)[1]
 
@@ -119,7 +119,7 @@ def test_one_beam_is_greedy(model):
 def test_photos_of_a_batch_are_independent_and_every_caption_ends(model):
     features = make_features(model, 5)
     batched = decoding.beam_search(model, features, beam_width=3, max_length=MAX_LENGTH)
-    single = [decoding.beam_search(model, one[None], beam_width=3, max_length=MAX_LENGTH)[0] for one in features]
+    single = [decoding.beam_search(model, photo[None], beam_width=3, max_length=MAX_LENGTH)[0] for photo in features]
     assert [hypothesis.token_ids for hypothesis in batched] == [hypothesis.token_ids for hypothesis in single]
     for hypothesis in batched:
         assert hypothesis.token_ids[-1] == END
@@ -161,8 +161,8 @@ def test_the_log_prob_of_a_caption_is_the_sum_over_its_tokens(model):
         torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=0)
 
 
-def test_the_policy_gradient_moves_no_probability_to_tokens_that_are_never_generated(model):
-    """It once did: bad samples lost probability to UNKNOWN, which is never sampled and so never scored."""
+def test_the_policy_gradient_moves_no_probability_to_suppressed_tokens(model):
+    """A regression test: bad samples lost probability to UNKNOWN, which is never sampled and so never scored."""
     vocabulary = Vocabulary(("a", "b", "c"))
     samples = [CaptionSample(Path("photo.png"), captions) for captions in (("a b",), ("c",))]
     features = make_features(model, 2)

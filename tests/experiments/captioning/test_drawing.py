@@ -12,7 +12,7 @@ from cvlab.reports import fonts, images
 
 
 @pytest.mark.parametrize("size", [(640, 480), (60, 600), (3000, 100)])
-def test_the_sheet_has_the_file_name_the_sentence_and_all_words_uncut(monkeypatch, size):
+def test_the_sheet_shows_the_file_name_the_sentence_and_all_words_completely(monkeypatch, size):
     lines = []
     monkeypatch.setattr(fonts, "draw", lambda _pen, xy, text, px, *_: lines.append((xy[0], text, px)))
     tokens = ["a", "counterrevolutionaries", "cat", *["word"] * 12]
@@ -25,7 +25,7 @@ def test_the_sheet_has_the_file_name_the_sentence_and_all_words_uncut(monkeypatc
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 500)])
-def test_a_planted_cell_is_where_its_word_is_bright(monkeypatch, size):
+def test_the_map_of_a_word_is_brightest_at_the_attended_cell(monkeypatch, size):
     cells = [(0, 0), (0, 6), (6, 0), (3, 3), (5, 1), (2, 6)]
     weights = torch.full((len(cells), 7, 7), 0.001)
     for k, (row, column) in enumerate(cells):
@@ -73,8 +73,8 @@ def test_a_nearly_uniform_map_is_drawn_flat(monkeypatch):
     assert np.ptp(peaked, axis=(0, 1)).max() > 60
 
 
-def test_a_word_is_drawn_with_the_weights_that_it_was_chosen_with():
-    """Attention of a word is that of the step whose logits chose it, not that of the step after."""
+def test_a_word_is_drawn_with_the_attention_weights_of_its_step():
+    """The attention weights of a word are those of the step whose logits selected it, not those of the next step."""
     torch.manual_seed(0)
     model = Captioner(6, 20, cell="attention_lstm", embed_dim=8, hidden_dim=12).eval()
     features = torch.randn(1, 9, 6)

@@ -1,4 +1,4 @@
-"""Which pixels speak for a word: a planted captioner, the command."""
+"""Pixels that increase the probability of a word: an artificial captioner, and the command."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from cvlab.experiments.common import occlusion
 
 
 class CornerSource:
-    """Features that depend on the upper left quarter of photos only."""
+    """Features that depend only on the upper left quarter of photos."""
 
     def maps(self, images, ctx, mirrored):
         pixels = torch.stack([photos.to_tensor(image)[:, :16, :16] for image in images])
@@ -32,7 +32,7 @@ def predictor():
     return SimpleNamespace(captioner=captioner, ctx=device.select_device("cpu", "float32"))
 
 
-def test_only_the_pixels_that_the_captioner_sees_are_lit(predictor):
+def test_only_the_pixels_that_the_captioner_sees_have_an_effect(predictor):
     photo = Image.effect_noise((32, 32), 90).convert("RGB")
     tokens = (5, 7, 6)
 
@@ -41,7 +41,7 @@ def test_only_the_pixels_that_the_captioner_sees_are_lit(predictor):
 
     values = occlusion.occlusion_map(scores, photo, 0.125, 8, lambda note, done: None)
     assert float(values[:16, :16].abs().max()) > 1e-4
-    assert float(values[20:].abs().max()) < 1e-6, "the rounding of batches of another size"
+    assert float(values[20:].abs().max()) < 1e-6, "rounding differs between batch sizes"
     assert float(values[:, 20:].abs().max()) < 1e-6
 
 
@@ -52,11 +52,11 @@ def test_log_probabilities_of_words_sum_to_that_of_the_caption(predictor):
     features = CornerSource().maps([photo], None, False)[0].flatten(2).mT
     model = predictor.captioner.model
     with torch.no_grad():
-        whole = model.log_prob(features, torch.tensor([[START, *tokens]]), torch.tensor([0]), explanation.SUPPRESSED)
-    assert total == pytest.approx(float(whole), rel=1e-5)
+        expected = model.log_prob(features, torch.tensor([[START, *tokens]]), torch.tensor([0]), explanation.SUPPRESSED)
+    assert total == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_command_and_a_word_that_no_caption_has(cvlab):
+def test_the_command_and_a_word_that_no_caption_contains(cvlab):
     code, out, err = cvlab("saliency", "sample", "--word", "man", "window=0.6", "threads=1", "--json")
     assert code == 0, err
     result = json.loads(out)

@@ -1,4 +1,4 @@
-"""Backbone features: how feature maps are combined, and that files on the disk are kept and verified."""
+"""Backbone features: the combination of feature maps, and the files of the cache, which are reused and verified."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from cvlab.models.pretrained import build
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """Return a function that loads the features of one photo, twice, the folder of the files, and the photo."""
+    """Return a function that loads the features of a photo listed twice, the folder of the cache, and the photo."""
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
     path = tmp_path / "photo.png"
     photos.load(photo_paths.find_images(("sample",))[0]).save(path)
@@ -63,7 +63,7 @@ def test_features_stay_in_memory_if_the_disk_cannot_be_written(store, tmp_path, 
     assert "could not be cached" in capsys.readouterr().err
 
 
-def test_further_backbones_have_files_of_their_own(store):
+def test_additional_backbones_have_separate_files(store):
     load, folder, _ = store
     first = load().clone()
     nanodet = checkpoint.build_feature_extractor((32, 16), "nanodet_g", None, torch.device("cpu"))
@@ -108,8 +108,8 @@ def test_the_maps_of_several_backbones_have_the_same_scale_and_positions():
     first, stride_32, stride_16 = features.split([112, 512, 256], 2)
     for part in (first, stride_32, stride_16):
         torch.testing.assert_close(part.square().mean((1, 2)), torch.ones(2))
-    (alone,) = sources[0].maps(images, ctx)  # 4 x 4, as is stride 32 of twice the size
-    torch.testing.assert_close(first[0] / first[0].amax(), alone[0].flatten(1).mT / alone[0].amax())
+    (single,) = sources[0].maps(images, ctx)  # 4 x 4, as is stride 32 of twice the size
+    torch.testing.assert_close(first[0] / first[0].amax(), single[0].flatten(1).mT / single[0].amax())
     raw_32, raw_16 = sources[1].maps(images, ctx)
     torch.testing.assert_close(stride_32[0] / stride_32[0].amax(), raw_32[0].flatten(1).mT / raw_32[0].amax())
     averaged = raw_16[0].unflatten(2, (4, 2)).unflatten(1, (4, 2)).mean((2, 4)).flatten(1).mT

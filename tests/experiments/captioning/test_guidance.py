@@ -1,4 +1,4 @@
-"""What a caption must and must not name: the table of concepts, the rules, and their effect on captions."""
+"""Guidance, the words a caption must or must not contain: the table of concepts, the rules, their effect."""
 
 import json
 
@@ -24,18 +24,18 @@ def predictor():
 
 
 def evidence(**values):
-    """Return evidence of all concepts; `cat=(0.7, 0.9)` is a score and a probability."""
+    """Return evidence for all concepts; `cat=(0.7, 0.9)` is a score and a probability."""
     return [Evidence(concept, *values.get(concept.name, (0.0, 0.0))) for concept in CONCEPTS]
 
 
-def names(guide):
-    return [each.concept.name for each in guide.required]
+def required_names(guide):
+    return [item.concept.name for item in guide.required]
 
 
-def test_a_concept_can_be_said_and_no_class_belongs_to_two(predictor):
-    words = set(predictor.captioner.vocabulary.tokens)
-    cannot_be_said = {concept.name for concept in CONCEPTS if not words & set(concept.synonyms)}
-    assert cannot_be_said <= {"zebra"}
+def test_concepts_are_in_the_vocabulary_and_have_disjoint_classes(predictor):
+    tokens = set(predictor.captioner.vocabulary.tokens)
+    not_in_vocabulary = {concept.name for concept in CONCEPTS if not tokens & set(concept.synonyms)}
+    assert not_in_vocabulary <= {"zebra"}
     indices = [index for concept in CONCEPTS for index in concept.imagenet]
     assert len(set(indices)) == len(indices) == len([index for index in indices if 0 <= index < 1000])
     labels = imagenet.labels()
@@ -59,13 +59,13 @@ def test_a_concept_can_be_said_and_no_class_belongs_to_two(predictor):
         ({"person": (0.7, 0.0), "cat": (0.8, 0.9), "pizza": (0.65, 0.0)}, ["cat", "person"], {"dog"}),
     ],
 )
-def test_what_is_required_and_excluded(values, required, excluded):
+def test_required_and_excluded_concepts(values, required, excluded):
     guide = guidance.make_guide(evidence(**values))
-    assert names(guide) == required
-    not_seen = {concept.name for concept in guide.excluded}
-    assert excluded <= not_seen
-    assert not not_seen & (set(values) - excluded)
-    assert "person" not in not_seen
+    assert required_names(guide) == required
+    excluded_names = {concept.name for concept in guide.excluded}
+    assert excluded <= excluded_names
+    assert not excluded_names & (set(values) - excluded)
+    assert "person" not in excluded_names
 
 
 def test_small_boxes_do_not_count_and_probabilities_add_up():
@@ -77,23 +77,23 @@ def test_small_boxes_do_not_count_and_probabilities_add_up():
         {"label": "cat", "score": 0.4, "box_xyxy": [0, 0, 50, 50]},
         {"label": "fork", "score": 0.9, "box_xyxy": [0, 0, 50, 50]},
     ]
-    seen = {each.concept.name: each for each in guidance.collect_evidence(objects, 10_000, probabilities)}
-    assert (seen["cat"].score, seen["cat"].probability) == (0.4, 0.75)
-    assert seen["bus"].strength == 0
+    evidence_by_name = {item.concept.name: item for item in guidance.collect_evidence(objects, 10_000, probabilities)}
+    assert (evidence_by_name["cat"].score, evidence_by_name["cat"].probability) == (0.4, 0.75)
+    assert evidence_by_name["bus"].strength == 0
 
 
-def test_words_of_something_else_stay_allowed_and_missing_ones_require_nothing():
+def test_ambiguous_words_stay_allowed_and_words_outside_the_vocabulary_are_not_required():
     vocabulary = Vocabulary(("a", "cat", "bike", "bicycle", "motorcycle"))
     ids = vocabulary.token_to_id
     guide = guidance.make_guide(evidence(bicycle=(0.9, 0.0), zebra=(0.9, 0.0)))
     constraints = guidance.word_constraints([guide], vocabulary, 10, torch.device("cpu"))
-    words = {tuple(k for k in vocabulary.tokens if row[ids[k]]) for row in constraints.required[0]}
-    assert words == {("bike", "bicycle"), ()}
+    required_words = {tuple(k for k in vocabulary.tokens if row[ids[k]]) for row in constraints.required[0]}
+    assert required_words == {("bike", "bicycle"), ()}
     assert [k for k in vocabulary.tokens if constraints.forbidden[0, ids[k]]] == ["cat", "motorcycle"]
     assert guidance.word_constraints([guide], vocabulary, 2, torch.device("cpu")).required.shape[1] == 1
 
 
-def test_the_classifier_is_that_of_the_backbone(predictor):
+def test_the_classifier_equals_that_of_the_backbone(predictor):
     extractor = predictor.captioner.feature_sources[0].extractor
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(predictor.ctx.device)
     with torch.inference_mode():
@@ -102,30 +102,30 @@ def test_the_classifier_is_that_of_the_backbone(predictor):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_guided_caption_names_what_is_required(predictor, monkeypatch):
+def test_a_guided_caption_contains_the_required_words(predictor, monkeypatch):
     image = Image.new("RGB", (64, 64), "gray")
     guide = guidance.make_guide(evidence(monkey=(0.0, 0.9), umbrella=(0.8, 0.0)))
     monkeypatch.setattr(predictor.observer, "guides", lambda images, _: [guide] * len(images))
     (row,) = predictor.rows(*predictor.generate([image])[1:])
-    words = set(row["sentence"].split())
-    assert words & {"monkey", "monkeys"}
-    assert words & {"umbrella", "umbrellas"}
+    tokens = set(row["sentence"].split())
+    assert tokens & {"monkey", "monkeys"}
+    assert tokens & {"umbrella", "umbrellas"}
     assert row["guide"] == [
         {"label": "monkey", "score": 0.0, "probability": 0.9},
         {"label": "umbrella", "score": 0.8, "probability": 0.0},
     ]
 
 
-def test_the_command_says_what_the_caption_had_to_name(cvlab):
+def test_the_command_reports_the_required_concepts(cvlab):
     guided, plain = (
         json.loads(cvlab("caption", "sample", "--beam", 2, *options, "--json")[1])["results"][0]
         for options in ((), ("--no-guide",))
     )
-    assert [each["label"] for each in guided["guide"]] == ["person"]
+    assert [item["label"] for item in guided["guide"]] == ["person"]
     assert "guide" not in plain
 
 
-def test_detectors_of_the_command_are_reached_by_name(predictor):
+def test_bundled_detectors_are_available_by_name(predictor):
     detector = registry.get_experiment("detect").bundled_detector("everyday", predictor.ctx, 0.9)
     assert detector.score_threshold == 0.9
     assert len(detector.classes) == 80

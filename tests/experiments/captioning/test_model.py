@@ -1,4 +1,4 @@
-"""The captioning model: hand-written and torch's layers agree, so do whole captions and single steps."""
+"""The captioning models: hand-written layers agree with torch's, and single steps with whole captions."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from cvlab.experiments.captioning.transformer import TransformerCaptioner
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "attention_lstm", "transformer"])
 class TestCaptioner:
     def build(self, cell):
-        """Return a model of torch's layers, the same of hand-written ones, and the arguments of `forward`."""
+        """Return a model with torch's layers, the same with hand-written ones, and the arguments of `forward`."""
         torch.manual_seed(0)
         models = []
         for layers in ("torch", "manual"):
@@ -45,7 +45,7 @@ class TestCaptioner:
         torch.testing.assert_close(loss, total / 3)
         torch.testing.assert_close(token_loss, (total / 9).detach())
 
-    def test_the_loss_projects_a_number_of_rows_that_few_batches_change(self, cell, monkeypatch):
+    def test_the_loss_projects_a_padded_number_of_rows(self, cell, monkeypatch):
         model, _, *batch = self.build(cell)
         project, shapes = model.project_output, []
         monkeypatch.setattr(model, "project_output", lambda rows: shapes.append(rows.shape[0]) or project(rows))
@@ -54,11 +54,11 @@ class TestCaptioner:
 
     def test_steps_agree_with_the_whole_caption(self, cell):
         model, _, features, token_ids, photo_indices = self.build(cell)
-        whole = model(features, token_ids[:, :-1], photo_indices).log_softmax(-1)
+        expected = model(features, token_ids[:, :-1], photo_indices).log_softmax(-1)
         state = model.initial_state(features[photo_indices])
         for t in range(4):
             logits, state, weights = model.step(state, token_ids[:, t])
-            torch.testing.assert_close(logits.log_softmax(1), whole[:, t])
+            torch.testing.assert_close(logits.log_softmax(1), expected[:, t])
             assert (weights is not None) == model.has_attention
             if weights is not None:
                 torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
@@ -77,7 +77,7 @@ def test_positional_features_and_the_mlp_projection(layers):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_token_of_a_transformer_does_not_depend_on_those_after_it():
+def test_the_transformer_is_causal():
     torch.manual_seed(0)
     model = TransformerCaptioner(6, 9, hidden_dim=8, num_heads=2, layers="manual").eval()
     features, photo_indices = torch.randn(1, 4, 6), torch.tensor([0, 0])
@@ -86,6 +86,6 @@ def test_a_token_of_a_transformer_does_not_depend_on_those_after_it():
     assert not torch.allclose(logits[0, 2], logits[1, 2])
 
 
-def test_the_size_of_a_transformer_is_a_multiple_of_its_heads():
+def test_hidden_dim_must_be_a_multiple_of_num_heads():
     with pytest.raises(ConfigError, match="hidden_dim 10 is not an even multiple of num_heads 4"):
         TransformerCaptioner(6, 9, hidden_dim=10, num_heads=4)

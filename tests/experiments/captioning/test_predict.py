@@ -1,4 +1,4 @@
-"""`cvlab caption`: captions, attention maps, and what is rejected."""
+"""`cvlab caption`: captions, attention maps, and errors."""
 
 import json
 import re
@@ -19,7 +19,7 @@ WORDS = ("a", "red", "blue", "star", "ring")
 
 @pytest.fixture
 def weights(tmp_path):
-    """Return weights files of untrained captioners by cell; END is made unlikely, so that captions are not empty."""
+    """Return the weights files of untrained captioners by cell, in which END is unlikely, to avoid empty captions."""
     cpu = torch.device("cpu")
     files = {}
     for cell in ("attention_lstm", "rnn"):
@@ -27,7 +27,7 @@ def weights(tmp_path):
         metadata = checkpoint.CaptionerMetadata(arguments, WORDS, 64, 12, trained_on="nothing")
         sources = checkpoint.build_feature_sources(metadata, cpu)
         files[cell] = tmp_path / f"{cell}.safetensors"
-        torch.manual_seed(0)  # building the backbone draws random numbers the first time only
+        torch.manual_seed(0)  # building the backbone draws random numbers only the first time
         model = checkpoint.build(metadata, sources, cpu).model
         model.output_projection.bias.detach()[vocabulary.END] = -4.0
         checkpoint.save(metadata, model, files[cell])
@@ -46,19 +46,19 @@ def test_each_photo_gets_a_caption_and_attention_maps(cvlab, weights, tmp_path):
     assert report["metrics"]["num_photos"] == 2
     assert "error" in report["results"][2]
     for result in report["results"][:2]:
-        words = result["sentence"].split()
-        assert 1 <= len(words) <= 11
-        assert set(words) <= set(WORDS)
+        tokens = result["sentence"].split()
+        assert 1 <= len(tokens) <= 11
+        assert set(tokens) <= set(WORDS)
         assert result["score"] < 0
         sheet = Image.open(Path(report["run"]) / result["picture"])
         assert sheet.width > 200
         assert sheet.getbbox() is not None
 
 
-def test_own_captioners_are_guided_if_asked_for(cvlab, weights):
+def test_user_captioners_are_guided_on_request(cvlab, weights):
     code, out, err = cvlab("caption", "sample", "--weights", weights["attention_lstm"], "--guide", "--json")
     assert code == 0, err
-    assert "person" in [each["label"] for each in json.loads(out)["results"][0]["guide"]]
+    assert "person" in [item["label"] for item in json.loads(out)["results"][0]["guide"]]
     code, out, _ = cvlab("caption", "sample", "--weights", weights["attention_lstm"], "--json")
     assert "guide" not in json.loads(out)["results"][0]
 
@@ -70,7 +70,7 @@ def test_the_table_shows_the_caption(cvlab, weights):
     assert "rnn" in err, err
 
 
-def test_one_beam_is_greedy(cvlab, weights):
+def test_a_beam_of_width_one_is_greedy(cvlab, weights):
     captioner = checkpoint.load(weights["attention_lstm"], torch.device("cpu"))
     photo = photos.load(photo_paths.find_images(("sample",))[0])
     ctx = device.select_device("cpu", "float32", 1)
@@ -109,6 +109,6 @@ def test_no_photo(cvlab):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_logits_of_16_bits_are_made_float32(dtype):
+def test_logits_of_16_bits_are_upcast_to_float32(dtype):
     assert captioner_base.upcast(torch.zeros(2, 3, dtype=dtype)).dtype == torch.float32
     assert captioner_base.upcast(torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""Training captioners on generated scenes: metrics, weights, evaluation, resuming, and what is rejected."""
+"""Training captioners on generated scenes: metrics, weights, evaluation, resuming, and errors."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_metrics_and_weights_file(cvlab):
 EXTRA_FEATURES = "extra_features=[{backbone: nanodet_g, strides: [32, 16], size: 96}]"
 
 
-def test_a_captioner_on_the_features_of_two_backbones_captions_photos(cvlab):
+def test_a_captioner_with_the_features_of_two_backbones(cvlab):
     report = train(cvlab, "strides=[32]", EXTRA_FEATURES)
     path = Path(report["run"]) / "captioner.safetensors"
     captioner = checkpoint.load(path, torch.device("cpu"))
@@ -81,7 +81,7 @@ def test_extra_features_are_checked(cvlab, block, message):
     assert message in err
 
 
-def test_a_wrong_stride_of_extra_features_is_one_line(cvlab):
+def test_an_invalid_stride_of_extra_features_gives_a_one_line_error(cvlab):
     code, _, err = cvlab("train", "caption_scenes", "extra_features=[{backbone: nanodet_g, strides: [7]}]", "--dry-run")
     assert code == 2
     assert err.splitlines()[0].endswith("extra_features.0.strides.0: expected 4 | 8 | 16 | 32, got 7")
@@ -99,7 +99,7 @@ def test_manual_layers_train_like_those_of_torch(cvlab):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_parts_of_a_batch_have_the_loss_and_gradient_of_the_whole():
+def test_the_parts_of_a_batch_have_the_loss_and_gradient_of_the_whole_batch():
     torch.manual_seed(0)
     model = Captioner(8, 12, cell="attention_lstm", embed_dim=6, hidden_dim=7, dropout=0.0, feature_dropout=0.0)
     token_ids = torch.randint(4, 12, (7, 6))
@@ -119,20 +119,20 @@ def test_the_parts_of_a_batch_have_the_loss_and_gradient_of_the_whole():
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_a_run_with_batches_in_parts_trains_as_the_whole(cvlab):
+def test_gradient_accumulation_gives_the_same_losses(cvlab):
     sizes = "embed_dim: 8, hidden_dim: 16, dropout: 0, feature_dropout: 0"
-    words = (f"model={{name: captioner, cell: lstm, {sizes}}}", "precision=float32")
-    whole, parts = (train(cvlab, *words, *more)["metrics"] for more in ((), ("accumulate=2",)))
+    args = (f"model={{name: captioner, cell: lstm, {sizes}}}", "precision=float32")
+    expected, accumulated = (train(cvlab, *args, *options)["metrics"] for options in ((), ("accumulate=2",)))
     for name in ("train_loss", "word_loss", "val_loss"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-6)
+        assert accumulated[name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(stopped_and_resumed):
-    whole, again = stopped_and_resumed(
+    uninterrupted, resumed = stopped_and_resumed(
         "caption_scenes", *SHORT, "save_seconds=0", "mirror=true", "reward_epochs=1", "accumulate=2"
     )
-    assert weights_digest(whole) == weights_digest(again)
-    assert whole["run"] != again["run"]
+    assert weights_digest(uninterrupted) == weights_digest(resumed)
+    assert uninterrupted["run"] != resumed["run"]
 
 
 def test_eval_repeats_the_metrics_of_the_run(cvlab):
@@ -145,8 +145,8 @@ def test_eval_repeats_the_metrics_of_the_run(cvlab):
 
 
 @pytest.fixture
-def with_people(data_root, tmp_path, monkeypatch):
-    """A data folder with the scenes and a tiny coco_people."""
+def data_with_people(data_root, tmp_path, monkeypatch):
+    """Return a data folder with the scenes and a tiny coco_people."""
     dataset.load("scene_captions", data_root)
     (tmp_path / "data").mkdir()
     for folder in data_root.iterdir():
@@ -156,7 +156,7 @@ def with_people(data_root, tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def test_extra_data_sets_are_trained_on_and_evaluated(cvlab, with_people):
+def test_extra_data_sets_are_used_for_training_and_evaluation(cvlab, data_with_people):
     rule = "expect=[coco_people_bleu4 >= 0]"
     report = train(cvlab, "data={name: scene_captions, extra: [coco_people]}", rule, "evaluate_test=true")
     assert {"bleu4", "shape_accuracy", "coco_people_bleu4", "coco_people_cider"} <= report["metrics"].keys()
@@ -176,7 +176,7 @@ def test_extra_data_sets_are_trained_on_and_evaluated(cvlab, with_people):
     assert "no metric 'coco_people_bleu4'" in err
 
 
-def test_a_missing_extra_data_set_means_the_fallback(cvlab):
+def test_a_missing_extra_data_set_triggers_the_fallback(cvlab):
     data = "data={name: scene_captions, extra: [coco_people], fallback: scene_captions}"
     code, out, err = cvlab("train", "caption_scenes", *SHORT, data, "expect_fallback=[]", "--json")
     assert code == 0, err
@@ -199,7 +199,7 @@ def test_self_critical_training_raises_the_reward(cvlab):
     assert sum(rewards[-5:]) > sum(rewards[:5])
 
 
-def test_it_overfits_a_few_captions(cvlab):
+def test_the_model_overfits_a_few_captions(cvlab):
     sizes = "embed_dim: 16, hidden_dim: 32, dropout: 0, feature_dropout: 0"
     model = f"model={{name: captioner, cell: attention_lstm, {sizes}}}"
     rows = read_metrics(train(cvlab, model, *OVERFIT, "duration={steps: 120}", "schedule={name: cosine}"))

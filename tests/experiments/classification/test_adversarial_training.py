@@ -1,4 +1,4 @@
-"""Adversarial training: examples against a written-out loop, no trace in the model, validation, resume, refusals."""
+"""Adversarial training: examples against a plain loop, no side effects, validation, resuming, errors."""
 
 import json
 from unittest import mock
@@ -36,7 +36,7 @@ def build_model():
 @pytest.fixture
 def batch():
     pixels = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    pixels[:3] = pixels[:3].round()  # black and white, which no change may leave
+    pixels[:3] = pixels[:3].round()  # black and white pixels, at the bounds of the valid range
     return normalize().of_pixels(pixels), torch.arange(12) % 5
 
 
@@ -57,7 +57,7 @@ def mixed(batch):
     ("keys", "num_steps", "alpha"), [({"steps": 3}, 3, 2.5 * EPS / 3), ({"method": "fast"}, 1, 1.25 * EPS)]
 )
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_examples_are_those_of_the_papers(batch, keys, num_steps, alpha, is_mixed):
+def test_examples_match_the_papers(batch, keys, num_steps, alpha, is_mixed):
     model = build_model().eval()
     images, labels = mixed(batch) if is_mixed else batch
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -80,18 +80,18 @@ def test_examples_are_those_of_the_papers(batch, keys, num_steps, alpha, is_mixe
 
 def test_examples_do_not_depend_on_parts_or_processes(batch):
     model = build_model().eval()
-    whole, _ = adversary()(model, batch, STEP)
-    torch.testing.assert_close(adversary(num_parts=3)(model, batch, STEP)[0], whole, atol=1e-5, rtol=0)
-    assert not adversary()(model, batch, STEP + 1)[0].equal(whole)
+    expected, _ = adversary()(model, batch, STEP)
+    torch.testing.assert_close(adversary(num_parts=3)(model, batch, STEP)[0], expected, atol=1e-5, rtol=0)
+    assert not adversary()(model, batch, STEP + 1)[0].equal(expected)
     for rank in (0, 1):
         shard = slice(6 * rank, 6 * rank + 6)
         with mock.patch.object(process_group, "world", return_value=mock.Mock(rank=rank, size=2)):
             examples, _ = adversary()(model, (batch[0][shard], batch[1][shard]), STEP)
-        torch.testing.assert_close(examples, whole[shard], atol=1e-5, rtol=0)
+        torch.testing.assert_close(examples, expected[shard], atol=1e-5, rtol=0)
 
 
-def test_the_attack_leaves_no_trace_but_its_examples(batch):
-    """Weights, statistics and random numbers after a step are those of a step on the examples."""
+def test_the_attack_has_no_side_effects(batch):
+    """After a step, weights, statistics and random numbers equal those after a step on the examples."""
 
     def fit(model, **options):
         state = loop.TrainState(model, optimizers.build_optimizer("sgd", model, {"lr": 0.1}))
@@ -129,26 +129,32 @@ def test_gradients_of_confident_images_do_not_underflow_in_float16(batch):
     assert (examples - exact).abs().gt(1e-3).float().mean() < 0.1
 
 
-def test_a_run_resumes_bitwise_and_chooses_by_robust_accuracy(stopped_and_resumed, cvlab):
-    unbroken, resumed = stopped_and_resumed(*SHORT, ADVERSARIAL, "expect=['val_robust_accuracy >= 0']")
-    assert weights_digest(resumed) == weights_digest(unbroken)
-    metrics = unbroken["metrics"]
+def test_a_run_resumes_bitwise_identically_and_selects_by_robust_accuracy(stopped_and_resumed, cvlab):
+    uninterrupted, resumed = stopped_and_resumed(*SHORT, ADVERSARIAL, "expect=['val_robust_accuracy >= 0']")
+    assert weights_digest(resumed) == weights_digest(uninterrupted)
+    metrics = uninterrupted["metrics"]
     for name in ("val_robust_accuracy", "best_val_robust_accuracy", "train_loss"):
         assert resumed["metrics"][name] == metrics[name]
     assert metrics["val_robust_accuracy"] < metrics["val_accuracy"]
     assert "best_val_accuracy" not in metrics
-    attack = ("attack", unbroken["run"], "--on", "val", "--method", "pgd", "--eps", "8", "num_images=40", "steps=3")
+    options = ("--on", "val", "--method", "pgd", "--eps", "8", "num_images=40", "steps=3")
     for weights, prefix in (("last", ""), ("best", "best_")):
-        code, out, err = cvlab(*attack, f"weights={weights}", "--json")
+        code, out, err = cvlab("attack", uninterrupted["run"], *options, f"weights={weights}", "--json")
         assert code == 0, err
-        measured = json.loads(out)["metrics"]["pgd_accuracy/8"]
-        assert measured == pytest.approx(metrics[f"{prefix}val_robust_accuracy"])
+        accuracy = json.loads(out)["metrics"]["pgd_accuracy/8"]
+        assert accuracy == pytest.approx(metrics[f"{prefix}val_robust_accuracy"])
 
 
-def test_all_of_the_other_keys_go_with_it(cvlab):
-    others = ("augment={mixup: 0.2, flip: true, cutout_px: 4}", "accumulate=2", "sam=0.05", "ema=0.9", "anomaly=true")
-    keys = ("adversarial={method: fast, eval_eps: 0}", "precision=bfloat16", "layers=manual", "loss=focal")
-    code, out, err = cvlab("train", *SHORT, *others, *keys, "duration={steps: 2}", "--json")
+def test_adversarial_training_combines_with_all_other_settings(cvlab):
+    other_keys = ("augment={mixup: 0.2, flip: true, cutout_px: 4}", "accumulate=2", "sam=0.05", "ema=0.9")
+    keys = (
+        "anomaly=true",
+        "adversarial={method: fast, eval_eps: 0}",
+        "precision=bfloat16",
+        "layers=manual",
+        "loss=focal",
+    )
+    code, out, err = cvlab("train", *SHORT, *other_keys, *keys, "duration={steps: 2}", "--json")
     assert code == 0, err
     metrics = json.loads(out)["metrics"]
     assert "best_val_accuracy" in metrics
@@ -167,7 +173,7 @@ def test_all_of_the_other_keys_go_with_it(cvlab):
         (("adversarial={eval_eps: 0}", "expect=['val_robust_accuracy >= 0']"), "val_robust_accuracy"),
     ],
 )
-def test_refusals_are_one_line(overrides, message, cvlab):
+def test_errors_are_one_line(overrides, message, cvlab):
     code, _, err = cvlab("train", "quickstart", *overrides)
     assert code == 2
     assert message in err, err

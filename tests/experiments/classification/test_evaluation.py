@@ -1,4 +1,4 @@
-"""Numbers about predictions, against torchmetrics and against plain loops."""
+"""Metrics of predictions against torchmetrics and plain loops."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ def random_predictions(num_images=300, num_classes=7, scale=2.0, seed=0):
 
 @pytest.mark.parametrize("num_classes", [2, 7, 12])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scores_are_those_of_torchmetrics(num_classes, seed):
+def test_scores_match_torchmetrics(num_classes, seed):
     predictions = random_predictions(num_classes=num_classes, seed=seed)
     labels, probabilities = predictions.labels, predictions.probabilities
     arguments = {"num_classes": num_classes, "average": None}
@@ -49,7 +49,7 @@ def test_scores_are_those_of_torchmetrics(num_classes, seed):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_the_temperature_has_the_smallest_loss(temperature):
+def test_the_best_temperature_minimizes_the_loss(temperature):
     predictions = random_predictions(2000)
     logits = predictions.logits / evaluation.best_temperature(predictions.logits, predictions.labels)
     recovered = evaluation.best_temperature(logits * temperature, predictions.labels)
@@ -75,7 +75,7 @@ def test_swapped_labels_are_suspicious():
     assert not set(swapped.tolist()) & set(evaluation.suspicious(predictions))
 
 
-def test_the_table_has_a_line_for_each_image():
+def test_the_csv_file_has_a_row_for_each_image():
     predictions = random_predictions(20)
     text = evaluation.to_csv(predictions)
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -88,7 +88,7 @@ def test_the_table_has_a_line_for_each_image():
         assert row["correct"] == str(int(row["label"] == row["prediction"]))
 
 
-def test_names_are_no_formulas_in_a_spreadsheet():
+def test_names_are_not_formulas_in_a_spreadsheet():
     predictions = random_predictions(3, 2)
     odd = Predictions(predictions.logits, predictions.labels, ("=1+1", "@x"), ("-a.jpg", "+b,c.jpg", 'd".jpg'))
     rows = list(csv.DictReader(io.StringIO(evaluation.to_csv(odd))))
@@ -98,15 +98,17 @@ def test_names_are_no_formulas_in_a_spreadsheet():
 
 @pytest.mark.usefixtures("drawn_plots")
 @pytest.mark.parametrize("num_classes", [2, 9, 40])
-def test_pictures_of_any_number_of_classes(num_classes):
+def test_plots_of_any_number_of_classes(num_classes):
     predictions = random_predictions(num_classes=num_classes)
     pixels = torch.randint(0, 256, (300, 16, 16, 3), dtype=torch.uint8)
     confusion = evaluation.confusion_matrix(predictions)
     matrix = drawing.confusion_matrix(confusion, [f"ein sehr langer Name {k}" for k in range(num_classes)], "title")
     diagram = drawing.reliability_diagram(*evaluation.reliability(predictions.probabilities, predictions.labels), "ab")
-    wrong = drawing.largest_losses(predictions)
-    sheet = drawing.gallery(predictions, pixels, wrong, "largest losses")
+    indices = drawing.largest_losses(predictions)
+    sheet = drawing.gallery(predictions, pixels, indices, "largest losses")
     assert min(*matrix.size, *diagram.size, *sheet.size) > 200
-    losses = predictions.losses[wrong]
+    losses = predictions.losses[indices]
     assert torch.equal(losses, losses.sort(descending=True).values)
-    assert all(predictions.predicted[k] != predictions.labels[k] for k in [*wrong, *drawing.most_confused(predictions)])
+    assert all(
+        predictions.predicted[k] != predictions.labels[k] for k in [*indices, *drawing.most_confused(predictions)]
+    )

@@ -1,4 +1,4 @@
-"""Labels that all other images contradict: leave-one-out in closed form equals leaving out one at a time."""
+"""Labels that all other images contradict: leave-one-out in closed form equals leaving out one image at a time."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def ridge_prediction(features, targets, image, ridge):
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (7, 20)])
-def test_equal_to_leaving_out_one_image_at_a_time(shape, monkeypatch):
+def test_leave_one_out_scores_equal_explicit_regressions(shape, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(shape, generator=generator, dtype=torch.float64)
     labels = torch.arange(shape[0]) % 3
@@ -33,7 +33,7 @@ def test_equal_to_leaving_out_one_image_at_a_time(shape, monkeypatch):
     torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-6, atol=1e-8)
 
 
-def test_wrong_labels_are_found_and_right_ones_are_not():
+def test_only_wrong_labels_are_suspicious():
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, 4, (400,), generator=generator)
     centers = 3 * torch.randn(4, 64, generator=generator)
@@ -43,9 +43,9 @@ def test_wrong_labels_are_found_and_right_ones_are_not():
     noisy = labels.clone()
     noisy[wrong] = (labels[wrong] + 1) % 4
     suspicious = label_check.suspicious_labels(features, noisy, 4)
-    assert {each.index for each in suspicious} == set(wrong.tolist())
-    assert all(each.suggestion == int(labels[each.index]) for each in suspicious)
-    assert [each.margin for each in suspicious] == sorted((each.margin for each in suspicious), reverse=True)
+    assert {item.index for item in suspicious} == set(wrong.tolist())
+    assert all(item.suggestion == int(labels[item.index]) for item in suspicious)
+    assert [item.margin for item in suspicious] == sorted((item.margin for item in suspicious), reverse=True)
 
 
 def test_two_images_of_a_class_are_not_suspicious():
@@ -55,13 +55,13 @@ def test_two_images_of_a_class_are_not_suspicious():
     assert label_check.suspicious_labels(features, labels, 2) == []
 
 
-def test_constant_features_and_one_image_each():
+def test_constant_features_and_one_image_per_class():
     assert label_check.suspicious_labels(torch.ones(6, 4), torch.arange(6) % 2, 2) == []
     scores = label_check.leave_one_out_scores(torch.randn(3, 4), torch.arange(3), 3)
     assert scores.isfinite().all()
 
 
-def test_a_run_names_the_photos_whose_label_is_wrong(tmp_path, data_root, cvlab):
+def test_a_run_lists_photos_with_suspicious_labels(tmp_path, data_root, cvlab):
     scene_photos(tmp_path / "photos", 10, data_root)
     moved = sorted((tmp_path / "photos" / "circle").iterdir())[0]
     moved.rename(tmp_path / "photos" / "square" / "moved.png")

@@ -1,4 +1,4 @@
-"""Training losses of classifiers against slow definitions; balanced sampling; what the configuration rejects."""
+"""Training losses of classifiers against slow definitions; balanced sampling; invalid configurations."""
 
 import json
 import math
@@ -44,15 +44,17 @@ def slow_loss(name, x, target, label_smoothing=0.0):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("name", losses.LOSSES.names)
-def test_each_loss_is_that_of_its_definition(name, weights, smoothing):
+def test_each_loss_matches_its_definition(name, weights, smoothing):
     if name == "svm" and smoothing:
         pytest.skip("svm has no label smoothing")
     x = logits()
     loss = build(name, **({"label_smoothing": smoothing} if smoothing else {}))
     targets = F.one_hot(LABELS, 5).double()
-    each = [slow_loss(name, row, target, smoothing) for row, target in zip(x.tolist(), targets.tolist(), strict=True)]
+    image_losses = [
+        slow_loss(name, row, target, smoothing) for row, target in zip(x.tolist(), targets.tolist(), strict=True)
+    ]
     factors = [1.0] * 6 if weights is None else weights.tolist()
-    expected = sum(a * b for a, b in zip(each, factors, strict=True)) / 6
+    expected = sum(a * b for a, b in zip(image_losses, factors, strict=True)) / 6
     assert loss(x, LABELS, weights).item() == pytest.approx(expected, rel=1e-9)
     if name != "svm":
         assert loss(x, targets, weights).item() == pytest.approx(expected, rel=1e-9), "soft targets"
@@ -60,10 +62,10 @@ def test_each_loss_is_that_of_its_definition(name, weights, smoothing):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "bce", "focal"])
-def test_the_loss_of_a_mixture_is_that_of_its_definition(name):
+def test_the_loss_of_mixed_targets_matches_its_definition(name):
     x, targets = logits(), 0.3 * F.one_hot(LABELS, 5).double() + 0.7 * F.one_hot(LABELS.flip(0), 5)
-    each = [slow_loss(name, row, target) for row, target in zip(x.tolist(), targets.tolist(), strict=True)]
-    assert build(name)(x, targets, None).item() == pytest.approx(sum(each) / 6, rel=1e-9)
+    image_losses = [slow_loss(name, row, target) for row, target in zip(x.tolist(), targets.tolist(), strict=True)]
+    assert build(name)(x, targets, None).item() == pytest.approx(sum(image_losses) / 6, rel=1e-9)
 
 
 def test_focal_with_gamma_0_is_cross_entropy_and_svm_has_a_margin():
@@ -74,29 +76,29 @@ def test_focal_with_gamma_0_is_cross_entropy_and_svm_has_a_margin():
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_focal_is_finite_where_the_prediction_is_certain(gamma):
+def test_focal_loss_has_a_finite_gradient_for_certain_predictions(gamma):
     x = torch.tensor([[200.0, -200.0], [-200.0, 200.0]], requires_grad=True)
     build("focal", gamma=gamma)(x, torch.tensor([0, 0]), None).backward()
     assert x.grad.isfinite().all()
 
 
-def test_balanced_epochs_have_each_class_equally_often_and_each_image_of_a_class():
+def test_balanced_sampling_is_uniform_over_classes_and_images_of_a_class():
     labels = torch.tensor([0] * 70 + [2] * 25 + [5] * 5)
-    seen = torch.zeros(100, dtype=torch.int64)
+    num_seen = torch.zeros(100, dtype=torch.int64)
     for epoch in range(21):
         order = balanced_order(labels, 7, epoch)
         counts = labels[order].bincount()[[0, 2, 5]]
         assert counts.sum() == 100
         assert counts.max() - counts.min() <= 1
-        seen += order.bincount(minlength=100)
+        num_seen += order.bincount(minlength=100)
         for label in (0, 2, 5):
-            of_class = seen[labels == label]
-            assert of_class.max() - of_class.min() <= 1
+            class_counts = num_seen[labels == label]
+            assert class_counts.max() - class_counts.min() <= 1
     assert torch.equal(balanced_order(labels, 7, 3), balanced_order(labels, 7, 3))
     assert not torch.equal(balanced_order(labels, 7, 3), balanced_order(labels, 8, 3))
 
 
-def test_balanced_batches_are_a_function_of_seed_and_step():
+def test_balanced_batches_depend_only_on_seed_and_step():
     images = torch.randint(0, 256, (50, 8, 8, 3), dtype=torch.uint8)
     labels = torch.tensor([0] * 45 + [1] * 5)
     normalize = build_normalization(images, "mean", torch.float32, torch.device("cpu"))
@@ -120,7 +122,7 @@ def test_balanced_batches_are_a_function_of_seed_and_step():
         ("loss=svm", "precision=bfloat16"),
     ],
 )
-def test_each_trains_from_the_command_line(overrides, cvlab):
+def test_each_loss_can_be_trained_from_the_command_line(overrides, cvlab):
     code, out, err = cvlab("train", "quickstart", *SHORT, *overrides, "--json")
     assert code == 0, err
     metrics = json.loads(out)["metrics"]
@@ -141,17 +143,19 @@ def test_each_trains_from_the_command_line(overrides, cvlab):
         (("data.sampling=equal",), "sampling"),
     ],
 )
-def test_what_does_not_go_together_is_rejected(overrides, message, cvlab):
+def test_incompatible_settings_are_rejected(overrides, message, cvlab):
     code, _, err = cvlab("train", "quickstart", *SHORT, *overrides)
     assert code == 2
     assert re.search(message, err), err
 
 
-def test_the_regularization_is_logged_apart(cvlab):
+def test_the_regularization_is_logged_separately(cvlab):
     plain, regularized = (
         json.loads(cvlab("train", "quickstart", *SHORT, "duration={steps: 1}", f"reg={reg}", "--json")[1])["metrics"]
         for reg in ("0.0", "0.01")
     )
     assert "reg" not in plain
     assert regularized["reg"] > 0.01
-    assert regularized["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5), "of the same initial weights"
+    assert regularized["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5), (
+        "both losses are those of the initial weights"
+    )

@@ -1,4 +1,4 @@
-"""From a folder of photos to a trained classifier, its mistakes, and its answers about new photos."""
+"""From a folder of photos to a trained classifier, its errors, and its predictions for new photos."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ def read_rows(path):
 
 
 def scene_photos(root, count, data_root, first=0):
-    """Write photos of three classes of scenes10, in a folder for each class."""
+    """Write photos of three classes of scenes10, with a folder for each class."""
     dataset = datasets.get("scenes10").load(data_root)
     for label, name in enumerate(CLASSES):
         folder = root / name
@@ -39,7 +39,7 @@ def scene_photos(root, count, data_root, first=0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_root):
-    """Train on photos once; return the folder of the photos, and that of the runs."""
+    """Train on photos once, and return the folder that contains `photos` and `runs`."""
     import os
 
     from cvlab.cli import main
@@ -61,14 +61,14 @@ def trained(tmp_path_factory, data_root):
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    """Return a copy of the trained run, in the runs of this test."""
+    """Return a copy of the trained run in the runs folder of the test."""
     path = next(trained.glob("runs/2*"))
     copied = Path(shutil.copytree(path, tmp_path / "runs" / path.name))
     monkeypatch.setenv("CVLAB_DATA", str(trained / "data"))
     return copied
 
 
-def test_the_run_has_its_mistakes(run):
+def test_the_run_contains_its_predictions_and_plots(run):
     summary = json.loads((run / "summary.json").read_text())
     for split, count in (("val", 6), ("test", 6)):
         rows = read_rows(run / f"predictions-{split}.csv")
@@ -85,7 +85,7 @@ def test_the_run_has_its_mistakes(run):
     assert set(summary["class_metrics"]) >= {f"val_recall/{name}" for name in CLASSES}
 
 
-def test_classify_says_what_eval_says(run, trained, cvlab):
+def test_classify_agrees_with_eval(run, trained, cvlab):
     rows = {row["image"]: row for row in read_rows(run / "predictions-test.csv")}
     paths = [trained / "photos" / name for name in rows]
     code, out, err = cvlab("classify", *paths, "--model", "latest", "--top", 3, "--json")
@@ -97,16 +97,16 @@ def test_classify_says_what_eval_says(run, trained, cvlab):
 
 
 @pytest.mark.parametrize("name", ["latest", "photos", "path"])
-def test_a_run_is_named_as_everywhere(run, trained, cvlab, name):
+def test_a_run_can_be_given_by_name_path_or_latest(run, trained, cvlab, name):
     photo = next((trained / "photos" / "ring").iterdir())
-    assert cvlab("classify", photo, "--model", "latest")[0] == 0  # is `latest` itself afterwards
+    assert cvlab("classify", photo, "--model", "latest")[0] == 0  # this run becomes `latest`
     name = str(run) if name == "path" else name
     code, out, err = cvlab("classify", photo, "--model", name, "--json")
     assert code == 0, err
     assert json.loads(out)["results"][0]["label"] in CLASSES
 
 
-def test_the_verbs_on_photos_take_a_run(run, trained, cvlab):
+def test_commands_on_photos_accept_a_run(run, trained, cvlab):
     photo = next((trained / "photos" / "circle").iterdir())
     for arguments in (
         ("saliency", photo),
@@ -125,7 +125,7 @@ def test_the_verbs_on_photos_take_a_run(run, trained, cvlab):
     assert "unknown layer 'blocks.4'; did you mean 'trunk.blocks.4'?" in err
 
 
-def test_eval_and_export_say_the_same(run, cvlab):
+def test_eval_repeats_the_metrics_and_export_succeeds(run, cvlab):
     summary = json.loads((run / "summary.json").read_text())
     code, out, err = cvlab("eval", "latest", "--json")
     assert code == 0, err
@@ -149,7 +149,7 @@ def test_eval_and_export_say_the_same(run, cvlab):
         (("--model", "./nosuch"), "no run"),
     ],
 )
-def test_what_is_no_model_is_one_line(run, trained, cvlab, arguments, text):
+def test_an_invalid_model_gives_a_one_line_error(run, trained, cvlab, arguments, text):
     photo = next((trained / "photos" / "circle").iterdir())
     code, _, err = cvlab("classify", photo, *arguments)
     assert code == 2
@@ -157,7 +157,7 @@ def test_what_is_no_model_is_one_line(run, trained, cvlab, arguments, text):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_run_of_another_kind_is_one_line(run, trained, cvlab):
+def test_a_run_without_a_classifier_gives_a_one_line_error(run, trained, cvlab):
     photo = next((trained / "photos" / "circle").iterdir())
     assert cvlab("classify", photo)[0] == 0
     other = next(path for path in run.parent.glob("2*") if "classify_photos" in path.name)
@@ -175,7 +175,7 @@ def test_a_run_of_another_kind_is_one_line(run, trained, cvlab):
         ("caption_scenes", "`cvlab caption --weights 20260101-000000-other-abcd` uses it"),
     ],
 )
-def test_a_run_of_a_detector_or_captioner_is_told_where_it_belongs(tmp_path, cvlab, config, hint):
+def test_the_error_for_a_detector_or_captioner_suggests_the_right_command(tmp_path, cvlab, config, hint):
     path = tmp_path / "runs" / "20260101-000000-other-abcd"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text((loading.shipped_folder() / f"{config}.yaml").read_text())
@@ -186,7 +186,7 @@ def test_a_run_of_a_detector_or_captioner_is_told_where_it_belongs(tmp_path, cvl
         assert len(err.strip().splitlines()) == 1
 
 
-def test_a_class_that_is_not_there_is_one_line(run, trained, cvlab):
+def test_an_unknown_class_gives_a_one_line_error(run, trained, cvlab):
     photo = next((trained / "photos" / "circle").iterdir())
     code, _, err = cvlab("attack", photo, "--target", "rign", "--model", "latest")
     assert code == 2
@@ -205,7 +205,7 @@ def test_a_class_that_is_not_there_is_one_line(run, trained, cvlab):
         {"classes": [1, 2, 3]},
     ],
 )
-def test_a_changed_classifier_file_is_one_line(run, trained, cvlab, change):
+def test_a_modified_classifier_file_gives_a_one_line_error(run, trained, cvlab, change):
     path = run / "classifier.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     code, _, err = cvlab("classify", next((trained / "photos" / "circle").iterdir()), "--model", "latest")
@@ -214,7 +214,7 @@ def test_a_changed_classifier_file_is_one_line(run, trained, cvlab, change):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_expectations_on_a_class(trained, cvlab, monkeypatch):
+def test_expectations_on_class_metrics(trained, cvlab, monkeypatch):
     monkeypatch.setenv("CVLAB_DATA", str(trained / "data"))
     rules = "expect=['val_recall/ring >= 0', 'val_f1/circle <= 1']"
     code, out, err = cvlab("train", "photos", f"data.path={trained / 'photos'}", *FAST, rules, "--json")
@@ -225,44 +225,46 @@ def test_expectations_on_a_class(trained, cvlab, monkeypatch):
     assert "val_recall" in err
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_weights(stopped_and_resumed, tmp_path, data_root):
+def test_an_interrupted_run_ends_with_the_same_weights(stopped_and_resumed, tmp_path, data_root):
     scene_photos(tmp_path / "photos", 6, data_root)
     arguments = ("photos", "data.path=photos", "duration={epochs: 3}", "model.finetune_epochs=2", "batch_size=8")
-    whole, resumed = stopped_and_resumed(*arguments, "model.views=2", "model.trainable_stages=1", "save_seconds=0")
-    assert weights_digest(whole) == weights_digest(resumed)
-    assert whole["metrics"]["val_loss"] == resumed["metrics"]["val_loss"]
+    uninterrupted, resumed = stopped_and_resumed(
+        *arguments, "model.views=2", "model.trainable_stages=1", "save_seconds=0"
+    )
+    assert weights_digest(uninterrupted) == weights_digest(resumed)
+    assert uninterrupted["metrics"]["val_loss"] == resumed["metrics"]["val_loss"]
 
 
 @pytest.mark.parametrize("change", ["changed", "removed", "added"])
-def test_photos_that_were_changed_are_named(tmp_path, data_root, cvlab, monkeypatch, change):
+def test_changed_photos_are_named(tmp_path, data_root, cvlab, monkeypatch, change):
     from cvlab.engine import trainer
     from cvlab.errors import StoppedError
 
     scene_photos(tmp_path / "photos", 5, data_root)
-    between = trainer.Trainer._between_steps
+    between_steps = trainer.Trainer._between_steps
 
     def stop(session, step, save_due):
-        between(session, step, save_due)
+        between_steps(session, step, save_due)
         raise StoppedError("stopped for a test", "", 130)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_between_steps", stop)
         assert cvlab("train", "photos", "data.path=photos", *FAST, "log_every=1", "save_seconds=0")[0] == 130
-    victim = sorted((tmp_path / "photos" / "circle").iterdir())[1]
+    photo = sorted((tmp_path / "photos" / "circle").iterdir())[1]
     if change == "added":
-        victim = victim.with_name("new.png")
+        photo = photo.with_name("new.png")
     if change == "removed":
-        victim.unlink()
+        photo.unlink()
     else:
-        Image.new("RGB", (30, 30), "red").save(victim)
+        Image.new("RGB", (30, 30), "red").save(photo)
     code, _, err = cvlab("resume", "latest")
     assert code == 7
-    assert victim.name in err
+    assert photo.name in err
     assert change in err
     assert cvlab("resume", "latest", "--allow-changes")[0] in (0, 5)
 
 
-def test_an_own_network_on_photos(tmp_path, data_root, cvlab):
+def test_a_network_trained_from_scratch_on_photos(tmp_path, data_root, cvlab):
     scene_photos(tmp_path / "photos", 6, data_root)
     model = "model={name: deep_convnet, filters: [4], pools: [0]}"
     options = ("data.image_px=24", model, "augment={flip: true}", "duration={steps: 3}", "batch_size=8", "tta=flip")
@@ -274,7 +276,7 @@ def test_an_own_network_on_photos(tmp_path, data_root, cvlab):
     assert torch.tensor([row["score"] for row in json.loads(out)["results"][0]["top"]]).sum() == pytest.approx(1)
 
 
-def test_a_classifier_of_generated_images_takes_photos(cvlab, tmp_path, data_root):
+def test_a_classifier_of_generated_images_classifies_photos(cvlab, tmp_path, data_root):
     overrides = ("data.num_train=200", "data.val_fraction=0.02", "duration={steps: 3}", "precision=auto")
     code, out, err = cvlab("train", "quickstart", *overrides, "expect=[]", "--json")
     assert code == 0, err
@@ -292,7 +294,7 @@ def test_a_classifier_of_generated_images_takes_photos(cvlab, tmp_path, data_roo
         assert result["score"] == pytest.approx(float(row["probability_1"]), abs=1e-5)
 
 
-def test_evaluated_on_another_folder(run, trained, cvlab, tmp_path):
+def test_evaluation_on_another_folder(run, trained, cvlab, tmp_path):
     rows = {row["image"]: row for row in read_rows(run / "predictions-test.csv")}
     for image in rows:
         (tmp_path / "more" / image).parent.mkdir(parents=True, exist_ok=True)
@@ -300,13 +302,13 @@ def test_evaluated_on_another_folder(run, trained, cvlab, tmp_path):
     code, out, err = cvlab("eval", "latest", "--data", "folder:more", "--json")
     assert code == 0, err
     metrics = json.loads(out)["metrics"]
-    own = json.loads((run / "summary.json").read_text())["metrics"]
-    assert metrics["test_accuracy"] == pytest.approx(own["test_accuracy"])
-    assert metrics["test_loss"] == pytest.approx(own["test_loss"], abs=1e-5)
-    again = {row["image"]: row for row in read_rows(run / "predictions-more-test.csv")}
+    run_metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    assert metrics["test_accuracy"] == pytest.approx(run_metrics["test_accuracy"])
+    assert metrics["test_loss"] == pytest.approx(run_metrics["test_loss"], abs=1e-5)
+    predictions = {row["image"]: row for row in read_rows(run / "predictions-more-test.csv")}
     for image, row in rows.items():
-        assert again[image]["prediction"] == row["prediction"]
-        assert float(again[image]["probability_1"]) == pytest.approx(float(row["probability_1"]), abs=1e-5)
+        assert predictions[image]["prediction"] == row["prediction"]
+        assert float(predictions[image]["probability_1"]) == pytest.approx(float(row["probability_1"]), abs=1e-5)
     assert (run / "plots" / "more-test_confusion.png").is_file()
     assert json.loads((run / "eval.json").read_text())["data"] == "folder:more"
 
@@ -339,7 +341,7 @@ def test_a_folder_with_splits_and_one_with_a_single_class(run, trained, cvlab, t
         ("scenes10", 2, "knows no class"),
     ],
 )
-def test_other_data_that_does_not_fit_is_one_line(run, trained, cvlab, tmp_path, data, code, text):
+def test_incompatible_data_gives_a_one_line_error(run, trained, cvlab, tmp_path, data, code, text):
     shutil.copytree(trained / "photos" / "ring", tmp_path / "odd" / "rings")
     actual, _, err = cvlab("eval", "latest", "--data", data)
     assert actual == code, err

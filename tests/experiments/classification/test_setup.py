@@ -1,4 +1,4 @@
-"""Metrics of a batch, for models that users write."""
+"""Metrics of a batch, also for models that modify their input, and class weights."""
 
 import json
 
@@ -11,7 +11,7 @@ from cvlab.experiments.classification.setup import compute_metrics
 
 
 class Classifier(nn.Module):
-    """Scores the classes by the sums of channels, with inputs scaled in place or not."""
+    """A classifier whose logits are sums over channels; it scales its input, in place or not."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -23,17 +23,17 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
-def test_a_model_that_changes_its_input_in_place_gets_the_same_metrics(tta):
+def test_a_model_that_modifies_its_input_in_place_has_the_same_metrics(tta):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((200, 3, 8, 8), generator=generator)
     labels = torch.randint(0, 3, (200,), generator=generator)
     expected = compute_metrics(Classifier(in_place=False), (images.clone(), labels), tta)
-    measured = compute_metrics(Classifier(in_place=True), (images.clone(), labels), tta)
-    assert measured == expected
+    actual = compute_metrics(Classifier(in_place=True), (images.clone(), labels), tta)
+    assert actual == expected
     assert 0 < expected["accuracy"] < 200
 
 
-def test_balanced_weights_are_those_of_the_definition():
+def test_balanced_weights_match_their_definition():
     labels = torch.tensor([0] * 6 + [1] * 3 + [3])
     weights = setup.balanced_weights(labels)
     assert torch.allclose(weights[labels].mean(), torch.tensor(1.0))
@@ -41,7 +41,7 @@ def test_balanced_weights_are_those_of_the_definition():
     assert sums == pytest.approx([10 / 3] * 3)
 
 
-def test_uneven_classes_weigh_the_same(cvlab):
+def test_training_with_balanced_class_weights(cvlab):
     arguments = ("quickstart", "data.num_train=300", "data.val_fraction=0.02", "duration={steps: 3}", "expect=[]")
     results = {}
     for value in ("none", "balanced"):

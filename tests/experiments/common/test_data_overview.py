@@ -1,4 +1,4 @@
-"""`cvlab data show` and `cvlab embed`: what is shown is what the files hold."""
+"""`cvlab data show` and `cvlab embed`: the reports agree with the files."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.experiments.classification.test_photos import CLASSES, scene_photos
 
 @pytest.fixture
 def photos(tmp_path, data_root):
-    """Write photos of three classes, with an exact and a near copy in other splits."""
+    """Write photos of three classes, with an exact and a near copy in another split; return their folder."""
     for first, split in enumerate(("train", "test")):
         scene_photos(tmp_path / "photos" / split, 4, data_root, first=4 * first)
     original = sorted((tmp_path / "photos" / "train" / "ring").iterdir())[0]
@@ -28,20 +28,20 @@ def photos(tmp_path, data_root):
 def test_photos_of_classes(photos, cvlab):
     code, out, err = cvlab("data", "show", "photos", f"data.path={photos}", "--samples", 4, "--json")
     assert code == 0, err
-    shown = json.loads(out)
-    assert sum(shown["images"].values()) == 26
-    assert {name for counts in shown["classes"].values() for name in counts} == set(CLASSES)
-    assert sum(sum(counts.values()) for counts in shown["classes"].values()) == 26
-    assert shown["sizes"]["width"] == [64, 64, 64]
-    assert shown["num_copies"] == shown["num_copies_across_splits"] == 1
-    assert any(row["image"].endswith("copy.png") for row in shown["copies"][0])
-    near = [{row["image"].rpartition("/")[2] for row in pair["images"]} for pair in shown["near_copies"]]
+    overview = json.loads(out)
+    assert sum(overview["images"].values()) == 26
+    assert {name for counts in overview["classes"].values() for name in counts} == set(CLASSES)
+    assert sum(sum(counts.values()) for counts in overview["classes"].values()) == 26
+    assert overview["sizes"]["width"] == [64, 64, 64]
+    assert overview["num_copies"] == overview["num_copies_across_splits"] == 1
+    assert any(row["image"].endswith("copy.png") for row in overview["copies"][0])
+    near = [{row["image"].rpartition("/")[2] for row in pair["images"]} for pair in overview["near_copies"]]
     assert any("near.jpg" in names for names in near)
-    picture, document, page = map(Path, shown["files"])
-    with Image.open(picture) as sheet:
+    sheet_path, json_path, page_path = map(Path, overview["files"])
+    with Image.open(sheet_path) as sheet:
         assert min(sheet.size) > 200
-    assert json.loads(document.read_text())["images"] == shown["images"]
-    assert "data:image/png" in page.read_text()
+    assert json.loads(json_path.read_text())["images"] == overview["images"]
+    assert "data:image/png" in page_path.read_text()
 
 
 @pytest.mark.parametrize("config", ["quickstart", "yolo_scenes", "caption_scenes"])
@@ -53,7 +53,7 @@ def test_every_kind_of_data(config, cvlab, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.html", "data.json", "samples.png"]
 
 
-def test_an_experiment_without_data_is_one_line(cvlab):
+def test_an_experiment_without_data_gives_a_one_line_error(cvlab):
     code, _, err = cvlab("data", "show", "attack")
     assert code == 2
     assert "no data set" in err
@@ -77,7 +77,7 @@ def test_features_and_nearest_photos(photos, cvlab):
     assert [row["image"] for row in result["nearest"]] == [name for _, name in expected]
 
 
-def test_embedding_asks_for_something_to_do(cvlab):
+def test_embed_without_an_output_is_rejected(cvlab):
     code, _, err = cvlab("embed", "sample")
     assert code == 2
     assert "--out" in err

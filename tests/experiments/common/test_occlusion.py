@@ -1,4 +1,4 @@
-"""Explanations by covered squares: planted cases, in which only known pixels matter."""
+"""Explanations by occlusion: artificial cases in which only known pixels have an effect."""
 
 import itertools
 
@@ -10,15 +10,15 @@ from PIL import Image
 from cvlab.experiments.common import occlusion
 
 
-def brightness_of_corner(images):
-    """Return the mean of the upper left 20 x 20 pixels of photos: (N,)."""
+def corner_brightness(images):
+    """Return the mean of the upper left 20 x 20 pixels of each photo, (N,)."""
     return torch.tensor([float(np.asarray(image)[:20, :20].mean()) for image in images])
 
 
 @pytest.mark.parametrize("size", [(100, 60), (1024, 512)])
-def test_only_the_pixels_that_matter_are_lit(size):
+def test_only_the_pixels_that_have_an_effect_are_highlighted(size):
     photo = Image.new("RGB", size, "white")
-    values = occlusion.occlusion_map(brightness_of_corner, photo, 0.1, 7, lambda note, done: None)
+    values = occlusion.occlusion_map(corner_brightness, photo, 0.1, 7, lambda note, done: None)
     assert max(values.shape) <= occlusion.MAX_MAP_PX
     assert values.shape[1] / values.shape[0] == pytest.approx(size[0] / size[1])
     factor = values.shape[1] / size[0]

@@ -12,7 +12,7 @@ from cvlab.errors import DataError
 from cvlab.experiments.common import photo_batches
 
 
-def test_unreadable_photos_are_reported_and_the_others_processed(two_photos, cvlab, tmp_path):
+def test_unreadable_photos_are_reported_and_the_others_are_processed(two_photos, cvlab, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no photo")
     code, out, err = cvlab("classify", two_photos[0], "bad.jpg", "gone.jpg", two_photos[1], "--json")
     result = json.loads(out)
@@ -30,19 +30,19 @@ def test_unreadable_photos_are_reported_and_the_others_processed(two_photos, cvl
     assert not (tmp_path / "runs" / "latest" / "x").exists()
 
 
-@pytest.mark.parametrize(("verb", "num_files"), [("detect", 1), ("caption", 2)])  # captions are guided by a detector
+@pytest.mark.parametrize(("verb", "num_files"), [("detect", 1), ("caption", 2)])  # captions also load a detector
 def test_plan_and_run_share_one_loaded_model(cvlab, monkeypatch, verb, num_files):
     from cvlab.runs import weights_file
 
     loads = []
     read = weights_file.read
 
-    def counted(path, *arguments):
+    def count_reads(path, *arguments):
         loads.append(path)
         return read(path, *arguments)
 
-    monkeypatch.setattr(weights_file, "read", counted)
-    for count in (1, 2):  # no model outlives its command: the file may have changed
+    monkeypatch.setattr(weights_file, "read", count_reads)
+    for count in (1, 2):  # models are not cached across commands, as the file may have changed
         code, _, err = cvlab(verb, "sample")
         assert code == 0, err
         assert len(loads) == count * num_files
@@ -90,33 +90,33 @@ def test_folders_labels_and_dry_run(two_photos, cvlab, tmp_path):
     assert sorted((tmp_path / "runs").iterdir()) == before
 
 
-def test_interrupted_run_resumes_bit_for_bit(two_photos, cvlab, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bitwise_identically(two_photos, cvlab, tmp_path, monkeypatch):
     from cvlab.experiments.adversarial import attack
 
     arguments = ("--target", "ostrich", *two_photos, "batch_size=1", "--method", "pgd", "threads=1")
     _, out, _ = cvlab("attack", *arguments, "--json")
-    whole = json.loads(out)
-    real = attack.Attack.__call__
+    uninterrupted = json.loads(out)
+    attack_batch = attack.Attack.__call__
     calls = []
 
-    def interrupted(self, batch, check_interrupt):
+    def interrupt_second(self, batch, check_interrupt):
         calls.append(batch)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, batch, check_interrupt)
+        return attack_batch(self, batch, check_interrupt)
 
-    monkeypatch.setattr(attack.Attack, "__call__", interrupted)
+    monkeypatch.setattr(attack.Attack, "__call__", interrupt_second)
     assert cvlab("attack", *arguments)[0] == 130
-    monkeypatch.setattr(attack.Attack, "__call__", real)
+    monkeypatch.setattr(attack.Attack, "__call__", attack_batch)
     code, out, err = cvlab("resume", "latest", "--json")
-    again = json.loads(out)
+    resumed = json.loads(out)
     assert code == 0
     assert "resumed: 1 of 2 photos are done" in err
-    assert again["results"] == whole["results"]
-    assert again["metrics"] == whole["metrics"]
-    for row in whole["results"]:
-        one, other = ((tmp_path / run["run"] / row["attacked"]).read_bytes() for run in (whole, again))
-        assert one == other
+    assert resumed["results"] == uninterrupted["results"]
+    assert resumed["metrics"] == uninterrupted["metrics"]
+    for row in uninterrupted["results"]:
+        expected, actual = ((tmp_path / run["run"] / row["attacked"]).read_bytes() for run in (uninterrupted, resumed))
+        assert expected == actual
 
 
 class TestReadAhead:
@@ -124,7 +124,7 @@ class TestReadAhead:
 
     @pytest.fixture
     def loaded(self, monkeypatch):
-        """Return the numbers of the photos that were loaded; photo 4 cannot be read."""
+        """Return a list that receives the numbers of loaded photos; photo 4 cannot be read."""
         loaded = []
 
         def load(path):
@@ -138,10 +138,10 @@ class TestReadAhead:
 
     def read_ahead(self, *sizes, num_threads=1):
         numbers = iter(range(sum(sizes)))
-        named = [[(Path(str(next(numbers))), "") for _ in range(size)] for size in sizes]
-        return photo_batches._read_ahead(named, num_threads)
+        batches = [[(Path(str(next(numbers))), "") for _ in range(size)] for size in sizes]
+        return photo_batches._read_ahead(batches, num_threads)
 
-    def test_several_threads_decode_at_once_and_the_order_stays(self, loaded, monkeypatch):
+    def test_several_threads_decode_in_parallel_and_the_order_is_preserved(self, loaded, monkeypatch):
         load, all_started = photo_batches.photos.load, threading.Barrier(3)
 
         def load_together(path):
@@ -154,7 +154,7 @@ class TestReadAhead:
         names = [[str(p) if isinstance(p, DataError) else p.path.name for p in batch] for batch in batches]
         assert names == [["0", "1", "2"], ["3", "4: not a photo", "5", "6", "7"], ["8"]]
 
-    def test_one_batch_is_decoded_ahead_and_no_more(self, loaded):
+    def test_only_one_batch_is_decoded_ahead(self, loaded):
         for k, batch in enumerate(self.read_ahead(2, 2, 2, 1)):
             expected = min(2 * k + 4, 7)
             deadline = time.monotonic() + 20
@@ -165,7 +165,7 @@ class TestReadAhead:
             names = [str(photo) if isinstance(photo, DataError) else photo.path.name for photo in batch]
             assert names == [["0", "1"], ["2", "3"], ["4: not a photo", "5"], ["6"]][k]
 
-    def test_closing_it_ends_the_thread_after_the_current_photo(self, loaded, monkeypatch):
+    def test_closing_ends_the_thread_after_the_current_photo(self, loaded, monkeypatch):
         load, may_continue = photo_batches.photos.load, threading.Event()
 
         def slow_load(path):
@@ -182,7 +182,7 @@ class TestReadAhead:
         assert loaded == [0, 1, 2]
         assert threading.active_count() <= before + 1  # the timer may still be ending
 
-    def test_other_errors_are_raised_with_their_batch(self, loaded, monkeypatch):
+    def test_other_errors_are_raised_for_their_batch(self, loaded, monkeypatch):
         load = photo_batches.photos.load
 
         def failing_load(path):

@@ -1,4 +1,4 @@
-"""The precision that shipped configurations compute in, on machines with and without hardware for bfloat16."""
+"""The precision of the shipped configurations, on machines with and without hardware support for bfloat16."""
 
 from typing import get_args
 
@@ -19,7 +19,7 @@ def base_config(name):
 
 @pytest.mark.parametrize("is_fast", [True, False])
 @pytest.mark.parametrize("name", [name for name in loading.shipped_names() if base_config(name) is not None])
-def test_photos_are_processed_in_float32_and_training_in_the_fast_precision(monkeypatch, name, is_fast):
+def test_photos_are_processed_in_float32_and_training_uses_the_fast_precision(monkeypatch, name, is_fast):
     monkeypatch.setattr(device, "fast_bfloat16", lambda _: is_fast)
     config = base_config(name)
     expected = "bfloat16" if is_fast and not isinstance(config, PretrainedConfig) else "float32"

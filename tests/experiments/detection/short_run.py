@@ -1,4 +1,4 @@
-"""A training run of a detector that takes a second."""
+"""A training run of a detector that takes about a second."""
 
 import json
 
@@ -8,7 +8,7 @@ SHORT = (
 )
 
 
-def train(cvlab, *words, name="yolo_scenes"):
-    code, out, err = cvlab("train", name, *SHORT, *words, "--json")
+def train(cvlab, *args, name="yolo_scenes"):
+    code, out, err = cvlab("train", name, *SHORT, *args, "--json")
     assert code == 0, err
     return json.loads(out)

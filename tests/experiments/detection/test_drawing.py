@@ -20,54 +20,54 @@ PHOTO = Image.new("RGB", (640, 480), (90, 90, 90))
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are written."""
-    drawn = []
-    monkeypatch.setattr(report_plots, "to_png", lambda figure: drawn.append(figure) or b"")
-    return drawn
+    """Return a list that receives the figures."""
+    saved_figures = []
+    monkeypatch.setattr(report_plots, "to_png", lambda figure: saved_figures.append(figure) or b"")
+    return saved_figures
 
 
-def labels_of(monkeypatch, boxes, photo=PHOTO):
-    """Return where labels are drawn, by text."""
-    places = {}
+def label_boxes(monkeypatch, boxes, photo=PHOTO):
+    """Return the boxes in which labels are drawn, by text."""
+    box_by_text = {}
     draw_label = drawing._draw_label
     monkeypatch.setattr(
         drawing,
         "_draw_label",
-        lambda pen, item, place, px: places.update({item.text: place}) or draw_label(pen, item, place, px),
+        lambda pen, item, box, px: box_by_text.update({item.text: box}) or draw_label(pen, item, box, px),
     )
     drawing.draw(photo, boxes)
-    return places
+    return box_by_text
 
 
 class TestLabels:
     @pytest.mark.parametrize("corner", [(100, 100), (0, 0), (500, 400), (630, 470)])
-    def test_labels_of_boxes_at_one_place_do_not_cover_each_other(self, monkeypatch, corner):
+    def test_labels_of_overlapping_boxes_do_not_cover_each_other(self, monkeypatch, corner):
         x, y = corner
         boxes = [LabeledBox((x + k, y + k, x + 90, y + 60), f"class {k} 0.9{k}", k) for k in range(5)]
-        places = labels_of(monkeypatch, boxes)
-        assert len(places) == 5
-        assert not any(drawing._overlap(one, other) for one, other in itertools.combinations(places.values(), 2))
-        for left, top, right, bottom in places.values():
+        boxes_by_text = label_boxes(monkeypatch, boxes)
+        assert len(boxes_by_text) == 5
+        assert not any(drawing._overlap(a, b) for a, b in itertools.combinations(boxes_by_text.values(), 2))
+        for left, top, right, bottom in boxes_by_text.values():
             assert left >= 0
             assert top >= 0
             assert right <= 640
             assert bottom <= 480
 
     def test_a_single_label_is_above_its_box(self, monkeypatch):
-        (place,) = labels_of(monkeypatch, [LabeledBox((100, 100, 200, 200), "cat 0.90", 0)]).values()
-        assert place[0] == 100
-        assert place[3] == 100
-        assert place[2] - place[0] >= fonts.width("cat 0.90", drawing.MIN_TEXT_PX)
+        (label_box,) = label_boxes(monkeypatch, [LabeledBox((100, 100, 200, 200), "cat 0.90", 0)]).values()
+        assert label_box[0] == 100
+        assert label_box[3] == 100
+        assert label_box[2] - label_box[0] >= fonts.width("cat 0.90", drawing.MIN_TEXT_PX)
 
-    def test_a_photo_lower_than_a_label(self, monkeypatch):
-        places = labels_of(monkeypatch, [LabeledBox((0, 0, 5, 5), "a 1.00", 0)], Image.new("RGB", (40, 6)))
-        assert places["a 1.00"][:2] == (0, 0)
+    def test_a_photo_with_less_height_than_a_label(self, monkeypatch):
+        boxes_by_text = label_boxes(monkeypatch, [LabeledBox((0, 0, 5, 5), "a 1.00", 0)], Image.new("RGB", (40, 6)))
+        assert boxes_by_text["a 1.00"][:2] == (0, 0)
 
     def test_labels_of_small_objects_in_a_large_photo_are_small(self, monkeypatch):
         photo = Image.new("RGB", (3000, 2000))
-        (large,) = labels_of(monkeypatch, [LabeledBox((100, 200, 1100, 1200), "cat", 0)], photo).values()
+        (large,) = label_boxes(monkeypatch, [LabeledBox((100, 200, 1100, 1200), "cat", 0)], photo).values()
         boxes = [LabeledBox((100 * k, 200, 100 * k + 80, 260), f"cat {k}", 0) for k in range(5)]
-        small = labels_of(monkeypatch, boxes, photo)["cat 0"]
+        small = label_boxes(monkeypatch, boxes, photo)["cat 0"]
         assert large[3] - large[1] >= 0.026 * 3000
         assert small[3] - small[1] <= 40
 
@@ -97,13 +97,13 @@ def test_the_sheet_has_a_legend_for_the_ground_truth(monkeypatch):
 
 
 def evaluation():
-    """Return the metrics of two photos with the classes cat, which is detected once of twice, dog, and none."""
+    """Return the metrics of two photos with two cats, of which one is detected, and one dog; class `none` is absent."""
     box = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    zero, one = torch.tensor([0]), torch.tensor([1])
-    detections = [Detections(box, torch.tensor([0.9]), zero), Detections(box, torch.tensor([0.8]), one)]
+    cat_label, dog_label = torch.tensor([0]), torch.tensor([1])
+    detections = [Detections(box, torch.tensor([0.9]), cat_label), Detections(box, torch.tensor([0.8]), dog_label)]
     truths = [
         GroundTruth(torch.cat([box, box + 50]), torch.tensor([0, 0]), torch.zeros(2, dtype=torch.bool)),
-        GroundTruth(box, one, torch.zeros(1, dtype=torch.bool)),
+        GroundTruth(box, dog_label, torch.zeros(1, dtype=torch.bool)),
     ]
     return average_precision.evaluate(detections, truths, 3, "coco")
 
@@ -117,7 +117,7 @@ class TestPlots:
         assert precisions[recalls > 0.5].tolist() == [0.5] * 50
         assert float(precisions.mean()) == pytest.approx(metrics.map50)
 
-    def test_it_is_drawn_in_black_and_named(self, figures):
+    def test_the_mean_curve_is_black_and_has_a_label(self, figures):
         plots.precision_recall_png(evaluation(), ["cat", "dog", "none"], "my-run")
         (figure,) = figures
         lines = figure.axes[0].get_lines()
@@ -125,7 +125,7 @@ class TestPlots:
         assert lines[-1].get_color() == "black"
         assert "my-run" in figure.axes[0].get_title()
 
-    def test_the_confusion_matrix_as_counts_and_by_row(self, figures):
+    def test_the_confusion_matrix_has_counts_and_fractions_of_rows(self, figures):
         confusion = torch.tensor([[6, 2, 0], [0, 3, 1], [5, 0, 0]])
         plots.confusion_png(confusion, ["cat", "dog"], "my-run")
         (figure,) = figures

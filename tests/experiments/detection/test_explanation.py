@@ -1,4 +1,4 @@
-"""Which pixels speak for a detection: a planted detector, the command, its refusals."""
+"""Pixels that increase the score of a detection: an artificial detector, the command, its errors."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ BOX = (40.0, 20.0, 70.0, 50.0)
 
 
 def predict(images, score_threshold, nms_iou):
-    """Detect in each photo a box whose score is the brightness of a spot in it, and one that depends on nothing."""
+    """Return for each photo a box whose score is the brightness of a spot in it, and one with a constant score."""
     results = []
     for image in images:
         spot = float(np.asarray(image)[30:36, 50:56].mean()) / 255
@@ -31,13 +31,13 @@ def predict(images, score_threshold, nms_iou):
 
 
 @pytest.fixture
-def work(tmp_path):
+def photo_detector(tmp_path):
     run = RunDir(tmp_path, lambda text: None)
     run.folder("images")
-    return PhotoDetector(LoadedDetector("planted", ("bird", "lamp"), 0, 100, predict), run, 0.5)
+    return PhotoDetector(LoadedDetector("artificial", ("bird", "lamp"), 0, 100, predict), run, 0.5)
 
 
-def test_only_the_spot_speaks_for_its_box(work, monkeypatch):
+def test_only_the_spot_has_an_effect_on_its_box(photo_detector, monkeypatch):
     maps = []
     draw = explanation.occlusion.draw
     monkeypatch.setattr(
@@ -46,17 +46,21 @@ def test_only_the_spot_speaks_for_its_box(work, monkeypatch):
         lambda photo, marked, values, *text: maps.append(values) or draw(photo, marked, values, *text),
     )
     photo = Photo(Path("a.jpg"), "a", Image.new("RGB", (100, 80), "white"))
-    explainer = explanation.DetectionExplainer(work, 1, 0.08)
+    explainer = explanation.DetectionExplainer(photo_detector, 1, 0.08)
     (result,) = explainer([photo], lambda note="", done=0.0: None)
-    about = result.values["explanation"]
-    assert (about["number"], about["label"], about["inside_box"]) == (1, "lamp", 1.0)
-    lit = maps[0].nonzero()
-    assert lit.min(0).values.tolist() >= [30 - 7, 50 - 7]
-    assert lit.max(0).values.tolist() <= [36 + 7, 56 + 7]
+    values = result.values["explanation"]
+    assert (values["number"], values["label"], values["inside_box"]) == (
+        1,
+        "lamp",
+        1.0,
+    )
+    positions = maps[0].nonzero()
+    assert positions.min(0).values.tolist() >= [30 - 7, 50 - 7]
+    assert positions.max(0).values.tolist() <= [36 + 7, 56 + 7]
     assert float(maps[0][33, 53]) == float(maps[0].max())
-    assert photos.load(work.out.path / result.files["evidence"]).width > 300
-    explanation.DetectionExplainer(work, 2, 0.5)([photo], lambda note="", done=0.0: None)
-    assert not maps[1].any(), "the other box depends on no pixel"
+    assert photos.load(photo_detector.out.path / result.files["evidence"]).width > 300
+    explanation.DetectionExplainer(photo_detector, 2, 0.5)([photo], lambda note="", done=0.0: None)
+    assert not maps[1].any(), "the score of the other box is constant"
 
 
 def test_match_score():
@@ -67,7 +71,7 @@ def test_match_score():
     assert float(explanation.match_score(detections, half, 2)) == 0
 
 
-def test_command_and_a_number_that_does_not_exist(cvlab):
+def test_the_command_and_a_number_that_does_not_exist(cvlab):
     code, out, err = cvlab("saliency", "sample", "--model", "everyday", "window=0.6", "threads=1", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -90,7 +94,7 @@ def test_command_and_a_number_that_does_not_exist(cvlab):
         (("--box", "1", "--model", "no-such-run"), "no-such-run"),
     ],
 )
-def test_refusals(cvlab, args, message):
+def test_errors(cvlab, args, message):
     code, _, err = cvlab("saliency", "sample", *args)
     assert code in (2, 4)
     assert message in err

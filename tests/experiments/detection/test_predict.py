@@ -1,4 +1,4 @@
-"""`cvlab detect`: on photos, with weights of a run or bundled ones, and on a validation split."""
+"""`cvlab detect`: on photos, with weights of a run or bundled weights, and on a validation split."""
 
 import csv
 import io
@@ -25,76 +25,76 @@ from tests.experiments.detection.short_run import train
 
 class TestDetect:
     def test_photos_with_the_weights_of_a_run(self, cvlab, tmp_path):
-        trained = train(cvlab)
+        run_result = train(cvlab)
         Image.new("RGB", (90, 40), "green").save("plain.png")
-        words = ("plain.png", "sample", "--weights", trained["run"], "--conf", "0")
-        code, out, err = cvlab("detect", *words, "--save-json", "--save-txt", "--save-xml", "--json")
+        args = ("plain.png", "sample", "--weights", run_result["run"], "--conf", "0")
+        code, out, err = cvlab("detect", *args, "--save-json", "--save-txt", "--save-xml", "--json")
         assert code == 0, err
         assert "yolo_fpn" in err, err
-        found = json.loads(out)
-        row = found["results"][0]
+        report = json.loads(out)
+        row = report["results"][0]
         assert row["width"] == 90
         assert len(row["objects"]) > 0
-        thing = row["objects"][0]
-        left, top, right, bottom = thing["box_xyxy"]
+        item = row["objects"][0]
+        left, top, right, bottom = item["box_xyxy"]
         assert 0 <= left <= right <= 90
         assert 0 <= top <= bottom <= 40
-        assert 0 <= thing["score"] <= 1
-        scores = [thing["score"] for thing in row["objects"]]
+        assert 0 <= item["score"] <= 1
+        scores = [item["score"] for item in row["objects"]]
         assert scores == sorted(scores, reverse=True)
-        run = Path(found["run"])
+        run = Path(report["run"])
         assert photos.load(run / row["picture"]).size == (90, 40)
         assert len((run / row["txt"]).read_text().splitlines()) == len(row["objects"])
         detections = json.loads((run / "boxes" / "detections.json").read_text())
-        assert len(detections) == sum(len(result["objects"]) for result in found["results"])
+        assert len(detections) == sum(len(report["objects"]) for report in report["results"])
         assert [record["score"] for record in detections[: len(scores)]] == [round(score, 6) for score in scores]
         assert (run / "boxes" / "classes.txt").read_text().split() == sorted({*SHAPES}, key=list(SHAPES).index)
         assert (run / row["xml"]).read_text().count("<object>") == len(row["objects"])
 
     def test_proposals_are_drawn(self, cvlab):
-        trained = train(cvlab, "model={name: faster_rcnn, width: 8, hidden: 8}")
-        words = ("sample", "--model", "faster_rcnn", "--weights", trained["run"], "--explain", "proposals", "--json")
-        code, out, err = cvlab("detect", *words)
+        run_result = train(cvlab, "model={name: faster_rcnn, width: 8, hidden: 8}")
+        args = ("sample", "--model", "faster_rcnn", "--weights", run_result["run"], "--explain", "proposals", "--json")
+        code, out, err = cvlab("detect", *args)
         assert code == 0, err
-        found = json.loads(out)
-        sheet = photos.load(Path(found["run"]) / found["results"][0]["explained"])
+        result = json.loads(out)
+        sheet = photos.load(Path(result["run"]) / result["results"][0]["explained"])
         assert sheet.width > sheet.height
         assert sheet.getpixel((sheet.width // 2, 5)) == (255, 255, 255)
 
     def test_a_one_stage_detector_has_no_proposals(self, cvlab):
-        trained = train(cvlab)
-        code, _, err = cvlab("detect", "sample", "--weights", trained["run"], "--explain", "proposals")
+        run_result = train(cvlab)
+        code, _, err = cvlab("detect", "sample", "--weights", run_result["run"], "--explain", "proposals")
         assert code == 2
         assert "no first stage" in err
-        code, _, err = cvlab("detect", "sample", "--model", "faster_rcnn", "--weights", trained["run"])
+        code, _, err = cvlab("detect", "sample", "--model", "faster_rcnn", "--weights", run_result["run"])
         assert code == 2
         assert "is no faster_rcnn" in err
 
-    def test_no_detection_is_no_error(self, cvlab):
-        trained = train(cvlab)
-        code, out, _ = cvlab("detect", "sample", "--weights", trained["run"], "--conf", "1", "--json")
+    def test_no_detection_is_not_an_error(self, cvlab):
+        run_result = train(cvlab)
+        code, out, _ = cvlab("detect", "sample", "--weights", run_result["run"], "--conf", "1", "--json")
         assert code == 0
         assert json.loads(out)["results"][0]["objects"] == []
 
-    def test_without_photos_it_is_evaluated_on_its_validation_split(self, cvlab):
-        trained = train(cvlab)
-        code, out, err = cvlab("detect", "--weights", trained["run"], "--json")
+    def test_without_photos_the_validation_split_is_evaluated(self, cvlab):
+        run_result = train(cvlab)
+        code, out, err = cvlab("detect", "--weights", run_result["run"], "--json")
         assert code == 0, err
-        found = json.loads(out)
-        assert found["metrics"]["num_photos"] == 8
-        assert "map50" in found["metrics"]
-        assert photos.load(Path(found["run"]) / "images" / "sheet.png").width == 4 * 480
-        assert (Path(found["run"]) / "plots" / "precision_recall.png").is_file()
+        result = json.loads(out)
+        assert result["metrics"]["num_photos"] == 8
+        assert "map50" in result["metrics"]
+        assert photos.load(Path(result["run"]) / "images" / "sheet.png").width == 4 * 480
+        assert (Path(result["run"]) / "plots" / "precision_recall.png").is_file()
 
     @pytest.mark.parametrize("model", inference.BUNDLED_DETECTORS)
     def test_bundled_weights_detect_objects(self, cvlab, model):
         code, out, err = cvlab("detect", "sample", "--model", model, "--conf", "0.01", "--json")
         assert code == 0, err
         assert f"({inference.BUNDLED_DETECTORS[model].photos}, bundled weights)" in err
-        assert {thing["label"] for thing in json.loads(out)["results"][0]["objects"]} >= {"person"}
+        assert {item["label"] for item in json.loads(out)["results"][0]["objects"]} >= {"person"}
 
     @pytest.mark.parametrize(
-        ("words", "code", "says"),
+        ("args", "code", "message"),
         [
             (("none.jpg",), 4, "no such file"),
             (("sample", "--weights", "none.safetensors"), 4, "no such file"),
@@ -105,60 +105,60 @@ class TestDetect:
             (("sample", "--model", "yolo9"), 2, "model"),
         ],
     )
-    def test_errors(self, cvlab, words, code, says):
+    def test_errors(self, cvlab, args, code, message):
         from safetensors.torch import save_file
 
-        Path("text.safetensors").write_text("nothing of the kind")
+        Path("text.safetensors").write_text("not a weights file")
         save_file({"a": torch.zeros(1)}, "other.safetensors")
         Path("folder").mkdir()
-        got, _, err = cvlab("detect", *words)
-        assert got == code, err
-        assert says in err, err
+        actual, _, err = cvlab("detect", *args)
+        assert actual == code, err
+        assert message in err, err
         assert "Traceback" not in err, err
 
 
 class TestClasses:
-    def test_only_the_named_classes_are_detected(self, cvlab):
-        trained = train(cvlab)
-        words = ("sample", "--weights", trained["run"], "--conf", "0", "--json")
-        everything = json.loads(cvlab("detect", *words)[1])
-        code, out, err = cvlab("detect", *words, "--class", "circle, star")
+    def test_only_the_given_classes_are_detected(self, cvlab):
+        run_result = train(cvlab)
+        args = ("sample", "--weights", run_result["run"], "--conf", "0", "--json")
+        unfiltered = json.loads(cvlab("detect", *args)[1])
+        code, out, err = cvlab("detect", *args, "--class", "circle, star")
         assert code == 0, err
         result = json.loads(out)
-        expected = [thing for thing in everything["results"][0]["objects"] if thing["label"] in ("circle", "star")]
+        expected = [item for item in unfiltered["results"][0]["objects"] if item["label"] in ("circle", "star")]
         assert result["results"][0]["objects"] == expected
         assert set(result["class_counts"]) <= {"circle", "star"}
 
     @pytest.mark.parametrize(
-        ("words", "says"),
+        ("args", "message"),
         [
             (("--class", "circle,stra"), "unknown class 'stra'; did you mean 'star'?"),
             (("--class", "circle,"), "--class circle,: an empty name"),
             (("--class", ""), "an empty name"),
         ],
     )
-    def test_an_unknown_class_is_refused_before_a_photo_is_read(self, cvlab, monkeypatch, words, says):
-        trained = train(cvlab)
+    def test_an_unknown_class_is_rejected_before_a_photo_is_read(self, cvlab, monkeypatch, args, message):
+        run_result = train(cvlab)
         monkeypatch.setattr(photos, "load", lambda path: pytest.fail("a photo was read"))
-        code, _, err = cvlab("detect", "sample", "--weights", trained["run"], *words)
+        code, _, err = cvlab("detect", "sample", "--weights", run_result["run"], *args)
         assert code == 2
-        assert says in err
+        assert message in err
         assert "Traceback" not in err
 
-    def test_without_photos_there_is_nothing_to_filter(self, cvlab):
-        for words in (("--class", "circle"), ("--tile", "auto")):
-            code, _, err = cvlab("detect", *words)
+    def test_filters_and_tiles_require_photos(self, cvlab):
+        for args in (("--class", "circle"), ("--tile", "auto")):
+            code, _, err = cvlab("detect", *args)
             assert code == 2
             assert "is for photos and videos" in err
 
-    def test_the_counts_are_the_last_line_and_in_the_summary(self, cvlab, monkeypatch):
+    def test_the_counts_are_in_the_last_line_and_in_the_summary(self, cvlab, monkeypatch):
         def predict(images, *_):
             labels = [0, 1, 1] if images[0].width == 90 else [1]
             return [
                 Detections(torch.ones(len(labels), 4), torch.ones(len(labels)), torch.tensor(labels)) for _ in images
             ]
 
-        loaded = inference.LoadedDetector("a planted detector", ("cat", "dog"), 0, 64, predict)
+        loaded = inference.LoadedDetector("an artificial detector", ("cat", "dog"), 0, 64, predict)
         monkeypatch.setattr(inference, "load_detector", lambda *_, **__: loaded)
         for name, width in (("a.png", 90), ("b.png", 90), ("c.png", 30)):
             Image.new("RGB", (width, 40)).save(name)
@@ -181,7 +181,7 @@ class TestTablesAndCrops:
         classes = ("person", "../=cmd|'x'", "???")
         labels, scores = torch.tensor([0, 1, 2, 0]), torch.tensor([0.9, 0.8, 0.7, 0.6])
         predict = lambda images, *_: [Detections(self.BOXES, scores, labels) for _ in images]  # noqa: E731
-        loaded = inference.LoadedDetector("a planted detector", classes, 0, 64, predict)
+        loaded = inference.LoadedDetector("an artificial detector", classes, 0, 64, predict)
         monkeypatch.setattr(inference, "load_detector", lambda *_, **__: loaded)
         Path("x").mkdir()
         for name in ("a.png", "x/a.png"):
@@ -199,9 +199,9 @@ class TestTablesAndCrops:
         assert {row[0] for row in rows[1:]} == {"a.png", "x/a.png"}
         assert not any(cell.startswith("=") for row in rows for cell in row)
 
-    def test_crops_in_a_folder_of_each_class(self, result):
+    def test_crops_are_saved_in_a_folder_for_each_class(self, result):
         run = Path(result["run"])
-        crops = [thing["crop"] for row in result["results"] for thing in row["objects"]]
+        crops = [item["crop"] for row in result["results"] for item in row["objects"]]
         assert crops[0] == "crops/person/a-1.jpg"
         assert len({*crops}) == 8
         assert sorted(str(path.relative_to(run)) for path in (run / "crops").rglob("*.jpg")) == sorted(crops)
@@ -229,7 +229,7 @@ def result(path, label="dog", count=1):
         (["7.jpg", "007.png"], [1, 2], ["7.jpg", "007.png"]),
     ],
 )
-def test_results_are_what_the_tools_of_coco_take(tmp_path, names, image_ids, file_names):
+def test_results_can_be_evaluated_with_the_tools_of_coco(tmp_path, names, image_ids, file_names):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     results = [result(tmp_path / name) for name in names]
@@ -247,16 +247,17 @@ def test_results_are_what_the_tools_of_coco_take(tmp_path, names, image_ids, fil
     content = json.loads((run.path / "boxes/dataset.json").read_text())
     assert [image["id"] for image in content["images"]] == image_ids
     assert [image["file_name"] for image in content["images"]] == file_names
-    oracle = pytest.importorskip("faster_coco_eval")
-    truth = oracle.COCO(content)
-    judge = oracle.COCOeval_faster(truth, truth.loadRes(detections), "bbox", print_function=lambda *_: None)
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
-    assert judge.stats[0] == pytest.approx(1)
+    faster_coco_eval = pytest.importorskip("faster_coco_eval")
+    coco_gt = faster_coco_eval.COCO(content)
+    coco_dt = coco_gt.loadRes(detections)
+    coco_eval = faster_coco_eval.COCOeval_faster(coco_gt, coco_dt, "bbox", print_function=lambda *_: None)
+    coco_eval.evaluate()
+    coco_eval.accumulate()
+    coco_eval.summarize()
+    assert coco_eval.stats[0] == pytest.approx(1)
 
 
-def test_the_categories_of_coco_are_those_of_its_files(tmp_path):
+def test_category_ids_equal_those_of_coco(tmp_path):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     results = [result(tmp_path / f"{name}.jpg", name) for name in ("person", "stop sign", "bench", "toothbrush")]
@@ -266,7 +267,7 @@ def test_the_categories_of_coco_are_those_of_its_files(tmp_path):
     assert not (run.path / "boxes/dataset.json").exists()
 
 
-def test_numpy_code_of_the_guide_brings_photos_in_and_boxes_back():
+def test_the_numpy_code_of_the_guide_transforms_photos_and_boxes():
     text = (Path(__file__).parents[3] / "docs/guides/export.md").read_text()
     code = text.partition('```python title="letterbox.py"\n')[2].partition("```")[0]
     namespace = {}
@@ -282,7 +283,7 @@ def test_numpy_code_of_the_guide_brings_photos_in_and_boxes_back():
         torch.testing.assert_close(torch.from_numpy(namespace["to_photo"](boxes.numpy(), scale, shift)), expected)
 
 
-def test_the_classes_of_coco_have_its_ids_in_either_spelling():
+def test_category_ids_of_both_spellings_of_coco_classes():
     official = {darknet: name for name, darknet in yolov3_tiny.DARKNET_NAMES.items()}
     assert set(official) <= set(COCO_CLASSES)
     names = tuple(official.get(name, name) for name in COCO_CLASSES)
@@ -293,25 +294,25 @@ def test_the_classes_of_coco_have_its_ids_in_either_spelling():
     assert list(inference.category_ids(("couch", "tv"))) == [1, 2]
 
 
-def test_the_threshold_has_the_best_f_score():
+def test_the_score_threshold_maximizes_the_f_score():
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
     sample = DetectionSample(Path("x.png"), boxes, torch.zeros(3).long(), torch.zeros(3).bool())
-    off = boxes + 100
+    false_positives = boxes + 100
     scores = torch.tensor([0.72, 0.62, 0.32, 0.52, 0.42, 0.22])  # three right, three wrong detections
-    detections = Detections(torch.cat([boxes, off]), scores, torch.zeros(6).long())
-    by_threshold = {}
+    detections = Detections(torch.cat([boxes, false_positives]), scores, torch.zeros(6).long())
+    f_scores = {}
     for threshold in evaluation.THRESHOLDS:
         is_above = scores >= threshold
-        right, number = int(is_above[:3].sum()), int(is_above.sum())
-        precision, recall = right / max(number, 1), right / 3
-        by_threshold[threshold] = 1.25 * precision * recall / max(0.25 * precision + recall, 1e-9)
-    best = max(by_threshold, key=lambda threshold: by_threshold[threshold])
+        num_correct, num_detections = int(is_above[:3].sum()), int(is_above.sum())
+        precision, recall = num_correct / max(num_detections, 1), num_correct / 3
+        f_scores[threshold] = 1.25 * precision * recall / max(0.25 * precision + recall, 1e-9)
+    best = max(f_scores, key=lambda threshold: f_scores[threshold])
     assert evaluation.best_score_threshold([detections], [sample]) == best == 0.55
     empty = DetectionSample(Path("x.png"), torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
     assert evaluation.best_score_threshold([detections], [empty]) is None
 
 
-def test_the_threshold_is_that_of_the_confusion_matrices():
+def test_the_score_threshold_agrees_with_confusion_matrices():
     generator = torch.Generator().manual_seed(0)
 
     def random_boxes(count):
@@ -323,21 +324,21 @@ def test_the_threshold_is_that_of_the_confusion_matrices():
         boxes, labels = random_boxes(6), torch.randint(3, (6,), generator=generator)
         difficult, crowd = (torch.rand(2, 6, generator=generator) < 0.2).unbind()
         samples.append(DetectionSample(Path("x.png"), boxes, labels, difficult, crowd))
-        near = torch.cat([boxes + torch.randn(6, 4, generator=generator), random_boxes(10)])
-        detected = torch.cat([labels, torch.randint(3, (10,), generator=generator)])
+        detected_boxes = torch.cat([boxes + torch.randn(6, 4, generator=generator), random_boxes(10)])
+        detected_labels = torch.cat([labels, torch.randint(3, (10,), generator=generator)])
         scores = torch.cat([torch.rand(6, generator=generator), torch.rand(10, generator=generator) * 0.6])
-        detections.append(Detections(near, scores, detected))
+        detections.append(Detections(detected_boxes, scores, detected_labels))
     f_scores = {}
     for threshold in evaluation.THRESHOLDS:
-        table = evaluation.confusion_matrix(detections, samples, 3, threshold)
-        num_boxes, num_detections = table[:-1].sum().item(), table[:, :-1].sum().item()
-        f_scores[threshold] = 1.25 * table.diagonal().sum().item() / max(0.25 * num_boxes + num_detections, 1)
+        matrix = evaluation.confusion_matrix(detections, samples, 3, threshold)
+        num_boxes, num_detections = matrix[:-1].sum().item(), matrix[:, :-1].sum().item()
+        f_scores[threshold] = 1.25 * matrix.diagonal().sum().item() / max(0.25 * num_boxes + num_detections, 1)
     expected = max(f_scores, key=lambda threshold: f_scores[threshold])
     assert 0.05 < expected < 0.9
     assert evaluation.best_score_threshold(detections, samples) == expected
 
 
-def test_a_detector_of_own_photos_names_the_command_that_evaluates_it(tmp_path):
+def test_a_detector_of_user_photos_names_the_command_that_evaluates_it(tmp_path):
     loaded = inference.LoadedDetector("d", ("a",), 1, 64, lambda *_: [], trained_on="boxes")
     with pytest.raises(DataError, match="photos of your own") as error:
         evaluation.evaluate_on_validation(loaded, None, 8, 0.5)

@@ -1,4 +1,4 @@
-"""The tracker on planted motions."""
+"""The tracker on artificial motions."""
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ def ids(frames, high_score=0.5, track_buffer=30):
 
 
 class TestKalmanFilter:
-    def test_it_is_the_filter_of_the_textbook(self):
-        """Each coordinate against the equations with matrices of a filter of its own."""
+    def test_the_filter_matches_the_textbook(self):
+        """Each coordinate against the matrix equations of a separate filter."""
         rng = np.random.default_rng(0)
         start = np.array([50.0, 60, 20, 30])
         motion = KalmanFilter(start)
@@ -40,17 +40,17 @@ class TestKalmanFilter:
                 mean[k] = transition @ mean[k]
                 covariance[k] = transition @ covariance[k] @ transition.T + noise
             size = np.tile(motion.mean[2:, 0], 2)
-            measured = motion.mean[:, 0] + rng.normal(size=4)
-            motion.update(measured)
+            measurement = motion.mean[:, 0] + rng.normal(size=4)
+            motion.update(measurement)
             for k in range(4):
                 innovation = observation @ covariance[k] @ observation.T + (size[k] / 20) ** 2
                 gain = covariance[k] @ observation.T @ np.linalg.inv(innovation)
-                mean[k] = mean[k] + gain @ (measured[k] - observation @ mean[k])
+                mean[k] = mean[k] + gain @ (measurement[k] - observation @ mean[k])
                 covariance[k] = (np.eye(2) - gain @ observation) @ covariance[k]
         np.testing.assert_allclose(motion.mean, np.stack(mean))
         np.testing.assert_allclose(motion.covariance, np.stack(covariance))
 
-    def test_it_learns_the_velocity(self):
+    def test_the_filter_estimates_the_velocity(self):
         motion = KalmanFilter(np.array([0.0, 0, 20, 20]))
         for k in range(1, 30):
             motion.predict()
@@ -64,16 +64,16 @@ class TestByteTracker:
 
     @pytest.mark.parametrize("side", [20, 30])
     def test_crossing_objects_keep_their_ids(self, side):
-        """They move towards and through each other; at the crossing the boxes are almost the same."""
+        """The objects move towards and through each other; at the crossing the boxes are almost identical."""
         frames = [[(10 + 5 * k, 50, side, 0.9, 0), (210 - 5 * k, 56, side, 0.9, 0)] for k in range(41)]
         assert ids(frames) == [[1, 2]] * 41
 
     def test_an_occluded_object_returns_with_its_id(self):
-        """It is hidden for ten frames, in which it moves on by more than its size."""
+        """The object is hidden for ten frames, in which it moves by more than its size."""
         frames = [[(10 + 4 * k, 50, 20, 0.9, 0)] if not 15 <= k < 25 else [] for k in range(40)]
         assert ids(frames) == [[1]] * 15 + [[]] * 10 + [[1]] * 15
 
-    def test_after_the_buffer_it_is_another_object(self):
+    def test_after_the_track_buffer_an_object_gets_a_new_id(self):
         frames = [[(50, 50, 20, 0.9, 0)], *[[]] * 5, *[[(50, 50, 20, 0.9, 0)]] * 2]
         assert ids(frames, track_buffer=5)[-1] == [1]
         assert ids(frames, track_buffer=4)[-2:] == [[0], [2]]
@@ -93,27 +93,27 @@ class TestByteTracker:
         frames = [[], [(50, 50, 20, 0.9, 0)], [], [(50, 50, 20, 0.9, 0)], [(51, 50, 20, 0.9, 0)]]
         assert ids(frames) == [[], [0], [], [0], [1]]
 
-    def test_classes_are_tracked_by_themselves(self):
+    def test_classes_are_tracked_separately(self):
         frames = [[(50, 50, 20, 0.9, 0)], [(50, 50, 20, 0.9, 1)], [(50, 50, 20, 0.9, 1)], [(50, 50, 20, 0.9, 0)]]
         assert ids(frames) == [[1], [0], [2], [1]]
 
-    def test_the_high_score_is_matched_before_the_low_one(self):
-        """The low-score detection overlaps more, but it is used only for tracks that are left."""
+    def test_high_scores_are_matched_before_low_scores(self):
+        """The detection with a low score overlaps more, but it is used only for unmatched tracks."""
         assert ids([[(50, 50, 20, 0.9, 0)], [(50, 50, 20, 0.3, 0), (55, 50, 20, 0.8, 0)]]) == [[1], [0, 1]]
 
     def test_many_objects_in_any_order(self):
         rng = np.random.default_rng(0)
         position, velocity = rng.uniform(0, 2000, (30, 2)), rng.uniform(-4, 4, (30, 2))
-        tracker, seen = ByteTracker(0.5, 30), {}
+        tracker, ids_by_object = ByteTracker(0.5, 30), {}
         for _ in range(30):
             order = rng.permutation(30)
             noisy = position + rng.normal(scale=0.5, size=(30, 2))
             result = tracker.update(detections(*[(*noisy[k], 40, 0.9, 0) for k in order])).tolist()
             for k, track_id in zip(order.tolist(), result, strict=True):
-                seen.setdefault(k, set()).add(track_id)
+                ids_by_object.setdefault(k, set()).add(track_id)
             position += velocity
-        assert sorted(next(iter(each)) for each in seen.values()) == list(range(1, 31))
-        assert all(len(each) == 1 for each in seen.values())
+        assert sorted(next(iter(track_ids)) for track_ids in ids_by_object.values()) == list(range(1, 31))
+        assert all(len(track_ids) == 1 for track_ids in ids_by_object.values())
         assert len(tracker.tracks) == 30
 
     def test_boxes_without_area(self):

@@ -15,13 +15,13 @@ from tests.experiments.detection.short_run import SHORT, train
 
 class TestTraining:
     def test_metrics_and_weights_file(self, cvlab):
-        found = train(cvlab)
-        assert {"val_map50", "map50", "map50_95", "ap50/star", "train_loss"} <= found["metrics"].keys()
-        made = detector_model.load(Path(found["run"]) / "detector.safetensors", torch.device("cpu"))
-        assert made.metadata.size_px == 64
-        assert len(made.metadata.classes) == 10
-        assert made.metadata.trained_on == "scenes"
-        summary = json.loads((Path(found["run"]) / "summary.json").read_text())
+        report = train(cvlab)
+        assert {"val_map50", "map50", "map50_95", "ap50/star", "train_loss"} <= report["metrics"].keys()
+        detector = detector_model.load(Path(report["run"]) / "detector.safetensors", torch.device("cpu"))
+        assert detector.metadata.size_px == 64
+        assert len(detector.metadata.classes) == 10
+        assert detector.metadata.trained_on == "scenes"
+        summary = json.loads((Path(report["run"]) / "summary.json").read_text())
         assert summary["map_rule"] == "voc"
         assert summary["score_threshold"] == 0.001
 
@@ -42,18 +42,18 @@ class TestTraining:
         assert "2 images per process have no 4 equal parts" in err
 
     def test_an_interrupted_run_ends_with_the_same_weights(self, stopped_and_resumed):
-        whole, again = stopped_and_resumed("yolo_scenes", *SHORT, "save_seconds=0")
-        assert weights_digest(whole) == weights_digest(again)
-        assert whole["run"] != again["run"]
+        uninterrupted, resumed = stopped_and_resumed("yolo_scenes", *SHORT, "save_seconds=0")
+        assert weights_digest(uninterrupted) == weights_digest(resumed)
+        assert uninterrupted["run"] != resumed["run"]
 
     @pytest.mark.usefixtures("drawn_plots")
     def test_eval_draws_curves_and_confusion_matrices(self, cvlab):
-        found = train(cvlab)
-        code, out, err = cvlab("eval", found["run"], "--split", "val", "--json")
+        report = train(cvlab)
+        code, out, err = cvlab("eval", report["run"], "--split", "val", "--json")
         assert code == 0, err
-        assert json.loads(out)["metrics"]["val_map50"] == pytest.approx(found["metrics"]["map50"], abs=1e-6)
+        assert json.loads(out)["metrics"]["val_map50"] == pytest.approx(report["metrics"]["map50"], abs=1e-6)
         for name in ("val_precision_recall.png", "val_confusion.png"):
-            assert photos.load(Path(found["run"]) / "plots" / name).width > 300
+            assert photos.load(Path(report["run"]) / "plots" / name).width > 300
 
     def test_too_many_views_are_rejected_with_the_number_that_fits(self, cvlab, monkeypatch):
         from cvlab.engine import memory
@@ -65,7 +65,7 @@ class TestTraining:
         assert "fits" in err
 
     @pytest.mark.parametrize(
-        ("words", "says"),
+        ("args", "message"),
         [
             (("data.name=cifar10",), "photos with boxes are needed"),
             (("data.num_train=9999",), "has 40 photos"),
@@ -76,13 +76,13 @@ class TestTraining:
             (("batch_size=4", "accumulate=3"), "3 does not divide batch_size: 4"),
         ],
     )
-    def test_errors(self, cvlab, words, says):
-        code, _, err = cvlab("train", "yolo_scenes", *words, "--dry-run")
+    def test_errors(self, cvlab, args, message):
+        code, _, err = cvlab("train", "yolo_scenes", *args, "--dry-run")
         assert code == 2, err
-        assert says in err, err
+        assert message in err, err
 
     def test_overfits_a_few_images(self, cvlab):
-        words = (
+        args = (
             "duration={steps: 150}",
             "views=1",
             "size=96",
@@ -90,14 +90,14 @@ class TestTraining:
             "augment.zoom=1",
             "augment.aspect=1",
         )
-        found = train(cvlab, *words, "augment.flip=false", "eval_every=1000", "log_every=10")
-        rows = [json.loads(line) for line in (Path(found["run"]) / "metrics.jsonl").read_text().splitlines()]
+        report = train(cvlab, *args, "augment.flip=false", "eval_every=1000", "log_every=10")
+        rows = [json.loads(line) for line in (Path(report["run"]) / "metrics.jsonl").read_text().splitlines()]
         losses = [row["train_loss"] for row in rows if "train_loss" in row]
         assert losses[-1] < 0.4 * losses[0]
 
 
 def write_photos(folder, splits, with_boxes=lambda split, k: True):
-    """Write a YOLO data set of gray photos, each with a white square that its label names."""
+    """Write a YOLO data set of gray photos, each with a labeled white square."""
     from PIL import Image
 
     for split, count in splits.items():
@@ -113,35 +113,35 @@ def write_photos(folder, splits, with_boxes=lambda split, k: True):
     return folder
 
 
-def train_own(cvlab, folder, *words):
-    arguments = (*SHORT, "data={name: boxes, path: " + str(folder) + "}", "expect=[]", "batch_size=2", *words)
+def train_on_photos(cvlab, folder, *args):
+    arguments = (*SHORT, "data={name: boxes, path: " + str(folder) + "}", "expect=[]", "batch_size=2", *args)
     return cvlab("train", "yolo_scenes", *arguments, "--json")
 
 
-class TestWhatTheEndNeeds:
-    def test_without_a_test_split_val_is_evaluated_and_that_is_said(self, cvlab, tmp_path):
+class TestUserData:
+    def test_without_a_test_split_val_is_evaluated_and_a_warning_is_logged(self, cvlab, tmp_path):
         folder = write_photos(tmp_path / "own", {"train": 6, "val": 2})
-        code, out, err = train_own(cvlab, folder, "evaluate_test=true")
+        code, out, err = train_on_photos(cvlab, folder, "evaluate_test=true")
         assert code == 0, err
         assert "boxes has no test split; val is evaluated at the end" in err
         assert "map50" in json.loads(out)["metrics"]
         run = Path(json.loads(out)["run"])
         assert json.loads((run / "summary.json").read_text())["evaluated_split"] == "val"
-        code, out, _ = train_own(cvlab, folder, "evaluate_test=true", "--dry-run")
+        code, out, _ = train_on_photos(cvlab, folder, "evaluate_test=true", "--dry-run")
         assert json.loads(out)["evaluated_split"] == "val"
 
     def test_a_damaged_test_photo_is_found_before_the_first_step(self, cvlab, tmp_path):
         folder = write_photos(tmp_path / "own", {"train": 4, "val": 2, "test": 3})
         path = folder / "images" / "test" / "2.png"
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        code, _, err = train_own(cvlab, folder, "evaluate_test=true")
+        code, _, err = train_on_photos(cvlab, folder, "evaluate_test=true")
         assert code == 4
         assert "2.png" in err
         assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
 
     def test_without_boxes_in_val_the_map_is_undefined(self, cvlab, tmp_path):
         folder = write_photos(tmp_path / "own", {"train": 4, "val": 2}, lambda split, _: split == "train")
-        code, out, err = train_own(cvlab, folder)
+        code, out, err = train_on_photos(cvlab, folder)
         assert code == 0, err
         assert "val has no boxes: its mAP is undefined" in err
         metrics = json.loads(out)["metrics"]
@@ -149,11 +149,11 @@ class TestWhatTheEndNeeds:
         assert metrics["best_step"] == metrics["steps"]
         code, out, err = cvlab("eval", json.loads(out)["run"], "--json")
         assert code == 0, err
-        code, _, err = train_own(cvlab, folder, "expect=[map50 > 0]")
+        code, _, err = train_on_photos(cvlab, folder, "expect=[map50 > 0]")
         assert code == 3
 
     @pytest.mark.parametrize("count", [2, 3, 5])
-    def test_the_split_of_the_program_has_boxes_on_both_sides(self, tmp_path, count):
+    def test_both_parts_of_an_automatic_split_have_boxes(self, tmp_path, count):
         from cvlab.experiments.detection.data import dataset
 
         for number in range(6):
@@ -166,7 +166,7 @@ class TestWhatTheEndNeeds:
             assert any(sample.has_boxes for sample in splits["train"])
 
     @pytest.mark.parametrize("change", ["annotation", "photo", "added"])
-    def test_the_digest_notices_changed_data(self, tmp_path, change):
+    def test_the_digest_depends_on_the_data(self, tmp_path, change):
         from cvlab.experiments.detection.data import dataset
 
         folder = write_photos(tmp_path / "own", {"train": 4, "val": 2})

@@ -1,4 +1,4 @@
-"""`cvlab detect --source`: small clips of scenes and of squares, with the bundled scenes detector or a planted one."""
+"""`cvlab detect --source`: small clips of scenes and of squares, with the bundled or an artificial detector."""
 
 import csv
 import io
@@ -33,7 +33,7 @@ def write_clip(name, frames, rate=Fraction(10)):
 
 
 def squares(num_frames=20, hidden=()):
-    """A red square moves right, a green one left below it; in the frames `hidden` the red one is not there."""
+    """Return frames in which a red square moves right (except in `hidden` frames), and a green one below it left."""
     frames = []
     for k in range(num_frames):
         image = Image.new("RGB", SIZE)
@@ -44,7 +44,7 @@ def squares(num_frames=20, hidden=()):
     return frames
 
 
-def planted(images, score_threshold, nms_iou):
+def predict_squares(images, score_threshold, nms_iou):
     """Return the boxes of the red (cat) and the green (dog) square."""
     results = []
     for image in images:
@@ -60,24 +60,24 @@ def planted(images, score_threshold, nms_iou):
 
 
 @pytest.fixture
-def planted_detector(monkeypatch):
-    detector = inference.LoadedDetector("a planted detector", ("cat", "dog"), 0, 64, planted)
+def square_detector(monkeypatch):
+    detector = inference.LoadedDetector("an artificial detector", ("cat", "dog"), 0, 64, predict_squares)
     monkeypatch.setattr(inference, "load_detector", lambda *_, **__: detector)
 
 
-def table_of(run):
+def read_tracks(run):
     return list(csv.DictReader(io.StringIO((Path(run) / "tracks.csv").read_text())))
 
 
-def detect(cvlab, source, *words):
-    code, out, err = cvlab("detect", "--source", source, *words, "--json")
+def detect(cvlab, source, *args):
+    code, out, err = cvlab("detect", "--source", source, *args, "--json")
     assert code == 0, err
     return json.loads(out)
 
 
-@pytest.mark.usefixtures("planted_detector")
-class TestPlanted:
-    def test_the_video_the_table_and_the_summary(self, cvlab):
+@pytest.mark.usefixtures("square_detector")
+class TestSquares:
+    def test_the_video_the_csv_file_and_the_summary(self, cvlab):
         result = detect(cvlab, write_clip("clip.mp4", squares()))
         assert result["metrics"].pop("frames_per_second") > 0
         assert result["metrics"] == {"num_frames": 20, "num_tracks": 2}
@@ -90,7 +90,7 @@ class TestPlanted:
         assert frames[0].image.size == SIZE
         with av.open(str(Path(result["run"], row["video"]))) as container:
             assert container.streams.video[0].average_rate == 10
-        rows = table_of(result["run"])
+        rows = read_tracks(result["run"])
         assert len(rows) == 40
         first = {key: rows[0][key] for key in ("frame", "time_s", "track_id", "class", "score")}
         assert first == {"frame": "0", "time_s": "0.0", "track_id": "1", "class": "cat", "score": "0.9"}
@@ -102,40 +102,40 @@ class TestPlanted:
         assert "2 tracks in 20 frames" in page
         assert "video.mp4" in page
 
-    def test_the_last_line_says_how_many(self, cvlab):
+    def test_the_last_line_has_the_counts(self, cvlab):
         code, out, _ = cvlab("detect", "--source", write_clip("clip.mp4", squares(6)))
         assert code == 0
         assert out.splitlines()[-1] == "2 tracks in 6 frames: cat 1, dog 1"
 
-    def test_an_object_that_returns_has_its_id(self, cvlab):
+    def test_an_object_that_reappears_keeps_its_id(self, cvlab):
         result = detect(cvlab, write_clip("clip.mp4", squares(hidden=range(8, 13))))
         assert result["class_counts"] == {"cat": 1, "dog": 1}
-        assert len([row for row in table_of(result["run"]) if row["class"] == "cat"]) == 15
+        assert len([row for row in read_tracks(result["run"]) if row["class"] == "cat"]) == 15
 
     def test_without_tracking_detections_are_counted(self, cvlab):
         result = detect(cvlab, write_clip("clip.mp4", squares()), "--no-track", "--class", "dog")
         assert result["metrics"]["num_objects"] == 20
         assert result["headline"] == "20 objects in 20 frames: dog 20"
-        assert {row["track_id"] for row in table_of(result["run"])} == {""}
+        assert {row["track_id"] for row in read_tracks(result["run"])} == {""}
 
-    def test_a_stride_and_an_end(self, cvlab):
+    def test_every_and_max_frames(self, cvlab):
         result = detect(cvlab, write_clip("clip.mp4", squares()), "--every", "2", "--max-frames", "7")
         assert result["metrics"]["num_frames"] == 7
-        assert [row["frame"] for row in table_of(result["run"])[::2]] == [str(k) for k in range(0, 14, 2)]
+        assert [row["frame"] for row in read_tracks(result["run"])[::2]] == [str(k) for k in range(0, 14, 2)]
         with av.open(str(Path(result["run"], "video.mp4"))) as container:
             assert container.streams.video[0].average_rate == 5
 
-    def test_batches_of_any_size_give_the_same(self, cvlab):
+    def test_the_result_does_not_depend_on_the_batch_size(self, cvlab):
         clip = write_clip("clip.mp4", squares())
-        tables = [table_of(detect(cvlab, clip, f"batch_size={size}")["run"]) for size in (1, 7, 64)]
+        tables = [read_tracks(detect(cvlab, clip, f"batch_size={size}")["run"]) for size in (1, 7, 64)]
         assert tables[0] == tables[1] == tables[2]
 
-    def test_no_object_at_all(self, cvlab):
+    def test_a_video_without_objects(self, cvlab):
         result = detect(cvlab, write_clip("clip.mp4", [Image.new("RGB", SIZE)] * 3))
         assert result["headline"] == "0 tracks in 3 frames"
         assert photos.load(Path(result["run"], "images/frame.png")).size == SIZE
 
-    def test_interrupted_it_leaves_what_it_has_and_begins_again(self, cvlab, monkeypatch):
+    def test_an_interrupted_run_keeps_its_results_and_starts_again(self, cvlab, monkeypatch):
         clip = write_clip("clip.mp4", squares())
         write = videos.VideoWriter.write
         counter = itertools.count()
@@ -153,14 +153,14 @@ class TestPlanted:
         run = Path(json.loads(out)["error"]["run"])
         assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
         assert len(list(videos.read(str(run / "video.mp4")))) == 12
-        assert [row["frame"] for row in table_of(run)[::2]] == [str(k) for k in range(12)]
+        assert [row["frame"] for row in read_tracks(run)[::2]] == [str(k) for k in range(12)]
         code, out, err = cvlab("resume", run, "--json")
         assert code == 0, err
         assert json.loads(out)["metrics"]["num_frames"] == 20
-        assert len(table_of(run)) == 40
+        assert len(read_tracks(run)) == 40
 
     def test_a_camera_is_read_frame_by_frame(self, cvlab, monkeypatch):
-        """A clip in place of a camera: it says nothing about its length, and each frame is detected as it comes."""
+        """A clip replaces the camera: its length is unknown, and each frame is processed as it arrives."""
         clip = write_clip("clip.mp4", squares())
         monkeypatch.setattr(videos, "_open_camera", lambda module, number: module.open(clip))
         sizes = []
@@ -175,7 +175,7 @@ class TestPlanted:
         assert code == 0
         assert "video" in out
 
-    def test_a_full_disk_is_one_line(self, cvlab, monkeypatch):
+    def test_a_full_disk_gives_a_one_line_error(self, cvlab, monkeypatch):
         clip = write_clip("clip.mp4", squares(4))
 
         def fail(*_):
@@ -188,8 +188,8 @@ class TestPlanted:
         assert "Traceback" not in err
 
 
-def test_scenes_that_pass_by(cvlab):
-    """A camera that moves over three scenes side by side."""
+def test_the_bundled_detector_on_moving_scenes(cvlab):
+    """A camera that moves over three adjacent scenes."""
     side = generator.SIZE_PX
     canvas = Image.new("RGB", (3 * side, side))
     for column in range(3):
@@ -197,7 +197,7 @@ def test_scenes_that_pass_by(cvlab):
         canvas.paste(Image.open(io.BytesIO(scene.png())), (column * side, 0))
     frames = [canvas.crop((14 * k, 0, 14 * k + side, side)) for k in range(2 * side // 14 + 1)]
     result = detect(cvlab, write_clip("clip.mp4", frames), *SCENES, "--conf", "0.4", "threads=1")
-    rows = table_of(result["run"])
+    rows = read_tracks(result["run"])
     assert len(rows) > len(frames)
     shapes = [item.shape for column in range(3) for item in generator.generate_scene(7, column).objects]
     assert set(shapes) <= {row["class"] for row in rows}
@@ -207,7 +207,7 @@ def test_scenes_that_pass_by(cvlab):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("args", "code", "message"),
     [
         (("--source", "none.mp4"), 4, "none.mp4: no such file"),
         (("--source", "empty.mp4"), 4, "not a video that can be read"),
@@ -222,12 +222,12 @@ def test_scenes_that_pass_by(cvlab):
         (("sample", "--every", "3"), 2, "are for videos"),
     ],
 )
-def test_errors(cvlab, words, code, says, request):
-    request.getfixturevalue("planted_detector")
+def test_errors(cvlab, args, code, message, request):
+    request.getfixturevalue("square_detector")
     Path("empty.mp4").write_bytes(b"")
     write_clip("clip.mp4", squares(2))
-    got, _, err = cvlab("detect", *words)
-    assert got == code, err
-    assert says in err, err
+    actual, _, err = cvlab("detect", *args)
+    assert actual == code, err
+    assert message in err, err
     assert "Traceback" not in err
     assert not Path("runs").exists()

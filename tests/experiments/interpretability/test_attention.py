@@ -1,4 +1,4 @@
-"""Attention rollout, compared with products of attention that are computed by hand."""
+"""Attention rollout, compared with manually computed products of attention."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from cvlab.ops import saliency
 from cvlab.ops.resample import EvalTransform
 
 
-def test_rollout_of_planted_attention():
+def test_rollout_of_artificial_attention():
     to_third = torch.zeros(1, 2, 4, 4)
     to_third[..., 2] = 1
     flow = saliency.attention_rollout([to_third, to_third])[0]
@@ -19,7 +19,7 @@ def test_rollout_of_planted_attention():
     torch.testing.assert_close(flow.sum(1), torch.ones(4))
 
 
-def test_rollout_of_a_vit_equals_one_by_hand():
+def test_rollout_of_a_vit_equals_a_manual_computation():
     torch.manual_seed(0)
     sizes = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
     network = _compat.timm().models.VisionTransformer(**sizes).eval()
@@ -42,9 +42,9 @@ def test_rollout_of_a_vit_equals_one_by_hand():
     expected = torch.nn.functional.interpolate(flow[0, 1:].view(1, 1, 5, 5), size=(40, 40), mode="bilinear")[:, 0]
     assert float(flow[0, 1:].std() / flow[0, 1:].mean()) > 0.1
     torch.testing.assert_close(attention.rollout(model, image), expected)
-    assert all(block.attn.fused_attn for block in network.blocks), "the model is as it was"
+    assert all(block.attn.fused_attn for block in network.blocks), "the model is unchanged"
 
 
-def test_other_models_are_refused():
+def test_other_models_are_rejected():
     with pytest.raises(ConfigError, match=r"needs a ViT or DeiT of timm.*gradient, smoothgrad"):
         attention.rollout(pretrained.build(), torch.rand(1, 3, 224, 224))

@@ -74,11 +74,11 @@ def test_ridge_regression_minimizes_the_weighted_squares():
     x, y, weights = torch.rand(30, 4).double(), torch.rand(30, 1).double(), torch.rand(30).double()
     regression = captum_methods.ridge_regression(0.7)
     regression.fit([(x[:20], y[:20], weights[:20]), (x[20:], y[20:], weights[20:])])
-    unknown = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    solution = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     scaled = weights / weights.mean()
-    loss = (scaled * (x @ unknown[:4] + unknown[4] - y[:, 0]) ** 2).sum() + 0.7 * (unknown[:4] ** 2).sum()
-    gradient = torch.autograd.grad(loss, unknown, create_graph=True)[0]
-    hessian = torch.stack([torch.autograd.grad(g, unknown, retain_graph=True)[0] for g in gradient])
+    loss = (scaled * (x @ solution[:4] + solution[4] - y[:, 0]) ** 2).sum() + 0.7 * (solution[:4] ** 2).sum()
+    gradient = torch.autograd.grad(loss, solution, create_graph=True)[0]
+    hessian = torch.stack([torch.autograd.grad(g, solution, retain_graph=True)[0] for g in gradient])
     expected = -torch.linalg.solve(hessian, gradient.detach())
     torch.testing.assert_close(regression.representation().double(), expected[:4], rtol=1e-4, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_deeplift_equals_captum_and_is_complete(small_model):
     captum_methods.require_completeness(model, 16, baseline)
 
 
-def test_deeplift_of_relu6_and_its_refusal_of_others():
+def test_deeplift_accepts_relu6_and_rejects_other_activations():
     torch.manual_seed(0)
     for activation, is_allowed in ((nn.ReLU6(inplace=True), True), (nn.GELU(), False), (Function(), False)):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Flatten(), nn.Linear(8 * 36, 4)).double()
@@ -125,22 +125,22 @@ class GuidedReLU6(torch.autograd.Function):
         return x.clamp(0, 6)
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
-        return slope.clamp(min=0) * ((x > 0) & (x < 6))
+        return gradient.clamp(min=0) * ((x > 0) & (x < 6))
 
 
-def test_guided_backprop_guides_relu6():
+def test_guided_backprop_supports_relu6():
     torch.manual_seed(0)
     first, last = nn.Conv2d(3, 8, 3).double(), nn.Linear(8 * 36, 4).double()
     model = nn.Sequential(first, nn.ReLU6(inplace=True), nn.Flatten(), last)
     x, classes = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 20, torch.tensor([1, 2])
     values = captum_methods.guided_backprop(model, x, classes)
-    twin = x.clone().requires_grad_()
-    logits = last(GuidedReLU6.apply(first(twin)).flatten(1))
-    (expected,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), twin)
+    reference_x = x.clone().requires_grad_()
+    logits = last(GuidedReLU6.apply(first(reference_x)).flatten(1))
+    (expected,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), reference_x)
     torch.testing.assert_close(values, expected.abs().amax(1))
-    assert isinstance(model[1], nn.ReLU6)  # the model is not changed
+    assert isinstance(model[1], nn.ReLU6)  # the model is unchanged
     captum_methods.require_relus(model, 8)
 
 
@@ -152,7 +152,7 @@ def test_guided_backprop_guides_relu6():
         (nn.Identity(), "this model has none"),
     ],
 )
-def test_guided_backprop_refuses_other_activations(activation, reason):
+def test_guided_backprop_rejects_other_activations(activation, reason):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), activation, nn.Flatten(), nn.Linear(144, 2))
     with pytest.raises(ConfigError, match=f"method=guided_backprop: .*{reason}; choose another method"):
         captum_methods.require_relus(model, 8)

@@ -40,7 +40,7 @@ def test_saved_files(cvlab, tmp_path, monkeypatch):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_starts_from_a_photo(cvlab, tmp_path):
+def test_optimization_starts_from_a_photo(cvlab, tmp_path):
     for kind in ("fourier", "pixels"):
         args = ("classvis", "sample", "--init", "image", "--target", "tick", "steps=1", "frames=1", "lr=1e-6")
         code, out, err = cvlab(*args, f"parametrization={kind}", "expect=[]", "--json")
@@ -53,29 +53,29 @@ def test_starts_from_a_photo(cvlab, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("fourier", "tick,9"), ("pixels", "tick")])
-def test_interrupted_run_resumes_bit_for_bit(cvlab, tmp_path, monkeypatch, kind, targets):
+def test_an_interrupted_run_resumes_bitwise_identically(cvlab, tmp_path, monkeypatch, kind, targets):
     args = ("classvis", *SHORT, "--target", targets, f"parametrization={kind}", "jitter_px=4", "--json")
     uninterrupted = json.loads(cvlab(*args)[1])
-    real = image_optimizer.optimization_steps
+    optimization_steps = image_optimizer.optimization_steps
 
-    def interrupting(*arguments):
-        for k, losses in enumerate(real(*arguments)):
+    def interrupt_step_3(*arguments):
+        for k, losses in enumerate(optimization_steps(*arguments)):
             if k == 3:
                 signal.raise_signal(signal.SIGTERM)
             yield losses
 
-    monkeypatch.setattr(image_optimizer, "optimization_steps", interrupting)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", interrupt_step_3)
     code, out, _ = cvlab(*args)
     assert code == 143
     assert "at step 4" in json.loads(out)["error"]["message"]
-    monkeypatch.setattr(image_optimizer, "optimization_steps", real)
+    monkeypatch.setattr(image_optimizer, "optimization_steps", optimization_steps)
     code, out, err = cvlab("resume", "latest", "--json")
     assert code == 0
     assert "4 of 8 steps are done" in err
     resumed = json.loads(out)
     for row in uninterrupted["results"]:
-        one, other = ((tmp_path / run["run"] / row["image"]).read_bytes() for run in (uninterrupted, resumed))
-        assert one == other
+        expected, actual = ((tmp_path / run["run"] / row["image"]).read_bytes() for run in (uninterrupted, resumed))
+        assert expected == actual
     assert {k: v for k, v in uninterrupted["metrics"].items() if "seconds" not in k} == {
         k: v for k, v in resumed["metrics"].items() if "seconds" not in k
     }
@@ -94,13 +94,13 @@ def test_similarity_of_gram_matrices():
     first, second = torch.tensor([0]), torch.tensor([1])
     assert float(visualize.gram_similarity(features, first, second)) == pytest.approx(1)
     flipped = torch.stack([features[0], features[1].flip(1, 2)])
-    assert float(visualize.gram_similarity(flipped, first, second)) == pytest.approx(1), "positions do not matter"
+    assert float(visualize.gram_similarity(flipped, first, second)) == pytest.approx(1), "positions are irrelevant"
     separate = torch.zeros(2, 2, 6, 6)
     separate[0, 0, :3], separate[1, 1, :3] = 1, 1
     assert float(visualize.gram_similarity(separate, first, second)) == pytest.approx(0)
 
 
-def test_channels_of_a_layer_that_differ(cvlab, tmp_path):
+def test_images_of_a_channel_that_differ(cvlab, tmp_path):
     short = ("steps=6", "frames=1", "lr=0.06", "blur=0", "gray=0", "contrast=0", "threads=1", "--json")
     runs = []
     for weight in (200, 0):
@@ -108,19 +108,19 @@ def test_channels_of_a_layer_that_differ(cvlab, tmp_path):
         code, out, err = cvlab("classvis", *args, *short)
         assert code == 0, err
         runs.append(json.loads(out))
-    result, without = runs
-    assert result["metrics"]["diversity"] > 1.1 * without["metrics"]["diversity"]
+    result, baseline = runs
+    assert result["metrics"]["diversity"] > 1.1 * baseline["metrics"]["diversity"]
     assert [row["channel"] for row in result["results"]] == ["blocks.0:3"] * 2
     folder = tmp_path / result["run"]
     targets = visualization_targets.ChannelTargets(pretrained.build(), "blocks.0:3", 2, torch.device("cpu"))
     frames = [folder / "images" / "frames" / f"{name}-000000.png" for name in targets.names]
     before = targets.describe(torch.stack([photos.to_tensor(photos.load(path)) for path in frames]))
-    for row, start in zip(without["results"], before, strict=True):
+    for row, start in zip(baseline["results"], before, strict=True):
         assert row["response"] > start["response"] + 0.1
     assert photos.load(folder / result["results"][0]["grid"]).width > 2 * 224
 
 
-def test_a_channel_depends_on_nothing_behind_its_layer():
+def test_a_channel_does_not_depend_on_later_layers():
     model = pretrained.build()
     targets = visualization_targets.ChannelTargets(model, "blocks.1:3", 1, torch.device("cpu"))
     parameters = {name for name, _ in targets.extractor.module.named_parameters()}
@@ -141,7 +141,7 @@ def test_a_channel_depends_on_nothing_behind_its_layer():
         (("targets=[]",), "give at least one class"),
     ],
 )
-def test_channels_that_do_not_exist(cvlab, tmp_path, args, message):
+def test_invalid_channels_are_rejected(cvlab, tmp_path, args, message):
     code, _, err = cvlab("classvis", *args)
     assert code == 2
     assert message in err

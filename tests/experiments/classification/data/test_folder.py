@@ -1,4 +1,4 @@
-"""The user's own photos as a data set: layouts, splits, odd files, and one line for what cannot be used."""
+"""A folder of photos as a data set: layouts, splits, unusual files, and one-line errors."""
 
 import csv
 import os
@@ -42,7 +42,7 @@ def counts(listing):
     return result
 
 
-def test_class_folders_are_divided_class_by_class(class_folders):
+def test_class_folders_are_split_class_by_class(class_folders):
     listing = scan(class_folders, SplitConfig(0.2, 0.1))
     assert listing.classes == ("cat", "dog", "newt")
     assert counts(listing)["val"] == {"cat": 4, "dog": 2, "newt": 1}
@@ -65,7 +65,7 @@ def test_a_new_photo_moves_few_others(class_folders):
 
 @pytest.mark.parametrize("val", ["val", "valid", "Validation", "dev"])
 @pytest.mark.parametrize("has_test", [False, True])
-def test_folders_of_splits(tmp_path, val, has_test):
+def test_split_folders(tmp_path, val, has_test):
     for split in ("train", val, *(["test"] if has_test else [])):
         for label in ("a", "b"):
             write_photo(tmp_path / split / label / f"{split}.png", seed=ord(label))
@@ -74,7 +74,7 @@ def test_folders_of_splits(tmp_path, val, has_test):
     assert counts(listing) == {split: expected[split] for split in ("train", "val", *(["test"] if has_test else []))}
 
 
-def test_without_a_validation_folder_some_training_photos_are_used(tmp_path):
+def test_training_photos_are_used_for_validation_if_there_is_no_folder_for_it(tmp_path):
     for k in range(10):
         for label in ("a", "b"):
             write_photo(tmp_path / "train" / label / f"{k}.png", seed=k + ord(label))
@@ -114,14 +114,14 @@ def test_hidden_files_links_and_nested_folders(class_folders):
     assert any("2 files" in note for note in listing.notes)
 
 
-def test_what_is_odd_is_said(class_folders):
+def test_unusual_contents_are_noted(class_folders):
     (class_folders / "empty").mkdir()
     write_photo(class_folders / "single" / "0.png", seed=1)
     content = (class_folders / "cat" / "0.png").read_bytes()
     (class_folders / "dog" / "copy.png").write_bytes(content)
     (class_folders / "cat" / "again.png").write_bytes(content)
-    same = (class_folders / "newt" / "0.png").read_bytes()
-    (class_folders / "newt" / "same.png").write_bytes(same)
+    other_content = (class_folders / "newt" / "0.png").read_bytes()
+    (class_folders / "newt" / "same.png").write_bytes(other_content)
     notes = "\n".join(scan(class_folders, SplitConfig()).notes)
     for text in ("empty has no photo", "in two classes", "twice in one class", "one training photo only: single"):
         assert text in notes
@@ -131,7 +131,7 @@ def test_what_is_odd_is_said(class_folders):
     assert split_of["newt/0.png"] == split_of["newt/same.png"]
 
 
-def test_a_photo_in_two_splits_is_said(tmp_path):
+def test_a_photo_in_two_splits_is_noted(tmp_path):
     for label in ("a", "b"):
         write_photo(tmp_path / "train" / label / "0.png", seed=ord(label))
         write_photo(tmp_path / "test" / label / "1.png", seed=2 * ord(label))
@@ -172,12 +172,12 @@ def _missing(root):
 @pytest.mark.parametrize(
     "make", [_empty, _one_class, _no_classes, _control_character, _a_file, _unknown_class_in_test, _missing]
 )
-def test_what_cannot_be_used_is_one_line(tmp_path, make):
+def test_an_unusable_folder_gives_a_one_line_error(tmp_path, make):
     make(tmp_path / "photos")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as error:
         scan(tmp_path / "photos", SplitConfig())
-    assert "\n" not in str(caught.value)
-    assert caught.value.hint
+    assert "\n" not in str(error.value)
+    assert error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -196,19 +196,19 @@ def test_what_cannot_be_used_is_one_line(tmp_path, make):
         "image,label\n0.png,\xff\n",
     ],
 )
-def test_a_csv_file_that_cannot_be_used_is_one_line(tmp_path, text):
+def test_an_invalid_csv_file_gives_a_one_line_error(tmp_path, text):
     write_photo(tmp_path / "0.png")
     (tmp_path / "photos.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"photos\.csv|missing\.png"):
         scan(tmp_path / "photos.csv", SplitConfig())
 
 
-def test_images_are_what_the_photo_reader_gives(class_folders, capsys):
-    turned = Image.new("RGB", (30, 20), "red")
-    turned.putpixel((0, 0), (0, 0, 255))
+def test_images_equal_those_of_the_photo_reader(class_folders, capsys):
+    rotated = Image.new("RGB", (30, 20), "red")
+    rotated.putpixel((0, 0), (0, 0, 255))
     exif = Image.Exif()
     exif[0x112] = 6
-    turned.save(class_folders / "cat" / "turned.jpg", exif=exif)
+    rotated.save(class_folders / "cat" / "rotated.jpg", exif=exif)
     Image.new("CMYK", (20, 20), (0, 255, 0, 0)).save(class_folders / "cat" / "cmyk.jpg")
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(class_folders / "cat" / "gray16.png")
     (class_folders / "cat" / "cut.png").write_bytes((class_folders / "cat" / "0.png").read_bytes()[:60])
@@ -226,7 +226,7 @@ def test_images_are_what_the_photo_reader_gives(class_folders, capsys):
             assert name.startswith(dataset.classes[labels[k]])
 
 
-def test_decoded_photos_are_kept_and_read_again_where_they_have_changed(class_folders, monkeypatch):
+def test_decoded_photos_are_cached_and_decoded_again_after_changes(class_folders, monkeypatch):
     folder.load(scan(class_folders, SplitConfig()), TRANSFORM)
     load, names = photos.load, []
     monkeypatch.setattr(photos, "load", lambda path: (names.append(path.name), load(path))[1])
@@ -239,7 +239,7 @@ def test_decoded_photos_are_kept_and_read_again_where_they_have_changed(class_fo
     assert first.digest() != second.digest()
 
 
-def test_a_photo_that_is_removed_while_photos_are_decoded_is_an_error(tmp_path, monkeypatch):
+def test_a_photo_removed_during_decoding_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("CVLAB_DATA", str(tmp_path / "data"))
     for k in range(200):
         path = tmp_path / "photos" / ("a", "b")[k % 2] / f"{k}.png"

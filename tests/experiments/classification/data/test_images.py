@@ -24,7 +24,7 @@ from cvlab.experiments.classification.data.images import (
 from cvlab.ops.resample import EvalTransform
 
 CPU = torch.device("cpu")
-M64 = (1 << 64) - 1
+MASK_64 = (1 << 64) - 1
 
 
 def random_images(count, size=6):
@@ -32,9 +32,9 @@ def random_images(count, size=6):
 
 
 def mix(x):
-    """The finalizer of SplitMix64 in Python's unbounded integers."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & M64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & M64
+    """Compute the finalizer of SplitMix64 with Python's unbounded integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK_64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK_64
     return x ^ (x >> 31)
 
 
@@ -44,28 +44,28 @@ def slow_hash(seed, epoch, index, stream):
     golden = 0x9E3779B97F4A7C15
     key = 0
     for part in (seed, zlib.crc32(stream.encode()), epoch):
-        key = mix((key ^ part) + golden & M64)
-    return mix(mix((index ^ key) + golden & M64) + golden & M64)
+        key = mix((key ^ part) + golden & MASK_64)
+    return mix(mix((index ^ key) + golden & MASK_64) + golden & MASK_64)
 
 
 def test_hashes_equal_the_reference():
     indices = torch.tensor([0, 1, 2, 49_999, 2**40])
     for seed, epoch, stream in ((0, 0, "order"), (7, 3, "flip"), (2**31 - 1, 1000, "down")):
         hashes = rng.hashes(seed, epoch, indices, stream)
-        assert [h & M64 for h in hashes.tolist()] == [slow_hash(seed, epoch, i, stream) for i in indices.tolist()]
+        assert [h & MASK_64 for h in hashes.tolist()] == [slow_hash(seed, epoch, i, stream) for i in indices.tolist()]
 
 
 def test_uniform_numbers_are_uniform_and_independent():
-    one, two = (rng.uniform(0, epoch, torch.arange(100_000), "flip") for epoch in (0, 1))
-    assert one.min() >= 0
-    assert one.max() < 1
-    counts = torch.histc(one, 20, 0, 1)
+    first, second = (rng.uniform(0, epoch, torch.arange(100_000), "flip") for epoch in (0, 1))
+    assert first.min() >= 0
+    assert first.max() < 1
+    counts = torch.histc(first, 20, 0, 1)
     assert (counts - 5000).abs().max() < 350
-    assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1]) < 0.015
-    assert abs(torch.corrcoef(torch.stack([one[1:], one[:-1]]))[0, 1]) < 0.015
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.015
+    assert abs(torch.corrcoef(torch.stack([first[1:], first[:-1]]))[0, 1]) < 0.015
 
 
-def test_every_epoch_is_another_permutation():
+def test_every_epoch_has_a_different_permutation():
     orders = [rng.permutation(seed, epoch, 1000, CPU) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order.tolist()) == list(range(1000)) for order in orders)
     assert not any(torch.equal(a, b) for k, a in enumerate(orders) for b in orders[:k])
@@ -75,38 +75,38 @@ def test_a_batch_is_a_pure_function_of_its_step():
     images, labels = random_images(50), torch.randint(0, 3, (50,))
     normalize = build_normalization(images, "mean_std", torch.float32, CPU)
 
-    def batches():
+    def make_loader():
         return TrainLoader(images, labels, 8, 5, normalize, Augmentation(flip=True, translate_px=2))
 
-    in_order = batches()
-    forwards = [in_order.get_batch(step) for step in range(20)]
+    loader = make_loader()
+    expected = [loader.get_batch(step) for step in range(20)]
     for step in (19, 3, 11, 0):
-        again = batches().get_batch(step)
-        assert torch.equal(again[0], forwards[step][0])
-        assert torch.equal(again[1], forwards[step][1])
-    epoch = torch.cat([in_order.batch_indices(step) for step in range(6)])
+        batch = make_loader().get_batch(step)
+        assert torch.equal(batch[0], expected[step][0])
+        assert torch.equal(batch[1], expected[step][1])
+    epoch = torch.cat([loader.batch_indices(step) for step in range(6)])
     assert len(epoch.unique()) == 48
-    assert forwards[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert expected[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_later_epochs_skip_the_easiest_images():
     images, labels = random_images(50), torch.arange(50) % 3
     normalize = build_normalization(images, "mean", torch.float32, CPU)
-    batches = HardExampleLoader(images, labels, 8, 5, normalize, skip_easy=0.5)
+    loader = HardExampleLoader(images, labels, 8, 5, normalize, skip_easy=0.5)
     plain = TrainLoader(images, labels, 8, 5, normalize)
     losses = torch.rand(50)
     for step in range(6):
-        assert torch.equal(batches.get_batch(step)[0], plain.get_batch(step)[0]), "the first epoch takes all images"
-        batches.record(losses[batches.batch_indices(step)])
-    seen = [batches.extra_state["losses"].isfinite().nonzero().flatten().tolist()]
-    assert len(seen[0]) == 48
+        assert torch.equal(loader.get_batch(step)[0], plain.get_batch(step)[0]), "the first epoch uses all images"
+        loader.record(losses[loader.batch_indices(step)])
+    recorded = [loader.extra_state["losses"].isfinite().nonzero().flatten().tolist()]
+    assert len(recorded[0]) == 48
     epochs = []
     for _ in range(2):
-        losses_before = batches.extra_state["losses"].clone()
+        losses_before = loader.extra_state["losses"].clone()
         indices = []
         for step in range(6 + 3 * len(epochs), 9 + 3 * len(epochs)):
-            indices += batches.batch_indices(step).tolist()
-            batches.record(losses[indices[-8:]] * (0.1 if indices[-1] % 2 else 1))
+            indices += loader.batch_indices(step).tolist()
+            loader.record(losses[indices[-8:]] * (0.1 if indices[-1] % 2 else 1))
         hardest = sorted(range(50), key=lambda k: (-losses_before[k].item(), k))[:24]
         assert sorted(indices) == sorted(hardest)
         assert indices != sorted(indices)
@@ -186,7 +186,7 @@ def test_no_augmentation_returns_the_input():
 
 
 @pytest.mark.parametrize("kind", ["mean", "mean_std"])
-def test_normalization_against_its_definition(kind):
+def test_normalization_matches_its_definition(kind):
     images = random_images(300)
     x = images.double().div(255).reshape(-1, 3)
     normalize = build_normalization(images, kind, torch.float64, CPU)
@@ -197,7 +197,7 @@ def test_normalization_against_its_definition(kind):
     torch.testing.assert_close(normalized, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_evaluation_sees_all_images_in_order():
+def test_evaluation_uses_all_images_in_order():
     images, labels = random_images(1203), torch.arange(1203)
     normalize = build_normalization(images, "mean", torch.float32, CPU)
     batches = list(eval_batches(images, labels, normalize))
@@ -209,12 +209,12 @@ def test_evaluation_sees_all_images_in_order():
     ("size_px", "train_batch_size", "expected"),
     [(28, 64, 500), (32, 64, 500), (64, 64, 125), (160, 64, 64), (160, 8, 20), (2000, 1, 1), (160, 2000, 500)],
 )
-def test_batches_of_an_evaluation_have_a_bounded_number_of_pixels(size_px, train_batch_size, expected):
+def test_evaluation_batches_have_a_bounded_number_of_pixels(size_px, train_batch_size, expected):
     images = torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1203, size_px, size_px, 3)
     assert default_eval_batch_size(images, train_batch_size) == expected
 
 
-def test_size_of_evaluation_batches_is_configurable():
+def test_the_size_of_evaluation_batches_is_configurable():
     images, labels = random_images(23), torch.arange(23)
     normalize = build_normalization(images, "mean", torch.float32, CPU)
     assert [len(y) for _, y in eval_batches(images, labels, normalize, batch_size=10)] == [10, 10, 3]
@@ -232,7 +232,7 @@ def make_dataset(**changes):
     return ImageDataset(**(content | changes))
 
 
-def test_train_is_the_first_part_and_val_the_last():
+def test_train_is_the_first_part_and_val_the_last_part():
     dataset = make_dataset()
     splits = split(dataset, 0.2, 30)
     assert torch.equal(splits["train"][0], dataset.train_images[:30])
@@ -290,7 +290,7 @@ def test_the_batch_sampler_visits_every_item_once_per_epoch():
 
 
 @pytest.mark.parametrize("free", [None, 10**9, 0])
-def test_rows_that_fill_the_memory_of_a_device_go_there_batch_by_batch(free, monkeypatch):
+def test_rows_that_exceed_the_memory_of_a_device_are_moved_batch_by_batch(free, monkeypatch):
     pixels = random_images(8)
     rows = ImageRows(pixels, torch.tensor([5, 3, 1]), ("a", "b", "c"))
     assert rows.to(CPU) is rows

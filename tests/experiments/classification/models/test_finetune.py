@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision trained as a whole: pretrained weights, frozen stages, rates by depth."""
+"""Fine-tuning of networks of timm and torchvision: pretrained weights, frozen stages, learning rates by depth."""
 
 import json
 
@@ -17,27 +17,27 @@ NAMES = ("timm:resnet10t", "timm:test_vit", "timm:mobilenetv3_small_050", "torch
 
 def build(name, **arguments):
     """Build a model for three classes from a file with pretrained weights."""
-    library, _, rest = name.partition(":")
+    library, _, model_name = name.partition(":")
     builder = finetune.timm_model if library == "timm" else finetune.torchvision_model
-    return builder(rest, num_classes=3, **arguments)
+    return builder(model_name, num_classes=3, **arguments)
 
 
 @pytest.fixture
 def weights_file(tmp_path):
-    """Return a function that writes random weights of a model of ImageNet's classes and returns the file."""
+    """Return a function that writes random weights of a model with ImageNet's classes, and returns the path."""
 
     def write(name):
-        library, _, rest = name.partition(":")
+        library, _, model_name = name.partition(":")
         torch.manual_seed(1)
         model = (
-            zoo.build_timm(rest, num_classes=None)
+            zoo.build_timm(model_name, num_classes=None)
             if library == "timm"
-            else zoo.build_torchvision(rest, num_classes=1000)
+            else zoo.build_torchvision(model_name, num_classes=1000)
         )
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 torch.nn.init.uniform_(buffer, 0.5, 1.5)
-        path = tmp_path / f"{rest}.pth"
+        path = tmp_path / f"{model_name}.pth"
         torch.save(model.state_dict(), path)
         return str(path)
 
@@ -45,10 +45,11 @@ def weights_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_weights_but_the_classifier_are_the_pretrained_ones(name, weights_file):
+def test_all_weights_except_the_classifier_are_pretrained(name, weights_file):
     file = weights_file(name)
-    given, loaded = torch.load(file, weights_only=True), build(name, weights=file).state_dict()
-    different = [key for key in loaded if not torch.equal(loaded[key], given[key]) and loaded[key].is_floating_point()]
+    pretrained_weights, loaded = torch.load(file, weights_only=True), build(name, weights=file).state_dict()
+    different = [key for key, value in loaded.items() if not torch.equal(value, pretrained_weights[key])]
+    different = [key for key in different if loaded[key].is_floating_point()]
     classifier = finetune._classifiers(build(name))
     assert different
     assert all(key.startswith(classifier) for key in different), different
@@ -57,20 +58,22 @@ def test_all_weights_but_the_classifier_are_the_pretrained_ones(name, weights_fi
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_frozen_stages_do_not_move(name, weights_file):
+def test_frozen_stages_do_not_change(name, weights_file):
     model = build(name, weights=weights_file(name), freeze=2).train()
     groups = finetune._stages(build(name), finetune._classifiers(model))
     frozen = [stage for group in groups[:2] for stage in group]
-    own = [key for key, _ in model.named_parameters(recurse=False)]
+    root_parameters = [key for key, _ in model.named_parameters(recurse=False)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     size = pretrained.preprocessing(name).transform.size_px
     model(torch.rand(4, 3, size, size)).square().sum().backward()
     optimizer.step()
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved
-    assert not [key for key in moved if key in own or key.startswith(tuple(f"{stage}." for stage in frozen))]
-    assert any(key.startswith(finetune._classifiers(model)) for key in moved)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    assert not [
+        key for key in changed if key in root_parameters or key.startswith(tuple(f"{stage}." for stage in frozen))
+    ]
+    assert any(key.startswith(finetune._classifiers(model)) for key in changed)
 
 
 def test_everything_but_the_classifier_can_be_frozen(weights_file):
@@ -85,7 +88,7 @@ def test_everything_but_the_classifier_can_be_frozen(weights_file):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_rate_of_each_stage_is_a_fraction_of_the_next_one(name):
+def test_the_learning_rate_of_each_stage_is_a_fraction_of_the_next_one(name):
     model = build(name, layer_decay=0.5)
     optimizer = optimizers.build_optimizer("adamw", model, {"lr": 1.0})
     rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -101,7 +104,7 @@ def test_the_rate_of_each_stage_is_a_fraction_of_the_next_one(name):
         assert rate_of[id(parameter)] == pytest.approx(0.5**depth), key
 
 
-def test_weights_of_another_network_are_one_line(weights_file, tmp_path):
+def test_weights_of_another_network_give_a_one_line_error(weights_file, tmp_path):
     with pytest.raises(DataError, match=r"resnet10t\.pth: not the weights of timm:test_vit: lacks .*; check the name"):
         build("timm:test_vit", weights=weights_file("timm:resnet10t"))
     with pytest.raises(
@@ -126,7 +129,7 @@ def test_fetched_weights_are_found(weights_file, tmp_path, monkeypatch):
     assert torch.equal(model.conv1[0].weight, torch.load(file, weights_only=True)["conv1.0.weight"])
 
 
-def test_trained_on_photos_and_used_without_the_file(weights_file, data_root, tmp_path, cvlab, monkeypatch):
+def test_a_model_trained_on_photos_works_without_the_weights_file(weights_file, data_root, tmp_path, cvlab):
     name = "timm:test_vit"
     file = tmp_path / "test_vit.pth"
     weights_file(name)
@@ -136,11 +139,11 @@ def test_trained_on_photos_and_used_without_the_file(weights_file, data_root, tm
     code, _, err = cvlab("train", "photos", *options)
     assert code == 0, err
     (run,) = (tmp_path / "runs").glob("2*")
-    about = json.loads((run / "classifier.json").read_text())
+    metadata = json.loads((run / "classifier.json").read_text())
     expected = pretrained.preprocessing(name)
-    assert about["mean"] == pytest.approx(expected.mean)
-    assert about["std"] == pytest.approx(expected.std)
-    assert about["transform"]["size_px"] == expected.transform.size_px
+    assert metadata["mean"] == pytest.approx(expected.mean)
+    assert metadata["std"] == pytest.approx(expected.std)
+    assert metadata["transform"]["size_px"] == expected.transform.size_px
     file.unlink()
     rows = {row["image"]: row for row in read_rows(run / "predictions-test.csv")}
     code, out, err = cvlab("classify", *[f"photos/{image}" for image in rows], "--model", "latest", "--json")
@@ -152,7 +155,7 @@ def test_trained_on_photos_and_used_without_the_file(weights_file, data_root, tm
     assert cvlab("export", "latest", "--to", "safetensors")[0] == 0
 
 
-def test_wrong_weights_leave_no_run(weights_file, data_root, tmp_path, cvlab):
+def test_invalid_weights_leave_no_run(weights_file, data_root, tmp_path, cvlab):
     weights_file("timm:resnet10t")
     scene_photos(tmp_path / "photos", 4, data_root)
     model = "model={name: 'timm:test_vit', weights: resnet10t.pth}"
@@ -163,7 +166,7 @@ def test_wrong_weights_leave_no_run(weights_file, data_root, tmp_path, cvlab):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_size_of_images_belongs_to_the_backbone(cvlab, tmp_path):
+def test_the_image_size_is_determined_by_the_backbone(cvlab, tmp_path):
     code, _, err = cvlab("config", "photos", "data.image_px=64")
     assert code == 2
     assert "data.image_px: the images of model: pretrained have the size that its backbone takes" in err

@@ -1,4 +1,4 @@
-"""Every model by its name: shapes, initialization, gradients; and the models of timm and torchvision."""
+"""All registered models: shapes, initialization, gradients; and the models of timm and torchvision."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_every_model_maps_images_to_logits(name, channels, size, classes):
     assert logits.shape == (5, classes)
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    if name != "preact_resnet":  # which keeps torch's initialization
+    if name != "preact_resnet":  # has torch's initialization
         assert all(not p.any() for key, p in model.named_parameters() if key.endswith("bias"))
 
 
@@ -61,14 +61,16 @@ def test_residual_networks():
     resnet, plain = preact_resnet(), preact_resnet(residual=False)
     assert len(weighted_layers(plain)) == 32
     shortcuts = [layer for layer in weighted_layers(resnet) if getattr(layer, "kernel_size", None) == (1, 1)]
-    assert len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34  # if the size or the number of channels changes
+    # a shortcut has weights where the size or the number of channels changes
+    assert len(weighted_layers(resnet)) == 32 + len(shortcuts) == 34
     x = torch.randn(2, 8, 6, 6)
     block = next(layer for layer in resnet if isinstance(layer, Residual))
     torch.testing.assert_close(block(x), x + block.block(x))
     assert preact_resnet(image_size=8, bottleneck=True)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
     kaiming = preact_resnet(stages=((64, 1), (64, 1)), init="kaiming")
-    ours, torchs = kaiming[2].block[2].weight, preact_resnet(stages=((64, 1), (64, 1)))[2].block[2].weight
-    assert (ours.var() / torchs.var()).item() == pytest.approx(6, rel=0.1)
+    kaiming_weight = kaiming[2].block[2].weight
+    torch_weight = preact_resnet(stages=((64, 1), (64, 1)))[2].block[2].weight
+    assert (kaiming_weight.var() / torch_weight.var()).item() == pytest.approx(6, rel=0.1)
     assert kaiming[3].shortcut.weight.var().item() == pytest.approx(1 / 64, rel=0.1)
     assert kaiming[-1].weight.var().item() == pytest.approx(1 / 64, rel=0.2)
     assert not kaiming[-1].bias.any()
@@ -86,7 +88,7 @@ def test_the_first_layer_whitens_the_images_it_is_initialized_from():
     images = smooth @ torch.randn(14, 14) * 0.2
     model = whiten_net((8,), image_size=14)
     model.init_from_images(images)
-    out = nn.functional.conv2d(images, model[0].weight)[:, :12]  # the other twelve are their negatives
+    out = nn.functional.conv2d(images, model[0].weight)[:, :12]  # the other twelve filters are their negatives
     torch.testing.assert_close(out, -nn.functional.conv2d(images, model[0].weight)[:, 12:])
     rows = out.permute(1, 0, 2, 3).reshape(12, -1)
     torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(12), atol=0.05, rtol=0)
@@ -98,7 +100,7 @@ def test_the_first_layer_whitens_the_images_it_is_initialized_from():
     assert len(whiten_net((8,), in_channels=1, max_whitening_filters=5)[0].weight) == 8
 
 
-def test_partial_identity_passes_on_its_input():
+def test_partial_identity_preserves_its_input():
     conv = next(layer for layer in whiten_net((32,)).modules() if isinstance(layer, nn.Conv2d) and layer.bias is None)
     x = torch.randn(2, 24, 7, 7)
     torch.testing.assert_close(conv(x)[:, :24], x)
@@ -121,7 +123,7 @@ def test_depths_shortcuts_and_sizes_of_whiten_nets():
 
 
 @pytest.mark.parametrize("name", FROM_SCRATCH)
-def test_hand_written_layers_give_the_gradients_of_torch(name):
+def test_hand_written_layers_have_the_gradients_of_torch(name):
     models = []
     for layers in (nn, MANUAL_LAYERS, MANUAL_ALT_LAYERS):
         torch.manual_seed(2)
@@ -140,18 +142,18 @@ def test_hand_written_layers_give_the_gradients_of_torch(name):
             torch.testing.assert_close(p.grad, expected.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_a_model_is_built_from_the_layers_that_are_passed_in():
-    class Mine(nn.Conv2d):
+def test_a_model_is_built_from_the_given_layers():
+    class CustomConv2d(nn.Conv2d):
         pass
 
     class Layers:
-        Conv2d = Mine
+        Conv2d = CustomConv2d
 
         def __getattr__(self, name):
             return getattr(nn, name)
 
     model = deep_convnet(filters=(4, 8), layers=Layers())
-    assert sum(isinstance(layer, Mine) for layer in model) == 2
+    assert sum(isinstance(layer, CustomConv2d) for layer in model) == 2
     assert model.state_dict().keys() == deep_convnet(filters=(4, 8)).state_dict().keys()
 
 
@@ -169,7 +171,7 @@ def test_kaiming_and_fixed_scales(layer, fan_in):
         assert not layer.bias.any()
 
 
-def test_pooling_before_the_relu_is_bit_for_bit_identical():
+def test_pooling_before_the_relu_is_bitwise_identical():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8, requires_grad=True)
     fast, slow = (nn.Sequential(*order) for order in ((nn.MaxPool2d(2), nn.ReLU()), (nn.ReLU(), nn.MaxPool2d(2))))
@@ -217,7 +219,7 @@ def test_errors_of_timm_and_torchvision_are_one_line(name, arguments, text):
     assert "\n" not in str(error.value)
 
 
-def test_a_user_function_that_returns_no_model(tmp_path):
+def test_a_user_function_that_returns_no_model_is_rejected(tmp_path):
     (tmp_path / "net.py").write_text("def make():\n    return 3\n")
     with pytest.raises(ConfigError, match=r"expected a torch\.nn\.Module, got int"):
         model_registry.build("./net.py:make", {}, tmp_path)

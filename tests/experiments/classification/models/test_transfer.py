@@ -1,4 +1,4 @@
-"""A classifier on a pretrained backbone: the parts give what the whole gives, and only the last ones are trained."""
+"""A classifier on a pretrained backbone: its parts equal the whole network, and only the last ones are trained."""
 
 import copy
 from pathlib import Path
@@ -23,15 +23,15 @@ NAMES = (
 
 @pytest.fixture
 def build_random(tmp_path, monkeypatch):
-    """Return a function that builds a pretrained model whose weights are random, in a file."""
+    """Return a function that builds a pretrained model from a file with random weights."""
 
     def build(name):
-        library, _, rest = name.partition(":")
+        library, _, model_name = name.partition(":")
         torch.manual_seed(0)
         if library == "timm":
-            model = _compat.timm().create_model(rest)
+            model = _compat.timm().create_model(model_name)
         else:
-            model = zoo.build_torchvision(rest, num_classes=1000)
+            model = zoo.build_torchvision(model_name, num_classes=1000)
         path = tmp_path / "weights.pth"
         torch.save(model.state_dict(), path)
         return pretrained.build(name, str(path))
@@ -45,7 +45,7 @@ def build_random(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_trunk_and_tail_give_the_features_of_the_whole(build_random, name, count):
+def test_trunk_and_tail_give_the_features_of_the_whole_network(build_random, name, count):
     backbone = build_random(name)
     parts = split.split(backbone, count)
     whole = copy.deepcopy(backbone.module.model)
@@ -57,11 +57,11 @@ def test_trunk_and_tail_give_the_features_of_the_whole(build_random, name, count
         assert tuple(maps.shape[1:]) == parts.map_shape
         assert torch.allclose(parts.tail(maps), whole(images), atol=1e-4)
     assert parts.num_features == whole(images).shape[1]
-    own = {id(p) for part in (parts.trunk, parts.tail) for p in part.parameters()}
-    assert not own & {id(p) for p in backbone.module.parameters()}
+    parameter_ids = {id(p) for part in (parts.trunk, parts.tail) for p in part.parameters()}
+    assert not parameter_ids & {id(p) for p in backbone.module.parameters()}
 
 
-def test_too_many_stages_are_one_line(build_random):
+def test_too_many_stages_give_an_error(build_random):
     with pytest.raises(ConfigError, match="stages"):
         split.split(build_random("timm:resnet10t"), 50)
 
@@ -103,7 +103,7 @@ def test_only_the_classifier_and_the_last_stages_are_trained():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
-def test_the_last_stages_have_a_rate_of_their_own(name):
+def test_the_last_stages_have_a_separate_learning_rate(name):
     model = pretrained_classifier(finetune_epochs=1, finetune_lr=0.25, num_classes=4)
     optimizer = optimizers.build_optimizer(name, model, {"lr": 1e-2})
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -113,12 +113,12 @@ def test_the_last_stages_have_a_rate_of_their_own(name):
     assert not rates
 
 
-def test_a_model_without_factors_keeps_one_group():
+def test_a_model_without_learning_rate_factors_has_one_parameter_group():
     optimizer = optimizers.build_optimizer("sgd", torch.nn.Linear(2, 2), {"lr": 1e-2})
     assert len(optimizer.param_groups) == 1
 
 
-def test_stages_to_train_are_needed_for_fine_tuning():
+def test_fine_tuning_needs_trainable_stages():
     with pytest.raises(ConfigError, match="no stage to train"):
         pretrained_classifier(finetune_epochs=1, trainable_stages=0)
 
@@ -135,9 +135,9 @@ def test_the_features_are_standardized():
     assert torch.isfinite(standardized).all()
 
 
-def test_weights_of_another_net_are_one_line(tmp_path):
+def test_weights_of_another_model_give_a_one_line_error(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth")
-    with pytest.raises(Exception, match="not the weights") as caught:
+    with pytest.raises(Exception, match="not the weights") as error:
         pretrained_classifier(weights=str(tmp_path / "w.pth"))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert Path(tmp_path / "w.pth").exists()

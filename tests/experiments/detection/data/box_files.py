@@ -1,4 +1,4 @@
-"""Small data sets with boxes in VOC's, YOLO's and COCO's format, for tests."""
+"""Small data sets with boxes in the formats of VOC, YOLO and COCO."""
 
 import zlib
 from pathlib import Path
@@ -15,12 +15,12 @@ SIZE = (60, 40)
 BOXES = torch.tensor([[4.0, 5.0, 20.0, 30.0], [0.0, 0.0, 60.0, 40.0], [31.25, 7.5, 47.75, 12.0]])
 
 
-def photo(path, size=SIZE, orientation=None, mode="RGB"):
+def write_photo(path, size=SIZE, orientation=None, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     if orientation is not None:
         exif[Base.Orientation] = orientation
-    color = tuple(zlib.crc32(str(path).encode()).to_bytes(4, "big")[:3]) if mode == "RGB" else 0  # no two are alike
+    color = tuple(zlib.crc32(str(path).encode()).to_bytes(4, "big")[:3]) if mode == "RGB" else 0  # all photos differ
     Image.new(mode, size, color).save(path, **({"exif": exif} if orientation is not None else {}))
     return path
 
@@ -32,9 +32,9 @@ def write(path, text):
 
 
 def voc_set(folder, names=("a", "b", "c"), lists=True, ending=".jpg"):
-    """A set in VOC's layout, every photo with BOXES; the last one is the test list."""
+    """Write a data set in VOC's layout; every photo has BOXES, and the last one is in the test list."""
     for name in names:
-        photo(folder / "JPEGImages" / f"{name}{ending}")
+        write_photo(folder / "JPEGImages" / f"{name}{ending}")
         xml = writers.write_voc_xml(BOXES, ["cat", "dog", "cat"], SIZE, f"{name}{ending}", [False, True, False])
         write(folder / "Annotations" / f"{name}.xml", xml)
     if lists:
@@ -45,7 +45,7 @@ def voc_set(folder, names=("a", "b", "c"), lists=True, ending=".jpg"):
 
 def coco_set(folder, file="annotations/instances_train2017.json", images="train2017"):
     for name in ("a.jpg", "b.jpg"):
-        photo(folder / images / name)
+        write_photo(folder / images / name)
     boxed = writers.ImageBoxes("a.jpg", SIZE, BOXES, torch.tensor([1, 0, 1]))
     empty = writers.ImageBoxes("b.jpg", SIZE, BOXES[:0], torch.tensor([]))
     write(folder / file, writers.write_coco_json([boxed, empty], ["dog", "cat"]))
@@ -55,7 +55,7 @@ def coco_set(folder, file="annotations/instances_train2017.json", images="train2
 def yolo_set(folder):
     for split, names in {"train": "ab", "val": "c", "test": "d"}.items():
         for name in names:
-            photo(folder / "images" / split / f"{name}.png")
+            write_photo(folder / "images" / split / f"{name}.png")
             text = writers.write_yolo_txt(BOXES, torch.tensor([1, 0, 1]), SIZE)
             write(folder / "labels" / split / f"{name}.txt", text)
     (folder / "labels/train/b.txt").unlink()
@@ -67,8 +67,8 @@ def load(path, **options):
     return dataset.load("boxes", Path("nowhere"), str(path), **options)
 
 
-def of(found, stem):
-    return next(item for items in found.splits.values() for item in items if item.path.stem == stem)
+def find_sample(loaded, stem):
+    return next(item for items in loaded.splits.values() for item in items if item.path.stem == stem)
 
 
 VOC_XML = """<annotation>

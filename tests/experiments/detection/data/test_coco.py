@@ -1,4 +1,4 @@
-"""COCO's format: read back as it is written; what is broken is rejected with its place in the file."""
+"""COCO's format: written annotations are read back, and invalid ones are rejected with their position."""
 
 import json
 import shutil
@@ -8,26 +8,26 @@ import torch
 
 from cvlab.errors import DataError
 from cvlab.experiments.detection import evaluation
-from tests.experiments.detection.data.box_files import BOXES, coco_set, load, of, write
+from tests.experiments.detection.data.box_files import BOXES, coco_set, find_sample, load, write
 
 
 def test_round_trip(tmp_path):
-    found = load(coco_set(tmp_path))
-    assert found.classes == ("dog", "cat")
-    assert torch.equal(of(found, "a").boxes_xyxy, BOXES)
-    assert of(found, "a").labels.tolist() == [1, 0, 1]
-    assert len(of(found, "b").labels) == 0
+    loaded = load(coco_set(tmp_path))
+    assert loaded.classes == ("dog", "cat")
+    assert torch.equal(find_sample(loaded, "a").boxes_xyxy, BOXES)
+    assert find_sample(loaded, "a").labels.tolist() == [1, 0, 1]
+    assert len(find_sample(loaded, "b").labels) == 0
 
 
-def test_coco_json_is_what_an_independent_reader_takes(tmp_path, capfd):
+def test_coco_json_can_be_read_by_an_independent_reader(tmp_path, capfd):
     coco = pytest.importorskip("faster_coco_eval").COCO(
         str(coco_set(tmp_path) / "annotations/instances_train2017.json")
     )
     assert [coco.cats[k]["name"] for k in coco.getCatIds()] == ["dog", "cat"]
-    loaded = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
-    boxes = torch.tensor([one["bbox"] for one in loaded], dtype=torch.float32)
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
+    boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32)
     assert torch.equal(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), BOXES)
-    assert [one["category_id"] for one in loaded] == [2, 1, 2]
+    assert [annotation["category_id"] for annotation in annotations] == [2, 1, 2]
     assert coco.getAnnIds(imgIds=[2]) == []
 
 
@@ -40,9 +40,9 @@ def test_layouts(tmp_path):
         coco_set(tmp_path / "official", f"annotations/instances_{year}.json", year)
         write(tmp_path / "official" / f"annotations/captions_{year}.json", "{}")
     for name, sizes in {"beside": [1, 1, 0], "images": [1, 1, 0], "splits": [2, 2, 2], "official": [2, 2, 0]}.items():
-        found = load(tmp_path / name)
-        assert [len(items) for items in found.splits.values()] == sizes, name
-        assert torch.equal(of(found, "a").boxes_xyxy, BOXES), name
+        loaded = load(tmp_path / name)
+        assert [len(items) for items in loaded.splits.values()] == sizes, name
+        assert torch.equal(find_sample(loaded, "a").boxes_xyxy, BOXES), name
     assert len(load(tmp_path / "beside/all.json").splits["train"]) == 1
     shutil.copy(tmp_path / "beside/all.json", tmp_path / "beside/some.json")
     with pytest.raises(DataError, match=r"all.json: no split .* in its name; name one JSON file"):
@@ -54,10 +54,10 @@ def test_a_crowd_is_difficult(tmp_path):
     content = json.loads(path.read_text())
     content["annotations"][1]["iscrowd"] = 1
     path.write_text(json.dumps(content))
-    sample = of(load(tmp_path), "a")
+    sample = find_sample(load(tmp_path), "a")
     assert sample.difficult.tolist() == sample.crowd.tolist() == [False, True, False]
     assert evaluation.ground_truths([sample])[0].is_crowd.tolist() == [False, True, False]
-    assert of(load(tmp_path), "b").crowd is None
+    assert find_sample(load(tmp_path), "b").crowd is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_crowd_is_difficult(tmp_path):
         (lambda c: c.pop("categories"), r"has no list of categories"),
     ],
 )
-def test_broken_records(tmp_path, change, message):
+def test_invalid_records_are_rejected(tmp_path, change, message):
     path = coco_set(tmp_path) / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
     change(content)
@@ -96,6 +96,6 @@ def test_broken_records(tmp_path, change, message):
         ('{"images": [NaN]}', "NaN is not a number"),
     ],
 )
-def test_broken_json(tmp_path, text, message):
+def test_invalid_json_is_rejected(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         load(write(tmp_path / "t.json", text))

@@ -1,4 +1,4 @@
-"""Samples from annotations: boxes clipped, dropped, rotated and counted; validation split; the user's own data."""
+"""Samples from annotations: boxes are clipped, dropped, rotated and counted; the validation split; user data."""
 
 import json
 import time
@@ -19,25 +19,25 @@ from tests.experiments.detection.data.box_files import (
     SIZE,
     VOC_XML,
     coco_set,
+    find_sample,
     load,
-    of,
-    photo,
     voc_set,
     write,
+    write_photo,
     yolo_set,
 )
 
 
-def test_validation_is_split_off_by_a_fixed_shuffle(tmp_path):
+def test_the_validation_split_is_a_fixed_random_sample(tmp_path):
     voc_set(tmp_path, names=[f"n{k:02d}" for k in range(21)])
-    found, again = load(tmp_path, val_fraction=0.25), load(tmp_path, val_fraction=0.25)
-    names = [item.path.stem for split in ("train", "val") for item in found.splits[split]]
+    loaded, reloaded = load(tmp_path, val_fraction=0.25), load(tmp_path, val_fraction=0.25)
+    names = [item.path.stem for split in ("train", "val") for item in loaded.splits[split]]
     assert sorted(names) == [f"n{k:02d}" for k in range(20)] != names
-    assert len(found.splits["val"]) == 5
-    assert [item.path.stem for item in found.splits["test"]] == ["n20"]
-    assert names == [item.path.stem for split in ("train", "val") for item in again.splits[split]]
+    assert len(loaded.splits["val"]) == 5
+    assert [item.path.stem for item in loaded.splits["test"]] == ["n20"]
+    assert names == [item.path.stem for split in ("train", "val") for item in reloaded.splits[split]]
     shorter = load(tmp_path, val_fraction=0.1)
-    assert [item.path.stem for item in shorter.splits["val"]] == names[-2:], "the last of the same order"
+    assert [item.path.stem for item in shorter.splits["val"]] == names[-2:], "the last ones in the same order"
     write(tmp_path / "ImageSets/Main/val.txt", "n20\n")
     assert [item.path.stem for item in load(tmp_path).splits["train"]] == [f"n{k:02d}" for k in range(20)]
 
@@ -49,7 +49,7 @@ def edges(xmin, ymin, xmax, ymax):
 @pytest.mark.parametrize("box", [(60, 0, 70, 9), (-9, 0, 0, 9), (0, 40, 9, 50), (0, -9, 9, 0)])
 def test_a_box_outside_its_image_is_left_out_and_counted(tmp_path, capsys, box):
     write(voc_set(tmp_path) / "Annotations/a.xml", edges(*box))
-    assert len(of(load(tmp_path), "a").boxes_xyxy) == 0
+    assert len(find_sample(load(tmp_path), "a").boxes_xyxy) == 0
     assert f"boxes outside their photo left out: 1 ({tmp_path}/Annotations/a.xml:4)" in capsys.readouterr().err
 
 
@@ -57,9 +57,9 @@ def test_a_box_beyond_the_edge_is_clipped_and_counted(tmp_path, capsys):
     write(voc_set(tmp_path) / "Annotations/a.xml", edges(-5, 10, 20, 90))
     write(tmp_path / "Annotations/b.xml", edges(59, -1, 99, 1))
     console.set_level(quiet=False, verbose=True)
-    found = load(tmp_path)
-    assert of(found, "a").boxes_xyxy.tolist() == [[0, 10, 20, 40]]
-    assert of(found, "b").boxes_xyxy.tolist() == [[59, 0, 60, 1]]
+    loaded = load(tmp_path)
+    assert find_sample(loaded, "a").boxes_xyxy.tolist() == [[0, 10, 20, 40]]
+    assert find_sample(loaded, "b").boxes_xyxy.tolist() == [[59, 0, 60, 1]]
     err = capsys.readouterr().err
     assert f"clipped at the edge of their photo: 2 ({tmp_path}/Annotations/a.xml:4, " in err
     console.set_level(quiet=False, verbose=False)
@@ -75,12 +75,12 @@ def test_a_box_without_area_is_dropped_and_counted(tmp_path, capsys, box):
     voc_set(tmp_path)
     for name in "bc":
         write(tmp_path / f"Annotations/{name}.xml", text)
-    found = load(tmp_path)
-    assert len(of(found, "a").labels) == 3
-    assert of(found, "b").boxes_xyxy.shape == (0, 4)
-    places = f"{tmp_path}/Annotations/b.xml:2, {tmp_path}/Annotations/c.xml:2"
+    loaded = load(tmp_path)
+    assert len(find_sample(loaded, "a").labels) == 3
+    assert find_sample(loaded, "b").boxes_xyxy.shape == (0, 4)
+    positions = f"{tmp_path}/Annotations/b.xml:2, {tmp_path}/Annotations/c.xml:2"
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"warning: boxes: boxes without area left out: 2 ({places})"]
+    assert lines == [f"warning: boxes: boxes without area left out: 2 ({positions})"]
 
 
 @pytest.mark.parametrize("bbox", [[5, 5, 0, 9], [5, 5, 9, 0], [5, 5, -1, 9], [5, 5, 9, -1]])
@@ -91,16 +91,16 @@ def test_a_box_without_area_in_coco_and_yolo(tmp_path, capsys, bbox):
     path.write_text(json.dumps(content))
     fractions = " ".join(str(side / 60) for side in bbox)
     write(yolo_set(tmp_path / "yolo") / "labels/train/a.txt", f"1 .5 .5 .5 .5\n0 {fractions}\n1 .5 .5 .2 .2\n")
-    assert of(load(tmp_path / "coco"), "a").labels.tolist() == [1, 1]
-    assert of(load(tmp_path / "yolo"), "a").labels.tolist() == [1, 1]
+    assert find_sample(load(tmp_path / "coco"), "a").labels.tolist() == [1, 1]
+    assert find_sample(load(tmp_path / "yolo"), "a").labels.tolist() == [1, 1]
     assert capsys.readouterr().err.count("boxes without area left out: 1 (") == 2
 
 
-@pytest.mark.parametrize(("size", "odd"), [((0, 0), 0), ((60, 0), 0), (SIZE, 0), ((40, 60), 1), ((600, 400), 1)])
-def test_a_wrong_claimed_size_is_reported(tmp_path, capsys, size, odd):
+@pytest.mark.parametrize(("size", "warnings"), [((0, 0), 0), ((60, 0), 0), (SIZE, 0), ((40, 60), 1), ((600, 400), 1)])
+def test_a_wrong_size_in_an_annotation_is_reported(tmp_path, capsys, size, warnings):
     write(voc_set(tmp_path) / "Annotations/a.xml", writers.write_voc_xml(BOXES, ["cat"] * 3, size, "a.jpg"))
-    assert torch.equal(of(load(tmp_path), "a").boxes_xyxy, BOXES)
-    assert capsys.readouterr().err.count("photos of another size than their annotation claims") == odd
+    assert torch.equal(find_sample(load(tmp_path), "a").boxes_xyxy, BOXES)
+    assert capsys.readouterr().err.count("photos of another size than their annotation claims") == warnings
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -115,16 +115,16 @@ def test_boxes_follow_the_exif_orientation(orientation):
 
 
 @pytest.mark.parametrize("ending", [".jpg", ".png"])
-@pytest.mark.parametrize(("orientation", "size", "turns"), [(6, SIZE, True), (6, (40, 60), False), (3, SIZE, False)])
-def test_boxes_rotate_with_a_photo_if_drawn_on_its_stored_pixels(tmp_path, ending, orientation, size, turns):
+@pytest.mark.parametrize(("orientation", "size", "rotated"), [(6, SIZE, True), (6, (40, 60), False), (3, SIZE, False)])
+def test_boxes_drawn_on_stored_pixels_are_rotated_with_the_photo(tmp_path, ending, orientation, size, rotated):
     voc_set(tmp_path, ending=ending)
-    photo(tmp_path / "JPEGImages" / f"a{ending}", orientation=orientation)
+    write_photo(tmp_path / "JPEGImages" / f"a{ending}", orientation=orientation)
     box = torch.tensor([[4.0, 5.0, 20.0, 30.0]])
     write(tmp_path / "Annotations/a.xml", writers.write_voc_xml(box, ["cat"], size, "a.jpg"))
-    found = load(tmp_path)
-    item = of(found, "a")
-    assert torch.equal(item.boxes_xyxy, dataset.apply_orientation(box, orientation, SIZE) if turns else box)
-    width, height = found.load(item).size
+    loaded = load(tmp_path)
+    item = find_sample(loaded, "a")
+    assert torch.equal(item.boxes_xyxy, dataset.apply_orientation(box, orientation, SIZE) if rotated else box)
+    width, height = loaded.load(item).size
     assert (item.boxes_xyxy[:, 0::2] <= width).all()
     assert (item.boxes_xyxy[:, 1::2] <= height).all()
 
@@ -134,13 +134,13 @@ def test_boxes_rotate_with_a_photo_if_drawn_on_its_stored_pixels(tmp_path, endin
 )
 def test_gray_and_palette_photos(tmp_path, mode, ending):
     voc_set(tmp_path, ending=ending)
-    photo(tmp_path / "JPEGImages" / f"a{ending}", mode=mode)
-    found = load(tmp_path)
-    assert torch.equal(of(found, "a").boxes_xyxy, BOXES)
-    assert found.load(of(found, "a")).mode == "RGB"
+    write_photo(tmp_path / "JPEGImages" / f"a{ending}", mode=mode)
+    loaded = load(tmp_path)
+    assert torch.equal(find_sample(loaded, "a").boxes_xyxy, BOXES)
+    assert loaded.load(find_sample(loaded, "a")).mode == "RGB"
 
 
-def test_what_is_not_a_data_set_is_rejected(tmp_path):
+def test_invalid_data_sets_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="path is missing"):
         dataset.load("boxes", tmp_path)
     with pytest.raises(ConfigError, match="path requires name: boxes"):
@@ -189,8 +189,8 @@ def test_every_data_set_is_listed_and_classify_rejects_detection_data(cvlab, tmp
 @pytest.mark.parametrize("orientation", [None, 6])
 def test_reading_is_fast(tmp_path, orientation):
     folder = voc_set(tmp_path, names=[f"n{k}" for k in range(150)])
-    photo(folder / "JPEGImages/n0.jpg", orientation=orientation)
+    write_photo(folder / "JPEGImages/n0.jpg", orientation=orientation)
     load(tmp_path)
-    began = time.process_time()
+    start_time = time.process_time()
     load(tmp_path)
-    assert (time.process_time() - began) / 150 < 0.004, "about 0.5 ms each where nothing else runs"
+    assert (time.process_time() - start_time) / 150 < 0.004, "about 0.5 ms each on an idle machine"

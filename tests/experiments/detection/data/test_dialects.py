@@ -1,4 +1,4 @@
-"""What annotation programs write differently: repaired or left out, always reported with counts and places."""
+"""Variants written by annotation programs: repaired or left out, and reported with counts and positions."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from cvlab.errors import DataError
 from tests.experiments.detection.data.box_files import (
     BOXES,
     coco_set,
+    find_sample,
     load,
-    of,
-    photo,
     voc_set,
     write,
+    write_photo,
     yolo_set,
 )
 
@@ -38,12 +38,12 @@ def xml(*objects, before=""):
     return f"<annotation>{before}\n" + "\n".join(objects) + "\n</annotation>"
 
 
-# data.yaml: which photos belong to which split
+# data.yaml: the photos of each split
 
 
 def photos_with_labels(folder, *stems, ending=".png", label_ending=".txt"):
     for stem in stems:
-        photo(folder / f"{stem}{ending}")
+        write_photo(folder / f"{stem}{ending}")
         labels = folder.as_posix().replace("images", "labels") if "images" in folder.parts else folder
         write(type(folder)(labels) / f"{stem}{label_ending}", "0 .5 .5 .5 .5\n1 .3 .3 .2 .2\n")
 
@@ -65,10 +65,10 @@ YAML_LAYOUTS = {  # name -> the split entries of data.yaml; the photos lie in im
 
 @pytest.mark.parametrize("file", ["data.yaml", "custom.yaml", "custom.yml", "SET.YAML"])
 @pytest.mark.parametrize("layout", YAML_LAYOUTS)
-def test_the_splits_are_those_of_data_yaml(tmp_path, layout, file):
+def test_the_splits_equal_those_of_data_yaml(tmp_path, layout, file):
     for split, stems in {"a": ("a1", "a2"), "b": ("b1",), "c": ("c1", "c2", "c3")}.items():
         photos_with_labels(tmp_path / "images" / split, *stems)
-    photos_with_labels(tmp_path / "images/train", "stray")  # in no split, though its folder is called so
+    photos_with_labels(tmp_path / "images/train", "stray")  # in no split, despite the name of its folder
     write(tmp_path / "a.txt", "./images/a/a1.png\nimages/a/a2.png\n")
     write(tmp_path / "lists/b.txt", "/old/machine/images/b/b1.png\n")
     write(tmp_path / "a/c.TXT", "images\\c\\c1.png\n../images/c/c2.png\nimages/c/c3.png\n")
@@ -109,7 +109,7 @@ def test_several_folders_and_subfolders_of_a_split(tmp_path):
         ("train: images/a\nnc: 3\n", r"data.yaml:2:5: nc is 3, but names has 2 classes"),
     ],
 )
-def test_what_data_yaml_names_is_followed_or_refused(tmp_path, text, message):
+def test_invalid_entries_of_data_yaml_are_rejected(tmp_path, text, message):
     photos_with_labels(tmp_path / "images/a", "a")
     photos_with_labels(tmp_path / "images/b", "b")
     write(tmp_path / "empty.txt", "gone.png\n")
@@ -119,7 +119,7 @@ def test_what_data_yaml_names_is_followed_or_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("entries", ["train: images/a\n", "train: a.txt\n", "train: [images/a]\nval: images/a\n"])
-def test_photos_that_data_yaml_does_not_name_are_reported(tmp_path, capsys, entries):
+def test_photos_outside_the_splits_of_data_yaml_are_reported(tmp_path, capsys, entries):
     photos_with_labels(tmp_path / "images/a", "a1", "a2")
     photos_with_labels(tmp_path / "images/b/deep", "b1")
     write(tmp_path / "a.txt", "images/a/a1.png\nimages/a/a2.png\n")
@@ -128,7 +128,7 @@ def test_photos_that_data_yaml_does_not_name_are_reported(tmp_path, capsys, entr
     assert f"photos in no split left out: 1 ({tmp_path}/images/b/deep/b1.png)" in capsys.readouterr().err
 
 
-def test_links_that_lead_back_end(tmp_path):
+def test_cyclic_links_are_followed_once(tmp_path):
     folder = yolo_set(tmp_path) / "images/train"
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     photos_with_labels(tmp_path / "elsewhere/images", "linked")
@@ -136,24 +136,24 @@ def test_links_that_lead_back_end(tmp_path):
     assert names(load(tmp_path), "train") == ["a.png", "b.png", "linked.png"]
 
 
-def test_files_that_are_no_files_are_not_opened(tmp_path):
+def test_special_files_are_not_opened(tmp_path):
     yolo_set(tmp_path)
     for path in ("images/train/z.png", "labels/train/a.TXT", "labels/train/z.txt"):
         os.mkfifo(tmp_path / path)
     assert counts(load(tmp_path)) == [2, 1, 1]
 
 
-def test_folders_called_like_splits(tmp_path, capsys):
+def test_folders_with_the_names_of_splits(tmp_path, capsys):
     for split, stem in (("train2017", "a"), ("valid_images", "b"), ("Testing", "c")):
         photos_with_labels(tmp_path / "images" / split, stem)
-    photo(tmp_path / "images/forgotten.png")
+    write_photo(tmp_path / "images/forgotten.png")
     write(tmp_path / "data.yaml", "names: [dog, cat]\n")
     assert counts(load(tmp_path)) == [1, 1, 1]
     assert f"photos in no split left out: 1 ({tmp_path}/images/forgotten.png)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["labelImg", "labelImg splits", "CVAT", "Darknet"])
-def test_label_files_beside_the_photos(tmp_path, layout):
+def test_label_files_next_to_the_photos(tmp_path, layout):
     if layout == "labelImg":
         photos_with_labels(tmp_path, "a", "b", "c")
         write(tmp_path / "classes.txt", "dog\ncat\n")
@@ -183,7 +183,7 @@ def test_label_files_beside_the_photos(tmp_path, layout):
         ("['1e3', \"no\", cat]", ("1e3", "no", "cat")),
     ],
 )
-def test_class_names_are_taken_as_they_are_written(tmp_path, capsys, text, expected):
+def test_class_names_are_not_converted(tmp_path, capsys, text, expected):
     write(yolo_set(tmp_path) / "data.yaml", f"names: {text}\n")
     assert load(tmp_path).classes == expected
     is_plain = "cat" in expected or expected == ("0", "1", "2")
@@ -191,21 +191,21 @@ def test_class_names_are_taken_as_they_are_written(tmp_path, capsys, text, expec
 
 
 @pytest.mark.parametrize("text", ["[dog, ~]", "[dog, '']", "{0: dog, 1: }"])
-def test_a_class_without_a_name_is_refused(tmp_path, text):
+def test_a_class_without_a_name_is_rejected(tmp_path, text):
     write(yolo_set(tmp_path) / "data.yaml", f"names: {text}\n")
     with pytest.raises(DataError, match=r"data.yaml:1:\d+: a class without a name"):
         load(tmp_path)
 
 
-def test_more_classes_than_a_configuration_may_have(tmp_path):
+def test_more_classes_than_a_configuration_may_list(tmp_path):
     write(yolo_set(tmp_path) / "data.yaml", "names:\n" + "".join(f"  {k}: class {k}\n" for k in range(1203)))
     assert len(load(tmp_path).classes) == 1203
 
 
-# Odd annotations: the others are read
+# Unusual annotations: the others are still read
 
 
-YOLO_LINES = {  # a line -> labels and boxes in fractions (None: no box), what is said
+YOLO_LINES = {  # a line -> label and box in fractions (None: no box), the warning
     "0.0 .5 .5 .5 .5": ((0, (0.25, 0.25, 0.75, 0.75)), "class numbers such as 0.0 read as whole numbers"),
     "cat .5 .5 .5 .5": ((1, (0.25, 0.25, 0.75, 0.75)), "classes given by name"),
     "1 .1 .1 .9 .1 .5 .8": ((1, (0.1, 0.1, 0.9, 0.8)), "outlines read as the boxes around them"),
@@ -222,26 +222,26 @@ YOLO_LINES = {  # a line -> labels and boxes in fractions (None: no box), what i
 
 
 @pytest.mark.parametrize("line", YOLO_LINES)
-def test_odd_lines_of_yolo(tmp_path, capsys, line):
-    expected, said = YOLO_LINES[line]
+def test_unusual_lines_of_yolo(tmp_path, capsys, line):
+    expected, warning = YOLO_LINES[line]
     write(yolo_set(tmp_path) / "labels/train/a.txt", f"1 .2 .2 .1 .1\n{line}\n")
-    sample = of(load(tmp_path), "a")
+    sample = find_sample(load(tmp_path), "a")
     err = capsys.readouterr().err
     assert len(sample.labels) == (2 if expected else 1)
     if expected:
         assert sample.labels[1] == expected[0]
         torch.testing.assert_close(sample.boxes_xyxy[1], torch.tensor(expected[1]) * torch.tensor([60, 40, 60, 40.0]))
-    assert said is None or f"{said}: 1 ({tmp_path}/labels/train/a.txt:2)" in err
+    assert warning is None or f"{warning}: 1 ({tmp_path}/labels/train/a.txt:2)" in err
 
 
-def test_points_behind_the_box(tmp_path):
+def test_keypoints_after_the_box_are_ignored(tmp_path):
     yolo_set(tmp_path)
     write(tmp_path / "data.yaml", "names: [dog, cat]\nkpt_shape: [2, 3]\n")
     write(tmp_path / "labels/train/a.txt", "1 .5 .5 .5 .5 .1 .1 2 .9 .9 2\n")
-    torch.testing.assert_close(of(load(tmp_path), "a").boxes_xyxy, torch.tensor([[15.0, 10, 45, 30]]))
+    torch.testing.assert_close(find_sample(load(tmp_path), "a").boxes_xyxy, torch.tensor([[15.0, 10, 45, 30]]))
 
 
-VOC_OBJECTS = {  # an object -> whether it is there and difficult, what is said
+VOC_OBJECTS = {  # an object -> whether it is difficult (None: left out), the warning
     xml_object(extra="<difficult>True</difficult>"): (True, None),
     xml_object(extra="<difficult>1.0</difficult>"): (True, None),
     xml_object(extra="<difficult>False</difficult>"): (False, None),
@@ -259,16 +259,16 @@ VOC_OBJECTS = {  # an object -> whether it is there and difficult, what is said
 
 
 @pytest.mark.parametrize("text", VOC_OBJECTS)
-def test_odd_objects_of_voc(tmp_path, capsys, text):
-    difficult, said = VOC_OBJECTS[text]
+def test_unusual_objects_of_voc(tmp_path, capsys, text):
+    difficult, warning = VOC_OBJECTS[text]
     write(voc_set(tmp_path) / "Annotations/a.xml", xml(xml_object(edges=(1, 1, 9, 9)), text))
-    sample = of(load(tmp_path), "a")
+    sample = find_sample(load(tmp_path), "a")
     err = capsys.readouterr().err
     assert sample.difficult.tolist() == ([False] if difficult is None else [False, difficult])
-    assert said is None or (said in err and f": 1 ({tmp_path}/Annotations/a.xml:3)" in err)
+    assert warning is None or (warning in err and f": 1 ({tmp_path}/Annotations/a.xml:3)" in err)
 
 
-COCO_CHANGES = {  # a change of annotation 0 -> boxes that remain of three, what is said
+COCO_CHANGES = {  # a change of annotation 0 -> the number of boxes that remain of three, the warning
     "a bbox of three numbers": ({"bbox": [1, 2, 3]}, 2, "without a bbox of four numbers left out"),
     "a huge number": ({"bbox": [1, 2, 10**400, 3]}, 2, "without a bbox of four numbers left out"),
     "a bbox of null": ({"bbox": None}, 2, "without a bbox of four numbers left out"),
@@ -291,25 +291,25 @@ COCO_CHANGES = {  # a change of annotation 0 -> boxes that remain of three, what
 
 
 @pytest.mark.parametrize("name", COCO_CHANGES)
-def test_odd_annotations_of_coco(tmp_path, capsys, name):
-    change, count, said = COCO_CHANGES[name]
+def test_unusual_annotations_of_coco(tmp_path, capsys, name):
+    change, count, warning = COCO_CHANGES[name]
     path = coco_set(tmp_path) / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
     content["annotations"][0] |= change
     path.write_text(json.dumps(content))
-    sample = of(load(tmp_path), "a")
+    sample = find_sample(load(tmp_path), "a")
     err = capsys.readouterr().err
     assert len(sample.labels) == count
     assert (sample.crowd is not None) == (change.get("iscrowd") in ("1", True))
-    assert said is None or (said in err and ": annotations[0])" in err)
+    assert warning is None or (warning in err and ": annotations[0])" in err)
 
 
-def test_an_annotation_that_is_no_object(tmp_path):
+def test_annotations_that_are_not_objects(tmp_path):
     path = coco_set(tmp_path) / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
     content["annotations"] += [None, [], 7, "x"]
     path.write_text(json.dumps(content))
-    assert len(of(load(tmp_path), "a").labels) == 3
+    assert len(find_sample(load(tmp_path), "a").labels) == 3
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo", "coco"])
@@ -326,14 +326,14 @@ def test_repeated_boxes_are_read_once(tmp_path, capsys, form):
         first = {"image_id": 1, "category_id": 1, "bbox": [5, 6, 20, 30], "iscrowd": 0}
         content["annotations"] = [first, first, first | {"category_id": 2}, first | {"bbox": [5, 6.001, 20, 30]}]
         path.write_text(json.dumps(content))
-    assert len(of(load(tmp_path), "a").labels) == 2
+    assert len(find_sample(load(tmp_path), "a").labels) == 2
     assert "repeated boxes read once: 2 (" in capsys.readouterr().err
 
 
 def test_a_repeated_box_is_difficult_only_if_all_of_them_are(tmp_path):
     objects = [xml_object(extra="<difficult>1</difficult>"), xml_object()]
     write(voc_set(tmp_path) / "Annotations/a.xml", xml(*objects))
-    assert of(load(tmp_path), "a").difficult.tolist() == [False]
+    assert find_sample(load(tmp_path), "a").difficult.tolist() == [False]
 
 
 # Classes
@@ -352,7 +352,7 @@ def test_a_repeated_box_is_difficult_only_if_all_of_them_are(tmp_path):
     ],
 )
 @pytest.mark.parametrize("form", ["voc", "coco"])
-def test_names_that_differ_in_capitals_or_spaces_are_one_class(tmp_path, capsys, form, written, classes):
+def test_names_that_differ_in_case_or_spaces_are_one_class(tmp_path, capsys, form, written, classes):
     boxes = [(5 + 3 * k, 6, 20 + 3 * k, 30) for k in range(len(written))]
     if form == "voc":
         objects = [xml_object(name, edges) for name, edges in zip(written, boxes, strict=True)]
@@ -369,15 +369,15 @@ def test_names_that_differ_in_capitals_or_spaces_are_one_class(tmp_path, capsys,
         path.write_text(json.dumps(content))
     dataset = load(tmp_path)
     assert sorted(dataset.classes) == sorted(classes)
-    sample = of(dataset, "a")
+    sample = find_sample(dataset, "a")
     assert len(sample.labels) == len(written)
     assert len(set(sample.labels.tolist())) == len(classes)
-    odd = [name for name in written if (name.strip() if form == "voc" else name) not in classes]
-    assert ("counted as" in capsys.readouterr().err) == bool(odd)
+    merged = [name for name in written if (name.strip() if form == "voc" else name) not in classes]
+    assert ("counted as" in capsys.readouterr().err) == bool(merged)
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_the_root_category_of_roboflow_is_no_class(tmp_path, capsys, files):
+def test_the_root_category_of_roboflow_is_not_a_class(tmp_path, capsys, files):
     for split in ("train", "valid", "test")[:files]:
         path = coco_set(tmp_path / split, "_annotations.coco.json", "") / "_annotations.coco.json"
         content = json.loads(path.read_text())
@@ -412,37 +412,37 @@ def test_a_missing_photo_is_left_out_and_the_others_are_read(tmp_path, capsys, f
     assert "photo" in err
 
 
-def test_photos_without_an_annotation_are_named(tmp_path, capsys):
+def test_photos_without_an_annotation_are_reported(tmp_path, capsys):
     voc_set(tmp_path, lists=False)
     for name in ("x", "y"):
-        photo(tmp_path / f"JPEGImages/{name}.jpg")
+        write_photo(tmp_path / f"JPEGImages/{name}.jpg")
     assert counts(load(tmp_path, val_fraction=0.0)) == [3, 0, 0]
-    where = f"{tmp_path}/JPEGImages/x.jpg, {tmp_path}/JPEGImages/y.jpg"
-    assert f"photos without an annotation left out: 2 ({where})" in capsys.readouterr().err
+    paths = f"{tmp_path}/JPEGImages/x.jpg, {tmp_path}/JPEGImages/y.jpg"
+    assert f"photos without an annotation left out: 2 ({paths})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
-def test_two_photos_of_one_name_are_told_apart_or_named(tmp_path, capsys, form):
+def test_photos_with_the_same_name_are_distinguished_or_reported(tmp_path, capsys, form):
     folder = (voc_set(tmp_path) / "JPEGImages") if form == "voc" else (yolo_set(tmp_path) / "images/train")
-    photo(folder / ("a.png" if form == "voc" else "a.jpg"))
+    write_photo(folder / ("a.png" if form == "voc" else "a.jpg"))
     dataset = load(tmp_path, val_fraction=0.0)
-    assert of(dataset, "a").path.suffix == ".jpg"
+    assert find_sample(dataset, "a").path.suffix == ".jpg"
     assert f"photos beside another one of the same name left out: 1 ({folder}/a.png)" in capsys.readouterr().err
 
 
-def test_the_annotation_says_which_of_two_photos_it_is_of(tmp_path):
+def test_the_file_name_in_an_annotation_selects_the_photo(tmp_path):
     voc_set(tmp_path, lists=False)
-    photo(tmp_path / "JPEGImages/a.png")
+    write_photo(tmp_path / "JPEGImages/a.png")
     write(tmp_path / "Annotations/a.xml", xml(xml_object(), before="<filename>a.png</filename>"))
     write(tmp_path / "Annotations/0001.xml", xml(xml_object(), before="<filename>C:\\x\\b.jpg</filename>"))
     (tmp_path / "Annotations/b.xml").unlink()
     dataset = load(tmp_path)
-    assert of(dataset, "a").path.suffix == ".png"
-    assert len(of(dataset, "b").labels) == 1
+    assert find_sample(dataset, "a").path.suffix == ".png"
+    assert len(find_sample(dataset, "b").labels) == 1
 
 
 @pytest.mark.parametrize("is_copy", [False, True])
-def test_a_photo_in_two_splits_is_named(tmp_path, capsys, is_copy):
+def test_a_photo_in_two_splits_is_reported(tmp_path, capsys, is_copy):
     folder = voc_set(tmp_path, names="abcd")
     if is_copy:
         shutil.copy(folder / "JPEGImages/a.jpg", folder / "JPEGImages/d.jpg")
@@ -450,8 +450,8 @@ def test_a_photo_in_two_splits_is_named(tmp_path, capsys, is_copy):
         write(folder / "ImageSets/Main/val.txt", "a\n")
     load(tmp_path, val_fraction=0.0)
     name, split = ("d", "test") if is_copy else ("a", "val")
-    where = f"{tmp_path}/JPEGImages/{name}.jpg"
-    assert f"photos of {split} that are in train too: 1 ({where})" in capsys.readouterr().err
+    path = f"{tmp_path}/JPEGImages/{name}.jpg"
+    assert f"photos of {split} that are in train too: 1 ({path})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["a.jpg\nb.jpg\n", "a  1\nb -1\n", "JPEGImages/a.jpg\nb\n", "a\na\nb\n", "./a\nb\n"])
@@ -495,7 +495,7 @@ def test_other_names_of_voc_folders(tmp_path, annotations, images, ending):
     assert counts(load(tmp_path / "set")) == [2, 1, 0]
 
 
-def test_voc_in_subfolders_called_like_splits(tmp_path):
+def test_voc_in_subfolders_with_the_names_of_splits(tmp_path):
     voc_set(tmp_path, lists=False)
     for name, split in (("a", "train"), ("b", "train"), ("c", "val")):
         for kind, ending in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
@@ -505,7 +505,7 @@ def test_voc_in_subfolders_called_like_splits(tmp_path):
 
 
 @pytest.mark.parametrize("make", [voc_set, yolo_set, coco_set])
-def test_what_macos_leaves_behind(tmp_path, make):
+def test_hidden_files_of_macos_are_ignored(tmp_path, make):
     expected = counts(load(make(tmp_path / "plain")))
     folder = make(tmp_path / "mac")
     for path in [path for path in folder.rglob("*") if path.is_file()]:
@@ -517,12 +517,12 @@ def test_what_macos_leaves_behind(tmp_path, make):
 
 @pytest.mark.parametrize("make", [voc_set, yolo_set, coco_set])
 @pytest.mark.parametrize("name", ["br[2024]", "a*b", "what?", "{x}", "\u00fcn\u00efcode", "with space"])
-def test_folders_with_odd_names(tmp_path, make, name):
+def test_folders_with_unusual_names(tmp_path, make, name):
     assert sum(counts(load(make(tmp_path / name)))) > 1
     folder = tmp_path / name / "pictures"
     for stem in "xy":
-        photo(folder / f"{stem}.jpg")
-    photo(folder / "[z].jpg")
+        write_photo(folder / f"{stem}.jpg")
+    write_photo(folder / "[z].jpg")
     assert len(photo_paths.find_images([str(folder / "*.jpg")])) == 3
     assert len(photo_paths.find_images([str(tmp_path / name / "**/[xy].jpg")])) == 2
     assert photo_paths.find_images([str(folder / "[z].jpg")]) == [folder / "[z].jpg"]
@@ -537,10 +537,10 @@ def test_names_of_photos_in_coco(tmp_path, name):
     content = json.loads(path.read_text())
     content["images"][0]["file_name"] = name
     path.rename(tmp_path / "ALL.JSON").write_text(json.dumps(content))
-    assert len(of(load(tmp_path), "a").labels) == 3
+    assert len(find_sample(load(tmp_path), "a").labels) == 3
 
 
-def test_two_records_of_one_photo_are_joined(tmp_path, capsys):
+def test_two_records_of_one_photo_are_merged(tmp_path, capsys):
     path = coco_set(tmp_path, "all.json", "") / "all.json"
     content = json.loads(path.read_text())
     content["images"].append(content["images"][0] | {"id": 7})
@@ -548,7 +548,7 @@ def test_two_records_of_one_photo_are_joined(tmp_path, capsys):
     path.write_text(json.dumps(content))
     dataset = load(tmp_path, val_fraction=0.0)
     assert counts(dataset) == [2, 0, 0]
-    assert torch.equal(of(dataset, "a").boxes_xyxy, BOXES)
+    assert torch.equal(find_sample(dataset, "a").boxes_xyxy, BOXES)
     assert "photos with several annotations" in capsys.readouterr().err
 
 
@@ -560,7 +560,7 @@ def test_a_photo_that_cannot_be_read_is_left_out(tmp_path, capsys):
     )
 
 
-def test_a_set_without_irregularities_says_nothing(tmp_path, capsys):
+def test_a_data_set_without_irregularities_logs_nothing(tmp_path, capsys):
     for make in (voc_set, coco_set):
         load(make(tmp_path / make.__name__), val_fraction=0.0)
     yolo_set(tmp_path / "yolo")

@@ -1,4 +1,4 @@
-"""Published data sets: installed from every form, whole or not at all."""
+"""Published data sets: installed from every kind of origin, completely or not at all."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from cvlab.errors import DataError
 from cvlab.experiments.detection.data import dataset, downloads, writers
 from cvlab.storage import archives, download
 from tests.conftest import REAL_DATA
-from tests.experiments.detection.data.box_files import BOXES, SIZE, VOC_XML, of, voc_set, write
+from tests.experiments.detection.data.box_files import BOXES, SIZE, VOC_XML, find_sample, voc_set, write
 
 
 def fruit(folder):
@@ -27,11 +27,11 @@ def fruit(folder):
     return folder
 
 
-def zipped(folder, path):
-    with zipfile.ZipFile(path, "w") as file:
-        for one in sorted(folder.rglob("*")):
-            file.write(one, one.relative_to(folder))
-    return path
+def zip_folder(folder, zip_path):
+    with zipfile.ZipFile(zip_path, "w") as file:
+        for member in sorted(folder.rglob("*")):
+            file.write(member, member.relative_to(folder))
+    return zip_path
 
 
 def test_a_small_data_set_is_installed_from_a_folder_or_a_zip_file(tmp_path, monkeypatch, capsys):
@@ -40,20 +40,20 @@ def test_a_small_data_set_is_installed_from_a_folder_or_a_zip_file(tmp_path, mon
     path.write_text(
         path.read_text().replace("</annotation>", VOC_XML.split("\n", 1)[1].replace("9", "5").replace("cat", "apple"))
     )
-    origins = (tmp_path / "source", source, zipped(tmp_path / "source", tmp_path / "fruit.zip"))
+    origins = (tmp_path / "source", source, zip_folder(tmp_path / "source", tmp_path / "fruit.zip"))
     for number, origin in enumerate(origins):
         root = tmp_path / f"root{number}"
         monkeypatch.setenv("CVLAB_DATA", str(root))
         capsys.readouterr()
         assert catalog.fetch("fruit", origin)["detail"].startswith("3 photos, 3 boxes, 3 classes")
-        assert capsys.readouterr().err.count("warning") == 1, "told once, of the file that stays"
+        assert capsys.readouterr().err.count("warning") == 1, "logged once, for the file that is kept"
         assert catalog.check("fruit") == {"fruit": "3 photos, 3 boxes, 3 classes, every annotation can be read"}
         assert [path.name for path in root.iterdir()] == ["VOC"]
         assert datasets.get("fruit").load(root).classes == ("apple", "banana", "orange")
-    catalog.fetch("fruit", source)  # over what is there
+    catalog.fetch("fruit", source)  # replaces the installed one
 
 
-def test_wrong_origins_install_nothing(tmp_path):
+def test_invalid_origins_install_nothing(tmp_path):
     other = voc_set(tmp_path / "other")
     broken = fruit(tmp_path / "broken")
     write(broken / "Annotations/c.xml", "<annotation>")
@@ -88,29 +88,29 @@ def test_zip_files_cannot_write_outside_or_link(tmp_path):
     assert not (tmp_path / "to" / "link").exists()
 
 
-def served(monkeypatch, content):
-    """Let a download write what `content` gives for its first address."""
-    asked = []
+def mock_download(monkeypatch, content):
+    """Replace downloads by writing `content(target)`; return the list of requested URLs."""
+    requested_urls = []
 
     def fetch(urls, target, sha256, size, wait):
-        asked.append(urls[0])
+        requested_urls.append(urls[0])
         write(target, "")
         target.write_bytes(content(target))
         download.verify(target, sha256)
         return target
 
     monkeypatch.setattr(download, "fetch", fetch)
-    return asked
+    return requested_urls
 
 
 def test_bccd_is_installed_from_github_only_if_complete(tmp_path, monkeypatch):
-    source = tmp_path / "made/BCCD_Dataset-master/BCCD"
+    source = tmp_path / "source/BCCD_Dataset-master/BCCD"
     voc_set(source)
     for name in "abc":
         xml = writers.write_voc_xml(BOXES, ["RBC", "WBC", "Platelets"], SIZE, "x.jpg")
         write(source / f"Annotations/{name}.xml", xml)
-    archive = zipped(tmp_path / "made", tmp_path / "made.zip").read_bytes()
-    asked = served(monkeypatch, lambda target: archive)
+    archive = zip_folder(tmp_path / "source", tmp_path / "source.zip").read_bytes()
+    requested_urls = mock_download(monkeypatch, lambda target: archive)
     with pytest.raises(DataError, match="3 photos where bccd has 364"):
         downloads.BCCD.fetch(tmp_path / "root", None, True)
     assert not downloads.BCCD.ready(tmp_path / "root")
@@ -118,55 +118,55 @@ def test_bccd_is_installed_from_github_only_if_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "BCCD_PHOTOS", 3)
     downloads.BCCD.fetch(tmp_path / "root", None, True)
     assert downloads.BCCD.ready(tmp_path / "root")
-    assert asked[0].startswith("https://github.com/Shenggan/BCCD_Dataset/")
+    assert requested_urls[0].startswith("https://github.com/Shenggan/BCCD_Dataset/")
     with pytest.raises(DataError, match=r"published nowhere that stays; `cvlab data fetch fruit --from"):
         downloads.FRUIT.fetch(tmp_path / "root", None, True)
 
 
 @pytest.fixture
 def tars(tmp_path, monkeypatch):
-    """Small archives of VOC 2007 with their checksums, and the folder of them."""
+    """Write small archives of VOC 2007, mock their checksums, and return their folder."""
     voc_set(tmp_path / "trainval/VOCdevkit/VOC2007")
     voc_set(tmp_path / "test/VOCdevkit/VOC2007", names=("x", "y"))
     (tmp_path / "trainval/VOCdevkit/VOC2007/ImageSets/Main/test.txt").unlink()
     write(tmp_path / "trainval/VOCdevkit/VOC2007/ImageSets/Main/val.txt", "c\n")
     (tmp_path / "test/VOCdevkit/VOC2007/ImageSets/Main/train.txt").unlink()
     write(tmp_path / "trainval/VOCdevkit/VOC2007/SegmentationClass/a.png", "not needed")
-    made = []
-    for one, name in zip(downloads.ARCHIVES, ("trainval", "test"), strict=True):
+    small_archives = []
+    for archive, name in zip(downloads.ARCHIVES, ("trainval", "test"), strict=True):
         (tmp_path / "tars").mkdir(exist_ok=True)
-        with tarfile.open(tmp_path / "tars" / one.name, "w") as tar:
+        with tarfile.open(tmp_path / "tars" / archive.name, "w") as tar:
             tar.add(tmp_path / name / "VOCdevkit", "VOCdevkit")
-        raw = (tmp_path / "tars" / one.name).read_bytes()
-        raw += bytes(512 * (name == "test"))  # of another size, by which they are told apart
-        (tmp_path / "tars" / one.name).write_bytes(raw)
-        made.append(dataclasses.replace(one, sha256=hashlib.sha256(raw).hexdigest(), size=len(raw)))
-    monkeypatch.setattr(downloads, "ARCHIVES", tuple(made))
+        raw = (tmp_path / "tars" / archive.name).read_bytes()
+        raw += bytes(512 * (name == "test"))  # a different size, which identifies the archive
+        (tmp_path / "tars" / archive.name).write_bytes(raw)
+        small_archives.append(dataclasses.replace(archive, sha256=hashlib.sha256(raw).hexdigest(), size=len(raw)))
+    monkeypatch.setattr(downloads, "ARCHIVES", tuple(small_archives))
     return tmp_path / "tars"
 
 
-def test_voc07_is_installed_from_every_form(tmp_path, monkeypatch, tars):
-    asked = served(monkeypatch, lambda target: (tars / target.name).read_bytes())
+def test_voc07_is_installed_from_every_kind_of_origin(tmp_path, monkeypatch, tars):
+    requested_urls = mock_download(monkeypatch, lambda target: (tars / target.name).read_bytes())
     downloads.VOC07.fetch(tmp_path / "net", None, True)
-    assert [url.rpartition("/")[2] for url in asked] == [one.name for one in downloads.ARCHIVES]
+    assert [url.rpartition("/")[2] for url in requested_urls] == [archive.name for archive in downloads.ARCHIVES]
     downloads.VOC07.fetch(tmp_path / "folder", tars, True)
     downloads.VOC07.fetch(tmp_path / "unpacked", tmp_path / "net", True)
-    for one in downloads.ARCHIVES:
-        downloads.VOC07.fetch(tmp_path / "single", tars / one.name, True)
+    for archive in downloads.ARCHIVES:
+        downloads.VOC07.fetch(tmp_path / "single", tars / archive.name, True)
     for name in ("net", "folder", "unpacked", "single"):
-        found = downloads.VOC07.load(tmp_path / name)
-        assert found.classes == downloads.VOC_CLASSES
-        assert len(found.classes) == 20
-        stems = {split: [item.path.stem for item in items] for split, items in found.splits.items()}
+        loaded = downloads.VOC07.load(tmp_path / name)
+        assert loaded.classes == downloads.VOC_CLASSES
+        assert len(loaded.classes) == 20
+        stems = {split: [item.path.stem for item in items] for split, items in loaded.splits.items()}
         assert stems == {"train": ["a", "b"], "val": ["c"], "test": ["y"]}, name
-        assert found.classes[of(found, "a").labels[1]] == "dog"
+        assert loaded.classes[find_sample(loaded, "a").labels[1]] == "dog"
         assert not (tmp_path / name / "VOCdevkit/VOC2007/SegmentationClass").exists()
     assert [path.name for path in (tmp_path / "net/downloads").iterdir()] == []
     shutil.move(tmp_path / "net/VOCdevkit", tmp_path / "net/VOC")
-    assert downloads.VOC07.ready(tmp_path / "net"), "VOC/VOC2007 is taken too"
+    assert downloads.VOC07.ready(tmp_path / "net"), "VOC/VOC2007 is accepted too"
 
 
-def test_an_altered_archive_of_voc07_is_rejected(tmp_path, tars):
+def test_a_modified_archive_of_voc07_is_rejected(tmp_path, tars):
     path = tars / downloads.ARCHIVES[0].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match="differs from the published file"):
@@ -174,21 +174,21 @@ def test_an_altered_archive_of_voc07_is_rejected(tmp_path, tars):
     assert not (tmp_path / "root").exists()
 
 
-def test_unknown_class_in_voc07(tmp_path):
+def test_an_unknown_class_in_voc07_is_rejected(tmp_path):
     folder = voc_set(tmp_path / "VOCdevkit/VOC2007")
     write(folder / "Annotations/a.xml", VOC_XML.replace("cat", "cta"))
     with pytest.raises(DataError, match=r"a.xml:2: unknown class 'cta'; did you mean 'cat'"):
         dataset.load("voc07", tmp_path)
 
 
-def test_sources_are_as_published():
-    assert [one.urls[0] for one in downloads.ARCHIVES] == [
+def test_sources_equal_the_published_ones():
+    assert [archive.urls[0] for archive in downloads.ARCHIVES] == [
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtrainval_06-Nov-2007.tar",
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtest_06-Nov-2007.tar",
     ]
-    for one in downloads.ARCHIVES:
-        assert len(one.sha256) == 64
-        assert all(url.startswith("https://") for url in one.urls[1:])
+    for archive in downloads.ARCHIVES:
+        assert len(archive.sha256) == 64
+        assert all(url.startswith("https://") for url in archive.urls[1:])
 
 
 @pytest.mark.realdata
@@ -197,26 +197,26 @@ def test_installed_data_sets(name, sizes, boxes, capsys):
     root = Path(REAL_DATA or "none")
     if not descriptions.get(name).ready(root):
         pytest.skip(f"CVLAB_DATA has no VOC/{name}")
-    found = dataset.load(name, root)
-    items = [item for split in found.splits.values() for item in split]
-    assert found.classes == downloads.CLASSES[name]
-    assert [len(split) for split in found.splits.values()] == sizes
+    loaded = dataset.load(name, root)
+    items = [item for split in loaded.splits.values() for item in split]
+    assert loaded.classes == downloads.CLASSES[name]
+    assert [len(split) for split in loaded.splits.values()] == sizes
     assert sum(len(item.labels) for item in items) == boxes
     for item in items[::17]:
-        expected = slow_twin(root / f"VOC/{name}/Annotations/{item.path.stem}.xml")
+        expected = read_xml(root / f"VOC/{name}/Annotations/{item.path.stem}.xml")
         assert [
-            (found.classes[k], *box) for k, box in zip(item.labels, item.boxes_xyxy.tolist(), strict=True)
+            (loaded.classes[k], *box) for k, box in zip(item.labels, item.boxes_xyxy.tolist(), strict=True)
         ] == expected
     err = capsys.readouterr().err
     assert ("boxes without area left out: 2 (" in err) == (name == "bccd")
     assert err.count("\n") == (name == "bccd")
 
 
-def slow_twin(path):
-    """Read an annotation by the standard library alone."""
-    found = []
-    for one in ElementTree.parse(path).getroot().iter("object"):
-        xmin, ymin, xmax, ymax = (float(one.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+def read_xml(path):
+    """Read an annotation with the standard library alone."""
+    objects = []
+    for element in ElementTree.parse(path).getroot().iter("object"):
+        xmin, ymin, xmax, ymax = (float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
         if xmax > xmin and ymax > ymin:
-            found.append((one.findtext("name"), xmin - 1, ymin - 1, xmax, ymax))
-    return found
+            objects.append((element.findtext("name"), xmin - 1, ymin - 1, xmax, ymax))
+    return objects

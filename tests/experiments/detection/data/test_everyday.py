@@ -1,4 +1,4 @@
-"""The everyday data set: two sets of photos under COCO's classes, and detections that are ignored in training."""
+"""The everyday data set: two sets of photos with COCO's classes, and detections that training ignores."""
 
 import json
 
@@ -21,7 +21,7 @@ def sample(path, boxes, labels):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """One photo of people and one of fruit, with detections."""
+    """Write one photo of people and one of fruit, with detections; return the folder."""
     people = sample(tmp_path / "people.png", [[0, 0, 20, 40]], [0])
     fruit = sample(tmp_path / "fruit.png", [[3, 3, 30, 30]], [1])
     val = sample(tmp_path / "val.png", [[0, 0, 9, 9]], [1])
@@ -40,9 +40,9 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_detections_beside_the_boxes_are_ignored(root):
+def test_detections_in_addition_to_the_boxes_are_ignored(root):
     first = everyday.load(root).splits["train"][0]
-    assert first.labels.tolist() == [0, 0, 1]  # the drawn person, another one, a kite in the place of the first
+    assert first.labels.tolist() == [0, 0, 1]  # the annotated person, another one, a kite at the position of the first
     assert first.difficult.tolist() == [False, True, True]
 
 
@@ -53,7 +53,7 @@ def test_fruit_has_the_labels_of_coco_and_is_repeated(root):
     assert train[1].difficult.tolist() == [False, True]  # the detection without area is left out
 
 
-def test_val_and_test_are_those_of_people(root):
+def test_val_and_test_equal_those_of_coco_people(root):
     loaded = everyday.load(root)
     assert loaded.splits["val"][0].difficult.tolist() == [False]
     assert loaded.classes == CLASSES
@@ -65,7 +65,7 @@ def test_a_photo_without_detections_is_rejected(root):
         everyday.load(root)
 
 
-def test_detections_are_made_by_the_bundled_detector(root):
+def test_detections_are_created_by_the_bundled_detector(root):
     everyday.create(root, None, wait=False)
     rows = json.loads((root / everyday.FOLDER / everyday.LABELS_FILE).read_text())
     assert rows == {"people.png": [], "fruit.png": []}  # black photos

@@ -1,4 +1,4 @@
-"""Published data sets in COCO's layout as detection sets: read, checked and installed."""
+"""Published data sets in COCO's layout, used for detection: read, checked and installed."""
 
 import dataclasses
 import hashlib
@@ -22,8 +22,8 @@ from tests.fake_cifar import send, server
 COUNTS = {"train": 4, "val": 2, "test": 3}
 
 
-def rows_of(document):
-    """Return the boxes of each photo as (class, x1, y1, x2, y2), without cvlab's readers."""
+def boxes_by_photo(document):
+    """Return the boxes of each photo as (class, x1, y1, x2, y2), without using cvlab's readers."""
     names = {record["id"]: record["name"] for record in document["categories"]}
     rows = {record["file_name"]: [] for record in document["images"]}
     files = {record["id"]: record["file_name"] for record in document["images"]}
@@ -34,13 +34,13 @@ def rows_of(document):
 
 
 def assert_same_boxes(loaded, split, document):
-    expected = rows_of(document)
+    expected = boxes_by_photo(document)
     assert [sample.path.name for sample in loaded.splits[split]] == list(expected)
     for sample in loaded.splits[split]:
         names = [loaded.classes[label] for label in sample.labels.tolist()]
-        of_photo = expected[sample.path.name]
-        assert names == [row[0] for row in of_photo]
-        for box, row in zip(sample.boxes_xyxy.tolist(), of_photo, strict=True):
+        photo_rows = expected[sample.path.name]
+        assert names == [row[0] for row in photo_rows]
+        for box, row in zip(sample.boxes_xyxy.tolist(), photo_rows, strict=True):
             assert box == pytest.approx(row[1:], abs=0.2), "boxes are rounded to a tenth, and clipped"
 
 
@@ -136,7 +136,7 @@ def test_the_real_coco_people(capsys):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A tiny COCO 2017 as published: returns the archives by their path on the server, and the documents in them."""
+    """Return the archives of a tiny COCO 2017, by their path on the server, and the documents in them."""
     counts = {"train": 4, "val": 2}
     written = write_coco_set(tmp_path / "made", coco_sets.COCO, counts)
     set_counts(monkeypatch, coco_sets.COCO, counts)
@@ -157,7 +157,7 @@ def published(tmp_path, monkeypatch):
     return contents, written
 
 
-def test_coco_is_downloaded_and_an_interrupted_fetch_goes_on(tmp_path, monkeypatch, published):
+def test_coco_is_downloaded_and_an_interrupted_fetch_is_continued(tmp_path, monkeypatch, published):
     contents, written = published
     train = coco_sets.ARCHIVES[2]
 
@@ -173,12 +173,12 @@ def test_coco_is_downloaded_and_an_interrupted_fetch_goes_on(tmp_path, monkeypat
     assert not datasets.get("coco").ready(tmp_path / "root")
     with server(lambda handler: send(handler, contents[handler.path])) as (url, requests):
         monkeypatch.setattr(coco_sets, "URL", url)
-        found = catalog.fetch("coco", None)["detail"]
-        assert requests == [(f"/{train.path}", f"bytes={train.size // 2}-")], "what is there is not downloaded again"
-        assert catalog.fetch("coco", None)["detail"] == found
+        summary = catalog.fetch("coco", None)["detail"]
+        assert requests == [(f"/{train.path}", f"bytes={train.size // 2}-")], "existing files are not downloaded again"
+        assert catalog.fetch("coco", None)["detail"] == summary
         assert len(requests) == 1
-    assert found.startswith("6 photos, ")
-    assert found.endswith("6 photos, 30 captions")
+    assert summary.startswith("6 photos, ")
+    assert summary.endswith("6 photos, 30 captions")
     assert os.listdir(tmp_path / "root/downloads/coco") == []
     loaded = dataset.load("coco", tmp_path / "root")
     assert {split: len(samples) for split, samples in loaded.splits.items()} == {"train": 4, "val": 2, "test": 0}
@@ -189,10 +189,10 @@ def test_coco_is_downloaded_and_an_interrupted_fetch_goes_on(tmp_path, monkeypat
 def test_coco_from_archives(tmp_path, monkeypatch, published):
     contents, _ = published
     for archive in coco_sets.ARCHIVES:
-        (tmp_path / "given" / archive.name).parent.mkdir(exist_ok=True)
-        (tmp_path / "given" / archive.name).write_bytes(contents[f"/{archive.path}"])
-    assert catalog.fetch("coco", tmp_path / "given")["detail"].startswith("6 photos, ")
-    val = tmp_path / "given/val2017.zip"
+        (tmp_path / "archives" / archive.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "archives" / archive.name).write_bytes(contents[f"/{archive.path}"])
+    assert catalog.fetch("coco", tmp_path / "archives")["detail"].startswith("6 photos, ")
+    val = tmp_path / "archives/val2017.zip"
     coco_sets.fetch_coco(tmp_path / "single", val, True)
     assert os.listdir(tmp_path / "single/coco") == ["val2017"]
     with pytest.raises(DataError, match=r"no archive of COCO; name a folder with annotations_trainval2017\.zip"):
@@ -202,11 +202,11 @@ def test_coco_from_archives(tmp_path, monkeypatch, published):
         coco_sets.fetch_coco(tmp_path / "other", val, True)
     set_counts(monkeypatch, coco_sets.COCO, {"train": 5})
     with pytest.raises(DataError, match="4 photos, not 5"):
-        coco_sets.fetch_coco(tmp_path / "other", tmp_path / "given/train2017.zip", True)
+        coco_sets.fetch_coco(tmp_path / "other", tmp_path / "archives/train2017.zip", True)
     assert not (tmp_path / "other/coco").exists()
 
 
-def test_coco_needs_space_before_the_first_byte(tmp_path, monkeypatch, published):
+def test_coco_checks_the_free_space_before_the_download(tmp_path, monkeypatch, published):
     contents, _ = published
     needed = sum(archive.unpacked_bytes for archive in coco_sets.ARCHIVES) + coco_sets.ARCHIVES[2].size
     usage = shutil.disk_usage(tmp_path)
@@ -221,7 +221,7 @@ def test_coco_needs_space_before_the_first_byte(tmp_path, monkeypatch, published
         catalog.fetch("coco", None)
 
 
-def test_sources_of_coco_are_the_official_ones():
+def test_sources_of_coco_equal_the_official_ones():
     assert [f"{coco_sets.URL}/{archive.path}" for archive in coco_sets.ARCHIVES] == [
         "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
         "http://images.cocodataset.org/zips/val2017.zip",

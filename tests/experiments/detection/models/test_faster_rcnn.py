@@ -18,27 +18,27 @@ class TestParts:
     def test_encode_and_decode_are_inverse(self):
         anchors, expected = random_boxes(20, 100, 1) + torch.tensor([0.0, 0, 5, 5]), random_boxes(20, 100, 2)
         expected = expected + torch.tensor([0.0, 0, 5, 5])
-        back = faster_rcnn.decode(faster_rcnn.encode(expected, anchors), anchors)
-        torch.testing.assert_close(back, expected)
-        grown = faster_rcnn.decode(torch.full((20, 4), 100.0).double(), anchors)
-        assert bool(torch.isfinite(grown).all())
+        decoded = faster_rcnn.decode(faster_rcnn.encode(expected, anchors), anchors)
+        torch.testing.assert_close(decoded, expected)
+        large = faster_rcnn.decode(torch.full((20, 4), 100.0).double(), anchors)
+        assert bool(torch.isfinite(large).all())
 
     def test_anchors(self):
-        made = faster_rcnn.anchors_at(torch.tensor([[8.0, 24, 16]]))[0]
-        middle = (made[:, :2] + made[:, 2:]) / 2
-        torch.testing.assert_close(middle, torch.tensor([[8.0, 24]]).expand(3, 2))
-        torch.testing.assert_close(boxes.area(made), torch.full((3,), (6.0 * 16) ** 2))
-        sides = made[:, 2:] - made[:, :2]
+        anchors = faster_rcnn.anchors_at(torch.tensor([[8.0, 24, 16]]))[0]
+        centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+        torch.testing.assert_close(centers, torch.tensor([[8.0, 24]]).expand(3, 2))
+        torch.testing.assert_close(boxes.area(anchors), torch.full((3,), (6.0 * 16) ** 2))
+        sides = anchors[:, 2:] - anchors[:, :2]
         torch.testing.assert_close(sides[:, 1] / sides[:, 0], torch.tensor(faster_rcnn.ASPECT_RATIOS))
 
     def test_match_anchors(self):
         anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [4, 0, 14, 10], [50, 50, 60, 60], [70, 70, 80, 80]])
-        own = torch.tensor([[0.0, 0, 10, 10], [74, 70, 84, 80]])
-        positive, negative, which = faster_rcnn.match_anchors(anchors, own)
-        assert positive.tolist() == [0, 1, 4], "over 0.7, over 0.7, and the best of the second box"
+        ground_truth = torch.tensor([[0.0, 0, 10, 10], [74, 70, 84, 80]])
+        positive, negative, matched = faster_rcnn.match_anchors(anchors, ground_truth)
+        assert positive.tolist() == [0, 1, 4], "IoU over 0.7 twice, and the best anchor of the second box"
         assert negative.tolist() == [3]
-        assert which[positive].tolist() == [0, 0, 1]
-        positive, negative, _ = faster_rcnn.match_anchors(anchors, own[:0])
+        assert matched[positive].tolist() == [0, 0, 1]
+        positive, negative, _ = faster_rcnn.match_anchors(anchors, ground_truth[:0])
         assert len(positive) == 0
         assert len(negative) == 5
 
@@ -55,34 +55,34 @@ class TestFasterRcnn:
         outputs = model(maps)
         assert outputs.objectness_logits.shape == (2, 3 * (256 + 64 + 16))
         assert outputs.size_px == 128
-        for _, place in model.generate_proposals(outputs):
-            assert 0 < len(place) <= faster_rcnn.POST_NMS_TOP_K
-            assert bool((place >= 0).all())
-            assert bool((place <= 128).all())
-            assert float(boxes.iou(place, place).fill_diagonal_(0).max()) <= faster_rcnn.PROPOSAL_NMS_IOU
+        for _, proposals in model.generate_proposals(outputs):
+            assert 0 < len(proposals) <= faster_rcnn.POST_NMS_TOP_K
+            assert bool((proposals >= 0).all())
+            assert bool((proposals <= 128).all())
+            assert float(boxes.iou(proposals, proposals).fill_diagonal_(0).max()) <= faster_rcnn.PROPOSAL_NMS_IOU
 
-    def test_losses_by_part_and_no_object(self):
+    def test_losses_with_and_without_objects(self):
         model, maps = model_and_maps()
-        nothing = collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2)
-        losses = model.losses(model(maps), nothing, 128)
+        no_targets = collate_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2)
+        losses = model.losses(model(maps), no_targets, 128)
         losses["loss"].backward()
         assert all(bool(torch.isfinite(value)) for value in losses.values())
         assert losses["rpn_box_loss"].item() == losses["box_loss"].item() == 0
-        something = collate_targets(
+        targets = collate_targets(
             [torch.tensor([[10.0, 10, 60, 50]]), torch.zeros(0, 4)], [torch.tensor([1]), torch.zeros(0).long()]
         )
-        losses = model.losses(model(maps), something, 128)
+        losses = model.losses(model(maps), targets, 128)
         assert losses["box_loss"].item() > 0
         assert losses["rpn_box_loss"].item() > 0
 
     def test_the_same_seed_samples_the_same_proposals(self):
         model, maps = model_and_maps()
         model.eval()
-        some = collate_targets([torch.tensor([[10.0, 10, 60, 50]])] * 2, [torch.tensor([1])] * 2)
+        targets = collate_targets([torch.tensor([[10.0, 10, 60, 50]])] * 2, [torch.tensor([1])] * 2)
         values = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            values.append(model.losses(model(maps), some, 128)["loss"].item())
+            values.append(model.losses(model(maps), targets, 128)["loss"].item())
         assert values[0] == values[1] != values[2]
 
     def test_overfits_an_image(self):

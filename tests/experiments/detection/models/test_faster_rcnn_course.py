@@ -1,4 +1,4 @@
-"""The course's two-stage detector: matched anchors, losses against a loop, proposals."""
+"""The two-stage detector of the course: matched anchors, losses against a loop, proposals."""
 
 import torch
 
@@ -8,7 +8,7 @@ from cvlab.experiments.detection.models.faster_rcnn import decode
 from cvlab.experiments.detection.models.faster_rcnn_course import FasterRcnnCourse
 from cvlab.ops import boxes
 
-NONE = (torch.zeros(0, 4), torch.zeros(0).long())
+NO_BOXES = (torch.zeros(0, 4), torch.zeros(0).long())
 
 
 def model_and_map(n=2):
@@ -16,11 +16,11 @@ def model_and_map(n=2):
     return FasterRcnnCourse([6], 3, width=8, hidden=8, dropout=0.0), [torch.randn(n, 6, 7, 7)]
 
 
-def targets(*pictures):
-    return collate_targets([box for box, _ in pictures], [label for _, label in pictures])
+def make_targets(*images):
+    return collate_targets([box for box, _ in images], [label for _, label in images])
 
 
-ONE = (torch.tensor([[32.0, 64, 96, 160]]), torch.tensor([2]))  # 2 x 3 cells, from (1, 2): an anchor fits it nearly
+ONE_BOX = (torch.tensor([[32.0, 64, 96, 160]]), torch.tensor([2]))  # 2 x 3 cells, starting at cell (1, 2)
 
 
 def test_match_anchors_by_iou():
@@ -28,8 +28,8 @@ def test_match_anchors_by_iou():
     outputs = model(maps)
     assert outputs.objectness_logits.shape == (2, 441, 2)
     assert outputs.deltas.shape == (2, 441, 4)
-    positives, is_negative = model.match_anchors(outputs, targets(ONE, NONE))
-    overlap = boxes.iou(model.anchors(outputs), ONE[0] / 32)[:, 0]
+    positives, is_negative = model.match_anchors(outputs, make_targets(ONE_BOX, NO_BOXES))
+    overlap = boxes.iou(model.anchors(outputs), ONE_BOX[0] / 32)[:, 0]
     expected = set((overlap > 0.7).nonzero()[:, 0].tolist()) | {int(overlap.argmax())}
     assert expected <= set(positives.anchor.tolist())
     assert bool((positives.image == 0).all())
@@ -44,26 +44,26 @@ def test_channels_are_logits_then_deltas_anchor_by_anchor():
     raw = model.rpn_predictor(model.rpn_conv(maps[0]))[0]  # (54, 7, 7)
     outputs = model(maps)
     anchor, row, column = 4, 3, 5
-    place = (anchor * 7 + row) * 7 + column
-    torch.testing.assert_close(outputs.objectness_logits[0, place], raw[2 * anchor : 2 * anchor + 2, row, column])
-    torch.testing.assert_close(outputs.deltas[0, place], raw[18 + 4 * anchor : 22 + 4 * anchor, row, column])
+    index = (anchor * 7 + row) * 7 + column
+    torch.testing.assert_close(outputs.objectness_logits[0, index], raw[2 * anchor : 2 * anchor + 2, row, column])
+    torch.testing.assert_close(outputs.deltas[0, index], raw[18 + 4 * anchor : 22 + 4 * anchor, row, column])
 
 
-def test_losses_equal_the_loop_and_are_finite_without_objects():
+def test_losses_match_the_loop_and_are_finite_without_objects():
     model, maps = model_and_map()
     outputs = model(maps)
-    some = targets(ONE, NONE)
+    targets = make_targets(ONE_BOX, NO_BOXES)
     torch.manual_seed(3)
-    losses = model.losses(outputs, some, 224)
-    positives, _ = model.match_anchors(outputs, some)
+    losses = model.losses(outputs, targets, 224)
+    positives, _ = model.match_anchors(outputs, targets)
     anchors_xyxy, box_sum, class_sum = model.anchors(outputs), 0.0, 0.0
     for image, anchor, label, box in zip(*positives, strict=True):
         ax, ay, aw, ah = boxes.xyxy_to_cxcywh(anchors_xyxy[anchor]).tolist()
         bx, by, bw, bh = boxes.xyxy_to_cxcywh(box).tolist()
         expected = torch.tensor([(bx - ax) / aw, (by - ay) / ah, bw / aw, bh / ah])
         expected[2:] = expected[2:].log()
-        gap = (outputs.deltas[image, anchor] - expected).abs()
-        box_sum += torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).sum().item()
+        error = (outputs.deltas[image, anchor] - expected).abs()
+        box_sum += torch.where(error < 1, 0.5 * error**2, error - 0.5).sum().item()
         region = decode(outputs.deltas[image, anchor][None], anchors_xyxy[anchor][None])
         scores = model.box_head(outputs, model.clip(region, outputs), image[None])[0]
         class_sum -= scores.log_softmax(0)[label].item()
@@ -72,9 +72,9 @@ def test_losses_equal_the_loop_and_are_finite_without_objects():
     parts = losses["rpn_class_loss"] + 5 * losses["rpn_box_loss"]
     torch.testing.assert_close(losses["rpn_loss"], parts)
     torch.testing.assert_close(losses["loss"], parts + losses["class_loss"])
-    nothing = model.losses(outputs, targets(NONE, NONE), 224)
-    nothing["loss"].backward()
-    assert nothing["loss"].item() == 0
+    losses_without_objects = model.losses(outputs, make_targets(NO_BOXES, NO_BOXES), 224)
+    losses_without_objects["loss"].backward()
+    assert losses_without_objects["loss"].item() == 0
 
 
 def test_overfits_an_image():
@@ -83,7 +83,7 @@ def test_overfits_an_image():
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(200):
         optimizer.zero_grad()
-        model.losses(model(maps), targets(expected), 224)["loss"].backward()
+        model.losses(model(maps), make_targets(expected), 224)["loss"].backward()
         optimizer.step()
     model.eval()
     with torch.no_grad():

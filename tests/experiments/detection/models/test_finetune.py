@@ -1,4 +1,4 @@
-"""Fine-tuning: copied backbone stages, which of their parameters are trained, and when."""
+"""Fine-tuning: copied backbone stages, their trained parameters, and the epochs in which they are trained."""
 
 import json
 from pathlib import Path
@@ -14,37 +14,39 @@ from cvlab.experiments.detection.models.finetune import FineTunedDetector
 from tests.experiments.detection.short_run import train
 
 CPU = torch.device("cpu")
-ABOUT = DetectorMetadata("yolo_fpn", {"width": 8}, ("a", "b"), 64, is_finetuned=True)
+METADATA = DetectorMetadata("yolo_fpn", {"width": 8}, ("a", "b"), 64, is_finetuned=True)
 
 
 @pytest.fixture(scope="module")
-def made():
-    return detector_model.build(ABOUT, CPU)
+def detector():
+    return detector_model.build(METADATA, CPU)
 
 
-def test_stages_compute_the_backbone_s_feature_maps(made):
+def test_stages_compute_the_feature_maps_of_the_backbone(detector):
     photos = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        everything = [made.all_features.batch(photos)[name] for name in made.all_features.names]
-        finest = made.features.batch(photos)
+        all_maps = [detector.all_features.batch(photos)[name] for name in detector.all_features.names]
+        finest = detector.features.batch(photos)
         assert list(finest) == ["blocks.2"]
-        mine = made.head.feature_maps(finest["blocks.2"])
-        for ours, theirs in zip(mine, everything, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        made.head.eval()
-        torch.testing.assert_close(made.head([everything[0]])[1], made.head(everything)[1], rtol=1e-3, atol=1e-2)
+        maps = detector.head.feature_maps(finest["blocks.2"])
+        for actual, expected in zip(maps, all_maps, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        detector.head.eval()
+        torch.testing.assert_close(detector.head([all_maps[0]])[1], detector.head(all_maps)[1], rtol=1e-3, atol=1e-2)
 
 
-def test_only_pointwise_filters_are_trained_and_the_backbone_is_not_shared(made):
-    learning = {name for name, p in made.head.stages.named_parameters() if p.requires_grad}
+def test_only_pointwise_filters_are_trained_and_the_backbone_is_not_shared(detector):
+    trainable = {name for name, p in detector.head.stages.named_parameters() if p.requires_grad}
     depthwise = {
-        f"{name}.weight" for name, m in made.head.stages.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1
+        f"{name}.weight"
+        for name, m in detector.head.stages.named_modules()
+        if isinstance(m, nn.Conv2d) and m.groups > 1
     }
     assert depthwise
-    assert not depthwise & learning
-    assert sum(p.numel() for p in made.head.stages.parameters() if p.requires_grad) > 2_000_000
-    backbone = set(made.features.model.module.parameters())
-    assert not backbone & set(made.head.parameters())
+    assert not depthwise & trainable
+    assert sum(p.numel() for p in detector.head.stages.parameters() if p.requires_grad) > 2_000_000
+    backbone = set(detector.features.model.module.parameters())
+    assert not backbone & set(detector.head.parameters())
 
 
 def test_batch_norms_stay_in_evaluation_mode():
@@ -58,7 +60,7 @@ def test_batch_norms_stay_in_evaluation_mode():
 
 
 @pytest.mark.parametrize("names", [["0"], ["0", "1.0"]])
-def test_layers_outside_of_one_sequence_are_rejected(names):
+def test_layers_outside_a_single_sequence_are_rejected(names):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1)))
     with pytest.raises(ConfigError) as error:
         FineTunedDetector(nn.Identity(), model, names)
@@ -66,35 +68,38 @@ def test_layers_outside_of_one_sequence_are_rejected(names):
 
 
 class TestTraining:
-    WORDS = ("duration={epochs: 2}", "finetune_epochs=1", "model.width=8")
+    ARGS = ("duration={epochs: 2}", "finetune_epochs=1", "model.width=8")
 
-    def test_only_the_last_epochs_change_the_backbone_and_the_file_holds_it(self, cvlab):
+    def test_only_the_last_epochs_change_the_backbone_and_the_file_contains_it(self, cvlab):
         before = detector_model.build(
             DetectorMetadata("yolo_fpn", {"width": 8}, tuple("abcdefghij"), 64, is_finetuned=True), CPU
         )
-        untouched = train(cvlab, "duration={epochs: 2}", "finetune_epochs=0", "model.width=8")
-        found = train(cvlab, *self.WORDS)
-        own = detector_model.load(Path(found["run"]) / "detector.safetensors", CPU)
+        frozen = train(cvlab, "duration={epochs: 2}", "finetune_epochs=0", "model.width=8")
+        finetuned = train(cvlab, *self.ARGS)
+        loaded = detector_model.load(Path(finetuned["run"]) / "detector.safetensors", CPU)
         change = [
-            (mine - theirs.half().float()).abs().max().item()
-            for mine, theirs in zip(own.head.stages.parameters(), before.head.stages.parameters(), strict=True)
+            (trained - initial.half().float()).abs().max().item()
+            for trained, initial in zip(loaded.head.stages.parameters(), before.head.stages.parameters(), strict=True)
         ]
         assert max(change) > 0
-        assert own.metadata.is_finetuned
-        assert found["metrics"]["parameters"] > untouched["metrics"]["parameters"] + 2_000_000
+        assert loaded.metadata.is_finetuned
+        assert finetuned["metrics"]["parameters"] > frozen["metrics"]["parameters"] + 2_000_000
         losses = [
-            [json.loads(line).get("train_loss") for line in (Path(f["run"]) / "metrics.jsonl").read_text().splitlines()]
-            for f in (untouched, found)
+            [
+                json.loads(line).get("train_loss")
+                for line in (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()
+            ]
+            for result in (frozen, finetuned)
         ]
         first = [next(value for value in values if value is not None) for values in losses]
-        assert first[0] == first[1]  # the first epoch is the same with and without
+        assert first[0] == first[1]  # the first epoch is identical with and without fine-tuning
 
     def test_impossible_fine_tuning_is_rejected(self, cvlab):
-        for words, says in (
+        for args, message in (
             (("finetune_epochs=3", "duration={epochs: 2}"), "finetune_epochs: 3 is more than"),
             (("finetune_epochs=1", "duration={seconds: 9}"), "in seconds"),
             (("finetune_epochs=1", "duration={epochs: 2}", "model={name: yolo_grid}"), "one map"),
         ):
-            code, _, err = cvlab("train", "yolo_scenes", *words, "--dry-run")
+            code, _, err = cvlab("train", "yolo_scenes", *args, "--dry-run")
             assert code == 2, err
-            assert says in err, err
+            assert message in err, err

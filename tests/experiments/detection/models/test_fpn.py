@@ -1,4 +1,4 @@
-"""The feature pyramid: shapes, shared filters, and batch norms that do the same in training and evaluation."""
+"""The feature pyramid: shapes, shared filters, and batch norms that agree in training and evaluation."""
 
 import torch
 
@@ -11,8 +11,8 @@ def test_shapes():
     assert [tuple(m.shape) for m in mixed] == [(2, 5, 8, 8), (2, 5, 4, 4), (2, 5, 2, 2)]
 
 
-def test_a_tower_computes_the_same_in_evaluation_as_in_training():
-    """Maps of several resolutions differ in their statistics: one normalization for all of them would fit none."""
+def test_a_tower_gives_the_same_result_in_evaluation_and_training():
+    """Maps of several resolutions have different statistics, so that a shared normalization would fit none of them."""
     torch.manual_seed(0)
     tower = Tower(6, 3, num_levels=3, depth=2)
     maps = [torch.randn(8, 6, 12, 12) * scale + shift for scale, shift in ((1, 0), (5, 2), (0.2, -1))]
@@ -20,8 +20,8 @@ def test_a_tower_computes_the_same_in_evaluation_as_in_training():
         for _ in range(250):
             trained = tower(maps)
         evaluated = tower.eval()(maps)
-    for mine, theirs in zip(evaluated, trained, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
+    for actual, expected in zip(evaluated, trained, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
 
 
 def test_levels_share_filters_but_not_batch_norms():

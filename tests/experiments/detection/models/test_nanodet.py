@@ -1,4 +1,4 @@
-"""NanoDet-g: its bundled weights, which of them a data set's classes get, and its distances as distributions."""
+"""NanoDet-g: bundled weights, their transfer to the classes of a data set, and distances as distributions."""
 
 import math
 
@@ -28,12 +28,12 @@ class TestBackbone:
         shapes = [tuple(maps[name].shape) for name in extractor.names]
         assert shapes == [(2, 128, 12, 8), (2, 256, 6, 4), (2, 512, 3, 2)]
 
-    def test_it_has_no_classifier(self):
+    def test_the_backbone_has_no_classifier(self):
         assert pretrained.build(names.NANODET).classes == ()
 
 
 class TestPretrainedHead:
-    def test_rows_of_known_classes_are_those_of_coco(self, coco):
+    def test_known_classes_get_the_weights_of_coco(self, coco):
         torch.manual_seed(0)
         head = NanoDet(CHANNELS, 3)
         before = head.class_predictors[1].weight.clone()
@@ -44,14 +44,14 @@ class TestPretrainedHead:
         assert torch.equal(weight[2], published[COCO_CLASSES.index("person")])
         assert torch.equal(head.towers[2][0].weight, coco.head.towers[2][0].weight)
 
-    def test_official_names_of_coco_and_capitals_are_known(self, coco):
+    def test_official_names_of_coco_are_known_in_any_case(self, coco):
         head = NanoDet(CHANNELS, 3)
         head.load_pretrained(("Airplane", "couch", "dining table"))
         published = coco.head.class_predictors[0].bias
         indices = [COCO_CLASSES.index(name) for name in ("aeroplane", "sofa", "diningtable")]
         assert torch.equal(head.class_predictors[0].bias, published[indices])
 
-    def test_another_backbone_leaves_the_head_as_it_is(self):
+    def test_another_backbone_leaves_the_head_unchanged(self):
         torch.manual_seed(0)
         head = NanoDet((40, 112, 320), 2)
         before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
@@ -91,16 +91,16 @@ class TestIgnoredBoxes:
         targets = collate_targets([boxes], [labels], [torch.ones(2)], [torch.tensor(flags["ignored"])])
         return outputs, head.losses(outputs, targets, 64)
 
-    def test_no_gradient_reaches_the_class_of_an_ignored_box_inside_of_it(self):
+    def test_points_in_an_ignored_box_have_no_gradient_for_its_class(self):
         outputs, losses = self.losses(ignored=[False, True])
         (gradient,) = torch.autograd.grad(losses["class_loss"], outputs.class_logits)
         x, y = outputs.points[:, 0], outputs.points[:, 1]
         inside = (x > 30) & (x < 60) & (y > 30) & (y < 60)
         assert not gradient[0, inside, 1].any()
-        assert bool(gradient[0, inside, 0].all())  # of the other class they are background
+        assert bool(gradient[0, inside, 0].all())  # these points are background for the other class
         assert bool(gradient[0, ~inside, 1].all())
 
-    def test_an_ignored_box_is_no_target(self):
+    def test_an_ignored_box_is_not_a_target(self):
         outputs, losses = self.losses(ignored=[True, True])
         assert losses["box_loss"].item() == 0
         assert losses["loss"].isfinite()

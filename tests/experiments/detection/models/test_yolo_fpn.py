@@ -1,4 +1,4 @@
-"""The anchor-free detector: shapes, losses, what a perfect output costs, soft labels."""
+"""The anchor-free detector: shapes, losses, perfect outputs, soft labels."""
 
 import torch
 
@@ -49,13 +49,13 @@ class TestYoloFpn:
         model = YoloFpn([4, 6, 8], 3, width=8)
         maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (6, 4), (8, 2))]
         expected, label = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])
-        doubtful = collate_targets([expected], [label], [torch.tensor([0.25])])
-        assert doubtful.confidence.tolist() == [[0.25]]
+        targets = collate_targets([expected], [label], [torch.tensor([0.25])])
+        assert targets.confidence.tolist() == [[0.25]]
         assert collate_targets([expected], [label]).confidence.tolist() == [[1.0]]
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(150):
             optimizer.zero_grad()
-            model.losses(model(maps), doubtful, 64)["loss"].backward()
+            model.losses(model(maps), targets, 64)["loss"].backward()
             optimizer.step()
         detections = model.postprocess(model(maps), 64, 0.01, 0.6, 10)[0]
         assert int(detections.labels[0]) == 1
