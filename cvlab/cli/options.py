@@ -185,8 +185,6 @@ class ModelOptions(OptionGroup):
         from cvlab.runs.find import runs_root
 
         model = photos.resolve_model(self.model, runs_root(options.runs_dir), self.trust)
-        if model is not None and Path(model).is_absolute() and Path(model).name != Path(self.model).name:
-            console.info(f"model {Path(model).name}")
         return {"model": model, "weights": self.weights}
 
 

@@ -86,7 +86,9 @@ def carlini_wagner(
 ) -> Iterator[list[Tensor]]:
     """Minimize the squared L2 norm of the change plus a constant times the margin of the logits.
 
-    The pixels are a hyperbolic tangent of what Adam changes. The constant of each image is found by bisection.
+    The pixels are a hyperbolic tangent of what Adam changes. The constant of each image is found by bisection. Unlike in
+    the paper, the learning rate falls to 0 with each constant, because a step of LR changes all pixels together by more
+    than many attacks need.
 
     Args:
         logits_fn: N images to logits (N, K).
@@ -113,6 +115,7 @@ def carlini_wagner(
         weights = torch.tensor(constants.values, device=classes.device)
         fooled, last_loss = [False] * len(images), math.inf
         for step in range(steps):
+            adam.param_groups[0]["lr"] = LR * (1 - step / steps)
             with torch.enable_grad():
                 attacked = [(variable.tanh() + 1) / 2 for variable in variables]
                 margins = attack_margins(logits_fn(attacked), classes, targeted)

@@ -9,6 +9,7 @@ import time
 from cvlab.cli import main
 from cvlab.reports import html
 from cvlab.runs.records import read_summary
+from cvlab.storage import atomic
 
 TRAINING = (
     "data.num_train=60",
@@ -55,7 +56,7 @@ def test_old_temporary_files_of_the_index_are_removed_and_new_ones_are_not(tmp_p
         path.touch()
     link.symlink_to("nowhere")
     for path in (old, unrelated, link):
-        os.utime(path, (time.time() - 2 * html.LEFTOVER_SECONDS,) * 2, follow_symlinks=False)
+        os.utime(path, (time.time() - 2 * atomic.LEFTOVER_SECONDS,) * 2, follow_symlinks=False)
     html.write_index(tmp_path, [])
     assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "index.html", unrelated.name]
 

@@ -411,3 +411,36 @@ def test_state_outside_the_checkpoint_gives_one_warning(cvlab, tmp_path, constru
     assert all(f"`{name}`" in warnings[0] for name in names)
     log = (find_run("latest", runs_root()) / "log.txt").read_text()
     assert log.count("outside its state_dict") == len(names)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("nn.Linear(3072, 10)", ("precision=float64",)),
+        ("nn.Linear(3072, 12)", ()),  # two outputs stand for no class
+    ],
+    ids=["float64", "more outputs than classes"],
+)
+def test_commands_on_photos_accept_the_run_of_any_model(cvlab, tmp_path, model, overrides):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        f"        super().__init__(nn.Flatten(), {model})\n"
+        "        nn.init.constant_(self[1].bias[-1], 50)\n"  # the last output is predicted for every photo
+    )
+    code, _, err = train(cvlab, "model=./net.py:Net", "-q", *overrides)
+    assert code == 0, err
+    code, out, err = cvlab("classify", "sample", "--model", "latest", "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["label"] == ("output 11" if "12" in model else "crescent")
+    for command in (("saliency", "sample", "--model", "latest"), ("attack", "sample", "--model", "latest", "steps=1")):
+        code, _, err = cvlab(*command, "threads=1")
+        assert code in (0, 3), err
+    code, _, err = cvlab("look", "latest", "num_images=20", "tsne_steps=10", "threads=1")
+    assert code == 0, err
+
+
+def test_a_file_is_not_a_model_for_photos(cvlab, tmp_path):
+    (tmp_path / "net.py").write_text(MODEL.format(parameters=""))
+    code, _, err = cvlab("classify", "sample", "--model", "./net.py:Net")
+    assert code == 2
+    assert "train it first" in err

@@ -193,7 +193,7 @@ def test_sweeps(write):
 @pytest.mark.parametrize("text", ["base: ../parent.yaml\n", "experiment: sweep\nbase: {from: ../parent.yaml}\n"])
 def test_a_run_that_refers_to_another_file_is_not_trusted(write, tmp_path, text):
     write(text, "run/config.yaml")
-    with pytest.raises(RunDirError, match=r"config.yaml: it is not complete.*'../parent.yaml'.*--trust"):
+    with pytest.raises(RunDirError, match=r"config.yaml: it refers to '../parent.yaml'.*--trust"):
         trust.require_trust_of(str(tmp_path / "run"), False)
     trust.require_trust_of(str(tmp_path / "run"), True)
 

@@ -62,7 +62,8 @@ def slow_carlini_wagner(model, image, margin_fn, const, steps):
             best, best_l2 = x.detach(), l2.detach()
         (gradient,) = torch.autograd.grad(l2 + const * margin.clamp(min=0), w)
         mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-        w = w.detach() - 0.01 * (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)
+        lr = 0.01 * (1 - (t - 1) / steps)
+        w = w.detach() - lr * (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)
     return best
 
 

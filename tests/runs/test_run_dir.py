@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from cvlab import console
 from cvlab.errors import RunDirError
 from cvlab.runs.find import create_run, find_run, list_runs
 from cvlab.runs.records import read_json, read_metrics, read_status
@@ -145,3 +146,16 @@ def test_damaged_json_gives_a_one_line_error(tmp_path, content):
     with pytest.raises(RunDirError) as error:
         read_json(tmp_path / "summary.json")
     assert "\n" not in str(error.value)
+
+
+def test_warnings_of_modules_that_do_not_know_the_run_are_in_its_log(tmp_path, capsys):
+    run = RunDir(tmp_path, console.info)
+    console.info("warning: before the run")
+    with run.locked():
+        console.info("warning: 1 of 3 photos cannot be read")
+        console.info("no warning")
+        run.log("warning: logged once")
+    console.info("warning: after the run")
+    lines = [line.split(" ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines == ["warning: 1 of 3 photos cannot be read", "warning: logged once"]
+    assert capsys.readouterr().err.count("warning:") == 4

@@ -7,7 +7,7 @@ from PIL import Image
 
 from cvlab.reports import images
 
-DIFFERENCE_SCALE = 10  # changes are invisible without it
+MAX_SCALE, SHOWN_CHANGE = 50, 100  # the largest change is amplified to about 100/255, since it is invisible otherwise
 
 
 def attack_panel(
@@ -28,11 +28,12 @@ def attack_panel(
         change += f"; survives {values['survives']}"
     is_part = tuple(region) != (0, 0, *before.size)
     where = "; only the center crop that the model sees is changed (outlined)" if is_part else ""
-    difference = images.difference(before, after, DIFFERENCE_SCALE)
+    scale = int(max(1, min(MAX_SCALE, SHOWN_CHANGE / max(values["linf_255"], 1))))
+    difference = images.difference(before, after, scale)
     tiles = [
         (f"before: {_prediction(values['before'])}", before),
         (f"after: {_prediction(values)}", after),
-        (f"difference x {DIFFERENCE_SCALE}, around gray", images.outline(difference, region)),
+        (f"difference x {scale}, around gray", images.outline(difference, region)),
     ]
     target = f" to {values['target']}" if values.get("target") else ""
     return images.panel(tiles, f"attack{target}: {name}\n{change}{where}")

@@ -125,6 +125,17 @@ def test_errors_are_one_line(trained, cvlab):
     assert "one number for photos" in cvlab("attack", "sample", "--eps", "1,2", "--method", "pgd")[2]
 
 
+def test_a_run_without_the_split_is_a_one_line_error_before_anything_is_written(cvlab, tmp_path):
+    tiny = ("data={name: scenes10, num_train: 40, val_fraction: 0}", "batch_size=20", "duration={steps: 2}")
+    code, _, err = cvlab("train", "quickstart", *tiny, "evaluate_test=false", "expect=[]", "threads=1", "-q")
+    assert code == 0, err
+    runs = set((tmp_path / "runs").iterdir())
+    code, _, err = cvlab("attack", "latest", "--on", "val", *SMALL)
+    assert code == 2
+    assert "has no val split (data.val_fraction: 0); use train or test" in err
+    assert set((tmp_path / "runs").iterdir()) == runs
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by imports of the libraries
 def test_accuracies_match_other_libraries(trained, capsys):
     attacks.main([trained["first"], "--eps", "2", "--images", "60", "--steps", "5", "--queries", "10", "--json"])

@@ -147,3 +147,15 @@ def test_invalid_channels_are_rejected(cvlab, tmp_path, args, message):
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_model_needs_the_same_classes(cvlab, tmp_path):
+    tiny = ("data={name: scenes10, num_train: 40}", "batch_size=20", "duration={steps: 2}", "evaluate_test=false")
+    assert cvlab("train", "quickstart", *tiny, "expect=[]", "threads=1", "-q")[0] == 0
+    arguments = ("--model", "latest", "--target", "ring", "--steps", "2", "frames=1", "threads=1")
+    code, _, err = cvlab("classvis", *arguments, "second_model=efficientnet_lite0", "--dry-run")
+    assert code == 2
+    assert "second_model efficientnet_lite0 has other classes than" in err
+    code, out, err = cvlab("classvis", *arguments, "second_model=latest", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["second_top5"] in (0, 1)

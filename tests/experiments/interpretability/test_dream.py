@@ -134,3 +134,15 @@ def test_a_network_with_a_fixed_input_size_is_computed_only_up_to_the_layer():
     torch.testing.assert_close(extractor.batch(image)["second"], outputs[-1]), "the last of two calls"
     with pytest.raises(ConfigError, match="no map"):
         deep_dream.build_extractor("classifier", model, ctx)
+
+
+def test_a_photo_that_is_too_small_is_reported_and_the_others_are_processed(cvlab, tmp_path):
+    for name, size in (("tiny", (1, 1)), ("photo", (80, 60))):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{name}.png")
+    tiny = ("data={name: scenes10, num_train: 40}", "batch_size=20", "duration={steps: 2}", "evaluate_test=false")
+    model = "model={name: whiten_net, widths: [4], depth: 1}"
+    assert cvlab("train", "quickstart", *tiny, model, "expect=[]", "threads=1", "-q")[0] == 0
+    code, out, err = cvlab("dream", "photo.png", "tiny.png", "--model", "latest", "--steps", "2", "threads=1", "--json")
+    assert code == 4, err
+    assert [("error" in row) for row in json.loads(out)["results"]] == [False, True]
+    assert "warning: tiny.png: 1 x 1 pixels do not fit" in err

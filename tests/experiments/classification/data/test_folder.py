@@ -111,7 +111,11 @@ def test_hidden_files_links_and_nested_folders(class_folders):
     (class_folders / "dog" / "linked").symlink_to(elsewhere.parent)
     listing = scan(class_folders, SplitConfig(0.0))
     assert counts(listing) == {"train": {"cat": 21, "dog": 11, "newt": 5}}
-    assert any("2 files" in note for note in listing.notes)
+    assert any("2 files" in note and "HEIC" not in note for note in listing.notes)
+    (class_folders / "cat" / "IMG_0001.HEIC").write_bytes(b"no photo")
+    assert any(
+        "3 files" in note and "1 in Apple's format HEIC" in note for note in scan(class_folders, SplitConfig(0.0)).notes
+    )
 
 
 def test_unusual_contents_are_noted(class_folders):
