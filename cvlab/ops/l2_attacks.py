@@ -86,8 +86,8 @@ def carlini_wagner(
 ) -> Iterator[list[Tensor]]:
     """Minimize the squared L2 norm of the change plus a constant times the margin of the logits.
 
-    The pixels are a hyperbolic tangent of what Adam changes. The constant of each image is found by bisection. Unlike in
-    the paper, the learning rate falls to 0 with each constant, because a step of LR changes all pixels together by more
+    The pixels are a hyperbolic tangent of what Adam changes. The constant of each image is found by bisection. The
+    learning rate falls to 0 with each constant, unlike in the paper: a step of LR changes all pixels together by more
     than many attacks need.
 
     Args:

@@ -2,17 +2,23 @@
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from cvlab import registry
 from cvlab.api import export
 from cvlab.config import loading
+from cvlab.data import photos
 from cvlab.errors import CheckpointError
 from cvlab.ops import nms
+from cvlab.ops.resample import EvalTransform
 from cvlab.runs import checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="no onnx"
@@ -76,6 +82,14 @@ class TestOnnx:
         torch.testing.assert_close(load_model(run)[1](images), torch.from_numpy(actual), rtol=1e-4, atol=1e-4)
         metadata = json.loads(session.get_modelmeta().custom_metadata_map[export.METADATA_KEY])
         assert metadata["normalization"]["std"]
+        text = (ROOT / "docs/guides/export.md").read_text()
+        names = {}
+        exec(text.partition('```python title="center_crop.py"\n')[2].partition("```")[0], names)
+        photo = Image.effect_noise((61, 40), 60).convert("RGB")
+        transform = EvalTransform(**metadata["preprocessing"])
+        for evaluated in (transform, EvalTransform(24, 30), EvalTransform(24, 30, "bilinear", squash=True)):
+            expected = photos.to_tensor(evaluated(photo))
+            assert torch.equal(torch.from_numpy(names["center_crop"](photo, **asdict(evaluated)))[0], expected)
         assert len(metadata["classes"]) == 10
 
     @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ The methods import torch, not this module: a configuration is validated without 
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,6 +266,7 @@ class ClassifyExperiment(
             "input": f"images, float32 (N, {channels}, {size}, {size}) in [0, 1]",
             "output": f"logits (N, {len(model.classes)})",
             "normalization": {"mean": mean, "std": std},
+            "preprocessing": asdict(model.transform),
             "classes": model.classes,
         }
         example = torch.rand(1, channels, size, size)
