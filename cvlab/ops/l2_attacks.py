@@ -6,8 +6,9 @@ References:
 
 Differences from the papers:
     Images stay in [0, 1]: `deepfool_step` clamps. With a target class it steps to the boundary between the target and
-    the class with the highest other logit. What counts as fooled is up to the caller, for example the image as it is
-    after rounding to 8 bits.
+    the class with the highest other logit. In `carlini_wagner` Adam's rate falls to 0 with each constant: a step of LR
+    changes all pixels together by more than many attacks need. What counts as fooled is up to the caller, for example
+    the image as it is after rounding to 8 bits.
 """
 
 import math
@@ -84,11 +85,7 @@ def carlini_wagner(
     confidence: float = 0.0,
     initial_const: float = 1.0,
 ) -> Iterator[list[Tensor]]:
-    """Minimize the squared L2 norm of the change plus a constant times the margin of the logits.
-
-    The pixels are a hyperbolic tangent of what Adam changes. The constant of each image is found by bisection. The
-    learning rate falls to 0 with each constant, unlike in the paper: a step of LR changes all pixels together by more
-    than many attacks need.
+    """Minimize the squared L2 norm of the change plus a constant, found by bisection, times the margin of the logits.
 
     Args:
         logits_fn: N images to logits (N, K).
@@ -105,7 +102,7 @@ def carlini_wagner(
     Yields:
         After each step the images with the smallest change so far that count, or else as they are now.
     """
-    starts = [torch.atanh((2 * image - 1) * TANH_MARGIN) for image in images]
+    starts = [torch.atanh((2 * image - 1) * TANH_MARGIN) for image in images]  # Adam changes copies of these
     smallest = _Smallest(list(images), is_fooled)
     constants = _Bisection([initial_const] * len(images))
     squared_scales = torch.tensor(scales, device=classes.device) ** 2

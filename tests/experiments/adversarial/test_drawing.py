@@ -34,7 +34,7 @@ def test_the_difference_is_amplified_and_the_crop_is_mentioned(texts):
     assert "only the center crop that the model sees is changed (outlined)" in text
     assert len([line for line in texts if line.startswith("difference")]) == 1
     pixels = np.asarray(sheet)
-    assert (pixels == (178, 128, 128)).all(-1).any(), "red is 5 higher, times 10"
+    assert (pixels == (253, 128, 128)).all(-1).any(), "red is 5 higher, times 100 / 4"
     assert (pixels == (128, 128, 128)).all(-1).any(), "the unchanged border"
 
 
