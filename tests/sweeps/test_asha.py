@@ -247,7 +247,7 @@ def test_a_killed_parallel_search_continues(started_sweep, tmp_path):
         process.kill()
         process.wait()
     (tmp_path / "slow").unlink()
-    assert started_sweep("--workers", "2").wait() == 0, (tmp_path / "said.txt").read_text()
+    assert started_sweep("--workers", "2").wait() == 0, (tmp_path / "stderr.txt").read_text()
     run = (tmp_path / "runs" / "latest").resolve()
     assert len(outcomes(run)) == 8
     done = [trial for trial in adaptive.trial_dirs(run) if read_status(trial)["status"] == "done"]

@@ -323,9 +323,9 @@ def test_a_killed_search_continues_as_if_undisturbed(started_sweep, tmp_path, al
         until(lambda number=count - 1: len(list(tmp_path.glob(f"runs/2*/trials/{number:03d}-*/metrics.jsonl"))) == 2)
         process.kill()
         process.wait()
-    assert started_sweep().wait() == 0, (tmp_path / "said.txt").read_text()
+    assert started_sweep().wait() == 0, (tmp_path / "stderr.txt").read_text()
     restarted = (tmp_path / "runs" / "latest").resolve()
     assert restarted != undisturbed
     assert [adaptive.read_changes(trial) for trial in adaptive.trial_dirs(restarted)] == changes
     assert weights_of_trials(tmp_path) == weights
-    assert "already running" not in (tmp_path / "said.txt").read_text()
+    assert "already running" not in (tmp_path / "stderr.txt").read_text()

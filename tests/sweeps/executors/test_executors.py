@@ -238,7 +238,7 @@ def test_a_killed_scheduler_costs_less_than_half_a_sweep(started_sweep, tmp_path
     process.wait()
     assert started_sweep(*args).wait() == 0
     disturbed_seconds = time.monotonic() - start_time
-    stderr = (tmp_path / "said.txt").read_text()
+    stderr = (tmp_path / "stderr.txt").read_text()
     assert weights_of_trials(tmp_path) == expected
     assert "already running" not in stderr
     assert "2 already done" in stderr

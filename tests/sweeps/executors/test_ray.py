@@ -28,11 +28,11 @@ def test_trials_of_a_lost_node_are_retried(started_sweep, undisturbed_weights, t
         until(lambda: len(list(tmp_path.glob(METRICS_FILES))) == 2)
         cluster.remove_node(lost, allow_graceful=False)
         (tmp_path / "slow").unlink()
-        assert process.wait() == 0, (tmp_path / "said.txt").read_text()
+        assert process.wait() == 0, (tmp_path / "stderr.txt").read_text()
     finally:
         cluster.shutdown()
     assert weights_of_trials(tmp_path) == undisturbed_weights
-    assert "try 2 of 3" in (tmp_path / "said.txt").read_text()
+    assert "try 2 of 3" in (tmp_path / "stderr.txt").read_text()
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_a_killed_scheduler_that_is_started_again(started_sweep, undisturbed_wei
     finally:
         cluster.shutdown()
     assert weights_of_trials(tmp_path) == undisturbed_weights
-    assert "resuming" in (tmp_path / "said.txt").read_text()
+    assert "resuming" in (tmp_path / "stderr.txt").read_text()
 
 
 @pytest.mark.slow
@@ -94,12 +94,12 @@ def test_gpus_of_a_trial(started_sweep, tmp_path, monkeypatch):
     args = ("--on", "ray", "--address", cluster.address, "submit.gpus=1", "base.device=cpu", "base.duration.steps=3")
     try:
         assert started_sweep(*args, "base.model={name: './net.py:net'}", "seeds=[0,1]").wait() == 0
-        stderr = (tmp_path / "said.txt").read_text()
+        stderr = (tmp_path / "stderr.txt").read_text()
         assert started_sweep(*args, "--fresh", "submit.gpus=3").wait() == 8
     finally:
         cluster.shutdown()
     assert {path.read_text() for path in visible_devices.iterdir()} == {"0", "1"}, stderr
-    assert "has room for a trial with cpus: 1 and gpus: 3" in (tmp_path / "said.txt").read_text()
+    assert "has room for a trial with cpus: 1 and gpus: 3" in (tmp_path / "stderr.txt").read_text()
 
 
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "127.0.0.1:99999", "no-such-host.invalid:6379"])

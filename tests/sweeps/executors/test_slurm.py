@@ -36,7 +36,7 @@ def test_a_preempted_job_continues(started_sweep, undisturbed_weights, tmp_path)
     for pid in child_pids(controller):
         os.kill(pid, signal.SIGUSR2)  # the signal that Slurm sends before a preemption
     (tmp_path / "slow").unlink()
-    assert process.wait() == 0, (tmp_path / "said.txt").read_text()
+    assert process.wait() == 0, (tmp_path / "stderr.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights
     first = min((run / "trials").iterdir())
     log = (first / "log.txt").read_text()
@@ -71,7 +71,7 @@ def test_jobs_outlive_a_killed_scheduler_and_the_next_one_waits_for_them(started
     process.wait()
     (tmp_path / "slow").unlink()
     assert started_sweep(*LOCAL, "--workers", "2").wait() == 0
-    stderr = (tmp_path / "said.txt").read_text()
+    stderr = (tmp_path / "stderr.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights, stderr
     assert "still running from an earlier start of this sweep" in stderr, stderr
     logs = [path.read_text() for path in (tmp_path / "runs" / "latest").resolve().glob("trials/*/log.txt")]
@@ -127,7 +127,7 @@ def test_sweep_with_slurm_commands(started_sweep, undisturbed_weights, fake_slur
                 os.kill(int(path.parent.name), signal.SIGUSR2)
     until((fake_slurm / "requeued").exists)
     (tmp_path / "slow").unlink()
-    assert process.wait() == 0, (tmp_path / "said.txt").read_text()
+    assert process.wait() == 0, (tmp_path / "stderr.txt").read_text()
     assert weights_of_trials(tmp_path) == undisturbed_weights
     run = (tmp_path / "runs" / "latest").resolve()
     assert "resumed step_" in (min((run / "trials").iterdir()) / "log.txt").read_text()
