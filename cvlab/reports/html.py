@@ -448,7 +448,7 @@ def write_run(path: Path) -> None:
 def write_index(root: Path, rows: Sequence[Row]) -> None:
     """Write the list of all runs below `root`; remove what killed processes have left of earlier lists."""
     for pattern in (f".{INDEX}-*{atomic.TEMPORARY}", ".latest-*"):
-        atomic.remove_leftovers(root, pattern)
+        atomic.remove_stale_temporaries(root, pattern)
     atomic.write_text(root / INDEX, index_page(rows, root=root))
 
 

@@ -97,7 +97,7 @@ def export_runs(paths: Sequence[Path], file: Path, with_checkpoints: bool = True
         if reason is not None and "running" in reason:
             raise RunDirError(f"{path.name}: {reason}", "interrupt it, or wait for its end")
         find.config_path(path)
-    atomic.remove_leftovers(file.parent, f".{file.name}-*{atomic.TEMPORARY}")
+    atomic.remove_stale_temporaries(file.parent, f".{file.name}-*{atomic.TEMPORARY}")
     rows: list[Row] = []
 
     def fill(target: BinaryIO) -> None:

@@ -276,7 +276,7 @@ def _read_cache(root: Path, file: str = FILE) -> dict[str, Any]:
 def _write_cache(root: Path, rows: dict[str, list[Any]], file: str = FILE) -> None:
     """Replace a cache; without fsync, for its checksum tells a cache that a power cut has damaged."""
     temporary = root / f"{file}-{secrets.token_hex(4)}{atomic.TEMPORARY}"
-    atomic.remove_leftovers(root, f"{file}-*{atomic.TEMPORARY}")
+    atomic.remove_stale_temporaries(root, f"{file}-*{atomic.TEMPORARY}")
     with contextlib.suppress(OSError, ValueError):
         body = json.dumps({"format": FORMAT, "runs": rows}, separators=(",", ":")).encode()
         try:

@@ -89,7 +89,7 @@ class RunDir:
     def _remove_stale_temporaries(self) -> None:
         """Clean all folders but those of a sweep's trials, which have locks of their own."""
         for folder, subfolders, _ in os.walk(self.path):
-            atomic.remove_stale_temporaries(Path(folder))
+            atomic.remove_stale_temporaries(Path(folder), is_locked=True)
             subfolders[:] = [name for name in subfolders if not is_run(Path(folder, name))]
 
     def folder(self, name: str) -> Path:

@@ -149,18 +149,18 @@ def link_or_copy(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def remove_stale_temporaries(folder: Path) -> None:
-    """Remove temporary files that a killed process has left behind; to be called only under the run's lock."""
-    for leftover in folder.glob(f".*{TEMPORARY}"):
+def remove_stale_temporaries(folder: Path, pattern: str = f".*{TEMPORARY}", is_locked: bool = False) -> None:
+    """Remove temporary files that a killed process has left behind.
+
+    Args:
+        folder: The folder, without those in it.
+        pattern: A glob pattern of their names.
+        is_locked: Whether the caller holds the lock of the folder. Otherwise young files, which another process may be
+            writing, stay.
+    """
+    for leftover in folder.glob(pattern):
         with contextlib.suppress(OSError):
-            leftover.unlink()
-
-
-def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove the files of a folder that processes which were killed have left behind, not those being written now."""
-    with contextlib.suppress(OSError):
-        for leftover in folder.glob(pattern):
-            if time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:
+            if is_locked or time.time() - leftover.lstat().st_mtime > LEFTOVER_SECONDS:
                 leftover.unlink()
 
 
@@ -170,7 +170,7 @@ DISK_HINT = "free space, or choose another folder with --runs-dir; earlier files
 def disk_error(path: Path, error: OSError, hint: str = DISK_HINT) -> RunDirError:
     """Return the error of a disk as a RunDirError of one line."""
     if error.errno == errno.ENOENT and hint == DISK_HINT and not path.parent.exists():
-        hint = "its folder does not exist or was removed; choose another one with --runs-dir"
+        hint = "its folder was removed; start again"
     if isinstance(error, IrregularFileError):
         hint = "the run directory was changed; remove it, or start again with --runs-dir"
     elif error.errno in UNSUPPORTED:

@@ -89,5 +89,5 @@ def test_only_temporaries_are_removed(tmp_path):
     (tmp_path / ".f-abc.tmp").touch()
     (tmp_path / ".hidden").touch()
     (tmp_path / "f.tmp").touch()
-    atomic.remove_stale_temporaries(tmp_path)
+    atomic.remove_stale_temporaries(tmp_path, is_locked=True)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "f.tmp"]

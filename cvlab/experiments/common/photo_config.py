@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from cvlab.config.schema import PositiveInt, RunConfig
 from cvlab.config.validation import Problems
@@ -27,13 +27,18 @@ def as_text(name: object) -> object:
     return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
 
 
+def _resolve(name: str) -> str:
+    return run_classifier.resolve_model(name, runs_root())
+
+
 ClassName = Annotated[str, BeforeValidator(as_text)]  # by name, WordNet id or index
+ModelName = Annotated[str, AfterValidator(_resolve)]  # of a pretrained model, or the path of a training run
 
 
 class PretrainedConfig(RunConfig):
     """The keys of every experiment that uses an ImageNet-pretrained model."""
 
-    model: str = Field(
+    model: ModelName = Field(
         names.DEFAULT_MODEL,
         description=f"{', '.join(names.BY_PIP)}, timm:NAME, torchvision:NAME, or a training run of a classifier",
     )
@@ -41,11 +46,6 @@ class PretrainedConfig(RunConfig):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32", description="of the optimization; results are always evaluated in float32"
     )
-
-    @field_validator("model")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return run_classifier.resolve_model(name, runs_root())
 
     @model_validator(mode="after")
     def _check_weights(self) -> "PretrainedConfig":

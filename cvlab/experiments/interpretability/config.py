@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from cvlab.config import schema
 from cvlab.data import photo_paths
-from cvlab.experiments.common import photo_config, run_classifier
-from cvlab.experiments.common.photo_config import ClassName, PhotoConfig, PretrainedConfig
-from cvlab.runs.find import runs_root
+from cvlab.experiments.common import photo_config
+from cvlab.experiments.common.photo_config import ClassName, ModelName, PhotoConfig, PretrainedConfig
+from cvlab.experiments.common.run_classifier import is_run_of_classifier
 
 if TYPE_CHECKING:
     from cvlab.engine.device import ComputeContext
@@ -112,15 +112,10 @@ class ClassVisualizationConfig(PretrainedConfig):
     blur_every: schema.NonNegativeInt = Field(0, description="pixels: blur the image every N steps; 0: never")
     blur_sigma: schema.PositiveFloat = Field(0.5, description="pixels: standard deviation of that blur, in pixels")
     frames: Annotated[schema.PositiveInt, Le(200)] = Field(12, description="number of intermediate images to save")
-    second_model: str | None = Field(
+    second_model: ModelName | None = Field(
         None, description="a second model with the same classes, or a run, to evaluate the images with"
     )
     second_weights: str | None = Field(None, description="file with its weights")
-
-    @field_validator("second_model")
-    @classmethod
-    def _known_second(cls, name: str | None) -> str | None:
-        return name if name is None else run_classifier.resolve_model(name, runs_root())
 
     @field_validator("channel")
     @classmethod
@@ -333,4 +328,4 @@ class LookConfig(PretrainedConfig):
     @property
     def is_run(self) -> bool:
         """Whether the network is that of a training run."""
-        return run_classifier.is_run_of_classifier(self.model)
+        return is_run_of_classifier(self.model)

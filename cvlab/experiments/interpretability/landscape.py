@@ -45,13 +45,9 @@ def measure(
 
     rows = [row[LOSSES] for row in records.read_metrics(run.path) if LOSSES in row]
     distances = axis(config)
-    num_points = len(rows) * len(distances)
 
     def loss() -> float:
-        nonlocal num_points
         check_interrupt()
-        progress.update(num_points / len(distances), f"{num_points} of {len(distances) ** 2} points")
-        num_points += 1
         total = 0.0
         for batch, targets in zip(pixels.split(config.batch_size), labels.split(config.batch_size), strict=True):
             logits = model.module(to_pixels(batch.to(device))).float()
@@ -66,7 +62,10 @@ def measure(
     with Progress("landscape", len(distances), len(rows)) as progress:
         for row in range(len(rows), len(distances)):
             points = [(a, distances[row]) for a in distances]
-            rows.append(list(loss_landscape.losses_along(model.module, (first, second), points, loss)))
+            rows.append([])
+            for value in loss_landscape.losses_along(model.module, (first, second), points, loss):
+                rows[-1].append(value)
+                progress.update(row + len(rows[-1]) / len(points), f"loss {value:.3g}")
             run.append({"step": row + 1, LOSSES: rows[-1]})
     return torch.tensor([[math.nan if loss is None else loss for loss in row] for row in rows], dtype=torch.float64)
 
@@ -95,8 +94,8 @@ def draw(losses: Tensor, distances: Sequence[float], title: str) -> bytes:
         norm = LogNorm(low, high)
     filled = axes.contourf(distances, distances, shown, levels=levels, cmap="viridis", norm=norm)
     lines = axes.contour(distances, distances, shown, levels=levels[::3], colors="white", linewidths=0.6)
-    spread = (high - low) / max(abs(high), 1e-30)
-    number_format = f"%.{3 if is_log or spread <= 0 else max(3, 2 + math.ceil(-math.log10(spread)))}g"  # levels differ
+    digits = 3 if is_log or high <= low else max(3, 2 + math.ceil(math.log10(abs(high) / (high - low))))
+    number_format = f"%.{digits}g"  # in which levels of a narrow range differ
     axes.clabel(lines, fontsize=7, fmt=number_format)
     axes.plot(0, 0, marker="+", color="red", markersize=12, markeredgewidth=2)
     axes.set_aspect("equal")
